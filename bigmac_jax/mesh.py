@@ -1,0 +1,57 @@
+"""The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ConfigError
+
+AXES = ("data", "node", "expert")
+EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
+BATCH = AXES  # every axis splits the batch
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh of `config.mesh` over the first devices, Explicit axes.
+
+    Raises:
+      ConfigError: more ranks than devices, or a batch that the data axis (0 = the devices left) does not divide.
+    """
+    mesh, available = config.mesh, jax.device_count()
+    data = mesh.data or available // mesh.expert_ranks
+    ranks = data * mesh.expert_ranks
+    if not 0 < ranks <= available:
+        needed = max(1, data) * mesh.expert_ranks
+        raise ConfigError(
+            f"mesh.data × mesh.node × mesh.expert = {max(1, data)} × {mesh.node} × {mesh.expert} = {needed} ranks "
+            f"must be at most the {available} devices here; use fewer, or --cpu_devices={needed} to simulate"
+        )
+    shards = ranks * config.train.accumulate_steps
+    if config.data.batch_size % shards:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
+            f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {available} devices); "
+            f"use {-(-config.data.batch_size // shards) * shards}, or set mesh.data"
+        )
+    devices = np.asarray(jax.devices()[:ranks]).reshape(data, mesh.node, mesh.expert)
+    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def batch_spec(ndim: int) -> P:
+    """An array whose first dimension is the batch."""
+    return P(BATCH, *[None] * (ndim - 1))
+
+
+def expert_spec(ndim: int) -> P:
+    """A parameter whose first dimension is the experts."""
+    return P(EXPERT_GROUP, *[None] * (ndim - 1))
+
+
+def replicated_spec(ndim: int) -> P:
+    return P(*[None] * ndim)
+
+
+def shardings(tree: object, mesh: Mesh) -> object:
+    """The shardings of an abstract tree from `jax.eval_shape`, on real devices (eval_shape's stand on none)."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)

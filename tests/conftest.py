@@ -1,0 +1,16 @@
+"""Eight simulated CPU devices, strict rank promotion, exact matmuls."""
+
+import os
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _devices() -> None:
+    assert len(jax.devices("cpu")) == 8
