@@ -1,0 +1,131 @@
+"""Parameters and the parts of a transformer that are not the MoE layer.
+
+B batch, L length, D hidden, N heads, G key-value heads, H head size, F MLP hidden.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import ModelConfig
+from bigmac_jax.mesh import batch_spec, replicated_spec
+
+# Every matrix starts with variance 1 / fan-in, so that activations keep their size; an embedding has no fan-in.
+EMBEDDING_STD = 0.02
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
+    """A float32 parameter from N(0, std²), sharded by `spec` (replicated by default); values don't depend on the mesh."""
+    return nnx.Param(std * jax.random.normal(key, shape, out_sharding=spec or replicated_spec(len(shape))))
+
+
+def constant(value: float, shape: tuple[int, ...], spec: P | None = None) -> nnx.Param:
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec or replicated_spec(len(shape))))
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Factor on the initial std of the last matrix of each residual branch, once per branch (GPT-2): 2 branches a layer."""
+    return 1 / math.sqrt(2 * config.num_layers)
+
+
+def activate(config: ModelConfig, x: Array, gate: Array | None) -> Array:
+    """σ(x), or σ(gate)·x for gated experts and MLPs."""
+    functions = {"relu2": lambda v: jnp.square(jax.nn.relu(v)), "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+    function = functions[config.activation]
+    return function(x) if gate is None else function(gate) * x
+
+
+def dropout(x_BLD: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes a share `rate` of the entries and scales the rest up; without a key it is the identity."""
+    if key is None or rate == 0:
+        return x_BLD
+    keep = jax.random.bernoulli(key, 1 - rate, x_BLD.shape, out_sharding=batch_spec(x_BLD.ndim))
+    return jnp.where(keep, x_BLD / (1 - rate), 0)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm of the last dimension, computed in float32."""
+
+    def __init__(self, kind: str, size: int):
+        self.scale_D = constant(1, (size,))
+        self.bias_D = constant(0, (size,)) if kind == "layernorm" else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        if self.bias_D is not None:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * last_axis(self.scale_D[...], y)
+        if self.bias_D is not None:
+            y = y + last_axis(self.bias_D[...], y)
+        return y.astype(x.dtype)
+
+
+def last_axis(v_D: Array, like: Array) -> Array:
+    """`v_D` with leading dimensions of size 1, ready to meet `like` under strict rank promotion."""
+    return v_D.reshape((1,) * (like.ndim - v_D.ndim) + v_D.shape)
+
+
+class Linear(nnx.Module):
+    """x @ w (+ b), in the dtype of x."""
+
+    def __init__(self, key: Array, fan_in: int, fan_out: int, bias: bool, scale: float = 1.0):
+        self.w_DF = normal(key, (fan_in, fan_out), scale / math.sqrt(fan_in))
+        self.b_F = constant(0, (fan_out,)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.w_DF[...].astype(x.dtype)
+        return y if self.b_F is None else y + last_axis(self.b_F[...].astype(x.dtype), y)
+
+
+def rotate(x_BLNH: Array, theta: float) -> Array:
+    """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
+    length, half = x_BLNH.shape[1], x_BLNH.shape[-1] // 2
+    angle_LH = jnp.outer(jnp.arange(length), theta ** (-jnp.arange(half) / half))
+    sin, cos = (f(angle_LH).reshape(1, length, 1, half).astype(x_BLNH.dtype) for f in (jnp.sin, jnp.cos))
+    first, second = x_BLNH[..., :half], x_BLNH[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nnx.Module):
+    """Causal attention with optional grouped key-value heads, query-key norm and rotary positions."""
+
+    def __init__(self, config: ModelConfig, key: Array):
+        self.config = config
+        D, N, G, H = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
+        keys = jax.random.split(key, 4)
+        self.query = Linear(keys[0], D, N * H, config.use_bias)
+        self.key = Linear(keys[1], D, G * H, config.use_bias)
+        self.value = Linear(keys[2], D, G * H, config.use_bias)
+        self.out = Linear(keys[3], N * H, D, config.use_bias, residual_scale(config))
+        self.query_norm = Norm("rmsnorm", H) if config.qk_norm else None
+        self.key_norm = Norm("rmsnorm", H) if config.qk_norm else None
+
+    def __call__(self, x_BLD: Array) -> Array:
+        B, L, D = x_BLD.shape
+        q_BLNH, k_BLGH, v_BLGH = (f(x_BLD).reshape(B, L, -1, self.config.head_size) for f in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
+        if self.config.positions == "rope":
+            q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
+        y_BLNH = jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
+        return self.out(y_BLNH.reshape(B, L, D))
+
+
+class MLP(nnx.Module):
+    """The dense feed-forward layer D → F → D; also the shared experts, side by side as one."""
+
+    def __init__(self, config: ModelConfig, key: Array, width: int):
+        self.config = config
+        keys = jax.random.split(key, 3)
+        D = config.hidden_size
+        self.up = Linear(keys[0], D, width, config.use_bias)
+        self.gate = Linear(keys[1], D, width, config.use_bias) if config.gated else None
+        self.down = Linear(keys[2], width, D, config.use_bias, residual_scale(config))
+
+    def __call__(self, x_BLD: Array) -> Array:
+        gate_BLF = None if self.gate is None else self.gate(x_BLD)
+        return self.down(activate(self.config, self.up(x_BLD), gate_BLF))

@@ -1,0 +1,146 @@
+"""The Mixture-of-Experts layer: router → exchange → experts → exchange → combine.
+
+`bigmac` (DCCA) projects tokens down to R = r·D before the first exchange and up after the second; `fine_grained` and
+`vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from bigmac_jax.config import ModelConfig
+from bigmac_jax.mesh import BATCH, EXPERT_GROUP, batch_spec, expert_spec
+from bigmac_jax.model.exchange import STRATEGIES, AllToAll
+from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
+from bigmac_jax.model.router import balance_loss, route
+
+
+class Aux(NamedTuple):
+    """What a layer reports beside its output; `model(tokens)` returns it with a leading dimension of layers."""
+
+    balance_loss: Array  # E · Σ_e f_e P_e over the whole step; enters the loss with model.balance_coefficient
+    z_loss: Array
+    load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included
+    drop_rate: Array  # share of the pairs that found their expert full
+    router_entropy: Array  # nats
+
+
+def empty_aux() -> Aux:
+    """Of a layer without experts."""
+    zero = jnp.zeros(())
+    return Aux(zero, zero, jnp.zeros((0,)), zero, zero)
+
+
+class RouterBias(nnx.Variable):
+    """Moved by the load after each step, not by a gradient."""
+
+
+class Experts(nnx.Module):
+    """The routed experts' parameters, sharded over the expert group."""
+
+    def __init__(self, config: ModelConfig, key: Array):
+        E, R, F = config.expert_count, config.wire_size, config.expert_width
+        # A residual branch ends in one matrix, which carries the scaling with depth: bigmac's is W↑, not the experts'.
+        scale = 1.0 if config.structure == "bigmac" else residual_scale(config)
+        keys = jax.random.split(key, 3)
+        self.w_in_eRF = normal(keys[0], (E, R, F), 1 / math.sqrt(R), expert_spec(3))
+        self.w_out_eFR = normal(keys[1], (E, F, R), scale / math.sqrt(F), expert_spec(3))
+        if config.gated:
+            self.w_gate_eRF = normal(keys[2], (E, R, F), 1 / math.sqrt(R), expert_spec(3))
+        if config.use_bias:
+            self.b_in_eF = constant(0, (E, F), expert_spec(2))
+            self.b_out_eR = constant(0, (E, R), expert_spec(2))
+        if config.use_bias and config.gated:
+            self.b_gate_eF = constant(0, (E, F), expert_spec(2))
+
+    def weights(self) -> dict[str, Array]:
+        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+
+
+class MoE(nnx.Module):
+    """y = (Σ_{i∈T} p_i(x) E_i(x W↓)) W↑ + shared(x); without W↓, W↑ for fine_grained and vanilla."""
+
+    def __init__(self, config: ModelConfig, key: Array):
+        self.config = config
+        D, R, E = config.hidden_size, config.wire_size, config.expert_count
+        keys = jax.random.split(key, 5)
+        self.router_DE = normal(keys[0], (D, E), 1 / math.sqrt(D))
+        self.router_bias_E = RouterBias(constant(0, (E,))[...]) if config.balance == "bias" else None
+        self.experts = Experts(config, keys[1])
+        self.shared = MLP(config, keys[2], config.shared_width) if config.shared_width else None
+        bigmac = config.structure == "bigmac"
+        self.down = Linear(keys[3], D, R, bias=False) if bigmac else None
+        self.up = Linear(keys[4], R, D, bias=False, scale=residual_scale(config)) if bigmac else None
+        self.latent_norm = Norm(config.norm, R) if config.latent_norm != "none" else None
+
+    def __call__(self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False) -> tuple[Array, Aux]:
+        """Applies the layer to a whole step's tokens.
+
+        Args:
+          load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
+          dropless: ignore the capacity factor.
+        """
+        config = self.config
+        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
+        routing = route(config, x_BLD, self.router_DE[...], bias_E)
+        x_BLR = x_BLD if self.down is None else self.down(x_BLD)
+        if self.latent_norm is not None and config.latent_norm == "pre_dispatch":
+            x_BLR = self.latent_norm(x_BLR)
+
+        y_BLR, counts_SE, dropped_S = _exchange_and_compute(
+            config, math.inf if dropless else config.capacity_factor, x_BLR, routing.gates_BLK, routing.experts_BLK,
+            self.experts.weights(),
+        )  # fmt: skip
+
+        if self.latent_norm is not None and config.latent_norm == "post_combine":
+            y_BLR = self.latent_norm(y_BLR)
+        y_BLD = y_BLR if self.up is None else self.up(y_BLR)
+        if self.shared is not None:
+            y_BLD = y_BLD + self.shared(x_BLD)
+        own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
+        return y_BLD, Aux(
+            balance_loss(routing.shares_E, own_load_E if load_E is None else load_E),
+            routing.z_loss,
+            own_load_E,
+            dropped_S.sum() / routing.experts_BLK.size,
+            routing.entropy,
+        )
+
+
+def strategy(config: ModelConfig, capacity_factor: float) -> AllToAll:
+    """The exchange of `config` on the current mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ranks = math.prod(sizes[axis] for axis in EXPERT_GROUP)
+    return STRATEGIES[config.exchange](config.expert_count, ranks, capacity_factor, EXPERT_GROUP)
+
+
+def _exchange_and_compute(
+    config: ModelConfig,
+    capacity_factor: float,
+    x_BLR: Array,
+    gates_BLK: Array,
+    experts_BLK: Array,
+    weights: dict[str, Array],
+) -> tuple[Array, Array, Array]:
+    """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S."""
+    exchange = strategy(config, capacity_factor)
+
+    def on_rank(x_BLR: Array, gates_BLK: Array, experts_BLK: Array, weights: dict[str, Array]) -> tuple[Array, ...]:
+        x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
+        plan = exchange.plan(experts_TK)
+        rows_nbR = exchange.dispatch(plan, x_TR)
+        rows_nbR = grouped_mlp(config, weights, rows_nbR, plan.expert_n)
+        y_TR = exchange.combine(plan, rows_nbR, gates_TK)
+        return y_TR.reshape(x_BLR.shape), plan.counts_E[None], plan.dropped[None]
+
+    return jax.shard_map(
+        on_rank,
+        in_specs=(batch_spec(3), batch_spec(3), batch_spec(3), {k: expert_spec(v.ndim) for k, v in weights.items()}),
+        out_specs=(batch_spec(3), batch_spec(2), batch_spec(1)),
+        axis_names=set(BATCH),
+    )(x_BLR, gates_BLK, experts_BLK, weights)

@@ -1,0 +1,75 @@
+"""The router: which experts a token goes to, and with what weight. Float32, full width, and nothing of the mesh.
+
+D hidden, E experts, K top-k, G expert groups; leading dimensions (B, L) are the tokens of the whole step.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bigmac_jax.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """The choice of each token, first choice first, and what the losses need."""
+
+    gates_BLK: Array  # float32; the weight of each chosen expert's output
+    experts_BLK: Array  # int32
+    shares_E: Array  # mean over tokens of the normalised scores: P_e of the balance loss
+    z_loss: Array  # mean over tokens of logsumexp(logits)² (ST-MoE, equation 5)
+    entropy: Array  # mean over tokens, nats, of the normalised scores
+
+
+def route(config: ModelConfig, x_BLD: Array, w_DE: Array, bias_E: Array | None) -> Routing:
+    """Scores every expert and chooses top-k.
+
+    `bias_E` shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
+    """
+    logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), w_DE)
+    softmax = config.router_scores == "softmax"
+    scores_BLE = jax.nn.softmax(logits_BLE) if softmax else jax.nn.sigmoid(logits_BLE)
+    shares_BLE = scores_BLE if softmax else scores_BLE / scores_BLE.sum(-1, keepdims=True)
+
+    ranking_BLE = jax.lax.stop_gradient(scores_BLE)
+    if bias_E is not None:
+        ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
+    experts_BLK = jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
+    gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
+    if config.router_renormalize:
+        gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)
+    return Routing(
+        gates_BLK * config.router_scale,
+        experts_BLK,
+        shares_BLE.mean((0, 1)),
+        jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1)).mean(),
+        -(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1).mean(),
+    )
+
+
+def balance_loss(shares_E: Array, load_E: Array) -> Array:
+    """E · Σ_e f_e · P_e (Switch Transformer, equation 4): 1 at uniform routing, E when one expert takes all.
+
+    `load_E` is f, the share of all (token, choice) pairs that went to each expert, drops included.
+    """
+    return shares_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * shares_E)
+
+
+def updated_bias(config: ModelConfig, bias_E: Array, load_E: Array) -> Array:
+    """One step of DeepSeek-V3's balancing: experts with more than the mean load become less attractive."""
+    return bias_E + config.balance_bias_rate * jnp.sign(1 / config.expert_count - load_E)
+
+
+def _in_best_groups(config: ModelConfig, ranking_BLE: Array) -> Array:
+    """Node-limited choice: -inf outside the top_groups groups with the best sum of their K / top_groups best scores."""
+    groups = config.num_expert_groups
+    if groups == config.top_groups:
+        return ranking_BLE
+    B, L, E = ranking_BLE.shape
+    grouped_BLGe = ranking_BLE.reshape(B, L, groups, E // groups)
+    best = max(1, min(config.choices // config.top_groups, E // groups))
+    strength_BLG = jax.lax.top_k(grouped_BLGe, best)[0].sum(-1)
+    chosen_BLg = jax.lax.top_k(strength_BLG, config.top_groups)[1]
+    allowed_BLG = jax.nn.one_hot(chosen_BLg, groups, dtype=jnp.bool_).any(-2)
+    return jnp.where(allowed_BLG[..., None], grouped_BLGe, -jnp.inf).reshape(B, L, E)

@@ -1,0 +1,104 @@
+"""The decoder-only transformer. B batch, L length, D hidden, V vocabulary, Y layers, E experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.mesh import batch_spec
+from bigmac_jax.model.layers import EMBEDDING_STD, MLP, Attention, Norm, dropout, normal
+from bigmac_jax.model.moe import Aux, MoE, empty_aux
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward, each on a residual branch."""
+
+    def __init__(self, config: ModelConfig, key: Array):
+        self.config = config
+        attention, feed_forward = jax.random.split(key)
+        self.attention_norm = Norm(config.norm, config.hidden_size)
+        self.attention = Attention(config, attention)
+        self.mlp_norm = Norm(config.norm, config.hidden_size)
+        self.mlp = MoE(config, feed_forward) if config.is_moe else MLP(config, feed_forward, config.expert_width)
+
+    def __call__(self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x_BLD = x_BLD + dropout(self.attention(self.attention_norm(x_BLD)), self.config.dropout, keys[0])
+        h_BLD, aux = self.mlp_norm(x_BLD), empty_aux()
+        if isinstance(self.mlp, MoE):
+            y_BLD, aux = self.mlp(h_BLD, load_E, dropless)
+        else:
+            y_BLD = self.mlp(h_BLD)
+        return x_BLD + dropout(y_BLD, self.config.dropout, keys[1]), aux
+
+
+class Transformer(nnx.Module):
+    """Layers stacked along a leading dimension and scanned."""
+
+    def __init__(self, config: ModelConfig, max_length: int, key: Array):
+        self.config = config
+        self.max_length = max_length
+        keys = jax.random.split(key, 4)
+        V, D = config.vocab_size, config.hidden_size
+        self.embedding_VD = normal(keys[0], (V, D), EMBEDDING_STD)
+        self.positions_LD = normal(keys[1], (max_length, D), EMBEDDING_STD) if config.positions == "learned" else None
+        self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], config.num_layers))
+        self.final_norm = Norm(config.norm, D)
+        self.unembedding_VD = None if config.tie_embeddings else normal(keys[3], (V, D), EMBEDDING_STD)
+
+    def __call__(
+        self,
+        tokens_BL: Array,
+        *,
+        dropout_key: Array | None = None,
+        load_YE: Array | None = None,
+        dropless: bool = False,
+    ) -> tuple[Array, Aux]:
+        """Logits of the next token.
+
+        Args:
+          tokens_BL: int32, L at most max_length with learned positions.
+          dropout_key: no dropout without one.
+          load_YE: loads for the balance loss, where the step is larger than this batch.
+          dropless: ignore model.capacity_factor, as evaluation does.
+
+        Returns:
+          (logits_BLV in float32, aux with a leading dimension of layers)
+        """
+        x_BLD, aux = self.features(tokens_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
+        return self.logits(x_BLD), aux
+
+    def features(
+        self, tokens_BL: Array, *, dropout_key: Array | None, load_YE: Array | None, dropless: bool
+    ) -> tuple[Array, Aux]:
+        """The normalised output of the last layer, x_BLD, and aux."""
+        config, length = self.config, tokens_BL.shape[1]
+        x_BLD = self.embedding_VD[...].at[tokens_BL].get(out_sharding=batch_spec(3))
+        if self.positions_LD is not None:
+            if length > self.max_length:
+                raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
+            x_BLD = x_BLD + self.positions_LD[...][None, :length]
+        x_BLD = x_BLD.astype(config.dtype)
+        layer_keys = None
+        if dropout_key is not None and config.dropout:
+            embedding_key, *layer_keys = jax.random.split(dropout_key, 1 + config.num_layers)
+            x_BLD, layer_keys = dropout(x_BLD, config.dropout, embedding_key), jnp.stack(layer_keys)
+
+        def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
+            layer, key, load_E = xs
+            return layer(x_BLD, key, load_E, dropless)
+
+        if config.remat:
+            step = jax.checkpoint(step)
+        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, layer_keys, load_YE))
+        return self.final_norm(x_BLD), aux
+
+    def logits(self, x_BLD: Array) -> Array:
+        w_VD = self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD
+        return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD[...].astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+
+
+def init_model(config: Config, key: Array) -> Transformer:
+    """A new model, sharded on the current mesh (`jax.set_mesh`); under `jax.eval_shape` it costs no memory."""
+    return jax.jit(lambda k: Transformer(config.model, config.data.sequence_length, k))(key)
