@@ -1,0 +1,196 @@
+"""The token stream of a split, tokenised once into an array_record file and read at random.
+
+Convention, for training and evaluation alike: one end-of-text token, then every document followed by one.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from bigmac_jax.data.documents import Documents
+from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
+from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
+
+CHUNK = 4096  # tokens a record; a sample reads one record or two
+_VERSION = 1  # of the files; a new one makes old caches unused
+_BATCH = 8 * PIECE  # characters that are encoded at a time
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counts:
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0  # of the text as UTF-8
+    words: int = 0  # len(text.split())
+
+
+class TokenStream(Protocol):
+    """Tokens of a split or a text, in order; `tokens(start, stop)` gives int32 [stop − start]."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def num_words(self) -> int: ...
+    def tokens(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class _Counted:
+    counts: Counts
+
+    @property
+    def num_tokens(self) -> int:
+        return self.counts.tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.counts.documents
+
+    @property
+    def num_bytes(self) -> int:
+        return self.counts.bytes
+
+    @property
+    def num_words(self) -> int:
+        return self.counts.words
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.counts.tokens:
+            raise IndexError(f"tokens {start} to {stop} are not within the stream's {self.counts.tokens}")
+
+
+class MemoryStream(_Counted):
+    """A stream held in memory."""
+
+    def __init__(self, tokens: np.ndarray, counts: Counts):
+        self._tokens, self.counts = tokens, counts
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        self._check(start, stop)
+        return self._tokens[start:stop].astype(np.int32)
+
+
+class CachedStream(_Counted):
+    """A stream on disk. It can be pickled, and read from several threads."""
+
+    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str):
+        self.counts, self._dtype = counts, np.dtype(dtype)
+        self._records = grain.sources.ArrayRecordDataSource(str(directory / _TOKENS))
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        self._check(start, stop)
+        if start == stop:
+            return np.zeros(0, np.int32)
+        first, last = start // CHUNK, (stop - 1) // CHUNK
+        records = self._records.__getitems__(range(first, last + 1))
+        tokens = np.frombuffer(b"".join(records), self._dtype)
+        return tokens[start - first * CHUNK : stop - first * CHUNK].astype(np.int32)
+
+
+_TOKENS, _META = "tokens.array_record", "meta.json"
+
+
+def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str) -> CachedStream:
+    """Opens the tokens of `docs`, and makes them first if they are not in the cache or are damaged there.
+
+    Safe against other processes that do the same, and against being killed at any moment.
+    """
+    key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
+    path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
+    with locked(path):
+        stream = _open(path, key)
+        if stream is None:
+            with whole_directory(path) as part:
+                _write(part, key, docs, split, tokenizer)
+            stream = _open(path, key)
+            assert stream is not None, path
+    return stream
+
+
+def _open(path: pathlib.Path, key: str) -> CachedStream | None:
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads((path / _META).read_text())
+        if meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
+            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    _log.warning("%s is damaged; tokenising again", path)
+    return None
+
+
+def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> None:
+    counts = Counts()
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    writer = ArrayRecordWriter(str(directory / _TOKENS), "group_size:1,uncompressed")
+    left = np.zeros(0, dtype)
+    with tqdm(
+        desc=f"tokenising {split}", total=docs.size, unit="B", unit_scale=True, delay=2, disable=None
+    ) as progress:
+        for part in encode_stream(docs, tokenizer, counts):
+            left = np.concatenate([left, part.astype(dtype)])
+            whole = len(left) // CHUNK * CHUNK
+            for chunk in left[:whole].reshape(-1, CHUNK):
+                writer.write(chunk.tobytes())
+            left = left[whole:]
+            progress.update(counts.bytes - progress.n)
+    if len(left):
+        writer.write(left.tobytes())
+    writer.close()
+    meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
+    meta["digest"] = file_digest(directory / _TOKENS)
+    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
+    _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
+
+
+def encode_stream(docs: Iterable[str], tokenizer: Tokenizer, counts: Counts) -> Iterator[np.ndarray]:
+    """Yields the stream as int arrays of bounded length and adds up `counts` on the way."""
+    eos = np.array([tokenizer.eos_id], np.uint32)
+    counts.tokens += 1
+    yield eos
+    for batch in _batches(docs, counts):
+        arrays: list[np.ndarray] = []
+        for ids, (_, last) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
+            arrays.append(np.array(ids, np.uint32))
+            if last:
+                arrays.append(eos)
+        joined = np.concatenate(arrays)
+        counts.tokens += len(joined)
+        yield joined
+
+
+def _batches(docs: Iterable[str], counts: Counts) -> Iterator[list[tuple[str, bool]]]:
+    """Groups pieces of documents, each with whether it is the document's last, to about _BATCH characters."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for doc in docs:
+        before = " "
+        start = 0
+        for piece in pieces(doc):
+            start += len(piece)
+            counts.bytes += len(piece.encode())
+            # A word that a forced cut halved counts once.
+            counts.words += len(piece.split()) - (not before[-1].isspace() and not piece[0].isspace())
+            before = piece
+            batch.append((piece, start == len(doc)))
+            size += len(piece)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+        counts.documents += 1
+    if batch:
+        yield batch

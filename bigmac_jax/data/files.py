@@ -1,0 +1,74 @@
+"""Files that several processes may want at once: a lock, whole-or-nothing writes, digests."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from bigmac_jax.config import ConfigError
+
+_BLOCK = 1 << 20
+# Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
+_WHOLE = 1 << 30
+
+
+def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
+    """Creates and returns `cache_dir/parts`; raises ConfigError where that cannot be."""
+    path = pathlib.Path(cache_dir).expanduser().joinpath(*parts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache_dir={str(cache_dir)!r} cannot be written ({error}); set another cache_dir") from None
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds the file lock of `path`; the kernel lets it go when the process ends, however it ends."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory that becomes `path` if the block ends well. Call it with the lock of `path` held.
+
+    Directories that killed processes left half-way are removed here: whoever made them no longer holds the lock.
+    """
+    for left_over in path.parent.glob(f".{path.name}.part-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
+    part.chmod(0o777 & ~_umask())
+    try:
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """Hex digest of a file's size and content; of a file above 1 GiB the two ends and the time of change count."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _WHOLE:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        else:
+            digest.update(file.read(_BLOCK))
+            file.seek(-_BLOCK, os.SEEK_END)
+            digest.update(file.read(_BLOCK))
+            digest.update(str(path.stat().st_mtime_ns).encode())
+    return digest.hexdigest()

