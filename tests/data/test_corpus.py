@@ -1,0 +1,208 @@
+"""Sources of text: what is read, what is held out, what is refused."""
+
+import json
+import logging
+import pathlib
+
+import pytest
+import tiny_dataset  # noqa: F401  registers the datasets
+
+from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data import sotu as sotu_module
+from bigmac_jax.data.corpus import documents, fingerprint
+from bigmac_jax.data.local import split_of
+
+SPLITS = ("train", "validation", "test")
+
+
+def read(cache: pathlib.Path, split: str = "train", **data: str) -> list[str]:
+    return list(documents(DataConfig(**data), split, str(cache)))
+
+
+# --- the embedded corpus ---
+
+
+def test_sotu_splits_by_year(sotu):
+    config, _, streams = sotu
+    assert {s: stream.num_documents for s, stream in streams.items()} == {"train": 224, "validation": 15, "test": 10}
+    total = sum(len(path.read_bytes()) for _, path in sotu_module.speech_files())
+    assert sum(stream.num_bytes for stream in streams.values()) == total == 12_185_751
+    assert sum(stream.num_words for stream in streams.values()) == 2_019_452
+    held_out = list(documents(config.data, "validation", config.cache_dir))
+    expected = [path.read_text() for year, path in sotu_module.speech_files() if split_of(year) == "validation"]
+    assert held_out == expected
+
+
+def test_sotu_after_a_killed_preparation(tmp_path):
+    left_over = tmp_path / "tfds" / f"sotu-{sotu_module.package_version()}" / "bigmac_sotu" / "incomplete.ABCDEF_1.0.0"
+    left_over.mkdir(parents=True)
+    (left_over / "bigmac_sotu-train.array_record-00000-of-00001").write_bytes(b"half")
+    docs = documents(DataConfig(), "test", str(tmp_path))
+    assert len(list(docs)) == len(list(docs)) == 10  # re-iterable
+    assert not left_over.exists()
+
+
+def test_sotu_prints_nothing_to_stdout(tmp_path, capfd):
+    documents(DataConfig(), "test", str(tmp_path))
+    assert capfd.readouterr().out == ""
+
+
+def test_a_damaged_dataset_is_named(tmp_path):
+    docs = documents(DataConfig(), "train", str(tmp_path))
+    file = next(tmp_path.glob("tfds/**/bigmac_sotu-train*"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"bigmac_sotu.* cannot be read .*delete it"):
+        list(docs)
+
+
+# --- other TFDS datasets ---
+
+
+def test_tfds_by_name_and_config(tmp_path):
+    plain = read(tmp_path, source="tfds:tiny_text/plain", text_field="body")
+    assert plain == [f"document {i} é" for i in range(30)]
+    assert read(tmp_path, "test", source="tfds:tiny_text/loud", text_field="body")[2] == "DOCUMENT 2 É"
+    prints = {
+        fingerprint(DataConfig(source=f"tfds:tiny_text/{name}", text_field="body"), split, str(tmp_path))
+        for name in ("plain", "loud")
+        for split in ("train", "test")
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "field", "message"),
+    [
+        ("tiny_text/plain", "validation", "body", "no validation split, only train, test; set data.validation_source"),
+        ("tiny_text/plain", "train", "text", "data.text_field='text' is not a feature .*use one of body, number"),
+        ("tiny_text/plain", "train", "number", "holds int, not text"),
+        ("tiny_text/nothing", "train", "body", "cannot be opened .*check its name and config"),
+        ("no_such_dataset_here", "train", "body", "is not a dataset TFDS knows"),
+        ("needs_tensorflow", "train", "body", "needs a package to be prepared .*pip install tensorflow"),
+        ("not_there", "train", "body", "could not be downloaded .*ConnectionError: Failed to resolve 'host'.*network"),
+    ],
+)
+def test_tfds_errors(tmp_path, source, split, field, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, split, source=f"tfds:{source}", text_field=field)
+    assert "\n" not in str(error.value)
+
+
+def test_validation_source_may_be_a_file_beside_a_dataset(tmp_path):
+    (tmp_path / "own.txt").write_text("mine")
+    own = str(tmp_path / "own.txt")
+    data = {"source": "tfds:tiny_text/plain", "text_field": "body", "validation_source": own}
+    assert read(tmp_path, "validation", **data) == ["mine"]
+
+
+# --- local files ---
+
+
+def test_folder_file_and_glob(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_bytes("zwei\r\nZeilen ü".encode())
+    (folder / "deep" / "c.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "x": 1}\n')
+    (folder / "readme.md").write_text("not a document")
+    own = {"validation_source": "-", "test_source": "-"}  # nothing held out
+    assert read(tmp_path, source=str(folder), **own) == ["zwei\r\nZeilen ü", "three", "four"]
+    assert read(tmp_path, source=str(folder / "**" / "*.jsonl"), **own) == ["three", "four"]
+    assert read(tmp_path, source=str(folder / "b.txt"), **own) == ["zwei\r\nZeilen ü"]
+
+
+def test_held_out_by_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(200)))
+    got = {split: read(tmp_path, split, source=str(path)) for split in SPLITS}
+    assert got == {split: [f"row {i}" for i in range(200) if split_of(i) == split] for split in SPLITS}
+    assert min(map(len, got.values())) > 3
+    # A split with a path of its own is not cut out of the source.
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "other"}')
+    assert read(tmp_path, "validation", source=str(path), validation_source=str(other)) == ["other"]
+    train = read(tmp_path, source=str(path), validation_source=str(other))
+    assert train == [f"row {i}" for i in range(200) if split_of(i) != "test"]
+
+
+def test_fingerprint_follows_content(tmp_path):
+    path, other = tmp_path / "a.txt", tmp_path / "v.txt"
+    path.write_text("one")
+    other.write_text("v")
+    seen = set()
+
+    def changed(split: str = "train", **data: str) -> bool:
+        new = fingerprint(DataConfig(source=str(path), **data), split, str(tmp_path))
+        return new not in seen and not seen.add(new)
+
+    assert changed()
+    assert not changed()
+    assert changed("validation")
+    assert changed(validation_source=str(other))
+    assert changed(text_field="body")
+    path.write_text("two")  # as long as before
+    assert changed()
+
+
+def test_broken_utf8_is_replaced_counted_and_named(tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes(b"good \xff\xfe bad")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "half \xc3"}\n{"text": "lone \\ud800 surrogate"}\n{"text": "fine"}\n')
+    with caplog.at_level(logging.WARNING):
+        docs = documents(DataConfig(source=str(tmp_path), validation_source="-", test_source="-"), "train", "")
+        assert list(docs) == ["good �� bad", "half �", "lone � surrogate", "fine"]
+        list(docs)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 1
+    assert "3 documents" in lines[0]
+    assert "a.txt" in lines[0]
+    assert "b.jsonl" in lines[0]
+
+
+def test_empty_documents_are_skipped_and_counted(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n{"text": "word"}\n{"text": " \\n"}\n')
+    with caplog.at_level(logging.INFO):
+        assert read(tmp_path, source=str(path), validation_source="-", test_source="-") == ["word"]
+    assert [r.message for r in caplog.records if "2 empty documents skipped" in r.message]
+
+
+def test_byte_order_mark_in_jsonl(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "word"}')
+    assert read(tmp_path, source=str(tmp_path / "a.jsonl")) == ["word"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut', "a.jsonl line 2 is not valid JSON"),
+        ("[" * 100_000, "a.jsonl line 2 is not valid JSON"),
+        ('["text"]', "line 2 is a JSON list; each line must be one JSON object"),
+        ('{"body": "x"}', "line 2: data.text_field='text' is missing; set data.text_field to .*body"),
+        ('{"text": 7}', "line 2: data.text_field='text' holds int"),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps({'text': 'fine'})}\n{line}\n")
+    with pytest.raises(ConfigError, match=message) as error:
+        read(tmp_path, source=str(tmp_path / "a.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "a.pdf").write_text("x")
+    for source, split, message in [
+        ("empty", "train", "holds no .txt or .jsonl file"),
+        ("missing.txt", "train", "data.source='.*missing.txt' is not there; use sotu"),
+        ("*.nothing", "train", "is not there"),
+        ("a.pdf", "train", "must be a file that ends in .txt or .jsonl"),
+        ("blank.txt", "train", r"0 documents with text \(1 empty\)"),
+        ("one.txt", "validation", "0 documents.*set data.validation_source"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            read(tmp_path, split, source=str(tmp_path / source))
+    with pytest.raises(ConfigError, match=r"data\.test_source='nowhere' is not there"):
+        read(tmp_path, "test", source=str(tmp_path / "one.txt"), test_source="nowhere")
+    with pytest.raises(ConfigError, match="split='dev' must be one of"):
+        read(tmp_path, "dev")

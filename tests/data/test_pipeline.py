@@ -1,0 +1,163 @@
+"""Batches: the same whatever the processes and workers, every window once an epoch, every token once in evaluation."""
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.pipeline import eval_batches, open_stream, samples, text_stream, train_iterator
+from bigmac_jax.data.tokenizer import ByteTokenizer
+
+LENGTH, BATCH = 16, 8
+
+
+@pytest.fixture
+def small(text_file, make_config):
+    """(config, stream): 5,003 tokens, 312 windows; 39 batches are an epoch."""
+    config = make_config(text_file, sequence_length=LENGTH, batch_size=BATCH)
+    return config, open_stream(config, "train", ByteTokenizer())
+
+
+def take(iterator, count: int) -> np.ndarray:
+    return np.stack(list(itertools.islice(iterator, count)))
+
+
+def windows_of(batches: np.ndarray, stream) -> list[int]:
+    """The window number of each row, found by its content (every window here is unique)."""
+    whole = stream.tokens(0, stream.num_tokens)
+    count = (len(whole) - 1) // LENGTH
+    known = {whole[w * LENGTH : w * LENGTH + LENGTH + 1].tobytes(): w for w in range(count)}
+    assert len(known) == count
+    return [known[row.tobytes()] for row in batches.reshape(-1, LENGTH + 1)]
+
+
+def test_shape_and_dtype(small):
+    batch = next(train_iterator(*small))
+    assert batch.shape == (BATCH, LENGTH + 1)
+    assert batch.dtype == np.int32
+
+
+def test_every_epoch_is_another_permutation(small):
+    assert (small[1].num_tokens, 312 // BATCH) == (5003, 39)
+    order = windows_of(take(train_iterator(*small), 2 * 39), small[1])
+    first, second = order[:312], order[312:]
+    assert sorted(first) == sorted(second) == list(range(312))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_an_epoch_may_end_inside_a_batch(text_file, make_config):
+    config = make_config(text_file, sequence_length=LENGTH, batch_size=10)
+    stream = open_stream(config, "train", ByteTokenizer())
+    order = windows_of(take(train_iterator(config, stream), 63), stream)
+    assert sorted(order[:312]) == sorted(order[312:624]) == list(range(312))
+
+
+def test_the_seed_decides(small, make_config, text_file):
+    other = make_config(text_file, seed=1, sequence_length=LENGTH, batch_size=BATCH)
+    assert (take(train_iterator(*small), 3) == take(train_iterator(*small), 3)).all()
+    assert (take(train_iterator(*small), 3) != take(train_iterator(other, small[1]), 3)).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_global_batches(small, count):
+    config, stream = small
+    dataset = samples(config, stream)
+    expected = np.stack([np.stack([dataset[g * BATCH + j] for j in range(BATCH)]) for g in range(50)])
+    parts = [take(train_iterator(config, stream, p, count), 50) for p in range(count)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
+
+
+def test_resume_is_exact_across_processes_and_workers(small, text_file, make_config):
+    expected = take(train_iterator(*small), 60)
+    iterator = train_iterator(*small)
+    take(iterator, 41)
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = train_iterator(*small)
+    next(resumed)  # an iterator that has begun elsewhere
+    resumed.set_state(state)
+    np.testing.assert_array_equal(take(resumed, 19), expected[41:])
+    halves = [train_iterator(*small, p, 2) for p in range(2)]
+    for half in halves:
+        half.set_state(state)
+    np.testing.assert_array_equal(np.concatenate([take(half, 19) for half in halves], axis=1), expected[41:])
+
+
+def test_worker_processes(small, text_file, make_config):
+    expected = take(train_iterator(*small), 30)
+    config = make_config(text_file, sequence_length=LENGTH, batch_size=BATCH, num_workers=1)
+    iterator = train_iterator(config, small[1])
+    np.testing.assert_array_equal(take(iterator, 5), expected[:5])
+    state = iterator.get_state()
+    iterator.close()
+    iterator.set_state(state)
+    np.testing.assert_array_equal(take(iterator, 25), expected[5:])
+    assert iterator.get_state() == {"batches": 30}
+    iterator.close()
+
+
+def test_throughput(sotu):
+    config, _, streams = sotu
+    iterator = train_iterator(config, streams["train"])
+    next(iterator)
+    begin = time.perf_counter()
+    take(iterator, 200)
+    rate = 200 * config.data.batch_size * config.data.sequence_length / (time.perf_counter() - begin)
+    assert rate > 240_000  # 20 × what training reads; 5 M when the machine is idle
+
+
+def test_too_little_text(small, make_config, text_file):
+    config = make_config(text_file, sequence_length=5003, batch_size=1)
+    with pytest.raises(ConfigError, match=r"5003 training tokens, 0 windows of data.sequence_length=5003"):
+        train_iterator(config, small[1])
+    config = make_config(text_file, sequence_length=LENGTH, batch_size=313)
+    with pytest.raises(ConfigError, match=r"312 windows .* fewer than data.batch_size=313"):
+        train_iterator(config, small[1])
+    with pytest.raises(ConfigError, match=r"data.batch_size=8 must be a multiple of the 3 processes"):
+        train_iterator(*small, 0, 3)
+
+
+@pytest.mark.parametrize(("length", "batch"), [(16, 8), (5002, 1), (5001, 1), (10_000, 2), (1, 7), (41, 61)])
+def test_evaluation_counts_each_token_once(small, length, batch):
+    stream = small[1]
+    whole = stream.tokens(0, stream.num_tokens)
+    inputs, targets = [], []
+    for tokens, mask in eval_batches(stream, length, batch):
+        assert (tokens.shape, mask.shape) == ((batch, length + 1), (batch, length))
+        assert (tokens.dtype, mask.dtype) == (np.int32, bool)
+        inputs.append(tokens[:, :-1][mask])
+        targets.append(tokens[:, 1:][mask])
+    np.testing.assert_array_equal(np.concatenate(inputs), whole[:-1])
+    np.testing.assert_array_equal(np.concatenate(targets), whole[1:])
+
+
+def test_evaluation_of_an_array():
+    ((tokens, mask),) = eval_batches(np.arange(5), 3, 2)
+    assert tokens.tolist() == [[0, 1, 2, 3], [3, 4, 0, 0]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_text_stream(tmp_path, caplog):
+    tokenizer = ByteTokenizer()
+    text = "Vier Wörter, und mehr"
+    path = tmp_path / "t.md"
+    path.write_text(text)
+    for stream in (text_stream(text, tokenizer), text_stream(path, tokenizer)):
+        assert stream.tokens(0, stream.num_tokens).tolist() == [256, *text.encode(), 256]
+        assert (stream.num_bytes, stream.num_words, stream.num_documents) == (22, 4, 1)
+    path.write_bytes(b"broken \xff")
+    assert text_stream(path, tokenizer).num_words == 2
+    assert "not UTF-8" in caplog.text
+    path.write_text(" \n")
+    refused = [
+        (path, "is empty"),
+        ("", "is empty"),
+        (tmp_path / "none", "cannot be read"),
+        (tmp_path, "cannot be read"),
+    ]
+    for bad, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            text_stream(bad, tokenizer)

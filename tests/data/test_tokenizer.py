@@ -1,0 +1,168 @@
+"""Tokenizers: round trips, identity with the unsplit text, and clear refusals."""
+
+import json
+import random
+import time
+
+import pytest
+from conftest import SAMPLE
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data import tokenizer as module
+from bigmac_jax.data.documents import Documents
+from bigmac_jax.data.sotu import speech_files
+from bigmac_jax.data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_bpe
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return module._gpt2()
+
+
+@pytest.fixture(params=["bpe", "bytes", "gpt2"])
+def tokenizer(request, sotu, gpt2):
+    return {"bpe": sotu[1], "bytes": module.ByteTokenizer(), "gpt2": gpt2}[request.param]
+
+
+def test_round_trip(tokenizer):
+    generator = random.Random(0)
+    points = [*range(0xD800), *range(0xE000, 0x110000)]  # every character but the surrogates
+    noise = "".join(map(chr, generator.choices(points, k=5000)))
+    for text in ("", " ", "\n", "Hello world", SAMPLE, noise):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_id not in ids
+        assert not ids or 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
+    assert tokenizer.encode_batch([SAMPLE, "", "a b"]) == [tokenizer.encode(t) for t in (SAMPLE, "", "a b")]
+
+
+def test_decode_never_fails(tokenizer):
+    assert tokenizer.decode([]) == ""
+    half = tokenizer.encode("日")[:1]
+    assert isinstance(tokenizer.decode([*half, tokenizer.eos_id, 10**6, -1]), str)
+    assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
+    assert tokenizer.decode(tokenizer.encode("lone \ud800")) == "lone �"
+
+
+def test_gpt2_ids(gpt2):
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
+
+
+def test_bpe_has_the_size_asked_for(sotu):
+    config, tokenizer, _ = sotu
+    assert tokenizer.vocab_size == config.model.vocab_size == 8192
+    again = load_tokenizer(config)  # from the cache
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+
+
+def test_pieces_give_the_tokens_of_the_whole(sotu, gpt2, monkeypatch):
+    text = SAMPLE * 20 + "".join(path.read_text() for _, path in speech_files()[:5])
+    for tokenizer in (sotu[1], gpt2):
+        whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+        monkeypatch.setattr(module, "PIECE", 100)
+        assert len(list(pieces(text))) > len(text) / 300
+        assert tokenizer.encode(text) == whole
+        monkeypatch.undo()
+
+
+def test_pieces_are_bounded(monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 100)
+    for text in ("x" * 1000, " " * 1000, "ab " * 500, "", "a" * 150 + "\n" * 500):
+        cut = list(pieces(text))
+        assert "".join(cut) == text
+        assert max(map(len, cut)) <= 200
+
+
+@pytest.mark.parametrize("text", ["x" * 3_000_000, " " * 3_000_000, "ab\n" * 300_000])
+def test_long_runs_take_linear_time(text):
+    start = time.perf_counter()
+    tokenizer = JsonTokenizer(train_bpe([text], 300))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.perf_counter() - start < 20  # quadratic time would be hours
+
+
+def test_small_text_gives_a_smaller_vocabulary(text_file, make_config, caplog):
+    config = make_config(text_file, tokenizer="bpe")
+    tokenizer = load_tokenizer(config)
+    assert 257 < tokenizer.vocab_size < 8192
+    assert "model.vocab_size=8192; the rest stay unused" in caplog.text
+    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
+
+
+def test_damaged_bpe_is_trained_again(text_file, make_config, tmp_path, caplog):
+    config = make_config(text_file, tokenizer="bpe", vocab_size=300)
+    first = load_tokenizer(config)
+    (path,) = tmp_path.glob("cache/tokenizers/*.json")
+    path.write_text(path.read_text()[:1000])
+    assert load_tokenizer(config).fingerprint == first.fingerprint
+    assert sum("is damaged" in record.message for record in caplog.records) == 1
+    text_file.write_text("other text " * 100)
+    assert load_tokenizer(config).fingerprint != first.fingerprint
+
+
+def test_tokenizer_json(sotu, make_config, tmp_path):
+    ours = sotu[1]
+    spec = json.loads(ours._tokenizer.to_str())
+    spec["added_tokens"] = [{"id": 0, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
+                             "rstrip": False, "normalized": False, "special": True}]  # fmt: skip
+    spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(make_config("sotu", tokenizer=str(path)))
+    assert tokenizer.eos_id == 0
+    assert tokenizer.encode(SAMPLE) == ours.encode(SAMPLE)  # "<|endoftext|>" in it is text, nothing is cut off
+
+
+def test_sentencepiece(make_config, tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = (path.read_text() for _, path in speech_files()[:3])
+    with open(tmp_path / "sp.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in lines for line in text.splitlines()]),
+            model_writer=file, vocab_size=500, model_type="bpe", minloglevel=2,
+        )  # fmt: skip
+    config = make_config("sotu", tokenizer=str(tmp_path / "sp.model"))
+    tokenizer = load_tokenizer(config)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (500, 2)
+    assert (
+        tokenizer.decode(tokenizer.encode("the Congress of the United States")) == "the Congress of the United States"
+    )
+    monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
+    with pytest.raises(ConfigError, match="pip install 'bigmac_jax\\[sentencepiece\\]'"):
+        load_tokenizer(config)
+
+
+def test_errors(make_config, tmp_path, monkeypatch, sotu):
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.model").write_text("{}")
+    spec = json.loads(sotu[1]._tokenizer.to_str().replace("<|endoftext|>", "<|unknown|>"))
+    (tmp_path / "no_end.json").write_text(json.dumps(spec))
+    (tmp_path / "large.json").write_text(sotu[1]._tokenizer.to_str())
+    for name, size, message in [
+        ("nowhere.json", 8192, "must be bpe, bytes, gpt2, or the path"),
+        (tmp_path / "bad.json", 8192, "is not a tokenizer.json"),
+        (tmp_path / "bad.model", 8192, "is not a SentencePiece model"),
+        (tmp_path / "no_end.json", 8192, "no end-of-text token"),
+        (tmp_path / "large.json", 8000, "model.vocab_size=8000 must be at least the 8192 .*use 8192"),
+    ]:
+        with pytest.raises(ConfigError, match=message) as error:
+            load_tokenizer(make_config("sotu", tokenizer=str(name), vocab_size=size))
+        assert "\n" not in str(error.value)
+
+    config = make_config("sotu", tokenizer="gpt2", vocab_size=50304)
+    monkeypatch.setitem(module._GPT2_FILES, "vocab.bpe", "0000")
+    with pytest.raises(ConfigError, match="is not GPT-2's file"):
+        load_tokenizer(config)
+    monkeypatch.setattr(module, "_GPT2_PACKAGE", "a-package-that-is-not-there")
+    with pytest.raises(ConfigError, match="pip install 'bigmac_jax\\[gpt2\\]'"):
+        load_tokenizer(config)
+
+
+def test_documents_is_what_the_tokenizer_reads(make_config, tmp_path):
+    """bpe on a source without text is the source's error."""
+    (tmp_path / "blank.txt").write_text(" ")
+    assert issubclass(type(module.documents(make_config(tmp_path / "blank.txt").data, "train", "")), Documents)
+    with pytest.raises(ConfigError, match="0 documents with text"):
+        load_tokenizer(make_config(tmp_path / "blank.txt", tokenizer="bpe"))
