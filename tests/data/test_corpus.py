@@ -42,9 +42,9 @@ def test_sotu_after_a_killed_preparation(tmp_path):
     assert not left_over.exists()
 
 
-def test_sotu_prints_nothing_to_stdout(tmp_path, capfd):
+def test_sotu_is_prepared_silently(tmp_path, capfd):
     documents(DataConfig(), "test", str(tmp_path))
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_damaged_dataset_is_named(tmp_path):

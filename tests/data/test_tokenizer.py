@@ -57,20 +57,19 @@ def test_bpe_has_the_size_asked_for(sotu):
     assert again.encode(SAMPLE) == tokenizer.encode(SAMPLE)
 
 
-def test_pieces_give_the_tokens_of_the_whole(sotu, gpt2, monkeypatch):
+def test_pieces_give_the_tokens_of_the_whole(sotu, gpt2):
     text = SAMPLE * 20 + "".join(path.read_text() for _, path in speech_files()[:5])
     for tokenizer in (sotu[1], gpt2):
         whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
-        monkeypatch.setattr(module, "PIECE", 100)
-        assert len(list(pieces(text))) > len(text) / 300
         assert tokenizer.encode(text) == whole
-        monkeypatch.undo()
+        cut = list(pieces(text, 100))
+        assert len(cut) > len(text) / 300
+        assert [i for ids in tokenizer.encode_batch(cut) for i in ids] == whole
 
 
-def test_pieces_are_bounded(monkeypatch):
-    monkeypatch.setattr(module, "PIECE", 100)
+def test_pieces_are_bounded():
     for text in ("x" * 1000, " " * 1000, "ab " * 500, "", "a" * 150 + "\n" * 500):
-        cut = list(pieces(text))
+        cut = list(pieces(text, 100))
         assert "".join(cut) == text
         assert max(map(len, cut)) <= 200
 
@@ -81,6 +80,13 @@ def test_long_runs_take_linear_time(text):
     tokenizer = JsonTokenizer(train_bpe([text], 300))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert time.perf_counter() - start < 20  # quadratic time would be hours
+
+
+def test_training_text_is_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_TRAINING_CHARACTERS", 20_000)
+    parts = list(module._training_text(["ab " * 5000] * 5))
+    assert "".join(parts) == "ab " * 10_000
+    assert max(map(len, module._training_text(["x" * 100_000]))) == 256
 
 
 def test_small_text_gives_a_smaller_vocabulary(text_file, make_config, caplog):
