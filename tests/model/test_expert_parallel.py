@@ -1,0 +1,122 @@
+"""Expert parallelism changes nothing: loss and every gradient on each mesh equal the dense one-device reference."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.config import Config
+from bigmac_jax.model.moe import Aux
+
+from .reference import Layer, reference
+from .tools import (  # fmt: skip
+    PAPER,
+    PRESENT,
+    assert_close,
+    leaves,
+    loss_and_gradients,
+    on_mesh,
+    pairwise,
+    random_model,
+    random_tokens,
+    tiny,
+    total_loss,
+)
+
+MESHES = ((1, 1, 1), (1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (1, 1, 8), (1, 2, 2), (1, 2, 4))  # data, node, expert
+STRUCTURES = {
+    "vanilla": {"structure": "vanilla", "num_experts": 128, "vanilla_top_k": 2},
+    "fine_grained": {"structure": "fine_grained", "num_shared_experts": 2},
+    "bigmac": {"structure": "bigmac"},
+    "pre_dispatch": {"structure": "bigmac", "latent_norm": "pre_dispatch", "num_shared_experts": 1},
+    "post_combine": {"structure": "bigmac", "latent_norm": "post_combine"},
+}
+ROUTERS = {
+    "softmax": {"z_loss_coefficient": 0.1},
+    "raw_gates": {"router_renormalize": False, "router_scale": 2.5},
+    "sigmoid": {"router_scores": "sigmoid", "balance": "bias", "router_scale": 1.5},
+    "groups": {"router_scores": "sigmoid", "num_expert_groups": 4, "top_groups": 2, "balance": "none"},
+}
+BACKBONES = {
+    "paper": PAPER,
+    "present": PRESENT | {"num_kv_heads": 2},
+    "gated": PRESENT | {"activation": "silu", "gated": True, "use_bias": True, "positions": "none",
+                        "tie_embeddings": False},
+}  # fmt: skip
+# The capacity layout with room for every choice (f·T·K/E >= T) drops nothing either.
+LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}
+
+FACTORS = (MESHES, STRUCTURES, ROUTERS, BACKBONES, LAYOUTS)
+COVERING = [
+    *pairwise(MESHES, [s for s in STRUCTURES if s != "post_combine"], ROUTERS, BACKBONES, LAYOUTS),
+    ((2, 1, 4), "post_combine", "softmax", "present", "dropless"),
+]
+REST = sorted(set(itertools.product(*FACTORS)) - set(COVERING))
+
+
+def check(config: Config, given: dict[str, np.ndarray] | None = None) -> Aux:
+    """Compares loss, loads and gradients with the reference; returns aux."""
+    tokens = random_tokens(config)
+
+    def loss(p: dict[str, Any]) -> tuple[Any, list[Layer]]:
+        logits_BLV, layers = reference(config.model, p, tokens[:, :-1])
+        balance_Y, z_Y = (jnp.asarray([getattr(v, name) for v in layers]) for name in ("balance_loss", "z_loss"))
+        return total_loss(config.model, logits_BLV, tokens[:, 1:], balance_Y, z_Y), layers
+
+    with on_mesh(config):
+        values = leaves(random_model(config, given))
+    parameters = {name: jnp.asarray(value) for name, value in values.items()}  # on one device
+    (expected, layers), expected_gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
+    value, gradients, aux = loss_and_gradients(config, tokens, given)
+
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(aux.load, [v.load for v in layers], rtol=1e-6)
+    assert not aux.drop_rate.any()
+    for name in gradients.keys() & {"layers.mlp.router_bias_E"}:  # chooses, and is never differentiated
+        assert not gradients.pop(name).any() and not expected_gradients.pop(name).any()
+    if config.model.use_bias and not config.model.qk_norm:
+        # A key's bias adds the same to all scores of a query: its gradient is zero, and rounding.
+        zero = gradients.pop("layers.attention.key.b_F"), expected_gradients.pop("layers.attention.key.b_F")
+        assert np.abs(zero).max() < 1e-6 * np.abs(gradients["layers.attention.query.b_F"]).max()
+    assert_close(gradients, expected_gradients)
+    return aux
+
+
+def name(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def build(mesh: tuple[int, ...], structure: str, router: str, backbone: str, layout: str) -> Config:
+    return tiny(mesh, **(STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), COVERING, ids=name)
+def test_equals_the_reference(mesh: tuple[int, ...], structure: str, router: str, backbone: str, layout: str) -> None:
+    check(build(mesh, structure, router, backbone, layout))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), REST, ids=name)
+def test_equals_the_reference_everywhere(
+    mesh: tuple[int, ...], structure: str, router: str, backbone: str, layout: str
+) -> None:
+    check(build(mesh, structure, router, backbone, layout))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "backbone"), [((1, 1, 1), "gated"), ((1, 2, 4), "paper"), ((8, 1, 1), "present")], ids=name
+)
+def test_dense_equals_the_reference(mesh: tuple[int, ...], backbone: str) -> None:
+    check(tiny(mesh, structure="dense", **BACKBONES[backbone]))
+
+
+@pytest.mark.parametrize(("mesh", "top_k"), [((1, 1, 8), 1), ((2, 1, 4), 1), ((1, 2, 2), 2)], ids=name)
+def test_every_token_may_choose_the_same_experts(mesh: tuple[int, ...], top_k: int) -> None:
+    """The worst skew: all rows of all ranks go to one rank, to `top_k` of its experts."""
+    config = tiny(mesh, top_k=top_k, balance="bias", router_renormalize=False)
+    favourites = np.where((np.arange(8) >= 4) & (np.arange(8) < 4 + top_k), 100.0, 0.0).astype(np.float32)
+    aux = check(config, {"layers.mlp.router_bias_E": favourites})
+    np.testing.assert_allclose(aux.load, [favourites / favourites.sum()] * 2)

@@ -1,0 +1,141 @@
+"""Small configurations, random models and the comparisons that the tests of the model share."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.mesh import batch_spec, make_mesh, shardings
+from bigmac_jax.model.transformer import Transformer, init_model
+
+PAPER = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "use_bias": True, "qk_norm": False}
+PRESENT = {"norm": "rmsnorm", "positions": "rope", "activation": "relu2", "use_bias": False, "qk_norm": True}
+
+# The same program, without LLVM's optimisations: these programs take seconds to compile and milliseconds to run.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **model: Any) -> Config:
+    """Two layers of width 16, eight experts; `mesh` is data, node, expert."""
+    defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 257, "num_experts": 8, "top_k": 3,
+                "capacity_factor": math.inf, "balance_coefficient": 0.1}  # fmt: skip
+    return Config(
+        model=ModelConfig(**(defaults | model)),
+        mesh=MeshConfig(*mesh),
+        data=DataConfig(tokenizer="bytes", sequence_length=length, batch_size=batch),
+    )
+
+
+def on_mesh(config: Config) -> Any:
+    """A context in which the mesh of `config` is the current one."""
+    return jax.set_mesh(make_mesh(config))
+
+
+def abstract_model(config: Config) -> Transformer:
+    return jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
+
+
+def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> Transformer:
+    """A model on the current mesh with every parameter random, norms and biases too: zeros and ones hide mistakes.
+
+    `given` replaces parameters by name.
+    """
+    draw = np.random.default_rng(0).standard_normal
+
+    def fill(path: Any, leaf: Any, sharding: NamedSharding) -> Array:
+        name, value = leaf_name(path), draw(leaf.shape).astype(np.float32)
+        if given and name in given:
+            value = np.broadcast_to(given[name], leaf.shape)
+        elif "embedding" in name or "positions" in name:
+            value *= 0.3
+        elif "scale" in name:
+            value = 1 + 0.1 * value
+        elif "bias" in name or ".b_" in name:
+            value *= 0.1
+        else:
+            value /= math.sqrt(leaf.shape[-2])
+        return jax.device_put(value, sharding)
+
+    abstract = abstract_model(config)
+    return jax.tree_util.tree_map_with_path(fill, abstract, shardings(abstract, make_mesh(config)))
+
+
+def random_tokens(config: Config, seed: int = 0) -> np.ndarray:
+    """Inputs and targets: [B, L + 1]."""
+    shape = config.data.batch_size, config.data.sequence_length + 1
+    return np.random.default_rng(seed).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+
+
+def split_batch(x: Any) -> Array:
+    """`x`, its first dimension over the current mesh."""
+    return jax.device_put(x, batch_spec(np.ndim(x)))
+
+
+def leaf_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def leaves(tree: Any) -> dict[str, np.ndarray]:
+    """The parameters by name, such as layers.mlp.experts.w_in_eRF."""
+    return {leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def total_loss(config: ModelConfig, logits_BLV: Array, targets_BL: Array, balance_Y: Array, z_Y: Array) -> Array:
+    """Mean cross-entropy, and the weighted sums of the layers' balance and z losses."""
+    V = logits_BLV.shape[-1]
+    cross_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - jnp.sum(logits_BLV * jax.nn.one_hot(targets_BL, V), -1)
+    balance = config.balance_coefficient if config.balance == "aux_loss" else 0.0
+    return cross_BL.mean() + balance * balance_Y.sum() + config.z_loss_coefficient * z_Y.sum()
+
+
+def loss_and_gradients(
+    config: Config, tokens: np.ndarray, given: dict[str, np.ndarray] | None = None, **kwargs: Any
+) -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
+    """Loss, gradients by name and aux of `random_model` on the mesh of `config`; `kwargs` go to the model."""
+
+    def loss(model: Transformer, inputs_BL: Array, targets_BL: Array) -> tuple[Array, Any]:
+        logits_BLV, aux = model(inputs_BL, **kwargs)
+        return total_loss(config.model, logits_BLV, targets_BL, aux.balance_loss, aux.z_loss), aux
+
+    with on_mesh(config):
+        inputs, targets = split_batch(tokens[:, :-1]), split_batch(tokens[:, 1:])
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        (value, aux), gradients = step(random_model(config, given), inputs, targets)
+        return np.asarray(value), leaves(gradients), jax.tree.map(np.asarray, aux)
+
+
+def assert_close(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Per leaf max|a − b| <= tolerance · max|b| and max|b| > 0: an absolute bound would pass on zeros."""
+    assert actual.keys() == expected.keys()
+    wrong = []
+    for name in expected:
+        a, b = np.asarray(actual[name], np.float64), np.asarray(expected[name], np.float64)
+        chex.assert_equal_shape([a, b])
+        difference, size = np.abs(a - b).max(), np.abs(b).max()
+        if not (size > 0 and difference <= tolerance * size):
+            wrong.append(f"{name}: max|a - b| = {difference:.3g}, max|b| = {size:.3g}")
+    assert not wrong, "\n".join(wrong)
+
+
+def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Greedy covering set: each pair of levels of two factors stands in at least one of the rows."""
+    levels = [list(factor) for factor in factors]
+    rows = list(itertools.product(*(range(len(factor)) for factor in levels)))
+
+    def pairs(row: tuple[int, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    missing, chosen = set().union(*map(pairs, rows)), []
+    while missing:
+        best = max(rows, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        chosen.append(tuple(factor[i] for factor, i in zip(levels, best, strict=True)))
+    return chosen
