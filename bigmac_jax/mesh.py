@@ -54,4 +54,5 @@ def replicated_spec(ndim: int) -> P:
 
 def shardings(tree: object, mesh: Mesh) -> object:
     """The shardings of an abstract tree from `jax.eval_shape`, on real devices (eval_shape's stand on none)."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), tree)
+    # Scalars made without an input have no sharding of their own.
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P()), tree)

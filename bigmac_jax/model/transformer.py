@@ -67,12 +67,18 @@ class Transformer(nnx.Module):
           (logits_BLV in float32, aux with a leading dimension of layers)
         """
         x_BLD, aux = self.features(tokens_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
-        return self.logits(x_BLD), aux
+        w_VD = self.unembedding().astype(x_BLD.dtype)
+        return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32), aux
 
     def features(
-        self, tokens_BL: Array, *, dropout_key: Array | None, load_YE: Array | None, dropless: bool
+        self,
+        tokens_BL: Array,
+        *,
+        dropout_key: Array | None = None,
+        load_YE: Array | None = None,
+        dropless: bool = False,
     ) -> tuple[Array, Aux]:
-        """The normalised output of the last layer, x_BLD, and aux."""
+        """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
         config, length = self.config, tokens_BL.shape[1]
         x_BLD = self.embedding_VD[...].at[tokens_BL].get(out_sharding=batch_spec(3))
         if self.positions_LD is not None:
@@ -94,9 +100,9 @@ class Transformer(nnx.Module):
         x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, layer_keys, load_YE))
         return self.final_norm(x_BLD), aux
 
-    def logits(self, x_BLD: Array) -> Array:
-        w_VD = self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD
-        return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD[...].astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    def unembedding(self) -> Array:
+        """w_VD: logits are x wᵀ."""
+        return (self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD)[...]
 
 
 def init_model(config: Config, key: Array) -> Transformer:

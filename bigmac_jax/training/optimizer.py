@@ -1,0 +1,47 @@
+"""AdamW with warm-up, cosine decay, clipping and a decay mask, from Optax."""
+
+from typing import Any
+
+import jax
+import optax
+
+from bigmac_jax.config import Config
+
+# Norms' scales, biases and learned positions keep their size.
+_DECAYED = ("w_", "router_DE", "embedding_VD", "unembedding_VD")
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """0 → learning_rate over the warm-up, then a cosine to final_learning_rate, which it keeps."""
+    optimizer = config.optimizer
+    decay = optimizer.decay_steps or max(1, config.train.steps - optimizer.warmup_steps)
+    return optax.schedules.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        decay_steps=optimizer.warmup_steps + decay,
+        end_value=optimizer.final_learning_rate,
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the matrices, by the parameter's name."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
+        return any(name.startswith(_DECAYED) for name in names)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    optimizer = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw) if optimizer.clip_norm else adamw

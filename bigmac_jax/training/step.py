@@ -1,0 +1,124 @@
+"""The training step: one jitted function from state and tokens to state and metrics.
+
+B batch, L length, M parts of the batch (gradient accumulation), Y layers, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from bigmac_jax.config import Config
+from bigmac_jax.mesh import batch_spec, shardings
+from bigmac_jax.model.router import updated_bias
+from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.loss import LossParts, loss_fn
+from bigmac_jax.training.optimizer import learning_rate, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. `rest` holds what no gradient updates: the router's balance biases."""
+
+    step: Array  # int32, steps done
+    params: nnx.State
+    rest: nnx.State
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """Device scalars of one step, read one step later."""
+
+    loss: Array
+    parts: LossParts
+    grad_norm: Array
+    learning_rate: Array
+
+
+class Trainer(NamedTuple):
+    """The compiled pieces of a run. `graphdef` and a state's params and rest make a model again."""
+
+    graphdef: Any
+    init: Callable[[Array], TrainState]
+    step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
+    abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
+
+    def model(self, state: TrainState) -> Transformer:
+        return nnx.merge(self.graphdef, state.params, state.rest)
+
+
+def make_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """Builds the jitted initialisation and training step for the current mesh."""
+    optimizer, schedule = make_optimizer(config), learning_rate(config)
+
+    def init(key: Array) -> TrainState:
+        _, params, rest = nnx.split(init_model(config, key), nnx.Param, ...)
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
+
+    def step(state: TrainState, tokens_BL: Array) -> tuple[TrainState, StepMetrics]:
+        """tokens_BL: [B, L + 1] int32."""
+        dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        gradient = jax.value_and_grad(loss_of_params, has_aux=True)
+        (loss, parts), grads = accumulate(gradient, state, tokens_BL, dropout_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rest = state.rest
+        if config.model.is_moe and config.model.balance == "bias":
+            rest = jax.tree.map(lambda bias_YE: updated_bias(config.model, bias_YE, parts.aux.load), rest)
+        metrics = StepMetrics(loss, parts, optax.global_norm(grads), jnp.asarray(schedule(state.step)))
+        return TrainState(state.step + 1, params, rest, opt_state), metrics
+
+    def loss_of_params(
+        params: nnx.State, rest: nnx.State, tokens_BL: Array, key: Array, load_YE: Array | None
+    ) -> tuple[Array, LossParts]:
+        return loss_fn(nnx.merge(graphdef, params, rest), tokens_BL, key, load_YE)
+
+    def accumulate(gradient: Callable, state: TrainState, tokens_BL: Array, key: Array) -> Any:
+        """Loss, its parts and gradients of the whole batch, computed in M parts."""
+        parts = config.train.accumulate_steps
+        if parts == 1:
+            return gradient(state.params, state.rest, tokens_BL, key, None)
+        # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
+        tokens_MBL = tokens_BL.reshape(-1, parts, tokens_BL.shape[1]).swapaxes(0, 1)
+        keys_M = jax.random.split(key, parts)
+
+        load_YE = None
+        if config.model.is_moe and config.model.balance == "aux_loss":
+            # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
+            # load of all parts: a first forward pass counts it.
+            def count(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
+                return None, loss_of_params(state.params, state.rest, *xs, None)[1].aux.load
+
+            load_YE = jax.lax.scan(count, None, (tokens_MBL, keys_M))[1].mean(0)
+
+        def add(total: Any, xs: tuple[Array, Array]) -> tuple[Any, None]:
+            part = gradient(state.params, state.rest, *xs, load_YE)
+            return jax.tree.map(jnp.add, total, part), None
+
+        part = jax.eval_shape(gradient, state.params, state.rest, tokens_MBL[0], keys_M[0], load_YE)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
+        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (tokens_MBL, keys_M))[0])
+
+    key = jax.random.key(config.train.seed)
+    graphdef = nnx.split(jax.eval_shape(lambda k: init_model(config, k), key), nnx.Param, ...)[0]
+    abstract = jax.eval_shape(init, key)
+    state_shardings = shardings(abstract, mesh)
+    batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
+    return Trainer(
+        graphdef,
+        jax.jit(init, out_shardings=state_shardings),
+        jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(state_shardings, batch_sharding),
+            out_shardings=(state_shardings, None),
+        ),
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings),
+    )
