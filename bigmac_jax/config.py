@@ -251,6 +251,22 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     return from_dict(values.to_dict())
 
 
+def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
+    """The config of a trained model on another mesh, for evaluation, which pads batches to whatever the mesh needs.
+
+    Raises:
+      ConfigError: an override is not of the mesh, or is invalid.
+    """
+    values = ConfigDict(dataclasses.asdict(config))
+    for override in overrides:
+        if not override.startswith("mesh."):
+            raise ConfigError(f"--config.{override}: only mesh fields can change after training; drop it")
+        _apply(values, override)
+    values.train.accumulate_steps = 1
+    values.data.batch_size *= max(1, values.mesh.data) * max(1, values.mesh.node) * max(1, values.mesh.expert)
+    return from_dict(values.to_dict())
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """Builds a Config from nested dictionaries; raises ConfigError for unknown fields and wrong types."""
     return _build(Config, values, "")

@@ -12,8 +12,11 @@ EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = AXES  # every axis splits the batch
 
 
-def make_mesh(config: Config) -> Mesh:
+def make_mesh(config: Config, fit_batch: bool = True) -> Mesh:
     """The mesh of `config.mesh` over the first devices, Explicit axes.
+
+    Args:
+      fit_batch: whether the mesh must divide data.batch_size, as training needs.
 
     Raises:
       ConfigError: more ranks than devices, or a batch that the data axis (0 = the devices left) does not divide.
@@ -28,7 +31,7 @@ def make_mesh(config: Config) -> Mesh:
             f"must be at most the {available} devices here; use fewer, or --cpu_devices={needed} to simulate"
         )
     shards = ranks * config.train.accumulate_steps
-    if config.data.batch_size % shards:
+    if fit_batch and config.data.batch_size % shards:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
             f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {available} devices); "

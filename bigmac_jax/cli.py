@@ -1,0 +1,71 @@
+"""What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
+
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.mesh import make_mesh
+
+_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
+OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the command line and calls `main`; never returns."""
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        rest = _take_overrides(list(argv))
+        try:
+            extra = flags.FLAGS(rest)[1:]
+        except flags.Error as error:
+            _fail(" ".join(str(error).split()))
+        if extra:
+            _fail(f"{extra[0]!r} is not a flag; see --help")
+        return rest[:1]
+
+    def guarded(_: Sequence[str]) -> int | None:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
+        logging.getLogger("bigmac_jax").setLevel(logging.INFO)
+        if _CPU_DEVICES.value:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+        try:
+            return main()
+        except ConfigError as error:
+            _fail(str(error))
+
+    app.run(guarded, flags_parser=parse)
+
+
+def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
+    """Makes the mesh current for the process, and compiled programs kept between runs."""
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.cache_dir).expanduser() / "programs"))
+    mesh = make_mesh(config, fit_batch)
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def _take_overrides(argv: list[str]) -> list[str]:
+    """Moves --config.a.b=value and --config.a.b value from argv to OVERRIDES."""
+    rest, queue = argv[:1], argv[1:]
+    while queue:
+        argument = queue.pop(0)
+        name = argument.lstrip("-")
+        if not (argument.startswith("-") and name.startswith("config.")):
+            rest.append(argument)
+            continue
+        if "=" not in name and queue and not queue[0].startswith("--"):
+            name += "=" + queue.pop(0)
+        OVERRIDES.append(name.removeprefix("config."))
+    return rest
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,77 @@
+"""Perplexity of a text: every token counted once, whatever the batch size and the mesh.
+
+B batch, L length.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from bigmac_jax.data.pipeline import eval_batches
+from bigmac_jax.mesh import batch_spec, replicated_spec
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.loss import cross_entropy
+
+
+class Score(NamedTuple):
+    """Loss in nats a token; the others follow from the same sum."""
+
+    loss: float
+    perplexity: float
+    word_perplexity: float
+    bits_per_byte: float
+    tokens: int
+    words: int
+    bytes: int
+
+    @classmethod
+    def of(cls, nll: float, tokens: int, words: int, num_bytes: int) -> "Score":
+        """`nll`: the sum over all tokens of -log p, nats."""
+
+        def exp(value: float) -> float:
+            return math.exp(min(value, 700.0))  # an untrained model's perplexity a word leaves the floats
+
+        loss = nll / tokens
+        bits = nll / math.log(2) / max(1, num_bytes)
+        return cls(loss, exp(loss), exp(nll / max(1, words)), bits, tokens, words, num_bytes)
+
+
+def evaluate(
+    model: Transformer,
+    stream: Any,
+    sequence_length: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> Score:
+    """Scores a token stream in windows of `sequence_length`, dropless, sums in float64 on the host.
+
+    Batches are padded with masked rows to a multiple of the mesh's batch shards.
+
+    Args:
+      stream: from `bigmac_jax.data`; each token after the first is predicted once, from those before it in its window.
+      on_batch: called with the number of tokens just counted.
+    """
+    mesh = jax.sharding.get_mesh()
+    rows = -(-batch_size // mesh.size) * mesh.size
+    sharding = NamedSharding(mesh, batch_spec(2))
+    total, count = 0.0, 0
+    for tokens_BL, mask_BL in eval_batches(stream, sequence_length, batch_size):
+        padded_BL = np.zeros((rows, tokens_BL.shape[1]), np.int32)
+        padded_BL[: len(tokens_BL)] = tokens_BL
+        on_device = jax.make_array_from_callback(padded_BL.shape, sharding, padded_BL.__getitem__)
+        nll_BL = np.asarray(_token_nll(model, on_device), np.float64)[: len(tokens_BL)]
+        total += float(nll_BL[mask_BL].sum())
+        count += int(mask_BL.sum())
+        on_batch(int(mask_BL.sum()))
+    return Score.of(total, count, stream.num_words, stream.num_bytes)
+
+
+@jax.jit
+def _token_nll(model: Transformer, tokens_BL: Array) -> Array:
+    logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
+    return jax.sharding.reshard(cross_entropy(logits_BLV, tokens_BL[:, 1:]), replicated_spec(2))

@@ -1,0 +1,90 @@
+"""report.png: what a run looked like, from its metrics.jsonl."""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+Records = list[dict[str, Any]]
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Draws workdir/report.png: loss curves, expert load per layer, drop rate, throughput. None if nothing was logged."""
+    records = read_metrics(workdir)
+    training = [r for r in records if "loss" in r]
+    if not training:
+        return None
+    evaluations = [r for r in records if "eval/loss" in r]
+    config = json.loads((workdir / "config.json").read_text())
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    model = config["model"]
+    figure.suptitle(
+        f"{model['structure']}, {model['num_layers']} layers, width {model['hidden_size']}, "
+        f"step {training[-1]['step']:,} of {config['train']['steps']:,}"
+    )
+    _losses(axes[0, 0], training, evaluations)
+    _throughput(axes[1, 1], training)
+    if "moe/load" in training[-1]:
+        _load(figure, axes[0, 1], training[-1])
+        _drops(axes[1, 0], training)
+    else:
+        for axis in (axes[0, 1], axes[1, 0]):
+            axis.set_axis_off()
+            axis.text(0.5, 0.5, "dense: no experts", ha="center", va="center", color="gray")
+    path = workdir / "report.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def read_metrics(workdir: pathlib.Path) -> Records:
+    """The records of metrics.jsonl, in order."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _losses(axis: plt.Axes, training: Records, evaluations: Records) -> None:
+    axis.plot(_column(training, "step"), _column(training, "loss"), lw=1, alpha=0.6, label="training")
+    if evaluations:
+        best = min(evaluations, key=lambda r: r["eval/loss"])
+        axis.plot(_column(evaluations, "step"), _column(evaluations, "eval/loss"), "o-", ms=4, label="validation")
+        axis.set_title(f"best validation perplexity {best['eval/perplexity']:.2f} at step {best['step']:,}")
+    axis.set(xlabel="step", ylabel="loss, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
+    load_YE = np.asarray(last["moe/load"])
+    image = axis.imshow(load_YE, aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, load_YE.max()))
+    figure.colorbar(image, ax=axis, label="share of tokens, 1 = balanced")
+    axis.set(xlabel="expert", ylabel="layer", title=f"expert load at step {last['step']:,}")
+    axis.set_yticks(range(len(load_YE)))
+
+
+def _drops(axis: plt.Axes, training: Records) -> None:
+    by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training])
+    for layer, drops_n in enumerate(by_layer_nY.T):
+        axis.plot(_column(training, "step"), drops_n, lw=1, label=f"layer {layer}")
+    axis.set(xlabel="step", ylabel="dropped choices, %", title="drop rate", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    if by_layer_nY.shape[1] <= 8:
+        axis.legend()
+
+
+def _throughput(axis: plt.Axes, training: Records) -> None:
+    rates = _column(training, "tokens_per_s")
+    axis.plot(_column(training, "step"), rates, lw=1)
+    mfu = np.median(_column(training, "mfu"))
+    axis.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    axis.set_title(f"median {np.median(rates):,.0f} tokens a second, MFU {mfu:.0%} of the measured matmul rate")
+    axis.grid(alpha=0.3)
+
+
+def _column(records: Records, name: str) -> list[float]:
+    return [np.nan if r[name] is None else r[name] for r in records]

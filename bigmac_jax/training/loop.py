@@ -1,0 +1,219 @@
+"""The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
+
+import math
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from bigmac_jax.config import Config, check_resume
+from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.mesh import batch_spec
+from bigmac_jax.report.plots import write_report
+from bigmac_jax.training.checkpoint import Checkpoints, read_config
+from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, step_record
+from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and what was kept."""
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    finished: bool  # False: stopped by SIGTERM or SIGINT, saved, to be resumed
+    score: Score | None  # of the validation split at the last evaluation
+
+
+def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
+    """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
+
+    Args:
+      profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
+
+    Raises:
+      ConfigError: the workdir was started with another config, or the data cannot be used.
+      NonFiniteLossError: see there.
+    """
+    _claim(config, workdir)
+    mesh = jax.sharding.get_mesh()
+    tokenizer = load_tokenizer(config)
+    train_stream = open_stream(config, "train", tokenizer)
+    data = train_iterator(config, train_stream, jax.process_index(), jax.process_count())
+    trainer = make_trainer(config, mesh)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    newest = checkpoints.latest()
+    if newest is None:
+        state = trainer.init(jax.random.key(config.train.seed))
+    else:
+        state, position = checkpoints.restore(newest, trainer.abstract_state)
+        data.set_state(position)
+    print(config.model.describe(), flush=True)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(
+        f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "
+        + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        + (f", resumed at step {newest}" if newest else ""),
+        flush=True,
+    )
+    run = _Run(config, workdir, trainer, checkpoints, data, newest or 0)
+    try:
+        with _stop_signals() as stopped:
+            return run.loop(state, stopped, profile)
+    finally:
+        data.close()
+        run.close()
+
+
+class _Run:
+    """What one pass through the loop carries from step to step."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        data: TrainIterator,
+        first_step: int,
+    ):
+        self.config, self.workdir, self.trainer = config, workdir, trainer
+        self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
+        self.validation: Any = None
+        if config.train.eval_every:
+            self.validation = open_stream(config, "validation", load_tokenizer(config))
+        self.best = checkpoints.best_loss()
+        self.score: Score | None = None
+        self.constants = RunConstants(config)
+        self.writer = MetricsWriter(workdir, first_step, config.train.steps)
+        self.timer = StepTimer()
+
+    def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
+        """One pass over the remaining steps."""
+        train, step = self.config.train, self.first_step
+        batches = _on_device(self.data)
+        pending: tuple[int, StepMetrics] | None = None
+        while step < train.steps and not stopped:
+            if profile and step + 1 == profile[0]:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+            state, metrics = self.trainer.step(state, next(batches))
+            self._finish(pending)
+            step += 1
+            pending = step, metrics
+            if profile and step == profile[1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            score = None
+            if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
+                pending = self._finish(pending)
+                score = self._evaluate(step, state)
+            new_best = score is not None and score.loss < self.best and train.checkpoint_every > 0
+            if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
+                pending = self._finish(pending)  # only a state whose loss is known to be finite is kept
+                self._save(step, state, score)
+        self._finish(pending)
+        if step > self.first_step:
+            self._save(step, state, None)
+        self.checkpoints.wait()
+        return Result(step, step >= train.steps, self.score)
+
+    def _finish(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Waits for a dispatched step, checks its loss, and logs it if it is due; nothing is pending then."""
+        if pending is None:
+            return
+        step, metrics = pending
+        loss, train = float(metrics.loss), self.config.train
+        if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
+            kept = self.checkpoints.latest()
+            raise NonFiniteLossError(
+                f"step {step}: loss {loss}, gradient norm {float(metrics.grad_norm)}; "
+                + (f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written")
+                + "; lower optimizer.learning_rate or optimizer.clip_norm"
+            )
+        self.timer.step_done()
+        if step == self.first_step + 1:
+            self.timer.restart()  # the first step compiled
+        due = train.log_every and step % train.log_every == 0 and step > self.first_step + 1
+        if not due and step != train.steps:
+            self.writer.progress(step)
+            return
+        record = step_record(step, metrics, self.timer.read(), self.constants)
+        self.writer.write(record)
+        drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
+        self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
+
+    def _evaluate(self, step: int, state: TrainState) -> Score:
+        start, config = time.perf_counter(), self.config
+        model = self.trainer.model(state)
+        self.score = evaluate(model, self.validation, config.data.sequence_length, config.data.batch_size)
+        self.writer.write(
+            {
+                "step": step,
+                "eval/loss": self.score.loss,
+                "eval/perplexity": self.score.perplexity,
+                "eval/bits_per_byte": self.score.bits_per_byte,
+            }
+        )
+        self.writer.print(
+            f"step {step}: validation perplexity {self.score.perplexity:.2f}, "
+            f"{self.score.bits_per_byte:.4f} bits per byte"
+        )
+        self.timer.skip(time.perf_counter() - start)
+        return self.score
+
+    def _save(self, step: int, state: TrainState, score: Score | None) -> None:
+        start = time.perf_counter()
+        loss = None if score is None else score.loss
+        self.checkpoints.save(state, self.data.get_state(), self.config, step, loss)
+        self.best = min(self.best, math.inf if loss is None else loss)
+        self.timer.skip(time.perf_counter() - start)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.checkpoints.close()
+        write_report(self.workdir)
+
+
+def _on_device(data: TrainIterator) -> Iterator[jax.Array]:
+    """Global batches, sharded over the mesh."""
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
+    return (jax.make_array_from_process_local_data(sharding, batch) for batch in data)
+
+
+def _claim(config: Config, workdir: pathlib.Path) -> None:
+    """Writes the config to the workdir, or checks that it may be resumed with this one."""
+    file = workdir / "config.json"
+    if file.exists():
+        check_resume(read_config(workdir), config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(config.to_json())
+    os.replace(temporary, file)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, stop)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

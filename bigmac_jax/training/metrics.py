@@ -1,0 +1,187 @@
+"""What a run reports: metrics.jsonl, TensorBoard, a progress line; FLOPs and the rate that MFU is measured against."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+
+from bigmac_jax.config import Config
+from bigmac_jax.mesh import EXPERT_GROUP
+from bigmac_jax.model.moe import Aux, strategy
+from bigmac_jax.training.step import StepMetrics
+
+
+class MetricsWriter:
+    """Appends to the files of a workdir; records of steps after `first_step` (from a run that was killed) are dropped."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int):
+        self._path = workdir / "metrics.jsonl"
+        _truncate(self._path, first_step)
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=first_step + 1)
+        self._bar = tqdm.tqdm(total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One JSON object a line, flushed; scalars also go to TensorBoard. `record` holds "step"."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, record["step"])
+
+    def progress(self, step: int, line: str | None = None) -> None:
+        self._bar.update(step - self._bar.n)
+        if line is not None:
+            self._bar.set_postfix_str(line)
+
+    def print(self, line: str) -> None:
+        self._bar.write(line)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+class StepTimer:
+    """Seconds per step since the last reading, pauses (evaluation, checkpoints, compilation) left out."""
+
+    def __init__(self) -> None:
+        self._start, self._steps = time.perf_counter(), 0
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def skip(self, seconds: float) -> None:
+        self._start += seconds
+
+    def restart(self) -> None:
+        self._start, self._steps = time.perf_counter(), 0
+
+    def read(self) -> float:
+        seconds = (time.perf_counter() - self._start) / max(1, self._steps)
+        self.restart()
+        return seconds
+
+
+class RunConstants:
+    """What turns a step's time and tokens into rates."""
+
+    def __init__(self, config: Config):
+        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self.flops_per_step = model_flops(config)
+        self.peak_flops = dense_matmul_rate(config.model.dtype)
+        self.wire_bytes = wire_bytes(config)
+
+
+def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstants) -> dict[str, Any]:
+    """The line of metrics.jsonl for a training step, on the host."""
+    metrics = jax.device_get(metrics)
+    loss, aux = float(metrics.parts.cross_entropy), metrics.parts.aux
+    record = {
+        "step": step,
+        "tokens": step * run.tokens_per_step,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "learning_rate": float(metrics.learning_rate),
+        "grad_norm": float(metrics.grad_norm),
+        "step_time_s": seconds,
+        "tokens_per_s": run.tokens_per_step / seconds,
+        "mfu": run.flops_per_step / seconds / run.peak_flops,
+    }
+    return record | (moe_record(aux, run) if aux.load.shape[-1] else {})
+
+
+def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
+    """Means over layers, and drops by layer."""
+    load_YE = np.asarray(aux.load)
+    relative_YE = load_YE * load_YE.shape[1]
+    return {
+        "moe/balance_loss": float(np.mean(aux.balance_loss)),
+        "moe/z_loss": float(np.mean(aux.z_loss)),
+        "moe/drop_rate": float(np.mean(aux.drop_rate)),
+        "moe/drop_rate_by_layer": [round(float(rate), 6) for rate in aux.drop_rate],
+        "moe/load_cv": float(np.mean(relative_YE.std(1))),  # standard deviation over mean; 0 is balanced
+        "moe/max_load": float(np.mean(relative_YE.max(1))),  # busiest expert over the mean
+        "moe/router_entropy": float(np.mean(aux.router_entropy)),
+        "moe/wire_bytes": run.wire_bytes,
+        "moe/load": [[round(float(x), 4) for x in row] for row in relative_YE],
+    }
+
+
+def model_flops(config: Config) -> float:
+    """Matmul FLOPs of a training step: 6 a token and active parameter, and attention without credit for causality."""
+    m, length = config.model, config.data.sequence_length
+    h, heads = m.hidden_size, m.num_heads * m.head_size
+    matrices = 3 if m.gated else 2
+    attention = 2 * h * heads + 2 * h * m.kv_heads * m.head_size + 2 * length * heads
+    feed_forward = matrices * h * m.expert_width
+    if m.is_moe:
+        feed_forward = matrices * (m.choices * m.wire_size * m.expert_width + h * m.shared_width) + h * m.expert_count
+        feed_forward += 2 * h * m.latent_size if m.structure == "bigmac" else 0
+    per_token = m.num_layers * (attention + feed_forward) + h * m.vocab_size
+    return 6.0 * per_token * config.data.batch_size * length
+
+
+def dense_matmul_rate(dtype: str) -> float:
+    """FLOPs a second that this process's devices reach on a square matmul, measured: what MFU is relative to."""
+    cpu = jax.default_backend() == "cpu"
+    n = 2048 if cpu else 8192
+    device = jax.local_devices()[0]
+    x = jax.device_put(np.ones((n, n), np.float32), device).astype(dtype)
+    multiply = jax.jit(jnp.dot)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    # Simulated CPU devices share the cores that one of them can use alone.
+    return 2 * n**3 / min(seconds) * (jax.process_count() if cpu else jax.device_count())
+
+
+def wire_bytes(config: Config) -> int:
+    """Payload bytes that all ranks together send in the exchanges of a training step, padding included."""
+    m, sizes = config.model, jax.sharding.get_abstract_mesh().shape
+    if not m.is_moe:
+        return 0
+    ranks = math.prod(sizes.values())
+    tokens = config.data.batch_size * config.data.sequence_length // ranks // config.train.accumulate_steps
+    itemsize = jnp.dtype(m.dtype).itemsize
+    one_way = strategy(m, m.capacity_factor).wire_bytes(tokens, m.choices, m.wire_size, itemsize)
+    passes = 2 + m.remat  # forward and backward, and the exchange that rematerialisation repeats
+    return one_way * passes * ranks * m.num_layers * config.train.accumulate_steps
+
+
+def expert_ranks() -> int:
+    """Ranks that share one set of experts on the current mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in EXPERT_GROUP)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; a strict reader gets null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
+    """Drops the records after `step`, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,54 @@
+"""Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH] [--json]."""
+
+from bigmac_jax import environment
+
+environment.prepare()
+
+import json  # noqa: E402
+import pathlib  # noqa: E402
+
+import tqdm  # noqa: E402
+from absl import flags  # noqa: E402
+
+from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.config import ConfigError, with_mesh  # noqa: E402
+from bigmac_jax.data.pipeline import open_stream, text_stream  # noqa: E402
+from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
+from bigmac_jax.training.checkpoint import read_config, restore  # noqa: E402
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_TEXT_FILE = flags.DEFINE_string("text_file", "", "Score this file instead of a split.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Sequences at a time; 0 takes the run's.", lower_bound=0)
+_JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
+
+
+def main() -> None:
+    workdir = pathlib.Path(_WORKDIR.value)
+    saved = read_config(workdir)
+    config = with_mesh(saved, cli.OVERRIDES)
+    if _SPLIT.value not in ("train", "validation", "test"):
+        raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
+    tokenizer = load_tokenizer(config)
+    if _TEXT_FILE.value:
+        stream = text_stream(pathlib.Path(_TEXT_FILE.value), tokenizer)
+    else:
+        stream = open_stream(config, _SPLIT.value, tokenizer)
+    cli.enter_mesh(config, fit_batch=False)
+    _, model = restore(workdir, _STEP.value, config)
+    with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=_JSON.value) as bar:
+        size = _BATCH_SIZE.value or saved.data.batch_size
+        score = evaluate(model, stream, config.data.sequence_length, size, bar.update)
+    if not _JSON.value:
+        print(
+            f"{_TEXT_FILE.value or _SPLIT.value}: perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per "
+            f"byte, perplexity a word {score.word_perplexity:,.1f} ({score.tokens:,} tokens, {score.words:,} words, "
+            f"{score.bytes:,} bytes)"
+        )
+    print(json.dumps(score._asdict()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
