@@ -22,6 +22,7 @@ class Layer(NamedTuple):
     balance_loss: Any = 0.0
     z_loss: Any = 0.0
     load: Any = ()
+    experts: Any = ()  # first choice first
 
 
 def reference(config: ModelConfig, p: Parameters, tokens_BL: Any) -> tuple[Array, list[Layer]]:
@@ -134,31 +135,39 @@ def router(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Array, Lay
     else:
         scores_BLE = 1 / (1 + jnp.exp(-logits_BLE))
         normalised_BLE = scores_BLE / scores_BLE.sum(-1, keepdims=True)
-    chosen_BLE = choose(config, jax.lax.stop_gradient(scores_BLE) + p.get("router_bias_E", 0.0))
+    experts_BLK = choose(config, jax.lax.stop_gradient(scores_BLE) + p.get("router_bias_E", 0.0))
+    chosen_BLE = one_of(experts_BLK, E)
     gates_BLE = jnp.where(chosen_BLE, scores_BLE, 0.0)
     if config.router_renormalize:
         gates_BLE = gates_BLE / gates_BLE.sum(-1, keepdims=True)
     load_E = chosen_BLE.mean((0, 1)) / K
     balance_loss = E * (load_E * normalised_BLE.mean((0, 1))).sum()
     z_loss = (jnp.log(jnp.exp(logits_BLE).sum(-1)) ** 2).mean()
-    return gates_BLE * config.router_scale, Layer(balance_loss, z_loss, load_E)
+    return gates_BLE * config.router_scale, Layer(balance_loss, z_loss, load_E, experts_BLK)
 
 
 def choose(config: ModelConfig, ranking_BLE: Array) -> Array:
-    """The K best experts, inside the best groups, as a mask."""
+    """The K best experts, inside the best groups."""
     E, K, groups, top_groups = config.expert_count, config.choices, config.num_expert_groups, config.top_groups
     if top_groups < groups:
         size = E // groups
         members = [ranking_BLE[..., g * size : (g + 1) * size] for g in range(groups)]
         best = max(1, min(K // top_groups, size))
         strength_BLG = jnp.stack([jnp.sort(m)[..., size - best :].sum(-1) for m in members], -1)
-        ranking_BLE = jnp.where(jnp.repeat(largest(strength_BLG, top_groups), size, -1), ranking_BLE, -jnp.inf)
+        allowed_BLG = one_of(largest(strength_BLG, top_groups), groups)
+        ranking_BLE = jnp.where(jnp.repeat(allowed_BLG, size, -1), ranking_BLE, -jnp.inf)
     return largest(ranking_BLE, K)
 
 
 def largest(v: Array, count: int) -> Array:
-    """Mask of the `count` largest entries of the last dimension, the first of equal ones."""
-    mask = jnp.zeros(v.shape, bool)
+    """Indices of the `count` largest entries of the last dimension, the first of equal ones first."""
+    indices = []
     for _ in range(count):
-        mask = mask | (jnp.arange(v.shape[-1]) == jnp.where(mask, -jnp.inf, v).argmax(-1)[..., None])
-    return mask
+        indices.append(v.argmax(-1))
+        v = jnp.where(one_of(indices[-1][..., None], v.shape[-1]), -jnp.inf, v)
+    return jnp.stack(indices, -1)
+
+
+def one_of(indices: Array, size: int) -> Array:
+    """Mask of the entries that `indices` name."""
+    return (indices[..., None] == jnp.arange(size)).any(-2)

@@ -1,0 +1,237 @@
+"""The whole model: causality, recomputation, dropout, initial values, dtypes and sizes."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.config import Config
+from bigmac_jax.model.layers import Norm, dropout
+from bigmac_jax.model.transformer import init_model
+
+from .program import all_to_alls, forward, payloads
+from .tools import (  # fmt: skip
+    PAPER,
+    PRESENT,
+    QUICK,
+    abstract_model,
+    assert_close,
+    leaves,
+    loss_and_gradients,
+    on_mesh,
+    random_model,
+    random_tokens,
+    split_batch,
+    tiny,
+)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [PRESENT | {"num_kv_heads": 1}, PAPER, PRESENT | {"positions": "none", "structure": "fine_grained"}],
+    ids=["rope", "learned", "none"],
+)
+def test_causal(model: dict[str, Any]) -> None:
+    """Logits at t have a gradient to the embedding of every token up to t and to none after it."""
+    config = tiny(batch=1, tie_embeddings=False, **model)
+    tokens = np.arange(8, dtype=np.int32)[None]  # token t stands at position t
+    projection = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 257)), jnp.float32)
+
+    def logit(model: Any, at_L: jax.Array) -> jax.Array:
+        return jnp.sum(model(tokens)[0] * projection * at_L.reshape(1, -1, 1))
+
+    with on_mesh(config):
+        gradient = jax.jit(lambda model, at_L: jax.grad(logit)(model, at_L).embedding_VD[...], compiler_options=QUICK)
+        model = random_model(config)
+        reach_LL = np.stack([np.abs(gradient(model, row)).max(-1)[:8] for row in jnp.eye(8)])
+    assert (reach_LL[np.tril_indices(8)] > 1e-6).all()
+    assert (reach_LL[np.triu_indices(8, 1)] == 0).all()
+
+
+def test_remat_recomputes_and_changes_nothing() -> None:
+    config, remat = (tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in (False, True))
+    tokens, key = random_tokens(config), jax.random.key(1)
+    value, gradients, _ = loss_and_gradients(config, tokens, dropout_key=key)
+    again, recomputed, _ = loss_and_gradients(remat, tokens, dropout_key=key)
+    assert_close({"loss": again} | recomputed, {"loss": value} | gradients)
+    (exchanges, saved), (more_exchanges, less_saved) = backward(config), backward(remat)
+    assert exchanges == 2 * 4  # two layers; forward and backward exchange twice each
+    assert more_exchanges == 2 * 6  # and the backward pass repeats the forward's
+    assert less_saved < saved / 5
+
+
+def backward(config: Config) -> tuple[int, int]:
+    """(exchanges of a forward and backward pass, elements that the forward scan keeps)."""
+    with on_mesh(config):
+        tokens = split_batch(random_tokens(config)[:, :-1])
+        loss = jax.grad(lambda model: jnp.square(model(tokens)[0]).mean())
+        jaxpr = jax.jit(loss).trace(abstract_model(config)).jaxpr.jaxpr
+    scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    return len(payloads(all_to_alls(jaxpr))), sum(v.aval.size for v in scan.outvars)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    with on_mesh(tiny()):
+        x = split_batch(np.full((8, 64, 64), 3.0, np.float32))
+        y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
+        assert dropout(x, 0.1, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+    np.testing.assert_allclose(np.unique(y), [0, 3 / 0.9], rtol=1e-6)
+    assert y.mean() == pytest.approx(3, rel=0.01)
+    assert (y == 0).mean() == pytest.approx(0.1, abs=0.01)
+
+
+@functools.cache
+def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5) -> np.ndarray:
+    """Embedding 1, branches that answer 1, norms switched off: the output counts the masks that kept an entry."""
+    config = tiny(mesh, length=32, structure="dense", use_bias=True, dropout=rate, positions="none")
+    zeros = {name: np.zeros_like(value) for name, value in leaves_of(config).items()}
+    ones = ("embedding_VD", "layers.attention.out.b_F", "layers.mlp.down.b_F")
+    given = zeros | {name: np.ones_like(zeros[name]) for name in ones}
+    with on_mesh(config), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Norm, "__call__", lambda self, x: x)
+        key = None if seed is None else jax.random.key(seed)
+        run = jax.jit(
+            lambda m, t: m.features(t, dropout_key=key, load_YE=None, dropless=False)[0], compiler_options=QUICK
+        )
+        return np.asarray(run(random_model(config, given), split_batch(random_tokens(config)[:, :-1])))
+
+
+def leaves_of(config: Config) -> dict[str, np.ndarray]:
+    with on_mesh(config):
+        return leaves(random_model(config))
+
+
+def test_dropout_masks_differ_by_place_and_step() -> None:
+    """Five independent masks: the embedding's and two in each of two layers."""
+    x = dropout_sums((1, 1, 1), 0) / 2
+    share = [(x == n).mean() for n in range(6)]
+    np.testing.assert_allclose(share, [math.comb(5, n) / 32 for n in range(6)], atol=0.015)
+    assert (dropout_sums((1, 1, 1), 1) / 2 != x).mean() > 0.5
+
+
+def test_no_dropout_without_a_key_or_rate() -> None:
+    np.testing.assert_array_equal(dropout_sums((1, 1, 1), None), 5)
+    np.testing.assert_array_equal(dropout_sums((1, 1, 1), 0, 0.0), 5)
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 2), (1, 2, 4)], ids=str)
+def test_dropout_masks_are_the_same_on_every_mesh(mesh: tuple[int, int, int]) -> None:
+    np.testing.assert_array_equal(dropout_sums(mesh, 0), dropout_sums((1, 1, 1), 0))
+
+
+EVERYTHING = PAPER | {
+    "gated": True, "num_shared_experts": 2, "tie_embeddings": False, "qk_norm": True, "balance": "bias",
+    "latent_norm": "pre_dispatch", "num_layers": 8, "hidden_size": 64, "expert_hidden_size": 48,
+}  # fmt: skip
+
+
+@functools.cache
+def initial(mesh: tuple[int, int, int], **model: Any) -> dict[str, np.ndarray]:
+    config = tiny(mesh, **model)
+    with on_mesh(config):
+        return leaves(init_model(config, jax.random.key(0)))
+
+
+def test_initial_values_do_not_depend_on_the_mesh() -> None:
+    one, many = initial((1, 1, 1), **EVERYTHING), initial((1, 2, 4), **EVERYTHING)
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(many[name], value, err_msg=name)
+
+
+def test_initial_std_of_every_parameter() -> None:
+    """1/√fan-in; the last matrix of each residual branch also by 1/√(2·layers) = 1/4, once per branch."""
+    h, R, F, shared = 64, 16, 48, 32
+    residual = 0.25
+    expected = {"embedding_VD": 0.02, "positions_LD": 0.02, "unembedding_VD": 0.02} | {
+        "layers." + name: std for name, std in {
+            "attention.query.w_DF": h**-0.5, "attention.key.w_DF": h**-0.5, "attention.value.w_DF": h**-0.5,
+            "attention.out.w_DF": residual * h**-0.5, "mlp.router_DE": h**-0.5,
+            "mlp.down.w_DF": h**-0.5, "mlp.up.w_DF": residual * R**-0.5,
+            "mlp.experts.w_in_eRF": R**-0.5, "mlp.experts.w_gate_eRF": R**-0.5, "mlp.experts.w_out_eFR": F**-0.5,
+            "mlp.shared.up.w_DF": h**-0.5, "mlp.shared.gate.w_DF": h**-0.5,
+            "mlp.shared.down.w_DF": residual * shared**-0.5,
+        }.items()
+    }  # fmt: skip
+    for name, value in initial((1, 1, 1), **EVERYTHING).items():
+        assert value.dtype == np.float32
+        if name.endswith("scale_D"):
+            np.testing.assert_array_equal(value, 1, err_msg=name)
+        elif "bias" in name or ".b_" in name:
+            np.testing.assert_array_equal(value, 0, err_msg=name)
+        else:
+            std = expected.pop(name)
+            assert value.std() == pytest.approx(std, rel=0.08), name
+            assert abs(value.mean()) < 0.15 * std, name
+    assert not expected
+
+
+@pytest.mark.parametrize("structure", ["fine_grained", "dense"])
+def test_residual_scaling_where_the_branch_ends(structure: str) -> None:
+    """Without W↑ the experts' (or the MLP's) second matrix ends the branch."""
+    values = initial((1, 1, 1), structure=structure, num_layers=8, hidden_size=64)
+    name, fan_in = {"fine_grained": ("experts.w_out_eFR", 16), "dense": ("down.w_DF", 256)}[structure]
+    assert values["layers.mlp." + name].std() == pytest.approx(0.25 * fan_in**-0.5, rel=0.05)
+
+
+def test_layers_and_experts_start_different() -> None:
+    w_YeRF = initial((1, 1, 1), **EVERYTHING)["layers.mlp.experts.w_in_eRF"]
+    assert len({matrix.tobytes() for layer in w_YeRF for matrix in layer}) == 8 * 8
+
+
+def test_bfloat16_computes_near_float32() -> None:
+    exact, half = (tiny((1, 1, 2), dtype=dtype, z_loss_coefficient=0.1) for dtype in ("float32", "bfloat16"))
+    tokens = random_tokens(exact)
+    value, gradients, _ = loss_and_gradients(exact, tokens)
+    rounded, rounded_gradients, aux = loss_and_gradients(half, tokens)
+    assert {g.dtype for g in rounded_gradients.values()} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in aux} == {np.dtype("float32")}
+    assert abs(rounded - value) < 0.02 * value
+    assert rounded != value
+    for name, g in gradients.items():
+        cosine = np.vdot(g, rounded_gradients[name]) / np.linalg.norm(g) / np.linalg.norm(rounded_gradients[name])
+        assert cosine > 0.9, name
+    traced = forward(half)
+    assert {dtype for dtype, _ in payloads(all_to_alls(traced.jaxpr.jaxpr))} == {"bfloat16"}
+    assert jax.tree.leaves(traced.out_info)[0].dtype == jnp.float32  # the logits
+
+
+def test_the_balance_loss_takes_a_given_load() -> None:
+    """As with gradient accumulation, where the step is larger than the batch at hand."""
+    config = tiny()
+    with on_mesh(config):
+        model, tokens = random_model(config), split_batch(random_tokens(config)[:, :-1])
+        run = jax.jit(lambda load_YE: model(tokens, load_YE=load_YE)[1], compiler_options=QUICK)
+        own, given = run(None), run(jax.nn.one_hot(jnp.array([2, 5]), 8))
+        same = run(own.load)
+    np.testing.assert_allclose(same.balance_loss, own.balance_loss, rtol=1e-6)
+    np.testing.assert_array_equal(given.load, own.load)
+    assert (np.abs(given.balance_loss - own.balance_loss) > 1e-3).all()
+
+
+def test_more_tokens_than_learned_positions_are_refused() -> None:
+    config = tiny(positions="learned")
+    with on_mesh(config), pytest.raises(ValueError, match="9 tokens exceed the 8 learned positions"):
+        jax.eval_shape(lambda model: model(split_batch(np.zeros((8, 9), np.int32))), abstract_model(config))
+
+
+@pytest.mark.parametrize(("structure", "paper"), [("fine_grained", 3.73e9), ("bigmac", 3.78e9)])
+def test_gpt3_xl_has_the_papers_parameters(structure: str, paper: float) -> None:
+    """Table 4, by shapes alone."""
+    layers, h, s, v, e, r = 24, 2048, 2048, 50257, 64, 0.25
+    config = tiny(length=s, structure=structure, num_layers=layers, hidden_size=h, num_heads=16, vocab_size=v,
+                  num_experts=e, top_k=8, down_ratio=r, **PAPER)  # fmt: skip
+    with on_mesh(config):
+        count = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+    formula = (4 * h**2 + 8 * h + (2 * r * h**2 + 2 * r * h) * e) * layers + (v + e + 2) * h
+    formula += 2 * r * layers * h**2 if structure == "bigmac" else 0
+    assert formula == pytest.approx(paper, rel=0.0015)
+    # What the paper's formula leaves out: each layer's router (it counts one for all layers), the learned positions,
+    # and part of the experts' biases, which are r·h and h wide (it counts 2·r·h).
+    routers, positions, biases = (layers - 1) * e * h, s * h, layers * e * (1 - r) * h
+    assert count == formula + routers + positions + biases
+    assert count == pytest.approx(formula, rel=0.005)
