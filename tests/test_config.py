@@ -1,0 +1,310 @@
+"""Every bad configuration is one line that says the rule and the values, and nothing else is ever raised."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import random
+from typing import Any
+
+import pytest
+
+from bigmac_jax.config import MAY_CHANGE, Config, ConfigError, ModelConfig, check_resume, from_dict, load_config
+
+MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
+
+
+@pytest.fixture
+def config_file(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "config.py"
+    path.write_text(MINIMAL)
+    return path
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
+
+
+FIELDS = flat(dataclasses.asdict(Config()))
+
+
+def refusal(path: Any, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_defaults_load(config_file: pathlib.Path) -> None:
+    assert load_config(config_file) == Config()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.top_k=8", 8),
+        ("model.capacity_factor=inf", math.inf),
+        ("model.capacity_factor=2", 2.0),
+        ("optimizer.learning_rate=1e-3", 1e-3),
+        ("model.remat=true", True),
+        ("model.gated=1", True),
+        ("data.source=tfds:wiki40b/en", "tfds:wiki40b/en"),
+        ("cache_dir=/tmp/a=b", "/tmp/a=b"),
+        ("data.validation_source=", ""),
+    ],
+)
+def test_overrides(config_file: pathlib.Path, override: str, value: Any) -> None:
+    loaded = flat(dataclasses.asdict(load_config(config_file, [override])))[override.partition("=")[0]]
+    assert loaded == value and type(loaded) is type(value)
+
+
+def test_the_later_override_wins(config_file: pathlib.Path) -> None:
+    assert load_config(config_file, ["model.top_k=2", "model.top_k=3"]).model.top_k == 3
+
+
+INVALID = {  # overrides: what the line must contain
+    # Values of one field
+    "model.structure=sparse": ("model.structure='sparse'", "dense, vanilla, fine_grained, bigmac"),
+    "model.norm=batch": ("'batch'", "rmsnorm, layernorm"),
+    "model.positions=alibi": ("'alibi'", "rope, learned, none"),
+    "model.activation=tanh": ("'tanh'", "relu2, gelu, silu"),
+    "model.latent_norm=both": ("'both'", "pre_dispatch, post_combine"),
+    "model.router_scores=linear": ("'linear'", "softmax, sigmoid"),
+    "model.balance=loss": ("'loss'", "aux_loss, bias, none"),
+    "model.dtype=float16": ("'float16'", "float32, bfloat16"),
+    "model.exchange=pigeon": ("'pigeon'", "all_to_all"),
+    "model.num_layers=0": ("model.num_layers=0", "at least 1"),
+    "model.hidden_size=-4": ("model.hidden_size=-4", "at least 1"),
+    "model.top_k=0": ("model.top_k=0", "at least 1"),
+    "model.dropout=1": ("model.dropout=1.0", "below 1"),
+    "model.dropout=-0.1": ("model.dropout=-0.1", "at least 0"),
+    "model.rope_theta=0": ("model.rope_theta=0.0", "above 0"),
+    "model.capacity_factor=0": ("model.capacity_factor=0", "above 0", "inf"),
+    "model.z_loss_coefficient=-1": ("z_loss_coefficient=-1.0", "at least 0"),
+    "mesh.expert=0": ("mesh.expert=0", "at least 1"),
+    "mesh.data=-1": ("mesh.data=-1", "at least 0"),
+    "data.batch_size=0": ("data.batch_size=0", "at least 1"),
+    "data.sequence_length=0": ("data.sequence_length=0", "at least 1"),
+    "optimizer.b2=1": ("optimizer.b2=1.0", "below 1"),
+    "optimizer.eps=0": ("optimizer.eps=0.0", "above 0"),
+    "train.steps=0": ("train.steps=0", "at least 1"),
+    "train.seed=-1": ("train.seed=-1", "at least 0"),
+    "train.accumulate_steps=0": ("train.accumulate_steps=0", "at least 1"),
+    # Infinities and NaN
+    "optimizer.learning_rate=nan": ("optimizer.learning_rate=nan", "finite"),
+    "optimizer.learning_rate=inf": ("optimizer.learning_rate=inf", "finite"),
+    "model.capacity_factor=nan": ("model.capacity_factor=nan", "finite"),
+    "model.down_ratio=inf": ("model.down_ratio=inf", "finite"),
+    "model.hidden_size=1" + "0" * 400: ("model.hidden_size=1000",),
+    # Types
+    "model.top_k=four": ("model.top_k='four'", "type int"),
+    "model.top_k=4.5": ("model.top_k='4.5'", "type int"),
+    "model.top_k=": ("model.top_k", "type int"),
+    "model.top_k": ("model.top_k needs a value",),
+    "model.dropout=None": ("model.dropout='None'", "type float"),
+    "model.num_layers=None": ("model.num_layers='None'", "type int"),
+    "model.remat=maybe": ("model.remat='maybe'", "type bool"),
+    # Names
+    "model.topk=4": ("'model.topk' is not a field", "model.top_k"),
+    "model=4": ("'model' is not a field",),
+    "modell.top_k=4": ("'modell.top_k' is not a field", "model.top_k"),
+    "=4": ("'' is not a field",),
+    "": ("'' is not a field",),
+    # Combinations
+    "model.hidden_size=250": ("model.hidden_size=250", "multiple of model.num_heads=4", "248"),
+    "model.num_kv_heads=3": ("model.num_heads=4", "multiple of model.num_kv_heads=3"),
+    "model.hidden_size=12": ("= 3 must be even", "rope"),
+    "model.num_experts=30 mesh.expert=4": ("model.num_experts=30", "mesh.node × mesh.expert = 4", "use 32", "2 ranks"),
+    "mesh.node=2 mesh.expert=3 data.batch_size=18": ("model.num_experts=32", "= 6", "use 36"),
+    "model.top_k=33": ("model.top_k=33", "at most model.num_experts=32"),
+    "data.batch_size=10 mesh.data=4": ("data.batch_size=10", "= 4", "use 12"),
+    "data.batch_size=16 mesh.expert=4 mesh.data=2 train.accumulate_steps=4": ("data.batch_size=16", "= 32", "use 32"),
+    "model.down_ratio=0.3": ("0.3 × 256 = 76.8", "whole number"),
+    "model.down_ratio=0": ("model.down_ratio=0", "(0, 1]"),
+    "model.down_ratio=1.5": ("model.down_ratio=1.5", "(0, 1]"),
+    "model.structure=vanilla model.num_experts=16": ("= 1 experts", "at least 2", "model.num_experts=32"),
+    "model.structure=vanilla model.num_experts=40": ("= 2.5 experts", "whole number", "model.num_experts=48"),
+    "model.structure=vanilla model.vanilla_top_k=3": ("model.vanilla_top_k=3", "at most vanilla's num_experts=2"),
+    "model.structure=vanilla mesh.expert=4": ("vanilla's num_experts=2", "= 4"),
+    "model.num_expert_groups=5": ("model.num_experts=32", "multiple of model.num_expert_groups=5"),
+    "model.top_groups=2": ("model.top_groups=2", "at most model.num_expert_groups=1"),
+    "model.num_expert_groups=16": ("model.top_k=4", "at most the 2 experts of model.top_groups=1"),
+    "model.structure=dense model.num_heads=3": ("model.hidden_size=256", "multiple of model.num_heads=3", "255"),
+    "model.structure=fine_grained model.latent_norm=pre_dispatch": ("latent_norm=pre_dispatch", "structure=bigmac"),
+    "data.tokenizer=gpt2": ("model.vocab_size=8192", "50257", "50304"),
+    "data.tokenizer=bytes model.vocab_size=256": ("model.vocab_size=256", "257"),
+    "model.vocab_size=100": ("model.vocab_size=100", "257"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "parts"), INVALID.items(), ids=INVALID)
+def test_invalid(config_file: pathlib.Path, overrides: str, parts: tuple[str, ...]) -> None:
+    message = refusal(config_file, *(overrides.split(" ")))
+    for part in parts:
+        assert part in message
+
+
+FILES = {
+    "raises": ("def get_config():\n    raise RuntimeError('boom\\nbang')\n", ("RuntimeError at line 2", "boom bang")),
+    "exits": ("import sys\nsys.exit(3)\n", ("SystemExit at line 2",)),
+    "syntax": ("def get_config(:\n", ("SyntaxError at line 1",)),
+    "imports nothing": ("import no_such_module\n", ("ModuleNotFoundError at line 1", "no_such_module")),
+    "no get_config": ("x = 1\n", ("get_config",)),
+    "returns None": ("def get_config():\n    return None\n", ("NoneType, not a Config",)),
+    "returns a number": ("def get_config():\n    return 7\n", ("int, not a Config",)),
+    "returns the class": (MINIMAL.replace("Config()", "Config"), ("type, not a Config",)),
+    "wants an argument": ("def get_config(name):\n    return name\n", ("TypeError",)),
+    "invalid": (
+        "from bigmac_jax.config import *\ndef get_config():\n    return Config(model=ModelConfig(top_k=99))\n",
+        ("model.top_k=99",),
+    ),
+    "unprintable error": (
+        "class E(Exception):\n    def __str__(self):\n        return None\n\ndef get_config():\n    raise E\n",
+        ("E at line 6",),
+    ),
+    "null byte": ("x = '\0'\n", ("null byte",)),
+    "ConfigDict with an unknown field": (
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'modle': 1})\n",
+        ("'modle' is not a field", "model"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "parts"), FILES.values(), ids=FILES)
+def test_broken_config_files(tmp_path: pathlib.Path, text: str, parts: tuple[str, ...]) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    message = refusal(path)
+    for part in parts:
+        assert part in message
+
+
+def test_other_files(tmp_path: pathlib.Path) -> None:
+    assert "is not a file" in refusal(tmp_path / "missing.py")
+    assert "is not a file" in refusal(tmp_path)
+    assert "is not a file" in refusal("")
+    (tmp_path / "binary.py").write_bytes(bytes(range(128, 256)))
+    refusal(tmp_path / "binary.py")
+    (tmp_path / "config.txt").write_text(MINIMAL)
+    refusal(tmp_path / "config.txt")
+    # Paths that the file system itself refuses, or that would break the line.
+    refusal("~no_such_user/config.py")
+    refusal("x" * 5000)
+    refusal("two\nlines.py")
+    for text in (
+        "{",
+        "[]",
+        "3",
+        '{"model": 3}',
+        '{"model": {"top_k": "4"}}',
+        '{"model": {"top_k": null}}',
+        '{"x": 1}',
+        '{"a\\nb": 1}',
+    ):
+        (tmp_path / "config.json").write_text(text)
+        refusal(tmp_path / "config.json")
+
+
+def test_a_file_with_an_argument_and_a_config_dict(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "sized.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(size):\n    return ConfigDict({'model': {'hidden_size': int(size)}})\n"
+    )
+    assert load_config(f"{path}:64").model.hidden_size == 64
+    assert "TypeError" in refusal(path)
+
+
+def test_from_dict_refuses_wrong_types() -> None:
+    for values in ({"model": {"top_k": True}}, {"model": {"remat": 1}}, {"data": {"source": 3}}, {"cache_dir": None}):
+        with pytest.raises(ConfigError, match=r"must be (of type|a) "):
+            from_dict(values)
+
+
+def test_nothing_but_config_error(config_file: pathlib.Path) -> None:
+    """300 random overrides: a valid Config, or ConfigError with one line."""
+    rng = random.Random(0)
+    names = [*FIELDS, "model", "mesh", "", "model.", "nothing", "model.top_k.x", "--config.model.top_k"]
+    values = ["", "0", "-1", "1", "3", "7", "0.25", "1e309", "nan", "inf", "-inf", "10" * 30, "1" + "0" * 400, "None",
+              "null", "True", "x", "[1]", "{}", "1,2", "0x10", "1_000", "'", '"', "\\", "\n", "\0", "é", "=", "%s", "{0}",
+              " 4", "()", "bfloat16"]  # fmt: skip
+    loaded = 0
+    for _ in range(300):
+        overrides = [f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.choice((1, 1, 2)))]
+        try:
+            assert isinstance(load_config(config_file, overrides), Config)
+            loaded += 1
+        except ConfigError as error:
+            assert str(error) and "\n" not in str(error), overrides
+        except Exception as error:
+            raise AssertionError(f"{overrides} raised {error!r}") from error
+    assert 10 < loaded < 290
+
+
+def test_json_round_trip(tmp_path: pathlib.Path) -> None:
+    config = Config(model=ModelConfig(capacity_factor=math.inf, structure="vanilla", dropout=0.1))
+    text = config.to_json()
+    assert json.loads(text)["model"]["capacity_factor"] == "inf"  # JSON has no infinity
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert Config.from_json(text) == config
+    (tmp_path / "config.json").write_text(text)
+    assert load_config(tmp_path / "config.json", ["train.steps=7"]).train.steps == 7
+    with pytest.raises(ConfigError, match=r"there\.json is not valid JSON"):
+        Config.from_json("{", "there.json")
+
+
+def changed(name: str) -> Config:
+    """The default config with the field `name` at another valid value."""
+    special = {  # fields whose next number or word is not valid
+        "model.structure": "dense", "model.norm": "layernorm", "model.positions": "learned", "model.activation": "gelu",
+        "model.latent_norm": "pre_dispatch", "model.router_scores": "sigmoid", "model.balance": "bias",
+        "model.dtype": "bfloat16", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
+        "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5, "mesh.node": 2, "mesh.expert": 2,
+        "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
+    }  # fmt: skip
+    value = FIELDS[name]
+    if name in special:
+        new = special[name]
+    elif isinstance(value, str):
+        new = value + "x"
+    else:
+        new = not value if isinstance(value, bool) else value + 1
+    section, _, field = name.rpartition(".")
+    return from_dict({section: {field: new}} if section else {field: new})
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in ("model.exchange", "model.top_groups")])
+def test_check_resume(name: str) -> None:
+    """Fields of the mesh, of periodic actions and train.steps may change; all others are refused by name."""
+    allowed = {"train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+               "cache_dir", "mesh.data", "mesh.node", "mesh.expert"}  # fmt: skip
+    if name in allowed:
+        check_resume(Config(), changed(name))
+        return
+    with pytest.raises(ConfigError) as error:
+        check_resume(Config(), changed(name))
+    message = str(error.value)
+    assert message.startswith(name + "=") and "\n" not in message and repr(FIELDS[name]) in message
+
+
+def test_check_resume_lists_fields_that_exist() -> None:
+    for prefix in MAY_CHANGE:
+        assert any(name.startswith(prefix) for name in FIELDS), prefix
+    check_resume(Config(), Config())
+
+
+def test_resolved_sizes() -> None:
+    bigmac = ModelConfig(hidden_size=256, num_experts=32, top_k=4, down_ratio=0.25)
+    assert (bigmac.wire_size, bigmac.expert_width, bigmac.expert_count, bigmac.choices) == (64, 256, 32, 4)
+    fine = dataclasses.replace(bigmac, structure="fine_grained")
+    assert (fine.wire_size, fine.expert_width, fine.expert_count, fine.choices) == (256, 64, 32, 4)
+    vanilla = dataclasses.replace(bigmac, structure="vanilla")
+    assert (vanilla.wire_size, vanilla.expert_width, vanilla.expert_count, vanilla.choices) == (256, 1024, 2, 1)
+    # The three have equal expert parameters.
+    assert len({2 * m.wire_size * m.expert_width * m.expert_count for m in (bigmac, fine, vanilla)}) == 1
+    dense = dataclasses.replace(bigmac, structure="dense")
+    assert (dense.wire_size, dense.expert_width, dense.expert_count, dense.choices) == (256, 1024, 0, 0)
