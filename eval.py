@@ -32,10 +32,8 @@ def main() -> None:
     if _SPLIT.value not in ("train", "validation", "test"):
         raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
     tokenizer = load_tokenizer(config)
-    if _TEXT_FILE.value:
-        stream = text_stream(pathlib.Path(_TEXT_FILE.value), tokenizer)
-    else:
-        stream = open_stream(config, _SPLIT.value, tokenizer)
+    text_file = _TEXT_FILE.value and pathlib.Path(_TEXT_FILE.value)
+    stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
     cli.enter_mesh(config, fit_batch=False)
     _, model = restore(workdir, _STEP.value, config)
     with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=_JSON.value) as bar:
@@ -43,9 +41,9 @@ def main() -> None:
         score = evaluate(model, stream, config.data.sequence_length, size, bar.update)
     if not _JSON.value:
         print(
-            f"{_TEXT_FILE.value or _SPLIT.value}: perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per "
-            f"byte, perplexity a word {score.word_perplexity:,.1f} ({score.tokens:,} tokens, {score.words:,} words, "
-            f"{score.bytes:,} bytes)"
+            f"{text_file or _SPLIT.value}: perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per byte, "
+            f"perplexity a word {score.word_perplexity:,.1f} "
+            f"({score.tokens:,} tokens, {score.words:,} words, {score.bytes:,} bytes)"
         )
     print(json.dumps(score._asdict()))
 

@@ -4,6 +4,7 @@ import logging
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -66,6 +67,6 @@ def _take_overrides(argv: list[str]) -> list[str]:
     return rest
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -26,4 +26,6 @@ def prepare() -> None:
         if sys.platform == platform and name not in os.environ
     }
     if missing and "BIGMAC_KEEP_ENV" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_KEEP_ENV": "1"})
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_KEEP_ENV": "1"}
+        )

@@ -43,8 +43,8 @@ class AllToAll:
     """One row per (token, expert), as in the paper.
 
     With a capacity factor f, an expert takes at most C = min(T, ceil(f·T·K/E)) rows from each rank; when it is full,
-    first choices go before second ones, then token order. With f = inf nothing is dropped: each pair of ranks has room
-    for its worst case, T·min(K, e) rows, cut into blocks of one expert each, so that rows arrive ready to be multiplied.
+    first choices go before second ones, then token order. With f = inf nothing is dropped: each pair of ranks has
+    room for its worst case, T·min(K, e) rows, cut into blocks of one expert each, ready to be multiplied on arrival.
 
     Attributes:
       axis: the mesh axes of the expert group.
@@ -103,7 +103,11 @@ class AllToAll:
         slots = S * blocks * block
         choice_KT = (order_KT % T) * K + order_KT // T  # from the order of the sort to t·K + k
         slot_TK = jnp.zeros_like(slot_KT).at[choice_KT].set(slot_KT, unique_indices=True).reshape(T, K)
-        choice_N = jnp.full_like(slot_KT, T * K, shape=(slots,)).at[slot_KT].set(choice_KT, mode="drop", unique_indices=self.dropless)
+        choice_N = (
+            jnp.full_like(slot_KT, T * K, shape=(slots,))
+            .at[slot_KT]
+            .set(choice_KT, mode="drop", unique_indices=self.dropless)
+        )
         return Plan(slot_TK, choice_N, expert_n, counts_E, jnp.sum(slot_TK == slots, dtype=jnp.int32))
 
     def dispatch(self, plan: Plan, x_TR: Array) -> Array:

@@ -19,7 +19,7 @@ EMBEDDING_STD = 0.02
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
-    """A float32 parameter from N(0, std²), sharded by `spec` (replicated by default); values don't depend on the mesh."""
+    """A float32 parameter from N(0, std²), sharded by `spec`, else replicated; the values don't depend on the mesh."""
     return nnx.Param(std * jax.random.normal(key, shape, out_sharding=spec or replicated_spec(len(shape))))
 
 
@@ -28,7 +28,7 @@ def constant(value: float, shape: tuple[int, ...], spec: P | None = None) -> nnx
 
 
 def residual_scale(config: ModelConfig) -> float:
-    """Factor on the initial std of the last matrix of each residual branch, once per branch (GPT-2): 2 branches a layer."""
+    """Factor on the initial std of the matrix that ends a residual branch (GPT-2); a layer has two branches."""
     return 1 / math.sqrt(2 * config.num_layers)
 
 
@@ -106,7 +106,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: Array) -> Array:
         B, L, D = x_BLD.shape
-        q_BLNH, k_BLGH, v_BLGH = (f(x_BLD).reshape(B, L, -1, self.config.head_size) for f in (self.query, self.key, self.value))
+        q_BLNH, k_BLGH, v_BLGH = (
+            f(x_BLD).reshape(B, L, -1, self.config.head_size) for f in (self.query, self.key, self.value)
+        )
         if self.query_norm is not None and self.key_norm is not None:
             q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
         if self.config.positions == "rope":

@@ -130,7 +130,9 @@ def _exchange_and_compute(
     """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S."""
     exchange = strategy(config, capacity_factor)
 
-    def on_rank(x_BLR: Array, gates_BLK: Array, experts_BLK: Array, weights: dict[str, Array]) -> tuple[Array, ...]:
+    def on_rank(
+        x_BLR: Array, gates_BLK: Array, experts_BLK: Array, weights: dict[str, Array]
+    ) -> tuple[Array, Array, Array]:
         x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
         plan = exchange.plan(experts_TK)
         rows_nbR = exchange.dispatch(plan, x_TR)

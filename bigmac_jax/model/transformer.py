@@ -83,13 +83,15 @@ class Transformer(nnx.Module):
         x_BLD = self.embedding_VD[...].at[tokens_BL].get(out_sharding=batch_spec(3))
         if self.positions_LD is not None:
             if length > self.max_length:
-                raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
+                raise ValueError(
+                    f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)"
+                )
             x_BLD = x_BLD + self.positions_LD[...][None, :length]
         x_BLD = x_BLD.astype(config.dtype)
-        layer_keys = None
+        keys_Y = None
         if dropout_key is not None and config.dropout:
-            embedding_key, *layer_keys = jax.random.split(dropout_key, 1 + config.num_layers)
-            x_BLD, layer_keys = dropout(x_BLD, config.dropout, embedding_key), jnp.stack(layer_keys)
+            keys = jax.random.split(dropout_key, 1 + config.num_layers)
+            x_BLD, keys_Y = dropout(x_BLD, config.dropout, keys[0]), keys[1:]
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
@@ -97,7 +99,7 @@ class Transformer(nnx.Module):
 
         if config.remat:
             step = jax.checkpoint(step)
-        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, layer_keys, load_YE))
+        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE))
         return self.final_norm(x_BLD), aux
 
     def unembedding(self) -> Array:

@@ -14,7 +14,7 @@ Records = list[dict[str, Any]]
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Draws workdir/report.png: loss curves, expert load per layer, drop rate, throughput. None if nothing was logged."""
+    """Draws workdir/report.png: losses, expert load per layer, drop rate, throughput; None if nothing was logged."""
     records = read_metrics(workdir)
     training = [r for r in records if "loss" in r]
     if not training:

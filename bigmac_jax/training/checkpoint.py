@@ -1,4 +1,4 @@
-"""Orbax checkpoints: parameters, optimizer, data position and config, one directory a step, written in the background."""
+"""Orbax checkpoints: parameters, optimizer, data position and config; a directory a step, written in the background."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ from flax import nnx
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, shardings
 from bigmac_jax.model.transformer import Transformer, init_model
-from bigmac_jax.training.step import TrainState
+from bigmac_jax.training.step import TrainState, split
 
 _METRIC = "eval/loss"
 
@@ -79,7 +79,9 @@ class Checkpoints:
             best = self._manager.best_step()
             return steps[-1] if best is None else best
         if not step.isdigit() or int(step) not in steps:
-            raise ConfigError(f"step={step} is not a checkpoint of {self._manager.directory}; use latest, best or one of {steps}")  # fmt: skip
+            raise ConfigError(
+                f"step={step} is not a checkpoint of {self._manager.directory}; use latest, best or one of {steps}"
+            )
         return int(step)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
@@ -118,7 +120,9 @@ def read_config(workdir: pathlib.Path) -> Config:
     return Config.from_json(file.read_text(), str(file))
 
 
-def restore(workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None) -> tuple[Config, Transformer]:
+def restore(
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+) -> tuple[Config, Transformer]:
     """The config and the model of a training run.
 
     Args:
@@ -140,7 +144,7 @@ def restore(workdir: str | pathlib.Path, step: str = "latest", config: Config | 
     try:
         number = checkpoints.resolve(str(step))
         abstract = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
-        graphdef, params, rest = nnx.split(abstract, nnx.Param, ...)
+        graphdef, params, rest = split(abstract)
         tree = {"params": params, "rest": rest}
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(tree, mesh)

@@ -114,11 +114,13 @@ class _Run:
                 jax.profiler.stop_trace()
             score = None
             if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
-                pending = self._finish(pending)
+                self._finish(pending)
+                pending = None
                 score = self._evaluate(step, state)
             new_best = score is not None and score.loss < self.best and train.checkpoint_every > 0
             if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
-                pending = self._finish(pending)  # only a state whose loss is known to be finite is kept
+                self._finish(pending)  # only a state whose loss is known to be finite is kept
+                pending = None
                 self._save(step, state, score)
         self._finish(pending)
         if step > self.first_step:
@@ -127,7 +129,7 @@ class _Run:
         return Result(step, step >= train.steps, self.score)
 
     def _finish(self, pending: tuple[int, StepMetrics] | None) -> None:
-        """Waits for a dispatched step, checks its loss, and logs it if it is due; nothing is pending then."""
+        """Waits for a dispatched step, checks its loss, and logs it if it is due."""
         if pending is None:
             return
         step, metrics = pending
@@ -204,16 +206,16 @@ def _claim(config: Config, workdir: pathlib.Path) -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def stop(number: int, _: Any) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, stop)
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for which, handler in previous.items():
+            signal.signal(which, handler)

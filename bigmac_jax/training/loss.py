@@ -89,7 +89,7 @@ def _walk(x_TD: Array, w_VD: Array, targets_T: Array, gradients: bool) -> tuple[
     """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w."""
     chunks = _chunks(x_TD.shape[0], w_VD.shape[0])
 
-    def body(carry: tuple[Array, Array | None], xs: tuple[Array, Array]) -> tuple[tuple[Array, Array | None], Any]:
+    def body(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
         total, dw_VD = carry
         x_CD, targets_C = xs
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -114,7 +114,7 @@ def _walk(x_TD: Array, w_VD: Array, targets_T: Array, gradients: bool) -> tuple[
     carry = (zeros(()), zeros(w_VD.shape) if gradients else None)
     split = (x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1))
     (total, dw_VD), dx_CTD = jax.lax.scan(body, carry, split)
-    if not gradients:
+    if dw_VD is None:
         return total, None
     return total, (dx_CTD.reshape(x_TD.shape), dw_VD.at[targets_T].add(-x_TD.astype(jnp.float32)))
 

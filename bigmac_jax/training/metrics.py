@@ -14,13 +14,12 @@ import tensorboardX
 import tqdm
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import EXPERT_GROUP
 from bigmac_jax.model.moe import Aux, strategy
 from bigmac_jax.training.step import StepMetrics
 
 
 class MetricsWriter:
-    """Appends to the files of a workdir; records of steps after `first_step` (from a run that was killed) are dropped."""
+    """Appends to the files of a workdir, and drops the records that a killed run left of steps after `first_step`."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int):
         self._path = workdir / "metrics.jsonl"
@@ -158,12 +157,6 @@ def wire_bytes(config: Config) -> int:
     one_way = strategy(m, m.capacity_factor).wire_bytes(tokens, m.choices, m.wire_size, itemsize)
     passes = 2 + m.remat  # forward and backward, and the exchange that rematerialisation repeats
     return one_way * passes * ranks * m.num_layers * config.train.accumulate_steps
-
-
-def expert_ranks() -> int:
-    """Ranks that share one set of experts on the current mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in EXPERT_GROUP)
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

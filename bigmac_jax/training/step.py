@@ -54,12 +54,18 @@ class Trainer(NamedTuple):
         return nnx.merge(self.graphdef, state.params, state.rest)
 
 
+def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
+    """(graphdef, parameters, the rest): `nnx.merge` of the three is the model again."""
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
+    return graphdef, params, rest[0]
+
+
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds the jitted initialisation and training step for the current mesh."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
 
     def init(key: Array) -> TrainState:
-        _, params, rest = nnx.split(init_model(config, key), nnx.Param, ...)
+        _, params, rest = split(init_model(config, key))
         return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
 
     def step(state: TrainState, tokens_BL: Array) -> tuple[TrainState, StepMetrics]:
@@ -107,7 +113,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (tokens_MBL, keys_M))[0])
 
     key = jax.random.key(config.train.seed)
-    graphdef = nnx.split(jax.eval_shape(lambda k: init_model(config, k), key), nnx.Param, ...)[0]
+    graphdef, _, _ = split(jax.eval_shape(lambda k: init_model(config, k), key))
     abstract = jax.eval_shape(init, key)
     state_shardings = shardings(abstract, mesh)
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))

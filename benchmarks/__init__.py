@@ -1,0 +1,1 @@
+"""Every figure that the README and docs state, one command each."""

@@ -1,0 +1,97 @@
+"""What the loop and the input pipeline cost: python -m benchmarks.loop [--config=configs/tiny.py --config.…].
+
+Prints JSON lines: tokens a second of the jitted step in a bare loop on one resident batch, of the whole training loop, of
+the input pipeline alone, and their ratios (medians).
+"""
+
+from bigmac_jax import environment
+
+environment.prepare()
+
+import dataclasses  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import statistics  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+
+from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.config import Config, load_config  # noqa: E402
+from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
+from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from bigmac_jax.mesh import batch_spec  # noqa: E402
+from bigmac_jax.report.plots import read_metrics  # noqa: E402
+from bigmac_jax.training.loop import train  # noqa: E402
+from bigmac_jax.training.step import make_trainer  # noqa: E402
+
+_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file.")
+_STEPS = flags.DEFINE_integer("steps", 60, "Timed steps of a round.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; the two loops alternate.")
+
+
+def main() -> None:
+    steps = _STEPS.value
+    config = load_config(_CONFIG.value, cli.OVERRIDES)
+    # One logged interval, from the end of the first step, which compiles, to the end of the last.
+    quiet = dataclasses.replace(config.train, steps=steps + 1, log_every=steps + 1, eval_every=0, checkpoint_every=0)
+    config = dataclasses.replace(config, train=quiet)
+    mesh = cli.enter_mesh(config)
+    stream = open_stream(config, "train", load_tokenizer(config))
+    batch = next(train_iterator(config, stream))
+    trainer = make_trainer(config, mesh)
+
+    bare, whole = [], []
+    for _ in range(_ROUNDS.value):
+        bare.append(_bare_loop(trainer, batch, steps))
+        whole.append(_training_loop(config))
+    tokens = config.data.batch_size * config.data.sequence_length
+    pipeline = _pipeline(train_iterator(config, stream), tokens)
+    rates = {"bare_step": tokens / statistics.median(bare), "training_loop": tokens / statistics.median(whole)}
+    for name, rate in (rates | {"input_pipeline": pipeline}).items():
+        print(json.dumps({"name": name, "tokens_per_s": round(rate)}))
+    print(
+        json.dumps(
+            {
+                "loop_over_bare_step": round(rates["bare_step"] / rates["training_loop"], 4),
+                "pipeline_over_step": round(pipeline / rates["bare_step"], 1),
+            }
+        )
+    )
+
+
+def _bare_loop(trainer, batch: np.ndarray, steps: int) -> float:
+    """Seconds a step."""
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
+    tokens_BL = jax.device_put(batch, sharding)
+    state, metrics = trainer.step(trainer.init(jax.random.key(0)), tokens_BL)
+    jax.block_until_ready(metrics)
+    start = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = trainer.step(state, tokens_BL)
+    jax.block_until_ready(metrics)
+    return (time.perf_counter() - start) / steps
+
+
+def _training_loop(config: Config) -> float:
+    """Seconds a step of a real run, as it logs them."""
+    with tempfile.TemporaryDirectory() as workdir:
+        train(config, pathlib.Path(workdir))
+        return read_metrics(pathlib.Path(workdir))[-1]["step_time_s"]
+
+
+def _pipeline(iterator, tokens: int) -> float:
+    """Tokens a second of the input alone."""
+    next(iterator)
+    start, batches = time.perf_counter(), 0
+    while time.perf_counter() - start < 3:
+        next(iterator)
+        batches += 1
+    return batches * tokens / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    cli.run(main)
