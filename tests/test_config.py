@@ -230,8 +230,8 @@ def test_nothing_but_config_error(config_file: pathlib.Path) -> None:
     rng = random.Random(0)
     names = [*FIELDS, "model", "mesh", "", "model.", "nothing", "model.top_k.x", "--config.model.top_k"]
     values = ["", "0", "-1", "1", "3", "7", "0.25", "1e309", "nan", "inf", "-inf", "10" * 30, "1" + "0" * 400, "None",
-              "null", "True", "x", "[1]", "{}", "1,2", "0x10", "1_000", "'", '"', "\\", "\n", "\0", "é", "=", "%s", "{0}",
-              " 4", "()", "bfloat16"]  # fmt: skip
+              "null", "True", "x", "[1]", "{}", "1,2", "0x10", "1_000", "'", '"', "\\", "\n", "\0", "é", "=", "%s",
+              "{0}", " 4", "()", "bfloat16"]  # fmt: skip
     loaded = 0
     for _ in range(300):
         overrides = [f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.choice((1, 1, 2)))]
