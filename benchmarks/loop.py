@@ -1,6 +1,6 @@
 """What the loop and the input pipeline cost: python -m benchmarks.loop [--config=configs/tiny.py --config.…].
 
-Prints JSON lines: tokens a second of the jitted step in a bare loop on one resident batch, of the whole training loop, of
+Prints JSON lines: tokens a second of the jitted step in a bare loop on one resident batch, of the training loop, of
 the input pipeline alone, and their ratios (medians).
 """
 

@@ -58,15 +58,15 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias_D is not None:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * last_axis(self.scale_D[...], y)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * last_axes(self.scale_D[...], y)
         if self.bias_D is not None:
-            y = y + last_axis(self.bias_D[...], y)
+            y = y + last_axes(self.bias_D[...], y)
         return y.astype(x.dtype)
 
 
-def last_axis(v_D: Array, like: Array) -> Array:
-    """`v_D` with leading dimensions of size 1, ready to meet `like` under strict rank promotion."""
-    return v_D.reshape((1,) * (like.ndim - v_D.ndim) + v_D.shape)
+def last_axes(v: Array, like: Array) -> Array:
+    """`v` with leading dimensions of size 1, ready to meet `like` under strict rank promotion."""
+    return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
 class Linear(nnx.Module):
@@ -78,7 +78,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.w_DF[...].astype(x.dtype)
-        return y if self.b_F is None else y + last_axis(self.b_F[...].astype(x.dtype), y)
+        return y if self.b_F is None else y + last_axes(self.b_F[...].astype(x.dtype), y)
 
 
 def rotate(x_BLNH: Array, theta: float) -> Array:
@@ -88,6 +88,31 @@ def rotate(x_BLNH: Array, theta: float) -> Array:
     sin, cos = (f(angle_LH).reshape(1, length, 1, half).astype(x_BLNH.dtype) for f in (jnp.sin, jnp.cos))
     first, second = x_BLNH[..., :half], x_BLNH[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
+    """softmax(q kᵀ / √H) v over the positions up to each query's own → [B, L, N, H].
+
+    jax.nn's, but on CPU, where XLA has no fused kernel: there queries go in a few blocks that skip the keys behind them,
+    with heads before positions (docs/performance.md has the figure).
+    """
+    if jax.default_backend() != "cpu":
+        return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
+    _, L, N, H = q_BLNH.shape
+    q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
+    # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
+    k_BNLH, v_BNLH = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[2], axis=1) for x in (k_BLGH, v_BLGH))
+    block = max(128, -(-L // 4))
+    blocks = []
+    for start in range(0, L, block):
+        stop = min(start + block, L)
+        scores_BNLM = jnp.einsum("BNLH,BNMH->BNLM", q_BNLH[:, :, start:stop], k_BNLH[:, :, :stop])
+        seen_LM = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+        weights_BNLM = jax.nn.softmax(
+            jnp.where(last_axes(seen_LM, scores_BNLM), scores_BNLM.astype(jnp.float32), -jnp.inf)
+        )
+        blocks.append(jnp.einsum("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
+    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -113,7 +138,7 @@ class Attention(nnx.Module):
             q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
         if self.config.positions == "rope":
             q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
-        y_BLNH = jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
+        y_BLNH = causal_attention(q_BLNH, k_BLGH, v_BLGH)
         return self.out(y_BLNH.reshape(B, L, D))
 
 
