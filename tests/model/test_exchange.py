@@ -100,9 +100,9 @@ def test_each_rank_drops_by_itself() -> None:
     assert second.counts_E.tolist() == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("factor", "capacity"), [(1.0, 10), (1.1, 11), (1.01, 11), (0.01, 1)])
+@pytest.mark.parametrize(("factor", "capacity"), [(1.0, 10), (1.1, 11), (1.11, 12), (0.01, 1), (99.0, 50)])
 def test_capacity_is_the_ceiling_of_the_exact_product(factor: float, capacity: int) -> None:
-    assert make(8, 1, factor).capacity(40, 2) == capacity  # 1.1 · 40 · 2 / 8 is 11.000000000000002 in floats
+    assert make(10, 1, factor).capacity(50, 2) == capacity  # 1.1 · 50 · 2 / 10 is 11.000000000000002 in floats
 
 
 def test_slots_of_a_dropless_plan() -> None:
