@@ -23,11 +23,15 @@ from ml_collections import ConfigDict, config_flags
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
+_LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line: rule, values, fix."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 @dataclass(frozen=True)
@@ -274,10 +278,10 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def _read(path: str) -> dict[str, Any]:
     name, _, argument = path.partition(":")
-    file = pathlib.Path(name).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--config={name} is not a file; give a config such as configs/tiny.py")
-    with _one_line(f"--config={path} could not be read"):
+    with _one_line(f"--config={path!r} could not be read"):
+        file = pathlib.Path(name).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"--config={name!r} is not a file; give a config such as configs/tiny.py")
         if file.suffix == ".json":
             return dataclasses.asdict(Config.from_json(file.read_text(), name))
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
@@ -319,7 +323,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5) or ["one of " + ", ".join(fields)]
-            raise ConfigError(f"'{prefix}{name}' is not a field of the config; did you mean {close[0]}?")
+            raise ConfigError(f"{prefix + str(name)!r} is not a field of the config; did you mean {close[0]}?")
     parts = {
         name: _build(fields[name].type, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         if dataclasses.is_dataclass(fields[name].type)
@@ -341,6 +345,8 @@ def _check_types(config: Config) -> None:
             if f.type is float and (type(entry) is int or entry == "inf"):
                 entry = float(entry)
                 object.__setattr__(value, f.name, entry)  # 1 is a fine way to write 1.0, and JSON has no infinity
+            if type(entry) is int and abs(entry) > _LARGEST_INT:
+                raise ConfigError(f"{name}={str(entry)[:20]}… ({len(str(abs(entry)))} digits) must be at most {_LARGEST_INT}")
             if type(entry) is not f.type:
                 raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
             if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name != "model.capacity_factor")):
@@ -451,5 +457,8 @@ def _one_line(what: str) -> Iterator[None]:
         while trace and trace.tb_next:
             trace = trace.tb_next
         line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else "?")
-        message = " ".join(str(error).split())
+        try:
+            message = " ".join(str(error).split())
+        except Exception:
+            message = "its message cannot be printed"
         raise ConfigError(f"{what}: {type(error).__name__} at line {line}: {message}") from None

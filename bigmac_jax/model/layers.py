@@ -93,8 +93,8 @@ def rotate(x_BLNH: Array, theta: float) -> Array:
 def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
     """softmax(q kᵀ / √H) v over the positions up to each query's own → [B, L, N, H].
 
-    jax.nn's, but on CPU, where XLA has no fused kernel: there queries go in a few blocks that skip the keys behind them,
-    with heads before positions (docs/performance.md has the figure).
+    jax.nn's, but on CPU, where XLA has no fused kernel: there queries go in a few blocks that skip the keys behind
+    them, with heads before positions (docs/performance.md has the figure).
     """
     if jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
