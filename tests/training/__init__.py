@@ -1,0 +1,1 @@
+"""Tests of the loss, the step, checkpoints and the loop."""

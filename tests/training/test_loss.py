@@ -1,0 +1,120 @@
+"""The cross-entropy that is fused with the output projection against float64 NumPy."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tools import QUICK, assert_close, on_mesh, tiny
+
+from bigmac_jax.mesh import batch_spec, replicated_spec
+from bigmac_jax.training import loss
+from bigmac_jax.training.loss import cross_entropy, linear_cross_entropy
+
+B, L, D, V = 8, 6, 5, 13
+
+
+def inputs(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x_BLD, w_VD and targets_BL, among which some ids repeat and some are missing."""
+    rng = np.random.default_rng(0)
+    x_BLD, w_VD = scale * rng.standard_normal((B, L, D)), rng.standard_normal((V, D))
+    return x_BLD.astype(np.float32), w_VD.astype(np.float32), rng.integers(V - 3, size=(B, L), dtype=np.int32)
+
+
+def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean loss and its gradients from whole logits in float64."""
+    x_BLD, w_VD = np.asarray(x_BLD, np.float64), np.asarray(w_VD, np.float64)
+    logits_BLV = x_BLD @ w_VD.T
+    logits_BLV -= logits_BLV.max(-1, keepdims=True)
+    log_p_BLV = logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True))
+    hit_BLV = np.eye(V)[targets_BL]
+    d_BLV = (np.exp(log_p_BLV) - hit_BLV) / targets_BL.size
+    return {
+        "loss": -(hit_BLV * log_p_BLV).sum() / targets_BL.size,
+        "dx": d_BLV @ w_VD,
+        "dw": np.einsum("BLV,BLD->VD", d_BLV, x_BLD),
+    }
+
+
+def fused(
+    mesh: tuple[int, int, int], x_BLD: Any, w_VD: Any, targets_BL: np.ndarray, factor: float = 1.0
+) -> dict[str, Any]:
+    """`factor` times the loss, and its gradients."""
+    with on_mesh(tiny(mesh, batch=B)):
+        arguments = [
+            jax.device_put(x_BLD, batch_spec(3)),
+            jax.device_put(w_VD, replicated_spec(2)),
+            jax.device_put(targets_BL, batch_spec(2)),
+        ]
+        loss_and_gradients = jax.value_and_grad(lambda *a: factor * linear_cross_entropy(*a), (0, 1))
+        value, (dx, dw) = jax.jit(loss_and_gradients, compiler_options=QUICK)(*arguments)
+        return {"loss": value, "dx": dx, "dw": dw}
+
+
+def limit_chunks(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_ENTRIES", {"cpu": entries})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "entries", "chunks"),
+    [
+        ((1, 1, 1), 2**22, 1),
+        ((1, 1, 1), B * L * V // 4, 4),
+        ((1, 1, 1), B * L * V // 5, 6),  # 48 tokens have no five equal chunks
+        ((1, 1, 1), 1, B * L),
+        ((2, 1, 2), 12 * V // 5, 6),  # 12 tokens a rank
+        ((2, 1, 2), 2**22, 1),
+        ((1, 1, 8), 6 * V // 2, 2),  # 6 tokens a rank
+        ((1, 1, 8), 6 * V // 5, 6),
+    ],
+)
+def test_equals_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, int, int], entries: int, chunks: int
+) -> None:
+    limit_chunks(monkeypatch, entries)
+    assert loss._chunks(B * L // np.prod(mesh), V) == chunks
+    assert_close(fused(mesh, *inputs()), reference(*inputs()), 2e-6)
+
+
+def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is summed in float32; gradients carry two roundings to bfloat16, of 2⁻⁹ each."""
+    limit_chunks(monkeypatch, 3 * V)
+    x_BLD, w_VD, targets_BL = inputs()
+    x_BLD, w_VD = jnp.asarray(x_BLD, jnp.bfloat16), jnp.asarray(w_VD, jnp.bfloat16)
+    result, expected = fused((2, 1, 2), x_BLD, w_VD, targets_BL), reference(x_BLD, w_VD, targets_BL)
+    assert result["loss"].dtype == jnp.float32 and result["dx"].dtype == result["dw"].dtype == jnp.bfloat16
+    assert_close({"loss": result["loss"]}, {"loss": expected["loss"]}, 1e-6)
+    assert_close(result, expected, 2**-7)
+
+
+def test_huge_logits() -> None:
+    """Logits of ±10⁵ overflow exp() unless the largest is subtracted."""
+    result, expected = fused((1, 1, 2), *inputs(3e4)), reference(*inputs(3e4))
+    assert all(np.isfinite(value).all() for value in result.values())
+    assert_close(result, expected, 1e-5)
+
+
+def test_scaled_by_what_follows() -> None:
+    """The gradients computed in the forward pass are known up to the factor that arrives in the backward pass."""
+    expected = {name: 3 * value for name, value in reference(*inputs()).items()}
+    assert_close(fused((1, 1, 2), *inputs(), factor=3.0), expected, 2e-6)
+
+
+def test_cross_entropy_of_each_position() -> None:
+    x_BLD, w_VD, targets_BL = inputs()
+    each_BL = np.asarray(cross_entropy(jnp.asarray(x_BLD @ w_VD.T), jnp.asarray(targets_BL)))
+    assert each_BL.shape == (B, L)
+    assert_close({"loss": each_BL.mean()}, {"loss": reference(x_BLD, w_VD, targets_BL)["loss"]}, 1e-6)
+    first = reference(x_BLD[:1, :1], w_VD, targets_BL[:1, :1])["loss"]
+    assert_close({"loss": each_BL[0, 0]}, {"loss": first}, 1e-6)
+
+
+@pytest.mark.parametrize("entries", [1, 7, 100, 1000, 2**22])
+def test_chunks(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    """The fewest equal chunks within the limit, or one token each where a single one exceeds it."""
+    limit_chunks(monkeypatch, entries)
+    for vocab in (1, 7, 50, 257):
+        for tokens in range(1, 61):
+            fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab <= entries]
+            assert loss._chunks(tokens, vocab) == min(fitting, default=tokens), (tokens, vocab)

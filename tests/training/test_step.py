@@ -1,0 +1,143 @@
+"""The training step: accumulation, meshes, the balance bias, the optimizer, dtypes, donation and dropout keys."""
+
+import dataclasses
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model.tools import PAPER, abstract_model, assert_close, leaves, on_mesh, random_tokens, tiny
+
+from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
+from bigmac_jax.training.optimizer import learning_rate, make_optimizer
+from bigmac_jax.training.step import split
+
+from .tools import host, session
+
+# A large eps makes the update proportional to the gradient: Adam's own first step is its sign.
+LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0, clip_norm=0.0)
+
+
+def with_parts(config: Config, **parts: Any) -> Config:
+    return dataclasses.replace(config, **parts)
+
+
+def one_step(mesh: tuple[int, int, int], parts: int, **model: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Metrics and the whole state by name."""
+    config = tiny(mesh, z_loss_coefficient=0.01, **model)
+    config = with_parts(config, optimizer=LINEAR, train=TrainConfig(accumulate_steps=parts))
+    with session(config) as run:
+        metrics = run.step(random_tokens(config))
+        return metrics, leaves(run.state)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Any, dict[str, np.ndarray]]:
+    return one_step((1, 1, 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [((1, 1, 1), 2), ((1, 1, 1), 4), ((2, 1, 2), 1), ((2, 1, 2), 2), ((1, 2, 2), 2)]
+)
+def test_parts_and_meshes_change_nothing(whole: Any, mesh: tuple[int, int, int], parts: int) -> None:
+    """Loss, balance loss, load, gradients (in the first moment) and new parameters are those of one whole batch."""
+    metrics, state = one_step(mesh, parts)
+    expected_metrics, expected = whole
+    for name in ("loss", "grad_norm", "learning_rate"):
+        np.testing.assert_allclose(getattr(metrics, name), getattr(expected_metrics, name), rtol=2e-6, err_msg=name)
+    aux, expected_aux = metrics.parts.aux, expected_metrics.parts.aux
+    np.testing.assert_allclose(metrics.parts.cross_entropy, expected_metrics.parts.cross_entropy, rtol=2e-6)
+    for name in ("balance_loss", "z_loss", "load", "router_entropy"):
+        np.testing.assert_allclose(getattr(aux, name), getattr(expected_aux, name), rtol=1e-5, err_msg=name)
+    assert_close(state, expected)
+
+
+def test_the_loss_is_the_sum_of_its_parts(whole: Any) -> None:
+    metrics, _ = whole
+    aux = metrics.parts.aux
+    expected = metrics.parts.cross_entropy + 0.1 * aux.balance_loss.sum() + 0.01 * aux.z_loss.sum()
+    np.testing.assert_allclose(metrics.loss, expected, rtol=1e-6)
+    assert aux.balance_loss.shape == (2,) and (aux.balance_loss > 1).all() and (aux.z_loss > 0).all()
+
+
+def test_the_balance_bias_moves_by_its_rate() -> None:
+    """Up for experts below the mean load, down above it, and no balance term in the loss."""
+    config = tiny((1, 1, 2), balance="bias", balance_bias_rate=0.25, balance_coefficient=5.0)
+    with session(config) as run:
+        (before,) = jax.tree.leaves(host(run.state.rest))
+        metrics = run.step(random_tokens(config))
+        (after,) = jax.tree.leaves(host(run.state.rest))
+    load_YE = metrics.parts.aux.load
+    assert (before == 0).all() and (load_YE > 1 / 8).any() and (load_YE < 1 / 8).any()
+    np.testing.assert_array_equal(after, 0.25 * np.sign(1 / 8 - load_YE))
+    assert metrics.loss == metrics.parts.cross_entropy
+
+
+def test_half_precision_donation_and_dropout() -> None:
+    """One compiled step in bfloat16 with dropout, looked at from all sides."""
+    config = tiny((1, 1, 2), dtype="bfloat16", dropout=0.2, balance="bias")
+    optimizer = OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup_steps=0)
+    tokens = random_tokens(config)
+    with session(with_parts(config, optimizer=optimizer)) as run:
+        first = jax.tree.map(jnp.copy, run.state)
+        donated = run.state
+        loss = run.step(tokens).loss
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated.params))
+
+        for path, leaf in jax.tree_util.tree_flatten_with_path(run.state)[0]:
+            assert leaf.dtype in (jnp.float32, jnp.int32), path
+            assert leaf.ndim == 0 or leaf.dtype == jnp.float32, path
+        assert run.state.step == 1
+
+        run.state = dataclasses.replace(jax.tree.map(jnp.copy, first), step=first.step + 1)
+        assert run.step(tokens).loss != loss, "another step must draw another dropout mask"
+        run.state = first
+        losses = [run.step(tokens).loss for _ in range(6)]
+    assert losses[0] == loss, "the same step must draw the same dropout mask"
+    assert losses[-1] < losses[0] - 0.1, losses
+
+
+def test_schedule() -> None:
+    optimizer = OptimizerConfig(learning_rate=8.0, final_learning_rate=2.0, warmup_steps=10)
+    rate = learning_rate(Config(optimizer=optimizer, train=TrainConfig(steps=30)))
+    expected = {0: 0.0, 5: 4.0, 10: 8.0, 20: 5.0, 30: 2.0, 99: 2.0}
+    np.testing.assert_allclose([rate(step) for step in expected], list(expected.values()), rtol=1e-6)
+    quarter = 2 + 6 * (1 + math.cos(math.pi / 4)) / 2
+    np.testing.assert_allclose(rate(15), quarter, rtol=1e-6)
+
+    fixed = dataclasses.replace(optimizer, warmup_steps=0, decay_steps=4)
+    rate = learning_rate(Config(optimizer=fixed, train=TrainConfig(steps=30)))
+    np.testing.assert_allclose([rate(0), rate(2), rate(4), rate(30)], [8, 5, 2, 2], rtol=1e-6)
+
+
+def test_weight_decay_reaches_the_matrices_alone() -> None:
+    """Norms, biases and learned positions keep their size."""
+    model = PAPER | {"gated": True, "num_shared_experts": 1, "latent_norm": "pre_dispatch", "qk_norm": True}
+    config = tiny(tie_embeddings=False, **model)
+    config = with_parts(config, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5))
+    with on_mesh(config):
+        _, abstract, _ = split(abstract_model(config))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    for name, update in leaves(updates).items():
+        last = name.split(".")[-1]
+        kept = last.startswith(("b_", "scale", "bias", "positions"))
+        np.testing.assert_array_equal(update, 0 if kept else -0.5, err_msg=name)
+    matrices = {"router_DE", "embedding_VD", "unembedding_VD", "w_in_eRF", "w_out_eFR", "w_gate_eRF"}
+    assert matrices <= {name.split(".")[-1] for name in leaves(params)}
+
+
+@pytest.mark.parametrize(("clip_norm", "norm"), [(2.0, 2.0), (100.0, 13.0), (0.0, 13.0)])
+def test_clipping(clip_norm: float, norm: float) -> None:
+    """Gradients (3, 4) and 12 have norm 13 together."""
+    config = Config(optimizer=OptimizerConfig(clip_norm=clip_norm, b1=0.5))
+    gradients = {"w_a": jnp.array([3.0, 4.0]), "b": jnp.array(12.0)}
+    optimizer = make_optimizer(config)
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    moment = optax.tree_utils.tree_get(state, "mu")
+    chex.assert_trees_all_close(moment, jax.tree.map(lambda g: g * 0.5 * norm / 13, gradients), rtol=1e-6)

@@ -1,0 +1,92 @@
+"""Small runs: a few thousand bytes of text, a model of width 16, and compiled pieces of a trainer."""
+
+import contextlib
+import json
+import math
+import pathlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from model.tools import QUICK, split_batch
+
+from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.step import Trainer, TrainState, make_trainer
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def text(documents: int, seed: int) -> list[str]:
+    """Documents of words that repeat often enough to be learnt from."""
+    draw = random.Random(seed)
+    words = ("the", "of", "and", "state", "union", "people", "congress", "government", "year", "nation", "peace", "law")
+    return [" ".join(draw.choices(words, k=60)) + ".\n" for _ in range(documents)]
+
+
+def write_config(folder: pathlib.Path) -> pathlib.Path:
+    """A config file over texts in `folder`, for `load_config` and for --config."""
+    for seed, split in enumerate(("train", "validation", "test")):
+        rows = text(20 if split == "train" else 1, seed)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    config = Config(
+        model=ModelConfig(
+            num_layers=1, hidden_size=16, num_heads=2, vocab_size=257, num_experts=8, top_k=2, capacity_factor=math.inf
+        ),
+        data=DataConfig(
+            source=str(folder / "train.jsonl"),
+            validation_source=str(folder / "validation.jsonl"),
+            test_source=str(folder / "test.jsonl"),
+            tokenizer="bytes",
+            sequence_length=16,
+            batch_size=8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
+        train=TrainConfig(steps=6, log_every=1, eval_every=3, checkpoint_every=2),
+        cache_dir=str(folder / "cache"),
+    )
+    path = folder / "config.json"
+    path.write_text(config.to_json())
+    return path
+
+
+def small(folder: pathlib.Path, *overrides: str) -> Config:
+    """The config of `write_config`, on one device unless the overrides say more."""
+    return load_config(write_config(folder), ("mesh.data=1", *overrides))
+
+
+def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Session:
+    """A trainer on the current mesh whose functions compile quickly, and its state."""
+
+    def __init__(self, config: Config, state: TrainState | None = None):
+        self.trainer: Trainer = make_trainer(config, jax.sharding.get_mesh())
+        key = jax.random.key(config.train.seed)
+        if state is None:
+            state = self.trainer.init.lower(key).compile(compiler_options=QUICK)(key)
+        self.state = state
+        self._compiled: Any = None
+
+    def step(self, tokens: np.ndarray) -> Any:
+        """One step on [B, L + 1] tokens; metrics on the host."""
+        batch = split_batch(tokens)
+        if self._compiled is None:
+            self._compiled = self.trainer.step.lower(self.state, batch).compile(compiler_options=QUICK)
+        self.state, metrics = self._compiled(self.state, batch)
+        return jax.tree.map(np.asarray, metrics)
+
+
+@contextlib.contextmanager
+def session(config: Config, state: TrainState | None = None) -> Iterator[Session]:
+    with jax.set_mesh(make_mesh(config)):
+        yield Session(config, state)
+
+
+def host(tree: Any) -> Any:
+    """A copy that no donation reaches."""
+    return jax.tree.map(np.array, tree)
