@@ -32,6 +32,7 @@ def reference(config: ModelConfig, p: Parameters, tokens_BL: Any) -> tuple[Array
         x_BLD = p["embedding_VD"][tokens_BL]
         if config.positions == "learned":
             x_BLD = x_BLD + p["positions_LD"][:L]
+        x_BLD = x_BLD * config.hidden_size**0.5
         reports = []
         for i in range(config.num_layers):
             layer = {name: value[i] for name, value in part(p, "layers").items()}

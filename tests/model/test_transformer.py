@@ -144,10 +144,10 @@ def test_initial_values_do_not_depend_on_the_mesh() -> None:
 
 
 def test_initial_std_of_every_parameter() -> None:
-    """1/√fan-in; the last matrix of each residual branch also by 1/√(2·layers) = 1/4, once per branch."""
+    """1/√fan-in, embeddings too; the last matrix of each residual branch also by 1/√(2·layers) = 1/4, once per branch."""
     h, R, F, shared = 64, 16, 48, 32
     residual = 0.25
-    expected = {"embedding_VD": 0.02, "positions_LD": 0.02, "unembedding_VD": 0.02} | {
+    expected = {"embedding_VD": h**-0.5, "positions_LD": h**-0.5, "unembedding_VD": h**-0.5} | {
         "layers." + name: std for name, std in {
             "attention.query.w_DF": h**-0.5, "attention.key.w_DF": h**-0.5, "attention.value.w_DF": h**-0.5,
             "attention.out.w_DF": residual * h**-0.5, "mlp.router_DE": h**-0.5,

@@ -1,0 +1,57 @@
+"""Attention over several blocks, and what rotary positions promise."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.model.layers import causal_attention, rotate
+
+from .tools import QUICK, assert_close, on_mesh, split_batch, tiny
+
+
+def plain_attention(q_BLNH: jax.Array, k_BLGH: jax.Array, v_BLGH: jax.Array) -> jax.Array:
+    """Head by head, with the whole L × L table of scores."""
+    L, N, H = q_BLNH.shape[1:]
+    future_LL = jnp.asarray(~np.tri(L, dtype=bool))[None]
+    heads = []
+    for n in range(N):
+        g = n * k_BLGH.shape[2] // N
+        scores_BLL = jnp.einsum("BLH,BMH->BLM", q_BLNH[:, :, n], k_BLGH[:, :, g]) / math.sqrt(H)
+        weights_BLL = jax.nn.softmax(jnp.where(future_LL, -jnp.inf, scores_BLL), axis=-1)
+        heads.append(weights_BLL @ v_BLGH[:, :, g])
+    return jnp.stack(heads, axis=2)
+
+
+# Blocks are of 128 queries, or of a quarter of the sequence: one token, one block, a short last one, four uneven ones.
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (128, 4), (300, 2), (521, 4)])
+def test_attention_in_blocks_is_attention(length: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = (2, length, 4, 8), (2, length, kv_heads, 8), (2, length, kv_heads, 8)
+    q, k, v, dy = (rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, shapes[0]))
+
+    def run(attention: Any) -> dict[str, Any]:
+        y, pull = jax.vjp(attention, *(split_batch(x) for x in (q, k, v)))
+        dq, dk, dv = pull(split_batch(dy))
+        # One key: its weight is 1, whatever its score.
+        return {"y": y, "v": dv} | ({"q": dq, "k": dk} if length > 1 else {})
+
+    with on_mesh(tiny((2, 1, 1))):
+        actual, expected = (
+            jax.jit(run, static_argnums=0, compiler_options=QUICK)(f) for f in (causal_attention, plain_attention)
+        )
+    assert_close(actual, expected)
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    q, k = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
+    turned_q, turned_k = (rotate(jnp.tile(x, (1, 16, 1, 1)), 100.0)[0, :, 0] for x in (q, k))
+    scores_LL = np.asarray(turned_q @ turned_k.T)
+    for distance in range(-15, 16):
+        diagonal = np.diagonal(scores_LL, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+    assert np.ptp(scores_LL[:, 0]) > 1
+    np.testing.assert_allclose(scores_LL[0, 0], q @ k, rtol=1e-5)  # position 0 is not turned
