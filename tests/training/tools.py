@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from model.tools import QUICK, split_batch
+from model.tools import QUICK, random_model, split_batch
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.step import Trainer, TrainState, make_trainer
+from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,9 +28,9 @@ def text(documents: int, seed: int) -> list[str]:
 
 def write_config(folder: pathlib.Path) -> pathlib.Path:
     """A config file over texts in `folder`, for `load_config` and for --config."""
-    for seed, split in enumerate(("train", "validation", "test")):
-        rows = text(20 if split == "train" else 1, seed)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    for seed, (name, documents) in enumerate((("train", 20), ("validation", 1), ("test", 1))):
+        rows = text(documents, seed)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     config = Config(
         model=ModelConfig(
             num_layers=1, hidden_size=16, num_heads=2, vocab_size=257, num_experts=8, top_k=2, capacity_factor=math.inf
@@ -62,14 +62,14 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Session:
-    """A trainer on the current mesh whose functions compile quickly, and its state."""
+    """A trainer on the current mesh whose step compiles quickly, and a state with random parameters."""
 
-    def __init__(self, config: Config, state: TrainState | None = None):
+    def __init__(self, config: Config):
         self.trainer: Trainer = make_trainer(config, jax.sharding.get_mesh())
-        key = jax.random.key(config.train.seed)
-        if state is None:
-            state = self.trainer.init.lower(key).compile(compiler_options=QUICK)(key)
-        self.state = state
+        _, params, rest = split(random_model(config))
+        abstract = self.trainer.abstract_state
+        opt_state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.opt_state)
+        self.state = TrainState(jax.device_put(np.int32(0), abstract.step.sharding), params, rest, opt_state)
         self._compiled: Any = None
 
     def step(self, tokens: np.ndarray) -> Any:
@@ -82,9 +82,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(config: Config, state: TrainState | None = None) -> Iterator[Session]:
+def session(config: Config) -> Iterator[Session]:
     with jax.set_mesh(make_mesh(config)):
-        yield Session(config, state)
+        yield Session(config)
 
 
 def host(tree: Any) -> Any:

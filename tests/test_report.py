@@ -1,0 +1,57 @@
+"""report.png from what a run logged, whatever it logged."""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from bigmac_jax.config import Config
+from bigmac_jax.report.plots import read_metrics, write_report
+
+
+def training(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 5.0 - step, "tokens_per_s": 100.0, "mfu": 0.25} | more
+
+
+def evaluation(step: int, loss: float | None) -> dict[str, Any]:
+    return {"step": step, "eval/loss": loss, "eval/perplexity": loss, "eval/bits_per_byte": loss}
+
+
+EXPERTS = {"moe/load": [[0.5, 1.5, 1.0], [1.0, 1.0, 1.0]], "moe/drop_rate_by_layer": [0.1, 0.0]}
+LOGGED = {
+    "dense": [training(1), training(2)],
+    "moe": [training(1, **EXPERTS), evaluation(1, 4.0), training(2, **EXPERTS), evaluation(2, 3.0)],
+    "one step": [training(1, **EXPERTS)],
+    "a loss that was not finite": [training(1), training(2, loss=None), training(3, mfu=None)],
+    "an evaluation that was not finite": [training(1), evaluation(1, None)],
+    "evaluations of both kinds": [training(1), evaluation(1, 2.0), training(2), evaluation(2, None)],
+}
+
+
+def write(workdir: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    (workdir / "config.json").write_text(Config().to_json())
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("records", LOGGED.values(), ids=LOGGED)
+def test_a_picture(tmp_path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    write(tmp_path, records)
+    path = write_report(tmp_path)
+    assert path == tmp_path / "report.png"
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[:2] == (880, 1320) and pixels.std() > 0.05
+    assert read_metrics(tmp_path) == records
+
+
+@pytest.mark.parametrize("records", [[], [evaluation(1, 2.0)]], ids=["nothing", "an evaluation alone"])
+def test_no_picture_without_training(tmp_path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    write(tmp_path, records)
+    assert write_report(tmp_path) is None
+    assert not (tmp_path / "report.png").exists()
+
+
+def test_no_metrics(tmp_path: pathlib.Path) -> None:
+    assert read_metrics(tmp_path) == [] and write_report(tmp_path) is None

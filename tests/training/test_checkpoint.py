@@ -1,0 +1,143 @@
+"""Checkpoints: bit-equal, in the background, the newest and the best, on any mesh."""
+
+import pathlib
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tools import leaves, random_tokens
+
+import bigmac_jax
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.checkpoint import Checkpoints, read_config, restore
+from bigmac_jax.training.step import TrainState
+
+from .tools import Session, host, session, small
+
+MESHES = {"1x8": (1, 1, 8), "2x2": (2, 1, 2), "1x1": (1, 1, 1)}
+
+
+def config_on(folder: pathlib.Path, mesh: str) -> Config:
+    data, node, expert = MESHES[mesh]
+    return small(folder, f"mesh.data={data}", f"mesh.node={node}", f"mesh.expert={expert}")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A workdir saved after two steps on eight expert ranks, and what the run did next."""
+    folder = tmp_path_factory.mktemp("saved")
+    config, workdir = config_on(folder, "1x8"), folder / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config.to_json())
+    with session(config) as run:
+        for seed in range(2):
+            run.step(random_tokens(config, seed))
+        state = host(run.state)
+        checkpoints = Checkpoints(workdir)
+        checkpoints.save(run.state, {"batches": 2}, config, 2, eval_loss=5.0)
+        loss = run.step(random_tokens(config, 2)).loss  # donates what is being written
+        checkpoints.close()
+        restore_and_go_on(run, workdir, state, loss)
+    return {"folder": folder, "workdir": workdir, "config": config, "state": state, "next_loss": loss}
+
+
+def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, next_loss: float) -> None:
+    """Everything comes back bit-equal on the current mesh, and training goes on with the same loss."""
+    checkpoints = Checkpoints(workdir)
+    abstract = run.trainer.abstract_state
+    run.state, position = checkpoints.restore(2, abstract)
+    checkpoints.close()
+    assert position == {"batches": 2}
+    chex.assert_trees_all_equal(leaves(run.state), leaves(state))
+    for leaf, wanted in zip(jax.tree.leaves(run.state), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
+    loss = run.step(random_tokens(config_on(workdir.parent, "1x1"), 2)).loss
+    np.testing.assert_allclose(loss, next_loss, rtol=1e-6)
+    assert run.state.step == 3
+
+
+@pytest.mark.parametrize("mesh", ["2x2", "1x1"])
+def test_elastic(saved: dict[str, Any], mesh: str) -> None:
+    """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""
+    with session(config_on(saved["folder"], mesh)) as run:
+        restore_and_go_on(run, saved["workdir"], saved["state"], saved["next_loss"])
+
+
+def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
+    config = config_on(saved["folder"], "2x2")
+    with jax.set_mesh(make_mesh(config)):
+        for step in ("latest", "best", "2", 2):
+            found, model = restore(str(saved["workdir"]), step)
+            assert found == saved["config"] == read_config(saved["workdir"])
+            assert isinstance(model, Transformer)
+            chex.assert_trees_all_equal(leaves(model), leaves(saved["state"].params))
+        other, _ = restore(saved["workdir"], config=config)
+        assert other == config
+        logits_BLV, _ = model(jnp.zeros((4, 3), jnp.int32, out_sharding=jax.P(("data", "node", "expert"))))
+        assert logits_BLV.shape == (4, 3, 257)
+
+
+def test_restore_is_importable_from_the_package() -> None:
+    """A Python contract of the design."""
+    assert bigmac_jax.restore is restore
+
+
+def trivial(step: int) -> TrainState:
+    values = jnp.full(3, step, jnp.float32)
+    return TrainState(jnp.asarray(step), {"w": values}, {"bias": values}, {"mu": values})
+
+
+def write(workdir: pathlib.Path, losses: list[float | None], keep: int) -> None:
+    checkpoints = Checkpoints(workdir, keep)
+    for step, loss in enumerate(losses, 1):
+        checkpoints.save(trivial(step), {"batches": step}, Config(), step, loss)
+    checkpoints.close()
+
+
+def refusal(workdir: pathlib.Path, step: str) -> str:
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(ConfigError) as error:
+        checkpoints.resolve(step)
+    checkpoints.close()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, [3.0, 1.0, 2.0, None, None], keep=2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4", "5"}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert [checkpoints.resolve(step) for step in ("latest", "best", "4")] == [5, 2, 4]
+    assert checkpoints.latest() == 5 and checkpoints.best_loss() == 1.0
+    state, position = checkpoints.restore(2, trivial(0))
+    chex.assert_trees_all_equal(state, trivial(2))
+    assert position == {"batches": 2}
+
+    checkpoints.save(trivial(6), {"batches": 6}, Config(), 6, 0.5)
+    checkpoints.wait()
+    assert checkpoints.resolve("best") == 6 and checkpoints.best_loss() == 0.5
+    checkpoints.save(trivial(7), {"batches": 7}, Config(), 6, 0.1)  # of a step that is there: nothing
+    checkpoints.wait()
+    assert checkpoints.best_loss() == 0.5
+    checkpoints.close()
+    for step in ("3", "abc", "-1", "", "²"):
+        message = refusal(tmp_path, step)
+        assert f"step={step} is not a checkpoint" in message and "[5, 6]" in message
+
+
+def test_without_an_evaluation_the_best_is_the_latest(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, [None, None], keep=1)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.resolve("best") == 2 and checkpoints.best_loss() == float("inf")
+    checkpoints.close()
+
+
+def test_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    assert "holds no checkpoint; train first" in refusal(tmp_path, "latest")
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        read_config(tmp_path)
