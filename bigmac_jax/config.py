@@ -346,7 +346,9 @@ def _check_types(config: Config) -> None:
                 entry = float(entry)
                 object.__setattr__(value, f.name, entry)  # 1 is a fine way to write 1.0, and JSON has no infinity
             if type(entry) is int and abs(entry) > _LARGEST_INT:
-                raise ConfigError(f"{name}={str(entry)[:20]}… ({len(str(abs(entry)))} digits) must be at most {_LARGEST_INT}")
+                raise ConfigError(
+                    f"{name}={str(entry)[:20]}… ({len(str(abs(entry)))} digits) must be at most {_LARGEST_INT}"
+                )
             if type(entry) is not f.type:
                 raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
             if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name != "model.capacity_factor")):

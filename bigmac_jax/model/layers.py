@@ -14,9 +14,6 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.mesh import batch_spec, replicated_spec
 
-# Every matrix starts with variance 1 / fan-in, so that activations keep their size; an embedding has no fan-in.
-EMBEDDING_STD = 0.02
-
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
     """A float32 parameter from N(0, std²), sharded by `spec`, else replicated; the values don't depend on the mesh."""

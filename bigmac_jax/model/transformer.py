@@ -1,5 +1,7 @@
 """The decoder-only transformer. B batch, L length, D hidden, V vocabulary, Y layers, E experts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.mesh import batch_spec
-from bigmac_jax.model.layers import EMBEDDING_STD, MLP, Attention, Norm, dropout, normal
+from bigmac_jax.model.layers import MLP, Attention, Norm, dropout, normal
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 
 
@@ -41,11 +43,14 @@ class Transformer(nnx.Module):
         self.max_length = max_length
         keys = jax.random.split(key, 4)
         V, D = config.vocab_size, config.hidden_size
-        self.embedding_VD = normal(keys[0], (V, D), EMBEDDING_STD)
-        self.positions_LD = normal(keys[1], (max_length, D), EMBEDDING_STD) if config.positions == "learned" else None
+        # Small, so that logits start near zero. The embedding, which may be the same parameter, is multiplied by √D
+        # where it is read (Vaswani et al., 3.4), or a token's identity would drown in what the layers add to it.
+        std = 0.02
+        self.embedding_VD = normal(keys[0], (V, D), std)
+        self.positions_LD = normal(keys[1], (max_length, D), std) if config.positions == "learned" else None
         self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], config.num_layers))
         self.final_norm = Norm(config.norm, D)
-        self.unembedding_VD = None if config.tie_embeddings else normal(keys[3], (V, D), EMBEDDING_STD)
+        self.unembedding_VD = None if config.tie_embeddings else normal(keys[3], (V, D), std)
 
     def __call__(
         self,
@@ -87,7 +92,7 @@ class Transformer(nnx.Module):
                     f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)"
                 )
             x_BLD = x_BLD + self.positions_LD[...][None, :length]
-        x_BLD = x_BLD.astype(config.dtype)
+        x_BLD = (math.sqrt(config.hidden_size) * x_BLD).astype(config.dtype)
         keys_Y = None
         if dropout_key is not None and config.dropout:
             keys = jax.random.split(dropout_key, 1 + config.num_layers)

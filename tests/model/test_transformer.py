@@ -86,11 +86,12 @@ def test_dropout_keeps_the_mean() -> None:
 
 @functools.cache
 def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5) -> np.ndarray:
-    """Embedding 1, branches that answer 1, norms switched off: the output counts the masks that kept an entry."""
+    """A stream of 1, branches that answer 1, norms switched off: the output counts the masks that kept an entry."""
     config = tiny(mesh, length=32, structure="dense", use_bias=True, dropout=rate, positions="none")
     zeros = {name: np.zeros_like(value) for name, value in leaves_of(config).items()}
     ones = ("embedding_VD", "layers.attention.out.b_F", "layers.mlp.down.b_F")
     given = zeros | {name: np.ones_like(zeros[name]) for name in ones}
+    given["embedding_VD"] /= np.float32(math.sqrt(config.hidden_size))
     with on_mesh(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Norm, "__call__", lambda self, x: x)
         key = None if seed is None else jax.random.key(seed)
@@ -144,10 +145,10 @@ def test_initial_values_do_not_depend_on_the_mesh() -> None:
 
 
 def test_initial_std_of_every_parameter() -> None:
-    """1/√fan-in, embeddings too; the last matrix of each residual branch also by 1/√(2·layers) = 1/4, once per branch."""
+    """1/√fan-in; the last matrix of each residual branch also by 1/√(2·layers) = 1/4, once per branch."""
     h, R, F, shared = 64, 16, 48, 32
     residual = 0.25
-    expected = {"embedding_VD": h**-0.5, "positions_LD": h**-0.5, "unembedding_VD": h**-0.5} | {
+    expected = {"embedding_VD": 0.02, "positions_LD": 0.02, "unembedding_VD": 0.02} | {
         "layers." + name: std for name, std in {
             "attention.query.w_DF": h**-0.5, "attention.key.w_DF": h**-0.5, "attention.value.w_DF": h**-0.5,
             "attention.out.w_DF": residual * h**-0.5, "mlp.router_DE": h**-0.5,

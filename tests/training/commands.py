@@ -1,0 +1,36 @@
+"""Runs the commands of cases.json one after another, each in a fork of this process, which imports JAX once.
+
+A case is {"name": …, "argv": [script, …]}; NAME.out, NAME.err and NAME.code are written beside cases.json.
+"""
+
+import json
+import os
+import pathlib
+import runpy
+import sys
+
+import bigmac_jax.cli
+import bigmac_jax.evaluation.perplexity
+import bigmac_jax.training.loop  # noqa: F401
+
+
+def become(argv: list[str], out: pathlib.Path) -> None:
+    """Makes this process the command `argv`, as if Python had been started with it."""
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def main(cases: pathlib.Path) -> None:
+    for case in json.loads(cases.read_text()):
+        out = cases.with_name(case["name"])
+        if not (child := os.fork()):
+            become(case["argv"], out)
+            return
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.with_suffix(".code").write_text(str(code))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,65 @@
+"""Starts train.py as its own process, and watches and kills it."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from .tools import ROOT, read_records
+
+# Programs of any size are kept between starts, and compile without LLVM's optimisations.
+ENVIRONMENT = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+LIMIT = 120.0  # seconds; a start takes five
+
+
+class Process:
+    """train.py on two simulated devices. Output goes to files, so that it never blocks."""
+
+    def __init__(self, config: pathlib.Path, workdir: pathlib.Path, *arguments: str):
+        self.workdir, self._log = workdir, workdir.with_suffix(".log")
+        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", "--cpu_devices=2"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [*command, "--config.mesh.expert=2", *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
+            )
+
+    def wait(self) -> int:
+        return self._process.wait(LIMIT)
+
+    def kill_when(self, due: Callable[[pathlib.Path], bool], delay: float, number: int = signal.SIGKILL) -> None:
+        """Sends the signal `delay` seconds after `due(workdir)` holds, while the process is alive."""
+        end = time.monotonic() + LIMIT
+        while not due(self.workdir):
+            assert self._process.poll() is None, f"ended before it was to be killed:\n{self.output}"
+            assert time.monotonic() < end, f"nothing happened:\n{self.output}"
+            time.sleep(0.001)
+        time.sleep(delay)
+        assert self._process.poll() is None, f"ended before it was killed:\n{self.output}"
+        self._process.send_signal(number)
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    """The step of the last whole line of metrics.jsonl."""
+    try:
+        return max((record["step"] for record in read_records(workdir)), default=0)
+    except (OSError, ValueError):
+        return 0
+
+
+def checkpoint_steps(workdir: pathlib.Path) -> set[int]:
+    """Of checkpoints that are complete."""
+    folder = workdir / "checkpoints"
+    return {int(path.name) for path in folder.iterdir() if path.name.isdigit()} if folder.exists() else set()
+
+
+def is_saving(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written just now."""
+    folder = workdir / "checkpoints"
+    return folder.exists() and any("tmp" in path.name for path in folder.iterdir())

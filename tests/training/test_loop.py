@@ -1,0 +1,205 @@
+"""What a run leaves in its workdir, how it ends, and what may change when it is resumed."""
+
+import json
+import math
+import pathlib
+import shutil
+import struct
+from typing import Any
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from model.tools import leaves
+from tensorboardX.proto import event_pb2
+
+from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.checkpoint import Checkpoints, read_config, restore
+from bigmac_jax.training.loop import NonFiniteLossError, Result, train
+from bigmac_jax.training.metrics import MetricsWriter, _truncate
+
+from .tools import read_records, small
+
+TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s", "mfu"}
+MOE = {"moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/load_cv", "moe/max_load", "moe/router_entropy",
+       "moe/wire_bytes"}  # fmt: skip
+EVALUATION = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
+DENSE = ("model.structure=dense", "train.eval_every=0", "train.checkpoint_every=0")
+
+
+def run(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
+    """Trains without LLVM's optimisations, which take longer than these runs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.set_mesh(make_mesh(config)):
+            return train(config, workdir, profile)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path, Result]:
+    """Six steps of bigmac, with evaluations, checkpoints and a profile of steps 2 and 3."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = small(folder, "model.capacity_factor=1.0", "mesh.expert=2")
+    return config, folder / "run", run(config, folder / "run", (2, 3))
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: pathlib.Path) -> tuple[Config, pathlib.Path]:
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    return config, tmp_path / "run"
+
+
+def overridden(config: Config, folder: pathlib.Path, *overrides: str) -> Config:
+    (folder / "changed.json").write_text(config.to_json())
+    return load_config(folder / "changed.json", overrides)
+
+
+def test_result_and_config(finished: Any) -> None:
+    config, workdir, result = finished
+    assert (result.step, result.finished) == (6, True)
+    assert read_config(workdir) == config
+    last = [record for record in read_records(workdir) if "eval/loss" in record][-1]
+    assert last == {"step": 6, "eval/loss": result.score.loss, "eval/perplexity": result.score.perplexity,
+                    "eval/bits_per_byte": result.score.bits_per_byte}  # fmt: skip
+
+
+def test_metrics_keep_the_contract(finished: Any) -> None:
+    _, workdir, _ = finished
+    assert (workdir / "metrics.jsonl").read_text().endswith("}\n")
+    training = [record for record in read_records(workdir) if "loss" in record]
+    evaluations = [record for record in read_records(workdir) if "eval/loss" in record]
+    assert [record["step"] for record in training] == [2, 3, 4, 5, 6]  # the first step compiles
+    assert [record["step"] for record in evaluations] == [3, 6]
+    for record in training:
+        assert record.keys() >= TRAINING | MOE
+        assert record["tokens"] == record["step"] * 8 * 16
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        assert record["tokens_per_s"] == pytest.approx(8 * 16 / record["step_time_s"])
+        assert record["mfu"] > 0 and record["grad_norm"] > 0
+        assert 0 < record["moe/drop_rate"] < 1 and 0 < record["moe/router_entropy"] <= math.log(8)
+        assert record["moe/max_load"] >= 1 and record["moe/balance_loss"] >= 0.99
+        load_YE = np.asarray(record["moe/load"])
+        np.testing.assert_allclose(load_YE.mean(1), 1, atol=1e-3)
+        assert record["moe/load_cv"] == pytest.approx(load_YE.std(1).mean(), abs=1e-3)
+        assert record["moe/max_load"] == pytest.approx(load_YE.max(1).mean(), abs=1e-3)
+        # Two exchanges in each direction; 2 ranks × 8 experts × capacity ⌈1 · 64 · 2 / 8⌉ = 16 rows of 4 float32.
+        assert record["moe/wire_bytes"] % (16 * 4 * 4) == 0
+    assert [record["learning_rate"] for record in training[:2]] == pytest.approx([0.005, 0.01])
+    assert all(record.keys() == EVALUATION for record in evaluations)
+
+
+def test_tensorboard_holds_the_scalars(finished: Any) -> None:
+    _, workdir, _ = finished
+    (file,) = (workdir / "tb").glob("events.out.tfevents.*")
+    data, scalars = file.read_bytes(), {}
+    while data:  # a record: length, its checksum, an event, its checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + size :]
+    for record in read_records(workdir):
+        for name in (TRAINING | MOE | EVALUATION) & record.keys() - {"step"}:
+            assert scalars[name, record["step"]] == pytest.approx(record[name], rel=1e-6), name
+
+
+def test_checkpoints_and_report(finished: Any) -> None:
+    _, workdir, _ = finished
+    kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+    assert {4, 6} <= kept <= {3, 4, 6}  # two newest, and the best evaluation (3 or 6)
+    assert matplotlib.image.imread(workdir / "report.png").std() > 0
+    assert sum(path.stat().st_size for path in (workdir / "profile").rglob("*.xplane.pb")) > 1000
+    checkpoints = Checkpoints(workdir)
+    losses = [record["eval/loss"] for record in read_records(workdir) if "eval/loss" in record]
+    assert checkpoints.best_loss() == min(losses)
+    assert checkpoints.resolve("best") == (3, 6)[int(np.argmin(losses))]
+    checkpoints.close()
+
+
+def test_a_changed_learning_rate_is_refused(copied: Any, tmp_path: pathlib.Path) -> None:
+    config, workdir = copied
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.5 differs from 0\.01") as error:
+        run(overridden(config, tmp_path, "optimizer.learning_rate=0.5", "train.steps=8"), workdir)
+    assert "\n" not in str(error.value)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) -> None:
+    config, workdir = copied
+    before = read_records(workdir)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 99.0}\n{"step": 8, "lo')  # of a run that was killed after its checkpoint
+    changes = ["mesh.data=2", "mesh.expert=1", "train.steps=8", "train.eval_every=8", "train.keep_checkpoints=1"]
+    changed = overridden(config, tmp_path, *changes)
+    assert run(changed, workdir).step == 8
+    assert read_config(workdir) == changed
+    records = read_records(workdir)
+    assert records[: len(before)] == before
+    assert [record["step"] for record in records[len(before) :]] == [8, 8]
+    assert records[-2]["tokens"] == 8 * 8 * 16
+    assert run(changed, workdir) == (8, True, None)  # and once more there is nothing to do
+    assert read_records(workdir) == records
+
+
+def test_a_non_finite_loss_ends_the_run(tmp_path: pathlib.Path) -> None:
+    """Steps whose loss was finite are kept; the first of the others is named."""
+    config = small(tmp_path, *DENSE, "optimizer.learning_rate=1e30", "train.checkpoint_every=1")
+    with pytest.raises(NonFiniteLossError, match=r"^step \d+: loss (nan|inf)") as error:
+        run(config, tmp_path / "run")
+    message = str(error.value)
+    step = int(message.split()[1].rstrip(":"))
+    assert "\n" not in message and f"the checkpoint of step {step - 1} is kept" in message
+    with jax.set_mesh(make_mesh(config)):
+        _, model = restore(tmp_path / "run", str(step - 1))
+        assert all(np.isfinite(leaf).all() for leaf in leaves(model).values())
+        with pytest.raises(ConfigError):
+            restore(tmp_path / "run", str(step))
+    assert all(math.isfinite(record["loss"]) for record in read_records(tmp_path / "run"))
+
+
+def test_dense_and_a_profile_that_began_before(tmp_path: pathlib.Path) -> None:
+    """A dense run has no fields of experts; a trace of steps 1 to 3 cannot be ended by a run that starts at step 2."""
+    config = small(tmp_path, *DENSE, "train.steps=2")
+    run(config, tmp_path / "run")
+    (record,) = read_records(tmp_path / "run")
+    assert record.keys() == TRAINING
+    assert matplotlib.image.imread(tmp_path / "run" / "report.png").std() > 0
+    assert run(small(tmp_path, *DENSE, "train.steps=4"), tmp_path / "run", (1, 3)).step == 4
+
+
+def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
+    """After a wrong data.source the corrected command must run, not be told that the workdir is of another run."""
+    config = small(tmp_path, *DENSE, "train.steps=1")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="is not there"):
+            run(overridden(config, tmp_path, "data.source=missing.txt"), tmp_path / "run")
+        with pytest.raises(ConfigError, match="is not there"):
+            run(overridden(config, tmp_path, "data.source=wrong.txt"), tmp_path / "run")
+
+
+def test_records_after_the_restored_step_are_dropped(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _truncate(path, 3)
+    assert not path.exists()
+    kept = [{"step": 1, "loss": 5.0}, {"step": 3, "loss": 4.0}, {"step": 3, "eval/loss": 4.5}]
+    lost = [{"step": 4, "loss": 3.0}, {"step": 6, "eval/loss": 2.0}]
+    text = "".join(json.dumps(record) + "\n" for record in [*kept, *lost])
+    path.write_text(text + '{"step": 2, "los')
+    _truncate(path, 3)
+    assert read_records(tmp_path) == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_lines_are_flushed_and_strict_json(tmp_path: pathlib.Path) -> None:
+    writer = MetricsWriter(tmp_path, 0, 10)
+    for step in (1, 2):
+        writer.write({"step": step, "loss": math.inf, "eval/loss": math.nan, "rate": 0.5})
+        line = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+        record = json.loads(line, parse_constant=pytest.fail)
+        assert record == {"step": step, "loss": None, "eval/loss": None, "rate": 0.5}
+    writer.close()
