@@ -19,7 +19,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     training = [r for r in records if "loss" in r]
     if not training:
         return None
-    evaluations = [r for r in records if "eval/loss" in r]
+    evaluations = [r for r in records if r.get("eval/loss") is not None]
     config = json.loads((workdir / "config.json").read_text())
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     model = config["model"]

@@ -78,7 +78,7 @@ class Checkpoints:
         if step == "best":
             best = self._manager.best_step()
             return steps[-1] if best is None else best
-        if not step.isdigit() or int(step) not in steps:
+        if not step.isdecimal() or int(step) not in steps:
             raise ConfigError(
                 f"step={step} is not a checkpoint of {self._manager.directory}; use latest, best or one of {steps}"
             )
