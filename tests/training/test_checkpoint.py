@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal, in the background, the newest and the best, on any mesh."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import chex
@@ -82,6 +83,24 @@ def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
         assert logits_BLV.shape == (4, 3, 257)
 
 
+def test_reading_changes_nothing(saved: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """A checkpoint that a training process is just writing is not for a reader to clean up."""
+    workdir = tmp_path / "run"
+    shutil.copytree(saved["workdir"], workdir)
+    unfinished = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with jax.set_mesh(make_mesh(saved["config"])):
+        restore(workdir)
+        shutil.rmtree(workdir / "checkpoints" / "2")
+        with pytest.raises(ConfigError, match="holds no checkpoint"):
+            restore(workdir)
+        assert unfinished.exists()
+        shutil.rmtree(workdir / "checkpoints")
+        with pytest.raises(ConfigError, match="holds no checkpoint"):
+            restore(workdir)
+        assert not (workdir / "checkpoints").exists()
+
+
 def test_restore_is_importable_from_the_package() -> None:
     """A Python contract of the design."""
     assert bigmac_jax.restore is restore
@@ -109,7 +128,7 @@ def refusal(workdir: pathlib.Path, step: str) -> str:
 
 
 def test_keeps_the_newest_and_the_best(tmp_path: pathlib.Path) -> None:
-    write(tmp_path, [3.0, 1.0, 2.0, None, None], keep=2)
+    write(tmp_path, [3.0, 1.0, 2.0, None, 1.5], keep=2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4", "5"}
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert [checkpoints.resolve(step) for step in ("latest", "best", "4")] == [5, 2, 4]

@@ -149,7 +149,7 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
 def test_a_non_finite_loss_ends_the_run(tmp_path: pathlib.Path) -> None:
     """Steps whose loss was finite are kept; the first of the others is named."""
     config = small(tmp_path, *DENSE, "optimizer.learning_rate=1e30", "train.checkpoint_every=1")
-    with pytest.raises(NonFiniteLossError, match=r"^step \d+: loss (nan|inf)") as error:
+    with pytest.raises(NonFiniteLossError, match=r"^step \d+: loss ") as error:
         run(config, tmp_path / "run")
     message = str(error.value)
     step = int(message.split()[1].rstrip(":"))

@@ -1,0 +1,84 @@
+"""Perplexity: the same for every batch size and mesh, equal to a computation by hand, and dropless."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import QUICK, on_mesh, random_model, split_batch, tiny
+from training.tools import text
+
+from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.evaluation.perplexity import Score, evaluate
+
+LENGTH = 16
+TEXT = "".join(text(3, seed=5))
+CONFIG = {"length": LENGTH, "num_layers": 1, "hidden_size": 16}
+
+
+@pytest.fixture(scope="module")
+def stream() -> Any:
+    return text_stream(TEXT, ByteTokenizer())
+
+
+@pytest.fixture(scope="module")
+def by_hand(stream: Any) -> float:
+    """Sum of -log p over windows, in float64, by a model that was configured without a capacity limit."""
+    tokens = stream.tokens(0, stream.num_tokens)
+    windows = -(-(len(tokens) - 1) // LENGTH)
+    config = tiny(batch=windows, capacity_factor=math.inf, **CONFIG)
+    padded_WL = np.zeros((windows, LENGTH), np.int32)
+    padded_WL.flat[: len(tokens) - 1] = tokens[:-1]
+    with on_mesh(config):
+        call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0], compiler_options=QUICK)
+        logits_WLV = np.asarray(call(random_model(config), split_batch(padded_WL)), np.float64)
+    total = 0.0
+    for logits_LV, start in zip(logits_WLV, range(0, len(tokens) - 1, LENGTH), strict=True):
+        targets_L = tokens[start + 1 : start + 1 + LENGTH]
+        for logits_V, target in zip(logits_LV, targets_L, strict=False):
+            total += np.log(np.exp(logits_V - logits_V.max()).sum()) + logits_V.max() - logits_V[target]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size"),
+    [((1, 1, 1), 1), ((1, 1, 1), 7), ((1, 1, 1), 32), ((2, 1, 4), 1), ((2, 1, 4), 32), ((1, 2, 2), 7)],
+)
+def test_every_batch_size_and_mesh(stream: Any, by_hand: float, mesh: tuple[int, int, int], batch_size: int) -> None:
+    """A capacity factor at which half the choices would be dropped changes nothing either."""
+    config, counted = tiny(mesh, capacity_factor=0.5, **CONFIG), []
+    with on_mesh(config):
+        score = evaluate(random_model(config), stream, LENGTH, batch_size, counted.append)
+    assert (score.tokens, score.bytes, score.words) == (stream.num_tokens - 1, len(TEXT), len(TEXT.split()))
+    assert score.tokens == len(TEXT) + 1  # the first text token is predicted from the end-of-text before it
+    assert sum(counted) == score.tokens
+    assert score.loss == pytest.approx(by_hand / score.tokens, rel=1e-6)
+    assert score.perplexity == pytest.approx(math.exp(by_hand / score.tokens), rel=1e-6)
+
+
+def test_drops_would_change_it(stream: Any) -> None:
+    """What makes the comparison above a test of droplessness."""
+    config = tiny(capacity_factor=0.5, **CONFIG)
+    rows = config.data.batch_size
+    tokens = stream.tokens(0, rows * LENGTH).reshape(rows, LENGTH)
+    with on_mesh(config):
+        model = random_model(config)
+        limited, aux = jax.jit(lambda m, t: m(t), compiler_options=QUICK)(model, split_batch(tokens))
+        free, free_aux = jax.jit(lambda m, t: m(t, dropless=True), compiler_options=QUICK)(model, split_batch(tokens))
+    assert aux.drop_rate.min() > 0.3 and free_aux.drop_rate.max() == 0
+    assert np.abs(np.asarray(limited) - np.asarray(free)).max() > 0.01
+
+
+def test_score_by_hand() -> None:
+    """Four tokens of a quarter each: 8 bits over 2 words and 8 bytes."""
+    score = Score.of(nll=4 * math.log(4), tokens=4, words=2, num_bytes=8)
+    assert score == pytest.approx((math.log(4), 4.0, 16.0, 1.0, 4, 2, 8))
+    fields = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes")
+    assert tuple(score._asdict()) == fields
+
+
+def test_score_of_an_untrained_model_is_finite() -> None:
+    score = Score.of(nll=1e9, tokens=10, words=0, num_bytes=0)
+    assert all(math.isfinite(value) for value in score)

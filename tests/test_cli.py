@@ -1,0 +1,211 @@
+"""The commands: bad input is one line and exit code 2, results are JSON, the environment is set once."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+from training.tools import ROOT, write_config
+
+from bigmac_jax import environment
+from bigmac_jax.config import STRUCTURES, load_config
+
+COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
+CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
+
+TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", "--cpu_devices=2")
+EVAL = ("eval.py", "--workdir={folder}/run", "--cpu_devices=2")
+FRESH = ("train.py", "--config={folder}/config.json", "--workdir={folder}/fresh", "--cpu_devices=2")
+
+GOOD = {
+    "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
+    "eval": (*EVAL, "--json"),
+    "eval file": (*EVAL, "--text_file={folder}/test.jsonl", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
+    "notebook": ("{folder}/notebook.py", "{folder}/run"),
+}  # fmt: skip
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
+    "unknown flag": ((*FRESH, "--color=red"), ("color",)),
+    "stray argument": ((*FRESH, "now"), ("'now' is not a flag",)),
+    "flag of the wrong type": ((*FRESH, "--cpu_devices=two"), ("cpu_devices", "two")),
+    "negative devices": ((*FRESH, "--cpu_devices=-1"), ("cpu_devices",)),
+    "unknown field": ((*FRESH, "--config.model.topk=4"), ("'model.topk' is not a field", "model.top_k")),
+    "field of the wrong type": ((*FRESH, "--config.model.top_k=four"), ("model.top_k='four'", "type int")),
+    "field without a value": ((*FRESH, "--config.model.top_k"), ("model.top_k needs a value",)),
+    "None": ((*FRESH, "--config.model.dropout=None"), ("model.dropout='None'", "type float")),
+    "invalid value": ((*FRESH, "--config.model.top_k=9"), ("model.top_k=9", "at most model.num_experts=8")),
+    "config that is not there": (("train.py", "--config={folder}/no.py"), ("no.py", "is not a file")),
+    "too many ranks": ((*FRESH, "--config.mesh.expert=4"), ("= 4 ranks", "2 devices", "--cpu_devices=4")),
+    "data that is not there": ((*FRESH, "--config.data.source=no.txt"), ("data.source='no.txt' is not there",)),
+    "bad profile": ((*FRESH, "--profile=5"), ("--profile=5 must be START:STOP",)),
+    "backward profile": ((*FRESH, "--profile=3:2"), ("--profile=3:2 must be START:STOP",)),
+    "changed learning rate": (
+        (*TRAIN, "--config.mesh.expert=2", "--config.optimizer.learning_rate=0.5"),
+        ("optimizer.learning_rate=0.5 differs from 0.01", "--workdir"),
+    ),
+    "no run": (("eval.py", "--workdir={folder}/nothing"), ("holds no config.json",)),
+    "no checkpoint": (("eval.py", "--workdir={folder}/empty", "--cpu_devices=1"), ("holds no checkpoint",)),
+    "broken config.json": (("eval.py", "--workdir={folder}/broken"), ("not valid JSON",)),
+    "model field": ((*EVAL, "--config.model.top_k=1"), ("config.model.top_k=1", "only mesh fields")),
+    "unknown split": ((*EVAL, "--split=nonsense"), ("--split=nonsense must be train, validation or test",)),
+    "text that is not there": ((*EVAL, "--text_file={folder}/no.txt"), ("no.txt", "No such file")),
+    "empty text": ((*EVAL, "--text_file={folder}/empty.txt"), ("empty.txt is empty",)),
+    "unknown step": ((*EVAL, "--step=7"), ("step=7 is not a checkpoint", "[2, 3]")),
+    "word for a step": ((*EVAL, "--step=last"), ("step=last", "latest, best")),
+    "negative batch": ((*EVAL, "--batch_size=-1"), ("batch_size",)),
+    "eval on too many ranks": ((*EVAL, "--config.mesh.expert=8"), ("= 8 ranks", "2 devices")),
+}
+DIVERGED = (
+    *("train.py", "--config={folder}/config.json", "--workdir={folder}/diverged", "--cpu_devices=1"),
+    "--config.model.structure=dense",
+    "--config.optimizer.learning_rate=1e30",
+    "--config.train.checkpoint_every=1",
+)
+
+NOTEBOOK = """
+import sys
+import jax
+from bigmac_jax import restore
+jax.config.update("jax_num_cpu_devices", 2)
+config, model = restore(sys.argv[1])
+print(config.mesh.expert, model(jax.numpy.zeros((1, 4), int))[0].shape)
+"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A config, a run of it, and workdirs and texts that are not as they should be."""
+    folder = tmp_path_factory.mktemp("commands")
+    config = write_config(folder)
+    for name, content in (("empty", config.read_text()), ("broken", "{")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(content)
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "notebook.py").write_text(NOTEBOOK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: pathlib.Path) -> dict[str, Outcome]:
+    """Every command of the tables above, run in turn."""
+    commands = GOOD | {name: argv for name, (argv, _) in BAD.items()} | {"diverged": DIVERGED}
+    cases = [
+        {"name": f"case{i}", "argv": [part.format(folder=folder) for part in argv]}
+        for i, argv in enumerate(commands.values())
+    ]
+    results = folder / "results"
+    results.mkdir()
+    (results / "cases.json").write_text(json.dumps(cases))
+    subprocess.run(
+        [sys.executable, COMMANDS, results / "cases.json"],
+        cwd=ROOT,
+        env=os.environ | {"BIGMAC_KEEP_ENV": "1", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        timeout=500,
+        check=True,
+    )
+
+    def outcome(i: int) -> Outcome:
+        read = {suffix: (results / f"case{i}.{suffix}").read_text() for suffix in ("code", "out", "err")}
+        return Outcome(int(read["code"]), read["out"], read["err"])
+
+    return {name: outcome(i) for i, name in enumerate(commands)}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(outcomes: dict[str, Outcome], name: str) -> None:
+    code, out, err = outcomes[name]
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+    for part in BAD[name][1]:
+        assert part in err
+
+
+def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """Two simulated devices, without an environment variable; both spellings of an override."""
+    code, out, err = outcomes["train"]
+    assert code == 0, err
+    assert "bigmac: 8 experts of width 16 a layer, top-2, 4 of 16 wide rows" in out
+    assert "mesh data 1 × node 1 × expert 2" in out
+    saved = json.loads((folder / "run" / "config.json").read_text())
+    assert (saved["train"]["steps"], saved["mesh"]["expert"]) == (3, 2)
+
+
+KEYS = ["loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes"]
+
+
+def test_eval_prints_json(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    code, out, err = outcomes["eval"]
+    assert code == 0, err
+    (line,) = out.splitlines()  # --json: nothing else
+    score = json.loads(line)
+    assert list(score) == KEYS
+    words = json.loads((folder / "test.jsonl").read_text())["text"]
+    assert (score["tokens"], score["words"], score["bytes"]) == (len(words) + 1, 60, len(words))
+    assert 1 < score["perplexity"] < 257
+
+
+def test_eval_of_a_file_on_another_mesh(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    code, out, err = outcomes["eval file"]
+    assert code == 0, err
+    score, size = json.loads(out.splitlines()[-1]), (folder / "test.jsonl").stat().st_size
+    assert list(score) == KEYS and score["bytes"] == size
+    assert f"perplexity {score['perplexity']:.3f}" in out
+
+
+def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:
+    """As in a notebook: the mesh of the run becomes current."""
+    code, out, err = outcomes["notebook"]
+    assert (code, out.strip()) == (0, "2 (1, 4, 257)"), err
+
+
+def test_a_run_that_diverges(outcomes: dict[str, Outcome]) -> None:
+    """Evaluated at the steps where it diverges, too."""
+    code, _, err = outcomes["diverged"]
+    assert code == 1, err
+    assert "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "loss" in line and "is kept" in line and "lower optimizer.learning_rate" in line
+    assert err.splitlines()[-1] == line
+
+
+SHOW = """
+import os, pathlib, runpy, sys
+starts = pathlib.Path(sys.argv[1])
+starts.write_text(starts.read_text() + "x")
+runpy.run_path(sys.argv[2])["prepare"]()
+print(os.environ.get("GLIBC_TUNABLES"), len(starts.read_text()), sys.argv[3:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are of glibc")
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        ({}, "glibc.malloc.hugetlb=1 2 ['a b', '--c=d']"),  # started again, once, with the same arguments
+        ({"BIGMAC_KEEP_ENV": "1"}, "None 1 ['a b', '--c=d']"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0 1 ['a b', '--c=d']"),
+    ],
+)
+def test_environment(tmp_path: pathlib.Path, given: dict[str, str], printed: str) -> None:
+    starts, script = tmp_path / "starts", tmp_path / "show.py"
+    starts.write_text("")
+    script.write_text(SHOW)
+    clean = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "BIGMAC_KEEP_ENV")}
+    command: list[Any] = [sys.executable, script, starts, environment.__file__, "a b", "--c=d"]
+    result = subprocess.run(command, env=clean | given, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == printed
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
+def test_configs_load(file: pathlib.Path, structure: str) -> None:
+    assert load_config(file, [f"model.structure={structure}"]).model.structure == structure
