@@ -83,22 +83,20 @@ def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
         assert logits_BLV.shape == (4, 3, 257)
 
 
-def test_reading_changes_nothing(saved: dict[str, Any], tmp_path: pathlib.Path) -> None:
+def test_reading_changes_nothing(tmp_path: pathlib.Path) -> None:
     """A checkpoint that a training process is just writing is not for a reader to clean up."""
-    workdir = tmp_path / "run"
-    shutil.copytree(saved["workdir"], workdir)
-    unfinished = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
-    unfinished.mkdir()
-    with jax.set_mesh(make_mesh(saved["config"])):
-        restore(workdir)
-        shutil.rmtree(workdir / "checkpoints" / "2")
-        with pytest.raises(ConfigError, match="holds no checkpoint"):
-            restore(workdir)
+    config = small(tmp_path)
+    unfinished = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    unfinished.mkdir(parents=True)
+    with jax.set_mesh(make_mesh(config)):
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="holds no checkpoint"):
+                restore(tmp_path)
         assert unfinished.exists()
-        shutil.rmtree(workdir / "checkpoints")
+        shutil.rmtree(tmp_path / "checkpoints")
         with pytest.raises(ConfigError, match="holds no checkpoint"):
-            restore(workdir)
-        assert not (workdir / "checkpoints").exists()
+            restore(tmp_path)
+        assert not (tmp_path / "checkpoints").exists()
 
 
 def test_restore_is_importable_from_the_package() -> None:
