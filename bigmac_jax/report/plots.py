@@ -82,7 +82,7 @@ def _throughput(axis: plt.Axes, training: Records) -> None:
     axis.plot(_column(training, "step"), rates, lw=1)
     mfu = np.median(_column(training, "mfu"))
     axis.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
-    axis.set_title(f"median {np.median(rates):,.0f} tokens a second, MFU {mfu:.0%} of the measured matmul rate")
+    axis.set_title(f"median {np.median(rates):,.0f} tokens a second, MFU {mfu:.0%}")
     axis.grid(alpha=0.3)
 
 
