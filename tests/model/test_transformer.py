@@ -91,7 +91,7 @@ def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5
     zeros = {name: np.zeros_like(value) for name, value in leaves_of(config).items()}
     ones = ("embedding_VD", "layers.attention.out.b_F", "layers.mlp.down.b_F")
     given = zeros | {name: np.ones_like(zeros[name]) for name in ones}
-    given["embedding_VD"] /= np.float32(math.sqrt(config.hidden_size))
+    given["embedding_VD"] /= np.float32(math.sqrt(config.model.hidden_size))
     with on_mesh(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Norm, "__call__", lambda self, x: x)
         key = None if seed is None else jax.random.key(seed)
