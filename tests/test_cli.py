@@ -3,15 +3,21 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import pytest
-from training.tools import ROOT, write_config
+from model.tools import leaves
+from training.tools import ROOT, read_records, write_config
 
 from bigmac_jax import environment
 from bigmac_jax.config import STRUCTURES, load_config
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.checkpoint import read_config, restore
 
 COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
 CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
@@ -62,6 +68,7 @@ DIVERGED = (
     "--config.model.structure=dense",
     "--config.optimizer.learning_rate=1e30",
     "--config.train.checkpoint_every=1",
+    "--config.train.eval_every=1",
 )
 
 NOTEBOOK = """
@@ -70,7 +77,7 @@ import jax
 from bigmac_jax import restore
 jax.config.update("jax_num_cpu_devices", 2)
 config, model = restore(sys.argv[1])
-print(config.mesh.expert, model(jax.numpy.zeros((1, 4), int))[0].shape)
+print(config.mesh.expert, model(jax.numpy.zeros((2, 4), int))[0].shape)
 """
 
 
@@ -164,17 +171,25 @@ def test_eval_of_a_file_on_another_mesh(outcomes: dict[str, Outcome], folder: pa
 def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:
     """As in a notebook: the mesh of the run becomes current."""
     code, out, err = outcomes["notebook"]
-    assert (code, out.strip()) == (0, "2 (1, 4, 257)"), err
+    assert (code, out.strip()) == (0, "2 (2, 4, 257)"), err
 
 
-def test_a_run_that_diverges(outcomes: dict[str, Outcome]) -> None:
-    """Evaluated at the steps where it diverges, too."""
+def test_a_run_that_diverges(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """It ends at the first step that is not finite; the checkpoint before it can be loaded, the report is drawn."""
     code, _, err = outcomes["diverged"]
     assert code == 1, err
     assert "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
-    assert "loss" in line and "is kept" in line and "lower optimizer.learning_rate" in line
-    assert err.splitlines()[-1] == line
+    line = err.splitlines()[-1]
+    message = re.fullmatch(r"error: step (\d+): loss .*; the checkpoint of step (\d+) is kept; lower .*", line)
+    assert message, line
+    step, kept, workdir = int(message[1]), message[2], folder / "diverged"
+    with jax.set_mesh(make_mesh(read_config(workdir))):
+        _, model = restore(workdir, kept)
+    assert int(kept) == step - 1 and all(np.isfinite(leaf).all() for leaf in leaves(model).values())
+    assert (workdir / "report.png").stat().st_size > 1000
+    training = [record for record in read_records(workdir) if "loss" in record]
+    assert [record["step"] for record in training] == list(range(2, step))  # the first step compiles
+    assert not any(name.startswith("moe/") for name in training[-1])  # it is dense
 
 
 SHOW = """

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from model.tools import QUICK, on_mesh, random_model, split_batch, tiny
-from training.tools import text
+from training.tools import quick, text
 
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -44,12 +44,19 @@ def by_hand(stream: Any) -> float:
 
 @pytest.mark.parametrize(
     ("mesh", "batch_size"),
-    [((1, 1, 1), 1), ((1, 1, 1), 7), ((1, 1, 1), 32), ((2, 1, 4), 1), ((2, 1, 4), 32), ((1, 2, 2), 7)],
+    [
+        ((1, 1, 1), 1),
+        ((1, 1, 1), 7),
+        ((2, 1, 4), 7),
+        ((2, 1, 4), 32),
+        pytest.param((1, 1, 1), 32, marks=pytest.mark.full),
+        pytest.param((1, 2, 2), 1, marks=pytest.mark.full),
+    ],
 )
 def test_every_batch_size_and_mesh(stream: Any, by_hand: float, mesh: tuple[int, int, int], batch_size: int) -> None:
     """A capacity factor at which half the choices would be dropped changes nothing either."""
     config, counted = tiny(mesh, capacity_factor=0.5, **CONFIG), []
-    with on_mesh(config):
+    with quick(), on_mesh(config):
         score = evaluate(random_model(config), stream, LENGTH, batch_size, counted.append)
     assert (score.tokens, score.bytes, score.words) == (stream.num_tokens - 1, len(TEXT), len(TEXT.split()))
     assert score.tokens == len(TEXT) + 1  # the first text token is predicted from the end-of-text before it

@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for seed in range(2):
             run.step(random_tokens(config, seed))
         state = host(run.state)
-        checkpoints = Checkpoints(workdir)
+        checkpoints = Checkpoints(workdir, keep=1)
         checkpoints.save(run.state, {"batches": 2}, config, 2, eval_loss=5.0)
         loss = run.step(random_tokens(config, 2)).loss  # donates what is being written
         checkpoints.close()
@@ -72,15 +72,13 @@ def test_elastic(saved: dict[str, Any], mesh: str) -> None:
 def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
     config = config_on(saved["folder"], "2x2")
     with jax.set_mesh(make_mesh(config)):
-        for step in ("latest", "best", "2", 2):
+        for step in ("best", 2):
             found, model = restore(str(saved["workdir"]), step)
             assert found == saved["config"] == read_config(saved["workdir"])
             assert isinstance(model, Transformer)
             chex.assert_trees_all_equal(leaves(model), leaves(saved["state"].params))
         other, _ = restore(saved["workdir"], config=config)
         assert other == config
-        logits_BLV, _ = model(jnp.zeros((4, 3), jnp.int32, out_sharding=jax.P(("data", "node", "expert"))))
-        assert logits_BLV.shape == (4, 3, 257)
 
 
 def test_reading_changes_nothing(tmp_path: pathlib.Path) -> None:

@@ -87,6 +87,16 @@ def session(config: Config) -> Iterator[Session]:
         yield Session(config)
 
 
+@contextlib.contextmanager
+def quick() -> Iterator[None]:
+    """Compiles without LLVM's optimisations, which take longer than small runs do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 def host(tree: Any) -> Any:
     """A copy that no donation reaches."""
     return jax.tree.map(np.array, tree)
