@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model.tools import PAPER, abstract_model, assert_close, leaf_name, leaves, on_mesh, random_tokens, tiny
+from model.tools import PAPER, QUICK, abstract_model, assert_close, leaf_name, leaves, on_mesh, random_tokens, tiny
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer
@@ -155,7 +155,8 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
         _, abstract, _ = split(abstract_model(config))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
     optimizer = make_optimizer(config)
-    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    update = jax.jit(optimizer.update, compiler_options=QUICK)
+    updates, _ = update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
     for name, update in leaves(updates).items():
         last = name.split(".")[-1]
         kept = last.startswith(("b_", "scale", "bias", "positions"))
