@@ -98,7 +98,12 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
     _, L, N, H = q_BLNH.shape
     q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
     # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
-    k_BNLH, v_BNLH = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[2], axis=1) for x in (k_BLGH, v_BLGH))
+    # (jnp.repeat, and a reshape that merges dimensions, lose the sharding of a batch of one in jax 0.12.)
+    copies = N // k_BLGH.shape[2]
+    k_BNLH, v_BNLH = (
+        jnp.concatenate([x_BGLH[:, n // copies : n // copies + 1] for n in range(N)], axis=1) if copies > 1 else x_BGLH
+        for x_BGLH in (k_BLGH.swapaxes(1, 2), v_BLGH.swapaxes(1, 2))
+    )
     block = max(128, -(-L // 4))
     blocks = []
     for start in range(0, L, block):

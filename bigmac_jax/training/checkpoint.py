@@ -18,9 +18,13 @@ _METRIC = "eval/loss"
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. A directory appears under its final name only when it is complete."""
+    """The checkpoints of a workdir. A directory appears under its final name only when it is complete.
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1):
+    `keep` newest and the best are kept. None is for a reader: it removes nothing, not even what a process that trains
+    is just writing.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int | None = None):
         self._manager = ocp.CheckpointManager(
             workdir.absolute() / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -37,7 +41,8 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=keep is not None,
+                create=keep is not None,
             ),
         )
 

@@ -44,7 +44,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
       ConfigError: the workdir was started with another config, or the data cannot be used.
       NonFiniteLossError: see there.
     """
-    _claim(config, workdir)
+    if (workdir / "config.json").exists():
+        check_resume(read_config(workdir), config)
     mesh = jax.sharding.get_mesh()
     tokenizer = load_tokenizer(config)
     train_stream = open_stream(config, "train", tokenizer)
@@ -57,6 +58,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     else:
         state, position = checkpoints.restore(newest, trainer.abstract_state)
         data.set_state(position)
+    _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
     print(config.model.describe(), flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
@@ -102,14 +104,16 @@ class _Run:
         train, step = self.config.train, self.first_step
         batches = _on_device(self.data)
         pending: tuple[int, StepMetrics] | None = None
+        tracing = False
         while step < train.steps and not stopped:
-            if profile and step + 1 == profile[0]:
+            if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
+                tracing = True
             state, metrics = self.trainer.step(state, next(batches))
             self._finish(pending)
             step += 1
             pending = step, metrics
-            if profile and step == profile[1]:
+            if profile and tracing and step == min(profile[1], train.steps):
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
             score = None
@@ -191,11 +195,8 @@ def _on_device(data: TrainIterator) -> Iterator[jax.Array]:
     return (jax.make_array_from_process_local_data(sharding, batch) for batch in data)
 
 
-def _claim(config: Config, workdir: pathlib.Path) -> None:
-    """Writes the config to the workdir, or checks that it may be resumed with this one."""
+def _write_config(config: Config, workdir: pathlib.Path) -> None:
     file = workdir / "config.json"
-    if file.exists():
-        check_resume(read_config(workdir), config)
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(config.to_json())
