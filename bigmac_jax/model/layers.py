@@ -98,12 +98,7 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
     _, L, N, H = q_BLNH.shape
     q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
     # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
-    # (jnp.repeat, and a reshape that merges dimensions, lose the sharding of a batch of one in jax 0.12.)
-    copies = N // k_BLGH.shape[2]
-    k_BNLH, v_BNLH = (
-        jnp.concatenate([x_BGLH[:, n // copies : n // copies + 1] for n in range(N)], axis=1) if copies > 1 else x_BGLH
-        for x_BGLH in (k_BLGH.swapaxes(1, 2), v_BLGH.swapaxes(1, 2))
-    )
+    k_BNLH, v_BNLH = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[2], axis=1) for x in (k_BLGH, v_BLGH))
     block = max(128, -(-L // 4))
     blocks = []
     for start in range(0, L, block):
@@ -133,15 +128,17 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: Array) -> Array:
         B, L, D = x_BLD.shape
+        # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
         q_BLNH, k_BLGH, v_BLGH = (
-            f(x_BLD).reshape(B, L, -1, self.config.head_size) for f in (self.query, self.key, self.value)
+            jnp.reshape(f(x_BLD), (B, L, -1, self.config.head_size), out_sharding=batch_spec(4))
+            for f in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
         if self.config.positions == "rope":
             q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
         y_BLNH = causal_attention(q_BLNH, k_BLGH, v_BLGH)
-        return self.out(y_BLNH.reshape(B, L, D))
+        return self.out(jnp.reshape(y_BLNH, (B, L, D), out_sharding=batch_spec(3)))
 
 
 class MLP(nnx.Module):
