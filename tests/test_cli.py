@@ -68,7 +68,7 @@ DIVERGED = (
     "--config.model.structure=dense",
     "--config.optimizer.learning_rate=1e30",
     "--config.train.checkpoint_every=1",
-    "--config.train.eval_every=1",
+    "--config.train.eval_every=2",
 )
 
 NOTEBOOK = """
