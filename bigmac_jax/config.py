@@ -223,7 +223,7 @@ class Config:
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
 
 
-# What a resumed run may change (issue of record: the README's table "resuming").
+# What a resumed run may change (docs/training.md, "Resuming").
 MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
               "train.keep_checkpoints", "cache_dir")  # fmt: skip
 

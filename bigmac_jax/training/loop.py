@@ -67,7 +67,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
         + (f", resumed at step {newest}" if newest else ""),
         flush=True,
     )
-    run = _Run(config, workdir, trainer, checkpoints, data, newest or 0)
+    validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+    run = _Run(config, workdir, trainer, checkpoints, data, validation, newest or 0)
     try:
         with _stop_signals() as stopped:
             return run.loop(state, stopped, profile)
@@ -86,13 +87,12 @@ class _Run:
         trainer: Trainer,
         checkpoints: Checkpoints,
         data: TrainIterator,
+        validation: Any,
         first_step: int,
     ):
         self.config, self.workdir, self.trainer = config, workdir, trainer
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
-        self.validation: Any = None
-        if config.train.eval_every:
-            self.validation = open_stream(config, "validation", load_tokenizer(config))
+        self.validation = validation
         self.best = checkpoints.best_loss()
         self.score: Score | None = None
         self.constants = RunConstants(config)
