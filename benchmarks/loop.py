@@ -1,7 +1,7 @@
 """What the loop and the input pipeline cost: python -m benchmarks.loop [--config=configs/tiny.py --config.…].
 
 Prints JSON lines: tokens a second of the jitted step in a bare loop on one resident batch, of the training loop, of
-the input pipeline alone, and their ratios (medians).
+the input pipeline alone, and their ratios.
 """
 
 from bigmac_jax import environment
@@ -19,6 +19,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
+from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
@@ -30,7 +31,7 @@ from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file.")
 _STEPS = flags.DEFINE_integer("steps", 60, "Timed steps of a round.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; the two loops alternate.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; the two loops alternate, and a ratio is the median over rounds.")
 
 
 def main() -> None:
@@ -44,23 +45,22 @@ def main() -> None:
     batch = next(train_iterator(config, stream))
     trainer = make_trainer(config, mesh)
 
-    bare, whole = [], []
-    for _ in range(_ROUNDS.value):
-        bare.append(_bare_loop(trainer, batch, steps))
-        whole.append(_training_loop(config))
+    cases = {
+        "bare_step": lambda: _bare_loop(trainer, batch, steps),
+        "training_loop": lambda: _training_loop(config),
+    }
+    seconds = alternate(cases, _ROUNDS.value)
     tokens = config.data.batch_size * config.data.sequence_length
     pipeline = _pipeline(train_iterator(config, stream), tokens)
-    rates = {"bare_step": tokens / statistics.median(bare), "training_loop": tokens / statistics.median(whole)}
-    for name, rate in (rates | {"input_pipeline": pipeline}).items():
-        print(json.dumps({"name": name, "tokens_per_s": round(rate)}))
-    print(
-        json.dumps(
-            {
-                "loop_over_bare_step": round(rates["bare_step"] / rates["training_loop"], 4),
-                "pipeline_over_step": round(pipeline / rates["bare_step"], 1),
-            }
-        )
-    )
+    for name, rounds in seconds.items():
+        rate = round(tokens / statistics.median(rounds))
+        print(json.dumps({"name": name, "tokens_per_s": rate, **summary(rounds)}))
+    print(json.dumps({"name": "input_pipeline", "tokens_per_s": round(pipeline)}))
+    ratios = {
+        "loop_over_bare_step": round(median_ratio(seconds["training_loop"], seconds["bare_step"]), 4),
+        "pipeline_over_step": round(pipeline * statistics.median(seconds["bare_step"]) / tokens, 1),
+    }
+    print(json.dumps(ratios))
 
 
 def _bare_loop(trainer, batch: np.ndarray, steps: int) -> float:

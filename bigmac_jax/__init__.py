@@ -1,9 +1,31 @@
 """BigMac (DCCA) Mixture-of-Experts language models in JAX/Flax."""
 
-from bigmac_jax.config import Config, ConfigError, load_config
-from bigmac_jax.mesh import make_mesh
-from bigmac_jax.model import exchange
-from bigmac_jax.model.transformer import init_model
-from bigmac_jax.training.checkpoint import restore
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmac_jax.config import Config, ConfigError, load_config
+    from bigmac_jax.mesh import make_mesh
+    from bigmac_jax.model import exchange
+    from bigmac_jax.model.transformer import init_model
+    from bigmac_jax.training.checkpoint import restore
 
 __all__ = ["Config", "ConfigError", "exchange", "init_model", "load_config", "make_mesh", "restore"]
+
+# Imported when first asked for: `environment.prepare()` must be able to run before jax is loaded.
+_HOME = {
+    "Config": "config",
+    "ConfigError": "config",
+    "exchange": "model.exchange",
+    "init_model": "model.transformer",
+    "load_config": "config",
+    "make_mesh": "mesh",
+    "restore": "training.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    return module if name == "exchange" else getattr(module, name)

@@ -1,5 +1,7 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -55,7 +57,11 @@ def replicated_spec(ndim: int) -> P:
     return P(*[None] * ndim)
 
 
-def shardings(tree: object, mesh: Mesh) -> object:
-    """The shardings of an abstract tree from `jax.eval_shape`, on real devices (eval_shape's stand on none)."""
-    # Scalars made without an input have no sharding of their own.
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P()), tree)
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """The abstract tree of a `jax.eval_shape` with its shardings on real devices (eval_shape's stand on none)."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = leaf.sharding.spec if leaf.sharding else P()  # scalars made without an input have no sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)

@@ -25,5 +25,5 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=4e-3, final_learning_rate=1e-4, warmup_steps=200, b2=0.98, weight_decay=0.1
         ),
-        train=TrainConfig(steps=6000, log_every=50, eval_every=1000, checkpoint_every=1000),
+        train=TrainConfig(steps=5000, log_every=50, eval_every=1000, checkpoint_every=1000),
     )

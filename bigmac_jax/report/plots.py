@@ -69,6 +69,11 @@ def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
 
 def _drops(axis: plt.Axes, training: Records) -> None:
     by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training])
+    if not by_layer_nY.any():  # nothing to see: how far the busiest expert is from needing a drop
+        axis.plot(_column(training, "step"), _column(training, "moe/max_load"), lw=1)
+        axis.set(xlabel="step", ylabel="busiest expert, times the mean", title="no choice dropped", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        return
     for layer, drops_n in enumerate(by_layer_nY.T):
         axis.plot(_column(training, "step"), drops_n, lw=1, label=f"layer {layer}")
     axis.set(xlabel="step", ylabel="dropped choices, %", title="drop rate", ylim=(0, None))

@@ -1,6 +1,7 @@
 """Orbax checkpoints: parameters, optimizer, data position and config; a directory a step, written in the background."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -10,7 +11,7 @@ import orbax.checkpoint.checkpoint_managers as policies
 from flax import nnx
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import make_mesh, shardings
+from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.step import TrainState, split
 
@@ -58,7 +59,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data_state),
                 config=ocp.args.JsonSave(json.loads(config.to_json())),
             ),
-            metrics=None if eval_loss is None else {_METRIC: eval_loss},
+            metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
         )
 
     def latest(self) -> int | None:
@@ -150,11 +151,7 @@ def restore(
         number = checkpoints.resolve(str(step))
         abstract = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
         graphdef, params, rest = split(abstract)
-        tree = {"params": params, "rest": rest}
-        target = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(tree, mesh)
-        )
-        tree = checkpoints.restore_model(number, target)
+        tree = checkpoints.restore_model(number, placed({"params": params, "rest": rest}, mesh))
         return config, nnx.merge(graphdef, tree["params"], tree["rest"])
     finally:
         checkpoints.close()

@@ -12,11 +12,12 @@ _DECAYED = ("w_", "router_DE", "embedding_VD", "unembedding_VD")
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """0 → learning_rate over the warm-up, then a cosine to final_learning_rate, which it keeps."""
+    """By steps done: learning_rate / (warmup_steps + 1) at first, learning_rate after the warm-up, then a cosine to
+    final_learning_rate, which it keeps."""
     optimizer = config.optimizer
     decay = optimizer.decay_steps or max(1, config.train.steps - optimizer.warmup_steps)
     return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=optimizer.learning_rate / (optimizer.warmup_steps + 1),  # a first step at 0 would be lost
         peak_value=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         decay_steps=optimizer.warmup_steps + decay,

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import batch_spec, shardings
+from bigmac_jax.mesh import batch_spec, placed
 from bigmac_jax.model.router import updated_bias
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import LossParts, loss_fn
@@ -47,7 +47,7 @@ class Trainer(NamedTuple):
 
     graphdef: Any
     init: Callable[[Array], TrainState]
-    step: Callable[[TrainState, Array], tuple[TrainState, StepMetrics]]
+    step: Any  # jitted: (state, tokens_BL) → (state, StepMetrics); the state is donated
     abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
 
     def model(self, state: TrainState) -> Transformer:
@@ -78,7 +78,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         rest = state.rest
         if config.model.is_moe and config.model.balance == "bias":
             rest = jax.tree.map(lambda bias_YE: updated_bias(config.model, bias_YE, parts.aux.load), rest)
-        metrics = StepMetrics(loss, parts, optax.global_norm(grads), jnp.asarray(schedule(state.step)))
+        metrics = StepMetrics(loss, parts, optax.tree.norm(grads), jnp.asarray(schedule(state.step)))
         return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     def loss_of_params(
@@ -114,8 +114,8 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
 
     key = jax.random.key(config.train.seed)
     graphdef, _, _ = split(jax.eval_shape(lambda k: init_model(config, k), key))
-    abstract = jax.eval_shape(init, key)
-    state_shardings = shardings(abstract, mesh)
+    abstract = placed(jax.eval_shape(init, key), mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
     return Trainer(
         graphdef,
@@ -126,5 +126,5 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, None),
         ),
-        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings),
+        abstract,
     )

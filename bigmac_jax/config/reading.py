@@ -1,0 +1,133 @@
+"""Config files and command-line overrides → a validated Config.
+
+A config file is Python with a function `get_config()` that returns a `Config`; `load_config` applies overrides of
+the form `model.top_k=8` to it (ml_collections flags parse the values). Every error is a `ConfigError`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from bigmac_jax.config.fields import Config, from_dict
+from bigmac_jax.config.rules import ConfigError
+
+# What a resumed run may change (docs/training.md, "Resuming").
+MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
+              "train.keep_checkpoints", "cache_dir")  # fmt: skip
+
+
+def check_resume(saved: Config, new: Config) -> None:
+    """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
+    before, after = dict(_leaves(dataclasses.asdict(saved))), dict(_leaves(dataclasses.asdict(new)))
+    for name, value in after.items():
+        if before[name] != value and not name.startswith(MAY_CHANGE):
+            raise ConfigError(
+                f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; "
+                f"keep {before[name]!r}, or use a new --workdir"
+            )
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file, applies overrides, resolves and validates.
+
+    Args:
+      path: a Python file with `get_config()`, or `FILE:ARGUMENT` for one that takes an argument, or a `.json` file.
+      overrides: "model.top_k=8", ...; later ones win.
+
+    Raises:
+      ConfigError: one line, whatever the input.
+    """
+    values = ConfigDict(_read(str(path)))
+    for override in overrides:
+        _apply(values, override)
+    return from_dict(values.to_dict())
+
+
+def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
+    """The config of a trained model on another mesh, for evaluation, which pads batches to whatever the mesh needs.
+
+    Raises:
+      ConfigError: an override is not of the mesh, or is invalid.
+    """
+    values = ConfigDict(dataclasses.asdict(config))
+    for override in overrides:
+        if not override.startswith("mesh."):
+            raise ConfigError(f"--config.{override}: only mesh fields can change after training; drop it")
+        _apply(values, override)
+    values.train.accumulate_steps = 1
+    values.data.batch_size *= max(1, values.mesh.data) * max(1, values.mesh.node) * max(1, values.mesh.expert)
+    return from_dict(values.to_dict())
+
+
+def _read(path: str) -> dict[str, Any]:
+    name, _, argument = path.partition(":")
+    with _one_line(f"--config={path!r} could not be read"):
+        file = pathlib.Path(name).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"--config={name!r} is not a file; give a config such as configs/tiny.py")
+        if file.suffix == ".json":
+            return dataclasses.asdict(Config.from_json(file.read_text(), name))
+        spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
+        assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(*([argument] if argument else []))
+        if isinstance(config, ConfigDict):
+            config = from_dict(config.to_dict())
+        if not isinstance(config, Config):
+            raise TypeError(f"get_config() returned {type(config).__name__}, not a Config")
+    return dataclasses.asdict(config)
+
+
+def _apply(values: ConfigDict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    known = dict(_leaves(values.to_dict()))
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or ["one of " + ", ".join(values)]
+        raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")
+    if not equals:
+        raise ConfigError(f"{name} needs a value: --config.{name}={known[name]}")
+    kind = type(known[name]).__name__
+    # The flags of ml_collections write to sys.stderr or raise several kinds of error on a value of the wrong type.
+    try:
+        holder = flags.FlagValues()
+        argument = f"--config.{name}={text}"
+        config_flags.DEFINE_config_dict("config", values, flag_values=holder, sys_argv=["", argument])
+        holder(["", argument])
+    except Exception:
+        raise ConfigError(f"{name}={text!r} must be of type {kind}, as in --config.{name}={known[name]}") from None
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turns whatever a user's config file raises into one line that names the place."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        trace = sys.exc_info()[2]
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else "?")
+        try:
+            message = " ".join(str(error).split())
+        except Exception:
+            message = "its message cannot be printed"
+        raise ConfigError(f"{what}: {type(error).__name__} at line {line}: {message}") from None

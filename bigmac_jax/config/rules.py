@@ -1,0 +1,124 @@
+"""What a configuration must hold. Every error is a `ConfigError` with one line: the rule, the values, the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigmac_jax.config.fields import Config, MeshConfig, ModelConfig
+
+STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
+# Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
+TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
+_LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
+_MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message is one line: rule, values, fix."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def check_types(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if not isinstance(value, section.type):  # type: ignore[arg-type]
+            raise ConfigError(f"{section.name}={value!r} must be a {section.type.__name__}")  # type: ignore[union-attr]
+        if not dataclasses.is_dataclass(value):
+            continue
+        for f in dataclasses.fields(value):
+            name, entry = f"{section.name}.{f.name}", getattr(value, f.name)
+            if f.type is float and (type(entry) is int or entry == "inf"):
+                entry = float(entry)
+                object.__setattr__(value, f.name, entry)  # 1 is a fine way to write 1.0, and JSON has no infinity
+            if type(entry) is int and abs(entry) > _LARGEST_INT:
+                raise ConfigError(
+                    f"{name}={str(entry)[:20]}… ({len(str(abs(entry)))} digits) must be at most {_LARGEST_INT}"
+                )
+            if type(entry) is not f.type:
+                raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
+            if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name != "model.capacity_factor")):
+                raise ConfigError(f"{name}={entry} must be a finite number")
+
+
+def validate(config: Config) -> None:
+    model, mesh, data, optimizer, train = config.model, config.mesh, config.data, config.optimizer, config.train
+
+    def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+        if value not in allowed:
+            raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    def at_least(section: str, minimum: float, *names: str) -> None:
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            require(value >= minimum, f"{section}.{name}={value} must be at least {minimum:g}")
+
+    one_of("model.structure", model.structure, STRUCTURES)
+    one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
+    one_of("model.positions", model.positions, ("rope", "learned", "none"))
+    one_of("model.activation", model.activation, ("relu2", "gelu", "silu"))
+    one_of("model.latent_norm", model.latent_norm, ("none", "pre_dispatch", "post_combine"))
+    one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
+    one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
+    one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    one_of("model.exchange", model.exchange, ("all_to_all",))
+
+    at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
+             "vanilla_top_k", "num_expert_groups", "top_groups")  # fmt: skip
+    at_least("model", 0, "num_kv_heads", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
+             "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
+    at_least("mesh", 0, "data")
+    at_least("mesh", 1, "node", "expert")
+    at_least("data", 1, "sequence_length", "batch_size")
+    at_least("data", 0, "num_workers")
+    at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
+             "weight_decay", "clip_norm")  # fmt: skip
+    at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints")
+    at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed")
+
+    h, heads, kv = model.hidden_size, model.num_heads, model.kv_heads
+    require(model.dropout < 1, f"model.dropout={model.dropout} must be below 1")
+    require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta} must be above 0")
+    require(h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {h // heads * heads or heads}, or {math.gcd(h, heads)} heads")  # fmt: skip
+    require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
+    require(model.positions != "rope" or model.head_size % 2 == 0, f"model.hidden_size / model.num_heads = {model.head_size} must be even for positions=rope; use {max(1, heads // 2)} heads, or positions=learned")  # fmt: skip
+    require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be above 0")
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        require(value < 1, f"optimizer.{name}={value} must be below 1")
+
+    size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
+    require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
+
+    shards = max(1, mesh.data) * mesh.expert_ranks * train.accumulate_steps
+    require(data.batch_size % shards == 0, f"data.batch_size={data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}; use {-(-data.batch_size // shards) * shards}")  # fmt: skip
+    if model.is_moe:
+        _validate_moe(model, mesh, require)
+
+
+def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:
+    h, r, experts, k, ranks = model.hidden_size, model.down_ratio, model.expert_count, model.choices, mesh.expert_ranks
+    require(0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]")
+    # A decimal spelling such as 0.3333 is not held against a width that it can only mean.
+    require(abs(r * h - round(r * h)) < 1e-6 and round(r * h) >= 1, f"model.down_ratio × model.hidden_size = {r:g} × {h} = {r * h:g} must be a whole number; use {max(1, round(r * h)) / h:g}")  # fmt: skip
+    if model.structure == "vanilla":
+        share = model.num_experts * r / 4
+        require(abs(share - round(share)) < 1e-6 and share >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {model.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={max(2, math.ceil(share)) * math.ceil(4 / r)}")  # fmt: skip
+    names = ("vanilla's num_experts", "model.vanilla_top_k") if model.structure == "vanilla" else ("model.num_experts", "model.top_k")  # fmt: skip
+    require(k <= experts, f"{names[1]}={k} must be at most {names[0]}={experts}; use {experts}")
+    require(experts % ranks == 0, f"{names[0]}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {math.gcd(experts, ranks)} ranks")  # fmt: skip
+    groups, best = model.num_expert_groups, model.top_groups
+    require(experts % groups == 0, f"{names[0]}={experts} must be a multiple of model.num_expert_groups={groups}; use {math.gcd(experts, groups)} groups")  # fmt: skip
+    require(best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}")
+    require(k <= best * (experts // groups), f"{names[1]}={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
+    require(model.capacity_factor > 0, f"model.capacity_factor={model.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
+    require(model.latent_norm == "none" or model.structure == "bigmac", f"model.latent_norm={model.latent_norm} needs structure=bigmac, not {model.structure}; use latent_norm=none")  # fmt: skip
