@@ -10,10 +10,11 @@ import sys
 # variable → (value, where, reason with its figure)
 SETTINGS = {
     "GLIBC_TUNABLES": (
-        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
+        ":glibc.malloc.trim_threshold=68719476736",
         "linux",
-        "Huge pages for malloc: fresh large buffers otherwise fault page by page in every step. A CPU training step of "
-        "configs/tiny.py is faster by the factor that docs/performance.md states.",
+        "Huge pages for malloc, and freed memory kept: XLA:CPU allocates its buffers anew in every step, and fresh "
+        "pages fault one by one. docs/performance.md has the figure.",
     ),
 }
 

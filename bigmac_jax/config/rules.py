@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from bigmac_jax.config.fields import Config, MeshConfig, ModelConfig
 
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
+EXCHANGES = ("all_to_all", "dedup", "hierarchical", "gather", "ragged")
+WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
@@ -70,10 +72,13 @@ def validate(config: Config) -> None:
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
     one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    one_of("model.exchange", model.exchange, ("all_to_all",))
+    one_of("model.exchange", model.exchange, EXCHANGES)
+    one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "blocks", "loop", "kernel"))
+    one_of("model.wire_dtype", model.wire_dtype, ("", *WIRE_FORMATS))
+    one_of("model.wire_dtype_backward", model.wire_dtype_backward, ("", *WIRE_FORMATS))
 
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
-             "vanilla_top_k", "num_expert_groups", "top_groups")  # fmt: skip
+             "vanilla_top_k", "num_expert_groups", "top_groups", "overlap_chunks")  # fmt: skip
     at_least("model", 0, "num_kv_heads", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
              "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
     at_least("mesh", 0, "data")
@@ -101,6 +106,8 @@ def validate(config: Config) -> None:
 
     shards = max(1, mesh.data) * mesh.expert_ranks * train.accumulate_steps
     require(data.batch_size % shards == 0, f"data.batch_size={data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}; use {-(-data.batch_size // shards) * shards}")  # fmt: skip
+    tokens = data.batch_size * data.sequence_length // shards
+    require(tokens % model.overlap_chunks == 0, f"model.overlap_chunks={model.overlap_chunks} must divide the {tokens} tokens of a rank; use {math.gcd(model.overlap_chunks, tokens)}")  # fmt: skip
     if model.is_moe:
         _validate_moe(model, mesh, require)
 

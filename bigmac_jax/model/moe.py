@@ -14,7 +14,7 @@ from jax import Array
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.mesh import BATCH, EXPERT_GROUP, batch_spec, expert_spec
-from bigmac_jax.model.exchange import STRATEGIES, AllToAll
+from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
 from bigmac_jax.model.router import balance_loss, route
@@ -112,11 +112,19 @@ class MoE(nnx.Module):
         )
 
 
-def strategy(config: ModelConfig, capacity_factor: float) -> AllToAll:
+def strategy(config: ModelConfig, capacity_factor: float) -> Strategy:
     """The exchange of `config` on the current mesh."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    ranks = math.prod(sizes[axis] for axis in EXPERT_GROUP)
-    return STRATEGIES[config.exchange](config.expert_count, ranks, capacity_factor, EXPERT_GROUP)
+    shape = jax.sharding.get_abstract_mesh().shape
+    node, expert = EXPERT_GROUP
+    forward = config.wire_dtype or config.dtype
+    return STRATEGIES[config.exchange](
+        config.expert_count,
+        (shape[node], shape[expert]),
+        capacity_factor,
+        EXPERT_GROUP,
+        forward,
+        config.wire_dtype_backward or forward,
+    )
 
 
 def _exchange_and_compute(
@@ -127,18 +135,29 @@ def _exchange_and_compute(
     experts_BLK: Array,
     weights: dict[str, Array],
 ) -> tuple[Array, Array, Array]:
-    """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S."""
+    """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S.
+
+    Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
+    on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
+    """
     exchange = strategy(config, capacity_factor)
+    replicas = tuple(axis for axis in BATCH if axis not in EXPERT_GROUP)
 
     def on_rank(
         x_BLR: Array, gates_BLK: Array, experts_BLK: Array, weights: dict[str, Array]
     ) -> tuple[Array, Array, Array]:
         x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
-        plan = exchange.plan(experts_TK)
-        rows_nbR = exchange.dispatch(plan, x_TR)
-        rows_nbR = grouped_mlp(config, weights, rows_nbR, plan.expert_n)
-        y_TR = exchange.combine(plan, rows_nbR, gates_TK)
-        return y_TR.reshape(x_BLR.shape), plan.counts_E[None], plan.dropped[None]
+        # The experts' gradients are summed over the ranks that share them, which is what this line's transpose does.
+        weights = {name: jax.lax.pcast(w, replicas, to="varying") for name, w in weights.items()}
+        chunks = math.gcd(config.overlap_chunks, x_TR.shape[0])
+        plans = [exchange.plan(experts) for experts in jnp.split(experts_TK, chunks)]
+        gates = jnp.split(gates_TK, chunks)
+        rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]
+        outputs = [grouped_mlp(config, weights, *r, plan.groups) for plan, r in zip(plans, rows, strict=True)]
+        y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
+        counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
+        dropped = jnp.stack([plan.dropped for plan in plans]).sum()
+        return y_TR.reshape(x_BLR.shape), counts_E[None], dropped[None]
 
     return jax.shard_map(
         on_rank,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
+from bigmac_jax.model.layers import project
 
 
 class Routing(NamedTuple):
@@ -27,7 +28,7 @@ def route(config: ModelConfig, x_BLD: Array, w_DE: Array, bias_E: Array | None) 
 
     `bias_E` shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
     """
-    logits_BLE = jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), w_DE)
+    logits_BLE = project(x_BLD.astype(jnp.float32), w_DE)
     softmax = config.router_scores == "softmax"
     scores_BLE = jax.nn.softmax(logits_BLE) if softmax else jax.nn.sigmoid(logits_BLE)
     shares_BLE = scores_BLE if softmax else scores_BLE / scores_BLE.sum(-1, keepdims=True)

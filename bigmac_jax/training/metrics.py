@@ -154,10 +154,12 @@ def wire_bytes(config: Config) -> int:
         return 0
     ranks = math.prod(sizes.values())
     tokens = config.data.batch_size * config.data.sequence_length // ranks // config.train.accumulate_steps
-    itemsize = jnp.dtype(m.dtype).itemsize
-    one_way = strategy(m, m.capacity_factor).wire_bytes(tokens, m.choices, m.wire_size, itemsize)
-    passes = 2 + m.remat  # forward and backward, and the exchange that rematerialisation repeats
-    return one_way * passes * ranks * m.num_layers * config.train.accumulate_steps
+    exchange, chunks = strategy(m, m.capacity_factor), math.gcd(m.overlap_chunks, tokens)
+    forward = exchange.wire_bytes(tokens // chunks, m.choices, m.wire_size)
+    backward = exchange.wire_bytes(tokens // chunks, m.choices, m.wire_size, exchange.backward)
+    # Rematerialisation repeats the exchanges of the forward pass.
+    layer = chunks * ((1 + m.remat) * forward + backward)
+    return layer * ranks * m.num_layers * config.train.accumulate_steps
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

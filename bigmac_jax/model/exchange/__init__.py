@@ -1,0 +1,14 @@
+"""The exchange: moves rows to the ranks that hold their experts, and back. It knows nothing of parameters."""
+
+from bigmac_jax.model.exchange.ragged import Ragged
+from bigmac_jax.model.exchange.strategies import BLOCK, AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "all_to_all": AllToAll,
+    "dedup": Dedup,
+    "hierarchical": Hierarchical,
+    "gather": Gather,
+    "ragged": Ragged,
+}
+
+__all__ = ["BLOCK", "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy"]

@@ -1,0 +1,336 @@
+"""The exchange strategies: who sends which rows to whom.
+
+All run inside `shard_map` and share one interface: `plan` decides from the router's choice alone, `dispatch` brings
+rows, and where it pays their gates, to the ranks that hold their experts, `combine` brings the experts' outputs back
+and sums them, `wire_bytes` says what that costs. None knows of parameters.
+
+T tokens and K choices on this rank, S = node × expert ranks, E experts, e = E/S of them here, R row width; rows are
+computed in n blocks of b rows, each block of a single expert.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bigmac_jax.model.exchange.groups import Groups, bin_of, bounds_of, group, sorted_by
+from bigmac_jax.model.exchange.hop import Hop, expected_rows
+from bigmac_jax.model.exchange.rows import inverse, spread, weigh
+from bigmac_jax.model.exchange.wire import Wire, row_bytes
+
+# Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
+# average) stays cheap.
+BLOCK = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Where each choice stands among the rows that this rank sends; as in `rows`."""
+
+    slot_TK: Array
+    choice_M: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """Which row goes where.
+
+    steps: what each transport step needs (`Slots`, `HopPlan`, `Offsets`), in the order of dispatch.
+    groups: the blocks of arrived rows; None where block i belongs to expert i.
+    counts_E: how many of this rank's choices fell on each expert, before any drop.
+    dropped: how many choices were dropped on this rank.
+    """
+
+    steps: tuple[Any, ...]
+    groups: Groups | None
+    counts_E: Array
+    dropped: Array
+
+
+class Sent(NamedTuple):
+    """Rows that one rank sends in one exchange, padding included: inside its machine, and to other machines."""
+
+    fast: int
+    slow: int
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Attributes:
+    sizes: ranks of the group by axis: machines (slow links), ranks of a machine (fast links).
+    capacity_factor: f; inf drops nothing.
+    axis: the mesh axes, as `sizes`.
+    forward, backward: wire formats of rows and of their gradients.
+    """
+
+    num_experts: int
+    sizes: tuple[int, int]
+    capacity_factor: float
+    axis: tuple[str, str]
+    forward: str = "float32"
+    backward: str = "float32"
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def local_experts(self) -> int:
+        return self.num_experts // self.ranks
+
+    @property
+    def dropless(self) -> bool:
+        return math.isinf(self.capacity_factor)
+
+    @property
+    def wire(self) -> Wire:
+        """Between all ranks of the group."""
+        return Wire(self.axis, self.forward, self.backward)
+
+    def plan(self, experts_TK: Array) -> Plan:
+        raise NotImplementedError
+
+    def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        """Brings each row to its experts' ranks.
+
+        Returns:
+          rows_nbR, the blocks that this rank computes, and gate_nb that its outputs are to be multiplied by; None where
+          `combine` does that.
+        """
+        raise NotImplementedError
+
+    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
+        """Brings the experts' outputs back and sums each token's, weighted by its gates → y_TR."""
+        raise NotImplementedError
+
+    def sent(self, tokens: int, choices: int) -> Sent:
+        raise NotImplementedError
+
+    def metadata_bytes(self, tokens: int, choices: int) -> int:
+        """What one rank sends to others in a forward pass beside rows: experts, counts, gates."""
+        raise NotImplementedError
+
+    def wire_bytes(self, tokens: int, choices: int, width: int, format: str = "") -> int:
+        """Payload bytes that one rank sends to others in the two exchanges of one direction, padding included.
+
+        `format`: that of the rows; by default the forward pass's.
+        """
+        return 2 * sum(self.sent(tokens, choices)) * row_bytes(format or self.forward, width)
+
+    def _here(self, experts_TK: Array) -> Plan:
+        """On one rank nothing is sent."""
+        T, K = experts_TK.shape
+        groups = group(experts_TK, self.num_experts, BLOCK, T * min(K, self.num_experts))
+        return Plan((), groups, counts(experts_TK, self.num_experts), jnp.zeros_like(experts_TK, shape=()))
+
+    def _per_peer(self, rows: int) -> Sent:
+        """`rows` to each other rank."""
+        machines, size = self.sizes
+        return Sent((size - 1) * rows, (machines - 1) * size * rows)
+
+
+@dataclass(frozen=True)
+class AllToAll(Strategy):
+    """One row per (token, expert), as in the paper.
+
+    With a capacity factor f, an expert takes at most C = min(T, ceil(f·T·K/E)) rows from each rank; when it is full,
+    first choices go before second ones, then token order. With f = inf each pair of ranks has room for its worst case,
+    T·min(K, e) rows.
+    """
+
+    def capacity(self, tokens: int, choices: int) -> int:
+        """C, rows an expert takes from one rank."""
+        # The product is rounded before the ceiling: 1.1 · 10 is 11.000000000000002 in floats, and 11 rows are meant.
+        return min(tokens, math.ceil(round(self.capacity_factor * tokens * choices / self.num_experts, 6)))
+
+    def rows(self, tokens: int, choices: int) -> int:
+        """Rows that travel between a pair of ranks."""
+        if self.dropless:
+            return tokens * min(choices, self.local_experts)
+        return self.local_experts * self.capacity(tokens, choices)
+
+    def plan(self, experts_TK: Array) -> Plan:
+        if self.dropless:
+            return self._here(experts_TK) if self.ranks == 1 else self._dropless_plan(experts_TK)
+        (T, K), E, C = experts_TK.shape, self.num_experts, self.capacity(*experts_TK.shape)
+        # First choices of all tokens, then second ones; sorting by expert keeps that order.
+        sorted_KT, order_KT = sorted_by(experts_TK.T, E)
+        bounds_E = bounds_of(sorted_KT, E)
+        rank_KT = jnp.arange(T * K, dtype=jnp.int32) - bounds_E[sorted_KT]  # place among the choices of its expert
+        slot_KT = jnp.where(rank_KT < C, sorted_KT * C + rank_KT, E * C)
+        slot_TK = jnp.zeros((K * T,), jnp.int32).at[order_KT].set(slot_KT, unique_indices=True).reshape(K, T).T
+        dropped = jnp.sum(slot_TK == E * C, dtype=jnp.int32)
+        return Plan((Slots(slot_TK, inverse(slot_TK, E * C)),), None, jnp.diff(bounds_E), dropped)
+
+    def _dropless_plan(self, experts_TK: Array) -> Plan:
+        (T, K), E, S, e = experts_TK.shape, self.num_experts, self.ranks, self.local_experts
+        P = self.rows(T, K)
+        sorted_N, order_N = sorted_by(experts_TK, E)
+        bounds_E = bounds_of(sorted_N, E)
+        # A destination's rows stand behind each other, sorted by expert.
+        shift_S = P * jnp.arange(S, dtype=jnp.int32) - bounds_E[:-1:e]
+        slot_N = jnp.arange(T * K, dtype=jnp.int32) + shift_S[sorted_N // e]
+        slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
+        counts_E = jnp.diff(bounds_E)
+        # Each source says how many rows of each expert it sent; those behind them are empty.
+        ends_Se = jnp.cumsum(self.wire.swap_metadata(counts_E.reshape(S, e)), axis=1)
+        rows = jnp.arange(P, dtype=jnp.int32)
+        expert_SP = jax.vmap(lambda ends_e: bin_of(rows, ends_e))(ends_Se)
+        groups = group(expert_SP.reshape(-1, 1), e, BLOCK, S * P)
+        return Plan((Slots(slot_TK, inverse(slot_TK, S * P)),), groups, counts_E, jnp.zeros_like(counts_E, shape=()))
+
+    def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        if plan.groups is not None and not plan.steps:
+            return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+        (slots,), S = plan.steps, self.ranks
+        rows_SPR = self.wire.swap(spread(x_TR, slots.slot_TK, slots.choice_M).reshape(S, -1, x_TR.shape[-1]))
+        if plan.groups is not None:
+            return plan.groups.gather(rows_SPR.reshape(-1, x_TR.shape[-1])), None
+        # One block per local expert: the rows of all ranks behind each other.
+        rows_SeCR = rows_SPR.reshape(S, self.local_experts, -1, x_TR.shape[-1])
+        return rows_SeCR.swapaxes(0, 1).reshape(self.local_experts, -1, x_TR.shape[-1]), None
+
+    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
+        S, R = self.ranks, rows_nbR.shape[-1]
+        if plan.groups is not None and not plan.steps:
+            return plan.groups.sum(rows_nbR)
+        if plan.groups is not None:
+            rows_SPR = plan.groups.sum(rows_nbR).reshape(S, -1, R)
+        else:
+            rows_SPR = rows_nbR.reshape(self.local_experts, S, -1, R).swapaxes(0, 1).reshape(S, -1, R)
+        (slots,) = plan.steps
+        rows_MR = self.wire.swap(rows_SPR).reshape(-1, R)
+        return weigh(rows_MR, gates_TK.astype(rows_MR.dtype), slots.slot_TK, slots.choice_M)
+
+    def sent(self, tokens: int, choices: int) -> Sent:
+        return self._per_peer(self.rows(tokens, choices))
+
+    def metadata_bytes(self, tokens: int, choices: int) -> int:
+        return 4 * (self.num_experts - self.local_experts) if self.dropless else 0
+
+
+@dataclass(frozen=True)
+class Dedup(Strategy):
+    """One row per (token, destination rank), with its gates; a rank sums the outputs of a row's experts, weighted,
+    before they return.
+
+    A pair of ranks has room for f times the rows expected at uniform routing, at most T, which is also what f = inf
+    takes; when it is full, first choices go before second ones, then token order.
+    """
+
+    def hops(self, tokens: int, choices: int) -> list[Hop]:
+        """The hops from here to the experts; a hop of one destination is none."""
+        if self.ranks == 1:
+            return []
+        return [Hop(self.wire, self.ranks, self.local_experts, self._capacity(tokens, tokens, choices, self.ranks))]
+
+    def _capacity(self, room: int, tokens: int, choices: int, destinations: int) -> int:
+        """C of a hop to each of `destinations`, which share the experts, for the rows of `tokens`; at most `room`."""
+        if self.dropless:
+            return room
+        expected = expected_rows(tokens, choices, self.num_experts, destinations)
+        return min(room, math.ceil(round(self.capacity_factor * expected, 6)))
+
+    def plan(self, experts_TK: Array) -> Plan:
+        T, K = experts_TK.shape
+        steps, dropped, expert_NK = [], jnp.zeros_like(experts_TK, shape=()), experts_TK
+        for hop in self.hops(T, K):
+            step, expert_NK, lost = hop.plan(expert_NK)
+            steps.append(step)
+            dropped = dropped + lost
+        rows = expert_NK.shape[0] * min(K, self.local_experts)
+        groups = group(expert_NK, self.local_experts, BLOCK, rows)
+        return Plan(tuple(steps), groups, counts(experts_TK, self.num_experts), dropped)
+
+    def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        assert plan.groups is not None
+        for hop, step in self._steps(plan):
+            x_TR, gates_TK = hop.send(step, x_TR), hop.send_gates(step, gates_TK)
+        return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+
+    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
+        assert plan.groups is not None
+        y_NR = plan.groups.sum(rows_nbR)
+        for hop, step in reversed(self._steps(plan)):
+            y_NR = hop.send_back(step, y_NR)
+        return y_NR
+
+    def _steps(self, plan: Plan) -> list[tuple[Hop, Any]]:
+        if not plan.steps:
+            return []
+        assert plan.groups is not None
+        tokens, choices = plan.steps[0].slot_TS.shape[0], plan.groups.slot_NK.shape[1]
+        return list(zip(self.hops(tokens, choices), plan.steps, strict=True))
+
+    def sent(self, tokens: int, choices: int) -> Sent:
+        hops = self.hops(tokens, choices)
+        return self._per_peer(hops[0].capacity) if hops else Sent(0, 0)
+
+    def metadata_bytes(self, tokens: int, choices: int) -> int:
+        return sum((hop.ranks - 1) * hop.capacity * hop.metadata_bytes(choices) for hop in self.hops(tokens, choices))
+
+
+@dataclass(frozen=True)
+class Hierarchical(Dedup):
+    """A token's row goes once to every machine that holds one of its experts, then inside the machine once to every
+    rank that does; sums come back the same way."""
+
+    def hops(self, tokens: int, choices: int) -> list[Hop]:
+        hops, rows, reached = [], tokens, 1
+        for axis, size in zip(self.axis, self.sizes, strict=True):
+            if size == 1:
+                continue
+            reached *= size
+            # After the first hop a rank holds the rows of the ranks with its number in every machine.
+            sources = tokens * reached // size
+            capacity = self._capacity(rows, sources, choices, reached)
+            wire = Wire((axis,), self.forward, self.backward)
+            hops.append(Hop(wire, size, self.num_experts // reached, capacity))
+            rows = size * capacity
+        return hops
+
+    def sent(self, tokens: int, choices: int) -> Sent:
+        rows = {hop.wire.axis[0]: (hop.ranks - 1) * hop.capacity for hop in self.hops(tokens, choices)}
+        return Sent(rows.get(self.axis[1], 0), rows.get(self.axis[0], 0))
+
+
+@dataclass(frozen=True)
+class Gather(Strategy):
+    """Every rank gets every row of the group, and returns a sum for each: for groups not larger than K. Dropless."""
+
+    def plan(self, experts_TK: Array) -> Plan:
+        if self.ranks == 1:
+            return self._here(experts_TK)
+        (T, K), e = experts_TK.shape, self.local_experts
+        local_NK = jax.lax.all_gather(experts_TK, self.axis, tiled=True) - e * jax.lax.axis_index(self.axis)
+        expert_NK = jnp.where((local_NK >= 0) & (local_NK < e), local_NK, e)
+        groups = group(expert_NK, e, BLOCK, self.ranks * T * min(K, e))
+        return Plan((), groups, counts(experts_TK, self.num_experts), jnp.zeros_like(expert_NK, shape=()))
+
+    def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        assert plan.groups is not None
+        if self.ranks > 1:
+            x_TR = self.wire.gather(x_TR).reshape(-1, x_TR.shape[-1])
+            gates_TK = jax.lax.all_gather(gates_TK, self.axis, tiled=True)
+        return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+
+    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
+        assert plan.groups is not None
+        y_NR = plan.groups.sum(rows_nbR)
+        return y_NR if self.ranks == 1 else self.wire.reduce(y_NR.reshape(self.ranks, -1, y_NR.shape[-1]))
+
+    def sent(self, tokens: int, choices: int) -> Sent:
+        return self._per_peer(tokens)
+
+    def metadata_bytes(self, tokens: int, choices: int) -> int:
+        return (self.ranks - 1) * tokens * choices * (4 + 4)
+
+
+def counts(experts_TK: Array, experts: int) -> Array:
+    """counts_E: how many choices fell on each expert."""
+    return jnp.zeros_like(experts_TK, shape=(experts,)).at[experts_TK.reshape(-1)].add(1)
