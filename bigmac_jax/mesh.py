@@ -1,5 +1,6 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,14 @@ def expert_spec(ndim: int) -> P:
 
 def replicated_spec(ndim: int) -> P:
     return P(*[None] * ndim)
+
+
+def on_each_rank(function: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
+    """`function` of each rank's rows of arrays whose first dimension is the batch; without a mesh, of the arrays."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays)
+    in_specs = tuple(batch_spec(array.ndim) for array in arrays)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(BATCH))(*arrays)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec
+from bigmac_jax.mesh import BATCH, batch_spec, on_each_rank, replicated_spec
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
@@ -105,11 +105,10 @@ def _project_bwd(saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Arra
     x_BLX, w_XY = saved
 
     def on_rank(x_BLX: Array, dy_BLY: Array) -> Array:
-        return jax.lax.psum(tall_product(*(v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY))), BATCH)
+        dw_XY = tall_product(*(v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY)))
+        return dw_XY if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(dw_XY, BATCH)
 
-    dw_XY = jax.shard_map(
-        on_rank, in_specs=(batch_spec(3), batch_spec(3)), out_specs=replicated_spec(2), axis_names=set(BATCH)
-    )(x_BLX, dy_BLY)
+    dw_XY = on_each_rank(on_rank, replicated_spec(2), x_BLX, dy_BLY)
     return jnp.einsum("BLY,XY->BLX", dy_BLY, w_XY), dw_XY
 
 

@@ -1,8 +1,9 @@
-"""What a program sends: its all-to-alls, counted in the jaxpr and in the compiled HLO."""
+"""What a program sends: its collectives, counted in the jaxpr and in the compiled HLO."""
 
+import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.extend import core
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import batch_spec
+from bigmac_jax.model.moe import MoE
 
 from .tools import QUICK, abstract_model, on_mesh
 
@@ -46,20 +48,55 @@ def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
             yield from _jaxprs(entry)
 
 
-def compiled_all_to_alls(traced: Any) -> list[list[Operand]]:
-    """The all-to-alls in the HLO text, each a list of what it receives from each rank; a loop's body counts once.
+def layer(config: Config, gradients: bool = False) -> Any:
+    """The traced MoE layer of `config`, without or with its gradients, on abstract arrays."""
+    shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
+    with on_mesh(config):
+        moe = jax.eval_shape(lambda key: MoE(config.model, key), jax.random.key(0))
+        x_BLD = jax.eval_shape(lambda: jnp.zeros(shape, config.model.dtype, out_sharding=batch_spec(3)))
+        if gradients:
+            return jax.jit(jax.grad(lambda m, x: m(x)[0].astype(jnp.float32).sum(), (0, 1))).trace(moe, x_BLD)
+        return jax.jit(lambda m, x: m(x)[0]).trace(moe, x_BLD)
 
-    Reads no replica groups, which print differently from version to version.
-    """
+
+class Collective(NamedTuple):
+    """One instruction of the compiled program."""
+
+    kind: str  # all-to-all, all-gather, reduce-scatter, all-reduce
+    operands: list[Operand]  # an all-to-all lists what it receives from each rank
+
+    @property
+    def ranks(self) -> int:
+        """Of an all-to-all's group."""
+        return len(self.operands)
+
+    @property
+    def bytes(self) -> int:
+        """Of all operands on one rank."""
+        return sum(jnp.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in self.operands)
+
+
+def collectives(traced: Any) -> list[Collective]:
+    """Those in the HLO text; a loop's body counts once. Reads no replica groups, which print differently by version."""
     text = traced.lower().compile(compiler_options=QUICK).as_text()
-    instructions = re.findall(r"= (.*) all-to-all\(", text)
-    return [[_operand(*part) for part in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", line)] for line in instructions]
+    found = re.findall(r"= (.*?) (all-to-all|all-gather|reduce-scatter|all-reduce)(?:-start)?\(", text)
+    return [
+        Collective(kind, [_operand(*part) for part in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", line)])
+        for line, kind in found
+    ]
+
+
+def compiled_all_to_alls(traced: Any) -> list[list[Operand]]:
+    """The operands of each all-to-all."""
+    return [found.operands for found in collectives(traced) if found.kind == "all-to-all"]
 
 
 def _operand(kind: str, dims: str) -> Operand:
-    return {"f32": "float32", "s32": "int32"}[kind], tuple(int(n) for n in dims.split(","))
+    names = {"f": "float", "s": "int", "u": "uint", "bf": "bfloat"}
+    letters, bits = re.match(r"([a-z]+)(\d+)", kind).groups()  # type: ignore[union-attr]
+    return names[letters] + bits, tuple(int(n) for n in dims.split(",") if n)
 
 
 def payloads(operands: list[Operand]) -> list[Operand]:
     """Without the integers of the plan."""
-    return [operand for operand in operands if operand[0] != "int32"]
+    return [operand for operand in operands if not operand[0].startswith("int")]

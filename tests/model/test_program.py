@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.model.exchange import AllToAll
+from bigmac_jax.model.exchange import AllToAll, Plan
 
-from .program import all_to_alls, compiled_all_to_alls, forward, payloads
+from .program import all_to_alls, collectives, compiled_all_to_alls, forward, layer, payloads
 from .tools import on_mesh, tiny
 
 LAYERS = 3
@@ -40,6 +40,14 @@ def test_the_compiled_program_agrees(structure: str, width: int) -> None:
     assert [{shape[-1] for _, shape in parts} for parts in sent if parts] == [{width}] * 2
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_layer_has_no_other_collective(groups: int) -> None:
+    """The router chooses on each rank: left to itself, XLA gathers the scores of all ranks for a top-k."""
+    grouped = {"num_expert_groups": groups, "top_groups": (groups + 1) // 2}
+    found = collectives(layer(tiny((1, 2, 2), capacity_factor=1.25, balance="none", **grouped)))
+    assert [(c.kind, c.ranks) for c in found] == [("all-to-all", 4)] * 2
+
+
 def test_dense_sends_nothing() -> None:
     traced = program("dense")
     assert all_to_alls(traced.jaxpr.jaxpr) == []
@@ -53,9 +61,12 @@ def test_shared_experts_and_latent_norms_send_nothing() -> None:
 
 def test_one_exchange_more_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch = AllToAll.dispatch
-    monkeypatch.setattr(
-        AllToAll, "dispatch", lambda self, plan, x_TR: dispatch(self, plan, dispatch(self, plan, x_TR)[0])
-    )
+
+    def twice(self: AllToAll, plan: Plan, x_TR: jax.Array, gates_TK: jax.Array) -> Any:
+        blocks, _ = dispatch(self, plan, x_TR, gates_TK)
+        return dispatch(self, plan, blocks[0], gates_TK)
+
+    monkeypatch.setattr(AllToAll, "dispatch", twice)
     traced = program("bigmac", capacity_factor=8.0)  # C = T, which the second dispatch needs
     assert len(payloads(all_to_alls(traced.jaxpr.jaxpr))) == 3 * LAYERS
     assert len(compiled_all_to_alls(traced)) == 3

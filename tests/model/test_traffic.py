@@ -1,0 +1,96 @@
+"""Bytes that cross, read from the compiled program: of each strategy, and of one against another.
+
+64 experts, K = 8; buffers are static, so what is sent is what is allocated.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from bigmac_jax.config import Config
+from bigmac_jax.model.exchange import STRATEGIES
+
+from .program import Collective, collectives, layer
+from .tools import tiny
+
+TESTS = pathlib.Path(__file__).parents[1]
+TOKENS = 64  # of a rank
+RANKS = 8
+WIDTH = {"bigmac": 128, "fine_grained": 512}
+
+
+def config(name: str, structure: str = "bigmac", sizes: tuple[int, int] = (1, 8), **model: object) -> Config:
+    fields = {"structure": structure, "exchange": name, "hidden_size": 512, "num_experts": 64, "top_k": 8}
+    ranks = sizes[0] * sizes[1]
+    return tiny((1, *sizes), batch=ranks, length=TOKENS, **(fields | model))
+
+
+def sent(found: list[Collective]) -> tuple[int, int]:
+    """(payload, metadata) bytes that a rank of `RANKS` sends to others: rows, and all the rest."""
+    widths = {width + scale for width in WIDTH.values() for scale in (0, 4)}
+    payload, metadata = 0, 0
+    for c in found:
+        # Of a gather the result stands in the program, of a reduction what a rank keeps.
+        size = {"all-to-all": c.bytes, "all-gather": c.bytes, "reduce-scatter": c.bytes * RANKS}[c.kind]
+        share = size * (RANKS - 1) // RANKS
+        if c.operands[0][1][-1] in widths:
+            payload += share
+        else:
+            metadata += share
+    return payload, metadata
+
+
+def of(name: str, structure: str = "bigmac", **model: object) -> tuple[int, int]:
+    return sent(collectives(layer(config(name, structure, **model))))
+
+
+FACTORS = {"all_to_all": 1.1, "dedup": 1.1, "hierarchical": float("inf"), "gather": float("inf")}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_bigmac_sends_r_times_the_rows_of_fine_grained(name: str) -> None:
+    bigmac, fine = (of(name, structure, capacity_factor=FACTORS[name]) for structure in ("bigmac", "fine_grained"))
+    assert bigmac[0] * 4 == fine[0] > 0
+    assert bigmac[1] == fine[1]
+
+
+@pytest.mark.parametrize("factor", [1.1, float("inf")])
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "ragged"])
+def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
+    c = config(name, capacity_factor=factor)
+    strategy = STRATEGIES[name](64, (1, 8), factor, ("node", "expert"))
+    payload, metadata = sent(collectives(layer(c)))
+    assert payload == strategy.wire_bytes(TOKENS, 8, 128)
+    assert metadata == strategy.metadata_bytes(TOKENS, 8)
+    assert STRATEGIES[name](64, (1, 1), factor, ("node", "expert")).wire_bytes(TOKENS, 8, 128) == 0
+
+
+def test_dedup_sends_at_most_three_quarters() -> None:
+    """At equal slack over the expected rows, its experts and gates included."""
+    dedup, paper = (sum(of(name, capacity_factor=1.1)) for name in ("dedup", "all_to_all"))
+    assert dedup <= 0.75 * paper
+
+
+def test_int8_with_its_scales_is_a_quarter() -> None:
+    small, full = (of("all_to_all", capacity_factor=1.1, wire_dtype=f)[0] for f in ("int8", "float32"))
+    assert small <= 0.27 * full
+
+
+def test_hierarchical_halves_the_slow_link() -> None:
+    """Four machines of eight ranks, dropless: T rows a pair of machines, against all_to_all at f = 1.1."""
+    run = subprocess.run(
+        [sys.executable, "-m", "model.slow_link"],
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    slow = json.loads(run.stdout.splitlines()[-1])
+    assert 0 < slow["hierarchical"] <= 0.5 * slow["all_to_all"]
+    assert slow["hierarchical payload"] == 2 * 3 * TOKENS * 128 * 4  # out and back, to three machines
