@@ -188,7 +188,7 @@ def test_a_run_that_diverges(outcomes: dict[str, Outcome], folder: pathlib.Path)
     assert int(kept) == step - 1 and all(np.isfinite(leaf).all() for leaf in leaves(model).values())
     assert (workdir / "report.png").stat().st_size > 1000
     training = [record for record in read_records(workdir) if "loss" in record]
-    assert [record["step"] for record in training] == list(range(2, step))  # the first step compiles
+    assert [record["step"] for record in training] == list(range(1, step))
     assert not any(name.startswith("moe/") for name in training[-1])  # it is dense
 
 
@@ -201,11 +201,14 @@ print(os.environ.get("GLIBC_TUNABLES"), len(starts.read_text()), sys.argv[3:])
 """
 
 
+TUNABLES = environment.SETTINGS["GLIBC_TUNABLES"][0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are of glibc")
 @pytest.mark.parametrize(
     ("given", "printed"),
     [
-        ({}, "glibc.malloc.hugetlb=1 2 ['a b', '--c=d']"),  # started again, once, with the same arguments
+        ({}, TUNABLES + " 2 ['a b', '--c=d']"),  # started again, once, with the same arguments
         ({"BIGMAC_KEEP_ENV": "1"}, "None 1 ['a b', '--c=d']"),
         ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0 1 ['a b', '--c=d']"),
     ],

@@ -19,7 +19,7 @@ from bigmac_jax.model.layers import activate, tall_product
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
 # Blocks that one task of the loop takes at a time: large matmuls run faster, and single blocks cover the rest.
-_TASK_BLOCKS = (16, 8, 4, 2, 1)
+_TASK_BLOCKS = (16, 4, 1)
 
 
 def grouped_mlp(

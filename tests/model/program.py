@@ -11,9 +11,8 @@ from jax.extend import core
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import batch_spec
-from bigmac_jax.model.moe import MoE
 
-from .tools import QUICK, abstract_model, on_mesh
+from .tools import QUICK, abstract_layer, abstract_model, on_mesh
 
 Operand = tuple[str, tuple[int, ...]]  # dtype, shape on one rank
 
@@ -52,7 +51,7 @@ def layer(config: Config, gradients: bool = False) -> Any:
     """The traced MoE layer of `config`, without or with its gradients, on abstract arrays."""
     shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
     with on_mesh(config):
-        moe = jax.eval_shape(lambda key: MoE(config.model, key), jax.random.key(0))
+        moe = abstract_layer(config)
         x_BLD = jax.eval_shape(lambda: jnp.zeros(shape, config.model.dtype, out_sharding=batch_spec(3)))
         if gradients:
             return jax.jit(jax.grad(lambda m, x: m(x)[0].astype(jnp.float32).sum(), (0, 1))).trace(moe, x_BLD)

@@ -13,7 +13,10 @@ from jax import Array
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.mesh import batch_spec, make_mesh, placed
+from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Transformer, init_model
+
+from .reference import feed_forward
 
 PAPER = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "use_bias": True, "qk_norm": False}
 PRESENT = {"norm": "rmsnorm", "positions": "rope", "activation": "relu2", "use_bias": False, "qk_norm": True}
@@ -42,11 +45,17 @@ def abstract_model(config: Config) -> Transformer:
     return jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
 
 
-def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> Transformer:
-    """A model on the current mesh with every parameter random, norms and biases too: zeros and ones hide mistakes.
+def abstract_layer(config: Config) -> MoE:
+    return jax.eval_shape(lambda key: MoE(config.model, key), jax.random.key(0))
 
-    `given` replaces parameters by name.
-    """
+
+def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> Transformer:
+    """A model on the current mesh with random parameters."""
+    return random_like(abstract_model(config), config, given)
+
+
+def random_like(abstract: Any, config: Config, given: dict[str, np.ndarray] | None = None) -> Any:
+    """Every parameter random, norms and biases too: zeros and ones hide mistakes. `given` replaces some by name."""
     draw = np.random.default_rng(0).standard_normal
 
     def fill(path: Any, leaf: Any) -> Array:
@@ -63,7 +72,7 @@ def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> 
             value /= math.sqrt(leaf.shape[-2])
         return jax.device_put(value, leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(fill, placed(abstract_model(config), make_mesh(config)))
+    return jax.tree_util.tree_map_with_path(fill, placed(abstract, make_mesh(config)))
 
 
 def random_tokens(config: Config, seed: int = 0) -> np.ndarray:
@@ -108,6 +117,42 @@ def loss_and_gradients(
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
         (value, aux), gradients = step(random_model(config, given), inputs, targets)
         return np.asarray(value), leaves(gradients), jax.tree.map(np.asarray, aux)
+
+
+def layer_and_gradients(config: Config, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """The MoE layer's output on random tokens, the gradients of y · dy by name, its loads, and the inputs."""
+    shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
+    draw = np.random.default_rng(3).standard_normal
+    x_BLD, dy_BLD = (draw(shape).astype(np.float32) for _ in range(2))
+
+    def loss(layer: MoE, x_BLD: Array, dy_BLD: Array) -> tuple[Array, Any]:
+        y_BLD, aux = layer(x_BLD)
+        return jnp.sum(y_BLD * dy_BLD), (y_BLD, aux.load, aux.drop_rate)
+
+    with on_mesh(config):
+        layer = random_like(abstract_layer(config), config, given)
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
+        (d_layer, dx), (y, load, drops) = step(layer, split_batch(x_BLD), split_batch(dy_BLD))
+        assert not np.asarray(drops).any()
+        return leaves(d_layer) | {"dx": np.asarray(dx), "y": np.asarray(y), "load": np.asarray(load)}
+
+
+def expected_layer_and_gradients(config: Config, given: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """The same from the reference, on one device."""
+    shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
+    draw = np.random.default_rng(3).standard_normal
+    x_BLD, dy_BLD = (jnp.asarray(draw(shape).astype(np.float32)) for _ in range(2))
+    with on_mesh(config):
+        values = leaves(random_like(abstract_layer(config), config, given))
+
+    def loss(p: dict[str, Any], x_BLD: Array) -> tuple[Array, Any]:
+        y_BLD, report = feed_forward(config.model, p, x_BLD)
+        return jnp.sum(y_BLD * dy_BLD), (y_BLD, report.load)
+
+    parameters = {name: jnp.asarray(value) for name, value in values.items()}
+    with jax.numpy_rank_promotion("allow"):
+        (d_p, dx), (y, load) = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x_BLD)
+    return {name: np.asarray(value) for name, value in (d_p | {"dx": dx, "y": y, "load": load}).items()}
 
 
 def assert_close(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
