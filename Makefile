@@ -19,6 +19,7 @@ test: $(VENV)/installed-dev
 	$(PYTEST)
 
 test-all: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check libtpu  # the TPU compiler, for programs of pods
 	$(PYTEST) -m "full or not full"
 
 lint: $(VENV)/installed-dev

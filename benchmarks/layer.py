@@ -63,8 +63,8 @@ def main() -> None:
     for case, config in configs.items():
         m, median = config.model, statistics.median(seconds[case])
         gflops = _useful_flops(m) / median / 1e9
-        exchange = strategy(m, m.capacity_factor)
         tokens = _TOKENS.value // mesh.size // m.overlap_chunks
+        exchange = strategy(m, m.capacity_factor, tokens)
         one_way = [
             exchange.wire_bytes(tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
         ]

@@ -58,6 +58,12 @@ def replicated_spec(ndim: int) -> P:
     return P(*[None] * ndim)
 
 
+def platform() -> str:
+    """cpu, gpu or tpu: of the current mesh's devices, which may be those of a machine that is only compiled for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_each_rank(function: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
     """`function` of each rank's rows of arrays whose first dimension is the batch; without a mesh, of the arrays."""
     if jax.sharding.get_abstract_mesh().empty:

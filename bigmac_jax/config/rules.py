@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bigmac_jax.config.fields import Config, MeshConfig, ModelConfig
 
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
-EXCHANGES = ("all_to_all", "dedup", "hierarchical", "gather", "ragged")
+EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
 WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}

@@ -6,6 +6,8 @@ the gate branch where the config has them):
     E_i(x') = σ(x' W_i↑) W_i↓
 """
 
+import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
+from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.groups import Groups, bin_of
 from bigmac_jax.model.layers import activate, tall_product
 
@@ -35,19 +38,21 @@ def grouped_mlp(
       rows_nbR. What stands in the slots that no choice fills is undefined; nothing gathers it.
     """
     w = {name: value.astype(rows_nbR.dtype) for name, value in weights.items()}
-    if groups is None:
-        assert gate_nb is None  # the capacity layout weighs its rows when they are back
-        return _batched(config, w, rows_nbR)
     assert gate_nb is None or gate_nb.shape == rows_nbR.shape[:2]
     implementation = config.grouped_matmul
     if implementation == "auto":
-        implementation = "loop" if jax.default_backend() == "cpu" else "blocks"
-    if implementation == "blocks":
+        implementation = "loop" if platform() == "cpu" else "kernel"
+    if groups is None:  # the capacity layout: equal blocks, weighed when they are back
+        return _kernel(config, w, rows_nbR, None) if implementation == "kernel" else _batched(config, w, rows_nbR)
+    if implementation == "loop":
+        if gate_nb is None:
+            gate_nb = jnp.ones_like(rows_nbR[..., 0])
+        return _loop(config, w, rows_nbR, gate_nb.astype(rows_nbR.dtype), groups)
+    if implementation == "kernel":
+        y_nbR = _kernel(config, w, rows_nbR, groups)
+    else:
         y_nbR = _batched(config, {name: value[groups.expert_n] for name, value in w.items()}, rows_nbR)
-        return y_nbR if gate_nb is None else gate_nb[..., None].astype(y_nbR.dtype) * y_nbR
-    if gate_nb is None:
-        gate_nb = jnp.ones_like(rows_nbR[..., 0])
-    return _loop(config, w, rows_nbR, gate_nb.astype(rows_nbR.dtype), groups)
+    return y_nbR if gate_nb is None else gate_nb[..., None].astype(y_nbR.dtype) * y_nbR
 
 
 def _batched(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
@@ -60,6 +65,49 @@ def _batched(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
     hidden_nbF = affine(rows_nbR, w["w_in_eRF"], w.get("b_in_eF"))
     gate_nbF = affine(rows_nbR, w["w_gate_eRF"], w.get("b_gate_eF")) if config.gated else None
     return affine(activate(config, hidden_nbF, gate_nbF), w["w_out_eFR"], w.get("b_out_eR"))
+
+
+def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:
+    """A grouped matmul of the accelerator, which computes the filled blocks alone."""
+    n, b, R = rows_nbR.shape
+    if groups is None:  # block i belongs to expert i, and all are filled
+        expert_n, sizes_e = jnp.arange(n, dtype=jnp.int32), jnp.full_like(rows_nbR, b, jnp.int32, shape=(n,))
+    else:
+        expert_n, sizes_e = groups.expert_n, groups.sizes_e
+    filled_M1 = (jnp.arange(n * b, dtype=jnp.int32) < jnp.sum(sizes_e)).reshape(-1, 1)
+
+    def affine(x_MX: Array, matrix: str, bias: str) -> Array:
+        # The kernels leave what stands behind the last group undefined, NaN included.
+        y_MY = jnp.where(filled_M1, grouped_matmul(x_MX, w[matrix], sizes_e), 0)
+        return y_MY + jnp.repeat(w[bias][expert_n], b, axis=0) if bias in w else y_MY
+
+    rows_MR = rows_nbR.reshape(n * b, R)
+    hidden_MF = affine(rows_MR, "w_in_eRF", "b_in_eF")
+    gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.gated else None
+    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR").reshape(n, b, R)
+
+
+def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    """Rows of group i times matrix i; rows behind the last group are undefined.
+
+    On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
+    v6e; on GPU tokamax's, where it is installed.
+    """
+    if platform() == "tpu":
+        from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+        return gmm(x_MX, w_eXY, sizes_e, preferred_element_type=x_MX.dtype, tiling=_tiling(x_MX, w_eXY))
+    if platform() == "gpu" and importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        return tokamax.ragged_dot(x_MX, w_eXY, sizes_e)
+    return jax.lax.ragged_dot(x_MX, w_eXY, sizes_e)
+
+
+def _tiling(x_MX: Array, w_eXY: Array) -> tuple[int, int, int]:
+    """Tiles of the Pallas kernel: rows of a block, and at most 512 of either side of a matrix."""
+    M, X = x_MX.shape
+    return math.gcd(M, 128), min(512, X), min(512, w_eXY.shape[2])
 
 
 class _Tasks(NamedTuple):

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, batch_spec, on_each_rank, replicated_spec
+from bigmac_jax.mesh import BATCH, batch_spec, on_each_rank, platform, replicated_spec
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
@@ -75,7 +75,7 @@ def tall_product(x_TX: Array, dy_TY: Array) -> Array:
 
     On CPU in slices of rows, with the longer side of the result last: up to twice as fast (docs/performance.md).
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return x_TX.T @ dy_TY
     if x_TX.shape[1] > dy_TY.shape[1]:
         return tall_product(dy_TY, x_TX).T
@@ -142,7 +142,7 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
     jax.nn's, but on CPU, where XLA has no fused kernel: there queries go in a few blocks that skip the keys behind
     them, with heads before positions (docs/performance.md has the figure).
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
     _, L, N, H = q_BLNH.shape
     q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)

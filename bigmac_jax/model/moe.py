@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, EXPERT_GROUP, batch_spec, expert_spec
+from bigmac_jax.mesh import BATCH, EXPERT_GROUP, batch_spec, expert_spec, platform
 from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
@@ -112,12 +112,30 @@ class MoE(nnx.Module):
         )
 
 
-def strategy(config: ModelConfig, capacity_factor: float) -> Strategy:
-    """The exchange of `config` on the current mesh."""
+def strategy(config: ModelConfig, capacity_factor: float, tokens: int) -> Strategy:
+    """The exchange of `config` on the current mesh, for `tokens` of a rank at a time."""
+    name = config.exchange
+    if name == "auto":
+        seconds = predicted_seconds(config, capacity_factor, tokens)
+        name = min(seconds, key=seconds.__getitem__)
+    return _strategy(config, name, capacity_factor)
+
+
+def predicted_seconds(config: ModelConfig, capacity_factor: float, tokens: int) -> dict[str, float]:
+    """What `auto` chooses by: seconds of each strategy's exchanges in a forward pass of one layer."""
+    # The emulation of the ragged exchange on CPU is there to be tested.
+    names = [name for name in STRATEGIES if name != "ragged" or platform() != "cpu"]
+    return {
+        name: _strategy(config, name, capacity_factor).seconds(tokens, config.choices, config.wire_size)
+        for name in names
+    }
+
+
+def _strategy(config: ModelConfig, name: str, capacity_factor: float) -> Strategy:
     shape = jax.sharding.get_abstract_mesh().shape
     node, expert = EXPERT_GROUP
     forward = config.wire_dtype or config.dtype
-    return STRATEGIES[config.exchange](
+    return STRATEGIES[name](
         config.expert_count,
         (shape[node], shape[expert]),
         capacity_factor,
@@ -140,7 +158,6 @@ def _exchange_and_compute(
     Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
     on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
     """
-    exchange = strategy(config, capacity_factor)
     replicas = tuple(axis for axis in BATCH if axis not in EXPERT_GROUP)
 
     def on_rank(
@@ -150,6 +167,7 @@ def _exchange_and_compute(
         # The experts' gradients are summed over the ranks that share them, which is what this line's transpose does.
         weights = {name: jax.lax.pcast(w, replicas, to="varying") for name, w in weights.items()}
         chunks = math.gcd(config.overlap_chunks, x_TR.shape[0])
+        exchange = strategy(config, capacity_factor, x_TR.shape[0] // chunks)
         plans = [exchange.plan(experts) for experts in jnp.split(experts_TK, chunks)]
         gates = jnp.split(gates_TK, chunks)
         rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]

@@ -19,7 +19,7 @@ from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.report.plots import write_report
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
-from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, step_record
+from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 
 
@@ -61,6 +61,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
         data.set_state(position)
     _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
     print(config.model.describe(), flush=True)
+    if config.model.is_moe and config.model.exchange == "auto":
+        print(describe_auto(config), flush=True)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(
         f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "

@@ -14,7 +14,7 @@ import tensorboardX
 import tqdm
 
 from bigmac_jax.config import Config
-from bigmac_jax.model.moe import Aux, strategy
+from bigmac_jax.model.moe import Aux, predicted_seconds, strategy
 from bigmac_jax.training.step import StepMetrics
 
 
@@ -147,19 +147,34 @@ def dense_matmul_rate(dtype: str) -> float:
     return 2 * n**3 / min(seconds) * (jax.process_count() if cpu else jax.device_count())
 
 
+def tokens_at_a_time(config: Config) -> int:
+    """Tokens of a rank that one exchange carries in training."""
+    ranks = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+    parts = ranks * config.train.accumulate_steps * config.model.overlap_chunks
+    return config.data.batch_size * config.data.sequence_length // parts
+
+
+def describe_auto(config: Config) -> str:
+    """One line: which exchange `auto` took, and why."""
+    seconds = predicted_seconds(config.model, config.model.capacity_factor, tokens_at_a_time(config))
+    ordered = sorted(seconds, key=seconds.__getitem__)
+    return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
+        f"{name} {1e6 * seconds[name]:.3g}" for name in ordered
+    )
+
+
 def wire_bytes(config: Config) -> int:
     """Payload bytes that all ranks together send in the exchanges of a training step, padding included."""
-    m, sizes = config.model, jax.sharding.get_abstract_mesh().shape
+    m = config.model
     if not m.is_moe:
         return 0
-    ranks = math.prod(sizes.values())
-    tokens = config.data.batch_size * config.data.sequence_length // ranks // config.train.accumulate_steps
-    exchange, chunks = strategy(m, m.capacity_factor), math.gcd(m.overlap_chunks, tokens)
-    forward = exchange.wire_bytes(tokens // chunks, m.choices, m.wire_size)
-    backward = exchange.wire_bytes(tokens // chunks, m.choices, m.wire_size, exchange.backward)
+    tokens = tokens_at_a_time(config)
+    exchange = strategy(m, m.capacity_factor, tokens)
+    forward = exchange.wire_bytes(tokens, m.choices, m.wire_size)
+    backward = exchange.wire_bytes(tokens, m.choices, m.wire_size, exchange.backward)
     # Rematerialisation repeats the exchanges of the forward pass.
-    layer = chunks * ((1 + m.remat) * forward + backward)
-    return layer * ranks * m.num_layers * config.train.accumulate_steps
+    exchanges = m.num_layers * config.data.batch_size * config.data.sequence_length // tokens
+    return ((1 + m.remat) * forward + backward) * exchanges
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

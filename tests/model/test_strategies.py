@@ -1,15 +1,28 @@
 """Every strategy, with the tokens in one part or several, gives the reference's layer and gradients on every mesh."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
+from bigmac_jax.mesh import EXPERT_GROUP
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.moe import strategy
+from bigmac_jax.training.metrics import describe_auto, tokens_at_a_time
 
 from .test_expert_parallel import name
-from .tools import PAPER, PRESENT, assert_close, expected_layer_and_gradients, layer_and_gradients, pairwise, tiny
+from .tools import (
+    PAPER,
+    PRESENT,
+    assert_close,
+    expected_layer_and_gradients,
+    layer_and_gradients,
+    on_mesh,
+    pairwise,
+    tiny,
+)
 
 MESHES = ((1, 1, 4), (1, 1, 8), (2, 1, 4), (1, 2, 2), (1, 2, 4))  # data, node, expert
 CHUNKS = (1, 2, 4)
@@ -57,3 +70,30 @@ def test_every_token_may_choose_the_same_experts(exchange: str) -> None:
     favourites = np.where((np.arange(8) >= 4) & (np.arange(8) < 6), 100.0, 0.0).astype(np.float32)
     load_E = check(config, {"router_bias_E": favourites})
     np.testing.assert_allclose(load_E, favourites / favourites.sum())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "top_k", "factor", "expected"),
+    [
+        # Rows a token to others, dropless: all_to_all's worst case is 7 · 8, dedup's and gather's 7; gather's metadata
+        # has more bytes.
+        ((1, 8), 8, math.inf, "dedup"),
+        ((1, 8), 1, 1.1, "all_to_all"),  # as many rows for both, but dedup's carry experts and gates as well
+        ((1, 8), 8, 1.1, "dedup"),
+        ((4, 8), 8, math.inf, "hierarchical"),  # across machines 3 rows, where dedup and gather send 24
+    ],
+)
+def test_auto_takes_the_fewest_seconds(sizes: tuple[int, int], top_k: int, factor: float, expected: str) -> None:
+    strategies = {name: STRATEGIES[name](64, sizes, factor, EXPERT_GROUP) for name in STRATEGIES if name != "ragged"}
+    seconds = {name: strategy.seconds(1280, top_k, 512) for name, strategy in strategies.items()}
+    assert min(seconds, key=seconds.__getitem__) == expected
+
+
+def test_auto_gives_the_reference_and_says_why() -> None:
+    config = tiny((1, 1, 4), exchange="auto")
+    check(config)
+    with on_mesh(config):
+        line = describe_auto(config)
+        chosen = strategy(config.model, math.inf, tokens_at_a_time(config))
+    assert line.startswith("exchange=auto took dedup; ") and "all_to_all" in line and "ragged" not in line
+    assert isinstance(chosen, STRATEGIES["dedup"])

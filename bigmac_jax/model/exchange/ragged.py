@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.groups import bin_of, bounds_of, group, sorted_by
 from bigmac_jax.model.exchange.rows import inverse, spread, weigh
 from bigmac_jax.model.exchange.strategies import BLOCK, Plan, Sent, Slots, Strategy
@@ -25,7 +26,7 @@ class Offsets:
         """Sends x's sections to their ranks → [rows, W], zeros where nothing arrives."""
         output = jnp.zeros_like(x_NW, shape=(rows, x_NW.shape[1]))
         arguments = (x_NW, output, self.input_offsets, self.send_sizes, self.output_offsets, self.recv_sizes)
-        if jax.default_backend() == "cpu":  # jax#34755
+        if platform() == "cpu":  # jax#34755
             return emulated_ragged_all_to_all(*arguments, axis_name=axis)
         return jax.lax.ragged_all_to_all(*arguments, axis_name=axis)
 

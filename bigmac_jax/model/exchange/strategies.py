@@ -26,6 +26,12 @@ from bigmac_jax.model.exchange.wire import Wire, row_bytes
 BLOCK = 64
 
 
+# Bytes a second that one rank sends inside its machine and to others, for `exchange=auto`: an NVLink- or ICI-class link
+# and its share of a 100 Gb/s network card, as in the paper's cluster.
+FAST_LINK = 200e9
+SLOW_LINK = 12.5e9
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
@@ -121,6 +127,12 @@ class Strategy:
         `format`: that of the rows; by default the forward pass's.
         """
         return 2 * sum(self.sent(tokens, choices)) * row_bytes(format or self.forward, width)
+
+    def seconds(self, tokens: int, choices: int, width: int) -> float:
+        """Of the exchanges of a forward pass, predicted from the bytes on fast and slow links."""
+        sent, row = self.sent(tokens, choices), row_bytes(self.forward, width)
+        metadata = self.metadata_bytes(tokens, choices) / (FAST_LINK if self.sizes[0] == 1 else SLOW_LINK)
+        return 2 * row * (sent.fast / FAST_LINK + sent.slow / SLOW_LINK) + metadata
 
     def _here(self, experts_TK: Array) -> Plan:
         """On one rank nothing is sent."""
