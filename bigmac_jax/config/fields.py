@@ -44,7 +44,7 @@ class ModelConfig:
     latent_norm: str = "none"  # none | pre_dispatch | post_combine: a norm on bigmac's r·h wide rows
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
-    grouped_matmul: str = "auto"  # of dropless experts: blocks | loop | kernel; auto takes the backend's best
+    grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best
     overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
     wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
     wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype

@@ -73,7 +73,7 @@ def validate(config: Config) -> None:
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
     one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     one_of("model.exchange", model.exchange, EXCHANGES)
-    one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "blocks", "loop", "kernel"))
+    one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
     one_of("model.wire_dtype", model.wire_dtype, ("", *WIRE_FORMATS))
     one_of("model.wire_dtype_backward", model.wire_dtype_backward, ("", *WIRE_FORMATS))
 

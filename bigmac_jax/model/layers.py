@@ -29,7 +29,7 @@ def residual_scale(config: ModelConfig) -> float:
     return 1 / math.sqrt(2 * config.num_layers)
 
 
-def activate(config: ModelConfig, x: Array, gate: Array | None) -> Array:
+def activate(config: ModelConfig, x: Array, gate: Array | None = None) -> Array:
     """σ(x), or σ(gate)·x for gated experts and MLPs."""
     functions = {"relu2": lambda v: jnp.square(jax.nn.relu(v)), "gelu": jax.nn.gelu, "silu": jax.nn.silu}
     function = functions[config.activation]

@@ -171,7 +171,8 @@ def _exchange_and_compute(
         plans = [exchange.plan(experts) for experts in jnp.split(experts_TK, chunks)]
         gates = jnp.split(gates_TK, chunks)
         rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]
-        outputs = [grouped_mlp(config, weights, *r, plan.groups) for plan, r in zip(plans, rows, strict=True)]
+        share = gates[0].size // exchange.local_experts
+        outputs = [grouped_mlp(config, weights, *r, plan.expert_NK, share) for plan, r in zip(plans, rows, strict=True)]
         y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
         counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
         dropped = jnp.stack([plan.dropped for plan in plans]).sum()

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.mesh import EXPERT_GROUP
 from bigmac_jax.model.exchange import STRATEGIES, AllToAll, Plan, Strategy
-from bigmac_jax.model.exchange.groups import group, sorted_by
 from bigmac_jax.model.exchange.hop import expected_rows
+from bigmac_jax.model.exchange.rows import sorted_by
 
 from .reference import reference
 from .tools import QUICK, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny
@@ -94,7 +94,7 @@ def test_slots_of_a_capacity_plan() -> None:
     (slots,) = plan.steps
     assert slots.slot_TK.tolist() == [[0, 3], [1, 4], [6, 6], [2, 6]]
     assert slots.choice_M.tolist() == [0, 2, 6, 1, 3, 8]  # t·2 + k; 8 = empty
-    assert plan.groups is None
+    assert plan.expert_NK is None
 
 
 def test_each_rank_drops_by_itself() -> None:
@@ -111,21 +111,6 @@ def test_capacity_is_the_ceiling_of_the_exact_product(factor: float, capacity: i
     assert make(10, (1, 1), factor).capacity(50, 2) == capacity  # 1.1 · 50 · 2 / 10 is 11.000000000000002 in floats
 
 
-def test_groups() -> None:
-    """Four rows, two choices, three local experts (3: elsewhere), blocks of two rows; at most 6 choices are local."""
-    groups = jax.jit(lambda experts: group(experts, 3, 2, 6))(np.array([[2, 0], [3, 2], [0, 3], [2, 0]], np.int32))
-    # Expert 0 has rows 0, 2, 3: two blocks; expert 1 none; expert 2 rows 0, 1, 3: two blocks. (6 + 3 · 1) // 2 = 4.
-    assert groups.slot_NK.tolist() == [[4, 0], [8, 5], [1, 8], [6, 2]]
-    assert groups.choice_M.tolist() == [1, 4, 7, 8, 0, 3, 6, 8]
-    assert groups.expert_n.tolist() == [0, 0, 2, 2]
-    assert groups.sizes_e.tolist() == [4, 0, 4]
-    rows = groups.gather(jnp.arange(1.0, 5.0).reshape(4, 1))
-    assert rows.reshape(4, 2).tolist() == [[1, 3], [4, 0], [1, 2], [4, 0]]
-    assert groups.sum(rows).reshape(-1).tolist() == [2, 2, 3, 8]
-    gates = groups.gates(jnp.arange(8.0).reshape(4, 2))
-    assert gates.tolist() == [[1, 4], [7, 0], [0, 3], [6, 0]]
-
-
 def test_sorting_pairs_and_single_integers_agree() -> None:
     key = np.random.default_rng(0).integers(0, 7, 1000).astype(np.int32)
     one, pair = sorted_by(jnp.asarray(key), 7), sorted_by(jnp.asarray(key), 2**30)  # the pair would overflow int32
@@ -140,11 +125,10 @@ def test_slots_of_a_dropless_plan() -> None:
     first, second = plans(exchange, [[1, 3], [1, 0], [1, 3], [2, 0], [2, 1], [2, 3]])
     assert first.steps[0].slot_TK.tolist() == [[1, 6], [2, 0], [3, 7]]
     assert second.steps[0].slot_TK.tolist() == [[6, 0], [7, 1], [8, 9]]
-    # Rank 0 gets expert 0's row and three of expert 1 from itself, one of each from rank 1. A block would hold 12 rows.
-    assert first.groups.slot_NK.reshape(2, 6).tolist() == [[0, 12, 13, 14, 24, 24], [1, 15, 24, 24, 24, 24]]
-    assert first.groups.sizes_e.tolist() == [12, 12]
+    # Rank 0 gets expert 0's row and three of expert 1 from itself, one of each from rank 1; 2: no row.
+    assert first.expert_NK.reshape(2, 6).tolist() == [[0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2]]
     # Rank 1: two of expert 3 from rank 0; three of expert 2 and one of expert 3 from itself.
-    assert second.groups.slot_NK.reshape(2, 6).tolist() == [[12, 13, 24, 24, 24, 24], [0, 1, 2, 14, 24, 24]]
+    assert second.expert_NK.reshape(2, 6).tolist() == [[1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 2]]
 
 
 HOP = [[0, 2], [2, 3], [3, 0], [1, 0]]  # ranks: 0 1, 1 1, 1 0, 0 0
@@ -244,10 +228,14 @@ def toy_layer(shape: tuple[Sizes, int, int, int], exchange: Strategy) -> Any:
     """Experts that multiply by a number, with gradients; compiled once for all skews."""
 
     def layer(plan: Plan, x_TR: jax.Array, gates_TK: jax.Array, a_e: jax.Array) -> jax.Array:
-        rows_nbR, gate_nb = exchange.dispatch(plan, x_TR, gates_TK)
-        a_n = a_e if plan.groups is None else a_e[plan.groups.expert_n]
-        rows_nbR = rows_nbR * a_n[:, None, None]
-        return exchange.combine(plan, rows_nbR if gate_nb is None else rows_nbR * gate_nb[..., None], gates_TK)
+        rows_NR, gate_NK = exchange.dispatch(plan, x_TR, gates_TK)
+        if plan.expert_NK is None:  # as many rows for each
+            weight_NK = jnp.repeat(a_e, rows_NR.shape[0] // a_e.size).reshape(-1, 1)
+        else:
+            weight_NK = jnp.append(a_e, 0)[plan.expert_NK]
+        if gate_NK is not None:
+            weight_NK = weight_NK * gate_NK
+        return exchange.combine(plan, rows_NR * weight_NK.sum(1, keepdims=True), gates_TK)
 
     def with_gradients(experts_TK: jax.Array, dy_TR: jax.Array, *inputs: jax.Array) -> Any:
         plan = exchange.plan(experts_TK)

@@ -31,7 +31,7 @@ MODELS = {
     "fine_grained": PAPER | {"structure": "fine_grained"},
     "gated": PRESENT | {"structure": "bigmac", "activation": "silu", "gated": True, "use_bias": True},
 }
-MATMULS = ("loop", "blocks")
+MATMULS = ("batched", "blocks")
 COVERING = pairwise(STRATEGIES, MESHES, CHUNKS, MODELS, MATMULS)
 REST = sorted(set(itertools.product(STRATEGIES, MESHES, CHUNKS, MODELS, MATMULS)) - set(COVERING))
 FIELDS = ("exchange", "mesh", "chunks", "model", "matmul")

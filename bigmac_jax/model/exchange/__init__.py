@@ -1,7 +1,7 @@
 """The exchange: moves rows to the ranks that hold their experts, and back. It knows nothing of parameters."""
 
 from bigmac_jax.model.exchange.ragged import Ragged
-from bigmac_jax.model.exchange.strategies import BLOCK, AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
+from bigmac_jax.model.exchange.strategies import AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "all_to_all": AllToAll,
@@ -11,4 +11,4 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ragged": Ragged,
 }
 
-__all__ = ["BLOCK", "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy"]
+__all__ = ["STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy"]

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.mesh import platform
-from bigmac_jax.model.exchange.groups import bin_of, bounds_of, group, sorted_by
-from bigmac_jax.model.exchange.rows import inverse, spread, weigh
-from bigmac_jax.model.exchange.strategies import BLOCK, Plan, Sent, Slots, Strategy
+from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
+from bigmac_jax.model.exchange.strategies import Plan, Sent, Slots, Strategy
 
 
 @jax.tree_util.register_dataclass
@@ -99,26 +98,23 @@ class Ragged(Strategy):
         rows = jnp.arange(S * T * min(K, e), dtype=jnp.int32)
         section = bin_of(rows, ends_Se)
         expert_N1 = jnp.where(section < S * e, section % e, e).reshape(-1, 1)
-        groups = group(expert_N1, e, BLOCK, rows.size)
         step = RaggedPlan(Slots(slot_TK, inverse(slot_TK, T * K)), there, back)
-        return Plan((step,), groups, counts_E, jnp.zeros_like(counts_E, shape=()))
+        return Plan((step,), expert_N1, counts_E, jnp.zeros_like(counts_E, shape=()))
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        assert plan.groups is not None
         if not plan.steps:
-            return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+            return x_TR, gates_TK
+        assert plan.expert_NK is not None
         (step,) = plan.steps
         rows_MR = spread(x_TR, step.slots.slot_TK, step.slots.choice_M)
-        return plan.groups.gather(self._moved(rows_MR, step, plan.groups.slot_NK.size)), None
+        return self._moved(rows_MR, step, plan.expert_NK.size), None
 
-    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
-        assert plan.groups is not None
+    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
         if not plan.steps:
-            return plan.groups.sum(rows_nbR)
+            return y_NR
         (step,) = plan.steps
-        rows_NR = plan.groups.sum(rows_nbR)
-        rows_MR = self._moved(rows_NR, replace(step, there=step.back, back=step.there), gates_TK.size)
-        return weigh(rows_MR, gates_TK.astype(rows_MR.dtype), step.slots.slot_TK, step.slots.choice_M)
+        y_MR = self._moved(y_NR, replace(step, there=step.back, back=step.there), gates_TK.size)
+        return weigh(y_MR, gates_TK.astype(y_MR.dtype), step.slots.slot_TK, step.slots.choice_M)
 
     def _moved(self, x_NR: Array, step: RaggedPlan, rows: int) -> Array:
         def there(wire_NW: Array, step: RaggedPlan) -> Array:

@@ -1,4 +1,4 @@
-"""Row movement as gathers in both directions.
+"""Row movement as gathers in both directions, and the sorting that plans it.
 
 The transpose of a gather is a scatter-add, which is slow on every backend; but here the inverse of each movement is
 known. N rows with K places each; M slots. `slot_NK` is where row n stands the k-th time (M: nowhere), `choice_M` its
@@ -83,21 +83,26 @@ def _weigh_bwd(saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
 weigh.defvjp(_weigh_fwd, _weigh_bwd)
 
 
-@jax.custom_vjp
-def pick(weight_NK: Array, slot_NK: Array, choice_M: Array) -> Array:
-    """weight_M: of the choice that fills each slot, zero in empty ones."""
-    return take(weight_NK.reshape(-1), choice_M)
+def sorted_by(key: Array, keys: int) -> tuple[Array, Array]:
+    """(sorted keys, the positions they came from), equal keys in order; keys lie in [0, keys)."""
+    size = key.size
+    if (keys + 1) * size < 2**31:
+        # One integer for key and position sorts several times faster than a pair.
+        both = jnp.sort(key.reshape(-1).astype(jnp.int32) * size + jnp.arange(size, dtype=jnp.int32))
+        return both // size, both % size
+    order = jnp.argsort(key.reshape(-1), stable=True).astype(jnp.int32)
+    return key.reshape(-1)[order], order
 
 
-def _pick_fwd(weight_NK: Array, slot_NK: Array, choice_M: Array) -> tuple[Array, Any]:
-    return pick(weight_NK, slot_NK, choice_M), slot_NK
+def bounds_of(sorted_keys: Array, keys: int) -> Array:
+    """[keys + 1]: where each key's run starts, and the end of the last one."""
+    edges = jnp.arange(keys + 1, dtype=sorted_keys.dtype)
+    return jnp.searchsorted(sorted_keys, edges, method="scan_unrolled").astype(jnp.int32)
 
 
-def _pick_bwd(slot_NK: Array, d_weight_M: Array) -> tuple[Array, None, None]:
-    return take(d_weight_M, slot_NK), None, None
-
-
-pick.defvjp(_pick_fwd, _pick_bwd)
+def bin_of(position: Array, ends: Array) -> Array:
+    """Which of the bins, given by their ends, each position lies in; the number of bins behind the last one."""
+    return jnp.searchsorted(ends, position, side="right", method="scan_unrolled").astype(jnp.int32)
 
 
 def _column(v_N: Array) -> Array:

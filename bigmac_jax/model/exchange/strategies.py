@@ -4,8 +4,7 @@ All run inside `shard_map` and share one interface: `plan` decides from the rout
 rows, and where it pays their gates, to the ranks that hold their experts, `combine` brings the experts' outputs back
 and sums them, `wire_bytes` says what that costs. None knows of parameters.
 
-T tokens and K choices on this rank, S = node × expert ranks, E experts, e = E/S of them here, R row width; rows are
-computed in n blocks of b rows, each block of a single expert.
+T tokens and K choices on this rank, S = node × expert ranks, E experts, e = E/S of them here; N rows of width R arrive.
 """
 
 import math
@@ -16,15 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.model.exchange.groups import Groups, bin_of, bounds_of, group, sorted_by
 from bigmac_jax.model.exchange.hop import Hop, expected_rows
-from bigmac_jax.model.exchange.rows import inverse, spread, weigh
+from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
 from bigmac_jax.model.exchange.wire import Wire, row_bytes
-
-# Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
-# average) stays cheap.
-BLOCK = 64
-
 
 # Bytes a second that one rank sends inside its machine and to others, for `exchange=auto`: an NVLink- or ICI-class link
 # and its share of a 100 Gb/s network card, as in the paper's cluster.
@@ -47,13 +40,14 @@ class Plan:
     """Which row goes where.
 
     steps: what each transport step needs (`Slots`, `HopPlan`, `Offsets`), in the order of dispatch.
-    groups: the blocks of arrived rows; None where block i belongs to expert i.
+    expert_NK: the local experts of each row that arrives, e where there is none; None if the rows arrive sorted by
+      expert, as many for each.
     counts_E: how many of this rank's choices fell on each expert, before any drop.
     dropped: how many choices were dropped on this rank.
     """
 
     steps: tuple[Any, ...]
-    groups: Groups | None
+    expert_NK: Array | None
     counts_E: Array
     dropped: Array
 
@@ -105,13 +99,12 @@ class Strategy:
         """Brings each row to its experts' ranks.
 
         Returns:
-          rows_nbR, the blocks that this rank computes, and gate_nb that its outputs are to be multiplied by; None where
-          `combine` does that.
+          rows_NR, and gate_NK that their experts' outputs are to be multiplied by; None where `combine` does that.
         """
         raise NotImplementedError
 
-    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
-        """Brings the experts' outputs back and sums each token's, weighted by its gates → y_TR."""
+    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
+        """Brings what the experts made of each row back and sums each token's, weighted by its gates → y_TR."""
         raise NotImplementedError
 
     def sent(self, tokens: int, choices: int) -> Sent:
@@ -136,9 +129,7 @@ class Strategy:
 
     def _here(self, experts_TK: Array) -> Plan:
         """On one rank nothing is sent."""
-        T, K = experts_TK.shape
-        groups = group(experts_TK, self.num_experts, BLOCK, T * min(K, self.num_experts))
-        return Plan((), groups, counts(experts_TK, self.num_experts), jnp.zeros_like(experts_TK, shape=()))
+        return Plan((), experts_TK, counts(experts_TK, self.num_experts), jnp.zeros_like(experts_TK, shape=()))
 
     def _per_peer(self, rows: int) -> Sent:
         """`rows` to each other rank."""
@@ -193,31 +184,26 @@ class AllToAll(Strategy):
         ends_Se = jnp.cumsum(self.wire.swap_metadata(counts_E.reshape(S, e)), axis=1)
         rows = jnp.arange(P, dtype=jnp.int32)
         expert_SP = jax.vmap(lambda ends_e: bin_of(rows, ends_e))(ends_Se)
-        groups = group(expert_SP.reshape(-1, 1), e, BLOCK, S * P)
-        return Plan((Slots(slot_TK, inverse(slot_TK, S * P)),), groups, counts_E, jnp.zeros_like(counts_E, shape=()))
+        slots = Slots(slot_TK, inverse(slot_TK, S * P))
+        return Plan((slots,), expert_SP.reshape(-1, 1), counts_E, jnp.zeros_like(counts_E, shape=()))
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        if plan.groups is not None and not plan.steps:
-            return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
-        (slots,), S = plan.steps, self.ranks
-        rows_SPR = self.wire.swap(spread(x_TR, slots.slot_TK, slots.choice_M).reshape(S, -1, x_TR.shape[-1]))
-        if plan.groups is not None:
-            return plan.groups.gather(rows_SPR.reshape(-1, x_TR.shape[-1])), None
-        # One block per local expert: the rows of all ranks behind each other.
-        rows_SeCR = rows_SPR.reshape(S, self.local_experts, -1, x_TR.shape[-1])
-        return rows_SeCR.swapaxes(0, 1).reshape(self.local_experts, -1, x_TR.shape[-1]), None
+        if not plan.steps:
+            return x_TR, gates_TK
+        (slots,), S, R = plan.steps, self.ranks, x_TR.shape[-1]
+        rows_SPR = self.wire.swap(spread(x_TR, slots.slot_TK, slots.choice_M).reshape(S, -1, R))
+        if plan.expert_NK is None:
+            rows_SPR = rows_SPR.reshape(S, self.local_experts, -1, R).swapaxes(0, 1)
+        return rows_SPR.reshape(-1, R), None
 
-    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
-        S, R = self.ranks, rows_nbR.shape[-1]
-        if plan.groups is not None and not plan.steps:
-            return plan.groups.sum(rows_nbR)
-        if plan.groups is not None:
-            rows_SPR = plan.groups.sum(rows_nbR).reshape(S, -1, R)
-        else:
-            rows_SPR = rows_nbR.reshape(self.local_experts, S, -1, R).swapaxes(0, 1).reshape(S, -1, R)
-        (slots,) = plan.steps
-        rows_MR = self.wire.swap(rows_SPR).reshape(-1, R)
-        return weigh(rows_MR, gates_TK.astype(rows_MR.dtype), slots.slot_TK, slots.choice_M)
+    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
+        if not plan.steps:
+            return y_NR
+        (slots,), S, R = plan.steps, self.ranks, y_NR.shape[-1]
+        if plan.expert_NK is None:
+            y_NR = y_NR.reshape(self.local_experts, S, -1, R).swapaxes(0, 1)
+        y_MR = self.wire.swap(y_NR.reshape(S, -1, R)).reshape(-1, R)
+        return weigh(y_MR, gates_TK.astype(y_MR.dtype), slots.slot_TK, slots.choice_M)
 
     def sent(self, tokens: int, choices: int) -> Sent:
         return self._per_peer(self.rows(tokens, choices))
@@ -255,29 +241,20 @@ class Dedup(Strategy):
             step, expert_NK, lost = hop.plan(expert_NK)
             steps.append(step)
             dropped = dropped + lost
-        rows = expert_NK.shape[0] * min(K, self.local_experts)
-        groups = group(expert_NK, self.local_experts, BLOCK, rows)
-        return Plan(tuple(steps), groups, counts(experts_TK, self.num_experts), dropped)
+        return Plan(tuple(steps), expert_NK, counts(experts_TK, self.num_experts), dropped)
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        assert plan.groups is not None
-        for hop, step in self._steps(plan):
+        for hop, step in self._steps(plan, gates_TK):
             x_TR, gates_TK = hop.send(step, x_TR), hop.send_gates(step, gates_TK)
-        return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+        return x_TR, gates_TK
 
-    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
-        assert plan.groups is not None
-        y_NR = plan.groups.sum(rows_nbR)
-        for hop, step in reversed(self._steps(plan)):
+    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
+        for hop, step in reversed(self._steps(plan, gates_TK)):
             y_NR = hop.send_back(step, y_NR)
         return y_NR
 
-    def _steps(self, plan: Plan) -> list[tuple[Hop, Any]]:
-        if not plan.steps:
-            return []
-        assert plan.groups is not None
-        tokens, choices = plan.steps[0].slot_TS.shape[0], plan.groups.slot_NK.shape[1]
-        return list(zip(self.hops(tokens, choices), plan.steps, strict=True))
+    def _steps(self, plan: Plan, gates_TK: Array) -> list[tuple[Hop, Any]]:
+        return list(zip(self.hops(*gates_TK.shape), plan.steps, strict=True))
 
     def sent(self, tokens: int, choices: int) -> Sent:
         hops = self.hops(tokens, choices)
@@ -318,22 +295,18 @@ class Gather(Strategy):
     def plan(self, experts_TK: Array) -> Plan:
         if self.ranks == 1:
             return self._here(experts_TK)
-        (T, K), e = experts_TK.shape, self.local_experts
+        e = self.local_experts
         local_NK = jax.lax.all_gather(experts_TK, self.axis, tiled=True) - e * jax.lax.axis_index(self.axis)
         expert_NK = jnp.where((local_NK >= 0) & (local_NK < e), local_NK, e)
-        groups = group(expert_NK, e, BLOCK, self.ranks * T * min(K, e))
-        return Plan((), groups, counts(experts_TK, self.num_experts), jnp.zeros_like(expert_NK, shape=()))
+        return Plan((), expert_NK, counts(experts_TK, self.num_experts), jnp.zeros_like(expert_NK, shape=()))
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        assert plan.groups is not None
-        if self.ranks > 1:
-            x_TR = self.wire.gather(x_TR).reshape(-1, x_TR.shape[-1])
-            gates_TK = jax.lax.all_gather(gates_TK, self.axis, tiled=True)
-        return plan.groups.gather(x_TR), plan.groups.gates(gates_TK)
+        if self.ranks == 1:
+            return x_TR, gates_TK
+        rows_NR = self.wire.gather(x_TR).reshape(-1, x_TR.shape[-1])
+        return rows_NR, jax.lax.all_gather(gates_TK, self.axis, tiled=True)
 
-    def combine(self, plan: Plan, rows_nbR: Array, gates_TK: Array) -> Array:
-        assert plan.groups is not None
-        y_NR = plan.groups.sum(rows_nbR)
+    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
         return y_NR if self.ranks == 1 else self.wire.reduce(y_NR.reshape(self.ranks, -1, y_NR.shape[-1]))
 
     def sent(self, tokens: int, choices: int) -> Sent:

@@ -1,0 +1,105 @@
+"""Rows grouped by expert: a hand-worked table, and the experts behind it at every skew."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.config import ModelConfig
+from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.groups import group
+
+from .tools import QUICK, assert_close
+
+
+@pytest.mark.parametrize(
+    ("even", "slots", "even_choices", "block_choices", "block_experts", "sizes"),
+    [
+        # Expert 0 has the choices 1, 4, 7, expert 1 none, expert 2 the choices 0, 3, 6; 8 choices in all, 3: elsewhere.
+        # Blocks of two slots: (8 + 3 · 1) // 2 = 5.
+        (0, [[4, 0], [10, 5], [1, 10], [6, 2]], [[], [], []],
+         [[1, 4], [7, 8], [0, 3], [6, 8], [8, 8]], [0, 0, 2, 2, 2], [4, 0, 4]),
+        (1, [[2, 0], [13, 5], [3, 13], [6, 4]], [[1], [8], [0]],
+         [[4, 7], [3, 6], [8, 8], [8, 8], [8, 8]], [0, 2, 2, 2, 2], [2, 0, 2]),
+        (2, [[4, 0], [16, 5], [1, 16], [8, 6]], [[1, 4], [8, 8], [0, 3]],
+         [[7, 8], [6, 8], [8, 8], [8, 8], [8, 8]], [0, 2, 2, 2, 2], [2, 0, 2]),
+        (3, [[6, 0], [19, 7], [1, 19], [8, 2]], [[1, 4, 7], [8, 8, 8], [0, 3, 6]],
+         [[8, 8]] * 5, [2] * 5, [0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_groups(
+    even: int, slots: list, even_choices: list, block_choices: list, block_experts: list, sizes: list
+) -> None:
+    """Four rows, two choices, three local experts."""
+    expert_NK = np.array([[2, 0], [3, 2], [0, 3], [2, 0]], np.int32)
+    groups = jax.jit(lambda experts: group(experts, 3, even, 2))(expert_NK)
+    assert groups.slot_NK.tolist() == slots
+    assert groups.even_eC.tolist() == even_choices
+    assert groups.block_nb.tolist() == block_choices
+    assert groups.expert_n.tolist() == block_experts
+    assert groups.sizes_e.tolist() == sizes
+
+
+SKEWS = ("uniform", "one", "elsewhere")
+
+
+def chosen(skew: str, N: int, K: int, experts: int) -> np.ndarray:
+    """Local experts of each row: at random, all the same ones, or almost all elsewhere."""
+    score = np.random.default_rng(0).random((N, 2 * experts))
+    if skew == "one":
+        score[:, :K] += 1
+    if skew == "elsewhere":
+        score[3:, experts:] += 1
+    return np.minimum(np.argsort(-score, axis=1)[:, :K], experts).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "share"), [("batched", 0), ("batched", 9), ("batched", 24), ("blocks", 9), ("kernel", 9)]
+)
+@pytest.mark.parametrize("skew", SKEWS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_every_choice_is_computed_once(skew: str, implementation: str, gated: bool, share: int) -> None:
+    """y_n = Σ_k g_nk · E_k(x_n), and every gradient, with any number of even slots and rounds of blocks."""
+    N, K, e, R, F = 48, 3, 5, 6, 7
+    config = ModelConfig(grouped_matmul=implementation, activation="silu", gated=gated)
+    rng = np.random.default_rng(1)
+    names = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R), "b_in_eF": (e, F), "b_out_eR": (e, R)}
+    if gated:
+        names |= {"w_gate_eRF": (e, R, F), "b_gate_eF": (e, F)}
+    w = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in names.items()}
+    x, dy = (jnp.asarray(rng.standard_normal((N, R)), jnp.float32) for _ in range(2))
+    gate, expert_NK = jnp.asarray(rng.random((N, K)), jnp.float32), chosen(skew, N, K, e)
+
+    def reference(w: dict, x: jax.Array, gate: jax.Array) -> jax.Array:
+        y = jnp.zeros((N, R))
+        for i in range(e):
+            hidden = x @ w["w_in_eRF"][i] + w["b_in_eF"][i][None]
+            branch = x @ w["w_gate_eRF"][i] + w["b_gate_eF"][i][None] if gated else hidden
+            active = branch * jax.nn.sigmoid(branch) * (hidden if gated else 1)
+            weight = jnp.where(expert_NK == i, gate, 0).sum(1, keepdims=True)
+            y = y + weight * (active @ w["w_out_eFR"][i] + w["b_out_eR"][i][None])
+        return y
+
+    def results(function: object, w: dict, x: jax.Array, gate: jax.Array) -> dict[str, jax.Array]:
+        y, pull = jax.vjp(function, w, x, gate)  # type: ignore[arg-type]
+        dw, dx, d_gate = pull(dy)
+        return dw | {"y": y, "dx": dx, "d_gate": d_gate}
+
+    def layer(w: dict, x: jax.Array, gate: jax.Array) -> jax.Array:
+        return grouped_mlp(config, w, x, gate, jnp.asarray(expert_NK), share)
+
+    actual = jax.jit(lambda *a: results(layer, *a), compiler_options=QUICK)(w, x, gate)
+    assert_close(actual, results(reference, w, x, gate))
+
+
+def test_the_work_follows_the_rows() -> None:
+    """Rounds end behind the last filled block: NaN in a row that no expert is asked for reaches nothing."""
+    config = ModelConfig(grouped_matmul="batched")
+    w = {"w_in_eRF": jnp.ones((2, 3, 4)), "w_out_eFR": jnp.ones((2, 4, 3))}
+    x = jnp.ones((8, 3)).at[5].set(math.nan)
+    expert_NK = jnp.full((8, 1), 2).at[0, 0].set(1)
+    y = grouped_mlp(config, w, x, jnp.ones((8, 1)), expert_NK, 1)
+    np.testing.assert_array_equal(y[0], np.full(3, 36.0))  # (3 · 1)² · 4
+    assert not np.asarray(y[1:]).any()
