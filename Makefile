@@ -19,7 +19,8 @@ test: $(VENV)/installed-dev
 	$(PYTEST)
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check libtpu  # the TPU compiler, for programs of pods
+	@# The extra brings the libtpu of this jax: the TPU compiler, for programs of pods. A newer one can't always be read.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
 	$(PYTEST) -m "full or not full"
 
 lint: $(VENV)/installed-dev

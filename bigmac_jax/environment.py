@@ -1,11 +1,14 @@
-"""What the process environment must hold before the program starts, in one place.
+"""What makes the backend fast and must be set from outside the program, in one place.
 
-The entry points call `prepare()` first; it re-executes the program once with these settings. BIGMAC_KEEP_ENV=1 turns
-it off, and a variable that is already set is left as it is.
+The entry points call `prepare()` first; it re-executes the program once with SETTINGS in its environment. The training
+step is compiled with COMPILER_OPTIONS, which need no variable: a wrong or unfit flag in XLA_FLAGS or LIBTPU_INIT_ARGS
+ends the process, and which TPU there is, is known only once jax runs. BIGMAC_KEEP_ENV=1 turns both off, and a variable
+that is already set is left as it is.
 """
 
 import os
 import sys
+from typing import Any
 
 # variable → (value, where, reason with its figure)
 SETTINGS = {
@@ -18,6 +21,23 @@ SETTINGS = {
     ),
 }
 
+# option → (value, kinds of device (platform, or device_kind), reason with its figure)
+COMPILER_OPTIONS = {
+    "xla_tpu_enable_async_all_to_all": (
+        True,
+        ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"),
+        "Without it no all-to-all overlaps with anything. With it and overlap_chunks=4, 8 or more of a layer's 16 run "
+        "beside expert kernels (docs/exchange.md). Not on v5e ('TPU v5 lite'), where a group of 32 fails to compile: "
+        "'Async all-to-all not supported on limited ICI'.",
+    ),
+    "xla_gpu_enable_latency_hiding_scheduler": (
+        True,
+        ("gpu",),
+        "Collectives on GPU are asynchronous by default; this schedules computation between their start and end. "
+        "Nvidia's JAX images set it; not measured here.",
+    ),
+}
+
 
 def prepare() -> None:
     """Re-executes the running program with SETTINGS, once; returns if there is nothing to set."""
@@ -26,7 +46,15 @@ def prepare() -> None:
         for name, (value, platform, _) in SETTINGS.items()
         if sys.platform == platform and name not in os.environ
     }
-    if missing and "BIGMAC_KEEP_ENV" not in os.environ:
+    if missing and not {"BIGMAC_KEEP_ENV", "BIGMAC_PREPARED"} & os.environ.keys():
         os.execve(
-            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_KEEP_ENV": "1"}
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_PREPARED": "1"}
         )
+
+
+def compiler_options(device: Any) -> dict[str, Any]:
+    """The COMPILER_OPTIONS for a `jax.Device`."""
+    if "BIGMAC_KEEP_ENV" in os.environ:
+        return {}
+    kinds = {device.platform, device.device_kind}
+    return {name: value for name, (value, where, _) in COMPILER_OPTIONS.items() if kinds & set(where)}

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -202,6 +203,7 @@ print(os.environ.get("GLIBC_TUNABLES"), len(starts.read_text()), sys.argv[3:])
 
 
 TUNABLES = environment.SETTINGS["GLIBC_TUNABLES"][0]
+CLEARED = ("GLIBC_TUNABLES", "BIGMAC_KEEP_ENV", "BIGMAC_PREPARED")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are of glibc")
@@ -217,10 +219,30 @@ def test_environment(tmp_path: pathlib.Path, given: dict[str, str], printed: str
     starts, script = tmp_path / "starts", tmp_path / "show.py"
     starts.write_text("")
     script.write_text(SHOW)
-    clean = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "BIGMAC_KEEP_ENV")}
+    clean = {name: value for name, value in os.environ.items() if name not in CLEARED}
     command: list[Any] = [sys.executable, script, starts, environment.__file__, "a b", "--c=d"]
     result = subprocess.run(command, env=clean | given, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == printed
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "expected"),
+    [
+        ("cpu", "cpu", set()),
+        ("gpu", "NVIDIA H100 80GB HBM3", {"xla_gpu_enable_latency_hiding_scheduler"}),
+        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"}),
+        ("tpu", "TPU v5 lite", set()),  # refuses it in a group of 32
+    ],
+)
+def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    monkeypatch.delenv("BIGMAC_KEEP_ENV", raising=False)
+    options = environment.compiler_options(device)
+    assert options.keys() == expected
+    if platform == "gpu":  # every build of XLA knows the GPU's options, and refuses a name that it doesn't know
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
+    monkeypatch.setenv("BIGMAC_KEEP_ENV", "1")
+    assert environment.compiler_options(device) == {}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

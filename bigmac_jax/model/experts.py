@@ -7,8 +7,6 @@ expert. For a row of expert i (paper, equation 4; biases and the gate branch whe
 """
 
 import functools
-import importlib.util
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from bigmac_jax.config import ModelConfig
 from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
+from bigmac_jax.model.kernels import ROW_TILE, grouped_matmul
 from bigmac_jax.model.layers import activate
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
@@ -153,37 +152,21 @@ def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | N
         expert_n, sizes_e = jnp.arange(n, dtype=jnp.int32), jnp.full_like(rows_nbR, b, jnp.int32, shape=(n,))
     else:
         expert_n, sizes_e = groups.expert_n, groups.sizes_e
-    filled_M1 = (jnp.arange(n * b, dtype=jnp.int32) < jnp.sum(sizes_e)).reshape(-1, 1)
+
+    def whole_tiles(x_MX: Array) -> Array:
+        return jnp.pad(x_MX, ((0, -x_MX.shape[0] % ROW_TILE), (0, 0)))
 
     def affine(x_MX: Array, matrix: str, bias: str) -> Array:
-        # The kernels leave what stands behind the last group undefined, NaN included.
-        y_MY = jnp.where(filled_M1, grouped_matmul(x_MX, w[matrix], sizes_e), 0)
-        return y_MY + jnp.repeat(w[bias][expert_n], b, axis=0) if bias in w else y_MY
+        y_MY = grouped_matmul(x_MX, w[matrix], sizes_e)
+        if bias not in w:
+            return y_MY
+        # What stands behind the last group, in the gradient too, is undefined, NaN included. No row sees another's, but
+        # a bias sums over them. (A mask that the chunks of an overlap share makes XLA fuse their activations, and so
+        # wait for all of them.)
+        filled_M1 = (jnp.arange(y_MY.shape[0], dtype=jnp.int32) < jnp.sum(sizes_e)).reshape(-1, 1)
+        return jnp.where(filled_M1, y_MY + whole_tiles(jnp.repeat(w[bias][expert_n], b, axis=0)), 0)
 
-    rows_MR = rows_nbR.reshape(n * b, R)
+    rows_MR = whole_tiles(rows_nbR.reshape(n * b, R))
     hidden_MF = affine(rows_MR, "w_in_eRF", "b_in_eF")
     gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.gated else None
-    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR").reshape(n, b, R)
-
-
-def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
-    """Rows of group i times matrix i; rows behind the last group are undefined.
-
-    On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
-    v6e; on GPU tokamax's, where it is installed.
-    """
-    if platform() == "tpu":
-        from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-        return gmm(x_MX, w_eXY, sizes_e, preferred_element_type=x_MX.dtype, tiling=_tiling(x_MX, w_eXY))
-    if platform() == "gpu" and importlib.util.find_spec("tokamax"):
-        import tokamax
-
-        return tokamax.ragged_dot(x_MX, w_eXY, sizes_e)
-    return jax.lax.ragged_dot(x_MX, w_eXY, sizes_e)
-
-
-def _tiling(x_MX: Array, w_eXY: Array) -> tuple[int, int, int]:
-    """Tiles of the Pallas kernel: rows of a block, and at most 512 of either side of a matrix."""
-    M, X = x_MX.shape
-    return math.gcd(M, 128), min(512, X), min(512, w_eXY.shape[2])
+    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[: n * b].reshape(n, b, R)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import batch_spec, placed
 from bigmac_jax.model.router import updated_bias
@@ -125,6 +126,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, None),
+            compiler_options=environment.compiler_options(mesh.devices.flat[0]),
         ),
         abstract,
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import Mesh
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import batch_spec
@@ -47,14 +48,19 @@ def _jaxprs(value: Any) -> Iterator[core.Jaxpr]:
             yield from _jaxprs(entry)
 
 
-def layer(config: Config, gradients: bool = False) -> Any:
-    """The traced MoE layer of `config`, without or with its gradients, on abstract arrays."""
+def layer(config: Config, gradients: bool = False, mesh: Mesh | None = None) -> Any:
+    """The traced MoE layer of `config`, without or with its gradients, on abstract arrays.
+
+    `mesh`: of devices that are only compiled for; by default that of `config` on the ones that are here.
+    """
     shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
-    with on_mesh(config):
+    with on_mesh(config) if mesh is None else jax.set_mesh(mesh):
         moe = abstract_layer(config)
         x_BLD = jax.eval_shape(lambda: jnp.zeros(shape, config.model.dtype, out_sharding=batch_spec(3)))
         if gradients:
-            return jax.jit(jax.grad(lambda m, x: m(x)[0].astype(jnp.float32).sum(), (0, 1))).trace(moe, x_BLD)
+            return jax.jit(jax.grad(lambda m, x: jnp.square(m(x)[0].astype(jnp.float32)).sum(), (0, 1))).trace(
+                moe, x_BLD
+            )
         return jax.jit(lambda m, x: m(x)[0]).trace(moe, x_BLD)
 
 

@@ -46,7 +46,7 @@ def abstract_model(config: Config) -> Transformer:
 
 
 def abstract_layer(config: Config) -> MoE:
-    return jax.eval_shape(lambda key: MoE(config.model, key), jax.random.key(0))
+    return jax.eval_shape(lambda: MoE(config.model, jax.random.key(0)))  # the mesh's devices may not be here
 
 
 def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> Transformer:

@@ -10,11 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from model.tools import PAPER, QUICK, abstract_model, assert_close, leaf_name, leaves, on_mesh, random_tokens, tiny
+from model.tools import (
+    PAPER,
+    QUICK,
+    abstract_model,
+    assert_close,
+    leaf_name,
+    leaves,
+    on_mesh,
+    random_tokens,
+    split_batch,
+    tiny,
+)
 
+from bigmac_jax import environment
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
+from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer
-from bigmac_jax.training.step import split
+from bigmac_jax.training.step import make_trainer, split
 
 from .tools import host, session
 
@@ -174,3 +187,13 @@ def test_clipping(clip_norm: float, norm: float) -> None:
     _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
     moment = optax.tree_utils.tree_get(state, "mu")
     chex.assert_trees_all_close(moment, jax.tree.map(lambda g: g * 0.5 * norm / 13, gradients), rtol=1e-6)
+
+
+def test_compiler_options_reach_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "compiler_options", lambda device: {f"xla_of_{device.platform}": True})
+    config = tiny()
+    with on_mesh(config):
+        trainer = make_trainer(config, make_mesh(config))
+        lowered = trainer.step.lower(trainer.abstract_state, split_batch(random_tokens(config)))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_cpu"):
+            lowered.compile()

@@ -1,0 +1,64 @@
+"""The experts by themselves: an accelerator's kernel leaves rows behind the last group undefined."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from bigmac_jax.model import experts
+
+from .tools import PAPER, assert_close, tiny
+
+N, E, R, F = 40, 4, 16, 24
+
+
+@jax.custom_vjp
+def kernel(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    """As the TPU's: reads no row behind the last group, and leaves NaN there, in the gradient too."""
+    return behind(jax.lax.ragged_dot(behind(x_MX, sizes_e, 0), w_eXY, sizes_e), sizes_e, jnp.nan)
+
+
+def behind(x_MX: Array, sizes_e: Array, value: float) -> Array:
+    return jnp.where((jnp.arange(x_MX.shape[0]) < sizes_e.sum()).reshape(-1, 1), x_MX, value)
+
+
+def kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
+    x_MX, w_eXY, sizes_e = saved
+    _, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes_e), behind(x_MX, sizes_e, 0), w_eXY)
+    dx_MX, dw_eXY = pull(behind(dy_MY, sizes_e, 0))
+    return behind(dx_MX, sizes_e, jnp.nan), dw_eXY, None
+
+
+kernel.defvjp(lambda *arguments: (kernel(*arguments), arguments), kernel_bwd)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_undefined_rows_reach_nothing(bias: bool, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "grouped_matmul", kernel)
+    monkeypatch.setattr(experts, "BLOCK", 8)
+    rng = np.random.default_rng(0)
+    shapes = {"w_in_eRF": (E, R, F), "w_out_eFR": (E, F, R)}
+    shapes |= {"w_gate_eRF": (E, R, F)} if gated else {}
+    shapes |= {"b_in_eF": (E, F), "b_out_eR": (E, R)} if bias else {}
+    shapes |= {"b_gate_eF": (E, F)} if bias and gated else {}
+    shapes |= {"x_NR": (N, R), "gates_N1": (N, 1), "dy_NR": (N, R)}
+    given = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    expert_N1 = jnp.asarray(rng.integers(E + 1, size=(N, 1)), jnp.int32)  # some rows' experts are elsewhere
+
+    def results(implementation: str) -> dict[str, Array]:
+        activation = PAPER["activation"]
+        config = tiny(activation=activation, use_bias=bias, gated=gated, grouped_matmul=implementation).model
+
+        def loss(given: dict[str, Array]) -> tuple[Array, Array]:
+            weights = {name: value for name, value in given.items() if name.startswith(("w_", "b_"))}
+            y_NR = experts.grouped_mlp(config, weights, given["x_NR"], given["gates_N1"], expert_N1, 1)
+            return jnp.sum(y_NR * given["dy_NR"]), y_NR
+
+        gradients, y_NR = jax.jit(jax.grad(loss, has_aux=True))(given)
+        return gradients | {"y_NR": y_NR}
+
+    assert_close(results("kernel"), results("blocks"))
