@@ -64,6 +64,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """Such as 'TPU v5 lite', for v5e: of the same devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def on_each_rank(function: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
     """`function` of each rank's rows of arrays whose first dimension is the batch; without a mesh, of the arrays."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -44,8 +44,15 @@ def test_nothing_of_tokens_by_experts_is_allocated() -> None:
 
 
 def test_the_real_ragged_exchange_compiles_with_its_gradient() -> None:
-    report = compiled("v5e:4x8", "ragged", "inf", "1", "1")
+    report = compiled("v6e:4x8", "ragged", "inf", "1", "1")
     assert report["ragged_all_to_alls"] == 4  # there and back, forward and backward
+    assert report["kernels"] == 6
+
+
+def test_auto_takes_no_ragged_exchange_on_v5e() -> None:
+    """There it is 'not supported in limited ICI routing settings'."""
+    report = compiled("v5e:4x8", "auto", "inf", "1", "1")
+    assert report["ragged_all_to_alls"] == 0
     assert report["kernels"] == 6
 
 
