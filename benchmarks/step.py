@@ -37,7 +37,7 @@ def main() -> None:
     base = load_config(_CONFIG.value, cli.OVERRIDES)
     mesh = cli.enter_mesh(base)
     configs = {case: _with(base, case) for case in _CASES.value}
-    cases = {case: _stepper(config, mesh, _STEPS.value) for case, config in configs.items()}
+    cases = {case: stepper(config, mesh, _STEPS.value) for case, config in configs.items()}
     seconds = alternate(cases, _ROUNDS.value)
     tokens, peak = base.data.batch_size * base.data.sequence_length, dense_matmul_rate("float32")
     first = seconds[_CASES.value[0]]
@@ -58,7 +58,7 @@ def _with(base: Config, case: str) -> Config:
     return dataclasses.replace(base, model=model)
 
 
-def _stepper(config: Config, mesh: jax.sharding.Mesh, steps: int) -> Callable[[], float]:
+def stepper(config: Config, mesh: jax.sharding.Mesh, steps: int) -> Callable[[], float]:
     """A function that runs `steps` steps and returns the seconds of one."""
     trainer = make_trainer(config, mesh)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
