@@ -80,7 +80,7 @@ def validate(config: Config) -> None:
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
              "vanilla_top_k", "num_expert_groups", "top_groups", "overlap_chunks")  # fmt: skip
     at_least("model", 0, "num_kv_heads", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
-             "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
+             "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout", "unroll_layers")  # fmt: skip
     at_least("mesh", 0, "data")
     at_least("mesh", 1, "node", "expert")
     at_least("data", 1, "sequence_length", "batch_size")

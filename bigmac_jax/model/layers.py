@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
@@ -130,10 +131,24 @@ class Linear(nnx.Module):
 def rotate(x_BLNH: Array, theta: float) -> Array:
     """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
     length, half = x_BLNH.shape[1], x_BLNH.shape[-1] // 2
-    angle_LH = jnp.outer(jnp.arange(length), theta ** (-jnp.arange(half) / half))
-    sin, cos = (f(angle_LH).reshape(1, length, 1, half).astype(x_BLNH.dtype) for f in (jnp.sin, jnp.cos))
-    first, second = x_BLNH[..., :half], x_BLNH[..., half:]
+    # Constants on CPU, where XLA would compute a sine and a cosine for every entry of x, and again in the gradient.
+    xp = np if platform() == "cpu" else jnp
+    angle_LH = xp.outer(xp.arange(length), theta ** (-xp.arange(half) / half))
+    sin, cos = (jnp.asarray(f(angle_LH), x_BLNH.dtype).reshape(1, length, 1, half) for f in (xp.sin, xp.cos))
+    return _turn(x_BLNH, sin, cos)
+
+
+@jax.custom_vjp
+def _turn(x_BLNH: Array, sin: Array, cos: Array) -> Array:
+    first, second = jnp.split(x_BLNH, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+# The gradient turns back.
+_turn.defvjp(
+    lambda x_BLNH, sin, cos: (_turn(x_BLNH, sin, cos), (sin, cos)),
+    lambda angle, dy_BLNH: (_turn(dy_BLNH, -angle[0], angle[1]), None, None),
+)
 
 
 def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.mesh import batch_spec
+from bigmac_jax.mesh import batch_spec, platform
 from bigmac_jax.model.layers import MLP, Attention, Norm, dropout, normal
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 
@@ -104,7 +104,9 @@ class Transformer(nnx.Module):
 
         if config.remat:
             step = jax.checkpoint(step)
-        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE))
+        # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
+        unroll = config.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
+        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE), unroll=unroll)
         return self.final_norm(x_BLD), aux
 
     def unembedding(self) -> Array:

@@ -28,7 +28,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **model: Any) -> Config:
     """Two layers of width 16, eight experts; `mesh` is data, node, expert."""
     defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 257, "num_experts": 8, "top_k": 3,
-                "capacity_factor": math.inf, "balance_coefficient": 0.1}  # fmt: skip
+                "capacity_factor": math.inf, "balance_coefficient": 0.1, "unroll_layers": 1}  # fmt: skip
     return Config(
         model=ModelConfig(**(defaults | model)),
         mesh=MeshConfig(*mesh),
