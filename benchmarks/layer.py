@@ -2,8 +2,9 @@
 
 A case is STRUCTURE[:EXCHANGE[:CAPACITY_FACTOR[:GROUPED_MATMUL[:WIRE_DTYPE]]]]; all run in one process, alternating.
 JSON lines: tokens_per_s; useful_gflops (experts, router and projections, no padding) and their share of the rate of a
-2048³ float32 matmul in the same run; wire_bytes (payload of one rank, forward and backward); exchange_s, the time less
-that of the same program with the exchange replaced by a local reshape; temporary_mb of the compiled program.
+2048³ float32 matmul in the same run; routing_share, the time of the router, the plan and the grouping alone over the
+layer's; wire_bytes (payload of one rank, forward and backward); exchange_s, the time less that of the same program with
+the exchange replaced by a local reshape; temporary_mb of the compiled program.
 
     python -m benchmarks.layer
     python -m benchmarks.layer --cpu_devices=8 --ranks=8 --cases=bigmac:all_to_all:1.25,fine_grained:all_to_all:1.25
@@ -29,9 +30,12 @@ from jax import Array  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
-from bigmac_jax.mesh import batch_spec  # noqa: E402
+from bigmac_jax.mesh import BATCH, batch_spec  # noqa: E402
 from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
+from bigmac_jax.model.experts import BLOCK  # noqa: E402
+from bigmac_jax.model.groups import group  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
+from bigmac_jax.model.router import route  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
@@ -53,10 +57,11 @@ def main() -> None:
     cases: dict[str, Callable[[], float]] = {}
     compiled = {}
     for case, config in configs.items():
-        compiled[case], cases[case] = _runner(config)
+        compiled[case], cases[case] = _layer(config)
+        cases[case + " routing"] = _routing(config)
         if mesh.size > 1:
             with _local_exchange():
-                _, cases[case + " local"] = _runner(config)
+                _, cases[case + " local"] = _layer(config)
     seconds = alternate(cases, _ROUNDS.value)
     print(json.dumps({"name": "dense_2048", "gflops": round(peak / 1e9, 1)}), flush=True)
     first = _CASES.value[0]
@@ -76,6 +81,7 @@ def main() -> None:
             "useful_gflops": round(gflops, 1),
             "share_of_dense": round(1e9 * gflops / peak, 3),
             f"time_over_{first}": round(median_ratio(seconds[case], seconds[first]), 3),
+            "routing_share": round(statistics.median(seconds[case + " routing"]) / median, 3),
             "wire_bytes": m.overlap_chunks * sum(one_way),
             "temporary_mb": round(compiled[case].memory_analysis().temp_size_in_bytes / 2**20, 1),
         }
@@ -106,26 +112,56 @@ def _config(case: str) -> Config:
     return Config(model=model, mesh=MeshConfig(node=_NODES.value, expert=_RANKS.value), data=data)
 
 
-def _runner(config: Config) -> tuple[Any, Callable[[], float]]:
+def _layer(config: Config) -> tuple[Any, Callable[[], float]]:
     """The compiled layer with its gradients, and a function that runs it once and returns the seconds."""
-    mesh, key = jax.sharding.get_mesh(), jax.random.key(0)
-    layer = jax.jit(lambda k: MoE(config.model, k))(key)
-    shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
-    draw = np.random.default_rng(0).standard_normal
-    sharding = jax.sharding.NamedSharding(mesh, batch_spec(3))
-    x_BLD, dy_BLD = (jax.device_put(draw(shape).astype(np.float32), sharding) for _ in range(2))
+    layer, x_BLD, dy_BLD = _inputs(config)
 
     def loss(layer: MoE, x_BLD: Array, dy_BLD: Array) -> Array:
         y_BLD, _ = layer(x_BLD)
         return jnp.sum(y_BLD * dy_BLD)
 
-    function = loss if _FORWARD.value else jax.grad(loss, argnums=(0, 1))
-    compiled = jax.jit(function).lower(layer, x_BLD, dy_BLD).compile()
-    jax.block_until_ready(compiled(layer, x_BLD, dy_BLD))
+    return _timed(loss if _FORWARD.value else jax.grad(loss, argnums=(0, 1)), layer, x_BLD, dy_BLD)
+
+
+def _routing(config: Config) -> Callable[[], float]:
+    """Scores, top-k, the plan of the exchange, and the grouping of the rows that arrive."""
+    m = config.model
+    layer, x_BLD, _ = _inputs(config)
+
+    def on_rank(experts_BLK: Array) -> Any:
+        experts_TK = experts_BLK.reshape(-1, m.choices)
+        exchange = strategy(m, m.capacity_factor, experts_TK.shape[0])
+        plan = exchange.plan(experts_TK)
+        made: Any = plan
+        if plan.expert_NK is not None:
+            share = experts_TK.size // exchange.local_experts
+            made = plan, group(plan.expert_NK, exchange.local_experts, share, BLOCK)
+        return jax.tree.map(lambda value: value[None], made)
+
+    def routing(layer: MoE, x_BLD: Array) -> Any:
+        experts_BLK = route(m, x_BLD, layer.router_DE[...], None).experts_BLK
+        return jax.shard_map(on_rank, in_specs=batch_spec(3), out_specs=batch_spec(1), axis_names=set(BATCH))(
+            experts_BLK
+        )
+
+    return _timed(routing, layer, x_BLD)[1]
+
+
+def _inputs(config: Config) -> tuple[MoE, Array, Array]:
+    layer = jax.jit(lambda key: MoE(config.model, key))(jax.random.key(0))
+    shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
+    draw = np.random.default_rng(0).standard_normal
+    x_BLD, dy_BLD = (jax.device_put(draw(shape).astype(np.float32), batch_spec(3)) for _ in range(2))
+    return layer, x_BLD, dy_BLD
+
+
+def _timed(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[], float]]:
+    compiled = jax.jit(function).lower(*inputs).compile()
+    jax.block_until_ready(compiled(*inputs))
 
     def run() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(layer, x_BLD, dy_BLD))
+        jax.block_until_ready(compiled(*inputs))
         return time.perf_counter() - start
 
     return compiled, run
