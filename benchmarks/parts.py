@@ -1,0 +1,88 @@
+"""Parts of a CPU step against the plain way to write them: python -m benchmarks.parts [--config=… --config.a.b=…].
+
+Forward and backward on the config's shapes, alternating in one process; JSON lines with the milliseconds of both.
+"""
+
+from bigmac_jax import environment
+
+environment.prepare()
+
+import functools  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+from jax import Array  # noqa: E402
+
+from benchmarks.timing import alternate, median_ratio  # noqa: E402
+from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.config import load_config  # noqa: E402
+from bigmac_jax.mesh import batch_spec, replicated_spec  # noqa: E402
+from bigmac_jax.model.layers import causal_attention, project  # noqa: E402
+from bigmac_jax.training.loss import cross_entropy, linear_cross_entropy  # noqa: E402
+
+_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; times are medians.", lower_bound=1)
+
+
+def main() -> None:
+    config = load_config(_CONFIG.value, cli.OVERRIDES)
+    cli.enter_mesh(config)
+    m, B, L = config.model, config.data.batch_size, config.data.sequence_length
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int, weight: bool = False) -> Array:
+        spec = replicated_spec(len(shape)) if weight else batch_spec(len(shape))
+        return jax.device_put(draw.standard_normal(shape, np.float32), spec)
+
+    heads = [normal(B, L, n, m.head_size) for n in (m.num_heads, m.kv_heads, m.kv_heads)]
+    x_BLD, w_DD = normal(B, L, m.hidden_size), normal(m.hidden_size, m.hidden_size, weight=True)
+    w_VD = 0.02 * normal(m.vocab_size, m.hidden_size, weight=True)
+    targets = jax.device_put(draw.integers(m.vocab_size, size=(B, L), dtype=np.int32), batch_spec(2))
+    whole = functools.partial(jnp.einsum, "BLD,VD->BLV")
+    parts: dict[str, tuple[Callable[..., Array], Callable[..., Array], list[Array]]] = {
+        "attention in blocks / jax.nn's": (
+            causal_attention,
+            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
+            heads,
+        ),
+        "fused cross-entropy / whole logits": (
+            lambda x, w: linear_cross_entropy(x, w, targets),
+            lambda x, w: cross_entropy(whole(x, w), targets).mean(),
+            [x_BLD, w_VD],
+        ),
+        "projection, weight's gradient in slices / plain": (
+            project,
+            lambda x, w: x @ w,
+            [x_BLD, w_DD],
+        ),
+    }
+    for name, (ours, plain, inputs) in parts.items():
+        seconds = alternate({"ours": _runner(ours, inputs), "plain": _runner(plain, inputs)}, _ROUNDS.value)
+        line: dict[str, Any] = {"name": name}
+        line |= {f"{case}_ms": round(1e3 * statistics.median(rounds), 2) for case, rounds in seconds.items()}
+        print(json.dumps(line | {"ratio": round(median_ratio(seconds["ours"], seconds["plain"]), 3)}), flush=True)
+
+
+def _runner(function: Callable[..., Array], inputs: list[Array]) -> Callable[[], float]:
+    """A function that runs forward and backward once and returns the seconds."""
+    argnums = tuple(range(len(inputs)))
+    step = jax.jit(jax.value_and_grad(lambda *inputs: jnp.square(function(*inputs)).sum(), argnums=argnums))
+    jax.block_until_ready(step(*inputs))
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(step(*inputs))
+        return time.perf_counter() - start
+
+    return run
+
+
+if __name__ == "__main__":
+    cli.run(main)
