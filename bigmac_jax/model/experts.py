@@ -56,14 +56,14 @@ def grouped_mlp(
     if implementation == "batched":
         even = min(share, expert_NK.shape[0])
         groups = group(expert_NK, e, even, max(1, min(BLOCK, share // 8)))
-        y_NR = _rest(config, w, rows_NR, gate_NK, groups)
+        y_NR = _rest(config, weights, rows_NR, gate_NK, groups)
         return y_NR + _even(config, w, rows_NR, gate_NK, groups) if even else y_NR
     groups = group(expert_NK, e, 0, BLOCK)
 
     def mlp(rows_nbR: Array) -> Array:
         if implementation == "kernel":
             return _kernel(config, w, rows_nbR, groups)
-        return _mlp(config, _of_experts(w, groups.expert_n), rows_nbR)
+        return _mlp(config, _of_experts(weights, groups.expert_n, rows_nbR.dtype), rows_nbR)
 
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb)
 
@@ -77,8 +77,9 @@ def _through(
     return collect(y_MR, slot_NK, choice_M) if gate_NK is None else weigh(y_MR, gate_NK, slot_NK, choice_M)
 
 
-def _of_experts(w: Weights, expert_n: Array) -> Weights:
-    return {name: value[expert_n] for name, value in w.items()}
+def _of_experts(weights: Weights, expert_n: Array, dtype: Any) -> Weights:
+    """The weights of each block. Cast behind the gather, so that its transpose sums an expert's blocks in float32."""
+    return {name: value[expert_n].astype(dtype) for name, value in weights.items()}
 
 
 def _mlp(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
@@ -103,13 +104,13 @@ def _even(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None
     return _through(lambda rows_eCR: _mlp(config, w, rows_eCR), rows_NR, gate_NK, slot_NK, groups.even_eC)
 
 
-def _rest(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
+def _rest(config: ModelConfig, weights: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
     """The rows beyond the even slots, in rounds of as many blocks as there are experts. The rounds end behind the last
     block that is filled: the time follows the rows that there are, not the room that there is."""
     n, b = groups.block_nb.shape
     size = min(n, groups.sizes_e.size)
 
-    def in_round(i: Array, groups: Groups, w: Weights, rows_NR: Array, gate_NK: Array | None) -> Array:
+    def in_round(i: Array, groups: Groups, weights: Weights, rows_NR: Array, gate_NK: Array | None) -> Array:
         # The last round may start early, at blocks that were computed: they are emptied.
         first = jnp.minimum(i * size, n - size)
         again = (first + jnp.arange(size, dtype=jnp.int32) < i * size).reshape(-1, 1)
@@ -118,7 +119,7 @@ def _rest(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None
         expert_s = jax.lax.dynamic_slice_in_dim(groups.expert_n, first, size)
         slot_NK = groups.slot_NK - groups.even_eC.size
         slot_NK = jnp.where(slot_NK < i * size * b, size * b, jnp.minimum(slot_NK - first * b, size * b))
-        w_s = _of_experts(w, expert_s)
+        w_s = _of_experts(weights, expert_s, rows_NR.dtype)
         return _through(lambda rows_sbR: _mlp(config, w_s, rows_sbR), rows_NR, gate_NK, slot_NK, choice_sb)
 
     def over_rounds(groups: Groups, body: Callable[[Array, Any], Any], carry: Any) -> Any:
@@ -126,9 +127,9 @@ def _rest(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None
         return jax.lax.fori_loop(0, -(-filled // size), body, carry)
 
     @jax.custom_vjp
-    def rest(w: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
+    def rest(weights: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
         def body(i: Array, y_NR: Array) -> Array:
-            return y_NR + in_round(i, groups, w, rows_NR, gate_NK)
+            return y_NR + in_round(i, groups, weights, rows_NR, gate_NK)
 
         return over_rounds(groups, body, jnp.zeros_like(rows_NR))
 
@@ -142,7 +143,7 @@ def _rest(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None
         return *over_rounds(groups, body, jax.tree.map(jnp.zeros_like, tuple(inputs))), None
 
     rest.defvjp(lambda *inputs: (rest(*inputs), inputs), backward)
-    return rest(w, rows_NR, gate_NK, groups)
+    return rest(weights, rows_NR, gate_NK, groups)
 
 
 def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:

@@ -103,3 +103,22 @@ def test_the_work_follows_the_rows() -> None:
     y = grouped_mlp(config, w, x, jnp.ones((8, 1)), expert_NK, 1)
     np.testing.assert_array_equal(y[0], np.full(3, 36.0))  # (3 · 1)² · 4
     assert not np.asarray(y[1:]).any()
+
+
+@pytest.mark.parametrize("implementation", ["batched", "blocks", "kernel"])
+def test_an_experts_blocks_add_up_in_float32(implementation: str) -> None:
+    """Hundreds of blocks of one expert, whose sum in bfloat16 is off by 11 % (`blocks`) and 0.4 % (`batched`) here."""
+    N, e, R, F = 32_768, 8, 4, 4
+    shapes = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R)}
+    config = ModelConfig(grouped_matmul=implementation)
+    rng = np.random.default_rng(0)
+    w = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    x, expert_NK = jnp.asarray(1 + rng.standard_normal((N, R)), jnp.float32), jnp.zeros((N, 1), jnp.int32)
+
+    def gradient(dtype: str) -> dict[str, jax.Array]:
+        def loss(w: dict) -> jax.Array:
+            return grouped_mlp(config, w, x.astype(dtype), jnp.ones((N, 1)), expert_NK, N // e).sum(dtype=jnp.float32)
+
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(w)
+
+    assert_close(gradient("bfloat16"), gradient("float32"), 0.003)
