@@ -56,13 +56,17 @@ def chosen(skew: str, N: int, K: int, experts: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "share"), [("batched", 0), ("batched", 9), ("batched", 24), ("blocks", 9), ("kernel", 9)]
-)
+    ("implementation", "N", "share"),
+    [
+        ("batched", 48, 0), ("batched", 48, 9), ("batched", 48, 24), ("blocks", 48, 9), ("kernel", 48, 9),
+        ("batched", 1, 0), ("kernel", 1, 0),  # fewer choices than experts
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_every_choice_is_computed_once(skew: str, implementation: str, gated: bool, share: int) -> None:
+def test_every_choice_is_computed_once(skew: str, implementation: str, gated: bool, N: int, share: int) -> None:
     """y_n = Σ_k g_nk · E_k(x_n), and every gradient, with any number of even slots and rounds of blocks."""
-    N, K, e, R, F = 48, 3, 5, 6, 7
+    K, e, R, F = 3, 5, 6, 7
     config = ModelConfig(grouped_matmul=implementation, activation="silu", gated=gated)
     rng = np.random.default_rng(1)
     names = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R), "b_in_eF": (e, F), "b_out_eR": (e, R)}
