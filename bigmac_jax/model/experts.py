@@ -92,7 +92,7 @@ def _mlp(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
     hidden = [affine(rows_nbR, w["w_in_eRF"], w.get("b_in_eF"))]
     if config.gated:
         hidden.append(affine(rows_nbR, w["w_gate_eRF"], w.get("b_gate_eF")))
-    # Of the F wide arrays only those before the activation are kept for the backward pass.
+    # Of the F wide arrays only those before and behind the activation are kept for the backward pass.
     active_nbF = jax.checkpoint(lambda *hidden: activate(config, *hidden))(*hidden)
     return affine(active_nbF, w["w_out_eFR"], w.get("b_out_eR"))
 
