@@ -1,6 +1,7 @@
 """Formats of rows on the wire: their error, their size, and what really crosses in the compiled program."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -72,6 +73,13 @@ def test_every_payload_crosses_in_its_format(name: str, forward: str, backward: 
     assert [c.operands[0][0] for c in there] == [ELEMENTS[forward]] * exchanges
     expected = sorted([ELEMENTS[forward]] * exchanges + [ELEMENTS[backward or forward]] * exchanges)
     assert sorted(c.operands[0][0] for c in both) == expected
+
+
+def test_gather_adds_in_float32_where_float32_crosses() -> None:
+    """Of a bfloat16 computation, too: the output on its way back, and the gradients of the rows and of the gates."""
+    config = tiny((1, 1, 4), exchange="gather", dtype="bfloat16", wire_dtype="float32")
+    program = str(layer(config, gradients=True).jaxpr)  # XLA:CPU would widen the sums of bfloat16 itself
+    assert re.findall(r":(\w+)\[[^\n]* = reduce_scatter", program) == ["f32"] * 3
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Wire:
             if movement is not None:
                 return decode(movement(encode(x, format), where), format, x.dtype)
             if format == "float32":
-                return jax.lax.psum_scatter(x, self.axis, scatter_dimension=0)
+                return jax.lax.psum_scatter(encode(x, format), self.axis, scatter_dimension=0).astype(x.dtype)
             # Small formats cannot be added on the way: the rows cross as they are, and are added in float32.
             received = decode(self._swap(encode(x, format), None), format, jnp.float32)
             return received.sum(0).astype(x.dtype)
