@@ -106,7 +106,7 @@ def test_each_rank_drops_by_itself() -> None:
     assert second.counts_E.tolist() == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("factor", "capacity"), [(1.0, 10), (1.1, 11), (1.11, 12), (0.01, 1), (99.0, 50)])
+@pytest.mark.parametrize(("factor", "capacity"), [(1.0, 10), (1.1, 11), (1.11, 12), (0.01, 1), (1e-9, 1), (99.0, 50)])
 def test_capacity_is_the_ceiling_of_the_exact_product(factor: float, capacity: int) -> None:
     assert make(10, (1, 1), factor).capacity(50, 2) == capacity  # 1.1 · 50 · 2 / 10 is 11.000000000000002 in floats
 
@@ -139,6 +139,7 @@ HOP = [[0, 2], [2, 3], [3, 0], [1, 0]]  # ranks: 0 1, 1 1, 1 0, 0 0
     [
         # Rank 0 is the first choice of tokens 0 and 3, the second of 2; rank 1 the first of 1 and 2, the second of 0.
         (0.3, 1, [[0, 2], [2, 1], [2, 2], [2, 2]], 5),
+        (1e-9, 1, [[0, 2], [2, 1], [2, 2], [2, 2]], 5),
         (0.6, 2, [[0, 4], [4, 2], [4, 3], [1, 4]], 2),
         (0.9, 3, [[0, 5], [6, 3], [2, 4], [1, 6]], 0),
         (INF, 4, [[0, 4], [8, 5], [2, 6], [3, 8]], 0),  # a token's slot is its own number

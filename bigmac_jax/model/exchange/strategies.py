@@ -148,8 +148,7 @@ class AllToAll(Strategy):
 
     def capacity(self, tokens: int, choices: int) -> int:
         """C, rows an expert takes from one rank."""
-        # The product is rounded before the ceiling: 1.1 · 10 is 11.000000000000002 in floats, and 11 rows are meant.
-        return min(tokens, math.ceil(round(self.capacity_factor * tokens * choices / self.num_experts, 6)))
+        return room(self.capacity_factor * tokens * choices / self.num_experts, tokens)
 
     def rows(self, tokens: int, choices: int) -> int:
         """Rows that travel between a pair of ranks."""
@@ -227,12 +226,11 @@ class Dedup(Strategy):
             return []
         return [Hop(self.wire, self.ranks, self.local_experts, self._capacity(tokens, tokens, choices, self.ranks))]
 
-    def _capacity(self, room: int, tokens: int, choices: int, destinations: int) -> int:
-        """C of a hop to each of `destinations`, which share the experts, for the rows of `tokens`; at most `room`."""
+    def _capacity(self, at_most: int, tokens: int, choices: int, destinations: int) -> int:
+        """C of a hop to each of `destinations`, which share the experts, for the rows of `tokens`."""
         if self.dropless:
-            return room
-        expected = expected_rows(tokens, choices, self.num_experts, destinations)
-        return min(room, math.ceil(round(self.capacity_factor * expected, 6)))
+            return at_most
+        return room(self.capacity_factor * expected_rows(tokens, choices, self.num_experts, destinations), at_most)
 
     def plan(self, experts_TK: Array) -> Plan:
         T, K = experts_TK.shape
@@ -314,6 +312,12 @@ class Gather(Strategy):
 
     def metadata_bytes(self, tokens: int, choices: int) -> int:
         return (self.ranks - 1) * tokens * choices * (4 + 4)
+
+
+def room(rows: float, at_most: int) -> int:
+    """⌈rows⌉ in [1, at_most]."""
+    # Rounded before the ceiling: 1.1 · 10 is 11.000000000000002 in floats, and 11 rows are meant.
+    return min(at_most, max(1, math.ceil(round(rows, 6))))
 
 
 def counts(experts_TK: Array, experts: int) -> Array:
