@@ -1,5 +1,6 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,11 @@ def make_mesh(config: Config, fit_batch: bool = True) -> Mesh:
     """The mesh of `config.mesh` over the first devices, Explicit axes.
 
     Args:
-      fit_batch: whether the mesh must divide data.batch_size, as training needs.
+      fit_batch: whether the mesh must divide data.batch_size, and overlap_chunks a rank's tokens, as training needs.
 
     Raises:
-      ConfigError: more ranks than devices, or a batch that the data axis (0 = the devices left) does not divide.
+      ConfigError: more ranks than devices, or a batch that the data axis (0 = the devices left) does not divide, or
+        whose share model.overlap_chunks does not.
     """
     mesh, available = config.mesh, jax.device_count()
     data = mesh.data or available // mesh.expert_ranks
@@ -39,6 +41,12 @@ def make_mesh(config: Config, fit_batch: bool = True) -> Mesh:
             f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
             f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {available} devices); "
             f"use {-(-config.data.batch_size // shards) * shards}, or set mesh.data"
+        )
+    tokens, chunks = config.data.batch_size * config.data.sequence_length // shards, config.model.overlap_chunks
+    if fit_batch and tokens % chunks:
+        raise ConfigError(
+            f"model.overlap_chunks={chunks} must divide the {tokens} tokens of a rank (mesh.data={mesh.data} took "
+            f"{data} of {available} devices); use {math.gcd(chunks, tokens)}"
         )
     devices = np.asarray(jax.devices()[:ranks]).reshape(data, mesh.node, mesh.expert)
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import make_mesh
 
 
-def config(*mesh: int, batch: int = 16, accumulate: int = 1) -> Config:
+def config(*mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1) -> Config:
     return Config(
-        mesh=MeshConfig(*mesh), data=DataConfig(batch_size=batch), train=TrainConfig(accumulate_steps=accumulate)
+        model=ModelConfig(overlap_chunks=chunks),
+        mesh=MeshConfig(*mesh),
+        data=DataConfig(batch_size=batch, sequence_length=length),
+        train=TrainConfig(accumulate_steps=accumulate),
     )
 
 
@@ -56,6 +59,8 @@ def test_more_ranks_than_devices(mesh: tuple[int, ...], parts: tuple[str, ...]) 
     [
         (config(0, 1, 1, batch=12), ("batch_size=12", "= 8", "took 8 of 8 devices", "use 16")),
         (config(0, 1, 2, batch=12, accumulate=2), ("batch_size=12", "= 16", "took 4 of 8 devices", "use 16")),
+        # All 128 tokens would do, but not the 16 of a rank.
+        (config(0, 1, 1, length=8, chunks=32), ("overlap_chunks=32", "16 tokens", "took 8 of 8 devices", "use 16")),
     ],
 )
 def test_a_batch_that_the_devices_left_do_not_divide(made: Config, parts: tuple[str, ...]) -> None:
