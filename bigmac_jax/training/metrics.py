@@ -172,9 +172,10 @@ def wire_bytes(config: Config) -> int:
     exchange = strategy(m, m.capacity_factor, tokens)
     forward = exchange.wire_bytes(tokens, m.choices, m.wire_size)
     backward = exchange.wire_bytes(tokens, m.choices, m.wire_size, exchange.backward)
-    # Rematerialisation repeats the exchanges of the forward pass.
+    # Rematerialisation repeats the exchanges of the forward pass; parts of a batch also wait for one that counts loads.
+    counted = config.train.accumulate_steps > 1 and m.balance == "aux_loss"
     exchanges = m.num_layers * config.data.batch_size * config.data.sequence_length // tokens
-    return ((1 + m.remat) * forward + backward) * exchanges
+    return ((1 + m.remat + counted) * forward + backward) * exchanges
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

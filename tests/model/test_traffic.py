@@ -4,18 +4,26 @@
 """
 
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, TrainConfig
+from bigmac_jax.mesh import batch_spec, make_mesh
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.training.metrics import wire_bytes
+from bigmac_jax.training.step import make_trainer
 
-from .program import Collective, collectives, layer
-from .tools import tiny
+from .program import Collective, all_to_alls, collectives, layer, payloads
+from .tools import on_mesh, tiny
 
 TESTS = pathlib.Path(__file__).parents[1]
 TOKENS = 64  # of a rank
@@ -67,6 +75,22 @@ def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
     assert payload == strategy.wire_bytes(TOKENS, 8, 128)
     assert metadata == strategy.metadata_bytes(TOKENS, 8)
     assert STRATEGIES[name](64, (1, 1), factor, ("node", "expert")).wire_bytes(TOKENS, 8, 128) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [({}, 1), ({"remat": True}, 1), ({}, 2), ({"remat": True}, 2), ({"balance": "none", "overlap_chunks": 2}, 2)],
+)
+def test_logged_bytes_are_the_training_steps(model: dict, parts: int) -> None:
+    """The pass that counts loads for an accumulated balance loss, and rematerialisation, included."""
+    c = replace(tiny((1, 1, 4), capacity_factor=1.25, **model), train=TrainConfig(accumulate_steps=parts))
+    with on_mesh(c):
+        mesh = make_mesh(c)
+        tokens = jax.ShapeDtypeStruct((8, 9), jnp.int32, sharding=NamedSharding(mesh, batch_spec(2)))
+        trainer = make_trainer(c, mesh)
+        operands = all_to_alls(trainer.step.trace(trainer.abstract_state, tokens).jaxpr.jaxpr)
+        received = sum(jnp.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in payloads(operands))
+        assert received * (4 - 1) == wire_bytes(c) > 0  # of four ranks, each from three others
 
 
 def test_dedup_sends_at_most_three_quarters() -> None:
