@@ -4,7 +4,8 @@ A case is STRUCTURE[:EXCHANGE[:CAPACITY_FACTOR[:GROUPED_MATMUL[:WIRE_DTYPE]]]]; 
 JSON lines: tokens_per_s; useful_gflops (experts, router and projections, no padding) and their share of the rate of a
 2048³ float32 matmul in the same run; routing_share, the time of the router, the plan and the grouping alone over the
 layer's; wire_bytes (payload of one rank, forward and backward); exchange_s, the time less that of the same program with
-the exchange replaced by a local reshape; temporary_mb of the compiled program.
+the all-to-alls replaced by a local reshape (not of gather and ragged, which need other collectives); temporary_mb of
+the compiled program.
 
     python -m benchmarks.layer
     python -m benchmarks.layer --cpu_devices=8 --ranks=8 --cases=bigmac:all_to_all:1.25,fine_grained:all_to_all:1.25
@@ -31,12 +32,13 @@ from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
 from bigmac_jax.mesh import BATCH, batch_spec  # noqa: E402
+from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
 from bigmac_jax.model.experts import BLOCK  # noqa: E402
 from bigmac_jax.model.groups import group  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.model.router import route  # noqa: E402
-from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
+from bigmac_jax.training.metrics import dense_matmul_rate, tokens_at_a_time  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens over all ranks.")
@@ -52,14 +54,14 @@ _FORWARD = flags.DEFINE_bool("forward", False, "Time the forward pass alone.")
 
 def main() -> None:
     configs = {case: _config(case) for case in _CASES.value}
-    mesh = cli.enter_mesh(next(iter(configs.values())))
+    cli.enter_mesh(next(iter(configs.values())))
     peak = dense_matmul_rate("float32")
     cases: dict[str, Callable[[], float]] = {}
     compiled = {}
     for case, config in configs.items():
         compiled[case], cases[case] = _layer(config)
         cases[case + " routing"] = _routing(config)
-        if mesh.size > 1:
+        if _can_be_local(config):
             with _local_exchange():
                 _, cases[case + " local"] = _layer(config)
     seconds = alternate(cases, _ROUNDS.value)
@@ -68,7 +70,7 @@ def main() -> None:
     for case, config in configs.items():
         m, median = config.model, statistics.median(seconds[case])
         gflops = _useful_flops(m) / median / 1e9
-        tokens = _TOKENS.value // mesh.size // m.overlap_chunks
+        tokens = tokens_at_a_time(config)
         exchange = strategy(m, m.capacity_factor, tokens)
         one_way = [
             exchange.wire_bytes(tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
@@ -85,7 +87,7 @@ def main() -> None:
             "wire_bytes": m.overlap_chunks * sum(one_way),
             "temporary_mb": round(compiled[case].memory_analysis().temp_size_in_bytes / 2**20, 1),
         }
-        if mesh.size > 1:
+        if _can_be_local(config):
             line["exchange_s"] = round(median - statistics.median(seconds[case + " local"]), 4)
         print(json.dumps(line), flush=True)
 
@@ -175,9 +177,15 @@ def _useful_flops(m: ModelConfig) -> float:
     return (2.0 if _FORWARD.value else 6.0) * per_token * _TOKENS.value
 
 
+def _can_be_local(config: Config) -> bool:
+    """Whether all-to-alls are all that the layer sends."""
+    exchange = strategy(config.model, config.model.capacity_factor, tokens_at_a_time(config))
+    return exchange.ranks > 1 and not isinstance(exchange, Gather | Ragged)
+
+
 @contextlib.contextmanager
 def _local_exchange() -> Iterator[None]:
-    """Rows stay where they are: every exchange of the layer is the identity."""
+    """Rows stay where they are: every all-to-all of the layer is the identity."""
     swap = Wire.swap_metadata
     Wire.swap_metadata = lambda self, x_SC: x_SC  # type: ignore[method-assign]
     try:
