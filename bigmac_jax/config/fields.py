@@ -59,7 +59,7 @@ class ModelConfig:
     num_expert_groups: int = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
     top_groups: int = 1
     remat: bool = False  # recompute each layer in the backward pass
-    unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere (docs/performance.md)
+    unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
     dtype: str = "float32"  # of the computation; parameters, router and optimizer stay float32
 
     @property

@@ -74,7 +74,7 @@ _TALL_ROWS = 1024
 def tall_product(x_TX: Array, dy_TY: Array) -> Array:
     """xᵀ dy → [X, Y], the gradient of a weight.
 
-    On CPU in slices of rows, with the longer side of the result last: up to twice as fast (docs/performance.md).
+    On CPU in slices of rows, with the longer side of the result last, which XLA:CPU multiplies faster.
     """
     if platform() != "cpu":
         return x_TX.T @ dy_TY
