@@ -50,7 +50,7 @@ class ModelConfig:
     wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
-    router_renormalize: bool = True  # the chosen gates are divided by their sum
+    router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
     router_scale: float = 1.0  # gates are multiplied by it
     balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | none
     balance_coefficient: float = 0.001  # weight of the auxiliary loss

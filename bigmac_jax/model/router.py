@@ -39,7 +39,8 @@ def route(config: ModelConfig, x_BLD: Array, w_DE: Array, bias_E: Array | None) 
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
     experts_BLK = _top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
     gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
-    if config.router_renormalize:
+    # A single gate over itself would be 1, and no gradient of the loss would reach the router.
+    if config.router_renormalize and config.choices > 1:
         gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)
     return Routing(
         gates_BLK * config.router_scale,

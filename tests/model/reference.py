@@ -139,7 +139,7 @@ def router(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Array, Lay
     experts_BLK = choose(config, jax.lax.stop_gradient(scores_BLE) + p.get("router_bias_E", 0.0))
     chosen_BLE = one_of(experts_BLK, E)
     gates_BLE = jnp.where(chosen_BLE, scores_BLE, 0.0)
-    if config.router_renormalize:
+    if config.router_renormalize and K > 1:
         gates_BLE = gates_BLE / gates_BLE.sum(-1, keepdims=True)
     load_E = chosen_BLE.mean((0, 1)) / K
     balance_loss = E * (load_E * normalised_BLE.mean((0, 1))).sum()

@@ -33,7 +33,7 @@ def choices(routing: Routing) -> list[list[int]]:
         ({}, [4 / 7, 3 / 7]),
         ({"router_scale": 2.5}, [10 / 7, 7.5 / 7]),
         ({"router_renormalize": False, "router_scale": 2.5}, [1.0, 0.75]),
-        ({"top_k": 1}, [1.0]),
+        ({"top_k": 1}, [0.4]),  # over itself it would be 1, and the router would learn from no loss but the balance's
         ({"top_k": 4, "router_renormalize": False}, [0.4, 0.3, 0.2, 0.1]),
         # sigmoid(log v) = v / (v + 1): 4/5, 3/4, 2/3, 1/2
         ({"router_scores": "sigmoid", "router_renormalize": False}, [0.8, 0.75]),
