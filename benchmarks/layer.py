@@ -34,8 +34,7 @@ from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noq
 from bigmac_jax.mesh import BATCH, batch_spec  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
-from bigmac_jax.model.experts import BLOCK  # noqa: E402
-from bigmac_jax.model.groups import group  # noqa: E402
+from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.model.router import route  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate, tokens_at_a_time  # noqa: E402
@@ -137,7 +136,7 @@ def _routing(config: Config) -> Callable[[], float]:
         made: Any = plan
         if plan.expert_NK is not None:
             share = experts_TK.size // exchange.local_experts
-            made = plan, group(plan.expert_NK, exchange.local_experts, share, BLOCK)
+            made = plan, layout(m, plan.expert_NK, exchange.local_experts, share)
         return jax.tree.map(lambda value: value[None], made)
 
     def routing(layer: MoE, x_BLD: Array) -> Any:

@@ -39,8 +39,10 @@ def _seconds_to_first_step(command: list[str], workdir: pathlib.Path) -> float:
     run = subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.DEVNULL)
     metrics = workdir / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
-        if run.poll():
-            raise RuntimeError(f"train.py ended with exit code {run.returncode}; its error stands above")
+        if run.poll() is not None:
+            raise RuntimeError(
+                f"train.py ended with exit code {run.returncode} before its first step; its error stands above"
+            )
         time.sleep(0.01)
     seconds = time.perf_counter() - start
     run.wait()

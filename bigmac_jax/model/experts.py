@@ -46,19 +46,15 @@ def grouped_mlp(
     w = {name: value.astype(rows_NR.dtype) for name, value in weights.items()}
     gate_NK = None if gate_NK is None else gate_NK.astype(rows_NR.dtype)
     e, R = w["w_in_eRF"].shape[:2]
-    implementation = config.grouped_matmul
-    if implementation == "auto":
-        implementation = "batched" if platform() == "cpu" else "kernel"
+    implementation = _implementation(config)
     if expert_NK is None:
         rows_ebR = rows_NR.reshape(e, -1, R)
         y_ebR = _kernel(config, w, rows_ebR, None) if implementation == "kernel" else _mlp(config, w, rows_ebR)
         return y_ebR.reshape(-1, R)
+    groups = layout(config, expert_NK, e, share)
     if implementation == "batched":
-        even = min(share, expert_NK.shape[0])
-        groups = group(expert_NK, e, even, max(1, min(BLOCK, share // 8)))
         y_NR = _rest(config, weights, rows_NR, gate_NK, groups)
-        return y_NR + _even(config, w, rows_NR, gate_NK, groups) if even else y_NR
-    groups = group(expert_NK, e, 0, BLOCK)
+        return y_NR + _even(config, w, rows_NR, gate_NK, groups) if groups.even_eC.size else y_NR
 
     def mlp(rows_nbR: Array) -> Array:
         if implementation == "kernel":
@@ -66,6 +62,19 @@ def grouped_mlp(
         return _mlp(config, _of_experts(weights, groups.expert_n, rows_nbR.dtype), rows_nbR)
 
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb)
+
+
+def layout(config: ModelConfig, expert_NK: Array, experts: int, share: int) -> Groups:
+    """Where the implementation wants the rows; arguments as for `grouped_mlp`."""
+    if _implementation(config) == "batched":
+        return group(expert_NK, experts, min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8)))
+    return group(expert_NK, experts, 0, BLOCK)
+
+
+def _implementation(config: ModelConfig) -> str:
+    if config.grouped_matmul == "auto":
+        return "batched" if platform() == "cpu" else "kernel"
+    return config.grouped_matmul
 
 
 def _through(
