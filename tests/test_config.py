@@ -310,3 +310,22 @@ def test_resolved_sizes() -> None:
     assert len({2 * m.wire_size * m.expert_width * m.expert_count for m in (bigmac, fine, vanilla)}) == 1
     dense = dataclasses.replace(bigmac, structure="dense")
     assert (dense.wire_size, dense.expert_width, dense.expert_count, dense.choices) == (256, 1024, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({}, "capacity factor 1.25"),
+        ({"capacity_factor": math.inf}, "dropless"),
+        ({"exchange": "gather"}, "dropless"),  # whatever the factor says
+        ({"exchange": "ragged"}, "dropless"),
+    ],
+)
+def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
+    assert Config(model=ModelConfig(**fields)).model.describe().endswith(f"64 of 256 wide rows on the wire, {end}")
+
+
+def test_vanilla_says_what_it_resolved_to() -> None:
+    """e·r/4 experts of width 4h, vanilla_top_k of them a token."""
+    model = ModelConfig(structure="vanilla", num_experts=64, down_ratio=0.25, hidden_size=32, num_heads=4)
+    assert model.describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")

@@ -115,7 +115,8 @@ class ModelConfig:
         if not self.is_moe:
             return f"dense: one MLP of width {self.expert_width} a layer"
         shared = f", shared experts of width {self.shared_width}" if self.shared_width else ""
-        capacity = "dropless" if math.isinf(self.capacity_factor) else f"capacity factor {self.capacity_factor:g}"
+        dropless = math.isinf(self.capacity_factor) or self.exchange in ("gather", "ragged")
+        capacity = "dropless" if dropless else f"capacity factor {self.capacity_factor:g}"
         return (
             f"{self.structure}: {self.expert_count} experts of width {self.expert_width} a layer, top-{self.choices}, "
             f"{self.wire_size} of {self.hidden_size} wide rows on the wire{shared}, {capacity}"
