@@ -13,8 +13,7 @@ from typing import Any
 # variable → (value, where, reason)
 SETTINGS = {
     "GLIBC_TUNABLES": (
-        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1"
-        ":glibc.malloc.trim_threshold=68719476736",
+        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736",
         "linux",
         "Huge pages for malloc, and freed memory kept: XLA:CPU allocates its buffers anew in every step, and fresh "
         "pages fault one by one.",

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
-from bigmac_jax.report.plots import write_report
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
@@ -54,6 +54,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     trainer = make_trainer(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     newest = checkpoints.latest()
+    # Everything else that a start needs happens while the step compiles.
+    compiling = _Compiling(trainer, config) if (newest or 0) < config.train.steps else None
     if newest is None:
         state = trainer.init(jax.random.key(config.train.seed))
     else:
@@ -71,13 +73,34 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
         flush=True,
     )
     validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
-    run = _Run(config, workdir, trainer, checkpoints, data, validation, newest or 0)
+    run = _Run(config, workdir, trainer, compiling, checkpoints, data, validation, newest or 0)
     try:
         with _stop_signals() as stopped:
             return run.loop(state, stopped, profile)
     finally:
         data.close()
         run.close()
+
+
+class _Compiling:
+    """The training step, being compiled in a thread."""
+
+    def __init__(self, trainer: Trainer, config: Config):
+        data, start = config.data, time.perf_counter()
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
+        tokens_BL = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=sharding)
+        lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
+
+        def compile() -> tuple[Callable[..., tuple[TrainState, StepMetrics]], float]:
+            return lowered.compile(), time.perf_counter() - start
+
+        pool = ThreadPoolExecutor(1)
+        self._future = pool.submit(compile)
+        pool.shutdown(wait=False)
+
+    def result(self) -> tuple[Callable[..., tuple[TrainState, StepMetrics]], float]:
+        """The compiled step, and the seconds that it took."""
+        return self._future.result()
 
 
 class _Run:
@@ -88,17 +111,17 @@ class _Run:
         config: Config,
         workdir: pathlib.Path,
         trainer: Trainer,
+        compiling: _Compiling | None,
         checkpoints: Checkpoints,
         data: TrainIterator,
         validation: Any,
         first_step: int,
     ):
-        self.config, self.workdir, self.trainer = config, workdir, trainer
+        self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
         self.validation = validation
         self.best = checkpoints.best_loss()
         self.score: Score | None = None
-        self.constants = RunConstants(config)
         self.writer = MetricsWriter(workdir, first_step, config.train.steps)
         self.timer = StepTimer()
 
@@ -106,7 +129,9 @@ class _Run:
         """One pass over the remaining steps."""
         train, step = self.config.train, self.first_step
         batches = _on_device(self.data)
-        train_step = self._compiled() if step < train.steps else self.trainer.step
+        train_step = self._compiled()
+        self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         tracing = False
         while step < train.steps and not stopped:
@@ -137,13 +162,11 @@ class _Run:
         return Result(step, step >= train.steps, self.score)
 
     def _compiled(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """The step, compiled before the clock starts."""
-        start, data = time.perf_counter(), self.config.data
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-        tokens_BL = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=sharding)
-        compiled = self.trainer.step.lower(self.trainer.abstract_state, tokens_BL).compile()
-        self.writer.print(f"step compiled in {time.perf_counter() - start:.1f} s")
-        self.timer.restart()
+        """The step, once it is compiled."""
+        if self.compiling is None:
+            return self.trainer.step
+        compiled, seconds = self.compiling.result()
+        self.writer.print(f"step compiled in {seconds:.1f} s")
         return compiled
 
     def _finish(self, pending: tuple[int, StepMetrics] | None) -> None:
@@ -198,6 +221,8 @@ class _Run:
     def close(self) -> None:
         self.writer.close()
         self.checkpoints.close()
+        from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
+
         write_report(self.workdir)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from bigmac_jax import environment
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import batch_spec, placed
+from bigmac_jax.mesh import batch_spec, placed, platform
 from bigmac_jax.model.router import updated_bias
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import LossParts, loss_fn
@@ -118,9 +118,11 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     abstract = placed(jax.eval_shape(init, key), mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
+    unoptimised = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
     return Trainer(
         graphdef,
-        jax.jit(init, out_shardings=state_shardings),
+        # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
+        jax.jit(init, out_shardings=state_shardings, compiler_options=unoptimised),
         jax.jit(
             step,
             donate_argnums=0,
