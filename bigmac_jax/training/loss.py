@@ -51,7 +51,7 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Array, targets_BL: Array) -> Array:
     """Mean cross-entropy of the logits x wᵀ, nats, without ever holding them all.
 
     Each rank walks over chunks of its tokens and computes a chunk's gradients while its logits are still in cache: the
-    loss is a sum, so they are known up to a factor. Against whole logits, forward and backward take about a tenth less
+    loss is a sum, so they are known up to a factor. Against whole logits, forward and backward take about a fifth less
     time on CPU (docs/performance.md), and chunk × V instead of T × V memory.
     """
 
