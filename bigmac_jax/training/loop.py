@@ -6,7 +6,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from bigmac_jax.mesh import batch_spec
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+
+Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -55,7 +57,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     newest = checkpoints.latest()
     # Everything else that a start needs happens while the step compiles.
-    compiling = _Compiling(trainer, config) if (newest or 0) < config.train.steps else None
+    compiling = _compile(trainer, config) if (newest or 0) < config.train.steps else None
     if newest is None:
         state = trainer.init(jax.random.key(config.train.seed))
     else:
@@ -82,25 +84,16 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
         run.close()
 
 
-class _Compiling:
-    """The training step, being compiled in a thread."""
-
-    def __init__(self, trainer: Trainer, config: Config):
-        data, start = config.data, time.perf_counter()
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-        tokens_BL = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=sharding)
-        lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
-
-        def compile() -> tuple[Callable[..., tuple[TrainState, StepMetrics]], float]:
-            return lowered.compile(), time.perf_counter() - start
-
-        pool = ThreadPoolExecutor(1)
-        self._future = pool.submit(compile)
-        pool.shutdown(wait=False)
-
-    def result(self) -> tuple[Callable[..., tuple[TrainState, StepMetrics]], float]:
-        """The compiled step, and the seconds that it took."""
-        return self._future.result()
+def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
+    """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
+    data, start = config.data, time.perf_counter()
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
+    tokens_BL = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=sharding)
+    lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(lambda: (lowered.compile(), time.perf_counter() - start))
+    pool.shutdown(wait=False)
+    return future
 
 
 class _Run:
@@ -111,7 +104,7 @@ class _Run:
         config: Config,
         workdir: pathlib.Path,
         trainer: Trainer,
-        compiling: _Compiling | None,
+        compiling: Future[tuple[Step, float]] | None,
         checkpoints: Checkpoints,
         data: TrainIterator,
         validation: Any,
@@ -161,7 +154,7 @@ class _Run:
         self.checkpoints.wait()
         return Result(step, step >= train.steps, self.score)
 
-    def _compiled(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    def _compiled(self) -> Step:
         """The step, once it is compiled."""
         if self.compiling is None:
             return self.trainer.step
