@@ -16,7 +16,7 @@ SETTINGS = {
         "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736",
         "linux",
         "Huge pages for malloc, and freed memory kept: XLA:CPU allocates its buffers anew in every step, and fresh "
-        "pages fault one by one.",
+        "pages fault one by one. 3 to 4 % of a step of configs/tiny.py (docs/performance.md).",
     ),
 }
 
