@@ -1,4 +1,4 @@
-"""The tiny model, wider and deeper, for an hour on two CPU cores."""
+"""The tiny model, wider and deeper, for up to an hour on two CPU cores; docs/results.md has what it reached."""
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
