@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-# variable → (value, where, reason)
+# variable → (value, where, reason with its figure)
 SETTINGS = {
     "GLIBC_TUNABLES": (
         "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736",

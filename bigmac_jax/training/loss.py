@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec
+from bigmac_jax.mesh import BATCH, batch_spec, platform, replicated_spec
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.model.transformer import Transformer
 
@@ -121,6 +121,6 @@ def _walk(x_TD: Array, w_VD: Array, targets_T: Array, gradients: bool) -> tuple[
 
 def _chunks(tokens: int, vocab: int) -> int:
     """The fewest equal chunks of at most _CHUNK_ENTRIES logits."""
-    entries = _CHUNK_ENTRIES.get(jax.default_backend(), _CHUNK_ENTRIES_ACCELERATOR)
+    entries = _CHUNK_ENTRIES.get(platform(), _CHUNK_ENTRIES_ACCELERATOR)
     wanted = max(1, -(-tokens * vocab // entries))
     return next(n for n in range(wanted, tokens + 1) if tokens % n == 0) if wanted < tokens else tokens
