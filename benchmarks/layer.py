@@ -31,13 +31,14 @@ from jax import Array  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
-from bigmac_jax.mesh import BATCH, batch_spec  # noqa: E402
+from bigmac_jax.mesh import BATCH, batch_spec, ranks  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.model.router import route  # noqa: E402
-from bigmac_jax.training.metrics import dense_matmul_rate, tokens_at_a_time  # noqa: E402
+from bigmac_jax.planning.counts import tokens_at_a_time  # noqa: E402
+from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens over all ranks.")
@@ -69,7 +70,7 @@ def main() -> None:
     for case, config in configs.items():
         m, median = config.model, statistics.median(seconds[case])
         gflops = _useful_flops(m) / median / 1e9
-        tokens = tokens_at_a_time(config)
+        tokens = tokens_at_a_time(config, ranks())
         exchange = strategy(m, m.capacity_factor, tokens)
         one_way = [
             exchange.wire_bytes(tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
@@ -178,19 +179,19 @@ def _useful_flops(m: ModelConfig) -> float:
 
 def _can_be_local(config: Config) -> bool:
     """Whether all-to-alls are all that the layer sends."""
-    exchange = strategy(config.model, config.model.capacity_factor, tokens_at_a_time(config))
+    exchange = strategy(config.model, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     return exchange.ranks > 1 and not isinstance(exchange, Gather | Ragged)
 
 
 @contextlib.contextmanager
 def _local_exchange() -> Iterator[None]:
     """Rows stay where they are: every all-to-all of the layer is the identity."""
-    swap = Wire.swap_metadata
-    Wire.swap_metadata = lambda self, x_SC: x_SC  # type: ignore[method-assign]
+    swaps = Wire.swap_metadata, Wire._swap
+    Wire.swap_metadata = Wire._swap = lambda self, x_SC, *_: x_SC  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Wire.swap_metadata = swap  # type: ignore[method-assign]
+        Wire.swap_metadata, Wire._swap = swaps  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.mesh import batch_spec  # noqa: E402
-from bigmac_jax.training.metrics import dense_matmul_rate, model_flops  # noqa: E402
+from bigmac_jax.planning.counts import flops  # noqa: E402
+from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
@@ -46,7 +47,7 @@ def main() -> None:
         line = {
             "name": case,
             "tokens_per_s": round(tokens / median),
-            "share_of_dense_matmul": round(model_flops(configs[case]) / median / peak, 3),
+            "share_of_dense_matmul": round(sum(flops(configs[case]).values()) / median / peak, 3),
             f"time_over_{_CASES.value[0]}": round(median_ratio(rounds, first), 3),
         }
         print(json.dumps(line | summary(rounds)), flush=True)

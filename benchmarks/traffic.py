@@ -50,13 +50,13 @@ def _line(structure: str, exchange: str, format: str) -> dict[str, object]:
     width = round(_HIDDEN.value * (_RATIO.value if structure == "bigmac" else 1))
     sizes = (_NODES.value, _RANKS.value)
     strategy = STRATEGIES[exchange](_EXPERTS.value, sizes, _FACTOR.value, EXPERT_GROUP, format)
-    sent = strategy.sent(T, K)
-    row = 2 * row_bytes(format, width)
+    dispatch, combine = strategy.sent(T, K)
+    sent = dispatch.plus(combine).times(row_bytes(format, width) / T)
     return {
         "name": f"{structure}, {exchange}, {format}",
-        "slow_bytes": round(row * sent.slow / T),
-        "fast_bytes": round(row * sent.fast / T),
-        "metadata_bytes": round(strategy.metadata_bytes(T, K) / T),
+        "slow_bytes": round(sent.slow),
+        "fast_bytes": round(sent.fast),
+        "metadata_bytes": round(sum(strategy.metadata(T, K)[0]) / T),
     }
 
 

@@ -1,8 +1,8 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,40 +16,75 @@ EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = AXES  # every axis splits the batch
 
 
-def make_mesh(config: Config, fit_batch: bool = True) -> Mesh:
-    """The mesh of `config.mesh` over the first devices, Explicit axes.
+def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str, int]:
+    """How many ranks stand on each axis, on so many devices.
 
     Args:
       fit_batch: whether the mesh must divide data.batch_size, and overlap_chunks a rank's tokens, as training needs.
 
     Raises:
-      ConfigError: more ranks than devices, or a batch that the data axis (0 = the devices left) does not divide, or
-        whose share model.overlap_chunks does not.
+      ConfigError: more ranks than devices, devices left that make no whole expert group, or a batch that the data axis
+        (0 = the devices left) does not divide, or whose share model.overlap_chunks does not.
     """
-    mesh, available = config.mesh, jax.device_count()
-    data = mesh.data or available // mesh.expert_ranks
+    mesh = config.mesh
+    data = mesh.data or devices // mesh.expert_ranks
     ranks = data * mesh.expert_ranks
-    if not 0 < ranks <= available:
+    if not 0 < ranks <= devices:
         needed = max(1, data) * mesh.expert_ranks
         raise ConfigError(
             f"mesh.data × mesh.node × mesh.expert = {max(1, data)} × {mesh.node} × {mesh.expert} = {needed} ranks "
-            f"must be at most the {available} devices here; use fewer, or --cpu_devices={needed} to simulate"
+            f"must be at most the {devices} devices here; use fewer, or --cpu_devices={needed} to simulate"
+        )
+    if not mesh.data and ranks != devices:
+        raise ConfigError(
+            f"the {devices} devices must be a multiple of mesh.node × mesh.expert = {mesh.expert_ranks}, because "
+            f"mesh.data=0 takes all of them; use mesh.data={data} to leave {devices - ranks} idle"
         )
     shards = ranks * config.train.accumulate_steps
     if fit_batch and config.data.batch_size % shards:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
-            f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {available} devices); "
+            f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {devices} devices); "
             f"use {-(-config.data.batch_size // shards) * shards}, or set mesh.data"
         )
     tokens, chunks = config.data.batch_size * config.data.sequence_length // shards, config.model.overlap_chunks
     if fit_batch and tokens % chunks:
         raise ConfigError(
             f"model.overlap_chunks={chunks} must divide the {tokens} tokens of a rank (mesh.data={mesh.data} took "
-            f"{data} of {available} devices); use {math.gcd(chunks, tokens)}"
+            f"{data} of {devices} devices); use {math.gcd(chunks, tokens)}"
         )
-    devices = np.asarray(jax.devices()[:ranks]).reshape(data, mesh.node, mesh.expert)
-    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return {"data": data, "node": mesh.node, "expert": mesh.expert}
+
+
+def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over the first of `devices` (by default this job's), Explicit axes.
+
+    Raises:
+      ConfigError: as `axis_sizes`, whose `fit_batch` this is.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = tuple(axis_sizes(config, len(devices), fit_batch).values())
+    ranks = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
+    return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+class ExpertGroup(NamedTuple):
+    """The ranks that share one set of experts, and what they are."""
+
+    sizes: tuple[int, int]  # machines, ranks of a machine
+    platform: str  # cpu, gpu or tpu
+    device_kind: str  # such as 'TPU v5 lite', for v5e
+
+
+def current_group() -> ExpertGroup:
+    shape = jax.sharding.get_abstract_mesh().shape
+    node, expert = EXPERT_GROUP
+    return ExpertGroup((shape[node], shape[expert]), platform(), device_kind())
+
+
+def ranks() -> int:
+    """Of the current mesh."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
 def batch_spec(ndim: int) -> P:

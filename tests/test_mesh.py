@@ -11,7 +11,7 @@ from bigmac_jax.mesh import make_mesh
 
 def config(*mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1) -> Config:
     return Config(
-        model=ModelConfig(overlap_chunks=chunks),
+        model=ModelConfig(overlap_chunks=chunks, num_experts=48),
         mesh=MeshConfig(*mesh),
         data=DataConfig(batch_size=batch, sequence_length=length),
         train=TrainConfig(accumulate_steps=accumulate),
@@ -52,6 +52,13 @@ def test_more_ranks_than_devices(mesh: tuple[int, ...], parts: tuple[str, ...]) 
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_devices_left_that_make_no_whole_group() -> None:
+    with pytest.raises(
+        ConfigError, match=r"the 8 devices must be a multiple of .* = 3, .* use mesh.data=2 to leave 2 idle"
+    ):
+        make_mesh(config(0, 1, 3, batch=18))
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,12 @@ class ModelConfig:
     router_scale: float = 1.0  # gates are multiplied by it
     balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | none
     balance_coefficient: float = 0.001  # weight of the auxiliary loss
+    balance_scope: str = "step"  # whose load it sees: step | part (of a batch in accumulate_steps parts; Megatron's)
     balance_bias_rate: float = 0.001  # step of the bias
     z_loss_coefficient: float = 0.0
     num_expert_groups: int = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
     top_groups: int = 1
+    attention: str = "auto"  # blocks (of queries, on CPU) | xla | cudnn (on GPU); auto takes the backend's best
     remat: bool = False  # recompute each layer in the backward pass
     unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
     dtype: str = "float32"  # of the computation; parameters, router and optimizer stay float32
@@ -104,6 +106,11 @@ class ModelConfig:
         if self.expert_hidden_size:
             return self.expert_hidden_size
         return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+
+    @property
+    def counts_loads_first(self) -> bool:
+        """Whether a batch in parts needs the load of all parts before the gradient of the first."""
+        return self.is_moe and self.balance == "aux_loss" and self.balance_scope == "step"
 
     @property
     def shared_width(self) -> int:

@@ -71,6 +71,8 @@ def validate(config: Config) -> None:
     one_of("model.latent_norm", model.latent_norm, ("none", "pre_dispatch", "post_combine"))
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
+    one_of("model.balance_scope", model.balance_scope, ("step", "part"))
+    one_of("model.attention", model.attention, ("auto", "blocks", "xla", "cudnn"))
     one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     one_of("model.exchange", model.exchange, EXCHANGES)
     one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "batched", "blocks", "kernel"))

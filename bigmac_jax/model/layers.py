@@ -4,6 +4,7 @@ B batch, L length, D hidden, N heads, G key-value heads, H head size, F MLP hidd
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,14 +152,17 @@ _turn.defvjp(
 )
 
 
-def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array) -> Array:
+def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation: str = "auto") -> Array:
     """softmax(q kᵀ / √H) v over the positions up to each query's own → [B, L, N, H].
 
-    jax.nn's, but on CPU, where XLA has no fused kernel: there queries go in a few blocks that skip the keys behind
-    them, with heads before positions (docs/performance.md has the figure).
+    jax.nn's (`xla`, `cudnn`), but on CPU, where XLA has no fused kernel, `blocks`: queries go in a few blocks that skip
+    the keys behind them, with heads before positions (docs/performance.md has the figure).
     """
-    if platform() != "cpu":
-        return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True)
+    if implementation == "auto":
+        implementation = "blocks" if platform() == "cpu" else "xla"
+    if implementation != "blocks":
+        kernel: Any = implementation
+        return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True, implementation=kernel)
     _, L, N, H = q_BLNH.shape
     q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
     # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
@@ -201,7 +205,7 @@ class Attention(nnx.Module):
             q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
         if self.config.positions == "rope":
             q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
-        y_BLNH = causal_attention(q_BLNH, k_BLGH, v_BLGH)
+        y_BLNH = causal_attention(q_BLNH, k_BLGH, v_BLGH, self.config.attention)
         return self.out(jnp.reshape(y_BLNH, (B, L, D), out_sharding=batch_spec(3)))
 
 

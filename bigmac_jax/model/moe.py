@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, EXPERT_GROUP, batch_spec, device_kind, expert_spec
+from bigmac_jax.mesh import BATCH, EXPERT_GROUP, ExpertGroup, batch_spec, current_group, expert_spec
 from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
@@ -112,36 +112,39 @@ class MoE(nnx.Module):
         )
 
 
-def strategy(config: ModelConfig, capacity_factor: float, tokens: int) -> Strategy:
-    """The exchange of `config` on the current mesh, for `tokens` of a rank at a time."""
+def strategy(config: ModelConfig, capacity_factor: float, tokens: int, group: ExpertGroup | None = None) -> Strategy:
+    """The exchange of `config` for `tokens` of a rank at a time, by default in the current mesh's group."""
+    group = group or current_group()
     name = config.exchange
     if name == "auto":
-        seconds = predicted_seconds(config, capacity_factor, tokens)
+        seconds = predicted_seconds(config, capacity_factor, tokens, group)
         name = min(seconds, key=seconds.__getitem__)
-    return _strategy(config, name, capacity_factor)
+    return make_strategy(name, config, capacity_factor, group)
 
 
-def predicted_seconds(config: ModelConfig, capacity_factor: float, tokens: int) -> dict[str, float]:
+def predicted_seconds(
+    config: ModelConfig, capacity_factor: float, tokens: int, group: ExpertGroup | None = None
+) -> dict[str, float]:
     """What `auto` chooses by: seconds of each strategy's exchanges in a forward pass of one layer."""
+    group = group or current_group()
     # The emulation of the ragged exchange on CPU is there to be tested; v5e has none over a group of 32.
-    names = [name for name in STRATEGIES if name != "ragged" or device_kind() not in ("cpu", "TPU v5 lite")]
+    names = [name for name in STRATEGIES if name != "ragged" or group.device_kind not in ("cpu", "TPU v5 lite")]
     return {
-        name: _strategy(config, name, capacity_factor).seconds(tokens, config.choices, config.wire_size)
+        name: make_strategy(name, config, capacity_factor, group).seconds(tokens, config.choices, config.wire_size)
         for name in names
     }
 
 
-def _strategy(config: ModelConfig, name: str, capacity_factor: float) -> Strategy:
-    shape = jax.sharding.get_abstract_mesh().shape
-    node, expert = EXPERT_GROUP
+def make_strategy(name: str, config: ModelConfig, capacity_factor: float, group: ExpertGroup) -> Strategy:
     forward = config.wire_dtype or config.dtype
     return STRATEGIES[name](
         config.expert_count,
-        (shape[node], shape[expert]),
+        group.sizes,
         capacity_factor,
         EXPERT_GROUP,
         forward,
         config.wire_dtype_backward or forward,
+        emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
     )
 
 

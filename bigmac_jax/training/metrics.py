@@ -14,7 +14,9 @@ import tensorboardX
 import tqdm
 
 from bigmac_jax.config import Config
-from bigmac_jax.model.moe import Aux, predicted_seconds, strategy
+from bigmac_jax.mesh import current_group, ranks
+from bigmac_jax.model.moe import Aux, predicted_seconds
+from bigmac_jax.planning.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.training.step import StepMetrics
 
 
@@ -76,9 +78,9 @@ class RunConstants:
 
     def __init__(self, config: Config):
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
-        self.flops_per_step = model_flops(config)
+        self.flops_per_step = sum(flops(config).values())
         self.peak_flops = dense_matmul_rate(config.model.dtype)
-        self.wire_bytes = wire_bytes(config)
+        self.wire_bytes = round(sum(exchange_traffic(config, ranks(), current_group()).padded))
 
 
 def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstants) -> dict[str, Any]:
@@ -116,20 +118,6 @@ def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
     }
 
 
-def model_flops(config: Config) -> float:
-    """Matmul FLOPs of a training step: 6 a token and active parameter, and attention without credit for causality."""
-    m, length = config.model, config.data.sequence_length
-    h, heads = m.hidden_size, m.num_heads * m.head_size
-    matrices = 3 if m.gated else 2
-    attention = 2 * h * heads + 2 * h * m.kv_heads * m.head_size + 2 * length * heads
-    feed_forward = matrices * h * m.expert_width
-    if m.is_moe:
-        feed_forward = matrices * (m.choices * m.wire_size * m.expert_width + h * m.shared_width) + h * m.expert_count
-        feed_forward += 2 * h * m.latent_size if m.structure == "bigmac" else 0
-    per_token = m.num_layers * (attention + feed_forward) + h * m.vocab_size
-    return 6.0 * per_token * config.data.batch_size * length
-
-
 def dense_matmul_rate(dtype: str) -> float:
     """FLOPs a second that this process's devices reach on a square matmul, measured: what MFU is relative to."""
     cpu = jax.default_backend() == "cpu"
@@ -147,35 +135,13 @@ def dense_matmul_rate(dtype: str) -> float:
     return 2 * n**3 / min(seconds) * (jax.process_count() if cpu else jax.device_count())
 
 
-def tokens_at_a_time(config: Config) -> int:
-    """Tokens of a rank that one exchange carries in training."""
-    ranks = math.prod(jax.sharding.get_abstract_mesh().shape.values())
-    parts = ranks * config.train.accumulate_steps * config.model.overlap_chunks
-    return config.data.batch_size * config.data.sequence_length // parts
-
-
 def describe_auto(config: Config) -> str:
     """One line: which exchange `auto` took, and why."""
-    seconds = predicted_seconds(config.model, config.model.capacity_factor, tokens_at_a_time(config))
+    seconds = predicted_seconds(config.model, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     ordered = sorted(seconds, key=seconds.__getitem__)
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
         f"{name} {1e6 * seconds[name]:.3g}" for name in ordered
     )
-
-
-def wire_bytes(config: Config) -> int:
-    """Payload bytes that all ranks together send in the exchanges of a training step, padding included."""
-    m = config.model
-    if not m.is_moe:
-        return 0
-    tokens = tokens_at_a_time(config)
-    exchange = strategy(m, m.capacity_factor, tokens)
-    forward = exchange.wire_bytes(tokens, m.choices, m.wire_size)
-    backward = exchange.wire_bytes(tokens, m.choices, m.wire_size, exchange.backward)
-    # Rematerialisation repeats the exchanges of the forward pass; parts of a batch also wait for one that counts loads.
-    counted = config.train.accumulate_steps > 1 and m.balance == "aux_loss"
-    exchanges = m.num_layers * config.data.batch_size * config.data.sequence_length // tokens
-    return ((1 + m.remat + counted) * forward + backward) * exchanges
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

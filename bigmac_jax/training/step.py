@@ -97,7 +97,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         keys_M = jax.random.split(key, parts)
 
         load_YE = None
-        if config.model.is_moe and config.model.balance == "aux_loss":
+        if config.model.counts_loads_first:
             # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
             # load of all parts: a first forward pass counts it.
             def count(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:

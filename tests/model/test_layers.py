@@ -1,5 +1,6 @@
 """Attention over several blocks, and what rotary positions promise."""
 
+import functools
 import math
 from typing import Any
 
@@ -27,8 +28,11 @@ def plain_attention(q_BLNH: jax.Array, k_BLGH: jax.Array, v_BLGH: jax.Array) -> 
 
 
 # Blocks are of 128 queries, or of a quarter of the sequence: one token, one block, a short last one, four uneven ones.
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (128, 4), (300, 2), (521, 4)])
-def test_attention_in_blocks_is_attention(length: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "implementation"),
+    [(1, 4, "auto"), (128, 4, "auto"), (300, 2, "blocks"), (521, 4, "auto"), (300, 2, "xla")],
+)
+def test_attention_is_attention(length: int, kv_heads: int, implementation: str) -> None:
     rng = np.random.default_rng(0)
     shapes = (2, length, 4, 8), (2, length, kv_heads, 8), (2, length, kv_heads, 8)
     q, k, v, dy = (rng.standard_normal(shape).astype(np.float32) for shape in (*shapes, shapes[0]))
@@ -41,7 +45,8 @@ def test_attention_in_blocks_is_attention(length: int, kv_heads: int) -> None:
 
     with on_mesh(tiny((2, 1, 1))):
         actual, expected = (
-            jax.jit(run, static_argnums=0, compiler_options=QUICK)(f) for f in (causal_attention, plain_attention)
+            jax.jit(run, static_argnums=0, compiler_options=QUICK)(f)
+            for f in (functools.partial(causal_attention, implementation=implementation), plain_attention)
         )
     assert_close(actual, expected)
 

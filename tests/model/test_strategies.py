@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import EXPERT_GROUP
+from bigmac_jax.mesh import EXPERT_GROUP, ranks
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
-from bigmac_jax.training.metrics import describe_auto, tokens_at_a_time
+from bigmac_jax.planning.counts import tokens_at_a_time
+from bigmac_jax.training.metrics import describe_auto
 
 from .test_expert_parallel import name
 from .tools import (
@@ -94,6 +95,6 @@ def test_auto_gives_the_reference_and_says_why() -> None:
     check(config)
     with on_mesh(config):
         line = describe_auto(config)
-        chosen = strategy(config.model, math.inf, tokens_at_a_time(config))
+        chosen = strategy(config.model, math.inf, tokens_at_a_time(config, ranks()))
     assert line.startswith("exchange=auto took dedup; ") and "all_to_all" in line and "ragged" not in line
     assert isinstance(chosen, STRATEGIES["dedup"])

@@ -76,6 +76,24 @@ def test_parts_and_meshes_change_nothing(whole: Any, mesh: tuple[int, int, int],
     assert_close(state, expected)
 
 
+def test_balance_by_part_is_the_mean_of_the_parts_alone() -> None:
+    """Loss and gradients, which are linear in the parts then; of the whole step they are not."""
+    config = tiny((1, 1, 1), balance_coefficient=1.0, balance_scope="part")
+    config = with_parts(config, optimizer=LINEAR, train=TrainConfig(accumulate_steps=2))
+    tokens = random_tokens(config)
+
+    def balance_and_loss(config: Config, tokens: np.ndarray) -> np.ndarray:
+        with session(config) as run:
+            metrics = run.step(tokens)
+        return np.array([metrics.parts.aux.balance_loss.sum(), metrics.loss])
+
+    half = with_parts(config, data=dataclasses.replace(config.data, batch_size=len(tokens) // 2), train=TrainConfig())
+    alone = np.mean([balance_and_loss(half, tokens[m::2]) for m in range(2)], axis=0)
+    np.testing.assert_allclose(balance_and_loss(config, tokens), alone, rtol=2e-6)
+    whole_step = with_parts(config, model=dataclasses.replace(config.model, balance_scope="step"))
+    assert abs(balance_and_loss(whole_step, tokens) - alone).min() > 1e-4
+
+
 def test_the_loss_is_the_sum_of_its_parts(whole: Any) -> None:
     metrics, _ = whole
     aux = metrics.parts.aux

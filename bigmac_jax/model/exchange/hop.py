@@ -92,7 +92,11 @@ class Hop:
 
     def metadata_bytes(self, choices: int) -> int:
         """Of one row: its experts and its gates."""
-        return choices * ((1 if self.experts < 128 else 2) + 4)
+        return choices * (1 if self.experts < 128 else 2) + self.gate_bytes(choices)
+
+    def gate_bytes(self, choices: int) -> int:
+        """Of one row's gates, which are float32."""
+        return 4 * choices
 
 
 def take_columns(x_TS: Array, column_TK: Array, fill: int) -> Array:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
 from bigmac_jax.model.exchange.strategies import Plan, Sent, Slots, Strategy
+from bigmac_jax.model.exchange.wire import Wire
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +21,11 @@ class Offsets:
     output_offsets: Array
     recv_sizes: Array
 
-    def move(self, x_NW: Array, rows: int, axis: tuple[str, ...]) -> Array:
+    def move(self, x_NW: Array, rows: int, axis: tuple[str, ...], emulated: bool) -> Array:
         """Sends x's sections to their ranks → [rows, W], zeros where nothing arrives."""
         output = jnp.zeros_like(x_NW, shape=(rows, x_NW.shape[1]))
         arguments = (x_NW, output, self.input_offsets, self.send_sizes, self.output_offsets, self.recv_sizes)
-        if platform() == "cpu":  # jax#34755
+        if emulated:
             return emulated_ragged_all_to_all(*arguments, axis_name=axis)
         return jax.lax.ragged_all_to_all(*arguments, axis_name=axis)
 
@@ -44,7 +44,7 @@ def emulated_ragged_all_to_all(
     everyone_SNW = jax.lax.all_gather(operand, axis_name)
 
     def to_peers(x_S: Array) -> Array:
-        return jax.lax.all_to_all(x_S, axis_name, 0, 0, tiled=True)
+        return Wire(axis_name).swap_metadata(x_S)
 
     start_S, source_S, size_S = to_peers(output_offsets), to_peers(input_offsets), to_peers(send_sizes)
     row = jnp.arange(output.shape[0], dtype=jnp.int32).reshape(-1, 1)
@@ -80,7 +80,7 @@ class Ragged(Strategy):
         slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(positions, unique_indices=True).reshape(T, K)
 
         # How many rows every rank sends to every expert tells all the offsets.
-        counts_SE = jax.lax.all_gather(counts_E, self.axis)
+        counts_SE = self.wire.gather_metadata(counts_E)
         me = jax.lax.axis_index(self.axis)
         size_SD = counts_SE.reshape(S, S, e).sum(2)  # from rank S to rank D
         in_S, out_D = before(size_SD, 1), before(size_SD, 0)  # where a section stands at its source, and on arrival
@@ -95,7 +95,7 @@ class Ragged(Strategy):
 
         # Rows arrive by source, each source's sorted by expert.
         ends_Se = jnp.cumsum(mine(counts_SE.reshape(S, S, e), me, 1, False).reshape(-1))
-        rows = jnp.arange(S * T * min(K, e), dtype=jnp.int32)
+        rows = jnp.arange(self.room(T, K), dtype=jnp.int32)
         section = bin_of(rows, ends_Se)
         expert_N1 = jnp.where(section < S * e, section % e, e).reshape(-1, 1)
         step = RaggedPlan(Slots(slot_TK, inverse(slot_TK, T * K)), there, back)
@@ -118,19 +118,29 @@ class Ragged(Strategy):
 
     def _moved(self, x_NR: Array, step: RaggedPlan, rows: int) -> Array:
         def there(wire_NW: Array, step: RaggedPlan) -> Array:
-            return step.there.move(wire_NW, rows, self.axis)
+            return step.there.move(wire_NW, rows, self.axis, self.emulated)
 
         def back(wire_MW: Array, step: RaggedPlan) -> Array:
-            return step.back.move(wire_MW, x_NR.shape[0], self.axis)
+            return step.back.move(wire_MW, x_NR.shape[0], self.axis, self.emulated)
 
         return self.wire.move(x_NR, step, there, back)
 
-    def sent(self, tokens: int, choices: int) -> Sent:
-        """At uniform routing."""
-        return self._per_peer(-(-tokens * choices // self.ranks))
+    def room(self, tokens: int, choices: int) -> int:
+        """Rows that a rank can take."""
+        return self.ranks * tokens * min(choices, self.local_experts)
 
-    def metadata_bytes(self, tokens: int, choices: int) -> int:
-        return 4 * (self.ranks - 1) * self.num_experts
+    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        """At uniform routing. The emulation gathers what every rank holds."""
+        if not self.emulated:
+            return (self.useful(tokens, choices),) * 2
+        return self._per_peer(tokens * choices), self._per_peer(self.room(tokens, choices))
+
+    def useful(self, tokens: int, choices: int) -> Sent:
+        return self._per_peer(tokens * choices / self.ranks)
+
+    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        offsets = 2 * 3 * 4 if self.emulated else 0  # of each movement; the primitive's own are not counted
+        return self._per_peer(4 * self.num_experts + offsets), self._per_peer(offsets)
 
 
 def before(size_SD: Array, axis: int) -> Array:

@@ -8,8 +8,9 @@ T tokens and K choices on this rank, S = node × expert ranks, E experts, e = E/
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,16 @@ class Plan:
 
 
 class Sent(NamedTuple):
-    """Rows that one rank sends in one exchange, padding included: inside its machine, and to other machines."""
+    """What one rank sends, rows or bytes: inside its machine, and to other machines."""
 
-    fast: int
-    slow: int
+    fast: float
+    slow: float
+
+    def times(self, factor: float) -> "Sent":
+        return Sent(self.fast * factor, self.slow * factor)
+
+    def plus(self, other: "Sent") -> "Sent":
+        return Sent(self.fast + other.fast, self.slow + other.slow)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,11 @@ class Strategy:
     capacity_factor: f; inf drops nothing.
     axis: the mesh axes, as `sizes`.
     forward, backward: wire formats of rows and of their gradients.
+    emulated: the backend has no ragged all-to-all.
     """
+
+    # Whether a rank weighs and sums the outputs of a row's experts before they return, so that `combine` is linear.
+    sums_at_experts: ClassVar[bool] = False
 
     num_experts: int
     sizes: tuple[int, int]
@@ -74,6 +85,7 @@ class Strategy:
     axis: tuple[str, str]
     forward: str = "float32"
     backward: str = "float32"
+    emulated: bool = False
 
     @property
     def ranks(self) -> int:
@@ -107,11 +119,16 @@ class Strategy:
         """Brings what the experts made of each row back and sums each token's, weighted by its gates → y_TR."""
         raise NotImplementedError
 
-    def sent(self, tokens: int, choices: int) -> Sent:
+    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        """Rows that a rank sends in `dispatch` and in `combine`, padding included."""
         raise NotImplementedError
 
-    def metadata_bytes(self, tokens: int, choices: int) -> int:
-        """What one rank sends to others in a forward pass beside rows: experts, counts, gates."""
+    def useful(self, tokens: int, choices: int) -> Sent:
+        """Rows of one exchange that hold a token, at uniform routing."""
+        raise NotImplementedError
+
+    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        """Bytes that a rank sends beside rows (experts, counts, gates): forward, and in the gradient."""
         raise NotImplementedError
 
     def wire_bytes(self, tokens: int, choices: int, width: int, format: str = "") -> int:
@@ -119,22 +136,23 @@ class Strategy:
 
         `format`: that of the rows; by default the forward pass's.
         """
-        return 2 * sum(self.sent(tokens, choices)) * row_bytes(format or self.forward, width)
+        rows = sum(sum(sent) for sent in self.sent(tokens, choices))
+        return round(rows) * row_bytes(format or self.forward, width)
 
     def seconds(self, tokens: int, choices: int, width: int) -> float:
         """Of the exchanges of a forward pass, predicted from the bytes on fast and slow links."""
-        sent, row = self.sent(tokens, choices), row_bytes(self.forward, width)
-        metadata = self.metadata_bytes(tokens, choices) / (FAST_LINK if self.sizes[0] == 1 else SLOW_LINK)
-        return 2 * row * (sent.fast / FAST_LINK + sent.slow / SLOW_LINK) + metadata
+        dispatch, combine = self.sent(tokens, choices)
+        sent = dispatch.plus(combine).times(row_bytes(self.forward, width)).plus(self.metadata(tokens, choices)[0])
+        return sent.fast / FAST_LINK + sent.slow / SLOW_LINK
 
     def _here(self, experts_TK: Array) -> Plan:
         """On one rank nothing is sent."""
         return Plan((), experts_TK, counts(experts_TK, self.num_experts), jnp.zeros_like(experts_TK, shape=()))
 
-    def _per_peer(self, rows: int) -> Sent:
-        """`rows` to each other rank."""
+    def _per_peer(self, amount: float) -> Sent:
+        """`amount` to each other rank."""
         machines, size = self.sizes
-        return Sent((size - 1) * rows, (machines - 1) * size * rows)
+        return Sent((size - 1) * amount, (machines - 1) * size * amount)
 
 
 @dataclass(frozen=True)
@@ -204,11 +222,14 @@ class AllToAll(Strategy):
         y_MR = self.wire.swap(y_NR.reshape(S, -1, R)).reshape(-1, R)
         return weigh(y_MR, gates_TK.astype(y_MR.dtype), slots.slot_TK, slots.choice_M)
 
-    def sent(self, tokens: int, choices: int) -> Sent:
-        return self._per_peer(self.rows(tokens, choices))
+    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        return (self._per_peer(self.rows(tokens, choices)),) * 2
 
-    def metadata_bytes(self, tokens: int, choices: int) -> int:
-        return 4 * (self.num_experts - self.local_experts) if self.dropless else 0
+    def useful(self, tokens: int, choices: int) -> Sent:
+        return self._per_peer(tokens * choices / self.ranks)
+
+    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        return self._per_peer(4 * self.local_experts if self.dropless else 0), Sent(0, 0)
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,8 @@ class Dedup(Strategy):
     A pair of ranks has room for f times the rows expected at uniform routing, at most T, which is also what f = inf
     takes; when it is full, first choices go before second ones, then token order.
     """
+
+    sums_at_experts = True
 
     def hops(self, tokens: int, choices: int) -> list[Hop]:
         """The hops from here to the experts; a hop of one destination is none."""
@@ -254,12 +277,23 @@ class Dedup(Strategy):
     def _steps(self, plan: Plan, gates_TK: Array) -> list[tuple[Hop, Any]]:
         return list(zip(self.hops(*gates_TK.shape), plan.steps, strict=True))
 
-    def sent(self, tokens: int, choices: int) -> Sent:
-        hops = self.hops(tokens, choices)
-        return self._per_peer(hops[0].capacity) if hops else Sent(0, 0)
+    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        return (self._over_hops(self.hops(tokens, choices), lambda hop: hop.capacity),) * 2
 
-    def metadata_bytes(self, tokens: int, choices: int) -> int:
-        return sum((hop.ranks - 1) * hop.capacity * hop.metadata_bytes(choices) for hop in self.hops(tokens, choices))
+    def useful(self, tokens: int, choices: int) -> Sent:
+        reached = expected_rows(tokens, choices, self.num_experts, self.ranks)
+        return self._over_hops(self.hops(tokens, choices), lambda hop: reached)
+
+    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        hops = self.hops(tokens, choices)
+        return (
+            self._over_hops(hops, lambda hop: hop.capacity * hop.metadata_bytes(choices)),
+            self._over_hops(hops, lambda hop: hop.capacity * hop.gate_bytes(choices)),
+        )
+
+    def _over_hops(self, hops: list[Hop], amount: Callable[[Hop], float]) -> Sent:
+        """What a rank sends if it is `amount` to each destination of a hop."""
+        return self._per_peer(amount(hops[0])) if hops else Sent(0, 0)
 
 
 @dataclass(frozen=True)
@@ -281,20 +315,28 @@ class Hierarchical(Dedup):
             rows = size * capacity
         return hops
 
-    def sent(self, tokens: int, choices: int) -> Sent:
-        rows = {hop.wire.axis[0]: (hop.ranks - 1) * hop.capacity for hop in self.hops(tokens, choices)}
-        return Sent(rows.get(self.axis[1], 0), rows.get(self.axis[0], 0))
+    def useful(self, tokens: int, choices: int) -> Sent:
+        machines, size = self.sizes
+        across = expected_rows(tokens, choices, self.num_experts, machines)
+        inside = expected_rows(tokens * machines, choices, self.num_experts, self.ranks)
+        return Sent((size - 1) * inside, (machines - 1) * across)
+
+    def _over_hops(self, hops: list[Hop], amount: Callable[[Hop], float]) -> Sent:
+        sent = {hop.wire.axis[0]: (hop.ranks - 1) * amount(hop) for hop in hops}
+        return Sent(sent.get(self.axis[1], 0), sent.get(self.axis[0], 0))
 
 
 @dataclass(frozen=True)
 class Gather(Strategy):
     """Every rank gets every row of the group, and returns a sum for each: for groups not larger than K. Dropless."""
 
+    sums_at_experts = True
+
     def plan(self, experts_TK: Array) -> Plan:
         if self.ranks == 1:
             return self._here(experts_TK)
         e = self.local_experts
-        local_NK = jax.lax.all_gather(experts_TK, self.axis, tiled=True) - e * jax.lax.axis_index(self.axis)
+        local_NK = self.wire.gather_metadata(experts_TK, tiled=True) - e * jax.lax.axis_index(self.axis)
         expert_NK = jnp.where((local_NK >= 0) & (local_NK < e), local_NK, e)
         return Plan((), expert_NK, counts(experts_TK, self.num_experts), jnp.zeros_like(expert_NK, shape=()))
 
@@ -302,16 +344,19 @@ class Gather(Strategy):
         if self.ranks == 1:
             return x_TR, gates_TK
         rows_NR = self.wire.gather(x_TR).reshape(-1, x_TR.shape[-1])
-        return rows_NR, jax.lax.all_gather(gates_TK, self.axis, tiled=True)
+        return rows_NR, self.wire.gather_metadata(gates_TK, tiled=True)
 
     def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
         return y_NR if self.ranks == 1 else self.wire.reduce(y_NR.reshape(self.ranks, -1, y_NR.shape[-1]))
 
-    def sent(self, tokens: int, choices: int) -> Sent:
-        return self._per_peer(tokens)
+    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        return (self._per_peer(tokens),) * 2
 
-    def metadata_bytes(self, tokens: int, choices: int) -> int:
-        return (self.ranks - 1) * tokens * choices * (4 + 4)
+    def useful(self, tokens: int, choices: int) -> Sent:
+        return self._per_peer(expected_rows(tokens, choices, self.num_experts, self.ranks))
+
+    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
+        return self._per_peer(tokens * choices * (4 + 4)), self._per_peer(tokens * choices * 4)
 
 
 def room(rows: float, at_most: int) -> int:

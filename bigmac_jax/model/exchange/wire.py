@@ -2,7 +2,8 @@
 
 A format applies to the rows of the forward pass, another to their gradients. 16- and 8-bit rows are bitcast to
 unsigned integers, because XLA:CPU widens small floats in collectives (and so does any reduction); 8-bit rows carry
-their float32 scale, max|row| over the format's largest number, in four more bytes.
+their float32 scale, max|row| over the format's largest number, in four more bytes. Collectives stand in the scope
+PAYLOAD or METADATA, by which they are known in the compiled program.
 
 S ranks, C rows a pair, R width, W bytes (or elements) of an encoded row.
 """
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+PAYLOAD, METADATA = "exchange_payload", "exchange_metadata"
 FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 Movement = Callable[[Array, Any], Array]  # encoded rows, and what tells it where they go
 _EIGHT_BIT = {"float8_e4m3": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
@@ -78,7 +80,12 @@ class Wire:
 
     def swap_metadata(self, x_SC: Array) -> Array:
         """As `swap`, without a format."""
-        return jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True)
+        with jax.named_scope(METADATA):
+            return jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True)
+
+    def gather_metadata(self, x: Array, tiled: bool = False) -> Array:
+        with jax.named_scope(METADATA):
+            return jax.lax.all_gather(x, self.axis, tiled=tiled)
 
     def move(self, x: Array, where: Any, there: Movement | None, back: Movement | None) -> Array:
         """Rows through `there`, their gradients through `back`; None stands for the sum over the ranks.
@@ -86,6 +93,7 @@ class Wire:
         `where` is what both are told beside the encoded rows.
         """
 
+        @jax.named_scope(PAYLOAD)
         def cross(x: Array, where: Any, movement: Movement | None, format: str) -> Array:
             if movement is not None:
                 return decode(movement(encode(x, format), where), format, x.dtype)
@@ -106,7 +114,7 @@ class Wire:
         return moved(x, where)
 
     def _swap(self, x_SC: Array, _: Any) -> Array:
-        return self.swap_metadata(x_SC)
+        return jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True)
 
     def _gather(self, x_T: Array, _: Any) -> Array:
         return jax.lax.all_gather(x_T, self.axis)

@@ -1,0 +1,158 @@
+"""Counts that need no device: parameters, FLOPs, bytes of the exchange, memory.
+
+Of the model that is trained, term by term; `paper` has the paper's own formulas. B batch, L length, D hidden, R row
+width, F expert hidden, E experts, K top-k.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from bigmac_jax.config import Config
+from bigmac_jax.mesh import AXES, ExpertGroup
+from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.wire import row_bytes
+from bigmac_jax.model.moe import make_strategy, strategy
+from bigmac_jax.model.transformer import init_model
+
+Sizes = dict[str, int]  # ranks by axis of the mesh
+
+
+class Parameters(NamedTuple):
+    """`active`: those that a token meets, all of its top-k experts included. Parts sum to `total`."""
+
+    total: int
+    active: int
+    parts: dict[str, int]
+    of_a_rank: int
+
+
+def parameters(config: Config, sizes: Sizes) -> Parameters:
+    """From the abstract model, which takes no memory."""
+    m, parts, of_a_rank = config.model, dict[str, int](), 0
+    mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(mesh):
+        model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+        if "router_bias_E" in names:  # no gradient moves it
+            continue
+        part = _part(names)
+        parts[part] = parts.get(part, 0) + leaf.size
+        of_a_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
+    total = sum(parts.values())
+    idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
+    return Parameters(total, total - idle, parts, of_a_rank)
+
+
+def _part(names: list[str]) -> str:
+    """Of the model that a parameter belongs to, by its path."""
+    if any("norm" in name for name in names):
+        return "norms"
+    for part in ("embedding", "positions", "attention", "router", "experts", "shared"):
+        if any(name == part or name.startswith((part + "_", "un" + part + "_")) for name in names):
+            return "embedding" if part == "positions" else part
+    return "mlp"  # of a dense layer; in an MoE layer W↓ and W↑
+
+
+def flops(config: Config) -> dict[str, float]:
+    """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention without credit for
+    causality; no padding, no rematerialisation."""
+    m, length = config.model, config.data.sequence_length
+    h, matrices = m.hidden_size, 3 if m.gated else 2
+    per_token: dict[str, int] = {
+        "attention": m.num_layers * (2 * h * h + 2 * h * m.kv_heads * m.head_size + 2 * length * h),
+        "output": h * m.vocab_size,
+    }
+    if m.is_moe:
+        per_token |= {
+            "router": m.num_layers * h * m.expert_count,
+            "experts": m.num_layers * matrices * m.choices * m.wire_size * m.expert_width,
+            "shared": m.num_layers * matrices * h * m.shared_width,
+            "projections": m.num_layers * 2 * h * m.latent_size if m.structure == "bigmac" else 0,
+        }
+    else:
+        per_token["mlp"] = m.num_layers * matrices * h * m.expert_width
+    tokens = config.data.batch_size * length
+    return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+
+
+class Traffic(NamedTuple):
+    """Bytes that all ranks together send to other ranks in the exchanges of a training step, and how often."""
+
+    payload: Sent  # rows that hold a token, at uniform routing
+    padded: Sent  # rows with the room around them
+    metadata: Sent  # experts, counts, gates
+    exchanges: int  # payload exchanges that one rank takes part in
+
+
+def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str = "") -> Traffic:
+    """Of the strategy `name`, by default the configured one."""
+    m, tokens = config.model, tokens_at_a_time(config, ranks)
+    if not m.is_moe:
+        return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
+    if name:
+        exchange = make_strategy(name, m, m.capacity_factor, group)
+    else:
+        exchange = strategy(m, m.capacity_factor, tokens, group)
+    forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
+    # The forward pass runs again where loads are counted first, and where it is rematerialised; there what comes back
+    # is not asked for again if nothing but sums follows on it.
+    passes = 2 if m.counts_loads_first and config.train.accumulate_steps > 1 else 1
+    dispatches = passes + m.remat
+    combines = passes + (m.remat and (m.structure == "bigmac" or not exchange.sums_at_experts))
+
+    def rows(dispatch: Sent, combine: Sent) -> Sent:
+        there = dispatch.times(dispatches * forward + backward)
+        return there.plus(combine.times(combines * forward + backward))
+
+    useful = exchange.useful(tokens, m.choices)
+    metadata, gradient = exchange.metadata(tokens, m.choices)
+    here = m.num_layers * config.train.accumulate_steps * m.overlap_chunks  # layers of a rank in a step
+    return Traffic(
+        rows(useful, useful).times(here * ranks),
+        rows(*exchange.sent(tokens, m.choices)).times(here * ranks),
+        metadata.times(dispatches).plus(gradient).times(here * ranks),
+        (dispatches + combines + 2) * here,
+    )
+
+
+def tokens_at_a_time(config: Config, ranks: int) -> int:
+    """Tokens of a rank that one exchange carries in training."""
+    parts = ranks * config.train.accumulate_steps * config.model.overlap_chunks
+    return config.data.batch_size * config.data.sequence_length // parts
+
+
+def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
+    """Bytes on one rank, by part. Activations are an estimate; the compiled program has what is really allocated."""
+    m, data = config.model, config.data
+    tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
+    size = 2 if m.dtype == "bfloat16" else 4
+    layer = tokens * _kept_by_a_layer(config, ranks, group) * size
+    block = tokens * m.hidden_size * size
+    # Rematerialised layers keep what enters them, and one at a time all that it computes.
+    activations = m.num_layers * block + layer if m.remat else m.num_layers * (block + layer)
+    return {
+        "parameters": 4 * count.of_a_rank,
+        "optimizer": 8 * count.of_a_rank,
+        "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
+        "activations": round(activations),
+        "logits": 2 * 4 * min(tokens * m.vocab_size, 2**27),  # a chunk of them, and its softmax
+    }
+
+
+def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
+    """Numbers a token that a layer keeps for its backward pass."""
+    m = config.model
+    matrices = 3 if m.gated else 2
+    kept = 4.0 * m.hidden_size + 2 * m.kv_heads * m.head_size + 2 * m.num_heads * config.data.sequence_length
+    if not m.is_moe:
+        return kept + m.hidden_size + matrices * m.expert_width
+    tokens = tokens_at_a_time(config, ranks)
+    exchange = strategy(m, m.capacity_factor, tokens, group)
+    sent = sum(exchange.sent(tokens, m.choices)[0]) / tokens
+    rows = sent * exchange.ranks / (exchange.ranks - 1) if sent else m.choices  # with those that stay
+    kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
+    return kept + 4 * rows * m.wire_size + matrices * m.choices * m.expert_width
