@@ -39,7 +39,7 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
         names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
         if "router_bias_E" in names:  # no gradient moves it
             continue
-        part = _part(names)
+        part = _part(names, m.is_moe)
         parts[part] = parts.get(part, 0) + leaf.size
         of_a_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
     total = sum(parts.values())
@@ -47,14 +47,14 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
     return Parameters(total, total - idle, parts, of_a_rank)
 
 
-def _part(names: list[str]) -> str:
+def _part(names: list[str], is_moe: bool) -> str:
     """Of the model that a parameter belongs to, by its path."""
     if any("norm" in name for name in names):
         return "norms"
     for part in ("embedding", "positions", "attention", "router", "experts", "shared"):
         if any(name == part or name.startswith((part + "_", "un" + part + "_")) for name in names):
             return "embedding" if part == "positions" else part
-    return "mlp"  # of a dense layer; in an MoE layer W↓ and W↑
+    return "projections" if is_moe else "mlp"  # W↓ and W↑ have the names of a dense layer's matrices
 
 
 def flops(config: Config) -> dict[str, float]:

@@ -113,9 +113,9 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (tokens_MBL, keys_M))[0])
 
-    key = jax.random.key(config.train.seed)
-    graphdef, _, _ = split(jax.eval_shape(lambda k: init_model(config, k), key))
-    abstract = placed(jax.eval_shape(init, key), mesh)
+    # No array is made here: the mesh may be of devices that are only compiled for.
+    graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
+    abstract = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
     unoptimised = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None

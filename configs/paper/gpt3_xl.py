@@ -1,0 +1,11 @@
+"""GPT3-XL with experts, as in the paper (Table 5). An argument changes the structure: gpt3_xl.py:vanilla.
+
+python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
+"""
+
+from bigmac_jax.config import Config
+from bigmac_jax.config.recipes import paper
+
+
+def get_config(structure: str = "bigmac") -> Config:
+    return paper(structure, num_layers=24, hidden_size=2048, num_heads=16)
