@@ -1,0 +1,224 @@
+"""What a schedule hides: the matrix products that run while the layer's exchange is on the wire.
+
+The order of instructions in a scheduled TPU program is the order in which they start. An asynchronous exchange is a
+start and a done; what stands between them runs meanwhile. Instructions carry the compiler's estimate of their cycles,
+except Mosaic kernels, whose time is taken from their FLOPs.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bigmac_jax.planning.hlo import (
+    Collective,
+    Computation,
+    Instruction,
+    Module,
+    collectives,
+    dot_flops,
+    kernel_flops,
+)
+
+
+class Exchange(NamedTuple):
+    """One payload exchange, once; everything in seconds."""
+
+    collective: Collective
+    seconds: float  # on the wire
+    matmul_seconds: float  # of matrix products between its start and its done
+    other_seconds: float  # of the rest between them, as far as the compiler estimates it
+    hidden_seconds: float  # of the exchange behind matrix products, each of which hides one exchange at a time
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of one rank in one execution: everything is weighted by how often it runs."""
+
+    exchanges: tuple[Exchange, ...]  # in the order in which they end
+    possible_seconds: float  # of exchange that data dependences allow to hide
+
+    @property
+    def count(self) -> int:
+        return sum(e.collective.times for e in self.exchanges)
+
+    @property
+    def asynchronous(self) -> int:
+        return sum(e.collective.times for e in self.exchanges if e.collective.asynchronous)
+
+    @property
+    def exchange_seconds(self) -> float:
+        return sum(e.collective.times * e.seconds for e in self.exchanges)
+
+    @property
+    def hidden_seconds(self) -> float:
+        return sum(e.collective.times * e.hidden_seconds for e in self.exchanges)
+
+    @property
+    def covered_seconds(self) -> float:
+        """As `hidden_seconds`, but a matrix product may hide several exchanges at a time."""
+        return sum(e.collective.times * min(e.seconds, e.matmul_seconds) for e in self.exchanges)
+
+    @property
+    def other_seconds(self) -> float:
+        return sum(e.collective.times * e.other_seconds for e in self.exchanges)
+
+    @property
+    def hidden(self) -> float:
+        """Share of the exchange that the schedule hides."""
+        return self.hidden_seconds / self.exchange_seconds if self.exchange_seconds else 0.0
+
+    @property
+    def ceiling(self) -> float:
+        """Share that a schedule could hide."""
+        return self.possible_seconds / self.exchange_seconds if self.exchange_seconds else 0.0
+
+    @property
+    def reached(self) -> float:
+        """`hidden` as a share of the ceiling."""
+        return self.hidden_seconds / self.possible_seconds if self.possible_seconds else 0.0
+
+
+def overlap(
+    module: Module,
+    mesh: Mapping[str, int],
+    exchange_seconds: Callable[[Collective], float],
+    clock: float,
+    peak_flops: float,
+) -> Overlap:
+    """Reads what hides behind what.
+
+    Args:
+      mesh: as for `collectives`.
+      exchange_seconds: of one run of a collective alone on the wire.
+      clock: of the matrix units, in Hz: cycles to seconds.
+      peak_flops: per second, for what has FLOPs and no estimate of cycles.
+
+    Raises:
+      ValueError: the module is not scheduled.
+    """
+    if not module.scheduled:
+        raise ValueError("the program must be scheduled (is_scheduled=true); pass the as_text() of a compiled program")
+    inside: dict[str, dict[str, Collective]] = {}
+    for collective in collectives(module, mesh):
+        if collective.role == "payload":
+            inside.setdefault(collective.computation, {})[collective.name] = collective
+    costs = _Costs(module, clock, peak_flops)
+    exchanges, possible = list[Exchange](), 0.0
+    for name, use in module.uses.items():
+        if use.asynchronous:  # its exchange is the instruction that starts it
+            continue
+        computation = module.computations[name]
+        found = {
+            position: collective
+            for position, instruction in enumerate(computation.instructions)
+            for collective in _started(instruction, inside.get(name, {}), inside)
+        }
+        if found:
+            in_flight = _in_flight(computation, found, exchange_seconds, costs)
+            exchanges += in_flight
+            on_wire = sum(exchange.seconds for exchange in in_flight)
+            possible += use.times * min(on_wire, _independent_seconds(computation, list(found), costs))
+    return Overlap(tuple(exchanges), possible)
+
+
+class _Costs:
+    """Seconds of instructions and of what they call."""
+
+    def __init__(self, module: Module, clock: float, peak_flops: float):
+        self.module, self.clock, self.peak_flops = module, clock, peak_flops
+        self.flops_within = functools.cache(self._flops_within)
+
+    def flops(self, computation: Computation, instruction: Instruction) -> int:
+        trips = self._trips(computation, instruction)
+        return (
+            dot_flops(computation, instruction)
+            + kernel_flops(instruction)
+            + trips * sum(self.flops_within(name) for name in instruction.calls)
+        )
+
+    def seconds(self, computation: Computation, instruction: Instruction) -> float:
+        cycles = instruction.backend_config.get("window_config", {}).get("estimated_cycles")
+        if cycles is not None:
+            return int(cycles) / self.clock
+        if instruction.opcode in ("while", "call", "conditional"):
+            inner = (self.module.computations[name] for name in instruction.calls)
+            once = sum(self.seconds(called, i) for called in inner for i in called.instructions)
+            return self._trips(computation, instruction) * once
+        return self.flops(computation, instruction) / self.peak_flops
+
+    def _flops_within(self, name: str) -> int:
+        computation = self.module.computations[name]
+        return sum(self.flops(computation, instruction) for instruction in computation.instructions)
+
+    def _trips(self, computation: Computation, instruction: Instruction) -> int:
+        trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
+        return 1 if trips is None else trips
+
+
+def _started(
+    instruction: Instruction, here: Mapping[str, Collective], inside: Mapping[str, Mapping[str, Collective]]
+) -> list[Collective]:
+    """The payload collectives that an instruction is or, as an async-start does, wraps."""
+    if instruction.name in here:
+        return [here[instruction.name]]
+    if instruction.opcode.endswith("-start"):
+        return [collective for name in instruction.calls for collective in inside.get(name, {}).values()]
+    return []
+
+
+def _ends(computation: Computation) -> dict[int, int]:
+    """Positions of starts → positions of what waits for them."""
+    starts: dict[str, int] = {}
+    ends = {}
+    for position, instruction in enumerate(computation.instructions):
+        if instruction.opcode.endswith("-start"):
+            starts[instruction.name] = position
+        elif instruction.opcode.endswith(("-update", "-done")) and instruction.operands[0] in starts:
+            starts[instruction.name] = starts[instruction.operands[0]]
+            ends[starts[instruction.name]] = position
+    return ends
+
+
+def _in_flight(
+    computation: Computation,
+    found: Mapping[int, Collective],
+    exchange_seconds: Callable[[Collective], float],
+    costs: _Costs,
+) -> list[Exchange]:
+    """The exchanges of a computation, in the order in which they end: so do they take the seconds of products."""
+    ends, free, exchanges = _ends(computation), dict[int, float](), list[Exchange]()
+    for start in sorted(found, key=lambda start: ends.get(start, start)):
+        seconds = exchange_seconds(found[start])
+        matmul = other = hidden = 0.0
+        for position in range(start + 1, ends.get(start, start)):
+            instruction = computation.instructions[position]
+            cost = costs.seconds(computation, instruction)
+            if not costs.flops(computation, instruction):
+                other += cost
+                continue
+            matmul += cost
+            taken = min(seconds - hidden, free.get(position, cost))
+            hidden, free[position] = hidden + taken, free.get(position, cost) - taken
+        exchanges.append(Exchange(found[start], seconds, matmul, other, hidden))
+    return exchanges
+
+
+def _independent_seconds(computation: Computation, exchanges: list[int], costs: _Costs) -> float:
+    """Of the products that neither feed nor need at least one of the exchanges at these positions."""
+    start_of = {end: start for start, end in _ends(computation).items()}  # the two are one node
+    node = {i.name: start_of.get(position, position) for position, i in enumerate(computation.instructions)}
+    needs: dict[int, int] = {}  # node → bits of the nodes that it needs
+    for instruction in computation.instructions:
+        at = node[instruction.name]
+        for operand in instruction.operands:
+            if operand in node and node[operand] != at:
+                needs[at] = needs.get(at, 0) | needs.get(node[operand], 0) | 1 << node[operand]
+    total = 0.0
+    for position, instruction in enumerate(computation.instructions):
+        if costs.flops(computation, instruction) and any(
+            not (needs.get(position, 0) >> exchange & 1 or needs.get(exchange, 0) >> position & 1)
+            for exchange in exchanges
+        ):
+            total += costs.seconds(computation, instruction)
+    return total
