@@ -189,13 +189,13 @@ def parse(text: str) -> Module:
       ValueError: the text has no ENTRY computation.
     """
     computations: dict[str, Computation] = {}
-    name, entry, root, found = "", "", 0, list[Instruction]()
+    name, entry, root, found = "", "", -1, list[Instruction]()
     for line in text.splitlines():
         if not line.startswith(" "):
             if line.endswith("{") and " -> " in line:
                 first, _, rest = line.partition(" ")
                 name = (rest.split(" ", 1)[0] if first == "ENTRY" else first).lstrip("%")
-                entry, found = name if first == "ENTRY" else entry, []
+                entry, root, found = name if first == "ENTRY" else entry, -1, []
             elif line.startswith("}"):
                 computations[name] = Computation(name, tuple(found), found[root])
         elif head := _HEAD.match(line):

@@ -20,6 +20,8 @@ from bigmac_jax.planning.hlo import (
     kernel_flops,
 )
 
+_UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
+
 
 class Exchange(NamedTuple):
     """One payload exchange, once; everything in seconds."""
@@ -138,9 +140,9 @@ class _Costs:
         )
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
-        cycles = instruction.backend_config.get("window_config", {}).get("estimated_cycles")
-        if cycles is not None:
-            return int(cycles) / self.clock
+        cycles = int(instruction.backend_config.get("window_config", {}).get("estimated_cycles", _UNKNOWN))
+        if cycles != _UNKNOWN:
+            return cycles / self.clock
         if instruction.opcode in ("while", "call", "conditional"):
             inner = (self.module.computations[name] for name in instruction.calls)
             once = sum(self.seconds(called, i) for called in inner for i in called.instructions)
