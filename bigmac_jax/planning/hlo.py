@@ -171,12 +171,12 @@ class Module:
         if test.attributes.get("direction") != "LT" or state.opcode != "tuple" or result.opcode != "tuple":
             return None
         counter = condition.by_name[test.operands[0]]
-        index = int(counter.attributes.get("index", -1))
-        add = body.by_name[result.operands[index]]
-        if index < 0 or add.opcode != "add":
+        if counter.opcode != "get-tuple-element":
             return None
+        index = int(counter.attributes["index"])
+        add = body.by_name[result.operands[index]]
         start, limit = outer.constant(state.operands[index]), condition.constant(test.operands[1])
-        step = body.constant(add.operands[1])
+        step = body.constant(add.operands[1]) if add.opcode == "add" else None
         if start is None or limit is None or step is None:
             return None
         return max(0, -((start - limit) // step))
@@ -243,15 +243,13 @@ def _integers(text: str) -> list[int]:
 
 def _called(outer: Use, caller: Instruction, trips: int | None, before: Use | None) -> Use:
     """The use of a computation that `caller` runs, added to what was known of it."""
-    times, dynamic, loops = outer.times, outer.dynamic or caller.opcode == "conditional", outer.loops
-    if caller.opcode == "while":
-        times, dynamic, loops = (
-            times * (1 if trips is None else trips),
-            dynamic or trips is None,
-            (*loops, Loop(caller.name, trips)),
-        )
-    fused = outer.fused or caller.opcode == "fusion"
-    use = Use(times, dynamic, loops, fused, outer.asynchronous or caller.opcode.endswith("-start"))
+    use = Use(
+        outer.times * (1 if trips is None else trips),
+        outer.dynamic or trips is None or caller.opcode == "conditional",
+        (*outer.loops, Loop(caller.name, trips)) if caller.opcode == "while" else outer.loops,
+        outer.fused or caller.opcode == "fusion",
+        outer.asynchronous or caller.opcode.endswith("-start"),
+    )
     if before is None:
         return use
     return Use(

@@ -214,7 +214,7 @@ def _independent_seconds(computation: Computation, exchanges: list[int], costs: 
     for instruction in computation.instructions:
         at = node[instruction.name]
         for operand in instruction.operands:
-            if operand in node and node[operand] != at:
+            if operand in node:
                 needs[at] = needs.get(at, 0) | needs.get(node[operand], 0) | 1 << node[operand]
     total = 0.0
     for position, instruction in enumerate(computation.instructions):

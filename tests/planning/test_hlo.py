@@ -46,7 +46,7 @@ FileNames
 ENTRY %main.2 (x: f32[2,3]) -> (f32[], bf16[2,3]) {
   %x = f32[2,3]{1,0:T(8)S(1)} parameter(0), sharding={devices=[2,1]<=[2]}, metadata={op_name="x[\'w\'] (a=1, b={2})"}
   %k = s32[2,2]{1,0} constant({ { 1, 2 }, { 3, 4 } })
-  %start = ((f32[2,3]{1,0}), f32[2,3], /*index=2*/u32[]{:S(2)}) copy-start(%x), backend_config={"a":{"n":"7(\"{"},"b":[]}
+  %start = ((f32[2,3]{1,0}), f32[2,3], /*index=2*/u32[]) copy-start(%x), backend_config={"a":{"n":"7(\"{"},"b":[]}
   %half = bf16[2,3]{0,1:T(8,128)(2,1)} convert(f32[2,3]{1,0} %x), backend_config="{\"n\":5}"
   %sum = f32[] reduce(%x, /*index=1*/%k), dimensions={0,1}, to_apply=%region
   ROOT %out = (f32[], bf16[2,3]{1,0}) tuple(%sum, %half)

@@ -94,7 +94,7 @@ def test_one_exchange() -> None:
 
 
 def test_no_more_is_hidden_than_there_is() -> None:
-    found = measured(program(start("s", "x"), matmul("m", 40, "x"), done("d", "s")))
+    found = measured(program(start("s", "x"), matmul("m", 7, "x"), matmul("n", 33, "x"), done("d", "s")))
     assert (found.exchanges[0].matmul_seconds, found.hidden_seconds, found.covered_seconds) == (40, 10, 10)
     assert (found.hidden, found.ceiling, found.reached) == (1, 1, 1)
 
