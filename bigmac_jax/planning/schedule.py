@@ -28,9 +28,13 @@ class Exchange(NamedTuple):
 
     collective: Collective
     seconds: float  # on the wire
-    matmul_seconds: float  # of matrix products between its start and its done
+    matmuls: tuple[tuple[str, float], ...]  # names and seconds of the matrix products between its start and its done
     other_seconds: float  # of the rest between them, as far as the compiler estimates it
     hidden_seconds: float  # of the exchange behind matrix products, each of which hides one exchange at a time
+
+    @property
+    def matmul_seconds(self) -> float:
+        return sum(seconds for _, seconds in self.matmuls)
 
 
 @dataclass(frozen=True)
@@ -191,18 +195,18 @@ def _in_flight(
     """The exchanges of a computation, in the order in which they end: so do they take the seconds of products."""
     ends, free, exchanges = _ends(computation), dict[int, float](), list[Exchange]()
     for start in sorted(found, key=lambda start: ends.get(start, start)):
-        seconds = exchange_seconds(found[start])
-        matmul = other = hidden = 0.0
+        seconds, matmuls = exchange_seconds(found[start]), list[tuple[str, float]]()
+        other = hidden = 0.0
         for position in range(start + 1, ends.get(start, start)):
             instruction = computation.instructions[position]
             cost = costs.seconds(computation, instruction)
             if not costs.flops(computation, instruction):
                 other += cost
                 continue
-            matmul += cost
+            matmuls.append((instruction.name, cost))
             taken = min(seconds - hidden, free.get(position, cost))
             hidden, free[position] = hidden + taken, free.get(position, cost) - taken
-        exchanges.append(Exchange(found[start], seconds, matmul, other, hidden))
+        exchanges.append(Exchange(found[start], seconds, tuple(matmuls), other, hidden))
     return exchanges
 
 

@@ -87,6 +87,7 @@ def test_one_exchange() -> None:
         )
     )
     (exchange,) = found.exchanges
+    assert exchange.matmuls == (("m", 4), ("k", 3))
     assert (exchange.seconds, exchange.matmul_seconds, exchange.other_seconds, exchange.hidden_seconds) == (10, 7, 5, 7)
     assert (found.count, found.asynchronous, found.exchange_seconds, found.hidden_seconds) == (1, 1, 10, 7)
     # `before` feeds the exchange and `after` needs it: 7 are all that could ever hide.
