@@ -76,7 +76,10 @@ class Overlap:
 
     @property
     def ceiling(self) -> float:
-        """Share that a schedule could hide."""
+        """Share that another schedule of the same instructions could hide.
+
+        Their dependences are the compiled program's: a fusion across chunks ties together what the model keeps apart.
+        """
         return self.possible_seconds / self.exchange_seconds if self.exchange_seconds else 0.0
 
     @property
