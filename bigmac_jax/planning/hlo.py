@@ -118,7 +118,7 @@ class Use(NamedTuple):
 
     times: int
     dynamic: bool = False  # `times` counts a loop of unknown length, or a branch, once
-    loops: tuple[Loop, ...] = ()  # around it, outermost first
+    loops: tuple[Loop, ...] = ()  # around it, outermost first; the most, if it is run from several places
     fused: bool = False  # its intermediate results are never in memory
     asynchronous: bool = False  # between an instruction that starts it and one that waits for it
 
@@ -255,7 +255,7 @@ def _called(outer: Use, caller: Instruction, trips: int | None, before: Use | No
     return Use(
         before.times + use.times,
         before.dynamic or use.dynamic,
-        before.loops or use.loops,
+        max(before.loops, use.loops, key=len),
         before.fused and use.fused,
         before.asynchronous or use.asynchronous,
     )

@@ -6,6 +6,7 @@ except Mosaic kernels, whose time is taken from their FLOPs.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -139,12 +140,9 @@ class _Costs:
         self.flops_within = functools.cache(self._flops_within)
 
     def flops(self, computation: Computation, instruction: Instruction) -> int:
-        trips = self._trips(computation, instruction)
-        return (
-            dot_flops(computation, instruction)
-            + kernel_flops(instruction)
-            + trips * sum(self.flops_within(name) for name in instruction.calls)
-        )
+        """With what it calls, once."""
+        own = dot_flops(computation, instruction) + kernel_flops(instruction)
+        return own + sum(self.flops_within(name) for name in instruction.calls)
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
         cycles = int(instruction.backend_config.get("window_config", {}).get("estimated_cycles", _UNKNOWN))
@@ -153,16 +151,13 @@ class _Costs:
         if instruction.opcode in ("while", "call", "conditional"):
             inner = (self.module.computations[name] for name in instruction.calls)
             once = sum(self.seconds(called, i) for called in inner for i in called.instructions)
-            return self._trips(computation, instruction) * once
+            trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
+            return once * (1 if trips is None else trips)
         return self.flops(computation, instruction) / self.peak_flops
 
     def _flops_within(self, name: str) -> int:
         computation = self.module.computations[name]
         return sum(self.flops(computation, instruction) for instruction in computation.instructions)
-
-    def _trips(self, computation: Computation, instruction: Instruction) -> int:
-        trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
-        return 1 if trips is None else trips
 
 
 def _started(
@@ -215,19 +210,14 @@ def _in_flight(
 
 def _independent_seconds(computation: Computation, exchanges: list[int], costs: _Costs) -> float:
     """Of the products that neither feed nor need at least one of the exchanges at these positions."""
-    start_of = {end: start for start, end in _ends(computation).items()}  # the two are one node
-    node = {i.name: start_of.get(position, position) for position, i in enumerate(computation.instructions)}
-    needs: dict[int, int] = {}  # node → bits of the nodes that it needs
+    places = {instruction.name: place for place, instruction in enumerate(computation.instructions)}
+    needs = list[int]()  # of each instruction, a bit for every place that it needs; a done needs its start
     for instruction in computation.instructions:
-        at = node[instruction.name]
-        for operand in instruction.operands:
-            if operand in node:
-                needs[at] = needs.get(at, 0) | needs.get(node[operand], 0) | 1 << node[operand]
-    total = 0.0
-    for position, instruction in enumerate(computation.instructions):
-        if costs.flops(computation, instruction) and any(
-            not (needs.get(position, 0) >> exchange & 1 or needs.get(exchange, 0) >> position & 1)
-            for exchange in exchanges
-        ):
-            total += costs.seconds(computation, instruction)
-    return total
+        operands = [places[name] for name in instruction.operands if name in places]
+        needs.append(functools.reduce(operator.or_, (needs[place] | 1 << place for place in operands), 0))
+    return sum(
+        costs.seconds(computation, instruction)
+        for place, instruction in enumerate(computation.instructions)
+        if costs.flops(computation, instruction)
+        and not all(needs[place] >> exchange & 1 or needs[exchange] >> place & 1 for exchange in exchanges)
+    )

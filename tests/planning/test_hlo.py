@@ -153,6 +153,7 @@ def test_loops_multiply() -> None:
     assert uses["outer.body"] == hlo.Use(3, loops=(Loop("loop", 3),))
     assert uses["inner.body"].times == 3 * 5 + 1
     assert uses["inner.body"].dynamic
+    assert uses["inner.body"].loops == (Loop("loop", 3), Loop("first", 5))
     assert NESTED.dynamic_loops == ["unknown"]
     assert uses["fused"].times == 3 + 3
     assert not uses["fused"].fused  # a call runs it too
