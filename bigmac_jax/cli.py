@@ -13,12 +13,16 @@ from absl import logging as absl_logging
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
+ARGUMENTS: list[str] = []  # and what was no flag, of a command that takes such
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the command line and calls `main`; never returns."""
+def run(main: Callable[[], int | None], arguments: bool = False) -> None:
+    """Parses the command line and calls `main`; never returns.
+
+    `arguments`: whether the command takes some that are no flags.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
         rest = _take_overrides(list(argv))
@@ -26,16 +30,18 @@ def run(main: Callable[[], int | None]) -> None:
             extra = flags.FLAGS(rest)[1:]
         except flags.Error as error:
             _fail(" ".join(str(error).split()))
-        if extra:
+        if arguments:
+            ARGUMENTS.extend(extra)
+        elif extra:
             _fail(f"{extra[0]!r} is not a flag; see --help")
         return rest[:1]
 
     def guarded(_: Sequence[str]) -> int | None:
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
         logging.getLogger("bigmac_jax").setLevel(logging.INFO)
-        if _CPU_DEVICES.value:
+        if CPU_DEVICES.value:
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         try:
             return main()
         except ConfigError as error:

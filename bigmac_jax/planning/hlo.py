@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigmac_jax.model.exchange.wire import METADATA, PAYLOAD
+
 KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 # What holds no memory of its own, or that of another instruction.
 _VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier", "domain"}
@@ -293,8 +295,8 @@ class Collective:
 
     @property
     def role(self) -> str:
-        """payload | metadata (of the layer's exchange) | other: by named scopes."""
-        scopes = {"exchange_payload": "payload", "exchange_metadata": "metadata"}
+        """payload | metadata (of the layer's exchange) | other: by named scopes, of which metadata's may be inside."""
+        scopes = {METADATA: "metadata", PAYLOAD: "payload"}
         return next((role for scope, role in scopes.items() if scope in self.op_name), "other")
 
 

@@ -3,6 +3,7 @@
 The program is the one that train.py runs, compiled for abstract arrays: no parameter is allocated.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -14,8 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import batch_spec, make_mesh
+from bigmac_jax.planning import hlo, schedule
+from bigmac_jax.planning.cost import exchange_seconds
+from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.training.step import make_trainer
 
 # Of the TPUs that are planned for: name of a topology → hardware file.
@@ -95,13 +100,116 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
                 raise
             raise DoesNotFitError(_first_line(error)) from None
     stats = compiled.memory_analysis()
-    memory = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
+    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+    # On TPU temp_size adds up what is never alive together; the peak is what the chip must hold.
+    held = getattr(stats, "peak_memory_in_bytes", 0) or arguments + stats.temp_size_in_bytes
+    memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
     return Compiled(compiled.as_text(), time.perf_counter() - start, memory, dict(mesh.shape))
+
+
+def as_on_accelerators(config: Config) -> Config:
+    """For simulated CPU devices, as far as `auto` leaves it open: attention without the blocks that skip what is
+    masked, and layers in a loop. So the program has the FLOPs and the loop of an accelerator's, and compiles sooner."""
+    m = config.model
+    attention = "xla" if m.attention == "auto" else m.attention
+    model = dataclasses.replace(m, attention=attention, unroll_layers=m.unroll_layers or 1)
+    return dataclasses.replace(config, model=model)
+
+
+def describe(config: Config, devices: Sequence[Any], hardware: Hardware | None) -> dict[str, Any]:
+    """Compiles and reads the program; bytes and FLOPs of all ranks in a step, memory of one."""
+    ranks = len(devices)
+    compiled = compile_step(config, devices)
+    module = hlo.parse(compiled.text)
+    found = hlo.collectives(module, compiled.mesh)
+    work = hlo.matmul_flops(module)
+    sent = {role: 0.0 for role in ("payload", "metadata", "other")}
+    buffers = dict(sent)
+    for collective in found:
+        sent[collective.role] += ranks * collective.times * collective.sent_bytes
+        buffers[collective.role] += ranks * collective.times * collective.buffer_bytes
+    result: dict[str, Any] = {
+        "compile_seconds": round(compiled.seconds, 1),
+        "device_kind": devices[0].device_kind,
+        "flops_per_step": ranks * work.total,
+        "kernel_flops_per_step": ranks * work.kernels,
+        "loops_of_unknown_length": len(module.dynamic_loops),
+        "exchange_sent_bytes": round(sent["payload"]),
+        "exchange_buffer_bytes": round(buffers["payload"]),  # with what a rank keeps for itself
+        "metadata_sent_bytes": round(sent["metadata"]),
+        "other_sent_bytes": round(sent["other"]),
+        "memory": compiled.memory,
+        "collectives": _summary(found, config.model.num_layers),
+    }
+    if hardware:
+        result["memory_available"] = hardware.memory_bytes
+        result["fits"] = compiled.memory["total"] <= hardware.memory_bytes
+        if not result["fits"]:
+            result["advice"] = _advice(config, module, compiled.memory["total"], hardware.memory_bytes)
+    if hardware and module.scheduled and devices[0].platform == "tpu" and config.model.is_moe:
+        result["schedule"] = _schedule(module, compiled, hardware)
+        if not environment.compiler_options(devices[0]).get("xla_tpu_enable_async_all_to_all"):
+            result["schedule"]["note"] = (
+                f"compiled without asynchronous all-to-alls: {devices[0].device_kind} has none over a group of "
+                f"{config.mesh.expert_ranks} ('limited ICI')"
+            )
+    return result
+
+
+def _summary(found: Sequence[hlo.Collective], layers: int) -> list[dict[str, Any]]:
+    """Collectives of one rank, those that differ in nothing shown added up, most bytes first."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for c in found:
+        in_layers = any(loop.trips == layers for loop in c.loops)
+        key = (c.kind, c.axes, c.role, c.direction, in_layers, c.asynchronous)
+        names = ("kind", "axes", "role", "direction", "in_each_layer", "asynchronous")
+        row = rows.setdefault(
+            key, dict(zip(names, key, strict=True)) | {"count": 0, "sent_bytes": 0, "buffer_bytes": 0}
+        )
+        row["count"] += c.times
+        row["sent_bytes"] += round(c.times * c.sent_bytes)
+        row["buffer_bytes"] += c.times * c.buffer_bytes
+    return sorted(rows.values(), key=lambda row: -row["sent_bytes"])
+
+
+def _schedule(module: hlo.Module, compiled: Compiled, hardware: Hardware) -> dict[str, Any]:
+    """What runs while the layer's exchange is on the wire, in the order that the compiler gave the program."""
+
+    def seconds(collective: hlo.Collective) -> float:
+        return exchange_seconds(collective.sent_bytes, compiled.mesh, collective.axes, hardware)
+
+    found = schedule.overlap(module, compiled.mesh, seconds, hardware.clock_hz, hardware.peak_flops)
+    return {
+        "exchanges_in_a_layer": len(found.exchanges),
+        "asynchronous_in_a_layer": sum(e.collective.asynchronous for e in found.exchanges),
+        "exchange_seconds": found.exchange_seconds,
+        "hidden_seconds": found.hidden_seconds,
+        "hidden_share": found.hidden,
+        "ceiling": found.ceiling,
+        "reached_of_ceiling": found.reached,
+    }
+
+
+def _advice(config: Config, module: hlo.Module, needed: int, available: int) -> dict[str, Any]:
+    """What is large, and which field makes it smaller."""
+    train, m = config.train, config.model
+    part = config.data.batch_size // (config.mesh.expert_ranks * max(1, config.mesh.data) * train.accumulate_steps)
+    if not m.remat:
+        fix = "--config.model.remat=True"
+    elif part > 1:
+        fix = f"--config.train.accumulate_steps={2 * train.accumulate_steps}"
+    else:
+        fix = "more ranks in mesh.expert, or a smaller model"
+    largest = [
+        {
+            "shape": f"{b.shape.dtype}{list(b.shape.dims)}",
+            "bytes": b.bytes,
+            "of": b.op_name,
+            "instructions": b.instructions,
+        }
+        for b in hlo.largest_buffers(module, 8)
+    ]
+    return {"needed": needed, "available": available, "change": fix, "largest": largest}
 
 
 def _first_line(error: Exception) -> str:

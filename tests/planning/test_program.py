@@ -1,0 +1,143 @@
+"""Counts against the compiled training step: bytes of every exchange, FLOPs, and what a plan says of a program."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, TrainConfig, load_config
+from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
+from bigmac_jax.planning import program
+from bigmac_jax.planning.counts import exchange_traffic, flops, parameters
+
+from ..model.tools import tiny
+
+MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
+
+
+def config(mesh: tuple[int, int, int], exchange: str, parts: int = 1, **model: Any) -> Config:
+    made = tiny(mesh, exchange=exchange, batch=16, **({"capacity_factor": 1.25} | model))
+    return dataclasses.replace(made, train=TrainConfig(accumulate_steps=parts))
+
+
+def compiled(config: Config) -> dict[str, Any]:
+    return program.describe(config, jax.devices("cpu")[: config.mesh.data * config.mesh.expert_ranks], None)
+
+
+def counted(config: Config) -> tuple[int, int]:
+    """(payload, metadata) bytes of a step, as the formulas have them."""
+    mesh = config.mesh
+    group = ExpertGroup((mesh.node, mesh.expert), "cpu", "cpu")
+    traffic = exchange_traffic(config, mesh.data * mesh.expert_ranks, group)
+    return round(sum(traffic.padded)), round(sum(traffic.metadata))
+
+
+CASES = [
+    *((name, mesh, {}, 1) for name in STRATEGIES for mesh in ("1x4", "1x8")),
+    ("all_to_all", "2x4", {"capacity_factor": float("inf"), "wire_dtype": "int8"}, 1),
+    ("dedup", "2x4", {"remat": True, "structure": "fine_grained"}, 1),  # the rows that come back are not asked for again
+    ("gather", "2x4", {"remat": True, "wire_dtype": "bfloat16"}, 1),
+    ("hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1),
+    ("ragged", "2x4", {"remat": True}, 1),
+    ("hierarchical", "two machines", {"capacity_factor": float("inf"), "overlap_chunks": 2}, 1),
+    ("dedup", "1x4", {"remat": True}, 2),
+    ("all_to_all", "2x4", {"balance_scope": "part", "remat": True}, 2),
+]
+
+
+@pytest.mark.parametrize(("exchange", "mesh", "model", "parts"), CASES)
+def test_exchange_bytes_are_the_counted_ones(exchange: str, mesh: str, model: dict[str, Any], parts: int) -> None:
+    made = config(MESHES[mesh], exchange, parts, **model)
+    found = compiled(made)
+    assert (found["exchange_sent_bytes"], found["metadata_sent_bytes"]) == counted(made)
+    assert found["exchange_sent_bytes"] > 0
+
+
+@pytest.mark.parametrize("exchange", STRATEGIES)
+def test_bigmac_sends_r_times_the_payload(exchange: str) -> None:
+    sent = {
+        structure: compiled(config(MESHES["1x4"], exchange, structure=structure))
+        for structure in ("bigmac", "fine_grained")
+    }
+    bigmac, fine = sent["bigmac"], sent["fine_grained"]
+    assert 4 * bigmac["exchange_sent_bytes"] == fine["exchange_sent_bytes"]
+    assert bigmac["metadata_sent_bytes"] == fine["metadata_sent_bytes"]
+
+
+def test_an_extra_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    swap = Wire._swap
+
+    def twice(self: Wire, x_SC: jax.Array, where: Any) -> jax.Array:
+        return swap(self, swap(self, swap(self, x_SC, where), where), where)
+
+    made = config(MESHES["1x4"], "all_to_all")
+    monkeypatch.setattr(Wire, "_swap", twice)
+    assert compiled(made)["exchange_sent_bytes"] > counted(made)[0]
+
+
+def test_scopes_name_the_payload() -> None:
+    """Nothing of the exchange is counted under another name: all other collectives are sums of gradients or scalars."""
+    found = compiled(config(MESHES["1x4"], "all_to_all"))
+    assert {row["kind"] for row in found["collectives"] if row["role"] == "other"} == {"all-reduce"}
+    assert PAYLOAD in program.compile_step(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
+
+
+@pytest.mark.parametrize("structure", ["bigmac", "fine_grained", "dense"])
+def test_flops_are_the_programs(structure: str) -> None:
+    """Remat off, capacity factor 1, attention without the mask's discount; the embedding is looked up, not multiplied."""
+    made = tiny((1, 1, 4), structure=structure, capacity_factor=1.0, num_experts=8, top_k=2, attention="xla")
+    found = compiled(made)
+    assert found["flops_per_step"] == sum(flops(made).values())
+
+
+def test_parameters_are_the_models() -> None:
+    made = tiny((1, 1, 4), balance="bias", num_shared_experts=1, latent_norm="pre_dispatch", positions="learned")
+    count = parameters(made, {"data": 1, "node": 1, "expert": 4})
+    experts = 2 * 8 * 4 * 16 * 2
+    assert count.parts["experts"] == experts and count.parts["projections"] == 2 * 2 * 16 * 4
+    assert count.parts["shared"] == 2 * 2 * 16 * 4 and count.parts["router"] == 2 * 16 * 8
+    assert count.parts["attention"] == 2 * 4 * 16 * 16 and count.parts["embedding"] == (257 + 8) * 16
+    assert count.active == count.total - experts * 5 // 8
+    assert count.of_a_rank == count.total - experts * 3 // 4
+    assert sum(count.parts.values()) == count.total
+
+
+def test_a_rank_keeps_its_own_chunk() -> None:
+    """The compiled buffers hold it; what is sent, and the paper's formula, do not."""
+    found = compiled(config(MESHES["1x4"], "all_to_all"))
+    assert found["exchange_buffer_bytes"] * 3 == found["exchange_sent_bytes"] * 4
+
+
+def test_topologies() -> None:
+    assert program.parse_topology("v5p:2x4x4") == ("v5p:2x4x4", "v5p", (2, 4, 4))
+    for name, part in {"v7:4x8": "v5e, v5p, v6e", "v5e": "v5e:4x8", "v5e:4x8x2": "2 sizes", "v5p:4x8": "3 sizes",
+                       "v6e:0x8": "2 sizes", "v6e:4x": "2 sizes", "": "one of"}.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=part):
+            program.parse_topology(name)
+
+
+def test_simulated_devices_stand_for_accelerators() -> None:
+    made = program.as_on_accelerators(load_config("configs/tiny.py"))
+    assert (made.model.attention, made.model.unroll_layers) == ("xla", 1)
+    chosen = load_config("configs/tiny.py", ("model.attention=blocks", "model.unroll_layers=3"))
+    assert program.as_on_accelerators(chosen) == chosen
+
+
+def test_a_description_is_json() -> None:
+    assert json.loads(json.dumps(compiled(config(MESHES["1x4"], "dedup"))))["memory"]["total"] > 0
+
+
+def test_advice_names_a_field_and_the_largest_arrays() -> None:
+    made = config(MESHES["1x4"], "all_to_all")
+    module = program.hlo.parse(program.compile_step(made, jax.devices("cpu")[:4]).text)
+    advice = program._advice(made, module, 2, 1)
+    assert advice["change"] == "--config.model.remat=True"
+    assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0
+    remat = dataclasses.replace(made, model=dataclasses.replace(made.model, remat=True))
+    assert program._advice(remat, module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
+
+
