@@ -1,0 +1,277 @@
+"""What a training step takes, from counts and a machine's figures: seconds by part, none of them measured.
+
+Collectives are reckoned as α + bytes / β: α for each message, β of the link that is filled first.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model.exchange import AllToAll, Gather, Hierarchical, Strategy
+from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.moe import strategy
+from bigmac_jax.planning import counts
+from bigmac_jax.planning.counts import Parameters, Sizes
+from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware.torus import Block, Shape, parts
+
+GRADIENT_BYTES = 4  # parameters and their gradients are float32 whatever the computation is in
+# AdamW reads a parameter, its gradient and two moments, and writes all but the gradient; clipping reads it once more.
+OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a training step by part, one after the other but for `hidden`.
+
+    Attributes:
+      matmul: recomputation and the padding of experts' rows included.
+      exchange: of the experts' rows and what goes with them, as if nothing ran beside it.
+      gradients: their sums over the ranks that share parameters.
+      optimizer: its passes over memory.
+      hidden: the part of `exchange` that runs beside matmuls, at best.
+      tokens: of a step.
+      useful: the share of the machine's peak that a step of one second would use (`counts.flops`).
+    """
+
+    matmul: float
+    exchange: float
+    gradients: float
+    optimizer: float
+    hidden: float
+    tokens: int
+    useful: float
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.exchange - self.hidden + self.gradients + self.optimizer
+
+    @property
+    def exchange_share(self) -> float:
+        """Of the step that waits for the exchange."""
+        return (self.exchange - self.hidden) / self.total
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.total
+
+    @property
+    def mfu(self) -> float:
+        return self.useful / self.total
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many ranks of a machine, and how its expert groups lie on it.
+
+    Attributes:
+      slice: of a torus, the chips that ICI joins.
+    """
+
+    hardware: Hardware
+    sizes: Sizes
+    slice: Block | None = None
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def group(self) -> int:
+        """Ranks that share one set of experts."""
+        return self.sizes["node"] * self.sizes["expert"]
+
+    @property
+    def machine(self) -> int:
+        """Ranks that fast links join."""
+        return self.slice.chips if self.slice else math.gcd(self.ranks, self.hardware.machine_ranks)
+
+    def by_link(self, sent: Sent) -> Sent:
+        """What is sent along the mesh's axes expert and node, on fast and slow links: they need not be the same.
+
+        Along an axis every peer gets as much, so it is enough to know how many of them are in the machine.
+        """
+        node, expert = self.sizes["node"], self.sizes["expert"]
+        inside = math.gcd(self.group, self.machine)
+        if inside >= expert:
+            near = sent.slow * (inside / expert - 1) / (node - 1) if node > 1 else 0.0
+            return Sent(sent.fast + near, sent.slow - near)
+        near = sent.fast * (inside - 1) / (expert - 1)
+        return Sent(near, sent.fast - near + sent.slow)
+
+    def exchange(self, sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
+        """Seconds of `exchanges` in which one rank sends `sent` bytes along expert and node, in all of them together.
+
+        A flat exchange fills fast and slow links side by side, so the longer one counts. The two hops of a hierarchical
+        one follow each other.
+        """
+        node, expert = self.sizes["node"], self.sizes["expert"]
+        if self.slice and self.group <= self.machine:
+            group = parts(self.slice, self.group)[0]
+            if not hierarchical:
+                return self._across(group, sum(sent), exchanges)
+            inside, between = parts(group, expert)
+            return self._across(inside, sent.fast, exchanges) + self._across(between, sent.slow, exchanges)
+        messages = Sent(expert - 1, node - 1 if hierarchical else (node - 1) * expert).times(exchanges)
+        (fast, slow), (fast_messages, slow_messages) = self.by_link(sent), self.by_link(messages)
+        h = self.hardware
+        across = slow_messages * h.slow.latency + slow / h.slow.bandwidth
+        if self.slice:
+            inside = parts(self.slice, math.gcd(self.group, self.machine))[0]
+            near = self._across(inside, fast, exchanges)
+        else:
+            near = fast_messages * h.fast.latency + fast / h.fast.bandwidth
+        return near + across if hierarchical else max(near, across)
+
+    def _across(self, block: Block, sent: float, exchanges: int) -> float:
+        """Seconds of exchanges in which every chip of the block sends `sent` bytes to the others."""
+        if block.chips == 1:
+            return 0.0
+        link = self.hardware.fast
+        return exchanges * block.hops() * link.latency + block.busiest_link() * sent / link.bandwidth
+
+    def around(self, sent: float, ranks: int, stride: int = 1) -> float:
+        """Seconds in which each of `ranks`, every `stride`-th, passes `sent` bytes on to the next, around a ring.
+
+        Between machines a ring leaves each of them once, so it has the share of all its ranks there to itself.
+        """
+        if ranks == 1:
+            return 0.0
+        h, inside = self.hardware, max(1, min(ranks, self.machine // stride))
+        rate = math.inf
+        if inside > 1:
+            links = parts(self.slice, stride)[1].ring_links() if self.slice else 1
+            rate = h.fast.bandwidth * links
+        if ranks > inside:
+            rate = min(rate, h.slow.bandwidth * inside)
+        return sent / rate
+
+    def all_reduce(self, size: float, ranks: int, stride: int = 1) -> float:
+        """Seconds: a sum of `size` bytes, scattered and gathered."""
+        return self.around(2 * size * (ranks - 1) / ranks, ranks, stride)
+
+
+def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Cluster:
+    """Ranks on the machine; on a torus on slices of `topology`, by default one that is nearly square.
+
+    Raises:
+      ConfigError: a topology that this machine doesn't have, or that the ranks or their groups don't fill.
+    """
+    if hardware.torus is None:
+        if topology:
+            raise ConfigError(f"topology={_x(topology)} is of a TPU, not of {hardware.device_kind}; leave it out")
+        return Cluster(hardware, sizes)
+    ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"]
+    shape = topology or hardware.torus.near_cube(math.gcd(ranks, hardware.machine_ranks))
+    chips = math.prod(shape)
+    if len(shape) > hardware.torus.dimensions or min(shape) < 1:
+        raise ConfigError(f"topology={_x(shape)} must have at most {hardware.torus.dimensions} axes, each at least 1")
+    if ranks % chips:
+        raise ConfigError(f"the {ranks} ranks must be a multiple of the {chips} chips of topology={_x(shape)}")
+    whole = hardware.torus.slice(shape)
+    inside = math.gcd(group, chips)
+    if inside != min(group, chips) or parts(whole, inside)[0].chips != inside:
+        raise ConfigError(f"mesh.node × mesh.expert = {group} ranks must make a block of topology={_x(shape)}")
+    return Cluster(hardware, sizes, whole)
+
+
+def _x(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def physical_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
+    """The group as its links see it: the machines it stands on, its ranks on each.
+
+    mesh.expert = 32 on machines of 8 is 4 × 8 here. Only a hierarchical exchange depends on what the mesh itself says.
+    """
+    group = sizes["node"] * sizes["expert"]
+    inside = math.gcd(group, hardware.machine_ranks)
+    return ExpertGroup((group // inside, inside), hardware.platform, hardware.device_kind)
+
+
+def mesh_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
+    """The group as the program sees it."""
+    return ExpertGroup((sizes["node"], sizes["expert"]), hardware.platform, hardware.device_kind)
+
+
+def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Times:
+    """A training step of `config` on a mesh of `sizes` (data, node, expert).
+
+    Raises:
+      ConfigError: as `cluster`.
+    """
+    m, here = config.model, cluster(sizes, hardware, topology)
+    group, rate = mesh_group(sizes, hardware), hardware.flops_per_second(m.dtype)
+    flops = counts.flops(config)
+    by_part = matmul_flops(config, here.ranks, group)
+    seconds_a_flop = 1 / (here.ranks * rate * hardware.matmul_efficiency)
+
+    exchange = exchange_time(config, here, group)
+    chunks, experts = m.overlap_chunks, by_part.get("experts", 0) * seconds_a_flop
+    # Of n chunks the first is sent before there is anything to compute; the experts are all that runs beside the rest.
+    hidden = (chunks - 1) / chunks * min(exchange, experts) if hardware.overlaps else 0.0
+
+    count = parameters(config, here.group)
+    expert_bytes = GRADIENT_BYTES * count.parts.get("experts", 0)
+    dense_bytes = GRADIENT_BYTES * count.total - expert_bytes
+    gradients = here.all_reduce(dense_bytes, here.ranks) + here.all_reduce(
+        expert_bytes / here.group, sizes["data"], here.group
+    )
+    return Times(
+        sum(by_part.values()) * seconds_a_flop,
+        exchange,
+        gradients * config.train.accumulate_steps,  # the gradients of every part are summed on their own
+        count.of_a_rank * OPTIMIZER_BYTES / hardware.memory_bandwidth,
+        hidden,
+        config.data.batch_size * config.data.sequence_length,
+        sum(flops.values()) / (here.ranks * rate),
+    )
+
+
+def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
+    """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
+    m, flops = config.model, counts.flops(config)
+    # A forward pass is a third of a step's FLOPs.
+    again = m.counts_loads_first and config.train.accumulate_steps > 1
+    done = {part: count * (1 + (again + (m.remat and part != "output")) / 3) for part, count in flops.items()}
+    if m.is_moe:
+        tokens = counts.tokens_at_a_time(config, ranks)
+        exchange = strategy(m, m.capacity_factor, tokens, group)
+        if isinstance(exchange, AllToAll) and not exchange.dropless:  # rows stand by expert, full or not
+            done["experts"] *= exchange.rows(tokens, m.choices) * exchange.ranks / (tokens * m.choices)
+    return done
+
+
+def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
+    """Seconds of a step's exchanges, nothing beside them."""
+    m = config.model
+    if not m.is_moe or here.group == 1:
+        return 0.0
+    exchange = strategy(m, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
+    traffic = counts.exchange_traffic(config, here.ranks, group)
+    payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
+    if isinstance(exchange, Gather):
+        # Half are gathers; the sums of the other half are gathers in reverse, or exchanges where rows are too small to
+        # be added on the way (model/exchange/wire.py).
+        around = sum(payload) if _adds_on_the_way(exchange) else sum(payload) / 2
+        flat = payload.times(1 - around / sum(payload)).plus(metadata)
+        return here.around(around, here.group) + here.exchange(flat, traffic.exchanges)
+    return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
+
+
+def _adds_on_the_way(exchange: Strategy) -> bool:
+    return exchange.forward == exchange.backward == "float32"
+
+
+def parameters(config: Config, group: int) -> Parameters:
+    """As `counts.parameters`, of which it calls the slow part once for a model."""
+    count = _parameters(replace(config.model, overlap_chunks=1, exchange="auto"), config.data.sequence_length)
+    return count._replace(of_a_rank=count.total - count.parts.get("experts", 0) * (group - 1) // group)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(model: ModelConfig, length: int) -> Parameters:
+    config = Config(model=model, data=DataConfig(tokenizer="", sequence_length=length))
+    return counts.parameters(config, {"data": 1, "node": 1, "expert": 1})

@@ -1,0 +1,125 @@
+"""Machines that are planned for: one TOML file each, whose comments name its sources.
+
+Rates are those of the data sheets, so times are what a step takes at best; `matmul_efficiency` alone is what is reached.
+"""
+
+import dataclasses
+import pathlib
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.hardware.torus import Torus
+
+_FOLDER = pathlib.Path(__file__).parent
+HARDWARE = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Attributes:
+    bandwidth: bytes a second that one device sends, in one direction.
+    latency: seconds of a message, on top of its bytes.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Attributes:
+    platform, device_kind: as jax spells them.
+    peak_flops, peak_flops_float32: FLOPs a second of one device, in 16-bit and in float32 matmuls.
+    matmul_efficiency: the share of it that large matmuls reach.
+    memory_bytes, memory_bandwidth: of one device; bytes, bytes a second.
+    machine_ranks: devices that fast links join.
+    overlaps: whether exchanges run beside computation.
+    fast: the link of one device inside the machine; of a torus one link and one hop.
+    slow: one device's share of the machine's links to others.
+    clock_hz: cycles a second, which a TPU's compiler reckons in; peak_flops over the FLOPs of a cycle.
+    torus: how fast links stand; without it a switch joins each device with each.
+    """
+
+    platform: str
+    device_kind: str
+    peak_flops: float
+    peak_flops_float32: float
+    matmul_efficiency: float
+    memory_bytes: float
+    memory_bandwidth: float
+    machine_ranks: int
+    overlaps: bool
+    fast: Link
+    slow: Link
+    clock_hz: float | None = None
+    torus: Torus | None = None
+
+    def flops_per_second(self, dtype: str) -> float:
+        """Peak of one device."""
+        return self.peak_flops_float32 if dtype == "float32" else self.peak_flops
+
+
+def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
+    """One of HARDWARE, or a file of that form.
+
+    Raises:
+      ConfigError: no such file, or a field that is missing, unknown, of the wrong type or not above 0.
+    """
+    text = str(name_or_path)
+    path = _FOLDER / f"{text}.toml" if text in HARDWARE else pathlib.Path(text).expanduser()
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"hardware={text!r} can't be read as a file; use one of {', '.join(HARDWARE)}, or a path to a .toml file"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name} is not valid TOML ({error}); see v5e.toml for the form") from None
+    hardware: Hardware = _build(Hardware, values, path.name, "")
+    if hardware.platform not in ("gpu", "tpu"):
+        raise ConfigError(f"{path.name}: platform={hardware.platform!r} must be gpu or tpu")
+    if hardware.matmul_efficiency > 1:
+        raise ConfigError(f"{path.name}: matmul_efficiency={hardware.matmul_efficiency:g} must be at most 1")
+    if hardware.platform == "tpu" and (hardware.torus is None or hardware.clock_hz is None):
+        missing = "torus" if hardware.torus is None else "clock_hz"
+        raise ConfigError(f"{path.name}: platform='tpu' needs {missing}; see v5e.toml")
+    return hardware
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    str: (str, "a text"),
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    float | None: (float, "a number"),
+}
+_TABLES: dict[Any, type] = {Link: Link, Torus | None: Torus}
+
+
+def _build(cls: type, values: Any, file: str, prefix: str) -> Any:
+    """The dataclass `cls` from a table of the file."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: {prefix.rstrip('.')}={values!r} must be a table, as [{prefix.rstrip('.')}]")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{file}: {prefix}{name} is not a field; use one of {', '.join(fields)}")
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING:
+            raise ConfigError(f"{file}: {prefix}{name} is missing; see v5e.toml for what it is")
+    return cls(**{name: _field(fields[name].type, value, file, prefix + name) for name, value in values.items()})
+
+
+def _field(kind: Any, value: Any, file: str, name: str) -> Any:
+    if kind in _TABLES:
+        return _build(_TABLES[kind], value, file, name + ".")
+    python_type, words = _KINDS[kind]
+    if python_type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not python_type:
+        raise ConfigError(f"{file}: {name}={value!r} must be {words}")
+    if python_type in (int, float) and not 0 < value < float("inf"):
+        raise ConfigError(f"{file}: {name}={value} must be a finite number above 0")
+    return value

@@ -1,0 +1,98 @@
+"""Chips on a grid, each joined with its neighbours: which links an exchange fills, and how many hops it goes."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Block(NamedTuple):
+    """Chips of a slice.
+
+    Attributes:
+      shape: by axis.
+      rings: which axes are rings.
+      stride: from a chip to its neighbour in the block; the chips between belong to other blocks, whose data crosses
+        the same links.
+    """
+
+    shape: Shape
+    rings: tuple[bool, ...]
+    stride: int = 1
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    def busiest_link(self) -> float:
+        """Bytes over one link, in one direction, when every chip sends one byte to all others together.
+
+        The two halves of an axis send each other as much as they must, whatever the route; it crosses the chips of a
+        cut, and of a ring's second cut. The longest axis without a ring decides.
+        """
+        n, busiest = self.chips, 0.0
+        for size, ring in zip(self.shape, self.rings, strict=True):
+            if size > 1:
+                across = n * (size // 2) / size * (n * (size - size // 2) / size) / (n - 1)
+                busiest = max(busiest, across / (n / size * (2 if ring else 1)))
+        return busiest * self.stride
+
+    def hops(self) -> int:
+        """From a chip to the farthest."""
+        far = sum(size // 2 if ring else size - 1 for size, ring in zip(self.shape, self.rings, strict=True))
+        return far * self.stride
+
+    def ring_links(self) -> float:
+        """Links that a chip sends on at once when data goes around along every axis; a line is worth half a ring."""
+        return (
+            sum(2 if ring else 1 for size, ring in zip(self.shape, self.rings, strict=True) if size > 1) / self.stride
+        )
+
+
+@dataclass(frozen=True)
+class Torus:
+    """Attributes:
+    dimensions: axes.
+    wrap_multiple: an axis of a multiple of so many chips is a ring.
+    wrap_together: only if all axes are.
+    """
+
+    dimensions: int
+    wrap_multiple: int
+    wrap_together: bool
+
+    def slice(self, shape: Shape) -> Block:
+        whole = [size % self.wrap_multiple == 0 for size in shape]
+        if self.wrap_together and not (len(shape) == self.dimensions and all(whole)):
+            whole = [False] * len(shape)
+        return Block(shape, tuple(whole))
+
+    def near_cube(self, chips: int) -> Shape:
+        """The slice of so many chips with the shortest longest axis, axes ascending; as 4x8 for 32 on a plane."""
+        shape, factors, factor = [1] * self.dimensions, list[int](), 2
+        while chips > 1:
+            if chips % factor:
+                factor += 1
+            else:
+                factors.append(factor)
+                chips //= factor
+        for factor in reversed(factors):
+            shape = sorted([shape[0] * factor, *shape[1:]])
+        return tuple(shape)
+
+
+def parts(whole: Block, ranks: int) -> tuple[Block, Block]:
+    """(the chips of `ranks` consecutive ranks, those of every `ranks`-th): an expert group, and who shares its experts.
+
+    Ranks count along the first axis first, as the ids of jax's devices do.
+    """
+    inner: list[int] = []
+    for size in whole.shape:
+        inner.append(math.gcd(size, ranks))
+        ranks //= inner[-1]
+    outer = [size // i for size, i in zip(whole.shape, inner, strict=True)]
+    stride = max([i for i, o in zip(inner, outer, strict=True) if o > 1], default=1)
+    # A part of an axis is a line, whatever the axis is.
+    rings = tuple(ring and o == 1 for ring, o in zip(whole.rings, outer, strict=True))
+    return Block(tuple(inner), rings, whole.stride), Block(tuple(outer), whole.rings, whole.stride * stride)
