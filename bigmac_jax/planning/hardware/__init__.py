@@ -1,9 +1,10 @@
 """Machines that are planned for: one TOML file each, whose comments name its sources.
 
-Rates are those of the data sheets, so times are what a step takes at best; `matmul_efficiency` alone is what is reached.
+Rates are the data sheets', so times are what a step takes at best; `matmul_efficiency` alone is what is reached.
 """
 
 import dataclasses
+import math
 import pathlib
 import tomllib
 from dataclasses import dataclass
@@ -120,6 +121,6 @@ def _field(kind: Any, value: Any, file: str, name: str) -> Any:
         value = float(value)
     if type(value) is not python_type:
         raise ConfigError(f"{file}: {name}={value!r} must be {words}")
-    if python_type in (int, float) and not 0 < value < float("inf"):
+    if isinstance(value, (int, float)) and not (isinstance(value, bool) or 0 < value < math.inf):
         raise ConfigError(f"{file}: {name}={value} must be a finite number above 0")
     return value

@@ -1,0 +1,200 @@
+"""The paper's own formulas and figures (arXiv 2502.16927), and how near the cost model comes to them.
+
+Table 1 states neither its model nor its batch. GPT3-XL's are taken, with as many tokens as make the exchange as long as
+the table's: one scale and one latency are fitted to its column of training exchanges. All else follows.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.planning.cost import OPTIMIZER_BYTES, Cluster, Times, cluster
+from bigmac_jax.planning.hardware import Hardware, load_hardware
+
+RANKS = 32
+# The paper trains in BF16 (Table 4), and is taken to sum gradients so; it doesn't say.
+GRADIENT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of the paper; GPT3-XL, 64 experts, by default.
+
+    Attributes:
+      layers, hidden, experts, top_k, ratio: l, h, e, K, r.
+      length, tokens: s, and b·s of a step.
+      vocab: v, GPT-2's 50,257 rounded up to a multiple of 128, with which the digits of Table 4 come out.
+    """
+
+    structure: str = "fine_grained"  # fine_grained | bigmac
+    top_k: int = 8
+    tokens: float = 256 * 2048
+    layers: int = 24
+    hidden: int = 2048
+    experts: int = 64
+    ratio: float = 0.25
+    length: int = 2048
+    vocab: int = 50304
+
+
+def paper_parameters(model: PaperModel) -> float:
+    """Table 3: (4h² + 8h + (2rh² + 2rh)e)·l + (v + e + 2)·h, and 2rlh² for W↓ and W↑."""
+    h = model.hidden
+    dense = (4 * h * h + 8 * h) * model.layers + (model.vocab + model.experts + 2) * h
+    return dense + _expert_parameters(model) + _is_bigmac(model) * 2 * model.ratio * model.layers * h * h
+
+
+def _expert_parameters(model: PaperModel) -> float:
+    h, r = model.hidden, model.ratio
+    return (2 * r * h * h + 2 * r * h) * model.experts * model.layers
+
+
+def paper_flops(model: PaperModel) -> float:
+    """Table 3, of a step: 12·bs·l·h²·(2 + s/h + v/(2lh) + rK), and 12·r·bs·l·h² for W↓ and W↑."""
+    h, r = model.hidden, model.ratio
+    share = 2 + model.length / h + model.vocab / (2 * model.layers * h) + r * model.top_k + _is_bigmac(model) * r
+    return 12 * model.tokens * model.layers * h * h * share
+
+
+def paper_all_to_all_bytes(model: PaperModel) -> float:
+    """Table 3, of a step and all ranks, capacity factor 1: 8·bs·l·h·K·(ep − 1)/ep, times r for bigmac.
+
+    8: two bytes, two exchanges, forward and backward.
+    """
+    width = model.hidden * (model.ratio if _is_bigmac(model) else 1)
+    return 8 * model.tokens * model.layers * width * model.top_k * (RANKS - 1) / RANKS
+
+
+def _is_bigmac(model: PaperModel) -> bool:
+    return model.structure == "bigmac"
+
+
+class Measured(NamedTuple):
+    """A row of Table 1: milliseconds of the all-to-all, and its share of the whole."""
+
+    training_ms: float
+    training_share: float
+    inference_ms: float
+    inference_share: float
+
+
+# By K; fine_grained, 64 experts, ep = 32.
+TABLE_1 = {
+    1: Measured(336.9, 0.599, 94.9, 0.512),
+    2: Measured(535.6, 0.713, 132.9, 0.652),
+    4: Measured(1089.5, 0.841, 268.7, 0.792),
+    6: Measured(1692.8, 0.891, 457.0, 0.865),
+    8: Measured(2383.4, 0.918, 696.5, 0.906),
+}
+
+
+class Speedup(NamedTuple):
+    """bigmac over fine_grained: of the step, and of its exchanges alone."""
+
+    step: float
+    exchange: float
+
+
+# By K; Figure 4 at ep = 32, tp = 1.
+FIGURE_4 = {4: Speedup(2.37, 3.48), 8: Speedup(2.95, 3.72)}
+
+
+class Fit(NamedTuple):
+    """Attributes:
+    scale: Table 1's tokens × layers over GPT3-XL's step of 524,288 × 24.
+    latency: seconds of a message between machines.
+    """
+
+    scale: float
+    latency: float
+
+
+def fit_table1(hardware: Hardware | None = None) -> Fit:
+    """Least squares of the relative errors of Table 1's five training exchanges, which are linear in both numbers."""
+    here = _cluster(hardware or load_hardware("paper"), latency=0.0)
+    bytes_alone = [_exchange(here, PaperModel(top_k=k)) for k in TABLE_1]
+    a_second_a_message = _exchange(_cluster(here.hardware, latency=1.0), PaperModel(tokens=0))
+    measured = np.array([row.training_ms / 1e3 for row in TABLE_1.values()])
+    terms = np.stack([bytes_alone, np.full(len(TABLE_1), a_second_a_message)], axis=1) / measured[:, None]
+    scale, latency = np.linalg.lstsq(terms, np.ones(len(TABLE_1)), rcond=None)[0]
+    return Fit(float(scale), float(latency))
+
+
+def paper_step(structure: str, top_k: int, fit: Fit, hardware: Hardware | None = None) -> Times:
+    """A step of Table 1's and Figure 4's model at capacity factor 1; the scale is all in the tokens."""
+    here = _cluster(hardware or load_hardware("paper"), fit.latency)
+    model = PaperModel(structure, top_k)
+    model = replace(model, tokens=fit.scale * model.tokens)
+    h = here.hardware
+    flops, experts = paper_flops(model), _expert_parameters(model)
+    dense = paper_parameters(model) - experts
+    return Times(
+        matmul=flops / (RANKS * h.peak_flops * h.matmul_efficiency),
+        exchange=_exchange(here, model),
+        gradients=here.all_reduce(GRADIENT_BYTES * dense, RANKS),  # the experts are on one rank each
+        optimizer=(dense + experts / RANKS) * OPTIMIZER_BYTES / h.memory_bandwidth,
+        hidden=0.0,
+        tokens=round(model.tokens),
+        useful=flops / (RANKS * h.peak_flops),
+    )
+
+
+def _cluster(hardware: Hardware, latency: float) -> Cluster:
+    hardware = replace(hardware, slow=replace(hardware.slow, latency=latency))
+    return cluster({"data": 1, "node": 1, "expert": RANKS}, hardware)
+
+
+def _exchange(here: Cluster, model: PaperModel) -> float:
+    """Seconds of a step's exchanges: of each layer two, forward and backward."""
+    return here.exchange(Sent(paper_all_to_all_bytes(model) / RANKS, 0.0), 4 * model.layers)
+
+
+class Row(NamedTuple):
+    """One figure of the paper beside the model's. `fitted`: the model has seen it."""
+
+    name: str
+    paper: float
+    model: float
+    fitted: bool = False
+
+    @property
+    def difference(self) -> float:
+        return self.model - self.paper
+
+
+def comparison(hardware: Hardware | None = None) -> list[Row]:
+    """All figures, in the order of the paper's tables: seconds as ms, shares in %, ratios in times."""
+    fit = fit_table1(hardware)
+    rows = []
+    for structure, figures in (("fine_grained", (3.73, 3490.67, 1488.0)), ("bigmac", (3.78, 3649.0, 372.0))):
+        model = PaperModel(structure)
+        rows += [
+            Row(f"Table 4, {structure}: parameters, 1e9", figures[0], paper_parameters(model) / 1e9),
+            Row(f"Table 4, {structure}: TFLOPs a step", figures[1], paper_flops(model) / 1e12),
+            Row(f"Table 4, {structure}: all-to-all, GiB", figures[2], paper_all_to_all_bytes(model) / 2**30),
+        ]
+    for k, measured in TABLE_1.items():
+        step = paper_step("fine_grained", k, fit, hardware)
+        rest = measured.training_ms * (1 / measured.training_share - 1)
+        # Forward alone: half of the exchanges, a third of the matmuls; of as many tokens, which the table doesn't say.
+        inference, matmul = step.exchange / 2, step.matmul / 3
+        rows += [
+            Row(f"Table 1, K={k}: training all-to-all, ms", measured.training_ms, 1e3 * step.exchange, fitted=True),
+            Row(f"Table 1, K={k}: share of the step, %", 100 * measured.training_share, 100 * step.exchange_share),
+            Row(f"Table 1, K={k}: all the rest, ms", rest, 1e3 * (step.total - step.exchange)),
+            Row(f"Table 1, K={k}: inference all-to-all, ms", measured.inference_ms, 1e3 * inference),
+            Row(
+                f"Table 1, K={k}: share of inference, %",
+                100 * measured.inference_share,
+                100 * inference / (inference + matmul),
+            ),
+        ]
+    for k, speedup in FIGURE_4.items():
+        fine, bigmac = (paper_step(structure, k, fit, hardware) for structure in ("fine_grained", "bigmac"))
+        rows += [
+            Row(f"Figure 4, K={k}: step, times", speedup.step, fine.total / bigmac.total),
+            Row(f"Figure 4, K={k}: exchange alone, times", speedup.exchange, fine.exchange / bigmac.exchange),
+        ]
+    return rows
