@@ -339,7 +339,7 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
     attributes = instruction.attributes
     text = attributes.get("source_target_pairs") or attributes.get("replica_groups") or "{}"
     if text.startswith("mesh"):  # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}; an axis may be a part: 'b':(1)2
-        order, _, last = attributes.get("device_ids", f"[{devices}] {text.rpartition(' ')[2]}").rpartition(" ")
+        order, _, last = attributes.get("device_ids", text).rpartition(" ")
         chosen = {name: _integers(part) for name, part in re.findall(r"'([^']+)'([^,}]*)", last)}
         dims, grouped = list[int](), list[int]()
         for name, size in re.findall(r"'([^']+)'=(\d+)", text):
@@ -347,6 +347,7 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
             if name in chosen:
                 grouped.append(len(dims) + 1)
             dims += [before, part, int(size) // (before * part)]
+        order = order if "device_ids" in attributes else f"[{math.prod(dims)}]"
         ids = np.moveaxis(_device_ids(order).reshape(dims), grouped, range(-len(grouped), 0))
         return ids.reshape(-1, math.prod(dims[axis] for axis in grouped)).tolist()
     if text.startswith("["):  # [groups,ranks]<=[4,2]T(1,0)

@@ -257,9 +257,10 @@ def test_pairs() -> None:
     assert exchange("source_target_pairs={{0,4},{4,0}}", "collective-permute").axes == ("data",)
 
 
-def test_a_mesh_that_is_too_small() -> None:
+@pytest.mark.parametrize("groups", ["[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2,'b'=4] {'b'}"])
+def test_a_mesh_that_is_too_small(groups: str) -> None:
     with pytest.raises(ValueError, match=r"device 7 must be one of the 4 .*'data': 2, 'expert': 2"):
-        exchange("replica_groups=[2,4]<=[8]", mesh={"data": 2, "expert": 2})
+        exchange(f"replica_groups={groups}", mesh={"data": 2, "expert": 2})
 
 
 # Bytes.
