@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.planning.cost import OPTIMIZER_BYTES, Cluster, Times, cluster
 from bigmac_jax.planning.hardware import Hardware, load_hardware
@@ -26,6 +27,7 @@ class PaperModel:
       layers, hidden, experts, top_k, ratio: l, h, e, K, r.
       length, tokens: s, and b·s of a step.
       vocab: v, GPT-2's 50,257 rounded up to a multiple of 128, with which the digits of Table 4 come out.
+      ranks: ep.
     """
 
     structure: str = "fine_grained"  # fine_grained | bigmac
@@ -37,6 +39,19 @@ class PaperModel:
     ratio: float = 0.25
     length: int = 2048
     vocab: int = 50304
+    ranks: int = RANKS
+
+
+def paper_model(config: Config) -> PaperModel:
+    """Raises ConfigError for a structure that the formulas are not of."""
+    m, data = config.model, config.data
+    if m.structure not in ("fine_grained", "bigmac"):
+        raise ConfigError(f"--paper has formulas for fine_grained and bigmac, not for structure={m.structure}; drop it")
+    tokens = data.batch_size * data.sequence_length
+    return PaperModel(
+        m.structure, m.top_k, tokens, m.num_layers, m.hidden_size, m.num_experts, m.down_ratio, data.sequence_length,
+        m.vocab_size, config.mesh.expert_ranks,
+    )  # fmt: skip
 
 
 def paper_parameters(model: PaperModel) -> float:
@@ -64,7 +79,7 @@ def paper_all_to_all_bytes(model: PaperModel) -> float:
     8: two bytes, two exchanges, forward and backward.
     """
     width = model.hidden * (model.ratio if _is_bigmac(model) else 1)
-    return 8 * model.tokens * model.layers * width * model.top_k * (RANKS - 1) / RANKS
+    return 8 * model.tokens * model.layers * width * model.top_k * (model.ranks - 1) / model.ranks
 
 
 def _is_bigmac(model: PaperModel) -> bool:

@@ -1,6 +1,7 @@
 """From a configuration to what it costs: the object that plan.py prints."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning import paper, program, search
-from bigmac_jax.planning.cost import physical_group, step_time
+from bigmac_jax.planning.cost import Times, mesh_group, physical_group, step_time
 from bigmac_jax.planning.counts import Sizes, exchange_traffic, flops, memory, parameters, tokens_at_a_time
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
@@ -49,7 +50,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     result = {
         "devices": place.devices,
         "topology": request.topology,
-        "hardware": place.hardware.name if place.hardware else "",
+        "hardware": request.hardware or (place.topology.kind if place.topology else ""),
         "mesh": sizes,
         "structure": config.model.structure,
         "description": config.model.describe(),
@@ -58,18 +59,24 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         "baselines": _baselines(config, place),
     }
     if request.paper:
-        result["paper"] = paper.table3(config, place.devices)
+        result["paper"] = _paper(config)
+        if request.hardware == "paper":
+            result["paper_comparison"] = [row._asdict() for row in paper.comparison(place.hardware)]
     if request.compile:
         result["program"] = _program(config, sizes, place)
     if request.sweep:
+        axes = _axes(request.sweep)
+        fields = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         result["sweep"] = [
-            {"fields": fields, **_costs(swept, _sizes(swept, place), place)}
-            for fields, swept in search.sweep(config, request.sweep)
+            {"fields": values, **_costs(swept, _sizes(swept, place), place)}
+            for values, swept in zip(fields, search.sweep(config, axes), strict=True)
         ]
     if request.search:
         if place.hardware is None:
             raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
-        result["search"] = [c.to_json() for c in search.search(config, place.devices, place.hardware)]
+        shape = place.topology.shape if place.topology else None
+        found = search.search(config, place.devices, place.hardware, shape)
+        result["search"] = [_candidate(candidate) for candidate in found]
     return result
 
 
@@ -95,17 +102,19 @@ def _sizes(config: Config, place: Place) -> Sizes:
     return sizes
 
 
-def _group(sizes: Sizes, place: Place) -> ExpertGroup:
-    if place.simulated:
-        return ExpertGroup((sizes["node"], sizes["expert"]), "cpu", "cpu")
-    if place.hardware:
-        return physical_group(sizes, place.hardware)
-    return ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
+def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
+    """The expert group as the program sees it, and as its links do."""
+    if place.hardware and not place.simulated:
+        return mesh_group(sizes, place.hardware), physical_group(sizes, place.hardware)
+    # Of simulated devices the exchanges that are counted are those of the CPU, which emulates the ragged one.
+    kind = "cpu" if place.simulated else "gpu"
+    group = ExpertGroup((sizes["node"], sizes["expert"]), kind, kind)
+    return group, group
 
 
 def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and where the hardware is known times."""
-    m, group, ranks = config.model, _group(sizes, place), place.devices
+    m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
     parts = memory(config, ranks, group, count)
     result: dict[str, Any] = {
@@ -119,13 +128,18 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "memory": parts | {"total": sum(parts.values())},
     }
     if m.is_moe:
-        tokens = tokens_at_a_time(config, ranks)
-        chosen = strategy(m, m.capacity_factor, tokens, group)
+        chosen = strategy(m, m.capacity_factor, tokens_at_a_time(config, ranks), group)
+        two_levels = min(group.sizes) > 1
         result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)
-        result["exchanges"] = {name: _traffic(config, ranks, group, name) for name in STRATEGIES}
+        # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's.
+        result["exchanges"] = {
+            name: _traffic(config, ranks, group if name == "hierarchical" else physical, name)
+            for name in STRATEGIES
+            if name != "hierarchical" or two_levels
+        }
     if place.hardware:
         topology = place.topology.shape if place.topology else None
-        result["time"] = dataclasses.asdict(step_time(config, sizes, place.hardware, topology))
+        result["time"] = _times(step_time(config, sizes, place.hardware, topology))
     return result
 
 
@@ -140,10 +154,49 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
     }
 
 
+def _times(times: Times) -> dict[str, float]:
+    names = ("matmul", "exchange", "hidden", "gradients", "optimizer", "total", "exchange_share", "tokens_per_s", "mfu")
+    return {name: getattr(times, name) for name in names}
+
+
+def _paper(config: Config) -> dict[str, float]:
+    model = paper.paper_model(config)
+    return {
+        "parameters": paper.paper_parameters(model),
+        "flops_per_step": paper.paper_flops(model),
+        "all_to_all_bytes_per_step": paper.paper_all_to_all_bytes(model),
+    }
+
+
+def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
+    """top_k=1,2 structure=bigmac → values by field."""
+    axes = {}
+    for argument in " ".join(arguments).split():
+        name, equals, values = argument.removeprefix("--").removeprefix("config.").partition("=")
+        if not (equals and all(values.split(","))):
+            raise ConfigError(f"--sweep {argument!r} must be FIELD=a,b,…, as in --sweep top_k=1,2,4,8")
+        axes[name] = values.split(",")
+    return axes
+
+
+def _candidate(candidate: search.Candidate) -> dict[str, Any]:
+    m = candidate.config.model
+    return {
+        "mesh": candidate.sizes,
+        "exchange": m.exchange,
+        "overlap_chunks": m.overlap_chunks,
+        "remat": m.remat,
+        "accumulate_steps": candidate.config.train.accumulate_steps,
+        "fits": candidate.fits,
+        "memory": sum(candidate.memory.values()),
+        "time": _times(candidate.times),
+    }
+
+
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
     """The other structures with the same fields; for one that cannot be, why."""
     found: dict[str, Any] = {}
-    for structure in STRUCTURES:
+    for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
                 latent = config.model.latent_norm if structure == "bigmac" else "none"
@@ -157,6 +210,6 @@ def _baselines(config: Config, place: Place) -> dict[str, Any]:
 
 def _program(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     if place.topology:
-        return program.describe(config, program.tpu_devices(place.topology), place.hardware)
+        return program.describe(config, program.tpu_devices(place.topology), place.hardware, place.topology.shape)
     jax.config.update("jax_num_cpu_devices", place.devices)
     return program.describe(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)

@@ -18,8 +18,9 @@ from jax.sharding import NamedSharding
 from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import batch_spec, make_mesh
+from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.planning import hlo, schedule
-from bigmac_jax.planning.cost import exchange_seconds
+from bigmac_jax.planning.cost import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.training.step import make_trainer
 
@@ -41,7 +42,7 @@ def parse_topology(name: str) -> Topology:
     if kind not in TPUS:
         raise ConfigError(f"--topology={name} must begin with one of {', '.join(TPUS)}, as in --topology=v5e:4x8")
     dimensions = 3 if kind == "v5p" else 2
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){%d}" % (dimensions - 1), shape):
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
         example = "v5p:2x4x4" if dimensions == 3 else f"{kind}:4x8"
         raise ConfigError(f"--topology={name} must have {dimensions} sizes, as in --topology={example}")
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
@@ -93,8 +94,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
         trainer = make_trainer(config, mesh)
         tokens_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(2)))
         lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
+        # Of a CPU's program only the HLO is looked at, which XLA's backend doesn't change any more.
+        options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -116,7 +119,9 @@ def as_on_accelerators(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def describe(config: Config, devices: Sequence[Any], hardware: Hardware | None) -> dict[str, Any]:
+def describe(
+    config: Config, devices: Sequence[Any], hardware: Hardware | None = None, topology: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """Compiles and reads the program; bytes and FLOPs of all ranks in a step, memory of one."""
     ranks = len(devices)
     compiled = compile_step(config, devices)
@@ -147,7 +152,7 @@ def describe(config: Config, devices: Sequence[Any], hardware: Hardware | None) 
         if not result["fits"]:
             result["advice"] = _advice(config, module, compiled.memory["total"], hardware.memory_bytes)
     if hardware and module.scheduled and devices[0].platform == "tpu" and config.model.is_moe:
-        result["schedule"] = _schedule(module, compiled, hardware)
+        result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
         if not environment.compiler_options(devices[0]).get("xla_tpu_enable_async_all_to_all"):
             result["schedule"]["note"] = (
                 f"compiled without asynchronous all-to-alls: {devices[0].device_kind} has none over a group of "
@@ -172,11 +177,16 @@ def _summary(found: Sequence[hlo.Collective], layers: int) -> list[dict[str, Any
     return sorted(rows.values(), key=lambda row: -row["sent_bytes"])
 
 
-def _schedule(module: hlo.Module, compiled: Compiled, hardware: Hardware) -> dict[str, Any]:
+def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str, Any]:
     """What runs while the layer's exchange is on the wire, in the order that the compiler gave the program."""
+    node, expert, hardware = here.sizes["node"], here.sizes["expert"], here.hardware
+    assert hardware.clock_hz  # every TPU has it
 
     def seconds(collective: hlo.Collective) -> float:
-        return exchange_seconds(collective.sent_bytes, compiled.mesh, collective.axes, hardware)
+        peers = Sent(expert - 1 if "expert" in collective.axes else 0, node - 1 if "node" in collective.axes else 0)
+        flat = len(collective.axes) > 1
+        peers = Sent(peers.fast, peers.slow * expert) if flat else peers
+        return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
     found = schedule.overlap(module, compiled.mesh, seconds, hardware.clock_hz, hardware.peak_flops)
     return {
@@ -190,7 +200,7 @@ def _schedule(module: hlo.Module, compiled: Compiled, hardware: Hardware) -> dic
     }
 
 
-def _advice(config: Config, module: hlo.Module, needed: int, available: int) -> dict[str, Any]:
+def _advice(config: Config, module: hlo.Module, needed: float, available: float) -> dict[str, Any]:
     """What is large, and which field makes it smaller."""
     train, m = config.train, config.model
     part = config.data.batch_size // (config.mesh.expert_ranks * max(1, config.mesh.data) * train.accumulate_steps)

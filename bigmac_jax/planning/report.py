@@ -1,6 +1,7 @@
 """What plan.py shows: tables for people, and a picture."""
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,14 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
             console.print(f"{name}: {column['error']}")
     if "exchanges" in plan:
         console.print(_exchanges(plan))
-    for key, table in (("paper", _paper), ("program", _program), ("sweep", _sweep), ("search", _search)):
+    tables: dict[str, Callable[[Any], Table]] = {
+        "paper": _paper,
+        "paper_comparison": _comparison,
+        "program": _program,
+        "sweep": _sweep,
+        "search": _search,
+    }
+    for key, table in tables.items():
         if key in plan:
             console.print(table(plan[key]))
     if "program" in plan:
@@ -83,6 +91,15 @@ def _paper(paper: Mapping[str, Any]) -> Table:
     return table
 
 
+def _comparison(rows: list[Mapping[str, Any]]) -> Table:
+    table = _table("The paper's cluster, one scale and one latency fitted to Table 1's training exchanges",
+                   "", "paper", "model", "difference")  # fmt: skip
+    for row in rows:
+        name = row["name"] + (" (fitted)" if row["fitted"] else "")
+        table.add_row(name, f"{row['paper']:,.2f}", f"{row['model']:,.2f}", f"{row['model'] - row['paper']:+,.2f}")
+    return table
+
+
 def _program(program: Mapping[str, Any]) -> Table:
     title = f"The compiled program ({program['device_kind']}, {program['compile_seconds']} s)"
     table = _table(title, "collectives of a rank", "axes", "what", "pass", "async", "count", "sent")
@@ -103,7 +120,8 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
         f"{size(memory['temporaries'])} temporaries)"
     )
     console.print(
-        f"matmul FLOPs: {program['flops_per_step'] / 1e12:,.2f} T; exchange: {size(program['exchange_sent_bytes'])} sent "
+        f"matmul FLOPs: {program['flops_per_step'] / 1e12:,.2f} T; "
+        f"exchange: {size(program['exchange_sent_bytes'])} sent "
         f"({size(program['exchange_buffer_bytes'])} with what ranks keep for themselves), "
         f"{size(program['metadata_sent_bytes'])} metadata; other collectives {size(program['other_sent_bytes'])}"
     )
@@ -134,6 +152,22 @@ def _sweep(rows: list[Mapping[str, Any]]) -> Table:
             time = row["time"]
             cells += [duration(time["total"]), f"{100 * time['exchange_share']:.1f} %", f"{time['tokens_per_s']:,.0f}"]
         table.add_row(*map(str, row["fields"].values()), *cells)
+    return table
+
+
+def _search(rows: list[Mapping[str, Any]]) -> Table:
+    """The first dozen."""
+    title = f"Fastest of {len(rows)} candidates, by the cost model"
+    table = _table(title, "data × node × expert", "exchange", "chunks", "remat",
+                   "parts", "memory", "fits", "step", "exchange", "tokens/s")  # fmt: skip
+    for row in rows[:12]:
+        time = row["time"]
+        table.add_row(
+            " × ".join(map(str, row["mesh"].values())), row["exchange"], str(row["overlap_chunks"]),
+            "yes" if row["remat"] else "no", str(row["accumulate_steps"]), size(row["memory"]),
+            "yes" if row["fits"] else "no", duration(time["total"]), f"{100 * time['exchange_share']:.1f} %",
+            f"{time['tokens_per_s']:,.0f}",
+        )  # fmt: skip
     return table
 
 
@@ -178,7 +212,9 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
         columns = {plan["structure"]: plan} | plan["baselines"]
         valid = {name: column for name, column in columns.items() if "error" not in column}
         panels = [_draw_memory] + [_draw_exchanges] * ("exchanges" in plan) + [_draw_times] * ("time" in plan)
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
+        )
         for panel, ax in zip(panels, axes[0], strict=True):
             panel(ax, valid)
     try:
