@@ -1,0 +1,1 @@
+"""Tests of counts, times and the search."""

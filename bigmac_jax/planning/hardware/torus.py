@@ -90,7 +90,7 @@ def parts(whole: Block, ranks: int) -> tuple[Block, Block]:
     inner: list[int] = []
     for size in whole.shape:
         inner.append(math.gcd(size, ranks))
-        ranks //= inner[-1]
+        ranks = ranks // size if inner[-1] == size else 1  # the next axis begins when this one is full
     outer = [size // i for size, i in zip(whole.shape, inner, strict=True)]
     stride = max([i for i, o in zip(inner, outer, strict=True) if o > 1], default=1)
     # A part of an axis is a line, whatever the axis is.

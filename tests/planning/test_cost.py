@@ -1,0 +1,226 @@
+"""The cost model, worked by hand."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.planning import counts
+from bigmac_jax.planning.cost import cluster, matmul_flops, mesh_group, parameters, physical_group, step_time
+from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
+
+# Machines of four, whose numbers are easy to follow.
+PLAIN = Hardware(
+    "gpu", "plain", peak_flops=1e12, peak_flops_float32=5e11, matmul_efficiency=0.5, memory_bytes=1e10,
+    memory_bandwidth=1e11, machine_ranks=4, overlaps=True, fast=Link(100.0, 2.0), slow=Link(10.0, 3.0),
+)  # fmt: skip
+V5E, V5P = load_hardware("v5e"), load_hardware("v5p")
+
+
+def sizes(data: int = 1, node: int = 1, expert: int = 1) -> dict[str, int]:
+    return {"data": data, "node": node, "expert": expert}
+
+
+def config(accumulate: int = 1, **model: Any) -> Config:
+    fields: dict[str, Any] = {"structure": "fine_grained", "num_layers": 2, "hidden_size": 64, "num_heads": 4,
+              "vocab_size": 257, "num_experts": 32, "top_k": 4, "capacity_factor": 1.0}  # fmt: skip
+    data = DataConfig(tokenizer="bytes", sequence_length=64, batch_size=64)
+    return Config(model=ModelConfig(**(fields | model)), data=data, train=TrainConfig(accumulate_steps=accumulate))
+
+
+def test_two_ranks() -> None:
+    """500 bytes to the other one, in each of 3 exchanges: 3 messages of 2 s, 1,500 bytes at 100 a second."""
+    assert cluster(sizes(expert=2), PLAIN).exchange(Sent(1500, 0), 3) == 3 * 2 + 15
+
+
+@pytest.mark.parametrize("mesh", [sizes(expert=8), sizes(node=2, expert=4), sizes(node=4, expert=2)])
+def test_eight_ranks_on_two_machines(mesh: dict[str, int]) -> None:
+    """10 bytes to each of 7: three here, four there, side by side. The mesh's axes say nothing about the links."""
+    here = cluster(mesh, PLAIN)
+    sent = Sent(10 * (mesh["expert"] - 1), 10 * (8 - mesh["expert"]))
+    assert here.by_link(sent) == Sent(30, 40)
+    assert here.exchange(sent, 1) == max(3 * 2 + 30 / 100, 4 * 3 + 40 / 10)
+
+
+def test_hops_follow_each_other() -> None:
+    """First 10 bytes to the other machine, then 10 to each of three."""
+    here = cluster(sizes(node=2, expert=4), PLAIN)
+    assert here.exchange(Sent(30, 10), 1, hierarchical=True) == (3 * 2 + 30 / 100) + (3 + 10 / 10)
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "hierarchical"])
+def test_links_are_those_of_the_physical_group(name: str) -> None:
+    mesh, c = sizes(expert=32), config(exchange=name)
+    hardware = load_hardware("h100")
+    physical = physical_group(mesh, hardware)
+    assert physical == ExpertGroup((4, 8), "gpu", hardware.device_kind)
+    assert physical_group(sizes(node=2, expert=4), hardware).sizes == (1, 8)
+    logical = counts.exchange_traffic(c, 32, mesh_group(mesh, hardware)).padded
+    expected = counts.exchange_traffic(c, 32, physical).padded
+    assert logical.slow == 0 < expected.slow
+    assert cluster(mesh, hardware).by_link(logical) == pytest.approx(expected)
+
+
+def test_a_plane_of_chips() -> None:
+    """v5e 4x8: 31 bytes from each of 32 chips put 16 · 16 over 4 links of 50 GB/s; 10 hops of a microsecond."""
+    here = cluster(sizes(expert=32), V5E, (4, 8))
+    assert here.exchange(Sent(31e9, 0), 1) == pytest.approx(16 * 16e9 / 4 / 50e9 + 10e-6)
+    assert here == cluster(sizes(expert=32), V5E)
+    # Two blocks of 4 × 4: 8 · 8 over 4 links; the mesh's node axis is no slow link.
+    for mesh in (sizes(2, 1, 16), sizes(2, 2, 8)):
+        sent = Sent(mesh["expert"] - 1, 16 - mesh["expert"]).times(1e9)
+        assert cluster(mesh, V5E).exchange(sent, 1) == pytest.approx(8 * 8e9 / 4 / 50e9 + 6e-6)
+
+
+def test_a_box_of_chips() -> None:
+    """v5p 2x4x4, no rings: 16 · 16 over 8 links of 100 GB/s; 7 hops."""
+    assert cluster(sizes(expert=32), V5P).exchange(Sent(31e9, 0), 2) == pytest.approx(16 * 16e9 / 8 / 100e9 + 14e-6)
+
+
+def test_hops_inside_a_slice() -> None:
+    """4 × 8 as two nodes of 4 × 4: inside 8 · 8 over 4 links; between 1 byte to the fourth next, four chips a link."""
+    here = cluster(sizes(node=2, expert=16), V5E)
+    inside, between = 8 * 8e9 / 4 / 50e9 + 6e-6, 4 * 1e9 / 50e9 + 4e-6
+    assert here.exchange(Sent(15e9, 1e9), 1, hierarchical=True) == pytest.approx(inside + between)
+
+
+def test_two_slices() -> None:
+    """Two chips of every four in the other slice of two: they are reached over the data centre's network."""
+    here = cluster(sizes(expert=4), V5E, (1, 2))
+    slow = 2 * V5E.slow.latency + 2e9 / V5E.slow.bandwidth
+    assert here.exchange(Sent(3e9, 0), 1) == pytest.approx(slow)
+
+
+def test_around_a_ring() -> None:
+    here = cluster(sizes(2, 1, 4), PLAIN)
+    # All 8: inside at 100, out of a machine at its four shares of 10. 1,000 bytes, there and back, 7/8 of them.
+    assert here.all_reduce(1000, 8) == 2 * 1000 * 7 / 8 / 40
+    assert here.all_reduce(1000, 4) == 2 * 1000 * 3 / 4 / 100
+    # Every fourth: one to a machine, and one share.
+    assert here.all_reduce(1000, 2, 4) == 1000 / 10
+    assert here.all_reduce(1000, 1) == 0
+    # On 16 × 16 two rings of two directions; every 16th chip has the second axis.
+    pod = cluster(sizes(16, 1, 16), V5E)
+    assert pod.all_reduce(1e9, 256) == pytest.approx(2e9 * 255 / 256 / 200e9)
+    assert pod.all_reduce(1e9, 16, 16) == pytest.approx(2e9 * 15 / 16 / 100e9)
+
+
+def test_a_step() -> None:
+    """Two ranks of one machine: 4,096 tokens, 2 layers, fine_grained with experts of 64 → 16 → 64."""
+    c = config()
+    times = step_time(c, sizes(expert=2), PLAIN)
+    flops = 6 * 4096 * (2 * (4 * 64**2 + 2 * 64 * 64 + 64 * 32 + 2 * 4 * 64 * 16) + 64 * 257)
+    assert times.matmul == pytest.approx(flops / (2 * 5e11 * 0.5))
+    # A rank sends half of its 2,048 · 4 rows of 64 float32, in 2 exchanges of 2 layers, forward and backward.
+    assert times.exchange == pytest.approx(8 * 2 + 8 * 2048 * 4 / 2 * 64 * 4 / 100)
+    experts = 2 * 32 * 2 * 64 * 16
+    count = counts.parameters(c, sizes(expert=2))
+    assert count.parts["experts"] == experts
+    assert times.gradients == pytest.approx(4 * (count.total - experts) / 100)  # the experts stand on one rank each
+    assert times.optimizer == pytest.approx(32 * (count.total - experts / 2) / 1e11)
+    assert times.hidden == 0
+    assert times.total == times.matmul + times.exchange + times.gradients + times.optimizer
+    assert times.exchange_share == times.exchange / times.total
+    assert times.tokens_per_s == 4096 / times.total
+    assert times.mfu == pytest.approx(flops / (times.total * 2 * 5e11))
+
+
+def test_who_shares_the_experts() -> None:
+    """Two groups of two on a machine: the ring of an expert is fast, all four machines' ranks share the rest."""
+    count = parameters(config(), 2)
+    gradients = step_time(config(), sizes(2, 1, 2), PLAIN).gradients
+    dense = count.total - count.parts["experts"]
+    assert gradients == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * count.parts["experts"] / 2) / 100)
+    assert step_time(config(accumulate=2), sizes(2, 1, 2), PLAIN).gradients == pytest.approx(2 * gradients)
+
+
+@pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])
+def test_parameters_are_those_of_counts(structure: str) -> None:
+    c = config(structure=structure, exchange="gather", overlap_chunks=2)
+    assert parameters(c, 2) == counts.parameters(c, sizes(2, 1, 2))
+
+
+def test_work_that_is_done_twice() -> None:
+    group, plain = ExpertGroup((1, 2), "gpu", ""), counts.flops(config())
+    assert matmul_flops(config(), 2, group) == plain
+    remat = matmul_flops(config(remat=True), 2, group)
+    assert remat["experts"] == pytest.approx(4 / 3 * plain["experts"]) and remat["output"] == plain["output"]
+    # A first pass counts the loads of all parts.
+    assert matmul_flops(config(2), 2, group) == pytest.approx({p: 4 / 3 * n for p, n in plain.items()})
+    assert matmul_flops(config(2, balance="none"), 2, group) == plain
+
+
+def test_padded_rows_are_multiplied() -> None:
+    group, plain = ExpertGroup((1, 2), "gpu", ""), counts.flops(config())
+    for factor, name, more in ((1.25, "all_to_all", 1.25), (1.25, "dedup", 1), (math.inf, "all_to_all", 1)):
+        flops = matmul_flops(config(capacity_factor=factor, exchange=name), 2, group)
+        assert flops["experts"] == pytest.approx(more * plain["experts"])
+        assert flops["attention"] == plain["attention"]
+
+
+def test_overlap() -> None:
+    """Three of four chunks run beside the experts, or the experts beside them, whichever is shorter."""
+    quick = replace(PLAIN, fast=Link(1e12, 1e-12))
+    c = config(overlap_chunks=4)
+    times = step_time(c, sizes(expert=2), quick)
+    assert times.hidden == pytest.approx(3 / 4 * times.exchange) and times.hidden > 0
+    experts = counts.flops(c)["experts"] / (2 * 5e11 * 0.5)
+    slow = step_time(c, sizes(expert=2), PLAIN)
+    assert slow.hidden == pytest.approx(3 / 4 * experts)
+    assert slow.total == pytest.approx(slow.matmul + slow.exchange + slow.gradients + slow.optimizer - slow.hidden)
+    assert step_time(c, sizes(expert=2), replace(quick, overlaps=False)).hidden == 0
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_twice_the_bandwidth(name: str) -> None:
+    def exchange(fast: float, slow: float) -> float:
+        hardware = replace(PLAIN, fast=Link(fast, 1e-300), slow=Link(slow, 1e-300))
+        return step_time(config(exchange=name), sizes(node=2, expert=4), hardware).exchange
+
+    assert exchange(200, 20) == pytest.approx(exchange(100, 10) / 2)
+    assert exchange(1e12, 20) < exchange(1e12, 10)
+
+
+def test_bigmac_sends_a_quarter() -> None:
+    free = replace(PLAIN, fast=Link(100, 1e-300), slow=Link(10, 1e-300))
+    fine, bigmac = (step_time(config(structure=s), sizes(expert=8), free) for s in ("fine_grained", "bigmac"))
+    assert bigmac.exchange == pytest.approx(fine.exchange / 4)
+    assert bigmac.matmul > fine.matmul
+
+
+def test_gather_goes_around() -> None:
+    """float32: all rows to the next rank, 7 times, out of each machine once for its four ranks; the gates directly."""
+    c, mesh = config(exchange="gather"), sizes(expert=8)
+    here, traffic = cluster(mesh, PLAIN), counts.exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
+    rows = 8 * 7 * 512 * 64 * 4
+    assert sum(traffic.padded) == 8 * rows
+    expected = rows / 40 + here.exchange(traffic.metadata.times(1 / 8), 8)
+    assert step_time(c, mesh, PLAIN).exchange == pytest.approx(expected)
+    small = step_time(replace(c, model=replace(c.model, wire_dtype="bfloat16")), mesh, PLAIN).exchange
+    half = rows / 2 / 2
+    assert small == pytest.approx(half / 40 + here.exchange(Sent(half, 0).plus(traffic.metadata.times(1 / 8)), 8))
+
+
+def test_nothing_is_sent() -> None:
+    assert step_time(config(), sizes(), PLAIN).exchange == 0
+    assert step_time(config(structure="dense"), sizes(8), PLAIN).exchange == 0
+
+
+@pytest.mark.parametrize(
+    ("mesh", "hardware", "topology", "message"),
+    [
+        (sizes(expert=8), PLAIN, (2, 4), "topology=2x4 is of a TPU, not of plain; leave it out"),
+        (sizes(expert=8), V5E, (2, 2, 2), "topology=2x2x2 must have at most 2 axes, each at least 1"),
+        (sizes(expert=8), V5E, (0, 2), "topology=0x2 must have at most 2 axes, each at least 1"),
+        (sizes(expert=8), V5E, (4, 4), "the 8 ranks must be a multiple of the 16 chips of topology=4x4"),
+        (sizes(2, 1, 6), V5E, (4, 3), "mesh.node × mesh.expert = 6 ranks must make a block of topology=4x3"),
+    ],
+)
+def test_what_does_not_fit(mesh: dict[str, int], hardware: Hardware, topology: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        cluster(mesh, hardware, topology)

@@ -1,0 +1,148 @@
+"""Hardware files: what they hold, what is refused, and the torus."""
+
+import pathlib
+import re
+
+import pytest
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.hardware import HARDWARE, Link, load_hardware
+from bigmac_jax.planning.hardware.torus import Block, Torus, parts
+
+FOLDER = pathlib.Path(load_hardware.__code__.co_filename).parent
+PLANE = Torus(dimensions=2, wrap_multiple=16, wrap_together=False)
+CUBES = Torus(dimensions=3, wrap_multiple=4, wrap_together=True)
+
+
+def test_the_files() -> None:
+    assert HARDWARE == ("h100", "paper", "v5e", "v5p", "v6e")
+    for name in HARDWARE:
+        hardware = load_hardware(name)
+        assert (hardware.torus is not None) == (hardware.platform == "tpu")
+        assert hardware.fast.bandwidth > hardware.slow.bandwidth
+    # As libtpu's topologies spell them.
+    kinds = {name: load_hardware(name).device_kind for name in ("v5e", "v5p", "v6e")}
+    assert kinds == {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+def test_the_papers_cluster() -> None:
+    paper = load_hardware("paper")
+    assert (paper.peak_flops, paper.memory_bytes, paper.machine_ranks) == (149.7e12, 48e9, 8)
+    assert paper.slow.bandwidth * 8 * 8 == 100e9  # bits a second of a machine
+
+
+def test_clocks_give_the_peaks() -> None:
+    """MXUs × multipliers × two FLOPs; v6e's do two products a cycle."""
+    cycle = {"v5e": 4 * 128**2 * 2, "v5p": 8 * 128**2 * 2, "v6e": 2 * 256**2 * 2 * 2}
+    for name, flops in cycle.items():
+        hardware = load_hardware(name)
+        assert hardware.clock_hz is not None
+        assert flops * hardware.clock_hz == pytest.approx(hardware.peak_flops, rel=0.005)
+
+
+def edited(path: pathlib.Path, old: str, new: str, of: str = "v5e") -> pathlib.Path:
+    text = (FOLDER / f"{of}.toml").read_text()
+    assert len(re.findall(old, text, re.MULTILINE)) == 1
+    path.write_text(re.sub(old, new, text, flags=re.MULTILINE))
+    return path
+
+
+def test_a_file_of_ones_own(tmp_path: pathlib.Path) -> None:
+    path = edited(tmp_path / "mine.toml", "^bandwidth = 50e9", "bandwidth = 7")
+    assert load_hardware(path).fast == Link(7.0, 1e-6)
+    assert load_hardware(str(path)) == load_hardware(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("^memory_bytes.*", "", "mine.toml: memory_bytes is missing; see v5e.toml for what it is"),
+        ("^dimensions.*", "", "mine.toml: torus.dimensions is missing; see v5e.toml for what it is"),
+        ("^clock_hz", "clock", "mine.toml: clock is not a field; use one of platform, device_kind, "),
+        ("^bandwidth = 50e9", "speed = 50e9", "mine.toml: fast.speed is not a field; use one of bandwidth, latency"),
+        ("^platform.*", "platform = 3", "mine.toml: platform=3 must be a text"),
+        ("^platform.*", 'platform = "cpu"', "mine.toml: platform='cpu' must be gpu or tpu"),
+        ("^overlaps.*", "overlaps = 1", "mine.toml: overlaps=1 must be true or false"),
+        ("^machine_ranks.*", "machine_ranks = 8.0", "mine.toml: machine_ranks=8.0 must be a whole number"),
+        ("^machine_ranks.*", "machine_ranks = true", "mine.toml: machine_ranks=True must be a whole number"),
+        ("^peak_flops =.*", 'peak_flops = "x"', "mine.toml: peak_flops='x' must be a number"),
+        ("^peak_flops =.*", "peak_flops = 0", "mine.toml: peak_flops=0.0 must be a finite number above 0"),
+        ("^peak_flops =.*", "peak_flops = inf", "mine.toml: peak_flops=inf must be a finite number above 0"),
+        ("^bandwidth = 50e9", "bandwidth = -1.0", "mine.toml: fast.bandwidth=-1.0 must be a finite number above 0"),
+        ("^matmul_efficiency.*", "matmul_efficiency = 1.2", "mine.toml: matmul_efficiency=1.2 must be at most 1"),
+        ("^clock_hz.*", "", "mine.toml: platform='tpu' needs clock_hz; see v5e.toml"),
+        (r"^\[torus\](.|\n)*", "", "mine.toml: platform='tpu' needs torus; see v5e.toml"),
+        (r"^\[fast\].*\n.*\n.*", "", "mine.toml: fast is missing; see v5e.toml for what it is"),
+        (r"^overlaps.*", "overlaps = ", "mine.toml is not valid TOML (Invalid value"),
+    ],
+)
+def test_what_is_refused(old: str, new: str, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_hardware(edited(tmp_path / "mine.toml", old, new))
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_number_for_a_table(tmp_path: pathlib.Path) -> None:
+    path = edited(tmp_path / "mine.toml", r"^\[fast\].*\n.*\n.*", "")
+    path.write_text("fast = 3\n" + path.read_text())
+    with pytest.raises(ConfigError, match=r"^mine.toml: fast=3 must be a table, as \[fast\]$"):
+        load_hardware(path)
+
+
+@pytest.mark.parametrize("name", ["v4", "nowhere/x.toml", "", "."])
+def test_no_such_hardware(name: str) -> None:
+    with pytest.raises(ConfigError, match="can't be read as a file; use one of h100, paper, v5e, v5p, v6e, or a path"):
+        load_hardware(name)
+
+
+def test_rings() -> None:
+    assert PLANE.slice((4, 8)).rings == (False, False)
+    assert PLANE.slice((8, 16)).rings == (False, True)
+    assert PLANE.slice((16, 16)).rings == (True, True)
+    assert CUBES.slice((2, 4, 4)).rings == (False, False, False)  # rings come with whole cubes
+    assert CUBES.slice((4, 4)).rings == (False, False)
+    assert CUBES.slice((4, 4, 8)).rings == (True, True, True)
+
+
+def test_bisections_by_hand() -> None:
+    # 4 × 8: 16 chips on each side of 4 links; a chip sends each of 31 others 1/31.
+    assert PLANE.slice((4, 8)).busiest_link() == pytest.approx(16 * 16 / 31 / 4)
+    # 2 × 4 × 4: an axis of 4 is cut through 2 · 4 links.
+    assert CUBES.slice((2, 4, 4)).busiest_link() == pytest.approx(16 * 16 / 31 / 8)
+    # 4 × 4 × 8: 64 and 64, two cuts of 16 links.
+    assert CUBES.slice((4, 4, 8)).busiest_link() == pytest.approx(64 * 64 / 127 / 32)
+    # A line of 3: the first sends the other two 1/2 each.
+    assert Block((3,), (False,)).busiest_link() == pytest.approx(1)
+    assert Block((1, 1), (False, False)).busiest_link() == 0
+
+
+@pytest.mark.parametrize(("name", "bandwidth"), [("v5e", 1.6e12), ("v6e", 3.2e12)])
+def test_bisection_of_a_pod(name: str, bandwidth: float) -> None:
+    """As cloud.google.com/tpu/docs states it."""
+    hardware = load_hardware(name)
+    assert hardware.torus is not None
+    across = 128 * 128 / 255  # bytes, if every chip sends one in all
+    seconds = hardware.torus.slice((16, 16)).busiest_link() / hardware.fast.bandwidth
+    assert across / seconds == pytest.approx(bandwidth)
+
+
+def test_hops_and_links() -> None:
+    assert PLANE.slice((4, 8)).hops() == 3 + 7
+    assert PLANE.slice((16, 16)).hops() == 8 + 8
+    assert PLANE.slice((4, 8)).ring_links() == 2
+    assert PLANE.slice((8, 16)).ring_links() == 3
+    assert CUBES.slice((2, 2, 1)).ring_links() == 2
+
+
+def test_near_cube() -> None:
+    assert [PLANE.near_cube(n) for n in (1, 2, 8, 32, 256)] == [(1, 1), (1, 2), (2, 4), (4, 8), (16, 16)]
+    assert [CUBES.near_cube(n) for n in (4, 32, 64, 48)] == [(1, 2, 2), (2, 4, 4), (4, 4, 4), (3, 4, 4)]
+
+
+def test_parts_of_a_slice() -> None:
+    inner, outer = parts(PLANE.slice((4, 8)), 8)
+    assert (inner, outer) == (Block((4, 2), (False, False)), Block((1, 4), (False, False), stride=2))
+    assert outer.ring_links() == 0.5 and outer.hops() == 6  # two lines through the same links
+    inner, outer = parts(PLANE.slice((16, 16)), 16)
+    assert (inner, outer) == (Block((16, 1), (True, False)), Block((1, 16), (True, True)))
+    assert parts(PLANE.slice((16, 16)), 8)[0].rings == (False, False)  # half of a ring is a line
