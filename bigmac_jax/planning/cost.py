@@ -17,7 +17,6 @@ from bigmac_jax.planning.counts import Parameters, Sizes
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Block, Shape, parts
 
-GRADIENT_BYTES = 4  # parameters and their gradients are float32 whatever the computation is in
 # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient; clipping reads it once more.
 OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
 
@@ -214,10 +213,9 @@ def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape 
     hidden = (chunks - 1) / chunks * min(exchange, experts) if hardware.overlaps else 0.0
 
     count = parameters(config, here.group)
-    expert_bytes = GRADIENT_BYTES * count.parts.get("experts", 0)
-    dense_bytes = GRADIENT_BYTES * count.total - expert_bytes
-    gradients = here.all_reduce(dense_bytes, here.ranks) + here.all_reduce(
-        expert_bytes / here.group, sizes["data"], here.group
+    everyones, experts_own = gradient_bytes(config, count)
+    gradients = here.all_reduce(everyones, here.ranks) + here.all_reduce(
+        experts_own / here.group, sizes["data"], here.group
     )
     return Times(
         sum(by_part.values()) * seconds_a_flop,
@@ -244,6 +242,21 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     return done
 
 
+def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int]:
+    """(of what all ranks share, of the experts): bytes of the gradients that are summed over ranks, for one batch.
+
+    As in the step compiled for v6e: gradients of a layer's matrices are summed in the dtype of the computation, those
+    of experts, router and norms in float32. So are the rows of the embedding that were read, on their own beside the
+    gradient of the output matrix, even where the two are one parameter.
+    """
+    m, parts = config.model, count.parts
+    size, table = 2 if m.dtype == "bfloat16" else 4, m.vocab_size * m.hidden_size
+    matrices = sum(parts.get(part, 0) for part in ("attention", "shared", "mlp")) + table
+    experts = parts.get("experts", 0)
+    rest = count.total - experts - matrices + (table if m.tie_embeddings else 0)
+    return size * matrices + 4 * rest, 4 * experts
+
+
 def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
     """Seconds of a step's exchanges, nothing beside them."""
     m = config.model
@@ -267,7 +280,9 @@ def _adds_on_the_way(exchange: Strategy) -> bool:
 
 def parameters(config: Config, group: int) -> Parameters:
     """As `counts.parameters`, of which it calls the slow part once for a model."""
-    count = _parameters(replace(config.model, overlap_chunks=1, exchange="auto"), config.data.sequence_length)
+    count = _parameters(
+        replace(config.model, overlap_chunks=1, exchange="auto", remat=False), config.data.sequence_length
+    )
     return count._replace(of_a_rank=count.total - count.parts.get("experts", 0) * (group - 1) // group)
 
 

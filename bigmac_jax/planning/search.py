@@ -81,8 +81,6 @@ def _exchanges(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator
         if mesh.node == 1:
             yield m.exchange, 1
         return
-    if m.expert_count % mesh.expert_ranks:
-        return
     group = mesh_group({"data": mesh.data, "node": mesh.node, "expert": mesh.expert}, hardware)
     names = predicted_seconds(m, m.capacity_factor, 1, group)  # of those that the machine has
     two_levels = mesh.node > 1 and mesh.expert > 1

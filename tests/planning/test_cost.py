@@ -11,7 +11,15 @@ from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.planning import counts
-from bigmac_jax.planning.cost import cluster, matmul_flops, mesh_group, parameters, physical_group, step_time
+from bigmac_jax.planning.cost import (
+    cluster,
+    gradient_bytes,
+    matmul_flops,
+    mesh_group,
+    parameters,
+    physical_group,
+    step_time,
+)
 from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
 
 # Machines of four, whose numbers are easy to follow.
@@ -121,7 +129,8 @@ def test_a_step() -> None:
     experts = 2 * 32 * 2 * 64 * 16
     count = counts.parameters(c, sizes(expert=2))
     assert count.parts["experts"] == experts
-    assert times.gradients == pytest.approx(4 * (count.total - experts) / 100)  # the experts stand on one rank each
+    # The experts stand on one rank each; the embedding's gradient comes in two.
+    assert times.gradients == pytest.approx(4 * (count.total - experts + 257 * 64) / 100)
     assert times.optimizer == pytest.approx(32 * (count.total - experts / 2) / 1e11)
     assert times.hidden == 0
     assert times.total == times.matmul + times.exchange + times.gradients + times.optimizer
@@ -134,7 +143,7 @@ def test_who_shares_the_experts() -> None:
     """Two groups of two on a machine: the ring of an expert is fast, all four machines' ranks share the rest."""
     count = parameters(config(), 2)
     gradients = step_time(config(), sizes(2, 1, 2), PLAIN).gradients
-    dense = count.total - count.parts["experts"]
+    dense = count.total - count.parts["experts"] + 257 * 64
     assert gradients == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * count.parts["experts"] / 2) / 100)
     assert step_time(config(accumulate=2), sizes(2, 1, 2), PLAIN).gradients == pytest.approx(2 * gradients)
 
@@ -143,6 +152,21 @@ def test_who_shares_the_experts() -> None:
 def test_parameters_are_those_of_counts(structure: str) -> None:
     c = config(structure=structure, exchange="gather", overlap_chunks=2)
     assert parameters(c, 2) == counts.parameters(c, sizes(2, 1, 2))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_in_half_precision(tied: bool) -> None:
+    """Matrices in two bytes; the embedding that is read, positions, norms, router and experts in four."""
+    c = config(structure="bigmac", dtype="bfloat16", tie_embeddings=tied, positions="learned", num_shared_experts=1)
+    count = parameters(c, 2)
+    table, length = 257 * 64, 64 * 64
+    assert count.parts["embedding"] == (table if tied else 2 * table) + length
+    matrices = sum(count.parts[part] for part in ("attention", "shared", "mlp"))
+    rest = count.parts["norms"] + count.parts["router"]
+    assert gradient_bytes(c, count) == (
+        2 * (matrices + table) + 4 * (table + length + rest),
+        4 * count.parts["experts"],
+    )
 
 
 def test_work_that_is_done_twice() -> None:
@@ -204,6 +228,14 @@ def test_gather_goes_around() -> None:
     small = step_time(replace(c, model=replace(c.model, wire_dtype="bfloat16")), mesh, PLAIN).exchange
     half = rows / 2 / 2
     assert small == pytest.approx(half / 40 + here.exchange(Sent(half, 0).plus(traffic.metadata.times(1 / 8)), 8))
+
+
+def test_a_hierarchical_step() -> None:
+    c, mesh = config(exchange="hierarchical"), sizes(node=2, expert=4)
+    traffic = counts.exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
+    sent = traffic.padded.plus(traffic.metadata).times(1 / 8)
+    inside, between = 8 * 3 * 2 + sent.fast / 100, 8 * 3 + sent.slow / 10
+    assert step_time(c, mesh, PLAIN).exchange == pytest.approx(inside + between)
 
 
 def test_nothing_is_sent() -> None:

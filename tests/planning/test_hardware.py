@@ -111,6 +111,7 @@ def test_bisections_by_hand() -> None:
     assert CUBES.slice((2, 4, 4)).busiest_link() == pytest.approx(16 * 16 / 31 / 8)
     # 4 × 4 × 8: 64 and 64, two cuts of 16 links.
     assert CUBES.slice((4, 4, 8)).busiest_link() == pytest.approx(64 * 64 / 127 / 32)
+    assert PLANE.slice((8, 4)).busiest_link() == PLANE.slice((4, 8)).busiest_link()
     # A line of 3: the first sends the other two 1/2 each.
     assert Block((3,), (False,)).busiest_link() == pytest.approx(1)
     assert Block((1, 1), (False, False)).busiest_link() == 0
