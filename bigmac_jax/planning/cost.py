@@ -251,7 +251,7 @@ def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int]:
     """
     m, parts = config.model, count.parts
     size, table = 2 if m.dtype == "bfloat16" else 4, m.vocab_size * m.hidden_size
-    matrices = sum(parts.get(part, 0) for part in ("attention", "shared", "mlp")) + table
+    matrices = sum(parts.get(part, 0) for part in ("attention", "shared", "mlp", "projections")) + table
     experts = parts.get("experts", 0)
     rest = count.total - experts - matrices + (table if m.tie_embeddings else 0)
     return size * matrices + 4 * rest, 4 * experts

@@ -161,7 +161,7 @@ def test_gradients_in_half_precision(tied: bool) -> None:
     count = parameters(c, 2)
     table, length = 257 * 64, 64 * 64
     assert count.parts["embedding"] == (table if tied else 2 * table) + length
-    matrices = sum(count.parts[part] for part in ("attention", "shared", "mlp"))
+    matrices = sum(count.parts[part] for part in ("attention", "shared", "projections"))
     rest = count.parts["norms"] + count.parts["router"]
     assert gradient_bytes(c, count) == (
         2 * (matrices + table) + 4 * (table + length + rest),
