@@ -17,7 +17,7 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.config import load_config  # noqa: E402
+from bigmac_jax.config import ConfigError, load_config  # noqa: E402
 from bigmac_jax.planning import plan, report  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
@@ -34,6 +34,8 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
+    if cli.ARGUMENTS and not _SWEEP.value:
+        raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; arguments follow --sweep, as in --sweep top_k=1,2")
     config = load_config(_CONFIG.value, cli.OVERRIDES)
     request = plan.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,

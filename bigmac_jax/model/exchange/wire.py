@@ -1,9 +1,9 @@
 """How rows cross a link: their format, and the collectives that carry them.
 
-A format applies to the rows of the forward pass, another to their gradients. 16- and 8-bit rows are bitcast to
-unsigned integers, because XLA:CPU widens small floats in collectives (and so does any reduction); 8-bit rows carry
-their float32 scale, max|row| over the format's largest number, in four more bytes. Collectives stand in the scope
-PAYLOAD or METADATA, by which they are known in the compiled program.
+A format applies to the rows of the forward pass, another to their gradients. 8-bit rows are bitcast to unsigned
+integers and carry their float32 scale, max|row| over the format's largest number, in four more bytes. So are 16-bit
+rows on CPU, where XLA widens small floats in collectives (and so does any reduction); on TPU that would be a copy of
+its own. Collectives stand in the scope PAYLOAD or METADATA, by which they are known in the compiled program.
 
 S ranks, C rows a pair, R width, W bytes (or elements) of an encoded row.
 """
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from bigmac_jax.mesh import platform
 
 PAYLOAD, METADATA = "exchange_payload", "exchange_metadata"
 FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
@@ -32,7 +34,8 @@ def encode(x_R: Array, format: str) -> Array:
     if format == "float32":
         return x_R.astype(jnp.float32)
     if format == "bfloat16":
-        return jax.lax.bitcast_convert_type(x_R.astype(jnp.bfloat16), jnp.uint16)
+        x_R = x_R.astype(jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(x_R, jnp.uint16) if platform() == "cpu" else x_R
     dtype, largest = _EIGHT_BIT[format]
     x_R = x_R.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x_R), axis=-1, keepdims=True), 1e-30) / largest
@@ -44,10 +47,10 @@ def encode(x_R: Array, format: str) -> Array:
 
 def decode(wire_W: Array, format: str, dtype: Any) -> Array:
     """The rows again, in `dtype`."""
-    if format == "float32":
+    if wire_W.dtype == jnp.uint16:
+        wire_W = jax.lax.bitcast_convert_type(wire_W, jnp.bfloat16)
+    if format not in _EIGHT_BIT:
         return wire_W.astype(dtype)
-    if format == "bfloat16":
-        return jax.lax.bitcast_convert_type(wire_W, jnp.bfloat16).astype(dtype)
     scale = jax.lax.bitcast_convert_type(wire_W[..., -4:].reshape(*wire_W.shape[:-1], 1, 4), jnp.float32)
     return (jax.lax.bitcast_convert_type(wire_W[..., :-4], _EIGHT_BIT[format][0]).astype(jnp.float32) * scale).astype(
         dtype

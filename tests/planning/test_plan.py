@@ -1,0 +1,162 @@
+"""plan.py from a request to its tables: the paper's digits, side by side structures, sweeps, nonsense in one line."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.planning import report
+from bigmac_jax.planning.hardware import HARDWARE
+from bigmac_jax.planning.plan import Request, make_plan
+
+ROOT = pathlib.Path(__file__).parents[2]
+XL = "configs/paper/gpt3_xl.py"
+EP32 = ("mesh.expert=32",)
+
+
+def plan(path: str = XL, overrides: tuple[str, ...] = EP32, **request: Any) -> dict[str, Any]:
+    return make_plan(load_config(ROOT / path, overrides), Request(**request))
+
+
+def shown(made: dict[str, Any]) -> str:
+    output = io.StringIO()
+    report.show(made, Console(file=output, width=200, highlight=False))
+    return output.getvalue()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_gives_the_papers_digits() -> None:
+    """Tables 3 and 4, and the model's own counts beside them: 0.5 % in parameters, 3 % in FLOPs."""
+    for structure, expected in {
+        "bigmac": ("3.78", "3649.00", "372.00"),
+        "fine_grained": ("3.73", "3490.67", "1488.00"),
+    }.items():
+        arguments = (f"--config={XL}", f"--config.model.structure={structure}", "--config.mesh.expert=32")
+        done = run(*arguments, "--devices=32", "--paper", "--json")
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout.splitlines()[-1])
+        paper = made["paper"]
+        digits = (paper["parameters"] / 1e9, paper["flops_per_step"] / 1e12, paper["all_to_all_bytes_per_step"] / 2**30)
+        assert tuple(f"{value:.2f}" for value in digits) == expected
+        assert made["parameters_total"] == pytest.approx(paper["parameters"], rel=0.005)
+        assert made["flops_per_step"] == pytest.approx(paper["flops_per_step"], rel=0.03)
+        assert made["exchanges"]["all_to_all"]["payload"] == paper["all_to_all_bytes_per_step"]
+
+
+def test_baselines_stand_beside_and_say_why_not() -> None:
+    made = plan(devices=32)
+    assert set(made["baselines"]) == {"fine_grained", "vanilla", "dense"}
+    assert "32, or 4 ranks" in made["baselines"]["vanilla"]["error"]
+    fine = made["baselines"]["fine_grained"]
+    assert 4 * made["exchanges"]["all_to_all"]["padded_fast"] == fine["exchanges"]["all_to_all"]["padded_fast"]
+    alone = plan(overrides=(*EP32, "model.structure=fine_grained"), devices=32)
+    assert fine["flops_per_step"] == alone["flops_per_step"] and fine["memory"] == alone["memory"]
+    vanilla = plan(overrides=("mesh.expert=4", "model.structure=vanilla"))
+    assert vanilla["devices"] == 4 and vanilla["parameters"]["experts"] > 3.2e9
+
+
+def test_devices_follow_the_mesh() -> None:
+    assert plan(overrides=("mesh.expert=8", "mesh.data=2"))["mesh"] == {"data": 2, "node": 1, "expert": 8}
+    assert plan(overrides=("mesh.expert=8",), devices=32)["mesh"] == {"data": 4, "node": 1, "expert": 8}
+    assert plan(topology="v6e:4x8")["devices"] == 32
+
+
+def test_exchanges_by_link() -> None:
+    """Machines of eight: 24 of 31 peers are remote. A mesh with nodes adds the hierarchical exchange."""
+    made = plan(devices=32, hardware="paper")
+    sent = made["exchanges"]["all_to_all"]
+    assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
+    assert "hierarchical" not in made["exchanges"]
+    nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
+    assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
+
+
+def test_a_sweep_is_the_product_of_its_values() -> None:
+    made = plan(devices=32, hardware="paper", sweep=("top_k=1,8", "structure=fine_grained,bigmac"))
+    assert [tuple(row["fields"].values()) for row in made["sweep"]] == [
+        ("1", "fine_grained"), ("1", "bigmac"), ("8", "fine_grained"), ("8", "bigmac"),
+    ]  # fmt: skip
+    times = [row["time"]["total"] for row in made["sweep"]]
+    assert times[2] > times[0] and times[2] > times[3]
+    assert "fine_grained" in shown(made)
+
+
+def test_a_search_puts_what_fits_first() -> None:
+    made = plan(devices=32, hardware="h100", search=True)
+    found = made["search"]
+    fits = [candidate["fits"] for candidate in found]
+    assert fits == sorted(fits, reverse=True) and any(fits)
+    fitting = [candidate["time"]["tokens_per_s"] for candidate in found if candidate["fits"]]
+    assert fitting == sorted(fitting, reverse=True)
+    assert json.loads(json.dumps(made))["search"] == found
+
+
+def test_tables_show_everything_that_was_asked() -> None:
+    text = shown(plan(devices=32, hardware="paper", paper=True, search=True, sweep=("top_k=4,8",)))
+    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep", "Fastest of", "slow links",
+                 "predicted: MFU"):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize("name", [n for n in HARDWARE if n.startswith("v")])
+def test_topologies_bring_their_hardware(name: str) -> None:
+    shape = "2x4x4" if name == "v5p" else "4x8"
+    made = plan(topology=f"{name}:{shape}")
+    assert made["hardware"] == name and made["time"]["total"] > 0
+
+
+def test_pictures(tmp_path: pathlib.Path) -> None:
+    import matplotlib.image
+
+    for name, request in {"costs": {}, "sweep": {"sweep": ("top_k=1,2,4", "structure=bigmac,fine_grained")}}.items():
+        path = tmp_path / f"{name}.png"
+        report.draw(plan(devices=32, hardware="paper", **request), path)
+        assert len({tuple(pixel) for row in matplotlib.image.imread(path)[::9, ::9] for pixel in row}) > 5
+    with pytest.raises(ConfigError, match=r"use a \.png in a folder that exists"):
+        report.draw(plan(devices=32), tmp_path / "none" / "x.png")
+
+
+NONSENSE = {
+    "unknown topology": ({"topology": "v9:4x8"}, EP32, "v5e, v5p, v6e"),
+    "devices of another number": ({"topology": "v6e:4x8", "devices": 16}, EP32, "must be the 32"),
+    "seven devices": ({"devices": 7}, ("mesh.expert=4",), "the 7 devices must be a multiple of .* = 4"),
+    "devices left over": ({"devices": 8}, ("mesh.expert=4", "mesh.data=1"), "= 4 must be the 8 devices"),
+    "too few devices": ({"devices": 4}, EP32, "at most the 4 devices"),
+    "unknown hardware": ({"hardware": "abacus"}, EP32, "h100, paper, v5e"),
+    "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
+    "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
+    "sweep of no field": ({"sweep": ("top_q=1,2",)}, EP32, "did you mean"),
+    "sweep of nonsense": ({"sweep": ("top_k=1,two",)}, EP32, "must be of type int"),
+    "formulas of vanilla": ({"paper": True}, ("mesh.expert=4", "model.structure=vanilla"), "not for structure="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_one_line(name: str) -> None:
+    request, overrides, part = NONSENSE[name]
+    with pytest.raises(ConfigError, match=part) as error:
+        plan(overrides=overrides, **request)
+    assert "\n" not in str(error.value)
+
+
+def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
+    """A hardware file with a missing field; and an argument that belongs to nothing."""
+    text = (ROOT / "bigmac_jax/planning/hardware/h100.toml").read_text()
+    file = tmp_path / "mine.toml"
+    file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("memory_bytes")))
+    done = run(f"--config={XL}", f"--hardware={file}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "memory_bytes" in done.stderr and "mine.toml" in done.stderr
+    done = run(f"--config={XL}", "top_k=1,2")
+    assert done.returncode == 2 and "--sweep" in done.stderr, done.stderr
