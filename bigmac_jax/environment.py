@@ -37,6 +37,18 @@ COMPILER_OPTIONS = {
     ),
 }
 
+# As COMPILER_OPTIONS, for a step whose exchange goes in chunks (model.overlap_chunks).
+OVERLAP_OPTIONS = {
+    "xla_tpu_multi_output_fusion_limit": (
+        3,
+        ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"),
+        "Or XLA makes one fusion of four chunks' activations, which share the experts' biases, and each chunk waits for "
+        "all. GPT3-XL on v6e:4x8: 24 of 24 exchanges asynchronous instead of 20, 0.143 of them hidden behind matmuls "
+        "instead of 0.100; by the compiler's estimates the rest of the step pays back what that gains "
+        "(docs/planning.md).",
+    ),
+}
+
 
 def prepare() -> None:
     """Re-executes the running program with SETTINGS, once; returns if there is nothing to set."""
@@ -51,9 +63,10 @@ def prepare() -> None:
         )
 
 
-def compiler_options(device: Any) -> dict[str, Any]:
-    """The COMPILER_OPTIONS for a `jax.Device`."""
+def compiler_options(device: Any, overlap: bool = False) -> dict[str, Any]:
+    """The COMPILER_OPTIONS for a `jax.Device`, and the OVERLAP_OPTIONS."""
     if "BIGMAC_KEEP_ENV" in os.environ:
         return {}
     kinds = {device.platform, device.device_kind}
-    return {name: value for name, (value, where, _) in COMPILER_OPTIONS.items() if kinds & set(where)}
+    options = COMPILER_OPTIONS | (OVERLAP_OPTIONS if overlap else {})
+    return {name: value for name, (value, where, _) in options.items() if kinds & set(where)}

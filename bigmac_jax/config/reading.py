@@ -26,7 +26,7 @@ MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "tr
 
 def check_resume(saved: Config, new: Config) -> None:
     """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
-    before, after = dict(_leaves(dataclasses.asdict(saved))), dict(_leaves(dataclasses.asdict(new)))
+    before, after = dict(field_values(dataclasses.asdict(saved))), dict(field_values(dataclasses.asdict(new)))
     for name, value in after.items():
         if before[name] != value and not name.startswith(MAY_CHANGE):
             raise ConfigError(
@@ -45,10 +45,15 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     Raises:
       ConfigError: one line, whatever the input.
     """
-    values = ConfigDict(_read(str(path)))
+    return overridden(_read(str(path)), overrides)
+
+
+def overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config of nested dictionaries with some fields changed; overrides as for `load_config`."""
+    fields = ConfigDict(values)
     for override in overrides:
-        _apply(values, override)
-    return from_dict(values.to_dict())
+        _apply(fields, override)
+    return from_dict(fields.to_dict())
 
 
 def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
@@ -89,7 +94,7 @@ def _read(path: str) -> dict[str, Any]:
 
 def _apply(values: ConfigDict, override: str) -> None:
     name, equals, text = override.partition("=")
-    known = dict(_leaves(values.to_dict()))
+    known = dict(field_values(values.to_dict()))
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or ["one of " + ", ".join(values)]
         raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")
@@ -106,10 +111,11 @@ def _apply(values: ConfigDict, override: str) -> None:
         raise ConfigError(f"{name}={text!r} must be of type {kind}, as in --config.{name}={known[name]}") from None
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full name, value) of every field of nested dictionaries."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from field_values(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

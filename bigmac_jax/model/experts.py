@@ -18,7 +18,7 @@ from bigmac_jax.config import ModelConfig
 from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
-from bigmac_jax.model.kernels import ROW_TILE, grouped_matmul
+from bigmac_jax.model.kernels import grouped_matmul, row_tile
 from bigmac_jax.model.layers import activate
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
@@ -158,25 +158,27 @@ def _rest(config: ModelConfig, weights: Weights, rows_NR: Array, gate_NK: Array 
 def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:
     """A grouped matmul of the accelerator, which computes the filled blocks alone."""
     n, b, R = rows_nbR.shape
+    M = n * b
+    padding = -M % row_tile(M)
     if groups is None:  # block i belongs to expert i, and all are filled
         expert_n, sizes_e = jnp.arange(n, dtype=jnp.int32), jnp.full_like(rows_nbR, b, jnp.int32, shape=(n,))
     else:
         expert_n, sizes_e = groups.expert_n, groups.sizes_e
 
-    def whole_tiles(x_MX: Array) -> Array:
-        return jnp.pad(x_MX, ((0, -x_MX.shape[0] % ROW_TILE), (0, 0)))
-
     def affine(x_MX: Array, matrix: str, bias: str) -> Array:
         y_MY = grouped_matmul(x_MX, w[matrix], sizes_e)
         if bias not in w:
             return y_MY
+        biased_MY = y_MY + jnp.pad(jnp.repeat(w[bias][expert_n], b, axis=0), ((0, padding), (0, 0)))
+        if groups is None and not padding:
+            return biased_MY
         # What stands behind the last group, in the gradient too, is undefined, NaN included. No row sees another's, but
         # a bias sums over them. (A mask that the chunks of an overlap share makes XLA fuse their activations, and so
         # wait for all of them.)
         filled_M1 = (jnp.arange(y_MY.shape[0], dtype=jnp.int32) < jnp.sum(sizes_e)).reshape(-1, 1)
-        return jnp.where(filled_M1, y_MY + whole_tiles(jnp.repeat(w[bias][expert_n], b, axis=0)), 0)
+        return jnp.where(filled_M1, biased_MY, 0)
 
-    rows_MR = whole_tiles(rows_nbR.reshape(n * b, R))
+    rows_MR = jnp.pad(rows_nbR.reshape(M, R), ((0, padding), (0, 0)))
     hidden_MF = affine(rows_MR, "w_in_eRF", "b_in_eF")
     gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.gated else None
-    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[: n * b].reshape(n, b, R)
+    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[:M].reshape(n, b, R)

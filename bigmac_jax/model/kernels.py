@@ -1,6 +1,7 @@
 """The grouped matmul of accelerators: M rows sorted by group, e groups with a matrix X × Y each."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from bigmac_jax.mesh import BATCH, platform
 
 # Tiles of the TPU kernel: rows, and elements of a matrix. In bfloat16 a step of 256 rows of a 512 × 2048 matrix takes
 # 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
-ROW_TILE = 256
+_ROW_TILE = 256
 _MATRIX_TILE = 2**20
 
 
@@ -55,12 +56,18 @@ def _megablox_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
 _megablox.defvjp(_megablox_fwd, _megablox_bwd)
 
 
+def row_tile(rows: int) -> int:
+    """Rows of a tile; where they don't divide `rows`, these must be padded, which copies them."""
+    tile = math.gcd(rows, _ROW_TILE)
+    return tile if tile >= _ROW_TILE // 2 else _ROW_TILE
+
+
 def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
     """Tiles of the Pallas kernel for [M, X] times [X, Y]; the gradients ask for theirs.
 
     An expert's whole matrix is one tile where it fits: it stays in fast memory while all rows of the expert pass.
     """
-    return ROW_TILE, *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
+    return row_tile(M), *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
 
 
 def _on_this_rank(kernel: Callable[..., Array], *arrays: Array) -> Array:

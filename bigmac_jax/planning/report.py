@@ -16,6 +16,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")  # for black and whit
 def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints everything in a plan, the configured structure beside the others."""
     console = console or Console(highlight=False)
+    console.width = max(console.width, 150)  # narrower columns would cut numbers
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     where = plan["topology"] or f"{plan['devices']} devices"
     console.print(f"[bold]{plan['description']}[/bold]")
@@ -266,6 +267,13 @@ def _draw_times(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
     ax.set_title("time", fontsize=10)
 
 
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
     """Against the field with the most values; a line for every combination of the others."""
     fields = list(rows[0]["fields"])
@@ -284,7 +292,7 @@ def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
     styles = ("-o", "--s", ":^", "-.D", "-v", "--x", ":+", "-.*")
     for (label, value), ax in zip(panels, axes[0], strict=True):
         for number, (rest, line) in enumerate(lines.items()):
-            values = [row["fields"][along] for row in line]
+            values = [_number(row["fields"][along]) for row in line]
             style, color = styles[number % len(styles)], PALETTE[number % len(PALETTE)]
             ax.plot(values, [value(row) for row in line], style, color=color, label=" ".join(rest) or None)
         ax.set(xlabel=along, ylabel=label, ylim=(0, None))

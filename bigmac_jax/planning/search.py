@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ml_collections import ConfigDict
-
-from bigmac_jax.config import Config, ConfigError, MeshConfig, from_dict, reading
+from bigmac_jax.config import Config, ConfigError, MeshConfig
+from bigmac_jax.config.reading import field_values, overridden
 from bigmac_jax.mesh import axis_sizes
 from bigmac_jax.model.moe import predicted_seconds
 from bigmac_jax.planning import counts
@@ -105,21 +104,14 @@ def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
     """
     names = [_field(config, name) for name in axes]
     return [
-        _overridden(config, [f"{name}={value}" for name, value in zip(names, values, strict=True)])
+        overridden(dataclasses.asdict(config), [f"{name}={value}" for name, value in zip(names, values, strict=True)])
         for values in itertools.product(*axes.values())
     ]
 
 
-def _overridden(config: Config, overrides: list[str]) -> Config:
-    values = ConfigDict(dataclasses.asdict(config))
-    for override in overrides:
-        reading._apply(values, override)
-    return from_dict(values.to_dict())
-
-
 def _field(config: Config, name: str) -> str:
     """The full name, as model.top_k for top_k."""
-    known = [full for full, _ in reading._leaves(dataclasses.asdict(config))]
+    known = [full for full, _ in field_values(dataclasses.asdict(config))]
     if name in known:
         return name
     meant = [full for full in known if full.rpartition(".")[2] == name]

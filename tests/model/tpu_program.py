@@ -35,7 +35,7 @@ def main(topology: str, exchange: str, factor: str, chunks: str, sequences: str)
     data = DataConfig(batch_size=devices.size * int(sequences), sequence_length=LENGTH)
     config = Config(model=model, mesh=MeshConfig(expert=devices.size), data=data)
     lowered = program.layer(config, gradients=True, mesh=mesh).lower()
-    compiled = lowered.compile(compiler_options=environment.compiler_options(devices[0]))
+    compiled = lowered.compile(compiler_options=environment.compiler_options(devices[0], int(chunks) > 1))
     print(json.dumps(report(compiled.as_text(), compiled.cost_analysis()["flops"], int(sequences) * LENGTH)))
 
 

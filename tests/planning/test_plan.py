@@ -104,8 +104,8 @@ def test_a_search_puts_what_fits_first() -> None:
 
 def test_tables_show_everything_that_was_asked() -> None:
     text = shown(plan(devices=32, hardware="paper", paper=True, search=True, sweep=("top_k=4,8",)))
-    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep", "Fastest of", "slow links",
-                 "predicted: MFU"):  # fmt: skip
+    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep", "Fastest of",
+                 "slow links", "predicted: MFU"):  # fmt: skip
         assert part in text, part
 
 
