@@ -5,6 +5,7 @@ The program is the one that train.py runs, compiled for abstract arrays: no para
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import time
@@ -55,10 +56,14 @@ def tpu_devices(topology: Topology) -> list[Any]:
             f"--topology={topology.name} with --compile needs the TPU compiler, libtpu; "
             f"pip install -e '.[tpu]' brings the one of this jax (any x86 Linux machine, no TPU)"
         )
-    # libtpu reads these when it is loaded: there is no TPU to be found or to be locked, and little worth a log line.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    # libtpu reads these when it is loaded: there is no TPU to be found or to be locked, and nothing to warn of.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": f"{topology.kind}-{math.prod(topology.shape)}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
