@@ -58,6 +58,7 @@ def _line(plan: dict[str, Any]) -> dict[str, Any]:
         "hidden_s": round(schedule["hidden_seconds"], 4),
         "hidden_share": round(schedule["hidden_share"], 3),
         "ceiling": round(schedule["ceiling"], 3),
+        "busy_share": round(schedule["busy_seconds"] / schedule["exchange_seconds"], 3),
         "reached_of_ceiling": round(schedule["reached_of_ceiling"], 3),
     }
 
@@ -68,22 +69,23 @@ def _draw(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     names = [f"{line['structure']}\n{line['topology']}" for line in lines]
-    hidden = [line["hidden_s"] for line in lines]
-    could = [line["ceiling"] * line["exchange_s"] - line["hidden_s"] for line in lines]
-    rest = [line["exchange_s"] * (1 - line["ceiling"]) for line in lines]
-    bottom = [0.0] * len(lines)
-    parts = (("hidden behind matmuls", hidden, "#1f4e79", ""), ("could be", could, "#8eb4e3", ".."),
-             ("cannot be", rest, "#c0504d", "//"))  # fmt: skip
-    for label, values, color, hatch in parts:
-        axes.bar(names, values, bottom=bottom, label=label, color=color, hatch=hatch, edgecolor="white")
-        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
-    for number, line in enumerate(lines):
-        axes.text(number, line["exchange_s"], f"{100 * line['hidden_share']:.0f} %", ha="center", va="bottom")
-    axes.set_ylabel("seconds of exchange a step")
-    axes.set_title("GPT3-XL, ep = 32: the exchange by the hardware file, and the share that the schedule hides")
-    axes.legend()
+    seconds = [line["exchange_s"] for line in lines]
+    hidden = [100 * line["hidden_share"] for line in lines]
+    could = [100 * (line["ceiling"] - line["hidden_share"]) for line in lines]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
+    left.bar(names, seconds, color="#c0504d", hatch="//", edgecolor="white")
+    for number, value in enumerate(seconds):
+        left.text(number, value, f"{value:.2f}", ha="center", va="bottom")
+    left.set(title="seconds of exchange a step, by the hardware file", ylim=(0, 1.1 * max(seconds)))
+    right.bar(names, hidden, label="hidden behind matmuls", color="#1f4e79")
+    right.bar(names, could, bottom=hidden, label="could be", color="#8eb4e3", hatch="..", edgecolor="white")
+    for number, value in enumerate(hidden):
+        right.text(number, value + could[number], f"{value:.0f} %", ha="center", va="bottom")
+    right.set(title="share that the schedule hides, %", ylim=(0, 100))
+    right.legend()
+    for axes in (left, right):
+        axes.tick_params(axis="x", labelsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -199,6 +199,7 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
         "asynchronous_in_a_layer": sum(e.collective.asynchronous for e in found.exchanges),
         "exchange_seconds": found.exchange_seconds,
         "hidden_seconds": found.hidden_seconds,
+        "busy_seconds": found.busy_seconds,
         "hidden_share": found.hidden,
         "ceiling": found.ceiling,
         "reached_of_ceiling": found.reached,

@@ -135,7 +135,8 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
             f"schedule: {schedule['asynchronous_in_a_layer']} of {schedule['exchanges_in_a_layer']} payload exchanges "
             f"of the layer loop are asynchronous; {100 * schedule['hidden_share']:.1f} % of "
             f"{duration(schedule['exchange_seconds'])} is hidden behind matmuls, of at most "
-            f"{100 * schedule['ceiling']:.1f} % ({100 * schedule['reached_of_ceiling']:.0f} % of what can be)"
+            f"{100 * schedule['ceiling']:.1f} % ({100 * schedule['reached_of_ceiling']:.0f} % of what can be); "
+            f"beside {100 * schedule['busy_seconds'] / schedule['exchange_seconds']:.0f} % the chip does something"
         )
         if note := schedule.get("note"):
             console.print(note)

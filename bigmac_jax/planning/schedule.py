@@ -67,8 +67,9 @@ class Overlap:
         return sum(e.collective.times * min(e.seconds, e.matmul_seconds) for e in self.exchanges)
 
     @property
-    def other_seconds(self) -> float:
-        return sum(e.collective.times * e.other_seconds for e in self.exchanges)
+    def busy_seconds(self) -> float:
+        """Of exchange beside which the chip does anything at all, as far as the compiler estimates it."""
+        return sum(e.collective.times * min(e.seconds, e.matmul_seconds + e.other_seconds) for e in self.exchanges)
 
     @property
     def hidden(self) -> float:

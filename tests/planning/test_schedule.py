@@ -181,7 +181,7 @@ def test_loops_weigh() -> None:
     assert (found.count, found.asynchronous, found.exchange_seconds) == (4, 4, 40)
     assert found.hidden_seconds == 3 * 4 + 2
     assert found.possible_seconds == 3 * 4 + 2
-    assert found.other_seconds == 0
+    assert found.busy_seconds == 3 * 4 + 2
 
 
 def test_a_loop_of_products_hides_as_long_as_it_runs() -> None:
