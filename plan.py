@@ -26,7 +26,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "", "Plan for a TPU slice, such as v
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile the training step and read memory, FLOPs and traffic from it.")
 _HARDWARE = flags.DEFINE_string("hardware", "", "Predict times on paper, h100, v5e, v5p, v6e or a .toml file.")
 _PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")
-_SWEEP = flags.DEFINE_string("sweep", "", "FIELD=a,b,… more of them may follow: every combination, as a table.")
+_SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=a,b,… more of them may follow: every combination, as a table.")
 _SEARCH = flags.DEFINE_bool("search", False, "List the fastest meshes, exchanges and chunk counts for the devices.")
 _PLOT = flags.DEFINE_string("plot", "", "Write a picture to this .png file.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
@@ -43,7 +43,7 @@ def main() -> None:
         hardware=_HARDWARE.value,
         compile=_COMPILE.value,
         paper=_PAPER.value,
-        sweep=(_SWEEP.value, *cli.ARGUMENTS) if _SWEEP.value else (),
+        sweep=(*_SWEEP.value, *cli.ARGUMENTS),
         search=_SEARCH.value,
     )
     result = plan.make_plan(config, request)

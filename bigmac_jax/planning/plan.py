@@ -170,12 +170,12 @@ def _paper(config: Config) -> dict[str, float]:
 
 def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
     """top_k=1,2 structure=bigmac → values by field."""
-    axes = {}
-    for argument in " ".join(arguments).split():
+    axes: dict[str, list[str]] = {}
+    for argument in " ".join(arguments).split() or arguments:
         name, equals, values = argument.removeprefix("--").removeprefix("config.").partition("=")
         if not (equals and all(values.split(","))):
             raise ConfigError(f"--sweep {argument!r} must be FIELD=a,b,…, as in --sweep top_k=1,2,4,8")
-        axes[name] = values.split(",")
+        axes[name] = axes.get(name, []) + values.split(",")
     return axes
 
 

@@ -103,6 +103,8 @@ def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
       ConfigError: a name that is no field or several, a value of the wrong type, or a combination that is invalid.
     """
     names = [_field(config, name) for name in axes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
     return [
         overridden(dataclasses.asdict(config), [f"{name}={value}" for name, value in zip(names, values, strict=True)])
         for values in itertools.product(*axes.values())

@@ -90,6 +90,8 @@ def test_a_sweep_is_the_product_of_its_values() -> None:
     times = [row["time"]["total"] for row in made["sweep"]]
     assert times[2] > times[0] and times[2] > times[3]
     assert "fine_grained" in shown(made)
+    again = plan(devices=32, sweep=("top_k=1", "top_k=8"))  # a field that is named twice has all of the values
+    assert [row["fields"]["top_k"] for row in again["sweep"]] == ["1", "8"]
 
 
 def test_a_search_puts_what_fits_first() -> None:
@@ -136,6 +138,8 @@ NONSENSE = {
     "unknown hardware": ({"hardware": "abacus"}, EP32, "h100, paper, v5e"),
     "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
     "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
+    "sweep of nothing": ({"sweep": (" ",)}, EP32, "FIELD=a,b"),
+    "sweep of one field under two names": ({"sweep": ("top_k=1", "model.top_k=2")}, EP32, "swept twice"),
     "sweep of no field": ({"sweep": ("top_q=1,2",)}, EP32, "did you mean"),
     "sweep of nonsense": ({"sweep": ("top_k=1,two",)}, EP32, "must be of type int"),
     "formulas of vanilla": ({"paper": True}, ("mesh.expert=4", "model.structure=vanilla"), "not for structure="),
