@@ -233,7 +233,8 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     m, flops = config.model, counts.flops(config)
     # A forward pass is a third of a step's FLOPs.
     again = m.counts_loads_first and config.train.accumulate_steps > 1
-    done = {part: count * (1 + (again + (m.remat and part != "output")) / 3) for part, count in flops.items()}
+    # What is done again stops short of the logits.
+    done = {part: count * (1 + (part != "output") * (again + m.remat) / 3) for part, count in flops.items()}
     if m.is_moe:
         tokens = counts.tokens_at_a_time(config, ranks)
         exchange = strategy(m, m.capacity_factor, tokens, group)
