@@ -93,13 +93,16 @@ def _place(config: Config, request: Request) -> Place:
 
 
 def _sizes(config: Config, place: Place) -> Sizes:
-    sizes = axis_sizes(config, place.devices)
-    if (ranks := math.prod(sizes.values())) != place.devices:
+    """Ranks by axis: of all devices, none of which is idle."""
+    mesh, devices = config.mesh, place.devices
+    data = mesh.data or max(1, devices // mesh.expert_ranks)
+    if (ranks := data * mesh.expert_ranks) != devices:
+        other = "another mesh or --topology" if place.topology else f"another mesh, or --devices={ranks}"
         raise ConfigError(
-            f"mesh.data × mesh.node × mesh.expert = {' × '.join(map(str, sizes.values()))} = {ranks} must be the "
-            f"{place.devices} devices that are planned for; use mesh.data=0 for all, or --devices={ranks}"
+            f"mesh.data × mesh.node × mesh.expert = {data} × {mesh.node} × {mesh.expert} = {ranks} must be the "
+            f"{devices} devices that are planned for; use {other}"
         )
-    return sizes
+    return axis_sizes(config, devices)
 
 
 def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:

@@ -132,9 +132,10 @@ def test_pictures(tmp_path: pathlib.Path) -> None:
 NONSENSE = {
     "unknown topology": ({"topology": "v9:4x8"}, EP32, "v5e, v5p, v6e"),
     "devices of another number": ({"topology": "v6e:4x8", "devices": 16}, EP32, "must be the 32"),
-    "seven devices": ({"devices": 7}, ("mesh.expert=4",), "the 7 devices must be a multiple of .* = 4"),
+    "seven devices": ({"devices": 7}, ("mesh.expert=4",), "= 4 must be the 7 devices .* --devices=4"),
     "devices left over": ({"devices": 8}, ("mesh.expert=4", "mesh.data=1"), "= 4 must be the 8 devices"),
-    "too few devices": ({"devices": 4}, EP32, "at most the 4 devices"),
+    "too few devices": ({"devices": 4}, EP32, "= 32 must be the 4 devices .* --devices=32"),
+    "too small a slice": ({"topology": "v5e:4x4"}, EP32, "= 32 must be the 16 devices .* another mesh or --topology"),
     "unknown hardware": ({"hardware": "abacus"}, EP32, "h100, paper, v5e"),
     "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
     "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
