@@ -167,6 +167,8 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
     chips = math.prod(shape)
     if len(shape) > hardware.torus.dimensions or min(shape) < 1:
         raise ConfigError(f"topology={_x(shape)} must have at most {hardware.torus.dimensions} axes, each at least 1")
+    if chips > hardware.machine_ranks:
+        raise ConfigError(f"topology={_x(shape)} must have at most the {hardware.machine_ranks} chips of a slice")
     if ranks % chips:
         raise ConfigError(f"the {ranks} ranks must be a multiple of the {chips} chips of topology={_x(shape)}")
     whole = hardware.torus.slice(shape)

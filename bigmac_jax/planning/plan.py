@@ -89,6 +89,11 @@ def _place(config: Config, request: Request) -> Place:
         devices = math.prod(topology.shape)
         if request.devices not in (0, devices):
             raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
+        if hardware and hardware.device_kind != (of := load_hardware(topology.kind)).device_kind:
+            raise ConfigError(
+                f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
+                f"{of.device_kind}; leave --hardware out"
+            )
     return Place(devices, topology, hardware, request.compile and topology is None)
 
 

@@ -250,6 +250,7 @@ def test_nothing_is_sent() -> None:
         (sizes(expert=8), PLAIN, (2, 4), "topology=2x4 is of a TPU, not of plain; leave it out"),
         (sizes(expert=8), V5E, (2, 2, 2), "topology=2x2x2 must have at most 2 axes, each at least 1"),
         (sizes(expert=8), V5E, (0, 2), "topology=0x2 must have at most 2 axes, each at least 1"),
+        (sizes(8, expert=128), V5E, (32, 32), "topology=32x32 must have at most the 256 chips of a slice"),
         (sizes(expert=8), V5E, (4, 4), "the 8 ranks must be a multiple of the 16 chips of topology=4x4"),
         (sizes(2, 1, 6), V5E, (4, 3), "mesh.node × mesh.expert = 6 ranks must make a block of topology=4x3"),
     ],

@@ -136,6 +136,7 @@ NONSENSE = {
     "devices left over": ({"devices": 8}, ("mesh.expert=4", "mesh.data=1"), "= 4 must be the 8 devices"),
     "too few devices": ({"devices": 4}, EP32, "= 32 must be the 4 devices .* --devices=32"),
     "too small a slice": ({"topology": "v5e:4x4"}, EP32, "= 32 must be the 16 devices .* another mesh or --topology"),
+    "hardware of another chip": ({"topology": "v5e:4x8", "hardware": "v6e"}, EP32, "leave --hardware out"),
     "unknown hardware": ({"hardware": "abacus"}, EP32, "h100, paper, v5e"),
     "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
     "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
