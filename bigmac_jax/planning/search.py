@@ -76,9 +76,10 @@ def _variants(config: Config, devices: int, hardware: Hardware) -> Iterator[Conf
 def _exchanges(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator[tuple[str, int]]:
     """Strategies and chunks that differ on this mesh."""
     m = config.model
-    if not m.is_moe or mesh.expert_ranks == 1:
-        if mesh.node == 1:
-            yield m.exchange, 1
+    if mesh.expert_ranks == 1:
+        yield m.exchange, 1
+        return
+    if not m.is_moe:  # on any other mesh it runs as it does on this one
         return
     group = mesh_group({"data": mesh.data, "node": mesh.node, "expert": mesh.expert}, hardware)
     names = predicted_seconds(m, m.capacity_factor, 1, group)  # of those that the machine has

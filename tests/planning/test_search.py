@@ -65,6 +65,11 @@ def test_nothing_crashes(devices: int) -> None:
         assert bool(search(c, devices, H100)) == (devices == 1)  # 16 sequences
 
 
+def test_a_dense_model_has_one_mesh() -> None:
+    found = search(replace(CONFIG, model=replace(CONFIG.model, structure="dense")), 8, H100)
+    assert {tuple(c.sizes.values()) for c in found} == {(8, 1, 1)}
+
+
 def test_sweep() -> None:
     found = sweep(CONFIG, {"structure": ["fine_grained", "bigmac"], "model.top_k": ["2", "4", "8"]})
     assert [(c.model.structure, c.model.top_k) for c in found] == [
