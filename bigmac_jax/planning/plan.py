@@ -145,6 +145,8 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
             for name in STRATEGIES
             if name != "hierarchical" or two_levels
         }
+        if result["exchange"] not in result["exchanges"]:
+            result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
     if place.hardware:
         topology = place.topology.shape if place.topology else None
         result["time"] = _times(step_time(config, sizes, place.hardware, topology))

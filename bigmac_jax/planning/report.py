@@ -65,7 +65,7 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         row(f"memory of a rank: {part}", lambda c, part=part: size(c["memory"][part]))
     if all("time" in column for column in valid.values()):
         table.add_section()
-        for part in ("matmul", "exchange", "hidden", "gradients", "total"):
+        for part in ("matmul", "exchange", "hidden", "gradients", "optimizer", "total"):
             row(f"predicted: {part}", lambda c, part=part: duration(c["time"][part]))
         row("predicted: share of exchange", lambda c: f"{100 * c['time']['exchange_share']:.1f} %")
         row("predicted: tokens/s", lambda c: f"{c['time']['tokens_per_s']:,.0f}")

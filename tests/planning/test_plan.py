@@ -78,6 +78,8 @@ def test_exchanges_by_link() -> None:
     sent = made["exchanges"]["all_to_all"]
     assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
     assert "hierarchical" not in made["exchanges"]
+    one_level = plan(overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper")  # is listed where it is configured
+    assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
     nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
     assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
 
@@ -107,7 +109,7 @@ def test_a_search_puts_what_fits_first() -> None:
 def test_tables_show_everything_that_was_asked() -> None:
     text = shown(plan(devices=32, hardware="paper", paper=True, search=True, sweep=("top_k=4,8",)))
     for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep", "Fastest of",
-                 "slow links", "predicted: MFU"):  # fmt: skip
+                 "slow links", "predicted: optimizer", "predicted: MFU"):  # fmt: skip
         assert part in text, part
 
 
