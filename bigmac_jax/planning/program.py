@@ -155,7 +155,7 @@ def describe(
         result["memory_available"] = hardware.memory_bytes
         result["fits"] = compiled.memory["total"] <= hardware.memory_bytes
         if not result["fits"]:
-            result["advice"] = _advice(config, module, compiled.memory["total"], hardware.memory_bytes)
+            result["advice"] = _advice(config, ranks, module, compiled.memory["total"], hardware.memory_bytes)
     if hardware and module.scheduled and devices[0].platform == "tpu" and config.model.is_moe:
         result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
         if not environment.compiler_options(devices[0]).get("xla_tpu_enable_async_all_to_all"):
@@ -206,14 +206,15 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
     }
 
 
-def _advice(config: Config, module: hlo.Module, needed: float, available: float) -> dict[str, Any]:
+def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, available: float) -> dict[str, Any]:
     """What is large, and which field makes it smaller."""
     train, m = config.train, config.model
-    part = config.data.batch_size // (config.mesh.expert_ranks * max(1, config.mesh.data) * train.accumulate_steps)
+    part = config.data.batch_size // (ranks * train.accumulate_steps)  # sequences of a rank at a time
     if not m.remat:
         fix = "--config.model.remat=True"
     elif part > 1:
-        fix = f"--config.train.accumulate_steps={2 * train.accumulate_steps}"
+        factor = next(n for n in range(2, part + 1) if part % n == 0)
+        fix = f"--config.train.accumulate_steps={factor * train.accumulate_steps}"
     else:
         fix = "more ranks in mesh.expert, or a smaller model"
     largest = [

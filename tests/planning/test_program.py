@@ -140,8 +140,11 @@ def test_a_description_is_json() -> None:
 def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
     module = program.hlo.parse(program.compile_step(made, jax.devices("cpu")[:4]).text)
-    advice = program._advice(made, module, 2, 1)
+    advice = program._advice(made, 4, module, 2, 1)
     assert advice["change"] == "--config.model.remat=True"
     assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0
     remat = dataclasses.replace(made, model=dataclasses.replace(made.model, remat=True))
-    assert program._advice(remat, module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
+    assert program._advice(remat, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
+    nine = dataclasses.replace(remat, data=dataclasses.replace(made.data, batch_size=36))
+    assert program._advice(nine, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=3"
+    assert "accumulate" not in program._advice(nine, 36, module, 2, 1)["change"]
