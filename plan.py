@@ -36,6 +36,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
     if cli.ARGUMENTS and not _SWEEP.value:
         raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; arguments follow --sweep, as in --sweep top_k=1,2")
+    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
+        raise ConfigError(f"--plot={_PLOT.value} must end in .png")
     config = load_config(_CONFIG.value, cli.OVERRIDES)
     request = plan.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,

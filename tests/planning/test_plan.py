@@ -78,7 +78,9 @@ def test_exchanges_by_link() -> None:
     sent = made["exchanges"]["all_to_all"]
     assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
     assert "hierarchical" not in made["exchanges"]
-    one_level = plan(overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper")  # is listed where it is configured
+    one_level = plan(
+        overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper"
+    )  # is listed where it is configured
     assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
     nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
     assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
@@ -159,12 +161,17 @@ def test_nonsense_is_one_line(name: str) -> None:
 
 
 def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
-    """A hardware file with a missing field; and an argument that belongs to nothing."""
+    """A hardware file with a missing field; an argument that belongs to nothing; names of files that cannot be."""
     text = (ROOT / "bigmac_jax/planning/hardware/h100.toml").read_text()
     file = tmp_path / "mine.toml"
     file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("memory_bytes")))
     done = run(f"--config={XL}", f"--hardware={file}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "memory_bytes" in done.stderr and "mine.toml" in done.stderr
-    done = run(f"--config={XL}", "top_k=1,2")
-    assert done.returncode == 2 and "--sweep" in done.stderr, done.stderr
+    for argument, part in {
+        "top_k=1,2": "--sweep",
+        "--plot=folder": ".png",
+        "--hardware=~nobody/x.toml": "h100",
+    }.items():
+        done = run(f"--config={XL}", argument)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and part in done.stderr, done.stderr

@@ -69,10 +69,10 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
       ConfigError: no such file, or a field that is missing, unknown, of the wrong type or not above 0.
     """
     text = str(name_or_path)
-    path = _FOLDER / f"{text}.toml" if text in HARDWARE else pathlib.Path(text).expanduser()
     try:
+        path = _FOLDER / f"{text}.toml" if text in HARDWARE else pathlib.Path(text).expanduser()
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError):
+    except (OSError, RuntimeError, UnicodeDecodeError):  # RuntimeError: a ~name that is no user
         raise ConfigError(
             f"hardware={text!r} can't be read as a file; use one of {', '.join(HARDWARE)}, or a path to a .toml file"
         ) from None
