@@ -159,10 +159,9 @@ def describe(
     if hardware and module.scheduled and devices[0].platform == "tpu" and config.model.is_moe:
         result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
         if not environment.compiler_options(devices[0]).get("xla_tpu_enable_async_all_to_all"):
-            result["schedule"]["note"] = (
-                f"compiled without asynchronous all-to-alls: {devices[0].device_kind} has none over a group of "
-                f"{config.mesh.expert_ranks} ('limited ICI')"
-            )
+            kind = devices[0].device_kind
+            why = "BIGMAC_KEEP_ENV is set" if hardware.overlaps else f"{kind} refuses them ('limited ICI')"
+            result["schedule"]["note"] = f"compiled without asynchronous all-to-alls: {why}, docs/exchange.md"
     return result
 
 
