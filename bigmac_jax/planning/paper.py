@@ -57,6 +57,19 @@ def paper_model(config: Config) -> PaperModel:
     )  # fmt: skip
 
 
+def left_out(config: Config) -> list[str]:
+    """Fields of the model whose values the formulas know nothing of."""
+    m = config.model
+    differs = {
+        "gated": m.gated,
+        "num_kv_heads": m.kv_heads != m.num_heads,
+        "tie_embeddings": not m.tie_embeddings,
+        "expert_hidden_size": m.expert_width != (m.hidden_size if m.structure == "bigmac" else m.latent_size),
+        "num_shared_experts": m.shared_width > 0,
+    }
+    return [f"model.{name}" for name, different in differs.items() if different]
+
+
 def paper_parameters(model: PaperModel) -> float:
     """Table 3: (4h² + 8h + (2rh² + 2rh)e)·l + (v + e + 2)·h, and 2rlh² for W↓ and W↑."""
     h = model.hidden

@@ -169,12 +169,13 @@ def _times(times: Times) -> dict[str, float]:
     return {name: getattr(times, name) for name in names}
 
 
-def _paper(config: Config) -> dict[str, float]:
+def _paper(config: Config) -> dict[str, Any]:
     model = paper.paper_model(config)
     return {
         "parameters": paper.paper_parameters(model),
         "flops_per_step": paper.paper_flops(model),
         "all_to_all_bytes_per_step": paper.paper_all_to_all_bytes(model),
+        "left_out": paper.left_out(config),
     }
 
 

@@ -85,7 +85,8 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
 
 
 def _paper(paper: Mapping[str, Any]) -> Table:
-    table = _table("The paper's formulas (capacity factor 1, 2 bytes a number)", "", "")
+    but = f"; they know nothing of this {', '.join(paper['left_out'])}" if paper["left_out"] else ""
+    table = _table(f"The paper's formulas (capacity factor 1, 2 bytes a number){but}", "", "")
     table.add_row("parameters", count(paper["parameters"]))
     table.add_row("FLOPs", f"{paper['flops_per_step'] / 1e12:,.2f} T")
     table.add_row("all-to-all", size(paper["all_to_all_bytes_per_step"]))

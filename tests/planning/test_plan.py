@@ -22,7 +22,7 @@ EP32 = ("mesh.expert=32",)
 
 
 def plan(path: str = XL, overrides: tuple[str, ...] = EP32, **request: Any) -> dict[str, Any]:
-    return make_plan(load_config(ROOT / path, overrides), Request(**request))
+    return make_plan(load_config(f"{ROOT}/{path}", overrides), Request(**request))
 
 
 def shown(made: dict[str, Any]) -> str:
@@ -54,6 +54,14 @@ def test_the_command_gives_the_papers_digits() -> None:
         assert made["exchanges"]["all_to_all"]["payload"] == paper["all_to_all_bytes_per_step"]
 
 
+def test_formulas_say_what_they_leave_out() -> None:
+    assert plan(devices=32, paper=True)["paper"]["left_out"] == []
+    acc = plan("configs/latent_moe.py:acc", devices=32, paper=True)
+    assert acc["paper"]["left_out"] == ["model.expert_hidden_size"] and "model.expert_hidden_size" in shown(acc)
+    modern = plan("configs/modern.py", devices=32, paper=True)
+    assert modern["paper"]["left_out"] == ["model.num_kv_heads", "model.tie_embeddings", "model.num_shared_experts"]
+
+
 def test_baselines_stand_beside_and_say_why_not() -> None:
     made = plan(devices=32)
     assert set(made["baselines"]) == {"fine_grained", "vanilla", "dense"}
@@ -78,9 +86,8 @@ def test_exchanges_by_link() -> None:
     sent = made["exchanges"]["all_to_all"]
     assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
     assert "hierarchical" not in made["exchanges"]
-    one_level = plan(
-        overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper"
-    )  # is listed where it is configured
+    # On one level it is listed where it is configured.
+    one_level = plan(overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper")
     assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
     nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
     assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
