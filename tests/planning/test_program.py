@@ -133,6 +133,15 @@ def test_simulated_devices_stand_for_accelerators() -> None:
     assert program.as_on_accelerators(chosen) == chosen
 
 
+def test_memory_holds_what_layers_keep() -> None:
+    """The hidden layers of the experts alone, of four times the tokens."""
+    made = config(MESHES["1x4"], "all_to_all")
+    four = dataclasses.replace(made, data=dataclasses.replace(made.data, batch_size=4 * made.data.batch_size))
+    small, large = (compiled(c)["memory"]["temporaries"] for c in (made, four))
+    m, tokens = made.model, 3 * made.data.batch_size * made.data.sequence_length // 4
+    assert large - small > 4 * m.num_layers * tokens * m.choices * m.expert_width
+
+
 def test_a_description_is_json() -> None:
     assert json.loads(json.dumps(compiled(config(MESHES["1x4"], "dedup"))))["memory"]["total"] > 0
 
