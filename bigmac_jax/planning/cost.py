@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from bigmac_jax.mesh import ExpertGroup
-from bigmac_jax.model.exchange import AllToAll, Gather, Hierarchical, Strategy
+from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning import counts
@@ -94,6 +94,8 @@ class Cluster:
         """
         node, expert = self.sizes["node"], self.sizes["expert"]
         inside = math.gcd(self.group, self.machine)
+        if inside % expert:  # a machine that cuts through the mesh's rows keeps at least this much of one
+            inside = math.gcd(inside, expert)
         if inside >= expert:
             near = sent.slow * (inside / expert - 1) / (node - 1) if node > 1 else 0.0
             return Sent(sent.fast + near, sent.slow - near)
@@ -240,8 +242,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     if m.is_moe:
         tokens = counts.tokens_at_a_time(config, ranks)
         exchange = strategy(m, m.capacity_factor, tokens, group)
-        if isinstance(exchange, AllToAll) and not exchange.dropless:  # rows stand by expert, full or not
-            done["experts"] *= exchange.rows(tokens, m.choices) * exchange.ranks / (tokens * m.choices)
+        done["experts"] *= counts.computed_rows(exchange, tokens, m.choices) / m.choices
     return done
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import AXES, ExpertGroup
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.moe import make_strategy, strategy
 from bigmac_jax.model.transformer import init_model
@@ -155,4 +155,11 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
     sent = sum(exchange.sent(tokens, m.choices)[0]) / tokens
     rows = sent * exchange.ranks / (exchange.ranks - 1) if sent else m.choices  # with those that stay
     kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
-    return kept + 4 * rows * m.wire_size + matrices * m.choices * m.expert_width
+    return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+
+
+def computed_rows(exchange: Strategy, tokens: int, choices: int) -> float:
+    """Rows a token that experts multiply: with a capacity they stand by expert, full or not."""
+    if isinstance(exchange, AllToAll) and not exchange.dropless:
+        return exchange.rows(tokens, choices) * exchange.ranks / tokens
+    return choices

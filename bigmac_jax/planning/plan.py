@@ -112,12 +112,12 @@ def _sizes(config: Config, place: Place) -> Sizes:
 
 def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
     """The expert group as the program sees it, and as its links do."""
-    if place.hardware and not place.simulated:
-        return mesh_group(sizes, place.hardware), physical_group(sizes, place.hardware)
-    # Of simulated devices the exchanges that are counted are those of the CPU, which emulates the ragged one.
-    kind = "cpu" if place.simulated else "gpu"
-    group = ExpertGroup((sizes["node"], sizes["expert"]), kind, kind)
-    return group, group
+    shape = sizes["node"], sizes["expert"]
+    group = ExpertGroup(shape, "gpu", "")
+    physical = physical_group(sizes, place.hardware) if place.hardware else group
+    if place.simulated:  # the program is the CPU's, which emulates the ragged exchange
+        return ExpertGroup(shape, "cpu", "cpu"), physical
+    return mesh_group(sizes, place.hardware) if place.hardware else group, physical
 
 
 def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
@@ -139,9 +139,11 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         chosen = strategy(m, m.capacity_factor, tokens_at_a_time(config, ranks), group)
         two_levels = min(group.sizes) > 1
         result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)
-        # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's.
+        # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's,
+        # and what a simulated program sends is the program's.
+        of_the_program = {"hierarchical", result["exchange"]} if place.simulated else {"hierarchical"}
         result["exchanges"] = {
-            name: _traffic(config, ranks, group if name == "hierarchical" else physical, name)
+            name: _traffic(config, ranks, group if name in of_the_program else physical, name)
             for name in STRATEGIES
             if name != "hierarchical" or two_levels
         }
@@ -205,13 +207,15 @@ def _candidate(candidate: search.Candidate) -> dict[str, Any]:
 
 
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
-    """The other structures with the same fields; for one that cannot be, why."""
+    """The other structures with the same fields, experts of the width that the paper gives them; for one that cannot
+    be, why."""
     found: dict[str, Any] = {}
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
                 latent = config.model.latent_norm if structure == "bigmac" else "none"
-                model = dataclasses.replace(config.model, structure=structure, latent_norm=latent)
+                fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": 0}
+                model = dataclasses.replace(config.model, **fields)
                 other = dataclasses.replace(config, model=model)
                 found[structure] = _costs(other, _sizes(other, place), place)
             except ConfigError as error:

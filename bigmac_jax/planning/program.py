@@ -99,7 +99,7 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
         trainer = make_trainer(config, mesh)
         tokens_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(2)))
         lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
-        # Of a CPU's program only the HLO is looked at, which XLA's backend doesn't change any more.
+        # LLVM's optimisations change neither a CPU program's HLO nor its buffers.
         options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
         try:
             compiled = lowered.compile(compiler_options=options)
@@ -131,7 +131,11 @@ def describe(
 ) -> dict[str, Any]:
     """Compiles and reads the program; bytes and FLOPs of all ranks in a step, memory of one."""
     ranks = len(devices)
-    compiled = compile_step(config, devices)
+    try:
+        compiled = compile_step(config, devices)
+    except DoesNotFitError as error:
+        change = _what_to_change(config, ranks)
+        return {"device_kind": devices[0].device_kind, "fits": False, "change": change, "compiler": str(error)}
     module = hlo.parse(compiled.text)
     found = hlo.collectives(module, compiled.mesh)
     work = hlo.matmul_flops(module)
@@ -209,15 +213,6 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
 
 def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, available: float) -> dict[str, Any]:
     """What is large, and which field makes it smaller."""
-    train, m = config.train, config.model
-    part = config.data.batch_size // (ranks * train.accumulate_steps)  # sequences of a rank at a time
-    if not m.remat:
-        fix = "--config.model.remat=True"
-    elif part > 1:
-        factor = next(n for n in range(2, part + 1) if part % n == 0)
-        fix = f"--config.train.accumulate_steps={factor * train.accumulate_steps}"
-    else:
-        fix = "more ranks in mesh.expert, or a smaller model"
     largest = [
         {
             "shape": f"{b.shape.dtype}{list(b.shape.dims)}",
@@ -227,8 +222,20 @@ def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, avail
         }
         for b in hlo.largest_buffers(module, 8)
     ]
-    return {"needed": needed, "available": available, "change": fix, "largest": largest}
+    change = _what_to_change(config, ranks)
+    return {"needed": needed, "available": available, "change": change, "largest": largest}
+
+
+def _what_to_change(config: Config, ranks: int) -> str:
+    steps = config.train.accumulate_steps
+    part = config.data.batch_size // (ranks * steps)  # sequences of a rank at a time
+    if not config.model.remat:
+        return "--config.model.remat=True"
+    if part > 1:
+        factor = next(n for n in range(2, part + 1) if part % n == 0)
+        return f"--config.train.accumulate_steps={factor * steps}"
+    return "more ranks in mesh.expert, or a smaller model"
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -36,9 +36,12 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
         "search": _search,
     }
     for key, table in tables.items():
-        if key in plan:
+        if key in plan and "compiler" not in plan[key]:
             console.print(table(plan[key]))
-    if "program" in plan:
+    if "compiler" in plan.get("program", {}):
+        refused = plan["program"]
+        console.print(f"[bold]does not fit[/bold]: try {refused['change']}; the compiler says: {refused['compiler']}")
+    elif "program" in plan:
         _program_notes(console, plan["program"])
 
 
@@ -74,9 +77,9 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _exchanges(plan: Mapping[str, Any]) -> Table:
-    table = _table(
-        "Bytes of the exchange, all ranks", "", "rows with a token", "sent, fast links", "slow links", "metadata"
-    )
+    # Without hardware nothing is known of machines.
+    links = ("sent, fast links", "slow links") if plan["hardware"] else ("sent along expert", "along node")
+    table = _table("Bytes of the exchange, all ranks", "", "rows with a token", *links, "metadata")
     for name, sent in plan["exchanges"].items():
         metadata = sent["metadata_fast"] + sent["metadata_slow"]
         cells = (sent["payload"], sent["padded_fast"], sent["padded_slow"], metadata)

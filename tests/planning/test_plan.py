@@ -6,15 +6,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import report
+from bigmac_jax.planning import program, report
 from bigmac_jax.planning.hardware import HARDWARE
-from bigmac_jax.planning.plan import Request, make_plan
+from bigmac_jax.planning.plan import Place, Request, _costs, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 XL = "configs/paper/gpt3_xl.py"
@@ -91,6 +92,30 @@ def test_exchanges_by_link() -> None:
     assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
     nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
     assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
+
+
+def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: Any, devices: Any) -> None:
+        raise program.DoesNotFitError("Ran out of memory in memory space hbm")
+
+    monkeypatch.setattr(program, "compile_step", refuse)
+    monkeypatch.setattr(
+        program, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+    )
+    made = plan(topology="v5e:4x8", compile=True)
+    assert made["program"]["fits"] is False and made["program"]["change"] == "--config.model.remat=True"
+    assert "the compiler says: Ran out of memory" in shown(made)
+
+
+def test_a_simulated_program_leaves_the_table_as_it_is() -> None:
+    """The emulated ragged exchange is the CPU's matter, unless it is what is compiled."""
+    place = Place(32, None, None, simulated=True)
+    config = load_config(ROOT / XL, EP32)
+    costs = _costs(config, {"data": 1, "node": 1, "expert": 32}, place)
+    assert costs["exchanges"]["ragged"] == plan(devices=32)["exchanges"]["ragged"]
+    ragged = load_config(ROOT / XL, (*EP32, "model.exchange=ragged"))
+    emulated = _costs(ragged, {"data": 1, "node": 1, "expert": 32}, place)["exchanges"]["ragged"]
+    assert emulated["padded_fast"] > 10 * costs["exchanges"]["ragged"]["padded_fast"]
 
 
 def test_a_sweep_is_the_product_of_its_values() -> None:
