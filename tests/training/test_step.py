@@ -207,11 +207,15 @@ def test_clipping(clip_norm: float, norm: float) -> None:
     chex.assert_trees_all_close(moment, jax.tree.map(lambda g: g * 0.5 * norm / 13, gradients), rtol=1e-6)
 
 
-def test_compiler_options_reach_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "compiler_options", lambda device: {f"xla_of_{device.platform}": True})
-    config = tiny()
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(device: Any, overlap: bool) -> dict[str, bool]:
+        return {f"xla_of_{device.platform}_{overlap}": True}
+
+    monkeypatch.setattr(environment, "compiler_options", options)
+    config = tiny(overlap_chunks=chunks)
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config))
         lowered = trainer.step.lower(trainer.abstract_state, split_batch(random_tokens(config)))
-        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_cpu"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
             lowered.compile()
