@@ -50,10 +50,18 @@ def test_exchanges_are_asynchronous_and_hidden_as_far_as_they_can_be() -> None:
 @needs_libtpu
 @pytest.mark.full
 def test_v5e_says_that_it_has_no_asynchronous_exchange_and_what_does_not_fit() -> None:
-    made = planned("v5e:4x8", 4, "--config.model.num_layers=30")
+    made = planned("v5e:4x8", 4)
     assert made["schedule"]["asynchronous_in_a_layer"] == 0 and "limited ICI" in made["schedule"]["note"]
     assert not made["fits"] and made["advice"]["change"] == "--config.train.accumulate_steps=8"
     assert made["advice"]["largest"][0]["bytes"] > 2**28
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_what_the_compiler_refuses_for_its_size() -> None:
+    made = planned("v5e:4x8", 4, "--config.model.num_layers=30")
+    assert not made["fits"] and made["change"] == "--config.train.accumulate_steps=8"
+    assert "Ran out of memory" in made["compiler"]
 
 
 @needs_libtpu
