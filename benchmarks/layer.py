@@ -31,7 +31,7 @@ from jax import Array  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
-from bigmac_jax.mesh import BATCH, batch_spec, ranks  # noqa: E402
+from bigmac_jax.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
@@ -142,9 +142,7 @@ def _routing(config: Config) -> Callable[[], float]:
 
     def routing(layer: MoE, x_BLD: Array) -> Any:
         experts_BLK = route(m, x_BLD, layer.router_DE[...], None).experts_BLK
-        return jax.shard_map(on_rank, in_specs=batch_spec(3), out_specs=batch_spec(1), axis_names=set(BATCH))(
-            experts_BLK
-        )
+        return jax.shard_map(on_rank, in_specs=token_spec(3), out_specs=rank_spec(1), axis_names=set(AXES))(experts_BLK)
 
     return _timed(routing, layer, x_BLD)[1]
 
@@ -153,7 +151,7 @@ def _inputs(config: Config) -> tuple[MoE, Array, Array]:
     layer = jax.jit(lambda key: MoE(config.model, key))(jax.random.key(0))
     shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
     draw = np.random.default_rng(0).standard_normal
-    x_BLD, dy_BLD = (jax.device_put(draw(shape).astype(np.float32), batch_spec(3)) for _ in range(2))
+    x_BLD, dy_BLD = (jax.device_put(draw(shape).astype(np.float32), token_spec(3)) for _ in range(2))
     return layer, x_BLD, dy_BLD
 
 

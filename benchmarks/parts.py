@@ -23,7 +23,7 @@ from jax import Array  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.mesh import batch_spec, replicated_spec  # noqa: E402
+from bigmac_jax.mesh import replicated_spec, token_spec  # noqa: E402
 from bigmac_jax.model.layers import causal_attention, project  # noqa: E402
 from bigmac_jax.training.loss import cross_entropy, linear_cross_entropy  # noqa: E402
 
@@ -38,13 +38,13 @@ def main() -> None:
     draw = np.random.default_rng(0)
 
     def normal(*shape: int, weight: bool = False) -> Array:
-        spec = replicated_spec(len(shape)) if weight else batch_spec(len(shape))
+        spec = replicated_spec(len(shape)) if weight else token_spec(len(shape))
         return jax.device_put(draw.standard_normal(shape, np.float32), spec)
 
     heads = [normal(B, L, n, m.head_size) for n in (m.num_heads, m.kv_heads, m.kv_heads)]
     x_BLD, w_DD = normal(B, L, m.hidden_size), normal(m.hidden_size, m.hidden_size, weight=True)
     w_VD = 0.02 * normal(m.vocab_size, m.hidden_size, weight=True)
-    targets = jax.device_put(draw.integers(m.vocab_size, size=(B, L), dtype=np.int32), batch_spec(2))
+    targets = jax.device_put(draw.integers(m.vocab_size, size=(B, L), dtype=np.int32), token_spec(2))
     whole = functools.partial(jnp.einsum, "BLD,VD->BLV")
     parts: dict[str, tuple[Callable[..., Array], Callable[..., Array], list[Array]]] = {
         "attention in blocks / jax.nn's": (

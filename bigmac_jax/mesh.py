@@ -1,19 +1,22 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError
 
-AXES = ("data", "node", "expert")
+TENSOR = "tensor"  # splits the matrices of attention and dense layers, and the sequence everywhere else
 EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
-BATCH = AXES  # every axis splits the batch
+BATCH = ("data", *EXPERT_GROUP)  # these split the batch
+AXES = (*BATCH, TENSOR)
 
 
 def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str, int]:
@@ -27,45 +30,66 @@ def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str
         (0 = the devices left) does not divide, or whose share model.overlap_chunks does not.
     """
     mesh = config.mesh
-    data = mesh.data or devices // mesh.expert_ranks
-    ranks = data * mesh.expert_ranks
+    data = mesh.data or devices // mesh.model_ranks
+    ranks = data * mesh.model_ranks
     if not 0 < ranks <= devices:
-        needed = max(1, data) * mesh.expert_ranks
+        needed = max(1, data) * mesh.model_ranks
         raise ConfigError(
-            f"mesh.data × mesh.node × mesh.expert = {max(1, data)} × {mesh.node} × {mesh.expert} = {needed} ranks "
-            f"must be at most the {devices} devices here; use fewer, or --cpu_devices={needed} to simulate"
+            f"{mesh.describe(max(1, data))} = {needed} ranks must be at most the {devices} devices here; use fewer, or "
+            f"--cpu_devices={needed} to simulate"
         )
     if not mesh.data and ranks != devices:
         raise ConfigError(
-            f"the {devices} devices must be a multiple of mesh.node × mesh.expert = {mesh.expert_ranks}, because "
+            f"the {devices} devices must be a multiple of {mesh.describe()} = {mesh.model_ranks}, because "
             f"mesh.data=0 takes all of them; use mesh.data={data} to leave {devices - ranks} idle"
         )
-    shards = ranks * config.train.accumulate_steps
+    shards = data * mesh.expert_ranks * config.train.accumulate_steps
     if fit_batch and config.data.batch_size % shards:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
             f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {devices} devices); "
             f"use {-(-config.data.batch_size // shards) * shards}, or set mesh.data"
         )
-    tokens, chunks = config.data.batch_size * config.data.sequence_length // shards, config.model.overlap_chunks
+    tokens = config.data.batch_size * config.data.sequence_length // (shards * mesh.tensor)
+    chunks = config.model.overlap_chunks
     if fit_batch and tokens % chunks:
         raise ConfigError(
             f"model.overlap_chunks={chunks} must divide the {tokens} tokens of a rank (mesh.data={mesh.data} took "
             f"{data} of {devices} devices); use {math.gcd(chunks, tokens)}"
         )
-    return {"data": data, "node": mesh.node, "expert": mesh.expert}
+    return {"data": data, "node": mesh.node, "expert": mesh.expert, TENSOR: mesh.tensor}
 
 
 def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh` over the first of `devices` (by default this job's), Explicit axes.
 
+    Devices stand by slice or host, so that `tensor`, then `expert`, stay where links are fast, and `node` and `data`
+    cross hosts.
+
     Raises:
-      ConfigError: as `axis_sizes`, whose `fit_batch` this is.
+      ConfigError: as `axis_sizes`, whose `fit_batch` this is; or expert × tensor ranks that lie across hosts although
+        mesh.node is there for that.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = tuple(axis_sizes(config, len(devices), fit_batch).values())
-    ranks = np.asarray(devices[: math.prod(sizes)]).reshape(sizes)
+    sizes = axis_sizes(config, len(devices), fit_batch)
+    near = sorted(devices, key=_granule)  # keeps the order inside a granule
+    of_granule = list(Counter(map(_granule, near)).values())
+    block = sizes["expert"] * sizes[TENSOR]
+    if sizes["node"] > 1 and len(of_granule) > 1 and any(count % block for count in of_granule):
+        raise ConfigError(
+            f"mesh.expert × mesh.tensor = {sizes['expert']} × {sizes[TENSOR]} must divide the {min(of_granule)} "
+            f"devices of a host, because mesh.node={sizes['node']} is what crosses hosts; "
+            f"use mesh.expert={math.gcd(sizes['expert'], min(of_granule))}"
+        )
+    ranks = np.asarray(near[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _granule(device: Any) -> tuple[int, int]:
+    """What fast links join: a slice of TPUs, which may be several hosts, or a host of GPUs."""
+    if device.platform == "tpu":
+        return getattr(device, "slice_index", 0) or 0, 0
+    return 0, device.process_index
 
 
 class ExpertGroup(NamedTuple):
@@ -87,9 +111,28 @@ def ranks() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
+def tensor_ranks() -> int:
+    return jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)
+
+
 def batch_spec(ndim: int) -> P:
     """An array whose first dimension is the batch."""
     return P(BATCH, *[None] * (ndim - 1))
+
+
+def token_spec(ndim: int) -> P:
+    """An array of tokens [B, L, …], on each rank its own: what attention does not need whole stands like this."""
+    return P(BATCH, TENSOR, *[None] * (ndim - 2))
+
+
+def split_spec(ndim: int) -> P:
+    """[B, L, F] inside attention or a dense layer, or [B, L, N, H]: whole sequences, F or the heads over `tensor`."""
+    return P(BATCH, None, TENSOR, *[None] * (ndim - 3))
+
+
+def rank_spec(ndim: int) -> P:
+    """An array whose first dimension is the ranks."""
+    return P(AXES, *[None] * (ndim - 1))
 
 
 def expert_spec(ndim: int) -> P:
@@ -99,6 +142,58 @@ def expert_spec(ndim: int) -> P:
 
 def replicated_spec(ndim: int) -> P:
     return P(*[None] * ndim)
+
+
+def axes_of(spec: P) -> set[str]:
+    """The axes that a spec splits over."""
+    return {axis for entry in spec for axis in _names(entry)}
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> P:
+    """`spec` with all axes that it leaves on the largest dimension that it does not split and they divide; `spec` as
+    it is where there is none. (ZeRO-3: no two ranks keep the same numbers.)"""
+    left = tuple(axis for axis in AXES if axis not in axes_of(spec))
+    parts = math.prod(sizes[axis] for axis in left)
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    free = [i for i, entry in enumerate(entries) if not _names(entry) and shape[i] % parts == 0]
+    if parts == 1 or not free:
+        return spec
+    entries[max(free, key=lambda i: shape[i])] = left
+    return P(*entries)
+
+
+def whole(w: Array, spec: P, split: Sequence[str] = ()) -> Array:
+    """Inside `shard_map`: a parameter whose shards stand as `spec` says, as this rank needs it.
+
+    It stays split over the axes of `split`. Its gradient is summed over all other ranks, and goes back to the shards:
+    that is the transpose of these lines.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    for dim, entry in enumerate(spec):
+        axes = tuple(axis for axis in _names(entry) if axis not in split)
+        if math.prod(sizes[axis] for axis in axes) > 1:
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    shared = tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
+    return jax.lax.pcast(w, shared, to="varying") if shared else w
+
+
+def all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps all but parameters that were gathered, which are gathered again.
+
+    The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered.
+    """
+    return not (primitive.name == "all_gather" and "data" in parameters["axis_name"])
+
+
+def spec_of(array: Array) -> P:
+    """On the current mesh."""
+    return jax.typeof(array).sharding.spec
 
 
 def platform() -> str:
@@ -113,12 +208,36 @@ def device_kind() -> str:
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
-def on_each_rank(function: Callable[..., Any], out_specs: Any, *arrays: jax.Array) -> Any:
-    """`function` of each rank's rows of arrays whose first dimension is the batch; without a mesh, of the arrays."""
+def on_each_rank(
+    function: Callable[..., Any],
+    arrays: Sequence[Array],
+    weights: Sequence[Array] = (),
+    in_spec: Callable[[int], P] = token_spec,
+    out_specs: Any = None,
+    split: Sequence[str] = (),
+) -> Any:
+    """`function(*arrays, *weights)` of each rank's part of the arrays, with weights `whole` but for `split`.
+
+    Without a mesh, of the arrays themselves.
+
+    Args:
+      in_spec: how the arrays stand, from their number of dimensions.
+      out_specs: by default a [B, L, D] of tokens.
+    """
     if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays)
-    in_specs = tuple(batch_spec(array.ndim) for array in arrays)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(BATCH))(*arrays)
+        return function(*arrays, *weights)
+    specs = [spec_of(w) for w in weights]
+
+    def on_rank(*values: Array) -> Any:
+        shards = values[len(arrays) :]
+        return function(*values[: len(arrays)], *[whole(w, spec, split) for w, spec in zip(shards, specs, strict=True)])
+
+    return jax.shard_map(
+        on_rank,
+        in_specs=(*[in_spec(array.ndim) for array in arrays], *specs),
+        out_specs=token_spec(3) if out_specs is None else out_specs,
+        axis_names=set(AXES),
+    )(*arrays, *weights)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

@@ -87,6 +87,12 @@ INVALID = {  # overrides: what the line must contain
     "model.z_loss_coefficient=-1": ("z_loss_coefficient=-1.0", "at least 0"),
     "mesh.expert=0": ("mesh.expert=0", "at least 1"),
     "mesh.data=-1": ("mesh.data=-1", "at least 0"),
+    "mesh.tensor=0": ("mesh.tensor=0", "at least 1"),
+    "mesh.tensor=3": ("data.sequence_length=256", "mesh.tensor=3", "use mesh.tensor=1"),
+    "mesh.tensor=8 model.num_heads=4": ("model.num_heads=4", "mesh.tensor=8", "use mesh.tensor=4"),
+    "mesh.tensor=4 model.num_heads=4 model.num_kv_heads=2": ("model.num_kv_heads=2", "use mesh.tensor=2"),
+    "mesh.tensor=4 model.num_heads=4 model.expert_hidden_size=6 mesh.split_experts=True": (
+        "experts' width", "=6", "use mesh.tensor=2"),
     "data.batch_size=0": ("data.batch_size=0", "at least 1"),
     "data.sequence_length=0": ("data.sequence_length=0", "at least 1"),
     "optimizer.b2=1": ("optimizer.b2=1.0", "below 1"),
@@ -283,7 +289,8 @@ def changed(name: str) -> Config:
 def test_check_resume(name: str) -> None:
     """Fields of the mesh, of periodic actions and train.steps may change; all others are refused by name."""
     allowed = {"train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-               "cache_dir", "mesh.data", "mesh.node", "mesh.expert"}  # fmt: skip
+               "cache_dir", "mesh.data", "mesh.node", "mesh.expert", "mesh.tensor", "mesh.fsdp",
+               "mesh.split_experts"}  # fmt: skip
     if name in allowed:
         check_resume(Config(), changed(name))
         return

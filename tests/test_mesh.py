@@ -1,5 +1,8 @@
 """The mesh: axes, order of the devices, and what does not fit."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, Model
 from bigmac_jax.mesh import make_mesh
 
 
-def config(*mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1) -> Config:
+def config(
+    *mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1, heads: int = 4
+) -> Config:
     return Config(
-        model=ModelConfig(overlap_chunks=chunks, num_experts=48),
+        model=ModelConfig(overlap_chunks=chunks, num_experts=192, num_heads=heads, hidden_size=16 * heads),
         mesh=MeshConfig(*mesh),
         data=DataConfig(batch_size=batch, sequence_length=length),
         train=TrainConfig(accumulate_steps=accumulate),
@@ -21,20 +26,22 @@ def config(*mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, 
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
-        ((1, 1, 1), (1, 1, 1)),
-        ((2, 1, 2), (2, 1, 2)),
-        ((1, 2, 4), (1, 2, 4)),
-        ((0, 1, 1), (8, 1, 1)),  # 0 takes what is left
-        ((0, 2, 2), (2, 2, 2)),
-        ((0, 1, 8), (1, 1, 8)),
+        ((1, 1, 1), (1, 1, 1, 1)),
+        ((2, 1, 2), (2, 1, 2, 1)),
+        ((1, 2, 4), (1, 2, 4, 1)),
+        ((0, 1, 1), (8, 1, 1, 1)),  # 0 takes what is left
+        ((0, 2, 2), (2, 2, 2, 1)),
+        ((0, 1, 8), (1, 1, 8, 1)),
+        ((0, 1, 2, 2), (2, 1, 2, 2)),
+        ((1, 2, 1, 4), (1, 2, 1, 4)),
     ],
 )
 def test_axes(mesh: tuple[int, ...], shape: tuple[int, ...]) -> None:
     made = make_mesh(config(*mesh))
-    assert made.axis_names == ("data", "node", "expert")
+    assert made.axis_names == ("data", "node", "expert", "tensor")
     assert made.devices.shape == shape
-    assert made.axis_types == (AxisType.Explicit,) * 3
-    # The expert group is made of neighbours, its node axis outside.
+    assert made.axis_types == (AxisType.Explicit,) * 4
+    # Neighbours share a sequence, then a set of experts, its node axis outside.
     assert [d.id for d in made.devices.flat] == [d.id for d in jax.devices()[: np.prod(shape)]]
 
 
@@ -52,6 +59,44 @@ def test_more_ranks_than_devices(mesh: tuple[int, ...], parts: tuple[str, ...]) 
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+@dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    slice_index: int = 0
+
+
+def shuffled(hosts: int, size: int, **fields: Any) -> list[Any]:
+    """Devices in the order that a runtime might name them in: not by host."""
+    devices = [Device(size * host + i, host, **fields) for host in range(hosts) for i in range(size)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 8, 1), (2, 2, 4, 2), (4, 1, 8, 1), (1, 4, 2, 4), (2, 4, 2, 2)], ids=str)
+def test_experts_and_tensors_stay_inside_a_host(sizes: tuple[int, ...]) -> None:
+    made = make_mesh(config(*sizes, batch=64), devices=shuffled(4, 8)).devices
+    assert made.shape == sizes
+    hosts = np.vectorize(lambda device: device.process_index)(made)
+    assert (hosts.reshape(-1, sizes[2] * sizes[3]) == hosts[..., :1, :1].reshape(-1, 1)).all()
+    if sizes[0] * sizes[1] == 4:  # then each is a host of its own
+        assert sorted(hosts[..., 0, 0].flat) == [0, 1, 2, 3]
+
+
+def test_a_slice_of_tpus_is_near_whatever_its_hosts() -> None:
+    """Two slices of two hosts: `expert` may cross hosts, `node` crosses slices."""
+    devices = [Device(i, i // 4, "tpu", i // 8) for i in range(16)]
+    slices = np.vectorize(lambda d: d.slice_index)(make_mesh(config(1, 2, 8), devices=devices[::-1]).devices)
+    assert (slices == np.array([0, 1]).reshape(1, 2, 1, 1)).all()
+
+
+def test_an_expert_axis_that_would_cross_hosts() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.expert × mesh\.tensor = 4 × 3 must divide the 8 devices of a host"):
+        make_mesh(config(1, 2, 4, 3, batch=64, length=255, heads=3), devices=shuffled(4, 8))
+    # Without a node axis a flat group may cross them.
+    assert make_mesh(config(1, 1, 16, batch=64), devices=shuffled(2, 8)).devices.shape == (1, 1, 16, 1)
 
 
 def test_devices_left_that_make_no_whole_group() -> None:

@@ -132,15 +132,30 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis, each of which splits the batch. `node` (slow links) × `expert` is the expert-parallel group."""
+    """Devices by axis; all but `tensor` split the batch. `node` (slow links) × `expert` share one set of experts."""
 
     data: int = 0  # 0 = all devices that the other axes leave
     node: int = 1
     expert: int = 1
+    tensor: int = 1  # splits attention's and dense layers' matrices, and the sequence everywhere else
+    fsdp: bool = False  # parameters and optimizer state are sharded over every axis that would replicate them
+    split_experts: bool = False  # experts' matrices, too, are split over `tensor`
 
     @property
     def expert_ranks(self) -> int:
         return self.node * self.expert
+
+    @property
+    def model_ranks(self) -> int:
+        """That hold the model once."""
+        return self.expert_ranks * self.tensor
+
+    def describe(self, data: int = 0) -> str:
+        """The product of the axes, for an error; without `data` that of the others."""
+        axes = {"data": data, "node": self.node, "expert": self.expert, "tensor": self.tensor}
+        named = {name: size for name, size in axes.items() if (size > 0 and name != "tensor") or size > 1}
+        names = " × ".join(f"mesh.{name}" for name in named)
+        return f"{names} = {' × '.join(map(str, named.values()))}" if data else names
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def validate(config: Config) -> None:
     at_least("model", 0, "num_kv_heads", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
              "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout", "unroll_layers")  # fmt: skip
     at_least("mesh", 0, "data")
-    at_least("mesh", 1, "node", "expert")
+    at_least("mesh", 1, "node", "expert", "tensor")
     at_least("data", 1, "sequence_length", "batch_size")
     at_least("data", 0, "num_workers")
     at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
@@ -108,10 +108,26 @@ def validate(config: Config) -> None:
 
     shards = max(1, mesh.data) * mesh.expert_ranks * train.accumulate_steps
     require(data.batch_size % shards == 0, f"data.batch_size={data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}; use {-(-data.batch_size // shards) * shards}")  # fmt: skip
-    tokens = data.batch_size * data.sequence_length // shards
+    if mesh.tensor > 1:
+        _validate_tensor(config, require)
+    tokens = data.batch_size * data.sequence_length // (shards * mesh.tensor)
     require(tokens % model.overlap_chunks == 0, f"model.overlap_chunks={model.overlap_chunks} must divide the {tokens} tokens of a rank; use {math.gcd(model.overlap_chunks, tokens)}")  # fmt: skip
     if model.is_moe:
         _validate_moe(model, mesh, require)
+
+
+def _validate_tensor(config: Config, require: Any) -> None:
+    """What is split over mesh.tensor is a multiple of it."""
+    model, tensor = config.model, config.mesh.tensor
+
+    def divides(name: str, value: int) -> None:
+        require(value % tensor == 0, f"{name}={value} must be a multiple of mesh.tensor={tensor}; use mesh.tensor={math.gcd(value, tensor)}")  # fmt: skip
+
+    divides("data.sequence_length", config.data.sequence_length)
+    divides("model.num_heads", model.num_heads)
+    divides("model.num_kv_heads", model.kv_heads)
+    if not model.is_moe or config.mesh.split_experts:
+        divides("the experts' width (model.expert_hidden_size)" if model.is_moe else "the MLP's width (model.expert_hidden_size)", model.expert_width)  # fmt: skip
 
 
 def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from bigmac_jax.data.pipeline import eval_batches
-from bigmac_jax.mesh import batch_spec, replicated_spec
+from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec, token_spec
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.loss import cross_entropy
 
@@ -57,7 +57,8 @@ def evaluate(
       on_batch: called with the number of tokens just counted.
     """
     mesh = jax.sharding.get_mesh()
-    rows = -(-batch_size // mesh.size) * mesh.size
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    rows = -(-batch_size // shards) * shards
     sharding = NamedSharding(mesh, batch_spec(2))
     total, count = 0.0, 0
     for tokens_BL, mask_BL in eval_batches(stream, sequence_length, batch_size):
@@ -74,4 +75,5 @@ def evaluate(
 @jax.jit
 def _token_nll(model: Transformer, tokens_BL: Array) -> Array:
     logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
-    return jax.sharding.reshard(cross_entropy(logits_BLV, tokens_BL[:, 1:]), replicated_spec(2))
+    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
+    return jax.sharding.reshard(cross_entropy(logits_BLV, targets_BL), replicated_spec(2))

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, batch_spec, on_each_rank, platform, replicated_spec
+from bigmac_jax.mesh import TENSOR, on_each_rank, platform, replicated_spec, split_spec, tensor_ranks, token_spec
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
@@ -42,7 +42,7 @@ def dropout(x_BLD: Array, rate: float, key: Array | None) -> Array:
     """Zeroes a share `rate` of the entries and scales the rest up; without a key it is the identity."""
     if key is None or rate == 0:
         return x_BLD
-    keep = jax.random.bernoulli(key, 1 - rate, x_BLD.shape, out_sharding=batch_spec(x_BLD.ndim))
+    keep = jax.random.bernoulli(key, 1 - rate, x_BLD.shape, out_sharding=token_spec(x_BLD.ndim))
     return jnp.where(keep, x_BLD / (1 - rate), 0)
 
 
@@ -94,39 +94,66 @@ def tall_product(x_TX: Array, dy_TY: Array) -> Array:
 
 
 @jax.custom_vjp
-def project(x_BLX: Array, w_XY: Array) -> Array:
-    """x @ w, with `tall_product` for the weight's gradient."""
+def product(x_BLX: Array, w_XY: Array) -> Array:
+    """x @ w on one rank, with `tall_product` for the weight's gradient."""
     return x_BLX @ w_XY
 
 
-def _project_fwd(x_BLX: Array, w_XY: Array) -> tuple[Array, tuple[Array, Array]]:
-    return project(x_BLX, w_XY), (x_BLX, w_XY)
-
-
-def _project_bwd(saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
+def _product_bwd(saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
     x_BLX, w_XY = saved
-
-    def on_rank(x_BLX: Array, dy_BLY: Array) -> Array:
-        dw_XY = tall_product(*(v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY)))
-        return dw_XY if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(dw_XY, BATCH)
-
-    dw_XY = on_each_rank(on_rank, replicated_spec(2), x_BLX, dy_BLY)
+    dw_XY = tall_product(*(v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY)))
     return jnp.einsum("BLY,XY->BLX", dy_BLY, w_XY), dw_XY
 
 
-project.defvjp(_project_fwd, _project_bwd)
+product.defvjp(lambda x_BLX, w_XY: (product(x_BLX, w_XY), (x_BLX, w_XY)), _product_bwd)
+
+
+def project(x_BLX: Array, w_XY: Array) -> Array:
+    """x @ w, each rank its own tokens."""
+    return on_each_rank(product, (x_BLX,), (w_XY,))
 
 
 class Linear(nnx.Module):
-    """x @ w (+ b), in the dtype of x."""
+    """x @ w (+ b), in the dtype of x. `split`: "outputs" or "inputs" of the matrix over `tensor`, "" for neither."""
 
-    def __init__(self, key: Array, fan_in: int, fan_out: int, bias: bool, scale: float = 1.0):
-        self.w_DF = normal(key, (fan_in, fan_out), scale / math.sqrt(fan_in))
-        self.b_F = constant(0, (fan_out,)) if bias else None
+    def __init__(self, key: Array, fan_in: int, fan_out: int, bias: bool, scale: float = 1.0, split: str = ""):
+        self.split = split
+        spec = P(TENSOR if split == "inputs" else None, TENSOR if split == "outputs" else None)
+        self.w_DF = normal(key, (fan_in, fan_out), scale / math.sqrt(fan_in), spec)
+        self.b_F = constant(0, (fan_out,), P(spec[1])) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = project(x, self.w_DF[...].astype(x.dtype))
-        return y if self.b_F is None else y + last_axes(self.b_F[...].astype(x.dtype), y)
+        """Of tokens, each rank its own; of a matrix split by inputs, of whole sequences whose inputs are split."""
+        w_DF = self.w_DF[...].astype(x.dtype)
+        return self.shifted(split_inputs(x, w_DF) if self.split == "inputs" else project(x, w_DF))
+
+    def shifted(self, y: Array) -> Array:
+        return y if self.b_F is None else y + last_axes(self.b_F[...].astype(y.dtype), y)
+
+
+def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
+    """Tokens through layers that are split by outputs → whole sequences, F split. They are gathered once for all."""
+
+    def on_rank(x_BLD: Array, *weights: Array) -> tuple[Array, ...]:
+        if tensor_ranks() > 1:
+            x_BLD = jax.lax.all_gather(x_BLD, TENSOR, axis=1, tiled=True)
+        return tuple(product(x_BLD, w_DF) for w_DF in weights)
+
+    weights = [layer.w_DF[...].astype(x_BLD.dtype) for layer in layers]
+    products = on_each_rank(on_rank, (x_BLD,), weights, out_specs=(split_spec(3),) * len(layers), split=(TENSOR,))
+    return [layer.shifted(y_BLF) for layer, y_BLF in zip(layers, products, strict=True)]
+
+
+def split_inputs(x_BLF: Array, w_FD: Array) -> Array:
+    """Whole sequences, F split → tokens: each rank sums what all have for its own."""
+
+    def on_rank(x_BLF: Array, w_FD: Array) -> Array:
+        y_BLD = product(x_BLF, w_FD)
+        if tensor_ranks() == 1:
+            return y_BLD
+        return jax.lax.psum_scatter(y_BLD, TENSOR, scatter_dimension=1, tiled=True)
+
+    return on_each_rank(on_rank, (x_BLF,), (w_FD,), in_spec=split_spec, split=(TENSOR,))
 
 
 def rotate(x_BLNH: Array, theta: float) -> Array:
@@ -181,16 +208,17 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
 
 
 class Attention(nnx.Module):
-    """Causal attention with optional grouped key-value heads, query-key norm and rotary positions."""
+    """Causal attention with optional grouped key-value heads, query-key norm and rotary positions; heads are split over
+    `tensor`."""
 
     def __init__(self, config: ModelConfig, key: Array):
         self.config = config
         D, N, G, H = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
         keys = jax.random.split(key, 4)
-        self.query = Linear(keys[0], D, N * H, config.use_bias)
-        self.key = Linear(keys[1], D, G * H, config.use_bias)
-        self.value = Linear(keys[2], D, G * H, config.use_bias)
-        self.out = Linear(keys[3], N * H, D, config.use_bias, residual_scale(config))
+        self.query = Linear(keys[0], D, N * H, config.use_bias, split="outputs")
+        self.key = Linear(keys[1], D, G * H, config.use_bias, split="outputs")
+        self.value = Linear(keys[2], D, G * H, config.use_bias, split="outputs")
+        self.out = Linear(keys[3], N * H, D, config.use_bias, residual_scale(config), split="inputs")
         self.query_norm = Norm("rmsnorm", H) if config.qk_norm else None
         self.key_norm = Norm("rmsnorm", H) if config.qk_norm else None
 
@@ -198,28 +226,38 @@ class Attention(nnx.Module):
         B, L, D = x_BLD.shape
         # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
         q_BLNH, k_BLGH, v_BLGH = (
-            jnp.reshape(f(x_BLD), (B, L, -1, self.config.head_size), out_sharding=batch_spec(4))
-            for f in (self.query, self.key, self.value)
+            jnp.reshape(y_BLF, (B, L, -1, self.config.head_size), out_sharding=split_spec(4))
+            for y_BLF in split_outputs(x_BLD, self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
         if self.config.positions == "rope":
             q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
-        y_BLNH = causal_attention(q_BLNH, k_BLGH, v_BLGH, self.config.attention)
-        return self.out(jnp.reshape(y_BLNH, (B, L, D), out_sharding=batch_spec(3)))
+        y_BLNH = on_each_rank(
+            lambda q_BLNH, k_BLGH, v_BLGH: causal_attention(q_BLNH, k_BLGH, v_BLGH, self.config.attention),
+            (q_BLNH, k_BLGH, v_BLGH),
+            in_spec=split_spec,
+            out_specs=split_spec(4),
+        )
+        return self.out(jnp.reshape(y_BLNH, (B, L, D), out_sharding=split_spec(3)))
 
 
 class MLP(nnx.Module):
-    """The dense feed-forward layer D → F → D; also the shared experts, side by side as one."""
+    """The dense feed-forward layer D → F → D, F split over `tensor`.
 
-    def __init__(self, config: ModelConfig, key: Array, width: int):
+    Also the shared experts, side by side as one: their matrices are whole, and like the rest of their layer they take
+    each rank's own tokens.
+    """
+
+    def __init__(self, config: ModelConfig, key: Array, width: int, shared: bool = False):
         self.config = config
         keys = jax.random.split(key, 3)
-        D = config.hidden_size
-        self.up = Linear(keys[0], D, width, config.use_bias)
-        self.gate = Linear(keys[1], D, width, config.use_bias) if config.gated else None
-        self.down = Linear(keys[2], width, D, config.use_bias, residual_scale(config))
+        D, first, last = config.hidden_size, *(("", "") if shared else ("outputs", "inputs"))
+        self.up = Linear(keys[0], D, width, config.use_bias, split=first)
+        self.gate = Linear(keys[1], D, width, config.use_bias, split=first) if config.gated else None
+        self.down = Linear(keys[2], width, D, config.use_bias, residual_scale(config), split=last)
 
     def __call__(self, x_BLD: Array) -> Array:
-        gate_BLF = None if self.gate is None else self.gate(x_BLD)
-        return self.down(activate(self.config, self.up(x_BLD), gate_BLF))
+        layers = [self.up] if self.gate is None else [self.up, self.gate]
+        hidden = split_outputs(x_BLD, *layers) if self.down.split else [layer(x_BLD) for layer in layers]
+        return self.down(activate(self.config, *hidden))

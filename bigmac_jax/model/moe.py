@@ -13,7 +13,18 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import BATCH, EXPERT_GROUP, ExpertGroup, batch_spec, current_group, expert_spec
+from bigmac_jax.mesh import (
+    EXPERT_GROUP,
+    TENSOR,
+    ExpertGroup,
+    current_group,
+    expert_spec,
+    on_each_rank,
+    rank_spec,
+    spec_of,
+    tensor_ranks,
+    token_spec,
+)
 from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
@@ -72,7 +83,7 @@ class MoE(nnx.Module):
         self.router_DE = normal(keys[0], (D, E), 1 / math.sqrt(D))
         self.router_bias_E = RouterBias(constant(0, (E,))[...]) if config.balance == "bias" else None
         self.experts = Experts(config, keys[1])
-        self.shared = MLP(config, keys[2], config.shared_width) if config.shared_width else None
+        self.shared = MLP(config, keys[2], config.shared_width, shared=True) if config.shared_width else None
         bigmac = config.structure == "bigmac"
         self.down = Linear(keys[3], D, R, bias=False) if bigmac else None
         self.up = Linear(keys[4], R, D, bias=False, scale=residual_scale(config)) if bigmac else None
@@ -161,29 +172,47 @@ def _exchange_and_compute(
     Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
     on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
     """
-    replicas = tuple(axis for axis in BATCH if axis not in EXPERT_GROUP)
+    split = spec_of(weights["w_in_eRF"])[2] == TENSOR and tensor_ranks() > 1
 
-    def on_rank(
-        x_BLR: Array, gates_BLK: Array, experts_BLK: Array, weights: dict[str, Array]
-    ) -> tuple[Array, Array, Array]:
+    def experts(rows: Array, gate_NK: Array | None, expert_NK: Array | None, share: int, *weights: Array) -> Array:
+        w = dict(zip(names, weights, strict=True))
+        if not split:
+            return grouped_mlp(config, w, rows, gate_NK, expert_NK, share)
+        # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
+        # Rows that stand by expert, as many for each, stand like that when they are gathered.
+        e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
+        gate_NK, expert_NK = (None if v is None else _of_tensor_ranks(v, 1) for v in (gate_NK, expert_NK))
+        if "b_out_eR" in w:  # one of them adds it
+            w["b_out_eR"] = jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)
+        y_NR = grouped_mlp(config, w, _of_tensor_ranks(rows, e), gate_NK, expert_NK, share * tensor_ranks())
+        y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
+        return y_ebR.reshape(rows.shape)
+
+    def on_rank(x_BLR: Array, gates_BLK: Array, experts_BLK: Array, *weights: Array) -> tuple[Array, Array, Array]:
         x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
-        # The experts' gradients are summed over the ranks that share them, which is what this line's transpose does.
-        weights = {name: jax.lax.pcast(w, replicas, to="varying") for name, w in weights.items()}
         chunks = math.gcd(config.overlap_chunks, x_TR.shape[0])
         exchange = strategy(config, capacity_factor, x_TR.shape[0] // chunks)
         plans = [exchange.plan(experts) for experts in jnp.split(experts_TK, chunks)]
         gates = jnp.split(gates_TK, chunks)
         rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]
         share = gates[0].size // exchange.local_experts
-        outputs = [grouped_mlp(config, weights, *r, plan.expert_NK, share) for plan, r in zip(plans, rows, strict=True)]
+        outputs = [experts(*r, plan.expert_NK, share, *weights) for plan, r in zip(plans, rows, strict=True)]
         y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
         counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
         dropped = jnp.stack([plan.dropped for plan in plans]).sum()
         return y_TR.reshape(x_BLR.shape), counts_E[None], dropped[None]
 
-    return jax.shard_map(
+    names = list(weights)
+    return on_each_rank(
         on_rank,
-        in_specs=(batch_spec(3), batch_spec(3), batch_spec(3), {k: expert_spec(v.ndim) for k, v in weights.items()}),
-        out_specs=(batch_spec(3), batch_spec(2), batch_spec(1)),
-        axis_names=set(BATCH),
-    )(x_BLR, gates_BLK, experts_BLK, weights)
+        (x_BLR, gates_BLK, experts_BLK),
+        list(weights.values()),
+        out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
+        split=(*EXPERT_GROUP, TENSOR) if split else EXPERT_GROUP,
+    )
+
+
+def _of_tensor_ranks(rows_NX: Array, groups: int) -> Array:
+    """The rows of all tensor ranks, group by group."""
+    rows = rows_NX.reshape(groups, -1, rows_NX.shape[1])
+    return jax.lax.all_gather(rows, TENSOR, axis=1, tiled=True).reshape(-1, rows_NX.shape[1])

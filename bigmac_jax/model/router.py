@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import batch_spec, on_each_rank
+from bigmac_jax.mesh import on_each_rank, token_spec
 from bigmac_jax.model.layers import project
 
 
@@ -66,8 +66,8 @@ def updated_bias(config: ModelConfig, bias_E: Array, load_E: Array) -> Array:
 
 def _top_k(x: Array, k: int) -> tuple[Array, Array]:
     """Values and indices. Told rank by rank: XLA would gather the scores of all ranks, and choose for all of them."""
-    specs = (batch_spec(x.ndim), batch_spec(x.ndim))
-    return on_each_rank(lambda x: tuple(jax.lax.top_k(x, k)), specs, x)
+    specs = (token_spec(x.ndim), token_spec(x.ndim))
+    return on_each_rank(lambda x: tuple(jax.lax.top_k(x, k)), (x,), out_specs=specs)
 
 
 def _in_best_groups(config: ModelConfig, ranking_BLE: Array) -> Array:

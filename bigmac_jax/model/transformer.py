@@ -1,14 +1,17 @@
 """The decoder-only transformer. B batch, L length, D hidden, V vocabulary, Y layers, E experts."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.mesh import batch_spec, platform
+from bigmac_jax.config import Config, MeshConfig, ModelConfig
+from bigmac_jax.mesh import TENSOR, all_but_gathered, fully_sharded, on_each_rank, platform, spec_of, token_spec
 from bigmac_jax.model.layers import MLP, Attention, Norm, dropout, normal
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 
@@ -38,9 +41,10 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Layers stacked along a leading dimension and scanned."""
 
-    def __init__(self, config: ModelConfig, max_length: int, key: Array):
+    def __init__(self, config: ModelConfig, max_length: int, key: Array, fsdp: bool = False):
         self.config = config
         self.max_length = max_length
+        self.fsdp = fsdp
         keys = jax.random.split(key, 4)
         V, D = config.vocab_size, config.hidden_size
         # Small, so that logits start near zero. The embedding, which may be the same parameter, is multiplied by √D
@@ -72,8 +76,8 @@ class Transformer(nnx.Module):
           (logits_BLV in float32, aux with a leading dimension of layers)
         """
         x_BLD, aux = self.features(tokens_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
-        w_VD = self.unembedding().astype(x_BLD.dtype)
-        return jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32), aux
+        product = functools.partial(jnp.einsum, "BLD,VD->BLV", preferred_element_type=jnp.float32)
+        return on_each_rank(product, (x_BLD,), (self.unembedding().astype(x_BLD.dtype),)), aux
 
     def features(
         self,
@@ -85,13 +89,10 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
         config, length = self.config, tokens_BL.shape[1]
-        x_BLD = self.embedding_VD[...].at[tokens_BL].get(out_sharding=batch_spec(3))
-        if self.positions_LD is not None:
-            if length > self.max_length:
-                raise ValueError(
-                    f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)"
-                )
-            x_BLD = x_BLD + self.positions_LD[...][None, :length]
+        if self.positions_LD is not None and length > self.max_length:
+            raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
+        tables = [table[...] for table in (self.embedding_VD, self.positions_LD) if table is not None]
+        x_BLD = on_each_rank(_embed, (jax.sharding.reshard(tokens_BL, token_spec(2)),), tables)
         x_BLD = (math.sqrt(config.hidden_size) * x_BLD).astype(config.dtype)
         keys_Y = None
         if dropout_key is not None and config.dropout:
@@ -104,6 +105,8 @@ class Transformer(nnx.Module):
 
         if config.remat:
             step = jax.checkpoint(step)
+        elif self.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
+            step = jax.checkpoint(step, policy=all_but_gathered)
         # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
         unroll = config.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
         x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE), unroll=unroll)
@@ -114,6 +117,41 @@ class Transformer(nnx.Module):
         return (self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD)[...]
 
 
+def _embed(tokens_BL: Array, embedding_VD: Array, positions_LD: Array | None = None) -> Array:
+    """On one rank, whose tokens are a part of the sequence."""
+    x_BLD = embedding_VD[tokens_BL]
+    if positions_LD is None:
+        return x_BLD
+    first = 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(TENSOR) * tokens_BL.shape[1]
+    return x_BLD + jax.lax.dynamic_slice_in_dim(positions_LD, first, tokens_BL.shape[1])[None]
+
+
 def init_model(config: Config, key: Array) -> Transformer:
     """A new model, sharded on the current mesh (`jax.set_mesh`); under `jax.eval_shape` it costs no memory."""
-    return jax.jit(lambda k: Transformer(config.model, config.data.sequence_length, k))(key)
+
+    def init(key: Array) -> Transformer:
+        return _sharded(config.mesh, Transformer(config.model, config.data.sequence_length, key, config.mesh.fsdp))
+
+    return jax.jit(init)(key)
+
+
+# Parameters that are matrices, or tables; norms' scales and biases are small, and stay whole.
+_MATRICES = ("w_", "router_DE", "embedding_VD", "unembedding_VD", "positions_LD")
+
+
+def _sharded(mesh: MeshConfig, model: Transformer) -> Transformer:
+    """Splits, as the mesh wants it, what modules leave whole: experts over `tensor`, everything over the axes left."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def shard(path: tuple[Any, ...], w: Array) -> Array:
+        name = next(part.name for part in reversed(path) if getattr(part, "name", "value") != "value")
+        dims = name.split("_")[-1]  # such as eRF, behind that of the layers
+        spec = [*spec_of(w), *[None] * (w.ndim - len(spec_of(w)))]
+        layers, own = spec[: w.ndim - len(dims)], P(*spec[w.ndim - len(dims) :])
+        if mesh.split_experts and dims[0] == "e" and "F" in dims:
+            own = P(*[TENSOR if dim == "F" else entry for dim, entry in zip(dims, own, strict=True)])
+        if mesh.fsdp and name.startswith(_MATRICES):
+            own = fully_sharded(w.shape[len(layers) :], own, sizes)
+        return jax.sharding.reshard(w, P(*layers, *own))
+
+    return jax.tree_util.tree_map_with_path(shard, model)

@@ -7,7 +7,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
 from bigmac_jax.model.exchange.strategies import Sent
@@ -31,6 +31,8 @@ class Times:
       gradients: their sums over the ranks that share parameters.
       optimizer: its passes over memory.
       hidden: the part of `exchange` that runs beside matmuls, at best.
+      tensor: sequences gathered, and sums of them scattered, over mesh.tensor.
+      parameters: gathered from their shards, with mesh.fsdp.
       tokens: of a step.
       useful: the share of the machine's peak that a step of one second would use (`counts.flops`).
     """
@@ -42,10 +44,13 @@ class Times:
     hidden: float
     tokens: int
     useful: float
+    tensor: float = 0.0
+    parameters: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.matmul + self.exchange - self.hidden + self.gradients + self.optimizer
+        sent = self.exchange - self.hidden + self.tensor + self.parameters + self.gradients
+        return self.matmul + sent + self.optimizer
 
     @property
     def exchange_share(self) -> float:
@@ -83,9 +88,19 @@ class Cluster:
         return self.sizes["node"] * self.sizes["expert"]
 
     @property
+    def tensor(self) -> int:
+        """Ranks that share a sequence, next to each other; each has an expert group of its own."""
+        return self.sizes.get("tensor", 1)
+
+    @property
     def machine(self) -> int:
         """Ranks that fast links join."""
         return self.slice.chips if self.slice else math.gcd(self.ranks, self.hardware.machine_ranks)
+
+    @property
+    def near(self) -> int:
+        """Those of them that may be of one expert group."""
+        return max(1, self.machine // self.tensor)
 
     def by_link(self, sent: Sent) -> Sent:
         """What is sent along the mesh's axes expert and node, on fast and slow links: they need not be the same.
@@ -93,7 +108,7 @@ class Cluster:
         Along an axis every peer gets as much, so it is enough to know how many of them are in the machine.
         """
         node, expert = self.sizes["node"], self.sizes["expert"]
-        inside = math.gcd(self.group, self.machine)
+        inside = math.gcd(self.group, self.near)
         if inside % expert:  # a machine that cuts through the mesh's rows keeps at least this much of one
             inside = math.gcd(inside, expert)
         if inside >= expert:
@@ -109,8 +124,8 @@ class Cluster:
         one follow each other.
         """
         node, expert = self.sizes["node"], self.sizes["expert"]
-        if self.slice and self.group <= self.machine:
-            group = parts(self.slice, self.group)[0]
+        if self.slice and self.group <= self.near:
+            group = parts(parts(self.slice, self.tensor)[1], self.group)[0]
             if not hierarchical:
                 return self._across(group, sum(sent), exchanges)
             inside, between = parts(group, expert)
@@ -120,7 +135,7 @@ class Cluster:
         h = self.hardware
         across = slow_messages * h.slow.latency + slow / h.slow.bandwidth
         if self.slice:
-            inside = parts(self.slice, math.gcd(self.group, self.machine))[0]
+            inside = parts(parts(self.slice, self.tensor)[1], math.gcd(self.group, self.near))[0]
             near = self._across(inside, fast, exchanges)
         else:
             near = fast_messages * h.fast.latency + fast / h.fast.bandwidth
@@ -164,7 +179,7 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
         if topology:
             raise ConfigError(f"topology={_x(topology)} is of a TPU, not of {hardware.device_kind}; leave it out")
         return Cluster(hardware, sizes)
-    ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"]
+    ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"] * sizes.get("tensor", 1)
     shape = topology or hardware.torus.near_cube(math.gcd(ranks, hardware.machine_ranks))
     chips = math.prod(shape)
     if len(shape) > hardware.torus.dimensions or min(shape) < 1:
@@ -176,7 +191,8 @@ def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> 
     whole = hardware.torus.slice(shape)
     inside = math.gcd(group, chips)
     if inside != min(group, chips) or parts(whole, inside)[0].chips != inside:
-        raise ConfigError(f"mesh.node × mesh.expert = {group} ranks must make a block of topology={_x(shape)}")
+        names = "mesh.node × mesh.expert" + " × mesh.tensor" * (sizes.get("tensor", 1) > 1)
+        raise ConfigError(f"{names} = {group} ranks must make a block of topology={_x(shape)}")
     return Cluster(hardware, sizes, whole)
 
 
@@ -190,7 +206,7 @@ def physical_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
     mesh.expert = 32 on machines of 8 is 4 × 8 here. Only a hierarchical exchange depends on what the mesh itself says.
     """
     group = sizes["node"] * sizes["expert"]
-    inside = math.gcd(group, hardware.machine_ranks)
+    inside = math.gcd(group, max(1, hardware.machine_ranks // sizes.get("tensor", 1)))
     return ExpertGroup((group // inside, inside), hardware.platform, hardware.device_kind)
 
 
@@ -200,7 +216,7 @@ def mesh_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
 
 
 def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Times:
-    """A training step of `config` on a mesh of `sizes` (data, node, expert).
+    """A training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
 
     Raises:
       ConfigError: as `cluster`.
@@ -216,11 +232,13 @@ def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape 
     # Of n chunks the first is sent before there is anything to compute; the experts are all that runs beside the rest.
     hidden = (chunks - 1) / chunks * min(exchange, experts) if hardware.overlaps else 0.0
 
-    count = parameters(config, here.group)
-    everyones, experts_own = gradient_bytes(config, count)
-    gradients = here.all_reduce(everyones, here.ranks) + here.all_reduce(
-        experts_own / here.group, sizes["data"], here.group
-    )
+    count = parameters(config, sizes)
+    gradients = summed(config, here, gradient_bytes(config, count))
+    gathered = 0.0
+    if config.mesh.fsdp:  # a sum that stays scattered is half of one that all have
+        gradients /= 2
+        # Gathered for each pass, forward and backward; a recomputed layer is gathered once for both.
+        gathered = (_passes(config) + 1) * summed(config, here, parameter_bytes(config, count)) / 2
     return Times(
         sum(by_part.values()) * seconds_a_flop,
         exchange,
@@ -229,14 +247,35 @@ def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape 
         hidden,
         config.data.batch_size * config.data.sequence_length,
         sum(flops.values()) / (here.ranks * rate),
+        here.around(counts.tensor_bytes(config, sizes), here.tensor),
+        gathered * config.train.accumulate_steps,
     )
+
+
+def summed(config: Config, here: Cluster, size: tuple[float, float, float]) -> float:
+    """Seconds in which what belongs to parameters is summed over the ranks that share them.
+
+    Args:
+      size: bytes of what all share, of what `tensor` splits, of the experts; of the whole model.
+    """
+    everyones, split, experts = size
+    t, replicas = here.tensor, here.sizes["data"]
+    own = here.all_reduce(experts / here.group / t, replicas, here.group * t)
+    if not config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
+        own = here.all_reduce(experts / here.group, replicas * t, here.group if t == 1 else 1)
+    return here.all_reduce(everyones, here.ranks) + here.all_reduce(split / t, here.ranks // t, t) + own
+
+
+def _passes(config: Config) -> int:
+    """Forward passes of a part of the batch, recomputation left out."""
+    return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
 
 
 def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
     """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
     m, flops = config.model, counts.flops(config)
     # A forward pass is a third of a step's FLOPs.
-    again = m.counts_loads_first and config.train.accumulate_steps > 1
+    again = _passes(config) - 1
     # What is done again stops short of the logits.
     done = {part: count * (1 + (part != "output") * (again + m.remat) / 3) for part, count in flops.items()}
     if m.is_moe:
@@ -246,8 +285,9 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     return done
 
 
-def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int]:
-    """(of what all ranks share, of the experts): bytes of the gradients that are summed over ranks, for one batch.
+def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
+    """(of what all ranks share, of what `tensor` splits, of the experts): bytes of the gradients that are summed over
+    ranks, for one batch.
 
     As in the step compiled for v6e: gradients of a layer's matrices are summed in the dtype of the computation, those
     of experts, router and norms in float32. So are the rows of the embedding that were read, on their own beside the
@@ -255,10 +295,17 @@ def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int]:
     """
     m, parts = config.model, count.parts
     size, table = 2 if m.dtype == "bfloat16" else 4, m.vocab_size * m.hidden_size
-    matrices = sum(parts.get(part, 0) for part in ("attention", "shared", "mlp", "projections")) + table
+    split = sum(parts.get(part, 0) for part in ("attention", "mlp"))
+    matrices = sum(parts.get(part, 0) for part in ("shared", "projections")) + table
     experts = parts.get("experts", 0)
-    rest = count.total - experts - matrices + (table if m.tie_embeddings else 0)
-    return size * matrices + 4 * rest, 4 * experts
+    rest = count.total - experts - split - matrices + (table if m.tie_embeddings else 0)
+    return size * matrices + 4 * rest, size * split, 4 * experts
+
+
+def parameter_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
+    """As `gradient_bytes`, of the parameters when they are gathered: in the same dtypes, and without norms."""
+    everyones, split, experts = gradient_bytes(config, count)
+    return everyones - 4 * count.parts.get("norms", 0), split, experts
 
 
 def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
@@ -282,15 +329,14 @@ def _adds_on_the_way(exchange: Strategy) -> bool:
     return exchange.forward == exchange.backward == "float32"
 
 
-def parameters(config: Config, group: int) -> Parameters:
-    """As `counts.parameters`, of which it calls the slow part once for a model."""
-    count = _parameters(
-        replace(config.model, overlap_chunks=1, exchange="auto", remat=False), config.data.sequence_length
-    )
-    return count._replace(of_a_rank=count.total - count.parts.get("experts", 0) * (group - 1) // group)
+def parameters(config: Config, sizes: Sizes) -> Parameters:
+    """As `counts.parameters`, which it calls once for a model on a mesh."""
+    model = replace(config.model, overlap_chunks=1, exchange="auto", remat=False)
+    mesh = replace(config.mesh, data=1, node=1, expert=1, tensor=1)  # how it is sharded; `sizes` say over what
+    return _parameters(model, mesh, config.data.sequence_length, tuple(sizes.items()))
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(model: ModelConfig, length: int) -> Parameters:
-    config = Config(model=model, data=DataConfig(tokenizer="", sequence_length=length))
-    return counts.parameters(config, {"data": 1, "node": 1, "expert": 1})
+def _parameters(model: ModelConfig, mesh: MeshConfig, length: int, sizes: tuple[tuple[str, int], ...]) -> Parameters:
+    config = Config(model=model, mesh=mesh, data=DataConfig(tokenizer="", sequence_length=length))
+    return counts.parameters(config, dict(sizes))

@@ -32,7 +32,7 @@ class Parameters(NamedTuple):
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """From the abstract model, which takes no memory."""
     m, parts, of_a_rank = config.model, dict[str, int](), 0
-    mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
         model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
@@ -77,6 +77,31 @@ def flops(config: Config) -> dict[str, float]:
         per_token["mlp"] = m.num_layers * matrices * h * m.expert_width
     tokens = config.data.batch_size * length
     return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+
+
+def tensor_bytes(config: Config, sizes: Sizes) -> float:
+    """Bytes that a rank sends to its `tensor` ranks in a training step.
+
+    A layer's attention gathers its input and scatters its output, and their gradients the other way round; so does a
+    dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide.
+    """
+    m, t = config.model, sizes.get("tensor", 1)
+    if t == 1:
+        return 0.0
+    ranks = math.prod(sizes.values())
+    passes = 2 if m.counts_loads_first and config.train.accumulate_steps > 1 else 1
+    tokens = config.data.batch_size * config.data.sequence_length / ranks
+    # What a recomputed layer ends in is not summed again.
+    moved = tokens * m.hidden_size * (2 * passes + 2 + 2 * m.remat)
+    if not m.is_moe:
+        moved += tokens * m.hidden_size * (2 * passes + 2 + m.remat)
+    elif config.mesh.split_experts:
+        at_a_time = tokens_at_a_time(config, ranks)
+        exchange = strategy(m, m.capacity_factor, at_a_time, ExpertGroup((sizes["node"], sizes["expert"]), "gpu", ""))
+        rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
+        again = m.remat * (1 + (m.structure == "bigmac" or not exchange.sums_at_experts))
+        moved += rows * m.wire_size * (2 * passes + 2 + again)
+    return moved * (t - 1) * (2 if m.dtype == "bfloat16" else 4) * m.num_layers
 
 
 class Traffic(NamedTuple):
@@ -145,17 +170,22 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
 
 def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
     """Numbers a token that a layer keeps for its backward pass."""
-    m = config.model
+    m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    kept = 4.0 * m.hidden_size + 2 * m.kv_heads * m.head_size + 2 * m.num_heads * config.data.sequence_length
+    kept = 4.0 * m.hidden_size + 2 * m.kv_heads * m.head_size + 2 * m.num_heads * config.data.sequence_length + gathered
     if not m.is_moe:
-        return kept + m.hidden_size + matrices * m.expert_width
+        return kept + m.hidden_size + matrices * m.expert_width + gathered
     tokens = tokens_at_a_time(config, ranks)
     exchange = strategy(m, m.capacity_factor, tokens, group)
-    sent = sum(exchange.sent(tokens, m.choices)[0]) / tokens
-    rows = sent * exchange.ranks / (exchange.ranks - 1) if sent else m.choices  # with those that stay
+    rows = received_rows(exchange, tokens, m.choices) / tokens
     kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
     return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+
+
+def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
+    """That a rank gets in one exchange, room and its own included."""
+    sent = sum(exchange.sent(tokens, choices)[0])
+    return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
 
 
 def computed_rows(exchange: Strategy, tokens: int, choices: int) -> float:

@@ -84,7 +84,7 @@ def _place(config: Config, request: Request) -> Place:
     topology = program.parse_topology(request.topology) if request.topology else None
     name = request.hardware or (topology.kind if topology else "")
     hardware = load_hardware(name) if name else None
-    devices = request.devices or max(1, config.mesh.data) * config.mesh.expert_ranks
+    devices = request.devices or max(1, config.mesh.data) * config.mesh.model_ranks
     if topology:
         devices = math.prod(topology.shape)
         if request.devices not in (0, devices):
@@ -100,12 +100,11 @@ def _place(config: Config, request: Request) -> Place:
 def _sizes(config: Config, place: Place) -> Sizes:
     """Ranks by axis: of all devices, none of which is idle."""
     mesh, devices = config.mesh, place.devices
-    data = mesh.data or max(1, devices // mesh.expert_ranks)
-    if (ranks := data * mesh.expert_ranks) != devices:
+    data = mesh.data or max(1, devices // mesh.model_ranks)
+    if (ranks := data * mesh.model_ranks) != devices:
         other = "another mesh or --topology" if place.topology else f"another mesh, or --devices={ranks}"
         raise ConfigError(
-            f"mesh.data × mesh.node × mesh.expert = {data} × {mesh.node} × {mesh.expert} = {ranks} must be the "
-            f"{devices} devices that are planned for; use {other}"
+            f"{mesh.describe(data)} = {ranks} must be the {devices} devices that are planned for; use {other}"
         )
     return axis_sizes(config, devices)
 
@@ -167,7 +166,19 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
 
 
 def _times(times: Times) -> dict[str, float]:
-    names = ("matmul", "exchange", "hidden", "gradients", "optimizer", "total", "exchange_share", "tokens_per_s", "mfu")
+    names = (
+        "matmul",
+        "exchange",
+        "hidden",
+        "tensor",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "total",
+        "exchange_share",
+        "tokens_per_s",
+        "mfu",
+    )
     return {name: getattr(times, name) for name in names}
 
 

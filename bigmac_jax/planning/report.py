@@ -68,7 +68,8 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         row(f"memory of a rank: {part}", lambda c, part=part: size(c["memory"][part]))
     if all("time" in column for column in valid.values()):
         table.add_section()
-        for part in ("matmul", "exchange", "hidden", "gradients", "optimizer", "total"):
+        here = [part for part in ("tensor", "parameters") if any(c["time"][part] for c in valid.values())]
+        for part in ("matmul", "exchange", "hidden", *here, "gradients", "optimizer", "total"):
             row(f"predicted: {part}", lambda c, part=part: duration(c["time"][part]))
         row("predicted: share of exchange", lambda c: f"{100 * c['time']['exchange_share']:.1f} %")
         row("predicted: tokens/s", lambda c: f"{c['time']['tokens_per_s']:,.0f}")
@@ -264,6 +265,7 @@ def _draw_times(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
     parts = {
         "matmul": [t["matmul"] for t in times],
         "exchange not hidden": [t["exchange"] - t["hidden"] for t in times],
+        **{p: [t[p] for t in times] for p in ("tensor", "parameters") if any(t[p] for t in times)},
         "gradients": [t["gradients"] for t in times],
         "optimizer": [t["optimizer"] for t in times],
     }

@@ -49,7 +49,7 @@ def search(config: Config, devices: int, hardware: Hardware, topology: Shape | N
         except ConfigError:
             continue
         group = mesh_group(sizes, hardware)
-        count = parameters(variant, sizes["node"] * sizes["expert"])
+        count = parameters(variant, sizes)
         memory = counts.memory(variant, devices, group, count)
         found.append(Candidate(variant, sizes, times, memory, sum(memory.values()) <= hardware.memory_bytes))
     return sorted(found, key=lambda c: (not c.fits, -c.times.tokens_per_s))
@@ -57,9 +57,10 @@ def search(config: Config, devices: int, hardware: Hardware, topology: Shape | N
 
 def _variants(config: Config, devices: int, hardware: Hardware) -> Iterator[Config]:
     """Those that are valid so far: a batch that the ranks don't divide is left to `axis_sizes`."""
-    for expert_ranks in _divisors(devices):
+    shards = devices // config.mesh.tensor
+    for expert_ranks in _divisors(shards):
         for node in _divisors(expert_ranks):
-            mesh = MeshConfig(devices // expert_ranks, node, expert_ranks // node)
+            mesh = replace(config.mesh, data=shards // expert_ranks, node=node, expert=expert_ranks // node)
             for accumulate, remat in itertools.product(ACCUMULATE_STEPS, (False, True)):
                 for name, chunks in _exchanges(config, mesh, hardware):
                     try:

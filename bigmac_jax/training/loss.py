@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.mesh import BATCH, batch_spec, platform, replicated_spec
+from bigmac_jax.mesh import AXES, on_each_rank, platform, rank_spec, token_spec
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.model.transformer import Transformer
 
@@ -55,17 +55,11 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Array, targets_BL: Array) -> Array:
     time on CPU (docs/performance.md), and chunk × V instead of T × V memory.
     """
 
-    def on_rank(x_BLD: Array, w_VD: Array, targets_BL: Array) -> Array:
-        w_VD = jax.lax.pcast(w_VD, BATCH, to="varying")  # its gradient is this rank's, summed once at the end
+    def on_rank(x_BLD: Array, targets_BL: Array, w_VD: Array) -> Array:
         return _summed(x_BLD.reshape(-1, x_BLD.shape[-1]), w_VD, targets_BL.reshape(-1))[None]
 
-    sums_S = jax.shard_map(
-        on_rank,
-        in_specs=(batch_spec(3), replicated_spec(2), batch_spec(2)),
-        out_specs=batch_spec(1),
-        axis_names=set(BATCH),
-    )(x_BLD, w_VD, targets_BL)
-    return sums_S.sum() / targets_BL.size
+    targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
+    return on_each_rank(on_rank, (x_BLD, targets_BL), (w_VD,), out_specs=rank_spec(1)).sum() / targets_BL.size
 
 
 @jax.custom_vjp
@@ -109,7 +103,7 @@ def _walk(x_TD: Array, w_VD: Array, targets_T: Array, gradients: bool) -> tuple[
         return (total, dw_VD), dx_CD.astype(x_CD.dtype)
 
     def zeros(shape: tuple[int, ...]) -> Array:
-        return jax.lax.pcast(jnp.zeros(shape, jnp.float32), BATCH, to="varying")
+        return jax.lax.pcast(jnp.zeros(shape, jnp.float32), AXES, to="varying")
 
     carry = (zeros(()), zeros(w_VD.shape) if gradients else None)
     split = (x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_batch, tiny
+from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
 from bigmac_jax.data.pipeline import text_stream
@@ -33,7 +33,7 @@ def by_hand(stream: Any) -> float:
     padded_WL.flat[: len(tokens) - 1] = tokens[:-1]
     with on_mesh(config):
         call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0], compiler_options=QUICK)
-        logits_WLV = np.asarray(call(random_model(config), split_batch(padded_WL)), np.float64)
+        logits_WLV = np.asarray(call(random_model(config), split_tokens(padded_WL)), np.float64)
     total = 0.0
     for logits_LV, start in zip(logits_WLV, range(0, len(tokens) - 1, LENGTH), strict=True):
         targets_L = tokens[start + 1 : start + 1 + LENGTH]
@@ -72,7 +72,7 @@ def test_drops_would_change_it(stream: Any) -> None:
     tokens = stream.tokens(0, rows * LENGTH).reshape(rows, LENGTH)
     with on_mesh(config):
         call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[1].drop_rate, compiler_options=QUICK)
-        assert call(random_model(config), split_batch(tokens)).min() > 0.3
+        assert call(random_model(config), split_tokens(tokens)).min() > 0.3
 
 
 def test_score_by_hand() -> None:

@@ -25,7 +25,7 @@ from .tools import (  # fmt: skip
     on_mesh,
     random_model,
     random_tokens,
-    split_batch,
+    split_tokens,
     tiny,
 )
 
@@ -67,7 +67,7 @@ def test_remat_recomputes_and_changes_nothing() -> None:
 def backward(config: Config) -> tuple[int, int]:
     """(exchanges of a forward and backward pass, elements that the forward scan keeps)."""
     with on_mesh(config):
-        tokens = split_batch(random_tokens(config)[:, :-1])
+        tokens = split_tokens(random_tokens(config)[:, :-1])
         loss = jax.grad(lambda model: jnp.square(model(tokens)[0]).mean())
         jaxpr = jax.jit(loss).trace(abstract_model(config)).jaxpr.jaxpr
     scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
@@ -76,7 +76,7 @@ def backward(config: Config) -> tuple[int, int]:
 
 def test_dropout_keeps_the_mean() -> None:
     with on_mesh(tiny()):
-        x = split_batch(np.full((8, 64, 64), 3.0, np.float32))
+        x = split_tokens(np.full((8, 64, 64), 3.0, np.float32))
         y = np.asarray(dropout(x, 0.1, jax.random.key(0)))
         assert dropout(x, 0.1, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
     np.testing.assert_allclose(np.unique(y), [0, 3 / 0.9], rtol=1e-6)
@@ -98,7 +98,7 @@ def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5
         run = jax.jit(
             lambda m, t: m.features(t, dropout_key=key, load_YE=None, dropless=False)[0], compiler_options=QUICK
         )
-        return np.asarray(run(random_model(config, given), split_batch(random_tokens(config)[:, :-1])))
+        return np.asarray(run(random_model(config, given), split_tokens(random_tokens(config)[:, :-1])))
 
 
 def leaves_of(config: Config) -> dict[str, np.ndarray]:
@@ -205,7 +205,7 @@ def test_the_balance_loss_takes_a_given_load() -> None:
     """As with gradient accumulation, where the step is larger than the batch at hand."""
     config = tiny()
     with on_mesh(config):
-        model, tokens = random_model(config), split_batch(random_tokens(config)[:, :-1])
+        model, tokens = random_model(config), split_tokens(random_tokens(config)[:, :-1])
         run = jax.jit(lambda load_YE: model(tokens, load_YE=load_YE)[1], compiler_options=QUICK)
         own, given = run(None), run(jax.nn.one_hot(jnp.array([2, 5]), 8))
         same = run(own.load)
@@ -217,7 +217,7 @@ def test_the_balance_loss_takes_a_given_load() -> None:
 def test_more_tokens_than_learned_positions_are_refused() -> None:
     config = tiny(positions="learned")
     with on_mesh(config), pytest.raises(ValueError, match="9 tokens exceed the 8 learned positions"):
-        jax.eval_shape(lambda model: model(split_batch(np.zeros((8, 9), np.int32))), abstract_model(config))
+        jax.eval_shape(lambda model: model(split_tokens(np.zeros((8, 9), np.int32))), abstract_model(config))
 
 
 @pytest.mark.parametrize(("structure", "paper"), [("fine_grained", 3.73e9), ("bigmac", 3.78e9)])

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from bigmac_jax.mesh import batch_spec, make_mesh, placed
+from bigmac_jax.mesh import batch_spec, make_mesh, placed, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Transformer, init_model
 
@@ -26,7 +26,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **model: Any) -> Config:
-    """Two layers of width 16, eight experts; `mesh` is data, node, expert."""
+    """Two layers of width 16, eight experts; `mesh` is data, node, expert, tensor, fsdp, split_experts."""
     defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 257, "num_experts": 8, "top_k": 3,
                 "capacity_factor": math.inf, "balance_coefficient": 0.1, "unroll_layers": 1}  # fmt: skip
     return Config(
@@ -86,6 +86,11 @@ def split_batch(x: Any) -> Array:
     return jax.device_put(x, batch_spec(np.ndim(x)))
 
 
+def split_tokens(x: Any) -> Array:
+    """`x` [B, L, …], on each rank its own tokens."""
+    return jax.device_put(x, token_spec(np.ndim(x)))
+
+
 def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
@@ -113,7 +118,7 @@ def loss_and_gradients(
         return total_loss(config.model, logits_BLV, targets_BL, aux.balance_loss, aux.z_loss), aux
 
     with on_mesh(config):
-        inputs, targets = split_batch(tokens[:, :-1]), split_batch(tokens[:, 1:])
+        inputs, targets = split_tokens(tokens[:, :-1]), split_tokens(tokens[:, 1:])
         step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
         (value, aux), gradients = step(random_model(config, given), inputs, targets)
         return np.asarray(value), leaves(gradients), jax.tree.map(np.asarray, aux)
@@ -132,7 +137,7 @@ def layer_and_gradients(config: Config, given: dict[str, np.ndarray] | None = No
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config, given)
         step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
-        (d_layer, dx), (y, load, drops) = step(layer, split_batch(x_BLD), split_batch(dy_BLD))
+        (d_layer, dx), (y, load, drops) = step(layer, split_tokens(x_BLD), split_tokens(dy_BLD))
         assert not np.asarray(drops).any()
         return leaves(d_layer) | {"dx": np.asarray(dx), "y": np.asarray(y), "load": np.asarray(load)}
 

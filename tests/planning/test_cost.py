@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.strategies import Sent
@@ -141,7 +141,7 @@ def test_a_step() -> None:
 
 def test_who_shares_the_experts() -> None:
     """Two groups of two on a machine: the ring of an expert is fast, all four machines' ranks share the rest."""
-    count = parameters(config(), 2)
+    count = parameters(config(), sizes(2, 1, 2))
     gradients = step_time(config(), sizes(2, 1, 2), PLAIN).gradients
     dense = count.total - count.parts["experts"] + 257 * 64
     assert gradients == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * count.parts["experts"] / 2) / 100)
@@ -151,22 +151,56 @@ def test_who_shares_the_experts() -> None:
 @pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])
 def test_parameters_are_those_of_counts(structure: str) -> None:
     c = config(structure=structure, exchange="gather", overlap_chunks=2)
-    assert parameters(c, 2) == counts.parameters(c, sizes(2, 1, 2))
+    assert parameters(c, sizes(2, 1, 2)) == counts.parameters(c, sizes(2, 1, 2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_in_half_precision(tied: bool) -> None:
     """Matrices in two bytes; the embedding that is read, positions, norms, router and experts in four."""
     c = config(structure="bigmac", dtype="bfloat16", tie_embeddings=tied, positions="learned", num_shared_experts=1)
-    count = parameters(c, 2)
+    count = parameters(c, sizes(expert=2))
     table, length = 257 * 64, 64 * 64
     assert count.parts["embedding"] == (table if tied else 2 * table) + length
-    matrices = sum(count.parts[part] for part in ("attention", "shared", "projections"))
     rest = count.parts["norms"] + count.parts["router"]
     assert gradient_bytes(c, count) == (
-        2 * (matrices + table) + 4 * (table + length + rest),
+        2 * (count.parts["shared"] + count.parts["projections"] + table) + 4 * (table + length + rest),
+        2 * count.parts["attention"],
         4 * count.parts["experts"],
     )
+
+
+def on_mesh(c: Config, **mesh: Any) -> Config:
+    return replace(c, mesh=MeshConfig(data=1, **mesh))
+
+
+def test_full_sharding() -> None:
+    """Sums that stay scattered, and two gathers: three times half of what a sum that all have takes, but for norms."""
+    mesh, plain = sizes(2, 1, 4), step_time(config(), sizes(2, 1, 4), PLAIN)
+    sharded = step_time(on_mesh(config(), fsdp=True), mesh, PLAIN)
+    norms = 4 * parameters(config(), mesh).parts["norms"]
+    assert sharded.gradients == pytest.approx(plain.gradients / 2)
+    assert sharded.parameters == pytest.approx(plain.gradients - norms * 2 * 7 / 8 / 40)
+    assert plain.parameters == 0 and sharded.total < plain.total + sharded.parameters
+    rest = parameters(on_mesh(config(), fsdp=True), mesh)
+    assert rest.total / 8 < rest.of_a_rank < rest.total / 8 + rest.parts["norms"] + 1
+    assert sharded.optimizer == pytest.approx(32 * rest.of_a_rank / 1e11)
+
+
+def test_a_sequence_over_tensor() -> None:
+    """Each of two ranks has 2,048 of the tokens, 64 wide: of two layers' attention four moves to the other."""
+    mesh = sizes() | {"tensor": 2}
+    moved = 4 * 2 * 2048 * 64 * 4
+    assert step_time(config(), mesh, PLAIN).tensor == moved / 100 and step_time(config(), sizes(), PLAIN).tensor == 0
+    assert step_time(config(structure="dense"), mesh, PLAIN).tensor == 2 * moved / 100
+    # Experts that are split take all rows of both, 4 a token.
+    assert step_time(on_mesh(config(), split_experts=True), mesh, PLAIN).tensor == (1 + 4) * moved / 100
+    assert step_time(config(remat=True), mesh, PLAIN).tensor == 1.5 * moved / 100
+
+
+def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:
+    """Two of the four ranks of a machine are of one group of four: half of its peers are across."""
+    one, two = (cluster(sizes(expert=4) | {"tensor": t}, PLAIN) for t in (1, 2))
+    assert one.by_link(Sent(3, 0)) == Sent(3, 0) and two.by_link(Sent(3, 0)) == Sent(1, 2)
 
 
 def test_work_that_is_done_twice() -> None:

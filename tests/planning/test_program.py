@@ -14,7 +14,7 @@ from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
 from bigmac_jax.planning import program
-from bigmac_jax.planning.counts import exchange_traffic, flops, parameters
+from bigmac_jax.planning.counts import exchange_traffic, flops, parameters, tensor_bytes
 
 MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
 
@@ -25,7 +25,7 @@ def config(mesh: tuple[int, int, int], exchange: str, parts: int = 1, **model: A
 
 
 def compiled(config: Config) -> dict[str, Any]:
-    return program.describe(config, jax.devices("cpu")[: config.mesh.data * config.mesh.expert_ranks], None)
+    return program.describe(config, jax.devices("cpu")[: config.mesh.data * config.mesh.model_ranks], None)
 
 
 def counted(config: Config) -> tuple[int, int]:
@@ -83,6 +83,28 @@ def test_an_extra_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(MESHES["1x4"], "all_to_all")
     monkeypatch.setattr(Wire, "_swap", twice)
     assert compiled(made)["exchange_sent_bytes"] > counted(made)[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model"),
+    [
+        ((2, 1, 2, 2), {}),
+        ((1, 1, 2, 4, False, True), {}),
+        ((1, 1, 2, 2, False, True), {"structure": "fine_grained", "remat": True, "capacity_factor": 1.25}),
+        ((1, 1, 2, 2, False, True), {"exchange": "dedup", "remat": True, "structure": "fine_grained"}),
+        ((2, 1, 1, 4), {"structure": "dense", "remat": True}),
+        ((2, 1, 1, 4), {"structure": "dense"}),
+    ],
+)
+def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: dict[str, Any]) -> None:
+    made = tiny(mesh, **({"capacity_factor": 1.0} | model))
+    found = [r for r in compiled(made)["collectives"] if r["axes"] == ("tensor",) and r["kind"] != "all-reduce"]
+    rows = [r for r in found if r["role"] == "other"]
+    sizes = {"data": made.mesh.data, "node": made.mesh.node, "expert": made.mesh.expert, "tensor": made.mesh.tensor}
+    metadata = {"dedup": 4}  # gates and experts of the rows, gathered as well
+    counted = tensor_bytes(made, sizes)
+    sent = sum(r["sent_bytes"] for r in rows)
+    assert (sent == counted) if made.model.exchange not in metadata else (counted < sent < 1.5 * counted)
 
 
 def test_scopes_name_the_payload() -> None:

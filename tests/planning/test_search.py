@@ -19,7 +19,8 @@ H100 = load_hardware("h100")
 
 def test_all_that_is_valid() -> None:
     found = search(CONFIG, 8, H100)
-    meshes = {tuple(c.sizes.values()) for c in found}
+    assert {c.sizes["tensor"] for c in found} == {1}  # as in the config
+    meshes = {tuple(c.sizes.values())[:3] for c in found}
     assert {m for m in meshes if m[1] == 1} == {(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8)}
     assert {m for m in meshes if m[1] > 1} == {(2, 2, 2), (1, 2, 4), (1, 4, 2)}  # of two levels
     kinds = {(c.config.model.exchange, c.sizes["node"] > 1) for c in found if c.sizes["expert"] > 1}
@@ -67,7 +68,7 @@ def test_nothing_crashes(devices: int) -> None:
 
 def test_a_dense_model_has_one_mesh() -> None:
     found = search(replace(CONFIG, model=replace(CONFIG.model, structure="dense")), 8, H100)
-    assert {tuple(c.sizes.values()) for c in found} == {(8, 1, 1)}
+    assert {tuple(c.sizes.values()) for c in found} == {(8, 1, 1, 1)}
 
 
 def test_sweep() -> None:

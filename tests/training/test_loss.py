@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model.tools import QUICK, assert_close, on_mesh, tiny
 
-from bigmac_jax.mesh import batch_spec, replicated_spec
+from bigmac_jax.mesh import replicated_spec, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import cross_entropy, linear_cross_entropy
 
@@ -37,15 +37,13 @@ def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.nda
     }
 
 
-def fused(
-    mesh: tuple[int, int, int], x_BLD: Any, w_VD: Any, targets_BL: np.ndarray, factor: float = 1.0
-) -> dict[str, Any]:
+def fused(mesh: tuple[int, ...], x_BLD: Any, w_VD: Any, targets_BL: np.ndarray, factor: float = 1.0) -> dict[str, Any]:
     """`factor` times the loss, and its gradients."""
     with on_mesh(tiny(mesh, batch=B)):
         arguments = [
-            jax.device_put(x_BLD, batch_spec(3)),
+            jax.device_put(x_BLD, token_spec(3)),
             jax.device_put(w_VD, replicated_spec(2)),
-            jax.device_put(targets_BL, batch_spec(2)),
+            jax.device_put(targets_BL, token_spec(2)),
         ]
         loss_and_gradients = jax.value_and_grad(lambda *a: factor * linear_cross_entropy(*a), (0, 1))
         value, (dx, dw) = jax.jit(loss_and_gradients, compiler_options=QUICK)(*arguments)

@@ -1,0 +1,184 @@
+"""Tensor parallelism and full sharding change nothing either, and send what the table says and no more."""
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+import pytest
+
+from bigmac_jax.config import Config
+from bigmac_jax.mesh import batch_spec, token_spec
+from bigmac_jax.model.moe import MoE
+from bigmac_jax.planning import hlo, program
+
+from .test_expert_parallel import BACKBONES, LAYOUTS, ROUTERS, STRUCTURES, check, name
+from .tools import pairwise, tiny
+
+Mesh = tuple[int, int, int, int, bool, bool]  # data, node, expert, tensor, fsdp, split_experts
+
+MESHES: tuple[Mesh, ...] = (
+    (1, 1, 1, 2, False, False),
+    (1, 1, 2, 4, False, True),
+    (2, 1, 2, 2, False, False),
+    (1, 2, 2, 2, False, True),
+    (8, 1, 1, 1, True, False),
+    (2, 1, 4, 1, True, False),
+    (2, 2, 2, 1, True, False),
+    (2, 1, 2, 2, True, False),
+    (2, 1, 1, 4, True, True),
+    (1, 2, 2, 2, True, True),
+)
+
+
+def build(mesh: Mesh, structure: str, router: str, backbone: str, layout: str, **model: Any) -> Config:
+    fields = STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout] | model
+    return tiny(mesh, **(fields | ({"num_kv_heads": 4} if mesh[3] == 4 else {})))
+
+
+# Each mesh once, the structures, backbones and layouts by turns; the product is for `-m full`.
+TURNS = list(itertools.product(["bigmac", "fine_grained"], BACKBONES, LAYOUTS))
+COVERING = [
+    (mesh, structure, "softmax", backbone, layout)
+    for mesh, (structure, backbone, layout) in zip(MESHES, TURNS[::7] + TURNS, strict=False)
+]
+
+
+@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), COVERING, ids=name)
+def test_equals_the_reference(mesh: Mesh, structure: str, router: str, backbone: str, layout: str) -> None:
+    check(build(mesh, structure, router, backbone, layout))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), REST, ids=name)
+def test_equals_the_reference_everywhere(mesh: Mesh, structure: str, router: str, backbone: str, layout: str) -> None:
+    check(build(mesh, structure, router, backbone, layout))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 1, 4, False, False), (2, 1, 2, 2, True, False)], ids=name)
+@pytest.mark.parametrize("backbone", ["gated", "paper"])
+def test_dense_equals_the_reference(mesh: Mesh, backbone: str) -> None:
+    check(tiny(mesh, structure="dense", **BACKBONES[backbone]))
+
+
+@pytest.mark.parametrize("exchange", ["dedup", "hierarchical", "gather", "ragged"])
+def test_strategies_with_split_experts(exchange: str) -> None:
+    check(
+        tiny(
+            (1, 2, 2, 2, True, True), exchange=exchange, overlap_chunks=2, grouped_matmul="blocks", **BACKBONES["gated"]
+        )
+    )
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_and_full_sharding(remat: bool) -> None:
+    check(tiny((2, 1, 2, 2, True, True), remat=remat, unroll_layers=2))
+
+
+# What a training step sends, one layer of it: (kind, axes, width) → how often, forward + backward. Width is the last
+# dimension of what moves; h = 16, r·h = 4, experts' hidden width 16 (bigmac) or 4. Tokens are float32, an exchange of
+# static capacity. Of parameters what is gathered (twice with fsdp: forward, and again backward) and how their gradients
+# are summed; vectors (norms, statistics of the router, the loss) are summed, and stand below the table.
+TOKENS = {
+    # Attention gathers the sequence and scatters sums, h wide; each is the other's gradient.
+    "attention": {("all-gather", "tensor", 16): 2, ("reduce-scatter", "tensor", 16): 2},
+    # Two exchanges, and two of gradients: the only traffic of tokens in a MoE layer whose experts are whole.
+    "bigmac": {("all-to-all", "expert", 4): 4},
+    "fine_grained": {("all-to-all", "expert", 16): 4},
+    # Experts that `tensor` splits, too: rows of their own width, r·h for bigmac.
+    "bigmac, split": {("all-gather", "tensor", 4): 2, ("reduce-scatter", "tensor", 4): 2},
+    "fine_grained, split": {("all-gather", "tensor", 16): 2, ("reduce-scatter", "tensor", 16): 2},
+    "dense": {("all-gather", "tensor", 16): 2, ("reduce-scatter", "tensor", 16): 2},
+}
+TABLE: dict[tuple[str, Mesh], tuple[str, ...]] = {
+    ("bigmac", (2, 1, 2, 1, False, False)): ("bigmac",),
+    ("bigmac", (2, 1, 2, 2, False, False)): ("attention", "bigmac"),
+    ("bigmac", (2, 1, 2, 2, True, False)): ("attention", "bigmac"),
+    ("bigmac", (1, 1, 2, 4, False, True)): ("attention", "bigmac", "bigmac, split"),
+    ("bigmac", (2, 1, 2, 2, True, True)): ("attention", "bigmac", "bigmac, split"),
+    ("fine_grained", (2, 1, 2, 2, False, False)): ("attention", "fine_grained"),
+    ("fine_grained", (2, 1, 2, 2, True, True)): ("attention", "fine_grained", "fine_grained, split"),
+    ("dense", (2, 1, 1, 4, False, False)): ("attention", "dense"),
+    ("dense", (2, 1, 1, 4, True, False)): ("attention", "dense"),
+    ("bigmac", (8, 1, 1, 1, True, False)): (),
+}
+# A layer's matrices by shape, as one rank computes with them, where `tensor` has one rank: (how many, whether `tensor`
+# splits them, and by which dimension; whether they are the experts').
+MATRICES = {
+    "attention": [(16, 16, 1)] * 3 + [(16, 16, 0)],
+    "bigmac": [(16, 8, None), (16, 4, None), (4, 16, None)],  # router, W↓, W↑
+    "fine_grained": [(16, 8, None)],
+    "dense": [(16, 64, 1), (64, 16, 0)],
+}
+EXPERTS = {"bigmac": (4, 16), "fine_grained": (16, 4)}
+
+
+def parameters(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]]:
+    """Collectives of one layer's parameters: (kind, axes, shape of the whole) → how often."""
+    data, node, expert, tensor, fsdp, split = mesh
+    sizes = {"data": data, "node": node, "expert": expert, "tensor": tensor}
+    found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+
+    def add(shape: tuple[int, ...], axes: str) -> None:
+        named = " ".join(axis for axis in axes.split() if sizes[axis] > 1)
+        if fsdp and named:
+            found["all-gather", named, shape] += 2
+            found["reduce-scatter", named, shape] += 1
+        elif named:
+            found["all-reduce", named, shape] += 1
+
+    for rows, columns, dim in MATRICES["attention"] + MATRICES[structure]:
+        whole = [rows, columns]
+        if dim is not None:
+            whole[dim] //= tensor
+        add(tuple(whole), "data node expert" if dim is not None and tensor > 1 else "data node expert tensor")
+    if structure in EXPERTS:
+        R, F = EXPERTS[structure]
+        F = F // tensor if split else F
+        for shape in ((8 // (node * expert), R, F), (8 // (node * expert), F, R)):
+            add(shape, "data" if split else "data tensor")
+    return found
+
+
+def sent(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]]:
+    """Collectives of the compiled step's loops over layers: (kind, axes, shape) of every array that moves."""
+    fields = {"structure": structure, "capacity_factor": 1.0, "qk_norm": False, "positions": "none", "balance": "none"}
+    compiled = program.compile_step(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
+    module = hlo.parse(compiled.text)
+    found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    for c in hlo.collectives(module, compiled.mesh):
+        if not c.axes or not any(loop.trips == 3 for loop in c.loops):
+            continue
+        assert c.times == 3, c  # once a layer
+        computation = module.computations[c.computation]
+        instruction = computation.by_name[c.name]
+        arrays = instruction.shapes if c.kind == "all-gather" else computation.operands(instruction)  # the larger side
+        found.update((c.kind, " ".join(c.axes), shape.dims) for shape in arrays)
+    return found
+
+
+@pytest.mark.parametrize(("structure", "mesh"), TABLE, ids=name)
+def test_collectives_of_a_layer(structure: str, mesh: Mesh) -> None:
+    found = sent(structure, mesh)
+    vectors = {key: found.pop(key) for key in list(found) if len(key[2]) < 2}
+    assert {kind for kind, _, _ in vectors} <= {"all-reduce"}
+    expected = parameters(structure, mesh)
+    tokens = Counter[tuple[str, str, int]]()
+    for (kind, axes, shape), count in (found - expected).items():
+        # An all-to-all lists what goes to each rank of its group.
+        tokens[kind, axes, shape[-1]] += count // (mesh[2] if kind == "all-to-all" else 1)
+    assert not expected - found, expected - found
+    assert tokens == sum((Counter(TOKENS[row]) for row in TABLE[structure, mesh]), Counter())
+
+
+def test_a_gather_of_full_width_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = MoE.__call__
+
+    def gathering(self: MoE, x_BLD: jax.Array, *arguments: Any) -> Any:
+        return call(self, jax.sharding.reshard(jax.sharding.reshard(x_BLD, batch_spec(3)), token_spec(3)), *arguments)
+
+    monkeypatch.setattr(MoE, "__call__", gathering)
+    structure, mesh = "bigmac", (2, 1, 2, 2, False, False)
+    with pytest.raises(AssertionError, match="'all-gather', 'tensor', 16"):
+        test_collectives_of_a_layer(structure, mesh)
