@@ -1,39 +1,79 @@
-"""Orbax checkpoints: parameters, optimizer, data position and config; a directory a step, written in the background."""
+"""Orbax checkpoints: parameters, optimizer, data position and config; a directory a step, written in the background.
 
+None is read before its files agree with its manifest; a damaged one is named and passed over.
+"""
+
+import contextlib
 import json
+import logging
 import math
+import os
 import pathlib
+import re
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from flax import nnx
+from jax.experimental import multihost_utils
+from orbax.checkpoint.path import atomicity
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training import manifest
 from bigmac_jax.training.step import TrainState, split
 
 _METRIC = "eval/loss"
+_NONE, _REFUSED = -1, -2  # what process 0 tells the others in place of a step
+_log = logging.getLogger(__name__)
+for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
+    logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
+
+
+class _Sealed(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary directory. A step's gets its final name when all processes are done and it has a manifest."""
+
+    async def finalize(self) -> None:
+        """On process 0, in the background."""
+        final = self.get_final()
+        if final.name.isdecimal():
+            self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-complete")
+        await super().finalize()
+        if self.get_final() != final:
+            manifest.write(pathlib.Path(self._final_path))
+            os.replace(self._final_path, final)
+            self._final_path = final
 
 
 class Checkpoints:
     """The checkpoints of a workdir. A directory appears under its final name only when it is complete.
 
-    `keep` newest and the best are kept. None is for a reader: it removes nothing, not even what a process that trains
-    is just writing.
+    `keep` newest and the best are kept. None is for a reader: it moves and removes nothing, not even what a process
+    that trains is just writing.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
-        self._manager = ocp.CheckpointManager(
-            workdir.absolute() / "checkpoints",
+        self._directory = workdir.absolute() / "checkpoints"
+        self._aside = self._directory.with_name("checkpoints-damaged")
+        self._keep, self._saving = keep, 0
+        if keep is not None:
+            _on_first(self._set_obvious_damage_aside)  # the manager reads small files of every checkpoint
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[_METRIC],
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
-                        policies.LatestN(keep),
+                        policies.LatestN(self._keep),
                         policies.BestN(
                             get_metric_fn=lambda metrics: metrics[_METRIC],
                             reverse=True,  # a small loss is a good one
@@ -42,28 +82,88 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=keep is not None,
-                create=keep is not None,
+                cleanup_tmp_directories=self._keep is not None,
+                create=self._keep is not None,
+                lightweight_initialize=self._keep is None,
+                temporary_path_class=_Sealed,
             ),
         )
 
     def save(self, state: TrainState, data_state: Any, config: Config, step: int, eval_loss: float | None) -> None:
-        """Copies the state to the host, returns, and writes in the background."""
+        """Copies the state to the host, returns, and writes in the background. A failure is logged, not raised."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave({"params": state.params, "rest": state.rest}),
-                optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
-                data=ocp.args.JsonSave(data_state),
-                config=ocp.args.JsonSave(json.loads(config.to_json())),
-            ),
-            metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
+        self.wait()
+        self._remove_unfinished()
+        self._saving = step
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave({"params": state.params, "rest": state.rest}),
+                    optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+                    data=ocp.args.JsonSave(data_state),
+                    config=ocp.args.JsonSave(json.loads(config.to_json())),
+                ),
+                metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
+            )
+        except Exception as error:
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Until the save in progress is done. If it failed, one line says so, and older checkpoints stay."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        if jax.process_count() > 1:
+            raise error  # the others wait for this process inside Orbax: better that the job ends and is restarted
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, at the end of a long line
+        cause = os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"[:300]
+        _log.warning(
+            "the checkpoint of step %d could not be written (%s); older ones are kept, the next save tries again",
+            self._saving,
+            " ".join(cause.split()),
         )
+        with contextlib.suppress(Exception):
+            self._manager.close()  # what else went wrong in it would count as a failure of the next save
+        self._remove_unfinished()
+        self._manager = self._open()
+
+    def _remove_unfinished(self) -> None:
+        """What a failed save has written would fill the disk for good. Threads of it may still be writing."""
+        if jax.process_index() == 0:
+            for unfinished in self._directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def latest(self) -> int | None:
+        """The newest checkpoint by name, whatever its state."""
         return self._manager.latest_step()
+
+    def newest_intact(self) -> int | None:
+        """None if there is no checkpoint. Damaged ones are named and moved to workdir/checkpoints-damaged.
+
+        Raises:
+          ConfigError: all checkpoints that there were are damaged.
+        """
+
+        def first_intact() -> int:
+            for step in reversed(self._steps()):
+                if not (damage := manifest.damage(self._directory / str(step))):
+                    return step
+                self._set_aside(step, damage)
+            if self._aside.is_dir() and any(self._aside.iterdir()):
+                raise ConfigError(
+                    f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
+                    f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
+                )
+            return _NONE
+
+        step = _on_first(first_intact)
+        self._manager.reload()
+        return None if step == _NONE else step
 
     def best_loss(self) -> float:
         """eval/loss of the best checkpoint, inf if none was evaluated."""
@@ -71,24 +171,62 @@ class Checkpoints:
         return min(losses, default=float("inf"))
 
     def resolve(self, step: str) -> int:
-        """The number of the checkpoint 'latest', 'best' or 'N'.
+        """The number of the checkpoint 'latest', 'best' or 'N'. Damaged ones are named, and passed over if need be.
 
         Raises:
-          ConfigError: there is no such checkpoint.
+          ConfigError: there is no such checkpoint, or no intact one.
         """
+        return _on_first(lambda: self._resolve(step))
+
+    def _resolve(self, step: str) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise ConfigError(f"{self._manager.directory} holds no checkpoint; train first")
-        if step == "latest":
-            return steps[-1]
-        if step == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
+            raise ConfigError(f"{self._directory} holds no checkpoint; train first")
+        if step in ("latest", "best"):
+            candidates = steps[::-1]
+            if step == "best":
+                # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
+                candidates = [step for step in candidates if not self._named(step, thorough=False)]
+                losses = {step: (self._manager.metrics(step) or {}).get(_METRIC, math.inf) for step in candidates}
+                candidates.sort(key=losses.__getitem__)
+            for number in candidates:
+                if not self._named(number):
+                    return number
+            raise ConfigError(f"no checkpoint of {self._directory} is intact, of {steps}; bring back a good copy")
         if not step.isdecimal() or int(step) not in steps:
             raise ConfigError(
-                f"step={step} is not a checkpoint of {self._manager.directory}; use latest, best or one of {steps}"
+                f"step={step} is not a checkpoint of {self._directory}; use latest, best or one of {steps}"
+            )
+        if damage := manifest.damage(self._directory / step):
+            raise ConfigError(
+                f"step={step} of {self._directory} is damaged: {damage}; use latest, best or one of {steps}"
             )
         return int(step)
+
+    def _steps(self) -> list[int]:
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+
+    def _named(self, step: int, thorough: bool = True) -> bool:
+        """Whether a checkpoint is damaged, with a line that says how."""
+        damage = manifest.damage(self._directory / str(step), thorough)
+        if damage:
+            _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
+        return damage is not None
+
+    def _set_obvious_damage_aside(self) -> int:
+        for step in self._steps():
+            if damage := manifest.damage(self._directory / str(step), thorough=False):
+                self._set_aside(step, damage)
+        return _NONE
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        self._aside.mkdir(exist_ok=True)
+        names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + len(list(self._aside.iterdir()))))]
+        target = next(self._aside / name for name in names if not (self._aside / name).exists())
+        os.rename(self._directory / str(step), target)
+        _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
         """The state, sharded as `abstract`, and the data position."""
@@ -107,11 +245,25 @@ class Checkpoints:
         """{"params": …, "rest": …} alone."""
         return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))["model"]
 
-    def wait(self) -> None:
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
+        """Waits, too."""
+        self.wait()
         self._manager.close()
+
+
+def _on_first(find: Callable[[], int]) -> int:
+    """What `find` gives on process 0, which alone reads the files, on all processes; so, too, if it refuses."""
+    found, refusal = _NONE, None
+    if jax.process_index() == 0:
+        try:
+            found = find()
+        except ConfigError as error:
+            found, refusal = _REFUSED, error
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if found == _REFUSED:
+        raise refusal or ConfigError("the checkpoints cannot be used; process 0 says why")
+    return found
 
 
 def read_config(workdir: pathlib.Path) -> Config:

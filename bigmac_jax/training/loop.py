@@ -1,5 +1,6 @@
 """The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
 
+import logging
 import math
 import os
 import pathlib
@@ -19,14 +20,12 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
+from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 
+_log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and what was kept."""
 
 
 class Result(NamedTuple):
@@ -45,7 +44,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
 
     Raises:
       ConfigError: the workdir was started with another config, or the data cannot be used.
-      NonFiniteLossError: see there.
+      RunError: a loss that is not finite, or a last checkpoint that could not be written.
     """
     if (workdir / "config.json").exists():
         check_resume(read_config(workdir), config)
@@ -55,9 +54,9 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     data = train_iterator(config, train_stream, jax.process_index(), jax.process_count())
     trainer = make_trainer(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    newest = checkpoints.latest()
     # Everything else that a start needs happens while the step compiles.
-    compiling = _compile(trainer, config) if (newest or 0) < config.train.steps else None
+    compiling = _compile(trainer, config) if (checkpoints.latest() or 0) < config.train.steps else None
+    newest = checkpoints.newest_intact()
     if newest is None:
         state = trainer.init(jax.random.key(config.train.seed))
     else:
@@ -152,6 +151,11 @@ class _Run:
         if step > self.first_step:
             self._save(step, state, None)
         self.checkpoints.wait()
+        if step > self.first_step and self.checkpoints.latest() != step:
+            raise RunError(
+                f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the same "
+                f"command again"
+            )
         return Result(step, step >= train.steps, self.score)
 
     def _compiled(self) -> Step:
@@ -169,11 +173,9 @@ class _Run:
         step, metrics = pending
         loss, train = float(metrics.loss), self.config.train
         if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
-            kept = self.checkpoints.latest()
             raise NonFiniteLossError(
-                f"step {step}: loss {loss}, gradient norm {float(metrics.grad_norm)}; "
-                + (f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written")
-                + "; lower optimizer.learning_rate or optimizer.clip_norm"
+                f"step {step}: loss {loss}, gradient norm {float(metrics.grad_norm)}; {self._kept()}; "
+                f"lower optimizer.learning_rate or optimizer.clip_norm"
             )
         self.timer.step_done()
         due = train.log_every and step % train.log_every == 0
@@ -184,6 +186,10 @@ class _Run:
         self.writer.write(record)
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
+
+    def _kept(self) -> str:
+        kept = self.checkpoints.latest()
+        return f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written"
 
     def _evaluate(self, step: int, state: TrainState) -> Score:
         start, config = time.perf_counter(), self.config
@@ -216,7 +222,10 @@ class _Run:
         self.checkpoints.close()
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 
-        write_report(self.workdir)
+        try:
+            write_report(self.workdir)
+        except (OSError, ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
+            _log.warning("report.png is not drawn (%s)", error)
 
 
 def _on_device(data: TrainIterator) -> Iterator[jax.Array]:

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, a progress line; FLOPs and the rate that MFU is measured against."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import current_group, ranks
@@ -26,17 +29,16 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int):
         self._path = workdir / "metrics.jsonl"
         _truncate(self._path, first_step)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=first_step + 1)
+        self._file = self._path.open("a", buffering=1 << 20)  # what a full disk does not take waits here
+        self._board = _Board(workdir / "tb", first_step)
         self._bar = tqdm.tqdm(total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line, flushed; scalars also go to TensorBoard. `record` holds "step"."""
         self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, record["step"])
+        with contextlib.suppress(OSError):
+            self._file.flush()
+        self._board.write(record)
 
     def progress(self, step: int, line: str | None = None) -> None:
         self._bar.update(step - self._bar.n)
@@ -48,8 +50,43 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._bar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._board.close()
-        self._file.close()
+
+
+class _Board:
+    """Scalars for TensorBoard, until the disk is full.
+
+    tensorboardX's SummaryWriter writes in a thread, which a full disk ends; its queue then blocks the run for good.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: EventsWriter | None = EventsWriter(str(folder / "events"))
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float))
+        ]
+        self._write(step=record["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.write_event(Event(wall_time=time.time(), **fields))
+            self._writer.flush()
+        except OSError:
+            self._writer = None  # what follows half a record could not be read
 
 
 class StepTimer:

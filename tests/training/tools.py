@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from model.tools import QUICK, random_model, split_batch
+from model.tools import QUICK, leaves, random_model, split_batch
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,6 +60,15 @@ def small(folder: pathlib.Path, *overrides: str) -> Config:
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def leaves_of(config: Config, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """The state of a checkpoint, by name."""
+    with jax.set_mesh(make_mesh(config)):
+        checkpoints = Checkpoints(workdir)
+        state, _ = checkpoints.restore(step, make_trainer(config, jax.sharding.get_mesh()).abstract_state)
+        checkpoints.close()
+        return leaves(state)
 
 
 class Session:

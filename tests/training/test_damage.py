@@ -1,0 +1,299 @@
+"""A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
+
+import logging
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training import manifest
+from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.guard import RunError
+from bigmac_jax.training.loop import train
+
+from .test_checkpoint import trivial
+from .tools import leaves_of, quick, read_records, small
+
+INSTANCES = [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 20))]
+
+
+def files(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files(folder)}
+
+
+def truncated(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    file = draw.choice(files(checkpoint))
+    os.truncate(file, draw.randrange(file.stat().st_size))
+    return file.name
+
+
+def flipped(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    file = draw.choice(files(checkpoint))
+    data = bytearray(file.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    return file.name
+
+
+def missing(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    file = draw.choice(files(checkpoint))
+    file.unlink()
+    return file.name
+
+
+def missing_folder(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    folder = draw.choice([path for path in sorted(checkpoint.rglob("*")) if path.is_dir()])
+    shutil.rmtree(folder)
+    return folder.name
+
+
+def empty(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    return "it is empty"
+
+
+def half_written(checkpoint: pathlib.Path, draw: random.Random) -> str:
+    """The files that a copy had not reached yet are not there; the manifest, the last of the names, may be."""
+    for file in files(checkpoint)[draw.randrange(len(files(checkpoint))) :]:
+        file.unlink()
+    return "is missing"
+
+
+DAMAGES: list[Callable[[pathlib.Path, random.Random], str]] = [
+    truncated, flipped, missing, missing_folder, empty, half_written]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Checkpoints 1, 2 and 3; 2 is the best."""
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, keep=3)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        checkpoints.save(trivial(step), {"batches": step}, Config(), step, loss)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file system of 4 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def fill(disk: pathlib.Path) -> pathlib.Path:
+    """Leaves no byte free; returns the file that took them."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return disk / "filler"
+
+
+@pytest.mark.parametrize("seed", INSTANCES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_next_newest_is_taken(
+    workdir: pathlib.Path, caplog: pytest.LogCaptureFixture, damage: Any, seed: int
+) -> None:
+    named = damage(workdir / "checkpoints" / "3", random.Random(seed))
+    before = contents(workdir / "checkpoints")
+
+    reader = Checkpoints(workdir)
+    assert reader.resolve("latest") == 2 and "checkpoints/3 is damaged" in caplog.text and named in caplog.text
+    with pytest.raises(ConfigError, match=r"step=3 .* is damaged") as error:
+        reader.resolve("3")
+    assert "\n" not in str(error.value)
+    reader.close()
+    assert contents(workdir / "checkpoints") == before and not (workdir / "checkpoints-damaged").exists()
+
+    caplog.clear()
+    checkpoints = Checkpoints(workdir, keep=3)
+    assert checkpoints.newest_intact() == checkpoints.latest() == 2
+    (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert "checkpoint 3 is damaged" in line and named in line and "\n" not in line
+    state, position = checkpoints.restore(2, trivial(0))
+    chex.assert_trees_all_equal(state, trivial(2))
+    assert position == {"batches": 2}
+    kept = {name.removeprefix("3/"): data for name, data in before.items() if name.startswith("3/")}
+    assert contents(workdir / "checkpoints-damaged" / "3") == kept
+    checkpoints.save(trivial(3), {"batches": 3}, Config(), 3, None)
+    checkpoints.wait()
+    assert checkpoints.newest_intact() == 3
+    checkpoints.close()
+
+
+def test_every_byte_counts(workdir: pathlib.Path) -> None:
+    """The first, last and middle byte of each file, the manifest included."""
+    checkpoint = workdir / "checkpoints" / "3"
+    assert manifest.damage(checkpoint) is None
+    for file in files(checkpoint):
+        data = file.read_bytes()
+        for place in {0, len(data) // 2, len(data) - 1}:
+            changed = bytearray(data)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            assert manifest.damage(checkpoint, thorough=False), (file, place)  # all of them are small
+        file.write_bytes(data)
+    assert manifest.damage(checkpoint) is None
+
+
+def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(100_000))
+    manifest.write(tmp_path)
+    (tmp_path / "large").write_bytes(bytes(99_999) + b"x")
+    assert manifest.damage(tmp_path, thorough=False) is None
+    assert manifest.damage(tmp_path) == "large has changed (SHA-256)"
+    (tmp_path / "large").write_bytes(bytes(99_999))
+    assert manifest.damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
+
+
+def test_damaged_twice_at_the_same_step(workdir: pathlib.Path) -> None:
+    for _ in range(3):
+        (workdir / "checkpoints" / "3" / manifest.NAME).unlink()
+        checkpoints = Checkpoints(workdir, keep=3)
+        assert checkpoints.newest_intact() == 2
+        checkpoints.save(trivial(3), {"batches": 3}, Config(), 3, None)
+        checkpoints.close()
+    assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"3", "3-2", "3-3"}
+
+
+def test_the_best_is_passed_over_too(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in ("model/manifest.ocdbt", "metrics/metrics"):  # an array, and the loss itself
+        (workdir / "checkpoints" / "2" / file).write_bytes(b"damage")
+        caplog.clear()
+        checkpoints = Checkpoints(workdir)
+        assert checkpoints.resolve("best") == 3
+        assert "checkpoints/2 is damaged" in caplog.text and file in caplog.text
+        checkpoints.close()
+
+
+def test_none_is_intact(workdir: pathlib.Path) -> None:
+    """Starting from the beginning would be a quiet loss: it is refused, the second time as well."""
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        (checkpoint / "model" / "_METADATA").unlink()
+    reader = Checkpoints(workdir)
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* is intact"):
+        reader.resolve("latest")
+    reader.close()
+    for _ in range(2):
+        checkpoints = Checkpoints(workdir, keep=3)
+        with pytest.raises(ConfigError, match=r"no intact checkpoint .*checkpoints-damaged; .* a new --workdir"):
+            checkpoints.newest_intact()
+        checkpoints.close()
+    assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"1", "2", "3"}
+
+
+def test_a_checkpoint_from_before_manifests(workdir: pathlib.Path) -> None:
+    (workdir / "checkpoints" / "3" / manifest.NAME).unlink()
+    assert manifest.damage(workdir / "checkpoints" / "3") == "manifest.json is missing"
+    manifest.write(workdir / "checkpoints" / "3")
+    checkpoints = Checkpoints(workdir, keep=3)
+    assert checkpoints.newest_intact() == 3
+    checkpoints.close()
+
+
+def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(small_disk, keep=1)
+    checkpoints.save(trivial(1), {"batches": 1}, Config(), 1, None)
+    checkpoints.wait()
+    filler = fill(small_disk)
+    for step in (2, 3):
+        caplog.clear()
+        checkpoints.save(trivial(step), {"batches": step}, Config(), step, None)
+        checkpoints.wait()
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+                   and record.name.startswith("bigmac_jax")]  # fmt: skip
+        assert f"checkpoint of step {step} could not be written" in line and "No space left on device" in line
+        assert not any(record.exc_info for record in caplog.records)
+        assert checkpoints.newest_intact() == checkpoints.latest() == 1
+    filler.unlink()
+    checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
+    checkpoints.close()
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["4"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = small(folder, "train.keep_checkpoints=5")
+    run(config, folder / "run")
+    return config, folder / "run"
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    with quick(), jax.set_mesh(make_mesh(config)):
+        assert train(config, workdir).finished
+
+
+def arrays(config: Config, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    return leaves_of(config, workdir, config.train.steps)
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_records(workdir) if "loss" in record]
+
+
+def test_a_run_goes_on(undisturbed: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its newest two checkpoints are damaged: it goes on from the third, and ends as if nothing had been."""
+    config, finished = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    flipped(workdir / "checkpoints" / "6", random.Random(0))
+    truncated(workdir / "checkpoints" / "4", random.Random(0))
+    with jax.set_mesh(make_mesh(config)):
+        restore(workdir)  # of 3
+    run(config, workdir)
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"4", "6"}
+    chex.assert_trees_all_equal(arrays(config, workdir), arrays(config, finished))
+    assert losses(workdir) == losses(finished)
+
+
+def test_a_run_on_a_full_disk(
+    undisturbed: Any, small_disk: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on with what it has, says at the end that the last step is not saved, and can be repeated."""
+    config, finished = undisturbed
+    save = Checkpoints.save
+
+    def save_to_a_full_disk(self: Checkpoints, state: Any, data: Any, config: Config, step: int, loss: Any) -> None:
+        if step == 4:
+            self.wait()
+            fill(small_disk)
+        save(self, state, data, config, step, loss)
+
+    monkeypatch.setattr(Checkpoints, "save", save_to_a_full_disk)
+    with pytest.raises(RunError, match=r"step 6 is not saved .* checkpoint of step 3 is kept; free space") as error:
+        run(config, small_disk / "run")
+    assert "\n" not in str(error.value)
+    assert "checkpoint of step 4 could not be written" in caplog.text
+    monkeypatch.undo()
+    (small_disk / "filler").unlink()
+    run(config, small_disk / "run")
+    chex.assert_trees_all_equal(arrays(config, small_disk / "run"), arrays(config, finished))
+    assert losses(small_disk / "run") == losses(finished)
