@@ -198,6 +198,10 @@ class TrainConfig:
     eval_every: int = 0
     checkpoint_every: int = 0  # the last step is always saved
     keep_checkpoints: int = 2  # newest ones; the best by eval/loss is kept besides
+    # A bad step: its loss or gradient is not finite, or its loss is a spike.
+    on_bad_step: str = "stop"  # stop | skip (its update) | rewind (to the newest checkpoint, then past its data)
+    max_bad_steps: int = 10  # that a run gets over; the next one ends it
+    spike_factor: float = 0.0  # a loss above it × the median of the last 32 good ones is a spike; 0 = off
 
 
 @dataclass(frozen=True)

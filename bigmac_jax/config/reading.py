@@ -21,7 +21,8 @@ from bigmac_jax.config.rules import ConfigError
 
 # What a resumed run may change (docs/training.md, "Resuming").
 MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-              "train.keep_checkpoints", "cache_dir")  # fmt: skip
+              "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor",
+              "cache_dir")  # fmt: skip
 
 
 def check_resume(saved: Config, new: Config) -> None:

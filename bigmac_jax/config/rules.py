@@ -76,6 +76,7 @@ def validate(config: Config) -> None:
     one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     one_of("model.exchange", model.exchange, EXCHANGES)
     one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
+    one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rewind"))
     one_of("model.wire_dtype", model.wire_dtype, ("", *WIRE_FORMATS))
     one_of("model.wire_dtype_backward", model.wire_dtype_backward, ("", *WIRE_FORMATS))
 
@@ -89,7 +90,7 @@ def validate(config: Config) -> None:
     at_least("data", 0, "num_workers")
     at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
              "weight_decay", "clip_norm")  # fmt: skip
-    at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints")
+    at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed")
 
     h, heads, kv = model.hidden_size, model.num_heads, model.kv_heads
@@ -102,6 +103,9 @@ def validate(config: Config) -> None:
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         require(value < 1, f"optimizer.{name}={value} must be below 1")
+
+    spike = train.spike_factor
+    require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip

@@ -19,6 +19,7 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
+from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
@@ -44,7 +45,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
 
     Raises:
       ConfigError: the workdir was started with another config, or the data cannot be used.
-      RunError: a loss that is not finite, or a last checkpoint that could not be written.
+      RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
     """
     if (workdir / "config.json").exists():
         check_resume(read_config(workdir), config)
@@ -57,11 +58,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (checkpoints.latest() or 0) < config.train.steps else None
     newest = checkpoints.newest_intact()
-    if newest is None:
-        state = trainer.init(jax.random.key(config.train.seed))
-    else:
-        state, position = checkpoints.restore(newest, trainer.abstract_state)
-        data.set_state(position)
+    state, position = _start(config, trainer, checkpoints, newest)
+    data.set_state(position)
     _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
     print(config.model.describe(), flush=True)
     if config.model.is_moe and config.model.exchange == "auto":
@@ -74,13 +72,23 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
         flush=True,
     )
     validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
-    run = _Run(config, workdir, trainer, compiling, checkpoints, data, validation, newest or 0)
+    run = _Run(config, workdir, trainer, compiling, checkpoints, data, validation, newest or 0, position)
     try:
         with _stop_signals() as stopped:
             return run.loop(state, stopped, profile)
     finally:
         data.close()
         run.close()
+
+
+def _start(
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the data position of a checkpoint, or those that a run begins with."""
+    if step is None:
+        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
+    state, position = checkpoints.restore(step, trainer.abstract_state)
+    return guard.with_losses(state, trainer.abstract_state, position), position
 
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
@@ -108,21 +116,37 @@ class _Run:
         data: TrainIterator,
         validation: Any,
         first_step: int,
+        position: dict[str, Any],
     ):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
         self.validation = validation
+        self.bad_steps = position.get("bad_steps", 0)
+        self.batches_ahead = position["batches"] - first_step  # batches that rewinding has left out
         self.best = checkpoints.best_loss()
         self.score: Score | None = None
         self.writer = MetricsWriter(workdir, first_step, config.train.steps)
         self.timer = StepTimer()
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
+        """The remaining steps, again from a checkpoint where a bad step rewinds."""
+        train_step = self._compiled()
+        self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        while True:
+            try:
+                return self._steps(train_step, state, stopped, profile)
+            except NonFiniteLossError as error:
+                if self.config.train.on_bad_step != "rewind" or self.bad_steps == self.config.train.max_bad_steps:
+                    raise
+                bad = error.with_traceback(None)  # which holds the bad state
+            state, profile = self._rewind(bad), None  # a trace is of the first pass
+
+    def _steps(
+        self, train_step: Step, state: TrainState, stopped: list[int], profile: tuple[int, int] | None
+    ) -> Result:
         """One pass over the remaining steps."""
         train, step = self.config.train, self.first_step
         batches = _on_device(self.data)
-        train_step = self._compiled()
-        self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         tracing = False
@@ -171,12 +195,10 @@ class _Run:
         if pending is None:
             return
         step, metrics = pending
-        loss, train = float(metrics.loss), self.config.train
-        if not math.isfinite(loss) or not math.isfinite(float(metrics.grad_norm)):
-            raise NonFiniteLossError(
-                f"step {step}: loss {loss}, gradient norm {float(metrics.grad_norm)}; {self._kept()}; "
-                f"lower optimizer.learning_rate or optimizer.clip_norm"
-            )
+        train = self.config.train
+        if bool(metrics.bad):
+            self._bad(step, metrics)
+            return
         self.timer.step_done()
         due = train.log_every and step % train.log_every == 0
         if not due and step != train.steps:
@@ -186,6 +208,41 @@ class _Run:
         self.writer.write(record)
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
+
+    def _bad(self, step: int, metrics: StepMetrics) -> None:
+        """Logs a step whose update was skipped, or raises NonFiniteLossError."""
+        train = self.config.train
+        end = f" (bad steps before it: {self.bad_steps})" if self.bad_steps else ""
+        end += f"; {self._kept()}; lower optimizer.learning_rate or optimizer.clip_norm"
+        end += ", or use train.on_bad_step=skip or rewind" if train.on_bad_step == "stop" else ""
+        bad = NonFiniteLossError(step, metrics, train, end)
+        if train.on_bad_step != "skip" or self.bad_steps == train.max_bad_steps:
+            raise bad
+        self.bad_steps += 1
+        self.timer.step_done()
+        self._report("skip", step, bad)
+
+    def _rewind(self, bad: NonFiniteLossError) -> TrainState:
+        """Back to the newest checkpoint; the data goes on with the batch after the bad one."""
+        self.checkpoints.wait()
+        self.bad_steps += 1
+        given = bad.step + self.batches_ahead
+        newest = self.checkpoints.newest_intact()
+        state, _ = _start(self.config, self.trainer, self.checkpoints, newest)
+        self.first_step = newest or 0
+        self.batches_ahead = given - self.first_step
+        self.data.set_state({"batches": given})
+        self.writer.close()
+        self.writer = MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
+        self._report("rewind", self.first_step, bad, **{"from": bad.step})
+        return state
+
+    def _report(self, event: str, step: int, bad: NonFiniteLossError, **more: int) -> None:
+        """To stderr and metrics.jsonl."""
+        most = self.config.train.max_bad_steps
+        _log.warning("%s; %s, %d of at most %d (train.max_bad_steps)", bad.what, event, self.bad_steps, most)
+        figures = {"bad/loss": bad.loss, "bad/grad_norm": bad.grad_norm}
+        self.writer.write({"step": step, "event": event, **more, **figures})
 
     def _kept(self) -> str:
         kept = self.checkpoints.latest()
@@ -213,7 +270,8 @@ class _Run:
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
         start = time.perf_counter()
         loss = None if score is None else score.loss
-        self.checkpoints.save(state, self.data.get_state(), self.config, step, loss)
+        position = guard.position(self.data.get_state(), self.bad_steps, state)
+        self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
 

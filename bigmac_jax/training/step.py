@@ -22,6 +22,8 @@ from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import LossParts, loss_fn
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer
 
+RECENT_LOSSES = 32  # whose median a spike is measured by
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class TrainState:
     params: nnx.State
     rest: nnx.State
     opt_state: Any
+    # Of the last good steps, oldest first, inf where there was none yet; None without train.spike_factor.
+    losses: Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -41,6 +45,7 @@ class StepMetrics(NamedTuple):
     parts: LossParts
     grad_norm: Array
     learning_rate: Array
+    bad: Array  # bool: the loss or the gradient is not finite, or the loss is a spike
 
 
 class Trainer(NamedTuple):
@@ -61,13 +66,24 @@ def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     return graphdef, params, rest[0]
 
 
+def _unless(bad: Array, new: Any, old: Any) -> Any:
+    """`old` after a bad step, but for the count of the learning rate's schedule, which goes by steps."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(bad, old, new)
+
+    return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+
+
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds the jitted initialisation and training step for the current mesh."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
+    spike_factor = config.train.spike_factor
 
     def init(key: Array) -> TrainState:
         _, params, rest = split(init_model(config, key))
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
+        losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses)
 
     def step(state: TrainState, tokens_BL: Array) -> tuple[TrainState, StepMetrics]:
         """tokens_BL: [B, L + 1] int32."""
@@ -79,8 +95,17 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         rest = state.rest
         if config.model.is_moe and config.model.balance == "bias":
             rest = jax.tree.map(lambda bias_YE: updated_bias(config.model, bias_YE, parts.aux.load), rest)
-        metrics = StepMetrics(loss, parts, optax.tree.norm(grads), jnp.asarray(schedule(state.step)))
-        return TrainState(state.step + 1, params, rest, opt_state), metrics
+        grad_norm, losses = optax.tree.norm(grads), state.losses
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        if losses is not None:
+            bad |= loss > spike_factor * jnp.sort(losses)[RECENT_LOSSES // 2]
+            losses = jnp.where(bad, losses, jnp.append(losses[1:], loss))
+        if config.train.on_bad_step == "skip":
+            params, rest, opt_state = _unless(
+                bad, (params, rest, opt_state), (state.params, state.rest, state.opt_state)
+            )
+        metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
+        return TrainState(state.step + 1, params, rest, opt_state, losses), metrics
 
     def loss_of_params(
         params: nnx.State, rest: nnx.State, tokens_BL: Array, key: Array, load_YE: Array | None

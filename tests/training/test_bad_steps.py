@@ -1,0 +1,252 @@
+"""Batches whose loss is NaN or a spike: their update is skipped, or the run rewinds past them, and ends as if it had
+never seen them."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from model.tools import leaves
+
+import bigmac_jax.training.step
+from bigmac_jax.config import Config, ConfigError, check_resume
+from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training import loop
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.guard import NonFiniteLossError
+from bigmac_jax.training.step import make_trainer
+
+from .tools import host, leaves_of, quick, read_records, small
+
+NAN, SPIKE = 0, 1  # bytes that no text holds: in a batch, they make its loss NaN, or four times as large
+
+
+class Batches(Iterator[np.ndarray]):
+    """The data, with marks in some batches (by number, from 1), or without some."""
+
+    def __init__(self, data: TrainIterator, marks: dict[int, int], left_out: set[int]):
+        self._data, self._marks, self._left_out = data, marks, left_out
+
+    def __next__(self) -> np.ndarray:
+        while self._data.get_state()["batches"] + 1 in self._left_out:
+            next(self._data)
+        batch = next(self._data).copy()
+        if (mark := self._marks.get(self._data.get_state()["batches"])) is not None:
+            batch[0, 0] = mark
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
+def bad_config(folder: pathlib.Path, action: str, *overrides: str) -> Config:
+    """Eight steps, whose balance is a bias that a bad step must leave alone."""
+    return small(folder, f"train.on_bad_step={action}", "train.steps=8", "train.eval_every=0",
+                 "train.keep_checkpoints=9", "model.balance=bias", "optimizer.decay_steps=30", *overrides)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs() -> Iterator[None]:
+    """The marks take effect. A program is made once: runs differ in steps, bounds and data."""
+    loss_fn, compile_step = bigmac_jax.training.step.loss_fn, loop._compile
+
+    def marked(model: Any, tokens_BL: jax.Array, *rest: Any) -> Any:
+        loss, parts = loss_fn(model, tokens_BL, *rest)
+        factor = jnp.where((tokens_BL == NAN).any(), jnp.nan, jnp.where((tokens_BL == SPIKE).any(), 4.0, 1.0))
+        return loss * factor, parts
+
+    def once(make: Callable[..., Any], config_at: int) -> Callable[..., Any]:
+        made: dict[Any, Any] = {}
+
+        def get(*args: Any) -> Any:
+            train = args[config_at].train
+            key = train.on_bad_step, train.spike_factor
+            if key not in made:
+                made[key] = make(*args)
+            return made[key]
+
+        return get
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bigmac_jax.training.step, "loss_fn", marked)
+        patch.setattr(loop, "make_trainer", once(make_trainer, 0))
+        patch.setattr(loop, "_compile", once(compile_step, 1))
+        yield
+
+
+@pytest.fixture
+def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Marks batches, or leaves some out, of the runs that follow."""
+
+    def apply(marks: dict[int, int], left_out: Sequence[int] = ()) -> None:
+        monkeypatch.setattr(loop, "train_iterator", lambda *args: Batches(train_iterator(*args), marks, set(left_out)))
+
+    return apply
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    with quick(), jax.set_mesh(make_mesh(config)):
+        assert loop.train(config, workdir).finished
+
+
+def change(config: Config, **train: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def events(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(workdir) if "event" in record]
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_records(workdir) if "loss" in record]
+
+
+def final(config: Config, workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    return leaves_of(config, workdir, config.train.steps)
+
+
+def position(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def resumed_from(step: int, finished: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """A copy of a finished run, as if it had been killed after the checkpoint of `step`."""
+    shutil.copytree(finished, workdir)
+    for path in (workdir / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    return workdir
+
+
+def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
+    """The state after all steps, some of them nothing but a count of the steps and the learning rate's schedule."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def advanced(node: Any) -> Any:
+        return node._replace(count=node.count + 1) if is_schedule(node) else node
+
+    with quick(), jax.set_mesh(make_mesh(config)):
+        trainer = loop.make_trainer(config, jax.sharding.get_mesh())
+        train_step, _ = loop._compile(trainer, config).result()
+        data = train_iterator(config, open_stream(config, "train", load_tokenizer(config)))
+        batches = loop._on_device(data)
+        state = trainer.init(jax.random.key(config.train.seed))
+        for number in range(1, config.train.steps + 1):
+            batch = next(batches)
+            if number in left_out:
+                opt_state = jax.tree.map(advanced, state.opt_state, is_leaf=is_schedule)
+                state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
+            else:
+                state, _ = train_step(state, batch)
+        data.close()
+        return leaves(host(state))
+
+
+def test_skip(tmp_path: pathlib.Path, feed: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """On two expert ranks. One bad step too many ends the run; it is resumed with a larger bound."""
+    config, workdir = bad_config(tmp_path, "skip", "mesh.expert=2"), tmp_path / "run"
+    feed({4: NAN, 7: NAN})
+    with pytest.raises(NonFiniteLossError, match=r"step 7: .* \(bad steps before it: 1\); .* step 6 is kept") as error:
+        run(change(config, max_bad_steps=1), workdir)
+    assert "\n" not in str(error.value)
+    assert "step 4: loss nan, gradient norm nan; skip, 1 of at most 1 (train.max_bad_steps)" in caplog.text
+    run(config, workdir)
+    state = final(config, workdir)
+    chex.assert_trees_all_equal(state, by_hand(config, {4, 7}))
+    assert any("router_bias" in name and np.any(value) for name, value in state.items())
+    assert events(workdir) == [
+        {"step": step, "event": "skip", "bad/loss": None, "bad/grad_norm": None} for step in (4, 7)
+    ]
+    assert [step for step, _ in losses(workdir)] == [1, 2, 3, 5, 6, 8]
+    assert position(workdir, 8) == {"batches": 8, "bad_steps": 2}
+
+
+def test_what_a_bad_step_does_may_change_on_resume(tmp_path: pathlib.Path) -> None:
+    check_resume(small(tmp_path), bad_config(tmp_path, "stop", "model.balance=aux_loss", "optimizer.decay_steps=0"))
+    rewinding = small(tmp_path, "train.on_bad_step=rewind", "train.max_bad_steps=3", "train.spike_factor=3")
+    check_resume(small(tmp_path), rewinding)
+
+
+def test_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
+    """Batch 6 is bad at step 6: back to 4, and on with batch 7. So batch 9 is bad at step 7: back to 6."""
+    config, workdir = bad_config(tmp_path, "rewind", "train.max_bad_steps=2"), tmp_path / "run"
+    feed({6: NAN, 9: NAN})
+    run(config, workdir)
+    rewinds = [(record["step"], record["event"], record["from"]) for record in events(workdir)]
+    assert rewinds == [(4, "rewind", 6), (6, "rewind", 7)]
+    assert position(workdir, 8) == {"batches": 11, "bad_steps": 2} and position(workdir, 4) == {"batches": 4}
+    assert [record["step"] for record in read_records(workdir)] == [1, 2, 3, 4, 4, 5, 6, 6, 7, 8]
+
+    for killed_after in (6, 4):
+        again = resumed_from(killed_after, workdir, tmp_path / f"from {killed_after}")
+        run(config, again)
+        chex.assert_trees_all_equal(final(config, again), final(config, workdir))
+        assert position(again, 8) == position(workdir, 8)
+        assert losses(again) == losses(workdir)
+
+    with pytest.raises(NonFiniteLossError, match=r"step 7: .* \(bad steps before it: 1\); .* step 6 is kept"):
+        run(change(config, max_bad_steps=1), tmp_path / "bounded")
+
+    feed({}, left_out=(5, 6, 9))
+    run(config, tmp_path / "never")
+    assert not events(tmp_path / "never")
+    chex.assert_trees_all_equal(final(config, workdir), final(config, tmp_path / "never"))
+    assert losses(workdir) == losses(tmp_path / "never")
+
+
+def test_rewind_to_the_beginning_and_past_damage(
+    tmp_path: pathlib.Path, feed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step is bad: there is no checkpoint. Later the newest checkpoint is damaged when it is needed."""
+    config, workdir = bad_config(tmp_path, "rewind"), tmp_path / "run"
+    feed({1: NAN, 6: NAN})
+    save = Checkpoints.save
+
+    def damaging_save(self: Checkpoints, state: Any, data: Any, config: Config, step: int, loss: Any) -> None:
+        save(self, state, data, config, step, loss)
+        if step == 4 and data["batches"] == 5:
+            self.wait()
+            (workdir / "checkpoints" / "4" / "data" / "metadata").unlink()
+
+    monkeypatch.setattr(Checkpoints, "save", damaging_save)
+    run(config, workdir)
+    assert [(record["step"], record["from"]) for record in events(workdir)] == [(0, 1), (2, 5)]
+    assert [step for step, _ in losses(workdir)] == list(range(1, 9))
+    assert position(workdir, 8) == {"batches": 12, "bad_steps": 2}
+    assert [path.name for path in (workdir / "checkpoints-damaged").iterdir()] == ["4"]
+
+
+def test_spikes(tmp_path: pathlib.Path, feed: Any) -> None:
+    """The first is not seen, for want of losses to compare; the next is, also by a run that has just been resumed."""
+    config = bad_config(tmp_path, "skip", "train.spike_factor=2", "train.steps=22")
+    feed({10: SPIKE, 20: SPIKE})
+    run(config, tmp_path / "run")
+    (event,) = events(tmp_path / "run")
+    assert (event["step"], event["event"]) == (20, "skip") and event["bad/loss"] > 8 and event["bad/grad_norm"] > 0
+    assert len(position(tmp_path / "run", 22)["losses"]) == 21
+    again = resumed_from(18, tmp_path / "run", tmp_path / "again")
+    run(config, again)
+    assert events(again) == events(tmp_path / "run")
+    chex.assert_trees_all_equal(final(config, again), final(config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.on_bad_step=retry", "stop, skip, rewind"), ("train.spike_factor=0.5", "must be above 1, as in 2, or 0"),
+     ("train.max_bad_steps=0", "must be at least 1")],
+)  # fmt: skip
+def test_fields(tmp_path: pathlib.Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(tmp_path, override)
