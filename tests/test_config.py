@@ -273,6 +273,7 @@ def changed(name: str) -> Config:
         "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
         "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5, "mesh.node": 2, "mesh.expert": 2,
         "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
+        "train.on_bad_step": "skip", "train.spike_factor": 2.0,
     }  # fmt: skip
     value = FIELDS[name]
     if name in special:
@@ -287,10 +288,10 @@ def changed(name: str) -> Config:
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "model.top_groups"])
 def test_check_resume(name: str) -> None:
-    """Fields of the mesh, of periodic actions and train.steps may change; all others are refused by name."""
+    """Fields of the mesh, periodic actions, bad steps and train.steps may change; all others are refused by name."""
     allowed = {"train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-               "cache_dir", "mesh.data", "mesh.node", "mesh.expert", "mesh.tensor", "mesh.fsdp",
-               "mesh.split_experts"}  # fmt: skip
+               "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir", "mesh.data", "mesh.node",
+               "mesh.expert", "mesh.tensor", "mesh.fsdp", "mesh.split_experts"}  # fmt: skip
     if name in allowed:
         check_resume(Config(), changed(name))
         return

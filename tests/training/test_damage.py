@@ -20,6 +20,7 @@ from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.loop import train
+from bigmac_jax.training.metrics import MetricsWriter
 
 from .test_checkpoint import trivial
 from .tools import leaves_of, quick, read_records, small
@@ -160,6 +161,8 @@ def test_every_byte_counts(workdir: pathlib.Path) -> None:
             assert manifest.damage(checkpoint, thorough=False), (file, place)  # all of them are small
         file.write_bytes(data)
     assert manifest.damage(checkpoint) is None
+    (checkpoint / manifest.NAME).write_bytes((checkpoint / manifest.NAME).read_bytes()[:-1] + b" ")  # the same to JSON
+    assert manifest.damage(checkpoint) == "manifest.json is truncated or changed"
 
 
 def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> None:
@@ -230,11 +233,23 @@ def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest
                    and record.name.startswith("bigmac_jax")]  # fmt: skip
         assert f"checkpoint of step {step} could not be written" in line and "No space left on device" in line
         assert not any(record.exc_info for record in caplog.records)
-        assert checkpoints.newest_intact() == checkpoints.latest() == 1
+        assert checkpoints.latest() == checkpoints.newest_intact() == 1
     filler.unlink()
+    (small_disk / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(exist_ok=True)  # by a thread that was still writing
     checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
     checkpoints.close()
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["4"]
+
+
+def test_metrics_wait_for_a_full_disk(small_disk: pathlib.Path) -> None:
+    writer = MetricsWriter(small_disk, 0, 100)
+    filler = fill(small_disk)
+    for step in range(1, 100):
+        writer.write({"step": step, "loss": 1.0, "note": "x" * 100})
+    filler.unlink()
+    writer.write({"step": 100, "loss": 1.0})
+    assert [record["step"] for record in read_records(small_disk)] == list(range(1, 101))
+    writer.close()
 
 
 @pytest.fixture(scope="module")
