@@ -62,7 +62,7 @@ class Checkpoints:
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
         if keep is not None:
-            _on_first(self._set_obvious_damage_aside)  # the manager reads small files of every checkpoint
+            _on_first(self._tidy)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -82,7 +82,6 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=self._keep is not None,
                 create=self._keep is not None,
                 lightweight_initialize=self._keep is None,
                 temporary_path_class=_Sealed,
@@ -133,7 +132,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _remove_unfinished(self) -> None:
-        """What a failed save has written would fill the disk for good. Threads of it may still be writing."""
+        """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
         if jax.process_index() == 0:
             for unfinished in self._directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -215,7 +214,9 @@ class Checkpoints:
             _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
         return damage is not None
 
-    def _set_obvious_damage_aside(self) -> int:
+    def _tidy(self) -> int:
+        """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""
+        self._remove_unfinished()
         for step in self._steps():
             if damage := manifest.damage(self._directory / str(step), thorough=False):
                 self._set_aside(step, damage)

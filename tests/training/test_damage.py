@@ -220,6 +220,18 @@ def test_a_checkpoint_from_before_manifests(workdir: pathlib.Path) -> None:
     checkpoints.close()
 
 
+def test_what_a_killed_run_left_is_removed(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Killed while it wrote arrays, or just before the last rename; a save may follow at once."""
+    for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-complete"):
+        shutil.copytree(workdir / "checkpoints" / "3", workdir / "checkpoints" / name)
+    checkpoints = Checkpoints(workdir, keep=9)
+    assert checkpoints.newest_intact() == 3
+    checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
+    checkpoints.close()
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1", "2", "3", "4"}
+    assert "could not be written" not in caplog.text
+
+
 def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(small_disk, keep=1)
     checkpoints.save(trivial(1), {"batches": 1}, Config(), 1, None)
