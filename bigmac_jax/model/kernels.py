@@ -10,7 +10,7 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.mesh import BATCH, platform
+from bigmac_jax.mesh import AXES, platform
 
 # Tiles of the TPU kernel: rows, and elements of a matrix. In bfloat16 a step of 256 rows of a 512 × 2048 matrix takes
 # 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
@@ -73,4 +73,4 @@ def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
 def _on_this_rank(kernel: Callable[..., Array], *arrays: Array) -> Array:
     """Calls a kernel that doesn't say, as shard_map's check asks, that its result differs from rank to rank."""
     result = jax.shard_map(kernel, in_specs=(P(),) * len(arrays), out_specs=P(), check_vma=False)(*arrays)
-    return jax.lax.pcast(result, BATCH, to="varying")
+    return jax.lax.pcast(result, AXES, to="varying")
