@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,14 +13,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
-from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
+from bigmac_jax.training.metrics import (
+    MetricsWriter,
+    RunConstants,
+    SilentWriter,
+    StepTimer,
+    describe_auto,
+    step_record,
+)
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+from bigmac_jax.watch import Watch, held
 
 Step = Callable[..., tuple[TrainState, StepMetrics]]
 
@@ -37,25 +46,36 @@ class Result(NamedTuple):
     score: Score | None  # of the validation split at the last evaluation
 
 
-def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
+def train(
+    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, peer_timeout: float = 0
+) -> Result:
     """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
 
     Args:
       profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
+      peer_timeout: seconds after which a dead or hung process ends this one too (`watch.Watch`); 0 = never.
 
     Raises:
-      ConfigError: the workdir was started with another config, or the data cannot be used.
+      ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
       NonFiniteLossError: see there.
     """
-    if (workdir / "config.json").exists():
-        check_resume(read_config(workdir), config)
+    with held(workdir), Watch(workdir, peer_timeout, (NonFiniteLossError,)) as watch:
+        return _train(config, workdir, profile, watch)
+
+
+def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
     mesh = jax.sharding.get_mesh()
-    tokenizer = load_tokenizer(config)
-    train_stream = open_stream(config, "train", tokenizer)
-    data = train_iterator(config, train_stream, jax.process_index(), jax.process_count())
+    with hosts.together():
+        if (workdir / "config.json").exists():
+            check_resume(read_config(workdir), config)
+        tokenizer = load_tokenizer(config)
+        train_stream = open_stream(config, "train", tokenizer)
+        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
+        data = train_iterator(config, train_stream, rows)
     trainer = make_trainer(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    newest = checkpoints.latest()
+    newest = hosts.first(checkpoints.latest())
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (newest or 0) < config.train.steps else None
     if newest is None:
@@ -63,19 +83,19 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     else:
         state, position = checkpoints.restore(newest, trainer.abstract_state)
         data.set_state(position)
-    _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
-    print(config.model.describe(), flush=True)
+    if hosts.is_first():
+        _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
+    hosts.say(config.model.describe())
     if config.model.is_moe and config.model.exchange == "auto":
-        print(describe_auto(config), flush=True)
+        hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(
+    hosts.say(
         f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        + (f", resumed at step {newest}" if newest else ""),
-        flush=True,
+        + (f", {jax.process_count()} processes" if hosts.several() else "")
+        + (f", resumed at step {newest}" if newest else "")
     )
-    validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
-    run = _Run(config, workdir, trainer, compiling, checkpoints, data, validation, newest or 0)
+    run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, watch)
     try:
         with _stop_signals() as stopped:
             return run.loop(state, stopped, profile)
@@ -107,33 +127,39 @@ class _Run:
         compiling: Future[tuple[Step, float]] | None,
         checkpoints: Checkpoints,
         data: TrainIterator,
+        rows: Sequence[int],
         validation: Any,
         first_step: int,
+        watch: Watch,
     ):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
-        self.validation = validation
+        self.rows, self.validation, self.watch = rows, validation, watch
         self.best = checkpoints.best_loss()
         self.score: Score | None = None
-        self.writer = MetricsWriter(workdir, first_step, config.train.steps)
+        self.writer = MetricsWriter(workdir, first_step, config.train.steps) if hosts.is_first() else SilentWriter()
         self.timer = StepTimer()
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
         """One pass over the remaining steps."""
         train, step = self.config.train, self.first_step
-        batches = _on_device(self.data)
+        batches = _on_device(self.data, self.rows, self.config.data.batch_size)
         train_step = self._compiled()
         self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         tracing = False
-        while step < train.steps and not stopped:
+        vote = hosts.StopVote(stopped)
+        while step < train.steps and not vote.passed():
             if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 tracing = True
             state, metrics = train_step(state, next(batches))
+            vote.cast()
             self._finish(pending)
             step += 1
+            if pending:
+                self.watch.step(step)
             pending = step, metrics
             if profile and tracing and step == min(profile[1], train.steps):
                 jax.block_until_ready(metrics)
@@ -151,7 +177,8 @@ class _Run:
         self._finish(pending)
         if step > self.first_step:
             self._save(step, state, None)
-        self.checkpoints.wait()
+        with self.watch.slow():
+            self.checkpoints.wait()
         return Result(step, step >= train.steps, self.score)
 
     def _compiled(self) -> Step:
@@ -188,7 +215,14 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> Score:
         start, config = time.perf_counter(), self.config
         model = self.trainer.model(state)
-        self.score = evaluate(model, self.validation, config.data.sequence_length, config.data.batch_size)
+        with self.watch.slow():
+            self.score = evaluate(
+                model,
+                self.validation,
+                config.data.sequence_length,
+                config.data.batch_size,
+                lambda tokens: self.watch.advance(),
+            )
         self.writer.write(
             {
                 "step": step,
@@ -207,22 +241,25 @@ class _Run:
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
         start = time.perf_counter()
         loss = None if score is None else score.loss
-        self.checkpoints.save(state, self.data.get_state(), self.config, step, loss)
+        with self.watch.slow():
+            self.checkpoints.save(state, self.data.get_state(), self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
 
     def close(self) -> None:
         self.writer.close()
         self.checkpoints.close()
+        if not hosts.is_first():
+            return
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 
         write_report(self.workdir)
 
 
-def _on_device(data: TrainIterator) -> Iterator[jax.Array]:
-    """Global batches, sharded over the mesh."""
+def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[jax.Array]:
+    """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    return (jax.make_array_from_process_local_data(sharding, batch) for batch in data)
+    return (hosts.global_array(sharding, rows, batch, batch_size) for batch in data)
 
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
