@@ -148,7 +148,7 @@ class Watch:
         _libc_signal(None)
 
     def step(self, step: int) -> None:
-        """To be called when a step was started, and the one before it has ended."""
+        """To be called when a step is started, and the one before the last has ended."""
         self._step, self._advanced, self._patience = step, time.monotonic(), self._timeout
 
     def advance(self) -> None:

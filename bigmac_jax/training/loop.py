@@ -154,12 +154,13 @@ class _Run:
             if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 tracing = True
-            state, metrics = train_step(state, next(batches))
+            batch = next(batches)
+            if step > self.first_step:  # the first step waits for those that still compile
+                self.watch.step(step + 1)
+            state, metrics = train_step(state, batch)
             vote.cast()
             self._finish(pending)
             step += 1
-            if pending:
-                self.watch.step(step)
             pending = step, metrics
             if profile and tracing and step == min(profile[1], train.steps):
                 jax.block_until_ready(metrics)
