@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from bigmac_jax import hosts, watch
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 
@@ -58,7 +58,7 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
             _fail(str(error) if hosts.is_first() else "")
         except hosts.PeerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            return watch.EXIT_CODE
+            return hosts.EXIT_CODE
 
     app.run(guarded, flags_parser=parse)
 

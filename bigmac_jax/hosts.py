@@ -4,9 +4,13 @@ One process is the case of a job without others: everything here works in it and
 """
 
 import contextlib
+import ctypes
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ConfigError
 
+EXIT_CODE = 3  # of a process that ends because of another
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
-_START_SECONDS = 300  # for all processes to be there: a scheduler starts them minutes apart
+
+
+_abort_handler: Any = None
 
 
 class PeerError(RuntimeError):
@@ -32,8 +39,8 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
       coordinator: HOST:PORT of process 0; with num_processes and process_id.
       process_id: of this process, from 0; -1 = not given.
       detect: take the three from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.
-      peer_timeout: seconds without a sign of life after which a process counts as dead (`watch.Watch` is there first
-        and says more); 0 leaves it to jax.
+      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds
+        (`watch.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
 
     Raises:
       ConfigError: arguments that are incomplete or contradict each other, no cluster to detect, processes missing.
@@ -63,15 +70,16 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         "cluster_detection_method": "deactivate",
     }
     timeouts: dict[str, Any] = {
-        "shutdown_timeout_seconds": peer_timeout,
+        "initialization_timeout": 2 * peer_timeout,
         "heartbeat_timeout_seconds": 2 * peer_timeout,
+        "shutdown_timeout_seconds": peer_timeout,
     }
+    seconds = 2 * peer_timeout or 300
+    me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
+    fix = "start all of them, or raise --peer_timeout"
+    on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
     try:
-        jax.distributed.initialize(
-            **({} if detect else explicit),
-            **(timeouts if peer_timeout else {}),
-            initialization_timeout=_START_SECONDS,
-        )
+        jax.distributed.initialize(**({} if detect else explicit), **(timeouts if peer_timeout else {}))
     except ValueError:
         if not detect:
             raise
@@ -80,13 +88,34 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
             "--coordinator=HOST:PORT --num_processes=N --process_id=I instead"
         ) from None
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"process {process_id if process_id >= 0 else '?'} did not reach the others within {_START_SECONDS} s "
-            f"({reason}); start all of them, with the same --coordinator"
+        raise PeerError(
+            f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
         ) from None
+    aborts_with_a_line()
     if jax.process_index():
         logging.getLogger("bigmac_jax").setLevel(logging.WARNING)
+
+
+def aborts_with_a_line() -> None:
+    """What is said where jax ends the process and nothing better is known."""
+    on_abort(lambda: _end(f"process {jax.process_index()} aborted; the lines above say why, or which task was lost"))
+
+
+def on_abort(handler: Callable[[], object]) -> None:
+    """Calls `handler` where jax ends this process by abort(), as it does from a thread of its own when one is lost.
+
+    Set in C: Python's handlers run after the signal, and here nothing comes after.
+    """
+    global _abort_handler  # as long as C may call it
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handler())
+    function = ctypes.CDLL(None).signal
+    function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    function(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))
+
+
+def _end(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
 
 
 def is_first() -> bool:

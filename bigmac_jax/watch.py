@@ -5,7 +5,6 @@ a thread of C++ that lives on when the step hangs, and its verdict is an abort; 
 """
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -24,11 +23,9 @@ import jax
 from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
 
-EXIT_CODE = 3  # of a process that ends because of another
 _BEAT = 0.5  # seconds
 _GRACE = 10.0  # seconds to find out which process an error comes from
 _SLOW = 10  # compilation, evaluation and saving may take so many times as long as a step
-_SIGABRT = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @contextlib.contextmanager
@@ -96,7 +93,7 @@ class _Peer:
 
 
 class Watch:
-    """Inside it, this process ends with one line and EXIT_CODE if the job cannot go on.
+    """Inside it, this process ends with one line and exit code 3 if the job cannot go on.
 
     The line names the process that died (its file lock is gone), is silent (its file has not changed for `timeout`
     seconds) or hangs (it started fewer steps than the others, and no step has been finished for `timeout` seconds).
@@ -128,8 +125,7 @@ class Watch:
             with contextlib.suppress(OSError):  # without locks, silence tells
                 fcntl.flock(self._file, fcntl.LOCK_EX)
             self._peers = [_Peer(self._folder / str(i), i) for i in range(jax.process_count()) if i != self._me]
-            self._abort_handler = _SIGABRT(lambda _: self.blame("aborted; its output says why"))
-            _libc_signal(self._abort_handler)
+            hosts.on_abort(lambda: self.blame("aborted; its output says why"))
             self._beat()
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
@@ -145,7 +141,7 @@ class Watch:
         self._thread.join()
         self._beat(ended=True)
         self._file.close()
-        _libc_signal(None)
+        hosts.aborts_with_a_line()
 
     def step(self, step: int) -> None:
         """To be called when a step is started, and the one before the last has ended."""
@@ -229,7 +225,7 @@ class Watch:
         print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
             time.sleep(4 * _BEAT)  # jax aborts the others as soon as process 0 is gone
-        os._exit(EXIT_CODE)
+        os._exit(hosts.EXIT_CODE)
 
 
 def _is_locked(file: Any) -> bool:
@@ -241,13 +237,3 @@ def _is_locked(file: Any) -> bool:
     except OSError:
         return False
     return False
-
-
-def _libc_signal(handler: Any) -> None:
-    """Sets the handler of SIGABRT in C, because Python's run after the signal, and there is no after.
-
-    jax calls abort() from a thread of its own where the coordinator, process 0, is gone.
-    """
-    function = ctypes.CDLL(None).signal
-    function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    function(6, ctypes.cast(handler, ctypes.c_void_p) if handler else None)
