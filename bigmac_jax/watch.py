@@ -101,22 +101,31 @@ class Watch:
 
     Args:
       agreed: errors that every process raises at the same step; others end the job.
+      kind: train, which holds the workdir (`held`), or eval, of which several may run beside it.
     """
 
-    def __init__(self, workdir: pathlib.Path, timeout: float, agreed: tuple[type[Exception], ...] = ()):
+    def __init__(
+        self, workdir: pathlib.Path, timeout: float, agreed: tuple[type[Exception], ...] = (), kind: str = "train"
+    ):
         self._timeout, self._agreed = timeout, (ConfigError, hosts.PeerError, *agreed)
         self._on = hosts.several() and timeout > 0
         self._step, self._advanced, self._patience = 0, time.monotonic(), _SLOW * timeout
         self._beats, self._closing, self._ending = 0, threading.Event(), threading.Lock()
         if not self._on:
             return
-        parent = workdir / "hosts"
-        with hosts.together():  # process 0 alone makes the folder, and holds the workdir while it clears it
-            folder = parent / f"{time.time_ns()}"
+        parent, name = workdir / "hosts", f"{kind}-{time.time_ns()}"
+        with hosts.together():
             if hosts.is_first():
-                shutil.rmtree(parent, ignore_errors=True)
-                folder.mkdir(parents=True)
-        self._folder = parent / hosts.gather(folder.name)[0]
+                for left_over in parent.glob("train-*") if kind == "train" else ():  # of a job that was killed
+                    shutil.rmtree(left_over, ignore_errors=True)
+                try:
+                    (parent / name).mkdir(parents=True)
+                except OSError as error:
+                    raise ConfigError(
+                        f"{parent} cannot be written ({error}), where several processes watch each other; use a "
+                        f"workdir that they share, or --peer_timeout=0"
+                    ) from None
+        self._folder = parent / hosts.gather(name)[0]
         self._me = jax.process_index()
 
     def __enter__(self) -> "Watch":
@@ -142,6 +151,9 @@ class Watch:
         self._beat(ended=True)
         self._file.close()
         hosts.aborts_with_a_line()
+        hosts.gather("")  # the last one has closed its eyes
+        if self._me == 0:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def step(self, step: int) -> None:
         """To be called when a step is started, and the one before the last has ended."""

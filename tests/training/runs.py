@@ -69,27 +69,37 @@ def is_saving(workdir: pathlib.Path) -> bool:
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Job:
     """train.py, or `script`, as several processes on this machine; inside a `with` that leaves none behind."""
 
     def __init__(
         self,
         count: int,
-        config: pathlib.Path,
+        config: pathlib.Path | None,
         workdir: pathlib.Path,
         *arguments: str,
         script: Sequence[str] = ("train.py",),
+        environments: Sequence[dict[str, str]] = (),  # of a cluster, instead of arguments
     ):
         self.workdir, self._logs = workdir, [workdir.with_suffix(f".{i}.log") for i in range(count)]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = "{}:{}".format(*free.getsockname())
+        coordinator = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i, path in enumerate(self._logs):
-            command = [sys.executable, *script, f"--config={config}", f"--workdir={workdir}", *arguments]
-            command += [f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={i}"]
+            command = [sys.executable, *script, f"--workdir={workdir}", *arguments]
+            command += [f"--config={config}"] if config else []
+            if environments:
+                environment, command = ENVIRONMENT | environments[i], [*command, "--distributed"]
+            else:
+                environment = ENVIRONMENT
+                command += [f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={i}"]
             with path.open("w") as log:
-                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log))
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
 
     def __enter__(self) -> "Job":
         return self
