@@ -37,19 +37,17 @@ def main() -> None:
         text_file = _TEXT_FILE.value and pathlib.Path(_TEXT_FILE.value)
         stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
     cli.enter_mesh(config, fit_batch=False)
-    quiet = _JSON.value or not hosts.is_first()
-    with (
-        Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch,
-        tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar,
-    ):
+    with Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch:
         _, model = restore(workdir, _STEP.value, config)
+        quiet = _JSON.value or not hosts.is_first()
+        with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar:
 
-        def done(tokens: int) -> None:
-            bar.update(tokens)
-            watch.advance()
+            def done(tokens: int) -> None:
+                bar.update(tokens)
+                watch.advance()
 
-        size = _BATCH_SIZE.value or saved.data.batch_size
-        score = evaluate(model, stream, config.data.sequence_length, size, done)
+            size = _BATCH_SIZE.value or saved.data.batch_size
+            score = evaluate(model, stream, config.data.sequence_length, size, done)
     if not _JSON.value:
         hosts.say(
             f"{text_file or _SPLIT.value}: perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per byte, "

@@ -252,10 +252,10 @@ def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
                  "--config.train.steps=2", "--config.train.eval_every=0", f"--config.model.top_k={top_k}"]  # fmt: skip
     run = subprocess.run(
         ["scripts/launch_local.sh", "2", *arguments],
-        cwd=ROOT, env=ENVIRONMENT | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=LIMIT,
+        cwd=ROOT, env=ENVIRONMENT | {"PYTHON": sys.executable}, capture_output=True, timeout=LIMIT,
     )  # fmt: skip
     assert run.returncode == code, run
-    lines = [line for line in run.stdout.rstrip("\n").split("\n") if "Gloo" not in line]
+    lines = [line for line in run.stdout.decode().rstrip("\n").split("\n") if "Gloo" not in line]
     assert all(line.startswith(("[0] ", "[1] ")) for line in lines), lines
     if code:
         assert lines == ["[0] error: model.top_k=99 must be at most model.num_experts=8; use 8"]
