@@ -5,6 +5,7 @@ One process is the case of a job without others: everything here works in it and
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -167,10 +168,9 @@ def together() -> Iterator[None]:
         raise error
 
 
-def first(value: int | None) -> int | None:
-    """Process 0's value, in all: what was read from files that another process may see later."""
-    answer = gather("" if value is None else str(value))[0]
-    return int(answer) if answer else None
+def first(value: Any) -> Any:
+    """Process 0's value (of JSON), in all: what was read from files that another process may see later."""
+    return json.loads(gather(json.dumps(value))[0])
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> list[int]:

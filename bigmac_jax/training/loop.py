@@ -135,7 +135,7 @@ class _Run:
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
         self.rows, self.validation, self.watch = rows, validation, watch
-        self.best = checkpoints.best_loss()
+        self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.writer = MetricsWriter(workdir, first_step, config.train.steps) if hosts.is_first() else SilentWriter()
         self.timer = StepTimer()

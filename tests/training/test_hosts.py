@@ -222,6 +222,22 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
 
 
 @pytest.mark.full
+def test_a_stopped_process_ends_all_and_is_named(story: Story, tmp_path: pathlib.Path) -> None:
+    """It neither dies nor beats; when it goes on it finds out and ends too."""
+    with Job(
+        2, write_config(tmp_path), tmp_path / "run", "--cpu_devices=2", f"--peer_timeout={TIMEOUT}",
+        "--config.train.steps=100000", "--config.train.eval_every=0", "--config.train.checkpoint_every=0",
+    ) as run:  # fmt: skip
+        run.until(5)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        assert run.processes[0].wait(TIMEOUT + 20) == 3, run.outputs
+        run.processes[1].send_signal(signal.SIGCONT)
+        assert run.wait() == [3, 3], run.outputs
+    line = r"error: process 1 \(\d+ on \S+, step \d+\) has given no sign of life for \d+ s\n"
+    assert re.search(line, run.outputs[0]), run.outputs
+
+
+@pytest.mark.full
 def test_four_processes_and_slurm_and_evaluation(story: Story, tmp_path: pathlib.Path) -> None:
     """Four processes of one device, started as srun does; then two evaluate what they trained."""
     file = write_config(tmp_path)
