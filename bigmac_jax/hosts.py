@@ -24,8 +24,6 @@ from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
-
-
 _abort_handler: Any = None
 
 
@@ -44,7 +42,8 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         (`watch.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
 
     Raises:
-      ConfigError: arguments that are incomplete or contradict each other, no cluster to detect, processes missing.
+      ConfigError: arguments that are incomplete or contradict each other, or no cluster to detect.
+      PeerError: processes are missing.
     """
     given = {"--coordinator": bool(coordinator), "--num_processes": num_processes > 0, "--process_id": process_id >= 0}
     if not any(given.values()) and not detect:

@@ -151,9 +151,10 @@ class Watch:
         self._beat(ended=True)
         self._file.close()
         hosts.aborts_with_a_line()
-        hosts.gather("")  # the last one has closed its eyes
-        if self._me == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if error is None:
+            hosts.gather("")  # until the last one has closed its eyes
+            if self._me == 0:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def step(self, step: int) -> None:
         """To be called when a step is started, and the one before the last has ended."""
@@ -195,7 +196,8 @@ class Watch:
     def _beat(self, ended: bool = False) -> None:
         self._beats += 1
         state = {"host": socket.gethostname(), "pid": os.getpid(), "step": self._step, "beat": self._beats}
-        os.pwrite(self._file.fileno(), json.dumps(state | {"ended": ended}).ljust(400).encode(), 0)
+        with contextlib.suppress(OSError):  # of a moment; of more, the others see the silence
+            os.pwrite(self._file.fileno(), json.dumps(state | {"ended": ended}).ljust(400).encode(), 0)
 
     def _verdict(self, silence: float) -> str | None:
         """The line that ends the job, if a process has ended it, is dead or has been silent for so many seconds."""

@@ -222,7 +222,7 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
 
 
 @pytest.mark.full
-def test_a_stopped_process_ends_all_and_is_named(story: Story, tmp_path: pathlib.Path) -> None:
+def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None:
     """It neither dies nor beats; when it goes on it finds out and ends too."""
     with Job(
         2, write_config(tmp_path), tmp_path / "run", "--cpu_devices=2", f"--peer_timeout={TIMEOUT}",
