@@ -3,6 +3,7 @@
 One process is the case of a job without others: everything here works in it and costs nothing.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -72,7 +73,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
     timeouts: dict[str, Any] = {
         "initialization_timeout": 2 * peer_timeout,
         "heartbeat_timeout_seconds": 2 * peer_timeout,
-        "shutdown_timeout_seconds": peer_timeout,
+        "shutdown_timeout_seconds": max(60, 2 * peer_timeout),  # process 0 draws the report
     }
     seconds = 2 * peer_timeout or 300
     me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
@@ -91,23 +92,20 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         raise PeerError(
             f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
         ) from None
-    aborts_with_a_line()
+    on_abort(lambda: _end(f"process {jax.process_index()} aborted; the lines above say why, or which task was lost"))
+    atexit.register(on_abort, None)  # before jax's own, which leaves the others
     if jax.process_index():
         logging.getLogger("bigmac_jax").setLevel(logging.WARNING)
 
 
-def aborts_with_a_line() -> None:
-    """What is said where jax ends the process and nothing better is known."""
-    on_abort(lambda: _end(f"process {jax.process_index()} aborted; the lines above say why, or which task was lost"))
-
-
-def on_abort(handler: Callable[[], object]) -> None:
+def on_abort(handler: Callable[[], object] | None) -> None:
     """Calls `handler` where jax ends this process by abort(), as it does from a thread of its own when one is lost.
 
-    Set in C: Python's handlers run after the signal, and here nothing comes after.
+    Set in C: Python's handlers run after the signal, and here nothing comes after. None before the interpreter ends:
+    it would wait for that thread, and the thread for it.
     """
     global _abort_handler  # as long as C may call it
-    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handler())
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handler()) if handler else None
     function = ctypes.CDLL(None).signal
     function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     function(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))

@@ -5,6 +5,7 @@ a thread of C++ that lives on when the step hangs, and its verdict is an abort; 
 """
 
 import contextlib
+import faulthandler
 import fcntl
 import json
 import os
@@ -148,12 +149,15 @@ class Watch:
             self.blame(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         self._closing.set()
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
         self._beat(ended=True)
         self._file.close()
-        hosts.aborts_with_a_line()
-        if error is None:
-            hosts.gather("")  # until the last one has closed its eyes
-            if self._me == 0:
+        hosts.on_abort(None)
+        if self._me == 0 and error is None:
+            end = time.monotonic() + _GRACE
+            while not (done := all(peer.look() or peer.ended for peer in self._peers)) and time.monotonic() < end:
+                time.sleep(_BEAT / 5)
+            if done:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def step(self, step: int) -> None:
@@ -164,11 +168,16 @@ class Watch:
         """A long piece of work goes on."""
         self._advanced = time.monotonic()
 
+    def relax(self) -> None:
+        """What follows may take longer than a step."""
+        self._patience = _SLOW * self._timeout
+        self.advance()
+
     @contextlib.contextmanager
     def slow(self) -> Iterator[None]:
         """Around what takes longer than a step."""
-        before, self._patience = self._patience, _SLOW * self._timeout
-        self.advance()
+        before = self._patience
+        self.relax()
         yield
         self._patience = before
         self.advance()
@@ -186,6 +195,8 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing.wait(_BEAT):
+            # A thread of C: where another one keeps the interpreter's lock, neither this thread nor a handler runs.
+            faulthandler.dump_traceback_later(2 * self._timeout, exit=True)
             self._beat()
             line = self._verdict(self._timeout)
             if line is None and time.monotonic() - self._advanced > self._patience:

@@ -176,10 +176,10 @@ class _Run:
                 pending = None
                 self._save(step, state, score)
         self._finish(pending)
+        self.watch.relax()
         if step > self.first_step:
             self._save(step, state, None)
-        with self.watch.slow():
-            self.checkpoints.wait()
+        self.checkpoints.wait()
         return Result(step, step >= train.steps, self.score)
 
     def _compiled(self) -> Step:
