@@ -9,7 +9,7 @@ import sys  # noqa: E402
 
 from absl import flags  # noqa: E402
 
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, load_config  # noqa: E402
 from bigmac_jax.training.guard import RunError  # noqa: E402
 from bigmac_jax.training.loop import train  # noqa: E402
@@ -20,16 +20,17 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profil
 
 
 def main() -> int:
-    config = load_config(_CONFIG.value, cli.OVERRIDES)
-    profile = _steps(_PROFILE.value)
+    with hosts.together():
+        config = load_config(_CONFIG.value, cli.OVERRIDES)
+        profile = _steps(_PROFILE.value)
     cli.enter_mesh(config)
     try:
-        result = train(config, pathlib.Path(_WORKDIR.value), profile)
+        result = train(config, pathlib.Path(_WORKDIR.value), profile, flags.FLAGS.peer_timeout)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        hosts.say(f"error: {error}", file=sys.stderr)
         return 1
     if not result.finished:
-        print(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
+        hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
     return 0
 
 
@@ -43,4 +44,4 @@ def _steps(text: str) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, distributed=True)

@@ -2,7 +2,7 @@
 
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -82,20 +82,31 @@ def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
     return grain.MapDataset.source(windows).seed(config.train.seed).shuffle().repeat()
 
 
-class TrainIterator(Iterator[np.ndarray]):
-    """Endless batches int32 [B/P, L+1] of process p of P. Its whole state is the number of batches it has given.
+class _Rows:
+    """The samples of some rows of every global batch, batch after batch."""
 
-    Row j of global batch g is sample g·B + j whatever P is, so a run may go on with other processes or workers.
+    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._samples, self._batch_size, self._rows = samples, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._samples) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        batch, row = divmod(int(i), len(self._rows))
+        return self._samples[batch * self._batch_size + self._rows[row]]
+
+
+class TrainIterator(Iterator[np.ndarray]):
+    """Endless batches int32 [rows, L+1]: the rows of each global batch that this process needs.
+
+    Its whole state is the number of batches it has given. Row j of global batch g is sample g·B + j whoever reads it,
+    so a run may go on with other processes, another mesh or other workers.
     """
 
-    def __init__(self, config: Config, stream: TokenStream, process_index: int, process_count: int):
-        size, workers = config.data.batch_size, config.data.num_workers
-        if size % process_count:
-            raise ConfigError(f"data.batch_size={size} must be a multiple of the {process_count} processes")
-        # Local batch m·P + p of size B/P is rows p·B/P … (p+1)·B/P of global batch m.
-        batches = samples(config, stream).batch(size // process_count)
-        self._batches = batches[process_index::process_count]
-        self._workers = workers
+    def __init__(self, config: Config, stream: TokenStream, rows: Sequence[int]):
+        self._batches = grain.MapDataset.source(_Rows(samples(config, stream), config.data.batch_size, rows))
+        self._batches = self._batches.batch(len(rows))
+        self._workers = config.data.num_workers
         self._given = 0
         self._iterator: Any = None
 
@@ -131,17 +142,18 @@ class TrainIterator(Iterator[np.ndarray]):
         return iter(dataset)
 
 
-def train_iterator(
-    config: Config, stream: TokenStream, process_index: int = 0, process_count: int = 1
-) -> TrainIterator:
-    """Endless batches of this process, `next(it)` → int32 [data.batch_size / process_count, L+1].
+def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | None = None) -> TrainIterator:
+    """Endless batches of this process, `next(it)` → int32 [rows, L+1].
 
     `it.get_state()` is a small JSON-serialisable dict; after `set_state` the batches go on from there exactly.
 
+    Args:
+      rows: the rows of the global batch that this process needs (`hosts.local_rows`); by default all.
+
     Raises:
-      ConfigError: too little text for one batch, or a batch the processes cannot share equally.
+      ConfigError: too little text for one batch.
     """
-    return TrainIterator(config, stream, process_index, process_count)
+    return TrainIterator(config, stream, range(config.data.batch_size) if rows is None else rows)
 
 
 def eval_batches(

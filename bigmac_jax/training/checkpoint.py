@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from flax import nnx
-from jax.experimental import multihost_utils
 from orbax.checkpoint.path import atomicity
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -29,7 +28,6 @@ from bigmac_jax.training import manifest
 from bigmac_jax.training.step import TrainState, split
 
 _METRIC = "eval/loss"
-_NONE, _REFUSED = -1, -2  # what process 0 tells the others in place of a step
 _log = logging.getLogger(__name__)
 for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
     logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
@@ -117,7 +115,7 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        if jax.process_count() > 1:
+        if hosts.several():
             raise error  # the others wait for this process inside Orbax: better that the job ends and is restarted
         code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, at the end of a long line
         cause = os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"[:300]
@@ -133,7 +131,7 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for unfinished in self._directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -148,7 +146,7 @@ class Checkpoints:
           ConfigError: all checkpoints that there were are damaged.
         """
 
-        def first_intact() -> int:
+        def first_intact() -> int | None:
             for step in reversed(self._steps()):
                 if not (damage := manifest.damage(self._directory / str(step))):
                     return step
@@ -158,11 +156,11 @@ class Checkpoints:
                     f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
                     f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
                 )
-            return _NONE
+            return None
 
         step = _on_first(first_intact)
         self._manager.reload()
-        return None if step == _NONE else step
+        return step
 
     def best_loss(self) -> float:
         """eval/loss of the best checkpoint, inf if none was evaluated."""
@@ -214,13 +212,12 @@ class Checkpoints:
             _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
         return damage is not None
 
-    def _tidy(self) -> int:
+    def _tidy(self) -> None:
         """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""
         self._remove_unfinished()
         for step in self._steps():
             if damage := manifest.damage(self._directory / str(step), thorough=False):
                 self._set_aside(step, damage)
-        return _NONE
 
     def _set_aside(self, step: int, damage: str) -> None:
         self._aside.mkdir(exist_ok=True)
@@ -252,19 +249,11 @@ class Checkpoints:
         self._manager.close()
 
 
-def _on_first(find: Callable[[], int]) -> int:
-    """What `find` gives on process 0, which alone reads the files, on all processes; so, too, if it refuses."""
-    found, refusal = _NONE, None
-    if jax.process_index() == 0:
-        try:
-            found = find()
-        except ConfigError as error:
-            found, refusal = _REFUSED, error
-    if jax.process_count() > 1:
-        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-    if found == _REFUSED:
-        raise refusal or ConfigError("the checkpoints cannot be used; process 0 says why")
-    return found
+def _on_first(find: Callable[[], Any]) -> Any:
+    """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
+    with hosts.together():
+        found = find() if hosts.is_first() else None
+    return hosts.first(found)
 
 
 def read_config(workdir: pathlib.Path) -> Config:

@@ -4,16 +4,15 @@ import logging
 import math
 import os
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -22,8 +21,16 @@ from bigmac_jax.mesh import batch_spec
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints, read_config
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
-from bigmac_jax.training.metrics import MetricsWriter, RunConstants, StepTimer, describe_auto, step_record
+from bigmac_jax.training.metrics import (
+    MetricsWriter,
+    RunConstants,
+    SilentWriter,
+    StepTimer,
+    describe_auto,
+    step_record,
+)
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+from bigmac_jax.watch import Watch, held
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -37,44 +44,55 @@ class Result(NamedTuple):
     score: Score | None  # of the validation split at the last evaluation
 
 
-def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
+def train(
+    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, peer_timeout: float = 0
+) -> Result:
     """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
 
     Args:
       profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
+      peer_timeout: seconds after which a dead or hung process ends this one too (`watch.Watch`); 0 = never.
 
     Raises:
-      ConfigError: the workdir was started with another config, or the data cannot be used.
+      ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
       RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
     """
-    if (workdir / "config.json").exists():
-        check_resume(read_config(workdir), config)
+    with held(workdir), Watch(workdir, peer_timeout, (RunError,)) as watch:
+        return _train(config, workdir, profile, watch)
+
+
+def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
     mesh = jax.sharding.get_mesh()
-    tokenizer = load_tokenizer(config)
-    train_stream = open_stream(config, "train", tokenizer)
-    data = train_iterator(config, train_stream, jax.process_index(), jax.process_count())
+    with hosts.together():
+        if (workdir / "config.json").exists():
+            check_resume(read_config(workdir), config)
+        tokenizer = load_tokenizer(config)
+        train_stream = open_stream(config, "train", tokenizer)
+        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
+        data = train_iterator(config, train_stream, rows)
     trainer = make_trainer(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
-    compiling = _compile(trainer, config) if (checkpoints.latest() or 0) < config.train.steps else None
+    compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
     newest = checkpoints.newest_intact()
     state, position = _start(config, trainer, checkpoints, newest)
     data.set_state(position)
-    _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
-    print(config.model.describe(), flush=True)
+    if hosts.is_first():
+        _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
+    hosts.say(config.model.describe())
     if config.model.is_moe and config.model.exchange == "auto":
-        print(describe_auto(config), flush=True)
+        hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    print(
+    hosts.say(
         f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        + (f", resumed at step {newest}" if newest else ""),
-        flush=True,
+        + (f", {jax.process_count()} processes" if hosts.several() else "")
+        + (f", resumed at step {newest}" if newest else "")
     )
-    validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
-    run = _Run(config, workdir, trainer, compiling, checkpoints, data, validation, newest or 0, position)
+    run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position, watch)
     try:
-        with _stop_signals() as stopped:
+        with hosts.stop_signals() as stopped:
             return run.loop(state, stopped, profile)
     finally:
         data.close()
@@ -114,19 +132,26 @@ class _Run:
         compiling: Future[tuple[Step, float]] | None,
         checkpoints: Checkpoints,
         data: TrainIterator,
+        rows: Sequence[int],
         validation: Any,
         first_step: int,
         position: dict[str, Any],
+        watch: Watch,
     ):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
-        self.validation = validation
+        self.rows, self.validation, self.watch = rows, validation, watch
         self.bad_steps = position.get("bad_steps", 0)
         self.batches_ahead = position["batches"] - first_step  # batches that rewinding has left out
-        self.best = checkpoints.best_loss()
+        self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
-        self.writer = MetricsWriter(workdir, first_step, config.train.steps)
+        self.writer = self._writer()
         self.timer = StepTimer()
+
+    def _writer(self) -> MetricsWriter | SilentWriter:
+        if not hosts.is_first():
+            return SilentWriter()
+        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
@@ -146,15 +171,20 @@ class _Run:
     ) -> Result:
         """One pass over the remaining steps."""
         train, step = self.config.train, self.first_step
-        batches = _on_device(self.data)
+        batches = _on_device(self.data, self.rows, self.config.data.batch_size)
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         tracing = False
-        while step < train.steps and not stopped:
+        vote = hosts.StopVote(stopped)
+        while step < train.steps and not vote.passed():
             if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 tracing = True
-            state, metrics = train_step(state, next(batches))
+            batch = next(batches)
+            if step > self.first_step:  # the first step waits for those that still compile
+                self.watch.step(step + 1)
+            state, metrics = train_step(state, batch)
+            vote.cast()
             self._finish(pending)
             step += 1
             pending = step, metrics
@@ -172,6 +202,7 @@ class _Run:
                 pending = None
                 self._save(step, state, score)
         self._finish(pending)
+        self.watch.relax()
         if step > self.first_step:
             self._save(step, state, None)
         self.checkpoints.wait()
@@ -224,23 +255,25 @@ class _Run:
 
     def _rewind(self, bad: NonFiniteLossError) -> TrainState:
         """Back to the newest checkpoint; the data goes on with the batch after the bad one."""
-        self.checkpoints.wait()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
-        newest = self.checkpoints.newest_intact()
-        state, _ = _start(self.config, self.trainer, self.checkpoints, newest)
+        with self.watch.slow():
+            self.checkpoints.wait()
+            newest = self.checkpoints.newest_intact()
+            state, _ = _start(self.config, self.trainer, self.checkpoints, newest)
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
         self.data.set_state({"batches": given})
         self.writer.close()
-        self.writer = MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
+        self.writer = self._writer()
         self._report("rewind", self.first_step, bad, **{"from": bad.step})
         return state
 
     def _report(self, event: str, step: int, bad: NonFiniteLossError, **more: int) -> None:
         """To stderr and metrics.jsonl."""
         most = self.config.train.max_bad_steps
-        _log.warning("%s; %s, %d of at most %d (train.max_bad_steps)", bad.what, event, self.bad_steps, most)
+        if hosts.is_first():
+            _log.warning("%s; %s, %d of at most %d (train.max_bad_steps)", bad.what, event, self.bad_steps, most)
         figures = {"bad/loss": bad.loss, "bad/grad_norm": bad.grad_norm}
         self.writer.write({"step": step, "event": event, **more, **figures})
 
@@ -251,7 +284,14 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> Score:
         start, config = time.perf_counter(), self.config
         model = self.trainer.model(state)
-        self.score = evaluate(model, self.validation, config.data.sequence_length, config.data.batch_size)
+        with self.watch.slow():
+            self.score = evaluate(
+                model,
+                self.validation,
+                config.data.sequence_length,
+                config.data.batch_size,
+                lambda tokens: self.watch.advance(),
+            )
         self.writer.write(
             {
                 "step": step,
@@ -271,13 +311,16 @@ class _Run:
         start = time.perf_counter()
         loss = None if score is None else score.loss
         position = guard.position(self.data.get_state(), self.bad_steps, state)
-        self.checkpoints.save(state, position, self.config, step, loss)
+        with self.watch.slow():
+            self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
 
     def close(self) -> None:
         self.writer.close()
         self.checkpoints.close()
+        if not hosts.is_first():
+            return
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 
         try:
@@ -286,10 +329,10 @@ class _Run:
             _log.warning("report.png is not drawn (%s)", error)
 
 
-def _on_device(data: TrainIterator) -> Iterator[jax.Array]:
-    """Global batches, sharded over the mesh."""
+def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[jax.Array]:
+    """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    return (jax.make_array_from_process_local_data(sharding, batch) for batch in data)
+    return (hosts.global_array(sharding, rows, batch, batch_size) for batch in data)
 
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
@@ -298,22 +341,3 @@ def _write_config(config: Config, workdir: pathlib.Path) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(config.to_json())
     os.replace(temporary, file)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def stop(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, stop)
-        yield received
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)

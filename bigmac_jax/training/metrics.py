@@ -89,6 +89,15 @@ class _Board:
             self._writer = None  # what follows half a record could not be read
 
 
+class SilentWriter:
+    """The writer of a process that is not the first."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+    def progress(self, step: int, line: str | None = None) -> None: ...
+    def print(self, line: str) -> None: ...
+    def close(self) -> None: ...
+
+
 class StepTimer:
     """Seconds per step since the last reading, pauses (evaluation, checkpoints, compilation) left out."""
 

@@ -3,10 +3,11 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .tools import ROOT, read_records
 
@@ -66,3 +67,61 @@ def is_saving(workdir: pathlib.Path) -> bool:
     """Whether a checkpoint is being written just now."""
     folder = workdir / "checkpoints"
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Job:
+    """train.py, or `script`, as several processes on this machine; inside a `with` that leaves none behind."""
+
+    def __init__(
+        self,
+        count: int,
+        config: pathlib.Path | None,
+        workdir: pathlib.Path,
+        *arguments: str,
+        script: Sequence[str] = ("train.py",),
+        environments: Sequence[dict[str, str]] = (),  # of a cluster, instead of arguments
+    ):
+        self.workdir, self._logs = workdir, [workdir.with_suffix(f".{i}.log") for i in range(count)]
+        coordinator = f"127.0.0.1:{free_port()}"
+        self.processes = []
+        for i, path in enumerate(self._logs):
+            command = [sys.executable, *script, f"--workdir={workdir}", *arguments]
+            command += [f"--config={config}"] if config else []
+            if environments:
+                environment, command = ENVIRONMENT | environments[i], [*command, "--distributed"]
+            else:
+                environment = ENVIRONMENT
+                command += [f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={i}"]
+            with path.open("w") as log:
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def until(self, step: int) -> None:
+        """Waits for the record of a step."""
+        end = time.monotonic() + LIMIT
+        while last_step(self.workdir) < step:
+            assert all(process.poll() is None for process in self.processes), self.outputs
+            assert time.monotonic() < end, self.outputs
+            time.sleep(0.01)
+
+    def wait(self, limit: float = LIMIT) -> list[int]:
+        """Exit codes of the processes, of which each must end in `limit` seconds."""
+        end = time.monotonic() + limit
+        return [process.wait(max(0.01, end - time.monotonic())) for process in self.processes]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [log.read_text() for log in self._logs]

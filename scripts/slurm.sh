@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# train.py on SLURM: sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/slurm.sh [train.py's arguments…]
+#
+# One task a GPU. The workdir and cache_dir lie on a file system that all nodes share. SLURM sends SIGTERM two minutes
+# before the time is up: all save at the same step and end, and `sbatch` with the same arguments goes on from there.
+#SBATCH --job-name=bigmac
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+set -euo pipefail
+exec srun --kill-on-bad-exit=1 --label "${PYTHON:-python}" train.py --distributed "$@"

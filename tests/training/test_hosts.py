@@ -1,0 +1,289 @@
+"""Several real processes (gloo, loopback): the same numbers as one, and an end whatever happens to one of them."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from model.tools import assert_close, leaves
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.loop import train
+from bigmac_jax.training.step import make_trainer
+
+from .runs import ENVIRONMENT, LIMIT, Job, checkpoint_steps, last_step
+from .tools import ROOT, quick, read_records, write_config
+
+STEPS, TIMEOUT = 50, 10
+HANGING, KILLED = 3, 8
+MESH = ("mesh.data=2", "mesh.expert=2")
+TIMES = {"step_time_s", "tokens_per_s", "mfu"}
+
+
+class Story(NamedTuple):
+    """One process that was left alone, and two that were not."""
+
+    config: Config
+    alone: pathlib.Path  # one process, four devices
+    disturbed: pathlib.Path  # 2 × 2: hung, resumed, killed, resumed
+    stopped: pathlib.Path  # 2 × 2: stopped by SIGTERM to process 1, resumed
+    hung: tuple[list[int], list[str], float]  # exit codes, outputs, seconds
+    killed: tuple[list[int], list[str], float]
+    refused: subprocess.CompletedProcess[str]
+    sigterm: tuple[list[int], list[str], set[int]]  # exit codes, outputs, checkpoints
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("hosts")
+    file = write_config(folder)
+    overrides = (*MESH, f"train.steps={STEPS}", "train.keep_checkpoints=100", "train.eval_every=50",
+                 "train.checkpoint_every=0", "model.balance=bias")  # fmt: skip
+    config = load_config(file, overrides)
+    every_step = "train.checkpoint_every=1"
+
+    alone, disturbed, stopped = folder / "alone", folder / "disturbed", folder / "stopped"
+    first = load_config(file, (*overrides, every_step))
+    with quick(), jax.set_mesh(make_mesh(config)):
+        train(first, alone)
+
+    def job(workdir: pathlib.Path, *more: str, **options: Any) -> Job:
+        flags = [f"--config.{override}" for override in (*overrides, *more)]
+        return Job(2, file, workdir, "--cpu_devices=2", f"--peer_timeout={TIMEOUT}", *flags, **options)
+
+    with job(disturbed, every_step, script=("tests/training/hanging.py", "1", str(HANGING))) as run:
+        run.until(HANGING - 1)
+        start = time.monotonic()
+        hung = run.wait(), run.outputs, time.monotonic() - start
+    with job(disturbed, every_step) as run:
+        run.until(KILLED)
+        refused = subprocess.run(
+            [sys.executable, "train.py", f"--config={file}", f"--workdir={disturbed}", "--cpu_devices=1"],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        run.processes[1].kill()
+        start = time.monotonic()
+        killed = run.wait(), run.outputs, time.monotonic() - start
+    with job(disturbed) as run:
+        assert run.wait() == [0, 0], run.outputs
+
+    with job(stopped) as run:
+        run.until(10)
+        run.processes[1].send_signal(signal.SIGTERM)
+        sigterm = run.wait(), run.outputs, checkpoint_steps(stopped)
+    with job(stopped) as run:
+        assert run.wait() == [0, 0], run.outputs
+    return Story(config, alone, disturbed, stopped, hung, killed, refused, sigterm)
+
+
+def state(story: Story, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    with jax.set_mesh(make_mesh(story.config)):
+        trainer = make_trainer(story.config, jax.sharding.get_mesh())
+        checkpoints = Checkpoints(workdir)
+        restored, position = checkpoints.restore(step, trainer.abstract_state)
+        checkpoints.close()
+        assert position == {"batches": step}
+        return leaves(restored)
+
+
+def losses(workdir: pathlib.Path) -> np.ndarray:
+    records = [record for record in read_records(workdir) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    return np.array([record["loss"] for record in records])
+
+
+def test_losses_are_those_of_one_process(story: Story) -> None:
+    ours, reference = losses(story.disturbed), losses(story.alone)
+    assert reference[0] - reference[-1] > 0.5  # it has learnt something
+    assert abs(ours[0] / reference[0] - 1) < 1e-6
+    np.testing.assert_allclose(ours, reference, rtol=1e-3)
+    evaluations = [
+        [r["eval/loss"] for r in read_records(w) if "eval/loss" in r] for w in (story.disturbed, story.alone)
+    ]
+    assert len(evaluations[0]) == 1
+    np.testing.assert_allclose(*evaluations, rtol=1e-3)
+
+
+def test_gradients_are_those_of_one_process(story: Story) -> None:
+    """Adam's first moment after one step is a tenth of the clipped gradient."""
+    ours, reference = state(story, story.disturbed, 1), state(story, story.alone, 1)
+    moments = [{k: v for k, v in leaves.items() if ".mu." in k} for leaves in (ours, reference)]
+    assert len(moments[1]) > 5
+    assert_close(*moments)
+
+
+def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
+    chex.assert_trees_all_equal(state(story, story.disturbed, STEPS), state(story, story.stopped, STEPS))
+    lines = [[{k: v for k, v in r.items() if k not in TIMES} for r in read_records(w)]
+             for w in (story.disturbed, story.stopped)]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+def test_a_hung_process_ends_all_and_is_named(story: Story) -> None:
+    """Its threads beat on, so only the steps tell."""
+    codes, outputs, seconds = story.hung
+    assert codes == [3, 3] and seconds < 2 * TIMEOUT + 10, (codes, seconds, outputs)
+    line = rf"error: no step has ended for \d+ s: process 1 \(\d+ on \S+, step {HANGING}\) did not start step \d+\n"
+    assert all(re.search(line, output) for output in outputs), outputs
+
+
+def test_a_killed_process_ends_all_and_is_named(story: Story) -> None:
+    codes, outputs, seconds = story.killed
+    assert codes == [3, -signal.SIGKILL] and seconds < TIMEOUT + 10, (codes, seconds, outputs)
+    assert re.search(r"error: process 1 \(\d+ on \S+, step \d+\) has died\n", outputs[0]), outputs
+
+
+def test_a_second_job_is_refused(story: Story) -> None:
+    assert story.refused.returncode == 2
+    assert re.fullmatch(
+        r"error: --workdir=\S+ is in use by process \d+ on \S+; wait for it, stop it, or give another --workdir\n",
+        story.refused.stderr,
+    ), story.refused.stderr
+    assert not story.refused.stdout
+
+
+def test_sigterm_to_one_saves_on_all(story: Story) -> None:
+    codes, outputs, checkpoints = story.sigterm
+    assert codes == [0, 0], outputs
+    message = re.search(rf"stopped and saved at step (\d+) of {STEPS}; the same command resumes", outputs[0])
+    assert message and checkpoints == {int(message[1])}, outputs
+    assert 10 <= int(message[1]) < STEPS
+
+
+def test_one_process_speaks(story: Story) -> None:
+    for line in ("bigmac: 8 experts", "parameters, ", "stopped and saved"):
+        assert line in story.sigterm[1][0] and line not in story.sigterm[1][1]
+
+
+def test_the_watch_leaves_nothing_behind(story: Story) -> None:
+    assert [path.name for path in (story.disturbed / "hosts").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", 2, 0, False), r"--coordinator missing: .*--coordinator=HOST:PORT, --num_processes=N and --process_id=I"),
+        (("host:1", 0, -1, False), r"--num_processes, --process_id missing"),
+        (("host:1", 2, 2, False), r"--process_id=2 must be below --num_processes=2; count from 0"),
+        (("host", 2, 0, False), r"--coordinator=host must be HOST:PORT"),
+        (("host:1", 2, 0, True), r"--distributed takes the processes from the cluster; drop it, or"),
+        (("", 0, -1, True), r"--distributed found no cluster .* give --coordinator"),
+    ],
+)
+def test_incomplete_arguments_are_one_line(
+    arguments: tuple[str, int, int, bool], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax._src.distributed.xla_bridge, "backends_are_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=message) as error:
+        hosts.start(*arguments, 1)
+    assert "\n" not in str(error.value)
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (P("a"), [2, 3]),
+        (P("b"), range(16)),  # copied over the border of the processes, which `a` splits
+        (P(("b", "a")), [2, 3, 10, 11]),
+        (P(), range(16)),
+    ],
+    ids=str,
+)
+def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[int]) -> None:
+    sharding = NamedSharding(jax.make_mesh((8, 1) if spec == P("a") else (4, 2), ("a", "b")), spec)
+    whole = sharding.devices_indices_map((16,))
+
+    class OfProcess1:
+        """Which has devices 2 and 3 of eight, or of `a`'s eight rows the second."""
+
+        def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> Any:
+            mine = (1,) if spec == P("a") else (2, 3)
+            return {device: index for device, index in whole.items() if device.id in mine}
+
+    assert hosts.local_rows(OfProcess1(), 16) == list(expected)
+    batch = np.arange(16 * 3).reshape(16, 3)
+    np.testing.assert_array_equal(hosts.global_array(sharding, range(16), batch, 16), batch)
+
+
+@pytest.mark.full
+def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None:
+    """It neither dies nor beats; when it goes on it finds out and ends too."""
+    with Job(
+        2, write_config(tmp_path), tmp_path / "run", "--cpu_devices=2", f"--peer_timeout={TIMEOUT}",
+        "--config.train.steps=100000", "--config.train.eval_every=0", "--config.train.checkpoint_every=0",
+    ) as run:  # fmt: skip
+        run.until(5)
+        run.processes[1].send_signal(signal.SIGSTOP)
+        assert run.processes[0].wait(TIMEOUT + 20) == 3, run.outputs
+        run.processes[1].send_signal(signal.SIGCONT)
+        assert run.wait()[0] == 3, run.outputs
+    line = r"error: process 1 \(\d+ on \S+, step \d+\) has given no sign of life for \d+ s\n"
+    assert re.search(line, run.outputs[0]), run.outputs
+
+
+@pytest.mark.full
+def test_four_processes_and_slurm_and_evaluation(story: Story, tmp_path: pathlib.Path) -> None:
+    """Four processes of one device, started as srun does; then two evaluate what they trained."""
+    file = write_config(tmp_path)
+    overrides = ["mesh.node=2", "mesh.expert=2", f"train.steps={STEPS}", "model.balance=bias", "train.eval_every=50",
+                 "train.checkpoint_every=0"]  # fmt: skip
+    flags = [f"--config.{override}" for override in overrides]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4"}
+    with Job(
+        4, file, tmp_path / "four", "--cpu_devices=1", *flags,
+        environments=[{**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} for i in range(4)],
+    ) as run:  # fmt: skip
+        assert run.wait() == [0] * 4, run.outputs
+    ours, reference = losses(tmp_path / "four"), losses(story.alone)
+    assert abs(ours[0] / reference[0] - 1) < 1e-6
+    np.testing.assert_allclose(ours, reference, rtol=1e-3)
+
+    with Job(2, None, tmp_path / "four", "--cpu_devices=2", "--json", "--split=validation", script=("eval.py",)) as run:
+        assert run.wait() == [0, 0], run.outputs
+        score = json.loads(run.outputs[0].splitlines()[-1])
+        assert "perplexity" not in run.outputs[1]
+    (expected,) = (r["eval/loss"] for r in read_records(tmp_path / "four") if "eval/loss" in r)
+    assert score["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("top_k", "code"), [("2", 0), ("99", 2)])
+def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
+    arguments = [f"--config={write_config(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--cpu_devices=1",
+                 "--config.train.steps=2", "--config.train.eval_every=0", f"--config.model.top_k={top_k}"]  # fmt: skip
+    run = subprocess.run(
+        ["scripts/launch_local.sh", "2", *arguments],
+        cwd=ROOT, env=ENVIRONMENT | {"PYTHON": sys.executable}, capture_output=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert run.returncode == code, run
+    lines = [line for line in run.stdout.decode().rstrip("\n").split("\n") if "Gloo" not in line]
+    assert all(line.startswith(("[0] ", "[1] ")) for line in lines), lines
+    if code:
+        assert lines == ["[0] error: model.top_k=99 must be at most model.num_experts=8; use 8"]
+    else:
+        assert last_step(tmp_path / "run") == 2
+
+
+def test_soak() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--rounds=3"],
+        cwd=ROOT, env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run
+    summary = json.loads(run.stdout.splitlines()[-1])
+    assert (summary["killed"], summary["hung"], summary["bit_equal"]) == (3, 0, True)
