@@ -20,19 +20,24 @@ from bigmac_jax.training.step import TrainState
 
 from .tools import Session, host, session, small
 
-MESHES = {"1x8": (1, 1, 8), "2x2": (2, 1, 2), "1x1": (1, 1, 1)}
+MESHES = {
+    "1x8 fsdp": ("expert=8", "fsdp=True"),
+    "2x2": ("data=2", "expert=2"),
+    "1x1": (),
+    "two machines": ("node=2", "expert=2"),
+    "tensor": ("data=2", "expert=2", "tensor=2", "fsdp=True", "split_experts=True"),
+}
 
 
 def config_on(folder: pathlib.Path, mesh: str) -> Config:
-    data, node, expert = MESHES[mesh]
-    return small(folder, f"mesh.data={data}", f"mesh.node={node}", f"mesh.expert={expert}")
+    return small(folder, *(f"mesh.{field}" for field in MESHES[mesh]))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A workdir saved after two steps on eight expert ranks, and what the run did next."""
+    """A workdir saved after two steps on eight expert ranks, fully sharded, and what the run did next."""
     folder = tmp_path_factory.mktemp("saved")
-    config, workdir = config_on(folder, "1x8"), folder / "run"
+    config, workdir = config_on(folder, "1x8 fsdp"), folder / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json())
     with session(config) as run:
@@ -62,7 +67,7 @@ def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, ne
     assert run.state.step == 3
 
 
-@pytest.mark.parametrize("mesh", ["2x2", "1x1"])
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_elastic(saved: dict[str, Any], mesh: str) -> None:
     """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""
     with session(config_on(saved["folder"], mesh)) as run:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,26 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
     assert hosts.local_rows(OfProcess1(), 16) == list(expected)
     batch = np.arange(16 * 3).reshape(16, 3)
     np.testing.assert_array_equal(hosts.global_array(sharding, range(16), batch, 16), batch)
+
+
+def test_two_processes_go_on_from_one_that_was_fully_sharded(tmp_path: pathlib.Path) -> None:
+    """Eight ranks in one process, then two times two: the next losses, and so the documents, are those of the first."""
+    file = write_config(tmp_path)
+    steps = ("train.eval_every=0", "train.checkpoint_every=3")
+    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
+    config = load_config(file, ("mesh.data=1", "mesh.expert=8", "mesh.fsdp=True", *steps))
+    with quick(), jax.set_mesh(make_mesh(config)):
+        train(config, alone)
+    shutil.copytree(alone, resumed, ignore=shutil.ignore_patterns("6", "metrics.jsonl", "tb"))
+    flags = [f"--config.{field}" for field in ("mesh.data=1", "mesh.node=2", "mesh.expert=2", *steps)]
+    with Job(2, file, resumed, "--cpu_devices=2", *flags) as run:
+        assert run.wait() == [0, 0], run.outputs
+    assert "resumed at step 3" in run.outputs[0] and "2 processes" in run.outputs[0]
+    expected = [record["loss"] for record in read_records(alone)][3:]
+    found = [record["loss"] for record in read_records(resumed)]
+    assert len(found) == len(expected) == 3
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.full
