@@ -134,7 +134,8 @@ EVERYTHING = PAPER | {
 def initial(mesh: tuple[int, int, int], **model: Any) -> dict[str, np.ndarray]:
     config = tiny(mesh, **model)
     with on_mesh(config):
-        return leaves(init_model(config, jax.random.key(0)))
+        init = jax.jit(lambda key: init_model(config, key), compiler_options=QUICK)
+        return leaves(init(jax.random.key(0)))
 
 
 def test_initial_values_do_not_depend_on_the_mesh() -> None:

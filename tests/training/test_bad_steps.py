@@ -141,7 +141,7 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
         trainer = loop.make_trainer(config, jax.sharding.get_mesh())
         train_step, _ = loop._compile(trainer, config).result()
         data = train_iterator(config, open_stream(config, "train", load_tokenizer(config)))
-        batches = loop._on_device(data)
+        batches = loop._on_device(data, range(config.data.batch_size), config.data.batch_size)
         state = trainer.init(jax.random.key(config.train.seed))
         for number in range(1, config.train.steps + 1):
             batch = next(batches)

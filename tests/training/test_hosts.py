@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.loop import train
 from bigmac_jax.training.step import make_trainer
 
-from .runs import ENVIRONMENT, LIMIT, Job, checkpoint_steps, last_step
+from .runs import ENVIRONMENT, Job, checkpoint_steps
 from .tools import ROOT, quick, read_records, write_config
 
 STEPS, TIMEOUT = 50, 10
@@ -222,26 +221,6 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
     np.testing.assert_array_equal(hosts.global_array(sharding, range(16), batch, 16), batch)
 
 
-def test_two_processes_go_on_from_one_that_was_fully_sharded(tmp_path: pathlib.Path) -> None:
-    """Eight ranks in one process, then two times two: the next losses, and so the documents, are those of the first."""
-    file = write_config(tmp_path)
-    steps = ("train.eval_every=0", "train.checkpoint_every=3")
-    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
-    config = load_config(file, ("mesh.data=1", "mesh.expert=8", "mesh.fsdp=True", *steps))
-    with quick(), jax.set_mesh(make_mesh(config)):
-        train(config, alone)
-    shutil.copytree(alone, resumed, ignore=shutil.ignore_patterns("6", "metrics.jsonl", "tb"))
-    flags = [f"--config.{field}" for field in ("mesh.data=1", "mesh.node=2", "mesh.expert=2", *steps)]
-    with Job(2, file, resumed, "--cpu_devices=2", *flags) as run:
-        assert run.wait() == [0, 0], run.outputs
-    assert "resumed at step 3" in run.outputs[0] and "2 processes" in run.outputs[0]
-    expected = [record["loss"] for record in read_records(alone)][3:]
-    found = [record["loss"] for record in read_records(resumed)]
-    assert len(found) == len(expected) == 3
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 @pytest.mark.full
 def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None:
     """It neither dies nor beats; when it goes on it finds out and ends too."""
@@ -281,30 +260,3 @@ def test_four_processes_and_slurm_and_evaluation(story: Story, tmp_path: pathlib
         assert "perplexity" not in run.outputs[1]
     (expected,) = (r["eval/loss"] for r in read_records(tmp_path / "four") if "eval/loss" in r)
     assert score["loss"] == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(("top_k", "code"), [("2", 0), ("99", 2)])
-def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
-    arguments = [f"--config={write_config(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--cpu_devices=1",
-                 "--config.train.steps=2", "--config.train.eval_every=0", f"--config.model.top_k={top_k}"]  # fmt: skip
-    run = subprocess.run(
-        ["scripts/launch_local.sh", "2", *arguments],
-        cwd=ROOT, env=ENVIRONMENT | {"PYTHON": sys.executable}, capture_output=True, timeout=LIMIT,
-    )  # fmt: skip
-    assert run.returncode == code, run
-    lines = [line for line in run.stdout.decode().rstrip("\n").split("\n") if "Gloo" not in line]
-    assert all(line.startswith(("[0] ", "[1] ")) for line in lines), lines
-    if code:
-        assert lines == ["[0] error: model.top_k=99 must be at most model.num_experts=8; use 8"]
-    else:
-        assert last_step(tmp_path / "run") == 2
-
-
-def test_soak() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--rounds=3"],
-        cwd=ROOT, env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run
-    summary = json.loads(run.stdout.splitlines()[-1])
-    assert (summary["killed"], summary["hung"], summary["bit_equal"]) == (3, 0, True)
