@@ -72,7 +72,7 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices), fit_batch)
-    near = sorted(devices, key=_granule)  # keeps the order inside a granule
+    near = sorted(devices, key=lambda device: (_granule(device), device.process_index))  # their order is kept inside
     of_granule = list(Counter(map(_granule, near)).values())
     block = sizes["expert"] * sizes[TENSOR]
     if sizes["node"] > 1 and len(of_granule) > 1 and any(count % block for count in of_granule):
@@ -85,11 +85,10 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _granule(device: Any) -> tuple[int, int]:
-    """What fast links join: a slice of TPUs, which may be several hosts, or a host of GPUs."""
-    if device.platform == "tpu":
-        return getattr(device, "slice_index", 0) or 0, 0
-    return 0, device.process_index
+def _granule(device: Any) -> int:
+    """What fast links join, if the runtime knows: a slice of TPUs, which may be several hosts, or the GPUs of a host,
+    which may be several processes."""
+    return getattr(device, "slice_index", None) or 0
 
 
 class ExpertGroup(NamedTuple):

@@ -1,5 +1,6 @@
 """The mesh: axes, order of the devices, and what does not fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,14 @@ class Device:
     id: int
     process_index: int
     platform: str = "gpu"
-    slice_index: int = 0
+    slice_index: int | None = 0
 
 
-def shuffled(hosts: int, size: int, **fields: Any) -> list[Any]:
-    """Devices in the order that a runtime might name them in: not by host."""
-    devices = [Device(size * host + i, host, **fields) for host in range(hosts) for i in range(size)]
+def shuffled(hosts: int, size: int, process: Callable[[int, int], int] = lambda host, i: host) -> list[Any]:
+    """GPUs in the order that a runtime might name them in: not by host."""
+    devices = [
+        Device(size * host + i, process(host, i), slice_index=host) for host in range(hosts) for i in range(size)
+    ]
     return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
 
 
@@ -79,10 +82,19 @@ def shuffled(hosts: int, size: int, **fields: Any) -> list[Any]:
 def test_experts_and_tensors_stay_inside_a_host(sizes: tuple[int, ...]) -> None:
     made = make_mesh(config(*sizes, batch=64), devices=shuffled(4, 8)).devices
     assert made.shape == sizes
-    hosts = np.vectorize(lambda device: device.process_index)(made)
+    hosts = np.vectorize(lambda device: device.slice_index)(made)
     assert (hosts.reshape(-1, sizes[2] * sizes[3]) == hosts[..., :1, :1].reshape(-1, 1)).all()
     if sizes[0] * sizes[1] == 4:  # then each is a host of its own
         assert sorted(hosts[..., 0, 0].flat) == [0, 1, 2, 3]
+
+
+def test_a_process_for_every_gpu() -> None:
+    """What is near is the host's matter, not the process'."""
+    devices = shuffled(2, 4, lambda host, i: 4 * host + i)
+    assert [d.id for d in make_mesh(config(1, 2, 4), devices=devices).devices.flat] == list(range(8))
+    # Where the runtime doesn't know of hosts, as on CPU, nothing is refused.
+    unknown = [Device(i, i, "cpu", None) for i in range(4)]
+    assert [d.id for d in make_mesh(config(1, 2, 2), devices=unknown[::-1]).devices.flat] == list(range(4))
 
 
 def test_a_slice_of_tpus_is_near_whatever_its_hosts() -> None:
