@@ -75,11 +75,13 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     near = sorted(devices, key=lambda device: (_granule(device), device.process_index))  # their order is kept inside
     of_granule = list(Counter(map(_granule, near)).values())
     block = sizes["expert"] * sizes[TENSOR]
-    if sizes["node"] > 1 and len(of_granule) > 1 and any(count % block for count in of_granule):
+    size = math.gcd(*of_granule)
+    if sizes["node"] > 1 and len(of_granule) > 1 and size % block:
+        fits = math.gcd(sizes["expert"], size // math.gcd(sizes[TENSOR], size))
         raise ConfigError(
-            f"mesh.expert × mesh.tensor = {sizes['expert']} × {sizes[TENSOR]} must divide the {min(of_granule)} "
+            f"mesh.expert × mesh.tensor = {sizes['expert']} × {sizes[TENSOR]} must divide the {size} "
             f"devices of a host, because mesh.node={sizes['node']} is what crosses hosts; "
-            f"use mesh.expert={math.gcd(sizes['expert'], min(of_granule))}"
+            f"use mesh.expert={fits}, mesh.tensor={math.gcd(sizes[TENSOR], size)}"
         )
     ranks = np.asarray(near[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

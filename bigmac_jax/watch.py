@@ -88,6 +88,11 @@ class _Peer:
     def step(self) -> int:
         return int(self.state.get("step", 0))
 
+    @property
+    def started(self) -> int:
+        """Steps, those that a rewind has undone included: it only grows."""
+        return int(self.state.get("started", 0))
+
     def __str__(self) -> str:
         where = f" ({self.state['pid']} on {self.state['host']}, step {self.step})" if self.state else ""
         return f"process {self.index}{where}"
@@ -110,7 +115,8 @@ class Watch:
     ):
         self._timeout, self._agreed = timeout, (ConfigError, hosts.PeerError, *agreed)
         self._on = hosts.several() and timeout > 0
-        self._step, self._advanced, self._patience = 0, time.monotonic(), _SLOW * timeout
+        self._step, self._started = 0, 0
+        self._advanced, self._patience = time.monotonic(), _SLOW * timeout
         self._beats, self._closing, self._ending = 0, threading.Event(), threading.Lock()
         if not self._on:
             return
@@ -162,7 +168,8 @@ class Watch:
 
     def step(self, step: int) -> None:
         """To be called when a step is started, and the one before the last has ended."""
-        self._step, self._advanced, self._patience = step, time.monotonic(), self._timeout
+        self._step, self._started = step, self._started + 1
+        self._advanced, self._patience = time.monotonic(), self._timeout
 
     def advance(self) -> None:
         """A long piece of work goes on."""
@@ -189,7 +196,7 @@ class Watch:
         while line is None and time.monotonic() < end:
             line = self._verdict(_GRACE / 2)
             time.sleep(_BEAT / 2)
-        if line is None and any(peer.step < self._step for peer in self._peers):
+        if line is None and any(peer.started < self._started for peer in self._peers):
             line = self._hang()
         self._end(line or f"process {self._me} failed: {error}")
 
@@ -206,7 +213,8 @@ class Watch:
 
     def _beat(self, ended: bool = False) -> None:
         self._beats += 1
-        state = {"host": socket.gethostname(), "pid": os.getpid(), "step": self._step, "beat": self._beats}
+        state = {"host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
+                 "started": self._started, "beat": self._beats}  # fmt: skip
         with contextlib.suppress(OSError):  # of a moment; of more, the others see the silence
             os.pwrite(self._file.fileno(), json.dumps(state | {"ended": ended}).ljust(400).encode(), 0)
 
@@ -228,9 +236,9 @@ class Watch:
     def _hang(self) -> str:
         """The line that names who holds up the step."""
         waited = time.monotonic() - self._advanced
-        latest = max(self._step, *(peer.step for peer in self._peers))
-        behind = [str(peer) for peer in self._peers if peer.step < latest]
-        if self._step < latest:
+        started, latest = max([(self._started, self._step), *((peer.started, peer.step) for peer in self._peers)])
+        behind = [str(peer) for peer in self._peers if peer.started < started]
+        if self._started < started:
             behind.append(f"process {self._me} ({os.getpid()} on {socket.gethostname()}, step {self._step})")
         who = f"{' and '.join(behind)} did not start step {latest}" if behind else f"all started step {latest}"
         return f"no step has ended for {waited:.0f} s: {who}"

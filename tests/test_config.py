@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from bigmac_jax.config import MAY_CHANGE, Config, ConfigError, ModelConfig, check_resume, from_dict, load_config
+from bigmac_jax.config import (
+    MAY_CHANGE,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    check_resume,
+    from_dict,
+    load_config,
+    with_mesh,
+)
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
@@ -337,3 +347,10 @@ def test_vanilla_says_what_it_resolved_to() -> None:
     """e·r/4 experts of width 4h, vanilla_top_k of them a token."""
     model = ModelConfig(structure="vanilla", num_experts=64, down_ratio=0.25, hidden_size=32, num_heads=4)
     assert model.describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")
+
+
+def test_evaluation_on_a_tensor_axis_is_not_held_to_the_training_batch() -> None:
+    trained = Config(data=DataConfig(batch_size=2, sequence_length=20), model=ModelConfig(overlap_chunks=8))
+    assert with_mesh(trained, ["mesh.tensor=2"]).mesh.tensor == 2
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=20 must be a multiple of mesh\.tensor=3"):
+        with_mesh(trained, ["mesh.tensor=3"])

@@ -69,7 +69,8 @@ def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--config.{override}: only mesh fields can change after training; drop it")
         _apply(values, override)
     values.train.accumulate_steps = 1
-    values.data.batch_size *= max(1, values.mesh.data) * max(1, values.mesh.node) * max(1, values.mesh.expert)
+    for axis in ("data", "node", "expert", "tensor"):
+        values.data.batch_size *= max(1, values.mesh[axis])
     return from_dict(values.to_dict())
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import on_each_rank, token_spec
+from bigmac_jax.mesh import on_each_rank
 from bigmac_jax.model.layers import project
 
 
@@ -37,7 +37,12 @@ def route(config: ModelConfig, x_BLD: Array, w_DE: Array, bias_E: Array | None) 
     ranking_BLE = jax.lax.stop_gradient(scores_BLE)
     if bias_E is not None:
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
-    experts_BLK = _top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
+
+    # Told rank by rank: XLA would gather the scores of all ranks for a top-k, and choose for all of them.
+    def choose(ranking_BLE: Array) -> Array:
+        return jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
+
+    experts_BLK = on_each_rank(choose, (ranking_BLE,))
     gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:
@@ -64,12 +69,6 @@ def updated_bias(config: ModelConfig, bias_E: Array, load_E: Array) -> Array:
     return bias_E + config.balance_bias_rate * jnp.sign(1 / config.expert_count - load_E)
 
 
-def _top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """Values and indices. Told rank by rank: XLA would gather the scores of all ranks, and choose for all of them."""
-    specs = (token_spec(x.ndim), token_spec(x.ndim))
-    return on_each_rank(lambda x: tuple(jax.lax.top_k(x, k)), (x,), out_specs=specs)
-
-
 def _in_best_groups(config: ModelConfig, ranking_BLE: Array) -> Array:
     """Node-limited choice: -inf outside the top_groups groups with the best sum of their K / top_groups best scores."""
     groups = config.num_expert_groups
@@ -78,7 +77,7 @@ def _in_best_groups(config: ModelConfig, ranking_BLE: Array) -> Array:
     B, L, E = ranking_BLE.shape
     grouped_BLGe = ranking_BLE.reshape(B, L, groups, E // groups)
     best = max(1, min(config.choices // config.top_groups, E // groups))
-    strength_BLG = _top_k(grouped_BLGe, best)[0].sum(-1)
-    chosen_BLg = _top_k(strength_BLG, config.top_groups)[1]
+    strength_BLG = jax.lax.top_k(grouped_BLGe, best)[0].sum(-1)
+    chosen_BLg = jax.lax.top_k(strength_BLG, config.top_groups)[1]
     allowed_BLG = jax.nn.one_hot(chosen_BLg, groups, dtype=jnp.bool_).any(-2)
     return jnp.where(allowed_BLG[..., None], grouped_BLGe, -jnp.inf).reshape(B, L, E)

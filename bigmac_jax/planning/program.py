@@ -228,12 +228,14 @@ def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, avail
 
 def _what_to_change(config: Config, ranks: int) -> str:
     steps = config.train.accumulate_steps
-    part = config.data.batch_size // (ranks * steps)  # sequences of a rank at a time
+    part = config.data.batch_size * config.mesh.tensor // (ranks * steps)  # sequences of a rank at a time
     if not config.model.remat:
         return "--config.model.remat=True"
     if part > 1:
         factor = next(n for n in range(2, part + 1) if part % n == 0)
         return f"--config.train.accumulate_steps={factor * steps}"
+    if not config.mesh.fsdp:
+        return "--config.mesh.fsdp=True"
     return "more ranks in mesh.expert, or a smaller model"
 
 

@@ -88,7 +88,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, data_state: Any, config: Config, step: int, eval_loss: float | None) -> None:
         """Copies the state to the host, returns, and writes in the background. A failure is logged, not raised."""
-        if step in self._manager.all_steps():
+        if hosts.first(step in self._manager.all_steps()):  # a save is of all processes
             return
         self.wait()
         self._remove_unfinished()

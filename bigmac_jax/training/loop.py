@@ -145,6 +145,7 @@ class _Run:
         self.batches_ahead = position["batches"] - first_step  # batches that rewinding has left out
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
+        self.tracing = False
         self.writer = self._writer()
         self.timer = StepTimer()
 
@@ -161,7 +162,7 @@ class _Run:
             try:
                 return self._steps(train_step, state, stopped, profile)
             except NonFiniteLossError as error:
-                if self.config.train.on_bad_step != "rewind" or self.bad_steps == self.config.train.max_bad_steps:
+                if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
                     raise
                 bad = error.with_traceback(None)  # which holds the bad state
             state, profile = self._rewind(bad), None  # a trace is of the first pass
@@ -174,12 +175,11 @@ class _Run:
         batches = _on_device(self.data, self.rows, self.config.data.batch_size)
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
-        tracing = False
         vote = hosts.StopVote(stopped)
         while step < train.steps and not vote.passed():
-            if profile and not tracing and profile[0] <= step + 1 <= profile[1]:
+            if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
-                tracing = True
+                self.tracing = True
             batch = next(batches)
             if step > self.first_step:  # the first step waits for those that still compile
                 self.watch.step(step + 1)
@@ -188,15 +188,16 @@ class _Run:
             self._finish(pending)
             step += 1
             pending = step, metrics
-            if profile and tracing and step == min(profile[1], train.steps):
+            if profile and step == min(profile[1], train.steps):
                 jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+                self._stop_trace()
             score = None
             if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
                 self._finish(pending)
                 pending = None
                 score = self._evaluate(step, state)
-            new_best = score is not None and score.loss < self.best and train.checkpoint_every > 0
+            # Process 0's say: the others' sums may differ in the last bit.
+            new_best = score is not None and train.checkpoint_every > 0 and hosts.first(score.loss < self.best)
             if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
                 self._finish(pending)  # only a state whose loss is known to be finite is kept
                 pending = None
@@ -206,7 +207,7 @@ class _Run:
         if step > self.first_step:
             self._save(step, state, None)
         self.checkpoints.wait()
-        if step > self.first_step and self.checkpoints.latest() != step:
+        if step > self.first_step and hosts.first(self.checkpoints.latest()) != step:
             raise RunError(
                 f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the same "
                 f"command again"
@@ -247,7 +248,7 @@ class _Run:
         end += f"; {self._kept()}; lower optimizer.learning_rate or optimizer.clip_norm"
         end += ", or use train.on_bad_step=skip or rewind" if train.on_bad_step == "stop" else ""
         bad = NonFiniteLossError(step, metrics, train, end)
-        if train.on_bad_step != "skip" or self.bad_steps == train.max_bad_steps:
+        if train.on_bad_step != "skip" or self.bad_steps >= train.max_bad_steps:
             raise bad
         self.bad_steps += 1
         self.timer.step_done()
@@ -255,6 +256,7 @@ class _Run:
 
     def _rewind(self, bad: NonFiniteLossError) -> TrainState:
         """Back to the newest checkpoint; the data goes on with the batch after the bad one."""
+        self._stop_trace()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
         with self.watch.slow():
@@ -316,7 +318,13 @@ class _Run:
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
 
+    def _stop_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+        self.tracing = False
+
     def close(self) -> None:
+        self._stop_trace()
         self.writer.close()
         self.checkpoints.close()
         if not hosts.is_first():

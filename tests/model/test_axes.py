@@ -78,6 +78,10 @@ def test_strategies_with_split_experts(exchange: str) -> None:
     )
 
 
+def test_a_batch_of_one_with_a_group_for_every_expert() -> None:
+    check(tiny((1, 1, 1, 2), batch=1, num_expert_groups=8, top_groups=4))
+
+
 def test_remat_and_full_sharding() -> None:
     check(tiny((2, 1, 2, 2, True, True), remat=True, unroll_layers=2))
 

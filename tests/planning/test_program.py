@@ -107,6 +107,14 @@ def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: di
     assert (sent == counted) if made.model.exchange not in metadata else (counted < sent < 1.5 * counted)
 
 
+def test_what_to_change_counts_the_sequences_of_a_rank() -> None:
+    """Two with tensor=2, so halves; of one, no halves, but full sharding."""
+    made = tiny((1, 1, 2, 2), batch=4, remat=True)
+    assert program._what_to_change(made, 4) == "--config.train.accumulate_steps=2"
+    assert program._what_to_change(tiny((1, 1, 2, 2), batch=2, remat=True), 4) == "--config.mesh.fsdp=True"
+    assert "smaller model" in program._what_to_change(tiny((1, 1, 2, 2, True), batch=2, remat=True), 4)
+
+
 def test_scopes_name_the_payload() -> None:
     """Nothing of the exchange is counted under another name: all other collectives are sums of gradients or scalars."""
     found = compiled(config(MESHES["1x4"], "all_to_all"))
