@@ -238,7 +238,7 @@ def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape 
     if config.mesh.fsdp:  # a sum that stays scattered is half of one that all have
         gradients /= 2
         # Gathered for each pass, forward and backward; a recomputed layer is gathered once for both.
-        gathered = (_passes(config) + 1) * summed(config, here, parameter_bytes(config, count)) / 2
+        gathered = (counts.forward_passes(config) + 1) * summed(config, here, parameter_bytes(config, count)) / 2
     return Times(
         sum(by_part.values()) * seconds_a_flop,
         exchange,
@@ -266,16 +266,11 @@ def summed(config: Config, here: Cluster, size: tuple[float, float, float]) -> f
     return here.all_reduce(everyones, here.ranks) + here.all_reduce(split / t, here.ranks // t, t) + own
 
 
-def _passes(config: Config) -> int:
-    """Forward passes of a part of the batch, recomputation left out."""
-    return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
-
-
 def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
     """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
     m, flops = config.model, counts.flops(config)
     # A forward pass is a third of a step's FLOPs.
-    again = _passes(config) - 1
+    again = counts.forward_passes(config) - 1
     # What is done again stops short of the logits.
     done = {part: count * (1 + (part != "output") * (again + m.remat) / 3) for part, count in flops.items()}
     if m.is_moe:

@@ -79,6 +79,11 @@ def flops(config: Config) -> dict[str, float]:
     return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
 
 
+def forward_passes(config: Config) -> int:
+    """Of a part of the batch, recomputation left out; one more where the loads of all parts are counted first."""
+    return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
+
+
 def tensor_bytes(config: Config, sizes: Sizes) -> float:
     """Bytes that a rank sends to its `tensor` ranks in a training step.
 
@@ -89,7 +94,7 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     if t == 1:
         return 0.0
     ranks = math.prod(sizes.values())
-    passes = 2 if m.counts_loads_first and config.train.accumulate_steps > 1 else 1
+    passes = forward_passes(config)
     tokens = config.data.batch_size * config.data.sequence_length / ranks
     # What a recomputed layer ends in is not summed again.
     moved = tokens * m.hidden_size * (2 * passes + 2 + 2 * m.remat)
@@ -125,7 +130,7 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
     forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
     # The forward pass runs again where loads are counted first, and where it is rematerialised; there what comes back
     # is not asked for again if nothing but sums follows on it.
-    passes = 2 if m.counts_loads_first and config.train.accumulate_steps > 1 else 1
+    passes = forward_passes(config)
     dispatches = passes + m.remat
     combines = passes + (m.remat and (m.structure == "bigmac" or not exchange.sums_at_experts))
 
