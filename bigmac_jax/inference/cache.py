@@ -9,7 +9,7 @@ in all, P prompt length, D hidden, G key-value heads, H head size, V vocabulary.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, spec_of, split_spec, token_spec
+from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, split_spec, token_spec
 from bigmac_jax.model.layers import KeyValues
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
@@ -53,11 +53,9 @@ def make_decoder(config: Config, model: Transformer, exchange: str = "auto", con
       consume: frees the model's stacked layers on the way; the model can't be used any more.
     """
     served = dataclasses.replace(config.model, exchange=exchange, overlap_chunks=1, remat=False)
-    abstract = jax.eval_shape(
-        lambda key: init_model(dataclasses.replace(config, model=served), key), jax.random.key(0)
-    )
+    abstract = jax.eval_shape(lambda key: init_model(dataclasses.replace(config, model=served), key), jax.random.key(0))
     graphdef = split(abstract)[0]
-    ends: Transformer = nnx.merge(graphdef, *split(model)[1:])
+    ends: Any = nnx.merge(graphdef, *split(model)[1:])
     leaves, treedef = jax.tree.flatten(ends.layers)
     ends.layers = None
     # Leaf by leaf, so that memory for one more leaf is enough.

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ class Request:
     """A prompt and what is to follow it."""
 
     prompt: str
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,10 @@ class Generator:
         self._decoder = make_decoder(config, model, exchange, consume)
 
     def generate(
-        self, prompts: Sequence[str | Request], on_done: Callable[[int, Completion], None] | None = None, **sampling: Any
+        self,
+        prompts: Sequence[str | Request],
+        on_done: Callable[[int, Completion], None] | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
         """The completion of each prompt.
 
@@ -98,7 +101,9 @@ class Generator:
         for start in range(0, len(order), rows or 1):
             batch = order[start : start + rows]
             texts = [Text(self.tokenizer, requests[i].sampling) for i in batch]
-            for events in self._steps([prompt_ids[i] for i in batch], [requests[i].sampling for i in batch], batch, rows):
+            for events in self._steps(
+                [prompt_ids[i] for i in batch], [requests[i].sampling for i in batch], batch, rows
+            ):
                 for text, number, (token, logprob) in zip(texts, batch, events, strict=True):
                     if text.finish_reason:
                         continue
@@ -111,7 +116,7 @@ class Generator:
                     break
         return [done[i] for i in range(len(requests))]
 
-    def stream(self, prompt: str, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Request, **sampling: Any) -> Iterator[str]:
         """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
         request = self._request(0, prompt, sampling)
         (ids,) = self._encoded([request])
@@ -162,25 +167,25 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_NP[row, : len(prompt)], length_N[row] = prompt, len(prompt)
 
-        chosen = Draws(*(self._place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
+        drawn = Draws(*(self._place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
         C = candidates(samplings, self._vocab_size)
         with jax.set_mesh(self.mesh):
             state, out = _start(
                 self._decoder,
                 self._place(tokens_NP, token_spec(2)),
                 self._place(length_N.reshape(shape), batch_spec(2)),
-                chosen,
+                drawn,
                 room,
                 C,
             )
             for step in range(steps):
                 previous = out
                 if step + 1 < steps:
-                    state, out = _step(self._decoder, state, chosen, C)
+                    state, out = _step(self._decoder, state, drawn, C)
                 tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
                 yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
-    def _place(self, values: np.ndarray, spec: P) -> Array:
+    def _place(self, values: Any, spec: P) -> Array:
         return jax.make_array_from_callback(values.shape, NamedSharding(self.mesh, spec), values.__getitem__)
 
 

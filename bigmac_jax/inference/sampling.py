@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,9 @@ class Sampling:
                 raise ConfigError(message)
 
         for name, kind in (("max_tokens", int), ("top_k", int), ("seed", int), ("ignore_eos", bool)):
-            require(type(getattr(self, name)) is kind, f"{name}={getattr(self, name)!r} must be of type {kind.__name__}")
+            require(
+                type(getattr(self, name)) is kind, f"{name}={getattr(self, name)!r} must be of type {kind.__name__}"
+            )
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             require(type(value) in (int, float) and math.isfinite(value), f"{name}={value!r} must be a finite number")
@@ -67,7 +69,7 @@ class Draws(NamedTuple):
 def draws(samplings: Sequence[Sampling], requests: Sequence[int], shape: tuple[int, int]) -> Draws:
     """On the host; rows behind the last request are greedy."""
 
-    def column(values: Sequence[float], dtype: type) -> np.ndarray:
+    def column(values: Sequence[float], dtype: type) -> Any:
         return np.asarray([*values, *[0] * (math.prod(shape) - len(values))], dtype).reshape(shape)
 
     return Draws(
