@@ -9,7 +9,7 @@ in all, P prompt length, D hidden, G key-value heads, H head size, V vocabulary.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
