@@ -86,8 +86,8 @@ def test_candidates() -> None:
     ("field", "value"),
     [
         ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
-        ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 1 << 32), ("stop", ("",)), ("stop", (1,)), ("top_p", "a"),
-        ("ignore_eos", 1),
+        ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 1 << 32), ("stop", ("",)), ("stop", (1,)),
+        ("top_p", "a"), ("ignore_eos", 1),
     ],
 )  # fmt: skip
 def test_values_out_of_range(field: str, value: Any) -> None:
