@@ -14,18 +14,20 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.inference.cache import Cache, Decoder, decode, make_decoder, prefill
+from bigmac_jax.inference.cache import Cache, decode, make_decoder, prefill
 from bigmac_jax.inference.sampling import Draws, Sampling, candidates, draws, sample
 from bigmac_jax.inference.text import Text
 from bigmac_jax.mesh import BATCH, TENSOR, batch_spec, replicated_spec, token_spec
 from bigmac_jax.model.transformer import Transformer
+
+Prompt = str | tuple[int, ...]  # text, or token ids
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt and what is to follow it."""
 
-    prompt: str
+    prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -75,11 +77,14 @@ class Generator:
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self._vocab_size = config.model.vocab_size
-        self._decoder = make_decoder(config, model, exchange, consume)
+        # Given to the programs as a list of arrays: flattening modules would take half as long as a small step.
+        self._weights, tree = jax.tree.flatten(make_decoder(config, model, exchange, consume))
+        self._start = jax.jit(functools.partial(_start, tree), static_argnames=("room", "candidates"))
+        self._step = jax.jit(functools.partial(_step, tree), static_argnames="candidates", donate_argnames="state")
 
     def generate(
         self,
-        prompts: Sequence[str | Request],
+        prompts: Sequence[Prompt | Request],
         on_done: Callable[[int, Completion], None] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
@@ -92,7 +97,7 @@ class Generator:
         Raises:
           ConfigError: a prompt that is empty, broken text, or too long with its max_tokens.
         """
-        requests = [self._request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+        requests = [_request(prompt, sampling) for prompt in prompts]
         prompt_ids = self._encoded(requests)
         # Of like length together: a batch takes as long as its longest.
         order = sorted(range(len(requests)), key=lambda i: (-len(prompt_ids[i]), i))
@@ -116,9 +121,9 @@ class Generator:
                     break
         return [done[i] for i in range(len(requests))]
 
-    def stream(self, prompt: str | Request, **sampling: Any) -> Iterator[str]:
+    def stream(self, prompt: Prompt | Request, **sampling: Any) -> Iterator[str]:
         """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
-        request = self._request(0, prompt, sampling)
+        request = _request(prompt, sampling)
         (ids,) = self._encoded([request])
         text = Text(self.tokenizer, request.sampling)
         for ((token, logprob),) in self._steps([ids], [request.sampling], [0], 1):
@@ -126,21 +131,12 @@ class Generator:
             if text.finish_reason:
                 return
 
-    def _request(self, number: int, prompt: str | Request, sampling: dict[str, Any]) -> Request:
-        request = prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling))
-        text = request.prompt
-        if not text:
-            raise ConfigError(f"prompt {number + 1} is empty; give at least one character")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"prompt {number + 1} is not valid UTF-8 (character {error.start + 1}); give it as UTF-8 text"
-            ) from None
-        return request
-
     def _encoded(self, requests: Sequence[Request]) -> list[list[int]]:
-        encoded = self.tokenizer.encode_batch([request.prompt for request in requests])
+        """The token ids of each prompt, checked."""
+        for number, request in enumerate(requests, 1):
+            _check_prompt(number, request.prompt, self._vocab_size)
+        of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
+        encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
         for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), 1):
             wanted = len(ids) + request.sampling.max_tokens
             if wanted > self.max_length:
@@ -170,18 +166,18 @@ class Generator:
         drawn = Draws(*(self._place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
         C = candidates(samplings, self._vocab_size)
         with jax.set_mesh(self.mesh):
-            state, out = _start(
-                self._decoder,
+            state, out = self._start(
+                self._weights,
                 self._place(tokens_NP, token_spec(2)),
                 self._place(length_N.reshape(shape), batch_spec(2)),
                 drawn,
-                room,
-                C,
+                room=room,
+                candidates=C,
             )
             for step in range(steps):
                 previous = out
                 if step + 1 < steps:
-                    state, out = _step(self._decoder, state, drawn, C)
+                    state, out = self._step(self._weights, state, drawn, candidates=C)
                 tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
                 yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
@@ -192,17 +188,17 @@ class Generator:
 State = tuple[Cache, Array]  # and the tokens to be read next
 
 
-@functools.partial(jax.jit, static_argnames=("room", "candidates"))
 def _start(
-    model: Decoder, tokens_NP: Array, length_SB: Array, draws: Draws, room: int, candidates: int
+    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, room: int, candidates: int
 ) -> tuple[State, tuple[Array, Array]]:
-    logits_SBV, cache = prefill(model, tokens_NP, length_SB, room)
+    logits_SBV, cache = prefill(jax.tree.unflatten(tree, weights), tokens_NP, length_SB, room)
     return _chosen(logits_SBV, cache, draws, candidates)
 
 
-@functools.partial(jax.jit, static_argnames="candidates", donate_argnames="state")
-def _step(model: Decoder, state: State, draws: Draws, candidates: int) -> tuple[State, tuple[Array, Array]]:
-    logits_SBV, cache = decode(model, *state)
+def _step(
+    tree: Any, weights: list[Array], state: State, draws: Draws, candidates: int
+) -> tuple[State, tuple[Array, Array]]:
+    logits_SBV, cache = decode(jax.tree.unflatten(tree, weights), *state)
     return _chosen(logits_SBV, cache, draws, candidates)
 
 
@@ -210,6 +206,24 @@ def _chosen(logits_SBV: Array, cache: Cache, draws: Draws, candidates: int) -> t
     """The new state, and the tokens and log-probabilities on every process."""
     chosen = sample(logits_SBV, draws, cache.position_SB, candidates)
     return (cache, chosen[0]), tuple(jax.sharding.reshard(v, replicated_spec(2)) for v in chosen)
+
+
+def _request(prompt: Prompt | Request, sampling: dict[str, Any]) -> Request:
+    return prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling))
+
+
+def _check_prompt(number: int, prompt: Prompt, vocab_size: int) -> None:
+    if not prompt:
+        raise ConfigError(f"prompt {number} is empty; give at least one character")
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt {number} is not valid UTF-8 (character {error.start + 1}); give it as UTF-8 text"
+            ) from None
+    elif unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise ConfigError(f"prompt {number} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
 
 
 def _bucket(length: int, multiple: int) -> int:

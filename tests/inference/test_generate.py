@@ -104,6 +104,8 @@ def test_settings_of_each_request(generator: Generator, greedy: list[Completion]
 def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[Completion]) -> None:
     with quick():
         pieces = list(generator.stream(PROMPTS[3], max_tokens=NEW, ignore_eos=True))
+        tokens = tuple(ByteTokenizer().encode(PROMPTS[3]))
+        assert list(generator.stream(tokens, max_tokens=NEW, ignore_eos=True)) == pieces
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
@@ -117,10 +119,11 @@ def test_nothing_asked(generator: Generator) -> None:
         (["fine", ""], {}, "prompt 2 is empty"),
         (["a\udcff"], {}, "prompt 1 is not valid UTF-8"),
         (["a" * 40], {"max_tokens": 9}, "prompt 1 has 40 tokens, .* are 49, and must be at most max_length=48"),
+        ([(5, 257)], {}, r"prompt 1 has the token 257, which must lie in \[0, 257\)"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
     ],
 )
-def test_bad_prompts(generator: Generator, prompts: list[str], sampling: dict[str, Any], message: str) -> None:
+def test_bad_prompts(generator: Generator, prompts: list[Any], sampling: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generator.generate(prompts, **sampling)
 
