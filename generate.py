@@ -64,15 +64,15 @@ def main() -> None:
             config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True
         )
         if prompt is not None and not _JSON.value:
-            _show(generator, requests[0][1], watch)
+            _show(generator, prompt, sampling, watch)
         else:
             _answer(generator, requests, watch)
 
 
-def _show(generator: Generator, request: Request, watch: Watch) -> None:
+def _show(generator: Generator, prompt: str, sampling: Sampling, watch: Watch) -> None:
     """Prints prompt and completion as it comes."""
-    shown = request.prompt
-    for piece in generator.stream(request):
+    shown = prompt
+    for piece in generator.stream(Request(prompt, sampling)):
         if hosts.is_first():
             print(shown + piece, end="", flush=True)
         shown = ""
