@@ -47,7 +47,11 @@ STRUCTURES = ("fine_grained", "bigmac")
 
 def main() -> None:
     experiments = [(int(length), 1) for length in _PROMPTS.value]
-    experiments += [(int(_PROMPTS.value[0]), int(new)) for new in _NEW.value if (int(_PROMPTS.value[0]), int(new)) not in experiments]
+    experiments += [
+        (int(_PROMPTS.value[0]), int(new))
+        for new in _NEW.value
+        if (int(_PROMPTS.value[0]), int(new)) not in experiments
+    ]
     cases: dict[tuple[str, bool, int, int], Callable[[], float]] = {}
     for structure, local in itertools.product(STRUCTURES, (False, True) if _RANKS.value > 1 else (False,)):
         generator = _generator(structure)

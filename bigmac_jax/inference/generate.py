@@ -105,11 +105,10 @@ class Generator:
         rows = min(self.batch_size, len(requests))
         for start in range(0, len(order), rows or 1):
             batch = order[start : start + rows]
-            texts = [Text(self.tokenizer, requests[i].sampling) for i in batch]
-            for events in self._steps(
-                [prompt_ids[i] for i in batch], [requests[i].sampling for i in batch], batch, rows
-            ):
-                for text, number, (token, logprob) in zip(texts, batch, events, strict=True):
+            samplings = [requests[i].sampling for i in batch]
+            texts = [Text(self.tokenizer, sampling) for sampling in samplings]
+            for chosen in self.steps([prompt_ids[i] for i in batch], samplings, batch, rows):
+                for text, number, (token, logprob) in zip(texts, batch, chosen, strict=True):
                     if text.finish_reason:
                         continue
                     text.add(token, logprob)
@@ -126,31 +125,21 @@ class Generator:
         request = _request(prompt, sampling)
         (ids,) = self._encoded([request])
         text = Text(self.tokenizer, request.sampling)
-        for ((token, logprob),) in self._steps([ids], [request.sampling], [0], 1):
+        for ((token, logprob),) in self.steps([ids], [request.sampling], [0], 1):
             yield text.add(token, logprob)
             if text.finish_reason:
                 return
 
-    def _encoded(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The token ids of each prompt, checked."""
-        for number, request in enumerate(requests, 1):
-            _check_prompt(number, request.prompt, self._vocab_size)
-        of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
-        encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
-        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), 1):
-            wanted = len(ids) + request.sampling.max_tokens
-            if wanted > self.max_length:
-                raise ConfigError(
-                    f"prompt {number} has {len(ids)} tokens, which with max_tokens={request.sampling.max_tokens} are "
-                    f"{wanted}, and must be at most max_length={self.max_length}; use a shorter prompt, fewer "
-                    f"max_tokens, or a longer max_length"
-                )
-        return encoded
-
-    def _steps(
+    def steps(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], numbers: Sequence[int], rows: int
     ) -> Iterator[list[tuple[int, float]]]:
-        """A batch, token by token: (token, log-probability) of each prompt. The device is one step ahead of it."""
+        """A batch token by token: the token and its log-probability of each prompt. The device is one step ahead.
+
+        Args:
+          prompts: token ids; none is checked.
+          numbers: of the prompts, for their draws.
+          rows: of the batch, at least the prompts.
+        """
         shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
         unit = shards * self.mesh.shape[TENSOR]
         shape = shards, -(-rows // unit) * unit // shards
@@ -180,6 +169,22 @@ class Generator:
                     state, out = self._step(self._weights, state, drawn, candidates=C)
                 tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
                 yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
+    def _encoded(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The token ids of each prompt, checked."""
+        for number, request in enumerate(requests, 1):
+            _check_prompt(number, request.prompt, self._vocab_size)
+        of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
+        encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
+        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), 1):
+            wanted = len(ids) + request.sampling.max_tokens
+            if wanted > self.max_length:
+                raise ConfigError(
+                    f"prompt {number} has {len(ids)} tokens, which with max_tokens={request.sampling.max_tokens} are "
+                    f"{wanted}, and must be at most max_length={self.max_length}; use a shorter prompt, fewer "
+                    f"max_tokens, or a longer max_length"
+                )
+        return encoded
 
     def _place(self, values: Any, spec: P) -> Array:
         return jax.make_array_from_callback(values.shape, NamedSharding(self.mesh, spec), values.__getitem__)
