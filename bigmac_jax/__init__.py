@@ -5,18 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigmac_jax.config import Config, ConfigError, load_config
+    from bigmac_jax.interchange import export_model, import_model
     from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
     from bigmac_jax.training.checkpoint import restore
 
-__all__ = ["Config", "ConfigError", "exchange", "init_model", "load_config", "make_mesh", "restore"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "exchange",
+    "export_model",
+    "import_model",
+    "init_model",
+    "load_config",
+    "make_mesh",
+    "restore",
+]
 
 # Imported when first asked for: `environment.prepare()` must be able to run before jax is loaded.
 _HOME = {
     "Config": "config",
     "ConfigError": "config",
     "exchange": "model.exchange",
+    "export_model": "interchange",
+    "import_model": "interchange",
     "init_model": "model.transformer",
     "load_config": "config",
     "make_mesh": "mesh",
