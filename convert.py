@@ -40,14 +40,15 @@ def main() -> None:
 
 def _export(workdir: pathlib.Path) -> None:
     with hosts.together():
-        config = with_mesh(read_config(workdir), cli.OVERRIDES)
-        choose(config, _FORMAT.value)  # before the model is read
-        tokenizer = load_tokenizer(config)
-    cli.enter_mesh(config, fit_batch=False)
+        saved = read_config(workdir)
+        meshed = with_mesh(saved, cli.OVERRIDES)
+        choose(saved, _FORMAT.value)  # before the model is read
+        tokenizer = load_tokenizer(saved)
+    cli.enter_mesh(meshed, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
-        _, model = restore(workdir, _STEP.value, config)
+        _, model = restore(workdir, _STEP.value, meshed)
         kind = export_model(
-            config,
+            saved,
             model,
             _OUTPUT.value,
             format=_FORMAT.value,

@@ -42,7 +42,7 @@ def unmet(config: ModelConfig) -> list[str]:
         qk_norm=(m.qk_norm, not m.qk_norm, "False"),
         latent_norm=(m.latent_norm, m.latent_norm == "none", "none"),
         router_scores=(m.router_scores, m.router_scores == "sigmoid", "sigmoid"),
-        num_experts=(m.num_experts, m.expert_count >= 2 * groups, "at least two a group"),
+        num_experts=(m.num_experts, not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
         # It judges a group by its two best experts, ours by the K / top_groups best.
         top_groups=(m.top_groups, m.top_groups == groups or best == 2, f"{groups} (all groups), or top_k / 2"),
     )

@@ -72,6 +72,7 @@ def write(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: It
             values[spec.name] = value
         # transformers asks for the format; torch's layout is numpy's.
         save_file(values, directory / file, metadata={"format": "pt"})
+        os.chmod(directory / file, (directory.stat().st_mode & 0o666))  # it is made for its owner alone
         weight_map |= dict.fromkeys(values, file)
     if len(shards) > 1:
         total = sum(spec.bytes for shard in shards for spec in shard)
