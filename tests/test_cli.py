@@ -26,12 +26,16 @@ CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
 TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", "--cpu_devices=2")
 EVAL = ("eval.py", "--workdir={folder}/run", "--cpu_devices=2")
 FRESH = ("train.py", "--config={folder}/config.json", "--workdir={folder}/fresh", "--cpu_devices=2")
+IMPORT = ("convert.py", "import", "--cpu_devices=2")
+EXPORT = ("convert.py", "export", "--workdir={folder}/run", "--cpu_devices=2")
 
 GOOD = {
     "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
     "eval": (*EVAL, "--json"),
     "eval file": (*EVAL, "--text_file={folder}/test.jsonl", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
     "notebook": ("{folder}/notebook.py", "{folder}/run"),
+    "export": (*EXPORT, "--output={folder}/exported"),
+    "import": (*IMPORT, "--checkpoint={folder}/exported", "--workdir={folder}/imported"),
 }  # fmt: skip
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
     "unknown flag": ((*FRESH, "--color=red"), ("color",)),
@@ -62,6 +66,9 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "unknown step": ((*EVAL, "--step=7"), ("step=7 is not a checkpoint", "[2, 3]")),
     "word for a step": ((*EVAL, "--step=last"), ("step=last", "latest, best")),
     "negative batch": ((*EVAL, "--batch_size=-1"), ("batch_size",)),
+    "neither export nor import": (("convert.py", "--workdir={folder}/run"), ("give `export", "or `import")),
+    "no output": (EXPORT, ("--output=OUT",)),
+    "no equivalent": ((*EXPORT, "--output={folder}/no", "--format=nemotron_h"), ("model.positions=rope must be none",)),
     "eval on too many ranks": ((*EVAL, "--config.mesh.expert=8"), ("= 8 ranks", "2 devices")),
 }
 DIVERGED = (
@@ -167,6 +174,18 @@ def test_eval_of_a_file_on_another_mesh(outcomes: dict[str, Outcome], folder: pa
     score, size = json.loads(out.splitlines()[-1]), (folder / "test.jsonl").stat().st_size
     assert list(score) == KEYS and score["bytes"] == size
     assert f"perplexity {score['perplexity']:.3f}" in out
+
+
+def test_export_and_import(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """What is written comes back as a run; a line says why transformers has no such model."""
+    for name in ("export", "import"):
+        assert outcomes[name].code == 0, outcomes[name].err
+    assert outcomes["export"].err.count("model.positions=rope must be none") == 1
+    assert "bigmac: 8 experts of width 16" in outcomes["import"].out
+    with jax.set_mesh(make_mesh(read_config(folder / "run"))):
+        (before, model), (after, copy) = restore(folder / "run"), restore(folder / "imported")
+        jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+    assert after.model == before.model and after.data.batch_size == before.data.batch_size
 
 
 def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:

@@ -36,7 +36,8 @@ def choose(config: Config, name: str = "auto") -> tuple[str, str]:
         raise ConfigError(f"--format={name} must be one of {', '.join(known)}")
     if name == "plain":
         return "bigmac_jax", ""
-    unmet = {key: FORMATS[key].unmet(config.model) for key in known[1:3] if name in ("auto", key)}
+    classes = [name] if name != "auto" else known[1:3] if config.model.structure == "fine_grained" else known[1:2]
+    unmet = {key: FORMATS[key].unmet(config.model) for key in classes}
     nearest = min(unmet, key=lambda key: len(unmet[key]))
     if not unmet[nearest]:
         return nearest, ""
