@@ -19,7 +19,9 @@ def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
     try:
         path.write_text(html, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--output={path} cannot be written ({error.strerror}); give a file in a folder that exists") from None
+        raise ConfigError(
+            f"--output={path} cannot be written ({error.strerror}); give a file in a folder that exists"
+        ) from None
 
 
 def page(runs: Sequence[Run]) -> str:

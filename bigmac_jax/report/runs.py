@@ -59,6 +59,8 @@ def _read_run(workdir: str, name: str) -> Run:
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
         config = json.loads((path / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no object")
         records = read_metrics(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None

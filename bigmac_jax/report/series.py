@@ -4,6 +4,7 @@ n records, Y layers, E experts.
 """
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ def drawn(run: Run) -> dict[str, Any]:
 
 
 def curves(records: Records) -> dict[str, dict[str, list[Any]]]:
-    """key → {"step", "value"} of every scalar, to 6 digits, at most `POINTS` points that hold its extremes."""
+    """key → {"step", "value"} of each scalar: at most `POINTS` points that hold its extremes, fractions to 6 digits."""
     names = {k: None for r in records for k, v in r.items() if _is_number(v)}
     series = {}
     for name in (n for n in names if n not in ("step", "tokens")):
@@ -36,7 +37,7 @@ def curves(records: Records) -> dict[str, dict[str, list[Any]]]:
         kept = thinned(values_n, POINTS)
         series[name] = {
             "step": [having[i]["step"] for i in kept],
-            "value": [None if np.isnan(values_n[i]) else float(f"{values_n[i]:.6g}") for i in kept],
+            "value": [_short(float(values_n[i])) for i in kept],
         }
     return series
 
@@ -65,7 +66,7 @@ def clock(records: Records) -> dict[str, list[float]]:
     return {
         "step": steps_n[kept].astype(int).tolist(),
         "tokens": tokens_n[kept].astype(int).tolist(),
-        "hours": [float(f"{h:.6g}") for h in hours_n[kept]],
+        "hours": [_short(float(h)) for h in hours_n[kept]],
     }
 
 
@@ -99,3 +100,9 @@ def expert_load(records: Records) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _short(value: float) -> float | None:
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() else float(f"{value:.6g}")

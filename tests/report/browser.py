@@ -19,11 +19,15 @@ from PySide6.QtWebEngineWidgets import QWebEngineView
 from PySide6.QtWidgets import QApplication
 
 WIDTHS = (1280, 400)
-MEASURE = """({inner: innerWidth, scroll: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
-  charts: [...document.querySelectorAll("figure.chart:not([hidden])")].filter((f) => f.offsetParent).map((f) => f.dataset.key),
-  curves: document.querySelectorAll("svg .curve").length, maps: document.querySelectorAll("canvas").length,
-  readouts: [...document.querySelectorAll(".chart .readout")].map((p) => p.textContent),
-  spilt: [...document.querySelectorAll("svg text")].filter((t) => t.getBoundingClientRect().right > innerWidth).length})"""
+MEASURE = """(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  return {
+    inner: innerWidth, scroll: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
+    charts: all("figure.chart").filter((f) => f.offsetParent).map((f) => f.dataset.key), maps: all("canvas").length,
+    readouts: all(".chart .readout").map((p) => p.textContent),
+    spilt: all("svg text").filter((t) => t.getBoundingClientRect().right > innerWidth).length,
+  };
+})()"""
 CHART = 'document.querySelector("figure.chart").querySelector("svg")'
 USES = {
     "tokens": 'document.querySelector("[value=tokens]").click()',
@@ -38,9 +42,12 @@ USES = {
           clientX: box.left + at * box.width, clientY: box.top + 50}}))}}""",
     "hide": 'document.querySelector("[name=visible]")?.click()',
 }
-STATE = f"""({{curve: {CHART}.querySelector(".curve:not(.raw)").getAttribute("d"), raw: document.querySelectorAll(".raw").length,
+STATE = f"""({{
+  curve: {CHART}.querySelector(".curve:not(.raw)").getAttribute("d"), raw: document.querySelectorAll(".raw").length,
   ticks: [...{CHART}.querySelectorAll("text")].map((t) => t.textContent),
-  readout: document.querySelector(".chart .readout").textContent, zoomed: !document.querySelector("[name=whole]").hidden}})"""
+  readout: document.querySelector(".chart .readout").textContent,
+  zoomed: !document.querySelector("[name=whole]").hidden,
+}})"""
 
 
 class Page(QWebEnginePage):

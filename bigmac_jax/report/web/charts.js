@@ -3,25 +3,25 @@
 
 const RUNS = JSON.parse(document.getElementById("data").textContent).runs;
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 3", "6 2 1 2"];
-const HEIGHT = 220, MARGIN = { left: 52, right: 24, top: 10, bottom: 24 };
+const HEIGHT = 220, MARGIN = { left: 56, right: 24, top: 10, bottom: 24 };
 const controls = document.getElementById("controls");
 const view = { axis: "step", smoothing: 0, log: false, hidden: new Set(), zoom: null };
 
 // ---- numbers
 
 const escaped = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
-const digits = (x, n) => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(n - 1) : Number(x.toPrecision(n)).toLocaleString("en"));
+const digits = (x, n) => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(n - 1) : x.toLocaleString("en", { maximumSignificantDigits: n }));
 
 function scaled(x, base, units, n) {
   let i = 0;
   while (Math.abs(x) >= base && i < units.length - 1) { x /= base; i++; }
-  return digits(x, Math.max(n, i < units.length - 1 ? Math.ceil(Math.log10(Math.abs(x) + 1)) : n)) + units[i];
+  return digits(x, Math.max(n, Math.ceil(Math.log10(Math.abs(x) + 1)))) + units[i];
 }
 
 function shown(x, format, n = 4) {
   if (format === "percent") return digits(100 * x, n) + " %";
   if (format === "bytes") return scaled(x, 1024, [" B", " KiB", " MiB", " GiB", " TiB"], n);
-  return Math.abs(x) >= 1e4 ? scaled(x, 1000, ["", "k", "M", "G", "T"], n) : digits(x, n);
+  return Math.abs(x) >= 1e5 ? scaled(x, 1000, ["", "k", "M", "G", "T"], n) : digits(x, n);
 }
 
 // Round values from low to high, about `count` of them.
@@ -107,6 +107,7 @@ function draw(figure) {
     <line class="axis" x1="${MARGIN.left}" x2="${right}" y1="${bottom}" y2="${bottom}"/>
     ${ticks(x0, x1, width < 420 ? 3 : 5, "", false).map((x) => `<text x="${px(x)}" y="${bottom + 16}" text-anchor="middle">${shown(x, "", 3)}</text>`).join("")}
     <g clip-path="url(#${id})">${lines.map((line) => drawn(line, px, py, log)).join("")}</g>
+    ${ys.length && ys.every((y) => y === 0) ? `<text x="${(MARGIN.left + right) / 2}" y="${HEIGHT / 2}" text-anchor="middle">0 throughout</text>` : ""}
     ${ends(lines, px, py, log, right, bottom)}
     <rect class="band" y="${MARGIN.top}" height="${bottom - MARGIN.top}" visibility="hidden"/>
     <line class="cursor" y1="${MARGIN.top}" y2="${bottom}" visibility="hidden"/>

@@ -13,8 +13,9 @@ function colour(share) {
 function drawLoads() {
   if (!withLoad.length) return;
   const run = withLoad[Number(loads.querySelector("select").value)], { layers, experts, step, max } = run.load;
-  const columns = step.length, top = Math.min(4, Math.max(2, max));
+  const columns = step.length;
   const load = Float32Array.from(atob(run.load.cells), (c) => max * (c.charCodeAt(0) / 255) ** 2);
+  const top = Math.min(4, Math.max(2, Math.ceil(load.toSorted()[Math.floor(0.99 * load.length)])));
   const readout = loads.querySelector(".readout");
   loads.querySelector("#top").textContent = top < max ? `${digits(top, 2)} and more` : digits(top, 2);
   const label = (column) => `${view.axis === "step" ? "step" : view.axis} ${shown(position(run, step[column]), "")}`;
