@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     """
     if not workdirs:
         raise ConfigError("there must be at least one RUN, a --workdir of train.py; add it, as in runs/tiny")
-    names = [pathlib.Path(workdir).resolve().name for workdir in workdirs]
+    names = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
     unique = len(set(names)) == len(names)
     return [_read_run(w, n if unique else w) for w, n in zip(workdirs, names, strict=True)]
 

@@ -1,6 +1,7 @@
 """report.html: what stands in it is what was logged, for every kind of run; it needs nothing else."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -229,7 +230,7 @@ def test_errors(tmp_path: pathlib.Path, records: list[dict[str, Any]], config: s
 def test_in_a_browser(runs: list[Run], tmp_path: pathlib.Path) -> None:
     """Nothing spills at 1280 and 400 pixels, the console is silent, every control changes what it should."""
     pytest.importorskip("PySide6.QtWebEngineCore", reason="pip install pyside6-webengine", exc_type=ImportError)
-    write_page(runs, tmp_path / "report.html")
+    write_page([dataclasses.replace(run, name=50 * run.name) for run in runs], tmp_path / "report.html")
     script = pathlib.Path(__file__).with_name("browser.py")
     done = subprocess.run(
         [sys.executable, script, tmp_path / "report.html", tmp_path], capture_output=True, text=True, timeout=120

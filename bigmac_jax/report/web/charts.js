@@ -10,7 +10,7 @@ const view = { axis: "step", smoothing: 0, log: false, hidden: new Set(), zoom: 
 // ---- numbers
 
 const escaped = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
-const digits = (x, n) => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(n - 1) : x.toLocaleString("en", { maximumSignificantDigits: n }));
+const digits = (x, n) => (x === 0 ? "0" : Math.abs(x) < 1e-4 ? Number(x.toPrecision(n)).toExponential() : x.toLocaleString("en", { maximumSignificantDigits: n }));
 
 function scaled(x, base, units, n) {
   let i = 0;
@@ -150,8 +150,13 @@ function ends(lines, px, py, log, right, bottom) {
     const p = line.curve.filter((p) => p.y !== null && (!log || p.y > 0) && px(p.x) <= right + 1).at(-1);
     return p && { line, x: px(p.x) + 6, y: py(p.y) + 4 };
   }).filter((label) => label && label.x > MARGIN.left && label.y > 0 && label.y < bottom + 8).sort((a, b) => a.y - b.y);
+  const near = (a, b) => Math.abs(a.x - b.x) < 14;
   labels.forEach((label, j) => {
-    for (const other of labels.slice(0, j)) if (Math.abs(other.x - label.x) < 14 && label.y - other.y < 11) label.y = other.y + 11;
+    for (const above of labels.slice(0, j)) if (near(above, label)) label.y = Math.max(label.y, above.y + 11);
+  });
+  labels.toReversed().forEach((label, j, upwards) => { // and back up from the bottom
+    label.y = Math.min(label.y, bottom + 8);
+    for (const below of upwards.slice(0, j)) if (near(below, label)) label.y = Math.min(label.y, below.y - 11);
   });
   return labels.map(({ line, x, y }) => `<g class="run${line.i % 8}"><text class="end" x="${x}" y="${y}">${line.run.letter}</text></g>`).join("");
 }
