@@ -25,6 +25,7 @@ CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
 
 TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", "--cpu_devices=2")
 EVAL = ("eval.py", "--workdir={folder}/run", "--cpu_devices=2")
+REPORT = "bigmac_jax/report/__main__.py"
 GENERATE = ("generate.py", "--workdir={folder}/run", "--cpu_devices=2", "--max_tokens=4")
 FRESH = ("train.py", "--config={folder}/config.json", "--workdir={folder}/fresh", "--cpu_devices=2")
 IMPORT = ("convert.py", "import", "--cpu_devices=2")
@@ -39,6 +40,7 @@ GOOD = {
     "notebook": ("{folder}/notebook.py", "{folder}/run"),
     "export": (*EXPORT, "--output={folder}/exported"),
     "import": (*IMPORT, "--checkpoint={folder}/exported", "--workdir={folder}/imported"),
+    "report": (REPORT, "{folder}/run", "-o", "{folder}/report.html"),
 }  # fmt: skip
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
     "unknown flag": ((*FRESH, "--color=red"), ("color",)),
@@ -81,6 +83,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "neither export nor import": (("convert.py", "--workdir={folder}/run"), ("give `export", "or `import")),
     "no output": (EXPORT, ("--output=OUT",)),
     "no equivalent": ((*EXPORT, "--output={folder}/no", "--format=nemotron_h"), ("model.positions=rope must be none",)),
+    "report of nothing": ((REPORT,), ("at least one RUN",)),
+    "report of no run": ((REPORT, "{folder}/nothing"), ("nothing holds no config.json; give the --workdir",)),
+    "report of an empty run": ((REPORT, "{folder}/run", "{folder}/empty"), ("empty holds no metrics.jsonl",)),
+    "report into no folder": ((REPORT, "{folder}/run", "-o", "{folder}/no/a.html"), ("--output=", "No such file")),
     "eval on too many ranks": ((*EVAL, "--config.mesh.expert=8"), ("= 8 ranks", "2 devices")),
 }
 DIVERGED = (
@@ -220,6 +226,14 @@ def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:
     """As in a notebook: the mesh of the run becomes current."""
     code, out, err = outcomes["notebook"]
     assert (code, out.strip()) == (0, "2 (2, 4, 257)"), err
+
+
+def test_report(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    code, out, err = outcomes["report"]
+    assert code == 0, err
+    assert out.startswith(f"{folder}/report.html: 1 run, ")
+    html = (folder / "report.html").read_text()
+    assert f"{read_records(folder / 'run')[-2]['loss']:.4f}" in html and html.endswith("</html>\n")
 
 
 def test_a_run_that_diverges(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:

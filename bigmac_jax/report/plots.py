@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-Records = list[dict[str, Any]]
+from bigmac_jax.report.runs import Records, read_metrics
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -40,12 +40,6 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def read_metrics(workdir: pathlib.Path) -> Records:
-    """The records of metrics.jsonl, in order."""
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _losses(axis: plt.Axes, training: Records, evaluations: Records) -> None:

@@ -144,7 +144,18 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "tokens_per_s": run.tokens_per_step / seconds,
         "mfu": run.flops_per_step / seconds / run.peak_flops,
     }
-    return record | (moe_record(aux, run) if aux.load.shape[-1] else {})
+    return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})
+
+
+def memory_record() -> dict[str, int]:
+    """Bytes: the fullest of this process's devices at its peak, and the process itself now; what a platform tells."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    record = {"memory/device_peak_bytes": max(known)} if known else {}
+    pages = pathlib.Path("/proc/self/statm")
+    if pages.exists():
+        record["memory/host_bytes"] = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return record
 
 
 def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from .tools import ROOT, quick, read_records, write_config
 STEPS, TIMEOUT = 50, 10
 HANGING, KILLED = 3, 8
 MESH = ("mesh.data=2", "mesh.expert=2")
-TIMES = {"step_time_s", "tokens_per_s", "mfu"}
+TIMES = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}
 
 
 class Story(NamedTuple):

@@ -21,7 +21,7 @@ from .runs import Process, checkpoint_steps, is_saving, last_step
 from .tools import read_records, write_config
 
 STEPS = 100
-TIMES = {"step_time_s", "tokens_per_s", "mfu"}  # what differs between two equal runs
+TIMES = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}  # what differs between two equal runs
 
 
 class Story(NamedTuple):

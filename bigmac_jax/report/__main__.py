@@ -1,0 +1,25 @@
+"""Draws runs side by side into one page: python -m bigmac_jax.report RUN [RUN …] -o report.html."""
+
+import pathlib
+
+import jax
+from absl import flags
+
+from bigmac_jax import cli
+from bigmac_jax.report.page import write_page
+from bigmac_jax.report.runs import read_runs
+
+_OUTPUT = flags.DEFINE_string("output", "report.html", "Where the page is written.", short_name="o")
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # parameters are counted without a device
+    path = pathlib.Path(_OUTPUT.value).expanduser()
+    runs = read_runs(cli.ARGUMENTS)
+    write_page(runs, path)
+    print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_gnu_getopt()  # -o may follow the runs
+    cli.run(main, arguments=True)

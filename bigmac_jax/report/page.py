@@ -1,0 +1,49 @@
+"""report.html: runs side by side in one page that needs no network and no library."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from html import escape
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.report import tables
+from bigmac_jax.report.runs import Run
+from bigmac_jax.report.series import drawn
+
+_WEB = pathlib.Path(__file__).parent / "web"
+
+
+def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
+    """Raises ConfigError if the file cannot be written."""
+    html = page(runs)
+    try:
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--output={path} cannot be written ({error.strerror}); give a file in a folder that exists"
+        ) from None
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page: style, script, tables and the curves as JSON."""
+    data = {"runs": [{"letter": tables.letter(i)} | drawn(run) for i, run in enumerate(runs)]}
+    parts = {
+        "style": _read("page.css"),
+        "script": _read("charts.js") + _read("loads.js"),
+        "title": escape(", ".join(run.name for run in runs)),
+        "summary": tables.summary(runs),
+        "configuration": tables.configuration(runs),
+        "data": embedded(data),
+    }
+    html = _read("page.html")
+    head, *pieces = html.split("{{")  # each marker once, so that nothing inside a part is taken for one
+    return head + "".join(parts[name] + rest for name, _, rest in (piece.partition("}}") for piece in pieces))
+
+
+def embedded(data: object) -> str:
+    """JSON that may stand inside a script element: no name in it can end the element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _read(name: str) -> str:
+    return (_WEB / name).read_text(encoding="utf-8")

@@ -1,0 +1,157 @@
+"""The tables of the page: what each run came to, and where their configurations differ."""
+
+import contextlib
+from collections.abc import Sequence
+from html import escape
+from statistics import median
+from typing import Any
+
+from bigmac_jax.config import ConfigError, from_dict
+from bigmac_jax.planning.counts import parameters
+from bigmac_jax.report.runs import Run
+from bigmac_jax.report.series import clock
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NONE = "–"
+
+
+def letter(index: int) -> str:
+    """What a run is called in the charts: A … Z, then numbers."""
+    return LETTERS[index] if index < len(LETTERS) else str(index + 1)
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What a run came to, in words and figures."""
+    last, model, planned = run.training[-1], run.config.get("model", {}), run.config.get("train", {}).get("steps")
+    scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
+    best = min(scores, key=lambda r: r["eval/perplexity"], default=None)
+    events = [r["event"] for r in run.events]
+    return {
+        "structure": str(model.get("structure", NONE)),
+        "layers × width": f"{model.get('num_layers', NONE)} × {model.get('hidden_size', NONE)}",
+        "experts a layer, top-k": _experts(run),
+        "parameters": _parameters(run),
+        "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned and planned != last["step"] else ""),
+        "tokens": _of(last.get("tokens"), _amount),
+        "hours of training": f"{clock(run.training)['hours'][-1]:.3g}",
+        "training loss, last": _of(last["loss"], "{:.4f}".format),
+        "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
+        "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,
+        "tokens a second, median": _of(_median(run, "tokens_per_s"), "{:,.0f}".format),
+        "MFU, median": _of(_median(run, "mfu"), "{:.1%}".format),
+        "dropped choices, mean": _of(_mean(run, "moe/drop_rate"), "{:.2%}".format),
+        "exchange a step": _of(last.get("moe/wire_bytes"), size),
+        "device memory, peak": _of(_largest(run, "memory/device_peak_bytes"), size),
+        "host memory, most": _of(_largest(run, "memory/host_bytes"), size),
+        "bad steps": ", ".join(f"{events.count(e)} {e}" for e in sorted(set(events))) or "none",
+    }
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A column a run; rows that no run has are left out."""
+    columns = [facts(run) for run in runs]
+    rows = {name: [column[name] for column in columns] for name in columns[0]}
+    return _table(runs, "", {name: [escape(v) for v in row] for name, row in rows.items() if set(row) != {NONE}})
+
+
+def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Config fields by name, a value a run: (those that differ between runs, those that do not)."""
+    configs = [run.fields for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config)
+    fields = {name: [config.get(name, NONE) for config in configs] for name in names}
+    unequal = {name for name, values in fields.items() if any(value != values[0] for value in values)}
+    return {n: v for n, v in fields.items() if n in unequal}, {n: v for n, v in fields.items() if n not in unequal}
+
+
+def configuration(runs: Sequence[Run]) -> str:
+    """What differs first, marked where it is not as in run A; what is equal is folded."""
+    different, equal = differences(runs)
+    html = ""
+    if different:
+        marked = {
+            name: [f"<strong>≠ {_value(v)}</strong>" if v != values[0] else _value(v) for v in values]
+            for name, values in different.items()
+        }
+        html += f"<p>≠ marks what is not as in run {letter(0)}.</p>" + _table(runs, "differs", marked)
+    elif len(runs) > 1:
+        html += "<p>The runs have the same configuration.</p>"
+    if equal:
+        same = "the same in all runs" if len(runs) > 1 else f"of run {escape(runs[0].name)}"
+        rows = {name: [_value(values[0])] for name, values in equal.items()}
+        html += f"<details><summary>{len(equal)} fields, {same}</summary>{_table(runs[:0], '', rows)}</details>"
+    return html
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _table(runs: Sequence[Run], kind: str, rows: dict[str, list[str]]) -> str:
+    """A head column of names, then a column a run (without runs: of the value that they share). Cells are HTML."""
+    heads = [
+        f'<th scope="col"><span class="key run{i % 8}">{letter(i)}</span> {escape(run.name)}</th>'
+        for i, run in enumerate(runs)
+    ]
+    head = "".join(heads or ['<th scope="col">value</th>'])
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows.items()
+    )
+    first = "field" if kind or not runs else "run"
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr><th scope="col">{first}</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _parameters(run: Run) -> str:
+    with contextlib.suppress(ConfigError):  # fields of another version
+        count = parameters(from_dict(run.config), {})
+        active = "" if count.active == count.total else f", {_amount(count.active)} active"
+        return _amount(count.total) + active
+    return NONE
+
+
+def _experts(run: Run) -> str:
+    load = run.training[-1].get("moe/load")
+    if not load:
+        return "dense"
+    model = run.config.get("model", {})
+    vanilla = model.get("structure") == "vanilla"
+    return f"{len(load[0])}, top-{model.get('vanilla_top_k' if vanilla else 'top_k', NONE)}"
+
+
+def _value(value: Any) -> str:
+    return escape(value if isinstance(value, str) and value else repr(value))
+
+
+def _of(value: float | None, show: Any) -> str:
+    return NONE if value is None else show(value)
+
+
+def _amount(count: float) -> str:
+    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}" if count / unit < 100 else f"{count / unit:.0f}{name}"
+    return f"{count:,.0f}"
+
+
+def _values(run: Run, name: str) -> list[float]:
+    return [r[name] for r in run.training if r.get(name) is not None]
+
+
+def _median(run: Run, name: str) -> float | None:
+    return median(values) if (values := _values(run, name)) else None
+
+
+def _mean(run: Run, name: str) -> float | None:
+    return sum(values) / len(values) if (values := _values(run, name)) else None
+
+
+def _largest(run: Run, name: str) -> float | None:
+    return max(_values(run, name), default=None)
