@@ -109,11 +109,16 @@ def _values(tensors: Iterable[Tensor], leaves: Leaves) -> Iterator[np.ndarray]:
             yield np.zeros(tensor.shape, np.float32)
             continue
         if held != (tensor.leaf, tensor.layer):
+            part = np.zeros(())  # the last one goes before the next one comes
             held, part = (tensor.leaf, tensor.layer), _on_host(leaves[tensor.leaf], tensor.layer)
-        value = part if tensor.expert is None else part[tensor.expert]
-        value = value.T if tensor.transposed else value
-        # In float32, as the model multiplies: the product is the same to the last bit.
-        yield value if tensor.scale == 1 else value * np.float32(tensor.scale)
+        yield _as_stored(tensor, part)
+
+
+def _as_stored(tensor: Tensor, part: np.ndarray) -> np.ndarray:
+    value = part if tensor.expert is None else part[tensor.expert]
+    value = value.T if tensor.transposed else value
+    # In float32, as the model multiplies: the product is the same to the last bit.
+    return value if tensor.scale == 1 else value * np.float32(tensor.scale)
 
 
 def _on_host(leaf: Array, layer: int | None) -> np.ndarray:

@@ -94,10 +94,8 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, output)
-    except OSError as error:
-        raise ConfigError(
-            f"--output={output} cannot be written ({error.strerror or error}); give another one"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--output={output} cannot be written ({one_line(error)}); give another one") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from bigmac_jax.interchange import export_model, import_model
 from .tools import CLASSES, MODELS, config_of, our_logits
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5.8")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 NEMOTRON = {"vocab_size": 257, "hidden_size": 32, "layers_block_type": ["full_attention", "moe"] * 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 4,

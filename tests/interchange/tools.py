@@ -20,7 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     # One table in both roles, a gate that is not renormalised because it is alone.
     "tied": NEMOTRON | UNSCALED | {"top_k": 1},
     "qwen": QWEN | {"num_kv_heads": 2, "rope_theta": 100.0, "norm_eps": 1e-3},
-    "qwen tied": QWEN | UNSCALED | {"router_renormalize": False, "head_dim": 6},
+    "qwen tied": QWEN | UNSCALED | {"router_renormalize": False, "head_dim": 6, "rope_theta": 100.0},
 }  # fmt: skip
 CLASSES = {"qwen": "qwen3_moe", "qwen tied": "qwen3_moe"}
 
