@@ -62,17 +62,8 @@ def main() -> None:
         _, model = restore(workdir, str(step), config)
         result: dict[str, Any]
         if _TASKS.value:
-            with tqdm.tqdm(unit="window", disable=quiet) as bar:
-
-                def scored(task: str, done: int, total: int) -> None:
-                    if bar.desc != f"{task}: ":
-                        bar.reset(total)
-                        bar.set_description(task)
-                    bar.update(done - bar.n)
-                    watch.advance()
-
-                folder = workdir / "tasks" / str(step)
-                summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, scored)
+            folder = workdir / "tasks" / str(step)
+            summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet, watch.advance)
             lines, result = describe(summaries), {"step": step, "tasks": summaries}
         else:
             with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 import bigmac_jax
 from bigmac_jax.config import Config, ConfigError, with_mesh
@@ -132,13 +131,8 @@ class BigMacLM(LM):
         return prompt if len(ids) <= tokens else self.tokenizer.decode(ids[-tokens:])
 
     def _scored(self, requests: Sequence[Request], quiet: bool) -> list[Result]:
-        with tqdm.tqdm(unit="window", disable=quiet) as bar:
-
-            def on_batch(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            return loglikelihoods(self.model, requests, self.length, self.batch_size, on_batch=on_batch)
+        title = "" if quiet else "log-likelihoods"
+        return loglikelihoods(self.model, requests, self.length, self.batch_size, title=title)
 
 
 def main() -> None:

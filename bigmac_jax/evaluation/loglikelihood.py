@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax import Array
 from jax.sharding import NamedSharding
 
@@ -110,7 +111,8 @@ def loglikelihoods(
     batch_size: int,
     stride: int = 0,
     finished: Finished | None = None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    title: str = "",
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Scores requests, dropless, sums in float64 on the host.
 
@@ -121,22 +123,24 @@ def loglikelihoods(
       length, stride: as in `windows`.
       batch_size: rows at a time; padded to a multiple of the mesh's batch shards.
       finished: windows that an earlier run scored are taken from it, and new ones are added.
-      on_batch: called with the number of windows done, and of all.
+      title: of the progress bar; empty: none is shown.
+      on_batch: called after each batch.
     """
     cut = [[(_key(window), window) for window in windows(request, length, stride)] for request in requests]
     of_key = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
     scores = finished.look_up(list(of_key)) if finished else {}
-    on_batch(len(scores), len(of_key))
     left = sorted(of_key.keys() - scores.keys(), key=lambda key: (-len(of_key[key].tokens), key))
-    for padded, bucket in itertools.groupby(left, lambda key: _padded(len(of_key[key].tokens) - 1, length)):
-        keys = list(bucket)
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            new = dict(zip(batch, _scores(model, [of_key[key] for key in batch], padded, batch_size), strict=True))
-            scores |= new
-            if finished:
-                finished.add(new)
-            on_batch(len(scores), len(of_key))
+    with tqdm.tqdm(desc=title, initial=len(scores), total=len(of_key), unit="window", disable=not title) as bar:
+        for padded, bucket in itertools.groupby(left, lambda key: _padded(len(of_key[key].tokens) - 1, length)):
+            keys = list(bucket)
+            for start in range(0, len(keys), batch_size):
+                batch = keys[start : start + batch_size]
+                new = dict(zip(batch, _scores(model, [of_key[key] for key in batch], padded, batch_size), strict=True))
+                scores |= new
+                if finished:
+                    finished.add(new)
+                bar.update(len(new))
+                on_batch()
     return [
         Result(sum(scores[key][0] for key, _ in own), all(scores[key][1] for key, _ in own), len(request.continuation))
         for own, request in zip(cut, requests, strict=True)

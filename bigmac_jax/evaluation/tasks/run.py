@@ -1,6 +1,5 @@
 """Scores a model on tasks: rows → examples → requests → log-likelihoods → figures."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -92,7 +91,8 @@ def score_jobs(
     length: int,
     batch_size: int,
     stride: int = 0,
-    on_batch: Callable[[str, int, int], None] = lambda name, done, total: None,
+    quiet: bool = True,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Summary]:
     """The figures of each task, by name.
 
@@ -102,7 +102,8 @@ def score_jobs(
     Args:
       identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
       stride: of the windows of perplexity tasks (`loglikelihood.windows`).
-      on_batch: called with the task's name, the windows done, and all of it.
+      quiet: no progress bars.
+      on_batch: called after each batch.
     """
     model_key = hashlib.sha256(f"{_VERSION} {identity} {platform()} {model.config.dtype}".encode()).hexdigest()[:16]
     summaries = {}
@@ -110,8 +111,8 @@ def score_jobs(
         finished = Finished(folder / f"{job.name}.windows.jsonl", model_key)
         requests = [request for choices in job.requests for request in choices]
         overlap = stride if job.kind == "perplexity" else 0
-        progress = functools.partial(on_batch, job.name)
-        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, progress))
+        title = "" if quiet else job.name
+        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title, on_batch))
         rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         summaries[job.name] = summarise(job.kind, rows)
         _write(job, rows, summaries[job.name], folder)
