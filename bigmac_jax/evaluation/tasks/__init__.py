@@ -55,7 +55,7 @@ class Needle:
     """A number hidden in text that the model is asked for at its end.
 
     Attributes:
-      haystack: where the text comes from, as data.source says it; its test split.
+      haystack: where the text comes from, as data.test_source says it.
       lengths: of the whole prompt, as shares of the tokens that the model is given at most.
       depths: of the needle: 0 is the beginning of the text, 1 its end.
       samples: prompts of each length and depth.

@@ -118,6 +118,8 @@ def _last_word(task: Task, row: Row, place: str) -> Example:
 
 def _documents(task: Task, rows: Iterable[tuple[str, Row]]) -> Iterable[Example]:
     texts = [(place, _as_text(_column(task.text, row, place), task.text, place)) for place, row in rows]
+    if not any(text.strip() for _, text in texts):
+        raise ConfigError(f"{texts[0][0]} has no text, nor have rows after it; {task.name} needs words")
     if task.documents:
         joined = "".join(text if text.endswith("\n") else text + "\n" for _, text in texts)
         starts = [match.start() for match in re.finditer(task.documents, joined)]
@@ -126,14 +128,10 @@ def _documents(task: Task, rows: Iterable[tuple[str, Row]]) -> Iterable[Example]
             (f"{task.name} document {n + 1}", joined[a:b].removesuffix("\n"))
             for n, (a, b) in enumerate(zip([0, *starts], ends, strict=True))
         ]
-    found = False
     for place, text in texts:
-        if text and not text.isspace():
-            found = True
+        if text.strip():
             words = len(re.split(r"\s+", text))  # as the harness counts: white space at an end adds one
             yield Example(place, [("", _substituted(task, text))], words=words, num_bytes=len(text.encode()))
-    if not found:
-        raise ConfigError(f"{task.name}: {texts[0][0]} has no text; give rows with words")
 
 
 def _rendered(task: Task, template: str, row: Row, place: str) -> str:
