@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigmac_jax.config import Config, ConfigError, load_config
+    from bigmac_jax.inference import Generator, Sampling
     from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
     from bigmac_jax.training.checkpoint import restore
 
-__all__ = ["Config", "ConfigError", "exchange", "init_model", "load_config", "make_mesh", "restore"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Generator",
+    "Sampling",
+    "exchange",
+    "init_model",
+    "load_config",
+    "make_mesh",
+    "restore",
+]
 
 # Imported when first asked for: `environment.prepare()` must be able to run before jax is loaded.
 _HOME = {
     "Config": "config",
     "ConfigError": "config",
+    "Generator": "inference",
+    "Sampling": "inference",
     "exchange": "model.exchange",
     "init_model": "model.transformer",
     "load_config": "config",

@@ -131,6 +131,11 @@ def split_spec(ndim: int) -> P:
     return P(BATCH, None, TENSOR, *[None] * (ndim - 3))
 
 
+def cache_spec() -> P:
+    """Keys or values [B, G, M, H] of an attention layer: its key-value heads over `tensor`."""
+    return P(BATCH, TENSOR, None, None)
+
+
 def rank_spec(ndim: int) -> P:
     """An array whose first dimension is the ranks."""
     return P(AXES, *[None] * (ndim - 1))
@@ -213,7 +218,7 @@ def on_each_rank(
     function: Callable[..., Any],
     arrays: Sequence[Array],
     weights: Sequence[Array] = (),
-    in_spec: Callable[[int], P] = token_spec,
+    in_spec: Callable[[int], P] | Sequence[P] = token_spec,
     out_specs: Any = None,
     split: Sequence[str] = (),
 ) -> Any:
@@ -222,12 +227,13 @@ def on_each_rank(
     Without a mesh, of the arrays themselves.
 
     Args:
-      in_spec: how the arrays stand, from their number of dimensions.
+      in_spec: how the arrays stand, each, or from their number of dimensions.
       out_specs: by default a [B, L, D] of tokens.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays, *weights)
     specs = [spec_of(w) for w in weights]
+    of_arrays = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
 
     def on_rank(*values: Array) -> Any:
         shards = values[len(arrays) :]
@@ -235,7 +241,7 @@ def on_each_rank(
 
     return jax.shard_map(
         on_rank,
-        in_specs=(*[in_spec(array.ndim) for array in arrays], *specs),
+        in_specs=(*of_arrays, *specs),
         out_specs=token_spec(3) if out_specs is None else out_specs,
         axis_names=set(AXES),
     )(*arrays, *weights)

@@ -25,6 +25,7 @@ CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
 
 TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", "--cpu_devices=2")
 EVAL = ("eval.py", "--workdir={folder}/run", "--cpu_devices=2")
+GENERATE = ("generate.py", "--workdir={folder}/run", "--cpu_devices=2", "--max_tokens=4")
 FRESH = ("train.py", "--config={folder}/config.json", "--workdir={folder}/fresh", "--cpu_devices=2")
 
 GOOD = {
@@ -36,6 +37,8 @@ GOOD = {
         *("--length=40", "--stride=8", "--config.mesh.expert=1"),
     ),
     "eval tasks again": (*EVAL, "--tasks=piqa", "--task_data=piqa={folder}/piqa.jsonl", "--limit=2", "--length=40"),
+    "generate": (*GENERATE, "--prompt=the state", "--stop=\0"),
+    "generate lines": (*GENERATE, "--prompts={folder}/prompts.jsonl", "--config.mesh.expert=1", "--ignore_eos"),
     "notebook": ("{folder}/notebook.py", "{folder}/run"),
 }  # fmt: skip
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
@@ -75,6 +78,15 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "unknown step": ((*EVAL, "--step=7"), ("step=7 is not a checkpoint", "[2, 3]")),
     "word for a step": ((*EVAL, "--step=last"), ("step=last", "latest, best")),
     "negative batch": ((*EVAL, "--batch_size=-1"), ("batch_size",)),
+    "no prompt": (GENERATE, ("give either --prompt=TEXT or --prompts=FILE",)),
+    "empty prompt": ((*GENERATE, "--prompt="), ("prompt 1 is empty",)),
+    "broken prompt": ((*GENERATE, "--prompt=a\udcff"), ("prompt 1 is not valid UTF-8",)),
+    "long prompt": ((*GENERATE, "--prompt=thirteen byte"), ("17, and must be at most max_length=16",)),
+    "unknown exchange": ((*GENERATE, "--prompt=a", "--exchange=post"), ("model.exchange='post' must be one of",)),
+    "checkpoint of another shape": (
+        ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a"),
+        ("is of another model", "[1, 8, 4, 16]", "[1, 16, 4, 16]"),
+    ),
     "eval on too many ranks": ((*EVAL, "--config.mesh.expert=8"), ("= 8 ranks", "2 devices")),
 }
 DIVERGED = (
@@ -109,6 +121,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for name, content in (("empty", config.read_text()), ("broken", "{")):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(content)
+    (folder / "other").mkdir()
+    (folder / "other" / "checkpoints").symlink_to(folder / "run" / "checkpoints")
+    (folder / "other" / "config.json").write_text(load_config(config, ("model.num_experts=16",)).to_json())
+    (folder / "prompts.jsonl").write_text('{"prompt": "the state", "id": 5}\n{"prompt": "of", "max_tokens": 2}\n')
     (folder / "empty.txt").write_text(" \n")
     rows = [{"goal": "see", "sol1": "look", "sol2": "listen", "label": label} for label in (0, 1, 0)]
     (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -151,6 +167,18 @@ def test_bad_input_is_one_line(outcomes: dict[str, Outcome], name: str) -> None:
     assert "Traceback" not in out + err
     for part in BAD[name][1]:
         assert part in err
+
+
+def test_generate(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """Text to the terminal, JSON lines to a program; the same completion by both."""
+    code, out, err = outcomes["generate"]
+    assert code == 0, err
+    code, lines, err = outcomes["generate lines"]
+    assert code == 0, err
+    first, second = map(json.loads, lines.splitlines())
+    assert out == "the state" + first["text"] + "\n"
+    assert first["id"] == 5 and len(first["tokens"]) == len(first["logprobs"]) == 4 and len(second["tokens"]) == 2
+    assert "6 tokens in" in err
 
 
 def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ SHAPE = Shape()
 LEARNING_RATE, B1, B2, WEIGHT_DECAY = 3e-4, 0.9, 0.95, 0.1
 
 
-def serve(parameters: int, round_of_steps: Callable[[], float]) -> None:
+def serve(parameters: int, round_of_steps: Callable[[], float], **more: Any) -> None:
     """Answers each line of stdin with the seconds of a step, until stdin ends."""
     round_of_steps()  # warm: allocations and caches, after the compilation
-    _reply({"parameters": parameters})
+    _reply({"parameters": parameters, **more})
     for _ in sys.stdin:
         _reply({"seconds": round_of_steps()})
 
 
-def _reply(values: dict[str, float]) -> None:
+def _reply(values: dict[str, Any]) -> None:
     print(json.dumps(values), flush=True)

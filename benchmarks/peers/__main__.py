@@ -19,15 +19,14 @@ import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
-import signal  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from typing import Any  # noqa: E402
 
 from absl import app, flags  # noqa: E402
 
 from benchmarks.peers import SHAPE  # noqa: E402
+from benchmarks.peers.worker import Worker  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac,qwen3_moe,nemotron_h,maxtext", "Cases, see above.")
@@ -38,7 +37,6 @@ _HF_PYTHON = flags.DEFINE_string("hf_python", ".venv-peers-hf/bin/python", "Pyth
 _MAXTEXT_PYTHON = flags.DEFINE_string("maxtext_python", ".venv-peers-maxtext/bin/python", "Python with MaxText.")
 _SETUP = flags.DEFINE_bool("setup", False, "Make the environments of the peers, and stop.")
 
-ROOT = pathlib.Path(__file__).parents[2]
 STRUCTURES = ("fine_grained", "bigmac")
 HF = ("torch>=2.10", "transformers>=5.8,<6")
 # MaxText asks for nothing itself; these let its training step run without Google Cloud. It needs Python 3.12 or later.
@@ -48,37 +46,6 @@ MAXTEXT = (
     "pathwaysutils", "pillow", "protobuf", "psutil", "pydantic", "qwix", "sentencepiece", "sympy", "tensorboardx",
     "tensorflow-cpu", "tiktoken", "tokamax", "transformers",
 )  # fmt: skip
-
-
-class Worker:
-    """A case's process: ready once made, and called for the seconds of a step in one round."""
-
-    def __init__(self, case: str, module: str, python: str):
-        command = [python, "-m", f"benchmarks.peers.{module}", case, str(_STEPS.value)]
-        self.case = case
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.parameters = int(self._answer()["parameters"])
-        self._process.send_signal(signal.SIGSTOP)  # or threads of its pool may go on spinning while another computes
-
-    def __call__(self) -> float:
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        seconds = self._answer()["seconds"]
-        self._process.send_signal(signal.SIGSTOP)
-        return seconds
-
-    def close(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
-        self._process.communicate()  # ends its input, which ends it
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):  # libraries print too
-                return json.loads(line)
-        raise RuntimeError(f"{self.case} ended with exit code {self._process.wait()}; its error stands above")
 
 
 def main(_: list[str]) -> None:
@@ -92,12 +59,12 @@ def main(_: list[str]) -> None:
             if not pathlib.Path(python).is_file():
                 print(f"{case} is left out: {python} is not there; make it with --setup", file=sys.stderr)
                 continue
-            workers[case] = Worker(case, module, python)
+            workers[case] = Worker(python, f"benchmarks.peers.{module}", case, str(_STEPS.value))
             stack.callback(workers[case].close)
         seconds = alternate(workers, _ROUNDS.value)
     for case, rounds in seconds.items():
         rate = SHAPE.batch_size * SHAPE.sequence_length / statistics.median(rounds)
-        line = {"name": case, "tokens_per_s": round(rate), "parameters": workers[case].parameters}
+        line = {"name": case, "tokens_per_s": round(rate), "parameters": workers[case].first["parameters"]}
         print(json.dumps(line | summary(rounds)), flush=True)
     peers = [case for case in seconds if case not in STRUCTURES]
     for ours in (case for case in seconds if case in STRUCTURES):

@@ -1,10 +1,11 @@
 """Parameters and the parts of a transformer that are not the MoE layer.
 
-B batch, L length, D hidden, N heads, G key-value heads, H head size, F MLP hidden.
+B batch, L length, M room of a cache, D hidden, N heads, G key-value heads, H head size, F MLP hidden.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,17 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import TENSOR, on_each_rank, platform, replicated_spec, split_spec, tensor_ranks, token_spec
+from bigmac_jax.mesh import (
+    TENSOR,
+    batch_spec,
+    cache_spec,
+    on_each_rank,
+    platform,
+    replicated_spec,
+    split_spec,
+    tensor_ranks,
+    token_spec,
+)
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
@@ -158,12 +169,23 @@ def split_inputs(x_BLF: Array, w_FD: Array) -> Array:
 
 def rotate(x_BLNH: Array, theta: float) -> Array:
     """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
-    length, half = x_BLNH.shape[1], x_BLNH.shape[-1] // 2
+    sin_LH, cos_LH = _angles(x_BLNH, theta, x_BLNH.shape[1])
+    return _turn(x_BLNH, *(v.reshape(1, v.shape[0], 1, v.shape[1]) for v in (sin_LH, cos_LH)))
+
+
+def rotate_to(x_BNH: Array, theta: float, position_B: Array, length: int) -> Array:
+    """`rotate` of one position of each row, below `length`."""
+    sin_LH, cos_LH = _angles(x_BNH, theta, length)
+    return _turn(x_BNH, *(v[position_B][:, None] for v in (sin_LH, cos_LH)))
+
+
+def _angles(x: Array, theta: float, length: int) -> tuple[Array, Array]:
+    """Sines and cosines [L, H/2] of the angles, in the dtype of x [..., H]."""
+    half = x.shape[-1] // 2
     # Constants on CPU, where XLA would compute a sine and a cosine for every entry of x, and again in the gradient.
     xp = np if platform() == "cpu" else jnp
     angle_LH = xp.outer(xp.arange(length), theta ** (-xp.arange(half) / half))
-    sin, cos = (jnp.asarray(f(angle_LH), x_BLNH.dtype).reshape(1, length, 1, half) for f in (xp.sin, xp.cos))
-    return _turn(x_BLNH, sin, cos)
+    return jnp.asarray(xp.sin(angle_LH), x.dtype), jnp.asarray(xp.cos(angle_LH), x.dtype)
 
 
 @jax.custom_vjp
@@ -207,6 +229,13 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
 
+class KeyValues(NamedTuple):
+    """Of the positions that a layer has seen: [B, L, G, H] where they come from, [B, G, M, H] in a cache."""
+
+    keys: Array
+    values: Array
+
+
 class Attention(nnx.Module):
     """Causal attention with optional grouped key-value heads, query-key norm and rotary positions; heads are split over
     `tensor`."""
@@ -222,15 +251,9 @@ class Attention(nnx.Module):
         self.query_norm = Norm("rmsnorm", H) if config.qk_norm else None
         self.key_norm = Norm("rmsnorm", H) if config.qk_norm else None
 
-    def __call__(self, x_BLD: Array) -> Array:
-        B, L, D = x_BLD.shape
-        # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
-        q_BLNH, k_BLGH, v_BLGH = (
-            jnp.reshape(y_BLF, (B, L, -1, self.config.head_size), out_sharding=split_spec(4))
-            for y_BLF in split_outputs(x_BLD, self.query, self.key, self.value)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
+    def __call__(self, x_BLD: Array) -> tuple[Array, KeyValues]:
+        """Of whole sequences from their first position; also the keys and values, for a cache."""
+        q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
         if self.config.positions == "rope":
             q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
         y_BLNH = on_each_rank(
@@ -239,7 +262,68 @@ class Attention(nnx.Module):
             in_spec=split_spec,
             out_specs=split_spec(4),
         )
-        return self.out(jnp.reshape(y_BLNH, (B, L, D), out_sharding=split_spec(3)))
+        return self._joined(y_BLNH), KeyValues(k_BLGH, v_BLGH)
+
+    def step(self, x_SBD: Array, past: KeyValues, position_SB: Array) -> tuple[Array, KeyValues]:
+        """One more token of each sequence.
+
+        Args:
+          x_SBD: the rows of each shard of the batch side by side, like the tokens of one sequence.
+          past: keys and values [S·B, G, M, H] up to each row's position.
+          position_SB: where its token stands, below M.
+
+        Returns:
+          (y_SBD, `past` with the token's own keys and values)
+        """
+        y_SBNH, *past = on_each_rank(
+            functools.partial(_append_and_attend, self.config),
+            (*self._heads(x_SBD), *past, position_SB),
+            in_spec=(*[split_spec(4)] * 3, cache_spec(), cache_spec(), batch_spec(2)),
+            out_specs=(split_spec(4), cache_spec(), cache_spec()),
+        )
+        return self._joined(y_SBNH), KeyValues(*past)
+
+    def _heads(self, x_BLD: Array) -> tuple[Array, Array, Array]:
+        """q_BLNH, k_BLGH, v_BLGH before their rotation."""
+        B, L, _ = x_BLD.shape
+        # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
+        q_BLNH, k_BLGH, v_BLGH = (
+            jnp.reshape(y_BLF, (B, L, -1, self.config.head_size), out_sharding=split_spec(4))
+            for y_BLF in split_outputs(x_BLD, self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
+        return q_BLNH, k_BLGH, v_BLGH
+
+    def _joined(self, y_BLNH: Array) -> Array:
+        B, L = y_BLNH.shape[:2]
+        return self.out(jnp.reshape(y_BLNH, (B, L, self.config.hidden_size), out_sharding=split_spec(3)))
+
+
+def _append_and_attend(
+    config: ModelConfig,
+    q_SBNH: Array,
+    k_SBGH: Array,
+    v_SBGH: Array,
+    keys_BGMH: Array,
+    values_BGMH: Array,
+    position_SB: Array,
+) -> tuple[Array, Array, Array]:
+    """`Attention.step` on one rank, whose S is 1."""
+    B, G, M, H = keys_BGMH.shape
+    q_BNH, k_BGH, v_BGH = (v.reshape(B, -1, H) for v in (q_SBNH, k_SBGH, v_SBGH))
+    position_B = position_SB.reshape(B)
+    if config.positions == "rope":
+        q_BNH, k_BGH = (rotate_to(v, config.rope_theta, position_B, M) for v in (q_BNH, k_BGH))
+    row_B = jnp.arange(B)
+    keys_BGMH = keys_BGMH.at[row_B, :, position_B].set(k_BGH, unique_indices=True)
+    values_BGMH = values_BGMH.at[row_B, :, position_B].set(v_BGH, unique_indices=True)
+    q_BGNH = (q_BNH / math.sqrt(H)).reshape(B, G, -1, H)  # N: the query heads of a key-value head
+    scores_BGNM = jnp.einsum("BGNH,BGMH->BGNM", q_BGNH, keys_BGMH, preferred_element_type=jnp.float32)
+    seen_BM = jnp.arange(M)[None] <= position_B[:, None]
+    weights_BGNM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], scores_BGNM, -jnp.inf))
+    y_BGNH = jnp.einsum("BGNM,BGMH->BGNH", weights_BGNM.astype(values_BGMH.dtype), values_BGMH)
+    return y_BGNH.reshape(q_SBNH.shape), keys_BGMH, values_BGMH
 
 
 class MLP(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import on_each_rank
+from bigmac_jax.mesh import on_each_rank, token_spec
 from bigmac_jax.model.layers import project
 
 
@@ -39,11 +39,12 @@ def route(config: ModelConfig, x_BLD: Array, w_DE: Array, bias_E: Array | None) 
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
 
     # Told rank by rank: XLA would gather the scores of all ranks for a top-k, and choose for all of them.
-    def choose(ranking_BLE: Array) -> Array:
-        return jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
+    def choose(ranking_BLE: Array, scores_BLE: Array) -> tuple[Array, Array]:
+        experts_BLK = jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
+        return experts_BLK, jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
 
-    experts_BLK = on_each_rank(choose, (ranking_BLE,))
-    gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
+    specs = token_spec(3), token_spec(3)
+    experts_BLK, gates_BLK = on_each_rank(choose, (ranking_BLE, scores_BLE), out_specs=specs)
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:
         gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)

@@ -29,13 +29,15 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
-        x_BLD = x_BLD + dropout(self.attention(self.attention_norm(x_BLD)), self.config.dropout, keys[0])
-        h_BLD, aux = self.mlp_norm(x_BLD), empty_aux()
-        if isinstance(self.mlp, MoE):
-            y_BLD, aux = self.mlp(h_BLD, load_E, dropless)
-        else:
-            y_BLD = self.mlp(h_BLD)
+        y_BLD, _ = self.attention(self.attention_norm(x_BLD))
+        x_BLD = x_BLD + dropout(y_BLD, self.config.dropout, keys[0])
+        y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless)
         return x_BLD + dropout(y_BLD, self.config.dropout, keys[1]), aux
+
+    def feed_forward(self, x_BLD: Array, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
+        """What the second branch adds to x."""
+        h_BLD = self.mlp_norm(x_BLD)
+        return self.mlp(h_BLD, load_E, dropless) if isinstance(self.mlp, MoE) else (self.mlp(h_BLD), empty_aux())
 
 
 class Transformer(nnx.Module):
@@ -76,8 +78,7 @@ class Transformer(nnx.Module):
           (logits_BLV in float32, aux with a leading dimension of layers)
         """
         x_BLD, aux = self.features(tokens_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
-        product = functools.partial(jnp.einsum, "BLD,VD->BLV", preferred_element_type=jnp.float32)
-        return on_each_rank(product, (x_BLD,), (self.unembedding().astype(x_BLD.dtype),)), aux
+        return self.logits(x_BLD), aux
 
     def features(
         self,
@@ -88,13 +89,8 @@ class Transformer(nnx.Module):
         dropless: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
-        config, length = self.config, tokens_BL.shape[1]
-        if self.positions_LD is not None and length > self.max_length:
-            raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
-        tables = [table[...] for table in (self.embedding_VD, self.positions_LD) if table is not None]
-        x_BLD = on_each_rank(_embed, (jax.sharding.reshard(tokens_BL, token_spec(2)),), tables)
-        x_BLD = (math.sqrt(config.hidden_size) * x_BLD).astype(config.dtype)
-        keys_Y = None
+        config = self.config
+        x_BLD, keys_Y = self.embed(tokens_BL), None
         if dropout_key is not None and config.dropout:
             keys = jax.random.split(dropout_key, 1 + config.num_layers)
             x_BLD, keys_Y = dropout(x_BLD, config.dropout, keys[0]), keys[1:]
@@ -112,6 +108,26 @@ class Transformer(nnx.Module):
         x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE), unroll=unroll)
         return self.final_norm(x_BLD), aux
 
+    def embed(self, tokens_BL: Array, position_BL: Array | None = None) -> Array:
+        """x_BLD of the tokens at their positions, by default 0 to L - 1.
+
+        Raises:
+          ValueError: L exceeds the learned positions.
+        """
+        length = tokens_BL.shape[1]
+        if self.positions_LD is not None and position_BL is None and length > self.max_length:
+            raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
+        tables = [table[...] for table in (self.embedding_VD, self.positions_LD) if table is not None]
+        arrays = (tokens_BL,) if position_BL is None or self.positions_LD is None else (tokens_BL, position_BL)
+        arrays = tuple(jax.sharding.reshard(array, token_spec(2)) for array in arrays)
+        x_BLD = on_each_rank(_embed if len(arrays) == 1 else _embed_at, arrays, tables)
+        return (math.sqrt(self.config.hidden_size) * x_BLD).astype(self.config.dtype)
+
+    def logits(self, x_BLD: Array) -> Array:
+        """Float32 logits_BLV of features."""
+        product = functools.partial(jnp.einsum, "BLD,VD->BLV", preferred_element_type=jnp.float32)
+        return on_each_rank(product, (x_BLD,), (self.unembedding().astype(x_BLD.dtype),))
+
     def unembedding(self) -> Array:
         """w_VD: logits are x wᵀ."""
         return (self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD)[...]
@@ -124,6 +140,10 @@ def _embed(tokens_BL: Array, embedding_VD: Array, positions_LD: Array | None = N
         return x_BLD
     first = 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(TENSOR) * tokens_BL.shape[1]
     return x_BLD + jax.lax.dynamic_slice_in_dim(positions_LD, first, tokens_BL.shape[1])[None]
+
+
+def _embed_at(tokens_BL: Array, position_BL: Array, embedding_VD: Array, positions_LD: Array) -> Array:
+    return embedding_VD[tokens_BL] + positions_LD[position_BL]
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -228,7 +228,8 @@ class Checkpoints:
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
-        """The state, sharded as `abstract`, and the data position."""
+        """The state, sharded as `abstract`, and the data position; errors as for `restore_model`."""
+        self._check_shapes(step, {"params": abstract.params, "rest": abstract.rest})
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -241,8 +242,32 @@ class Checkpoints:
         return TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"]), items["data"]
 
     def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """{"params": …, "rest": …} alone."""
+        """{"params": …, "rest": …} alone.
+
+        Raises:
+          ConfigError: the checkpoint is of a model of another shape.
+        """
+        self._check_shapes(step, abstract)
         return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))["model"]
+
+    def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
+        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+            names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+            return {
+                n.split(".", 1)[1].removesuffix(".value"): leaf.shape
+                for n, (_, leaf) in zip(names, leaves, strict=True)
+            }
+
+        path = self._directory / str(step) / "model"
+        saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                has, needs = (list(s[name]) if name in s else "none" for s in (saved, wanted))
+                raise ConfigError(
+                    f"checkpoint {step} of {self._directory} is of another model: its {name} is {has}, the config asks "
+                    f"for {needs}; use the config.json it was trained with"
+                )
 
     def close(self) -> None:
         """Waits, too."""

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import re
 
+import jax
 import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import EXPERT_GROUP, ranks
+from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed, ranks
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning.counts import tokens_at_a_time
@@ -17,11 +19,13 @@ from .test_expert_parallel import name
 from .tools import (
     PAPER,
     PRESENT,
+    abstract_layer,
     assert_close,
     expected_layer_and_gradients,
     layer_and_gradients,
     on_mesh,
     pairwise,
+    split_tokens,
     tiny,
 )
 
@@ -74,20 +78,39 @@ def test_every_token_may_choose_the_same_experts(exchange: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "top_k", "factor", "expected"),
+    ("sizes", "top_k", "factor", "tokens", "expected"),
     [
         # Rows a token to others, dropless: all_to_all's worst case is 7 · 8, dedup's and gather's 7; gather's metadata
         # has more bytes.
-        ((1, 8), 8, math.inf, "dedup"),
-        ((1, 8), 1, 1.1, "all_to_all"),  # as many rows for both, but dedup's carry experts and gates as well
-        ((1, 8), 8, 1.1, "dedup"),
-        ((4, 8), 8, math.inf, "hierarchical"),  # across machines 3 rows, where dedup and gather send 24
+        ((1, 8), 8, math.inf, 1280, "dedup"),
+        ((1, 8), 1, 1.1, 1280, "all_to_all"),  # as many rows for both, but dedup's carry experts and gates as well
+        ((1, 8), 8, 1.1, 1280, "dedup"),
+        ((4, 8), 8, math.inf, 1280, "hierarchical"),  # across machines 3 rows, where dedup and gather send 24
+        ((1, 8), 8, math.inf, 2, "all_to_all"),  # of so few rows the collectives count: 3, not 4
+        ((4, 8), 8, math.inf, 2, "dedup"),  # and not hierarchical's 8
     ],
 )
-def test_auto_takes_the_fewest_seconds(sizes: tuple[int, int], top_k: int, factor: float, expected: str) -> None:
+def test_auto_takes_the_fewest_seconds(
+    sizes: tuple[int, int], top_k: int, factor: float, tokens: int, expected: str
+) -> None:
     strategies = {name: STRATEGIES[name](64, sizes, factor, EXPERT_GROUP) for name in STRATEGIES if name != "ragged"}
-    seconds = {name: strategy.seconds(1280, top_k, 512) for name, strategy in strategies.items()}
+    seconds = {name: strategy.seconds(tokens, top_k, 512) for name, strategy in strategies.items()}
     assert min(seconds, key=seconds.__getitem__) == expected
+
+
+@pytest.mark.parametrize(
+    ("exchange", "factor"),
+    [("all_to_all", 1.0), ("all_to_all", math.inf), ("dedup", 1.0), ("hierarchical", 1.0), ("gather", 1.0)],
+)
+def test_collectives_that_are_counted_are_those_of_the_program(exchange: str, factor: float) -> None:
+    """Not ragged's: on CPU its movements are emulated with others."""
+    config = tiny((1, 2, 2), exchange=exchange, capacity_factor=factor, length=4)
+    with on_mesh(config):
+        x_BLD = jax.ShapeDtypeStruct((8, 4, 16), np.float32, sharding=split_tokens(np.zeros((8, 4, 16))).sharding)
+        layer = placed(abstract_layer(config), make_mesh(config))
+        text = str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
+        counted = strategy(config.model, factor, 8).collectives
+    assert len(re.findall(r" (?:all_to_all|all_gather|reduce_scatter)\[", text)) == counted > 0
 
 
 def test_auto_gives_the_reference_and_says_why() -> None:
@@ -96,5 +119,5 @@ def test_auto_gives_the_reference_and_says_why() -> None:
     with on_mesh(config):
         line = describe_auto(config)
         chosen = strategy(config.model, math.inf, tokens_at_a_time(config, ranks()))
-    assert line.startswith("exchange=auto took dedup; ") and "all_to_all" in line and "ragged" not in line
-    assert isinstance(chosen, STRATEGIES["dedup"])
+    assert line.startswith("exchange=auto took all_to_all; ") and "dedup" in line and "ragged" not in line
+    assert isinstance(chosen, STRATEGIES["all_to_all"])

@@ -142,6 +142,11 @@ class Ragged(Strategy):
         offsets = 2 * 3 * 4 if self.emulated else 0  # of each movement; the primitive's own are not counted
         return self._per_peer(4 * self.num_experts + offsets), self._per_peer(offsets)
 
+    @property
+    def collectives(self) -> int:
+        """Counts, and rows there and back."""
+        return 0 if self.ranks == 1 else 3
+
 
 def before(size_SD: Array, axis: int) -> Array:
     """Sums of what stands before each entry along an axis."""

@@ -24,6 +24,8 @@ from bigmac_jax.model.exchange.wire import Wire, row_bytes
 # and its share of a 100 Gb/s network card, as in the paper's cluster.
 FAST_LINK = 200e9
 SLOW_LINK = 12.5e9
+# Seconds that a collective takes however little it sends; what decides for the few rows of a decode step.
+LATENCY = 10e-6
 
 
 @jax.tree_util.register_dataclass
@@ -140,10 +142,15 @@ class Strategy:
         return round(rows) * row_bytes(format or self.forward, width)
 
     def seconds(self, tokens: int, choices: int, width: int) -> float:
-        """Of the exchanges of a forward pass, predicted from the bytes on fast and slow links."""
+        """Of the exchanges of a forward pass, predicted from collectives and the bytes on fast and slow links."""
         dispatch, combine = self.sent(tokens, choices)
         sent = dispatch.plus(combine).times(row_bytes(self.forward, width)).plus(self.metadata(tokens, choices)[0])
-        return sent.fast / FAST_LINK + sent.slow / SLOW_LINK
+        return sent.fast / FAST_LINK + sent.slow / SLOW_LINK + self.collectives * LATENCY
+
+    @property
+    def collectives(self) -> int:
+        """Of a forward pass, those of metadata included."""
+        raise NotImplementedError
 
     def _here(self, experts_TK: Array) -> Plan:
         """On one rank nothing is sent."""
@@ -231,6 +238,11 @@ class AllToAll(Strategy):
     def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
         return self._per_peer(4 * self.local_experts if self.dropless else 0), Sent(0, 0)
 
+    @property
+    def collectives(self) -> int:
+        """Rows there and back; where they are not of a fixed number, how many."""
+        return 0 if self.ranks == 1 else 3 if self.dropless else 2
+
 
 @dataclass(frozen=True)
 class Dedup(Strategy):
@@ -290,6 +302,11 @@ class Dedup(Strategy):
             self._over_hops(hops, lambda hop: hop.capacity * hop.metadata_bytes(choices)),
             self._over_hops(hops, lambda hop: hop.capacity * hop.gate_bytes(choices)),
         )
+
+    @property
+    def collectives(self) -> int:
+        """In each hop experts, rows, gates, and rows back."""
+        return 4 * len(self.hops(1, 1))
 
     def _over_hops(self, hops: list[Hop], amount: Callable[[Hop], float]) -> Sent:
         """What a rank sends if it is `amount` to each destination of a hop."""
@@ -357,6 +374,11 @@ class Gather(Strategy):
 
     def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
         return self._per_peer(tokens * choices * (4 + 4)), self._per_peer(tokens * choices * 4)
+
+    @property
+    def collectives(self) -> int:
+        """Experts, rows, gates, and the sums."""
+        return 0 if self.ranks == 1 else 4
 
 
 def room(rows: float, at_most: int) -> int:

@@ -1,0 +1,241 @@
+"""Completions of prompts, in batches. S batch shards, B rows of one, N = S·B, P prompt length, M room of the cache."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.inference.cache import Cache, decode, make_decoder, prefill
+from bigmac_jax.inference.sampling import Draws, Sampling, candidates, draws, sample
+from bigmac_jax.inference.text import Text
+from bigmac_jax.mesh import BATCH, TENSOR, batch_spec, replicated_spec, token_spec
+from bigmac_jax.model.transformer import Transformer
+
+Prompt = str | tuple[int, ...]  # text, or token ids
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what is to follow it."""
+
+    prompt: Prompt
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt."""
+
+    text: str
+    tokens: tuple[int, ...]  # the end-of-text token and those of a stop text included
+    logprobs: tuple[float, ...]  # of each token, nats, at temperature 1
+    finish_reason: str  # stop (end of text, or a stop text) | length (max_tokens)
+    prompt_tokens: int
+
+
+class Generator:
+    """Completes prompts with a model on the current mesh.
+
+    Args:
+      config, model: as `bigmac_jax.restore` gives them.
+      max_length: prompt and completion together; 0 = data.sequence_length. More needs positions that aren't learned.
+      batch_size: prompts at a time.
+      tokenizer: by default the config's.
+      exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
+      consume: frees the model on the way, where memory is too short for both.
+
+    Raises:
+      ConfigError: max_length exceeds the learned positions; the tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Transformer,
+        max_length: int = 0,
+        batch_size: int = 16,
+        tokenizer: Tokenizer | None = None,
+        exchange: str = "auto",
+        consume: bool = False,
+    ):
+        trained = config.data.sequence_length
+        if config.model.positions == "learned" and max_length > trained:
+            raise ConfigError(
+                f"max_length={max_length} must be at most the {trained} learned positions (data.sequence_length)"
+            )
+        self.max_length = max_length or trained
+        self.batch_size = batch_size
+        self.tokenizer = tokenizer or load_tokenizer(config)
+        self.mesh = jax.sharding.get_mesh()
+        self._vocab_size = config.model.vocab_size
+        # Given to the programs as a list of arrays: flattening modules would take half as long as a small step.
+        self._weights, tree = jax.tree.flatten(make_decoder(config, model, exchange, consume))
+        self._start = jax.jit(functools.partial(_start, tree), static_argnames=("room", "candidates"))
+        self._step = jax.jit(functools.partial(_step, tree), static_argnames="candidates", donate_argnames="state")
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Request],
+        on_done: Callable[[int, Completion], None] | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """The completion of each prompt.
+
+        Args:
+          on_done: called with the number of a prompt and its completion as soon as that is there.
+          **sampling: fields of `Sampling`, for prompts that are no `Request`.
+
+        Raises:
+          ConfigError: a prompt that is empty, broken text, or too long with its max_tokens.
+        """
+        requests = [_request(prompt, sampling) for prompt in prompts]
+        prompt_ids = self._encoded(requests)
+        # Of like length together: a batch takes as long as its longest.
+        order = sorted(range(len(requests)), key=lambda i: (-len(prompt_ids[i]), i))
+        done: dict[int, Completion] = {}
+        rows = min(self.batch_size, len(requests))
+        for start in range(0, len(order), rows or 1):
+            batch = order[start : start + rows]
+            samplings = [requests[i].sampling for i in batch]
+            texts = [Text(self.tokenizer, sampling) for sampling in samplings]
+            for chosen in self.steps([prompt_ids[i] for i in batch], samplings, batch, rows):
+                for text, number, (token, logprob) in zip(texts, batch, chosen, strict=True):
+                    if text.finish_reason:
+                        continue
+                    text.add(token, logprob)
+                    if text.finish_reason:
+                        done[number] = _completion(text, len(prompt_ids[number]))
+                        if on_done:
+                            on_done(number, done[number])
+                if all(text.finish_reason for text in texts):
+                    break
+        return [done[i] for i in range(len(requests))]
+
+    def stream(self, prompt: Prompt | Request, **sampling: Any) -> Iterator[str]:
+        """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
+        request = _request(prompt, sampling)
+        (ids,) = self._encoded([request])
+        text = Text(self.tokenizer, request.sampling)
+        for ((token, logprob),) in self.steps([ids], [request.sampling], [0], 1):
+            yield text.add(token, logprob)
+            if text.finish_reason:
+                return
+
+    def steps(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], numbers: Sequence[int], rows: int
+    ) -> Iterator[list[tuple[int, float]]]:
+        """A batch token by token: the token and its log-probability of each prompt. The device is one step ahead.
+
+        Args:
+          prompts: token ids; none is checked.
+          numbers: of the prompts, for their draws.
+          rows: of the batch, at least the prompts.
+        """
+        shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
+        unit = shards * self.mesh.shape[TENSOR]
+        shape = shards, -(-rows // unit) * unit // shards
+        longest = max(map(len, prompts))
+        steps = max(s.max_tokens for s in samplings)
+        padded = _bucket(longest, self.mesh.shape[TENSOR])
+        room = max(padded, _bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
+        tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
+        length_N = np.ones(math.prod(shape), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_NP[row, : len(prompt)], length_N[row] = prompt, len(prompt)
+
+        drawn = Draws(*(self._place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
+        C = candidates(samplings, self._vocab_size)
+        with jax.set_mesh(self.mesh):
+            state, out = self._start(
+                self._weights,
+                self._place(tokens_NP, token_spec(2)),
+                self._place(length_N.reshape(shape), batch_spec(2)),
+                drawn,
+                room=room,
+                candidates=C,
+            )
+            for step in range(steps):
+                previous = out
+                if step + 1 < steps:
+                    state, out = self._step(self._weights, state, drawn, candidates=C)
+                tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
+                yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
+    def _encoded(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The token ids of each prompt, checked."""
+        for number, request in enumerate(requests, 1):
+            _check_prompt(number, request.prompt, self._vocab_size)
+        of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
+        encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
+        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), 1):
+            wanted = len(ids) + request.sampling.max_tokens
+            if wanted > self.max_length:
+                raise ConfigError(
+                    f"prompt {number} has {len(ids)} tokens, which with max_tokens={request.sampling.max_tokens} are "
+                    f"{wanted}, and must be at most max_length={self.max_length}; use a shorter prompt, fewer "
+                    f"max_tokens, or a longer max_length"
+                )
+        return encoded
+
+    def _place(self, values: Any, spec: P) -> Array:
+        return jax.make_array_from_callback(values.shape, NamedSharding(self.mesh, spec), values.__getitem__)
+
+
+State = tuple[Cache, Array]  # and the tokens to be read next
+
+
+def _start(
+    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, room: int, candidates: int
+) -> tuple[State, tuple[Array, Array]]:
+    logits_SBV, cache = prefill(jax.tree.unflatten(tree, weights), tokens_NP, length_SB, room)
+    return _chosen(logits_SBV, cache, draws, candidates)
+
+
+def _step(
+    tree: Any, weights: list[Array], state: State, draws: Draws, candidates: int
+) -> tuple[State, tuple[Array, Array]]:
+    logits_SBV, cache = decode(jax.tree.unflatten(tree, weights), *state)
+    return _chosen(logits_SBV, cache, draws, candidates)
+
+
+def _chosen(logits_SBV: Array, cache: Cache, draws: Draws, candidates: int) -> tuple[State, tuple[Array, Array]]:
+    """The new state, and the tokens and log-probabilities on every process."""
+    chosen = sample(logits_SBV, draws, cache.position_SB, candidates)
+    return (cache, chosen[0]), tuple(jax.sharding.reshard(v, replicated_spec(2)) for v in chosen)
+
+
+def _request(prompt: Prompt | Request, sampling: dict[str, Any]) -> Request:
+    return prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling))
+
+
+def _check_prompt(number: int, prompt: Prompt, vocab_size: int) -> None:
+    if not prompt:
+        raise ConfigError(f"prompt {number} is empty; give at least one character")
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"prompt {number} is not valid UTF-8 (character {error.start + 1}); give it as UTF-8 text"
+            ) from None
+    elif unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+        raise ConfigError(f"prompt {number} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
+
+
+def _bucket(length: int, multiple: int) -> int:
+    """A length that holds this one, of few, so that few programs are compiled."""
+    step = math.lcm(16 if length <= 128 else 128, multiple)
+    return -(-length // step) * step
+
+
+def _completion(text: Text, prompt_tokens: int) -> Completion:
+    return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, prompt_tokens)

@@ -1,0 +1,75 @@
+"""Prompts and completions as JSON lines."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.inference.generate import Completion, Request
+from bigmac_jax.inference.sampling import Sampling
+
+Row = dict[str, Any]
+_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
+    """The lines of a file, or of standard input (`-`), each with its request.
+
+    Args:
+      sampling: what a line does not say for itself.
+
+    Raises:
+      ConfigError: no such file, or a line that is no request; the message names it.
+    """
+    name = "standard input" if source == "-" else f"--prompts={source}"
+    try:
+        content = sys.stdin.buffer.read() if source == "-" else pathlib.Path(source).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror}); give a file of JSON lines") from None
+    requests = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1}); fix it") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}, line {number} is not JSON ({error}); fix it") from None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ConfigError(f'{name}, line {number} must be an object with a text "prompt"; fix it')
+        try:
+            own = dataclasses.replace(sampling, **{field: row[field] for field in _FIELDS if field in row})
+        except ConfigError as error:
+            raise ConfigError(f"{name}, line {number}: {error}") from None
+        requests.append((row, Request(row["prompt"], own)))
+    if not requests:
+        raise ConfigError(f'{name} holds no prompt; give an object with "prompt" a line')
+    return requests
+
+
+def answer(row: Row, request: Request, completion: Completion) -> Row:
+    """What is written for a request: its own fields, and those of the completion."""
+    return {**row, "prompt": request.prompt, **dataclasses.asdict(completion)}
+
+
+@contextlib.contextmanager
+def answers_to(target: str) -> Iterator[TextIO]:
+    """The file that answers are written to; standard output for `-`.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    if target == "-":
+        yield sys.stdout
+        return
+    try:
+        file = open(pathlib.Path(target).expanduser(), "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"--output={target} cannot be written ({error.strerror}); choose another path") from None
+    with file:
+        yield file

@@ -1,0 +1,67 @@
+"""Tokens as they come, to text as it can be shown."""
+
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.inference.sampling import Sampling
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+# A character of UTF-8 has four bytes at most: after as many tokens, what looks unfinished is broken.
+_LONGEST_CHARACTER = 4
+
+
+class Text:
+    """One completion while it grows.
+
+    Attributes:
+      text: what has been given out.
+      tokens, logprobs: all so far.
+      finish_reason: "" until it ends, then stop or length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling):
+        self.text, self.finish_reason = "", ""
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._held = ""  # decoded, but maybe the beginning of a stop text
+        # Tokens are decoded behind some that have been: a tokenizer may drop the space before the first one.
+        self._context, self._decoded = 0, 0
+
+    def add(self, token: int, logprob: float) -> str:
+        """The text that this token makes certain."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token == self._tokenizer.eos_id and not self._sampling.ignore_eos:
+            return self._finish("stop", last=len(self.tokens) - 1)
+        self._held += self._decode(len(self.tokens), whole=False)
+        ends = [self._held.find(stop) for stop in self._sampling.stop if stop in self._held]
+        if ends:
+            self._held = self._held[: min(ends)]
+            self._decoded = len(self.tokens)
+            return self._finish("stop", last=len(self.tokens))
+        if len(self.tokens) == self._sampling.max_tokens:
+            return self._finish("length", last=len(self.tokens))
+        sure = len(self._held) - max((_overlap(self._held, stop) for stop in self._sampling.stop), default=0)
+        piece, self._held = self._held[:sure], self._held[sure:]
+        self.text += piece
+        return piece
+
+    def _finish(self, reason: str, last: int) -> str:
+        piece = self._held + self._decode(last, whole=True)
+        self.text, self.finish_reason, self._held = self.text + piece, reason, ""
+        return piece
+
+    def _decode(self, stop: int, whole: bool) -> str:
+        """Text of the tokens up to `stop` that were not decoded yet; nothing while it ends inside a character."""
+        if stop <= self._decoded:
+            return ""
+        before = self._tokenizer.decode(self.tokens[self._context : self._decoded])
+        text = self._tokenizer.decode(self.tokens[self._context : stop])
+        if text.endswith(_BROKEN) and not whole and stop - self._decoded < _LONGEST_CHARACTER:
+            return ""
+        self._context, self._decoded = self._decoded, stop
+        return text[len(before) :]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,0 +1,169 @@
+"""Greedy completions are those of recomputing the prefix, the same for every batch size and mesh."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
+from training.tools import quick, text
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference.requests import answer, answers_to, read_requests
+
+LENGTH, NEW = 48, 12
+WORDS = text(1, seed=2)[0]
+PROMPTS = [WORDS[3 * i : 4 * i + 5] for i in range(16)]  # 5 to 20 bytes
+
+
+def config_on(mesh: tuple[int, ...]) -> Config:
+    return tiny(mesh, length=LENGTH, num_layers=1, structure="bigmac", num_shared_experts=1)
+
+
+@pytest.fixture(scope="module")
+def generator() -> Iterator[Generator]:
+    config = config_on((1, 1, 1))
+    with quick(), on_mesh(config):
+        yield Generator(config, random_model(config))
+
+
+@pytest.fixture(scope="module")
+def greedy(generator: Generator) -> list[Completion]:
+    with quick():
+        return generator.generate(PROMPTS, max_tokens=NEW, ignore_eos=True)
+
+
+def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -> None:
+    config, tokenizer = config_on((1, 1, 1)), ByteTokenizer()
+    with on_mesh(config):
+        model = random_model(config)
+        forward = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        tokens_NL = np.zeros((16, LENGTH), np.int32)
+        length_N = np.array([len(p) for p in PROMPTS])
+        for row, prompt in enumerate(PROMPTS):
+            tokens_NL[row, : length_N[row]] = tokenizer.encode(prompt)
+        logprobs_NT = []
+        for _ in range(NEW):
+            logits_NV = np.asarray(forward(model, split_tokens(tokens_NL)))[np.arange(16), length_N - 1]
+            best_N = logits_NV.argmax(-1)
+            logprobs_NT.append(logits_NV.max(-1) - np.log(np.exp(logits_NV.astype(np.float64)).sum(-1)))
+            tokens_NL[np.arange(16), length_N] = best_N
+            length_N = length_N + 1
+    for row, completion in enumerate(greedy):
+        assert completion.tokens == tuple(tokens_NL[row, len(PROMPTS[row]) : length_N[row]])
+        np.testing.assert_allclose(completion.logprobs, [step[row] for step in logprobs_NT], atol=2e-5)
+        assert completion.finish_reason == "length" and completion.prompt_tokens == len(PROMPTS[row])
+        assert completion.text == tokenizer.decode(completion.tokens)
+    assert len({completion.text for completion in greedy}) > 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size"),
+    [
+        ((1, 1, 1), 1),
+        ((2, 1, 2), 16),
+        ((1, 1, 8), 16),
+        pytest.param((1, 1, 1), 5, marks=pytest.mark.full),
+        pytest.param((1, 1, 8), 1, marks=pytest.mark.full),
+        pytest.param((1, 2, 1, 2, True, True), 3, marks=pytest.mark.full),
+    ],
+)
+def test_every_batch_size_and_mesh(greedy: list[Completion], mesh: tuple[int, ...], batch_size: int) -> None:
+    config = config_on(mesh)
+    with quick(), on_mesh(config):
+        generator = Generator(config, random_model(config), batch_size=batch_size, consume=True)
+        done: list[int] = []
+        found = generator.generate(PROMPTS, lambda number, _: done.append(number), max_tokens=NEW, ignore_eos=True)
+    assert [c.tokens for c in found] == [c.tokens for c in greedy]
+    assert [c.text for c in found] == [c.text for c in greedy]
+    assert sorted(done) == list(range(16))
+
+
+def test_settings_of_each_request(generator: Generator, greedy: list[Completion]) -> None:
+    """Different lengths and stops in one batch."""
+    hot = Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True, seed=1)
+    stop = greedy[2].text[4:6]
+    requests = [
+        Request(PROMPTS[0], hot),
+        Request(PROMPTS[1], Sampling(max_tokens=3, ignore_eos=True)),
+        Request(PROMPTS[2], Sampling(max_tokens=NEW, stop=(stop,), ignore_eos=True)),
+        Request(PROMPTS[0], hot),
+    ]
+    with quick():
+        drawn, short, stopped, again = generator.generate(requests)
+    assert drawn.tokens != again.tokens  # the seed is of the call, the number tells its requests apart
+    assert short.tokens == greedy[1].tokens[:3] and short.finish_reason == "length"
+    assert stopped.text == greedy[2].text[: greedy[2].text.index(stop)] and stopped.finish_reason == "stop"
+
+
+def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[Completion]) -> None:
+    with quick():
+        pieces = list(generator.stream(PROMPTS[3], max_tokens=NEW, ignore_eos=True))
+        tokens = tuple(ByteTokenizer().encode(PROMPTS[3]))
+        assert list(generator.stream(tokens, max_tokens=NEW, ignore_eos=True)) == pieces
+    assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
+
+
+def test_nothing_asked(generator: Generator) -> None:
+    assert generator.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "message"),
+    [
+        (["fine", ""], {}, "prompt 2 is empty"),
+        (["a\udcff"], {}, "prompt 1 is not valid UTF-8"),
+        (["a" * 40], {"max_tokens": 9}, "prompt 1 has 40 tokens, .* are 49, and must be at most max_length=48"),
+        ([(5, 257)], {}, r"prompt 1 has the token 257, which must lie in \[0, 257\)"),
+        (["a"], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+    ],
+)
+def test_bad_prompts(generator: Generator, prompts: list[Any], sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generator.generate(prompts, **sampling)
+
+
+def test_learned_positions_end() -> None:
+    config = tiny(length=LENGTH, positions="learned")
+    with on_mesh(config), pytest.raises(ConfigError, match="max_length=49 must be at most the 48 learned positions"):
+        Generator(config, None, max_length=49)  # type: ignore[arg-type]
+
+
+def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "é", "id": 7, "top_k": 3}\n\n{"prompt": "b", "stop": ["x"], "max_tokens": 2}\n')
+    (row, first), (_, second) = read_requests(str(file), Sampling(temperature=0.5))
+    assert first == Request("é", Sampling(temperature=0.5, top_k=3))
+    assert second == Request("b", Sampling(max_tokens=2, temperature=0.5, stop=("x",)))
+    completion = Completion("t", (1,), (-0.5,), "length", 2)
+    assert answer(row, first, completion) == {**row, **dataclasses.asdict(completion)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n\xff\n', "line 2 is not valid UTF-8"),
+        (b'{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+        (b'["a"]\n', "line 1 must be an object with a text"),
+        (b'{"prompt": 3}\n', "line 1 must be an object with a text"),
+        (b'{"prompt": "a", "top_p": 2}\n', r"line 1: top_p=2 must lie in \(0, 1\]"),
+        (b"\n", "holds no prompt"),
+    ],
+)
+def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_requests(str(file), Sampling())
+
+
+def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_requests(str(tmp_path / "none"), Sampling())
+    with pytest.raises(ConfigError, match="cannot be written"), answers_to(str(tmp_path / "none" / "out")):
+        pass
