@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import tqdm
 
-import bigmac_jax
 from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.loglikelihood import (
@@ -27,6 +27,8 @@ from bigmac_jax.evaluation.loglikelihood import (
     encode_pairs,
     loglikelihoods,
 )
+from bigmac_jax.inference import Generator, Sampling
+from bigmac_jax.inference.generate import Request as Prompt
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.checkpoint import read_config, restore
@@ -104,31 +106,26 @@ class BigMacLM(LM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to one of the stop texts; prompts lose their beginning."""
-        generator = bigmac_jax.Generator(self.config, self.model, max_length=self.length, batch_size=self.batch_size)
-        alike: dict[str, list[int]] = {}  # requests of the same options go together
-        for number, request in enumerate(requests):
-            alike.setdefault(repr(request.args[1]), []).append(number)
-        answers: dict[int, str] = {}
-        for numbers in alike.values():
-            options = normalize_gen_kwargs(requests[numbers[0]].args[1])
+        """What the model writes after each context, up to a stop text; too long a context loses its beginning."""
+        generator = Generator(self.config, self.model, self.length, self.batch_size, self.tokenizer)
+        prompts = []
+        for context, options in (request.args for request in requests):
+            options = normalize_gen_kwargs(options)
             max_tokens = min(options["max_gen_toks"], self.length - 1)
-            completions = generator.generate(
-                [self._end(requests[number].args[0], self.length - max_tokens) for number in numbers],
+            sampling = Sampling(
                 max_tokens=max_tokens,
-                temperature=options.get("temperature", 0.0),
-                top_k=options.get("top_k", 0),
-                top_p=options.get("top_p", 1.0),
+                temperature=float(options.get("temperature", 0.0)),
+                top_k=int(options.get("top_k", 0)),
+                top_p=float(options.get("top_p", 1.0)),
                 stop=tuple(options["until"]),
             )
-            for number, completion in zip(numbers, completions, strict=True):
-                answers[number] = completion.text
-                self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
-        return [answers[number] for number in range(len(requests))]
-
-    def _end(self, prompt: str, tokens: int) -> str:
-        ids = self.tokenizer.encode(prompt)
-        return prompt if len(ids) <= tokens else self.tokenizer.decode(ids[-tokens:])
+            tokens = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
+            prompts.append(Prompt(tuple(tokens[max_tokens - self.length :]), sampling))
+        with tqdm.tqdm(desc="completions", total=len(prompts), disable=disable_tqdm) as bar:
+            completions = generator.generate(prompts, on_done=lambda number, completion: bar.update())
+        for request, completion in zip(requests, completions, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, completion.text)
+        return [completion.text for completion in completions]
 
     def _scored(self, requests: Sequence[Request], quiet: bool) -> list[Result]:
         title = "" if quiet else "log-likelihoods"

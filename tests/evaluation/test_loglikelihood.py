@@ -74,18 +74,19 @@ def test_every_batch_size_and_mesh(reference: Any, mesh: tuple[int, ...], batch_
         likeliest = [5]
         for _ in range(3):  # a continuation that greedy decoding gives
             likeliest.append(int(reference(likeliest)[-1].argmax()))
-        requests = [*REQUESTS, Request(likeliest[:1], likeliest[1:]), REQUESTS[1]]
+        almost = [*likeliest[1:3], likeliest[3] ^ 1]
+        requests = [*REQUESTS, Request(likeliest[:1], almost), Request(likeliest[:1], likeliest[1:]), REQUESTS[1]]
         with quick():
             results = loglikelihoods(model, requests, LENGTH, batch_size)
             sliding = loglikelihoods(model, REQUESTS[-2:], LENGTH, batch_size, stride=4)
     expected = [by_hand(reference, request) for request in requests]
     assert [result.greedy for result in results] == [greedy for _, greedy in expected]
-    assert results[-2].greedy and not results[0].greedy
+    assert results[-2].greedy and not results[-3].greedy
     assert [result.tokens for result in results] == [len(request.continuation) for request in requests]
     np.testing.assert_allclose([result.loglikelihood for result in results], [s for s, _ in expected], atol=1e-4)
     with_more = [by_hand(reference, request, stride=4)[0] for request in REQUESTS[-2:]]
     np.testing.assert_allclose([result.loglikelihood for result in sliding], with_more, atol=1e-4)
-    assert abs(with_more[0] - expected[-4][0]) > 1e-2  # the stride matters
+    assert abs(with_more[0] - expected[len(REQUESTS) - 2][0]) > 1e-2  # the stride matters
 
 
 @pytest.mark.parametrize(
