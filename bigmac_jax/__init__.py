@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bigmac_jax.config import Config, ConfigError, load_config
     from bigmac_jax.inference import Generator, Sampling
+    from bigmac_jax.interchange import export_model, import_model
     from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
@@ -17,6 +18,8 @@ __all__ = [
     "Generator",
     "Sampling",
     "exchange",
+    "export_model",
+    "import_model",
     "init_model",
     "load_config",
     "make_mesh",
@@ -30,6 +33,8 @@ _HOME = {
     "Generator": "inference",
     "Sampling": "inference",
     "exchange": "model.exchange",
+    "export_model": "interchange",
+    "import_model": "interchange",
     "init_model": "model.transformer",
     "load_config": "config",
     "make_mesh": "mesh",

@@ -27,6 +27,8 @@ TRAIN = ("train.py", "--config={folder}/config.json", "--workdir={folder}/run", 
 EVAL = ("eval.py", "--workdir={folder}/run", "--cpu_devices=2")
 GENERATE = ("generate.py", "--workdir={folder}/run", "--cpu_devices=2", "--max_tokens=4")
 FRESH = ("train.py", "--config={folder}/config.json", "--workdir={folder}/fresh", "--cpu_devices=2")
+IMPORT = ("convert.py", "import", "--cpu_devices=2")
+EXPORT = ("convert.py", "export", "--workdir={folder}/run", "--cpu_devices=2")
 
 GOOD = {
     "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
@@ -40,6 +42,8 @@ GOOD = {
     "generate": (*GENERATE, "--prompt=the state", "--stop=\0"),
     "generate lines": (*GENERATE, "--prompts={folder}/prompts.jsonl", "--config.mesh.expert=1", "--ignore_eos"),
     "notebook": ("{folder}/notebook.py", "{folder}/run"),
+    "export": (*EXPORT, "--output={folder}/exported"),
+    "import": (*IMPORT, "--checkpoint={folder}/exported", "--workdir={folder}/imported"),
 }  # fmt: skip
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
     "unknown flag": ((*FRESH, "--color=red"), ("color",)),
@@ -87,6 +91,9 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
         ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a"),
         ("is of another model", "[1, 8, 4, 16]", "[1, 16, 4, 16]"),
     ),
+    "neither export nor import": (("convert.py", "--workdir={folder}/run"), ("give `export", "or `import")),
+    "no output": (EXPORT, ("--output=OUT",)),
+    "no equivalent": ((*EXPORT, "--output={folder}/no", "--format=nemotron_h"), ("model.positions=rope must be none",)),
     "eval on too many ranks": ((*EVAL, "--config.mesh.expert=8"), ("= 8 ranks", "2 devices")),
 }
 DIVERGED = (
@@ -229,6 +236,18 @@ def test_eval_of_tasks(outcomes: dict[str, Outcome], folder: pathlib.Path) -> No
     assert "2 windows were scored by an earlier run" in err and json.loads(out.splitlines()[-1])["tasks"] == {
         "piqa": piqa
     }
+
+
+def test_export_and_import(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """What is written comes back as a run; a line says why transformers has no such model."""
+    for name in ("export", "import"):
+        assert outcomes[name].code == 0, outcomes[name].err
+    assert outcomes["export"].err.count("model.positions=rope must be none") == 1
+    assert "bigmac: 8 experts of width 16" in outcomes["import"].out
+    with jax.set_mesh(make_mesh(read_config(folder / "run"))):
+        (before, model), (after, copy) = restore(folder / "run"), restore(folder / "imported")
+        jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+    assert after.model == before.model and after.data.batch_size == before.data.batch_size
 
 
 def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:

@@ -281,7 +281,8 @@ def changed(name: str) -> Config:
         "model.dtype": "bfloat16", "model.exchange": "dedup", "model.wire_dtype": "int8",
         "model.wire_dtype_backward": "int8", "model.grouped_matmul": "blocks", "model.attention": "xla",
         "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
-        "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5, "mesh.node": 2, "mesh.expert": 2,
+        "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
+        "mesh.node": 2, "mesh.expert": 2,
         "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
         "train.on_bad_step": "skip", "train.spike_factor": 2.0,
     }  # fmt: skip

@@ -23,8 +23,10 @@ class ModelConfig:
     hidden_size: int = 256  # h
     num_heads: int = 4
     num_kv_heads: int = 0  # 0 = num_heads; fewer is grouped-query attention
+    head_dim: int = 0  # 0 = hidden_size / num_heads
     vocab_size: int = 8192
     norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6
     positions: str = "rope"  # rope | learned | none
     rope_theta: float = 10_000.0
     activation: str = "relu2"  # relu2 | gelu | silu
@@ -32,6 +34,7 @@ class ModelConfig:
     use_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
+    scale_embedding: bool = True  # what is read of the embedding is multiplied by √h
     dropout: float = 0.0  # of the embedding and of each residual branch
     # The feed-forward layer. `vanilla` turns num_experts into e·r/4 experts of width 4h and top_k into vanilla_top_k.
     num_experts: int = 32  # e
@@ -66,7 +69,7 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_dim or self.hidden_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:

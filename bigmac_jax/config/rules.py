@@ -82,7 +82,7 @@ def validate(config: Config) -> None:
 
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
              "vanilla_top_k", "num_expert_groups", "top_groups", "overlap_chunks")  # fmt: skip
-    at_least("model", 0, "num_kv_heads", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
+    at_least("model", 0, "num_kv_heads", "head_dim", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
              "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout", "unroll_layers")  # fmt: skip
     at_least("mesh", 0, "data")
     at_least("mesh", 1, "node", "expert", "tensor")
@@ -96,9 +96,10 @@ def validate(config: Config) -> None:
     h, heads, kv = model.hidden_size, model.num_heads, model.kv_heads
     require(model.dropout < 1, f"model.dropout={model.dropout} must be below 1")
     require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta} must be above 0")
-    require(h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {h // heads * heads or heads}, or {math.gcd(h, heads)} heads")  # fmt: skip
+    require(model.norm_eps > 0, f"model.norm_eps={model.norm_eps} must be above 0")
+    require(model.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {h // heads * heads or heads}, or {math.gcd(h, heads)} heads")  # fmt: skip
     require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
-    require(model.positions != "rope" or model.head_size % 2 == 0, f"model.hidden_size / model.num_heads = {model.head_size} must be even for positions=rope; use {max(1, heads // 2)} heads, or positions=learned")  # fmt: skip
+    require(model.positions != "rope" or model.head_size % 2 == 0, f"{'model.head_dim' if model.head_dim else 'model.hidden_size / model.num_heads'} = {model.head_size} must be even for positions=rope; use {model.head_dim + 1 if model.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
     require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be above 0")
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)

@@ -127,6 +127,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, json_text: str):
+        self.json_text = json_text
         self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         # Text that happens to hold "<|endoftext|>" is text; only the pipeline ends a document.
         self._tokenizer.encode_special_tokens = True

@@ -60,7 +60,8 @@ def dropout(x_BLD: Array, rate: float, key: Array | None) -> Array:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm of the last dimension, computed in float32."""
 
-    def __init__(self, kind: str, size: int):
+    def __init__(self, kind: str, size: int, eps: float):
+        self.eps = eps
         self.scale_D = constant(1, (size,))
         self.bias_D = constant(0, (size,)) if kind == "layernorm" else None
 
@@ -68,7 +69,7 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.bias_D is not None:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6) * last_axes(self.scale_D[...], y)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * last_axes(self.scale_D[...], y)
         if self.bias_D is not None:
             y = y + last_axes(self.bias_D[...], y)
         return y.astype(x.dtype)
@@ -248,8 +249,8 @@ class Attention(nnx.Module):
         self.key = Linear(keys[1], D, G * H, config.use_bias, split="outputs")
         self.value = Linear(keys[2], D, G * H, config.use_bias, split="outputs")
         self.out = Linear(keys[3], N * H, D, config.use_bias, residual_scale(config), split="inputs")
-        self.query_norm = Norm("rmsnorm", H) if config.qk_norm else None
-        self.key_norm = Norm("rmsnorm", H) if config.qk_norm else None
+        self.query_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
+        self.key_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
 
     def __call__(self, x_BLD: Array) -> tuple[Array, KeyValues]:
         """Of whole sequences from their first position; also the keys and values, for a cache."""
@@ -297,7 +298,7 @@ class Attention(nnx.Module):
 
     def _joined(self, y_BLNH: Array) -> Array:
         B, L = y_BLNH.shape[:2]
-        return self.out(jnp.reshape(y_BLNH, (B, L, self.config.hidden_size), out_sharding=split_spec(3)))
+        return self.out(jnp.reshape(y_BLNH, (B, L, -1), out_sharding=split_spec(3)))
 
 
 def _append_and_attend(

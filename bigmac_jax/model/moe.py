@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         bigmac = config.structure == "bigmac"
         self.down = Linear(keys[3], D, R, bias=False) if bigmac else None
         self.up = Linear(keys[4], R, D, bias=False, scale=residual_scale(config)) if bigmac else None
-        self.latent_norm = Norm(config.norm, R) if config.latent_norm != "none" else None
+        self.latent_norm = Norm(config.norm, R, config.norm_eps) if config.latent_norm != "none" else None
 
     def __call__(self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False) -> tuple[Array, Aux]:
         """Applies the layer to a whole step's tokens.

@@ -22,9 +22,9 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, key: Array):
         self.config = config
         attention, feed_forward = jax.random.split(key)
-        self.attention_norm = Norm(config.norm, config.hidden_size)
+        self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = Attention(config, attention)
-        self.mlp_norm = Norm(config.norm, config.hidden_size)
+        self.mlp_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
         self.mlp = MoE(config, feed_forward) if config.is_moe else MLP(config, feed_forward, config.expert_width)
 
     def __call__(self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
@@ -50,12 +50,14 @@ class Transformer(nnx.Module):
         keys = jax.random.split(key, 4)
         V, D = config.vocab_size, config.hidden_size
         # Small, so that logits start near zero. The embedding, which may be the same parameter, is multiplied by √D
-        # where it is read (Vaswani et al., 3.4), or a token's identity would drown in what the layers add to it.
+        # where it is read (Vaswani et al., 3.4), or a token's identity would drown in what the layers add to it. One
+        # that isn't multiplied, and has a parameter of its own, starts as large as that.
         std = 0.02
-        self.embedding_VD = normal(keys[0], (V, D), std)
+        own = not (config.scale_embedding or config.tie_embeddings)
+        self.embedding_VD = normal(keys[0], (V, D), math.sqrt(D) * std if own else std)
         self.positions_LD = normal(keys[1], (max_length, D), std) if config.positions == "learned" else None
         self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], config.num_layers))
-        self.final_norm = Norm(config.norm, D)
+        self.final_norm = Norm(config.norm, D, config.norm_eps)
         self.unembedding_VD = None if config.tie_embeddings else normal(keys[3], (V, D), std)
 
     def __call__(
@@ -121,7 +123,8 @@ class Transformer(nnx.Module):
         arrays = (tokens_BL,) if position_BL is None or self.positions_LD is None else (tokens_BL, position_BL)
         arrays = tuple(jax.sharding.reshard(array, token_spec(2)) for array in arrays)
         x_BLD = on_each_rank(_embed if len(arrays) == 1 else _embed_at, arrays, tables)
-        return (math.sqrt(self.config.hidden_size) * x_BLD).astype(self.config.dtype)
+        scale = math.sqrt(self.config.hidden_size) if self.config.scale_embedding else 1.0
+        return (scale * x_BLD).astype(self.config.dtype)
 
     def logits(self, x_BLD: Array) -> Array:
         """Float32 logits_BLV of features."""

@@ -61,9 +61,9 @@ def flops(config: Config) -> dict[str, float]:
     """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention without credit for
     causality; no padding, no rematerialisation."""
     m, length = config.model, config.data.sequence_length
-    h, matrices = m.hidden_size, 3 if m.gated else 2
+    h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
     per_token: dict[str, int] = {
-        "attention": m.num_layers * (2 * h * h + 2 * h * m.kv_heads * m.head_size + 2 * length * h),
+        "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * length * q),
         "output": h * m.vocab_size,
     }
     if m.is_moe:
@@ -177,7 +177,8 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
     """Numbers a token that a layer keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    kept = 4.0 * m.hidden_size + 2 * m.kv_heads * m.head_size + 2 * m.num_heads * config.data.sequence_length + gathered
+    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + 2 * m.num_heads * config.data.sequence_length
+    kept = 2.0 * m.hidden_size + heads + gathered
     if not m.is_moe:
         return kept + m.hidden_size + matrices * m.expert_width + gathered
     tokens = tokens_at_a_time(config, ranks)

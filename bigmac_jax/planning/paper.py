@@ -63,6 +63,7 @@ def left_out(config: Config) -> list[str]:
     differs = {
         "gated": m.gated,
         "num_kv_heads": m.kv_heads != m.num_heads,
+        "head_dim": m.num_heads * m.head_size != m.hidden_size,
         "tie_embeddings": not m.tie_embeddings,
         "expert_hidden_size": m.expert_width != (m.hidden_size if m.structure == "bigmac" else m.latent_size),
         "num_shared_experts": m.shared_width > 0,

@@ -305,6 +305,15 @@ def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
     return number, _on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
 
+def write_config(config: Config, workdir: pathlib.Path) -> None:
+    """Makes the directory a workdir; the file appears whole or not at all."""
+    file = workdir / "config.json"
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(config.to_json())
+    os.replace(temporary, file)
+
+
 def restore(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer]:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.training import guard
-from bigmac_jax.training.checkpoint import Checkpoints, read_config
+from bigmac_jax.training.checkpoint import Checkpoints, read_config, write_config
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
     MetricsWriter,
@@ -79,7 +78,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     state, position = _start(config, trainer, checkpoints, newest)
     data.set_state(position)
     if hosts.is_first():
-        _write_config(config, workdir)  # only now: a start that failed leaves the workdir free
+        write_config(config, workdir)  # only now: a start that failed leaves the workdir free
     hosts.say(config.model.describe())
     if config.model.is_moe and config.model.exchange == "auto":
         hosts.say(describe_auto(config))
@@ -341,11 +340,3 @@ def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Ite
     """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
     return (hosts.global_array(sharding, rows, batch, batch_size) for batch in data)
-
-
-def _write_config(config: Config, workdir: pathlib.Path) -> None:
-    file = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(config.to_json())
-    os.replace(temporary, file)

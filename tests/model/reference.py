@@ -32,17 +32,20 @@ def reference(config: ModelConfig, p: Parameters, tokens_BL: Any) -> tuple[Array
         x_BLD = p["embedding_VD"][tokens_BL]
         if config.positions == "learned":
             x_BLD = x_BLD + p["positions_LD"][:L]
-        x_BLD = x_BLD * config.hidden_size**0.5
+        if config.scale_embedding:
+            x_BLD = x_BLD * config.hidden_size**0.5
         reports = []
         for i in range(config.num_layers):
             layer = {name: value[i] for name, value in part(p, "layers").items()}
             x_BLD = x_BLD + attention(
-                config, part(layer, "attention"), norm(config.norm, part(layer, "attention_norm"), x_BLD)
+                config, part(layer, "attention"), norm(config, config.norm, part(layer, "attention_norm"), x_BLD)
             )
-            y_BLD, report = feed_forward(config, part(layer, "mlp"), norm(config.norm, part(layer, "mlp_norm"), x_BLD))
+            y_BLD, report = feed_forward(
+                config, part(layer, "mlp"), norm(config, config.norm, part(layer, "mlp_norm"), x_BLD)
+            )
             x_BLD = x_BLD + y_BLD
             reports.append(report)
-        x_BLD = norm(config.norm, part(p, "final_norm"), x_BLD)
+        x_BLD = norm(config, config.norm, part(p, "final_norm"), x_BLD)
         out_VD = p["embedding_VD"] if config.tie_embeddings else p["unembedding_VD"]
         return x_BLD @ out_VD.T, reports
 
@@ -51,12 +54,12 @@ def part(p: Parameters, name: str) -> Parameters:
     return {key.removeprefix(name + "."): value for key, value in p.items() if key.startswith(name + ".")}
 
 
-def norm(kind: str, p: Parameters, x: Array) -> Array:
+def norm(config: ModelConfig, kind: str, p: Parameters, x: Array) -> Array:
     if kind == "layernorm":
         mean = x.mean(-1, keepdims=True)
         variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-        return (x - mean) / jnp.sqrt(variance + 1e-6) * p["scale_D"] + p["bias_D"]
-    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale_D"]
+        return (x - mean) / jnp.sqrt(variance + config.norm_eps) * p["scale_D"] + p["bias_D"]
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * p["scale_D"]
 
 
 def linear(p: Parameters, x: Array) -> Array:
@@ -88,7 +91,10 @@ def attention(config: ModelConfig, p: Parameters, x_BLD: Array) -> Array:
     for n in range(config.num_heads):
         q_BLH, k_BLH, v_BLH = q[:, :, n], k[:, :, n // sharing], v[:, :, n // sharing]
         if config.qk_norm:
-            q_BLH, k_BLH = norm("rmsnorm", part(p, "query_norm"), q_BLH), norm("rmsnorm", part(p, "key_norm"), k_BLH)
+            q_BLH, k_BLH = (
+                norm(config, "rmsnorm", part(p, "query_norm"), q_BLH),
+                norm(config, "rmsnorm", part(p, "key_norm"), k_BLH),
+            )
         if config.positions == "rope":
             q_BLH, k_BLH = turn(q_BLH, config.rope_theta), turn(k_BLH, config.rope_theta)
         scores_BLL = jnp.where(future_LL, -jnp.inf, q_BLH @ k_BLH.swapaxes(1, 2) / math.sqrt(H))
@@ -118,11 +124,11 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     bigmac = config.structure == "bigmac"
     x_BLR = linear(part(p, "down"), x_BLD) if bigmac else x_BLD
     if config.latent_norm == "pre_dispatch":
-        x_BLR = norm(config.norm, part(p, "latent_norm"), x_BLR)
+        x_BLR = norm(config, config.norm, part(p, "latent_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
     if config.latent_norm == "post_combine":
-        y_BLR = norm(config.norm, part(p, "latent_norm"), y_BLR)
+        y_BLR = norm(config, config.norm, part(p, "latent_norm"), y_BLR)
     y_BLD = linear(part(p, "up"), y_BLR) if bigmac else y_BLR
     return y_BLD + (mlp(config, part(p, "shared"), x_BLD) if config.num_shared_experts else 0.0), report
 

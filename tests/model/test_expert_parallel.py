@@ -45,7 +45,7 @@ BACKBONES = {
     "paper": PAPER,
     "present": PRESENT | {"num_kv_heads": 2},
     "gated": PRESENT | {"activation": "silu", "gated": True, "use_bias": True, "positions": "none",
-                        "tie_embeddings": False},
+                        "tie_embeddings": False, "scale_embedding": False, "norm_eps": 0.1, "head_dim": 6},
 }  # fmt: skip
 # The capacity layout with room for every choice (f·T·K/E >= T) drops nothing either.
 LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}

@@ -1,0 +1,132 @@
+"""A model → a directory of safetensors, which transformers or `import_model` loads."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.interchange import nemotron_h, plain, qwen3_moe, shards, tokens
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
+from bigmac_jax.mesh import replicated_spec
+from bigmac_jax.model.transformer import Transformer
+
+FORMATS: dict[str, Format] = {"nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac_jax": plain}
+_log = logging.getLogger(__name__)
+
+
+def choose(config: Config, name: str = "auto") -> tuple[str, str]:
+    """The format of a model, and why it has no class in transformers ("" if it has one).
+
+    Args:
+      name: auto (plain if nothing else fits), nemotron_h, qwen3_moe or plain.
+
+    Raises:
+      ConfigError: the model cannot be written like that; the line names the fields.
+    """
+    known = ("auto", "nemotron_h", "qwen3_moe", "plain")
+    if name not in known:
+        raise ConfigError(f"--format={name} must be one of {', '.join(known)}")
+    if name == "plain":
+        return "bigmac_jax", ""
+    classes = [name] if name != "auto" else known[1:3] if config.model.structure == "fine_grained" else known[1:2]
+    unmet = {key: FORMATS[key].unmet(config.model) for key in classes}
+    nearest = min(unmet, key=lambda key: len(unmet[key]))
+    if not unmet[nearest]:
+        return nearest, ""
+    reason = ", ".join(f"model.{line}" for line in unmet[nearest])
+    if name == "auto":
+        return "bigmac_jax", f"transformers has no such model: for {nearest} {reason}"
+    raise ConfigError(f"--format={name}: {reason}; use --format=plain")
+
+
+def export_model(
+    config: Config,
+    model: Transformer,
+    output: str | pathlib.Path,
+    *,
+    format: str = "auto",
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    tokenizer: Tokenizer | None = None,
+) -> str:
+    """Writes a model as safetensors, whole or not at all → the model_type of its config.json.
+
+    A layer's parameters leave the devices at a time, and a shard is written as soon as it is full: this is all that is
+    in the host's memory. With several processes, all must call it; process 0 writes.
+
+    Args:
+      output: a new directory.
+      format: auto, nemotron_h, qwen3_moe or plain; auto takes plain, and says why, if the model has no equivalent.
+      dtype: float32, bfloat16 or float16, of the tensors; parameters are float32.
+      max_shard_size: such as 5GB.
+      tokenizer: is written beside the model.
+
+    Raises:
+      ConfigError: no equivalent, or `output` is there already or cannot be written.
+    """
+    output = pathlib.Path(output)
+    if dtype not in shards.DTYPES:
+        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(shards.DTYPES)}")
+    size = shards.byte_size(max_shard_size)
+    name, reason = choose(config, format)
+    if reason and hosts.is_first():
+        _log.warning("%s; written as plain safetensors", reason)
+    layout, leaves = FORMATS[name], named_leaves(model)
+    tensors = list(layout.tensors(config.model, leaves))
+    exact = shards.DTYPES["float32"]
+    specs = [shards.Spec(t.name, t.shape_in(leaves), exact if t.exact else shards.DTYPES[dtype]) for t in tensors]
+    values = _values(tensors, leaves)
+    if not hosts.is_first():
+        for _ in values:  # takes part in gathering
+            pass
+        return name
+    with shards.whole_or_nothing(output) as directory:
+        shards.write(directory, shards.divide(specs, size), values)
+        ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
+        head = layout.to_json(config, leaves) | {"dtype": dtype}
+        _write(directory / "config.json", head if layout is plain else head | ids | {"pad_token_id": None})
+        if tokenizer:
+            tokens.write_tokenizer(directory, config, tokenizer)
+        if tokenizer and layout is not plain:
+            _write(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
+    return name
+
+
+def _values(tensors: Iterable[Tensor], leaves: Leaves) -> Iterator[np.ndarray]:
+    """The tensors' values, on process 0; the part of a parameter that several share is gathered once."""
+    held: tuple[str, int | None] | None = None
+    part = np.zeros(())
+    for tensor in tensors:
+        if not tensor.leaf:
+            yield np.zeros(tensor.shape, np.float32)
+            continue
+        if held != (tensor.leaf, tensor.layer):
+            held, part = (tensor.leaf, tensor.layer), _on_host(leaves[tensor.leaf], tensor.layer)
+        value = part if tensor.expert is None else part[tensor.expert]
+        value = value.T if tensor.transposed else value
+        # In float32, as the model multiplies: the product is the same to the last bit.
+        yield value if tensor.scale == 1 else value * np.float32(tensor.scale)
+
+
+def _on_host(leaf: Array, layer: int | None) -> np.ndarray:
+    part = leaf if layer is None else _layer(leaf, layer)
+    if not part.is_fully_addressable:
+        part = jax.sharding.reshard(part, replicated_spec(part.ndim)).addressable_data(0)
+    return np.asarray(part)
+
+
+@jax.jit
+def _layer(leaf: Array, layer: int) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,179 @@
+"""A directory of safetensors → a model, and a workdir that eval.py, generate.py and train.py take."""
+
+import dataclasses
+import logging
+import pathlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.reading import overridden
+from bigmac_jax.interchange import tokens
+from bigmac_jax.interchange.exporting import FORMATS
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor, leaf_name, named_leaves
+from bigmac_jax.interchange.shards import Checkpoint, Index, read_json
+from bigmac_jax.mesh import make_mesh, placed
+from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.checkpoint import Checkpoints, write_config
+from bigmac_jax.training.optimizer import make_optimizer
+from bigmac_jax.training.step import TrainState, make_trainer, split
+from bigmac_jax.watch import held
+
+# What an import may set: all that is not the model's function.
+_FREE = (
+    "mesh.", "data.", "optimizer.", "train.", "cache_dir", "model.dtype", "model.dropout", "model.capacity_factor",
+    "model.exchange", "model.grouped_matmul", "model.overlap_chunks", "model.wire_dtype", "model.balance_",
+    "model.z_loss_coefficient", "model.attention", "model.remat", "model.unroll_layers",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Transformer]:
+    """The config and the model of a NemotronH, a Qwen3Moe or a plain checkpoint.
+
+    Files are read a tensor at a time, each straight to the devices that hold it: the current mesh's; without one, the
+    config's mesh becomes current.
+
+    Args:
+      overrides: "mesh.expert=4", …, of fields that don't change what the model computes.
+
+    Raises:
+      ConfigError: a model that has no equivalent here, tensors that don't fit its config.json, or damaged files.
+    """
+    with hosts.together():
+        config, layout, checkpoint = _open(pathlib.Path(directory), overrides)
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        mesh = make_mesh(config, fit_batch=False)
+        jax.set_mesh(mesh)
+    abstract = placed(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)), mesh)
+    with hosts.together():
+        tensors = _fitting(layout, config, named_leaves(abstract), checkpoint)
+    parts: dict[str, dict[int | None, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for tensor in tensors:
+        parts[tensor.leaf][tensor.layer].append(tensor)
+    return config, jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _read(leaf, parts[leaf_name(path)], checkpoint), abstract
+    )
+
+
+def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+    """Writes an imported model as the run of train.py that is at step 0, its optimizer's state fresh.
+
+    Raises:
+      ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
+    """
+    directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
+    with hosts.together():
+        if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
+            raise ConfigError(f"--workdir={workdir} holds a run; give another one")
+    config, model = import_model(directory, overrides)
+    with held(workdir):
+        given = any(override.startswith("data.tokenizer=") for override in overrides)
+        own = "" if given else hosts.first(tokens.copy_tokenizer(directory, workdir) if hosts.is_first() else "")
+        if own:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
+        elif not given and config.data.tokenizer.startswith(str(directory.absolute())) and hosts.is_first():
+            _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
+        _, params, rest = split(model)
+        abstract = make_trainer(config, jax.sharding.get_mesh()).abstract_state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+        opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
+        step = jax.device_put(np.int32(0), abstract.step.sharding)
+        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        checkpoints.save(TrainState(step, params, rest, opt_state), {"batches": 0}, config, 0, None)
+        checkpoints.wait()
+        saved = hosts.first(checkpoints.latest())
+        checkpoints.close()
+        if saved is None:
+            raise ConfigError(f"--workdir={workdir} cannot be written (see above); free space, or give another one")
+        if hosts.is_first():
+            write_config(config, workdir)
+    return config
+
+
+def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Format, Checkpoint]:
+    file = directory / "config.json"
+    values = read_json(file)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind not in FORMATS:
+        raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
+    for override in overrides:
+        if not override.startswith(_FREE):
+            raise ConfigError(f"--config.{override}: the checkpoint says what the model is; drop it")
+    layout = FORMATS[kind]
+    checkpoint = Checkpoint(directory, layout.held_in)
+    try:
+        config = layout.from_json(values, checkpoint)
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{file} is not a config of {kind} ({type(error).__name__}: {error})") from None
+    return overridden(dataclasses.asdict(config), overrides), layout, checkpoint
+
+
+def _fitting(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:
+    """The tensors of a checkpoint that holds all that its config says, in these shapes, and no other."""
+    tensors = list(layout.tensors(config.model, leaves))
+    tables = {tensor.leaf for tensor in tensors if tensor.layer is None and tensor.name in checkpoint}
+    for tensor in tensors:
+        if tensor.name not in checkpoint:
+            if not tensor.leaf or tensor.leaf in tables:  # zeros, or a table that stands under another name
+                continue
+            raise ConfigError(f"{checkpoint.directory} lacks {tensor.name}, which its config.json asks for")
+        wanted, found = tensor.shape_in(leaves), checkpoint.shape(tensor.name)
+        if tensor.leaf and found != wanted:
+            raise ConfigError(f"{tensor.name} of {checkpoint.directory} is {found}, its config.json says {wanted}")
+    if others := sorted(checkpoint.names() - {tensor.name for tensor in tensors}):
+        raise ConfigError(
+            f"{checkpoint.directory} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}, which a "
+            f"model of its config.json does not have"
+        )
+    return [tensor for tensor in tensors if tensor.name in checkpoint]
+
+
+def _read(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint: Checkpoint) -> Array:
+    """A parameter on its devices; one of stacked layers is filled layer by layer."""
+    sharding = abstract.sharding
+    if None in parts:
+        return _placed(abstract.shape, sharding, parts[None], checkpoint)
+    own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
+    zeros = jax.jit(
+        lambda: jnp.zeros(abstract.shape, abstract.dtype, out_sharding=sharding.spec), out_shardings=sharding
+    )
+    value = zeros()
+    for layer, tensors in parts.items():
+        value = _with_layer(value, _placed(abstract.shape[1:], own, tensors, checkpoint), layer)
+    return value
+
+
+def _placed(shape: tuple[int, ...], sharding: Any, tensors: list[Tensor], checkpoint: Checkpoint) -> Array:
+    """An array of which each device reads its own part."""
+
+    def shard(index: Any) -> np.ndarray:
+        if tensors[0].expert is None:
+            return _part(tensors[0], index, checkpoint)
+        experts: slice = index[0]
+        return np.stack([_part(tensor, index[1:], checkpoint) for tensor in tensors[experts]])
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarray:
+    if not tensor.transposed:
+        return checkpoint.read(tensor.name, index)
+    return np.ascontiguousarray(checkpoint.read(tensor.name, index[::-1]).T)
+
+
+@jax.jit(donate_argnums=0)
+def _with_layer(value: Array, part: Array, layer: int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(value, part, layer, 0)

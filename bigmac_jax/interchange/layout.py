@@ -1,0 +1,126 @@
+"""What a checkpoint's tensors are called, and where each stands in our model.
+
+Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint has a tensor a layer, and one an expert.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from bigmac_jax.config import Config, DataConfig, ModelConfig
+from bigmac_jax.interchange.shards import Checkpoint, Index
+
+Leaves = dict[str, Any]  # our parameters, or their shapes, by name
+_LONGEST = 4096  # tokens of a window of an imported model, whatever it could take
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    name: in the checkpoint.
+    leaf: our parameter, such as layers.mlp.experts.w_in_eRF; "" for one that we don't have, whose entries are zero.
+    layer, expert: the part of it; None where there are none.
+    transposed: ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs].
+    scale: what the exported tensor is multiplied by.
+    exact: float32 whatever the checkpoint's dtype is.
+    shape: of one that we don't have.
+    """
+
+    name: str
+    leaf: str
+    layer: int | None = None
+    expert: int | None = None
+    transposed: bool = False
+    scale: float = 1.0
+    exact: bool = False
+    shape: tuple[int, ...] = ()
+
+    def shape_in(self, leaves: Leaves) -> tuple[int, ...]:
+        """In the checkpoint."""
+        if not self.leaf:
+            return self.shape
+        stacked = (self.layer is not None) + (self.expert is not None)
+        own = tuple(leaves[self.leaf].shape[stacked:])
+        return own[::-1] if self.transposed else own
+
+
+class Format(Protocol):
+    """What is known of one kind of checkpoint: a module of this package."""
+
+    def unmet(self, config: ModelConfig) -> list[str]:
+        """What stands against a config's being written like this, each with field, value and what it must be."""
+        ...
+
+    def tensors(self, config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
+        """All tensors of a checkpoint; those that are parts of one parameter's layer stand together."""
+        ...
+
+    def to_json(self, config: Config, leaves: Leaves) -> dict[str, Any]:
+        """config.json, but for the tokens' ids and the dtype."""
+        ...
+
+    def from_json(self, values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+        """The config of a checkpoint; raises ConfigError where we have no equivalent."""
+        ...
+
+    def held_in(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+        """The tensors, as `tensors` names them, that a stored one holds, and where."""
+        ...
+
+
+def must(**conditions: tuple[Any, bool, str]) -> list[str]:
+    """The conditions, field=(value, holds, what it must be), that don't hold, as text."""
+    return [f"{field}={value} must be {wanted}" for field, (value, holds, wanted) in conditions.items() if not holds]
+
+
+def leaf_name(path: Any) -> str:
+    """A parameter's name from its path in the model."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def named_leaves(model: Any) -> Leaves:
+    """Of a model, which may be abstract."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+def attention_tensors(prefix: str, layer: int) -> Iterator[Tensor]:
+    """q_proj, k_proj, v_proj and o_proj, as every class calls them."""
+    for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
+        yield Tensor(f"{prefix}.{theirs}.weight", f"layers.attention.{ours}.w_DF", layer, transposed=True)
+
+
+def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str, str]) -> Iterator[Tensor]:
+    """A tensor for each expert and matrix; `names`: ours → theirs."""
+    for ours, theirs in names.items():
+        for expert in range(config.expert_count):
+            name = f"{prefix}.experts.{expert}.{theirs}.weight"
+            yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
+
+
+def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
+    """The config of a checkpoint, from fields that all classes have (`v`) and those of one class."""
+    tokenizer = checkpoint.directory.absolute() / "tokenizer.json"
+    if not tokenizer.exists() and tokenizer.with_suffix(".model").exists():
+        tokenizer = tokenizer.with_suffix(".model")
+    heads, size = v["num_attention_heads"], v["head_dim"]
+    return Config(
+        ModelConfig(
+            hidden_size=v["hidden_size"],
+            num_heads=heads,
+            num_kv_heads=v["num_key_value_heads"],
+            head_dim=0 if size * heads == v["hidden_size"] else size,
+            vocab_size=v["vocab_size"],
+            scale_embedding=False,
+            top_k=v["num_experts_per_tok"],
+            expert_hidden_size=v["moe_intermediate_size"],
+            router_renormalize=v["norm_topk_prob"],
+            capacity_factor=math.inf,
+            dtype="bfloat16" if v["dtype"] == "bfloat16" else "float32",
+            **model,
+        ),
+        data=DataConfig(tokenizer=str(tokenizer), sequence_length=min(v["max_position_embeddings"], _LONGEST)),
+    )

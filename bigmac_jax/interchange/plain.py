@@ -1,0 +1,59 @@
+"""Our own names, for any config: config.json holds the config and says of each tensor its shape and its dimensions.
+
+A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from bigmac_jax.config import Config, ModelConfig, from_dict
+from bigmac_jax.interchange.layout import Leaves, Tensor
+from bigmac_jax.interchange.shards import Checkpoint, Index
+
+_DIMENSIONS = {
+    "D": "inputs of a matrix or width of a norm; the hidden size of embeddings and the router",
+    "F": "outputs of a matrix; an expert's hidden width",
+    "E": "experts",
+    "e": "experts",
+    "R": "width of the rows that experts take",
+    "V": "vocabulary",
+    "L": "positions",
+}
+
+
+def unmet(config: ModelConfig) -> list[str]:
+    return []
+
+
+def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
+    for leaf in leaves:
+        if not leaf.startswith("layers."):
+            yield Tensor(leaf, leaf)
+            continue
+        for layer in range(config.num_layers):
+            yield Tensor(f"layers.{layer}.{leaf.removeprefix('layers.')}", leaf, layer)
+
+
+def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
+    return {
+        "model_type": "bigmac_jax",
+        "config": json.loads(config.to_json()),
+        "dimensions": _DIMENSIONS,
+        "tensors": {
+            tensor.name: {"dims": tensor.name.rpartition("_")[2], "shape": tensor.shape_in(leaves)}
+            for tensor in tensors(config.model, leaves)
+        },
+    }
+
+
+def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    config = from_dict(values["config"])
+    if not (tokenizer := checkpoint.directory.absolute() / "tokenizer.json").exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+
+
+def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+    yield name, ()

@@ -1,0 +1,143 @@
+"""transformers' Qwen3Moe: fine-grained gated experts, a softmax router, rotary positions, query-key norm."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, imported, must
+from bigmac_jax.interchange.shards import Checkpoint, Index
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
+# The class's own, of fields that a config.json may leave out.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 0, "hidden_act": "silu", "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "use_sliding_window": False,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "num_experts_per_tok": 8,
+    "num_experts": 128, "norm_topk_prob": False, "rope_theta": 10_000.0, "dtype": "float32",
+}  # fmt: skip
+_OTHER_NAMES = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
+
+
+def unmet(config: ModelConfig) -> list[str]:
+    m = config
+    return must(
+        structure=(m.structure, m.structure == "fine_grained", "fine_grained"),
+        norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
+        positions=(m.positions, m.positions == "rope", "rope"),
+        gated=(m.gated, m.gated, "True"),
+        use_bias=(m.use_bias, not m.use_bias, "False"),
+        qk_norm=(m.qk_norm, m.qk_norm, "True"),
+        router_scores=(m.router_scores, m.router_scores == "softmax", "softmax"),
+        router_scale=(m.router_scale, m.router_scale == 1, "1"),
+        balance=(m.balance, m.balance != "bias", "aux_loss or none (its router has no bias)"),
+        top_groups=(m.top_groups, m.top_groups == m.num_expert_groups, f"{m.num_expert_groups} (all groups)"),
+        num_shared_experts=(m.num_shared_experts, not m.shared_width, "0"),
+    )
+
+
+def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
+    scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+    yield Tensor("model.embed_tokens.weight", "embedding_VD", scale=scale)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        yield Tensor(f"{prefix}.input_layernorm.weight", "layers.attention_norm.scale_D", layer)
+        yield from attention_tensors(f"{prefix}.self_attn", layer)
+        yield Tensor(f"{prefix}.self_attn.q_norm.weight", "layers.attention.query_norm.scale_D", layer)
+        yield Tensor(f"{prefix}.self_attn.k_norm.weight", "layers.attention.key_norm.scale_D", layer)
+        yield Tensor(f"{prefix}.post_attention_layernorm.weight", "layers.mlp_norm.scale_D", layer)
+        yield Tensor(f"{prefix}.mlp.gate.weight", "layers.mlp.router_DE", layer, transposed=True)
+        names = {"w_gate_eRF": "gate_proj", "w_in_eRF": "up_proj", "w_out_eFR": "down_proj"}
+        yield from expert_tensors(config, f"{prefix}.mlp", layer, names)
+    yield Tensor("model.norm.weight", "final_norm.scale_D")
+    if not _tied(config):
+        yield Tensor("lm_head.weight", "embedding_VD" if config.tie_embeddings else "unembedding_VD")
+
+
+def _tied(config: ModelConfig) -> bool:
+    """Whether one table serves both in the checkpoint: multiplied by √D, the embedding is another one."""
+    return config.tie_embeddings and not config.scale_embedding
+
+
+def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
+    m = config.model
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.kv_heads,
+        "head_dim": m.head_size,
+        "max_position_embeddings": config.data.sequence_length,
+        "rope_theta": m.rope_theta,  # where it stood before transformers 5, and where it stands now
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "rms_norm_eps": m.norm_eps,
+        "hidden_act": _ACTIVATIONS[m.activation],
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "intermediate_size": m.expert_width,  # of dense layers, which there are not
+        "moe_intermediate_size": m.expert_width,
+        "num_experts": m.expert_count,
+        "num_experts_per_tok": m.choices,
+        "norm_topk_prob": m.router_renormalize and m.choices > 1,
+        "router_aux_loss_coef": m.balance_coefficient,
+        "tie_word_embeddings": _tied(m),
+    }
+
+
+def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    named = {_OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+    rope = named.get("rope_parameters") or named.get("rope_scaling") or {}
+    v = _DEFAULTS | named | {name: rope[name] for name in ("rope_theta",) if name in rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+    k = v["num_experts_per_tok"]
+    wrong = must(
+        rope_type=(kind, kind == "default", "default"),
+        hidden_act=(v["hidden_act"], v["hidden_act"] in activations, f"one of {', '.join(activations)}"),
+        attention_bias=(v["attention_bias"], not v["attention_bias"], "false"),
+        use_sliding_window=(v["use_sliding_window"], not v["use_sliding_window"], "false"),
+        decoder_sparse_step=(v["decoder_sparse_step"], v["decoder_sparse_step"] == 1, "1"),
+        mlp_only_layers=(v["mlp_only_layers"], not v["mlp_only_layers"], "empty"),
+        norm_topk_prob=(v["norm_topk_prob"], k > 1 or not v["norm_topk_prob"], "false where num_experts_per_tok is 1"),
+    )
+    if wrong:
+        raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
+    return imported(
+        v,
+        checkpoint,
+        structure="fine_grained",
+        num_layers=v["num_hidden_layers"],
+        positions="rope",
+        rope_theta=float(v["rope_theta"]),
+        activation=activations[v["hidden_act"]],
+        gated=True,
+        qk_norm=True,
+        norm_eps=float(v["rms_norm_eps"]),
+        num_experts=v["num_experts"],
+        down_ratio=min(v["moe_intermediate_size"], v["hidden_size"]) / v["hidden_size"],
+        router_scores="softmax",
+        tie_embeddings=v["tie_word_embeddings"],
+    )
+
+
+def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+    """All experts' matrices may be one tensor, gate_proj and up_proj one behind the other."""
+    fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+    if not fused:
+        yield name, ()
+        return
+    for expert in range(shape[0]):
+        prefix = f"{fused[1]}.{expert}"
+        if fused[2] == "down_proj":
+            yield f"{prefix}.down_proj.weight", (expert,)
+        else:
+            half = shape[1] // 2
+            yield f"{prefix}.gate_proj.weight", (expert, slice(0, half))
+            yield f"{prefix}.up_proj.weight", (expert, slice(half, 2 * half))

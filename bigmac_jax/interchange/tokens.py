@@ -1,0 +1,70 @@
+"""The tokenizer beside a model: tokenizer.json and tokenizer_config.json, as transformers reads them, or a .model."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from bigmac_jax.config import Config
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
+
+NAMES = ("tokenizer.json", "tokenizer.model")
+
+
+def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
+    """So that transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does, special tokens' names included.
+
+    A SentencePiece model is copied: it has no tokenizer.json.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        json_text = tokenizer.json_text
+    elif isinstance(tokenizer, ByteTokenizer):
+        json_text = _bytes()
+    else:
+        shutil.copyfile(pathlib.Path(config.data.tokenizer).expanduser(), directory / "tokenizer.model")
+        return
+    whole = tokenizers.Tokenizer.from_str(json_text)
+    end = whole.id_to_token(tokenizer.eos_id)
+    whole.no_truncation()
+    whole.no_padding()
+    values = json.loads(whole.to_str())
+    if whole.num_special_tokens_to_add(False):
+        values["post_processor"] = None  # nothing is added to text where models are trained here
+    _write(directory / "tokenizer.json", values)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "pad_token": end,
+        "model_max_length": config.data.sequence_length,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text that happens to hold "<|endoftext|>" is text
+    }
+    _write(directory / "tokenizer_config.json", settings)
+
+
+def _bytes() -> str:
+    """Bytes as a BPE without merges, and 256 for the end of text."""
+    others = (n for n in range(256, 512))  # GPT-2's alphabet: a byte that is no visible character gets one from 256 on
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return tokenizer.to_str()
+
+
+def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_tokenizer(source: pathlib.Path, workdir: pathlib.Path) -> str:
+    """Copies the tokenizer beside a checkpoint → data.tokenizer of the workdir; "" if there is none."""
+    for name in NAMES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, workdir / name)
+            return str(workdir.absolute() / name)
+    return ""

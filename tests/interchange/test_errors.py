@@ -1,0 +1,196 @@
+"""What cannot be read or written is one line; what fails half-way leaves nothing behind."""
+
+import json
+import pathlib
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import leaves, on_mesh, random_model
+from safetensors.numpy import load_file, save_file
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.interchange import export_model, import_model, import_run
+from bigmac_jax.interchange.shards import Spec, byte_size, divide, whole_or_nothing, write
+from bigmac_jax.training.checkpoint import restore
+
+from .tools import config_of
+
+Model = tuple[Any, pathlib.Path]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, pathlib.Path]:
+    folder, config = tmp_path_factory.mktemp("exported"), config_of("bigmac")
+    with on_mesh(config):
+        model = random_model(config)
+        export_model(config, model, folder / "one")
+        export_model(config, model, folder / "shards", max_shard_size="20KB")
+    return config, model, folder
+
+
+def with_config(**fields: Any) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def with_tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[pathlib.Path], None]:
+    def on_file(folder: pathlib.Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return on_file
+
+
+def cut(folder: pathlib.Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+NORM = "backbone.norm_f.weight"
+BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "config that is no object": (lambda f: (f / "config.json").write_text("[]"), "model_type=None must be one of"),
+    "another class": (with_config(model_type="llama"), "model_type=llama must be one of nemotron_h, qwen3_moe"),
+    "wrong type": (with_config(hidden_size="many"), "config.json is not a config of nemotron_h"),
+    "Mamba layers": (with_config(layers_block_type=["mamba", "moe"]), r"layers_block_type=\['mamba', 'moe'\] must be"),
+    "no layers": (with_config(layers_block_type=[], hybrid_override_pattern=""), "layers_block_type"),
+    "biases": (with_config(mlp_bias=True), "mlp_bias=True must be false"),
+    "groups": (with_config(n_group=2, topk_group=1), "topk_group=1 must be n_group, or num_experts_per_tok / 2"),
+    "one gate": (with_config(num_experts_per_tok=1, n_group=1, topk_group=1), "norm_topk_prob=True must be false"),
+    "another shape": (with_config(head_dim=4), r"q_proj.weight of .* is \(24, 16\), its config.json says \(16, 16\)"),
+    "more layers": (
+        with_config(layers_block_type=["full_attention", "moe"] * 3),
+        "lacks backbone.layers.4.norm.weight",
+    ),
+    "fewer experts": (
+        with_config(n_routed_experts=4, n_group=2, topk_group=2),
+        r"gate.weight of .* is \(8, 16\), its config.json",
+    ),
+    "no file": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "cut short": (cut, "model.safetensors is not a whole safetensors file"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is not a whole safetensors file"),
+    "missing tensor": (with_tensors(lambda t: t.pop(NORM)), f"lacks {NORM}"),
+    "stray tensor": (with_tensors(lambda t: t.update(stray=t[NORM])), "holds stray, which"),
+    "integers": (with_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int32)})), f"{NORM} is I32; only F32"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint(exported: Any, tmp_path: pathlib.Path, name: str) -> None:
+    config, _, folder = exported
+    shutil.copytree(folder / "one", tmp_path / "broken")
+    BROKEN[name][0](tmp_path / "broken")
+    with on_mesh(config), pytest.raises(ConfigError, match=BROKEN[name][1]) as caught:
+        import_model(tmp_path / "broken")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_index(exported: Any, tmp_path: pathlib.Path) -> None:
+    config, _, folder = exported
+    shutil.copytree(folder / "shards", tmp_path / "broken")
+    first = min((tmp_path / "broken").glob("*.safetensors"))
+    first.unlink()
+    with on_mesh(config), pytest.raises(ConfigError, match=f"lacks {first.name}, which model.safetensors.index.json"):
+        import_model(tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with on_mesh(config), pytest.raises(ConfigError, match="has no weight_map"):
+        import_model(tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["model.top_k=2"], "config.model.top_k=2: the checkpoint says what the model is"),
+        (["model.norm=layernorm"], "config.model.norm=layernorm: the checkpoint says"),
+        (["train.step=2"], "'train.step' is not a field"),
+        (["data.sequence_length=0"], "data.sequence_length=0 must be at least 1"),
+    ],
+)
+def test_overrides(exported: Any, overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        import_model(exported[2] / "one", overrides)
+
+
+def test_a_run_of_it(exported: Any, tmp_path: pathlib.Path) -> None:
+    """`restore` takes the workdir; a second import does not overwrite it."""
+    config, model, folder = exported
+    changes = ["train.steps=7", "data.tokenizer=bytes", "data.batch_size=4"]
+    with on_mesh(config):
+        import_run(folder / "one", tmp_path / "run", changes)
+        again, copy = restore(tmp_path / "run")
+        assert (again.train.steps, again.data.tokenizer, again.model.head_dim) == (7, "bytes", 6)
+        jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+        with pytest.raises(ConfigError, match="holds a run; give another one"):
+            import_run(folder / "one", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"dtype": "int8"}, "--dtype=int8 must be one of float32"),
+        ({"max_shard_size": "5 apples"}, "--max_shard_size=5 apples must be a size such as 5GB"),
+        ({"max_shard_size": "0"}, "--max_shard_size=0 must be a size"),
+        ({"format": "gguf"}, "--format=gguf must be one of auto"),
+        ({"format": "qwen3_moe"}, "model.structure=bigmac must be fine_grained"),
+    ],
+)
+def test_bad_arguments(exported: Any, tmp_path: pathlib.Path, arguments: dict[str, str], line: str) -> None:
+    config, model, _ = exported
+    with on_mesh(config), pytest.raises(ConfigError, match=line):
+        export_model(config, model, tmp_path / "out", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path) -> None:
+    config, model, folder = exported
+    with on_mesh(config), pytest.raises(ConfigError, match="is there already"):
+        export_model(config, model, folder / "one")
+    (tmp_path / "file").write_text("")
+    with on_mesh(config), pytest.raises(ConfigError, match="cannot be written"):
+        export_model(config, model, tmp_path / "file" / "out")
+    with pytest.raises(KeyError), whole_or_nothing(tmp_path / "out") as directory:
+        (directory / "part").write_text("")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_shards_by_hand() -> None:
+    def spec(name: str, size: int) -> Spec:
+        return Spec(name, (size,), np.dtype(np.float32))
+
+    specs = [spec("a", 2), spec("b", 2), spec("c", 1), spec("d", 9), spec("e", 1)]
+    assert [[s.name for s in shard] for shard in divide(specs, 16)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [byte_size(size) for size in ("5GB", "1.5 kb", "7")] == [5 * 10**9, 1500, 7]
+
+
+def test_a_shard_at_a_time_is_in_memory(tmp_path: pathlib.Path) -> None:
+    """Tensors are asked for when their shard is written, and let go behind it."""
+    specs = [Spec(f"t{i}", (100,), np.dtype(np.float32)) for i in range(20)]
+    alive, most = 0, 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def tensors() -> Iterator[np.ndarray]:
+        nonlocal alive, most
+        for i in range(20):
+            value = np.full(100, i, np.float32)
+            weakref.finalize(value, gone)
+            alive += 1
+            most = max(most, alive)
+            yield value
+
+    write(tmp_path, divide(specs, 1600), tensors())
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    assert 4 <= most <= 5  # a shard is four; one more is in the hands of whoever makes it

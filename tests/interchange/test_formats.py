@@ -1,0 +1,189 @@
+"""What an export computes, by an independent reading of the class it names, and what comes back from it."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from model.tools import abstract_model, leaves, on_mesh, random_model, tiny
+from safetensors.numpy import load_file, save_file
+from training.tools import text
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.interchange import choose, export_model, import_model
+from bigmac_jax.interchange.layout import named_leaves
+
+from .architectures import logits
+from .tools import CLASSES, MODELS, NEMOTRON, QWEN, config_of, our_logits, tokens_of
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_computes_the_same_and_comes_back(name: str, tmp_path: pathlib.Path) -> None:
+    """Logits of the class to 1e-4, in shards; the model that is read again is bit-equal."""
+    config, out = config_of(name), tmp_path / "out"
+    with on_mesh(config):
+        model, tokens = random_model(config), tokens_of(config)
+        assert export_model(config, model, out, max_shard_size="20KB") == CLASSES.get(name, "nemotron_h")
+        assert len(list(out.glob("*.safetensors"))) > 2
+        ours = our_logits(model, tokens)
+        np.testing.assert_allclose(logits(out, tokens), ours, atol=1e-4, rtol=0)
+        again, copy = import_model(out)
+        before, after = leaves(model), leaves(copy)
+        if config.model.scale_embedding:  # √D is part of the embedding now, which is no longer the output's
+            assert not again.model.scale_embedding and not again.model.tie_embeddings
+            np.testing.assert_array_equal(after.pop("unembedding_VD"), before["embedding_VD"])
+            np.testing.assert_array_equal(after.pop("embedding_VD"), before.pop("embedding_VD") * np.float32(4))
+            # XLA compiles another program, whose sums may run in another order.
+            np.testing.assert_allclose(our_logits(copy, tokens), ours, atol=2e-6, rtol=0)
+    assert before.keys() == after.keys()
+    for leaf, value in before.items():
+        np.testing.assert_array_equal(after[leaf], value, err_msg=leaf)
+    if not config.model.scale_embedding:
+        for field in ("structure", "tie_embeddings", "head_size", "expert_width", "shared_width", "latent_size",
+                      "choices", "balance", "norm_eps", "router_scale", "num_expert_groups", "top_groups"):  # fmt: skip
+            assert getattr(again.model, field) == getattr(config.model, field), field
+
+
+PLAIN = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "use_bias": True, "gated": True}
+
+
+def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> None:
+    config = tiny((1, 1, 2), batch=4, latent_norm="post_combine", balance="bias", num_shared_experts=1, **PLAIN)
+    with on_mesh(config):
+        model = random_model(config)
+        assert export_model(config, model, tmp_path / "out") == "bigmac_jax"
+        again, copy = import_model(tmp_path / "out")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+    schema = json.loads((tmp_path / "out/config.json").read_text())
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert {name: tuple(entry["shape"]) for name, entry in schema["tensors"].items()} == {
+        name: value.shape for name, value in tensors.items()
+    }
+    assert schema["tensors"]["layers.1.mlp.experts.w_in_eRF"] == {"dims": "eRF", "shape": [8, 4, 16]}
+    assert all(set(entry["dims"]) <= set(schema["dimensions"]) for entry in schema["tensors"].values())
+    np.testing.assert_array_equal(tensors["layers.1.mlp.router_DE"], leaves(model)["layers.mlp.router_DE"][1])
+
+
+def test_any_mesh_writes_the_same_and_reads_onto_its_shards(tmp_path: pathlib.Path) -> None:
+    one, many = config_of("bigmac"), config_of("bigmac", (2, 1, 2, 2, True, True))
+    for name, config in (("one", one), ("many", many)):
+        with on_mesh(config):
+            export_model(config, random_model(config), tmp_path / name, max_shard_size="20KB")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "many").iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes(), name
+    with on_mesh(many):
+        mesh = ("mesh.data=2", "mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=True", "mesh.split_experts=True")
+        _, model = import_model(tmp_path / "one", mesh)
+        expected = named_leaves(abstract_model(many))
+        for leaf, value in named_leaves(model).items():
+            assert value.sharding.spec == expected[leaf].sharding.spec, leaf
+        jax.tree.map(np.testing.assert_array_equal, leaves(model), leaves(random_model(many)))
+
+
+def test_half_the_size(tmp_path: pathlib.Path) -> None:
+    """bfloat16, but for the router; what is read again is rounded, and computes in bfloat16."""
+    config = config_of("bigmac")
+    with on_mesh(config):
+        model = random_model(config)
+        export_model(config, model, tmp_path / "out", dtype="bfloat16")
+        again, copy = import_model(tmp_path / "out")
+    before, after = leaves(model), leaves(copy)
+    assert again.model.dtype == "bfloat16"
+    for leaf, value in before.items():
+        exact = "router" in leaf
+        expected = value if exact else value.astype(jax.numpy.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(after[leaf], expected, err_msg=leaf)
+
+
+def test_fused_experts_are_read(tmp_path: pathlib.Path) -> None:
+    """transformers may store all experts as one tensor, and calls the backbone `model`."""
+    for name, config in (("n", config_of("bigmac")), ("q", config_of("qwen tied"))):
+        with on_mesh(config):
+            model = random_model(config)
+            export_model(config, model, tmp_path / name)
+            file = tmp_path / name / "model.safetensors"
+            stored = {key.replace("backbone.", "model."): value for key, value in load_file(file).items()}
+            for prefix in {key.partition(".experts.")[0] + ".experts" for key in stored if ".experts.0." in key}:
+                matrices = {
+                    part: np.stack([stored.pop(f"{prefix}.{e}.{part}.weight") for e in range(8)])
+                    for part in ("gate_proj", "up_proj", "down_proj")
+                    if f"{prefix}.0.{part}.weight" in stored
+                }
+                if "gate_proj" in matrices:
+                    both = [matrices.pop("gate_proj"), matrices.pop("up_proj")]
+                    matrices["gate_up_proj"] = np.concatenate(both, axis=1)
+                stored |= {f"{prefix}.{part}": value for part, value in matrices.items()}
+            save_file(stored, file)
+            _, copy = import_model(tmp_path / name)
+        jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+
+
+NEMOTRON_HAS_NO = {
+    "structure=dense": {"structure": "dense"},
+    "structure=vanilla": {"structure": "vanilla", "num_experts": 128},
+    "positions=rope": {"positions": "rope"},
+    "positions=learned": {"positions": "learned"},
+    "norm=layernorm": {"norm": "layernorm"},
+    "activation=gelu": {"activation": "gelu"},
+    "gated=True": {"gated": True},
+    "use_bias=True": {"use_bias": True},
+    "qk_norm=True": {"qk_norm": True},
+    "latent_norm=pre_dispatch": {"latent_norm": "pre_dispatch"},
+    "router_scores=softmax": {"router_scores": "softmax"},
+    "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
+}
+QWEN_HAS_NO = {
+    "router_scale=2": {"router_scale": 2.0},
+    "balance=bias": {"balance": "bias"},
+    "num_shared_experts=1": {"num_shared_experts": 1},
+    "gated=False": {"gated": False},
+    "router_scores=sigmoid": {"router_scores": "sigmoid"},
+    "positions=none": {"positions": "none"},
+    "qk_norm=False": {"qk_norm": False},
+    "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "model"),
+    [("nemotron_h", field, NEMOTRON | model) for field, model in NEMOTRON_HAS_NO.items()]
+    + [("qwen3_moe", field, QWEN | model) for field, model in QWEN_HAS_NO.items()],
+)
+def test_no_equivalent_names_the_field(name: str, field: str, model: dict[str, Any]) -> None:
+    config = tiny(**model)
+    kind, reason = choose(config)
+    assert kind == "bigmac_jax" and f"for {name} model.{field}" in reason and "\n" not in reason
+    assert reason.count(" must be ") == 1  # and no other field
+    with pytest.raises(ConfigError, match=f"--format={name}: model.{field}.*; use --format=plain"):
+        choose(config, name)
+
+
+def test_tokenizers(tmp_path: pathlib.Path) -> None:
+    """tokenizer.json of bytes and of a BPE encodes what ours does; special tokens' names in text are text."""
+    words = text(20, seed=3)
+    config = config_of("tied")
+    with on_mesh(config):
+        model = random_model(config)
+        ours = {"bytes": ByteTokenizer(), "bpe": JsonTokenizer(train_bpe(words, 300))}
+        for name, tokenizer in ours.items():
+            export_model(config, model, tmp_path / name, tokenizer=tokenizer)
+            theirs = tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+            settings = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+            generation = json.loads((tmp_path / name / "generation_config.json").read_text())
+            assert settings["split_special_tokens"] and settings["eos_token"] == "<|endoftext|>"
+            theirs.encode_special_tokens = True
+            for sample in (words[0], "naïve 東京\t\0 <|endoftext|>\n"):
+                ids = tokenizer.encode(sample)
+                assert theirs.encode(sample).ids == ids
+                assert theirs.decode(ids, skip_special_tokens=False) == sample
+            assert theirs.token_to_id(settings["eos_token"]) == tokenizer.eos_id == generation["eos_token_id"]
+            assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
+            again, _ = import_model(tmp_path / name)
+            assert again.data.tokenizer == str(tmp_path / name / "tokenizer.json")

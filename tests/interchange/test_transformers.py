@@ -1,0 +1,115 @@
+"""transformers' own classes: what they compute from an export on real text, and what is imported from them.
+
+Needs the extra `hf`.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from model.tools import on_mesh, random_model
+
+from bigmac_jax.config import DataConfig
+from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.interchange import export_model, import_model
+
+from .tools import CLASSES, MODELS, config_of, our_logits
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.8")
+
+NEMOTRON = {"vocab_size": 257, "hidden_size": 32, "layers_block_type": ["full_attention", "moe"] * 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 20}  # fmt: skip
+QWEN = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24}  # fmt: skip
+RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
+    "bigmac": ("NemotronH", NEMOTRON | {"moe_latent_size": 8, "routed_scaling_factor": 2.5}),  # heads 128 wide
+    "groups": ("NemotronH", NEMOTRON | {"moe_latent_size": 8, "head_dim": 8, "n_group": 4, "topk_group": 2}),
+    "fine_grained": ("NemotronH", NEMOTRON | {"head_dim": 10, "norm_topk_prob": False}),
+    "qwen": ("Qwen3Moe", QWEN | {"norm_topk_prob": True, "head_dim": 10}),
+    "qwen tied": (
+        "Qwen3Moe",
+        QWEN | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A State of the Union address."""
+    return next(iter(documents(DataConfig(), "test", str(tmp_path_factory.mktemp("cache")))))
+
+
+@pytest.fixture(scope="module")
+def tokens(speech: str) -> np.ndarray:
+    return np.asarray(ByteTokenizer().encode(speech)[: 4 * 128], np.int32).reshape(4, 128)
+
+
+def their_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens_BL, dtype=torch.long)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_loads_and_computes_the_same(name: str, tokens: np.ndarray, tmp_path: pathlib.Path) -> None:
+    """No tensor is missing or left over; logits to 1e-4."""
+    config = config_of(name)
+    with on_mesh(config):
+        model = random_model(config)
+        export_model(config, model, tmp_path / "out", max_shard_size="20KB")
+        ours = our_logits(model, tokens)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    expected = {"nemotron_h": "NemotronHForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+    assert type(theirs).__name__ == expected[CLASSES.get(name, "nemotron_h")]
+    assert not any(report.values()), report
+    np.testing.assert_allclose(their_logits(theirs, tokens), ours, atol=1e-4, rtol=0)
+    assert np.abs(ours).max() > 1
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_an_import_computes_the_same_and_goes_back(name: str, tokens: np.ndarray, tmp_path: pathlib.Path) -> None:
+    """Of a model that transformers initialised, with biases that change the choice; written again it is bit-equal."""
+    kind, fields = RANDOM[name]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**fields))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1.1)  # logits of the size that trained ones have
+        for buffer, value in theirs.named_buffers():
+            if "correction_bias" in buffer:
+                value.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with on_mesh(config_of("bigmac")):
+        config, model = import_model(tmp_path / "theirs")
+        ours = our_logits(model, tokens)
+        export_model(config, model, tmp_path / "again")
+    before = their_logits(theirs, tokens)
+    assert np.abs(before).max() > 0.5
+    np.testing.assert_allclose(ours, before, atol=1e-4, rtol=0)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    for parameter, value in theirs.state_dict().items():
+        assert torch.equal(again[parameter], value), parameter
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_tokenizers(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
+    tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else JsonTokenizer(train_bpe([speech], 300))
+    config = config_of("tied")
+    with on_mesh(config):
+        export_model(config, random_model(config), tmp_path / "out", tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert isinstance(theirs, transformers.PreTrainedTokenizerFast)
+    for text in (speech, "naïve 東京\t <|endoftext|>\n"):
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.eos_id
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == tokenizer.eos_id
+    out = model.generate(
+        **theirs("We", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False
+    )
+    assert 2 < out.shape[1] <= 7
