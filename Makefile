@@ -20,7 +20,7 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	@# The extra brings the libtpu of this jax: the TPU compiler, for programs of pods. A newer one can't always be read.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,tpu]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,tpu]"
 	$(PYTEST) -m "full or not full"
 
 lint: $(VENV)/installed-dev

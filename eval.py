@@ -1,4 +1,4 @@
-"""Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH] [--json]."""
+"""Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH | --tasks=A]."""
 
 from bigmac_jax import environment
 
@@ -6,6 +6,7 @@ environment.prepare()
 
 import json  # noqa: E402
 import pathlib  # noqa: E402
+from typing import Any  # noqa: E402
 
 import tqdm  # noqa: E402
 from absl import flags  # noqa: E402
@@ -14,14 +15,23 @@ from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, with_mesh  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, text_stream  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from bigmac_jax.evaluation.loglikelihood import check_windows  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
-from bigmac_jax.training.checkpoint import read_config, restore  # noqa: E402
+from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs  # noqa: E402
+from bigmac_jax.training.checkpoint import find_checkpoint, read_config, restore  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _TEXT_FILE = flags.DEFINE_string("text_file", "", "Score this file instead of a split.")
+_TASKS = flags.DEFINE_list("tasks", [], "Score these instead of a split: names of tasks, or paths of .toml files.")
+_TASK_DATA = flags.DEFINE_multi_string("task_data", [], "NAME=PATH, the rows of a task from a file; repeat for more.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Rows of each task at most; 0 = all.", lower_bound=0)
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens the model is given at most; 0 takes the run's.", lower_bound=0)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 0, "Slide windows by so many tokens, each of which is given --length - --stride; 0 = no overlap.", 0
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Sequences at a time; 0 takes the run's.", lower_bound=0)
 _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
@@ -33,28 +43,40 @@ def main() -> None:
         config = with_mesh(saved, cli.OVERRIDES)
         if _SPLIT.value not in ("train", "validation", "test"):
             raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
+        length = check_windows(config, _LENGTH.value, _STRIDE.value)
         tokenizer = load_tokenizer(config)
         text_file = _TEXT_FILE.value and pathlib.Path(_TEXT_FILE.value)
-        stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
+        if _TASKS.value:
+            if text_file:
+                raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
+            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length)
+        else:
+            if _TASK_DATA.value or _LIMIT.value:
+                raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
+            stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
     cli.enter_mesh(config, fit_batch=False)
+    quiet = _JSON.value or not hosts.is_first()
+    size = _BATCH_SIZE.value or saved.data.batch_size
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch:
-        _, model = restore(workdir, _STEP.value, config)
-        quiet = _JSON.value or not hosts.is_first()
-        with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar:
+        step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
+        _, model = restore(workdir, str(step), config)
+        result: dict[str, Any]
+        if _TASKS.value:
+            folder = workdir / "tasks" / str(step)
+            summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet, watch.advance)
+            lines, result = describe(summaries), {"step": step, "tasks": summaries}
+        else:
+            with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar:
 
-            def done(tokens: int) -> None:
-                bar.update(tokens)
-                watch.advance()
+                def counted(tokens: int) -> None:
+                    bar.update(tokens)
+                    watch.advance()
 
-            size = _BATCH_SIZE.value or saved.data.batch_size
-            score = evaluate(model, stream, config.data.sequence_length, size, done)
+                score = evaluate(model, stream, length, size, counted, _STRIDE.value)
+            lines, result = [f"{text_file or _SPLIT.value}: {score.describe()}"], score._asdict()
     if not _JSON.value:
-        hosts.say(
-            f"{text_file or _SPLIT.value}: perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per byte, "
-            f"perplexity a word {score.word_perplexity:,.1f} "
-            f"({score.tokens:,} tokens, {score.words:,} words, {score.bytes:,} bytes)"
-        )
-    hosts.say(json.dumps(score._asdict()))
+        hosts.say("\n".join(lines))
+    hosts.say(json.dumps(result))
 
 
 if __name__ == "__main__":

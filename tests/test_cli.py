@@ -35,6 +35,11 @@ GOOD = {
     "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
     "eval": (*EVAL, "--json"),
     "eval file": (*EVAL, "--text_file={folder}/test.jsonl", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
+    "eval tasks": (
+        *(*EVAL, "--tasks=piqa,{folder}/own.toml", "--task_data=piqa={folder}/piqa.jsonl", "--limit=2"),
+        *("--length=40", "--stride=8", "--config.mesh.expert=1"),
+    ),
+    "eval tasks again": (*EVAL, "--tasks=piqa", "--task_data=piqa={folder}/piqa.jsonl", "--limit=2", "--length=40"),
     "generate": (*GENERATE, "--prompt=the state", "--stop=\0"),
     "generate lines": (*GENERATE, "--prompts={folder}/prompts.jsonl", "--config.mesh.expert=1", "--ignore_eos"),
     "notebook": ("{folder}/notebook.py", "{folder}/run"),
@@ -68,6 +73,14 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "unknown split": ((*EVAL, "--split=nonsense"), ("--split=nonsense must be train, validation or test",)),
     "text that is not there": ((*EVAL, "--text_file={folder}/no.txt"), ("no.txt", "No such file")),
     "empty text": ((*EVAL, "--text_file={folder}/empty.txt"), ("empty.txt is empty",)),
+    "unknown task": ((*EVAL, "--tasks=pika"), ("--tasks=pika is not a task", "lambada")),
+    "task without a column": (
+        (*EVAL, "--tasks=lambada", "--task_data=lambada={folder}/piqa.jsonl"),
+        ("piqa.jsonl line 1: column 'text' or 'passage' is missing",),
+    ),
+    "stride above the length": ((*EVAL, "--stride=99"), ("--stride=99 must be at most the 16 tokens",)),
+    "limit of no task": ((*EVAL, "--limit=3"), ("--tasks=NAME",)),
+    "text and tasks": ((*EVAL, "--tasks=piqa", "--text_file={folder}/test.jsonl"), ("--text_file", "give one")),
     "unknown step": ((*EVAL, "--step=7"), ("step=7 is not a checkpoint", "[2, 3]")),
     "word for a step": ((*EVAL, "--step=last"), ("step=last", "latest, best")),
     "negative batch": ((*EVAL, "--batch_size=-1"), ("batch_size",)),
@@ -126,6 +139,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "other" / "config.json").write_text(load_config(config, ("model.num_experts=16",)).to_json())
     (folder / "prompts.jsonl").write_text('{"prompt": "the state", "id": 5}\n{"prompt": "of", "max_tokens": 2}\n')
     (folder / "empty.txt").write_text(" \n")
+    rows = [{"goal": "see", "sol1": "look", "sol2": "listen", "label": label} for label in (0, 1, 0)]
+    (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.toml").write_text('kind = "perplexity"\nsource = "test.jsonl"\ntext = "t"\n[columns]\nt = "text"\n')
     (folder / "notebook.py").write_text(NOTEBOOK)
     return folder
 
@@ -208,6 +224,24 @@ def test_eval_of_a_file_on_another_mesh(outcomes: dict[str, Outcome], folder: pa
     score, size = json.loads(out.splitlines()[-1]), (folder / "test.jsonl").stat().st_size
     assert list(score) == KEYS and score["bytes"] == size
     assert f"perplexity {score['perplexity']:.3f}" in out
+
+
+def test_eval_of_tasks(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
+    """A known task with rows of our own, and one of our own; what was scored once is not scored again."""
+    code, out, err = outcomes["eval tasks"]
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    piqa, own = result["tasks"]["piqa"], result["tasks"]["own"]
+    assert result["step"] == 3 and list(result["tasks"]) == ["piqa", "own"]
+    assert (piqa["rows"], piqa["accuracy"], own["rows"]) == (2, 0.5, 1)
+    assert own["tokens"] == own["bytes"] == (len(json.loads((folder / "test.jsonl").read_text())["text"]))
+    assert "piqa: accuracy 50.0 % ± 50.0" in out and "own: perplexity" in out and "piqa" in err  # a bar
+    rows = [json.loads(line) for line in (folder / "run" / "tasks" / "3" / "piqa.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in rows] == [0, 1] and rows[0]["loglikelihoods"] == rows[1]["loglikelihoods"]
+    code, out, err = outcomes["eval tasks again"]
+    assert "2 windows were scored by an earlier run" in err and json.loads(out.splitlines()[-1])["tasks"] == {
+        "piqa": piqa
+    }
 
 
 def test_export_and_import(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:

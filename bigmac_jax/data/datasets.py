@@ -41,9 +41,9 @@ class TfdsDocuments(Documents):
         self.name = f"{split} split of {self.setting}"
         self.fix = "choose another dataset"
         self.split, self.text_field = split, "text" if source == "sotu" else text_field
-        with _quiet():
+        with quiet():
             name = source.removeprefix(DATASET)
-            self.builder = _sotu(cache_dir) if source == "sotu" else _find(name, cache_dir, self.setting)
+            self.builder = _sotu(cache_dir) if source == "sotu" else find_dataset(name, cache_dir, self.setting)
             info = self.builder.info
         if split not in info.splits:
             raise ConfigError(
@@ -96,7 +96,8 @@ def _sotu(cache_dir: str) -> Any:
     return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), "data.source=sotu", show=False)
 
 
-def _find(dataset: str, cache_dir: str, setting: str) -> Any:
+def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
+    """The builder of a TFDS dataset by its name, prepared; call it inside `quiet`. ConfigError as for the class."""
     import tensorflow_datasets as tfds
 
     def builder(**where: Any) -> Any:
@@ -154,7 +155,7 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """TFDS prints to stdout, which belongs to results, and warns of each directory that is not there yet."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)

@@ -4,6 +4,7 @@ None is read before its files agree with its manifest; a damaged one is named an
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -291,6 +292,17 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir} holds no config.json; give the workdir of a training run")
     return Config.from_json(file.read_text(), str(file))
+
+
+def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
+    """The number of the checkpoint that `restore` would take, and a digest of what it holds; ConfigError likewise."""
+    checkpoints = Checkpoints(workdir)
+    try:
+        number = checkpoints.resolve(step)
+    finally:
+        checkpoints.close()
+    file = workdir / "checkpoints" / str(number) / manifest.NAME  # has the digests of all its files
+    return number, _on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def write_config(config: Config, workdir: pathlib.Path) -> None:

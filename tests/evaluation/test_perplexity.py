@@ -11,7 +11,7 @@ from training.tools import quick, text
 
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.evaluation.perplexity import Score, evaluate, sliding_batches
 
 LENGTH = 16
 TEXT = "".join(text(3, seed=5))
@@ -73,6 +73,26 @@ def test_drops_would_change_it(stream: Any) -> None:
     with on_mesh(config):
         call = jax.jit(lambda model, tokens_BL: model(tokens_BL)[1].drop_rate, compiler_options=QUICK)
         assert call(random_model(config), split_tokens(tokens)).min() > 0.3
+
+
+@pytest.mark.parametrize(("stride", "batch_size"), [(16, 7), (5, 7), (3, 32)])
+def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: int) -> None:
+    """Each token once, from the `LENGTH` - stride before it at least; a stride of whole windows is none."""
+    counted: list[tuple[int, int]] = []  # token, tokens before it in its window
+    for tokens_BL, mask_BL in sliding_batches(stream, LENGTH, batch_size, stride):
+        for row in range(batch_size):
+            if mask_BL[row].any():
+                start = counted[-1][0] - int(mask_BL[row].argmax()) if counted else 0
+                expected = stream.tokens(start, min(start + LENGTH + 1, stream.num_tokens))
+                assert (tokens_BL[row, : len(expected)] == expected).all()
+                counted += [(start + 1 + int(at), int(at) + 1) for at in np.flatnonzero(mask_BL[row])]
+    assert [token for token, _ in counted] == list(range(1, stream.num_tokens))
+    assert all(before >= min(token, LENGTH - stride + 1) for token, before in counted)
+    if stride == LENGTH:
+        config = tiny((1, 1, 1), **CONFIG)
+        with quick(), on_mesh(config):
+            score = evaluate(random_model(config), stream, LENGTH, batch_size, stride=stride)
+        assert score.loss == pytest.approx(by_hand / score.tokens, rel=1e-6)
 
 
 def test_score_by_hand() -> None:

@@ -11,7 +11,7 @@ import runpy
 import sys
 
 import bigmac_jax.cli
-import bigmac_jax.evaluation.perplexity
+import bigmac_jax.evaluation.tasks.run
 import bigmac_jax.interchange
 import bigmac_jax.training.loop  # noqa: F401
 

@@ -1,0 +1,71 @@
+"""What a killed evaluation had scored: a JSON line a window, so that the next run goes on from there."""
+
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bigmac_jax import hosts
+
+Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding would give it
+_log = logging.getLogger(__name__)
+
+
+class Finished:
+    """Scores by a window's key, of one model; process 0 alone reads and writes the file.
+
+    Args:
+      path: appended to, a line a window; the rest of a line that was being written when a run was killed is removed.
+      model: what a score depends on besides the window, such as a digest of the checkpoint. Lines of another are
+        passed over.
+    """
+
+    def __init__(self, path: pathlib.Path, model: str):
+        self._path, self._model = path, model
+        self._known: dict[str, Score] = {}
+        if not hosts.is_first():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab+") as file:
+                file.seek(0)
+                text = file.read()
+                whole = text.rfind(b"\n") + 1
+                if whole < len(text):
+                    file.truncate(whole)
+        except OSError as error:
+            _log.warning("%s cannot be written (%s): if this run is killed, it starts over", path, error.strerror)
+            self._path = pathlib.Path("/dev/null")
+            return
+        for line in text[:whole].splitlines():
+            self._read(line)
+        if self._known:
+            _log.info("%s: %d windows were scored by an earlier run", path, len(self._known))
+
+    def _read(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+            if entry["model"] == self._model:
+                self._known[str(entry["window"])] = float(entry["loglikelihood"]), bool(entry["greedy"])
+        except (ValueError, KeyError, TypeError):
+            pass  # a damaged line costs its window, which is scored again
+
+    def look_up(self, keys: Sequence[str]) -> dict[str, Score]:
+        """The scores that are there, the same on all processes."""
+        known = np.array([self._known.get(key, (np.nan, False)) for key in keys], np.float64).reshape(-1, 2)
+        # As integers: jax would make float32 of them.
+        shared = np.asarray(multihost_utils.broadcast_one_to_all(known.view(np.int32)), np.int32).view(np.float64)
+        return {key: (float(s), bool(g)) for key, (s, g) in zip(keys, shared, strict=True) if not np.isnan(s)}
+
+    def add(self, scores: dict[str, Score]) -> None:
+        if not hosts.is_first():
+            return
+        lines = [
+            json.dumps({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}) + "\n"
+            for key, (score, greedy) in scores.items()
+        ]
+        with self._path.open("a") as file:
+            file.write("".join(lines))

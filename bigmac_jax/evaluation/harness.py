@@ -1,0 +1,146 @@
+"""lm-evaluation-harness over a run, for all the tasks it has: the model `bigmac_jax` of its command.
+
+    python -m bigmac_jax.evaluation.harness --model bigmac_jax --model_args workdir=DIR --tasks NAME,…
+
+is `python -m lm_eval` with this model known to it. B batch, L length.
+"""
+
+from bigmac_jax import environment
+
+if __name__ == "__main__":
+    environment.prepare()
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from bigmac_jax.config import Config, ConfigError, with_mesh
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.evaluation.loglikelihood import (
+    Request,
+    Result,
+    check_windows,
+    encode_pairs,
+    loglikelihoods,
+)
+from bigmac_jax.inference import Generator, Sampling
+from bigmac_jax.inference.generate import Request as Prompt
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.checkpoint import read_config, restore
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import simple_parse_args_string
+except ImportError:
+    raise ConfigError("lm-evaluation-harness is not installed; pip install 'bigmac_jax[lm-eval]'") from None
+
+
+@register_model("bigmac_jax")
+class BigMacLM(LM):
+    """A model as the harness' interface wants it.
+
+    Args:
+      config, model: as `restore` gives them.
+      length: tokens given to the model at most; 0 takes data.sequence_length.
+      batch_size: sequences at a time; 0 takes data.batch_size.
+    """
+
+    def __init__(self, config: Config, model: Transformer, length: int = 0, batch_size: int = 0):
+        super().__init__()
+        self.config, self.model, self.tokenizer = config, model, load_tokenizer(config)
+        self.length = check_windows(config, length, stride=0)
+        self.batch_size = batch_size or config.data.batch_size
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "BigMacLM":
+        """From the command's --model_args: workdir, step, length, and overrides such as mesh.expert=2.
+
+        Raises:
+          ConfigError: no such run or checkpoint, an argument that is none, or a mesh that does not fit.
+        """
+        arguments: dict[str, Any] = {"step": "latest", "length": 0} | arg_dict
+        if "workdir" not in arguments:
+            raise ConfigError("--model_args must name a run, as in --model_args workdir=runs/tiny")
+        workdir, step, length = (arguments.pop(name) for name in ("workdir", "step", "length"))
+        size = str(arguments.pop("batch_size", None) or (additional_config or {}).get("batch_size") or 0)
+        if not size.isdecimal() or not str(length).isdecimal():
+            raise ConfigError(f"batch_size={size} and length={length} must be whole numbers; 0 takes the run's")
+        saved = read_config(pathlib.Path(workdir))
+        config = with_mesh(saved, [f"{name}={value}" for name, value in arguments.items()])
+        jax.set_mesh(make_mesh(config, fit_batch=False))
+        config, model = restore(workdir, str(step), config)
+        return cls(config, model, int(length), int(size) or saved.data.batch_size)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "BigMacLM":
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{self.config.data.tokenizer}-{self.tokenizer.fingerprint[:16]}"
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each (context, continuation)."""
+        results = self._scored(encode_pairs(self.tokenizer, [request.args for request in requests]), disable_tqdm)
+        answers = [(result.loglikelihood, result.greedy) for result in results]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, nats; each token once, in windows that reach back as far as they can."""
+        texts = [request.args[0] for request in requests]
+        encoded = [Request([self.tokenizer.eos_id], self.tokenizer.encode(text)) for text in texts]
+        answers = [result.loglikelihood for result in self._scored(encoded, disable_tqdm)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to a stop text; too long a context loses its beginning."""
+        generator = Generator(self.config, self.model, self.length, self.batch_size, self.tokenizer)
+        prompts = []
+        for context, options in (request.args for request in requests):
+            options = normalize_gen_kwargs(options)
+            max_tokens = min(options["max_gen_toks"], self.length - 1)
+            sampling = Sampling(
+                max_tokens=max_tokens,
+                temperature=float(options.get("temperature", 0.0)),
+                top_k=int(options.get("top_k", 0)),
+                top_p=float(options.get("top_p", 1.0)),
+                stop=tuple(options["until"]),
+            )
+            tokens = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
+            prompts.append(Prompt(tuple(tokens[max_tokens - self.length :]), sampling))
+        with tqdm.tqdm(desc="completions", total=len(prompts), disable=disable_tqdm) as bar:
+            completions = generator.generate(prompts, on_done=lambda number, completion: bar.update())
+        for request, completion in zip(requests, completions, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, completion.text)
+        return [completion.text for completion in completions]
+
+    def _scored(self, requests: Sequence[Request], quiet: bool) -> list[Result]:
+        title = "" if quiet else "log-likelihoods"
+        return loglikelihoods(self.model, requests, self.length, self.batch_size, title=title)
+
+
+def main() -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

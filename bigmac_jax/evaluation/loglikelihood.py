@@ -1,0 +1,182 @@
+"""Log-likelihood of texts given what stands before them, in batches of like length. B batch, L length, W windows.
+
+Requests are encoded, cut and scored as lm-evaluation-harness does it, so that figures can be compared: the pair is
+encoded whole and split where the context's tokens end, a context that is too long loses its beginning, and an empty
+one is the end-of-text token.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax import Array
+from jax.sharding import NamedSharding
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.evaluation.finished import Finished
+from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec, tensor_ranks, token_spec
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.loss import cross_entropy
+
+_SHORTEST = 16  # inputs of the smallest bucket
+
+
+class Request(NamedTuple):
+    context: Sequence[int]  # at least one token
+    continuation: Sequence[int]
+
+
+class Result(NamedTuple):
+    loglikelihood: float  # nats, of the whole continuation
+    greedy: bool  # whether each of its tokens is the likeliest, so that greedy decoding would give it
+    tokens: int
+
+
+class Window(NamedTuple):
+    tokens: np.ndarray  # int32 [l + 1]: the inputs are all but the last, the targets all but the first
+    scored: int  # how many of the targets count: the last ones
+
+
+def check_windows(config: Config, length: int, stride: int) -> int:
+    """Tokens that the model is given at most: `length`, or data.sequence_length where that is 0.
+
+    Raises:
+      ConfigError: more than there are learned positions, or a stride that would leave tokens out.
+    """
+    trained = config.data.sequence_length
+    if length > trained and config.model.positions == "learned":
+        raise ConfigError(
+            f"--length={length} must be at most data.sequence_length={trained}: model.positions=learned has no more"
+        )
+    if stride > (length or trained):
+        raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
+    return length or trained
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+    """Tokens of (context, continuation) pairs; white space at a context's end goes to the continuation.
+
+    Raises:
+      ConfigError: a continuation without a token of its own.
+    """
+    split = []
+    for context, continuation in pairs:
+        end = len(context.rstrip())
+        split.append((context[:end], context[end:] + continuation))
+    texts = list(dict.fromkeys(itertools.chain.from_iterable((before, before + after) for before, after in split)))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    requests = []
+    for before, after in split:
+        start, whole = ids[before], ids[before + after]
+        if len(whole) <= len(start):
+            raise ConfigError(
+                f"{after[:40]!r} after {before[-40:]!r} has no token of its own; every answer needs some text"
+            )
+        requests.append(Request(start or [tokenizer.eos_id], whole[len(start) :]))
+    return requests
+
+
+def windows(request: Request, length: int, stride: int = 0) -> Iterator[Window]:
+    """Cuts a request into windows of at most `length` inputs, so that each token of the continuation is scored once.
+
+    A continuation of at most `length` tokens is one window, with as much of the context as fits. A longer one goes on
+    `stride` tokens at a time, each window reaching back as far as it can: a token is given the last `length` - `stride`
+    before it at least, or all where there are fewer.
+
+    Args:
+      stride: 0 is `length`: no more windows than needed.
+    """
+    stride = stride or length
+    tokens = np.asarray([*request.context, *request.continuation], np.int32)
+    before = len(request.context)
+    end, scored = before, max(stride, length + 1 - before)
+    while end < len(tokens):
+        scored = min(scored, len(tokens) - end)
+        end += scored
+        yield Window(tokens[max(0, end - 1 - length) : end], scored)
+        scored = stride
+
+
+def loglikelihoods(
+    model: Transformer,
+    requests: Sequence[Request],
+    length: int,
+    batch_size: int,
+    stride: int = 0,
+    finished: Finished | None = None,
+    title: str = "",
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Scores requests, dropless, sums in float64 on the host.
+
+    Windows go longest first, so that too little memory shows at once, in batches of one padded length each: a power
+    of two, so that few programs are compiled. What follows a token does not change it, so padding stands at the end.
+
+    Args:
+      length, stride: as in `windows`.
+      batch_size: rows at a time; padded to a multiple of the mesh's batch shards.
+      finished: windows that an earlier run scored are taken from it, and new ones are added.
+      title: of the progress bar; empty: none is shown.
+      on_batch: called after each batch.
+    """
+    cut = [[(_key(window), window) for window in windows(request, length, stride)] for request in requests]
+    of_key = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
+    scores = finished.look_up(list(of_key)) if finished else {}
+    left = sorted(of_key.keys() - scores.keys(), key=lambda key: (-len(of_key[key].tokens), key))
+    with tqdm.tqdm(desc=title, initial=len(scores), total=len(of_key), unit="window", disable=not title) as bar:
+        for padded, bucket in itertools.groupby(left, lambda key: _padded(len(of_key[key].tokens) - 1, length)):
+            keys = list(bucket)
+            for start in range(0, len(keys), batch_size):
+                batch = keys[start : start + batch_size]
+                new = dict(zip(batch, _scores(model, [of_key[key] for key in batch], padded, batch_size), strict=True))
+                scores |= new
+                if finished:
+                    finished.add(new)
+                bar.update(len(new))
+                on_batch()
+    return [
+        Result(sum(scores[key][0] for key, _ in own), all(scores[key][1] for key, _ in own), len(request.continuation))
+        for own, request in zip(cut, requests, strict=True)
+    ]
+
+
+def _key(window: Window) -> str:
+    return hashlib.sha256(window.tokens.tobytes() + str(window.scored).encode()).hexdigest()[:32]
+
+
+def _padded(inputs: int, length: int) -> int:
+    """The bucket of a window: a power of two, or `length`; a multiple of mesh.tensor, which splits sequences."""
+    size = min(max(_SHORTEST, 1 << (inputs - 1).bit_length()), length)
+    return -(-size // tensor_ranks()) * tensor_ranks()
+
+
+def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size: int) -> list[tuple[float, bool]]:
+    mesh = jax.sharding.get_mesh()
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    tokens_BL = np.zeros((-(-batch_size // shards) * shards, padded + 1), np.int32)
+    for row_L, window in zip(tokens_BL, batch, strict=False):
+        row_L[: len(window.tokens)] = window.tokens
+    sharding = NamedSharding(mesh, batch_spec(2))
+    on_device = jax.make_array_from_callback(tokens_BL.shape, sharding, tokens_BL.__getitem__)
+    nll_BL, likeliest_BL = map(np.asarray, _token_scores(model, on_device))
+    scores = []
+    for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
+        last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)
+        scores.append((-float(nll_L[last].sum(dtype=np.float64)), bool(likeliest_L[last].all())))
+    return scores
+
+
+@jax.jit
+def _token_scores(model: Transformer, tokens_BL: Array) -> tuple[Array, Array]:
+    """-log p of each token given those before it, nats, and whether it is the likeliest → [B, L] both."""
+    logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
+    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
+    scores = cross_entropy(logits_BLV, targets_BL), jnp.argmax(logits_BLV, axis=-1) == targets_BL
+    return jax.sharding.reshard(scores, replicated_spec(2))

@@ -1,0 +1,69 @@
+"""What a task's log-likelihoods say: accuracies, perplexities, and their standard errors."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.perplexity import Score
+from bigmac_jax.evaluation.tasks.examples import Example
+
+Summary = dict[str, Any]
+
+
+def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
+    """One example: its log-likelihoods in nats, the prediction, and what it counts for."""
+    scores = np.array([result.loglikelihood for result in results])
+    row: dict[str, Any] = {"loglikelihoods": scores.tolist()}
+    if kind == "last_word":
+        return row | {"right": results[0].greedy}
+    if kind == "perplexity":
+        return row | {"tokens": results[0].tokens, "words": example.words, "bytes": example.num_bytes}
+    prediction = int(scores.argmax())
+    row |= {"answer": example.answer, "prediction": prediction, "right": prediction == example.answer}
+    if example.lengths:
+        row["right_norm"] = int((scores / np.array(example.lengths)).argmax()) == example.answer
+    if example.cell:
+        tokens, depth = example.cell
+        row |= {"length": tokens, "depth": depth, "found": results[example.answer].greedy}
+    return row
+
+
+def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
+    """All examples: accuracy, accuracy_norm, standard errors, rows, and the mean log-likelihood of what is right."""
+    if kind == "perplexity":
+        nll = -math.fsum(row["loglikelihoods"][0] for row in rows)
+        tokens, words, num_bytes = (sum(row[name] for row in rows) for name in ("tokens", "words", "bytes"))
+        score = Score.of(nll, tokens, words, num_bytes)
+        byte_perplexity = 2**score.bits_per_byte if score.bits_per_byte < 1000 else math.exp(700.0)
+        return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll, "rows": len(rows)}
+    summary: Summary = {}
+    right = "found" if kind == "needle" else "right"
+    for name, column in {"accuracy": right, "accuracy_norm": "right_norm"}.items():
+        if column in rows[0]:
+            summary |= _mean(name, [row[column] for row in rows])
+    of_right = [row["loglikelihoods"][row.get("answer", 0)] for row in rows]
+    if kind == "last_word":
+        summary["perplexity"] = math.exp(min(700.0, -math.fsum(of_right) / len(rows)))
+    if kind == "needle":
+        summary |= _mean("accuracy_choice", [row["right"] for row in rows]) | {"grid": _grid(rows)}
+    return summary | _mean("loglikelihood", of_right) | {"rows": len(rows)}
+
+
+def _mean(name: str, values: Sequence[float]) -> Summary:
+    """The mean, and its standard error (None of a single value)."""
+    n = len(values)
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+    return {name: math.fsum(values) / n, f"{name}_stderr": error}
+
+
+def _grid(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The share found, by length and depth."""
+    lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
+    cells: dict[tuple[int, float], list[bool]] = {}
+    for row in rows:
+        cells.setdefault((row["length"], row["depth"]), []).append(row["found"])
+    found = [[float(np.mean(cells[length, depth])) for depth in depths] for length in lengths]
+    return {"lengths": lengths, "depths": depths, "accuracy": found}

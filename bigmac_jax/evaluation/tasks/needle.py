@@ -1,0 +1,90 @@
+"""Needle in a haystack: prompts of chosen length, made from the corpus, with a number hidden at a chosen depth."""
+
+import dataclasses
+import itertools
+import pathlib
+import random
+import re
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.evaluation.tasks import Needle
+from bigmac_jax.evaluation.tasks.examples import Example
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: int) -> list[Example]:
+    """The examples of every length and depth; the right number stands first among the pairs of each.
+
+    A prompt holds whole sentences, as many as fit with the needle, the question and the answer.
+
+    Raises:
+      ConfigError: lengths too short for the needle, or too little text.
+    """
+    draw = random.Random(task.seed)
+    data = dataclasses.replace(config.data, source=task.haystack, test_source=task.haystack)
+    texts = documents(data, "test", config.cache_dir)
+    sentences = [" ".join(s.split()) for text in texts for s in _SENTENCE_END.split(text) if s.strip()]
+    sizes = [len(ids) for ids in tokenizer.encode_batch([f" {sentence}" for sentence in sentences])]
+
+    def number() -> str:
+        return str(draw.randrange(10 ** (task.digits - 1), 10**task.digits))
+
+    examples: list[Example] = []
+    for share, depth, _ in itertools.product(task.lengths, task.depths, range(task.samples)):
+        tokens = int(share * length)
+        numbers = [number()]
+        while len(numbers) <= task.distractors:
+            if (other := number()) not in numbers:
+                numbers.append(other)
+        needle = task.needle.format(number=numbers[0])
+        room = tokens + 1 - len(tokenizer.encode(f"{needle}{task.question} {numbers[0]}"))
+        start = draw.randrange(len(sentences))
+        hay = _that_fit(sentences[start:] + sentences[:start], sizes[start:] + sizes[:start], room)
+        if not hay:
+            raise ConfigError(
+                f"{task.name}: the needle, its question and a sentence do not fit into {tokens} tokens, {share:g} of "
+                f"{length}; use longer lengths, or --length"
+            )
+        place = round(depth * len(hay))
+        text = "".join(f" {s}" for s in hay[:place]) + needle + "".join(f" {s}" for s in hay[place:])
+        prompt = text.strip() + task.question
+        pairs = [(prompt, f" {value}") for value in numbers]
+        examples.append(Example(f"{task.name} {len(examples) + 1}", pairs, cell=(tokens, depth)))
+    return examples
+
+
+def _that_fit(sentences: list[str], sizes: list[int], room: int) -> list[str]:
+    """Sentences from the beginning on; those that are too long for what is left are passed over."""
+    fit = []
+    for sentence, size in zip(sentences, sizes, strict=True):
+        if size <= room:
+            fit.append(sentence)
+            room -= size
+        if room < 4:
+            break
+    return fit
+
+
+def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
+    """A heat map of the result's `grid`: length against depth."""
+    figure, axis = plt.subplots(figsize=(1.5 + len(grid["lengths"]), 4.5), layout="constrained")
+    values_DL = 100 * np.asarray(grid["accuracy"]).T
+    image = axis.imshow(values_DL, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(values_DL):
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center")
+    axis.set(xlabel="length, tokens", ylabel="depth of the needle, %", title=title)
+    axis.set_xticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
+    axis.set_yticks(range(len(grid["depths"])), [f"{100 * depth:.0f}" for depth in grid["depths"]])
+    figure.colorbar(image, ax=axis, label="found, %")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

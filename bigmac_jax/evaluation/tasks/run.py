@@ -1,0 +1,150 @@
+"""Scores a model on tasks: rows → examples → requests → log-likelihoods → figures."""
+
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.evaluation.finished import Finished
+from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, loglikelihoods
+from bigmac_jax.evaluation.tasks import Needle, load_task
+from bigmac_jax.evaluation.tasks.examples import Example, build_examples
+from bigmac_jax.evaluation.tasks.metrics import Summary, judge, summarise
+from bigmac_jax.evaluation.tasks.rows import read_rows
+from bigmac_jax.mesh import platform
+from bigmac_jax.model.transformer import Transformer
+
+_VERSION = 1  # of what a window's score means; a new one makes old files unused
+_WORDS = {
+    "accuracy": "accuracy",
+    "accuracy_norm": "by likelihood a character",
+    "accuracy_choice": "likelier than all distractors",
+}
+_log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """A task that is ready to be scored."""
+
+    name: str
+    kind: str
+    examples: list[Example]
+    requests: list[list[Request]]  # of each example, one a choice
+
+
+def open_jobs(
+    names: Sequence[str], data: Sequence[str], limit: int, config: Config, tokenizer: Tokenizer, length: int
+) -> list[Job]:
+    """Reads the rows of tasks and encodes them.
+
+    Args:
+      names: of `tasks.TASKS`, or paths of TOML files.
+      data: NAME=PATH, rows for the task NAME from a file.
+      limit: rows of each task at most; 0 = all.
+      length: tokens that the model is given at most.
+
+    Raises:
+      ConfigError: an unknown task, rows that are not there or not of the task's form.
+    """
+    tasks = {task.name: task for task in map(load_task, dict.fromkeys(names))}
+    if len(tasks) < len(set(names)):
+        raise ConfigError(f"--tasks={','.join(names)} names two tasks alike; rename a file")
+    paths: dict[str, str] = {}
+    for entry in data:
+        name, _, path = entry.partition("=")
+        if name not in tasks or not path:
+            raise ConfigError(f"--task_data={entry} must be NAME=PATH, with a name of --tasks={','.join(tasks)}")
+        paths[name] = path
+    jobs = []
+    for name, task in tasks.items():
+        if isinstance(task, Needle):
+            from bigmac_jax.evaluation.tasks.needle import build_needles
+
+            if name in paths:
+                raise ConfigError(f"--task_data={name}={paths[name]}: {name} makes its rows itself; leave it out")
+            examples = build_needles(task, config, tokenizer, length)[: limit or None]
+        else:
+            source = paths.get(name, task.source)
+            if not source:
+                raise ConfigError(f"{name} is not in TFDS; give its rows with --task_data={name}=PATH")
+            setting = f"--task_data={name}={source}" if name in paths else f"{name}'s source={source}"
+            examples = build_examples(task, read_rows(source, task.split, limit, config.cache_dir, setting))
+        pairs = [pair for example in examples for pair in example.pairs]
+        try:
+            encoded = iter(encode_pairs(tokenizer, pairs))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        jobs.append(Job(name, task.kind, examples, [[next(encoded) for _ in example.pairs] for example in examples]))
+    return jobs
+
+
+def score_jobs(
+    jobs: Sequence[Job],
+    model: Transformer,
+    folder: pathlib.Path,
+    identity: str,
+    length: int,
+    batch_size: int,
+    stride: int = 0,
+    quiet: bool = True,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Summary]:
+    """The figures of each task, by name.
+
+    Writes into `folder`: NAME.jsonl, a line a row; NAME.windows.jsonl, from which a run that was killed goes on;
+    needle.png.
+
+    Args:
+      identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
+      stride: of the windows of perplexity tasks (`loglikelihood.windows`).
+      quiet: no progress bars.
+      on_batch: called after each batch.
+    """
+    model_key = hashlib.sha256(f"{_VERSION} {identity} {platform()} {model.config.dtype}".encode()).hexdigest()[:16]
+    summaries = {}
+    for job in jobs:
+        finished = Finished(folder / f"{job.name}.windows.jsonl", model_key)
+        requests = [request for choices in job.requests for request in choices]
+        overlap = stride if job.kind == "perplexity" else 0
+        title = "" if quiet else job.name
+        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title, on_batch))
+        rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
+        summaries[job.name] = summarise(job.kind, rows)
+        _write(job, rows, summaries[job.name], folder)
+    return summaries
+
+
+def describe(summaries: dict[str, Summary]) -> list[str]:
+    """A line a task, for people."""
+    lines = []
+    for name, summary in summaries.items():
+        parts = []
+        for key, words in _WORDS.items():
+            if key in summary:
+                percent = f"{words} {100 * summary[key]:.1f} %"
+                error = summary[f"{key}_stderr"]
+                parts.append(percent if error is None else f"{percent} ± {100 * error:.1f}")
+        for key in ("perplexity", "word_perplexity", "bits_per_byte"):
+            if key in summary:
+                parts.append(f"{key.replace('_', ' ')} {summary[key]:,.4g}")
+        lines.append(f"{name}: {', '.join(parts)} ({summary['rows']:,} rows)")
+    return lines
+
+
+def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
+    if not hosts.is_first():
+        return
+    try:
+        lines = (json.dumps({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
+        (folder / f"{job.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        if job.kind == "needle":
+            from bigmac_jax.evaluation.tasks.needle import draw_needles
+
+            draw_needles(summary["grid"], folder / f"{job.name}.png", f"needles found: {summary['accuracy']:.0%}")
+    except OSError as error:
+        _log.warning("%s: its rows cannot be written (%s)", folder, error.strerror)

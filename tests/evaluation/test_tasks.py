@@ -1,0 +1,320 @@
+"""Tasks: rows of each data set's form give the prompts that lm-evaluation-harness scores; bad rows are one line."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks import TASKS, Needle, Task, load_task
+from bigmac_jax.evaluation.tasks.examples import Example, build_examples
+from bigmac_jax.evaluation.tasks.metrics import judge, summarise
+from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
+from bigmac_jax.evaluation.tasks.rows import read_rows
+from bigmac_jax.evaluation.tasks.run import describe, open_jobs
+
+CONFIG = Config(data=DataConfig(tokenizer="bytes"))
+ARTICLE = {"article": "It rained. Ann stayed in."}
+QUESTIONS = {
+    "questions": ["Ann stayed  _  .", "What fell?", "Who is she?"],
+    "options": [["in", "out", "up", "off"], ["rain", "snow", "hail", "fog"], ["Ann", "Bob", "Cid", "Dan"]],
+    "answers": ["A", "A", "D"],
+}
+PROBLEMS = [
+    {"question": q, "options": o, "answer": a}
+    for q, o, a in zip(QUESTIONS["questions"], QUESTIONS["options"], QUESTIONS["answers"], strict=True)
+]
+RACE = "Article: It rained. Ann stayed in.\n\nAnn stayed in\nQuestion: What fell?\nAnswer: rain\nWho is she?"
+RACE_PAIRS = [(RACE, f" {name}") for name in ("Ann", "Bob", "Cid", "Dan")]
+WIKI = (
+    " = Cats = \n \n The cat 's name , 3 @.@ 5 m ( about ) . \n = = Food = = \n It 's \" fish \" . \n"
+    " = Dogs = \n Bark \n"
+)
+
+ENDINGS = ["eats [x] it.", " he  runs. [title] Go"]
+HOW_TO = "How to. [header] Boil it. Then"
+
+CASES: list[tuple[str, dict[str, Any], list[tuple[str, str]], int]] = [
+    # TFDS keeps the line's end; OpenAI's rows are of the column text
+    ("lambada", {"passage": "he said , no way\n"}, [("he said , no", " way")], 0),
+    ("lambada", {"text": "“He said\nno  way"}, [("“He said\nno ", " way")], 0),
+    (
+        "hellaswag",
+        {"activity_label": "Cooking", "context": "A man stirs. then HE", "endings": ENDINGS, "label": 1,
+         "source_id": "activitynet~v_1", "split_type": "indomain"},
+        [("Cooking: A man stirs. Then he", " eats it."), ("Cooking: A man stirs. Then he", " he runs.. Go")],
+        1,
+    ),
+    (
+        "hellaswag",
+        {"activity_label": "Tea", "ctx": HOW_TO, "ctx_a": HOW_TO, "ctx_b": "", "endings": ["a", "b"], "label": "0",
+         "source_id": "wikihow~2"},
+        [("Tea: How to. Boil it. Then", " a"), ("Tea: How to. Boil it. Then", " b")],
+        0,
+    ),
+    (
+        "piqa",
+        {"goal": "Open {it}", "sol1": "push", "sol2": "pull ", "label": 1},
+        [("Question: Open {it}\nAnswer:", " push"), ("Question: Open {it}\nAnswer:", " pull ")],
+        1,
+    ),
+    (
+        "winogrande",
+        {"sentence": "Al beat Bo as _ was fast.", "option1": "Al", "option2": "Bo", "label": 0},  # TFDS: a number
+        [("Al beat Bo as Al", " was fast."), ("Al beat Bo as Bo", " was fast.")],
+        0,
+    ),
+    (
+        "winogrande",
+        {"sentence": "Al beat Bo as _ was fast.", "option1": "Al", "option2": "Bo", "answer": "2"},  # the original
+        [("Al beat Bo as Al", " was fast."), ("Al beat Bo as Bo", " was fast.")],
+        1,
+    ),
+    ("race_high", ARTICLE | QUESTIONS, RACE_PAIRS, 3),
+    ("race_high", ARTICLE | {"problems": repr(PROBLEMS)}, RACE_PAIRS, 3),
+    ("ptb", {"sentence": " he did n't , mr. <unk> 's \n"}, [("", " he didn't , mr. <unk>'s ")], 0),
+]  # fmt: skip
+
+
+def task(name: str) -> Task:
+    loaded = load_task(name)
+    assert isinstance(loaded, Task)
+    return loaded
+
+
+@pytest.mark.parametrize(("name", "row", "pairs", "answer"), CASES)
+def test_rows_become_pairs(name: str, row: dict[str, Any], pairs: list[tuple[str, str]], answer: int) -> None:
+    (example,) = build_examples(task(name), [("row", row)])
+    assert example.pairs == pairs and example.answer == answer
+    by_length = name in ("hellaswag", "piqa", "race_high")
+    assert example.lengths == (tuple(len(text) - 1 for _, text in pairs) if by_length else ())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": WIKI}],  # the whole file
+        [{"text": line} for line in WIKI.splitlines(keepends=True)],  # a row a line
+        [{"page": page.removesuffix("\n")} for page in (WIKI[: WIKI.index(" = Dogs")], WIKI[WIKI.index(" = Dogs") :])],
+    ],
+)
+def test_wikitext_is_scored_by_article(rows: list[dict[str, str]]) -> None:
+    cats, dogs = build_examples(task("wikitext2"), [("row", row) for row in rows])
+    text = " = Cats =\n\nThe cat's name, 3.5 m (about).\n == Food ==\nIt's \"fish\". "
+    assert cats.pairs[0][1].replace(" ==", "==") == text.replace(" ==", "==")
+    assert dogs.pairs == [("", " = Dogs =\nBark ")]
+    of_cats = WIKI[: WIKI.index("\n = Dogs")]
+    assert (cats.num_bytes, cats.words) == (len(of_cats), len(of_cats.split()) + 2)  # as the harness counts
+
+
+def test_tasks_of_the_issue() -> None:
+    assert {"ptb", "wikitext2", "wikitext103", "lambada", "hellaswag", "winogrande", "piqa", "race_high"} < {*TASKS}
+    for name in TASKS:
+        loaded = load_task(name)
+        assert isinstance(loaded, Needle) or loaded.source.startswith("tfds:") == (loaded.kind != "perplexity")
+    assert task("wikitext103").substitutions == task("wikitext2").substitutions
+
+
+def write(folder: pathlib.Path, name: str, rows: list[dict[str, Any]]) -> pathlib.Path:
+    path, table = folder / name, pa.Table.from_pylist(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        new = pa.ipc.new_file if name.startswith("file") else pa.ipc.new_stream
+        with new(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "file.arrow", "stream.arrow", "rows.parquet"])
+def test_files_of_rows(tmp_path: pathlib.Path, name: str) -> None:
+    rows = [{"text": f"é {n}", "endings": ["a", "ü"], "label": n} for n in range(3)]
+    path = str(write(tmp_path, name, rows))
+    assert [row for _, row in read_rows(path, "", 0, "", "x")] == rows
+    assert [row for _, row in read_rows(path, "", 2, "", "x")] == rows[:2]
+
+
+def test_rows_of_tfds_are_plain(tmp_path: pathlib.Path) -> None:
+    """Numpy's arrays, numbers and bytes, as TFDS gives them."""
+    from bigmac_jax.evaluation.tasks.rows import _plain
+
+    row = {"a": "é".encode(), "b": np.array([b"x", "é".encode()], object), "c": np.int64(1), "d": [np.array([b"y"])]}
+    assert _plain(row, "") == {"a": "é", "b": ["x", "é"], "c": 1, "d": [["y"]]}
+    assert type(_plain(row, "")["c"]) is int
+
+
+PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
+OWN = 'kind = "multiple_choice"\nprompt = "{q}"\nchoices = "c"\nanswer = "a"\nsource = "own.jsonl"\n'
+COLUMNS = '[columns]\nq = "question"\nc = "options"\na = "gold"\n'
+BAD: dict[str, tuple[str, str, bytes, str]] = {  # task, file, its content, what the line says
+    "unknown task": ("piqua", "", b"", "--tasks=piqua is not a task; use hellaswag, lambada, needle, piqa"),
+    "no rows in TFDS": ("ptb", "", b"", "ptb is not in TFDS; give its rows with --task_data=ptb=PATH"),
+    "no file": ("piqa", "no.jsonl", b"", "no.jsonl is not a file"),
+    "unknown kind of file": ("piqa", "rows.csv", b"a,b", "rows.csv must end in .jsonl, .arrow"),
+    "empty file": ("piqa", "rows.jsonl", b"", "rows.jsonl has no rows"),
+    "blank file": ("piqa", "rows.jsonl", b"\n \n", "rows.jsonl has no rows"),
+    "empty text": ("ptb", "rows.txt", b" \n", "rows.txt has no text"),
+    "missing column": (
+        "piqa", "rows.jsonl", b'{"goal": "g", "sol1": "a", "label": 0}',
+        "line 1: column 'sol2' is missing",
+    ),
+    "missing of two": (
+        "lambada", "rows.jsonl", b'{"x": "a b"}',
+        "column 'text' or 'passage' is missing, which lambada needs; it has x",
+    ),
+    "null": ("lambada", "rows.jsonl", b'{"text": null}', "'text' or 'passage' is missing"),
+    "broken UTF-8": (
+        "lambada", "rows.jsonl", b'{"text": "a b"}\n{"text": "a \xff b"}',
+        "line 2 is not UTF-8 at byte 13",
+    ),
+    "lone surrogate": ("lambada", "rows.jsonl", b'{"text": "a \\ud800"}', "line 1 is not UTF-8"),
+    "broken UTF-8 text": ("wikitext2", "rows.raw", b"a \xff", "rows.raw is not UTF-8 at byte 3"),
+    "broken JSON": ("piqa", "rows.jsonl", b'{"goal": ', "line 1 is not valid JSON"),
+    "not an object": ("piqa", "rows.jsonl", b"[1]", "line 1 is a JSON list"),
+    "broken arrow": ("piqa", "rows.arrow", b"ARROW1 no", "rows.arrow cannot be read"),
+    "broken parquet": ("piqa", "rows.parquet", b"PAR1", "rows.parquet cannot be read"),
+    "number for a text": ("lambada", "rows.jsonl", b'{"text": [1]}', "column 'text' holds list, not text"),
+    "answer out of range": (
+        "piqa", "rows.jsonl", json.dumps(PIQA | {"label": 2}).encode(),
+        "label=2 must be the number of a choice, 0 to 1",
+    ),
+    "hidden answer": ("piqa", "rows.jsonl", json.dumps(PIQA | {"label": -1}).encode(), "label=-1 must be"),
+    "empty choice": ("piqa", "rows.jsonl", json.dumps(PIQA | {"sol2": ""}).encode(), "choice 1 is empty"),
+    "no last word": ("lambada", "rows.jsonl", b'{"text": "a "}', "must end in a word"),
+    "no blank": (
+        "winogrande", "rows.jsonl", b'{"sentence": "s", "option1": "a", "option2": "b", "answer": "1"}',
+        "no blank",
+    ),
+    "race without questions": ("race_high", "rows.jsonl", b'{"article": "a"}', "line 1 is not a row of race_high"),
+    "rows for the needle": ("needle", "rows.jsonl", b"{}", "needle makes its rows itself"),
+    "not TOML": ("own.toml", "own.toml", b"kind", "own.toml is not valid TOML"),
+    "TOML of no kind": ("own.toml", "own.toml", b'kind = "x"', "kind='x' must be one of multiple_choice, last_word"),
+    "unknown field": ("own.toml", "own.toml", (OWN + "shots = 3\n" + COLUMNS).encode(), "shots is not a field"),
+    "missing field": ("own.toml", "own.toml", OWN.encode(), "columns is missing"),
+    "field of the wrong type": (
+        "own.toml", "own.toml", ("split = 3\n" + OWN + COLUMNS).encode(),
+        "split=3 must be a text",
+    ),
+    "bad pattern": (
+        "own.toml", "own.toml", ('substitutions = [["(", ""]]\n' + OWN + COLUMNS).encode(),
+        "'(' is not a regular expression",
+    ),
+    "unknown preparation": (
+        "own.toml", "own.toml", ('prepare = "x"\n' + OWN + COLUMNS).encode(),
+        "prepare='x' must be one of",
+    ),
+    "unknown column in a template": (
+        "own.toml", "own.toml", (OWN + COLUMNS).replace("{q}", "{z}").encode(),
+        "there is no 'z'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path: pathlib.Path, name: str) -> None:
+    wanted, file, content, line = BAD[name]
+    if file and file != "no.jsonl":
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "own.jsonl").write_text('{"question": "q", "options": ["a", "b"], "gold": 1}')
+    tasks = [str(tmp_path / wanted) if wanted.endswith(".toml") else wanted]
+    data = [] if not file or file == wanted else [f"{wanted}={tmp_path / file}"]
+    with pytest.raises(ConfigError) as error:
+        open_jobs(tasks, data, 0, CONFIG, ByteTokenizer(), 512)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_own_task(tmp_path: pathlib.Path) -> None:
+    """A file beside its rows, and flags that contradict it."""
+    (tmp_path / "own.toml").write_text(OWN + COLUMNS)
+    (tmp_path / "own.jsonl").write_text('{"question": "q", "options": ["a", "bé"], "gold": 1}')
+    (job,) = open_jobs([str(tmp_path / "own.toml")], [], 0, CONFIG, ByteTokenizer(), 512)
+    assert job.name == "own" and job.examples[0].pairs == [("q", " a"), ("q", " bé")]
+    assert [(bytes(r.context), bytes(r.continuation)) for r in job.requests[0]] == [
+        (b"q", b" a"),
+        (b"q", " bé".encode()),
+    ]
+    for data in ("piqa=x.jsonl", "own", "own="):
+        with pytest.raises(ConfigError, match="must be NAME=PATH, with a name of --tasks=own"):
+            open_jobs([str(tmp_path / "own.toml")], [data], 0, CONFIG, ByteTokenizer(), 512)
+
+
+def results(*scores: float, greedy: bool = False, tokens: int = 3) -> list[Result]:
+    return [Result(score, greedy, tokens) for score in scores]
+
+
+def test_multiple_choice_by_hand() -> None:
+    """Plain: the first is likelier, right once in three; by character: the longer one, -1 against -2 and the like."""
+    examples = [Example("", [("", " a"), ("", " bbbb")], answer, (1, 4)) for answer in (0, 1, 1)]
+    rows = [judge("multiple_choice", e, results(-2.0, -4.0)) for e in examples[:2]]
+    rows.append(judge("multiple_choice", examples[2], results(-2.0, -16.0)))
+    assert [row["right"] for row in rows] == [True, False, False]
+    assert [row["right_norm"] for row in rows] == [False, True, False]
+    summary = summarise("multiple_choice", rows)
+    assert summary["accuracy"] == summary["accuracy_norm"] == pytest.approx(1 / 3)
+    assert summary["accuracy_stderr"] == pytest.approx(math.sqrt((1 / 3) * (2 / 3) / 2))  # s² = p (1 − p) n / (n − 1)
+    assert summary["loglikelihood"] == pytest.approx((-2 - 4 - 16) / 3) and summary["rows"] == 3
+    assert describe({"own": summary}) == [
+        "own: accuracy 33.3 % ± 33.3, by likelihood a character 33.3 % ± 33.3 (3 rows)"
+    ]
+    assert summarise("multiple_choice", rows[:1])["accuracy_stderr"] is None
+
+
+def test_last_word_and_perplexity_by_hand() -> None:
+    pair = Example("", [("a", " b")])
+    rows = [judge("last_word", pair, results(-1.0, greedy=True)), judge("last_word", pair, results(-3.0))]
+    summary = summarise("last_word", rows)
+    assert (summary["accuracy"], summary["perplexity"]) == (0.5, pytest.approx(math.exp(2)))
+    documents = [Example("", [("", "x")], words=2, num_bytes=8), Example("", [("", "x")], words=1, num_bytes=4)]
+    rows = [
+        judge("perplexity", e, results(-s, tokens=t)) for e, s, t in zip(documents, (2.0, 4.0), (3, 1), strict=True)
+    ]
+    summary = summarise("perplexity", rows)
+    assert (summary["tokens"], summary["words"], summary["bytes"], summary["rows"]) == (4, 3, 12, 2)
+    assert summary["word_perplexity"] == pytest.approx(math.exp(6 / 3))
+    assert summary["byte_perplexity"] == pytest.approx(math.exp(6 / 12))
+    assert summary["loglikelihood"] == -6.0
+
+
+def test_needles(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "hay.txt").write_text(" ".join(f"Sentence {n} is one of many." for n in range(80)))
+    hay = str(tmp_path / "hay.txt")
+    values = {"haystack": hay, "lengths": (0.5, 1.0), "depths": (0.0, 0.5, 1.0), "samples": 2, "distractors": 3}
+    loaded = load_task("needle")
+    assert isinstance(loaded, Needle)
+    needle = Needle(**(vars(loaded) | values))
+    # a file of its own for each split holds nothing out
+    examples = build_needles(needle, CONFIG, ByteTokenizer(), 400)
+    assert [e.cell for e in examples] == [
+        (tokens, d) for tokens in (200, 400) for d in (0.0, 0.5, 1.0) for _ in range(2)
+    ]
+    for example in examples:
+        tokens, depth = example.cell or (0, 0.0)
+        prompt, answer = example.pairs[0]
+        body, _, rest = prompt.partition(f" The secret number is{answer}.")
+        if depth == 0.0:  # nothing stands before it
+            body, _, rest = prompt.partition(f"The secret number is{answer}.")
+        assert prompt.endswith("\n\nThe secret number is") and prompt.count(answer.strip()) == 1
+        assert tokens - 60 < len(prompt + answer) - 1 <= tokens  # bytes are tokens; a sentence more would not fit
+        assert abs(len(body) - depth * (len(body) + len(rest) - 23)) < 35
+        assert len({text for _, text in example.pairs}) == 4 and all(len(text) == 5 for _, text in example.pairs)
+    assert len({example.pairs[0][1] for example in examples}) > 6
+    with pytest.raises(ConfigError, match="do not fit into 60 tokens"):
+        build_needles(needle, CONFIG, ByteTokenizer(), 120)
+
+    rows = [
+        judge("needle", e, [Result(-1.0, i % 2 == 0, 4), *results(-2.0, -2.0, -2.0)]) for i, e in enumerate(examples)
+    ]
+    summary = summarise("needle", rows)
+    assert summary["grid"] == {"lengths": [200, 400], "depths": [0.0, 0.5, 1.0], "accuracy": [[0.5] * 3] * 2}
+    assert (summary["accuracy"], summary["accuracy_choice"]) == (0.5, 1.0)
+    draw_needles(summary["grid"], tmp_path / "needle.png", "found")
+    assert (tmp_path / "needle.png").stat().st_size > 5000
