@@ -21,7 +21,7 @@ from absl import flags  # noqa: E402
 from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, with_mesh  # noqa: E402
 from bigmac_jax.inference import Completion, Generator, Request, Sampling  # noqa: E402
-from bigmac_jax.inference.requests import Row, answer, answers_to, read_requests  # noqa: E402
+from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests  # noqa: E402
 from bigmac_jax.training.checkpoint import read_config, restore  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
@@ -57,6 +57,10 @@ def main() -> None:
             _SEED.value,
         )  # fmt: skip
         requests = [({}, Request(prompt, sampling))] if prompt is not None else read_requests(_PROMPTS.value, sampling)
+        if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
+            raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
+        if hosts.is_first():
+            check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.enter_mesh(config, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="generate") as watch:
         _, model = restore(workdir, _STEP.value, config)
@@ -83,6 +87,7 @@ def _show(generator: Generator, prompt: str, sampling: Sampling, watch: Watch) -
 def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Watch) -> None:
     """Writes answers in the order of the prompts, some batches at a time, so that little is lost if it is ended."""
     start, tokens, window = time.perf_counter(), 0, 16 * generator.batch_size
+    generator.check([request for _, request in requests])  # before a file is overwritten
     quiet = _JSON.value or not hosts.is_first()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
     with answers_to(target) as file, tqdm.tqdm(total=len(requests), unit="prompt", disable=quiet) as bar:
@@ -93,7 +98,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Wa
 
         for first in range(0, len(requests), window):
             part = requests[first : first + window]
-            completions = generator.generate([request for _, request in part], done)
+            completions = generator.generate([request for _, request in part], done, first)
             for (row, request), completion in zip(part, completions, strict=True):
                 print(json.dumps(answer(row, request, completion), ensure_ascii=False), file=file)
                 tokens += len(completion.tokens)

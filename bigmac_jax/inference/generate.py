@@ -54,7 +54,7 @@ class Generator:
       consume: frees the model on the way, where memory is too short for both.
 
     Raises:
-      ConfigError: max_length exceeds the learned positions; the tokenizer cannot be loaded.
+      ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded.
     """
 
     def __init__(
@@ -72,7 +72,12 @@ class Generator:
             raise ConfigError(
                 f"max_length={max_length} must be at most the {trained} learned positions (data.sequence_length)"
             )
+        if max_length < 0:
+            raise ConfigError(f"max_length={max_length} must be at least 0 (data.sequence_length)")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.max_length = max_length or trained
+        self._longest_prefill = trained if config.model.positions == "learned" else math.inf
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
@@ -86,19 +91,21 @@ class Generator:
         self,
         prompts: Sequence[Prompt | Request],
         on_done: Callable[[int, Completion], None] | None = None,
+        first: int = 0,
         **sampling: Any,
     ) -> list[Completion]:
         """The completion of each prompt.
 
         Args:
           on_done: called with the number of a prompt and its completion as soon as that is there.
+          first: number of the first prompt, where others went before it in another call; draws depend on numbers.
           **sampling: fields of `Sampling`, for prompts that are no `Request`.
 
         Raises:
           ConfigError: a prompt that is empty, broken text, or too long with its max_tokens.
         """
-        requests = [_request(prompt, sampling) for prompt in prompts]
-        prompt_ids = self._encoded(requests)
+        requests = _requests(prompts, sampling)
+        prompt_ids = self._encoded(requests, first)
         # Of like length together: a batch takes as long as its longest.
         order = sorted(range(len(requests)), key=lambda i: (-len(prompt_ids[i]), i))
         done: dict[int, Completion] = {}
@@ -107,7 +114,8 @@ class Generator:
             batch = order[start : start + rows]
             samplings = [requests[i].sampling for i in batch]
             texts = [Text(self.tokenizer, sampling) for sampling in samplings]
-            for chosen in self.steps([prompt_ids[i] for i in batch], samplings, batch, rows):
+            numbers = [first + i for i in batch]
+            for chosen in self.steps([prompt_ids[i] for i in batch], samplings, numbers, rows):
                 for text, number, (token, logprob) in zip(texts, batch, chosen, strict=True):
                     if text.finish_reason:
                         continue
@@ -115,20 +123,24 @@ class Generator:
                     if text.finish_reason:
                         done[number] = _completion(text, len(prompt_ids[number]))
                         if on_done:
-                            on_done(number, done[number])
+                            on_done(first + number, done[number])
                 if all(text.finish_reason for text in texts):
                     break
         return [done[i] for i in range(len(requests))]
 
     def stream(self, prompt: Prompt | Request, **sampling: Any) -> Iterator[str]:
         """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
-        request = _request(prompt, sampling)
+        (request,) = _requests([prompt], sampling)
         (ids,) = self._encoded([request])
         text = Text(self.tokenizer, request.sampling)
         for ((token, logprob),) in self.steps([ids], [request.sampling], [0], 1):
             yield text.add(token, logprob)
             if text.finish_reason:
                 return
+
+    def check(self, prompts: Sequence[Prompt | Request], **sampling: Any) -> None:
+        """Raises what `generate` would, before anything is made."""
+        self._encoded(_requests(prompts, sampling))
 
     def steps(
         self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], numbers: Sequence[int], rows: int
@@ -145,7 +157,7 @@ class Generator:
         shape = shards, -(-rows // unit) * unit // shards
         longest = max(map(len, prompts))
         steps = max(s.max_tokens for s in samplings)
-        padded = _bucket(longest, self.mesh.shape[TENSOR])
+        padded = int(min(_bucket(longest, self.mesh.shape[TENSOR]), self._longest_prefill))
         room = max(padded, _bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
         tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
         length_N = np.ones(math.prod(shape), np.int32)
@@ -170,13 +182,15 @@ class Generator:
                 tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
                 yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
-    def _encoded(self, requests: Sequence[Request]) -> list[list[int]]:
+    def _encoded(self, requests: Sequence[Request], first: int = 0) -> list[list[int]]:
         """The token ids of each prompt, checked."""
-        for number, request in enumerate(requests, 1):
+        for number, request in enumerate(requests, first + 1):
             _check_prompt(number, request.prompt, self._vocab_size)
         of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
         encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
-        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), 1):
+        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first + 1):
+            if not ids:
+                raise ConfigError(f"prompt {number} has no tokens; give text that the tokenizer keeps")
             wanted = len(ids) + request.sampling.max_tokens
             if wanted > self.max_length:
                 raise ConfigError(
@@ -213,8 +227,10 @@ def _chosen(logits_SBV: Array, cache: Cache, draws: Draws, candidates: int) -> t
     return (cache, chosen[0]), tuple(jax.sharding.reshard(v, replicated_spec(2)) for v in chosen)
 
 
-def _request(prompt: Prompt | Request, sampling: dict[str, Any]) -> Request:
-    return prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling))
+def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> list[Request]:
+    if isinstance(prompts, str):
+        raise ConfigError("prompts must be a list; put the one text into brackets")
+    return [prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts]
 
 
 def _check_prompt(number: int, prompt: Prompt, vocab_size: int) -> None:

@@ -36,9 +36,14 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
             continue
         try:
             row = json.loads(line.decode())
+            json.dumps(row, ensure_ascii=False).encode()  # what is written in the end
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1}); fix it") from None
-        except json.JSONDecodeError as error:
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name}, line {number} holds half of a surrogate pair, which is no text; fix it"
+            ) from None
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name}, line {number} is not JSON ({error}); fix it") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ConfigError(f'{name}, line {number} must be an object with a text "prompt"; fix it')
@@ -57,6 +62,17 @@ def answer(row: Row, request: Request, completion: Completion) -> Row:
     return {**row, "prompt": request.prompt, **dataclasses.asdict(completion)}
 
 
+def check_answers_to(target: str, source: str) -> None:
+    """Before work begins: raises ConfigError where `target` cannot be written, or is the file of prompts."""
+    if target == "-":
+        return
+    path = pathlib.Path(target).expanduser()
+    if source != "-" and path.is_file() and path.samefile(pathlib.Path(source).expanduser()):
+        raise ConfigError(f"--output={target} is the file of prompts, which would be lost; choose another path")
+    with _opened(target, "a"):
+        pass
+
+
 @contextlib.contextmanager
 def answers_to(target: str) -> Iterator[TextIO]:
     """The file that answers are written to; standard output for `-`.
@@ -67,9 +83,12 @@ def answers_to(target: str) -> Iterator[TextIO]:
     if target == "-":
         yield sys.stdout
         return
+    with _opened(target, "w") as file:
+        yield file
+
+
+def _opened(target: str, mode: str) -> TextIO:
     try:
-        file = open(pathlib.Path(target).expanduser(), "w")  # noqa: SIM115  closed below
+        return open(pathlib.Path(target).expanduser(), mode, encoding="utf-8")  # type: ignore[return-value]
     except OSError as error:
         raise ConfigError(f"--output={target} cannot be written ({error.strerror}); choose another path") from None
-    with file:
-        yield file

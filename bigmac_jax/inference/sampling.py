@@ -15,6 +15,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.mesh import on_each_rank, token_spec
 
 _SEEDS = 1 << 32
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Sampling:
             )
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
-            require(type(value) in (int, float) and math.isfinite(value), f"{name}={value!r} must be a finite number")
+            require(type(value) in (int, float) and abs(value) <= _LARGEST, f"{name}={value!r} must be a finite number")
         if isinstance(self.stop, str | list):
             object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must be at least 0 (greedy)")
-        require(self.top_k >= 0, f"top_k={self.top_k} must be at least 0 (all tokens)")
+        require(0 <= self.top_k < 1 << 31, f"top_k={self.top_k} must lie in [0, 2**31); 0 takes all tokens")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]; use 1 for all tokens")
         require(0 <= self.seed < _SEEDS, f"seed={self.seed} must lie in [0, 2**32)")
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
@@ -118,7 +119,8 @@ def _choose(
     if candidates == 1:
         return best, jax.nn.log_softmax(logits_V)[best]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request), position)
-    scaled_V = logits_V / jnp.where(temperature > 0, temperature, 1)
+    # From the best one down: divided by a small temperature, several above 0 would be infinite alike.
+    scaled_V = (logits_V - logits_V[best]) / jnp.where(temperature > 0, temperature, 1)
     if candidates == 0:
         token = jax.random.categorical(key, scaled_V)
     else:

@@ -14,7 +14,7 @@ from training.tools import quick, text
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
-from bigmac_jax.inference.requests import answer, answers_to, read_requests
+from bigmac_jax.inference.requests import answer, answers_to, check_answers_to, read_requests
 
 LENGTH, NEW = 48, 12
 WORDS = text(1, seed=2)[0]
@@ -109,6 +109,32 @@ def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[C
     assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
 
 
+def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
+    requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
+    numbers: list[int] = []
+    with quick():
+        whole = generator.generate(requests)
+        later = generator.generate(requests[1:], lambda number, _: numbers.append(number), first=1)
+    assert later[0].tokens == whole[1].tokens != whole[0].tokens and numbers == [1]
+    with pytest.raises(ConfigError, match="prompt 8 is empty"):
+        generator.generate([""], first=7)
+
+
+def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
+    """And rows that go on behind the last one, because others are not done, disturb nobody."""
+    config = tiny(length=40, num_layers=1, positions="learned")
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        generator = Generator(config, model)
+        prompt, short = WORDS[:35], Request(WORDS[:2], Sampling(max_tokens=38, ignore_eos=True))
+        long, beside = generator.generate([Request(prompt, Sampling(max_tokens=1)), short])
+        (alone,) = generator.generate([short])
+        tokens = np.asarray([ByteTokenizer().encode(prompt)], np.int32)
+        logits_BLV, _ = jax.jit(lambda model, tokens: model(tokens, dropless=True))(model, split_tokens(tokens))
+    assert long.tokens == (int(np.asarray(logits_BLV)[0, -1].argmax()),)
+    assert beside.tokens == alone.tokens
+
+
 def test_nothing_asked(generator: Generator) -> None:
     assert generator.generate([]) == []
 
@@ -121,11 +147,26 @@ def test_nothing_asked(generator: Generator) -> None:
         (["a" * 40], {"max_tokens": 9}, "prompt 1 has 40 tokens, .* are 49, and must be at most max_length=48"),
         ([(5, 257)], {}, r"prompt 1 has the token 257, which must lie in \[0, 257\)"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ("abc", {}, "prompts must be a list"),
     ],
 )
 def test_bad_prompts(generator: Generator, prompts: list[Any], sampling: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generator.generate(prompts, **sampling)
+    with pytest.raises(ConfigError, match=message):
+        generator.check(prompts, **sampling)
+
+
+def test_a_prompt_that_the_tokenizer_drops(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator.tokenizer, "encode_batch", lambda texts: [[] for _ in texts])
+    with pytest.raises(ConfigError, match="prompt 1 has no tokens"):
+        generator.generate([" "])
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"max_length": -1}])
+def test_sizes_out_of_range(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(sizes))}={next(iter(sizes.values()))} must be at least"):
+        Generator(tiny(), None, **sizes)  # type: ignore[arg-type]
 
 
 def test_learned_positions_end() -> None:
@@ -153,6 +194,9 @@ def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
         (b'{"prompt": 3}\n', "line 1 must be an object with a text"),
         (b'{"prompt": "a", "top_p": 2}\n', r"line 1: top_p=2 must lie in \(0, 1\]"),
         (b"\n", "holds no prompt"),
+        (b'{"prompt": "a", "id": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
+        (b'{"prompt": "a", "max_tokens": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+        (b'{"prompt": "a", "id": ' + b"[" * 200_000, "line 1 is not JSON"),
     ],
 )
 def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
@@ -167,3 +211,14 @@ def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:
         read_requests(str(tmp_path / "none"), Sampling())
     with pytest.raises(ConfigError, match="cannot be written"), answers_to(str(tmp_path / "none" / "out")):
         pass
+
+
+def test_nothing_is_lost_before_work_begins(tmp_path: pathlib.Path) -> None:
+    prompts, answers = tmp_path / "prompts", tmp_path / "answers"
+    prompts.write_text("precious"), answers.write_text("old")
+    check_answers_to(str(answers), str(prompts))
+    assert answers.read_text() == "old"
+    with pytest.raises(ConfigError, match="is the file of prompts, which would be lost"):
+        check_answers_to(str(prompts), str(prompts))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_answers_to(str(tmp_path), str(prompts))

@@ -14,11 +14,13 @@ SHARES = np.array([0.1, 0.5, 0.05, 0.3, 0.05])  # by token; sorted: 1, 3, 0, the
 N = 4000
 
 
-def drawn(samplings: list[Sampling], requests: list[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    samplings: list[Sampling], requests: list[int], positions: np.ndarray, shift: float = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and log-probabilities, a row each, all from SHARES."""
     with on_mesh(tiny()):
         rows = len(samplings)
-        logits = split_tokens(np.broadcast_to(np.log(SHARES).astype(np.float32), (1, rows, len(SHARES))))
+        logits = split_tokens(np.broadcast_to((np.log(SHARES) + shift).astype(np.float32), (1, rows, len(SHARES))))
         settings = Draws(*map(split_tokens, draws(samplings, requests, (1, rows))))
         run = jax.jit(sample, static_argnums=3, compiler_options=QUICK)
         out = run(logits, settings, split_batch(positions.reshape(1, -1)), candidates(samplings, len(SHARES)))
@@ -72,6 +74,13 @@ def test_a_filter_that_keeps_all_draws_the_same_as_none() -> None:
     np.testing.assert_allclose(np.bincount(tokens) / N, SHARES, atol=0.04)
 
 
+def test_the_smallest_temperatures_are_greedy() -> None:
+    """Logits over them would be infinite."""
+    for sampling in (Sampling(temperature=2e-38), Sampling(temperature=2e-38, top_k=4)):
+        tokens, _ = drawn([sampling] * 8, list(range(8)), np.zeros(8, np.int32), shift=30)
+        assert (tokens == 1).all()
+
+
 def test_candidates() -> None:
     """As few as the rows need, in powers of two."""
     greedy, hot = Sampling(), Sampling(temperature=1.0)
@@ -87,7 +96,7 @@ def test_candidates() -> None:
     [
         ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 1 << 32), ("stop", ("",)), ("stop", (1,)),
-        ("top_p", "a"), ("ignore_eos", 1),
+        ("top_p", "a"), ("ignore_eos", 1), ("top_k", 1 << 31), ("temperature", 10**400), ("temperature", 1e39),
     ],
 )  # fmt: skip
 def test_values_out_of_range(field: str, value: Any) -> None:
