@@ -1,6 +1,7 @@
 """What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
 
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,12 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         except hosts.PeerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return hosts.EXIT_CODE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130  # as a shell counts SIGINT
+        except BrokenPipeError:  # the reader of standard output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as a shell counts SIGPIPE
 
     app.run(guarded, flags_parser=parse)
 

@@ -93,6 +93,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
         ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a"),
         ("is of another model", "[1, 8, 4, 16]", "[1, 16, 4, 16]"),
     ),
+    "output of a prompt": ((*GENERATE, "--prompt=a", "--output={folder}/a"), ("--output=", "give those, or --json")),
+    "answers into a folder": (
+        (*GENERATE, "--prompts={folder}/prompts.jsonl", "--output={folder}"),
+        ("Is a directory",),
+    ),
     "neither export nor import": (("convert.py", "--workdir={folder}/run"), ("give `export", "or `import")),
     "no output": (EXPORT, ("--output=OUT",)),
     "no equivalent": ((*EXPORT, "--output={folder}/no", "--format=nemotron_h"), ("model.positions=rope must be none",)),
@@ -346,3 +351,13 @@ def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypa
 @pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda file: file.stem)
 def test_configs_load(file: pathlib.Path, structure: str) -> None:
     assert load_config(file, [f"model.structure={structure}"]).model.structure == structure
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"), [("KeyboardInterrupt", 130, "interrupted\n"), ("BrokenPipeError", 141, "")]
+)
+def test_what_ends_a_command_from_outside(error: str, code: int, line: str) -> None:
+    """Ctrl-C, and a reader such as head that has seen enough: no traceback."""
+    program = f"from bigmac_jax import cli\ndef main():\n    print('out')\n    raise {error}\ncli.run(main)"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (code, line)
