@@ -67,5 +67,9 @@ class Finished:
             json.dumps({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}) + "\n"
             for key, (score, greedy) in scores.items()
         ]
-        with self._path.open("a") as file:
-            file.write("".join(lines))
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(lines))
+        except OSError as error:  # of this process alone: the others would wait for it
+            _log.warning("%s cannot be written (%s): if this run is killed, it starts over", self._path, error.strerror)
+            self._path = pathlib.Path("/dev/null")

@@ -48,7 +48,8 @@ def check_windows(config: Config, length: int, stride: int) -> int:
     """Tokens that the model is given at most: `length`, or data.sequence_length where that is 0.
 
     Raises:
-      ConfigError: more than there are learned positions, or a stride that would leave tokens out.
+      ConfigError: more than there are learned positions, a stride that would leave tokens out, or windows that
+        mesh.tensor cannot split.
     """
     trained = config.data.sequence_length
     if length > trained and config.model.positions == "learned":
@@ -57,6 +58,11 @@ def check_windows(config: Config, length: int, stride: int) -> int:
         )
     if stride > (length or trained):
         raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
+    if length % config.mesh.tensor:
+        raise ConfigError(
+            f"--length={length} must be a multiple of mesh.tensor={config.mesh.tensor}; "
+            f"use {-(-length // config.mesh.tensor) * config.mesh.tensor}"
+        )
     return length or trained
 
 

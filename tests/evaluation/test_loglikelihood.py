@@ -191,6 +191,12 @@ def test_where_nothing_can_be_written(tmp_path: pathlib.Path, caplog: pytest.Log
     finished = Finished(tmp_path / "file" / "t.jsonl", "A")
     finished.add({"k": (-1.0, True)})
     assert finished.look_up(["k"]) == {} and "cannot be written" in caplog.text
+    caplog.clear()
+    finished = Finished(tmp_path / "folder" / "t.jsonl", "A")
+    (tmp_path / "folder" / "t.jsonl").unlink(), (tmp_path / "folder").rmdir()  # writing failed later
+    finished.add({"k": (-1.0, True)})
+    finished.add({"l": (-1.0, True)})
+    assert caplog.text.count("cannot be written") == 1
 
 
 def test_lengths_that_do_not_fit() -> None:
@@ -200,3 +206,5 @@ def test_lengths_that_do_not_fit() -> None:
         check_windows(learned, 17, 0)
     with pytest.raises(ConfigError, match="--stride=9 must be at most the 8 tokens"):
         check_windows(rope, 8, 9)
+    with pytest.raises(ConfigError, match=r"--length=15 must be a multiple of mesh.tensor=2; use 16"):
+        check_windows(tiny((1, 1, 1, 2), length=16), 15, 0)

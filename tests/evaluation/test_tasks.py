@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from training.tools import ROOT
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -155,6 +156,15 @@ def test_rows_of_tfds_are_plain(tmp_path: pathlib.Path) -> None:
 PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
 OWN = 'kind = "multiple_choice"\nprompt = "{q}"\nchoices = "c"\nanswer = "a"\nsource = "own.jsonl"\n'
 COLUMNS = '[columns]\nq = "question"\nc = "options"\na = "gold"\n'
+
+
+def needle(old: str, new: str) -> bytes:
+    """needle.toml with a change."""
+    text = (ROOT / "bigmac_jax" / "evaluation" / "tasks" / "needle.toml").read_text()
+    assert old in text
+    return text.replace(old, new).encode()
+
+
 BAD: dict[str, tuple[str, str, bytes, str]] = {  # task, file, its content, what the line says
     "unknown task": ("piqua", "", b"", "--tasks=piqua is not a task; use hellaswag, lambada, needle, piqa"),
     "no rows in TFDS": ("ptb", "", b"", "ptb is not in TFDS; give its rows with --task_data=ptb=PATH"),
@@ -208,6 +218,26 @@ BAD: dict[str, tuple[str, str, bytes, str]] = {  # task, file, its content, what
         "own.toml", "own.toml", ('substitutions = [["(", ""]]\n' + OWN + COLUMNS).encode(),
         "'(' is not a regular expression",
     ),
+    "bad replacement": (
+        "own.toml", "own.toml", ('substitutions = [["a", "\\\\9"]]\n' + OWN + COLUMNS).encode(),
+        "'a' is not a regular expression with a replacement",
+    ),
+    "format of a number": (
+        "own.toml", "own.toml", (OWN + COLUMNS).replace("{q}", "{q:d}").encode(),
+        "'{q:d}' is not a template",
+    ),
+    "column within a column": (
+        "own.toml", "own.toml", (OWN + COLUMNS).replace("{q}", "{q:{z}}").encode(),
+        "'{q:{z}}' is not a template",
+    ),
+    "endless answer": ("piqa", "rows.jsonl", json.dumps(PIQA | {"label": math.inf}).encode(), "label=inf must be"),
+    "no sample": ("own.toml", "own.toml", needle("samples = 4", "samples = 0"), "samples=0 must be at least 1"),
+    "no digit": ("own.toml", "own.toml", needle("digits = 4", "digits = 0"), "digits=0 must be at least 1"),
+    "too many distractors": (
+        "own.toml", "own.toml", needle("digits = 4", "digits = 1"),
+        "distractors=9 must be fewer than the 9 numbers of digits=1",
+    ),
+    "unknown name in a needle": ("own.toml", "own.toml", needle("{number}", "{nummer}"), "is not a template with {num"),
     "unknown preparation": (
         "own.toml", "own.toml", ('prepare = "x"\n' + OWN + COLUMNS).encode(),
         "prepare='x' must be one of",

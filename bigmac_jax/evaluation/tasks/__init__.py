@@ -111,9 +111,7 @@ def load_task(name_or_path: str) -> Task | Needle:
     task: Task | Needle = cls(
         **{name: _value(fields[name].type, value, f"{path.name}: {name}") for name, value in values.items()}
     )
-    if isinstance(task, Task):
-        task = _checked(task, path)
-    return task
+    return _checked(task, path) if isinstance(task, Task) else _checked_needle(task, path)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -139,13 +137,32 @@ def _checked(task: Task, path: pathlib.Path) -> Task:
 
     if task.prepare and task.prepare not in FUNCTIONS:
         raise ConfigError(f"{path.name}: prepare={task.prepare!r} must be one of {', '.join(FUNCTIONS)}")
-    for pattern in [pattern for pattern, _ in task.substitutions] + [task.documents]:
+    for pattern, replacement in [*task.substitutions, (task.documents, "")]:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{path.name}: {pattern!r} is not a regular expression ({error})") from None
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                f"{path.name}: {pattern!r} is not a regular expression with a replacement {replacement!r} ({error})"
+            ) from None
     if task.source and not task.source.startswith("tfds:"):
         task = dataclasses.replace(task, source=str(path.parent / pathlib.Path(task.source).expanduser()))
+    return task
+
+
+def _checked_needle(task: Needle, path: pathlib.Path) -> Needle:
+    for name in ("samples", "digits"):
+        if getattr(task, name) < 1:
+            raise ConfigError(f"{path.name}: {name}={getattr(task, name)} must be at least 1")
+    numbers = 9 * 10 ** (task.digits - 1)
+    if task.distractors >= numbers:
+        raise ConfigError(
+            f"{path.name}: distractors={task.distractors} must be fewer than the {numbers} numbers of "
+            f"digits={task.digits}; use fewer, or more digits"
+        )
+    try:
+        task.needle.format(number=1)
+    except (AttributeError, LookupError, ValueError) as error:
+        raise ConfigError(f"{path.name}: needle={task.needle!r} is not a template with {{number}} ({error})") from None
     return task
 
 

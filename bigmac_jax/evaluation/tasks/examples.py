@@ -101,7 +101,7 @@ def _answer(task: Task, row: Row, place: str, count: int) -> int:
     else:
         try:
             number = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = -1
     if not 0 <= number < count:
         names = f", or one of {', '.join(task.answer_names)}" if task.answer_names else ""
@@ -138,11 +138,12 @@ def _rendered(task: Task, template: str, row: Row, place: str) -> str:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         values = {name: _as_text(_column(name, row, place), name, place) for name in names}
-    except ValueError as error:
+        text = template.format_map(values)
+    except (LookupError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{task.name}: {template!r} is not a template ({error}); columns stand in braces") from None
-    return _substituted(task, template.format_map(values))
+    return _substituted(task, text)
 
 
 def _column(name: str, row: Row, place: str) -> Any:
