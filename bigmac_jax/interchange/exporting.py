@@ -72,11 +72,14 @@ def export_model(
     Raises:
       ConfigError: no equivalent, or `output` is there already or cannot be written.
     """
-    output = pathlib.Path(output)
+    output = pathlib.Path(output).expanduser().absolute()
     if dtype not in shards.DTYPES:
         raise ConfigError(f"--dtype={dtype} must be one of {', '.join(shards.DTYPES)}")
     size = shards.byte_size(max_shard_size)
     name, reason = choose(config, format)
+    with hosts.together():  # now: later the other processes would wait for this one
+        if hosts.is_first():
+            shards.check_new(output)
     if reason and hosts.is_first():
         _log.warning("%s; written as plain safetensors", reason)
     layout, leaves = FORMATS[name], named_leaves(model)

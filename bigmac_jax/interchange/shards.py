@@ -80,6 +80,12 @@ def write(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: It
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def check_new(output: pathlib.Path) -> None:
+    """Raises ConfigError if `output` is there already, unless it is an empty directory."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"--output={output} is there already; remove it, or give another one")
+
+
 @contextlib.contextmanager
 def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory beside `output` that becomes it at the end, and is removed if something goes wrong.
@@ -87,8 +93,7 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       ConfigError: `output` is there already, or cannot be written.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"--output={output} is there already; remove it, or give another one")
+    check_new(output)
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

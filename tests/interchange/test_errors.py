@@ -14,7 +14,7 @@ from model.tools import leaves, on_mesh, random_model
 from safetensors.numpy import load_file, save_file
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.interchange import export_model, import_model, import_run
+from bigmac_jax.interchange import export_model, exporting, import_model, import_run
 from bigmac_jax.interchange.shards import Spec, byte_size, divide, whole_or_nothing, write
 from bigmac_jax.training.checkpoint import restore
 
@@ -151,10 +151,17 @@ def test_bad_arguments(exported: Any, tmp_path: pathlib.Path, arguments: dict[st
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path) -> None:
+def test_an_export_is_whole_or_nothing(exported: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model, folder = exported
-    with on_mesh(config), pytest.raises(ConfigError, match="is there already"):
+    with monkeypatch.context() as patch, on_mesh(config), pytest.raises(ConfigError, match="is there already"):
+        patch.delattr(exporting, "named_leaves")  # processes gather from there on: all must have heard of it by then
         export_model(config, model, folder / "one")
+    with monkeypatch.context() as patch, on_mesh(config):
+        (tmp_path / "here").mkdir()
+        patch.chdir(tmp_path / "here")
+        export_model(config, model, ".")
+    assert (tmp_path / "here" / "config.json").is_file()
+    shutil.rmtree(tmp_path / "here")
     (tmp_path / "file").write_text("")
     with on_mesh(config), pytest.raises(ConfigError, match="cannot be written"):
         export_model(config, model, tmp_path / "file" / "out")
