@@ -27,7 +27,6 @@ import jax  # noqa: E402
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
-from bigmac_jax.interchange import export_model  # noqa: E402
 from jax import Array  # noqa: E402
 
 from benchmarks.peers.worker import Worker  # noqa: E402
@@ -36,6 +35,7 @@ from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402
+from bigmac_jax.interchange import export_model  # noqa: E402
 from bigmac_jax.mesh import token_spec  # noqa: E402
 from bigmac_jax.model.transformer import Transformer, init_model  # noqa: E402
 
