@@ -1,6 +1,6 @@
 """A host that sends SIZE bytes to each other one at the same time: peer.py HOST HOSTS SIZE FOLDER.
 
-FOLDER/HOST.json: for each sender the seconds between its first and its last byte. Addresses come from the host names.
+FOLDER/HOST.json: for each sender when its first and its last byte came. Addresses come from the host names.
 """
 
 import json
@@ -15,15 +15,15 @@ PORT = 4321
 
 def main(host: int, hosts: int, size: int, folder: pathlib.Path) -> None:
     assert socket.gethostname() == f"host{host}"
-    seconds: dict[int, float] = {}
+    times: dict[int, tuple[float, float]] = {}
 
     def receive(connection: socket.socket) -> None:
         source, got = connection.recv(1)[0], 0
-        start = time.perf_counter()
+        first = time.monotonic()
         while data := connection.recv(1 << 20):
             got += len(data)
         assert got == size
-        seconds[source] = time.perf_counter() - start
+        times[source] = first, time.monotonic()
 
     def send(target: int) -> None:
         while True:
@@ -47,7 +47,7 @@ def main(host: int, hosts: int, size: int, folder: pathlib.Path) -> None:
             threads[-1].start()
         for thread in threads:
             thread.join(20)
-    (folder / f"{host}.json").write_text(json.dumps(seconds))
+    (folder / f"{host}.json").write_text(json.dumps(times))
 
 
 if __name__ == "__main__":

@@ -55,47 +55,43 @@ def shaping() -> None:
         pytest.skip(f"no shaped network here: {error}")
 
 
-def seconds(tmp_path: pathlib.Path, network: Network, size: int) -> dict[tuple[int, int], float]:
-    """(sender, receiver) → from the first byte to the last one of `size`, all pairs at the same time."""
+def rate_of(tmp_path: pathlib.Path, network: Network, size: int, links: dict[str, list[tuple[int, int]]]) -> dict:
+    """Bits a second on each link, given as the (sender, receiver) that share it; all pairs send at the same time."""
     with Cluster(network) as cluster:
         code = cluster.run([*PEER, "HOST", str(network.hosts), str(size), str(tmp_path)], join=False, limit=30)
-    assert code == 0
-    found = {host: json.loads((tmp_path / f"{host}.json").read_text()) for host in range(network.hosts)}
-    return {(int(source), host): s for host, by_source in found.items() for source, s in by_source.items()}
+    assert code == 0 and not left()
+    found = [json.loads((tmp_path / f"{host}.json").read_text()) for host in range(network.hosts)]
+    rates = {}
+    for link, pairs in links.items():
+        firsts, lasts = zip(*(found[host][str(source)] for source, host in pairs), strict=True)
+        rates[link] = 8 * size * len(pairs) / (max(lasts) - min(firsts))
+    return rates
 
 
-def settled(measure: Callable[[], float]) -> float:
-    """A rate that is never too high; a busy machine may need another try to reach it."""
-    rates = []
-    while len(rates) < 3 and max(rates, default=0) < 0.85 * RATE:
-        rates.append(measure())
+def settled(measure: Callable[[], dict[str, float]]) -> float:
+    """The best of some tries: a busy machine may make a link seem slower, nothing makes it faster."""
+    rates: list[float] = []
+    while len(rates) < 5 and max(rates, default=0) < 0.85 * RATE:
+        rates.extend(measure().values())
     return max(rates)
 
 
 def test_a_link_has_its_rate_in_both_directions(shaping: None, tmp_path: pathlib.Path) -> None:
-    size = 3_000_000
-
-    def measure() -> float:
-        found = seconds(tmp_path, Network(2, RATE), size)
-        assert len(found) == 2
-        assert all(8 * size / s < 1.15 * RATE for s in found.values()), found
-        return 8 * size / max(found.values())
-
-    assert settled(measure) == pytest.approx(RATE, rel=0.15)
-    assert not left()
+    links = {"up": [(0, 1)], "down": [(1, 0)]}
+    rate = settled(lambda: rate_of(tmp_path, Network(2, RATE), 3_000_000, links))
+    assert rate == pytest.approx(RATE, rel=0.15)
 
 
 def test_machines_share_a_slow_link(shaping: None, tmp_path: pathlib.Path) -> None:
     """Each host sends to three: one over a fast link, two over the link that it shares with its neighbour."""
-    size = 600_000
+    links = {"slow": [(0, 2), (0, 3), (1, 2), (1, 3)], "back": [(2, 0), (3, 0), (2, 1), (3, 1)]}
+    inside = {"fast": [(0, 1)]}
+    network = Network(4, RATE, machine=2, fast_rate=20 * RATE)
 
-    def measure() -> float:
-        found = seconds(tmp_path, Network(4, RATE, machine=2, fast_rate=20 * RATE), size)
-        assert len(found) == 12
-        inside = [s for (source, host), s in found.items() if source // 2 == host // 2]
-        between = [s for (source, host), s in found.items() if source // 2 != host // 2]
-        assert max(inside) < max(between) / 3, found
-        return 8 * 4 * size / max(between)
+    def measure() -> dict[str, float]:
+        rates = rate_of(tmp_path, network, 600_000, links | inside)
+        assert rates.pop("fast") > 3 * RATE
+        return rates
 
     assert settled(measure) == pytest.approx(RATE, rel=0.15)
 
@@ -170,7 +166,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"hosts": 0}, "--hosts=0 must be at least 1"),
         ({"hosts": 3, "rate": 1.0, "machine": 2, "fast_rate": 1.0}, "--hosts=3 must be a multiple of --machine=2"),
-        ({"hosts": 4, "rate": 1.0, "machine": 2}, "--machine=2 needs --fast_rate"),
+        ({"hosts": 4, "rate": 1.0, "machine": 2}, "--machine=2 needs the rate of the links inside"),
     ],
 )
 def test_networks_that_cannot_be(arguments: dict, message: str) -> None:
