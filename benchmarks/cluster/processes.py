@@ -37,6 +37,10 @@ class Cluster:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
+    def sent_bytes(self, host: int) -> int | None:
+        """That left through the host's link so far; None over loopback."""
+        return self._namespaces.sent_bytes(host) if self._namespaces else None
+
     def run(
         self,
         command: Sequence[str],
