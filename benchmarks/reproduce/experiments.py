@@ -3,11 +3,13 @@
 A row: what, the paper's number, ours, its unit, and where there are several runs the lowest and the highest of ours.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.reproduce.lab import Case, Lab, Record, exchange_share, spread
+from benchmarks.reproduce.learning import Course, learn, time_to
 
 BIGMAC = "model.structure=bigmac"
 SIZES = ("small", "medium", "large")
@@ -30,8 +32,9 @@ class Result:
     records: list[Record] = field(default_factory=list)
     traffic: dict[str, Record] = field(default_factory=dict)
 
-    def row(self, what: str, paper: float | None, here: float, unit: str, between: Sequence[float] = ()) -> None:
-        row: Record = {"what": what, "paper": paper, "here": round(here, 3), "unit": unit}
+    def row(self, what: str, paper: float | None, here: float | None, unit: str, between: Sequence[float] = ()) -> None:
+        """`here` is None for what was not reached."""
+        row: Record = {"what": what, "paper": paper, "here": None if here is None else round(here, 4), "unit": unit}
         if len(between) > 1:
             row["lowest"], row["highest"] = round(min(between), 3), round(max(between), 3)
         self.rows.append(row)
@@ -222,6 +225,51 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
             ratios = [a / b for a, b in zip(seconds["all_to_all, bfloat16"], seconds[name], strict=True)]
             result.row(name, None, sorted(ratios)[len(ratios) // 2], "×", ratios)
             result.traffic[name] = lab.traffic("small", *fields)
+    steps = 30 if lab.toy else 200
+    losses = {
+        exchange: learn(lab, Course("small", (BIGMAC, *pairs.overrides, *fields), steps, evaluations=0))["final_loss"]
+        for exchange, fields in {
+            "all_to_all": ("model.exchange=all_to_all",),
+            "hierarchical": ("model.exchange=hierarchical", "model.wire_dtype=int8"),
+            "dedup": ("model.exchange=dedup", "model.wire_dtype=int8"),
+        }.items()
+    }
+    for exchange in ("hierarchical", "dedup"):
+        what = f"loss after {steps} steps, {exchange}, int8, over all_to_all's, bfloat16"
+        result.row(what, None, losses[exchange] / losses["all_to_all"], "")
+    return result
+
+
+def figure1(lab: Lab, rate: float, quick: bool) -> Result:
+    """Validation perplexity over time on the shaped cluster, and over tokens, three seeds."""
+    result = Result(
+        "Figure 1: perplexity over time",
+        "bigmac, fine_grained and vanilla with equal MoE parameters on the embedded corpus, K = 8 (vanilla: 1). Time: "
+        "seconds of training steps on the shaped cluster until fine_grained's final validation perplexity. Tokens: "
+        "means over three seeds after as many steps, one process.",
+    )
+    steps = 20 if lab.toy else 400
+    structures = ("fine_grained", "bigmac", "vanilla")
+    timed = {s: learn(lab, Course("small", (f"model.structure={s}",), steps, rate)) for s in structures}
+    target = timed["fine_grained"]["evaluations"][-1]["perplexity"]
+    whole = timed["fine_grained"]["evaluations"][-1]["seconds"]
+    for structure, paper in (("bigmac", 1.71), ("vanilla", None)):
+        reached = time_to(timed[structure], target)
+        what = f"time to perplexity {target:.2f}, fine_grained's over {structure}'s"
+        result.row(what, paper, reached and whole / reached, "×")
+    seeds = {
+        s: [learn(lab, Course("small", (f"model.structure={s}",), steps, seed=seed)) for seed in (1234, 1235, 1236)]
+        for s in structures
+    }
+    final = {s: [run["evaluations"][-1]["perplexity"] for run in runs] for s, runs in seeds.items()}
+    for structure in structures:
+        mean = statistics.mean(final[structure])
+        result.row(f"perplexity after {steps} steps, {structure}", None, mean, "", final[structure])
+    error = statistics.stdev(final["fine_grained"]) / len(final["fine_grained"]) ** 0.5
+    means = [statistics.mean(final[s]) for s in ("bigmac", "fine_grained")]
+    result.row("bigmac's mean over fine_grained's", None, means[0] / means[1], "")
+    result.row("standard error of fine_grained's mean, relative", None, error / means[1], "")
+    result.records = [*timed.values(), *(run for runs in seeds.values() for run in runs)]
     return result
 
 
@@ -257,6 +305,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure4": figure4,
     "figure5": figure5,
     "figure6": figure6,
+    "figure1": figure1,
     "ratios": ratios,
     "strategies": strategies,
 }

@@ -99,7 +99,7 @@ class Lab:
             print(f"  {number + 1} of {len(unknown)}: {case.describe()}", end="", flush=True)
             start = time.monotonic()
             record = self._run(case)
-            _write(self._file(case), record)
+            write_json(self._file(case), record)
             took = time.monotonic() - start
             print(f": {record['median_s']:.3f} s a {record['unit']}, {took:.0f} s in all", flush=True)
         return [json.loads(self._file(case).read_text()) for case in cases]
@@ -124,14 +124,14 @@ class Lab:
 
             def count() -> bool:
                 """Reads the links' counters when the warm steps and when all steps are over."""
-                done = len(_records(metrics))
+                done = len(step_records(metrics))
                 for due in (WARM, WARM + case.steps):
                     if done >= due and due not in counted and network.shaped:
                         counted[due] = [cluster.sent_bytes(host) or 0 for host in range(network.hosts)]
                 return False
 
             code = cluster.run(command, logs, {"PYTHONPATH": str(ROOT)}, stop=count, limit=self.limit)
-        records = _records(metrics)[WARM:]
+        records = step_records(metrics)[WARM:]
         if code or len(records) != case.steps:
             raise CaseError(f"{case.describe()}: ended with {code} after {len(records)} steps; see {logs}/host0.log")
         seconds = [record["step_time_s"] for record in records]
@@ -167,7 +167,7 @@ class Lab:
                 raise CaseError(f"{' '.join(command)}: {run.stderr.strip().splitlines()[-1]}")
             program = json.loads(run.stdout.splitlines()[-1])["program"]
             names = ("exchange_sent_bytes", "metadata_sent_bytes", "other_sent_bytes", "flops_per_step")
-            _write(path, {name: program[name] for name in names})
+            write_json(path, {name: program[name] for name in names})
         record: Record = json.loads(path.read_text())
         return record
 
@@ -182,7 +182,7 @@ def exchange_share(shaped: float, local: float) -> float:
     return 1 - local / shaped if shaped else math.nan
 
 
-def _records(path: pathlib.Path) -> list[Record]:
+def step_records(path: pathlib.Path) -> list[Record]:
     """Whole lines of a metrics.jsonl that are of steps."""
     try:
         lines = path.read_text().split("\n")[:-1]
@@ -191,7 +191,7 @@ def _records(path: pathlib.Path) -> list[Record]:
     return [record for record in map(json.loads, lines) if "step_time_s" in record]
 
 
-def _write(path: pathlib.Path, record: Record) -> None:
+def write_json(path: pathlib.Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")

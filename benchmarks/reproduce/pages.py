@@ -8,7 +8,7 @@ from benchmarks.reproduce import plots
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
-ORDER = ("table1", "figure3", "figure4", "figure5", "figure6", "ratios", "strategies")
+ORDER = ("figure1", "table1", "figure3", "figure4", "figure5", "figure6", "ratios", "strategies")
 
 
 def write(docs: pathlib.Path) -> None:
@@ -35,7 +35,7 @@ def section(result: dict[str, Any]) -> str:
     lines += ["| | paper | here | here / paper |", "|---|---|---|---|"]
     for row in result["rows"]:
         paper = "" if row["paper"] is None else _number(row["paper"], row["unit"])
-        ratio = f"{row['here'] / row['paper']:.2f}" if row["paper"] else ""
+        ratio = f"{row['here'] / row['paper']:.2f}" if row["paper"] and row["here"] is not None else ""
         between = f" ({_number(row['lowest'])}–{_number(row['highest'])})" if "lowest" in row else ""
         lines.append(f"| {row['what']} | {paper} | {_number(row['here'], row['unit'])}{between} | {ratio} |")
     lines += ["", f"![{result['title']}]({IMAGES}/{result['name']}.png)", ""]
@@ -63,5 +63,7 @@ def origin(result: dict[str, Any]) -> str:
     )
 
 
-def _number(value: float, unit: str = "") -> str:
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "not reached"
     return f"{value:.1f} %" if unit == "%" else f"{value:.2f}{' ' + unit if unit and unit != '×' else unit}"
