@@ -28,6 +28,7 @@ class Cluster:
         self.network, self._pin, self._grace = network, pin, grace
         self._stack = contextlib.ExitStack()
         self._namespaces: Namespaces | None = None
+        self.interrupted = False  # by a signal to this process, in `run`
 
     def __enter__(self) -> "Cluster":
         if self.network.shaped:
@@ -95,6 +96,7 @@ class Cluster:
                 if len(signals) > 1 or (code and signals) or time.monotonic() > kill_at:
                     _kill(processes)
             _kill(processes)  # what they left behind
+            self.interrupted = bool(signals)
             for printer in printers:
                 printer.join(1.0)
         return code or next((failed for failed in codes if failed), 0)

@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="under 15 minutes: Table 1 and a bar of Figure 3, one run")
     parser.add_argument("--only", default="", help=f"some of {','.join(EXPERIMENTS)}")
-    parser.add_argument("--steps", type=int, default=0, help="of a case; 20, or 6 with --quick")
+    parser.add_argument("--steps", type=int, default=0, help="of a case; 20, or 4 with --quick")
     parser.add_argument("--runs", type=int, default=0, help="of each case; 3, or 1 with --quick")
     parser.add_argument("--rate", type=float, default=0.0, help="bits a second, instead of calibrating")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/reproduce", help="of what was measured")
@@ -45,7 +45,7 @@ def main() -> int:
         pages.write(given.docs)
         return 0
     folder = given.folder / ("quick" if given.quick else "full")
-    steps, runs = (6, 1) if given.quick else (20, 3)
+    steps, runs = (4, 1) if given.quick else (20, 3)
     lab = Lab(folder.resolve(), given.steps or steps, given.runs or runs, toy=given.toy)
     command = "python -m benchmarks.reproduce " + " ".join(sys.argv[1:])
     try:

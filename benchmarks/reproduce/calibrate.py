@@ -23,14 +23,15 @@ def calibrate(lab: Lab, size: str, rounds: int = 5) -> dict[str, Any]:
     Returns:
       rate (bits a second), the share that was reached, and the rounds: rate, both times, share.
     """
-    traffic = lab.traffic(size)
-    (free,) = lab.measure([lab.case(size, local=True)])
+    k = "model.top_k=8"
+    traffic = lab.traffic(size, k)
+    (free,) = lab.measure([lab.case(size, k, local=True)])
     bits = {name: 8 * traffic[f"{name}_sent_bytes"] / lab.hosts for name in ("exchange", "other")}
     rate = rate_of(free["median_s"], bits["other"], _ALL_TO_ALL * bits["exchange"])
     tried = []
     for _ in range(rounds):
         rate = float(f"{rate:.4g}")
-        shaped, local = lab.measure([lab.case(size, rate=rate), lab.case(size, rate=rate, local=True)])
+        shaped, local = lab.measure([lab.case(size, k, rate=rate, local=local) for local in (False, True)])
         step, without = shaped["median_s"], local["median_s"]
         share = exchange_share(step, without)
         tried.append({"rate": rate, "step_s": step, "local_s": without, "share": share})

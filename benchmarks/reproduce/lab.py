@@ -131,6 +131,8 @@ class Lab:
                 return False
 
             code = cluster.run(command, logs, {"PYTHONPATH": str(ROOT)}, stop=count, limit=self.limit)
+        if cluster.interrupted:
+            raise KeyboardInterrupt
         records = step_records(metrics)[WARM:]
         if code or len(records) != case.steps:
             raise CaseError(f"{case.describe()}: ended with {code} after {len(records)} steps; see {logs}/host0.log")

@@ -42,7 +42,7 @@ def learn(lab: Lab, course: Course) -> Record:
     """Runs or resumes a course → losses by step, and of each checkpoint its perplexity on the validation split and the
     seconds of training until then."""
     if lab.toy:
-        course = dataclasses.replace(course, size="tiny")
+        course = dataclasses.replace(course, size="tiny", evaluations=min(2, course.evaluations))
     path = lab.folder / "cases" / f"{course.key}.json"
     if not path.exists():
         where = f"{course.rate / 1e6:.4g} Mbit/s" if course.rate else "unshaped"
@@ -73,6 +73,8 @@ def _learn(lab: Lab, course: Course) -> Record:
             join=not alone,
             limit=24 * 3600,
         )
+    if cluster.interrupted:  # train.py has saved
+        raise KeyboardInterrupt
     records = step_records(workdir / "metrics.jsonl")
     if code or len(records) != course.steps:  # what there is stays, and the next call goes on from it
         what = " ".join(course.overrides)
