@@ -1,4 +1,5 @@
-# make train | make test | make test-all | make lint     PYTHON=python3.12 picks the interpreter
+# make train | make test | make test-all | make lint | make reproduce | make reproduce-quick
+# PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(VERSION)
@@ -8,7 +9,7 @@ CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all lint reproduce reproduce-quick clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
@@ -40,6 +41,13 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ $(VENV)/installed
+
+# The paper's experiments on a shaped network (docs/reproduction.md): root, iproute2, a machine without other work.
+reproduce: $(VENV)/installed
+	$(BIN)/python -m benchmarks.reproduce
+
+reproduce-quick: $(VENV)/installed
+	$(BIN)/python -m benchmarks.reproduce --quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info

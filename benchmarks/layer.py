@@ -15,11 +15,10 @@ from bigmac_jax import environment
 
 environment.prepare()
 
-import contextlib  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -28,12 +27,12 @@ import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from jax import Array  # noqa: E402
 
+from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
 from bigmac_jax.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
-from bigmac_jax.model.exchange.wire import Wire  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.model.router import route  # noqa: E402
@@ -62,7 +61,7 @@ def main() -> None:
         compiled[case], cases[case] = _layer(config)
         cases[case + " routing"] = _routing(config)
         if _can_be_local(config):
-            with _local_exchange():
+            with local_exchange():
                 _, cases[case + " local"] = _layer(config)
     seconds = alternate(cases, _ROUNDS.value)
     print(json.dumps({"name": "dense_2048", "gflops": round(peak / 1e9, 1)}), flush=True)
@@ -179,17 +178,6 @@ def _can_be_local(config: Config) -> bool:
     """Whether all-to-alls are all that the layer sends."""
     exchange = strategy(config.model, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     return exchange.ranks > 1 and not isinstance(exchange, Gather | Ragged)
-
-
-@contextlib.contextmanager
-def _local_exchange() -> Iterator[None]:
-    """Rows stay where they are: every all-to-all of the layer is the identity."""
-    swaps = Wire.swap_metadata, Wire._swap
-    Wire.swap_metadata = Wire._swap = lambda self, x_SC, *_: x_SC  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Wire.swap_metadata, Wire._swap = swaps  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,312 @@
+"""The paper's experiments, each a function of the lab and the calibrated rate → the rows of its table.
+
+A row: what, the paper's number, ours, its unit, and where there are several runs the lowest and the highest of ours.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.reproduce.lab import Case, Lab, Record, exchange_share, spread
+from benchmarks.reproduce.learning import Course, learn, time_to
+
+BIGMAC = "model.structure=bigmac"
+SIZES = ("small", "medium", "large")
+# Table 1: K → share of the exchange in training and in inference, %.
+TABLE_1 = {1: (59.9, 51.2), 2: (71.3, 65.2), 4: (84.1, 79.2), 6: (89.1, 86.5), 8: (91.8, 90.6)}
+
+
+@dataclass
+class Result:
+    """Attributes:
+    title, about: for the page.
+    rows: see above.
+    records: of all cases, as measured.
+    traffic: bytes of a step by case, from the compiled programs.
+    """
+
+    title: str
+    about: str
+    rows: list[Record] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    traffic: dict[str, Record] = field(default_factory=dict)
+
+    def row(self, what: str, paper: float | None, here: float | None, unit: str, between: Sequence[float] = ()) -> None:
+        """`here` is None for what was not reached."""
+        row: Record = {"what": what, "paper": paper, "here": None if here is None else round(here, 4), "unit": unit}
+        if len(between) > 1:
+            row["lowest"], row["highest"] = round(min(between), 3), round(max(between), 3)
+        self.rows.append(row)
+
+
+Experiment = Callable[[Lab, float, bool], Result]
+
+
+def top_k(k: int) -> str:
+    return f"model.top_k={k}"
+
+
+def table1(lab: Lab, rate: float, quick: bool) -> Result:
+    """Share of the exchange in a step of fine_grained, by K."""
+    result = Result(
+        "Table 1: the bottleneck",
+        "fine_grained, 64 experts; share of a step that is exchange: what a step takes longer than one whose exchange "
+        "is a local reshape. The rate of the links is chosen at K = 8, training; all else is measured.",
+    )
+    programs, ks = (("train",), (1, 2, 4, 8)) if quick else (("train", "forward"), tuple(TABLE_1))
+    cases = {
+        (program, k): [
+            lab.repeated(lab.case("small", top_k(k), program=program, rate=rate, local=local))
+            for local in (False, True)
+        ]
+        for program in programs
+        for k in ks
+    }
+    lab.measure([case for pair in cases.values() for repeats in pair for case in repeats])
+    for (program, k), pair in cases.items():
+        shaped, local = (lab.measure(repeats) for repeats in pair)
+        result.records += shaped + local
+        shares = [100 * exchange_share(a["median_s"], b["median_s"]) for a, b in zip(shaped, local, strict=True)]
+        middle = 100 * exchange_share(spread(shaped)[0], spread(local)[0])
+        kind = "training" if program == "train" else "inference"
+        result.row(f"{kind}, K = {k}", TABLE_1[k][program != "train"], middle, "%", shares)
+        if program == "train" and (k == 8 or not quick):  # each is another program to compile
+            result.traffic[f"fine_grained, K = {k}"] = lab.traffic("small", top_k(k))
+    return result
+
+
+# Figure 3: K → the lowest and the highest speed-up of four base models.
+FIGURE_3 = {4: (1.53, 2.41), 8: (2.45, 3.07)}
+
+
+def figure3(lab: Lab, rate: float, quick: bool) -> Result:
+    """Training step, bigmac against fine_grained."""
+    result = Result(
+        "Figure 3: the training step",
+        "fine_grained's step over bigmac's; the paper's numbers are the best of its four base models. And "
+        "fine_grained's step at K = 4 over bigmac's at K = 8, which the paper states as 27.7 to 55.4 % faster.",
+    )
+    sizes, ks = (("small",), (8,)) if quick else (SIZES, (4, 8))
+    cases = {
+        (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))
+        for size in sizes
+        for k in ks
+        for structure, fields in (("fine_grained", ()), ("bigmac", (BIGMAC,)))
+    }
+    lab.measure([case for repeats in cases.values() for case in repeats])
+    records = {name: lab.measure(repeats) for name, repeats in cases.items()}
+    for size in sizes:
+        for k in ks:
+            fine, big = (records[size, k, structure] for structure in ("fine_grained", "bigmac"))
+            _speedup(result, f"{size}, K = {k}", FIGURE_3[k][1], fine, big)
+        if len(ks) > 1:
+            what = f"{size}, K = 4 over bigmac's K = 8"
+            _speedup(result, what, 1.554, records[size, 4, "fine_grained"], records[size, 8, "bigmac"])
+    for (size, k, structure), repeats in records.items():
+        result.records += repeats
+        fields = (BIGMAC,) if structure == "bigmac" else ()
+        result.traffic[f"{size}, {structure}, K = {k}"] = lab.traffic(size, *fields, top_k(k))
+    return result
+
+
+# Figure 4: (ep, tp) → end to end and exchange alone, K = 4 and 8; for tensor parallelism only ranges are stated.
+FIGURE_4 = {(4, 1): {4: (2.37, 3.48), 8: (2.95, 3.72)}, (2, 2): {4: (2.77, 3.73), 8: (2.77, 3.73)}}
+
+
+def figure4(lab: Lab, rate: float, quick: bool) -> Result:
+    """End to end and exchange alone, with and without tensor parallelism."""
+    result = Result(
+        "Figure 4: expert and tensor parallelism",
+        "fine_grained over bigmac, end to end and in the exchange alone. For tp > 1 the paper states ranges over "
+        "tp = 1…8 (1.55 to 2.77 and 2.47 to 3.73), whose upper ends stand here.",
+    )
+    for (expert, tensor), ks in FIGURE_4.items():
+        mesh = (f"mesh.expert={expert}", f"mesh.tensor={tensor}", "mesh.split_experts=True") if tensor > 1 else ()
+        for k, (whole, alone) in ks.items():
+            cases = {
+                (structure, local): lab.repeated(lab.case("small", *mesh, *fields, top_k(k), rate=rate, local=local))
+                for structure, fields in (("fine_grained", ()), ("bigmac", (BIGMAC,)))
+                for local in (False, True)
+            }
+            records = {name: lab.measure(repeats) for name, repeats in cases.items()}
+            what = f"ep {expert}, tp {tensor}, K = {k}"
+            fine, big = records["fine_grained", False], records["bigmac", False]
+            _speedup(result, f"{what}, end to end", whole, fine, big)
+            exchange = [
+                [a["median_s"] - b["median_s"] for a, b in zip(records[s, False], records[s, True], strict=True)]
+                for s in ("fine_grained", "bigmac")
+            ]
+            ratios = [a / b for a, b in zip(*exchange, strict=True)]
+            result.row(f"{what}, exchange alone", alone, sorted(ratios)[len(ratios) // 2], "×", ratios)
+            for (structure, local), repeats in records.items():
+                result.records += repeats
+                fields = (BIGMAC,) if structure == "bigmac" else ()
+                if not local:
+                    result.traffic[f"{what}, {structure}"] = lab.traffic("small", *mesh, *fields, top_k(k))
+    return result
+
+
+def figure5(lab: Lab, rate: float, quick: bool) -> Result:
+    """Prefill throughput, by prompt length, at equal tokens a batch."""
+    result = Result(
+        "Figure 5: inference throughput",
+        "Forward passes over prompts, as many tokens in a batch whatever their length; fine_grained's time over "
+        "bigmac's. The paper states a range, 1.72 to 2.45, whose upper end stands here.",
+    )
+    for length in (128, 1024) if quick else (128, 256, 512, 1024):
+        shape = f"data.sequence_length={length}", f"data.batch_size={8192 // length}"
+        fine, big = (
+            lab.measure(lab.repeated(lab.case("small", *shape, *fields, program="forward", rate=rate)))
+            for fields in ((), (BIGMAC,))
+        )
+        result.records += fine + big
+        _speedup(result, f"prompts of {length}, K = 8", 2.45, fine, big)
+    return result
+
+
+def figure6(lab: Lab, rate: float, quick: bool) -> Result:
+    """Training with the exchange in chunks that overlap with the experts, on machines of two hosts."""
+    result = Result(
+        "Figure 6: overlapped and hierarchical exchange",
+        "Machines of two hosts: one link of 4/3 the rate between them, and 16 times a host's share of it inside. "
+        "hierarchical exchange, tokens in 4 chunks (Tutel's overlap degree), f = 1.2 and dropless. The paper states a "
+        "range, 1.71 to 3.09, whose upper end stands here.",
+    )
+    pairs = two_level(rate)
+    for factor in ("1.2", "inf"):
+        fields = (*pairs.overrides, "model.exchange=hierarchical", "model.overlap_chunks=4")
+        fields += (f"model.capacity_factor={factor}",)
+        cases = [lab.repeated(pairs.case(lab, *fields, *more)) for more in ((), (BIGMAC,))]
+        fine, big = (lab.measure(repeats) for repeats in cases)
+        result.records += fine + big
+        _speedup(result, f"f = {factor}, K = 8", 3.09, fine, big)
+        for structure, more in (("fine_grained", ()), ("bigmac", (BIGMAC,))):
+            result.traffic[f"f = {factor}, {structure}"] = lab.traffic("small", *fields, *more)
+    return result
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """A cluster of two machines of two hosts."""
+
+    rate: float
+    fast_rate: float
+    overrides: tuple[str, ...] = ("mesh.node=2", "mesh.expert=2")
+
+    def case(self, lab: Lab, *overrides: str, **more: Any) -> Case:
+        return lab.case("small", *overrides, rate=self.rate, machine=2, fast_rate=self.fast_rate, **more)
+
+
+def two_level(rate: float) -> TwoLevel:
+    """With `all_to_all` two hosts send half of their rows through one link, where each sent three quarters through its
+    own. Inside, a host has 16 times its share of that link, as with PCIe 4.0 x16 beside an eighth of 100 Gb/s."""
+    return TwoLevel(float(f"{4 / 3 * rate:.4g}"), float(f"{16 * 2 / 3 * rate:.4g}"))
+
+
+def strategies(lab: Lab, rate: float, quick: bool) -> Result:
+    """Beyond the paper: other exchanges and an 8-bit wire under bigmac, on machines of two hosts."""
+    result = Result(
+        "Beyond the paper: exchanges",
+        "bigmac, K = 8, machines of two hosts (those of Figure 6): the exchange's time as the paper sends it "
+        "(all_to_all, bfloat16) over that of other strategies and formats.",
+    )
+    pairs = two_level(rate)
+    seconds: dict[str, list[float]] = {}
+    for exchange in ("all_to_all", "dedup", "hierarchical", "gather"):
+        for wire in ("bfloat16", "int8"):
+            fields = (*pairs.overrides, BIGMAC, f"model.exchange={exchange}", f"model.wire_dtype={wire}")
+            shaped, local = (
+                lab.measure(lab.repeated(pairs.case(lab, *fields, local=local))) for local in (False, True)
+            )
+            result.records += shaped + local
+            name = f"{exchange}, {wire}"
+            seconds[name] = [a["median_s"] - b["median_s"] for a, b in zip(shaped, local, strict=True)]
+            ratios = [a / b for a, b in zip(seconds["all_to_all, bfloat16"], seconds[name], strict=True)]
+            result.row(name, None, sorted(ratios)[len(ratios) // 2], "×", ratios)
+            result.traffic[name] = lab.traffic("small", *fields)
+    steps = 30 if lab.toy else 200
+    losses = {
+        exchange: learn(lab, Course("small", (BIGMAC, *pairs.overrides, *fields), steps, evaluations=0))["final_loss"]
+        for exchange, fields in {
+            "all_to_all": ("model.exchange=all_to_all",),
+            "hierarchical": ("model.exchange=hierarchical", "model.wire_dtype=int8"),
+            "dedup": ("model.exchange=dedup", "model.wire_dtype=int8"),
+        }.items()
+    }
+    for exchange in ("hierarchical", "dedup"):
+        what = f"loss after {steps} steps, {exchange}, int8, over all_to_all's, bfloat16"
+        result.row(what, None, losses[exchange] / losses["all_to_all"], "")
+    return result
+
+
+def figure1(lab: Lab, rate: float, quick: bool) -> Result:
+    """Validation perplexity over time on the shaped cluster, and over tokens, three seeds."""
+    result = Result(
+        "Figure 1: perplexity over time",
+        "bigmac, fine_grained and vanilla with equal MoE parameters on the embedded corpus, K = 8 (vanilla: 1). Time: "
+        "seconds of training steps on the shaped cluster until fine_grained's final validation perplexity. Tokens: "
+        "means over three seeds after as many steps, one process.",
+    )
+    steps = 20 if lab.toy else 400
+    structures = ("fine_grained", "bigmac", "vanilla")
+    timed = {s: learn(lab, Course("small", (f"model.structure={s}",), steps, rate)) for s in structures}
+    target = timed["fine_grained"]["evaluations"][-1]["perplexity"]
+    whole = timed["fine_grained"]["evaluations"][-1]["seconds"]
+    for structure, paper in (("bigmac", 1.71), ("vanilla", None)):
+        reached = time_to(timed[structure], target)
+        what = f"time to perplexity {target:.2f}, fine_grained's over {structure}'s"
+        result.row(what, paper, reached and whole / reached, "×")
+    seeds = {
+        s: [learn(lab, Course("small", (f"model.structure={s}",), steps, seed=seed)) for seed in (1234, 1235, 1236)]
+        for s in structures
+    }
+    final = {s: [run["evaluations"][-1]["perplexity"] for run in runs] for s, runs in seeds.items()}
+    for structure in structures:
+        mean = statistics.mean(final[structure])
+        result.row(f"perplexity after {steps} steps, {structure}", None, mean, "", final[structure])
+    error = statistics.stdev(final["fine_grained"]) / len(final["fine_grained"]) ** 0.5
+    means = [statistics.mean(final[s]) for s in ("bigmac", "fine_grained")]
+    result.row("bigmac's mean over fine_grained's", None, means[0] / means[1], "")
+    result.row("standard error of fine_grained's mean, relative", None, error / means[1], "")
+    result.records = [*timed.values(), *(run for runs in seeds.values() for run in runs)]
+    return result
+
+
+def ratios(lab: Lab, rate: float, quick: bool) -> Result:
+    """Step time by the down-scaling factor, and LatentMoE's two ways to spend the saving."""
+    result = Result(
+        "Ratios, and LatentMoE",
+        "fine_grained's step (K = 8) over that of bigmac with r = 1/2, 1/4, 1/8, of LatentMoE `eff` (experts as wide "
+        "as fine_grained's) and `acc` (and 4 times as many experts and choices).",
+    )
+    latent = (BIGMAC, "model.expert_hidden_size=24")  # r·h of `small`
+    cases = {f"bigmac, r = 1/{n}": (BIGMAC, f"model.down_ratio={1 / n}", top_k(8)) for n in (2, 4, 8)}
+    cases |= {"LatentMoE eff": (*latent, top_k(8)), "LatentMoE acc": (*latent, "model.num_experts=256", top_k(32))}
+    fine = lab.measure(lab.repeated(lab.case("small", top_k(8), rate=rate)))
+    result.records += fine
+    for name, fields in cases.items():
+        records = lab.measure(lab.repeated(lab.case("small", *fields, rate=rate)))
+        result.records += records
+        _speedup(result, name, None, fine, records)
+        result.traffic[name] = lab.traffic("small", *fields)
+    return result
+
+
+def _speedup(result: Result, what: str, paper: float | None, slow: Sequence[Record], fast: Sequence[Record]) -> None:
+    """Median over median; the spread is that of the runs, paired."""
+    between = [a["median_s"] / b["median_s"] for a, b in zip(slow, fast, strict=True)]
+    result.row(what, paper, spread(slow)[0] / spread(fast)[0], "×", between)
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": table1,
+    "figure3": figure3,
+    "figure4": figure4,
+    "figure5": figure5,
+    "figure6": figure6,
+    "figure1": figure1,
+    "ratios": ratios,
+    "strategies": strategies,
+}
+QUICK = ("table1", "figure3")

@@ -1,0 +1,124 @@
+"""What a run learns, and when: train.py with checkpoints, each of which eval.py then scores, off the clock."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cluster import Cluster, Network
+from benchmarks.reproduce.lab import BASE, ROOT, CaseError, Lab, Record, step_records, write_json
+
+TAIL = 20  # steps whose mean loss is the run's
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run that learns.
+
+    Attributes:
+      rate: of the hosts' links; 0 = one process of four simulated devices, for what does not depend on time.
+      evaluations: checkpoints that are scored, the last one included.
+    """
+
+    size: str
+    overrides: tuple[str, ...]
+    steps: int
+    rate: float = 0
+    evaluations: int = 10
+    seed: int = 1234
+
+    @property
+    def key(self) -> str:
+        return "course-" + hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+
+
+def learn(lab: Lab, course: Course) -> Record:
+    """Runs or resumes a course → losses by step, and of each checkpoint its perplexity on the validation split and the
+    seconds of training until then."""
+    if lab.toy:
+        course = dataclasses.replace(course, size="tiny", evaluations=min(2, course.evaluations))
+    path = lab.folder / "cases" / f"{course.key}.json"
+    if not path.exists():
+        where = f"{course.rate / 1e6:.4g} Mbit/s" if course.rate else "unshaped"
+        print(f"  {course.steps} steps, {' '.join(course.overrides)}, seed {course.seed}, {where}", flush=True)
+        write_json(path, _learn(lab, course))
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+def _learn(lab: Lab, course: Course) -> Record:
+    workdir, logs = lab.folder / "runs" / course.key, lab.folder / "logs" / course.key
+    logs.mkdir(parents=True, exist_ok=True)
+    every = max(1, course.steps // max(1, course.evaluations))
+    fields = (
+        *course.overrides, f"train.steps={course.steps}", f"train.seed={course.seed}",
+        f"train.checkpoint_every={every if course.evaluations else 0}", "train.keep_checkpoints=1000",
+        f"cache_dir={lab.folder / 'cache'}",
+    )  # fmt: skip
+    command = [sys.executable, "train.py", f"--config={BASE}:{course.size}", f"--workdir={workdir}"]
+    command += [f"--config.{field}" for field in fields]
+    network = Network(lab.hosts if course.rate else 1, course.rate)
+    with Cluster(network, pin=bool(course.rate)) as cluster:
+        alone = not course.rate
+        code = cluster.run(
+            [*command, f"--cpu_devices={lab.hosts}"] if alone else command,
+            logs,
+            {"PYTHONPATH": str(ROOT)},
+            join=not alone,
+            limit=24 * 3600,
+        )
+    if cluster.interrupted:  # train.py has saved
+        raise KeyboardInterrupt
+    records = step_records(workdir / "metrics.jsonl")
+    if code or len(records) != course.steps:  # what there is stays, and the next call goes on from it
+        what = " ".join(course.overrides)
+        raise CaseError(f"{what}: ended with {code} after {len(records)} steps; see {logs}/host0.log")
+    seconds = [record["step_time_s"] for record in records]
+    losses = [record["loss"] for record in records]
+    scored = [n for n in range(1, course.steps + 1) if course.evaluations and (n % every == 0 or n == course.steps)]
+    result: Record = {
+        "course": dataclasses.asdict(course),
+        "losses": [round(loss, 5) for loss in losses],
+        "final_loss": sum(losses[-TAIL:]) / len(losses[-TAIL:]),
+        "seconds": [round(s, 4) for s in seconds],
+        "evaluations": [
+            {
+                "step": n,
+                "tokens": records[n - 1]["tokens"],
+                "seconds": sum(seconds[:n]),
+                "perplexity": _score(workdir, n),
+            }
+            for n in scored
+        ],
+    }
+    shutil.rmtree(workdir)
+    return result
+
+
+def _score(workdir: pathlib.Path, step: int) -> float:
+    """Perplexity on the whole validation split, dropless, on one device."""
+    command = [sys.executable, "eval.py", f"--workdir={workdir}", f"--step={step}", "--split=validation", "--json"]
+    command += ["--config.mesh.expert=1", "--config.mesh.node=1", "--config.mesh.tensor=1", "--cpu_devices=1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if run.returncode:
+        raise CaseError(f"{' '.join(command)}: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
+    return float(json.loads(run.stdout.splitlines()[-1])["perplexity"])
+
+
+def time_to(record: Record, perplexity: float) -> float | None:
+    """Seconds of training until the validation perplexity was reached, between two checkpoints by interpolation."""
+    before: dict[str, Any] | None = None
+    for point in record["evaluations"]:
+        if point["perplexity"] <= perplexity:
+            if before is None:
+                return float(point["seconds"])
+            share = (before["perplexity"] - perplexity) / (before["perplexity"] - point["perplexity"])
+            return float(before["seconds"] + share * (point["seconds"] - before["seconds"]))
+        before = point
+    return None

@@ -1,0 +1,69 @@
+"""Pictures of results: the paper beside ours in bars, or curves; told apart without colour."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
+HERE = {"color": "#404040", "edgecolor": "black"}
+LINES = {"fine_grained": "k--s", "bigmac": "k-o", "vanilla": "k:^"}
+AXES = {"%": "%", "×": "times faster", "": "ratio"}
+
+
+def draw(result: dict[str, Any], path: pathlib.Path) -> None:
+    courses = [record for record in result["records"] if "course" in record]
+    figure = _curves(courses) if courses and result["name"] == "figure1" else _bars(result)
+    figure.suptitle(result["title"])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(result: dict[str, Any]) -> plt.Figure:
+    """A group a row of the table, of those in the first one's unit; the whiskers are the runs' spread."""
+    unit = result["rows"][0]["unit"]
+    rows = [row for row in result["rows"] if row["unit"] == unit and row["here"] is not None]
+    both = any(row["paper"] is not None for row in rows)
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.95 * len(rows)), 3.8), layout="constrained")
+    width = 0.4 if both else 0.7
+    for number, row in enumerate(rows):
+        shift = width / 2 if both else 0.0
+        if row["paper"] is not None:
+            axes.bar(number - shift, row["paper"], width, label=None if number else "paper", **PAPER)
+        low, high = (abs(row["here"] - row.get(name, row["here"])) for name in ("lowest", "highest"))
+        whiskers = {"yerr": [[low], [high]], "capsize": 3, "ecolor": "#909090"}
+        axes.bar(number + shift, row["here"], width, label=None if number else "here", **whiskers, **HERE)
+        text = f"{row['here']:.0f}" if unit == "%" else f"{row['here']:.2f}"
+        axes.text(number + shift, row["here"] + high, text, ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(rows)), [row["what"].replace(", ", "\n") for row in rows], fontsize=8)
+    axes.set_ylabel(AXES.get(unit, unit))
+    axes.margins(y=0.12)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
+    """Validation perplexity over minutes on the cluster, and over tokens with the seeds' spread."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
+    for structure, style in LINES.items():
+        ours = [c for c in courses if f"model.structure={structure}" in c["course"]["overrides"]]
+        for course in (c for c in ours if c["course"]["rate"]):
+            points = course["evaluations"]
+            left.plot(
+                [p["seconds"] / 60 for p in points], [p["perplexity"] for p in points], style, ms=4, label=structure
+            )
+        seeds = [c["evaluations"] for c in ours if not c["course"]["rate"]]
+        if seeds:
+            tokens = [p["tokens"] / 1e6 for p in seeds[0]]
+            values = [[run[n]["perplexity"] for run in seeds] for n in range(len(tokens))]
+            right.plot(tokens, [sum(v) / len(v) for v in values], style, ms=4, label=structure)
+            right.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color="#c0c0c0")
+    left.set(xlabel="minutes of training steps on the cluster", ylabel="validation perplexity", yscale="log")
+    right.set(xlabel="million tokens (mean and range of the seeds)")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure

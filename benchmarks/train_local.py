@@ -1,0 +1,13 @@
+"""train.py without its exchange: python -m benchmarks.train_local, then train.py's arguments; run from the repository.
+
+The rows of the MoE layers stay on their rank (`benchmarks.local`); gradients are summed over the ranks as ever. For the
+time of a step, not for what it learns.
+"""
+
+import train  # prepares the environment, so it comes first
+from benchmarks.local import local_exchange
+from bigmac_jax import cli
+
+if __name__ == "__main__":
+    with local_exchange():
+        cli.run(train.main, distributed=True)

@@ -1,0 +1,109 @@
+"""docs/reproduction.md holds what docs/results holds, and nothing else."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+from benchmarks.reproduce import pages
+from benchmarks.reproduce.calibrate import SHARE, CalibrationError, rate_of
+from benchmarks.reproduce.experiments import EXPERIMENTS
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def images(docs: pathlib.Path) -> set[str]:
+    return {path.stem for path in (docs / pages.IMAGES).glob("*")}
+
+
+def check(docs: pathlib.Path) -> None:
+    """Every picture and every section has its raw file, and the page is the one that they make."""
+    results = pages.read(docs)
+    names = {result["name"] for result in results}
+    assert images(docs) == names, "a picture without a raw file, or a raw file without its picture"
+    if not (docs / pages.PAGE).exists():
+        assert not names
+        return
+    text = (docs / pages.PAGE).read_text()
+    assert set(re.findall(rf"{pages.IMAGES}/(\w+)\.png", text)) == names
+    between = text.partition(pages.BEGIN)[2].partition(pages.END)[0]
+    assert between.strip() == "".join(map(pages.section, results)).strip(), "the page was not made from docs/results"
+
+
+def result(name: str) -> dict[str, Any]:
+    """Invented: only to see what a page makes of it."""
+    machine = {"processor": "P", "cores": 2, "memory_gb": 8, "python": "3", "jax": "0", "flax": "0", "commit": "abc"}
+    return {
+        "name": name, "title": "T", "about": "A.", "command": "python -m x", "date": "2026-01-01", "machine": machine,
+        "runs": 3, "steps": 20, "calibration": {"rate": 5e7, "share": 0.92}, "records": [],
+        "rows": [
+            {"what": "a", "paper": 2.0, "here": 3.0, "unit": "×", "lowest": 2.5, "highest": 3.5},
+            {"what": "b", "paper": None, "here": 1.0, "unit": "×"},
+        ],
+        "traffic": {"a": {"exchange_sent_bytes": 1e8, "metadata_sent_bytes": 0, "other_sent_bytes": 4e6}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def docs(tmp_path: pathlib.Path) -> pathlib.Path:
+    (tmp_path / "results").mkdir()
+    for name in ("figure3", "table1"):
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(result(name)))
+    (tmp_path / pages.PAGE).write_text(f"# Before\n\n{pages.BEGIN}\nold\n{pages.END}\n\nAfter\n")
+    pages.write(tmp_path)
+    return tmp_path
+
+
+def test_the_page_in_this_repository_is_made_from_its_raw_files() -> None:
+    check(DOCS)
+
+
+def test_a_page_says_paper_here_ratio_and_origin(docs: pathlib.Path) -> None:
+    text = (docs / pages.PAGE).read_text()
+    check(docs)
+    assert text.startswith("# Before\n") and text.endswith("\nAfter\n") and "old" not in text
+    assert "| a | 2.00× | 3.00× (2.50–3.50) | 1.50 |" in text
+    assert "| b |  | 1.00× |  |" in text
+    assert "| a | 100.00 | 0.00 | 4.00 | 4.0 % |" in text
+    for part in (
+        "python -m x",
+        "2026-01-01",
+        "2 cores of P",
+        "jax 0",
+        "commit abc",
+        "50 Mbit/s",
+        "results/table1.json",
+    ):
+        assert part in text
+    assert text.index("table1.png") < text.index("figure3.png")
+
+
+def test_a_figure_without_its_raw_file_is_found(docs: pathlib.Path) -> None:
+    (docs / "results/figure3.json").unlink()
+    with pytest.raises(AssertionError, match="a picture without a raw file"):
+        check(docs)
+    (docs / pages.IMAGES / "figure3.png").unlink()
+    with pytest.raises(AssertionError):
+        check(docs)
+
+
+def test_a_number_changed_by_hand_is_found(docs: pathlib.Path) -> None:
+    page = docs / pages.PAGE
+    page.write_text(page.read_text().replace("3.00×", "3.10×"))
+    with pytest.raises(AssertionError, match="was not made from"):
+        check(docs)
+
+
+def test_every_experiment_has_a_place_on_the_page() -> None:
+    assert set(pages.ORDER) == set(EXPERIMENTS)
+
+
+def test_the_rate_solves_the_model_of_a_step() -> None:
+    seconds, gradients, exchange = 0.7, 2e6, 300e6
+    rate = rate_of(seconds, gradients, exchange)
+    step = seconds + (gradients + exchange) / rate
+    assert exchange / rate / step == pytest.approx(SHARE)
+    with pytest.raises(CalibrationError, match=r"10\.0% of the exchange's time"):
+        rate_of(seconds, 30e6, exchange)
