@@ -56,8 +56,15 @@ class Text:
             return ""
         before = self._tokenizer.decode(self.tokens[self._context : self._decoded])
         text = self._tokenizer.decode(self.tokens[self._context : stop])
-        if text.endswith(_BROKEN) and not whole and stop - self._decoded < _LONGEST_CHARACTER:
-            return ""
+        if text.endswith(_BROKEN) and not whole:
+            if stop - self._decoded < _LONGEST_CHARACTER:
+                return ""
+            # Broken, but its end may yet be the beginning of a whole character.
+            for cut in range(self._decoded + 1, stop):
+                head, tail = self._tokenizer.decode(self.tokens[self._context : cut]), self.tokens[cut:stop]
+                if self._tokenizer.decode(tail) == _BROKEN and head + _BROKEN == text:
+                    stop, text = cut, head
+                    break
         self._context, self._decoded = self._decoded, stop
         return text[len(before) :]
 

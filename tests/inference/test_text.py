@@ -31,6 +31,12 @@ def test_broken_bytes_do_not_hold_the_text_up() -> None:
     assert given[-1] == "c"
 
 
+@pytest.mark.parametrize("stray", [b"\xff", b"\xf0", b"\xff\xff\xff", b"\xf0\x9f"])
+def test_a_character_behind_broken_bytes_is_whole(stray: bytes) -> None:
+    content = b"a" + stray + "😀b".encode()
+    assert pieces(content)[1].text == content.decode(errors="replace")
+
+
 def test_an_unfinished_character_at_the_end() -> None:
     assert pieces(b"ab\xe2\x82")[1].text == "ab\N{REPLACEMENT CHARACTER}"
 
