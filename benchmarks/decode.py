@@ -131,10 +131,11 @@ def _draw(generator: Generator, tokens_BP: np.ndarray) -> None:
     groups = [slice(i, i + 16) for i in range(1, _LONG.value, 16)]
     at = [group.start + 8 for group in groups]
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    time_axis.plot(at, [statistics.median(steps_ms[group]) for group in groups], "o-", ms=3, color="black")
-    time_axis.set(xlabel="tokens generated", ylabel="milliseconds a step", ylim=(0, None))
-    memory_axis.plot(at, [statistics.median(memory_mb[group]) for group in groups], "o-", ms=3, color="black")
-    memory_axis.set(xlabel="tokens generated", ylabel="resident memory, MiB", ylim=(0, None))
+    steps_of, memory_of = ([statistics.median(v[group]) for group in groups] for v in (steps_ms, memory_mb))
+    time_axis.plot(at, steps_of, "o-", ms=3, color="black")
+    time_axis.set(xlabel="tokens generated", ylabel="milliseconds a step", ylim=(0, 1.5 * max(steps_of)))
+    memory_axis.plot(at, memory_of, "o-", ms=3, color="black")
+    memory_axis.set(xlabel="tokens generated", ylabel="resident memory, MiB", ylim=(0, 1.5 * max(memory_of)))
     figure.suptitle(f"configs/nemotron.py, {len(prompts)} prompts of {tokens_BP.shape[1]} tokens")
     figure.savefig(_PICTURE, dpi=110)
     first, final = (statistics.median(steps_ms[part]) for part in (slice(1, 65), slice(-64, None)))
