@@ -85,10 +85,8 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "word for a step": ((*EVAL, "--step=last"), ("step=last", "latest, best")),
     "negative batch": ((*EVAL, "--batch_size=-1"), ("batch_size",)),
     "no prompt": (GENERATE, ("give either --prompt=TEXT or --prompts=FILE",)),
-    "empty prompt": ((*GENERATE, "--prompt="), ("prompt 1 is empty",)),
     "broken prompt": ((*GENERATE, "--prompt=a\udcff"), ("prompt 1 is not valid UTF-8",)),
     "long prompt": ((*GENERATE, "--prompt=thirteen byte"), ("17, and must be at most max_length=16",)),
-    "unknown exchange": ((*GENERATE, "--prompt=a", "--exchange=post"), ("model.exchange='post' must be one of",)),
     "checkpoint of another shape": (
         ("generate.py", "--workdir={folder}/other", "--cpu_devices=2", "--prompt=a"),
         ("is of another model", "[1, 8, 4, 16]", "[1, 16, 4, 16]"),

@@ -76,6 +76,7 @@ def test_parts_and_meshes_change_nothing(whole: Any, mesh: tuple[int, int, int],
     assert_close(state, expected)
 
 
+@pytest.mark.full
 def test_balance_by_part_is_the_mean_of_the_parts_alone() -> None:
     """Loss and gradients, which are linear in the parts then; of the whole step they are not."""
     config = tiny((1, 1, 1), balance_coefficient=1.0, balance_scope="part")
