@@ -1,5 +1,6 @@
 """Prompts and completions as JSON lines."""
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -31,7 +32,7 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror}); give a file of JSON lines") from None
     requests = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -177,7 +177,7 @@ def test_learned_positions_end() -> None:
 
 def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "é", "id": 7, "top_k": 3}\n\n{"prompt": "b", "stop": ["x"], "max_tokens": 2}\n')
+    file.write_text('\ufeff{"prompt": "é", "id": 7, "top_k": 3}\n\n{"prompt": "b", "stop": ["x"], "max_tokens": 2}\n')
     (row, first), (_, second) = read_requests(str(file), Sampling(temperature=0.5))
     assert first == Request("é", Sampling(temperature=0.5, top_k=3))
     assert second == Request("b", Sampling(max_tokens=2, temperature=0.5, stop=("x",)))
