@@ -35,7 +35,8 @@ class Case:
     Attributes:
       size: of `base.SIZES`.
       overrides: of its config.
-      program: train (train.py) or forward (`benchmarks.reproduce.forward`).
+      program: train (train.py), or forward or generation (of this package).
+      arguments: of the program, beside those of its config.
       local: without the exchange.
       rate, machine, fast_rate: as `Network`.
       repeat: which of several runs of the same.
@@ -50,6 +51,7 @@ class Case:
     fast_rate: float = 0
     steps: int = 20
     repeat: int = 0
+    arguments: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -59,19 +61,17 @@ class Case:
     @property
     def command(self) -> list[str]:
         """Without the workdir."""
-        module = {
-            ("train", False): ["train.py"],
-            ("train", True): ["-m", "benchmarks.train_local"],
-            ("forward", False): ["-m", "benchmarks.reproduce.forward"],
-            ("forward", True): ["-m", "benchmarks.reproduce.forward", "--local"],
-        }[self.program, self.local]
+        if self.program == "train":
+            module = ["-m", "benchmarks.train_local"] if self.local else ["train.py"]
+        else:
+            module = ["-m", f"benchmarks.reproduce.{self.program}", *(["--local"] if self.local else [])]
         fields = (*self.overrides, f"train.steps={self.steps + WARM}")
-        return [*module, f"--config={BASE}:{self.size}", *(f"--config.{field}" for field in fields)]
+        return [*module, *self.arguments, f"--config={BASE}:{self.size}", *(f"--config.{field}" for field in fields)]
 
     def describe(self) -> str:
         links = "" if self.local else f", {self.rate / 1e6:.4g} Mbit/s" if self.rate else ", loopback"
         pairs = f", {self.machine} hosts a machine" if self.machine > 1 else ""
-        what = " ".join(override.removeprefix("model.") for override in self.overrides)
+        what = " ".join((*(o.removeprefix("model.") for o in self.overrides), *self.arguments))
         return f"{self.program} {self.size} {what}{' without exchange' if self.local else ''}{links}{pairs}"
 
 
@@ -140,7 +140,7 @@ class Lab:
         result: Record = {
             "case": dataclasses.asdict(case),
             "command": " ".join(["python", *case.command]),
-            "unit": "pass" if case.program == "forward" else "step",
+            "unit": {"train": "step", "forward": "pass"}.get(case.program, "batch"),
             "seconds": seconds,
             "median_s": statistics.median(seconds),
         }

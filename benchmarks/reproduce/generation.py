@@ -1,0 +1,62 @@
+"""Completions of one batch of prompts, timed: python -m benchmarks.reproduce.generation --config=… --workdir=DIR.
+
+One process of several, as train.py. Through `Generator`, dropless. WORKDIR/metrics.jsonl gets a line a batch: step,
+step_time_s, from the prompts' ids to the last token. --local: without the exchange (`benchmarks.local`).
+"""
+
+from bigmac_jax import environment
+
+environment.prepare()
+
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import time  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+
+from benchmarks.local import local_exchange  # noqa: E402
+from bigmac_jax import cli, hosts  # noqa: E402
+from bigmac_jax.config import load_config  # noqa: E402
+from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
+from bigmac_jax.inference import Generator  # noqa: E402
+from bigmac_jax.model.transformer import init_model  # noqa: E402
+
+_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/generation", "Where metrics.jsonl is written.")
+_LOCAL = flags.DEFINE_bool("local", False, "Leave the exchange out.")
+_PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of a prompt.")
+_PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of the batch.")
+_NEW = flags.DEFINE_integer("new", 1, "Tokens to generate.")
+
+
+def main() -> None:
+    with hosts.together():
+        config = load_config(_CONFIG.value, cli.OVERRIDES)
+    cli.enter_mesh(config)
+    model = init_model(config, jax.random.key(config.train.seed))
+    draw = np.random.default_rng(0)
+    shape = _PROMPTS.value, _PROMPT.value
+    prompts = [tuple(row) for row in draw.integers(config.model.vocab_size, size=shape).tolist()]
+    folder = pathlib.Path(_WORKDIR.value)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(local_exchange() if _LOCAL.value else contextlib.nullcontext())
+        generator = Generator(
+            config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
+        )
+        if hosts.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "metrics.jsonl").open("w"))
+        generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)  # compiles
+        for step in range(1, config.train.steps + 1):
+            start = time.perf_counter()
+            generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
+            if hosts.is_first():
+                line = {"step": step, "step_time_s": time.perf_counter() - start}
+                print(json.dumps(line), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, distributed=True)
