@@ -40,6 +40,7 @@ def main() -> None:
     folder = pathlib.Path(_WORKDIR.value)
     with local_exchange() if _LOCAL.value else contextlib.nullcontext():
         forward = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0]).lower(model, tokens_BL).compile()
+    hosts.gather("")  # all have compiled: gloo's first collectives wait 30 s and no longer
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
             folder.mkdir(parents=True, exist_ok=True)

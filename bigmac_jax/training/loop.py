@@ -218,6 +218,9 @@ class _Run:
         if self.compiling is None:
             return self.trainer.step
         compiled, seconds = self.compiling.result()
+        # The step's first collectives connect groups of processes, for which gloo waits 30 s: process 0, which alone
+        # finds its program in the cache, waits here for those that compile theirs.
+        hosts.gather("")
         self.writer.print(f"step compiled in {seconds:.1f} s")
         return compiled
 
