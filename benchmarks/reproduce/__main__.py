@@ -26,7 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under 15 minutes: Table 1 and a bar of Figure 3, one run")
+    parser.add_argument("--quick", action="store_true", help="a quarter of an hour: the main rows, one run")
     parser.add_argument("--only", default="", help=f"some of {','.join(EXPERIMENTS)}")
     parser.add_argument("--steps", type=int, default=0, help="of a case; 20, or 4 with --quick")
     parser.add_argument("--runs", type=int, default=0, help="of each case; 3, or 1 with --quick")

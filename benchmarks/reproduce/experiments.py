@@ -87,7 +87,7 @@ def figure3(lab: Lab, rate: float, quick: bool) -> Result:
         "fine_grained's step over bigmac's; the paper's numbers are the best of its four base models. And "
         "fine_grained's step at K = 4 over bigmac's at K = 8, which the paper states as 27.7 to 55.4 % faster.",
     )
-    sizes, ks = (("small",), (8,)) if quick else (SIZES, (4, 8))
+    sizes, ks = ("small",) if quick else SIZES, (4, 8)
     cases = {
         (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))
         for size in sizes
