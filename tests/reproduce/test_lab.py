@@ -14,7 +14,7 @@ def test_every_field_of_a_case_is_in_its_key() -> None:
     case = Case("tiny")
     others = {
         "size": "small", "overrides": ("model.top_k=2",), "program": "forward", "local": True, "rate": 1e6,
-        "machine": 2, "fast_rate": 1e7, "steps": 3, "repeat": 1,
+        "machine": 2, "fast_rate": 1e7, "steps": 3, "repeat": 1, "arguments": ("--new=1",),
     }  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(Case)}
     keys = {dataclasses.replace(case, **{name: value}).key for name, value in others.items()}
@@ -25,6 +25,8 @@ def test_the_command_is_that_of_the_product() -> None:
     command = Case("tiny", ("model.top_k=2",), steps=3).command
     base = "--config=benchmarks/reproduce/base.py:tiny"
     assert command == ["train.py", base, "--config.model.top_k=2", f"--config.train.steps={3 + WARM}"]
+    command = Case("tiny", program="generation", local=True, arguments=("--new=5",)).command
+    assert command[:5] == ["-m", "benchmarks.reproduce.generation", "--local", "--new=5", base]
 
 
 def test_a_measured_case_is_not_run_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
