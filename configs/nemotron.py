@@ -4,7 +4,7 @@ without positions and query-key norm, with a sigmoid router that its bias balanc
     python train.py --config=configs/nemotron.py --workdir=runs/nemotron
     python convert.py export --workdir=runs/nemotron --step=best --output=exported
 
-Ten minutes or so on two CPU cores.
+As many parameters in a layer and as many tokens as `configs/tiny.py`.
 """
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
