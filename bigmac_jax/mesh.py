@@ -112,6 +112,12 @@ def ranks() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
+def batch_ranks() -> int:
+    """That split the batch: rows of one are a multiple of it."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH)
+
+
 def tensor_ranks() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)
 
@@ -245,6 +251,12 @@ def on_each_rank(
         out_specs=token_spec(3) if out_specs is None else out_specs,
         axis_names=set(AXES),
     )(*arrays, *weights)
+
+
+def place(values: Any, spec: P) -> Array:
+    """On the current mesh, a NumPy array that every process holds whole."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

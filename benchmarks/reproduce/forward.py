@@ -9,19 +9,17 @@ from bigmac_jax import environment
 environment.prepare()
 
 import contextlib  # noqa: E402
-import json  # noqa: E402
 import pathlib  # noqa: E402
-import time  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
 
 from benchmarks.local import local_exchange  # noqa: E402
+from benchmarks.reproduce.timed import log_steps  # noqa: E402
 from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.mesh import batch_spec  # noqa: E402
+from bigmac_jax.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.model.transformer import init_model  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
@@ -32,25 +30,17 @@ _LOCAL = flags.DEFINE_bool("local", False, "Leave the exchange out.")
 def main() -> None:
     with hosts.together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
-    mesh = cli.enter_mesh(config)
+    cli.enter_mesh(config)
     model = init_model(config, jax.random.key(config.train.seed))
     shape = config.data.batch_size, config.data.sequence_length
     tokens_BL = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    tokens_BL = jax.make_array_from_callback(shape, NamedSharding(mesh, batch_spec(2)), tokens_BL.__getitem__)
-    folder = pathlib.Path(_WORKDIR.value)
+    tokens_BL = place(tokens_BL, batch_spec(2))
     with local_exchange() if _LOCAL.value else contextlib.nullcontext():
         forward = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0]).lower(model, tokens_BL).compile()
     hosts.gather("")  # all have compiled: gloo's first collectives wait 30 s and no longer
-    with contextlib.ExitStack() as stack:
-        if hosts.is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / "metrics.jsonl").open("w"))
-        for step in range(1, config.train.steps + 1):
-            start = time.perf_counter()
-            jax.block_until_ready(forward(model, tokens_BL))
-            if hosts.is_first():
-                line = {"step": step, "step_time_s": time.perf_counter() - start}
-                print(json.dumps(line), file=file, flush=True)
+    log_steps(
+        pathlib.Path(_WORKDIR.value), config.train.steps, lambda: jax.block_until_ready(forward(model, tokens_BL))
+    )
 
 
 if __name__ == "__main__":

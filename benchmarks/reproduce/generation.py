@@ -9,15 +9,14 @@ from bigmac_jax import environment
 environment.prepare()
 
 import contextlib  # noqa: E402
-import json  # noqa: E402
 import pathlib  # noqa: E402
-import time  # noqa: E402
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.local import local_exchange  # noqa: E402
+from benchmarks.reproduce.timed import log_steps  # noqa: E402
 from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
@@ -40,22 +39,16 @@ def main() -> None:
     draw = np.random.default_rng(0)
     shape = _PROMPTS.value, _PROMPT.value
     prompts = [tuple(row) for row in draw.integers(config.model.vocab_size, size=shape).tolist()]
-    folder = pathlib.Path(_WORKDIR.value)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(local_exchange() if _LOCAL.value else contextlib.nullcontext())
+
+    def once() -> None:
+        generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
+
+    with local_exchange() if _LOCAL.value else contextlib.nullcontext():
         generator = Generator(
             config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
         )
-        if hosts.is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / "metrics.jsonl").open("w"))
-        generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)  # compiles
-        for step in range(1, config.train.steps + 1):
-            start = time.perf_counter()
-            generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
-            if hosts.is_first():
-                line = {"step": step, "step_time_s": time.perf_counter() - start}
-                print(json.dumps(line), file=file, flush=True)
+        once()  # compiles
+    log_steps(pathlib.Path(_WORKDIR.value), config.train.steps, once)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ one is the end-of-text token.
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax import Array
-from jax.sharding import NamedSharding
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
-from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec, tensor_ranks, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.loss import cross_entropy
 
@@ -164,14 +162,10 @@ def _padded(inputs: int, length: int) -> int:
 
 
 def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size: int) -> list[tuple[float, bool]]:
-    mesh = jax.sharding.get_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    tokens_BL = np.zeros((-(-batch_size // shards) * shards, padded + 1), np.int32)
+    tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    sharding = NamedSharding(mesh, batch_spec(2))
-    on_device = jax.make_array_from_callback(tokens_BL.shape, sharding, tokens_BL.__getitem__)
-    nll_BL, likeliest_BL = map(np.asarray, _token_scores(model, on_device))
+    nll_BL, likeliest_BL = map(np.asarray, _token_scores(model, place(tokens_BL, batch_spec(2))))
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
         last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)

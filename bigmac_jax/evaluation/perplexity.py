@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 
 from bigmac_jax.data.pipeline import eval_batches
-from bigmac_jax.mesh import BATCH, batch_spec, replicated_spec, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, token_spec
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.loss import cross_entropy
 
@@ -65,10 +64,7 @@ def evaluate(
       stride: 0: windows do not overlap. Otherwise they slide on by so many tokens, and those alone are counted that the
         window before did not have: all but the first are predicted from `sequence_length` - stride others at least.
     """
-    mesh = jax.sharding.get_mesh()
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    rows = -(-batch_size // shards) * shards
-    sharding = NamedSharding(mesh, batch_spec(2))
+    rows = -(-batch_size // batch_ranks()) * batch_ranks()
     total, count = 0.0, 0
     batches = eval_batches(stream, sequence_length, batch_size)
     if stride:
@@ -76,8 +72,7 @@ def evaluate(
     for tokens_BL, mask_BL in batches:
         padded_BL = np.zeros((rows, tokens_BL.shape[1]), np.int32)
         padded_BL[: len(tokens_BL)] = tokens_BL
-        on_device = jax.make_array_from_callback(padded_BL.shape, sharding, padded_BL.__getitem__)
-        nll_BL = np.asarray(_token_nll(model, on_device), np.float64)[: len(tokens_BL)]
+        nll_BL = np.asarray(_token_nll(model, place(padded_BL, batch_spec(2))), np.float64)[: len(tokens_BL)]
         total += float(nll_BL[mask_BL].sum())
         count += int(mask_BL.sum())
         on_batch(int(mask_BL.sum()))

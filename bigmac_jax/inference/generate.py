@@ -9,15 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.inference.cache import Cache, decode, make_decoder, prefill
 from bigmac_jax.inference.sampling import Draws, Sampling, candidates, draws, sample
 from bigmac_jax.inference.text import Text
-from bigmac_jax.mesh import BATCH, TENSOR, batch_spec, replicated_spec, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer
 
 Prompt = str | tuple[int, ...]  # text, or token ids
@@ -152,25 +150,25 @@ class Generator:
           numbers: of the prompts, for their draws.
           rows: of the batch, at least the prompts.
         """
-        shards = math.prod(self.mesh.shape[axis] for axis in BATCH)
-        unit = shards * self.mesh.shape[TENSOR]
-        shape = shards, -(-rows // unit) * unit // shards
-        longest = max(map(len, prompts))
-        steps = max(s.max_tokens for s in samplings)
-        padded = int(min(_bucket(longest, self.mesh.shape[TENSOR]), self._longest_prefill))
-        room = max(padded, _bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
-        tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
-        length_N = np.ones(math.prod(shape), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_NP[row, : len(prompt)], length_N[row] = prompt, len(prompt)
-
-        drawn = Draws(*(self._place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
-        C = candidates(samplings, self._vocab_size)
         with jax.set_mesh(self.mesh):
+            shards = batch_ranks()
+            unit = shards * tensor_ranks()
+            shape = shards, -(-rows // unit) * unit // shards
+            longest = max(map(len, prompts))
+            steps = max(s.max_tokens for s in samplings)
+            padded = int(min(_bucket(longest, tensor_ranks()), self._longest_prefill))
+            room = max(padded, _bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
+            tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
+            length_N = np.ones(math.prod(shape), np.int32)
+            for row, prompt in enumerate(prompts):
+                tokens_NP[row, : len(prompt)], length_N[row] = prompt, len(prompt)
+
+            drawn = Draws(*(place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
+            C = candidates(samplings, self._vocab_size)
             state, out = self._start(
                 self._weights,
-                self._place(tokens_NP, token_spec(2)),
-                self._place(length_N.reshape(shape), batch_spec(2)),
+                place(tokens_NP, token_spec(2)),
+                place(length_N.reshape(shape), batch_spec(2)),
                 drawn,
                 room=room,
                 candidates=C,
@@ -199,9 +197,6 @@ class Generator:
                     f"max_tokens, or a longer max_length"
                 )
         return encoded
-
-    def _place(self, values: Any, spec: P) -> Array:
-        return jax.make_array_from_callback(values.shape, NamedSharding(self.mesh, spec), values.__getitem__)
 
 
 State = tuple[Cache, Array]  # and the tokens to be read next

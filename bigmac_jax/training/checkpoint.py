@@ -252,12 +252,9 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-            names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-            return {
-                n.split(".", 1)[1].removesuffix(".value"): leaf.shape
-                for n, (_, leaf) in zip(names, leaves, strict=True)
-            }
+            paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in paths}
+            return {name.split(".", 1)[1].removesuffix(".value"): shape for name, shape in named.items()}
 
         path = self._directory / str(step) / "model"
         saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)
