@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.reproduce.lab import Case, Lab, Record, exchange_share, spread
+from benchmarks.reproduce.lab import WARM, Case, Lab, Record, exchange_share, spread
 from benchmarks.reproduce.learning import Course, learn, time_to
 
 BIGMAC = "model.structure=bigmac"
-SIZES = ("small", "medium", "large")
+SIZES = ("small", "medium")
 # Table 1: K → share of the exchange in training and in inference, %.
 TABLE_1 = {1: (59.9, 51.2), 2: (71.3, 65.2), 4: (84.1, 79.2), 6: (89.1, 86.5), 8: (91.8, 90.6)}
 
@@ -81,15 +81,18 @@ FIGURE_3 = {4: (1.53, 2.41), 8: (2.45, 3.07)}
 
 
 def figure3(lab: Lab, rate: float, quick: bool) -> Result:
-    """Training step, bigmac against fine_grained."""
+    """Training step, bigmac against fine_grained; every run of the first size, one of the others."""
     result = Result(
         "Figure 3: the training step",
         "fine_grained's step over bigmac's; the paper's numbers are the best of its four base models. And "
-        "fine_grained's step at K = 4 over bigmac's at K = 8, which the paper states as 27.7 to 55.4 % faster.",
+        "fine_grained's step at K = 4 over bigmac's at K = 8, which the paper states as 27.7 to 55.4 % faster. Every "
+        "run of the first size, one of the second.",
     )
     sizes, ks = ("small",) if quick else SIZES, (4, 8)
     cases = {
-        (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))
+        (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))[
+            : None if size == sizes[0] else 1
+        ]
         for size in sizes
         for k in ks
         for structure, fields in (("fine_grained", ()), ("bigmac", (BIGMAC,)))
@@ -155,7 +158,7 @@ def figure5(lab: Lab, rate: float, quick: bool) -> Result:
         "bigmac's. The paper states a range, 1.72 to 2.45, whose upper end stands here.",
     )
     for length in (128, 1024) if quick else (128, 256, 512, 1024):
-        shape = f"data.sequence_length={length}", f"data.batch_size={8192 // length}"
+        shape = prompts_of(length)
         fine, big = (
             lab.measure(lab.repeated(lab.case("small", *shape, *fields, program="forward", rate=rate)))
             for fields in ((), (BIGMAC,))
@@ -165,7 +168,12 @@ def figure5(lab: Lab, rate: float, quick: bool) -> Result:
     return result
 
 
+def prompts_of(length: int) -> tuple[str, str]:
+    return f"data.sequence_length={length}", f"data.batch_size={8192 // length}"
+
+
 # Table 9: K → speed-up by the number of tokens that are generated.
+PROMPTS = 32
 TABLE_9 = {8: {1: 3.11, 2: 2.89, 5: 2.41, 10: 1.99}, 4: {1: 2.81, 2: 2.50, 5: 2.03, 10: 1.62}}
 
 
@@ -173,28 +181,35 @@ def table9(lab: Lab, rate: float, quick: bool) -> Result:
     """Generation of a few tokens behind prompts of 128, dropless."""
     result = Result(
         "Table 9: generation",
-        "64 prompts of 128 tokens through `Generator`, which drops nothing; fine_grained's time over bigmac's, "
+        f"{PROMPTS} prompts of 128 tokens through `Generator`, which drops nothing; fine_grained's time over bigmac's, "
         "from the prompts to the last token. With the paper's all_to_all, which sends static rows with room for the "
-        "worst case in both structures; and with the strategy that auto takes.",
+        "worst case in both structures, whatever K; and with the strategy that auto takes.",
     )
     exchanges, ks = (("all_to_all",), (8,)) if quick else (("all_to_all", "auto"), (8, 4))
-    shape = "data.sequence_length=256", "data.batch_size=64"
+    lengths = (1,) if quick else (1, 2, 5, 10)
+    arguments = f"--prompts={PROMPTS}", f"--new={','.join(map(str, lengths))}"
+    steps = lab.steps * len(lengths)
     for exchange in exchanges:
         for k in ks:
-            for new in (1,) if quick else (1, 2, 5, 10):
-                fields, arguments = (*shape, f"model.exchange={exchange}", top_k(k)), (f"--new={new}",)
-                fine, big = (
-                    lab.measure(
-                        lab.repeated(
-                            lab.case("small", *fields, *more, program="generation", arguments=arguments, rate=rate)
-                        )
-                    )
-                    for more in ((), (BIGMAC,))
+            fields = "data.sequence_length=256", f"data.batch_size={PROMPTS}", f"model.exchange={exchange}", top_k(k)
+            cases = (
+                lab.case("small", *fields, *more, program="generation", arguments=arguments, rate=rate, steps=steps)
+                for more in ((), (BIGMAC,))
+            )
+            fine, big = (lab.measure(lab.repeated(case)) for case in cases)
+            result.records += fine + big
+            for number, new in enumerate(lengths):
+                turns = (number - WARM) % len(lengths)  # batches take the lengths by turns, also those not counted
+                times = (
+                    [{"median_s": statistics.median(run["seconds"][turns :: len(lengths)])} for run in runs]
+                    for runs in (fine, big)
                 )
-                result.records += fine + big
                 paper = TABLE_9[k][new] if exchange == "all_to_all" else None
-                _speedup(result, f"{exchange}, K = {k}, tokens generated: {new}", paper, fine, big)
+                _speedup(result, f"{exchange}, K = {k}, tokens generated: {new}", paper, *times)
     return result
+
+
+OVERLAPPED = "model.exchange=hierarchical", "model.overlap_chunks=4"
 
 
 def figure6(lab: Lab, rate: float, quick: bool) -> Result:
@@ -207,14 +222,30 @@ def figure6(lab: Lab, rate: float, quick: bool) -> Result:
     )
     pairs = two_level(rate)
     for factor in ("1.2", "inf"):
-        fields = (*pairs.overrides, "model.exchange=hierarchical", "model.overlap_chunks=4")
-        fields += (f"model.capacity_factor={factor}",)
+        fields = (*pairs.overrides, *OVERLAPPED, f"model.capacity_factor={factor}")
         cases = [lab.repeated(pairs.case(lab, *fields, *more)) for more in ((), (BIGMAC,))]
         fine, big = (lab.measure(repeats) for repeats in cases)
         result.records += fine + big
         _speedup(result, f"f = {factor}, K = 8", 3.09, fine, big)
         for structure, more in (("fine_grained", ()), ("bigmac", (BIGMAC,))):
             result.traffic[f"f = {factor}, {structure}"] = lab.traffic("small", *fields, *more)
+    return result
+
+
+def figure7(lab: Lab, rate: float, quick: bool) -> Result:
+    """Prefill with what Figure 6 trains with, f = 1.2."""
+    result = Result(
+        "Figure 7: inference, overlapped and hierarchical",
+        "Forward passes as in Figure 5, on the machines and with the exchange of Figure 6, f = 1.2. The paper states a "
+        "range, 1.67 to 1.87, whose upper end stands here.",
+    )
+    pairs = two_level(rate)
+    for length in (128, 1024):
+        fields = (*pairs.overrides, *OVERLAPPED, *prompts_of(length))
+        cases = [lab.repeated(pairs.case(lab, *fields, *more, program="forward")) for more in ((), (BIGMAC,))]
+        fine, big = (lab.measure(repeats) for repeats in cases)
+        result.records += fine + big
+        _speedup(result, f"prompts of {length}, K = 8", 1.87, fine, big)
     return result
 
 
@@ -272,36 +303,46 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     return result
 
 
+# Figure 1: name → fields.
+LEARNERS: dict[str, tuple[str, ...]] = {
+    "fine_grained": (),
+    "bigmac": (BIGMAC,),
+    "bigmac, norm on the latent": (BIGMAC, "model.latent_norm=pre_dispatch"),
+    "vanilla": ("model.structure=vanilla",),
+}
+
+
 def figure1(lab: Lab, rate: float, quick: bool) -> Result:
     """Validation perplexity over time on the shaped cluster, and over tokens, three seeds."""
     result = Result(
         "Figure 1: perplexity over time",
-        "bigmac, fine_grained and vanilla with equal MoE parameters on the embedded corpus, K = 8 (vanilla: 1). Time: "
-        "seconds of training steps on the shaped cluster until fine_grained's final validation perplexity. Tokens: "
-        "means over three seeds after as many steps, one process.",
+        "bigmac, fine_grained and vanilla with equal MoE parameters on the embedded corpus, K = 8 (vanilla: 1), and "
+        "bigmac with an RMSNorm on its latent before the exchange (`model.latent_norm=pre_dispatch`). Time: seconds of "
+        "training steps on the shaped cluster until fine_grained's final validation perplexity. Tokens: means over "
+        "three seeds after as many steps, one process. Perplexities are a byte's.",
     )
-    steps = 20 if lab.toy else 400
-    structures = ("fine_grained", "bigmac", "vanilla")
-    timed = {s: learn(lab, Course("small", (f"model.structure={s}",), steps, rate)) for s in structures}
+    steps = 20 if lab.toy else 200
+    timed = {name: learn(lab, Course("small", fields, steps, rate)) for name, fields in LEARNERS.items()}
     target = timed["fine_grained"]["evaluations"][-1]["perplexity"]
     whole = timed["fine_grained"]["evaluations"][-1]["seconds"]
-    for structure, paper in (("bigmac", 1.71), ("vanilla", None)):
-        reached = time_to(timed[structure], target)
-        what = f"time to perplexity {target:.2f}, fine_grained's over {structure}'s"
+    for name in list(LEARNERS)[1:]:
+        reached = time_to(timed[name], target)
+        paper = 1.71 if name == "bigmac" else None
+        what = f"time to perplexity {target:.2f}, fine_grained's over that of {name}"
         result.row(what, paper, reached and whole / reached, "×")
     seeds = {
-        s: [learn(lab, Course("small", (f"model.structure={s}",), steps, seed=seed)) for seed in (1234, 1235, 1236)]
-        for s in structures
+        name: [learn(lab, Course("small", fields, steps, evaluations=4, seed=seed)) for seed in (1234, 1235, 1236)]
+        for name, fields in LEARNERS.items()
     }
-    final = {s: [run["evaluations"][-1]["perplexity"] for run in runs] for s, runs in seeds.items()}
-    for structure in structures:
-        mean = statistics.mean(final[structure])
-        result.row(f"perplexity after {steps} steps, {structure}", None, mean, "", final[structure])
+    final = {name: [run["evaluations"][-1]["perplexity"] for run in runs] for name, runs in seeds.items()}
+    for name, perplexities in final.items():
+        result.row(f"perplexity after {steps} steps, {name}", None, statistics.mean(perplexities), "", perplexities)
+    mean = statistics.mean(final["fine_grained"])
+    for name in list(LEARNERS)[1:]:
+        result.row(f"mean of {name} over fine_grained's", None, statistics.mean(final[name]) / mean, "")
     error = statistics.stdev(final["fine_grained"]) / len(final["fine_grained"]) ** 0.5
-    means = [statistics.mean(final[s]) for s in ("bigmac", "fine_grained")]
-    result.row("bigmac's mean over fine_grained's", None, means[0] / means[1], "")
-    result.row("standard error of fine_grained's mean, relative", None, error / means[1], "")
-    result.records = [*timed.values(), *(run for runs in seeds.values() for run in runs)]
+    result.row("standard error of fine_grained's mean, relative", None, error / mean, "")
+    result.records = [{"name": name} | record for name in LEARNERS for record in (timed[name], *seeds[name])]
     return result
 
 
@@ -312,7 +353,7 @@ def ratios(lab: Lab, rate: float, quick: bool) -> Result:
         "fine_grained's step (K = 8) over that of bigmac with r = 1/2, 1/4, 1/8, of LatentMoE `eff` (experts as wide "
         "as fine_grained's) and `acc` (and 4 times as many experts and choices).",
     )
-    latent = (BIGMAC, "model.expert_hidden_size=24")  # r·h of `small`
+    latent = (BIGMAC, "model.expert_hidden_size=16")  # r·h of `small`
     cases = {f"bigmac, r = 1/{n}": (BIGMAC, f"model.down_ratio={1 / n}", top_k(8)) for n in (2, 4, 8)}
     cases |= {"LatentMoE eff": (*latent, top_k(8)), "LatentMoE acc": (*latent, "model.num_experts=256", top_k(32))}
     fine = lab.measure(lab.repeated(lab.case("small", top_k(8), rate=rate)))
@@ -338,6 +379,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure5": figure5,
     "table9": table9,
     "figure6": figure6,
+    "figure7": figure7,
     "figure1": figure1,
     "ratios": ratios,
     "strategies": strategies,

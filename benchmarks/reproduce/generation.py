@@ -1,7 +1,8 @@
 """Completions of one batch of prompts, timed: python -m benchmarks.reproduce.generation --config=… --workdir=DIR.
 
 One process of several, as train.py. Through `Generator`, dropless. WORKDIR/metrics.jsonl gets a line a batch: step,
-step_time_s, from the prompts' ids to the last token. --local: without the exchange (`benchmarks.local`).
+step_time_s, from the prompts' ids to the last token. Several --new are taken by turns, a batch each. --local: without
+the exchange (`benchmarks.local`).
 """
 
 from bigmac_jax import environment
@@ -9,6 +10,7 @@ from bigmac_jax import environment
 environment.prepare()
 
 import contextlib  # noqa: E402
+import itertools  # noqa: E402
 import pathlib  # noqa: E402
 
 import jax  # noqa: E402
@@ -28,7 +30,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/generation", "Where metrics.json
 _LOCAL = flags.DEFINE_bool("local", False, "Leave the exchange out.")
 _PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of a prompt.")
 _PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of the batch.")
-_NEW = flags.DEFINE_integer("new", 1, "Tokens to generate.")
+_NEW = flags.DEFINE_list("new", "1", "Tokens to generate; a list is taken by turns.")
 
 
 def main() -> None:
@@ -40,14 +42,18 @@ def main() -> None:
     shape = _PROMPTS.value, _PROMPT.value
     prompts = [tuple(row) for row in draw.integers(config.model.vocab_size, size=shape).tolist()]
 
+    lengths = [int(new) for new in _NEW.value]
+    turns = itertools.cycle(lengths)
+
     def once() -> None:
-        generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
+        generator.generate(prompts, max_tokens=next(turns), ignore_eos=True)
 
     with local_exchange() if _LOCAL.value else contextlib.nullcontext():
         generator = Generator(
             config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
         )
-        once()  # compiles
+        for _ in lengths:
+            once()  # compiles
     log_steps(pathlib.Path(_WORKDIR.value), config.train.steps, once)
 
 

@@ -86,6 +86,7 @@ def _learn(lab: Lab, course: Course) -> Record:
         "course": dataclasses.asdict(course),
         "losses": [round(loss, 5) for loss in losses],
         "final_loss": sum(losses[-TAIL:]) / len(losses[-TAIL:]),
+        "drop_rate": sum(record.get("moe/drop_rate", 0.0) for record in records[-TAIL:]) / TAIL,
         "seconds": [round(s, 4) for s in seconds],
         "evaluations": [
             {

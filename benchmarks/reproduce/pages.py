@@ -8,7 +8,7 @@ from benchmarks.reproduce import plots
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
-ORDER = ("figure1", "table1", "figure3", "figure4", "figure5", "table9", "figure6", "ratios", "strategies")
+ORDER = ("figure1", "table1", "figure3", "figure4", "figure5", "table9", "figure6", "figure7", "ratios", "strategies")
 
 
 def write(docs: pathlib.Path) -> None:
