@@ -32,6 +32,6 @@ def get_config(size: str = "small") -> Config:
         ),
         mesh=MeshConfig(expert=HOSTS),
         data=DataConfig(tokenizer="bytes", sequence_length=length, batch_size=HOSTS * sequences),
-        optimizer=OptimizerConfig(learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=50),
+        optimizer=OptimizerConfig(learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=50),
         train=TrainConfig(steps=20, log_every=1),
     )

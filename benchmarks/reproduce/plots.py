@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
 HERE = {"color": "#404040", "edgecolor": "black"}
-STYLES = ("k--s", "k-o", "k-D", "k:^")
+STYLES = ("k--s", "k-o", "k:^")  # of the first courses; the table has the others
 AXES = {"%": "%", "×": "times faster", "": "ratio"}
 
 
@@ -50,16 +50,15 @@ def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for name, style in zip(dict.fromkeys(course["name"] for course in courses), STYLES, strict=False):
         ours = [course for course in courses if course["name"] == name]
-        look = {"ms": 4, "markerfacecolor": "white" if style == "k-D" else "black"}
         for course in (c for c in ours if c["course"]["rate"]):
             points = course["evaluations"]
             minutes = [p["seconds"] / 60 for p in points]
-            left.plot(minutes, [p["perplexity"] for p in points], style, label=name, **look)
+            left.plot(minutes, [p["perplexity"] for p in points], style, ms=4, label=name)
         seeds = [c["evaluations"] for c in ours if not c["course"]["rate"]]
         if seeds:
             tokens = [p["tokens"] / 1e6 for p in seeds[0]]
             values = [[run[n]["perplexity"] for run in seeds] for n in range(len(tokens))]
-            right.plot(tokens, [sum(v) / len(v) for v in values], style, label=name, **look)
+            right.plot(tokens, [sum(v) / len(v) for v in values], style, ms=4, label=name)
             right.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color="#808080", alpha=0.3)
     left.set(xlabel="minutes of training steps on the cluster", ylabel="validation perplexity", yscale="log")
     right.set(xlabel="million tokens (mean and range of the seeds)")
