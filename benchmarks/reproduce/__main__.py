@@ -51,7 +51,8 @@ def main() -> int:
     try:
         require_tools()
         print("calibration", flush=True)
-        calibration = {"rate": given.rate} if given.rate else calibrate(lab, "small")
+        # With the usual steps whatever --steps: one calibration serves every command of a folder.
+        calibration = {"rate": given.rate} if given.rate else calibrate(dataclasses.replace(lab, steps=steps), "small")
         for number, name in enumerate(names):
             print(f"{name} ({number + 1} of {len(names)})", flush=True)
             result = dataclasses.asdict(EXPERIMENTS[name](lab, calibration["rate"], given.quick))
