@@ -280,9 +280,9 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     result = Result(
         "Beyond the paper: exchanges",
         "bigmac, K = 8, machines of two hosts (those of Figure 6): the exchange's time as the paper sends it "
-        "(all_to_all, bfloat16) over that of other strategies and formats. Losses with f = 1.2 and four shared experts, "
-        "as in Figure 1; with so few ranks hierarchical and dedup have room for every row, so that they drop none where "
-        "all_to_all does.",
+        "(all_to_all, bfloat16) over that of other strategies and formats. Losses with f = 1.2 and four shared "
+        "experts, as in Figure 1; among so few ranks hierarchical and dedup have room for every row, so that they drop "
+        "none where all_to_all does.",
     )
     pairs = two_level(rate)
     seconds: dict[str, list[float]] = {}
