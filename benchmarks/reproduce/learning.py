@@ -46,7 +46,8 @@ def learn(lab: Lab, course: Course) -> Record:
     path = lab.folder / "cases" / f"{course.key}.json"
     if not path.exists():
         where = f"{course.rate / 1e6:.4g} Mbit/s" if course.rate else "unshaped"
-        print(f"  {course.steps} steps, {' '.join(course.overrides)}, seed {course.seed}, {where}", flush=True)
+        what = " ".join((course.size, *course.overrides))
+        print(f"  {what}: {course.steps} steps, seed {course.seed}, {where}", flush=True)
         write_json(path, _learn(lab, course))
     record: Record = json.loads(path.read_text())
     return record
