@@ -303,6 +303,12 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     courses = {
         paper: ("model.exchange=all_to_all",),
         f"{paper}, dropless": ("model.exchange=all_to_all", "model.capacity_factor=inf"),
+        "hierarchical, bfloat16": ("model.exchange=hierarchical",),
+        "hierarchical, int8, gradients bfloat16": (
+            "model.exchange=hierarchical",
+            wire,
+            "model.wire_dtype_backward=bfloat16",
+        ),
         "hierarchical, int8": ("model.exchange=hierarchical", wire),
         "dedup, int8": ("model.exchange=dedup", wire),
     }
