@@ -3,6 +3,7 @@
 A row: what, the paper's number, ours, its unit, and where there are several runs the lowest and the highest of ours.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ FIGURE_3 = {4: (1.53, 2.41), 8: (2.45, 3.07)}
 
 
 def figure3(lab: Lab, rate: float, quick: bool) -> Result:
-    """Training step, bigmac against fine_grained; every run of the first size, one of the others."""
+    """Training step, bigmac against fine_grained; all runs of the first size, one of the others."""
     result = Result(
         "Figure 3: the training step",
         "fine_grained's step over bigmac's; the paper's numbers are the best of its four base models. And "
@@ -97,10 +98,9 @@ def figure3(lab: Lab, rate: float, quick: bool) -> Result:
         "run of the first size, one of the second.",
     )
     sizes, ks = ("small",) if quick else SIZES, (4, 8)
+    runs = {size: lab.repeats if size == sizes[0] else 1 for size in sizes}
     cases = {
-        (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))[
-            : None if size == sizes[0] else 1
-        ]
+        (size, k, structure): lab.repeated(lab.case(size, *fields, top_k(k), rate=rate))[: runs[size]]
         for size in sizes
         for k in ks
         for structure, fields in (("fine_grained", ()), ("bigmac", (BIGMAC,)))
@@ -166,11 +166,7 @@ def figure5(lab: Lab, rate: float, quick: bool) -> Result:
         "bigmac's. The paper states a range, 1.72 to 2.45, whose upper end stands here.",
     )
     for length in (128, 1024) if quick else (128, 256, 512, 1024):
-        shape = prompts_of(length)
-        fine, big = (
-            lab.measure(lab.repeated(lab.case("small", *shape, *fields, program="forward", rate=rate)))
-            for fields in ((), (BIGMAC,))
-        )
+        fine, big = _both(lab, lab.case("small", *prompts_of(length), program="forward", rate=rate))
         result.records += fine + big
         _speedup(result, f"prompts of {length}, K = 8", 2.45, fine, big)
     return result
@@ -200,11 +196,8 @@ def table9(lab: Lab, rate: float, quick: bool) -> Result:
     for exchange in exchanges:
         for k in ks:
             fields = "data.sequence_length=256", f"data.batch_size={PROMPTS}", f"model.exchange={exchange}", top_k(k)
-            cases = (
-                lab.case("small", *fields, *more, program="generation", arguments=arguments, rate=rate, steps=steps)
-                for more in ((), (BIGMAC,))
-            )
-            fine, big = (lab.measure(lab.repeated(case)) for case in cases)
+            case = lab.case("small", *fields, program="generation", arguments=arguments, rate=rate, steps=steps)
+            fine, big = _both(lab, case)
             result.records += fine + big
             for number, new in enumerate(lengths):
                 turns = (number - WARM) % len(lengths)  # batches take the lengths by turns, also those not counted
@@ -231,8 +224,7 @@ def figure6(lab: Lab, rate: float, quick: bool) -> Result:
     pairs = two_level(rate)
     for factor in ("1.2", "inf"):
         fields = (*pairs.overrides, *OVERLAPPED, f"model.capacity_factor={factor}")
-        cases = [lab.repeated(pairs.case(lab, *fields, *more)) for more in ((), (BIGMAC,))]
-        fine, big = (lab.measure(repeats) for repeats in cases)
+        fine, big = _both(lab, pairs.case(lab, *fields))
         result.records += fine + big
         _speedup(result, f"f = {factor}, K = 8", 3.09, fine, big)
         for structure, more in (("fine_grained", ()), ("bigmac", (BIGMAC,))):
@@ -250,8 +242,7 @@ def figure7(lab: Lab, rate: float, quick: bool) -> Result:
     pairs = two_level(rate)
     for length in (128, 1024):
         fields = (*pairs.overrides, *OVERLAPPED, *prompts_of(length))
-        cases = [lab.repeated(pairs.case(lab, *fields, *more, program="forward")) for more in ((), (BIGMAC,))]
-        fine, big = (lab.measure(repeats) for repeats in cases)
+        fine, big = _both(lab, pairs.case(lab, *fields, program="forward"))
         result.records += fine + big
         _speedup(result, f"prompts of {length}, K = 8", 1.87, fine, big)
     return result
@@ -391,6 +382,12 @@ def ratios(lab: Lab, rate: float, quick: bool) -> Result:
         _speedup(result, name, None, fine, records)
         result.traffic[name] = lab.traffic("small", *fields)
     return result
+
+
+def _both(lab: Lab, case: Case) -> tuple[list[Record], list[Record]]:
+    """All runs of a case of fine_grained, and of the same with bigmac."""
+    fine, big = (dataclasses.replace(case, overrides=case.overrides + more) for more in ((), (BIGMAC,)))
+    return lab.measure(lab.repeated(fine)), lab.measure(lab.repeated(big))
 
 
 def _speedup(result: Result, what: str, paper: float | None, slow: Sequence[Record], fast: Sequence[Record]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ def _learn(lab: Lab, course: Course) -> Record:
     result: Record = {
         "course": dataclasses.asdict(course),
         "losses": [round(loss, 5) for loss in losses],
-        "final_loss": sum(losses[-TAIL:]) / len(losses[-TAIL:]),
-        "drop_rate": sum(record.get("moe/drop_rate", 0.0) for record in records[-TAIL:]) / TAIL,
+        "final_loss": statistics.fmean(losses[-TAIL:]),
+        "drop_rate": statistics.fmean(record.get("moe/drop_rate", 0.0) for record in records[-TAIL:]),
         "seconds": [round(s, 4) for s in seconds],
         "evaluations": [
             {
