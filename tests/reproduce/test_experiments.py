@@ -1,25 +1,97 @@
 """What experiments make of what was measured, with measurements of which the answer is known."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks.reproduce.experiments import BIGMAC, EXPERIMENTS
+from benchmarks.reproduce import two_level
+from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.lab import WARM, Case, Lab, Record
+from benchmarks.reproduce.learning import Course
+from benchmarks.reproduce.result import BIGMAC, Result
 
 
-def test_batches_of_several_lengths_are_told_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def experiment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """An experiment by name, where a case takes what a function says."""
+
+    def run(name: str, seconds: Callable[[Case], float | list[float]], repeats: int = 1) -> Result:
+        def measure(lab: Lab, cases: Sequence[Case]) -> list[Record]:
+            return [{"median_s": took, "seconds": took} for took in map(seconds, cases)]
+
+        monkeypatch.setattr(Lab, "measure", measure)
+        monkeypatch.setattr(Lab, "traffic", lambda *_: {})
+        return EXPERIMENTS[name](Lab(tmp_path, steps=3, repeats=repeats), 1e6, False)
+
+    return run
+
+
+def choices(case: Case) -> int:
+    return next((int(field[12:]) for field in case.overrides if field.startswith("model.top_k=")), 8)
+
+
+def test_batches_of_several_lengths_are_told_apart(experiment: Callable[..., Result]) -> None:
     """fine_grained takes n² seconds for n tokens, bigmac n."""
 
-    def measure(lab: Lab, cases: Sequence[Case]) -> list[Record]:
-        lengths = [int(new) for case in cases for a in case.arguments if "new" in a for new in a[6:].split(",")]
-        power = 1 if BIGMAC in cases[0].overrides else 2
-        lines = [lengths[line % len(lengths)] ** power for line in range(WARM + cases[0].steps)]
-        return [{"seconds": lines[WARM:]} for _ in cases]
+    def seconds(case: Case) -> list[float]:
+        lengths = [int(new) for a in case.arguments if a.startswith("--new=") for new in a[6:].split(",")]
+        power = 1 if BIGMAC in case.overrides else 2
+        return [float(lengths[line % len(lengths)] ** power) for line in range(WARM + case.steps)][WARM:]
 
-    monkeypatch.setattr(Lab, "measure", measure)
-    rows = EXPERIMENTS["table9"](Lab(tmp_path, steps=3, repeats=1), 1e6, False).rows
+    rows = experiment("table9", seconds).rows
     assert [row["here"] for row in rows] == [1, 2, 5, 10] * 4
     assert [row["paper"] for row in rows[:8]] == [3.11, 2.89, 2.41, 1.99, 2.81, 2.50, 2.03, 1.62]
     assert rows[1]["what"] == "all_to_all, K = 8, tokens generated: 2"
+
+
+def test_inference_has_its_own_rate(experiment: Callable[..., Result]) -> None:
+    """A step computes for 0.5 s and a pass for 0.05; both exchange K/4 Mbit."""
+
+    def seconds(case: Case) -> float:
+        computed = 0.5 if case.program == "train" else 0.05
+        return computed + (0 if case.local else choices(case) * 0.25e6 / case.rate)
+
+    rows = experiment("table1", seconds).rows
+    shares = [row["here"] for row in rows]
+    assert shares[0] == pytest.approx(100 * 0.25 / 0.75, abs=0.01)
+    assert shares[9] == pytest.approx(100 * 2 / 2.05, abs=0.01)
+    # 90.6 % at K = 8: 0.05 · 90.6 / 9.4 = 0.4819 s for 2 Mbit.
+    assert rows[10]["what"] == "inference, 4.15 Mbit/s, K = 1"
+    assert shares[14] == pytest.approx(90.6, abs=0.01)
+    assert shares[10] == pytest.approx(100 * 0.4819 / 8 / (0.4819 / 8 + 0.05), abs=0.01)
+
+
+def test_all_runs_of_the_first_size_and_one_of_the_second(experiment: Callable[..., Result]) -> None:
+    """fine_grained takes K s, bigmac 1, 2 and 4 s."""
+    result = experiment("figure3", lambda c: 2.0**c.repeat if BIGMAC in c.overrides else float(choices(c)), 3)
+    small, medium = result.rows[1], result.rows[4]
+    assert small == {"what": "small, K = 8", "paper": 3.07, "here": 4, "unit": "×", "lowest": 2, "highest": 8}
+    assert medium == {"what": "medium, K = 8", "paper": 3.07, "here": 8, "unit": "×"}
+    assert len(result.records) == 4 * 3 + 4
+
+
+def test_an_exchange_is_what_a_step_takes_longer(experiment: Callable[..., Result]) -> None:
+    """fine_grained computes for 1 s and exchanges for K, bigmac for 2 s and K / 4."""
+
+    def seconds(case: Case) -> float:
+        big = BIGMAC in case.overrides
+        return (2 if big else 1) + (0 if case.local else choices(case) / (4 if big else 1))
+
+    rows = experiment("figure4", seconds).rows
+    assert [row["here"] for row in rows] == [round(5 / 3, 4), 4, 9 / 4, 4] * 2
+    assert [row["paper"] for row in rows[2:4]] == [2.95, 3.72]
+    assert rows[4]["what"] == "ep 2, tp 2, K = 4, end to end"
+
+
+def test_losses_are_compared_seed_by_seed(experiment: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds differ more than exchanges: 8 bits cost 1 % of each."""
+
+    def learn(lab: Lab, course: Course) -> Record:
+        eight = "model.wire_dtype=int8" in course.overrides
+        return {"final_loss": (course.seed - 1233) * (1.01 if eight else 1)}
+
+    monkeypatch.setattr(two_level, "learn", learn)
+    rows = experiment("strategies", lambda c: 1.0 if c.local else 3.0 if "all_to_all" in str(c.overrides) else 2.0).rows
+    assert [row["here"] for row in rows] == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1.01]
+    assert rows[-1]["lowest"] == rows[-1]["highest"] == 1.01
