@@ -6,6 +6,7 @@ One process is the case of a job without others: everything here works in it and
 import atexit
 import contextlib
 import ctypes
+import inspect
 import json
 import logging
 import os
@@ -137,6 +138,29 @@ def gather(message: str) -> list[str]:
         return [message]
     text = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text)]
+
+
+class Jit:
+    """`jax.jit` for programs with collectives: all processes have compiled one before any of them runs it.
+
+    Its first collectives connect groups of processes, for which gloo waits 30 s: too short where one process finds the
+    program in the cache and another compiles a large one. Keyword arguments are static. A decorator, too.
+    """
+
+    def __init__(self, function: Callable[..., Any], donate_argnames: str | None = None):
+        keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        self._jitted = jax.jit(function, static_argnames=keywords, donate_argnames=donate_argnames)
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        if not several():
+            return self._jitted(*arguments, **static)
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves), tuple(sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = self._jitted.lower(*arguments, **static).compile()
+            gather("")
+        return self._programs[key](*arguments)
 
 
 @contextlib.contextmanager

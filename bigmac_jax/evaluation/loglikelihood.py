@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 from jax import Array
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
@@ -173,7 +174,7 @@ def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size
     return scores
 
 
-@jax.jit
+@hosts.Jit
 def _token_scores(model: Transformer, tokens_BL: Array) -> tuple[Array, Array]:
     """-log p of each token given those before it, nats, and whether it is the likeliest → [B, L] both."""
     logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)

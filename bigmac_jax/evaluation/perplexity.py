@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from bigmac_jax import hosts
 from bigmac_jax.data.pipeline import eval_batches
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, token_spec
 from bigmac_jax.model.transformer import Transformer
@@ -95,7 +96,7 @@ def sliding_batches(
         yield tokens_BL, mask_BL
 
 
-@jax.jit
+@hosts.Jit
 def _token_nll(model: Transformer, tokens_BL: Array) -> Array:
     logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
     targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.inference.cache import Cache, decode, make_decoder, prefill
@@ -82,8 +83,8 @@ class Generator:
         self._vocab_size = config.model.vocab_size
         # Given to the programs as a list of arrays: flattening modules would take half as long as a small step.
         self._weights, tree = jax.tree.flatten(make_decoder(config, model, exchange, consume))
-        self._start = jax.jit(functools.partial(_start, tree), static_argnames=("room", "candidates"))
-        self._step = jax.jit(functools.partial(_step, tree), static_argnames="candidates", donate_argnames="state")
+        self._start = hosts.Jit(functools.partial(_start, tree))
+        self._step = hosts.Jit(functools.partial(_step, tree), donate_argnames="state")
 
     def generate(
         self,
@@ -203,14 +204,14 @@ State = tuple[Cache, Array]  # and the tokens to be read next
 
 
 def _start(
-    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, room: int, candidates: int
+    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, *, room: int, candidates: int
 ) -> tuple[State, tuple[Array, Array]]:
     logits_SBV, cache = prefill(jax.tree.unflatten(tree, weights), tokens_NP, length_SB, room)
     return _chosen(logits_SBV, cache, draws, candidates)
 
 
 def _step(
-    tree: Any, weights: list[Array], state: State, draws: Draws, candidates: int
+    tree: Any, weights: list[Array], state: State, draws: Draws, *, candidates: int
 ) -> tuple[State, tuple[Array, Array]]:
     logits_SBV, cache = decode(jax.tree.unflatten(tree, weights), *state)
     return _chosen(logits_SBV, cache, draws, candidates)

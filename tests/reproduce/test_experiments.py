@@ -18,10 +18,10 @@ def experiment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
     def run(name: str, seconds: Callable[[Case], float | list[float]], repeats: int = 1) -> Result:
         def measure(lab: Lab, cases: Sequence[Case]) -> list[Record]:
-            return [{"median_s": took, "seconds": took} for took in map(seconds, cases)]
+            return [{"median_s": took, "seconds": took, "unit": "step"} for took in map(seconds, cases)]
 
         monkeypatch.setattr(Lab, "measure", measure)
-        monkeypatch.setattr(Lab, "traffic", lambda *_: {})
+        monkeypatch.setattr(Lab, "traffic", lambda *_: {"exchange_sent_bytes": 1e7, "other_sent_bytes": 1e5})
         return EXPERIMENTS[name](Lab(tmp_path, steps=3, repeats=repeats), 1e6, False)
 
     return run

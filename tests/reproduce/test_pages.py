@@ -105,5 +105,6 @@ def test_the_rate_solves_the_model_of_a_step() -> None:
     rate = rate_of(seconds, gradients, exchange)
     step = seconds + (gradients + exchange) / rate
     assert exchange / rate / step == pytest.approx(SHARE)
+    assert rate_of(1.0, 0.0, 1e6, 0.75) == pytest.approx(1e6 / 3)
     with pytest.raises(CalibrationError, match=r"10\.0% of the exchange's time"):
         rate_of(seconds, 30e6, exchange)

@@ -221,6 +221,31 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
     np.testing.assert_array_equal(hosts.global_array(sharding, range(16), batch, 16), batch)
 
 
+def test_a_program_waits_once_until_all_have_compiled_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "gather", lambda message: events.append("waited"))
+
+    @hosts.Jit
+    def scale(x_N: jax.Array, *, by: int) -> jax.Array:
+        events.append("compiled")
+        jax.debug.callback(lambda: events.append("ran"))
+        return by * x_N
+
+    for x_N, by in ((np.ones(2), 2), (np.ones(2), 2), (np.ones(3), 2), (np.ones(3), 5)):
+        chex.assert_trees_all_equal(np.asarray(scale(jax.device_put(x_N), by=by)), by * x_N)
+        jax.effects_barrier()
+    new = ["compiled", "waited", "ran"]
+    assert events == [*new, "ran", *new, *new]
+
+
+@pytest.mark.full
+def test_one_process_compiles_longer_than_gloo_waits(tmp_path: pathlib.Path) -> None:
+    with Job(2, None, tmp_path / "run", script=("tests/training/slow_compiler.py", "40")) as job:
+        assert job.wait() == [0, 0], job.outputs
+        assert [output.splitlines()[-1] for output in job.outputs] == ["[2.0, 4.0]"] * 2
+
+
 @pytest.mark.full
 def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None:
     """It neither dies nor beats; when it goes on it finds out and ends too."""
