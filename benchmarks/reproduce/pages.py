@@ -8,6 +8,7 @@ from benchmarks.reproduce import plots
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
+UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "": (".3f", "")}  # digits and sign
 ORDER = ("figure1", "table1", "figure3", "figure4", "figure5", "table9", "figure6", "figure7", "ratios", "strategies")
 
 
@@ -34,20 +35,37 @@ def section(result: dict[str, Any]) -> str:
     lines = ["", f"## {result['title']}", "", result["about"], ""]
     lines += ["| | paper | here | here / paper |", "|---|---|---|---|"]
     for row in result["rows"]:
-        paper = "" if row["paper"] is None else _number(row["paper"], row["unit"])
+        digits, unit = UNITS[row["unit"]]
+        paper = "" if row["paper"] is None else f"{row['paper']:{digits}}{unit}"
+        here = "not reached" if row["here"] is None else f"{row['here']:{digits}}{unit}"
+        between = f" ({row['lowest']:{digits}}–{row['highest']:{digits}})" if "lowest" in row else ""
         ratio = f"{row['here'] / row['paper']:.2f}" if row["paper"] and row["here"] is not None else ""
-        between = f" ({_number(row['lowest'])}–{_number(row['highest'])})" if "lowest" in row else ""
-        lines.append(f"| {row['what']} | {paper} | {_number(row['here'], row['unit'])}{between} | {ratio} |")
+        lines.append(f"| {row['what']} | {paper} | {here}{between} | {ratio} |")
     lines += ["", f"![{result['title']}]({IMAGES}/{result['name']}.png)", ""]
-    if result["traffic"]:
-        lines += ["MB that all hosts send in a step, from the compiled programs; other: the gradients' sums.", ""]
-        lines += ["| | exchange | its metadata | other | other / exchange |", "|---|---|---|---|---|"]
-        for what, sent in result["traffic"].items():
-            exchange, metadata, other = (sent[f"{kind}_sent_bytes"] / 1e6 for kind in ("exchange", "metadata", "other"))
-            share = 100 * other / exchange
-            lines.append(f"| {what} | {exchange:.2f} | {metadata:.2f} | {other:.2f} | {share:.1f} % |")
-        lines.append("")
-    return "\n".join([*lines, origin(result)]) + "\n"
+    return "\n".join([*lines, *(_sent(result) or _left(result)), origin(result)]) + "\n"
+
+
+def _sent(result: dict[str, Any]) -> list[str]:
+    """Bytes of the collectives of training steps, by kind."""
+    lines = []
+    for what, sent in result["traffic"].items():
+        exchange, metadata, other = (sent[f"{kind}_sent_bytes"] / 1e6 for kind in ("exchange", "metadata", "other"))
+        lines.append(f"| {what} | {exchange:.2f} | {metadata:.2f} | {other:.2f} | {100 * other / exchange:.1f} % |")
+    about = "MB that all hosts send in a step, from the compiled programs; other: the gradients' sums."
+    head = ["| | exchange | its metadata | other | other / exchange |", "|---|---|---|---|---|"]
+    return [about, "", *head, *lines, ""] if lines else []
+
+
+def _left(result: dict[str, Any]) -> list[str]:
+    """Bytes that left the hosts in passes and batches, which have no gradients to sum; of the first run."""
+    records = [record for record in result["records"] if "link_bytes_a_step" in record and not record["case"]["repeat"]]
+    fields = [record["case"]["overrides"] for record in records]
+    lines = []
+    for record, own in zip(records, fields, strict=True):
+        telling = [f.partition(".")[2].replace("=", " = ") for f in own if not all(f in other for other in fields)]
+        lines.append(f"| {', '.join(telling)} | {sum(record['link_bytes_a_step']) / 1e6:.2f} |")
+    about = "MB that left all hosts in what was timed, its mean, as the kernel counts it; fine_grained if not named."
+    return [about, "", "| | on the links |", "|---|---|", *lines, ""] if lines else []
 
 
 def origin(result: dict[str, Any]) -> str:
@@ -61,9 +79,3 @@ def origin(result: dict[str, Any]) -> str:
         f"{calibration['rate'] / 1e6:.4g} Mbit/s{fitted}. Raw: [`{result['name']}.json`]"
         f"(results/{result['name']}.json)."
     )
-
-
-def _number(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return "not reached"
-    return f"{value:.1f} %" if unit == "%" else f"{value:.2f}{' ' + unit if unit and unit != '×' else unit}"

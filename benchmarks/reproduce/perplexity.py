@@ -43,6 +43,7 @@ def figure1(lab: Lab, rate: float, quick: bool) -> Result:
     error = statistics.stdev(final["fine_grained"]) / len(SEEDS) ** 0.5 / means["fine_grained"]
     result.row("bigmac's mean over fine_grained's", None, means["bigmac"] / means["fine_grained"], "")
     result.row("1 + relative standard error of fine_grained's mean", None, 1 + error, "")
+    result.traffic = {name: lab.traffic("small", *LEARNERS[name]) for name in TIMED}
     result.records = [{"name": name} | timed[name] for name in TIMED]
     result.records += [{"name": name} | run for name, runs in seeds.items() for run in runs]
     return result

@@ -17,7 +17,7 @@ def table1(lab: Lab, rate: float, quick: bool) -> Result:
         "is a local reshape. The rate of the links is chosen at K = 8, training; all else is measured. A forward pass "
         "has no gradients to sum and no optimizer, which on these hosts are most of a step's rest, so that its own "
         "exchange weighs more than on the paper's cluster: inference is measured again on faster links, chosen at its "
-        "own K = 8 (90.6 %).",
+        "own K = 8 (90.6 %). A pass exchanges half of a step's bytes.",
     )
     ks = (1, 2, 4, 8) if quick else tuple(TABLE_1)
 

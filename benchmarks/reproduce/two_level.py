@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.reproduce.inference import prompts_of
 from benchmarks.reproduce.lab import Case, Lab
 from benchmarks.reproduce.learning import Course, learn
-from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, STRUCTURES, Result, both
+from benchmarks.reproduce.result import BIGMAC, SHARED, STRUCTURES, Result, both
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def figure7(lab: Lab, rate: float, quick: bool) -> Result:
 
 
 PAPERS = "all_to_all, bfloat16"
+LOSS_SEEDS = range(1234, 1239)  # five: another order of summation alone moves one seed's loss by most of a percent
 # Exchanges whose losses are compared → fields.
 LEARNERS = {
     PAPERS: ("model.exchange=all_to_all",),
@@ -98,7 +99,7 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     losses = {}
     for name, fields in LEARNERS.items():
         overrides = (BIGMAC, SHARED, *pairs.overrides, *fields)
-        learned = [learn(lab, Course("small", overrides, steps, evaluations=0, seed=seed)) for seed in SEEDS]
+        learned = [learn(lab, Course("small", overrides, steps, evaluations=0, seed=seed)) for seed in LOSS_SEEDS]
         losses[name] = [record["final_loss"] for record in learned]
         result.records += [{"name": name} | record for record in learned]
     for name in list(LEARNERS)[1:]:

@@ -80,6 +80,20 @@ def test_a_page_says_paper_here_ratio_and_origin(docs: pathlib.Path) -> None:
     assert text.index("table1.png") < text.index("figure3.png")
 
 
+def test_without_gradients_a_page_has_what_left_the_hosts(docs: pathlib.Path) -> None:
+    def record(*overrides: str, repeat: int = 0) -> dict[str, Any]:
+        return {"case": {"overrides": [*overrides, "a.b=1"], "repeat": repeat}, "link_bytes_a_step": [1e6, 5e5]}
+
+    big = "model.structure=bigmac"
+    records = [record("data.x=2"), record("data.x=2", repeat=1), record("data.x=2", big)]
+    path = docs / "results/table1.json"
+    path.write_text(json.dumps(result("table1") | {"traffic": {}, "records": records}))
+    pages.write(docs)
+    check(docs)
+    text = (docs / pages.PAGE).read_text()
+    assert "|---|---|\n|  | 1.50 |\n| structure = bigmac | 1.50 |\n" in text
+
+
 def test_a_figure_without_its_raw_file_is_found(docs: pathlib.Path) -> None:
     (docs / "results/figure3.json").unlink()
     with pytest.raises(AssertionError, match="a picture without a raw file"):
