@@ -57,9 +57,9 @@ class Network:
 
     @property
     def sysctls(self) -> dict[str, str]:
-        """Of a host. Buffers hold 10 ms of the link, so that a message of any size meets it the same way; gloo's
-        all-to-all otherwise takes 1.3 times the bytes over the rate for small ones, 1.9 times for large ones, and so
-        1.7 times for all: a rank's leave to send to it waits behind the rows that it sends."""
+        """Of a host. Buffers hold 10 ms of the slow links, at least 64 KiB, so that a message of any size meets them in
+        one way; gloo's all-to-all otherwise takes 1.3 times the bytes over the rate for small ones, 1.9 times for large
+        ones, and so 1.7 times for all: a rank's leave to send to it waits behind the rows that it sends."""
         window = max(1 << 16, int(self.rate / 8 * 0.01))
         return {
             "tcp_congestion_control": "reno",  # nothing is ever lost: what is sent is bounded by the windows alone
@@ -144,8 +144,8 @@ class Namespaces:
 
     def _end_of_link(self, namespace: str, device: str, rate: float, bridge: str = "") -> None:
         """Takes an end of a link up, shaped for what leaves through it."""
-        # What a link that was idle takes at once: two milliseconds, which make up for a timer that comes late. Not much
-        # more than a few packets: small messages would gain by it.
+        # What an idle link takes at once: two milliseconds, at least 16 kB, which make up for a timer that comes late.
+        # Not much more than a few packets: small messages would gain by it.
         burst = max(16_000, rate / 8 * 2e-3)
         _ip("-n", namespace, "link", "set", device, *(["master", bridge] if bridge else []), "up")
         shape = ["tc", "-n", namespace, "qdisc", "add", "dev", device]

@@ -3,7 +3,8 @@
 Four hosts on this machine, each a network namespace and a process of train.py; the links are so slow that fine_grained
 at K = 8 spends the paper's 91.8 % of a training step in its exchange (calibrated first). Needs root and iproute2. What
 has been measured is kept in --folder, so the same command goes on where it was interrupted; without other work beside
-it, since computation is measured, too. Writes docs/results/NAME.json, docs/reproduction.md and its pictures.
+it, since computation is measured, too. Writes docs/results/NAME.json, docs/reproduction.md and its pictures; --quick
+and --toy write theirs into --folder.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=0, help="of each case; 3, or 1 with --quick")
     parser.add_argument("--rate", type=float, default=0.0, help="bits a second, instead of calibrating")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/reproduce", help="of what was measured")
-    parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="where the page goes")
+    parser.add_argument(
+        "--docs", type=pathlib.Path, help="where the page goes; docs, or --folder/…/docs if quick or toy"
+    )
     parser.add_argument("--page", action="store_true", help="write the page from docs/results alone, measure nothing")
     parser.add_argument("--toy", action="store_true", help="a tiny model: shows that it runs, measures nothing")
     given = parser.parse_args()
@@ -41,10 +44,11 @@ def main() -> int:
     if unknown:
         print(f"error: --only={unknown[0]} must be some of {', '.join(EXPERIMENTS)}", file=sys.stderr)
         return 2
+    folder = given.folder / ("toy" if given.toy else "quick" if given.quick else "full")
+    docs: pathlib.Path = given.docs or (folder / "docs" if given.quick or given.toy else ROOT / "docs")
     if given.page:
-        pages.write(given.docs)
+        pages.write(docs)
         return 0
-    folder = given.folder / ("quick" if given.quick else "full")
     steps, runs = (4, 1) if given.quick else (20, 3)
     lab = Lab(folder.resolve(), given.steps or steps, given.runs or runs, toy=given.toy)
     command = "python -m benchmarks.reproduce " + " ".join(sys.argv[1:])
@@ -64,10 +68,11 @@ def main() -> int:
                 "runs": lab.repeats,
                 "calibration": calibration,
             }
-            path = given.docs / "results" / f"{name}.json"
+            path = docs / "results" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"name": name} | origin | result, indent=1, ensure_ascii=False) + "\n")
-            pages.write(given.docs)
+            pages.write(docs)
+            print(f"  {docs / pages.PAGE}", flush=True)
     except (ClusterError, CaseError, CalibrationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

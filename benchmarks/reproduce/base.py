@@ -28,7 +28,7 @@ def get_config(size: str = "small") -> Config:
             capacity_factor=1.2,
             exchange="all_to_all",
             wire_dtype="bfloat16",
-            balance_coefficient=0.01,  # in so few steps 0.001 leaves a quarter of the choices without room
+            balance_coefficient=0.01,  # in 150 steps 0.001 leaves a quarter of the choices without room
         ),
         mesh=MeshConfig(expert=HOSTS),
         data=DataConfig(tokenizer="bytes", sequence_length=length, batch_size=HOSTS * sequences),

@@ -44,6 +44,8 @@ def calibrate(lab: Lab, size: str, program: str = "train", wanted: float = SHARE
             break
         computed = min(without, free["median_s"])
         rate = rate_of(computed, rate * (without - computed), rate * (step - without), wanted)
+    else:
+        print(f"  none of {rounds} rates gave {wanted:.1%}; the nearest is taken", flush=True)
     best = min(tried, key=lambda line: abs(line["share"] - wanted))
     return {"rate": best["rate"], "share": best["share"], "paper": wanted, "rounds": tried}
 

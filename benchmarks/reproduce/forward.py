@@ -36,8 +36,8 @@ def main() -> None:
     tokens_BL = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     tokens_BL = place(tokens_BL, batch_spec(2))
     with local_exchange() if _LOCAL.value else contextlib.nullcontext():
-        forward = jax.jit(lambda model, tokens_BL: model(tokens_BL)[0]).lower(model, tokens_BL).compile()
-    hosts.gather("")  # all have compiled: gloo's first collectives wait 30 s and no longer
+        forward = hosts.Jit(lambda model, tokens_BL: model(tokens_BL)[0])
+        jax.block_until_ready(forward(model, tokens_BL))
     log_steps(
         pathlib.Path(_WORKDIR.value), config.train.steps, lambda: jax.block_until_ready(forward(model, tokens_BL))
     )

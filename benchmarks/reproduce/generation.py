@@ -1,15 +1,13 @@
 """Completions of one batch of prompts, timed: python -m benchmarks.reproduce.generation --config=… --workdir=DIR.
 
 One process of several, as train.py. Through `Generator`, dropless. WORKDIR/metrics.jsonl gets a line a batch: step,
-step_time_s, from the prompts' ids to the last token. Several --new are taken by turns, a batch each. --local: without
-the exchange (`benchmarks.local`).
+step_time_s, from the prompts' ids to the last token. Several --new are taken by turns, a batch each.
 """
 
 from bigmac_jax import environment
 
 environment.prepare()
 
-import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import pathlib  # noqa: E402
 
@@ -17,7 +15,6 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
-from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.reproduce.timed import log_steps  # noqa: E402
 from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
@@ -27,9 +24,8 @@ from bigmac_jax.model.transformer import init_model  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/generation", "Where metrics.jsonl is written.")
-_LOCAL = flags.DEFINE_bool("local", False, "Leave the exchange out.")
 _PROMPT = flags.DEFINE_integer("prompt", 128, "Tokens of a prompt.")
-_PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of the batch.")
+_PROMPTS = flags.DEFINE_integer("prompts", 32, "Prompts of the batch.")
 _NEW = flags.DEFINE_list("new", "1", "Tokens to generate; a list is taken by turns.")
 
 
@@ -48,12 +44,11 @@ def main() -> None:
     def once() -> None:
         generator.generate(prompts, max_tokens=next(turns), ignore_eos=True)
 
-    with local_exchange() if _LOCAL.value else contextlib.nullcontext():
-        generator = Generator(
-            config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
-        )
-        for _ in lengths:
-            once()  # compiles
+    generator = Generator(
+        config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
+    )
+    for _ in lengths:
+        once()  # compiles
     log_steps(pathlib.Path(_WORKDIR.value), config.train.steps, once)
 
 

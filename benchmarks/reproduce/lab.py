@@ -1,4 +1,7 @@
-"""Measures cases on the cluster, each once: what has been measured is read again, so an interrupted run goes on."""
+"""Measures cases on the cluster, each once: what has been measured is read again, so an interrupted run goes on.
+
+Not measured again after a change of the program: empty the folder for that. A record says which commit it is of.
+"""
 
 import dataclasses
 import hashlib
@@ -17,6 +20,7 @@ from typing import Any
 
 from benchmarks.cluster import Cluster, Network
 from benchmarks.reproduce.base import HOSTS
+from benchmarks.reproduce.machine import commit
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = "benchmarks/reproduce/base.py"
@@ -55,8 +59,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return key_of(dataclasses.asdict(self) | {"overrides": sorted(self.overrides)})
 
     @property
     def command(self) -> list[str]:
@@ -104,8 +107,11 @@ class Lab:
             print(f": {record['median_s']:.3f} s a {record['unit']}, {took:.0f} s in all", flush=True)
         return [json.loads(self._file(case).read_text()) for case in cases]
 
-    def repeated(self, case: Case) -> list[Case]:
-        return [dataclasses.replace(case, repeat=repeat) for repeat in range(self.repeats)]
+    def runs(self, *cases: Case) -> list[list[Record]]:
+        """All runs of each case; they take turns, so that a machine that slows down slows all."""
+        repeated = [dataclasses.replace(case, repeat=repeat) for repeat in range(self.repeats) for case in cases]
+        records = self.measure(repeated)
+        return [records[number :: len(cases)] for number in range(len(cases))]
 
     def _file(self, case: Case) -> pathlib.Path:
         return self.folder / "cases" / f"{case.key}.json"
@@ -141,6 +147,7 @@ class Lab:
             "case": dataclasses.asdict(case),
             "command": " ".join(["python", *case.command]),
             "unit": {"train": "step", "forward": "pass"}.get(case.program, "batch"),
+            "measured": measured(),
             "seconds": seconds,
             "median_s": statistics.median(seconds),
         }
@@ -157,8 +164,7 @@ class Lab:
     def traffic(self, size: str, *overrides: str) -> Record:
         """Bytes that all hosts together send in a training step, from the compiled program (plan.py)."""
         size = "tiny" if self.toy else size
-        key = hashlib.sha256(json.dumps([size, overrides]).encode()).hexdigest()[:16]
-        path = self.folder / "traffic" / f"{key}.json"
+        path = self.folder / "traffic" / f"{key_of([size, sorted(overrides), self.hosts])}.json"
         if not path.exists():
             command = [sys.executable, "plan.py", f"--config={BASE}:{size}", f"--devices={self.hosts}", "--compile"]
             command += ["--json", *(f"--config.{field}" for field in overrides)]
@@ -166,18 +172,17 @@ class Lab:
                 command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
             )
             if run.returncode:
-                raise CaseError(f"{' '.join(command)}: {run.stderr.strip().splitlines()[-1]}")
+                raise CaseError(f"{' '.join(command)}: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
             program = json.loads(run.stdout.splitlines()[-1])["program"]
-            names = ("exchange_sent_bytes", "metadata_sent_bytes", "other_sent_bytes", "flops_per_step")
+            names = ("exchange_sent_bytes", "metadata_sent_bytes", "other_sent_bytes")
             write_json(path, {name: program[name] for name in names})
         record: Record = json.loads(path.read_text())
         return record
 
 
-def spread(records: Sequence[Record]) -> tuple[float, float, float]:
-    """Median of the runs' medians, the fastest and the slowest of them."""
-    medians = [record["median_s"] for record in records]
-    return statistics.median(medians), min(medians), max(medians)
+def median(records: Sequence[Record]) -> float:
+    """Of the runs' medians."""
+    return statistics.median(record["median_s"] for record in records)
 
 
 def exchange_share(shaped: float, local: float) -> float:
@@ -191,6 +196,16 @@ def step_records(path: pathlib.Path) -> list[Record]:
     except OSError:
         return []
     return [record for record in map(json.loads, lines) if "step_time_s" in record]
+
+
+def key_of(value: Any) -> str:
+    """Of a measurement, by what describes it and what the models are."""
+    text = json.dumps(value, sort_keys=True) + (ROOT / BASE).read_text()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measured() -> dict[str, str]:
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
 
 
 def write_json(path: pathlib.Path, record: Record) -> None:

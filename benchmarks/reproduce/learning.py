@@ -1,7 +1,6 @@
 """What a run learns, and when: train.py with checkpoints, each of which eval.py then scores, off the clock."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cluster import Cluster, Network
-from benchmarks.reproduce.lab import BASE, ROOT, CaseError, Lab, Record, step_records, write_json
+from benchmarks.reproduce.lab import BASE, ROOT, CaseError, Lab, Record, key_of, measured, step_records, write_json
 
 TAIL = 20  # steps whose mean loss is the run's
 
@@ -36,7 +35,7 @@ class Course:
 
     @property
     def key(self) -> str:
-        return "course-" + hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+        return "course-" + key_of(dataclasses.asdict(self) | {"overrides": sorted(self.overrides)})
 
 
 def learn(lab: Lab, course: Course) -> Record:
@@ -86,6 +85,7 @@ def _learn(lab: Lab, course: Course) -> Record:
     scored = [n for n in range(1, course.steps + 1) if course.evaluations and (n % every == 0 or n == course.steps)]
     result: Record = {
         "course": dataclasses.asdict(course),
+        "measured": measured(),
         "losses": [round(loss, 5) for loss in losses],
         "final_loss": statistics.fmean(losses[-TAIL:]),
         "drop_rate": statistics.fmean(record.get("moe/drop_rate", 0.0) for record in records[-TAIL:]),

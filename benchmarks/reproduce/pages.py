@@ -69,13 +69,22 @@ def _left(result: dict[str, Any]) -> list[str]:
 
 
 def origin(result: dict[str, Any]) -> str:
+    """The command, and when, where and how often that was measured."""
+    records = result["records"]
+    often = []
+    if any("case" in record for record in records):
+        often.append(f"{result['runs']} run(s) of {result['steps']} steps, medians")
+    if courses := [record["course"] for record in records if "course" in record]:
+        seeds = len({course["seed"] for course in courses})
+        often.append(f"{courses[0]['steps']} steps of learning, up to {seeds} seeds, means")
     machine, calibration = result["machine"], result["calibration"]
+    commits = sorted({record["measured"]["commit"] for record in records if "measured" in record})
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "jax", "flax"))
     fitted = f" ({calibration['share']:.1%} of fine_grained's step at K = 8)" if "share" in calibration else ""
     return (
         f"    {result['command']}\n\n"
         f"{result['date']}, {machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, {versions}, "
-        f"commit {machine['commit']}; {result['runs']} run(s) of {result['steps']} steps, medians; links of "
+        f"commit {', '.join(commits) or machine['commit']}; {'; '.join(often)}; links of "
         f"{calibration['rate'] / 1e6:.4g} Mbit/s{fitted}. Raw: [`{result['name']}.json`]"
         f"(results/{result['name']}.json)."
     )

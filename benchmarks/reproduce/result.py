@@ -1,11 +1,11 @@
 """What an experiment returns, and what several experiments share."""
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from benchmarks.reproduce.lab import Case, Lab, Record, spread
+from benchmarks.reproduce.lab import Case, Lab, Record, median
 
 BIGMAC = "model.structure=bigmac"
 STRUCTURES: dict[str, tuple[str, ...]] = {"fine_grained": (), "bigmac": (BIGMAC,)}  # the base config is fine_grained's
@@ -36,17 +36,18 @@ class Result:
         self.rows.append(row)
 
     def speedup(self, what: str, paper: float | None, slow: Sequence[Record], fast: Sequence[Record]) -> None:
-        """Median over median; the spread is that of the runs, paired."""
+        """Median over median; the spread is that of the runs, which took turns."""
         between = [a["median_s"] / b["median_s"] for a, b in zip(slow, fast, strict=True)]
-        self.row(what, paper, spread(slow)[0] / spread(fast)[0], "×", between)
+        self.row(what, paper, median(slow) / median(fast), "×", between)
 
     def exchange_speedup(
         self, what: str, paper: float | None, slow: Sequence[Sequence[Record]], fast: Sequence[Sequence[Record]]
     ) -> None:
         """Of the exchange alone: both are the runs with it and the runs without."""
-        seconds = [[a["median_s"] - b["median_s"] for a, b in zip(*runs, strict=True)] for runs in (slow, fast)]
-        between = [a / b for a, b in zip(*seconds, strict=True)]
-        self.row(what, paper, statistics.median(between), "×", between)
+        alone = [
+            [{"median_s": a["median_s"] - b["median_s"]} for a, b in zip(*runs, strict=True)] for runs in (slow, fast)
+        ]
+        self.speedup(what, paper, *alone)
 
 
 # (lab, rate of the links, whether only the main rows) →
@@ -59,6 +60,14 @@ def top_k(k: int) -> str:
 
 def both(lab: Lab, case: Case) -> tuple[list[Record], list[Record]]:
     """All runs of a case of fine_grained, and of the same with bigmac."""
-    cases = [dataclasses.replace(case, overrides=case.overrides + fields) for fields in STRUCTURES.values()]
-    fine, big = (lab.measure(lab.repeated(case)) for case in cases)
+    cases = (dataclasses.replace(case, overrides=case.overrides + fields) for fields in STRUCTURES.values())
+    fine, big = lab.runs(*cases)
     return fine, big
+
+
+def two_level(rate: float) -> dict[str, Any]:
+    """Links of two machines of two hosts.
+
+    With `all_to_all` two hosts send half of their rows through one link, where each sent three quarters through its
+    own. Inside, a host has 16 times its share of that link, as with PCIe 4.0 x16 beside an eighth of 100 Gb/s."""
+    return {"rate": float(f"{4 / 3 * rate:.4g}"), "machine": 2, "fast_rate": float(f"{16 * 2 / 3 * rate:.4g}")}

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.reproduce.lab import WARM, Case, CaseError, Lab, exchange_share, spread
+from benchmarks.reproduce.lab import WARM, Case, CaseError, Lab, exchange_share, median
 from benchmarks.reproduce.learning import time_to
 
 
@@ -25,8 +25,8 @@ def test_the_command_is_that_of_the_product() -> None:
     command = Case("tiny", ("model.top_k=2",), steps=3).command
     base = "--config=benchmarks/reproduce/base.py:tiny"
     assert command == ["train.py", base, "--config.model.top_k=2", f"--config.train.steps={3 + WARM}"]
-    command = Case("tiny", program="generation", local=True, arguments=("--new=5",)).command
-    assert command[:5] == ["-m", "benchmarks.reproduce.generation", "--local", "--new=5", base]
+    command = Case("tiny", program="forward", local=True, arguments=("--x=5",)).command
+    assert command[:5] == ["-m", "benchmarks.reproduce.forward", "--local", "--x=5", base]
 
 
 def test_a_measured_case_is_not_run_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +63,9 @@ def test_a_case_is_measured_on_four_hosts(tmp_path: pathlib.Path, program: str, 
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_shares_and_spread() -> None:
+def test_shares_and_medians() -> None:
     assert exchange_share(10.0, 2.0) == pytest.approx(0.8)
-    assert spread([{"median_s": s} for s in (3.0, 1.0, 2.0)]) == (2.0, 1.0, 3.0)
+    assert median([{"median_s": s} for s in (3.0, 1.0, 2.0)]) == 2.0
 
 
 def test_a_perplexity_is_reached_between_two_checkpoints() -> None:
