@@ -33,9 +33,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=0, help="of each case; 3, or 1 with --quick")
     parser.add_argument("--rate", type=float, default=0.0, help="bits a second, instead of calibrating")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/reproduce", help="of what was measured")
-    parser.add_argument(
-        "--docs", type=pathlib.Path, help="where the page goes; docs, or --folder/…/docs if quick or toy"
-    )
+    parser.add_argument("--docs", type=pathlib.Path, help="where the page goes, if not docs (quick and toy: --folder)")
     parser.add_argument("--page", action="store_true", help="write the page from docs/results alone, measure nothing")
     parser.add_argument("--toy", action="store_true", help="a tiny model: shows that it runs, measures nothing")
     given = parser.parse_args()

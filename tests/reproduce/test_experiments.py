@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks.reproduce import two_level
+from benchmarks.reproduce import perplexity, result, two_level
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.lab import WARM, Case, Lab, Record
 from benchmarks.reproduce.learning import Course
@@ -95,3 +95,32 @@ def test_losses_are_compared_seed_by_seed(experiment: Callable[..., Result], mon
     rows = experiment("strategies", lambda c: 1.0 if c.local else 3.0 if "all_to_all" in str(c.overrides) else 2.0).rows
     assert [row["here"] for row in rows] == [1, 1, 2, 2, 2, 2, 2, 2, 1, 1.01, 1.01]
     assert rows[-1]["lowest"] == rows[-1]["highest"] == 1.01
+
+
+def test_a_perplexity_is_compared_by_time_and_by_seed(
+    experiment: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the cluster fine_grained ends at 8 after 100 s, bigmac is there after 25, vanilla never. Without it they end
+    at 8, 9, 10 (fine_grained), half of that (bigmac) and twice that."""
+
+    def learn(lab: Lab, course: Course) -> Record:
+        big, vanilla = BIGMAC in course.overrides, "model.structure=vanilla" in course.overrides
+        if course.rate:
+            points = [(20.0, 9.0), (30.0, 7.0)] if big else [(50.0, 10.0), (100.0, 9.0 if vanilla else 8.0)]
+        else:
+            points = [(0.0, (8 + course.seed - 1234) * (0.5 if big else 2 if vanilla else 1))]
+        return {"evaluations": [{"seconds": seconds, "perplexity": value} for seconds, value in points]}
+
+    monkeypatch.setattr(perplexity, "learn", learn)
+    rows = experiment("figure1", lambda _: 0.0).rows
+    assert [row["here"] for row in rows[:2]] == [4, None]
+    assert [row["here"] for row in rows[2:8]] == [9, 4.5, 18, 8, 4, 4]
+    assert (rows[2]["lowest"], rows[2]["highest"]) == (8, 10)
+    assert [row["here"] for row in rows[8:]] == [0.5, round(1 + 1 / 3**0.5 / 9, 4)]
+
+
+def test_the_links_of_two_machines() -> None:
+    """Half of the rows of two hosts take as long between them as three quarters of one host's rows did."""
+    links = result.two_level(24e6)
+    assert links == {"rate": 32e6, "machine": 2, "fast_rate": 256e6}
+    assert 2 * 0.5 / links["rate"] == pytest.approx(0.75 / 24e6)
