@@ -51,7 +51,7 @@ def _sent(result: dict[str, Any]) -> list[str]:
     for what, sent in result["traffic"].items():
         exchange, metadata, other = (sent[f"{kind}_sent_bytes"] / 1e6 for kind in ("exchange", "metadata", "other"))
         lines.append(f"| {what} | {exchange:.2f} | {metadata:.2f} | {other:.2f} | {100 * other / exchange:.1f} % |")
-    about = "MB that all hosts send in a step, from the compiled programs; other: the gradients' sums."
+    about = "MB that all hosts send in a step, by the compiled programs; other: gradients' sums, tensor parallelism."
     head = ["| | exchange | its metadata | other | other / exchange |", "|---|---|---|---|---|"]
     return [about, "", *head, *lines, ""] if lines else []
 
