@@ -1,6 +1,7 @@
 """Pictures of results: the paper beside ours in bars, or curves; told apart without colour."""
 
 import pathlib
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -38,7 +39,8 @@ def _bars(result: dict[str, Any]) -> plt.Figure:
         axes.bar(number + shift, row["here"], width, label=None if number else "here", **whiskers, **HERE)
         text = f"{row['here']:.0f}" if unit == "%" else f"{row['here']:.2f}"
         axes.text(number + shift, row["here"] + high, text, ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(range(len(rows)), [row["what"].replace(", ", "\n") for row in rows], fontsize=8)
+    labels = ["\n".join(textwrap.fill(part, 13) for part in row["what"].split(", ")) for row in rows]
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylabel(AXES.get(unit, unit))
     axes.margins(y=0.12)
     figure.legend(loc="outside right upper")
