@@ -53,7 +53,9 @@ CASES = [
     ),  # the rows that come back are not asked for again
     pytest.param("gather", "2x4", {"remat": True, "wire_dtype": "bfloat16"}, 1, marks=pytest.mark.full),
     ("hierarchical", "two machines", {"capacity_factor": float("inf"), "overlap_chunks": 2}, 1),
-    ("hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1),
+    pytest.param(
+        "hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1, marks=pytest.mark.full
+    ),
     pytest.param("dedup", "1x4", {"remat": True}, 2, marks=pytest.mark.full),
     ("all_to_all", "2x4", {"balance_scope": "part", "remat": True}, 2),
 ]

@@ -39,7 +39,7 @@ def test_two_processes_go_on_from_one_that_was_fully_sharded(tmp_path: pathlib.P
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("top_k", "code"), [("2", 0), ("99", 2)])
+@pytest.mark.parametrize(("top_k", "code"), [pytest.param("2", 0, marks=pytest.mark.full), ("99", 2)])
 def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
     arguments = [f"--config={write_config(tmp_path)}", f"--workdir={tmp_path / 'run'}", "--cpu_devices=1",
                  "--config.train.steps=2", "--config.train.eval_every=0", f"--config.model.top_k={top_k}"]  # fmt: skip
@@ -56,11 +56,12 @@ def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
         assert last_step(tmp_path / "run") == 2
 
 
-def test_soak() -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.full)])
+def test_soak(rounds: int) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", "--rounds=2"],
+        [sys.executable, "-m", "benchmarks.soak", f"--rounds={rounds}"],
         cwd=ROOT, env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run
     summary = json.loads(run.stdout.splitlines()[-1])
-    assert (summary["killed"], summary["hung"], summary["bit_equal"]) == (2, 0, True)
+    assert (summary["killed"], summary["hung"], summary["bit_equal"]) == (rounds, 0, True)
