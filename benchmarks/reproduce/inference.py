@@ -14,9 +14,8 @@ def figure5(lab: Lab, rate: float, quick: bool) -> Result:
         "bigmac's. The paper states a range, 1.72 to 2.45, whose upper end stands here.",
     )
     for length in (128, 1024) if quick else (128, 256, 512, 1024):
-        fine, big = both(lab, lab.case("small", *prompts_of(length), program="forward", rate=rate))
-        result.records += fine + big
-        result.speedup(f"prompts of {length}, K = 8", 2.45, fine, big)
+        case = lab.case("small", *prompts_of(length), program="forward", rate=rate)
+        result.compare(lab, f"prompts of {length}, K = 8", 2.45, case)
     return result
 
 

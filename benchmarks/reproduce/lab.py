@@ -168,16 +168,21 @@ class Lab:
         if not path.exists():
             command = [sys.executable, "plan.py", f"--config={BASE}:{size}", f"--devices={self.hosts}", "--compile"]
             command += ["--json", *(f"--config.{field}" for field in overrides)]
-            run = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-            )
-            if run.returncode:
-                raise CaseError(f"{' '.join(command)}: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
-            program = json.loads(run.stdout.splitlines()[-1])["program"]
+            program = answer(command)["program"]
             names = ("exchange_sent_bytes", "metadata_sent_bytes", "other_sent_bytes")
             write_json(path, {name: program[name] for name in names})
         record: Record = json.loads(path.read_text())
         return record
+
+
+def answer(command: Sequence[str]) -> Record:
+    """What one of the product's programs prints last with --json."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise CaseError(f"{' '.join(command)}: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
+    record: Record = json.loads(run.stdout.splitlines()[-1])
+    return record
 
 
 def median(records: Sequence[Record]) -> float:

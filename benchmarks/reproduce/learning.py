@@ -2,17 +2,26 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cluster import Cluster, Network
-from benchmarks.reproduce.lab import BASE, ROOT, CaseError, Lab, Record, key_of, measured, step_records, write_json
+from benchmarks.reproduce.lab import (
+    BASE,
+    ROOT,
+    CaseError,
+    Lab,
+    Record,
+    answer,
+    key_of,
+    measured,
+    step_records,
+    write_json,
+)
 
 TAIL = 20  # steps whose mean loss is the run's
 
@@ -108,10 +117,7 @@ def _score(workdir: pathlib.Path, step: int) -> float:
     """Perplexity on the whole validation split, dropless, on one device."""
     command = [sys.executable, "eval.py", f"--workdir={workdir}", f"--step={step}", "--split=validation", "--json"]
     command += ["--config.mesh.expert=1", "--config.mesh.node=1", "--config.mesh.tensor=1", "--cpu_devices=1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    if run.returncode:
-        raise CaseError(f"{' '.join(command)}: {(run.stderr.strip().splitlines() or ['?'])[-1]}")
-    return float(json.loads(run.stdout.splitlines()[-1])["perplexity"])
+    return float(answer(command)["perplexity"])
 
 
 def time_to(record: Record, perplexity: float) -> float | None:

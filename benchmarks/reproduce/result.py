@@ -49,6 +49,12 @@ class Result:
         ]
         self.speedup(what, paper, *alone)
 
+    def compare(self, lab: Lab, what: str, paper: float | None, case: Case) -> None:
+        """Measures a case of fine_grained and the same with bigmac, and adds the speed-up and the records."""
+        fine, big = both(lab, case)
+        self.records += fine + big
+        self.speedup(what, paper, fine, big)
+
 
 # (lab, rate of the links, whether only the main rows) →
 Experiment = Callable[[Lab, float, bool], Result]

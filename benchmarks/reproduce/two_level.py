@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from benchmarks.reproduce.inference import prompts_of
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.learning import Course, learn
-from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, STRUCTURES, Result, both, two_level
+from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, STRUCTURES, Result, two_level
 
 MACHINES = "mesh.node=2", "mesh.expert=2"
 OVERLAPPED = "model.exchange=hierarchical", "model.overlap_chunks=4"
@@ -24,9 +24,7 @@ def figure6(lab: Lab, rate: float, quick: bool) -> Result:
     )
     for factor in ("1.2", "inf"):
         fields = (*MACHINES, *OVERLAPPED, f"model.capacity_factor={factor}")
-        fine, big = both(lab, lab.case("small", *fields, **two_level(rate)))
-        result.records += fine + big
-        result.speedup(f"f = {factor}, K = 8", 3.09, fine, big)
+        result.compare(lab, f"f = {factor}, K = 8", 3.09, lab.case("small", *fields, **two_level(rate)))
         for structure, more in STRUCTURES.items():
             result.traffic[f"f = {factor}, {structure}"] = lab.traffic("small", *fields, *more)
     return result
@@ -41,9 +39,8 @@ def figure7(lab: Lab, rate: float, quick: bool) -> Result:
     )
     for length in (128, 1024):
         fields = (*MACHINES, *OVERLAPPED, *prompts_of(length))
-        fine, big = both(lab, lab.case("small", *fields, program="forward", **two_level(rate)))
-        result.records += fine + big
-        result.speedup(f"prompts of {length}, K = 8", 1.87, fine, big)
+        case = lab.case("small", *fields, program="forward", **two_level(rate))
+        result.compare(lab, f"prompts of {length}, K = 8", 1.87, case)
     return result
 
 
