@@ -192,7 +192,7 @@ def _exchange_and_compute(
         x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
         chunks = math.gcd(config.overlap_chunks, x_TR.shape[0])
         exchange = strategy(config, capacity_factor, x_TR.shape[0] // chunks)
-        plans = [exchange.plan(experts) for experts in jnp.split(experts_TK, chunks)]
+        plans = [exchange.plan(chosen_TK) for chosen_TK in jnp.split(experts_TK, chunks)]
         gates = jnp.split(gates_TK, chunks)
         rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]
         share = gates[0].size // exchange.local_experts

@@ -284,7 +284,7 @@ def _number(text: str) -> float | str:
 def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
     """Against the field with the most values; a line for every combination of the others."""
     fields = list(rows[0]["fields"])
-    along = max(fields, key=lambda name: len({row["fields"][name] for row in rows}))
+    along = max(fields, key=lambda name: len({swept["fields"][name] for swept in rows}))
     timed = all("time" in row for row in rows)
     panels = [("all-to-all, GiB a step", lambda row: row["all_to_all_bytes_per_step"] / 2**30)]
     if timed:

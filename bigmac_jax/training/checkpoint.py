@@ -253,8 +253,8 @@ class Checkpoints:
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
             paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in paths}
-            return {name.split(".", 1)[1].removesuffix(".value"): shape for name, shape in named.items()}
+            named = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape for keys, leaf in paths}
+            return {key.split(".", 1)[1].removesuffix(".value"): shape for key, shape in named.items()}
 
         path = self._directory / str(step) / "model"
         saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)

@@ -67,7 +67,7 @@ def check(config: Config, given: dict[str, np.ndarray] | None = None) -> Aux:
 
     def loss(p: dict[str, Any]) -> tuple[Any, list[Layer]]:
         logits_BLV, layers = reference(config.model, p, tokens[:, :-1])
-        balance_Y, z_Y = (jnp.asarray([getattr(v, name) for v in layers]) for name in ("balance_loss", "z_loss"))
+        balance_Y, z_Y = (jnp.asarray([getattr(v, kind) for v in layers]) for kind in ("balance_loss", "z_loss"))
         return total_loss(config.model, logits_BLV, tokens[:, 1:], balance_Y, z_Y), layers
 
     with on_mesh(config):

@@ -1,0 +1,72 @@
+"""Rules of the source text that no linter has."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(path for folder in ("bigmac_jax", "benchmarks", "tests", ".") for path in (ROOT / folder).glob("*.py"))
+FILES += sorted(path for folder in ("bigmac_jax", "benchmarks", "tests") for path in (ROOT / folder).glob("*/**/*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def _own(function: Function) -> Iterator[ast.AST]:
+    """The nodes of a function, those of functions inside it left out."""
+    queue: list[ast.AST] = [function.body] if isinstance(function, ast.Lambda) else list(function.body)
+    while queue:
+        node = queue.pop()
+        yield node
+        if not isinstance(node, Function):
+            queue += ast.iter_child_nodes(node)
+
+
+def _targets(node: ast.AST) -> set[str]:
+    """Names that a comprehension binds."""
+    return {n.id for g in getattr(node, "generators", []) for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+
+
+def _bound(function: Function) -> set[str]:
+    """Names that are the function's own: arguments, assigned names, functions inside it."""
+    arguments = function.args
+    names = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    names |= {a.arg for a in (arguments.vararg, arguments.kwarg) if a}
+    generators = [g for node in _own(function) for g in getattr(node, "generators", [])]
+    in_comprehensions = {id(n) for g in generators for n in ast.walk(g.target)}
+    for node in _own(function):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in in_comprehensions:
+            names.add(node.id)
+    return names
+
+
+def shadowed(tree: ast.Module) -> list[tuple[int, str]]:
+    """Comprehensions in a function whose variable has the name of one of a function around it: (line, name)."""
+    found = []
+
+    def visit(function: Function, outer: set[str]) -> None:
+        free = outer - _bound(function)
+        for node in _own(function):
+            found.extend((node.lineno, name) for name in sorted(_targets(node) & free))
+            if isinstance(node, Function):
+                visit(node, free | _bound(function))
+
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, Function) for n in _own(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, Function) and id(node) not in inside:
+            visit(node, set())
+    return found
+
+
+def test_no_comprehension_takes_the_name_of_a_free_variable() -> None:
+    """CPython 3.12 and 3.13 inline comprehensions. Where one binds the name of a free variable of its function, and
+    another function inside reads that, they end in an UnboundLocalError."""
+    found = {str(path.relative_to(ROOT)): shadowed(ast.parse(path.read_text())) for path in FILES}
+    assert len(found) > 100
+    assert not {path: places for path, places in found.items() if places}
+
+
+def test_a_free_variable_of_the_same_name_is_found() -> None:
+    source = "def f(x):\n    def g(rows):\n        a = [x for x in rows]\n        return a, x\n    return g\n"
+    assert shadowed(ast.parse(source)) == [(3, "x")]
+    assert not shadowed(ast.parse(source.replace("x for x", "y for y")))
