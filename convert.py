@@ -61,7 +61,7 @@ def _export(workdir: pathlib.Path) -> None:
 
 def _import(workdir: pathlib.Path) -> None:
     config = import_run(_CHECKPOINT.value, workdir, cli.OVERRIDES)
-    hosts.say(f"{workdir}: {config.model.describe()}")
+    hosts.say(f"{workdir}: {config.describe()}")
 
 
 if __name__ == "__main__":

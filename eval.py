@@ -18,6 +18,7 @@ from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.evaluation.loglikelihood import check_windows  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs  # noqa: E402
+from bigmac_jax.programs import evaluation_rows  # noqa: E402
 from bigmac_jax.training.checkpoint import find_checkpoint, read_config, restore  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
@@ -56,7 +57,7 @@ def main() -> None:
             stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
     cli.enter_mesh(config, fit_batch=False)
     quiet = _JSON.value or not hosts.is_first()
-    size = _BATCH_SIZE.value or saved.data.batch_size
+    size = _BATCH_SIZE.value or evaluation_rows(saved)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch:
         step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
         _, model = restore(workdir, str(step), config)

@@ -11,8 +11,8 @@ from absl import flags  # noqa: E402
 
 from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, load_config  # noqa: E402
+from bigmac_jax.loop import train  # noqa: E402
 from bigmac_jax.training.guard import RunError  # noqa: E402
-from bigmac_jax.training.loop import train  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Where the run is written, and resumed from.")

@@ -29,7 +29,7 @@ _PICTURE = flags.DEFINE_string("picture", "", "Where the picture is written.")
 
 # What fits: v5e has 16 GB a chip.
 PARTS = {"v5e": 8}
-SETTINGS = ("mesh.expert=32", "model.remat=True", "model.overlap_chunks=4")
+SETTINGS = ("mesh.expert=32", "execution.remat=layer", "execution.overlap_chunks=4")
 
 
 def main() -> None:

@@ -30,13 +30,13 @@ from jax import Array  # noqa: E402
 from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig  # noqa: E402
+from bigmac_jax.counts import tokens_at_a_time  # noqa: E402
 from bigmac_jax.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.model.router import route  # noqa: E402
-from bigmac_jax.planning.counts import tokens_at_a_time  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
@@ -47,7 +47,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 8, "K.")
 _RANKS = flags.DEFINE_integer("ranks", 1, "Ranks of a machine.")
 _NODES = flags.DEFINE_integer("nodes", 1, "Machines of the expert group.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds; times are medians.")
-_CHUNKS = flags.DEFINE_integer("overlap_chunks", 1, "model.overlap_chunks.")
+_CHUNKS = flags.DEFINE_integer("overlap_chunks", 1, "execution.overlap_chunks.")
 _FORWARD = flags.DEFINE_bool("forward", False, "Time the forward pass alone.")
 
 
@@ -70,7 +70,7 @@ def main() -> None:
         m, median = config.model, statistics.median(seconds[case])
         gflops = _useful_flops(m) / median / 1e9
         tokens = tokens_at_a_time(config, ranks())
-        exchange = strategy(m, m.capacity_factor, tokens)
+        exchange = strategy(config, m.capacity_factor, tokens)
         one_way = [
             exchange.wire_bytes(tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
         ]
@@ -83,7 +83,7 @@ def main() -> None:
             "share_of_dense": round(1e9 * gflops / peak, 3),
             f"time_over_{first}": round(median_ratio(seconds[case], seconds[first]), 3),
             "routing_share": round(statistics.median(seconds[case + " routing"]) / median, 3),
-            "wire_bytes": m.overlap_chunks * sum(one_way),
+            "wire_bytes": config.execution.overlap_chunks * sum(one_way),
             "temporary_mb": round(compiled[case].memory_analysis().temp_size_in_bytes / 2**20, 1),
         }
         if _can_be_local(config):
@@ -103,14 +103,11 @@ def _config(case: str) -> Config:
         num_experts=_EXPERTS.value,
         top_k=_TOP_K.value,
         capacity_factor=float(factor),
-        exchange=exchange,
-        overlap_chunks=_CHUNKS.value,
-        grouped_matmul=matmul,
-        wire_dtype=wire,
     )
+    execution = ExecutionConfig(exchange=exchange, overlap_chunks=_CHUNKS.value, grouped_matmul=matmul, wire_dtype=wire)
     ranks = _NODES.value * _RANKS.value
     data = DataConfig(batch_size=ranks, sequence_length=_TOKENS.value // ranks)
-    return Config(model=model, mesh=MeshConfig(node=_NODES.value, expert=_RANKS.value), data=data)
+    return Config(model, execution, MeshConfig(node=_NODES.value, expert=_RANKS.value), data)
 
 
 def _layer(config: Config) -> tuple[Any, Callable[[], float]]:
@@ -131,7 +128,7 @@ def _routing(config: Config) -> Callable[[], float]:
 
     def on_rank(experts_BLK: Array) -> Any:
         experts_TK = experts_BLK.reshape(-1, m.choices)
-        exchange = strategy(m, m.capacity_factor, experts_TK.shape[0])
+        exchange = strategy(config, m.capacity_factor, experts_TK.shape[0])
         plan = exchange.plan(experts_TK)
         made: Any = plan
         if plan.expert_NK is not None:
@@ -147,7 +144,7 @@ def _routing(config: Config) -> Callable[[], float]:
 
 
 def _inputs(config: Config) -> tuple[MoE, Array, Array]:
-    layer = jax.jit(lambda key: MoE(config.model, key))(jax.random.key(0))
+    layer = jax.jit(lambda key: MoE(config, key))(jax.random.key(0))
     shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
     draw = np.random.default_rng(0).standard_normal
     x_BLD, dy_BLD = (jax.device_put(draw(shape).astype(np.float32), token_spec(3)) for _ in range(2))
@@ -176,7 +173,7 @@ def _useful_flops(m: ModelConfig) -> float:
 
 def _can_be_local(config: Config) -> bool:
     """Whether all-to-alls are all that the layer sends."""
-    exchange = strategy(config.model, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
+    exchange = strategy(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     return exchange.ranks > 1 and not isinstance(exchange, Gather | Ragged)
 
 

@@ -24,9 +24,9 @@ from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from bigmac_jax.loop import train  # noqa: E402
 from bigmac_jax.mesh import batch_spec  # noqa: E402
 from bigmac_jax.report.plots import read_metrics  # noqa: E402
-from bigmac_jax.training.loop import train  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file.")

@@ -23,8 +23,8 @@ from absl import flags  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
+from bigmac_jax.counts import flops  # noqa: E402
 from bigmac_jax.mesh import batch_spec  # noqa: E402
-from bigmac_jax.planning.counts import flops  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
@@ -55,8 +55,9 @@ def main() -> None:
 
 def _with(base: Config, case: str) -> Config:
     structure, _, dtype = case.partition(":")
-    model = dataclasses.replace(base.model, structure=structure, dtype=dtype or base.model.dtype)
-    return dataclasses.replace(base, model=model)
+    model = dataclasses.replace(base.model, structure=structure)
+    execution = dataclasses.replace(base.execution, dtype=dtype or base.execution.dtype)
+    return dataclasses.replace(base, model=model, execution=execution)
 
 
 def stepper(config: Config, mesh: jax.sharding.Mesh, steps: int) -> Callable[[], float]:

@@ -32,7 +32,7 @@ _HOME = {
     "ConfigError": "config",
     "Generator": "inference",
     "Sampling": "inference",
-    "exchange": "model.exchange",
+    "exchange": "execution.exchange",
     "export_model": "interchange",
     "import_model": "interchange",
     "init_model": "model.transformer",

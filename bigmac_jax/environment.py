@@ -37,7 +37,7 @@ COMPILER_OPTIONS = {
     ),
 }
 
-# As COMPILER_OPTIONS, for a step whose exchange goes in chunks (model.overlap_chunks).
+# As COMPILER_OPTIONS, for a step whose exchange goes in chunks (execution.overlap_chunks).
 OVERLAP_OPTIONS = {
     "xla_tpu_multi_output_fusion_limit": (
         3,

@@ -149,8 +149,13 @@ class Jit:
 
     def __init__(self, function: Callable[..., Any], donate_argnames: str | None = None):
         keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        self.function = function
         self._jitted = jax.jit(function, static_argnames=keywords, donate_argnames=donate_argnames)
         self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def lower(self, *arguments: Any, **static: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.lower(*arguments, **static)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         if not several():

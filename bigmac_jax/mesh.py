@@ -1,5 +1,6 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,13 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, check_batch
 
 TENSOR = "tensor"  # splits the matrices of attention and dense layers, and the sequence everywhere else
 EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = ("data", *EXPERT_GROUP)  # these split the batch
 AXES = (*BATCH, TENSOR)
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 
 def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str, int]:
@@ -27,7 +29,7 @@ def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str
 
     Raises:
       ConfigError: more ranks than devices, devices left that make no whole expert group, or a batch that the data axis
-        (0 = the devices left) does not divide, or whose share model.overlap_chunks does not.
+        (0 = the devices left) does not divide, or whose share execution.overlap_chunks does not.
     """
     mesh = config.mesh
     data = mesh.data or devices // mesh.model_ranks
@@ -43,20 +45,8 @@ def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str
             f"the {devices} devices must be a multiple of {mesh.describe()} = {mesh.model_ranks}, because "
             f"mesh.data=0 takes all of them; use mesh.data={data} to leave {devices - ranks} idle"
         )
-    shards = data * mesh.expert_ranks * config.train.accumulate_steps
-    if fit_batch and config.data.batch_size % shards:
-        raise ConfigError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
-            f"train.accumulate_steps = {shards} (mesh.data={mesh.data} took {data} of {devices} devices); "
-            f"use {-(-config.data.batch_size // shards) * shards}, or set mesh.data"
-        )
-    tokens = config.data.batch_size * config.data.sequence_length // (shards * mesh.tensor)
-    chunks = config.model.overlap_chunks
-    if fit_batch and tokens % chunks:
-        raise ConfigError(
-            f"model.overlap_chunks={chunks} must divide the {tokens} tokens of a rank (mesh.data={mesh.data} took "
-            f"{data} of {devices} devices); use {math.gcd(chunks, tokens)}"
-        )
+    if fit_batch:
+        check_batch(config, data, f" (mesh.data={mesh.data} took {data} of {devices} devices)")
     return {"data": data, "node": mesh.node, "expert": mesh.expert, TENSOR: mesh.tensor}
 
 
@@ -137,19 +127,14 @@ def split_spec(ndim: int) -> P:
     return P(BATCH, None, TENSOR, *[None] * (ndim - 3))
 
 
-def cache_spec() -> P:
-    """Keys or values [B, G, M, H] of an attention layer: its key-value heads over `tensor`."""
-    return P(BATCH, TENSOR, None, None)
+def cache_spec(ndim: int) -> P:
+    """Keys or values [B, G, M, H] of an attention layer, or of several: key-value heads over `tensor`."""
+    return P(*[None] * (ndim - 4), BATCH, TENSOR, None, None)
 
 
 def rank_spec(ndim: int) -> P:
     """An array whose first dimension is the ranks."""
     return P(AXES, *[None] * (ndim - 1))
-
-
-def expert_spec(ndim: int) -> P:
-    """A parameter whose first dimension is the experts."""
-    return P(EXPERT_GROUP, *[None] * (ndim - 1))
 
 
 def replicated_spec(ndim: int) -> P:
@@ -158,41 +143,99 @@ def replicated_spec(ndim: int) -> P:
 
 def axes_of(spec: P) -> set[str]:
     """The axes that a spec splits over."""
-    return {axis for entry in spec for axis in _names(entry)}
+    return {axis for entry in spec for axis in names(entry)}
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names(entry: Entry) -> tuple[str, ...]:
+    """The axes of one entry of a spec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> P:
+def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_first: bool = False) -> P:
     """`spec` with all axes that it leaves on the largest dimension that it does not split and they divide; `spec` as
-    it is where there is none. (ZeRO-3: no two ranks keep the same numbers.)"""
+    it is where there is none. (ZeRO-3: no two ranks keep the same numbers.)
+
+    Args:
+      rows_first: on the first dimension, if they divide what it has left.
+    """
     left = tuple(axis for axis in AXES if axis not in axes_of(spec))
     parts = math.prod(sizes[axis] for axis in left)
     entries = [*spec, *[None] * (len(shape) - len(spec))]
-    free = [i for i, entry in enumerate(entries) if not _names(entry) and shape[i] % parts == 0]
-    if parts == 1 or not free:
+    free = [i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0]
+    if parts == 1:
         return spec
-    entries[max(free, key=lambda i: shape[i])] = left
+    if rows_first and shape[0] % (parts * math.prod(sizes[axis] for axis in names(entries[0]))) == 0:
+        entries[0] = (*names(entries[0]), *left)
+    elif free:
+        entries[max(free, key=lambda i: shape[i])] = left
+    else:
+        return spec
     return P(*entries)
 
 
-def whole(w: Array, spec: P, split: Sequence[str] = ()) -> Array:
+class Crossing(NamedTuple):
+    """How a parameter comes to the ranks that use it, and its gradient back: names of dtypes."""
+
+    compute: str  # it is used in
+    gather: str  # it is gathered in
+    reduce: str  # the ranks' gradients are summed in
+
+
+class Weight(NamedTuple):
+    """A parameter that `on_each_rank` brings to each rank."""
+
+    value: Array
+    crossing: Crossing
+    split: tuple[str, ...] = ()  # axes that it stays split over
+
+
+def whole(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
     """Inside `shard_map`: a parameter whose shards stand as `spec` says, as this rank needs it.
 
-    It stays split over the axes of `split`. Its gradient is summed over all other ranks, and goes back to the shards:
-    that is the transpose of these lines.
+    It stays split over the axes of `split`. Its gradient is summed over all other ranks, and goes back to the shards.
     """
+    return _whole(w, spec, split, crossing, w.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _whole(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
+    return _gather(w, spec, split, crossing)
+
+
+def _gather(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+    w = w.astype(crossing.gather)
+    for dim, axes in _gathered(spec, split):
+        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    shared = _shared(spec, split)
+    return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
+
+
+def _scattered(spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array) -> tuple[Array]:
+    """The transpose of `_whole`, but for the dtype that the sum is computed in."""
+    dw = dw.astype(crossing.reduce)
+    if shared := _shared(spec, split):
+        dw = jax.lax.psum(dw, shared)
+    for dim, axes in reversed(_gathered(spec, split)):
+        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
+    return (dw.astype(dtype),)
+
+
+# Not by calling `_whole`: `all_but_gathered` has to see what is gathered.
+_whole.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scattered)
+
+
+def _gathered(spec: P, split: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """Dimensions that are gathered, and the axes that each is gathered over."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    for dim, entry in enumerate(spec):
-        axes = tuple(axis for axis in _names(entry) if axis not in split)
-        if math.prod(sizes[axis] for axis in axes) > 1:
-            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-    shared = tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
-    return jax.lax.pcast(w, shared, to="varying") if shared else w
+    over = [(dim, tuple(axis for axis in names(entry) if axis not in split)) for dim, entry in enumerate(spec)]
+    return [(dim, axes) for dim, axes in over if math.prod(sizes[axis] for axis in axes) > 1]
+
+
+def _shared(spec: P, split: tuple[str, ...]) -> tuple[str, ...]:
+    """Axes whose ranks all hold what this one does."""
+    return tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
 
 
 def all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -223,12 +266,12 @@ def device_kind() -> str:
 def on_each_rank(
     function: Callable[..., Any],
     arrays: Sequence[Array],
-    weights: Sequence[Array] = (),
+    weights: Sequence[Weight] = (),
     in_spec: Callable[[int], P] | Sequence[P] = token_spec,
     out_specs: Any = None,
-    split: Sequence[str] = (),
 ) -> Any:
-    """`function(*arrays, *weights)` of each rank's part of the arrays, with weights `whole` but for `split`.
+    """`function(*arrays, *weights)` of each rank's part of the arrays, with weights `whole`, in their dtype of
+    computation.
 
     Without a mesh, of the arrays themselves.
 
@@ -237,20 +280,21 @@ def on_each_rank(
       out_specs: by default a [B, L, D] of tokens.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays, *weights)
-    specs = [spec_of(w) for w in weights]
+        return function(*arrays, *(w.value.astype(w.crossing.compute) for w in weights))
+    specs = [spec_of(w.value) for w in weights]
     of_arrays = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
 
     def on_rank(*values: Array) -> Any:
         shards = values[len(arrays) :]
-        return function(*values[: len(arrays)], *[whole(w, spec, split) for w, spec in zip(shards, specs, strict=True)])
+        given = [whole(w, spec, of.split, of.crossing) for w, spec, of in zip(shards, specs, weights, strict=True)]
+        return function(*values[: len(arrays)], *given)
 
     return jax.shard_map(
         on_rank,
         in_specs=(*of_arrays, *specs),
         out_specs=token_spec(3) if out_specs is None else out_specs,
         axis_names=set(AXES),
-    )(*arrays, *weights)
+    )(*arrays, *(w.value for w in weights))
 
 
 def place(values: Any, spec: P) -> Array:

@@ -4,7 +4,7 @@ sigmoid router balanced by its bias, one shared expert.
     python plan.py --config=configs/modern.py --config.mesh.expert=32 --devices=32
 """
 
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -26,9 +26,8 @@ def get_config() -> Config:
             router_scale=2.5,
             balance="bias",
             capacity_factor=1.25,
-            dtype="bfloat16",
-            remat=True,
         ),
+        execution=ExecutionConfig(dtype="bfloat16", remat="layer"),
         mesh=MeshConfig(expert=4),
         data=DataConfig(source="tfds:wikipedia/20230601.en", tokenizer="gpt2", sequence_length=4096, batch_size=256),
         optimizer=OptimizerConfig(learning_rate=4e-4, final_learning_rate=4e-5, warmup_steps=2000),

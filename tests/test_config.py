@@ -14,6 +14,7 @@ from bigmac_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    ExecutionConfig,
     ModelConfig,
     check_resume,
     from_dict,
@@ -60,7 +61,8 @@ def test_defaults_load(config_file: pathlib.Path) -> None:
         ("model.capacity_factor=inf", math.inf),
         ("model.capacity_factor=2", 2.0),
         ("optimizer.learning_rate=1e-3", 1e-3),
-        ("model.remat=true", True),
+        ("execution.remat=layer", "layer"),
+        ("mesh.fsdp=true", True),
         ("model.gated=1", True),
         ("data.source=tfds:wiki40b/en", "tfds:wiki40b/en"),
         ("cache_dir=/tmp/a=b", "/tmp/a=b"),
@@ -85,8 +87,8 @@ INVALID = {  # overrides: what the line must contain
     "model.latent_norm=both": ("'both'", "pre_dispatch, post_combine"),
     "model.router_scores=linear": ("'linear'", "softmax, sigmoid"),
     "model.balance=loss": ("'loss'", "aux_loss, bias, none"),
-    "model.dtype=float16": ("'float16'", "float32, bfloat16"),
-    "model.exchange=pigeon": ("'pigeon'", "all_to_all"),
+    "execution.dtype=float16": ("'float16'", "float32, bfloat16"),
+    "execution.exchange=pigeon": ("'pigeon'", "all_to_all"),
     "model.num_layers=0": ("model.num_layers=0", "at least 1"),
     "model.hidden_size=-4": ("model.hidden_size=-4", "at least 1"),
     "model.top_k=0": ("model.top_k=0", "at least 1"),
@@ -100,7 +102,8 @@ INVALID = {  # overrides: what the line must contain
     "mesh.tensor=0": ("mesh.tensor=0", "at least 1"),
     "mesh.tensor=3": ("data.sequence_length=256", "mesh.tensor=3", "use mesh.tensor=1"),
     "mesh.tensor=8 model.num_heads=4": ("model.num_heads=4", "mesh.tensor=8", "use mesh.tensor=4"),
-    "mesh.tensor=4 model.num_heads=4 model.num_kv_heads=2": ("model.num_kv_heads=2", "use mesh.tensor=2"),
+    "mesh.tensor=4 model.num_heads=12 model.hidden_size=384 model.num_kv_heads=6": (
+        "model.num_kv_heads=6", "use mesh.tensor=2"),
     "mesh.tensor=4 model.num_heads=4 model.expert_hidden_size=6 mesh.split_experts=True": (
         "experts' width", "=6", "use mesh.tensor=2"),
     "data.batch_size=0": ("data.batch_size=0", "at least 1"),
@@ -123,7 +126,8 @@ INVALID = {  # overrides: what the line must contain
     "model.top_k": ("model.top_k needs a value",),
     "model.dropout=None": ("model.dropout='None'", "type float"),
     "model.num_layers=None": ("model.num_layers='None'", "type int"),
-    "model.remat=maybe": ("model.remat='maybe'", "type bool"),
+    "execution.remat=maybe": ("execution.remat='maybe'", "none, layer"),
+    "mesh.fsdp=maybe": ("mesh.fsdp='maybe'", "type bool"),
     # Names
     "model.topk=4": ("'model.topk' is not a field", "model.top_k"),
     "model=4": ("'model' is not a field",),
@@ -236,7 +240,7 @@ def test_a_file_with_an_argument_and_a_config_dict(tmp_path: pathlib.Path) -> No
 
 
 def test_from_dict_refuses_wrong_types() -> None:
-    for values in ({"model": {"top_k": True}}, {"model": {"remat": 1}}, {"data": {"source": 3}}, {"cache_dir": None}):
+    for values in ({"model": {"top_k": True}}, {"model": {"gated": 1}}, {"data": {"source": 3}}, {"cache_dir": None}):
         with pytest.raises(ConfigError, match=r"must be (of type|a) "):
             from_dict(values)
 
@@ -278,8 +282,8 @@ def changed(name: str) -> Config:
     special = {  # fields whose next number or word is not valid
         "model.structure": "dense", "model.norm": "layernorm", "model.positions": "learned", "model.activation": "gelu",
         "model.latent_norm": "pre_dispatch", "model.router_scores": "sigmoid", "model.balance": "bias",
-        "model.dtype": "bfloat16", "model.exchange": "dedup", "model.wire_dtype": "int8",
-        "model.wire_dtype_backward": "int8", "model.grouped_matmul": "blocks", "model.attention": "xla",
+        "execution.dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
+        "execution.wire_dtype_backward": "int8", "execution.grouped_matmul": "blocks", "execution.attention": "xla",
         "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
         "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
         "mesh.node": 2, "mesh.expert": 2,
@@ -341,17 +345,21 @@ def test_resolved_sizes() -> None:
     ],
 )
 def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
-    assert Config(model=ModelConfig(**fields)).model.describe().endswith(f"64 of 256 wide rows on the wire, {end}")
+    execution = ExecutionConfig(exchange=fields.pop("exchange", "all_to_all"))
+    described = Config(model=ModelConfig(**fields), execution=execution).describe()
+    assert described.endswith(f"64 of 256 wide rows on the wire, {end}")
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:
     """e·r/4 experts of width 4h, vanilla_top_k of them a token."""
     model = ModelConfig(structure="vanilla", num_experts=64, down_ratio=0.25, hidden_size=32, num_heads=4)
-    assert model.describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")
+    assert (
+        Config(model=model).describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")
+    )
 
 
 def test_evaluation_on_a_tensor_axis_is_not_held_to_the_training_batch() -> None:
-    trained = Config(data=DataConfig(batch_size=2, sequence_length=20), model=ModelConfig(overlap_chunks=8))
+    trained = Config(data=DataConfig(batch_size=2, sequence_length=20), execution=ExecutionConfig(overlap_chunks=8))
     assert with_mesh(trained, ["mesh.tensor=2"]).mesh.tensor == 2
     with pytest.raises(ConfigError, match=r"data\.sequence_length=20 must be a multiple of mesh\.tensor=3"):
         with_mesh(trained, ["mesh.tensor=3"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import make_mesh
 
 
@@ -17,7 +17,8 @@ def config(
     *mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1, heads: int = 4
 ) -> Config:
     return Config(
-        model=ModelConfig(overlap_chunks=chunks, num_experts=192, num_heads=heads, hidden_size=16 * heads),
+        execution=ExecutionConfig(overlap_chunks=chunks),
+        model=ModelConfig(vocab_size=8448, num_experts=192, num_heads=heads, hidden_size=16 * heads),
         mesh=MeshConfig(*mesh),
         data=DataConfig(batch_size=batch, sequence_length=length),
         train=TrainConfig(accumulate_steps=accumulate),

@@ -6,7 +6,7 @@ since an embedding's gradient is as large as its vocabulary. What does not grow 
 paper's Table 1, whose steps without their exchange take as long at K = 1 as at K = 8.
 """
 
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 HOSTS = 4
 # h, sequence length, sequences of a rank
@@ -26,10 +26,9 @@ def get_config(size: str = "small") -> Config:
             top_k=8,
             down_ratio=0.25,
             capacity_factor=1.2,
-            exchange="all_to_all",
-            wire_dtype="bfloat16",
             balance_coefficient=0.01,  # in 150 steps 0.001 leaves a quarter of the choices without room
         ),
+        execution=ExecutionConfig(exchange="all_to_all", wire_dtype="bfloat16"),
         mesh=MeshConfig(expert=HOSTS),
         data=DataConfig(tokenizer="bytes", sequence_length=length, batch_size=HOSTS * sequences),
         optimizer=OptimizerConfig(learning_rate=8e-3, final_learning_rate=8e-4, warmup_steps=50),

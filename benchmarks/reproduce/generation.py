@@ -45,7 +45,7 @@ def main() -> None:
         generator.generate(prompts, max_tokens=next(turns), ignore_eos=True)
 
     generator = Generator(
-        config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.model.exchange
+        config, model, batch_size=len(prompts), tokenizer=ByteTokenizer(), exchange=config.execution.exchange
     )
     for _ in lengths:
         once()  # compiles

@@ -42,7 +42,7 @@ def table9(lab: Lab, rate: float, quick: bool) -> Result:
     steps = lab.steps * len(lengths)
     for exchange in exchanges:
         for k in ks:
-            fields = "data.sequence_length=256", f"model.exchange={exchange}", top_k(k)
+            fields = "data.sequence_length=256", f"execution.exchange={exchange}", top_k(k)
             case = lab.case("small", *fields, program="generation", arguments=arguments, rate=rate, steps=steps)
             fine, big = both(lab, case)
             result.records += fine + big

@@ -10,7 +10,7 @@ from benchmarks.reproduce.learning import Course, learn
 from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, STRUCTURES, Result, two_level
 
 MACHINES = "mesh.node=2", "mesh.expert=2"
-OVERLAPPED = "model.exchange=hierarchical", "model.overlap_chunks=4"
+OVERLAPPED = "execution.exchange=hierarchical", "execution.overlap_chunks=4"
 
 
 def figure6(lab: Lab, rate: float, quick: bool) -> Result:
@@ -52,9 +52,9 @@ LEARNING_RATES: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
 }
 # Exchanges whose losses are compared → fields.
 LEARNERS = {
-    PAPERS: ("model.exchange=all_to_all",),
-    "hierarchical, bfloat16": ("model.exchange=hierarchical",),
-    "hierarchical, int8": ("model.exchange=hierarchical", "model.wire_dtype=int8"),
+    PAPERS: ("execution.exchange=all_to_all",),
+    "hierarchical, bfloat16": ("execution.exchange=hierarchical",),
+    "hierarchical, int8": ("execution.exchange=hierarchical", "execution.wire_dtype=int8"),
 }
 
 
@@ -71,7 +71,7 @@ def strategies(lab: Lab, rate: float, quick: bool) -> Result:
     for exchange in ("all_to_all", "dedup", "hierarchical", "gather"):
         for wire in ("bfloat16", "int8"):
             name = f"{exchange}, {wire}"
-            fields = (*MACHINES, BIGMAC, f"model.exchange={exchange}", f"model.wire_dtype={wire}")
+            fields = (*MACHINES, BIGMAC, f"execution.exchange={exchange}", f"execution.wire_dtype={wire}")
             runs[name] = lab.runs(*(lab.case("small", *fields, **two_level(rate), local=x) for x in (False, True)))
             result.records += [record for records in runs[name] for record in records]
             result.exchange_speedup(name, None, runs[PAPERS], runs[name])

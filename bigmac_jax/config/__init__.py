@@ -3,6 +3,7 @@
 from bigmac_jax.config.fields import (
     Config,
     DataConfig,
+    ExecutionConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -10,7 +11,7 @@ from bigmac_jax.config.fields import (
     from_dict,
 )
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch
 
 __all__ = [
     "MAY_CHANGE",
@@ -19,10 +20,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "ExecutionConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "check_batch",
     "check_resume",
     "from_dict",
     "load_config",

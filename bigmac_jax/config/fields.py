@@ -12,7 +12,7 @@ from bigmac_jax.config.rules import ConfigError, check_types, validate
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder-only transformer and its feed-forward structure.
+    """The decoder-only transformer and its feed-forward structure: what is computed.
 
     The defaults are the present day's backbone. The paper's is norm=layernorm, positions=learned, activation=gelu,
     use_bias=True, dropout=0.1, tie_embeddings=True.
@@ -46,11 +46,6 @@ class ModelConfig:
     shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
     latent_norm: str = "none"  # none | pre_dispatch | post_combine: a norm on bigmac's r·h wide rows
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
-    exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
-    grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best
-    overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
-    wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
-    wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
     router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
@@ -62,10 +57,6 @@ class ModelConfig:
     z_loss_coefficient: float = 0.0
     num_expert_groups: int = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
     top_groups: int = 1
-    attention: str = "auto"  # blocks (of queries, on CPU) | xla | cudnn (on GPU); auto takes the backend's best
-    remat: bool = False  # recompute each layer in the backward pass
-    unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
-    dtype: str = "float32"  # of the computation; parameters, router and optimizer stay float32
 
     @property
     def head_size(self) -> int:
@@ -120,17 +111,30 @@ class ModelConfig:
         """Hidden width of all shared experts together."""
         return self.num_shared_experts * (self.shared_expert_hidden_size or self.latent_size)
 
-    def describe(self) -> str:
-        """One line that says what the structure resolved to."""
-        if not self.is_moe:
-            return f"dense: one MLP of width {self.expert_width} a layer"
-        shared = f", shared experts of width {self.shared_width}" if self.shared_width else ""
-        dropless = math.isinf(self.capacity_factor) or self.exchange in ("gather", "ragged")
-        capacity = "dropless" if dropless else f"capacity factor {self.capacity_factor:g}"
-        return (
-            f"{self.structure}: {self.expert_count} experts of width {self.expert_width} a layer, top-{self.choices}, "
-            f"{self.wire_size} of {self.hidden_size} wide rows on the wire{shared}, {capacity}"
-        )
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How the model is executed. In exact arithmetic none of it changes the loss, but for the choices that a finite
+    capacity drops; it may change between starts of a run.
+
+    Parameters, their gradients' sums, the router, norms and the optimizer are float32 whatever `dtype` is.
+    """
+
+    dtype: str = "float32"  # of the computation: float32 | bfloat16
+    gather_dtype: str = ""  # in which ranks gather parameters that are split over them; "" = dtype
+    reduce_dtype: str = "float32"  # in which the ranks' gradients are summed
+    exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
+    wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
+    wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
+    overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
+    attention: str = "auto"  # blocks (of queries, on CPU) | xla | cudnn (on GPU); auto takes the backend's best
+    grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best
+    remat: str = "none"  # layer: recompute each layer in the backward pass
+    unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ class Config:
     """Everything a run depends on."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -222,6 +227,23 @@ class Config:
         check_types(self)
         validate(self)
 
+    @property
+    def dropless(self) -> bool:
+        """Whether no expert is ever full in training."""
+        return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
+
+    def describe(self) -> str:
+        """One line that says what the structure resolved to."""
+        m = self.model
+        if not m.is_moe:
+            return f"dense: one MLP of width {m.expert_width} a layer"
+        shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
+        capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
+        return (
+            f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
+            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{shared}, {capacity}"
+        )
+
     def to_json(self) -> str:
         return json.dumps(_spell_inf(dataclasses.asdict(self)), indent=2) + "\n"
 
@@ -229,7 +251,7 @@ class Config:
     def from_json(cls, text: str, name: str = "config.json") -> "Config":
         """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
         try:
-            return from_dict(json.loads(text))
+            return from_dict(_second_edition(json.loads(text)))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
 
@@ -239,12 +261,35 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
+def moved(name: str) -> str:
+    """The new name of a field that was moved, or ""."""
+    section, _, field_name = name.partition(".")
+    execution = {f.name for f in dataclasses.fields(ExecutionConfig)}
+    return f"execution.{field_name}" if section == "model" and field_name in execution - _NEVER_MODEL else ""
+
+
+_NEVER_MODEL = {"gather_dtype", "reduce_dtype"}
+
+
+def _second_edition(values: Any) -> Any:
+    """A config.json of the first edition, whose `model` held what `execution` does, as it would be written now."""
+    if not isinstance(values, dict) or "execution" in values or not isinstance(values.get("model"), dict):
+        return values
+    model = {name: value for name, value in values["model"].items() if not moved(f"model.{name}")}
+    execution = {name: value for name, value in values["model"].items() if moved(f"model.{name}")}
+    if type(remat := execution.get("remat")) is bool:
+        execution["remat"] = "layer" if remat else "none"
+    return values | {"model": model, "execution": execution}
+
+
 def _build(cls: type, values: Any, prefix: str) -> Any:
     where = prefix.rstrip(".") or "the config"
     if not isinstance(values, dict):
         raise ConfigError(f"{where}={values!r} must be a group of fields")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
+        if new := moved(prefix + str(name)):
+            raise ConfigError(f"{prefix}{name} is {new} now; use that")
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5) or ["one of " + ", ".join(fields)]
             raise ConfigError(f"{prefix + str(name)!r} is not a field of the config; did you mean {close[0]}?")

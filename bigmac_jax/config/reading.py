@@ -16,8 +16,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bigmac_jax.config.fields import Config, from_dict
-from bigmac_jax.config.rules import ConfigError
+from bigmac_jax.config.fields import Config, from_dict, moved
+from bigmac_jax.config.rules import ConfigError, check_batch
 
 # What a resumed run may change (docs/training.md, "Resuming").
 MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
@@ -46,7 +46,9 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     Raises:
       ConfigError: one line, whatever the input.
     """
-    return overridden(_read(str(path)), overrides)
+    config = overridden(_read(str(path)), overrides)
+    check_batch(config, max(1, config.mesh.data))
+    return config
 
 
 def overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
@@ -58,19 +60,17 @@ def overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
-    """The config of a trained model on another mesh, for evaluation, which pads batches to whatever the mesh needs.
+    """The config of a trained model on another mesh or executed otherwise, for evaluation, which pads batches to
+    whatever the mesh needs.
 
     Raises:
-      ConfigError: an override is not of the mesh, or is invalid.
+      ConfigError: an override is of something else, or is invalid.
     """
     values = ConfigDict(dataclasses.asdict(config))
     for override in overrides:
-        if not override.startswith("mesh."):
-            raise ConfigError(f"--config.{override}: only mesh fields can change after training; drop it")
+        if not (override.startswith(("mesh.", "execution.")) or moved(override.partition("=")[0])):
+            raise ConfigError(f"--config.{override}: only mesh and execution can change after training; drop it")
         _apply(values, override)
-    values.train.accumulate_steps = 1
-    for axis in ("data", "node", "expert", "tensor"):
-        values.data.batch_size *= max(1, values.mesh[axis])
     return from_dict(values.to_dict())
 
 
@@ -97,6 +97,8 @@ def _read(path: str) -> dict[str, Any]:
 def _apply(values: ConfigDict, override: str) -> None:
     name, equals, text = override.partition("=")
     known = dict(field_values(values.to_dict()))
+    if new := moved(name):
+        raise ConfigError(f"{name} is {new} now; use --config.{new}{equals}{text}")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or ["one of " + ", ".join(values)]
         raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")

@@ -1,6 +1,14 @@
 """Settings that several config files share."""
 
-from bigmac_jax.config.fields import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bigmac_jax.config.fields import (
+    Config,
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 def paper(structure: str, num_layers: int, hidden_size: int, num_heads: int) -> Config:
@@ -29,8 +37,8 @@ def paper(structure: str, num_layers: int, hidden_size: int, num_heads: int) -> 
             capacity_factor=1.2,
             balance_coefficient=0.001,
             balance_scope="part",
-            dtype="bfloat16",
         ),
+        execution=ExecutionConfig(dtype="bfloat16"),
         mesh=MeshConfig(expert=4),
         data=DataConfig(source="tfds:wikipedia/20230601.en", tokenizer="gpt2", sequence_length=2048, batch_size=256),
         optimizer=OptimizerConfig(

@@ -49,7 +49,8 @@ def check_types(config: Config) -> None:
 
 
 def validate(config: Config) -> None:
-    model, mesh, data, optimizer, train = config.model, config.mesh, config.data, config.optimizer, config.train
+    model, execution, mesh, data = config.model, config.execution, config.mesh, config.data
+    optimizer, train = config.optimizer, config.train
 
     def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         if value not in allowed:
@@ -72,18 +73,23 @@ def validate(config: Config) -> None:
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
-    one_of("model.attention", model.attention, ("auto", "blocks", "xla", "cudnn"))
-    one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    one_of("model.exchange", model.exchange, EXCHANGES)
-    one_of("model.grouped_matmul", model.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
+    one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn"))
+    one_of("execution.dtype", execution.dtype, ("float32", "bfloat16"))
+    one_of("execution.gather_dtype", execution.gather_dtype, ("", "float32", "bfloat16"))
+    one_of("execution.reduce_dtype", execution.reduce_dtype, ("float32", "bfloat16"))
+    one_of("execution.remat", execution.remat, ("none", "layer"))
+    one_of("execution.exchange", execution.exchange, EXCHANGES)
+    one_of("execution.grouped_matmul", execution.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
     one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rewind"))
-    one_of("model.wire_dtype", model.wire_dtype, ("", *WIRE_FORMATS))
-    one_of("model.wire_dtype_backward", model.wire_dtype_backward, ("", *WIRE_FORMATS))
+    one_of("execution.wire_dtype", execution.wire_dtype, ("", *WIRE_FORMATS))
+    one_of("execution.wire_dtype_backward", execution.wire_dtype_backward, ("", *WIRE_FORMATS))
 
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
-             "vanilla_top_k", "num_expert_groups", "top_groups", "overlap_chunks")  # fmt: skip
+             "vanilla_top_k", "num_expert_groups", "top_groups")  # fmt: skip
+    at_least("execution", 1, "overlap_chunks")
+    at_least("execution", 0, "unroll_layers")
     at_least("model", 0, "num_kv_heads", "head_dim", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
-             "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout", "unroll_layers")  # fmt: skip
+             "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
     at_least("mesh", 0, "data")
     at_least("mesh", 1, "node", "expert", "tensor")
     at_least("data", 1, "sequence_length", "batch_size")
@@ -111,14 +117,35 @@ def validate(config: Config) -> None:
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
 
-    shards = max(1, mesh.data) * mesh.expert_ranks * train.accumulate_steps
-    require(data.batch_size % shards == 0, f"data.batch_size={data.batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}; use {-(-data.batch_size // shards) * shards}")  # fmt: skip
     if mesh.tensor > 1:
         _validate_tensor(config, require)
-    tokens = data.batch_size * data.sequence_length // (shards * mesh.tensor)
-    require(tokens % model.overlap_chunks == 0, f"model.overlap_chunks={model.overlap_chunks} must divide the {tokens} tokens of a rank; use {math.gcd(model.overlap_chunks, tokens)}")  # fmt: skip
     if model.is_moe:
         _validate_moe(model, mesh, require)
+
+
+def check_batch(config: Config, data: int, taken: str = "") -> None:
+    """Whether a step's batch divides over so many ranks of the data axis, as training needs.
+
+    Args:
+      taken: how many that are, if the config does not say it.
+
+    Raises:
+      ConfigError: it does not, or overlap_chunks doesn't divide a rank's tokens.
+    """
+    batch_size, mesh, chunks = config.data.batch_size, config.mesh, config.execution.overlap_chunks
+    shards = data * mesh.expert_ranks * config.train.accumulate_steps
+    if batch_size % shards:
+        raise ConfigError(
+            f"data.batch_size={batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × "
+            f"train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}"
+            + (", or set mesh.data" if taken else "")
+        )
+    tokens = batch_size * config.data.sequence_length // (shards * mesh.tensor)
+    if tokens % chunks:
+        raise ConfigError(
+            f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; "
+            f"use {math.gcd(chunks, tokens)}"
+        )
 
 
 def _validate_tensor(config: Config, require: Any) -> None:
@@ -130,7 +157,9 @@ def _validate_tensor(config: Config, require: Any) -> None:
 
     divides("data.sequence_length", config.data.sequence_length)
     divides("model.num_heads", model.num_heads)
-    divides("model.num_kv_heads", model.kv_heads)
+    kv = model.kv_heads
+    require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={math.gcd(kv, tensor)}")  # fmt: skip
+    require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={math.gcd(model.vocab_size, tensor)}")  # fmt: skip
     if not model.is_moe or config.mesh.split_experts:
         divides("the experts' width (model.expert_hidden_size)" if model.is_moe else "the MLP's width (model.expert_hidden_size)", model.expert_width)  # fmt: skip
 

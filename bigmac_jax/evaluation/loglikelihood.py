@@ -10,19 +10,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax import Array
 
-from bigmac_jax import hosts
+from bigmac_jax import programs
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, tensor_ranks, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import cross_entropy
 
 _SHORTEST = 16  # inputs of the smallest bucket
 
@@ -166,18 +162,9 @@ def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size
     tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    nll_BL, likeliest_BL = map(np.asarray, _token_scores(model, place(tokens_BL, batch_spec(2))))
+    nll_BL, likeliest_BL = map(np.asarray, programs.evaluate(model, place(tokens_BL, batch_spec(2))))
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
         last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)
         scores.append((-float(nll_L[last].sum(dtype=np.float64)), bool(likeliest_L[last].all())))
     return scores
-
-
-@hosts.Jit
-def _token_scores(model: Transformer, tokens_BL: Array) -> tuple[Array, Array]:
-    """-log p of each token given those before it, nats, and whether it is the likeliest → [B, L] both."""
-    logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
-    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
-    scores = cross_entropy(logits_BLV, targets_BL), jnp.argmax(logits_BLV, axis=-1) == targets_BL
-    return jax.sharding.reshard(scores, replicated_spec(2))

@@ -7,15 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax import Array
 
-from bigmac_jax import hosts
+from bigmac_jax import programs
 from bigmac_jax.data.pipeline import eval_batches
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import cross_entropy
 
 
 class Score(NamedTuple):
@@ -73,7 +70,8 @@ def evaluate(
     for tokens_BL, mask_BL in batches:
         padded_BL = np.zeros((rows, tokens_BL.shape[1]), np.int32)
         padded_BL[: len(tokens_BL)] = tokens_BL
-        nll_BL = np.asarray(_token_nll(model, place(padded_BL, batch_spec(2))), np.float64)[: len(tokens_BL)]
+        scores = programs.evaluate(model, place(padded_BL, batch_spec(2)))
+        nll_BL = np.asarray(scores.nll_BL, np.float64)[: len(tokens_BL)]
         total += float(nll_BL[mask_BL].sum())
         count += int(mask_BL.sum())
         on_batch(int(mask_BL.sum()))
@@ -94,10 +92,3 @@ def sliding_batches(
             tokens_BL[row, : len(window_L)] = window_L
             mask_BL[row, (sequence_length - stride if start else 0) : len(window_L) - 1] = True
         yield tokens_BL, mask_BL
-
-
-@hosts.Jit
-def _token_nll(model: Transformer, tokens_BL: Array) -> Array:
-    logits_BLV, _ = model(tokens_BL[:, :-1], dropless=True)
-    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
-    return jax.sharding.reshard(cross_entropy(logits_BLV, targets_BL), replicated_spec(2))

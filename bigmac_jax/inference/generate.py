@@ -1,6 +1,5 @@
 """Completions of prompts, in batches. S batch shards, B rows of one, N = S·B, P prompt length, M room of the cache."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,16 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
-from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.inference.cache import Cache, decode, make_decoder, prefill
-from bigmac_jax.inference.sampling import Draws, Sampling, candidates, draws, sample
+from bigmac_jax.decoding.cache import make_decoder
+from bigmac_jax.decoding.sampling import Draws, Sampling, candidates, draws
 from bigmac_jax.inference.text import Text
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, replicated_spec, tensor_ranks, token_spec
+from bigmac_jax.mesh import batch_spec, place, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.programs import PROMPTS, bucket, decoding_shape, make_decoding
 
 Prompt = str | tuple[int, ...]  # text, or token ids
 
@@ -61,7 +59,7 @@ class Generator:
         config: Config,
         model: Transformer,
         max_length: int = 0,
-        batch_size: int = 16,
+        batch_size: int = PROMPTS,
         tokenizer: Tokenizer | None = None,
         exchange: str = "auto",
         consume: bool = False,
@@ -81,10 +79,7 @@ class Generator:
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self._vocab_size = config.model.vocab_size
-        # Given to the programs as a list of arrays: flattening modules would take half as long as a small step.
-        self._weights, tree = jax.tree.flatten(make_decoder(config, model, exchange, consume))
-        self._start = hosts.Jit(functools.partial(_start, tree))
-        self._step = hosts.Jit(functools.partial(_step, tree), donate_argnames="state")
+        self._programs = make_decoding(make_decoder(config, model, exchange, consume))
 
     def generate(
         self,
@@ -152,13 +147,11 @@ class Generator:
           rows: of the batch, at least the prompts.
         """
         with jax.set_mesh(self.mesh):
-            shards = batch_ranks()
-            unit = shards * tensor_ranks()
-            shape = shards, -(-rows // unit) * unit // shards
+            shape = decoding_shape(rows)
             longest = max(map(len, prompts))
             steps = max(s.max_tokens for s in samplings)
-            padded = int(min(_bucket(longest, tensor_ranks()), self._longest_prefill))
-            room = max(padded, _bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
+            padded = int(min(bucket(longest, tensor_ranks()), self._longest_prefill))
+            room = max(padded, bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
             tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
             length_N = np.ones(math.prod(shape), np.int32)
             for row, prompt in enumerate(prompts):
@@ -166,8 +159,8 @@ class Generator:
 
             drawn = Draws(*(place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
             C = candidates(samplings, self._vocab_size)
-            state, out = self._start(
-                self._weights,
+            state, out = self._programs.prefill(
+                self._programs.weights,
                 place(tokens_NP, token_spec(2)),
                 place(length_N.reshape(shape), batch_spec(2)),
                 drawn,
@@ -177,7 +170,7 @@ class Generator:
             for step in range(steps):
                 previous = out
                 if step + 1 < steps:
-                    state, out = self._step(self._weights, state, drawn, candidates=C)
+                    state, out = self._programs.decode(self._programs.weights, state, drawn, candidates=C)
                 tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
                 yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
@@ -200,29 +193,6 @@ class Generator:
         return encoded
 
 
-State = tuple[Cache, Array]  # and the tokens to be read next
-
-
-def _start(
-    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, *, room: int, candidates: int
-) -> tuple[State, tuple[Array, Array]]:
-    logits_SBV, cache = prefill(jax.tree.unflatten(tree, weights), tokens_NP, length_SB, room)
-    return _chosen(logits_SBV, cache, draws, candidates)
-
-
-def _step(
-    tree: Any, weights: list[Array], state: State, draws: Draws, *, candidates: int
-) -> tuple[State, tuple[Array, Array]]:
-    logits_SBV, cache = decode(jax.tree.unflatten(tree, weights), *state)
-    return _chosen(logits_SBV, cache, draws, candidates)
-
-
-def _chosen(logits_SBV: Array, cache: Cache, draws: Draws, candidates: int) -> tuple[State, tuple[Array, Array]]:
-    """The new state, and the tokens and log-probabilities on every process."""
-    chosen = sample(logits_SBV, draws, cache.position_SB, candidates)
-    return (cache, chosen[0]), tuple(jax.sharding.reshard(v, replicated_spec(2)) for v in chosen)
-
-
 def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> list[Request]:
     if isinstance(prompts, str):
         raise ConfigError("prompts must be a list; put the one text into brackets")
@@ -241,12 +211,6 @@ def _check_prompt(number: int, prompt: Prompt, vocab_size: int) -> None:
             ) from None
     elif unknown := [token for token in prompt if not 0 <= token < vocab_size]:
         raise ConfigError(f"prompt {number} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
-
-
-def _bucket(length: int, multiple: int) -> int:
-    """A length that holds this one, of few, so that few programs are compiled."""
-    step = math.lcm(16 if length <= 128 else 128, multiple)
-    return -(-length // step) * step
 
 
 def _completion(text: Text, prompt_tokens: int) -> Completion:

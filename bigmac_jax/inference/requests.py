@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.generate import Completion, Request
-from bigmac_jax.inference.sampling import Sampling
 
 Row = dict[str, Any]
 _FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))

@@ -1,7 +1,7 @@
 """Tokens as they come, to text as it can be shown."""
 
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.inference.sampling import Sampling
+from bigmac_jax.decoding.sampling import Sampling
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # A character of UTF-8 has four bytes at most: after as many tokens, what looks unfinished is broken.

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.fields import moved
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
@@ -30,9 +31,8 @@ from bigmac_jax.watch import held
 
 # What an import may set: all that is not the model's function.
 _FREE = (
-    "mesh.", "data.", "optimizer.", "train.", "cache_dir", "model.dtype", "model.dropout", "model.capacity_factor",
-    "model.exchange", "model.grouped_matmul", "model.overlap_chunks", "model.wire_dtype", "model.balance_",
-    "model.z_loss_coefficient", "model.attention", "model.remat", "model.unroll_layers",
+    "mesh.", "execution.", "data.", "optimizer.", "train.", "cache_dir", "model.dropout", "model.capacity_factor",
+    "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Fo
     if kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
     for override in overrides:
-        if not override.startswith(_FREE):
+        if not (override.startswith(_FREE) or moved(override.partition("=")[0])):
             raise ConfigError(f"--config.{override}: the checkpoint says what the model is; drop it")
     layout = FORMATS[kind]
     checkpoint = Checkpoint(directory, layout.held_in)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
-from bigmac_jax.config import Config, DataConfig, ModelConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
@@ -119,8 +119,8 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
             expert_hidden_size=v["moe_intermediate_size"],
             router_renormalize=v["norm_topk_prob"],
             capacity_factor=math.inf,
-            dtype="bfloat16" if v["dtype"] == "bfloat16" else "float32",
             **model,
         ),
+        ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32"),
         data=DataConfig(tokenizer=str(tokenizer), sequence_length=min(v["max_position_embeddings"], _LONGEST)),
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.config import ModelConfig
+from bigmac_jax.config import Config
 from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
@@ -28,7 +28,7 @@ BLOCK = 64
 
 
 def grouped_mlp(
-    config: ModelConfig,
+    config: Config,
     weights: Weights,
     rows_NR: Array,
     gate_NK: Array | None,
@@ -64,17 +64,17 @@ def grouped_mlp(
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb)
 
 
-def layout(config: ModelConfig, expert_NK: Array, experts: int, share: int) -> Groups:
+def layout(config: Config, expert_NK: Array, experts: int, share: int) -> Groups:
     """Where the implementation wants the rows; arguments as for `grouped_mlp`."""
     if _implementation(config) == "batched":
         return group(expert_NK, experts, min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8)))
     return group(expert_NK, experts, 0, BLOCK)
 
 
-def _implementation(config: ModelConfig) -> str:
-    if config.grouped_matmul == "auto":
+def _implementation(config: Config) -> str:
+    if config.execution.grouped_matmul == "auto":
         return "batched" if platform() == "cpu" else "kernel"
-    return config.grouped_matmul
+    return config.execution.grouped_matmul
 
 
 def _through(
@@ -87,11 +87,11 @@ def _through(
 
 
 def _of_experts(weights: Weights, expert_n: Array, dtype: Any) -> Weights:
-    """The weights of each block. Cast behind the gather, so that its transpose sums an expert's blocks in float32."""
-    return {name: value[expert_n].astype(dtype) for name, value in weights.items()}
+    """The weights of each block. Gathered in float32, so that the transpose sums an expert's blocks in it."""
+    return {name: value.astype(jnp.float32)[expert_n].astype(dtype) for name, value in weights.items()}
 
 
-def _mlp(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
+def _mlp(config: Config, w: Weights, rows_nbR: Array) -> Array:
     """One batched matmul per matrix; weights are given per block."""
 
     def affine(x_nbX: Array, w_nXY: Array, b_nY: Array | None) -> Array:
@@ -99,21 +99,21 @@ def _mlp(config: ModelConfig, w: Weights, rows_nbR: Array) -> Array:
         return y_nbY if b_nY is None else y_nbY + b_nY[:, None]
 
     hidden = [affine(rows_nbR, w["w_in_eRF"], w.get("b_in_eF"))]
-    if config.gated:
+    if config.model.gated:
         hidden.append(affine(rows_nbR, w["w_gate_eRF"], w.get("b_gate_eF")))
     # Of the F wide arrays only those before and behind the activation are kept for the backward pass.
-    active_nbF = jax.checkpoint(lambda *hidden: activate(config, *hidden))(*hidden)
+    active_nbF = jax.checkpoint(lambda *hidden: activate(config.model, *hidden))(*hidden)
     return affine(active_nbF, w["w_out_eFR"], w.get("b_out_eR"))
 
 
-def _even(config: ModelConfig, w: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
+def _even(config: Config, w: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
     """The rows in even slots: one block an expert, so that the weights stay where they are."""
     slots = groups.even_eC.size
     slot_NK = jnp.minimum(groups.slot_NK, slots)
     return _through(lambda rows_eCR: _mlp(config, w, rows_eCR), rows_NR, gate_NK, slot_NK, groups.even_eC)
 
 
-def _rest(config: ModelConfig, weights: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
+def _rest(config: Config, weights: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
     """The rows beyond the even slots, in rounds of as many blocks as there are experts. The rounds end behind the last
     block that is filled: the time follows the rows that there are, not the room that there is."""
     n, b = groups.block_nb.shape
@@ -155,7 +155,7 @@ def _rest(config: ModelConfig, weights: Weights, rows_NR: Array, gate_NK: Array 
     return rest(weights, rows_NR, gate_NK, groups)
 
 
-def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:
+def _kernel(config: Config, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:
     """A grouped matmul of the accelerator, which computes the filled blocks alone."""
     n, b, R = rows_nbR.shape
     M = n * b
@@ -180,5 +180,5 @@ def _kernel(config: ModelConfig, w: Weights, rows_nbR: Array, groups: Groups | N
 
     rows_MR = jnp.pad(rows_nbR.reshape(M, R), ((0, padding), (0, 0)))
     hidden_MF = affine(rows_MR, "w_in_eRF", "b_in_eF")
-    gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.gated else None
-    return affine(activate(config, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[:M].reshape(n, b, R)
+    gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.model.gated else None
+    return affine(activate(config.model, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[:M].reshape(n, b, R)

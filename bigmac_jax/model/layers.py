@@ -1,4 +1,4 @@
-"""Parameters and the parts of a transformer that are not the MoE layer.
+"""The parts of a transformer that are not the MoE layer.
 
 B batch, L length, M room of a cache, D hidden, N heads, G key-value heads, H head size, F MLP hidden.
 """
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import ModelConfig
+from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.mesh import (
     TENSOR,
+    Weight,
     batch_spec,
     cache_spec,
     on_each_rank,
@@ -26,20 +26,12 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
+from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 
-def normal(key: Array, shape: tuple[int, ...], std: float, spec: P | None = None) -> nnx.Param:
-    """A float32 parameter from N(0, std²), sharded by `spec`, else replicated; the values don't depend on the mesh."""
-    return nnx.Param(std * jax.random.normal(key, shape, out_sharding=spec or replicated_spec(len(shape))))
-
-
-def constant(value: float, shape: tuple[int, ...], spec: P | None = None) -> nnx.Param:
-    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec or replicated_spec(len(shape))))
-
-
-def residual_scale(config: ModelConfig) -> float:
+def residual_scale(config: Config) -> float:
     """Factor on the initial std of the matrix that ends a residual branch (GPT-2); a layer has two branches."""
-    return 1 / math.sqrt(2 * config.num_layers)
+    return 1 / math.sqrt(2 * config.model.num_layers)
 
 
 def activate(config: ModelConfig, x: Array, gate: Array | None = None) -> Array:
@@ -60,10 +52,13 @@ def dropout(x_BLD: Array, rate: float, key: Array | None) -> Array:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm of the last dimension, computed in float32."""
 
-    def __init__(self, kind: str, size: int, eps: float):
-        self.eps = eps
-        self.scale_D = constant(1, (size,))
-        self.bias_D = constant(0, (size,)) if kind == "layernorm" else None
+    def __init__(self, config: Config, size: int, kind: str = ""):
+        """`kind`: by default model.norm."""
+        self.eps = config.model.norm_eps
+        one, zero = (Declaration("D", "norms", v, constant=True, decays=False, small=True, exact=True) for v in (1, 0))
+        self.scale_D = parameter(config, None, (size,), one)
+        layernorm = (kind or config.model.norm) == "layernorm"
+        self.bias_D = parameter(config, None, (size,), zero) if layernorm else None
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -84,63 +79,90 @@ def last_axes(v: Array, like: Array) -> Array:
 _TALL_ROWS = 1024
 
 
-def tall_product(x_TX: Array, dy_TY: Array) -> Array:
+def tall_product(x_TX: Array, dy_TY: Array, precision: Any = None) -> Array:
     """xᵀ dy → [X, Y], the gradient of a weight.
 
     On CPU in slices of rows, with the longer side of the result last, which XLA:CPU multiplies faster.
     """
     if platform() != "cpu":
-        return x_TX.T @ dy_TY
+        return jnp.matmul(x_TX.T, dy_TY, precision=precision)
     if x_TX.shape[1] > dy_TY.shape[1]:
-        return tall_product(dy_TY, x_TX).T
+        return tall_product(dy_TY, x_TX, precision).T
     T = x_TX.shape[0]
     if T <= _TALL_ROWS or T % _TALL_ROWS:
-        return x_TX.T @ dy_TY
+        return jnp.matmul(x_TX.T, dy_TY, precision=precision)
 
     def add(i: Array, total: Array) -> Array:
         x, dy = (jax.lax.dynamic_slice_in_dim(v, i * _TALL_ROWS, _TALL_ROWS) for v in (x_TX, dy_TY))
-        return total + x.T @ dy
+        return total + jnp.matmul(x.T, dy, precision=precision)
 
-    first = x_TX[:_TALL_ROWS].T @ dy_TY[:_TALL_ROWS]
+    first = jnp.matmul(x_TX[:_TALL_ROWS].T, dy_TY[:_TALL_ROWS], precision=precision)
     return jax.lax.fori_loop(1, T // _TALL_ROWS, add, first)
 
 
-@jax.custom_vjp
-def product(x_BLX: Array, w_XY: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x_BLX: Array, w_XY: Array, precision: Any = None) -> Array:
     """x @ w on one rank, with `tall_product` for the weight's gradient."""
-    return x_BLX @ w_XY
+    return jnp.matmul(x_BLX, w_XY, precision=precision)
 
 
-def _product_bwd(saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
+def _product_fwd(x_BLX: Array, w_XY: Array, precision: Any) -> tuple[Array, tuple[Array, Array]]:
+    return product(x_BLX, w_XY, precision), (x_BLX, w_XY)
+
+
+def _product_bwd(precision: Any, saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
     x_BLX, w_XY = saved
-    dw_XY = tall_product(*(v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY)))
-    return jnp.einsum("BLY,XY->BLX", dy_BLY, w_XY), dw_XY
+    x_TX, dy_TY = (v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY))
+    return jnp.einsum("BLY,XY->BLX", dy_BLY, w_XY, precision=precision), tall_product(x_TX, dy_TY, precision)
 
 
-product.defvjp(lambda x_BLX, w_XY: (product(x_BLX, w_XY), (x_BLX, w_XY)), _product_bwd)
-
-
-def project(x_BLX: Array, w_XY: Array) -> Array:
-    """x @ w, each rank its own tokens."""
-    return on_each_rank(product, (x_BLX,), (w_XY,))
+product.defvjp(_product_fwd, _product_bwd)
 
 
 class Linear(nnx.Module):
-    """x @ w (+ b), in the dtype of x. `split`: "outputs" or "inputs" of the matrix over `tensor`, "" for neither."""
+    """x @ w (+ b), in the dtype of x.
 
-    def __init__(self, key: Array, fan_in: int, fan_out: int, bias: bool, scale: float = 1.0, split: str = ""):
-        self.split = split
-        spec = P(TENSOR if split == "inputs" else None, TENSOR if split == "outputs" else None)
-        self.w_DF = normal(key, (fan_in, fan_out), scale / math.sqrt(fan_in), spec)
-        self.b_F = constant(0, (fan_out,), P(spec[1])) if bias else None
+    Args:
+      part: of the model, for counts.
+      split: "outputs" or "inputs" of the matrix over `tensor`, "" for neither.
+      heads: of the outputs, if they are fewer than the ranks of `tensor`: each rank takes one of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        key: Array,
+        fan_in: int,
+        fan_out: int,
+        part: str,
+        bias: bool,
+        scale: float = 1.0,
+        split: str = "",
+        heads: int = 0,
+    ):
+        self.config, self.split, self.heads = config, split, heads
+        outputs = TENSOR if split == "outputs" and not heads else None
+        axes = (TENSOR, None) if split == "inputs" else (None, outputs)
+        matrix = Declaration("DF", part, scale / math.sqrt(fan_in), axes=axes)
+        self.w_DF = parameter(config, key, (fan_in, fan_out), matrix)
+        zero = Declaration("F", part, 0, constant=True, axes=axes[1:], decays=False, small=True)
+        self.b_F = parameter(config, None, (fan_out,), zero) if bias else None
 
     def __call__(self, x: Array) -> Array:
         """Of tokens, each rank its own; of a matrix split by inputs, of whole sequences whose inputs are split."""
-        w_DF = self.w_DF[...].astype(x.dtype)
-        return self.shifted(split_inputs(x, w_DF) if self.split == "inputs" else project(x, w_DF))
+        if self.split == "inputs":
+            return on_each_rank(_of_split_inputs, (x,), self.weights(), in_spec=split_spec)
+        return on_each_rank(affine, (x,), self.weights())
 
-    def shifted(self, y: Array) -> Array:
-        return y if self.b_F is None else y + last_axes(self.b_F[...].astype(y.dtype), y)
+    def weights(self) -> list[Weight]:
+        """The matrix, and the bias if there is one."""
+        return [weight(self.config, v) for v in (self.w_DF, self.b_F) if v is not None]
+
+
+def affine(x_BLX: Array, w_XY: Array, b_Y: Array | None = None) -> Array:
+    """x @ w (+ b) on one rank."""
+    y_BLY = product(x_BLX, w_XY)
+    return y_BLY if b_Y is None else y_BLY + last_axes(b_Y, y_BLY)
 
 
 def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
@@ -149,23 +171,28 @@ def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
     def on_rank(x_BLD: Array, *weights: Array) -> tuple[Array, ...]:
         if tensor_ranks() > 1:
             x_BLD = jax.lax.all_gather(x_BLD, TENSOR, axis=1, tiled=True)
-        return tuple(product(x_BLD, w_DF) for w_DF in weights)
+        given = iter(weights)
+        return tuple(affine(x_BLD, *(_own_head(layer, next(given)) for _ in layer.weights())) for layer in layers)
 
-    weights = [layer.w_DF[...].astype(x_BLD.dtype) for layer in layers]
-    products = on_each_rank(on_rank, (x_BLD,), weights, out_specs=(split_spec(3),) * len(layers), split=(TENSOR,))
-    return [layer.shifted(y_BLF) for layer, y_BLF in zip(layers, products, strict=True)]
+    weights = [w for layer in layers for w in layer.weights()]
+    return on_each_rank(on_rank, (x_BLD,), weights, out_specs=(split_spec(3),) * len(layers))
 
 
-def split_inputs(x_BLF: Array, w_FD: Array) -> Array:
+def _own_head(layer: Linear, w: Array) -> Array:
+    """Of weights [..., F] that are not split, because there are fewer heads than ranks: those of this rank's head."""
+    if not layer.heads:
+        return w
+    width = w.shape[-1] // layer.heads
+    head = jax.lax.axis_index(TENSOR) * layer.heads // tensor_ranks()
+    return jax.lax.dynamic_slice_in_dim(w, head * width, width, axis=w.ndim - 1)
+
+
+def _of_split_inputs(x_BLF: Array, w_FD: Array, b_D: Array | None = None) -> Array:
     """Whole sequences, F split → tokens: each rank sums what all have for its own."""
-
-    def on_rank(x_BLF: Array, w_FD: Array) -> Array:
-        y_BLD = product(x_BLF, w_FD)
-        if tensor_ranks() == 1:
-            return y_BLD
-        return jax.lax.psum_scatter(y_BLD, TENSOR, scatter_dimension=1, tiled=True)
-
-    return on_each_rank(on_rank, (x_BLF,), (w_FD,), in_spec=split_spec, split=(TENSOR,))
+    y_BLD = product(x_BLF, w_FD)
+    if tensor_ranks() > 1:
+        y_BLD = jax.lax.psum_scatter(y_BLD, TENSOR, scatter_dimension=1, tiled=True)
+    return y_BLD if b_D is None else y_BLD + last_axes(b_D, y_BLD)
 
 
 def rotate(x_BLNH: Array, theta: float) -> Array:
@@ -231,7 +258,7 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
 
 
 class KeyValues(NamedTuple):
-    """Of the positions that a layer has seen: [B, L, G, H] where they come from, [B, G, M, H] in a cache."""
+    """Of the positions that a layer has seen: [B, L, G, H] where they come from, [Y, B, G, M, H] in a cache of Y."""
 
     keys: Array
     values: Array
@@ -239,48 +266,53 @@ class KeyValues(NamedTuple):
 
 class Attention(nnx.Module):
     """Causal attention with optional grouped key-value heads, query-key norm and rotary positions; heads are split over
-    `tensor`."""
+    `tensor`. Of key-value heads that are fewer than its ranks, each rank takes the one that its query heads ask."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, config: Config, key: Array):
         self.config = config
-        D, N, G, H = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
+        m = config.model
+        D, N, G, H = m.hidden_size, m.num_heads, m.kv_heads, m.head_size
         keys = jax.random.split(key, 4)
-        self.query = Linear(keys[0], D, N * H, config.use_bias, split="outputs")
-        self.key = Linear(keys[1], D, G * H, config.use_bias, split="outputs")
-        self.value = Linear(keys[2], D, G * H, config.use_bias, split="outputs")
-        self.out = Linear(keys[3], N * H, D, config.use_bias, residual_scale(config), split="inputs")
-        self.query_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
-        self.key_norm = Norm("rmsnorm", H, config.norm_eps) if config.qk_norm else None
+        few = G if tensor_ranks() > G else 0
+        part, bias = "attention", m.use_bias
+        self.query = Linear(config, keys[0], D, N * H, part, bias, split="outputs")
+        self.key = Linear(config, keys[1], D, G * H, part, bias, split="outputs", heads=few)
+        self.value = Linear(config, keys[2], D, G * H, part, bias, split="outputs", heads=few)
+        self.out = Linear(config, keys[3], N * H, D, part, bias, residual_scale(config), split="inputs")
+        self.query_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
+        self.key_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
 
     def __call__(self, x_BLD: Array) -> tuple[Array, KeyValues]:
         """Of whole sequences from their first position; also the keys and values, for a cache."""
         q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
-        if self.config.positions == "rope":
-            q_BLNH, k_BLGH = rotate(q_BLNH, self.config.rope_theta), rotate(k_BLGH, self.config.rope_theta)
+        m = self.config.model
+        if m.positions == "rope":
+            q_BLNH, k_BLGH = rotate(q_BLNH, m.rope_theta), rotate(k_BLGH, m.rope_theta)
         y_BLNH = on_each_rank(
-            lambda q_BLNH, k_BLGH, v_BLGH: causal_attention(q_BLNH, k_BLGH, v_BLGH, self.config.attention),
+            functools.partial(causal_attention, implementation=self.config.execution.attention),
             (q_BLNH, k_BLGH, v_BLGH),
             in_spec=split_spec,
             out_specs=split_spec(4),
         )
         return self._joined(y_BLNH), KeyValues(k_BLGH, v_BLGH)
 
-    def step(self, x_SBD: Array, past: KeyValues, position_SB: Array) -> tuple[Array, KeyValues]:
+    def step(self, x_SBD: Array, past: KeyValues, layer: Array, position_SB: Array) -> tuple[Array, KeyValues]:
         """One more token of each sequence.
 
         Args:
           x_SBD: the rows of each shard of the batch side by side, like the tokens of one sequence.
-          past: keys and values [S·B, G, M, H] up to each row's position.
+          past: keys and values [Y, S·B, G, M, H] of several layers, up to each row's position.
+          layer: int32, which of them this one is.
           position_SB: where its token stands, below M.
 
         Returns:
           (y_SBD, `past` with the token's own keys and values)
         """
         y_SBNH, *past = on_each_rank(
-            functools.partial(_append_and_attend, self.config),
-            (*self._heads(x_SBD), *past, position_SB),
-            in_spec=(*[split_spec(4)] * 3, cache_spec(), cache_spec(), batch_spec(2)),
-            out_specs=(split_spec(4), cache_spec(), cache_spec()),
+            functools.partial(_append_and_attend, self.config.model),
+            (*self._heads(x_SBD), *past, layer, position_SB),
+            in_spec=(*[split_spec(4)] * 3, cache_spec(5), cache_spec(5), replicated_spec(0), batch_spec(2)),
+            out_specs=(split_spec(4), cache_spec(5), cache_spec(5)),
         )
         return self._joined(y_SBNH), KeyValues(*past)
 
@@ -289,7 +321,7 @@ class Attention(nnx.Module):
         B, L, _ = x_BLD.shape
         # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
         q_BLNH, k_BLGH, v_BLGH = (
-            jnp.reshape(y_BLF, (B, L, -1, self.config.head_size), out_sharding=split_spec(4))
+            jnp.reshape(y_BLF, (B, L, -1, self.config.model.head_size), out_sharding=split_spec(4))
             for y_BLF in split_outputs(x_BLD, self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
@@ -306,25 +338,27 @@ def _append_and_attend(
     q_SBNH: Array,
     k_SBGH: Array,
     v_SBGH: Array,
-    keys_BGMH: Array,
-    values_BGMH: Array,
+    keys_YBGMH: Array,
+    values_YBGMH: Array,
+    layer: Array,
     position_SB: Array,
 ) -> tuple[Array, Array, Array]:
     """`Attention.step` on one rank, whose S is 1."""
-    B, G, M, H = keys_BGMH.shape
+    _, B, G, M, H = keys_YBGMH.shape
     q_BNH, k_BGH, v_BGH = (v.reshape(B, -1, H) for v in (q_SBNH, k_SBGH, v_SBGH))
     position_B = position_SB.reshape(B)
     if config.positions == "rope":
         q_BNH, k_BGH = (rotate_to(v, config.rope_theta, position_B, M) for v in (q_BNH, k_BGH))
     row_B = jnp.arange(B)
-    keys_BGMH = keys_BGMH.at[row_B, :, position_B].set(k_BGH, unique_indices=True)
-    values_BGMH = values_BGMH.at[row_B, :, position_B].set(v_BGH, unique_indices=True)
+    keys_YBGMH = keys_YBGMH.at[layer, row_B, :, position_B].set(k_BGH, unique_indices=True)
+    values_YBGMH = values_YBGMH.at[layer, row_B, :, position_B].set(v_BGH, unique_indices=True)
+    keys_BGMH, values_BGMH = keys_YBGMH[layer], values_YBGMH[layer]
     q_BGNH = (q_BNH / math.sqrt(H)).reshape(B, G, -1, H)  # N: the query heads of a key-value head
     scores_BGNM = jnp.einsum("BGNH,BGMH->BGNM", q_BGNH, keys_BGMH, preferred_element_type=jnp.float32)
     seen_BM = jnp.arange(M)[None] <= position_B[:, None]
     weights_BGNM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], scores_BGNM, -jnp.inf))
     y_BGNH = jnp.einsum("BGNM,BGMH->BGNH", weights_BGNM.astype(values_BGMH.dtype), values_BGMH)
-    return y_BGNH.reshape(q_SBNH.shape), keys_BGMH, values_BGMH
+    return y_BGNH.reshape(q_SBNH.shape), keys_YBGMH, values_YBGMH
 
 
 class MLP(nnx.Module):
@@ -334,15 +368,15 @@ class MLP(nnx.Module):
     each rank's own tokens.
     """
 
-    def __init__(self, config: ModelConfig, key: Array, width: int, shared: bool = False):
+    def __init__(self, config: Config, key: Array, width: int, shared: bool = False):
         self.config = config
-        keys = jax.random.split(key, 3)
-        D, first, last = config.hidden_size, *(("", "") if shared else ("outputs", "inputs"))
-        self.up = Linear(keys[0], D, width, config.use_bias, split=first)
-        self.gate = Linear(keys[1], D, width, config.use_bias, split=first) if config.gated else None
-        self.down = Linear(keys[2], width, D, config.use_bias, residual_scale(config), split=last)
+        m, keys = config.model, jax.random.split(key, 3)
+        first, last, part = ("", "", "shared") if shared else ("outputs", "inputs", "mlp")
+        self.up = Linear(config, keys[0], m.hidden_size, width, part, m.use_bias, split=first)
+        self.gate = Linear(config, keys[1], m.hidden_size, width, part, m.use_bias, split=first) if m.gated else None
+        self.down = Linear(config, keys[2], width, m.hidden_size, part, m.use_bias, residual_scale(config), split=last)
 
     def __call__(self, x_BLD: Array) -> Array:
         layers = [self.up] if self.gate is None else [self.up, self.gate]
         hidden = split_outputs(x_BLD, *layers) if self.down.split else [layer(x_BLD) for layer in layers]
-        return self.down(activate(self.config, *hidden))
+        return self.down(activate(self.config.model, *hidden))

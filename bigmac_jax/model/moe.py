@@ -12,22 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import ModelConfig
+from bigmac_jax.config import Config
 from bigmac_jax.mesh import (
     EXPERT_GROUP,
     TENSOR,
     ExpertGroup,
     current_group,
-    expert_spec,
     on_each_rank,
     rank_spec,
-    spec_of,
+    replicated_spec,
     tensor_ranks,
     token_spec,
 )
 from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, constant, normal, residual_scale
+from bigmac_jax.model.layers import MLP, Linear, Norm, residual_scale
+from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import balance_loss, route
 
 
@@ -52,42 +52,53 @@ class RouterBias(nnx.Variable):
 
 
 class Experts(nnx.Module):
-    """The routed experts' parameters, sharded over the expert group."""
+    """The routed experts' parameters, sharded over the expert group, and with mesh.split_experts over `tensor`."""
 
-    def __init__(self, config: ModelConfig, key: Array):
-        E, R, F = config.expert_count, config.wire_size, config.expert_width
+    def __init__(self, config: Config, key: Array):
+        m = config.model
+        E, R, F = m.expert_count, m.wire_size, m.expert_width
         # A residual branch ends in one matrix, which carries the scaling with depth: bigmac's is W↑, not the experts'.
-        scale = 1.0 if config.structure == "bigmac" else residual_scale(config)
-        keys = jax.random.split(key, 3)
-        self.w_in_eRF = normal(keys[0], (E, R, F), 1 / math.sqrt(R), expert_spec(3))
-        self.w_out_eFR = normal(keys[1], (E, F, R), scale / math.sqrt(F), expert_spec(3))
-        if config.gated:
-            self.w_gate_eRF = normal(keys[2], (E, R, F), 1 / math.sqrt(R), expert_spec(3))
-        if config.use_bias:
-            self.b_in_eF = constant(0, (E, F), expert_spec(2))
-            self.b_out_eR = constant(0, (E, R), expert_spec(2))
-        if config.use_bias and config.gated:
-            self.b_gate_eF = constant(0, (E, F), expert_spec(2))
+        scale = 1.0 if m.structure == "bigmac" else residual_scale(config)
+        along = {"e": EXPERT_GROUP, "F": TENSOR if config.mesh.split_experts else None, "R": None}
 
-    def weights(self) -> dict[str, Array]:
-        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        def of_experts(key: Array | None, dims: str, *shape: int, std: float = 0.0) -> nnx.Param:
+            matrix, axes = len(dims) == 3, tuple(along[dim] for dim in dims)
+            declaration = Declaration(dims, "experts", std, not matrix, axes, decays=matrix, small=not matrix)
+            return parameter(config, key, (E, *shape), declaration)
+
+        keys = jax.random.split(key, 3)
+        self.w_in_eRF = of_experts(keys[0], "eRF", R, F, std=1 / math.sqrt(R))
+        self.w_out_eFR = of_experts(keys[1], "eFR", F, R, std=scale / math.sqrt(F))
+        if m.gated:
+            self.w_gate_eRF = of_experts(keys[2], "eRF", R, F, std=1 / math.sqrt(R))
+        if m.use_bias:
+            self.b_in_eF = of_experts(None, "eF", F)
+            self.b_out_eR = of_experts(None, "eR", R)
+        if m.use_bias and m.gated:
+            self.b_gate_eF = of_experts(None, "eF", F)
+
+    def weights(self) -> dict[str, nnx.Param]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, nnx.Param)}
 
 
 class MoE(nnx.Module):
     """y = (Σ_{i∈T} p_i(x) E_i(x W↓)) W↑ + shared(x); without W↓, W↑ for fine_grained and vanilla."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, config: Config, key: Array):
         self.config = config
-        D, R, E = config.hidden_size, config.wire_size, config.expert_count
+        m = config.model
+        D, R, E = m.hidden_size, m.wire_size, m.expert_count
         keys = jax.random.split(key, 5)
-        self.router_DE = normal(keys[0], (D, E), 1 / math.sqrt(D))
-        self.router_bias_E = RouterBias(constant(0, (E,))[...]) if config.balance == "bias" else None
+        router = Declaration("DE", "router", 1 / math.sqrt(D), exact=True)
+        self.router_DE = parameter(config, keys[0], (D, E), router)
+        zeros_E = jnp.zeros(E, jnp.float32, out_sharding=replicated_spec(1))
+        self.router_bias_E = RouterBias(zeros_E) if m.balance == "bias" else None
         self.experts = Experts(config, keys[1])
-        self.shared = MLP(config, keys[2], config.shared_width, shared=True) if config.shared_width else None
-        bigmac = config.structure == "bigmac"
-        self.down = Linear(keys[3], D, R, bias=False) if bigmac else None
-        self.up = Linear(keys[4], R, D, bias=False, scale=residual_scale(config)) if bigmac else None
-        self.latent_norm = Norm(config.norm, R, config.norm_eps) if config.latent_norm != "none" else None
+        self.shared = MLP(config, keys[2], m.shared_width, shared=True) if m.shared_width else None
+        bigmac, part, scale = m.structure == "bigmac", "projections", residual_scale(config)
+        self.down = Linear(config, keys[3], D, R, part, bias=False) if bigmac else None
+        self.up = Linear(config, keys[4], R, D, part, bias=False, scale=scale) if bigmac else None
+        self.latent_norm = Norm(config, R) if m.latent_norm != "none" else None
 
     def __call__(self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False) -> tuple[Array, Aux]:
         """Applies the layer to a whole step's tokens.
@@ -96,19 +107,19 @@ class MoE(nnx.Module):
           load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
           dropless: ignore the capacity factor.
         """
-        config = self.config
+        config, m = self.config, self.config.model
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        routing = route(config, x_BLD, self.router_DE[...], bias_E)
+        routing = route(m, x_BLD, weight(config, self.router_DE), bias_E)
         x_BLR = x_BLD if self.down is None else self.down(x_BLD)
-        if self.latent_norm is not None and config.latent_norm == "pre_dispatch":
+        if self.latent_norm is not None and m.latent_norm == "pre_dispatch":
             x_BLR = self.latent_norm(x_BLR)
 
         y_BLR, counts_SE, dropped_S = _exchange_and_compute(
-            config, math.inf if dropless else config.capacity_factor, x_BLR, routing.gates_BLK, routing.experts_BLK,
-            self.experts.weights(),
+            config, math.inf if dropless else m.capacity_factor, x_BLR, routing.gates_BLK, routing.experts_BLK,
+            self.experts,
         )  # fmt: skip
 
-        if self.latent_norm is not None and config.latent_norm == "post_combine":
+        if self.latent_norm is not None and m.latent_norm == "post_combine":
             y_BLR = self.latent_norm(y_BLR)
         y_BLD = y_BLR if self.up is None else self.up(y_BLR)
         if self.shared is not None:
@@ -123,10 +134,10 @@ class MoE(nnx.Module):
         )
 
 
-def strategy(config: ModelConfig, capacity_factor: float, tokens: int, group: ExpertGroup | None = None) -> Strategy:
+def strategy(config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None) -> Strategy:
     """The exchange of `config` for `tokens` of a rank at a time, by default in the current mesh's group."""
     group = group or current_group()
-    name = config.exchange
+    name = config.execution.exchange
     if name == "auto":
         seconds = predicted_seconds(config, capacity_factor, tokens, group)
         name = min(seconds, key=seconds.__getitem__)
@@ -134,45 +145,46 @@ def strategy(config: ModelConfig, capacity_factor: float, tokens: int, group: Ex
 
 
 def predicted_seconds(
-    config: ModelConfig, capacity_factor: float, tokens: int, group: ExpertGroup | None = None
+    config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None
 ) -> dict[str, float]:
     """What `auto` chooses by: seconds of each strategy's exchanges in a forward pass of one layer."""
-    group = group or current_group()
+    group, m = group or current_group(), config.model
     # The emulation of the ragged exchange on CPU is there to be tested; v5e has none over a group of 32.
     names = [name for name in STRATEGIES if name != "ragged" or group.device_kind not in ("cpu", "TPU v5 lite")]
     return {
-        name: make_strategy(name, config, capacity_factor, group).seconds(tokens, config.choices, config.wire_size)
+        name: make_strategy(name, config, capacity_factor, group).seconds(tokens, m.choices, m.wire_size)
         for name in names
     }
 
 
-def make_strategy(name: str, config: ModelConfig, capacity_factor: float, group: ExpertGroup) -> Strategy:
-    forward = config.wire_dtype or config.dtype
+def make_strategy(name: str, config: Config, capacity_factor: float, group: ExpertGroup) -> Strategy:
+    execution = config.execution
+    forward = execution.wire_dtype or execution.dtype
     return STRATEGIES[name](
-        config.expert_count,
+        config.model.expert_count,
         group.sizes,
         capacity_factor,
         EXPERT_GROUP,
         forward,
-        config.wire_dtype_backward or forward,
+        execution.wire_dtype_backward or forward,
         emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
     )
 
 
 def _exchange_and_compute(
-    config: ModelConfig,
+    config: Config,
     capacity_factor: float,
     x_BLR: Array,
     gates_BLK: Array,
     experts_BLK: Array,
-    weights: dict[str, Array],
+    parameters: Experts,
 ) -> tuple[Array, Array, Array]:
     """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S.
 
     Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
     on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
     """
-    split = spec_of(weights["w_in_eRF"])[2] == TENSOR and tensor_ranks() > 1
+    split = config.mesh.split_experts and tensor_ranks() > 1
 
     def experts(rows: Array, gate_NK: Array | None, expert_NK: Array | None, share: int, *weights: Array) -> Array:
         w = dict(zip(names, weights, strict=True))
@@ -190,7 +202,7 @@ def _exchange_and_compute(
 
     def on_rank(x_BLR: Array, gates_BLK: Array, experts_BLK: Array, *weights: Array) -> tuple[Array, Array, Array]:
         x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
-        chunks = math.gcd(config.overlap_chunks, x_TR.shape[0])
+        chunks = math.gcd(config.execution.overlap_chunks, x_TR.shape[0])
         exchange = strategy(config, capacity_factor, x_TR.shape[0] // chunks)
         plans = [exchange.plan(chosen_TK) for chosen_TK in jnp.split(experts_TK, chunks)]
         gates = jnp.split(gates_TK, chunks)
@@ -202,13 +214,13 @@ def _exchange_and_compute(
         dropped = jnp.stack([plan.dropped for plan in plans]).sum()
         return y_TR.reshape(x_BLR.shape), counts_E[None], dropped[None]
 
+    weights = {name: weight(config, value) for name, value in parameters.weights().items()}
     names = list(weights)
     return on_each_rank(
         on_rank,
         (x_BLR, gates_BLK, experts_BLK),
         list(weights.values()),
         out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
-        split=(*EXPERT_GROUP, TENSOR) if split else EXPERT_GROUP,
     )
 
 

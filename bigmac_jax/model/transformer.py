@@ -1,38 +1,39 @@
-"""The decoder-only transformer. B batch, L length, D hidden, V vocabulary, Y layers, E experts."""
+"""The decoder-only transformer. B batch, L length, D hidden, V vocabulary, v of a rank, Y layers, E experts."""
 
+import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config, MeshConfig, ModelConfig
-from bigmac_jax.mesh import TENSOR, all_but_gathered, fully_sharded, on_each_rank, platform, spec_of, token_spec
-from bigmac_jax.model.layers import MLP, Attention, Norm, dropout, normal
+from bigmac_jax.config import Config
+from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
+from bigmac_jax.model.layers import MLP, Attention, Norm, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
+from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each on a residual branch."""
 
-    def __init__(self, config: ModelConfig, key: Array):
+    def __init__(self, config: Config, key: Array):
         self.config = config
+        m = config.model
         attention, feed_forward = jax.random.split(key)
-        self.attention_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
+        self.attention_norm = Norm(config, m.hidden_size)
         self.attention = Attention(config, attention)
-        self.mlp_norm = Norm(config.norm, config.hidden_size, config.norm_eps)
-        self.mlp = MoE(config, feed_forward) if config.is_moe else MLP(config, feed_forward, config.expert_width)
+        self.mlp_norm = Norm(config, m.hidden_size)
+        self.mlp = MoE(config, feed_forward) if m.is_moe else MLP(config, feed_forward, m.expert_width)
 
     def __call__(self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
         y_BLD, _ = self.attention(self.attention_norm(x_BLD))
-        x_BLD = x_BLD + dropout(y_BLD, self.config.dropout, keys[0])
+        x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
         y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless)
-        return x_BLD + dropout(y_BLD, self.config.dropout, keys[1]), aux
+        return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux
 
     def feed_forward(self, x_BLD: Array, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
         """What the second branch adds to x."""
@@ -43,22 +44,24 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Layers stacked along a leading dimension and scanned."""
 
-    def __init__(self, config: ModelConfig, max_length: int, key: Array, fsdp: bool = False):
+    def __init__(self, config: Config, key: Array):
         self.config = config
-        self.max_length = max_length
-        self.fsdp = fsdp
-        keys = jax.random.split(key, 4)
-        V, D = config.vocab_size, config.hidden_size
+        m, keys = config.model, jax.random.split(key, 4)
+        V, D = m.vocab_size, m.hidden_size
         # Small, so that logits start near zero. The embedding, which may be the same parameter, is multiplied by √D
         # where it is read (Vaswani et al., 3.4), or a token's identity would drown in what the layers add to it. One
         # that isn't multiplied, and has a parameter of its own, starts as large as that.
         std = 0.02
-        own = not (config.scale_embedding or config.tie_embeddings)
-        self.embedding_VD = normal(keys[0], (V, D), math.sqrt(D) * std if own else std)
-        self.positions_LD = normal(keys[1], (max_length, D), std) if config.positions == "learned" else None
-        self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], config.num_layers))
-        self.final_norm = Norm(config.norm, D, config.norm_eps)
-        self.unembedding_VD = None if config.tie_embeddings else normal(keys[3], (V, D), std)
+        own = not (m.scale_embedding or m.tie_embeddings)
+        table = Declaration("VD", "embedding", std, axes=(TENSOR, None), rows_first=True)
+        embedding = dataclasses.replace(table, value=math.sqrt(D) * std) if own else table
+        positions = Declaration("LD", "embedding", std, decays=False)
+        self.embedding_VD = parameter(config, keys[0], (V, D), embedding)
+        learned, longest = m.positions == "learned", config.data.sequence_length
+        self.positions_LD = parameter(config, keys[1], (longest, D), positions) if learned else None
+        self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], m.num_layers))
+        self.final_norm = Norm(config, D)
+        self.unembedding_VD = None if m.tie_embeddings else parameter(config, keys[3], (V, D), table)
 
     def __call__(
         self,
@@ -91,7 +94,7 @@ class Transformer(nnx.Module):
         dropless: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
-        config = self.config
+        config, execution = self.config.model, self.config.execution
         x_BLD, keys_Y = self.embed(tokens_BL), None
         if dropout_key is not None and config.dropout:
             keys = jax.random.split(dropout_key, 1 + config.num_layers)
@@ -101,12 +104,12 @@ class Transformer(nnx.Module):
             layer, key, load_E = xs
             return layer(x_BLD, key, load_E, dropless)
 
-        if config.remat:
+        if execution.remat == "layer":
             step = jax.checkpoint(step)
-        elif self.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
+        elif self.config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
             step = jax.checkpoint(step, policy=all_but_gathered)
         # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
-        unroll = config.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
+        unroll = execution.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
         x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE), unroll=unroll)
         return self.final_norm(x_BLD), aux
 
@@ -116,65 +119,67 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: L exceeds the learned positions.
         """
-        length = tokens_BL.shape[1]
-        if self.positions_LD is not None and position_BL is None and length > self.max_length:
-            raise ValueError(f"{length} tokens exceed the {self.max_length} learned positions (data.sequence_length)")
-        tables = [table[...] for table in (self.embedding_VD, self.positions_LD) if table is not None]
+        config, length, longest = self.config, tokens_BL.shape[1], self.config.data.sequence_length
+        if self.positions_LD is not None and position_BL is None and length > longest:
+            raise ValueError(f"{length} tokens exceed the {longest} learned positions (data.sequence_length)")
+        tables = [weight(config, table) for table in (self.embedding_VD, self.positions_LD) if table is not None]
         arrays = (tokens_BL,) if position_BL is None or self.positions_LD is None else (tokens_BL, position_BL)
         arrays = tuple(jax.sharding.reshard(array, token_spec(2)) for array in arrays)
         x_BLD = on_each_rank(_embed if len(arrays) == 1 else _embed_at, arrays, tables)
-        scale = math.sqrt(self.config.hidden_size) if self.config.scale_embedding else 1.0
-        return (scale * x_BLD).astype(self.config.dtype)
+        scale = math.sqrt(config.model.hidden_size) if config.model.scale_embedding else 1.0
+        return (scale * x_BLD).astype(config.execution.dtype)
 
     def logits(self, x_BLD: Array) -> Array:
         """Float32 logits_BLV of features."""
-        product = functools.partial(jnp.einsum, "BLD,VD->BLV", preferred_element_type=jnp.float32)
-        return on_each_rank(product, (x_BLD,), (self.unembedding().astype(x_BLD.dtype),))
+        return on_each_rank(_logits, (x_BLD,), (self.unembedding(),))
 
-    def unembedding(self) -> Array:
+    def unembedding(self) -> Weight:
         """w_VD: logits are x wᵀ."""
-        return (self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD)[...]
+        return weight(self.config, self.embedding_VD if self.unembedding_VD is None else self.unembedding_VD)
 
 
-def _embed(tokens_BL: Array, embedding_VD: Array, positions_LD: Array | None = None) -> Array:
-    """On one rank, whose tokens are a part of the sequence."""
-    x_BLD = embedding_VD[tokens_BL]
+# On one rank, whose tokens are a part of the sequence, and which has v = V / tensor rows of a table of tokens.
+
+
+def _embed(tokens_BL: Array, embedding_vD: Array, positions_LD: Array | None = None) -> Array:
+    """x_BLD, float32."""
+    x_BLD = _rows(embedding_vD, tokens_BL)
     if positions_LD is None:
         return x_BLD
     first = 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(TENSOR) * tokens_BL.shape[1]
-    return x_BLD + jax.lax.dynamic_slice_in_dim(positions_LD, first, tokens_BL.shape[1])[None]
+    here_LD = jax.lax.dynamic_slice_in_dim(positions_LD, first, tokens_BL.shape[1])
+    return x_BLD + here_LD.astype(jnp.float32)[None]
 
 
-def _embed_at(tokens_BL: Array, position_BL: Array, embedding_VD: Array, positions_LD: Array) -> Array:
-    return embedding_VD[tokens_BL] + positions_LD[position_BL]
+def _embed_at(tokens_BL: Array, position_BL: Array, embedding_vD: Array, positions_LD: Array) -> Array:
+    return _rows(embedding_vD, tokens_BL) + positions_LD.astype(jnp.float32)[position_BL]
+
+
+def _rows(table_vD: Array, tokens_BL: Array) -> Array:
+    """The tokens' rows, float32: so the transpose, which adds up what a row's tokens send it, is float32 too."""
+    if tensor_ranks() == 1:
+        return table_vD.astype(jnp.float32)[tokens_BL]
+    # Each rank reads what it has of all ranks' tokens; of a token's rows one is not zero, so that no sum rounds.
+    tokens_BL = jax.lax.all_gather(tokens_BL, TENSOR, axis=1, tiled=True)
+    row_BL, here_BL = own_rows(tokens_BL, table_vD.shape[0])
+    x_BLD = jnp.where(here_BL[..., None], table_vD.astype(jnp.float32)[row_BL], 0).astype(table_vD.dtype)
+    return jax.lax.psum_scatter(x_BLD, TENSOR, scatter_dimension=1, tiled=True).astype(jnp.float32)
+
+
+def own_rows(tokens: Array, rows: int) -> tuple[Array, Array]:
+    """Where tokens stand in this rank's part of a table, `rows` long, and whether they do (else the place is any)."""
+    place = tokens - jax.lax.axis_index(TENSOR) * rows
+    return jnp.clip(place, 0, rows - 1), (place >= 0) & (place < rows)
+
+
+def _logits(x_BLD: Array, w_vD: Array) -> Array:
+    product = functools.partial(jnp.einsum, "BLD,VD->BLV", preferred_element_type=jnp.float32)
+    if tensor_ranks() == 1:
+        return product(x_BLD, w_vD)
+    all_BLv = product(jax.lax.all_gather(x_BLD, TENSOR, axis=1, tiled=True), w_vD)
+    return jax.lax.all_to_all(all_BLv, TENSOR, split_axis=1, concat_axis=2, tiled=True)
 
 
 def init_model(config: Config, key: Array) -> Transformer:
     """A new model, sharded on the current mesh (`jax.set_mesh`); under `jax.eval_shape` it costs no memory."""
-
-    def init(key: Array) -> Transformer:
-        return _sharded(config.mesh, Transformer(config.model, config.data.sequence_length, key, config.mesh.fsdp))
-
-    return jax.jit(init)(key)
-
-
-# Parameters that are matrices, or tables; norms' scales and biases are small, and stay whole.
-_MATRICES = ("w_", "router_DE", "embedding_VD", "unembedding_VD", "positions_LD")
-
-
-def _sharded(mesh: MeshConfig, model: Transformer) -> Transformer:
-    """Splits, as the mesh wants it, what modules leave whole: experts over `tensor`, everything over the axes left."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-
-    def shard(path: tuple[Any, ...], w: Array) -> Array:
-        name = next(part.name for part in reversed(path) if getattr(part, "name", "value") != "value")
-        dims = name.split("_")[-1]  # such as eRF, behind that of the layers
-        spec = [*spec_of(w), *[None] * (w.ndim - len(spec_of(w)))]
-        layers, own = spec[: w.ndim - len(dims)], P(*spec[w.ndim - len(dims) :])
-        if mesh.split_experts and dims[0] == "e" and "F" in dims:
-            own = P(*[TENSOR if dim == "F" else entry for dim, entry in zip(dims, own, strict=True)])
-        if mesh.fsdp and name.startswith(_MATRICES):
-            own = fully_sharded(w.shape[len(layers) :], own, sizes)
-        return jax.sharding.reshard(w, P(*layers, *own))
-
-    return jax.tree_util.tree_map_with_path(shard, model)
+    return jax.jit(functools.partial(Transformer, config))(key)

@@ -7,13 +7,13 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+from bigmac_jax import counts
 from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.counts import Parameters, Sizes
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.model.moe import strategy
-from bigmac_jax.planning import counts
-from bigmac_jax.planning.counts import Parameters, Sizes
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Block, Shape, parts
 
@@ -221,14 +221,14 @@ def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape 
     Raises:
       ConfigError: as `cluster`.
     """
-    m, here = config.model, cluster(sizes, hardware, topology)
-    group, rate = mesh_group(sizes, hardware), hardware.flops_per_second(m.dtype)
+    here = cluster(sizes, hardware, topology)
+    group, rate = mesh_group(sizes, hardware), hardware.flops_per_second(config.execution.dtype)
     flops = counts.flops(config)
     by_part = matmul_flops(config, here.ranks, group)
     seconds_a_flop = 1 / (here.ranks * rate * hardware.matmul_efficiency)
 
     exchange = exchange_time(config, here, group)
-    chunks, experts = m.overlap_chunks, by_part.get("experts", 0) * seconds_a_flop
+    chunks, experts = config.execution.overlap_chunks, by_part.get("experts", 0) * seconds_a_flop
     # Of n chunks the first is sent before there is anything to compute; the experts are all that runs beside the rest.
     hidden = (chunks - 1) / chunks * min(exchange, experts) if hardware.overlaps else 0.0
 
@@ -270,37 +270,39 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
     m, flops = config.model, counts.flops(config)
     # A forward pass is a third of a step's FLOPs.
-    again = counts.forward_passes(config) - 1
+    again = counts.forward_passes(config) - 1 + counts.recomputes(config)
     # What is done again stops short of the logits.
-    done = {part: count * (1 + (part != "output") * (again + m.remat) / 3) for part, count in flops.items()}
+    done = {part: count * (1 + (part != "output") * again / 3) for part, count in flops.items()}
     if m.is_moe:
         tokens = counts.tokens_at_a_time(config, ranks)
-        exchange = strategy(m, m.capacity_factor, tokens, group)
+        exchange = strategy(config, m.capacity_factor, tokens, group)
         done["experts"] *= counts.computed_rows(exchange, tokens, m.choices) / m.choices
     return done
 
 
 def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
     """(of what all ranks share, of what `tensor` splits, of the experts): bytes of the gradients that are summed over
-    ranks, for one batch.
-
-    As in the step compiled for v6e: gradients of a layer's matrices are summed in the dtype of the computation, those
-    of experts, router and norms in float32. So are the rows of the embedding that were read, on their own beside the
-    gradient of the output matrix, even where the two are one parameter.
-    """
-    m, parts = config.model, count.parts
-    size, table = 2 if m.dtype == "bfloat16" else 4, m.vocab_size * m.hidden_size
-    split = sum(parts.get(part, 0) for part in ("attention", "mlp"))
-    matrices = sum(parts.get(part, 0) for part in ("shared", "projections")) + table
-    experts = parts.get("experts", 0)
-    rest = count.total - experts - split - matrices + (table if m.tie_embeddings else 0)
-    return size * matrices + 4 * rest, size * split, 4 * experts
+    ranks, for one batch, in execution.reduce_dtype. A table that is read and written with is summed once for each."""
+    size = 2 if config.execution.reduce_dtype == "bfloat16" else 4
+    everyones, split, experts = _shared_sizes(config, count)
+    return size * everyones, size * split, size * experts
 
 
 def parameter_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
-    """As `gradient_bytes`, of the parameters when they are gathered: in the same dtypes, and without norms."""
-    everyones, split, experts = gradient_bytes(config, count)
-    return everyones - 4 * count.parts.get("norms", 0), split, experts
+    """As `gradient_bytes`, of the parameters when they are gathered: in execution.gather_dtype, and without norms."""
+    size = 2 if (config.execution.gather_dtype or config.execution.dtype) == "bfloat16" else 4
+    everyones, split, experts = _shared_sizes(config, count)
+    return size * (everyones - count.parts.get("norms", 0)), size * split, size * experts
+
+
+def _shared_sizes(config: Config, count: Parameters) -> tuple[int, int, int]:
+    """Numbers of what all ranks share, of what `tensor` splits, of the experts."""
+    m, parts = config.model, count.parts
+    table, experts = m.vocab_size * m.hidden_size, parts.get("experts", 0)
+    tables = 2 * table  # tied or not
+    split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + tables
+    everyones = count.total - experts - split + (table if m.tie_embeddings else 0)
+    return everyones, split, experts
 
 
 def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
@@ -308,7 +310,7 @@ def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
     m = config.model
     if not m.is_moe or here.group == 1:
         return 0.0
-    exchange = strategy(m, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
+    exchange = strategy(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
     traffic = counts.exchange_traffic(config, here.ranks, group)
     payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
     if isinstance(exchange, Gather):
@@ -326,9 +328,8 @@ def _adds_on_the_way(exchange: Strategy) -> bool:
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """As `counts.parameters`, which it calls once for a model on a mesh."""
-    model = replace(config.model, overlap_chunks=1, exchange="auto", remat=False)
     mesh = replace(config.mesh, data=1, node=1, expert=1, tensor=1)  # how it is sharded; `sizes` say over what
-    return _parameters(model, mesh, config.data.sequence_length, tuple(sizes.items()))
+    return _parameters(config.model, mesh, config.data.sequence_length, tuple(sizes.items()))
 
 
 @functools.lru_cache(maxsize=256)

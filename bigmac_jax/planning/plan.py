@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError
+from bigmac_jax.counts import Sizes, exchange_traffic, flops, memory, parameters, tokens_at_a_time
 from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning import paper, program, search
 from bigmac_jax.planning.cost import Times, mesh_group, physical_group, step_time
-from bigmac_jax.planning.counts import Sizes, exchange_traffic, flops, memory, parameters, tokens_at_a_time
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
 
@@ -53,7 +53,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         "hardware": request.hardware or (place.topology.kind if place.topology else ""),
         "mesh": sizes,
         "structure": config.model.structure,
-        "description": config.model.describe(),
+        "description": config.describe(),
         "tokens_per_step": config.data.batch_size * config.data.sequence_length,
         **_costs(config, sizes, place),
         "baselines": _baselines(config, place),
@@ -135,7 +135,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "memory": parts | {"total": sum(parts.values())},
     }
     if m.is_moe:
-        chosen = strategy(m, m.capacity_factor, tokens_at_a_time(config, ranks), group)
+        chosen = strategy(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
         two_levels = min(group.sizes) > 1
         result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)
         # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's,
@@ -204,12 +204,12 @@ def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _candidate(candidate: search.Candidate) -> dict[str, Any]:
-    m = candidate.config.model
+    execution = candidate.config.execution
     return {
         "mesh": candidate.sizes,
-        "exchange": m.exchange,
-        "overlap_chunks": m.overlap_chunks,
-        "remat": m.remat,
+        "exchange": execution.exchange,
+        "overlap_chunks": execution.overlap_chunks,
+        "remat": execution.remat,
         "accumulate_steps": candidate.config.train.accumulate_steps,
         "fits": candidate.fits,
         "memory": sum(candidate.memory.values()),

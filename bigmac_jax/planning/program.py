@@ -120,10 +120,10 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
 def as_on_accelerators(config: Config) -> Config:
     """For simulated CPU devices, as far as `auto` leaves it open: attention without the blocks that skip what is
     masked, and layers in a loop. So the program has the FLOPs and the loop of an accelerator's, and compiles sooner."""
-    m = config.model
-    attention = "xla" if m.attention == "auto" else m.attention
-    model = dataclasses.replace(m, attention=attention, unroll_layers=m.unroll_layers or 1)
-    return dataclasses.replace(config, model=model)
+    execution = config.execution
+    attention = "xla" if execution.attention == "auto" else execution.attention
+    execution = dataclasses.replace(execution, attention=attention, unroll_layers=execution.unroll_layers or 1)
+    return dataclasses.replace(config, execution=execution)
 
 
 def describe(
@@ -229,8 +229,8 @@ def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, avail
 def _what_to_change(config: Config, ranks: int) -> str:
     steps = config.train.accumulate_steps
     part = config.data.batch_size * config.mesh.tensor // (ranks * steps)  # sequences of a rank at a time
-    if not config.model.remat:
-        return "--config.model.remat=True"
+    if config.execution.remat == "none":
+        return "--config.execution.remat=layer"
     if part > 1:
         factor = next(n for n in range(2, part + 1) if part % n == 0)
         return f"--config.train.accumulate_steps={factor * steps}"

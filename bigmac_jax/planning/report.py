@@ -171,7 +171,7 @@ def _search(rows: list[Mapping[str, Any]]) -> Table:
         time = row["time"]
         table.add_row(
             " × ".join(map(str, row["mesh"].values())), row["exchange"], str(row["overlap_chunks"]),
-            "yes" if row["remat"] else "no", str(row["accumulate_steps"]), size(row["memory"]),
+            row["remat"], str(row["accumulate_steps"]), size(row["memory"]),
             "yes" if row["fits"] else "no", duration(time["total"]), f"{100 * time['exchange_share']:.1f} %",
             f"{time['tokens_per_s']:,.0f}",
         )  # fmt: skip

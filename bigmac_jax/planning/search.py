@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from bigmac_jax import counts
 from bigmac_jax.config import Config, ConfigError, MeshConfig
 from bigmac_jax.config.reading import field_values, overridden
+from bigmac_jax.counts import Sizes
 from bigmac_jax.mesh import axis_sizes
 from bigmac_jax.model.moe import predicted_seconds
-from bigmac_jax.planning import counts
 from bigmac_jax.planning.cost import Times, mesh_group, parameters, step_time
-from bigmac_jax.planning.counts import Sizes
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
 
@@ -61,13 +61,13 @@ def _variants(config: Config, devices: int, hardware: Hardware) -> Iterator[Conf
     for expert_ranks in _divisors(shards):
         for node in _divisors(expert_ranks):
             mesh = replace(config.mesh, data=shards // expert_ranks, node=node, expert=expert_ranks // node)
-            for accumulate, remat in itertools.product(ACCUMULATE_STEPS, (False, True)):
+            for accumulate, remat in itertools.product(ACCUMULATE_STEPS, ("none", "layer")):
                 for name, chunks in _exchanges(config, mesh, hardware):
                     try:
                         yield replace(
                             config,
                             mesh=mesh,
-                            model=replace(config.model, exchange=name, overlap_chunks=chunks, remat=remat),
+                            execution=replace(config.execution, exchange=name, overlap_chunks=chunks, remat=remat),
                             train=replace(config.train, accumulate_steps=accumulate),
                         )
                     except ConfigError:
@@ -78,12 +78,12 @@ def _exchanges(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator
     """Strategies and chunks that differ on this mesh."""
     m = config.model
     if mesh.expert_ranks == 1:
-        yield m.exchange, 1
+        yield config.execution.exchange, 1
         return
     if not m.is_moe:  # on any other mesh it runs as it does on this one
         return
     group = mesh_group({"data": mesh.data, "node": mesh.node, "expert": mesh.expert}, hardware)
-    names = predicted_seconds(m, m.capacity_factor, 1, group)  # of those that the machine has
+    names = predicted_seconds(config, m.capacity_factor, 1, group)  # of those that the machine has
     two_levels = mesh.node > 1 and mesh.expert > 1
     for name in names:
         # On one level a hierarchical exchange is `dedup`; the others don't look at levels.

@@ -1,15 +1,19 @@
-"""The training loss. B batch, L length, T tokens on this rank, D hidden, V vocabulary, Y layers, E experts."""
+"""The training loss, and the scores of evaluation.
+
+B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers, E experts.
+"""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.mesh import AXES, on_each_rank, platform, rank_spec, token_spec
+from bigmac_jax.mesh import AXES, TENSOR, Weight, on_each_rank, platform, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux
-from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.model.transformer import Transformer, own_rows
 
 # Logits held at once by `linear_cross_entropy`, in entries: on CPU a chunk that stays in the last-level cache.
 _CHUNK_ENTRIES = {"cpu": 2**22}
@@ -32,85 +36,153 @@ def loss_fn(
       tokens_BL: [B, L + 1].
       load_YE: loads of the whole step for the balance loss, if this batch is a part of it.
     """
-    config = model.config
+    config = model.config.model
     x_BLD, aux = model.features(tokens_BL[:, :-1], dropout_key=dropout_key, load_YE=load_YE)
-    ce = linear_cross_entropy(x_BLD, model.unembedding().astype(x_BLD.dtype), tokens_BL[:, 1:])
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), tokens_BL[:, 1:])
     loss = ce + config.z_loss_coefficient * aux.z_loss.sum()
     if config.balance == "aux_loss":
         loss = loss + config.balance_coefficient * aux.balance_loss.sum()
     return loss, LossParts(ce, aux)
 
 
-def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
-    """-log p(target) of every position, nats → [B, L] float32."""
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BLV, axis=-1) - target_BL
+class TokenScores(NamedTuple):
+    """Of each position, in evaluation."""
+
+    nll_BL: Array  # -log p(target), nats, float32
+    likeliest_BL: Array  # whether no token has a larger logit; of equals the first counts
 
 
-def linear_cross_entropy(x_BLD: Array, w_VD: Array, targets_BL: Array) -> Array:
+def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array) -> Array:
     """Mean cross-entropy of the logits x wᵀ, nats, without ever holding them all.
 
     Each rank walks over chunks of its tokens and computes a chunk's gradients while its logits are still in cache: the
     loss is a sum, so they are known up to a factor. Against whole logits, forward and backward take about a fifth less
     time on CPU (docs/performance.md), and chunk × V instead of T × V memory.
+
+    Where `tensor` splits the table, each of its ranks takes the tokens of all, and computes what its v rows give.
     """
 
-    def on_rank(x_BLD: Array, targets_BL: Array, w_VD: Array) -> Array:
-        return _summed(x_BLD.reshape(-1, x_BLD.shape[-1]), w_VD, targets_BL.reshape(-1))[None]
+    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
+        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+        return _summed(x_TD, w_vD, targets_T)[None]
 
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     return on_each_rank(on_rank, (x_BLD, targets_BL), (w_VD,), out_specs=rank_spec(1)).sum() / targets_BL.size
 
 
+def token_scores(model: Transformer, tokens_BL: Array) -> TokenScores:
+    """Scores tokens 1 … L given those before, dropless; logits are never held whole.
+
+    Args:
+      tokens_BL: [B, L + 1].
+    """
+
+    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> tuple[Array, Array]:
+        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+
+        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+            logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
+            largest_C1 = _over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
+            z_C = _over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
+            first_C = jnp.argmax(logits_Cv, axis=-1)
+            if tensor_ranks() > 1:
+                mine_C = jnp.take_along_axis(logits_Cv, first_C[:, None], axis=-1)[:, 0] == largest_C1[:, 0]
+                first_C = first_C + jax.lax.axis_index(TENSOR) * w_vD.shape[0]
+                first_C = jax.lax.pmin(jnp.where(mine_C, first_C, jnp.iinfo(jnp.int32).max), TENSOR)
+            return None, (jnp.log(z_C) + largest_C1[:, 0] - _over_tensor(jax.lax.psum, target_C), first_C == xs[1])
+
+        chunks = _chunks(x_TD.shape[0], w_vD.shape[0])
+        xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
+        scores = jax.lax.scan(body, None, xs)[1]
+        nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
+        return nll_BL, likeliest_BL
+
+    x_BLD, _ = model.features(tokens_BL[:, :-1], dropless=True)
+    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
+    specs = token_spec(2), token_spec(2)
+    return TokenScores(*on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs))
+
+
+def _of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:
+    """x_TD and targets_T of all tensor ranks' tokens."""
+    if tensor_ranks() > 1:
+        x_BLD, targets_BL = (jax.lax.all_gather(v, TENSOR, axis=1, tiled=True) for v in (x_BLD, targets_BL))
+    return x_BLD.reshape(-1, x_BLD.shape[-1]), targets_BL.reshape(-1)
+
+
+def _own_part(score_BL: Array, length: int) -> Array:
+    """This rank's positions of whole sequences."""
+    if tensor_ranks() == 1:
+        return score_BL
+    return jax.lax.dynamic_slice_in_dim(score_BL, jax.lax.axis_index(TENSOR) * length, length, axis=1)
+
+
+def _over_tensor(reduction: Callable[[Array, str], Array], value: Array) -> Array:
+    return reduction(value, TENSOR) if tensor_ranks() > 1 else value
+
+
 @jax.custom_vjp
-def _summed(x_TD: Array, w_VD: Array, targets_T: Array) -> Array:
-    return _walk(x_TD, w_VD, targets_T, gradients=False)[0]
+def _summed(x_TD: Array, w_vD: Array, targets_T: Array) -> Array:
+    return _walk(x_TD, w_vD, targets_T, gradients=False)[0]
 
 
-def _summed_fwd(x_TD: Array, w_VD: Array, targets_T: Array) -> tuple[Array, Any]:
-    return _walk(x_TD, w_VD, targets_T, gradients=True)
+def _summed_fwd(x_TD: Array, w_vD: Array, targets_T: Array) -> tuple[Array, Any]:
+    return _walk(x_TD, w_vD, targets_T, gradients=True)
 
 
 def _summed_bwd(gradients: tuple[Array, Array], d_sum: Array) -> tuple[Array, Array, None]:
-    dx_TD, dw_VD = gradients
-    return (dx_TD * d_sum).astype(dx_TD.dtype), (dw_VD * d_sum).astype(dx_TD.dtype), None
+    dx_TD, dw_vD = gradients
+    return (dx_TD * d_sum).astype(dx_TD.dtype), (dw_vD * d_sum).astype(dx_TD.dtype), None
 
 
 _summed.defvjp(_summed_fwd, _summed_bwd)
 
 
-def _walk(x_TD: Array, w_VD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
-    """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w."""
-    chunks = _chunks(x_TD.shape[0], w_VD.shape[0])
+def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Array, Array]:
+    """float32 logits_Cv of this rank's rows; the target's, and its row (0 where another rank has it), target_CD; and
+    the targets' places, v where another rank has them."""
+    v, product = w_vD.shape[0], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits_Cv = product("CD,VD->CV", x_CD, w_vD)
+    if tensor_ranks() == 1:
+        target_CD = w_vD[targets_C]
+    else:
+        row_C, here_C = own_rows(targets_C, v)
+        target_CD, targets_C = jnp.where(here_C[:, None], w_vD[row_C], 0), jnp.where(here_C, row_C, v)
+    return logits_Cv, product("CD,CD->C", x_CD, target_CD), target_CD, targets_C
+
+
+def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
+    """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w; of `tensor` ranks each has a part of them."""
+    chunks, ranks = _chunks(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
 
     def body(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
-        total, dw_VD = carry
+        total, dw_vD = carry
         x_CD, targets_C = xs
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        logits_CV = product("CD,VD->CV", x_CD, w_VD)
-        # softmax(logits) = p / z. Neither the division nor the -1 at the target is spent on C × V entries.
-        largest_C1 = logits_CV.max(-1, keepdims=True)
-        p_CV = jnp.exp(logits_CV - largest_C1)
-        z_C1 = p_CV.sum(-1, keepdims=True)
-        target_CD = w_VD[targets_C]
-        target_C = product("CD,CD->C", x_CD, target_CD)
-        total = total + jnp.sum(jnp.log(z_C1) + largest_C1) - target_C.sum()
+        logits_Cv, target_C, target_CD, place_C = _chunk(x_CD, targets_C, w_vD)
+        # softmax(logits) = p / z. Neither the division nor the -1 at the target is spent on C × v entries.
+        largest_C1 = _over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
+        p_Cv = jnp.exp(logits_Cv - largest_C1)
+        z_C1 = _over_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
+        total = total + jnp.sum(jnp.log(z_C1) + largest_C1) / ranks - target_C.sum()
         if not gradients:
             return (total, None), None
-        p_CV = p_CV.astype(x_CD.dtype)
-        dx_CD = product("CV,VD->CD", p_CV, w_VD) / z_C1 - target_CD
-        dw_VD = dw_VD + product("CV,CD->VD", p_CV, (x_CD / z_C1).astype(x_CD.dtype))
-        return (total, dw_VD), dx_CD.astype(x_CD.dtype)
+        p_Cv = p_Cv.astype(x_CD.dtype)
+        dx_CD = product("CV,VD->CD", p_Cv, w_vD) / z_C1 - target_CD
+        dw_vD = dw_vD + product("CV,CD->VD", p_Cv, (x_CD / z_C1).astype(x_CD.dtype))
+        return (total, dw_vD), (dx_CD.astype(x_CD.dtype), place_C)
 
     def zeros(shape: tuple[int, ...]) -> Array:
         return jax.lax.pcast(jnp.zeros(shape, jnp.float32), AXES, to="varying")
 
-    carry = (zeros(()), zeros(w_VD.shape) if gradients else None)
+    carry = (zeros(()), zeros(w_vD.shape) if gradients else None)
     split = (x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1))
-    (total, dw_VD), dx_CTD = jax.lax.scan(body, carry, split)
-    if dw_VD is None:
+    (total, dw_vD), found = jax.lax.scan(body, carry, split)
+    if dw_vD is None:
         return total, None
-    return total, (dx_CTD.reshape(x_TD.shape), dw_VD.at[targets_T].add(-x_TD.astype(jnp.float32)))
+    dx_CTD, place_CT = found
+    dw_vD = dw_vD.at[place_CT.reshape(-1)].add(-x_TD.astype(jnp.float32), mode="drop")
+    return total, (dx_CTD.reshape(x_TD.shape), dw_vD)
 
 
 def _chunks(tokens: int, vocab: int) -> int:

@@ -17,9 +17,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from bigmac_jax.config import Config
+from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
-from bigmac_jax.planning.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.training.step import StepMetrics
 
 
@@ -125,7 +125,7 @@ class RunConstants:
     def __init__(self, config: Config):
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_step = sum(flops(config).values())
-        self.peak_flops = dense_matmul_rate(config.model.dtype)
+        self.peak_flops = dense_matmul_rate(config.execution.dtype)
         self.wire_bytes = round(sum(exchange_traffic(config, ranks(), current_group()).padded))
 
 
@@ -194,7 +194,7 @@ def dense_matmul_rate(dtype: str) -> float:
 
 def describe_auto(config: Config) -> str:
     """One line: which exchange `auto` took, and why."""
-    seconds = predicted_seconds(config.model, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
+    seconds = predicted_seconds(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     ordered = sorted(seconds, key=seconds.__getitem__)
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
         f"{name} {1e6 * seconds[name]:.3g}" for name in ordered

@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from bigmac_jax.config import Config
-
-# Norms' scales, biases and learned positions keep their size.
-_DECAYED = ("w_", "router_DE", "embedding_VD", "unembedding_VD")
+from bigmac_jax.model.parameters import map_declared
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -26,13 +23,8 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the matrices, by the parameter's name."""
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        return any(name.startswith(_DECAYED) for name in names)
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    """True for the parameters that say they decay."""
+    return map_declared(lambda declaration, _: declaration.decays, params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -153,7 +153,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, None),
-            compiler_options=environment.compiler_options(mesh.devices.flat[0], config.model.overlap_chunks > 1),
+            compiler_options=environment.compiler_options(mesh.devices.flat[0], config.execution.overlap_chunks > 1),
         ),
         abstract,
     )

@@ -145,7 +145,7 @@ def test_nothing_asked(generator: Generator) -> None:
         (["fine", ""], {}, "prompt 2 is empty"),
         (["a\udcff"], {}, "prompt 1 is not valid UTF-8"),
         (["a" * 40], {"max_tokens": 9}, "prompt 1 has 40 tokens, .* are 49, and must be at most max_length=48"),
-        ([(5, 257)], {}, r"prompt 1 has the token 257, which must lie in \[0, 257\)"),
+        ([(5, 264)], {}, r"prompt 1 has the token 264, which must lie in \[0, 264\)"),
         (["a"], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         ("abc", {}, "prompts must be a list"),
     ],

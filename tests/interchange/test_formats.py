@@ -95,7 +95,7 @@ def test_half_the_size(tmp_path: pathlib.Path) -> None:
         export_model(config, model, tmp_path / "out", dtype="bfloat16")
         again, copy = import_model(tmp_path / "out")
     before, after = leaves(model), leaves(copy)
-    assert again.model.dtype == "bfloat16"
+    assert again.execution.dtype == "bfloat16"
     for leaf, value in before.items():
         exact = "router" in leaf
         expected = value if exact else value.astype(jax.numpy.bfloat16).astype(np.float32)

@@ -56,7 +56,7 @@ def layer(config: Config, gradients: bool = False, mesh: Mesh | None = None) -> 
     shape = config.data.batch_size, config.data.sequence_length, config.model.hidden_size
     with on_mesh(config) if mesh is None else jax.set_mesh(mesh):
         moe = abstract_layer(config)
-        x_BLD = jax.eval_shape(lambda: jnp.zeros(shape, config.model.dtype, out_sharding=token_spec(3)))
+        x_BLD = jax.eval_shape(lambda: jnp.zeros(shape, config.execution.dtype, out_sharding=token_spec(3)))
         if gradients:
             return jax.jit(jax.grad(lambda m, x: jnp.square(m(x)[0].astype(jnp.float32)).sum(), (0, 1))).trace(
                 moe, x_BLD

@@ -83,7 +83,7 @@ def test_a_batch_of_one_with_a_group_for_every_expert() -> None:
 
 
 def test_remat_and_full_sharding() -> None:
-    check(tiny((2, 1, 2, 2, True, True), remat=True, unroll_layers=2))
+    check(tiny((2, 1, 2, 2, True, True), remat="layer", unroll_layers=2))
 
 
 # What a training step sends, one layer of it: (kind, axes, width) → how often, forward + backward. Width is the last

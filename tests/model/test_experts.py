@@ -51,7 +51,7 @@ def test_undefined_rows_reach_nothing(bias: bool, gated: bool, monkeypatch: pyte
 
     def results(implementation: str) -> dict[str, Array]:
         activation = PAPER["activation"]
-        config = tiny(activation=activation, use_bias=bias, gated=gated, grouped_matmul=implementation).model
+        config = tiny(activation=activation, use_bias=bias, gated=gated, grouped_matmul=implementation)
 
         def loss(given: dict[str, Array]) -> tuple[Array, Array]:
             weights = {name: value for name, value in given.items() if name.startswith(("w_", "b_"))}

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.config import ModelConfig
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.groups import group
 
-from .tools import QUICK, assert_close, pairwise
+from .tools import QUICK, assert_close, pairwise, tiny
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ COVERING = pairwise(SKEWS, LAYOUTS, (False, True))
 def test_every_choice_is_computed_once(skew: str, layout: tuple[str, int, int], gated: bool) -> None:
     """y_n = Σ_k g_nk · E_k(x_n), and every gradient, with any number of even slots and rounds of blocks."""
     (implementation, N, share), K, e, R, F = layout, 3, 5, 6, 7
-    config = ModelConfig(grouped_matmul=implementation, activation="silu", gated=gated)
+    config = tiny(grouped_matmul=implementation, activation="silu", gated=gated)
     rng = np.random.default_rng(1)
     names = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R), "b_in_eF": (e, F), "b_out_eR": (e, R)}
     if gated:
@@ -106,7 +105,7 @@ def test_every_choice_is_computed_once(skew: str, layout: tuple[str, int, int], 
 
 def test_the_work_follows_the_rows() -> None:
     """Rounds end behind the last filled block: NaN in a row that no expert is asked for reaches nothing."""
-    config = ModelConfig(grouped_matmul="batched")
+    config = tiny(grouped_matmul="batched")
     w = {"w_in_eRF": jnp.ones((2, 3, 4)), "w_out_eFR": jnp.ones((2, 4, 3))}
     x = jnp.ones((8, 3)).at[5].set(math.nan)
     expert_NK = jnp.full((8, 1), 2).at[0, 0].set(1)
@@ -120,7 +119,7 @@ def test_an_experts_blocks_add_up_in_float32(implementation: str) -> None:
     """Hundreds of blocks of one expert, whose sum in bfloat16 is off by 11 % (`blocks`) and 0.4 % (`batched`) here."""
     N, e, R, F = 32_768, 8, 4, 4
     shapes = {"w_in_eRF": (e, R, F), "w_out_eFR": (e, F, R)}
-    config = ModelConfig(grouped_matmul=implementation)
+    config = tiny(grouped_matmul=implementation)
     rng = np.random.default_rng(0)
     w = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
     x, expert_NK = jnp.asarray(1 + rng.standard_normal((N, R)), jnp.float32), jnp.zeros((N, 1), jnp.int32)

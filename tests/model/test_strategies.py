@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
+from bigmac_jax.counts import tokens_at_a_time
 from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed, ranks
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
-from bigmac_jax.planning.counts import tokens_at_a_time
 from bigmac_jax.training.metrics import describe_auto
 
 from .test_expert_parallel import name
@@ -109,7 +109,7 @@ def test_collectives_that_are_counted_are_those_of_the_program(exchange: str, fa
         x_BLD = jax.ShapeDtypeStruct((8, 4, 16), np.float32, sharding=split_tokens(np.zeros((8, 4, 16))).sharding)
         layer = placed(abstract_layer(config), make_mesh(config))
         text = str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
-        counted = strategy(config.model, factor, 8).collectives
+        counted = strategy(config, factor, 8).collectives
     assert len(re.findall(r" (?:all_to_all|all_gather|reduce_scatter)\[", text)) == counted > 0
 
 
@@ -118,6 +118,6 @@ def test_auto_gives_the_reference_and_says_why() -> None:
     check(config)
     with on_mesh(config):
         line = describe_auto(config)
-        chosen = strategy(config.model, math.inf, tokens_at_a_time(config, ranks()))
+        chosen = strategy(config, math.inf, tokens_at_a_time(config, ranks()))
     assert line.startswith("exchange=auto took all_to_all; ") and "dedup" in line and "ragged" not in line
     assert isinstance(chosen, STRATEGIES["all_to_all"])

@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from bigmac_jax.config import Config, TrainConfig
+from bigmac_jax.counts import exchange_traffic
 from bigmac_jax.mesh import batch_spec, current_group, make_mesh
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.planning.counts import exchange_traffic
 from bigmac_jax.training.step import make_trainer
 
 from .program import Collective, all_to_alls, collectives, layer, payloads
@@ -81,11 +81,11 @@ def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
     ("model", "parts"),
     [
         ({}, 1),
-        ({"remat": True}, 1),
+        ({"remat": "layer"}, 1),
         ({}, 2),
-        ({"remat": True}, 2),
+        ({"remat": "layer"}, 2),
         ({"balance": "none", "overlap_chunks": 2}, 2),
-        ({"balance_scope": "part", "remat": True}, 2),
+        ({"balance_scope": "part", "remat": "layer"}, 2),
     ],
 )
 def test_logged_bytes_are_the_training_steps(model: dict, parts: int) -> None:

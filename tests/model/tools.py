@@ -1,5 +1,6 @@
 """Small configurations, random models and the comparisons that the tests of the model share."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.mesh import batch_spec, make_mesh, placed, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -25,12 +26,16 @@ PRESENT = {"norm": "rmsnorm", "positions": "rope", "activation": "relu2", "use_b
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **model: Any) -> Config:
-    """Two layers of width 16, eight experts; `mesh` is data, node, expert, tensor, fsdp, split_experts."""
-    defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 257, "num_experts": 8, "top_k": 3,
+def tiny(mesh: Sequence[int] = (1, 1, 1), batch: int = 8, length: int = 8, **fields: Any) -> Config:
+    """Two layers of width 16, eight experts; `mesh` is data, node, expert, tensor, fsdp, split_experts; `fields` are of
+    the model and of its execution."""
+    defaults = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "vocab_size": 264, "num_experts": 8, "top_k": 3,
                 "capacity_factor": math.inf, "balance_coefficient": 0.1, "unroll_layers": 1}  # fmt: skip
+    fields = defaults | fields
+    execution = {f.name: fields.pop(f.name) for f in dataclasses.fields(ExecutionConfig) if f.name in fields}
     return Config(
-        model=ModelConfig(**(defaults | model)),
+        model=ModelConfig(**fields),
+        execution=ExecutionConfig(**execution),
         mesh=MeshConfig(*mesh),
         data=DataConfig(tokenizer="bytes", sequence_length=length, batch_size=batch),
     )
@@ -46,7 +51,7 @@ def abstract_model(config: Config) -> Transformer:
 
 
 def abstract_layer(config: Config) -> MoE:
-    return jax.eval_shape(lambda: MoE(config.model, jax.random.key(0)))  # the mesh's devices may not be here
+    return jax.eval_shape(lambda: MoE(config, jax.random.key(0)))  # the mesh's devices may not be here
 
 
 def random_model(config: Config, given: dict[str, np.ndarray] | None = None) -> Transformer:

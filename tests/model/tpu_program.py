@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from bigmac_jax import environment
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.mesh import AXES
 
 from . import program
@@ -30,10 +30,11 @@ def main(topology: str, exchange: str, factor: str, chunks: str, sequences: str)
     mesh = Mesh(devices.reshape(1, 1, -1, 1), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     model = ModelConfig(
         structure="bigmac", hidden_size=WIDTH, num_heads=16, num_layers=1, num_experts=EXPERTS, top_k=TOP_K,
-        dtype="bfloat16", capacity_factor=float(factor), exchange=exchange, overlap_chunks=int(chunks),
+        capacity_factor=float(factor),
     )  # fmt: skip
+    execution = ExecutionConfig("bfloat16", exchange=exchange, overlap_chunks=int(chunks))
     data = DataConfig(batch_size=devices.size * int(sequences), sequence_length=LENGTH)
-    config = Config(model=model, mesh=MeshConfig(expert=devices.size), data=data)
+    config = Config(model=model, execution=execution, mesh=MeshConfig(expert=devices.size), data=data)
     lowered = program.layer(config, gradients=True, mesh=mesh).lower()
     compiled = lowered.compile(compiler_options=environment.compiler_options(devices[0], int(chunks) > 1))
     print(json.dumps(report(compiled.as_text(), compiled.cost_analysis()["flops"], int(sequences) * LENGTH)))

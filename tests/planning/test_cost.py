@@ -1,16 +1,17 @@
 """The cost model, worked by hand."""
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from bigmac_jax import counts
+from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.strategies import Sent
-from bigmac_jax.planning import counts
 from bigmac_jax.planning.cost import (
     cluster,
     gradient_bytes,
@@ -38,7 +39,10 @@ def config(accumulate: int = 1, **model: Any) -> Config:
     fields: dict[str, Any] = {"structure": "fine_grained", "num_layers": 2, "hidden_size": 64, "num_heads": 4,
               "vocab_size": 257, "num_experts": 32, "top_k": 4, "capacity_factor": 1.0}  # fmt: skip
     data = DataConfig(tokenizer="bytes", sequence_length=64, batch_size=64)
-    return Config(model=ModelConfig(**(fields | model)), data=data, train=TrainConfig(accumulate_steps=accumulate))
+    fields |= model
+    execution = {f.name: fields.pop(f.name) for f in dataclasses.fields(ExecutionConfig) if f.name in fields}
+    train = TrainConfig(accumulate_steps=accumulate)
+    return Config(ModelConfig(**fields), ExecutionConfig(**execution), data=data, train=train)
 
 
 def test_two_ranks() -> None:
@@ -194,7 +198,7 @@ def test_a_sequence_over_tensor() -> None:
     assert step_time(config(structure="dense"), mesh, PLAIN).tensor == 2 * moved / 100
     # Experts that are split take all rows of both, 4 a token.
     assert step_time(on_mesh(config(), split_experts=True), mesh, PLAIN).tensor == (1 + 4) * moved / 100
-    assert step_time(config(remat=True), mesh, PLAIN).tensor == 1.5 * moved / 100
+    assert step_time(config(remat="layer"), mesh, PLAIN).tensor == 1.5 * moved / 100
 
 
 def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:
@@ -206,7 +210,7 @@ def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:
 def test_work_that_is_done_twice() -> None:
     group, plain = ExpertGroup((1, 2), "gpu", ""), counts.flops(config())
     assert matmul_flops(config(), 2, group) == plain
-    remat = matmul_flops(config(remat=True), 2, group)
+    remat = matmul_flops(config(remat="layer"), 2, group)
     assert remat["experts"] == pytest.approx(4 / 3 * plain["experts"]) and remat["output"] == plain["output"]
     # A first pass counts the loads of all parts, which takes no logits.
     again = {part: (1 if part == "output" else 4 / 3) * count for part, count in plain.items()}
@@ -260,7 +264,7 @@ def test_gather_goes_around() -> None:
     assert sum(traffic.padded) == 8 * rows
     expected = rows / 40 + here.exchange(traffic.metadata.times(1 / 8), 8)
     assert step_time(c, mesh, PLAIN).exchange == pytest.approx(expected)
-    small = step_time(replace(c, model=replace(c.model, wire_dtype="bfloat16")), mesh, PLAIN).exchange
+    small = step_time(replace(c, execution=replace(c.execution, wire_dtype="bfloat16")), mesh, PLAIN).exchange
     half = rows / 2 / 2
     assert small == pytest.approx(half / 40 + here.exchange(Sent(half, 0).plus(traffic.metadata.times(1 / 8)), 8))
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from bigmac_jax.config import Config, DataConfig, ModelConfig
+from bigmac_jax import counts
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
 from bigmac_jax.mesh import ExpertGroup
-from bigmac_jax.planning import counts
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.paper import (
     FIGURE_4,
@@ -37,9 +37,11 @@ def test_our_counts_are_the_papers(structure: str) -> None:
     """Of the same model: the router aside, which the paper's FLOPs leave out."""
     m = ModelConfig(
         structure=structure, num_layers=24, hidden_size=2048, num_heads=16, vocab_size=50304, num_experts=64, top_k=8,
-        capacity_factor=1.0, dtype="bfloat16",
+        capacity_factor=1.0,
     )  # fmt: skip
-    config = Config(model=m, data=DataConfig(sequence_length=2048, batch_size=256))
+    config = Config(
+        model=m, execution=ExecutionConfig("bfloat16"), data=DataConfig(sequence_length=2048, batch_size=256)
+    )
     flops = counts.flops(config)
     assert sum(flops.values()) - flops["router"] == pytest.approx(paper_flops(PaperModel(structure)))
     traffic = counts.exchange_traffic(config, 32, ExpertGroup((4, 8), "gpu", ""))

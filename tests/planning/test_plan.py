@@ -88,7 +88,7 @@ def test_exchanges_by_link() -> None:
     assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
     assert "hierarchical" not in made["exchanges"]
     # On one level it is listed where it is configured.
-    one_level = plan(overrides=(*EP32, "model.exchange=hierarchical"), hardware="paper")
+    one_level = plan(overrides=(*EP32, "execution.exchange=hierarchical"), hardware="paper")
     assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
     nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
     assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
@@ -103,7 +103,7 @@ def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) ->
         program, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
     )
     made = plan(topology="v5e:4x8", compile=True)
-    assert made["program"]["fits"] is False and made["program"]["change"] == "--config.model.remat=True"
+    assert made["program"]["fits"] is False and made["program"]["change"] == "--config.execution.remat=layer"
     assert "the compiler says: Ran out of memory" in shown(made)
 
 
@@ -113,7 +113,7 @@ def test_a_simulated_program_leaves_the_table_as_it_is() -> None:
     config = load_config(ROOT / XL, EP32)
     costs = _costs(config, {"data": 1, "node": 1, "expert": 32}, place)
     assert costs["exchanges"]["ragged"] == plan(devices=32)["exchanges"]["ragged"]
-    ragged = load_config(ROOT / XL, (*EP32, "model.exchange=ragged"))
+    ragged = load_config(ROOT / XL, (*EP32, "execution.exchange=ragged"))
     emulated = _costs(ragged, {"data": 1, "node": 1, "expert": 32}, place)["exchanges"]["ragged"]
     assert emulated["padded_fast"] > 10 * costs["exchanges"]["ragged"]["padded_fast"]
 

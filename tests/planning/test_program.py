@@ -10,11 +10,11 @@ import pytest
 from model.tools import tiny
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, load_config
+from bigmac_jax.counts import exchange_traffic, flops, parameters, tensor_bytes
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
 from bigmac_jax.planning import program
-from bigmac_jax.planning.counts import exchange_traffic, flops, parameters, tensor_bytes
 
 MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
 
@@ -48,16 +48,16 @@ CASES = [
     (
         "dedup",
         "2x4",
-        {"remat": True, "structure": "fine_grained"},
+        {"remat": "layer", "structure": "fine_grained"},
         1,
     ),  # the rows that come back are not asked for again
-    pytest.param("gather", "2x4", {"remat": True, "wire_dtype": "bfloat16"}, 1, marks=pytest.mark.full),
+    pytest.param("gather", "2x4", {"remat": "layer", "wire_dtype": "bfloat16"}, 1, marks=pytest.mark.full),
     ("hierarchical", "two machines", {"capacity_factor": float("inf"), "overlap_chunks": 2}, 1),
     pytest.param(
         "hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1, marks=pytest.mark.full
     ),
-    pytest.param("dedup", "1x4", {"remat": True}, 2, marks=pytest.mark.full),
-    ("all_to_all", "2x4", {"balance_scope": "part", "remat": True}, 2),
+    pytest.param("dedup", "1x4", {"remat": "layer"}, 2, marks=pytest.mark.full),
+    ("all_to_all", "2x4", {"balance_scope": "part", "remat": "layer"}, 2),
 ]
 
 
@@ -92,9 +92,9 @@ def test_an_extra_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((2, 1, 2, 2), {}),
         ((1, 1, 2, 4, False, True), {}),
-        ((1, 1, 2, 2, False, True), {"structure": "fine_grained", "remat": True, "capacity_factor": 1.25}),
-        ((1, 1, 2, 2, False, True), {"exchange": "dedup", "remat": True, "structure": "fine_grained"}),
-        ((2, 1, 1, 4), {"structure": "dense", "remat": True}),
+        ((1, 1, 2, 2, False, True), {"structure": "fine_grained", "remat": "layer", "capacity_factor": 1.25}),
+        ((1, 1, 2, 2, False, True), {"exchange": "dedup", "remat": "layer", "structure": "fine_grained"}),
+        ((2, 1, 1, 4), {"structure": "dense", "remat": "layer"}),
         ((2, 1, 1, 4), {"structure": "dense"}),
     ],
 )
@@ -106,15 +106,15 @@ def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: di
     metadata = {"dedup": 4}  # gates and experts of the rows, gathered as well
     counted = tensor_bytes(made, sizes)
     sent = sum(r["sent_bytes"] for r in rows)
-    assert (sent == counted) if made.model.exchange not in metadata else (counted < sent < 1.5 * counted)
+    assert (sent == counted) if made.execution.exchange not in metadata else (counted < sent < 1.5 * counted)
 
 
 def test_what_to_change_counts_the_sequences_of_a_rank() -> None:
     """Two with tensor=2, so halves; of one, no halves, but full sharding."""
-    made = tiny((1, 1, 2, 2), batch=4, remat=True)
+    made = tiny((1, 1, 2, 2), batch=4, remat="layer")
     assert program._what_to_change(made, 4) == "--config.train.accumulate_steps=2"
-    assert program._what_to_change(tiny((1, 1, 2, 2), batch=2, remat=True), 4) == "--config.mesh.fsdp=True"
-    assert "smaller model" in program._what_to_change(tiny((1, 1, 2, 2, True), batch=2, remat=True), 4)
+    assert program._what_to_change(tiny((1, 1, 2, 2), batch=2, remat="layer"), 4) == "--config.mesh.fsdp=True"
+    assert "smaller model" in program._what_to_change(tiny((1, 1, 2, 2, True), batch=2, remat="layer"), 4)
 
 
 def test_scopes_name_the_payload() -> None:
@@ -163,8 +163,8 @@ def test_topologies() -> None:
 
 def test_simulated_devices_stand_for_accelerators() -> None:
     made = program.as_on_accelerators(load_config("configs/tiny.py"))
-    assert (made.model.attention, made.model.unroll_layers) == ("xla", 1)
-    chosen = load_config("configs/tiny.py", ("model.attention=blocks", "model.unroll_layers=3"))
+    assert (made.execution.attention, made.execution.unroll_layers) == ("xla", 1)
+    chosen = load_config("configs/tiny.py", ("execution.attention=blocks", "execution.unroll_layers=3"))
     assert program.as_on_accelerators(chosen) == chosen
 
 
@@ -185,9 +185,9 @@ def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
     module = program.hlo.parse(program.compile_step(made, jax.devices("cpu")[:4]).text)
     advice = program._advice(made, 4, module, 2, 1)
-    assert advice["change"] == "--config.model.remat=True"
+    assert advice["change"] == "--config.execution.remat=layer"
     assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0
-    remat = dataclasses.replace(made, model=dataclasses.replace(made.model, remat=True))
+    remat = dataclasses.replace(made, execution=dataclasses.replace(made.execution, remat="layer"))
     assert program._advice(remat, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
     nine = dataclasses.replace(remat, data=dataclasses.replace(made.data, batch_size=36))
     assert program._advice(nine, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=3"

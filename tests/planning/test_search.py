@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, ModelConfig
 from bigmac_jax.mesh import axis_sizes
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.search import search, sweep
 
 CONFIG = Config(
-    model=ModelConfig(num_layers=2, hidden_size=256, vocab_size=512, num_experts=16, top_k=4, dtype="bfloat16"),
+    model=ModelConfig(num_layers=2, hidden_size=256, vocab_size=512, num_experts=16, top_k=4),
+    execution=ExecutionConfig(dtype="bfloat16"),
     data=DataConfig(tokenizer="bytes", sequence_length=128, batch_size=16),
 )
 H100 = load_hardware("h100")
@@ -23,10 +24,10 @@ def test_all_that_is_valid() -> None:
     meshes = {tuple(c.sizes.values())[:3] for c in found}
     assert {m for m in meshes if m[1] == 1} == {(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8)}
     assert {m for m in meshes if m[1] > 1} == {(2, 2, 2), (1, 2, 4), (1, 4, 2)}  # of two levels
-    kinds = {(c.config.model.exchange, c.sizes["node"] > 1) for c in found if c.sizes["expert"] > 1}
+    kinds = {(c.config.execution.exchange, c.sizes["node"] > 1) for c in found if c.sizes["expert"] > 1}
     assert kinds == {("hierarchical", True)} | {(n, False) for n in ("all_to_all", "dedup", "gather", "ragged")}
-    assert {c.config.model.overlap_chunks for c in found} == {1, 2, 4, 8}
-    assert {c.config.model.remat for c in found} == {False, True}
+    assert {c.config.execution.overlap_chunks for c in found} == {1, 2, 4, 8}
+    assert {c.config.execution.remat for c in found} == {"none", "layer"}
     assert {c.config.train.accumulate_steps for c in found} == {1, 2}  # 16 sequences on 8 ranks
     assert len({c.config for c in found}) == len(found)
 
@@ -54,7 +55,7 @@ def test_a_candidate_is_what_it_says() -> None:
 def test_a_slice() -> None:
     v5e = load_hardware("v5e")
     found = search(CONFIG, 8, v5e, (2, 4))
-    assert found and "ragged" not in {c.config.model.exchange for c in found}  # v5e has none
+    assert found and "ragged" not in {c.config.execution.exchange for c in found}  # v5e has none
     assert all(c.times.hidden == 0 for c in found)
     assert search(CONFIG, 8, v5e, (4, 4)) == []  # 16 chips
 

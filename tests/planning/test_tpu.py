@@ -21,7 +21,7 @@ needs_libtpu = pytest.mark.skipif(not HERE, reason="make test-all installs libtp
 def planned(topology: str, parts: int, *overrides: str) -> dict[str, Any]:
     command = [
         sys.executable, "plan.py", "--config=configs/paper/gpt3_xl.py", "--config.mesh.expert=32", "--compile",
-        "--json", f"--topology={topology}", "--config.model.remat=True", "--config.model.overlap_chunks=4",
+        "--json", f"--topology={topology}", "--config.execution.remat=layer", "--config.execution.overlap_chunks=4",
         f"--config.train.accumulate_steps={parts}", *overrides,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=900)

@@ -88,7 +88,7 @@ def test_losses_are_compared_seed_by_seed(experiment: Callable[..., Result], mon
     """Seeds differ more than exchanges: 8 bits cost 1 % of each."""
 
     def learn(lab: Lab, course: Course) -> Record:
-        eight = "model.wire_dtype=int8" in course.overrides
+        eight = "execution.wire_dtype=int8" in course.overrides
         return {"final_loss": (course.seed - 1233) * (1.01 if eight else 1)}
 
     monkeypatch.setattr(two_level, "learn", learn)

@@ -13,7 +13,7 @@ import sys
 import bigmac_jax.cli
 import bigmac_jax.evaluation.tasks.run
 import bigmac_jax.interchange
-import bigmac_jax.training.loop  # noqa: F401
+import bigmac_jax.loop  # noqa: F401
 
 
 def become(argv: list[str], out: pathlib.Path) -> None:

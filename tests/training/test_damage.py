@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
-from bigmac_jax.training.loop import train
 from bigmac_jax.training.metrics import MetricsWriter
 
 from .test_checkpoint import trivial

@@ -37,6 +37,6 @@ def float32(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3"])
 def test_the_loss_is_within_half_a_percent(format: str, float32: float, tmp_path: pathlib.Path) -> None:
-    small = final_loss(tmp_path, f"--config.model.wire_dtype={format}")
+    small = final_loss(tmp_path, f"--config.execution.wire_dtype={format}")
     assert small != float32
     assert abs(small - float32) <= 0.005 * float32, (small, float32)

@@ -21,9 +21,9 @@ from model.tools import assert_close, leaves
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.loop import train
 from bigmac_jax.training.step import make_trainer
 
 from .runs import ENVIRONMENT, Job, checkpoint_steps

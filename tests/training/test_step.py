@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from model.tools import (
     PAPER,
     QUICK,
@@ -26,6 +27,7 @@ from model.tools import (
 from bigmac_jax import environment
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.parameters import Declaration
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer
 from bigmac_jax.training.step import make_trainer, split
 
@@ -201,7 +203,9 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
 def test_clipping(clip_norm: float, norm: float) -> None:
     """Gradients (3, 4) and 12 have norm 13 together."""
     config = Config(optimizer=OptimizerConfig(clip_norm=clip_norm, b1=0.5))
-    gradients = {"w_a": jnp.array([3.0, 4.0]), "b": jnp.array(12.0)}
+    matrix = Declaration("D", "mlp", 1.0)
+    values = {"w_a": jnp.array([3.0, 4.0]), "b": jnp.array(12.0)}
+    gradients = {name: nnx.Param(value, declaration=matrix) for name, value in values.items()}
     optimizer = make_optimizer(config)
     _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
     moment = optax.tree_utils.tree_get(state, "mu")

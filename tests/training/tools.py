@@ -34,7 +34,7 @@ def write_config(folder: pathlib.Path) -> pathlib.Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     config = Config(
         model=ModelConfig(
-            num_layers=1, hidden_size=16, num_heads=2, vocab_size=257, num_experts=8, top_k=2, capacity_factor=math.inf
+            num_layers=1, hidden_size=16, num_heads=2, vocab_size=264, num_experts=8, top_k=2, capacity_factor=math.inf
         ),
         data=DataConfig(
             source=str(folder / "train.jsonl"),

@@ -105,7 +105,8 @@ def score_jobs(
       quiet: no progress bars.
       on_batch: called after each batch.
     """
-    model_key = hashlib.sha256(f"{_VERSION} {identity} {platform()} {model.config.dtype}".encode()).hexdigest()[:16]
+    computed = f"{_VERSION} {identity} {platform()} {model.config.execution.dtype}"
+    model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
     for job in jobs:
         finished = Finished(folder / f"{job.name}.windows.jsonl", model_key)

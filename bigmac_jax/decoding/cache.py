@@ -17,8 +17,9 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, split_spec, token_spec
+from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, platform, split_spec, token_spec
 from bigmac_jax.model.layers import KeyValues
+from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
 
@@ -26,51 +27,65 @@ from bigmac_jax.training.step import split
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoder:
-    """A model as decoding wants it: layer by layer, because a step that reads one of stacked layers copies it first."""
+    """A model as decoding wants it: in the dtype of the computation, layers in groups, each stacked and scanned.
+
+    A group is all layers, so that compilation does not take longer the more there are; on CPU it is one layer, because
+    there a step that reads one of stacked layers copies it first.
+    """
 
     ends: Transformer  # embedding, final norm and unembedding; its layers are None
-    layers: tuple[Block, ...]
+    groups: tuple[Block, ...]
 
 
 class Cache(NamedTuple):
     """What the layers have seen."""
 
-    layers: tuple[KeyValues, ...]  # [N, G, M, H] each
+    groups: tuple[KeyValues, ...]  # [Y, N, G, M, H] each, Y layers of a group
     position_SB: Array  # int32; where each row's next token stands
 
     @property
     def room(self) -> int:
-        return self.layers[0].keys.shape[2]
+        return self.groups[0].keys.shape[3]
+
+
+def decoding(config: Config, exchange: str = "auto") -> Config:
+    """The config that a decoder computes with.
+
+    Args:
+      exchange: the strategy, instead of the one that suited training; `auto` takes the one that is fastest for the few
+        rows of a decode step, and for the many of a prefill.
+    """
+    execution = dataclasses.replace(config.execution, exchange=exchange, overlap_chunks=1, remat="none")
+    return dataclasses.replace(config, execution=execution)
 
 
 def make_decoder(config: Config, model: Transformer, exchange: str = "auto", consume: bool = False) -> Decoder:
     """The decoder of a model, which computes dropless.
 
     Args:
-      config: the model's.
-      exchange: the strategy, instead of the one that suited training; `auto` takes the one that is fastest for the few
-        rows of a decode step, and for the many of a prefill.
-      consume: frees the model's stacked layers on the way; the model can't be used any more.
+      config, exchange: as for `decoding`.
+      consume: frees the model's layers on the way; the model can't be used any more.
     """
-    served = dataclasses.replace(config.model, exchange=exchange, overlap_chunks=1, remat=False)
-    abstract = jax.eval_shape(lambda key: init_model(dataclasses.replace(config, model=served), key), jax.random.key(0))
-    graphdef = split(abstract)[0]
-    ends: Any = nnx.merge(graphdef, *split(model)[1:])
+    abstract = jax.eval_shape(functools.partial(init_model, decoding(config, exchange)), jax.random.key(0))
+    ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
+    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, ends.layers))
     leaves, treedef = jax.tree.flatten(ends.layers)
     ends.layers = None
+    ends = map_declared(lambda of, w: w.astype(of.crossing(config.execution).compute), ends)
     # Leaf by leaf, so that memory for one more leaf is enough.
     parts = []
-    for leaf in leaves:
-        parts.append(_unstacked(leaf))
+    for leaf, dtype in zip(leaves, dtypes, strict=True):
+        parts.append(_grouped(leaf, dtype))
         if consume:
             jax.block_until_ready(parts[-1])
             leaf.delete()
-    return Decoder(ends, tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*parts, strict=True)))
+    return Decoder(ends, tuple(jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True)))
 
 
-@jax.jit
-def _unstacked(w: Array) -> tuple[Array, ...]:
-    return tuple(w[layer] for layer in range(w.shape[0]))
+@functools.partial(jax.jit, static_argnums=1)
+def _grouped(w: Array, dtype: str) -> tuple[Array, ...]:
+    w = w.astype(dtype)
+    return tuple(w[layer : layer + 1] for layer in range(w.shape[0])) if platform() == "cpu" else (w,)
 
 
 def prefill(model: Decoder, tokens_NP: Array, length_SB: Array, room: int) -> tuple[Array, Cache]:
@@ -84,17 +99,22 @@ def prefill(model: Decoder, tokens_NP: Array, length_SB: Array, room: int) -> tu
     Returns:
       (float32 logits_SBV of the token after each prompt, the cache)
     """
-    x_NPD, layers = model.ends.embed(tokens_NP), []
-    for layer in model.layers:
+
+    def step(x_NPD: Array, layer: Block) -> tuple[Array, KeyValues]:
         y_NPD, fresh = layer.attention(layer.attention_norm(x_NPD))
         x_NPD = x_NPD + y_NPD
         x_NPD = x_NPD + layer.feed_forward(x_NPD, None, dropless=True)[0]
         # What stands behind a prompt's end is overwritten before it is read.
         grow = functools.partial(_with_room, room)
-        specs = (cache_spec(), cache_spec())
-        layers.append(KeyValues(*on_each_rank(grow, fresh, in_spec=split_spec, out_specs=specs)))
+        specs = (cache_spec(4), cache_spec(4))
+        return x_NPD, KeyValues(*on_each_rank(grow, fresh, in_spec=split_spec, out_specs=specs))
+
+    x_NPD, groups = model.ends.embed(tokens_NP), []
+    for group in model.groups:
+        x_NPD, seen = jax.lax.scan(step, x_NPD, group)
+        groups.append(seen)
     x_SBD = on_each_rank(_last, (x_NPD, length_SB), in_spec=(token_spec(3), batch_spec(2)), out_specs=token_spec(3))
-    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(layers), length_SB)
+    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(groups), length_SB)
 
 
 def decode(model: Decoder, cache: Cache, tokens_SB: Array) -> tuple[Array, Cache]:
@@ -102,14 +122,20 @@ def decode(model: Decoder, cache: Cache, tokens_SB: Array) -> tuple[Array, Cache
 
     A row that has filled its room goes on writing to its last position: what it gives is of no use any more.
     """
-    x_SBD, layers = model.ends.embed(tokens_SB, cache.position_SB), []
-    for layer, past in zip(model.layers, cache.layers, strict=True):
-        y_SBD, past = layer.attention.step(layer.attention_norm(x_SBD), past, cache.position_SB)
+
+    def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
+        (x_SBD, past), (layer, number) = carry, xs
+        y_SBD, past = layer.attention.step(layer.attention_norm(x_SBD), past, number, cache.position_SB)
         x_SBD = x_SBD + y_SBD
-        x_SBD = x_SBD + layer.feed_forward(x_SBD, None, dropless=True)[0]
-        layers.append(past)
+        return (x_SBD + layer.feed_forward(x_SBD, None, dropless=True)[0], past), None
+
+    x_SBD, groups = model.ends.embed(tokens_SB, cache.position_SB), []
+    for group, past in zip(model.groups, cache.groups, strict=True):
+        numbers = jnp.arange(past.keys.shape[0], dtype=jnp.int32)
+        (x_SBD, past), _ = jax.lax.scan(step, (x_SBD, past), (group, numbers))
+        groups.append(past)
     position_SB = jnp.minimum(cache.position_SB + 1, cache.room - 1)
-    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(layers), position_SB)
+    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(groups), position_SB)
 
 
 def _with_room(room: int, *values: Array) -> tuple[Array, ...]:

@@ -8,7 +8,7 @@ import pytest
 from model.tools import QUICK, on_mesh, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.inference.sampling import Draws, Sampling, candidates, draws, sample
+from bigmac_jax.decoding.sampling import Draws, Sampling, candidates, draws, sample
 
 SHARES = np.array([0.1, 0.5, 0.05, 0.3, 0.05])  # by token; sorted: 1, 3, 0, then two alike
 N = 4000

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import jax
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from bigmac_jax.config import Config
@@ -15,6 +16,7 @@ from bigmac_jax.mesh import AXES, ExpertGroup
 from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.moe import make_strategy, strategy
+from bigmac_jax.model.parameters import declared
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
@@ -31,30 +33,18 @@ class Parameters(NamedTuple):
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """From the abstract model, which takes no memory."""
-    m, parts, of_a_rank = config.model, dict[str, int](), 0
+    m, parts = config.model, dict[str, int]()
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
         model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-        if "router_bias_E" in names:  # no gradient moves it
-            continue
-        part = _part(names, m.is_moe)
+    of_rank = 0
+    for parameter in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)):
+        part, leaf = declared(parameter).part, parameter[...]
         parts[part] = parts.get(part, 0) + leaf.size
-        of_a_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
+        of_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
-    return Parameters(total, total - idle, parts, of_a_rank)
-
-
-def _part(names: list[str], is_moe: bool) -> str:
-    """Of the model that a parameter belongs to, by its path."""
-    if any("norm" in name for name in names):
-        return "norms"
-    for part in ("embedding", "positions", "attention", "router", "experts", "shared"):
-        if any(name == part or name.startswith((part + "_", "un" + part + "_")) for name in names):
-            return "embedding" if part == "positions" else part
-    return "projections" if is_moe else "mlp"  # W↓ and W↑ have the names of a dense layer's matrices
+    return Parameters(total, total - idle, parts, of_rank)
 
 
 def flops(config: Config) -> dict[str, float]:
@@ -84,29 +74,35 @@ def forward_passes(config: Config) -> int:
     return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
 
 
+def recomputes(config: Config) -> bool:
+    """Whether a layer's forward pass runs again in its backward pass."""
+    return config.execution.remat == "layer"
+
+
 def tensor_bytes(config: Config, sizes: Sizes) -> float:
     """Bytes that a rank sends to its `tensor` ranks in a training step.
 
     A layer's attention gathers its input and scatters its output, and their gradients the other way round; so does a
     dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide.
     """
-    m, t = config.model, sizes.get("tensor", 1)
+    m, t, again = config.model, sizes.get("tensor", 1), recomputes(config)
     if t == 1:
         return 0.0
     ranks = math.prod(sizes.values())
     passes = forward_passes(config)
     tokens = config.data.batch_size * config.data.sequence_length / ranks
     # What a recomputed layer ends in is not summed again.
-    moved = tokens * m.hidden_size * (2 * passes + 2 + 2 * m.remat)
+    moved = tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
     if not m.is_moe:
-        moved += tokens * m.hidden_size * (2 * passes + 2 + m.remat)
+        moved += tokens * m.hidden_size * (2 * passes + 2 + again)
     elif config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
-        exchange = strategy(m, m.capacity_factor, at_a_time, ExpertGroup((sizes["node"], sizes["expert"]), "gpu", ""))
+        group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
+        exchange = strategy(config, m.capacity_factor, at_a_time, group)
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
-        again = m.remat * (1 + (m.structure == "bigmac" or not exchange.sums_at_experts))
-        moved += rows * m.wire_size * (2 * passes + 2 + again)
-    return moved * (t - 1) * (2 if m.dtype == "bfloat16" else 4) * m.num_layers
+        repeated = again * (1 + (m.structure == "bigmac" or not exchange.sums_at_experts))
+        moved += rows * m.wire_size * (2 * passes + 2 + repeated)
+    return moved * (t - 1) * config.execution.dtype_bytes * m.num_layers
 
 
 class Traffic(NamedTuple):
@@ -124,15 +120,15 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
     if not m.is_moe:
         return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
     if name:
-        exchange = make_strategy(name, m, m.capacity_factor, group)
+        exchange = make_strategy(name, config, m.capacity_factor, group)
     else:
-        exchange = strategy(m, m.capacity_factor, tokens, group)
+        exchange = strategy(config, m.capacity_factor, tokens, group)
     forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
     # The forward pass runs again where loads are counted first, and where it is rematerialised; there what comes back
     # is not asked for again if nothing but sums follows on it.
-    passes = forward_passes(config)
-    dispatches = passes + m.remat
-    combines = passes + (m.remat and (m.structure == "bigmac" or not exchange.sums_at_experts))
+    passes, again = forward_passes(config), recomputes(config)
+    dispatches = passes + again
+    combines = passes + (again and (m.structure == "bigmac" or not exchange.sums_at_experts))
 
     def rows(dispatch: Sent, combine: Sent) -> Sent:
         there = dispatch.times(dispatches * forward + backward)
@@ -140,7 +136,7 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
 
     useful = exchange.useful(tokens, m.choices)
     metadata, gradient = exchange.metadata(tokens, m.choices)
-    here = m.num_layers * config.train.accumulate_steps * m.overlap_chunks  # layers of a rank in a step
+    here = m.num_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
     return Traffic(
         rows(useful, useful).times(here * ranks),
         rows(*exchange.sent(tokens, m.choices)).times(here * ranks),
@@ -151,7 +147,7 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
 
 def tokens_at_a_time(config: Config, ranks: int) -> int:
     """Tokens of a rank that one exchange carries in training."""
-    parts = ranks * config.train.accumulate_steps * config.model.overlap_chunks
+    parts = ranks * config.train.accumulate_steps * config.execution.overlap_chunks
     return config.data.batch_size * config.data.sequence_length // parts
 
 
@@ -159,11 +155,11 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     """Bytes on one rank, by part. Activations are an estimate; the compiled program has what is really allocated."""
     m, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
-    size = 2 if m.dtype == "bfloat16" else 4
+    size = config.execution.dtype_bytes
     layer = tokens * _kept_by_a_layer(config, ranks, group) * size
     block = tokens * m.hidden_size * size
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
-    activations = m.num_layers * block + layer if m.remat else m.num_layers * (block + layer)
+    activations = m.num_layers * block + layer if recomputes(config) else m.num_layers * (block + layer)
     return {
         "parameters": 4 * count.of_a_rank,
         "optimizer": 8 * count.of_a_rank,
@@ -182,7 +178,7 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
     if not m.is_moe:
         return kept + m.hidden_size + matrices * m.expert_width + gathered
     tokens = tokens_at_a_time(config, ranks)
-    exchange = strategy(m, m.capacity_factor, tokens, group)
+    exchange = strategy(config, m.capacity_factor, tokens, group)
     rows = received_rows(exchange, tokens, m.choices) / tokens
     kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
     return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width

@@ -8,7 +8,7 @@ import pytest
 from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import Config
-from bigmac_jax.inference.cache import decode, make_decoder, prefill
+from bigmac_jax.decoding.cache import decode, make_decoder, prefill
 
 ROWS, LENGTH, PROMPT, ROOM = 8, 20, 12, 24
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")

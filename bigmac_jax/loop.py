@@ -17,6 +17,7 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
+from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints, read_config, write_config
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
@@ -79,8 +80,8 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     data.set_state(position)
     if hosts.is_first():
         write_config(config, workdir)  # only now: a start that failed leaves the workdir free
-    hosts.say(config.model.describe())
-    if config.model.is_moe and config.model.exchange == "auto":
+    hosts.say(config.describe())
+    if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     hosts.say(
@@ -293,7 +294,7 @@ class _Run:
                 model,
                 self.validation,
                 config.data.sequence_length,
-                config.data.batch_size,
+                evaluation_rows(config),
                 lambda tokens: self.watch.advance(),
             )
         self.writer.write(

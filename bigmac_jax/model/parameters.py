@@ -1,0 +1,94 @@
+"""What a parameter is, said once: its dimensions, where they are split, what it starts as, whether it decays, in which
+dtype it is gathered, and which part of the model it is counted with.
+
+The declaration stands on the variable. Initialisation, the optimizer, the counts, the decoder and the exchange of
+parameters between ranks ask it; none of them reads a name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ExecutionConfig
+from bigmac_jax.mesh import Crossing, Entry, Weight, fully_sharded, names
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A parameter.
+
+    Attributes:
+      dims: a letter a dimension, as in the names: "eRF". Layers, which stack it, come before them.
+      part: of the model, for counts: attention, experts, router, shared, projections, mlp, embedding, norms.
+      value: what it starts as: the standard deviation of N(0, value²), or with `constant` every entry.
+      axes: of the mesh, that each dimension is split over, whatever mesh.fsdp is.
+      decays: whether weight decay makes it smaller: matrices and tables of tokens, not norms, biases and positions.
+      small: too small to be worth a gather: mesh.fsdp leaves it whole.
+      exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
+      rows_first: mesh.fsdp splits the first dimension if it can (a table's rows), not the largest.
+    """
+
+    dims: str
+    part: str
+    value: float
+    constant: bool = False
+    axes: tuple[Entry, ...] = ()
+    decays: bool = True
+    small: bool = False
+    exact: bool = False
+    rows_first: bool = False
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """The axes that it stays split over where it is used."""
+        return tuple(axis for entry in self.axes for axis in names(entry))
+
+    def spec(self, shape: tuple[int, ...], fsdp: bool, sizes: Mapping[str, int]) -> P:
+        """Of its own dimensions, on a mesh of `sizes`."""
+        own = P(*(*self.axes, *[None] * (len(shape) - len(self.axes))))
+        return fully_sharded(shape, own, sizes, self.rows_first) if fsdp and not self.small else own
+
+    def crossing(self, execution: ExecutionConfig) -> Crossing:
+        """How ranks exchange it and its gradient."""
+        dtype = "float32" if self.exact else execution.dtype
+        return Crossing(dtype, "float32" if self.exact else execution.gather_dtype or dtype, execution.reduce_dtype)
+
+
+def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Param:
+    """A float32 parameter, drawn where it will stand: each rank draws its shard. Values don't depend on the mesh."""
+    assert len(shape) == len(declaration.dims), declaration
+    spec = declaration.spec(shape, config.mesh.fsdp, jax.sharding.get_abstract_mesh().shape)
+    if declaration.constant:
+        value = jnp.full(shape, declaration.value, jnp.float32, out_sharding=spec)
+    else:
+        assert key is not None, declaration
+        value = declaration.value * jax.random.normal(key, shape, out_sharding=spec)
+    return nnx.Param(value, declaration=declaration)
+
+
+def declared(variable: nnx.Variable) -> Declaration:
+    """Raises AttributeError for a variable that is no parameter."""
+    return variable.declaration
+
+
+def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> Any:
+    """`function` of each parameter's declaration and array, in the shape of `tree`; other variables stay."""
+
+    def apply(node: Any) -> Any:
+        if not isinstance(node, nnx.Param):
+            return node
+        return jax.tree.map(lambda leaf: function(declared(node), leaf), node)
+
+    return jax.tree.map(apply, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def weight(config: Config, variable: nnx.Param) -> Weight:
+    """A parameter for `on_each_rank`."""
+    of = declared(variable)
+    return Weight(variable[...], of.crossing(config.execution), of.split)
