@@ -16,7 +16,8 @@ from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, with_mesh  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.interchange import choose, export_model, import_run  # noqa: E402
-from bigmac_jax.training.checkpoint import read_config, restore  # noqa: E402
+from bigmac_jax.training.checkpoint import restore  # noqa: E402
+from bigmac_jax.training.workdir import read_config  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")

@@ -19,7 +19,8 @@ from bigmac_jax.evaluation.loglikelihood import check_windows  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs  # noqa: E402
 from bigmac_jax.programs import evaluation_rows  # noqa: E402
-from bigmac_jax.training.checkpoint import find_checkpoint, read_config, restore  # noqa: E402
+from bigmac_jax.training.checkpoint import find_checkpoint, restore  # noqa: E402
+from bigmac_jax.training.workdir import read_config  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")

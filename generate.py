@@ -22,7 +22,8 @@ from bigmac_jax import cli, hosts  # noqa: E402
 from bigmac_jax.config import ConfigError, with_mesh  # noqa: E402
 from bigmac_jax.inference import Completion, Generator, Request, Sampling  # noqa: E402
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests  # noqa: E402
-from bigmac_jax.training.checkpoint import read_config, restore  # noqa: E402
+from bigmac_jax.training.checkpoint import restore  # noqa: E402
+from bigmac_jax.training.workdir import read_config  # noqa: E402
 from bigmac_jax.watch import Watch  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")

@@ -39,7 +39,7 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
         model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     of_rank = 0
     for parameter in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)):
-        part, leaf = declared(parameter).part, parameter[...]
+        part, (leaf,) = declared(parameter).part, jax.tree.leaves(parameter)
         parts[part] = parts.get(part, 0) + leaf.size
         of_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
     total = sum(parts.values())

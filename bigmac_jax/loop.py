@@ -19,7 +19,7 @@ from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.training import guard
-from bigmac_jax.training.checkpoint import Checkpoints, read_config, write_config
+from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
     MetricsWriter,
@@ -30,6 +30,7 @@ from bigmac_jax.training.metrics import (
     step_record,
 )
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, write_run
 from bigmac_jax.watch import Watch, held
 
 _log = logging.getLogger(__name__)
@@ -64,11 +65,16 @@ def train(
 def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
     mesh = jax.sharding.get_mesh()
     with hosts.together():
-        if (workdir / "config.json").exists():
+        resumed = (workdir / "config.json").exists()
+        if resumed:
             check_resume(read_config(workdir), config)
         tokenizer = load_tokenizer(config)
         train_stream = open_stream(config, "train", tokenizer)
         validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
+        data_is |= {"validation": validation.text} if validation else {}
+        if resumed:
+            check_data(workdir, config, data_is)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
     trainer = make_trainer(config, mesh)
@@ -78,8 +84,11 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     newest = checkpoints.newest_intact()
     state, position = _start(config, trainer, checkpoints, newest)
     data.set_state(position)
+    notes = changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else []
     if hosts.is_first():
-        write_config(config, workdir)  # only now: a start that failed leaves the workdir free
+        write_run(workdir, config, data_is, dict(mesh.shape))  # only now: a start that failed leaves the workdir free
+        for note in notes:
+            _log.warning("%s", note)
     hosts.say(config.describe())
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))

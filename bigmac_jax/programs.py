@@ -12,12 +12,10 @@ B batch, L length, S batch shards, B rows of one, N = S·B, P prompt length, M r
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,7 +25,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.decoding.cache import Cache, Decoder, decode, make_decoder, prefill
 from bigmac_jax.decoding.sampling import Draws, draws, sample
 from bigmac_jax.mesh import batch_ranks, batch_spec, placed, replicated_spec, tensor_ranks, token_spec
-from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import TokenScores, token_scores
 from bigmac_jax.training.step import make_trainer
 
@@ -105,6 +103,7 @@ class Program(NamedTuple):
       arguments: abstract arrays on the mesh.
       static: keyword arguments.
       beside: abstract arrays that are in memory while it runs though it is not given them.
+      then: the function that takes what it gives.
     """
 
     name: str
@@ -112,38 +111,68 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     static: dict[str, Any]
     beside: Any = ()
+    then: Any = None
 
     def lower(self) -> Any:
         return self.function.lower(*self.arguments, **self.static)
 
 
-def programs(config: Config, mesh: Mesh) -> Iterator[Program]:
-    """All of `config`'s on the current mesh, which may be of devices that are only compiled for.
+def make_program(name: str, config: Config, mesh: Mesh) -> Program:
+    """One of `NAMES` on the current mesh, which may be of devices that are only compiled for.
 
     Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, greedy,
     as generate.py has them by default.
     """
-    data, trainer = config.data, make_trainer(config, mesh)
+    return _MAKERS[name](config, mesh)
 
-    def abstract(spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    state, length = trainer.abstract_state, data.sequence_length + 1
+def _init_program(config: Config, mesh: Mesh) -> Program:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    yield Program("init", trainer.init, (key,), {})
-    yield Program("step", trainer.step, (state, abstract(batch_spec(2), data.batch_size, length)), {})
-    model = nnx.merge(trainer.graphdef, state.params, state.rest)
-    yield Program(
-        "evaluate", evaluate, (model, abstract(batch_spec(2), evaluation_rows(config), length)), {}, state.opt_state
-    )
+    return Program("init", make_trainer(config, mesh).init, (key,), {})
 
-    decoder = jax.eval_shape(functools.partial(make_decoder, config), model)
-    made = make_decoding(placed(decoder, mesh))
-    shape = decoding_shape(PROMPTS)
-    drawn = Draws(*(abstract(token_spec(2), *shape, dtype=v.dtype) for v in draws([], [], shape)))
-    prompts = abstract(token_spec(2), math.prod(shape), data.sequence_length)
-    arguments = (made.weights, prompts, abstract(batch_spec(2), *shape), drawn)
-    static = {"room": data.sequence_length, "candidates": 1}
-    yield Program("prefill", made.prefill, arguments, static)
-    started, _ = jax.eval_shape(functools.partial(made.prefill.function, **static), *arguments)
-    yield Program("decode", made.decode, (made.weights, placed(started, mesh), drawn), {"candidates": 1})
+
+def _step_program(config: Config, mesh: Mesh) -> Program:
+    trainer = make_trainer(config, mesh)
+    return Program("step", trainer.step, (trainer.abstract_state, _windows(config.data.batch_size, config, mesh)), {})
+
+
+def _evaluate_program(config: Config, mesh: Mesh) -> Program:
+    trainer = make_trainer(config, mesh)
+    state, windows = trainer.abstract_state, _windows(evaluation_rows(config), config, mesh)
+    return Program("evaluate", evaluate, (trainer.model(state), windows), {}, state.opt_state)
+
+
+def _prefill_program(config: Config, mesh: Mesh) -> Program:
+    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    made = make_decoding(placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh))
+    shape, length = decoding_shape(PROMPTS), config.data.sequence_length
+    drawn = Draws(*(_abstract(mesh, token_spec(2), *shape, dtype=v.dtype) for v in draws([], [], shape)))
+    prompts = _abstract(mesh, token_spec(2), math.prod(shape), length)
+    arguments = (made.weights, prompts, _abstract(mesh, batch_spec(2), *shape), drawn)
+    return Program("prefill", made.prefill, arguments, {"room": length, "candidates": 1}, then=made.decode)
+
+
+def _decode_program(config: Config, mesh: Mesh) -> Program:
+    before = _prefill_program(config, mesh)
+    weights, _, _, drawn = before.arguments
+    started, _ = jax.eval_shape(functools.partial(before.function.function, **before.static), *before.arguments)
+    return Program("decode", before.then, (weights, placed(started, mesh), drawn), {"candidates": 1})
+
+
+_MAKERS = {
+    "init": _init_program,
+    "step": _step_program,
+    "evaluate": _evaluate_program,
+    "prefill": _prefill_program,
+    "decode": _decode_program,
+}
+NAMES = tuple(_MAKERS)
+
+
+def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _windows(rows: int, config: Config, mesh: Mesh) -> Any:
+    """Abstract tokens_BL, [B, L + 1]."""
+    return _abstract(mesh, batch_spec(2), rows, config.data.sequence_length + 1)

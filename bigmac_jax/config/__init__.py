@@ -10,7 +10,7 @@ from bigmac_jax.config.fields import (
     TrainConfig,
     from_dict,
 )
-from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, with_mesh
+from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
 from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "check_resume",
     "from_dict",
     "load_config",
+    "resume_notes",
     "with_mesh",
 ]

@@ -19,10 +19,12 @@ from ml_collections import ConfigDict, config_flags
 from bigmac_jax.config.fields import Config, from_dict, moved
 from bigmac_jax.config.rules import ConfigError, check_batch
 
-# What a resumed run may change (docs/training.md, "Resuming").
-MAY_CHANGE = ("mesh.", "train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-              "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor",
-              "cache_dir")  # fmt: skip
+# What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
+# lies, as long as that is the same (`training.workdir.check_data`).
+MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every",
+              "train.checkpoint_every", "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps",
+              "train.spike_factor", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
+              "data.num_workers", "cache_dir")  # fmt: skip
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -34,6 +36,34 @@ def check_resume(saved: Config, new: Config) -> None:
                 f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; "
                 f"keep {before[name]!r}, or use a new --workdir"
             )
+
+
+def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_after: dict[str, int]) -> list[str]:
+    """A line for each way in which a resumed run differs by more than rounding from one that was not changed.
+
+    Args:
+      mesh_before, mesh_after: ranks by axis.
+    """
+    model, parts = new.model, ("train.accumulate_steps", saved.train.accumulate_steps, new.train.accumulate_steps)
+    split = [parts, *((f"mesh.{axis}", mesh_before.get(axis), size) for axis, size in mesh_after.items())]
+    split += [
+        (f"execution.{name}", getattr(saved.execution, name), getattr(new.execution, name))
+        for name in ("exchange", "overlap_chunks")
+    ]
+    changed = ", ".join(f"{name} {before} → {after}" for name, before, after in split if before != after)
+    notes = []
+    if model.is_moe and changed and not (saved.dropless and new.dropless):
+        notes.append(
+            f"{changed}: which choices find their expert full (model.capacity_factor={model.capacity_factor:g}) "
+            f"depends on it; from here on the run drops others"
+        )
+    if parts[1] != parts[2]:
+        of_parts = f"train.accumulate_steps {parts[1]} → {parts[2]}: "
+        if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
+            notes.append(of_parts + "with model.balance_scope=part the balance loss is of other parts from here on")
+        if model.dropout:
+            notes.append(of_parts + "model.dropout draws other entries from here on")
+    return notes
 
 
 def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:

@@ -84,10 +84,13 @@ class MemoryStream(_Counted):
 
 
 class CachedStream(_Counted):
-    """A stream on disk. It can be pickled, and read from several threads."""
+    """A stream on disk. It can be pickled, and read from several threads.
 
-    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str):
-        self.counts, self._dtype = counts, np.dtype(dtype)
+    text: the fingerprint of its documents.
+    """
+
+    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str, text: str):
+        self.counts, self._dtype, self.text = counts, np.dtype(dtype), text
         self._records = grain.sources.ArrayRecordDataSource(str(directory / _TOKENS))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -112,22 +115,22 @@ def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: 
     key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
     path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     with locked(path):
-        stream = _open(path, key)
+        stream = _open(path, key, docs.fingerprint)
         if stream is None:
             with whole_directory(path) as part:
                 _write(part, key, docs, split, tokenizer)
-            stream = _open(path, key)
+            stream = _open(path, key, docs.fingerprint)
             assert stream is not None, path
     return stream
 
 
-def _open(path: pathlib.Path, key: str) -> CachedStream | None:
+def _open(path: pathlib.Path, key: str, text: str) -> CachedStream | None:
     if not path.exists():
         return None
     try:
         meta = json.loads((path / _META).read_text())
         if meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
-            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"])
+            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     _log.warning("%s is damaged; tokenising again", path)

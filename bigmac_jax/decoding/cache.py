@@ -66,9 +66,11 @@ def make_decoder(config: Config, model: Transformer, exchange: str = "auto", con
       config, exchange: as for `decoding`.
       consume: frees the model's layers on the way; the model can't be used any more.
     """
-    abstract = jax.eval_shape(functools.partial(init_model, decoding(config, exchange)), jax.random.key(0))
+    # No array is made here: the mesh may be of devices that are only compiled for.
+    abstract = jax.eval_shape(lambda: init_model(decoding(config, exchange), jax.random.key(0)))
     ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
-    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, ends.layers))
+    stored = jax.tree.map(lambda leaf: str(leaf.dtype), ends.layers)
+    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, stored))
     leaves, treedef = jax.tree.flatten(ends.layers)
     ends.layers = None
     ends = map_declared(lambda of, w: w.astype(of.crossing(config.execution).compute), ends)

@@ -31,7 +31,8 @@ from bigmac_jax.inference import Generator, Sampling
 from bigmac_jax.inference.generate import Request as Prompt
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.checkpoint import read_config, restore
+from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.workdir import read_config
 
 try:
     from lm_eval.api.model import LM

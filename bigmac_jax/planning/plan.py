@@ -12,7 +12,7 @@ from bigmac_jax.counts import Sizes, exchange_traffic, flops, memory, parameters
 from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
-from bigmac_jax.planning import paper, program, search
+from bigmac_jax.planning import paper, program, search, topologies
 from bigmac_jax.planning.cost import Times, mesh_group, physical_group, step_time
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     """What a plan is for."""
 
     devices: int
-    topology: program.Topology | None
+    topology: topologies.Topology | None
     hardware: Hardware | None
     simulated: bool  # the program of CPU devices is looked at, and their exchanges are what is counted
 
@@ -63,7 +63,11 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         if request.hardware == "paper":
             result["paper_comparison"] = [row._asdict() for row in paper.comparison(place.hardware)]
     if request.compile:
-        result["program"] = _program(config, sizes, place)
+        programs = result["programs"] = _programs(config, place)
+        result["program"] = programs["step"]
+        result["restore"] = _restore(config, sizes, programs, place)
+        if place.hardware:
+            result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.sweep:
         axes = _axes(request.sweep)
         fields = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -81,7 +85,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
 
 
 def _place(config: Config, request: Request) -> Place:
-    topology = program.parse_topology(request.topology) if request.topology else None
+    topology = topologies.parse_topology(request.topology) if request.topology else None
     name = request.hardware or (topology.kind if topology else "")
     hardware = load_hardware(name) if name else None
     devices = request.devices or max(1, config.mesh.data) * config.mesh.model_ranks
@@ -234,8 +238,20 @@ def _baselines(config: Config, place: Place) -> dict[str, Any]:
     return found
 
 
-def _program(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
+def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
     if place.topology:
-        return program.describe(config, program.tpu_devices(place.topology), place.hardware, place.topology.shape)
+        devices = topologies.tpu_devices(place.topology)
+        return program.describe_programs(config, devices, place.hardware, place.topology.shape)
     jax.config.update("jax_num_cpu_devices", place.devices)
-    return program.describe(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
+    return program.describe_programs(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
+
+
+def _restore(config: Config, sizes: Sizes, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+    """What reading a checkpoint takes on one rank, bytes: the state that train.py goes on with; and the parameters that
+    generate.py casts, leaf by leaf, beside the weights that it made of them."""
+    parameters_bytes = 4 * parameters(config, sizes).of_a_rank
+    need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
+    if "memory" in programs.get("decode", {}):
+        need["generate"] += programs["decode"]["memory"]["arguments"]
+    fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}
+    return need | fits

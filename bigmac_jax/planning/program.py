@@ -1,83 +1,36 @@
-"""What the compiler makes of a training step: for simulated CPU devices, or for a TPU pod that is not there.
+"""What the compiler makes of the programs: for simulated CPU devices, or for a TPU pod that is not there.
 
-The program is the one that train.py runs, compiled for abstract arrays: no parameter is allocated.
+They are those that train.py, eval.py and generate.py run, compiled for abstract arrays: no parameter is allocated.
 """
 
+import contextlib
 import dataclasses
-import importlib.util
 import math
-import os
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import batch_spec, make_mesh
+from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.planning import hlo, schedule
 from bigmac_jax.planning.cost import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
-from bigmac_jax.training.step import make_trainer
-
-# Of the TPUs that are planned for: name of a topology → hardware file.
-TPUS = ("v5e", "v5p", "v6e")
-
-
-class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-
-
-def parse_topology(name: str) -> Topology:
-    """Raises ConfigError for a kind that is not known or a shape that is none."""
-    kind, _, shape = name.partition(":")
-    if kind not in TPUS:
-        raise ConfigError(f"--topology={name} must begin with one of {', '.join(TPUS)}, as in --topology=v5e:4x8")
-    dimensions = 3 if kind == "v5p" else 2
-    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
-        example = "v5p:2x4x4" if dimensions == 3 else f"{kind}:4x8"
-        raise ConfigError(f"--topology={name} must have {dimensions} sizes, as in --topology={example}")
-    return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
-
-
-def tpu_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice that is not there; needs libtpu, which is the compiler, and no TPU."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            f"--topology={topology.name} with --compile needs the TPU compiler, libtpu; "
-            f"pip install -e '.[tpu]' brings the one of this jax (any x86 Linux machine, no TPU)"
-        )
-    # libtpu reads these when it is loaded: there is no TPU to be found or to be locked, and nothing to warn of.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": f"{topology.kind}-{math.prod(topology.shape)}",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
-    except Exception as error:
-        raise ConfigError(f"--topology={topology.name} is not one that libtpu knows: {_first_line(error)}") from None
+from bigmac_jax.planning.topologies import first_line
+from bigmac_jax.programs import NAMES, make_program
 
 
 class Compiled(NamedTuple):
-    """A training step's program, the same for every rank."""
+    """A program, the same for every rank."""
 
+    name: str
     text: str  # HLO, on TPU in the order of the schedule
     seconds: float  # to trace and compile
     memory: dict[str, int]  # bytes of a rank
+    beside: int  # bytes of a rank that are alive at the same time, and that the program knows nothing of
     mesh: dict[str, int]
 
 
@@ -85,36 +38,50 @@ class DoesNotFitError(ConfigError):
     """The compiler gave up: memory."""
 
 
-def compile_step(config: Config, devices: Sequence[Any]) -> Compiled:
-    """Compiles train.py's step for `devices`, all of them.
+def compile_program(config: Config, devices: Sequence[Any], name: str = "step") -> Compiled:
+    """Compiles one of the programs that train.py, eval.py and generate.py run, for `devices`, all of them.
 
     Raises:
-      ConfigError: the mesh does not fit the devices.
-      DoesNotFitError: the compiler found no way to fit the program into memory.
+      ConfigError: the mesh does not fit the devices; or the program does not compile, and is named.
+      DoesNotFitError: the compiler found no way to fit it into memory.
     """
-    start = time.perf_counter()
-    mesh = make_mesh(config, devices=devices)
-    shape = config.data.batch_size, config.data.sequence_length + 1
-    with jax.set_mesh(mesh):
-        trainer = make_trainer(config, mesh)
-        tokens_BL = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(2)))
-        lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
-        # LLVM's optimisations change neither a CPU program's HLO nor its buffers.
-        options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DoesNotFitError(_first_line(error)) from None
+    start, mesh, device = time.perf_counter(), make_mesh(config, devices=devices), devices[0]
+    # LLVM's optimisations change neither a CPU program's HLO nor its buffers.
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    with jax.set_mesh(mesh), _named(name, device):
+        program = make_program(name, config, mesh)
+        compiled = program.lower().compile(compiler_options=options)
     stats = compiled.memory_analysis()
     arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
     # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold. The peak that
     # CPU states leaves out nearly all of it.
-    peak = getattr(stats, "peak_memory_in_bytes", 0) if devices[0].platform == "tpu" else 0
-    held = peak or arguments + stats.temp_size_in_bytes
+    peak = getattr(stats, "peak_memory_in_bytes", 0) if device.platform == "tpu" else 0
+    held = peak or arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
-    return Compiled(compiled.as_text(), time.perf_counter() - start, memory, dict(mesh.shape))
+    seconds = time.perf_counter() - start
+    return Compiled(name, compiled.as_text(), seconds, memory, _bytes(program.beside), dict(mesh.shape))
+
+
+@contextlib.contextmanager
+def _named(program: str, device: Any) -> Iterator[None]:
+    """Says which program did not compile, in one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFitError(f"{program}: {first_line(error)}") from None
+        raise ConfigError(
+            f"the program {program!r} does not compile for {device.device_kind}: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _bytes(tree: Any) -> int:
+    """Of one rank."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def as_on_accelerators(config: Config) -> Config:
@@ -129,14 +96,39 @@ def as_on_accelerators(config: Config) -> Config:
 def describe(
     config: Config, devices: Sequence[Any], hardware: Hardware | None = None, topology: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
-    """Compiles and reads the program; bytes and FLOPs of all ranks in a step, memory of one."""
-    ranks = len(devices)
-    try:
-        compiled = compile_step(config, devices)
-    except DoesNotFitError as error:
-        change = _what_to_change(config, ranks)
-        return {"device_kind": devices[0].device_kind, "fits": False, "change": change, "compiler": str(error)}
-    module = hlo.parse(compiled.text)
+    """Compiles the training step and reads it; bytes and FLOPs of all ranks in a step, memory of one."""
+    return describe_programs(config, devices, hardware, topology, ("step",))["step"]
+
+
+def describe_programs(
+    config: Config,
+    devices: Sequence[Any],
+    hardware: Hardware | None = None,
+    topology: tuple[int, ...] | None = None,
+    names: Sequence[str] = NAMES,
+) -> dict[str, dict[str, Any]]:
+    """As `describe`, of every program, by name."""
+    found = {}
+    for name in names:
+        try:
+            compiled = compile_program(config, devices, name)
+        except DoesNotFitError as error:
+            change = _what_to_change(config, len(devices))
+            kind = devices[0].device_kind
+            found[name] = {"device_kind": kind, "fits": False, "change": change, "compiler": str(error)}
+        else:
+            found[name] = _described(compiled, config, devices, hardware, topology)
+    return found
+
+
+def _described(
+    compiled: Compiled,
+    config: Config,
+    devices: Sequence[Any],
+    hardware: Hardware | None,
+    topology: tuple[int, ...] | None,
+) -> dict[str, Any]:
+    ranks, module = len(devices), hlo.parse(compiled.text)
     found = hlo.collectives(module, compiled.mesh)
     work = hlo.matmul_flops(module)
     sent = {role: 0.0 for role in ("payload", "metadata", "other")}
@@ -155,14 +147,17 @@ def describe(
         "metadata_sent_bytes": round(sent["metadata"]),
         "other_sent_bytes": round(sent["other"]),
         "memory": compiled.memory,
+        "memory_beside": compiled.beside,
         "collectives": _summary(found, config.model.num_layers),
     }
     if hardware:
+        needed = compiled.memory["total"] + compiled.beside
         result["memory_available"] = hardware.memory_bytes
-        result["fits"] = compiled.memory["total"] <= hardware.memory_bytes
+        result["fits"] = needed <= hardware.memory_bytes
         if not result["fits"]:
-            result["advice"] = _advice(config, ranks, module, compiled.memory["total"], hardware.memory_bytes)
-    if hardware and module.scheduled and devices[0].platform == "tpu" and config.model.is_moe:
+            result["advice"] = _advice(config, ranks, module, needed, hardware.memory_bytes)
+    scheduled = hardware and module.scheduled and devices[0].platform == "tpu"
+    if hardware and scheduled and config.model.is_moe and compiled.name == "step":
         result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
         if not environment.compiler_options(devices[0]).get("xla_tpu_enable_async_all_to_all"):
             kind = devices[0].device_kind
@@ -237,7 +232,3 @@ def _what_to_change(config: Config, ranks: int) -> str:
     if not config.mesh.fsdp:
         return "--config.mesh.fsdp=True"
     return "more ranks in mesh.expert, or a smaller model"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -27,6 +27,7 @@ from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.step import TrainState, split
+from bigmac_jax.training.workdir import read_config
 
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
@@ -279,18 +280,6 @@ def _on_first(find: Callable[[], Any]) -> Any:
     return hosts.first(found)
 
 
-def read_config(workdir: pathlib.Path) -> Config:
-    """The config that a workdir was trained with.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"--workdir={workdir} holds no config.json; give the workdir of a training run")
-    return Config.from_json(file.read_text(), str(file))
-
-
 def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
     """The number of the checkpoint that `restore` would take, and a digest of what it holds; ConfigError likewise."""
     checkpoints = Checkpoints(workdir)
@@ -300,15 +289,6 @@ def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
         checkpoints.close()
     file = workdir / "checkpoints" / str(number) / manifest.NAME  # has the digests of all its files
     return number, _on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
-
-
-def write_config(config: Config, workdir: pathlib.Path) -> None:
-    """Makes the directory a workdir; the file appears whole or not at all."""
-    file = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(config.to_json())
-    os.replace(temporary, file)
 
 
 def restore(

@@ -154,7 +154,7 @@ def parameters(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int,
 def sent(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]]:
     """Collectives of the compiled step's loops over layers: (kind, axes, shape) of every array that moves."""
     fields = {"structure": structure, "capacity_factor": 1.0, "qk_norm": False, "positions": "none", "balance": "none"}
-    compiled = program.compile_step(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
+    compiled = program.compile_program(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
     module = hlo.parse(compiled.text)
     found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for c in hlo.collectives(module, compiled.mesh):

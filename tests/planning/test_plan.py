@@ -98,7 +98,7 @@ def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(config: Any, devices: Any) -> None:
         raise program.DoesNotFitError("Ran out of memory in memory space hbm")
 
-    monkeypatch.setattr(program, "compile_step", refuse)
+    monkeypatch.setattr(program, "compile_program", refuse)
     monkeypatch.setattr(
         program, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
     )

@@ -14,7 +14,7 @@ from bigmac_jax.counts import exchange_traffic, flops, parameters, tensor_bytes
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
-from bigmac_jax.planning import program
+from bigmac_jax.planning import program, topologies
 
 MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
 
@@ -121,7 +121,7 @@ def test_scopes_name_the_payload() -> None:
     """Nothing of the exchange is counted under another name: all other collectives are sums of gradients or scalars."""
     found = compiled(config(MESHES["1x4"], "all_to_all"))
     assert {row["kind"] for row in found["collectives"] if row["role"] == "other"} == {"all-reduce"}
-    assert PAYLOAD in program.compile_step(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
+    assert PAYLOAD in program.compile_program(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
 
 
 @pytest.mark.parametrize("structure", ["bigmac", "fine_grained", "dense"])
@@ -154,11 +154,11 @@ def test_a_rank_keeps_its_own_chunk() -> None:
 
 
 def test_topologies() -> None:
-    assert program.parse_topology("v5p:2x4x4") == ("v5p:2x4x4", "v5p", (2, 4, 4))
+    assert topologies.parse_topology("v5p:2x4x4") == ("v5p:2x4x4", "v5p", (2, 4, 4))
     for name, part in {"v7:4x8": "v5e, v5p, v6e", "v5e": "v5e:4x8", "v5e:4x8x2": "2 sizes", "v5p:4x8": "3 sizes",
                        "v6e:0x8": "2 sizes", "v6e:4x": "2 sizes", "": "one of"}.items():  # fmt: skip
         with pytest.raises(ConfigError, match=part):
-            program.parse_topology(name)
+            topologies.parse_topology(name)
 
 
 def test_simulated_devices_stand_for_accelerators() -> None:
@@ -183,7 +183,7 @@ def test_a_description_is_json() -> None:
 
 def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
-    module = program.hlo.parse(program.compile_step(made, jax.devices("cpu")[:4]).text)
+    module = program.hlo.parse(program.compile_program(made, jax.devices("cpu")[:4]).text)
     advice = program._advice(made, 4, module, 2, 1)
     assert advice["change"] == "--config.execution.remat=layer"
     assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0

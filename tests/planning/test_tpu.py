@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import program
+from bigmac_jax.planning import topologies
 from bigmac_jax.planning.plan import Request, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
-HERE = program.importlib.util.find_spec("libtpu") is not None
+HERE = topologies.importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not HERE, reason="make test-all installs libtpu")
 
 
@@ -30,7 +30,7 @@ def planned(topology: str, parts: int, *overrides: str) -> dict[str, Any]:
 
 
 def test_without_libtpu_one_line_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     config = load_config(ROOT / "configs/paper/gpt3_xl.py", ("mesh.expert=32",))
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
         make_plan(config, Request(topology="v6e:4x8", compile=True))
@@ -67,4 +67,4 @@ def test_what_the_compiler_refuses_for_its_size() -> None:
 @needs_libtpu
 def test_a_slice_that_libtpu_does_not_know() -> None:
     with pytest.raises(ConfigError, match="not one that libtpu knows"):
-        program.tpu_devices(program.parse_topology("v6e:3x7"))
+        topologies.tpu_devices(topologies.parse_topology("v6e:3x7"))

@@ -15,8 +15,9 @@ import bigmac_jax
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.checkpoint import Checkpoints, read_config, restore
+from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.step import TrainState
+from bigmac_jax.training.workdir import read_config
 
 from .tools import Session, host, session, small
 

@@ -16,8 +16,9 @@ from tensorboardX.proto import event_pb2
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.loop import Result, train
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import Checkpoints, read_config
+from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import MetricsWriter, _truncate
+from bigmac_jax.training.workdir import read_config
 
 from .tools import quick, read_records, small
 
