@@ -6,6 +6,7 @@ ends the process, and which TPU there is, is known only once jax runs. BIGMAC_KE
 that is already set is left as it is.
 """
 
+import glob
 import os
 import sys
 from typing import Any
@@ -16,9 +17,13 @@ SETTINGS = {
         "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736",
         "linux",
         "Huge pages for malloc, and freed memory kept: XLA:CPU allocates its buffers anew in every step, and fresh "
-        "pages fault one by one. 3 to 4 % of a step of configs/tiny.py (docs/performance.md).",
+        "pages fault one by one. 3 to 4 % of a step of configs/tiny.py (docs/performance.md). Never measured beside an "
+        "accelerator, and so left out there.",
     ),
 }
+
+# Of Nvidia's GPUs, and of TPUs with older and newer drivers.
+_DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 # option → (value, kinds of device (platform, or device_kind), reason with its figure)
 COMPILER_OPTIONS = {
@@ -50,7 +55,9 @@ OVERLAP_OPTIONS = {
 
 
 def prepare() -> None:
-    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set."""
+    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or this is no CPU host."""
+    if accelerated():
+        return
     missing = {
         name: value
         for name, (value, platform, _) in SETTINGS.items()
@@ -60,6 +67,13 @@ def prepare() -> None:
         os.execve(
             sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_PREPARED": "1"}
         )
+
+
+def accelerated() -> bool:
+    """Whether jax will run on a GPU or a TPU, as far as can be seen before it is loaded."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] != "cpu"
+    return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
 
 
 def compiler_options(device: Any, overlap: bool = False) -> dict[str, Any]:

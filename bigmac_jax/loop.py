@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
@@ -17,7 +16,7 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
-from bigmac_jax.programs import evaluation_rows
+from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
@@ -120,10 +119,8 @@ def _start(
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
     """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
-    data, start = config.data, time.perf_counter()
-    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    tokens_BL = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=sharding)
-    lowered = trainer.step.lower(trainer.abstract_state, tokens_BL)
+    start = time.perf_counter()
+    lowered = step_program(config, jax.sharding.get_mesh(), trainer).lower()
     pool = ThreadPoolExecutor(1)
     future = pool.submit(lambda: (lowered.compile(), time.perf_counter() - start))
     pool.shutdown(wait=False)

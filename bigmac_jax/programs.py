@@ -27,7 +27,7 @@ from bigmac_jax.decoding.sampling import Draws, draws, sample
 from bigmac_jax.mesh import batch_ranks, batch_spec, placed, replicated_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import TokenScores, token_scores
-from bigmac_jax.training.step import make_trainer
+from bigmac_jax.training.step import Trainer, make_trainer
 
 PROMPTS = 16  # at a time, where nobody says otherwise
 
@@ -131,9 +131,13 @@ def _init_program(config: Config, mesh: Mesh) -> Program:
     return Program("init", make_trainer(config, mesh).init, (key,), {})
 
 
+def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
+    windows = _windows(config.data.batch_size, config, mesh)
+    return Program("step", trainer.step, (trainer.abstract_state, windows), {})
+
+
 def _step_program(config: Config, mesh: Mesh) -> Program:
-    trainer = make_trainer(config, mesh)
-    return Program("step", trainer.step, (trainer.abstract_state, _windows(config.data.batch_size, config, mesh)), {})
+    return step_program(config, mesh, make_trainer(config, mesh))
 
 
 def _evaluate_program(config: Config, mesh: Mesh) -> Program:

@@ -16,9 +16,11 @@ from bigmac_jax.config import (
     DataConfig,
     ExecutionConfig,
     ModelConfig,
+    TrainConfig,
     check_resume,
     from_dict,
     load_config,
+    resume_notes,
     with_mesh,
 )
 
@@ -284,6 +286,8 @@ def changed(name: str) -> Config:
         "model.latent_norm": "pre_dispatch", "model.router_scores": "sigmoid", "model.balance": "bias",
         "execution.dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
         "execution.wire_dtype_backward": "int8", "execution.grouped_matmul": "blocks", "execution.attention": "xla",
+        "execution.gather_dtype": "float32",
+        "execution.reduce_dtype": "bfloat16", "execution.remat": "layer",
         "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
         "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
         "mesh.node": 2, "mesh.expert": 2,
@@ -303,17 +307,65 @@ def changed(name: str) -> Config:
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "model.top_groups"])
 def test_check_resume(name: str) -> None:
-    """Fields of the mesh, periodic actions, bad steps and train.steps may change; all others are refused by name."""
-    allowed = {"train.steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-               "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir", "mesh.data", "mesh.node",
-               "mesh.expert", "mesh.tensor", "mesh.fsdp", "mesh.split_experts"}  # fmt: skip
-    if name in allowed:
+    """How a run is executed may change, and where its data lies; what is computed may not, and is refused by name."""
+    allowed = {"train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
+               "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
+               "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
+               "data.num_workers"}  # fmt: skip
+    if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))
         return
+    assert name.startswith(("model.", "data.", "optimizer.", "train."))
     with pytest.raises(ConfigError) as error:
         check_resume(Config(), changed(name))
     message = str(error.value)
     assert message.startswith(name + "=") and "\n" not in message and repr(FIELDS[name]) in message
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "said"),
+    [
+        ({}, {"remat": "layer", "attention": "xla", "dtype": "bfloat16"}, []),
+        ({}, {"overlap_chunks": 2}, ["execution.overlap_chunks 1 → 2: which choices find their expert full"]),
+        ({}, {"exchange": "gather"}, ["execution.exchange all_to_all → gather: which choices"]),
+        ({"capacity_factor": math.inf}, {"exchange": "dedup", "overlap_chunks": 2}, []),
+        ({"structure": "dense"}, {"overlap_chunks": 2}, []),
+        ({"capacity_factor": math.inf}, {"accumulate_steps": 2}, []),
+        ({"capacity_factor": math.inf, "balance_scope": "part", "dropout": 0.1}, {"accumulate_steps": 2},
+         ["train.accumulate_steps 1 → 2: with model.balance_scope=part", "model.dropout draws other entries"]),
+        ({}, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
+    ],
+)  # fmt: skip
+def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
+    """What changes more than rounding is said, a line each."""
+    before = Config(model=ModelConfig(**model))
+    parts, ranks = TrainConfig(accumulate_steps=changes.pop("accumulate_steps", 1)), changes.pop("expert", 2)
+    after = Config(model=before.model, execution=ExecutionConfig(**changes), train=parts)
+    notes = resume_notes(before, after, {"data": 1, "expert": 2}, {"data": 1, "expert": ranks})
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True)), notes
+    assert not any("\n" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExecutionConfig)])
+def test_a_moved_field_is_one_line_with_its_new_name(config_file: pathlib.Path, name: str) -> None:
+    value = getattr(ExecutionConfig(), name)
+    if name in ("gather_dtype", "reduce_dtype"):  # never were the model's
+        assert "is not a field" in refusal(config_file, f"model.{name}={value}")
+        return
+    message = refusal(config_file, f"model.{name}={value}")
+    assert message == f"model.{name} is execution.{name} now; use --config.execution.{name}={value}"
+    with pytest.raises(ConfigError, match=f"model.{name} is execution.{name} now"):
+        from_dict({"model": {name: value}})
+
+
+def test_a_config_of_the_first_edition_is_read() -> None:
+    """What train.py wrote before `execution` was."""
+    model = {"structure": "fine_grained", "num_layers": 3, "dtype": "bfloat16", "remat": True, "exchange": "dedup"}
+    config = Config.from_json(json.dumps({"model": model, "train": {"steps": 7}}))
+    assert config.model == ModelConfig("fine_grained", num_layers=3) and config.train.steps == 7
+    assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup")
+    assert Config.from_json(json.dumps({"model": {"remat": False}})).execution.remat == "none"
+    assert Config.from_json(config.to_json()) == config
 
 
 def test_check_resume_lists_fields_that_exist() -> None:

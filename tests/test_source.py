@@ -70,3 +70,37 @@ def test_a_free_variable_of_the_same_name_is_found() -> None:
     source = "def f(x):\n    def g(rows):\n        a = [x for x in rows]\n        return a, x\n    return g\n"
     assert shadowed(ast.parse(source)) == [(3, "x")]
     assert not shadowed(ast.parse(source.replace("x for x", "y for y")))
+
+
+# A room imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, which names what a notebook
+# imports, stands outside.
+ROOMS = (
+    "environment", "config", "hosts", "mesh", "watch", "data", "model", "counts", "training", "decoding", "programs",
+    "inference", "evaluation", "interchange", "planning", "report", "loop", "cli",
+)  # fmt: skip
+
+
+def imported_rooms(path: pathlib.Path) -> set[str]:
+    """Those of bigmac_jax that a file imports from, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bigmac_jax":
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bigmac_jax.")}
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    package, seen = ROOT / "bigmac_jax", set()
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        room = "cli" if path.name == "__main__.py" else room  # a command
+        seen.add(room)
+        assert room in ROOMS, f"{room} has no place in ROOMS"
+        behind = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
+        assert not behind, f"{path.relative_to(ROOT)} imports from {sorted(behind)}"
+    assert seen == set(ROOMS)

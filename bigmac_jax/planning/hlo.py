@@ -314,6 +314,8 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        if _keeps_a_part(computation, instruction):
+            kind = "reduce-scatter"
         axes, ranks = _axes(_groups(instruction, math.prod(mesh.values())), mesh)
         operands = computation.operands(instruction)
         size = sum(shape.bytes for shape in operands)
@@ -332,6 +334,14 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             )
         )  # fmt: skip
     return found
+
+
+def _keeps_a_part(computation: Computation, instruction: Instruction) -> bool:
+    """Whether an all-reduce is TPU's way of writing a reduce-scatter: in one fusion with the slice that a rank keeps,
+    and run as such (its emitter is called AllReduceScatterFusion)."""
+    root = computation.root
+    fused = instruction.opcode == "all-reduce" and computation.name.startswith("all-reduce-scatter")
+    return fused and root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
 
 
 def _groups(instruction: Instruction, devices: int) -> list[list[int]]:

@@ -12,7 +12,8 @@ from bigmac_jax.decoding.cache import decode, make_decoder, prefill
 
 ROWS, LENGTH, PROMPT, ROOM = 8, 20, 12, 24
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
-MESHES = {"1x1": (1, 1, 1), "2x2": (2, 1, 2), "1x8": (1, 1, 8), "tensor": (1, 1, 2, 2, True, True), "node": (1, 2, 2)}
+MESHES = {"1x1": (1, 1, 1), "2x2": (2, 1, 2), "1x8": (1, 1, 8), "tensor": (1, 1, 2, 2, True, True), "node": (1, 2, 2),
+          "heads": (1, 1, 2, 4)}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "present": {**PRESENT, "num_kv_heads": 2, "num_shared_experts": 1},
     "paper": PAPER,
@@ -25,6 +26,7 @@ QUICK_CASES = [
     ("fine_grained", "tensor", "paper"),
     ("bigmac", "1x8", "present"),
     ("bigmac", "2x2", "gated"),
+    ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
 ]
 
 

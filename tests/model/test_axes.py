@@ -14,7 +14,7 @@ from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning import hlo, program
 
 from .test_expert_parallel import BACKBONES, LAYOUTS, ROUTERS, STRUCTURES, check, name
-from .tools import tiny
+from .tools import PAPER, tiny
 
 Mesh = tuple[int, int, int, int, bool, bool]  # data, node, expert, tensor, fsdp, split_experts
 
@@ -37,8 +37,7 @@ def full(value: Any) -> Any:
 
 
 def build(mesh: Mesh, structure: str, router: str, backbone: str, layout: str, **model: Any) -> Config:
-    fields = STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout] | model
-    return tiny(mesh, **(fields | ({"num_kv_heads": 4} if mesh[3] == 4 else {})))
+    return tiny(mesh, **(STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout] | model))
 
 
 # Each mesh once, the structures, backbones and layouts by turns; the product is for `-m full`.
@@ -76,6 +75,13 @@ def test_strategies_with_split_experts(exchange: str) -> None:
             (1, 2, 2, 2, True, True), exchange=exchange, overlap_chunks=2, grouped_matmul="blocks", **BACKBONES["gated"]
         )
     )
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_fewer_key_value_heads_than_tensor_ranks(heads: int, fsdp: bool) -> None:
+    """Each rank takes the head that its query heads ask; the ranks that share one add up its gradient."""
+    check(tiny((1, 1, 2, 4, fsdp, False), num_kv_heads=heads, **(PAPER | {"tie_embeddings": not fsdp})))
 
 
 def test_a_batch_of_one_with_a_group_for_every_expert() -> None:

@@ -140,6 +140,38 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
     assert read_records(workdir) == records
 
 
+def test_execution_and_where_data_lies_may_change(copied: Any, tmp_path: pathlib.Path, caplog: Any) -> None:
+    """Another attention, exchange, remat, chunks, parts and workers, and the corpus in another folder."""
+    config, workdir = copied
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for split in ("train", "validation", "test"):
+        shutil.copy(pathlib.Path(config.data.source).with_name(f"{split}.jsonl"), moved)
+    changes = ["execution.remat=layer", "execution.attention=xla", "execution.exchange=dedup",
+               "execution.overlap_chunks=2", "train.accumulate_steps=2", "data.num_workers=0", "train.steps=8",
+               "execution.grouped_matmul=blocks", f"data.source={moved / 'train.jsonl'}",
+               f"data.validation_source={moved / 'validation.jsonl'}"]  # fmt: skip
+    changed = overridden(config, tmp_path, *changes)
+    assert run(changed, workdir).step == 8
+    (said,) = [record.message for record in caplog.records if "which choices" in record.message]
+    for part in ("train.accumulate_steps 1 → 2", "execution.exchange all_to_all → dedup", "capacity_factor=1"):
+        assert part in said
+    assert read_config(workdir) == changed
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_other_data_is_refused_wherever_it_lies(copied: Any, tmp_path: pathlib.Path, split: str) -> None:
+    config, workdir = copied
+    other = tmp_path / f"{split}.jsonl"
+    other.write_text(pathlib.Path(config.data.source).with_name(f"{split}.jsonl").read_text() + '{"text": "more"}\n')
+    field = {"train": "data.source", "validation": "data.validation_source"}[split]
+    with pytest.raises(ConfigError, match=f"{field}=.* holds other data than this workdir was started with"):
+        run(overridden(config, tmp_path, f"{field}={other}", "train.steps=8"), workdir)
+    (workdir / "run.json").unlink()  # of a run that the first edition started
+    with pytest.raises(ConfigError, match=f"{field}=.* differs from .* nothing to compare"):
+        run(overridden(config, tmp_path, f"{field}={other}", "train.steps=8"), workdir)
+
+
 def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
     """After a wrong data.source the corrected command is not told that the workdir is of another run."""
     config = small(tmp_path)

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, assert_close, on_mesh, tiny
+from jax.sharding import PartitionSpec as P
+from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
 
-from bigmac_jax.mesh import Crossing, Weight, replicated_spec, token_spec
+from bigmac_jax.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
 
 B, L, D, V = 8, 6, 5, 13
 
 
-def inputs(scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def inputs(scale: float = 1.0, V: int = V, L: int = L) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x_BLD, w_VD and targets_BL, among which some ids repeat and some are missing."""
     rng = np.random.default_rng(0)
     x_BLD, w_VD = scale * rng.standard_normal((B, L, D)), rng.standard_normal((V, D))
@@ -28,7 +29,7 @@ def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.nda
     logits_BLV = x_BLD @ w_VD.T
     logits_BLV -= logits_BLV.max(-1, keepdims=True)
     log_p_BLV = logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True))
-    hit_BLV = np.eye(V)[targets_BL]
+    hit_BLV = np.eye(len(w_VD))[targets_BL]
     d_BLV = (np.exp(log_p_BLV) - hit_BLV) / targets_BL.size
     return {
         "loss": -(hit_BLV * log_p_BLV).sum() / targets_BL.size,
@@ -39,15 +40,18 @@ def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.nda
 
 def _loss(x_BLD: Any, w_VD: Any, targets_BL: Any) -> Any:
     crossing = Crossing(str(w_VD.dtype), str(w_VD.dtype), "float32")
-    return linear_cross_entropy(x_BLD, Weight(w_VD, crossing), targets_BL)
+    over = TENSOR in axes_of(spec_of(w_VD))
+    return linear_cross_entropy(x_BLD, Weight(w_VD, crossing, (TENSOR,) if over else ()), targets_BL)
 
 
-def fused(mesh: tuple[int, ...], x_BLD: Any, w_VD: Any, targets_BL: np.ndarray, factor: float = 1.0) -> dict[str, Any]:
-    """`factor` times the loss, and its gradients."""
+def fused(
+    mesh: tuple[int, ...], x_BLD: Any, w_VD: Any, targets_BL: np.ndarray, factor: float = 1.0, split: bool = False
+) -> dict[str, Any]:
+    """`factor` times the loss, and its gradients; the table split over `tensor` if so."""
     with on_mesh(tiny(mesh, batch=B)):
         arguments = [
             jax.device_put(x_BLD, token_spec(3)),
-            jax.device_put(w_VD, replicated_spec(2)),
+            jax.device_put(w_VD, P(TENSOR, None) if split else replicated_spec(2)),
             jax.device_put(targets_BL, token_spec(2)),
         ]
         loss_and_gradients = jax.value_and_grad(lambda *a: factor * _loss(*a), (0, 1))
@@ -102,6 +106,37 @@ def test_scaled_by_what_follows() -> None:
     """The gradients computed in the forward pass are known up to the factor that arrives in the backward pass."""
     expected = {name: 3 * value for name, value in reference(*inputs()).items()}
     assert_close(fused((1, 1, 2), *inputs(), factor=3.0), expected, 2e-6)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1, 2), (2, 1, 2, 2), (1, 1, 2, 4)])
+@pytest.mark.parametrize("entries", [2**22, 20])
+def test_a_table_that_tensor_splits(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...], entries: int) -> None:
+    """Each rank of `tensor` takes the tokens of all and has V / tensor rows."""
+    limit_chunks(monkeypatch, entries)
+    x_BLD, w_VD, targets_BL = inputs(V=16, L=8)
+    assert_close(fused(mesh, x_BLD, w_VD, targets_BL, split=True), reference(x_BLD, w_VD, targets_BL), 2e-6)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 1, 2, 4, True)])
+def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) -> None:
+    """-log p of each token, and whether it is the likeliest, as whole logits have them; in chunks, and where `tensor`
+    splits the table."""
+    limit_chunks(monkeypatch, 600)
+    config = tiny(mesh, capacity_factor=0.5, tie_embeddings=False)
+    windows = random_tokens(config)
+    with on_mesh(config):
+        model = random_model(config)
+        whole = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        logits_BLV = np.asarray(whole(model, split_tokens(windows[:, :-1])), np.float64)
+        windows[::2, -1] = logits_BLV[::2, -1].argmax(-1)  # a target that changes no input
+        scores = jax.jit(loss.token_scores, compiler_options=QUICK)(model, split_batch(windows))
+    targets_BL = windows[:, 1:]
+    largest_BL = logits_BLV.max(-1)
+    log_z_BL = np.log(np.exp(logits_BLV - largest_BL[..., None]).sum(-1)) + largest_BL
+    expected = log_z_BL - np.take_along_axis(logits_BLV, targets_BL[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores.nll_BL, expected, rtol=1e-5)
+    np.testing.assert_array_equal(scores.likeliest_BL, logits_BLV.argmax(-1) == targets_BL)
+    assert np.asarray(scores.likeliest_BL)[::2, -1].all() and not np.asarray(scores.likeliest_BL).all()
 
 
 @pytest.mark.parametrize("entries", [1, 7, 100, 1000, 2**22])

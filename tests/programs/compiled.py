@@ -1,0 +1,80 @@
+"""Compiles all programs of a small model for TPUs that are not there, and prints what they hold as JSON.
+
+Run by itself, because the TPU compiler's platform must not meet the tests' own: python -m programs.compiled TOPOLOGY
+NAMES OVERRIDES…
+"""
+
+import json
+import math
+import re
+import sys
+from typing import Any
+
+import jax
+
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
+from bigmac_jax.config.reading import field_values, overridden
+from bigmac_jax.counts import parameters
+from bigmac_jax.mesh import AXES
+from bigmac_jax.planning import hlo
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.program import Compiled, compile_program
+from bigmac_jax.planning.topologies import parse_topology, tpu_devices
+from bigmac_jax.programs import NAMES
+
+VOCAB, EXPERTS = 4096, 64
+
+
+def small() -> Config:
+    """Two layers as wide as a tile needs, in bfloat16, over 32 ranks; of a bigmac model with all that makes programs
+    differ: grouped heads, a shared expert, a norm of the latent, a finite capacity."""
+    return Config(
+        ModelConfig(
+            num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=VOCAB,
+            num_experts=EXPERTS, top_k=4, num_shared_experts=1, latent_norm="post_combine", capacity_factor=1.25,
+        ),
+        ExecutionConfig(dtype="bfloat16"),
+        MeshConfig(expert=32),
+        DataConfig(tokenizer="bytes", sequence_length=256, batch_size=64),
+        OptimizerConfig(),
+    )  # fmt: skip
+
+
+def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
+    module = hlo.parse(compiled.text)
+    found = hlo.collectives(module, compiled.mesh)
+    largest = hlo.largest_buffers(module, 1)
+    exact = [
+        instruction.shapes[0].dims
+        for _, _, instruction in module.run()
+        if instruction.opcode in ("dot", "convolution")
+        and "highest" in instruction.attributes.get("operand_precision", "")
+    ]
+    return {
+        "memory": compiled.memory,
+        "beside": compiled.beside,
+        "largest_elements": math.prod(largest[0].shape.dims) if largest else 0,
+        "exact_products": exact,
+        "collectives": [[c.kind, list(c.axes), c.buffer_bytes, c.times, c.role] for c in found],
+        "seconds": round(compiled.seconds, 1),
+    }
+
+
+def main(topology: str, names: str, *overrides: str) -> None:
+    shape = parse_topology(topology)
+    devices = tpu_devices(shape)
+    fields = dict(field_values(json.loads(small().to_json())))
+    assert all(re.split("=", override)[0] in fields for override in overrides), overrides
+    config = overridden(json.loads(small().to_json()), overrides)
+    data = config.mesh.data or len(devices) // config.mesh.model_ranks
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES} | {"data": data}
+    state = 12 * parameters(config, sizes).of_a_rank
+    made = {name: compile_program(config, devices, name) for name in (names.split(",") if names else NAMES)}
+    available = load_hardware(shape.kind).memory_bytes
+    print(json.dumps({name: facts(program, config) for name, program in made.items()} | {
+        "state": state, "available": available}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main(*sys.argv[1:])

@@ -1,0 +1,90 @@
+"""The programs of a run on simulated devices: what they hold, and that they are the ones that run."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from model.tools import QUICK, leaves, on_mesh, tiny
+
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
+from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.transformer import init_model
+from bigmac_jax.planning.program import compile_program
+from bigmac_jax.programs import NAMES, make_program
+
+
+def nbytes(tree: object) -> int:
+    """Of one rank."""
+    found = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in found)
+
+
+def test_a_rank_draws_its_own_shards_alone() -> None:
+    """Initialisation holds the state and, beside it, no more than that and the largest parameter's shard."""
+    model = ModelConfig(hidden_size=512, num_layers=8, num_heads=8, vocab_size=264)
+    config = Config(
+        model, mesh=MeshConfig(data=8, fsdp=True), data=DataConfig(tokenizer="bytes", sequence_length=64, batch_size=8)
+    )
+    compiled = compile_program(config, jax.devices(), "init")
+    with on_mesh(config):
+        abstract = make_program("step", config, jax.sharding.get_mesh()).arguments[0]
+    state = nbytes(abstract)
+    largest = max(nbytes(leaf) for leaf in jax.tree.leaves(abstract.params))
+    assert state > 50e6
+    outputs = compiled.memory["total"] - compiled.memory["code"] - compiled.memory["arguments"]
+    assert outputs - state <= state + largest
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2, 2, True, True)])
+def test_every_program_lowers(mesh: tuple[int, ...]) -> None:
+    config = tiny(mesh, num_kv_heads=2, num_shared_experts=1)
+    with on_mesh(config):
+        for name in NAMES:
+            assert make_program(name, config, jax.sharding.get_mesh()).lower().as_text(), name
+
+
+def test_a_program_that_does_not_compile_is_named() -> None:
+    config = tiny((1, 1, 2))
+    broken = dataclasses.replace(config, execution=dataclasses.replace(config.execution, attention="cudnn"))
+    with pytest.raises(
+        Exception, match=r"the program 'evaluate' does not compile for cpu: RuntimeError: cuDNN"
+    ) as error:
+        compile_program(broken, jax.devices()[:2], "evaluate")
+    assert "\n" not in str(error.value)
+
+
+def test_decoding_in_bfloat16_reads_half_the_weights() -> None:
+    """The model of configs/tiny.py: its weights are cast once, not in every step."""
+    model = ModelConfig(num_layers=3, hidden_size=128, num_heads=2, top_k=4, num_shared_experts=1,
+                        shared_expert_hidden_size=256)  # fmt: skip
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        config = Config(model, ExecutionConfig(dtype), MeshConfig(data=1), DataConfig(batch_size=8))
+        with on_mesh(config):
+            sizes[dtype] = nbytes(make_program("decode", config, jax.sharding.get_mesh()).arguments[0])
+    assert sizes["bfloat16"] <= 0.55 * sizes["float32"]
+
+
+def test_every_parameter_declares_itself() -> None:
+    """The letters of its name are the dimensions it declares, and mesh.fsdp leaves nothing whole but what is small."""
+    config = tiny((2, 1, 2, 2, True, True), use_bias=True, gated=True, norm="layernorm", positions="learned",
+                  latent_norm="post_combine", num_shared_experts=1, tie_embeddings=False, balance="bias")  # fmt: skip
+    with on_mesh(config):
+        model = jax.jit(lambda key: init_model(config, key), compiler_options=QUICK)(jax.random.key(0))
+        dims = leaves(map_declared(lambda of, _: np.asarray(of.dims), model))
+        small = leaves(map_declared(lambda of, _: np.asarray(of.small), model))
+        shards = leaves(jax.tree.map(lambda leaf: np.asarray(leaf.sharding.shard_shape(leaf.shape)), model))
+    for name, leaf in shards.items():
+        if name.endswith("router_bias_E"):
+            continue
+        letters = name.rpartition("_")[2]
+        assert str(dims[name]) == letters, name
+        assert len(leaf) == len(letters) + name.startswith("layers."), name
+        whole = math.prod(leaf) == model_size(model, name)
+        assert whole <= bool(small[name]), name
+
+
+def model_size(model: object, name: str) -> int:
+    return leaves(jax.tree.map(lambda leaf: np.asarray(leaf.size), model))[name]

@@ -1,0 +1,102 @@
+"""Every program, for TPU slices that are not there: it compiles, fits, and holds nothing that a pod could not.
+
+`make test-programs` installs libtpu and runs these.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from model.tools import pairwise
+
+from .compiled import EXPERTS, VOCAB
+
+pytestmark = pytest.mark.tpu
+TESTS = pathlib.Path(__file__).parents[1]
+RANKS, ROWS, LENGTH = 32, 64, 256
+
+# What makes a program another one: overrides where it is on.
+FEATURES: dict[str, tuple[str, ...]] = {
+    "fsdp": ("mesh.fsdp=True",),
+    "accumulate": ("train.accumulate_steps=2",),
+    "untied": ("model.tie_embeddings=False",),
+    "tensor": ("mesh.expert=8", "mesh.tensor=4"),  # of more ranks than key-value heads
+    "remat": ("execution.remat=layer",),
+    "dropless": ("model.capacity_factor=inf",),
+}
+CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
+
+
+@functools.cache
+def compiled(topology: str, names: str, *overrides: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "programs.compiled", topology, names, *overrides]
+    paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def case_name(case: tuple[Any, ...]) -> str:
+    topology, *on = case
+    return "-".join([topology.partition(":")[0], *(name for name, there in zip(FEATURES, on, strict=True) if there)])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_programs(case: tuple[Any, ...]) -> None:
+    topology, *on = case
+    features = {name for name, there in zip(FEATURES, on, strict=True) if there}
+    made = compiled(topology, "", *(override for name in FEATURES if name in features for override in FEATURES[name]))
+    programs = {name: made[name] for name in ("init", "step", "evaluate", "prefill", "decode")}
+    for name, program in programs.items():
+        assert program["memory"]["total"] + program["beside"] < made["available"], name
+
+    # Every rank draws its own shards: beside them there is room for a few numbers of each, not for whole parameters.
+    assert programs["init"]["memory"]["total"] - programs["init"]["memory"]["code"] < 2 * made["state"]
+
+    # Whole logits of a rank's tokens are in no program; those of a part of the batch are computed in chunks.
+    parts = 2 if "accumulate" in features else 1
+    tokens = ROWS * LENGTH // RANKS // parts
+    for name in ("step", "evaluate"):
+        assert programs[name]["largest_elements"] < max(tokens * VOCAB, 1 << 22), name
+
+    # The router's product and, in training, its two gradients.
+    assert any(EXPERTS in shape for shape in programs["evaluate"]["exact_products"])
+    assert len(programs["step"]["exact_products"]) >= 3
+
+    if "fsdp" in features:
+        table = VOCAB * 256
+        scattered = [buffer for kind, _, buffer, _, _ in programs["step"]["collectives"] if kind == "reduce-scatter"]
+        assert max(scattered) >= 4 * table // (4 if "tensor" in features else 1)
+
+
+def test_the_gradient_of_a_table_whose_shards_are_no_tiles_is_scattered() -> None:
+    """50,304 rows over 32 ranks: 1,572 each."""
+    V, D = 50304, 256
+    made = compiled("v5e:4x8", "step", "mesh.fsdp=True", f"model.vocab_size={V}", "data.batch_size=32")
+    large = [c for c in made["step"]["collectives"] if c[2] >= 4 * V * D // 2]
+    assert "reduce-scatter" in {kind for kind, *_ in large}
+    assert "all-reduce" not in {kind for kind, *_ in large}
+
+
+def test_a_vocabulary_of_a_quarter_million_fits() -> None:
+    V, fields = 262144, ("model.hidden_size=4096", "model.head_dim=128", "model.tie_embeddings=False")
+    on = ("mesh.fsdp=True", "mesh.expert=16", "mesh.tensor=4", "data.sequence_length=4096", "execution.remat=layer")
+    made = compiled("v5p:4x4x4", "init,step,evaluate", *fields, *on, f"model.vocab_size={V}", "data.batch_size=64")
+    for name in ("init", "step", "evaluate"):
+        program = made[name]
+        assert program["memory"]["total"] + program["beside"] < made["available"], name
+        assert program["largest_elements"] <= max(V * 4096 // 4, 1 << 27), name
+
+
+def test_compilation_takes_as_long_for_many_layers() -> None:
+    few, many = (compiled("v5e:4x8", "prefill,decode", f"model.num_layers={layers}") for layers in (4, 24))
+    for name in ("prefill", "decode"):
+        assert many[name]["largest_elements"] > 0
+        assert math.isclose(many[name]["memory"]["code"], few[name]["memory"]["code"], rel_tol=0.3), name
