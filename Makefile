@@ -1,4 +1,4 @@
-# make train | make test | make test-all | make lint | make reproduce | make reproduce-quick
+# make train | make test | make test-programs | make test-all | make smoke | make lint | make reproduce | make reproduce-quick
 # PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: train test test-all lint reproduce reproduce-quick clean
+.PHONY: train test test-programs test-all smoke lint reproduce reproduce-quick clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
@@ -19,8 +19,22 @@ train: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(PYTEST)
 
+# Every program compiled for TPU slices that are not there. The extra brings the libtpu of this jax, which is the
+# compiler; a newer one can't always be read.
+test-programs: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m tpu
+
+# What a user does first, in two minutes, and the tests of the model and of training.
+smoke: $(VENV)/installed-dev
+	rm -rf runs/smoke runs/smoke-2
+	$(BIN)/python train.py --workdir=runs/smoke --config.train.steps=20 --config.train.eval_every=20
+	$(BIN)/python eval.py --workdir=runs/smoke --split=validation
+	$(BIN)/python generate.py --workdir=runs/smoke --prompt="The state of the Union is" --max_tokens=16
+	PYTHON=$(BIN)/python scripts/launch_local.sh 2 --workdir=runs/smoke-2 --config.mesh.expert=2 --config.train.steps=4
+	$(PYTEST) tests/model tests/training
+
 test-all: $(VENV)/installed-dev
-	@# The extra brings the libtpu of this jax: the TPU compiler, for programs of pods. A newer one can't always be read.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,tpu]"
 	$(PYTEST) -m "full or not full"
 

@@ -55,7 +55,7 @@ OVERLAP_OPTIONS = {
 
 
 def prepare() -> None:
-    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or this is no CPU host."""
+    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or an accelerator."""
     if accelerated():
         return
     missing = {
