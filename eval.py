@@ -34,7 +34,9 @@ _LENGTH = flags.DEFINE_integer("length", 0, "Tokens the model is given at most; 
 _STRIDE = flags.DEFINE_integer(
     "stride", 0, "Slide windows by so many tokens, each of which is given --length - --stride; 0 = no overlap.", 0
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Sequences at a time; 0 takes the run's.", lower_bound=0)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Sequences at a time; 0 takes a part of the run's step.", lower_bound=0
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
 

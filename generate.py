@@ -49,6 +49,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     with hosts.together():
+        for override in cli.OVERRIDES:
+            if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
+                raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         prompt = _PROMPT.value
         if (prompt is None) == (not _PROMPTS.value):

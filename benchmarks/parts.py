@@ -17,17 +17,19 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import optax  # noqa: E402
 from absl import flags  # noqa: E402
 from jax import Array  # noqa: E402
 
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.mesh import replicated_spec, token_spec  # noqa: E402
-from bigmac_jax.model.layers import causal_attention, project  # noqa: E402
-from bigmac_jax.training.loss import cross_entropy, linear_cross_entropy  # noqa: E402
+from bigmac_jax.mesh import Crossing, Weight, on_each_rank, replicated_spec, split_spec, token_spec  # noqa: E402
+from bigmac_jax.model.layers import causal_attention, product  # noqa: E402
+from bigmac_jax.training.loss import linear_cross_entropy  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
+EXACT = Crossing("float32", "float32", "float32")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; times are medians.", lower_bound=1)
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     draw = np.random.default_rng(0)
 
     def normal(*shape: int, weight: bool = False) -> Array:
-        spec = replicated_spec(len(shape)) if weight else token_spec(len(shape))
+        spec = replicated_spec(len(shape)) if weight else (split_spec if len(shape) == 4 else token_spec)(len(shape))
         return jax.device_put(draw.standard_normal(shape, np.float32), spec)
 
     heads = [normal(B, L, n, m.head_size) for n in (m.num_heads, m.kv_heads, m.kv_heads)]
@@ -48,17 +50,17 @@ def main() -> None:
     whole = functools.partial(jnp.einsum, "BLD,VD->BLV")
     parts: dict[str, tuple[Callable[..., Array], Callable[..., Array], list[Array]]] = {
         "attention in blocks / jax.nn's": (
-            causal_attention,
-            lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True),
+            _of_heads(causal_attention),
+            _of_heads(functools.partial(jax.nn.dot_product_attention, is_causal=True)),
             heads,
         ),
         "fused cross-entropy / whole logits": (
-            lambda x, w: linear_cross_entropy(x, w, targets),
-            lambda x, w: cross_entropy(whole(x, w), targets).mean(),
+            lambda x, w: linear_cross_entropy(x, Weight(w, EXACT), targets),
+            lambda x, w: optax.softmax_cross_entropy_with_integer_labels(whole(x, w), targets).mean(),
             [x_BLD, w_VD],
         ),
         "projection, weight's gradient in slices / plain": (
-            project,
+            lambda x, w: on_each_rank(product, (x,), (Weight(w, EXACT),)),
             lambda x, w: x @ w,
             [x_BLD, w_DD],
         ),
@@ -68,6 +70,11 @@ def main() -> None:
         line: dict[str, Any] = {"name": name}
         line |= {f"{case}_ms": round(1e3 * statistics.median(rounds), 2) for case, rounds in seconds.items()}
         print(json.dumps(line | {"ratio": round(median_ratio(seconds["ours"], seconds["plain"]), 3)}), flush=True)
+
+
+def _of_heads(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """As the model calls it."""
+    return lambda *heads: on_each_rank(attention, heads, in_spec=split_spec, out_specs=split_spec(4))
 
 
 def _runner(function: Callable[..., Array], inputs: list[Array]) -> Callable[[], float]:

@@ -32,7 +32,7 @@ _HOME = {
     "ConfigError": "config",
     "Generator": "inference",
     "Sampling": "inference",
-    "exchange": "execution.exchange",
+    "exchange": "model.exchange",
     "export_model": "interchange",
     "import_model": "interchange",
     "init_model": "model.transformer",

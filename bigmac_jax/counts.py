@@ -83,7 +83,8 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     """Bytes that a rank sends to its `tensor` ranks in a training step.
 
     A layer's attention gathers its input and scatters its output, and their gradients the other way round; so does a
-    dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide.
+    dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide. Of the tables of tokens each
+    rank has some rows: it reads them for all ranks' tokens and scatters the sums, and for the loss gathers tokens.
     """
     m, t, again = config.model, sizes.get("tensor", 1), recomputes(config)
     if t == 1:
@@ -102,7 +103,9 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
         repeated = again * (1 + (m.structure == "bigmac" or not exchange.sums_at_experts))
         moved += rows * m.wire_size * (2 * passes + 2 + repeated)
-    return moved * (t - 1) * config.execution.dtype_bytes * m.num_layers
+    tables = tokens * m.hidden_size * (passes + 3)
+    ids = 4 * tokens * (passes + 1)
+    return (t - 1) * (config.execution.dtype_bytes * (m.num_layers * moved + tables) + ids)
 
 
 class Traffic(NamedTuple):

@@ -83,11 +83,10 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     newest = checkpoints.newest_intact()
     state, position = _start(config, trainer, checkpoints, newest)
     data.set_state(position)
-    notes = changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else []
     if hosts.is_first():
-        write_run(workdir, config, data_is, dict(mesh.shape))  # only now: a start that failed leaves the workdir free
-        for note in notes:
+        for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
+        write_run(workdir, config, data_is, dict(mesh.shape))  # only now: a start that failed leaves the workdir free
     hosts.say(config.describe())
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))

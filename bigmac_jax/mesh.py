@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError, check_batch
 
-TENSOR = "tensor"  # splits the matrices of attention and dense layers, and the sequence everywhere else
+TENSOR = "tensor"  # splits matrices of attention and dense layers, tables of tokens, and the sequence everywhere else
 EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = ("data", *EXPERT_GROUP)  # these split the batch
 AXES = (*BATCH, TENSOR)
@@ -46,7 +46,7 @@ def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str
             f"mesh.data=0 takes all of them; use mesh.data={data} to leave {devices - ranks} idle"
         )
     if fit_batch:
-        check_batch(config, data, f" (mesh.data={mesh.data} took {data} of {devices} devices)")
+        check_batch(config, data, "" if mesh.data else f" (mesh.data=0 took {data} of {devices} devices)")
     return {"data": data, "node": mesh.node, "expert": mesh.expert, TENSOR: mesh.tensor}
 
 
@@ -219,6 +219,9 @@ def _scattered(spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, 
         dw = jax.lax.psum(dw, shared)
     for dim, axes in reversed(_gathered(spec, split)):
         dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
+    if dw.dtype != dtype:
+        # XLA:TPU moves such a sum out of the loop over a batch's parts, and fails on the cast behind it.
+        dw = jax.lax.optimization_barrier(dw)
     return (dw.astype(dtype),)
 
 
@@ -238,11 +241,14 @@ def _shared(spec: P, split: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
 
 
-def all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: keeps all but parameters that were gathered, which are gathered again.
+def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps all but parameters that were gathered, which are gathered again, and what is
+    only a wider copy of something.
 
     The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered.
     """
+    if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
+        return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize
     return not (primitive.name == "all_gather" and "data" in parameters["axis_name"])
 
 

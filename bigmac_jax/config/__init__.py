@@ -9,6 +9,8 @@ from bigmac_jax.config.fields import (
     OptimizerConfig,
     TrainConfig,
     from_dict,
+    from_saved,
+    second_edition,
 )
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
 from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch
@@ -28,7 +30,9 @@ __all__ = [
     "check_batch",
     "check_resume",
     "from_dict",
+    "from_saved",
     "load_config",
     "resume_notes",
+    "second_edition",
     "with_mesh",
 ]

@@ -121,7 +121,7 @@ class ExecutionConfig:
     """
 
     dtype: str = "float32"  # of the computation: float32 | bfloat16
-    gather_dtype: str = ""  # in which ranks gather parameters that are split over them; "" = dtype
+    gather_dtype: str = ""  # in which ranks gather parameters that are split over them, if it is narrower than dtype
     reduce_dtype: str = "float32"  # in which the ranks' gradients are summed
     exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
     wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
@@ -144,7 +144,7 @@ class MeshConfig:
     data: int = 0  # 0 = all devices that the other axes leave
     node: int = 1
     expert: int = 1
-    tensor: int = 1  # splits attention's and dense layers' matrices, and the sequence everywhere else
+    tensor: int = 1  # splits attention's and dense layers' matrices, tables of tokens, the sequence everywhere else
     fsdp: bool = False  # parameters and optimizer state are sharded over every axis that would replicate them
     split_experts: bool = False  # experts' matrices, too, are split over `tensor`
 
@@ -251,7 +251,7 @@ class Config:
     def from_json(cls, text: str, name: str = "config.json") -> "Config":
         """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
         try:
-            return from_dict(_second_edition(json.loads(text)))
+            return from_saved(json.loads(text))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
 
@@ -271,7 +271,12 @@ def moved(name: str) -> str:
 _NEVER_MODEL = {"gather_dtype", "reduce_dtype"}
 
 
-def _second_edition(values: Any) -> Any:
+def from_saved(values: dict[str, Any]) -> Config:
+    """As `from_dict`, of what `to_json` wrote, now or in the first edition."""
+    return from_dict(second_edition(values))
+
+
+def second_edition(values: Any) -> Any:
     """A config.json of the first edition, whose `model` held what `execution` does, as it would be written now."""
     if not isinstance(values, dict) or "execution" in values or not isinstance(values.get("model"), dict):
         return values

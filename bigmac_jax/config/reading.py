@@ -128,7 +128,8 @@ def _apply(values: ConfigDict, override: str) -> None:
     name, equals, text = override.partition("=")
     known = dict(field_values(values.to_dict()))
     if new := moved(name):
-        raise ConfigError(f"{name} is {new} now; use --config.{new}{equals}{text}")
+        value = {"true": "layer", "false": "none"}.get(text.lower(), text) if new == "execution.remat" else text
+        raise ConfigError(f"{name} is {new} now; use --config.{new}{equals}{value}")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or ["one of " + ", ".join(values)]
         raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")

@@ -19,7 +19,7 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, platform, split_spec, token_spec
 from bigmac_jax.model.layers import KeyValues
-from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
 
@@ -64,7 +64,7 @@ def make_decoder(config: Config, model: Transformer, exchange: str = "auto", con
 
     Args:
       config, exchange: as for `decoding`.
-      consume: frees the model's layers on the way; the model can't be used any more.
+      consume: frees the model's arrays on the way; the model can't be used any more.
     """
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(decoding(config, exchange), jax.random.key(0)))
@@ -73,21 +73,33 @@ def make_decoder(config: Config, model: Transformer, exchange: str = "auto", con
     dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, stored))
     leaves, treedef = jax.tree.flatten(ends.layers)
     ends.layers = None
-    ends = map_declared(lambda of, w: w.astype(of.crossing(config.execution).compute), ends)
+    ends = map_declared(functools.partial(_cast, config, consume), ends)
+    one_by_one = platform() == "cpu" and not config.execution.unroll_layers
     # Leaf by leaf, so that memory for one more leaf is enough.
     parts = []
     for leaf, dtype in zip(leaves, dtypes, strict=True):
-        parts.append(_grouped(leaf, dtype))
+        parts.append(_grouped(leaf, dtype, one_by_one))
         if consume:
             jax.block_until_ready(parts[-1])
             leaf.delete()
     return Decoder(ends, tuple(jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _grouped(w: Array, dtype: str) -> tuple[Array, ...]:
+def _cast(config: Config, consume: bool, of: Declaration, w: Array) -> Array:
+    dtype = of.crossing(config.execution).compute
+    if w.dtype == dtype:
+        return w
+    cast = w.astype(dtype)
+    if consume:
+        jax.block_until_ready(cast)
+        w.delete()
+    return cast
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _grouped(w: Array, dtype: str, one_by_one: bool) -> tuple[Array, ...]:
     w = w.astype(dtype)
-    return tuple(w[layer : layer + 1] for layer in range(w.shape[0])) if platform() == "cpu" else (w,)
+    return tuple(w[layer : layer + 1] for layer in range(w.shape[0])) if one_by_one else (w,)
 
 
 def prefill(model: Decoder, tokens_NP: Array, length_SB: Array, room: int) -> tuple[Array, Cache]:

@@ -31,6 +31,7 @@ from bigmac_jax.inference import Generator, Sampling
 from bigmac_jax.inference.generate import Request as Prompt
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config
 
@@ -57,7 +58,7 @@ class BigMacLM(LM):
         super().__init__()
         self.config, self.model, self.tokenizer = config, model, load_tokenizer(config)
         self.length = check_windows(config, length, stride=0)
-        self.batch_size = batch_size or config.data.batch_size
+        self.batch_size = batch_size or evaluation_rows(config)
 
     @classmethod
     def create_from_arg_obj(
@@ -79,7 +80,7 @@ class BigMacLM(LM):
         config = with_mesh(saved, [f"{name}={value}" for name, value in arguments.items()])
         jax.set_mesh(make_mesh(config, fit_batch=False))
         config, model = restore(workdir, str(step), config)
-        return cls(config, model, int(length), int(size) or saved.data.batch_size)
+        return cls(config, model, int(length), int(size) or evaluation_rows(saved))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "BigMacLM":

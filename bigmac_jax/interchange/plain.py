@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import Config, ModelConfig, from_dict
+from bigmac_jax.config import Config, ModelConfig, from_saved
 from bigmac_jax.interchange.layout import Leaves, Tensor
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
@@ -49,7 +49,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    config = from_dict(values["config"])
+    config = from_saved(values["config"])
     if not (tokenizer := checkpoint.directory.absolute() / "tokenizer.json").exists():
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))

@@ -53,7 +53,9 @@ def grouped_mlp(
         return y_ebR.reshape(-1, R)
     groups = layout(config, expert_NK, e, share)
     if implementation == "batched":
-        y_NR = _rest(config, weights, rows_NR, gate_NK, groups)
+        # In float32, so that the gradients of the rounds are added up in it.
+        wide = {name: value.astype(jnp.float32) for name, value in weights.items()}
+        y_NR = _rest(config, wide, rows_NR, gate_NK, groups)
         return y_NR + _even(config, w, rows_NR, gate_NK, groups) if groups.even_eC.size else y_NR
 
     def mlp(rows_nbR: Array) -> Array:

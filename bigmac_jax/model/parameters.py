@@ -56,8 +56,11 @@ class Declaration:
 
     def crossing(self, execution: ExecutionConfig) -> Crossing:
         """How ranks exchange it and its gradient."""
-        dtype = "float32" if self.exact else execution.dtype
-        return Crossing(dtype, "float32" if self.exact else execution.gather_dtype or dtype, execution.reduce_dtype)
+        if self.exact:
+            return Crossing("float32", "float32", execution.reduce_dtype)
+        # The narrower of the two: a cast behind the gather would give the same numbers, and send more.
+        narrow = "bfloat16" in (execution.dtype, execution.gather_dtype)
+        return Crossing(execution.dtype, "bfloat16" if narrow else "float32", execution.reduce_dtype)
 
 
 def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Param:
@@ -88,7 +91,8 @@ def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> An
     return jax.tree.map(apply, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def weight(config: Config, variable: nnx.Param) -> Weight:
-    """A parameter for `on_each_rank`."""
+def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
+    """A parameter for `on_each_rank`, which is given it in the dtype `compute`, by default that of the computation."""
     of = declared(variable)
-    return Weight(variable[...], of.crossing(config.execution), of.split)
+    crossing = of.crossing(config.execution)
+    return Weight(variable[...], crossing._replace(compute=compute or crossing.compute), of.split)

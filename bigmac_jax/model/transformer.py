@@ -74,7 +74,7 @@ class Transformer(nnx.Module):
         """Logits of the next token.
 
         Args:
-          tokens_BL: int32, L at most max_length with learned positions.
+          tokens_BL: int32, L at most data.sequence_length with learned positions.
           dropout_key: no dropout without one.
           load_YE: loads for the balance loss, where the step is larger than this batch.
           dropless: ignore model.capacity_factor, as evaluation does.
@@ -122,10 +122,12 @@ class Transformer(nnx.Module):
         config, length, longest = self.config, tokens_BL.shape[1], self.config.data.sequence_length
         if self.positions_LD is not None and position_BL is None and length > longest:
             raise ValueError(f"{length} tokens exceed the {longest} learned positions (data.sequence_length)")
-        tables = [weight(config, table) for table in (self.embedding_VD, self.positions_LD) if table is not None]
+        # Gathered like all parameters, read in float32: so what many tokens send a row is added up in float32, too.
+        tables = [weight(config, v, "float32") for v in (self.embedding_VD, self.positions_LD) if v is not None]
         arrays = (tokens_BL,) if position_BL is None or self.positions_LD is None else (tokens_BL, position_BL)
         arrays = tuple(jax.sharding.reshard(array, token_spec(2)) for array in arrays)
-        x_BLD = on_each_rank(_embed if len(arrays) == 1 else _embed_at, arrays, tables)
+        read = functools.partial(_embed if len(arrays) == 1 else _embed_at, config.execution.dtype)
+        x_BLD = on_each_rank(read, arrays, tables)
         scale = math.sqrt(config.model.hidden_size) if config.model.scale_embedding else 1.0
         return (scale * x_BLD).astype(config.execution.dtype)
 
@@ -141,28 +143,28 @@ class Transformer(nnx.Module):
 # On one rank, whose tokens are a part of the sequence, and which has v = V / tensor rows of a table of tokens.
 
 
-def _embed(tokens_BL: Array, embedding_vD: Array, positions_LD: Array | None = None) -> Array:
+def _embed(dtype: str, tokens_BL: Array, embedding_vD: Array, positions_LD: Array | None = None) -> Array:
     """x_BLD, float32."""
-    x_BLD = _rows(embedding_vD, tokens_BL)
+    x_BLD = _rows(dtype, embedding_vD, tokens_BL)
     if positions_LD is None:
         return x_BLD
     first = 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(TENSOR) * tokens_BL.shape[1]
     here_LD = jax.lax.dynamic_slice_in_dim(positions_LD, first, tokens_BL.shape[1])
-    return x_BLD + here_LD.astype(jnp.float32)[None]
+    return x_BLD + here_LD[None]
 
 
-def _embed_at(tokens_BL: Array, position_BL: Array, embedding_vD: Array, positions_LD: Array) -> Array:
-    return _rows(embedding_vD, tokens_BL) + positions_LD.astype(jnp.float32)[position_BL]
+def _embed_at(dtype: str, tokens_BL: Array, position_BL: Array, embedding_vD: Array, positions_LD: Array) -> Array:
+    return _rows(dtype, embedding_vD, tokens_BL) + positions_LD[position_BL]
 
 
-def _rows(table_vD: Array, tokens_BL: Array) -> Array:
-    """The tokens' rows, float32: so the transpose, which adds up what a row's tokens send it, is float32 too."""
+def _rows(dtype: str, table_vD: Array, tokens_BL: Array) -> Array:
+    """The tokens' rows, float32; between ranks in `dtype`."""
     if tensor_ranks() == 1:
-        return table_vD.astype(jnp.float32)[tokens_BL]
-    # Each rank reads what it has of all ranks' tokens; of a token's rows one is not zero, so that no sum rounds.
+        return table_vD[tokens_BL]
+    # Each rank reads what it has of all ranks' tokens. Of a token's rows one is not zero, so that no sum rounds.
     tokens_BL = jax.lax.all_gather(tokens_BL, TENSOR, axis=1, tiled=True)
     row_BL, here_BL = own_rows(tokens_BL, table_vD.shape[0])
-    x_BLD = jnp.where(here_BL[..., None], table_vD.astype(jnp.float32)[row_BL], 0).astype(table_vD.dtype)
+    x_BLD = jnp.where(here_BL[..., None], table_vD[row_BL], 0).astype(dtype)
     return jax.lax.psum_scatter(x_BLD, TENSOR, scatter_dimension=1, tiled=True).astype(jnp.float32)
 
 

@@ -38,12 +38,17 @@ class DoesNotFitError(ConfigError):
     """The compiler gave up: memory."""
 
 
+class DoesNotCompileError(ConfigError):
+    """The compiler gave up: anything else."""
+
+
 def compile_program(config: Config, devices: Sequence[Any], name: str = "step") -> Compiled:
     """Compiles one of the programs that train.py, eval.py and generate.py run, for `devices`, all of them.
 
     Raises:
-      ConfigError: the mesh does not fit the devices; or the program does not compile, and is named.
+      ConfigError: the mesh does not fit the devices.
       DoesNotFitError: the compiler found no way to fit it into memory.
+      DoesNotCompileError: it does not compile, and is named.
     """
     start, mesh, device = time.perf_counter(), make_mesh(config, devices=devices), devices[0]
     # LLVM's optimisations change neither a CPU program's HLO nor its buffers.
@@ -72,7 +77,7 @@ def _named(program: str, device: Any) -> Iterator[None]:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFitError(f"{program}: {first_line(error)}") from None
-        raise ConfigError(
+        raise DoesNotCompileError(
             f"the program {program!r} does not compile for {device.device_kind}: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
@@ -113,9 +118,11 @@ def describe_programs(
         try:
             compiled = compile_program(config, devices, name)
         except DoesNotFitError as error:
-            change = _what_to_change(config, len(devices))
+            change = _what_to_change(config, len(devices), name)
             kind = devices[0].device_kind
             found[name] = {"device_kind": kind, "fits": False, "change": change, "compiler": str(error)}
+        except DoesNotCompileError as error:
+            found[name] = {"device_kind": devices[0].device_kind, "fits": False, "change": "", "compiler": str(error)}
         else:
             found[name] = _described(compiled, config, devices, hardware, topology)
     return found
@@ -155,7 +162,7 @@ def _described(
         result["memory_available"] = hardware.memory_bytes
         result["fits"] = needed <= hardware.memory_bytes
         if not result["fits"]:
-            result["advice"] = _advice(config, ranks, module, needed, hardware.memory_bytes)
+            result["advice"] = _advice(config, ranks, compiled.name, module, needed, hardware.memory_bytes)
     scheduled = hardware and module.scheduled and devices[0].platform == "tpu"
     if hardware and scheduled and config.model.is_moe and compiled.name == "step":
         result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
@@ -206,7 +213,9 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
     }
 
 
-def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, available: float) -> dict[str, Any]:
+def _advice(
+    config: Config, ranks: int, name: str, module: hlo.Module, needed: float, available: float
+) -> dict[str, Any]:
     """What is large, and which field makes it smaller."""
     largest = [
         {
@@ -217,16 +226,17 @@ def _advice(config: Config, ranks: int, module: hlo.Module, needed: float, avail
         }
         for b in hlo.largest_buffers(module, 8)
     ]
-    change = _what_to_change(config, ranks)
+    change = _what_to_change(config, ranks, name)
     return {"needed": needed, "available": available, "change": change, "largest": largest}
 
 
-def _what_to_change(config: Config, ranks: int) -> str:
+def _what_to_change(config: Config, ranks: int, name: str = "step") -> str:
+    """The field that makes a program smaller."""
     steps = config.train.accumulate_steps
     part = config.data.batch_size * config.mesh.tensor // (ranks * steps)  # sequences of a rank at a time
-    if config.execution.remat == "none":
+    if name == "step" and config.execution.remat == "none":
         return "--config.execution.remat=layer"
-    if part > 1:
+    if name in ("step", "evaluate") and part > 1:
         factor = next(n for n in range(2, part + 1) if part % n == 0)
         return f"--config.train.accumulate_steps={factor * steps}"
     if not config.mesh.fsdp:

@@ -38,11 +38,15 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     for key, table in tables.items():
         if key in plan and "compiler" not in plan[key]:
             console.print(table(plan[key]))
-    if "compiler" in plan.get("program", {}):
-        refused = plan["program"]
-        console.print(f"[bold]does not fit[/bold]: try {refused['change']}; the compiler says: {refused['compiler']}")
-    elif "program" in plan:
-        _program_notes(console, plan["program"])
+    if "programs" in plan:
+        if "compiler" not in plan["program"]:
+            _program_notes(console, plan["program"])
+        console.print(_programs(plan))
+        for name, program in plan["programs"].items():
+            if "compiler" in program:
+                console.print(f"[bold]{name} does not fit or compile[/bold]: {program['compiler']}")
+            if change := program.get("change") or program.get("advice", {}).get("change"):
+                console.print(f"{name}: try {change}")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -118,6 +122,24 @@ def _program(program: Mapping[str, Any]) -> Table:
     return table
 
 
+def _programs(plan: Mapping[str, Any]) -> Table:
+    """What each holds on a rank."""
+    table = _table("Memory of a rank by program", "", "arguments", "temporaries", "total", "alive beside it", "fits",
+                   "compiled in")  # fmt: skip
+    yes = {True: "yes", False: "no", None: ""}
+    for name, program in plan["programs"].items():
+        if "compiler" in program:
+            table.add_row(name, *[""] * 4, "no", "")
+            continue
+        memory = program["memory"]
+        cells = (memory["arguments"], memory["temporaries"], memory["total"], program["memory_beside"])
+        table.add_row(name, *map(size, cells), yes[program.get("fits")], f"{program['compile_seconds']} s")
+    restore = plan["restore"]
+    for name in ("train", "generate"):
+        table.add_row(f"restore, to {name}", "", "", size(restore[name]), "", yes[restore.get("fits")], "")
+    return table
+
+
 def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
     memory = program["memory"]
     have = f" of {size(program['memory_available'])}" if "memory_available" in program else ""
@@ -132,7 +154,7 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
         f"{size(program['metadata_sent_bytes'])} metadata; other collectives {size(program['other_sent_bytes'])}"
     )
     if advice := program.get("advice"):
-        console.print(f"[bold]does not fit[/bold]: try {advice['change']}; the largest arrays of the program:")
+        console.print(f"[bold]does not fit[/bold]: try {advice['change']}; the largest arrays of the step:")
         for array in advice["largest"]:
             console.print(f"  {size(array['bytes']):>10}  {array['shape']}  {array['of']}")
     if schedule := program.get("schedule"):

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, second_edition
 from bigmac_jax.config.reading import field_values
 
 Records = list[dict[str, Any]]
@@ -59,7 +59,7 @@ def _read_run(workdir: str, name: str) -> Run:
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = second_edition(json.loads((path / "config.json").read_text()))
         if not isinstance(config, dict):
             raise ValueError("config.json is no object")
         records = read_metrics(path)

@@ -9,7 +9,7 @@ from bigmac_jax.config import Config, ConfigError, resume_notes
 
 _CONFIG, _RUN = "config.json", "run.json"
 # Fields that name where data lies; they may change as long as what lies there does not.
-_PLACES = {"tokenizer": "tokenizer", "train": "source", "validation": "validation_source"}
+_PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validation_source"}
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -36,7 +36,8 @@ def write_run(workdir: pathlib.Path, config: Config, data: dict[str, str], mesh:
       data: fingerprints by name: tokenizer, train, and validation if there is one.
       mesh: ranks by axis.
     """
-    _write(workdir / _RUN, json.dumps({"data": data, "mesh": mesh}, indent=2) + "\n")
+    known = _read_run(workdir).get("data", {})  # of a validation split, which not every start reads
+    _write(workdir / _RUN, json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n")
     write_config(config, workdir)
 
 
@@ -47,6 +48,14 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
       ConfigError: it would not, or can't be told because an earlier edition started it.
     """
     saved, known = read_config(workdir).data, _read_run(workdir).get("data", {})
+    for place in ("validation_source", "test_source"):
+        if bool(getattr(saved, place)) != bool(getattr(config.data, place)):
+            # What has no source of its own is held out of data.source, which is then another text.
+            before, now = getattr(saved, place), getattr(config.data, place)
+            raise ConfigError(
+                f"data.{place}={now!r} differs from {before!r}, which this workdir was started with, and decides what is "
+                f"held out of data.source; keep {before!r}, or use a new --workdir"
+            )
     for name, place in _PLACES.items():
         before, now = getattr(saved, place), getattr(config.data, place)
         if name in known and name in data:
@@ -66,7 +75,9 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
 def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:
     """A line for each way in which the rest of a run may differ by more than rounding from what it would have been."""
     saved, known = read_config(workdir), _read_run(workdir).get("mesh", {})
-    return resume_notes(saved, config, known or mesh, mesh)
+    if not known:  # of an earlier edition
+        known = mesh | {axis: getattr(saved.mesh, axis) for axis in mesh if getattr(saved.mesh, axis)}
+    return resume_notes(saved, config, known, mesh)
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:

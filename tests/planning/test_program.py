@@ -184,11 +184,11 @@ def test_a_description_is_json() -> None:
 def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
     module = program.hlo.parse(program.compile_program(made, jax.devices("cpu")[:4]).text)
-    advice = program._advice(made, 4, module, 2, 1)
+    advice = program._advice(made, 4, "step", module, 2, 1)
     assert advice["change"] == "--config.execution.remat=layer"
     assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0
     remat = dataclasses.replace(made, execution=dataclasses.replace(made.execution, remat="layer"))
-    assert program._advice(remat, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
+    assert program._advice(remat, 4, "step", module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
     nine = dataclasses.replace(remat, data=dataclasses.replace(made.data, batch_size=36))
-    assert program._advice(nine, 4, module, 2, 1)["change"] == "--config.train.accumulate_steps=3"
-    assert "accumulate" not in program._advice(nine, 36, module, 2, 1)["change"]
+    assert program._advice(nine, 4, "step", module, 2, 1)["change"] == "--config.train.accumulate_steps=3"
+    assert "accumulate" not in program._advice(nine, 36, "step", module, 2, 1)["change"]

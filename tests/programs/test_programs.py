@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model.tools import QUICK, leaves, on_mesh, tiny
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.program import compile_program

@@ -105,7 +105,7 @@ def score_jobs(
       quiet: no progress bars.
       on_batch: called after each batch.
     """
-    computed = f"{_VERSION} {identity} {platform()} {model.config.execution.dtype}"
+    computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
     for job in jobs:
