@@ -1,8 +1,12 @@
 """Rules of the source text that no linter has."""
 
 import ast
+import importlib
+import importlib.util
 import pathlib
 from collections.abc import Iterator
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for folder in ("bigmac_jax", "benchmarks", "tests", ".") for path in (ROOT / folder).glob("*.py"))
@@ -70,6 +74,24 @@ def test_a_free_variable_of_the_same_name_is_found() -> None:
     source = "def f(x):\n    def g(rows):\n        a = [x for x in rows]\n        return a, x\n    return g\n"
     assert shadowed(ast.parse(source)) == [(3, "x")]
     assert not shadowed(ast.parse(source.replace("x for x", "y for y")))
+
+
+def test_the_names_of_a_notebook_are_there() -> None:
+    package = importlib.import_module("bigmac_jax")
+    for name in package.__all__:
+        assert getattr(package, name) is not None, name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path: pathlib.Path) -> None:
+    """Every name that a benchmark takes from the package: nobody runs most of them in the tests."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bigmac_jax":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )
 
 
 # A room imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, which names what a notebook

@@ -290,7 +290,7 @@ def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
 
 def parameter_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
     """As `gradient_bytes`, of the parameters when they are gathered: in execution.gather_dtype, and without norms."""
-    size = 2 if (config.execution.gather_dtype or config.execution.dtype) == "bfloat16" else 4
+    size = 2 if "bfloat16" in (config.execution.gather_dtype, config.execution.dtype) else 4
     everyones, split, experts = _shared_sizes(config, count)
     return size * (everyones - count.parts.get("norms", 0)), size * split, size * experts
 

@@ -67,7 +67,19 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array) -> Array
         return _summed(x_TD, w_vD, targets_T)[None]
 
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
-    return on_each_rank(on_rank, (x_BLD, targets_BL), (w_VD,), out_specs=rank_spec(1)).sum() / targets_BL.size
+    x_BLD, value = _table_first(x_BLD, w_VD.value)
+    weights = (w_VD._replace(value=value),)
+    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / targets_BL.size
+
+
+@jax.custom_vjp
+def _table_first(x_BLD: Array, w_VD: Array) -> tuple[Array, Array]:
+    """Both as they are. The table's gradient goes back to its shards before the layers' gradients are computed, which
+    would otherwise find it whole in memory all along."""
+    return x_BLD, w_VD
+
+
+_table_first.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 def token_scores(model: Transformer, tokens_BL: Array) -> TokenScores:

@@ -53,8 +53,8 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
             # What has no source of its own is held out of data.source, which is then another text.
             before, now = getattr(saved, place), getattr(config.data, place)
             raise ConfigError(
-                f"data.{place}={now!r} differs from {before!r}, which this workdir was started with, and decides what is "
-                f"held out of data.source; keep {before!r}, or use a new --workdir"
+                f"data.{place}={now!r} differs from {before!r}, which this workdir was started with, and decides what "
+                f"is held out of data.source; keep {before!r}, or use a new --workdir"
             )
     for name, place in _PLACES.items():
         before, now = getattr(saved, place), getattr(config.data, place)

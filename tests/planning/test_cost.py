@@ -17,6 +17,7 @@ from bigmac_jax.planning.cost import (
     gradient_bytes,
     matmul_flops,
     mesh_group,
+    parameter_bytes,
     parameters,
     physical_group,
     step_time,
@@ -160,17 +161,18 @@ def test_parameters_are_those_of_counts(structure: str) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_in_half_precision(tied: bool) -> None:
-    """Matrices in two bytes; the embedding that is read, positions, norms, router and experts in four."""
+    """Gathered in two bytes; summed in four, or with reduce_dtype in two. A table is read and written with."""
     c = config(structure="bigmac", dtype="bfloat16", tie_embeddings=tied, positions="learned", num_shared_experts=1)
     count = parameters(c, sizes(expert=2))
     table, length = 257 * 64, 64 * 64
     assert count.parts["embedding"] == (table if tied else 2 * table) + length
-    rest = count.parts["norms"] + count.parts["router"]
-    assert gradient_bytes(c, count) == (
-        2 * (count.parts["shared"] + count.parts["projections"] + table) + 4 * (table + length + rest),
-        2 * count.parts["attention"],
-        4 * count.parts["experts"],
-    )
+    rest = count.parts["shared"] + count.parts["projections"] + count.parts["router"] + length
+    split, experts = count.parts["attention"] + 2 * table, count.parts["experts"]
+    assert gradient_bytes(c, count) == (4 * (rest + count.parts["norms"]), 4 * split, 4 * experts)
+    assert parameter_bytes(c, count) == (2 * rest, 2 * split, 2 * experts)
+    half = replace(c, execution=replace(c.execution, reduce_dtype="bfloat16", gather_dtype="float32"))
+    assert gradient_bytes(half, count) == (2 * (rest + count.parts["norms"]), 2 * split, 2 * experts)
+    assert parameter_bytes(half, count) == (2 * rest, 2 * split, 2 * experts)  # a wider gather gives the same numbers
 
 
 def on_mesh(c: Config, **mesh: Any) -> Config:
@@ -191,14 +193,22 @@ def test_full_sharding() -> None:
 
 
 def test_a_sequence_over_tensor() -> None:
-    """Each of two ranks has 2,048 of the tokens, 64 wide: of two layers' attention four moves to the other."""
+    """Each of two ranks has 2,048 of the tokens, 64 wide: of two layers' attention four moves to the other; of the
+    embedding and the loss two each, and ids."""
     mesh = sizes() | {"tensor": 2}
     moved = 4 * 2 * 2048 * 64 * 4
-    assert step_time(config(), mesh, PLAIN).tensor == moved / 100 and step_time(config(), sizes(), PLAIN).tensor == 0
-    assert step_time(config(structure="dense"), mesh, PLAIN).tensor == 2 * moved / 100
+    tables = 4 * 2048 * 64 * 4 + 2 * 2048 * 4
+
+    def layers(c: Config) -> float:
+        return step_time(c, mesh, PLAIN).tensor - tables / 100
+
+    assert (
+        layers(config(vocab_size=264)) == moved / 100 and step_time(config(vocab_size=264), sizes(), PLAIN).tensor == 0
+    )
+    assert layers(config(vocab_size=264, structure="dense")) == 2 * moved / 100
     # Experts that are split take all rows of both, 4 a token.
-    assert step_time(on_mesh(config(), split_experts=True), mesh, PLAIN).tensor == (1 + 4) * moved / 100
-    assert step_time(config(remat="layer"), mesh, PLAIN).tensor == 1.5 * moved / 100
+    assert layers(on_mesh(config(vocab_size=264), split_experts=True)) == (1 + 4) * moved / 100
+    assert layers(config(vocab_size=264, remat="layer")) == 1.5 * moved / 100
 
 
 def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import program, report
+from bigmac_jax.planning import program, report, topologies
 from bigmac_jax.planning.hardware import HARDWARE
 from bigmac_jax.planning.plan import Place, Request, _costs, make_plan
 
@@ -95,16 +95,21 @@ def test_exchanges_by_link() -> None:
 
 
 def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: Any, devices: Any) -> None:
-        raise program.DoesNotFitError("Ran out of memory in memory space hbm")
+    def refuse(config: Any, devices: Any, name: str) -> None:
+        if name != "step":
+            raise program.DoesNotCompileError(f"the program {name!r} does not compile")
+        raise program.DoesNotFitError("step: Ran out of memory in memory space hbm")
 
     monkeypatch.setattr(program, "compile_program", refuse)
     monkeypatch.setattr(
-        program, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+        topologies, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
     )
     made = plan(topology="v5e:4x8", compile=True)
     assert made["program"]["fits"] is False and made["program"]["change"] == "--config.execution.remat=layer"
-    assert "the compiler says: Ran out of memory" in shown(made)
+    assert made["fits"] is False and not any(made["programs"][name]["fits"] for name in made["programs"])
+    said = shown(made)
+    assert "step does not fit or compile: step: Ran out of memory" in said and "--config.execution.remat=layer" in said
+    assert "decode does not fit or compile: the program 'decode' does not compile" in said
 
 
 def test_a_simulated_program_leaves_the_table_as_it_is() -> None:

@@ -141,7 +141,7 @@ def test_parameters_are_the_models() -> None:
     experts = 2 * 8 * 4 * 16 * 2
     assert count.parts["experts"] == experts and count.parts["projections"] == 2 * 2 * 16 * 4
     assert count.parts["shared"] == 2 * 2 * 16 * 4 and count.parts["router"] == 2 * 16 * 8
-    assert count.parts["attention"] == 2 * 4 * 16 * 16 and count.parts["embedding"] == (257 + 8) * 16
+    assert count.parts["attention"] == 2 * 4 * 16 * 16 and count.parts["embedding"] == (264 + 8) * 16
     assert count.active == count.total - experts * 5 // 8
     assert count.of_a_rank == count.total - experts * 3 // 4
     assert sum(count.parts.values()) == count.total
