@@ -6,7 +6,6 @@ NAMES OVERRIDES…
 
 import json
 import math
-import re
 import sys
 from typing import Any
 
@@ -21,8 +20,10 @@ from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.program import Compiled, compile_program
 from bigmac_jax.planning.topologies import parse_topology, tpu_devices
 from bigmac_jax.programs import NAMES
+from bigmac_jax.training import loss
 
-VOCAB, EXPERTS = 4096, 64
+VOCAB, EXPERTS, CHUNK = 4096, 64, 2**18
+loss._CHUNK_ENTRIES_ACCELERATOR = CHUNK  # of logits: so that a small batch has more than one chunk of them
 
 
 def small() -> Config:
@@ -44,6 +45,13 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
     module = hlo.parse(compiled.text)
     found = hlo.collectives(module, compiled.mesh)
     largest = hlo.largest_buffers(module, 1)
+    V, D = config.model.vocab_size, config.model.hidden_size
+    logits = [
+        math.prod(shape.dims)
+        for _, use, instruction in module.run()
+        for shape in instruction.shapes
+        if not use.fused and {V, V // config.mesh.tensor} & set(shape.dims) and D not in shape.dims
+    ]
     exact = [
         instruction.shapes[0].dims
         for _, _, instruction in module.run()
@@ -54,6 +62,7 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         "memory": compiled.memory,
         "beside": compiled.beside,
         "largest_elements": math.prod(largest[0].shape.dims) if largest else 0,
+        "logits": max(logits, default=0),  # numbers of the largest array of them
         "exact_products": exact,
         "collectives": [[c.kind, list(c.axes), c.buffer_bytes, c.times, c.role] for c in found],
         "seconds": round(compiled.seconds, 1),
@@ -64,7 +73,7 @@ def main(topology: str, names: str, *overrides: str) -> None:
     shape = parse_topology(topology)
     devices = tpu_devices(shape)
     fields = dict(field_values(json.loads(small().to_json())))
-    assert all(re.split("=", override)[0] in fields for override in overrides), overrides
+    assert all(override.partition("=")[0] in fields for override in overrides), overrides
     config = overridden(json.loads(small().to_json()), overrides)
     data = config.mesh.data or len(devices) // config.mesh.model_ranks
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES} | {"data": data}

@@ -1,0 +1,228 @@
+"""The grouped matmul of GPUs: M rows sorted by group, e groups with a matrix X × Y each; and its two gradients.
+
+Pallas kernels, lowered through Triton. Groups have any length, 0 included: each has row tiles of its own, which start at
+its first row, so that no tile holds rows of two groups, no two programs write the same element, and the programs need
+no order. V: the row tiles that there can be. `sizes_e` are int32, their sum at most M; rows behind the last group are
+undefined, those of results too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from bigmac_jax.model.exchange.rows import bin_of
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An output's tile is rows × columns, summed over `depth` a step; its warps, and the steps under way at once."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By bytes of an element, and whether the mean group has _LONG rows: a group's last tile is half empty on average, a
+# quarter more work at 256 rows, for which weights are read half as often. 64 rows are the least that the matrix units of
+# Hopper take. Depth: 128 bytes, the widest row of shared memory that they read. Three stages of 128 × 128 take 96 KiB of
+# it: an A100, H100 or B200 has more, an L4 99. Chosen by these limits and from compiled programs, not by time on a GPU.
+_LONG = 256
+_TILES = {
+    (2, True): Tiles(128, 128, 64, 8, 3),
+    (2, False): Tiles(64, 128, 64, 4, 3),
+    (4, True): Tiles(128, 128, 32, 8, 3),
+    (4, False): Tiles(64, 128, 32, 4, 3),
+}
+# Row tiles whose programs start side by side for one column tile: those of a group share the weights that they read.
+_ABREAST = 8
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array, interpret: bool = False) -> Array:
+    """Rows of group i times matrix i → y_MY, in x's dtype; the gradient of `w` comes in its own."""
+    return gmm(x_MX, w_eXY, sizes_e, interpret=interpret)
+
+
+def _forward(x_MX: Array, w_eXY: Array, sizes_e: Array, interpret: bool) -> tuple[Array, Any]:
+    return grouped_matmul(x_MX, w_eXY, sizes_e, interpret), (x_MX, w_eXY, sizes_e)
+
+
+def _backward(interpret: bool, saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
+    x_MX, w_eXY, sizes_e = saved
+    dx_MX = gmm(dy_MY, w_eXY, sizes_e, transpose_rhs=True, interpret=interpret)
+    return dx_MX, tgmm(x_MX, dy_MY, sizes_e, dtype=w_eXY.dtype, interpret=interpret), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = False, interpret: bool = False) -> Array:
+    """Rows of group i times matrix i → y_MY, in x's dtype, summed in float32.
+
+    Args:
+      w_eXY: cast to x's dtype as it is read; [e, Y, X] if `transpose_rhs`.
+    """
+    (M, X), e = x_MX.shape, sizes_e.size
+    Y = w_eXY.shape[1 if transpose_rhs else 2]
+    tiles = _TILES[x_MX.dtype.itemsize, M >= e * _LONG]
+    visits = _visits(sizes_e, M, tiles.rows)
+    return _call(
+        partial(_gmm, tiles=tiles, transpose_rhs=transpose_rhs),
+        "grouped_matmul_dx" if transpose_rhs else "grouped_matmul_fwd",
+        (_ABREAST, pl.cdiv(Y, tiles.columns), pl.cdiv(visits[0].size, _ABREAST)),  # the first changes fastest on GPUs
+        tiles,
+        2 * M * X * Y,
+        jax.ShapeDtypeStruct((M, Y), x_MX.dtype),
+        visits,
+        (x_MX, w_eXY),
+        interpret,
+    )
+
+
+def tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, *, dtype: Any = None, interpret: bool = False) -> Array:
+    """Σ x ⊗ dy over the rows of each group → dw_eXY, in `dtype` (None: x's), summed in float32; 0 without rows."""
+    (M, X), Y, e = x_MX.shape, dy_MY.shape[1], sizes_e.size
+    tiles = _TILES[x_MX.dtype.itemsize, True]  # tiles of X × Y here, which have any length of groups for their depth
+    stop_e = jnp.cumsum(sizes_e)
+    return _call(
+        partial(_tgmm, tiles=tiles),
+        "grouped_matmul_dw",
+        (pl.cdiv(X, tiles.rows), pl.cdiv(Y, tiles.columns), e),
+        tiles,
+        2 * M * X * Y,
+        jax.ShapeDtypeStruct((e, X, Y), dtype or x_MX.dtype),
+        (stop_e - sizes_e, stop_e),
+        (x_MX, dy_MY),
+        interpret,
+    )
+
+
+def _call(
+    kernel: Callable[..., None],
+    name: str,
+    grid: tuple[int, ...],
+    tiles: Tiles,
+    flops: int,
+    out: jax.ShapeDtypeStruct,
+    schedule: tuple[Array, ...],
+    operands: tuple[Array, Array],
+    interpret: bool,
+) -> Array:
+    """A kernel over whole arrays, which finds its tiles by the schedule."""
+    size = sum(a.size * a.dtype.itemsize for a in (*operands, out))
+    return pl.pallas_call(
+        kernel,
+        out,
+        grid=grid,
+        name=name,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=size, transcendentals=0),
+        # Triton's lowering drops the estimate; this reaches the compiled program.
+        metadata={"flops": str(flops), "bytes_accessed": str(size)},
+        interpret=interpret,
+    )(*schedule, *operands)
+
+
+def _visits(sizes_e: Array, M: int, rows: int) -> tuple[Array, Array, Array]:
+    """Group, first row and end of the group for each of V row tiles → i32[V] each; those that start at the end or
+    behind it have no rows."""
+    e = sizes_e.size
+    V = (M + min(e, M) * (rows - 1)) // rows  # Σ ceil(size/rows) is no more
+    visit_V = jnp.arange(V, dtype=jnp.int32)
+    tiles_e = -(-sizes_e // rows)
+    end_e, stop_e = jnp.cumsum(tiles_e), jnp.cumsum(sizes_e)
+    group_V = jnp.minimum(bin_of(visit_V, end_e), e - 1)
+    start_V = (stop_e - sizes_e)[group_V] + rows * (visit_V - (end_e - tiles_e)[group_V])
+    return group_V, start_V, stop_e[group_V]
+
+
+def _gmm(
+    group_V: Any, start_V: Any, stop_V: Any, x_MX: Any, w_eXY: Any, y_MY: Any, *, tiles: Tiles, transpose_rhs: bool
+) -> None:
+    """One row tile of one group times one column tile of its matrix."""
+    X, Y = x_MX.shape[1], y_MY.shape[1]
+    v = pl.program_id(2) * _ABREAST + pl.program_id(0)
+    column = pl.program_id(1) * tiles.columns
+    is_visit = v < group_V.shape[0]
+    v = jnp.minimum(v, group_V.shape[0] - 1)
+    start, stop = start_V[v], stop_V[v]
+
+    @pl.when(is_visit & (start < stop))
+    def _() -> None:
+        group = group_V[v]
+        rows, columns = pl.ds(start, tiles.rows), pl.ds(column, tiles.columns)
+        in_group = _below(start, tiles.rows, stop, 0)
+        in_Y = None if Y % tiles.columns == 0 else _below(column, tiles.columns, Y, 0 if transpose_rhs else 1)
+
+        def step(i: Array, sum_rc: Array) -> Array:
+            depth = pl.ds(i * tiles.depth, tiles.depth)
+            x_in_X = w_in_X = None
+            if X % tiles.depth:
+                x_in_X = _below(i * tiles.depth, tiles.depth, X, 1)
+                w_in_X = _below(i * tiles.depth, tiles.depth, X, 1 if transpose_rhs else 0)
+            x_rd = _load(x_MX.at[rows, depth], in_group, x_in_X)
+            w = _load(w_eXY.at[(group, columns, depth) if transpose_rhs else (group, depth, columns)], w_in_X, in_Y)
+            return sum_rc + plgpu.dot(x_rd, w.astype(x_rd.dtype), trans_b=transpose_rhs)
+
+        y_rc = jax.lax.fori_loop(0, pl.cdiv(X, tiles.depth), step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+        y_in_Y = None if Y % tiles.columns == 0 else _below(column, tiles.columns, Y, 1)
+        _store(y_MY.at[rows, columns], y_rc, in_group, y_in_Y)
+
+
+def _tgmm(start_e: Any, stop_e: Any, x_MX: Any, dy_MY: Any, dw_eXY: Any, *, tiles: Tiles) -> None:
+    """One tile of one group's X × Y, over all rows of the group."""
+    (X, Y), group = dw_eXY.shape[1:], pl.program_id(2)
+    x, y = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.columns
+    over_X, over_Y = pl.ds(x, tiles.rows), pl.ds(y, tiles.columns)
+    start, stop = start_e[group], stop_e[group]
+
+    def in_X(axis: int) -> Array | None:
+        return None if X % tiles.rows == 0 else _below(x, tiles.rows, X, axis)
+
+    in_Y = None if Y % tiles.columns == 0 else _below(y, tiles.columns, Y, 1)
+
+    def step(i: Array, sum_xy: Array) -> Array:
+        first = start + i * tiles.depth
+        # Both are masked: 0 times another group's NaN is NaN.
+        rows, in_group = pl.ds(first, tiles.depth), _below(first, tiles.depth, stop, 0)
+        x_dx = _load(x_MX.at[rows, over_X], in_group, in_X(1))
+        dy_dy = _load(dy_MY.at[rows, over_Y], in_group, in_Y)
+        return sum_xy + plgpu.dot(x_dx, dy_dy, trans_a=True)
+
+    steps = pl.cdiv(stop - start, tiles.depth)
+    dw_xy = jax.lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
+    _store(dw_eXY.at[group, over_X, over_Y], dw_xy, in_X(0), in_Y)
+
+
+def _below(first: Any, size: int, end: Any, axis: int) -> Array:
+    """Which of `size` positions along `axis` of a matrix come before `end`: [size, 1] or [1, size]."""
+    shape = (size, 1) if axis == 0 else (1, size)
+    return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end
+
+
+def _mask(shape: tuple[int, ...], *parts: Array | None) -> Array | None:
+    mask = None
+    for part in parts:
+        if part is not None:
+            part = jnp.broadcast_to(part, shape)
+            mask = part if mask is None else mask & part
+    return mask
+
+
+def _load(tile: Any, *parts: Array | None) -> Array:
+    """A tile, 0 where it is masked."""
+    mask = _mask(tile.shape, *parts)
+    return plgpu.load(tile, mask=mask, other=None if mask is None else 0.0)
+
+
+def _store(tile: Any, value: Array, *parts: Array | None) -> None:
+    plgpu.store(tile, value.astype(tile.dtype), mask=_mask(tile.shape, *parts))
