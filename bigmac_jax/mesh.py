@@ -62,8 +62,9 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices), fit_batch)
-    near = sorted(devices, key=lambda device: (_granule(device), device.process_index))  # their order is kept inside
-    of_granule = list(Counter(map(_granule, near)).values())
+    granule = _granules(devices)
+    near = sorted(devices, key=lambda device: (granule(device), device.process_index))  # their order is kept inside
+    of_granule = list(Counter(map(granule, near)).values())
     block = sizes["expert"] * sizes[TENSOR]
     size = math.gcd(*of_granule)
     if sizes["node"] > 1 and len(of_granule) > 1 and size % block:
@@ -77,10 +78,14 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _granule(device: Any) -> int:
+def _granules(devices: Sequence[Any]) -> Callable[[Any], int]:
     """What fast links join, if the runtime knows: a slice of TPUs, which may be several hosts, or the GPUs of a host,
     which may be several processes."""
-    return getattr(device, "slice_index", None) or 0
+    of_slice = [getattr(device, "slice_index", None) or 0 for device in devices]
+    a_process = Counter(device.process_index for device in devices)
+    if devices[0].platform == "gpu" and len(set(of_slice)) == 1 and max(a_process.values()) > 1:
+        return lambda device: device.process_index  # of GPUs that are only compiled for, each host is a process
+    return lambda device: getattr(device, "slice_index", None) or 0
 
 
 class ExpertGroup(NamedTuple):

@@ -75,6 +75,7 @@ def last_axes(v: Array, like: Array) -> Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
+_CUDNN_HEAD = 128  # the largest head that cuDNN's attention takes forward and backward on every GPU since Ampere
 # Rows of one product in `tall_product`: XLA:CPU slows down on longer ones, whose columns leave the cache.
 _TALL_ROWS = 1024
 
@@ -236,7 +237,7 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
     the keys behind them, with heads before positions (docs/performance.md has the figure).
     """
     if implementation == "auto":
-        implementation = "blocks" if platform() == "cpu" else "xla"
+        implementation = _fastest(q_BLNH)
     if implementation != "blocks":
         kernel: Any = implementation
         return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True, implementation=kernel)
@@ -255,6 +256,14 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
         )
         blocks.append(jnp.einsum("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
+
+
+def _fastest(q_BLNH: Array) -> str:
+    """The attention that suits the backend: cuDNN's on GPU, where it takes the case, since others hold all scores."""
+    if platform() == "gpu":
+        taken = q_BLNH.dtype == jnp.bfloat16 and q_BLNH.shape[-1] % 8 == 0 and q_BLNH.shape[-1] <= _CUDNN_HEAD
+        return "cudnn" if taken else "xla"
+    return "blocks" if platform() == "cpu" else "xla"
 
 
 class KeyValues(NamedTuple):

@@ -78,7 +78,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.search:
         if place.hardware is None:
             raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
-        shape = place.topology.shape if place.topology else None
+        shape = place.topology.torus if place.topology else None
         found = search.search(config, place.devices, place.hardware, shape)
         result["search"] = [_candidate(candidate) for candidate in found]
     return result
@@ -98,6 +98,8 @@ def _place(config: Config, request: Request) -> Place:
                 f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
                 f"{of.device_kind}; leave --hardware out"
             )
+    if topology and hardware and topology.torus is None:
+        hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
     return Place(devices, topology, hardware, request.compile and topology is None)
 
 
@@ -153,7 +155,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         if result["exchange"] not in result["exchanges"]:
             result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
     if place.hardware:
-        topology = place.topology.shape if place.topology else None
+        topology = place.topology.torus if place.topology else None
         result["time"] = _times(step_time(config, sizes, place.hardware, topology))
     return result
 
@@ -240,8 +242,8 @@ def _baselines(config: Config, place: Place) -> dict[str, Any]:
 
 def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
     if place.topology:
-        devices = topologies.tpu_devices(place.topology)
-        return program.describe_programs(config, devices, place.hardware, place.topology.shape)
+        devices = topologies.absent_devices(place.topology)
+        return program.describe_programs(config, devices, place.hardware, place.topology.torus)
     jax.config.update("jax_num_cpu_devices", place.devices)
     return program.describe_programs(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
 

@@ -1,30 +1,40 @@
-"""Machines that are not there: slices of TPU chips, whose compiler runs anywhere."""
+"""Machines that are not there: slices of TPU chips and hosts of GPUs, whose compilers run anywhere."""
 
 import importlib.util
 import math
 import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import ConfigError
 
-# Of the TPUs that are planned for: name of a topology → hardware file.
+# Names of topologies, which are those of hardware files.
 TPUS = ("v5e", "v5p", "v6e")
+GPUS = ("h100", "h200", "b200")
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8."""
+    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
 
+    @property
+    def torus(self) -> tuple[int, ...] | None:
+        """How a slice's links stand; GPUs' have no shape."""
+        return self.shape if self.kind in TPUS else None
+
 
 def parse_topology(name: str) -> Topology:
     """Raises ConfigError for a kind that is not known or a shape that is none."""
     kind, _, shape = name.partition(":")
-    if kind not in TPUS:
-        raise ConfigError(f"--topology={name} must begin with one of {', '.join(TPUS)}, as in --topology=v5e:4x8")
+    if kind not in (*TPUS, *GPUS):
+        raise ConfigError(
+            f"--topology={name} must begin with one of {', '.join((*TPUS, *GPUS))}, as in --topology=v5e:4x8 (a slice) "
+            f"or h100:4x8 (hosts × GPUs)"
+        )
     dimensions = 3 if kind == "v5p" else 2
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
         example = "v5p:2x4x4" if dimensions == 3 else f"{kind}:4x8"
@@ -32,8 +42,35 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
 
 
-def tpu_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice that is not there; needs libtpu, which is the compiler, and no TPU."""
+def absent_devices(topology: Topology) -> list[Any]:
+    """The devices of a machine that is not there, whose compiler is.
+
+    Raises:
+      ConfigError: it isn't, or does not know the topology.
+    """
+    return _tpus(topology) if topology.kind in TPUS else _gpus(topology)
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    """Of hosts × GPUs; needs jax's CUDA plugin, which holds the compiler, and no driver."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ConfigError(
+            f"--topology={topology.name} with --compile needs XLA's GPU compiler; pip install -e '.[gpu]' brings the "
+            f"one of this jax (any x86 Linux machine, no GPU)"
+        )
+    from jax.experimental import topologies
+
+    target = (pathlib.Path(__file__).parent / "hardware" / f"{topology.kind}.textproto").read_text()
+    shape = f"1x{topology.shape[0]}x{topology.shape[1]}"  # slices × hosts × GPUs, as jax spells it
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape)
+    except Exception as error:
+        raise ConfigError(f"--topology={topology.name} is refused by XLA: {first_line(error)}") from None
+    return list(found.devices)
+
+
+def _tpus(topology: Topology) -> list[Any]:
+    """Of a slice; needs libtpu, which is the compiler, and no TPU."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology={topology.name} with --compile needs the TPU compiler, libtpu; "

@@ -102,7 +102,7 @@ def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(program, "compile_program", refuse)
     monkeypatch.setattr(
-        topologies, "tpu_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+        topologies, "absent_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
     )
     made = plan(topology="v5e:4x8", compile=True)
     assert made["program"]["fits"] is False and made["program"]["change"] == "--config.execution.remat=layer"

@@ -67,4 +67,4 @@ def test_what_the_compiler_refuses_for_its_size() -> None:
 @needs_libtpu
 def test_a_slice_that_libtpu_does_not_know() -> None:
     with pytest.raises(ConfigError, match="not one that libtpu knows"):
-        topologies.tpu_devices(topologies.parse_topology("v6e:3x7"))
+        topologies.absent_devices(topologies.parse_topology("v6e:3x7"))

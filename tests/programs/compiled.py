@@ -18,7 +18,7 @@ from bigmac_jax.mesh import AXES
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.program import Compiled, compile_program
-from bigmac_jax.planning.topologies import parse_topology, tpu_devices
+from bigmac_jax.planning.topologies import absent_devices, parse_topology
 from bigmac_jax.programs import NAMES
 from bigmac_jax.training import loss
 
@@ -71,7 +71,7 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
 
 def main(topology: str, names: str, *overrides: str) -> None:
     shape = parse_topology(topology)
-    devices = tpu_devices(shape)
+    devices = absent_devices(shape)
     fields = dict(field_values(json.loads(small().to_json())))
     assert all(override.partition("=")[0] in fields for override in overrides), overrides
     config = overridden(json.loads(small().to_json()), overrides)
