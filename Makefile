@@ -1,4 +1,4 @@
-# make train | make test | make test-programs | make test-all | make smoke | make lint | make reproduce | make reproduce-quick
+# make train | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick
 # PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: train test test-programs test-all smoke lint reproduce reproduce-quick clean
+.PHONY: train test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
@@ -25,6 +25,11 @@ test-programs: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m tpu
 
+# The same for hosts of GPUs; XLA's GPU compiler comes with jax's CUDA plugin (a few GB).
+test-programs-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu]"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m gpu
+
 # What a user does first, in two minutes, and the tests of the model and of training.
 smoke: $(VENV)/installed-dev
 	rm -rf runs/smoke runs/smoke-2
@@ -35,8 +40,8 @@ smoke: $(VENV)/installed-dev
 	$(PYTEST) tests/model tests/training
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,tpu]"
-	$(PYTEST) -m "full or not full"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,tpu]"
+	JAX_PLATFORMS=cpu $(PYTEST) -m "full or not full"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

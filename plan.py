@@ -22,9 +22,7 @@ from bigmac_jax.planning import plan, report  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Plan for so many devices; 0: as many as the mesh needs.", lower_bound=0)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "A TPU slice, as v5e:4x8 or v5p:2x4x4, or hosts × GPUs: h100:4x8."
-)
+_TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, as v5e:4x8 or v5p:2x4x4, or hosts × GPUs: h100:4x8.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
 _HARDWARE = flags.DEFINE_string("hardware", "", "Predict times on paper, h100, v5e, v5p, v6e or a .toml file.")
 _PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")

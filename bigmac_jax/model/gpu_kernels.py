@@ -1,11 +1,12 @@
 """The grouped matmul of GPUs: M rows sorted by group, e groups with a matrix X × Y each; and its two gradients.
 
-Pallas kernels, lowered through Triton. Groups have any length, 0 included: each has row tiles of its own, which start at
-its first row, so that no tile holds rows of two groups, no two programs write the same element, and the programs need
-no order. V: the row tiles that there can be. `sizes_e` are int32, their sum at most M; rows behind the last group are
-undefined, those of results too.
+Pallas kernels, lowered through Triton. Groups have any length, 0 included: each has row tiles of its own, which start
+at its first row, so that no tile holds rows of two groups, no two programs write the same element, and the programs
+need no order. V: the row tiles that there can be. `sizes_e` are int32, their sum at most M; rows behind the last group
+are undefined, those of results too. Products of float32 follow jax_default_matmul_precision: TF32 unless it is set.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +32,11 @@ class Tiles:
     stages: int
 
 
-# By bytes of an element, and whether the mean group has _LONG rows: a group's last tile is half empty on average, a
-# quarter more work at 256 rows, for which weights are read half as often. 64 rows are the least that the matrix units of
-# Hopper take. Depth: 128 bytes, the widest row of shared memory that they read. Three stages of 128 × 128 take 96 KiB of
-# it: an A100, H100 or B200 has more, an L4 99. Chosen by these limits and from compiled programs, not by time on a GPU.
+# By bytes of an element, and whether the mean group has _LONG rows: a group's last tile is half empty on average, with
+# the higher tile a quarter more work at 256 rows, but it reads the weights half as often. 64 rows are the least that
+# the matrix units of Hopper take. Depth: 128 bytes, the widest row of shared memory that they read. Three stages of
+# 128 × 128 take 96 KiB of it: an A100, H100 or B200 has more, an L4 99. Chosen by these limits and from compiled
+# programs (no register spills, 16 bytes a load), not by time on a GPU.
 _LONG = 256
 _TILES = {
     (2, True): Tiles(128, 128, 64, 8, 3),
@@ -73,12 +75,14 @@ def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = Fals
     """
     (M, X), e = x_MX.shape, sizes_e.size
     Y = w_eXY.shape[1 if transpose_rhs else 2]
-    tiles = _TILES[x_MX.dtype.itemsize, M >= e * _LONG]
+    if w_eXY.shape != ((e, Y, X) if transpose_rhs else (e, X, Y)):
+        raise ValueError(f"x {x_MX.shape} and {e} groups do not fit w {w_eXY.shape} with {transpose_rhs=}")
+    tiles = _TILES[x_MX.dtype.itemsize, e * _LONG <= M]
     visits = _visits(sizes_e, M, tiles.rows)
     return _call(
         partial(_gmm, tiles=tiles, transpose_rhs=transpose_rhs),
         "grouped_matmul_dx" if transpose_rhs else "grouped_matmul_fwd",
-        (_ABREAST, pl.cdiv(Y, tiles.columns), pl.cdiv(visits[0].size, _ABREAST)),  # the first changes fastest on GPUs
+        (_ABREAST, pl.cdiv(Y, tiles.columns), visits[0].size // _ABREAST),  # the first changes fastest on GPUs
         tiles,
         2 * M * X * Y,
         jax.ShapeDtypeStruct((M, Y), x_MX.dtype),
@@ -91,6 +95,8 @@ def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = Fals
 def tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, *, dtype: Any = None, interpret: bool = False) -> Array:
     """Σ x ⊗ dy over the rows of each group → dw_eXY, in `dtype` (None: x's), summed in float32; 0 without rows."""
     (M, X), Y, e = x_MX.shape, dy_MY.shape[1], sizes_e.size
+    if dy_MY.shape[0] != M:
+        raise ValueError(f"x {x_MX.shape} and dy {dy_MY.shape} must have as many rows")
     tiles = _TILES[x_MX.dtype.itemsize, True]  # tiles of X × Y here, which have any length of groups for their depth
     stop_e = jnp.cumsum(sizes_e)
     return _call(
@@ -136,7 +142,8 @@ def _visits(sizes_e: Array, M: int, rows: int) -> tuple[Array, Array, Array]:
     """Group, first row and end of the group for each of V row tiles → i32[V] each; those that start at the end or
     behind it have no rows."""
     e = sizes_e.size
-    V = (M + min(e, M) * (rows - 1)) // rows  # Σ ceil(size/rows) is no more
+    most = (M + min(e, M) * (rows - 1)) // rows  # Σ ceil(size/rows) is no more
+    V = pl.cdiv(most, _ABREAST) * _ABREAST
     visit_V = jnp.arange(V, dtype=jnp.int32)
     tiles_e = -(-sizes_e // rows)
     end_e, stop_e = jnp.cumsum(tiles_e), jnp.cumsum(sizes_e)
@@ -151,78 +158,69 @@ def _gmm(
     """One row tile of one group times one column tile of its matrix."""
     X, Y = x_MX.shape[1], y_MY.shape[1]
     v = pl.program_id(2) * _ABREAST + pl.program_id(0)
-    column = pl.program_id(1) * tiles.columns
-    is_visit = v < group_V.shape[0]
-    v = jnp.minimum(v, group_V.shape[0] - 1)
-    start, stop = start_V[v], stop_V[v]
+    start, stop, column = start_V[v], stop_V[v], pl.program_id(1) * tiles.columns
+    rows, columns = pl.ds(start, tiles.rows), pl.ds(column, tiles.columns)
 
-    @pl.when(is_visit & (start < stop))
+    @pl.when(start < stop)
     def _() -> None:
         group = group_V[v]
-        rows, columns = pl.ds(start, tiles.rows), pl.ds(column, tiles.columns)
-        in_group = _below(start, tiles.rows, stop, 0)
-        in_Y = None if Y % tiles.columns == 0 else _below(column, tiles.columns, Y, 0 if transpose_rhs else 1)
+        in_group = _inside(start, tiles.rows, stop, 0)
 
         def step(i: Array, sum_rc: Array) -> Array:
-            depth = pl.ds(i * tiles.depth, tiles.depth)
-            x_in_X = w_in_X = None
-            if X % tiles.depth:
-                x_in_X = _below(i * tiles.depth, tiles.depth, X, 1)
-                w_in_X = _below(i * tiles.depth, tiles.depth, X, 1 if transpose_rhs else 0)
-            x_rd = _load(x_MX.at[rows, depth], in_group, x_in_X)
-            w = _load(w_eXY.at[(group, columns, depth) if transpose_rhs else (group, depth, columns)], w_in_X, in_Y)
+            first = i * tiles.depth
+            depth = pl.ds(first, tiles.depth)
+            along_d, along_c = (1, 0) if transpose_rhs else (0, 1)
+            # Both are masked behind X: what lies there may be NaN.
+            x_rd = _load(x_MX.at[rows, depth], in_group, _inside(first, tiles.depth, X, 1))
+            w = _load(
+                w_eXY.at[(group, columns, depth) if transpose_rhs else (group, depth, columns)],
+                _inside(first, tiles.depth, X, along_d),
+                _inside(column, tiles.columns, Y, along_c),
+            )
             return sum_rc + plgpu.dot(x_rd, w.astype(x_rd.dtype), trans_b=transpose_rhs)
 
         y_rc = jax.lax.fori_loop(0, pl.cdiv(X, tiles.depth), step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
-        y_in_Y = None if Y % tiles.columns == 0 else _below(column, tiles.columns, Y, 1)
-        _store(y_MY.at[rows, columns], y_rc, in_group, y_in_Y)
+        _store(y_MY.at[rows, columns], y_rc, in_group, _inside(column, tiles.columns, Y, 1))
 
 
 def _tgmm(start_e: Any, stop_e: Any, x_MX: Any, dy_MY: Any, dw_eXY: Any, *, tiles: Tiles) -> None:
     """One tile of one group's X × Y, over all rows of the group."""
     (X, Y), group = dw_eXY.shape[1:], pl.program_id(2)
     x, y = pl.program_id(0) * tiles.rows, pl.program_id(1) * tiles.columns
-    over_X, over_Y = pl.ds(x, tiles.rows), pl.ds(y, tiles.columns)
+    over_x, over_y = pl.ds(x, tiles.rows), pl.ds(y, tiles.columns)
     start, stop = start_e[group], stop_e[group]
-
-    def in_X(axis: int) -> Array | None:
-        return None if X % tiles.rows == 0 else _below(x, tiles.rows, X, axis)
-
-    in_Y = None if Y % tiles.columns == 0 else _below(y, tiles.columns, Y, 1)
 
     def step(i: Array, sum_xy: Array) -> Array:
         first = start + i * tiles.depth
-        # Both are masked: 0 times another group's NaN is NaN.
-        rows, in_group = pl.ds(first, tiles.depth), _below(first, tiles.depth, stop, 0)
-        x_dx = _load(x_MX.at[rows, over_X], in_group, in_X(1))
-        dy_dy = _load(dy_MY.at[rows, over_Y], in_group, in_Y)
-        return sum_xy + plgpu.dot(x_dx, dy_dy, trans_a=True)
+        rows, in_group = pl.ds(first, tiles.depth), _inside(first, tiles.depth, stop, 0)
+        # Both are masked: another group's rows may be NaN.
+        x_rx = _load(x_MX.at[rows, over_x], in_group, _inside(x, tiles.rows, X, 1))
+        dy_ry = _load(dy_MY.at[rows, over_y], in_group, _inside(y, tiles.columns, Y, 1))
+        return sum_xy + plgpu.dot(x_rx, dy_ry, trans_a=True)
 
     steps = pl.cdiv(stop - start, tiles.depth)
     dw_xy = jax.lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.columns), jnp.float32))
-    _store(dw_eXY.at[group, over_X, over_Y], dw_xy, in_X(0), in_Y)
+    _store(dw_eXY.at[group, over_x, over_y], dw_xy, _inside(x, tiles.rows, X, 0), _inside(y, tiles.columns, Y, 1))
 
 
-def _below(first: Any, size: int, end: Any, axis: int) -> Array:
-    """Which of `size` positions along `axis` of a matrix come before `end`: [size, 1] or [1, size]."""
-    shape = (size, 1) if axis == 0 else (1, size)
-    return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < end
+def _inside(first: Any, size: int, end: Any, axis: int) -> Array | None:
+    """Which of a tile's `size` positions along `axis` come before `end`: [size, 1] or [1, size]. None: all, where tiles
+    begin at multiples of `size` and `end` is one."""
+    if isinstance(end, int) and end % size == 0:
+        return None
+    return first + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis) < end
 
 
-def _mask(shape: tuple[int, ...], *parts: Array | None) -> Array | None:
-    mask = None
-    for part in parts:
-        if part is not None:
-            part = jnp.broadcast_to(part, shape)
-            mask = part if mask is None else mask & part
-    return mask
-
-
-def _load(tile: Any, *parts: Array | None) -> Array:
-    """A tile, 0 where it is masked."""
-    mask = _mask(tile.shape, *parts)
+def _load(tile: Any, *inside: Array | None) -> Array:
+    """A tile, 0 outside."""
+    mask = _mask(tile.shape, *inside)
     return plgpu.load(tile, mask=mask, other=None if mask is None else 0.0)
 
 
-def _store(tile: Any, value: Array, *parts: Array | None) -> None:
-    plgpu.store(tile, value.astype(tile.dtype), mask=_mask(tile.shape, *parts))
+def _store(tile: Any, value: Array, *inside: Array | None) -> None:
+    plgpu.store(tile, value.astype(tile.dtype), mask=_mask(tile.shape, *inside))
+
+
+def _mask(shape: tuple[int, ...], *inside: Array | None) -> Array | None:
+    masks = [jnp.broadcast_to(mask, shape) for mask in inside if mask is not None]
+    return functools.reduce(jnp.logical_and, masks) if masks else None

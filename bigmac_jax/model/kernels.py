@@ -1,6 +1,5 @@
 """The grouped matmul of accelerators: M rows sorted by group, e groups with a matrix X × Y each."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.mesh import AXES, platform
+from bigmac_jax.model import gpu_kernels
 
 # Tiles of the TPU kernel: rows, and elements of a matrix. In bfloat16 a step of 256 rows of a 512 × 2048 matrix takes
 # 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
@@ -22,42 +22,52 @@ def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
     """Rows of group i times matrix i; rows behind the last group are undefined.
 
     On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
-    v6e; M must be a multiple of its row tile. On GPU tokamax's, where it is installed.
+    v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`gpu_kernels`).
     """
-    if platform() == "tpu":
-        return _megablox(x_MX, w_eXY, sizes_e)
-    if platform() == "gpu" and importlib.util.find_spec("tokamax"):
-        import tokamax
-
-        return tokamax.ragged_dot(x_MX, w_eXY, sizes_e)
+    if platform() in ("tpu", "gpu"):
+        return _kernel(x_MX, w_eXY, sizes_e)
     return jax.lax.ragged_dot(x_MX, w_eXY, sizes_e)
 
 
 @jax.custom_vjp
-def _megablox(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+def _kernel(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    return _on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e)
+
+
+def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
+    return _kernel(x_MX, w_eXY, sizes_e), (x_MX, w_eXY, sizes_e)
+
+
+def _kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
+    x_MX, w_eXY, sizes_e = saved
+    dx_MX = _on_this_rank(partial(_gmm, transpose_rhs=True), dy_MY, w_eXY, sizes_e)
+    return dx_MX, _on_this_rank(partial(_tgmm, dtype=w_eXY.dtype), x_MX, dy_MY, sizes_e), None
+
+
+_kernel.defvjp(_kernel_fwd, _kernel_bwd)
+
+
+def _gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, transpose_rhs: bool) -> Array:
+    if platform() == "gpu":
+        return gpu_kernels.gmm(x_MX, w_eXY, sizes_e, transpose_rhs=transpose_rhs)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    return _on_this_rank(partial(gmm, preferred_element_type=x_MX.dtype, tiling=_tiling), x_MX, w_eXY, sizes_e)
+    return gmm(x_MX, w_eXY, sizes_e, preferred_element_type=x_MX.dtype, tiling=_tiling, transpose_rhs=transpose_rhs)
 
 
-def _megablox_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
-    return _megablox(x_MX, w_eXY, sizes_e), (x_MX, w_eXY, sizes_e)
+def _tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, dtype: Any) -> Array:
+    """Σ x ⊗ dy over the rows of each group."""
+    if platform() == "gpu":
+        return gpu_kernels.tgmm(x_MX, dy_MY, sizes_e, dtype=dtype)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-
-def _megablox_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
-
-    x_MX, w_eXY, sizes_e = saved
-    to_x = partial(gmm, preferred_element_type=x_MX.dtype, tiling=_tiling, transpose_rhs=True)
-    to_w = partial(tgmm, preferred_element_type=w_eXY.dtype, tiling=_tiling)
-    return _on_this_rank(to_x, dy_MY, w_eXY, sizes_e), _on_this_rank(to_w, x_MX.T, dy_MY, sizes_e), None
-
-
-_megablox.defvjp(_megablox_fwd, _megablox_bwd)
+    return tgmm(x_MX.T, dy_MY, sizes_e, preferred_element_type=dtype, tiling=_tiling)
 
 
 def row_tile(rows: int) -> int:
     """Rows of a tile; where they don't divide `rows`, these must be padded, which copies them."""
+    if platform() != "tpu":
+        return 1  # other kernels take any number of rows
     tile = math.gcd(rows, _ROW_TILE)
     return tile if tile >= _ROW_TILE // 2 else _ROW_TILE
 

@@ -1,7 +1,7 @@
 """Reads compiled programs: what one rank sends, multiplies and holds in one execution, from their HLO text.
 
-`parse(compiled.as_text())` understands XLA:CPU and XLA:TPU as jax 0.10 to 0.12 print them. Everything is of one rank
-and of one execution of ENTRY: a loop's body counts as often as it is known to run.
+`parse(compiled.as_text())` understands XLA:CPU, XLA:TPU and XLA:GPU as jax 0.10 to 0.12 print them. Everything is of one
+rank and of one execution of ENTRY: a loop's body counts as often as it is known to run.
 """
 
 import functools
@@ -71,7 +71,10 @@ class Instruction:
     @functools.cached_property
     def backend_config(self) -> dict[str, Any]:
         text = self.attributes.get("backend_config", "{}")
-        config = json.loads(text)
+        try:
+            config = json.loads(text)
+        except ValueError:  # a Triton kernel's, which holds its program
+            return {}
         return json.loads(config or "{}") if isinstance(config, str) else config
 
     @property
@@ -389,7 +392,7 @@ class Flops(NamedTuple):
     """Of matrix products; a multiply and an add are two."""
 
     dots: int
-    kernels: int  # of Mosaic kernels, as these estimate them
+    kernels: int  # of Mosaic and Triton kernels, as these estimate them
     dynamic: bool  # some stand in a loop of unknown length, or a branch, which counts once
 
     @property
@@ -409,7 +412,10 @@ def matmul_flops(module: Module) -> Flops:
 
 
 def kernel_flops(instruction: Instruction) -> int:
-    """Of a Mosaic kernel, once; 0 of anything else."""
+    """Of a Mosaic or Triton kernel, once, as it says itself; 0 of anything else."""
+    if instruction.attributes.get("custom_call_target") == '"__gpu$xla.gpu.triton"':
+        said = re.search(r"\\22flops\\22: \\22(\d+)", instruction.attributes["backend_config"])
+        return int(said[1]) if said else 0
     if instruction.attributes.get("custom_call_target") != '"tpu_custom_call"':
         return 0
     return int(instruction.backend_config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))

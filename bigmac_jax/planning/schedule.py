@@ -1,8 +1,8 @@
 """What a schedule hides: the matrix products that run while the layer's exchange is on the wire.
 
-The order of instructions in a scheduled TPU program is the order in which they start. An asynchronous exchange is a
-start and a done; what stands between them runs meanwhile. Instructions carry the compiler's estimate of their cycles,
-except Mosaic kernels, whose time is taken from their FLOPs.
+The order of instructions in a scheduled program is the order in which they start. An asynchronous exchange is a start
+and a done; what stands between them runs meanwhile. On TPU instructions carry the compiler's estimate of their cycles,
+except Mosaic kernels; their time, and on GPU that of all products, is taken from their FLOPs.
 """
 
 import functools
@@ -102,7 +102,7 @@ def overlap(
     Args:
       mesh: as for `collectives`.
       exchange_seconds: of one run of a collective alone on the wire.
-      clock: of the matrix units, in Hz: cycles to seconds.
+      clock: of the matrix units, in Hz: cycles to seconds; a GPU's program has no cycles.
       peak_flops: per second, for what has FLOPs and no estimate of cycles.
 
     Raises:

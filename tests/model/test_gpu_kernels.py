@@ -2,19 +2,23 @@
 
 import contextlib
 import re
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import triton
 
+from bigmac_jax.model import gpu_kernels
 from bigmac_jax.model.gpu_kernels import gmm, grouped_matmul, tgmm
 
 from .tools import QUICK, assert_close
 
-# M, e, X, Y: neither X nor Y is a multiple of a tile or a power of two. Groups of the second are long on average.
-SHORT, LONG = (300, 6, 168, 136), (600, 2, 40, 264)
+# M, e, X, Y: neither X nor Y is a multiple of a tile or a power of two. The mean group of the second is long; the third
+# has fewer rows than groups.
+SHORT, LONG, FEW = (300, 6, 168, 136), (900, 2, 40, 264), (3, 6, 24, 40)
 SIZES = {
     SHORT: [
         [0, 0, 0, 300, 0, 0],  # all rows in one group
@@ -29,7 +33,8 @@ SIZES = {
         [64, 64, 64, 64, 44, 0],  # as long as a tile, a row less, a row more
         [63, 65, 1, 127, 32, 12],
     ],
-    LONG: [[300, 300], [0, 600], [600, 0], [1, 0], [0, 1], [128, 256], [127, 129], [257, 343]],
+    LONG: [[450, 450], [0, 900], [900, 0], [1, 0], [0, 1], [128, 256], [127, 129], [257, 543], [129, 769]],
+    FEW: [[1, 0, 1, 0, 0, 1], [0, 3, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]],
 }
 
 
@@ -38,10 +43,10 @@ def draw(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def random_sizes(rng: np.random.Generator, M: int, e: int) -> np.ndarray:
-    """Any lengths whose sum is at most M, some of them 0."""
-    cuts = np.sort(rng.integers(0, M + 1, e))
-    sizes = np.diff(cuts, prepend=0)
-    return rng.permutation(np.where(rng.random(e) < 0.25, 0, sizes)).astype(np.int32)
+    """Any lengths whose sum is at most M and not 0, some of them 0."""
+    sizes = np.diff(np.sort(rng.integers(0, M + 1, e)), prepend=0)
+    sizes = rng.permutation(np.where(rng.random(e) < 0.25, 0, sizes))
+    return sizes if sizes.any() else random_sizes(rng, M, e)
 
 
 def expected(x: Any, w: Any, dy: Any, sizes: Any) -> dict[str, np.ndarray]:
@@ -64,16 +69,19 @@ def results(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> dict
     return {"y": y, "dx": dx, "dw": dw}
 
 
-def actual(x: Any, w: Any, dy: Any, sizes: Any) -> dict[str, np.ndarray]:
+def actual(x: Any, w: Any, dy: Any, sizes: Any, results: Any = results) -> dict[str, np.ndarray]:
     """The same, with NaN in all other rows."""
     filled = int(np.sum(sizes))
     x, dy = (np.where(np.arange(len(a))[:, None] < filled, a, np.nan).astype(a.dtype) for a in (x, dy))
     got = {name: np.asarray(a) for name, a in results(x, w, dy, np.asarray(sizes, np.int32)).items()}
     assert not got["dw"][np.asarray(sizes) == 0].any()  # exactly
+    # The interpreter fills outputs with NaN: a tile that is written in full, and would race with its neighbour's on a
+    # GPU, shows behind the last group.
+    assert np.isnan(got["y"][filled:]).all() and np.isnan(got["dx"][filled:]).all()
     return {"y": got["y"][:filled], "dx": got["dx"][:filled], "dw": got["dw"]}
 
 
-@pytest.mark.parametrize(("shape", "count"), [(SHORT, 75), (LONG, 25)])
+@pytest.mark.parametrize(("shape", "count"), [(SHORT, 70), (LONG, 30), (FEW, 10)])
 def test_any_lengths_of_groups(shape: tuple[int, int, int, int], count: int) -> None:
     """Values and both gradients, for `count` vectors of lengths."""
     M, e, X, Y = shape
@@ -81,8 +89,7 @@ def test_any_lengths_of_groups(shape: tuple[int, int, int, int], count: int) -> 
     rng, vectors = np.random.default_rng(3), SIZES[shape]
     vectors = vectors + [random_sizes(rng, M, e) for _ in range(count - len(vectors))]
     for sizes in vectors:
-        if sum(sizes):
-            assert_close(actual(x, w, dy, sizes), expected(x, w, dy, sizes))
+        assert_close(actual(x, w, dy, sizes), expected(x, w, dy, sizes))
 
 
 def test_no_rows_at_all() -> None:
@@ -115,6 +122,44 @@ def test_bfloat16(dtype: str) -> None:
     assert_close({"dw": got["dw"]}, {"dw": want["dw"]}, 1e-5 if dtype == "float32" else 2**-8)
 
 
+def test_nothing_outside_the_arrays_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter pads arrays, a GPU has the next row or another array there: here a tile of which a position is
+    outside and not masked is NaN as a whole."""
+
+    def touches_outside(tile: Any, mask: jax.Array | None) -> jax.Array:
+        indices, shape = tile.transforms[-1].indices, tile.ref.shape
+        slices = [(index, size) for index, size in zip(indices, shape, strict=True) if hasattr(index, "start")]
+        outside = jnp.zeros(tile.shape, bool)
+        for axis, (index, size) in enumerate(slices):
+            outside |= index.start + jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis) >= size
+        return jnp.any(outside if mask is None else outside & mask)
+
+    def load(tile: Any, *, mask: jax.Array | None, other: Any) -> jax.Array:
+        return jnp.where(touches_outside(tile, mask), jnp.nan, triton.load(tile, mask=mask, other=other))
+
+    def store(tile: Any, value: jax.Array, *, mask: jax.Array | None) -> None:
+        triton.store(tile, jnp.where(touches_outside(tile, mask), jnp.nan, value), mask=mask)
+
+    checked = types.SimpleNamespace(load=load, store=store, dot=triton.dot, CompilerParams=triton.CompilerParams)
+    monkeypatch.setattr(gpu_kernels, "plgpu", checked)
+    for shape, sizes in ((SHORT, [0, 129, 7, 64, 0, 100]), (LONG, [450, 450])):
+        M, e, X, Y = shape
+        x, w, dy = draw((M, X), 0), draw((e, X, Y), 1), draw((M, Y), 2)
+        afresh = jax.jit(lambda *arrays: results.__wrapped__(*arrays), compiler_options=QUICK)
+        assert_close(actual(x, w, dy, sizes, afresh), expected(x, w, dy, sizes))
+
+
+def test_shapes_must_fit() -> None:
+    """A kernel would read beyond an array."""
+    x, w, sizes = jnp.ones((8, 4)), jnp.ones((2, 3, 4)), jnp.full((2,), 4, jnp.int32)
+    with pytest.raises(ValueError, match=r"x \(8, 4\) and 2 groups do not fit w \(2, 3, 4\)"):
+        gmm(x, w, sizes)
+    with pytest.raises(ValueError, match=r"3 groups do not fit"):
+        gmm(x, w, jnp.ones((3,), jnp.int32), transpose_rhs=True)
+    with pytest.raises(ValueError, match="as many rows"):
+        tgmm(x, jnp.ones((7, 4)), sizes)
+
+
 def test_weights_are_cast_to_the_rows_dtype() -> None:
     """As the trainer casts them: a float32 weight meets bfloat16 rows as its nearest bfloat16."""
     M, e, X, Y = SHORT
@@ -142,7 +187,10 @@ def test_lowers_for_gpus(dtype: str) -> None:
     assert re.findall(r'\bname = "(grouped_\w+)"', program) == names
     assert program.count("__gpu$xla.gpu.triton") == 3
     flops, size = 2 * M * X * Y, (M * (X + Y) + e * X * Y) * jnp.dtype(dtype).itemsize
-    assert re.findall(r"flops\D+(\d+)\D+bytes_accessed\D+(\d+)", program) == [(str(flops), str(size))] * 3
+    assert (
+        re.findall(r"flops\\22: \\22(\d+)\\22, \\22bytes_accessed\\22: \\22(\d+)", program)
+        == [(str(flops), str(size))] * 3
+    )
     estimates = re.findall(r"flops=(\d+), transcendentals=0, bytes_accessed=(\d+)", str(traced.jaxpr))
     assert estimates == [(str(flops), str(size))] * 3
 

@@ -6,7 +6,9 @@ NAMES OVERRIDES…
 
 import json
 import math
+import re
 import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, M
 from bigmac_jax.config.reading import field_values, overridden
 from bigmac_jax.counts import parameters
 from bigmac_jax.mesh import AXES
-from bigmac_jax.planning import hlo
+from bigmac_jax.planning import hlo, schedule
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.program import Compiled, compile_program
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
@@ -65,8 +67,20 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         "logits": max(logits, default=0),  # numbers of the largest array of them
         "exact_products": exact,
         "collectives": [[c.kind, list(c.axes), c.buffer_bytes, c.times, c.role] for c in found],
+        "flops": hlo.matmul_flops(module).total,
+        "kernels": sorted(set(re.findall(r"grouped_matmul_\w+", compiled.text))),
+        "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.text))),
+        "overlap": _overlap(module, compiled),
         "seconds": round(compiled.seconds, 1),
     }
+
+
+def _overlap(module: hlo.Module, compiled: Compiled) -> list[tuple[bool, int]]:
+    """Of each payload exchange: whether it is asynchronous, and how many products run beside it."""
+    if not module.scheduled:
+        return []
+    found = schedule.overlap(module, compiled.mesh, lambda collective: 1.0, 1e9, 1e15).exchanges
+    return [(exchange.collective.asynchronous, len(exchange.matmuls)) for exchange in found]
 
 
 def main(topology: str, names: str, *overrides: str) -> None:

@@ -3,22 +3,16 @@
 `make test-programs` installs libtpu and runs these.
 """
 
-import functools
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, VOCAB
+from .running import case_name, compiled
 
 pytestmark = pytest.mark.tpu
-TESTS = pathlib.Path(__file__).parents[1]
 RANKS, ROWS, LENGTH = 32, 64, 256
 
 # What makes a program another one: overrides where it is on.
@@ -33,22 +27,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
 
 
-@functools.cache
-def compiled(topology: str, names: str, *overrides: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "programs.compiled", topology, names, *overrides]
-    paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def case_name(case: tuple[Any, ...]) -> str:
-    topology, *on = case
-    return "-".join([topology.partition(":")[0], *(name for name, there in zip(FEATURES, on, strict=True) if there)])
-
-
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case_name(FEATURES, case))
 def test_programs(case: tuple[Any, ...]) -> None:
     topology, *on = case
     features = {name for name, there in zip(FEATURES, on, strict=True) if there}

@@ -1,0 +1,344 @@
+"""Whether the parts that depend on the hardware compute what they should: each against NumPy in float64.
+
+All devices compute; a check of one device's part gives each of them the same data. N rows with K choices each among e
+local experts, B batch, L length, H head size, G key-value heads, D hidden, R row width, F expert hidden, S ranks.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax import environment, hosts
+from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
+from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, ranks, replicated_spec, token_spec
+from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.layers import causal_attention
+from bigmac_jax.model.moe import MoE
+from bigmac_jax.planning.topologies import first_line
+from bigmac_jax.selfcheck import reference
+from bigmac_jax.selfcheck.reference import Arrays
+from bigmac_jax.training.step import make_trainer
+
+# Of max|a - b| over max|b|, array by array. Float32 is multiplied in float32 (precision highest), bfloat16 as it is in
+# training. A wrong row or a sum that lacks a rank is off by a tenth or more.
+BOUNDS = {"float32": 3e-5, "bfloat16": 3e-2}
+NORM_BOUND = 1e-4  # of the gradient's norm on all devices, relative to one device's
+
+# What else there is to set, the best first, where a check of a part fails.
+ALTERNATIVES = {
+    "attention": ("execution.attention=xla", "execution.attention=blocks"),
+    "experts": ("execution.grouped_matmul=blocks",),
+    "exchange": tuple(f"execution.exchange={name}" for name in STRATEGIES),
+    "training": ("execution.exchange=gather",),
+}
+_IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "blocks"), "gpu": ("auto", "xla", "cudnn", "blocks")}
+
+
+class Mismatch(Exception):
+    """A part computed something else."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Attributes:
+    part: which part of the program it is of.
+    setting: what selects that part, or "".
+    run: raises an exception, or returns how good the part is, in words.
+    """
+
+    name: str
+    part: str
+    setting: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Attributes:
+    why: it failed; "" if it is ok.
+    detail: how good it is, in words.
+    """
+
+    check: Check
+    why: str
+    detail: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.why
+
+
+def run(check: Check) -> Result:
+    """The same in all processes. An exception is a failed check."""
+    start, detail, why = time.perf_counter(), "", ""
+    try:
+        detail = check.run()
+    except Mismatch as error:
+        why = str(error)
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+    found = [
+        text if process == 0 else f"process {process}: {text}" for process, text in enumerate(hosts.gather(why)) if text
+    ]
+    return Result(check, found[0] if found else "", detail, time.perf_counter() - start)
+
+
+def advice(results: Sequence[Result]) -> dict[str, str]:
+    """What to set, by the name of each check that failed; "" where nothing else was found to work."""
+    red = {result.check.setting for result in results if not result.ok}
+    return {
+        result.check.name: next((s for s in ALTERNATIVES.get(result.check.part, ()) if s not in red), "")
+        for result in results
+        if not result.ok
+    }
+
+
+def all_checks(devices: Sequence[Any]) -> list[Check]:
+    """Of a mesh over `devices`."""
+    checks = []
+    for layout in ("dropless", "capacity"):
+        for dtype in BOUNDS:
+            test = functools.partial(check_experts, devices, layout == "dropless", dtype)
+            checks.append(Check(f"experts {layout} {dtype}", "experts", "execution.grouped_matmul=auto", test))
+    for implementation in _IMPLEMENTATIONS[devices[0].platform]:
+        for dtype in BOUNDS:
+            if (implementation, dtype) != ("cudnn", "float32"):
+                test = functools.partial(check_attention, devices, implementation, dtype)
+                setting = f"execution.attention={implementation}"
+                checks.append(Check(f"attention {implementation} {dtype}", "attention", setting, test))
+    for name in STRATEGIES:
+        test = functools.partial(check_exchange, devices, name)
+        checks.append(Check(f"exchange {name}", "exchange", f"execution.exchange={name}", test))
+    checks.append(Check("training step", "training", "", functools.partial(check_training, devices)))
+    return checks
+
+
+def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
+    """Values and gradients of the experts of one rank: rows sorted here, or as they come from a capacity exchange.
+
+    Of the dropless choices most fall on one expert, some on none that is here, and two experts get none.
+    """
+    N, K, e, R, F = 192, 2, 8, 128, 256
+    draw = np.random.default_rng(0)
+    x_NR, dy_NR = (draw.standard_normal((N, R)) for _ in range(2))
+    gate_NK, expert_NK = np.ones((N, 1)), np.repeat(np.arange(e), N // e)[:, None]
+    if dropless:
+        gate_NK = draw.random((N, K))
+        expert_NK = np.stack([np.where(np.arange(N) % 3, 1, 3), draw.choice([0, 2, 5, 6, e], N)], 1)
+    w = {
+        "w_in_eRF": draw.standard_normal((e, R, F)) / math.sqrt(R),
+        "w_out_eFR": draw.standard_normal((e, F, R)) / math.sqrt(F),
+        "b_in_eF": draw.standard_normal((e, F)),
+        "b_out_eR": draw.standard_normal((e, R)),
+    }
+    config = _config(len(devices), use_bias=True, dtype=dtype)
+    expert_NK = expert_NK.astype(np.int32)
+    given = {"x": x_NR, "dy": dy_NR, "gate": gate_NK} | w
+    arrays = {name: value.astype(jnp.dtype(dtype)) for name, value in given.items()}
+
+    def on_rank(values: Mapping[str, Array], expert_NK: Array) -> dict[str, Array]:
+        def mlp(x_NR: Array, gate_NK: Array, w: dict[str, Array]) -> Array:
+            if dropless:
+                return grouped_mlp(config, w, x_NR, gate_NK, expert_NK, N * K // e)
+            return grouped_mlp(config, w, x_NR, None, None, N // e)
+
+        y, pull = jax.vjp(mlp, values["x"], values["gate"], {name: values[name] for name in w})
+        dx, d_gate, dw = pull(values["dy"])
+        gradients = {"y": y, "dx": dx} | {f"d_{name}": value for name, value in dw.items()}
+        return gradients | ({"d_gate": d_gate} if dropless else {})
+
+    actual = _on_all(make_mesh(config, devices=devices), dtype, on_rank, arrays, expert_NK)
+    expected = reference.experts({name: arrays[name] for name in w}, arrays["x"], arrays["gate"], expert_NK, arrays["dy"])
+    return compare(actual, {name: expected[name] for name in actual}, BOUNDS[dtype])
+
+
+def check_attention(devices: Sequence[Any], implementation: str, dtype: str) -> str:
+    """Values and gradients, two query heads to a key-value head."""
+    B, L, N, G, H = 1, 320, 4, 2, 64
+    draw = np.random.default_rng(1).standard_normal
+    shapes = {"q": (B, L, N, H), "k": (B, L, G, H), "v": (B, L, G, H), "dy": (B, L, N, H)}
+    arrays = {name: draw(shape).astype(jnp.dtype(dtype)) for name, shape in shapes.items()}
+
+    def on_rank(values: Mapping[str, Array]) -> dict[str, Array]:
+        attention = functools.partial(causal_attention, implementation=implementation)
+        y, pull = jax.vjp(attention, values["q"], values["k"], values["v"])
+        return {"y": y} | dict(zip(("dq", "dk", "dv"), pull(values["dy"]), strict=True))
+
+    actual = _on_all(make_mesh(_config(len(devices)), devices=devices), dtype, on_rank, arrays)
+    return compare(actual, reference.attention(**{f"{n}_{_DIMS[n]}": v for n, v in arrays.items()}), BOUNDS[dtype])
+
+
+_DIMS = {"q": "BLNH", "k": "BMGH", "v": "BMGH", "dy": "BLNH"}
+
+
+def check_exchange(devices: Sequence[Any], name: str) -> str:
+    """The MoE layer, dropless, its experts over all devices: y, and the gradient of the tokens.
+
+    The experts are computed without a kernel of the accelerator, which has a check of its own.
+    """
+    nodes = machines(devices) if name == "hierarchical" else 1
+    config = _config(len(devices), nodes, exchange=name, grouped_matmul="blocks")
+    mesh, m, draw = make_mesh(config, devices=devices), config.model, np.random.default_rng(2)
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(lambda: MoE(config, jax.random.key(0)))
+
+    def matrix(leaf: Any) -> np.ndarray:
+        return (draw.standard_normal(leaf.shape) / math.sqrt(leaf.shape[-2])).astype(np.float32)
+
+    layer = jax.tree.map(matrix, abstract)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract)
+    w = {
+        "router_DE": layer.router_DE[...],
+        "down_DR": layer.down.w_DF[...],
+        "up_RD": layer.up.w_DF[...],
+        "w_in_eRF": layer.experts.w_in_eRF[...],
+        "w_out_eFR": layer.experts.w_out_eFR[...],
+    }
+    shape = config.data.batch_size, config.data.sequence_length, m.hidden_size
+    T = shape[0] * shape[1]
+    # Tokens whose choice no rounding changes.
+    x_TD = draw.standard_normal((2 * T, m.hidden_size)).astype(np.float32)
+    x_TD = x_TD[np.argsort(-reference.margin(w["router_DE"], x_TD, m.choices))[:T]]
+    dy_TD = draw.standard_normal(x_TD.shape).astype(np.float32)
+
+    def values_and_gradients(layer: MoE, x_BLD: Array, dy_BLD: Array) -> dict[str, Array]:
+        y_BLD, pull, aux = jax.vjp(lambda x_BLD: layer(x_BLD, dropless=True), x_BLD, has_aux=True)
+        return _on_every_process({"y": y_BLD, "dx": pull(dy_BLD)[0], "drops": aux.drop_rate})
+
+    given = layer, x_TD.reshape(shape), dy_TD.reshape(shape)
+    actual = execute(mesh, "float32", values_and_gradients, given, (specs, token_spec(3), token_spec(3)))
+    if drops := float(actual.pop("drops")):
+        raise Mismatch(f"{drops:.1%} of the choices were dropped, none should be")
+    actual = {name: value.reshape(T, -1) for name, value in actual.items()}
+    return compare(actual, reference.moe(w, x_TD, dy_TD, m.choices), BOUNDS["float32"])
+
+
+def check_training(devices: Sequence[Any]) -> str:
+    """Three steps on one batch: the loss falls; the gradient's norm of the first is what one device computes."""
+    losses, norm = train(_config(len(devices)), devices)
+    if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
+        raise Mismatch(f"the loss goes {' → '.join(f'{loss:.4f}' for loss in losses)}; it should fall")
+    if len(devices) > 1:
+        one = _config(len(devices), ranks=1)
+        expected = train(one, jax.local_devices(backend=devices[0].platform)[:1], steps=1)[1]
+        if not abs(norm - expected) <= NORM_BOUND * expected:
+            raise Mismatch(f"the gradient's norm is {norm:.6f} on all devices and {expected:.6f} on one of them")
+    return f"loss {losses[0]:.3f} → {losses[-1]:.3f}"
+
+
+def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[float], float]:
+    """(losses, the gradient's norm in the first step) of training on one random batch."""
+    mesh, losses, norms = make_mesh(config, devices=devices), [], []
+    shape = config.data.batch_size, config.data.sequence_length + 1
+    tokens = np.random.default_rng(3).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        trainer, tokens_BL = make_trainer(config, mesh), place(tokens, batch_spec(2))
+        state = trainer.init(jax.random.key(config.train.seed))
+        step = trainer.step.lower(state, tokens_BL).compile(compiler_options=_options(mesh))
+        for _ in range(steps):
+            state, metrics = step(state, tokens_BL)
+            losses.append(float(metrics.loss))
+            norms.append(float(metrics.grad_norm))
+    return losses, norms[0]
+
+
+def machines(devices: Sequence[Any]) -> int:
+    """Into how many nodes a hierarchical exchange splits the devices: slices, hosts of GPUs, or two for the sake of the
+    check."""
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    processes = len({device.process_index for device in devices})
+    nodes = slices if slices > 1 else processes if processes > 1 and devices[0].platform == "gpu" else 2
+    return nodes if len(devices) > nodes and len(devices) % nodes == 0 else 1
+
+
+def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
+    """Raises Mismatch unless each array is within `bound` of the largest entry of the one expected.
+
+    An array may have a leading dimension of ranks that the expected one lacks.
+    """
+    worst = 0.0
+    for name, b in expected.items():
+        a = actual[name].astype(np.float64)
+        largest = np.abs(b).max()
+        off = np.abs(a - b).max() / largest
+        if not (largest > 0 and off <= bound):  # NaN too
+            where = ""
+            if a.ndim > b.ndim:
+                by_rank = np.abs(a - b).reshape(a.shape[0], -1).max(1) / largest
+                wrong = [rank for rank, value in enumerate(by_rank) if not value <= bound]
+                where = f" on {len(wrong)} of {len(by_rank)} devices" if len(by_rank) > 1 else ""
+            raise Mismatch(f"{name} is off by {off:.1e} of its largest entry{where}; at most {bound:g} is rounding")
+        worst = max(worst, float(off))
+    return f"within {worst:.0e}"
+
+
+def execute(mesh: Mesh, dtype: str, function: Callable[..., Any], values: Any, specs: Any) -> Any:
+    """`function` of NumPy arrays that are placed by `specs` on the mesh, compiled as training is → NumPy arrays."""
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        arrays = jax.tree.map(place, values, specs)
+        with hosts.together():  # all have compiled before one of them waits for the others
+            program = jax.jit(function).lower(*arrays).compile(compiler_options=_options(mesh))
+        return jax.tree.map(np.asarray, program(*arrays))
+
+
+def _on_all(
+    mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any
+) -> Arrays:
+    """`on_rank` of the same arrays on each device: the results of all [S, …]."""
+    leaves, form = jax.tree.flatten(trees)
+
+    def on_each(*leaves: Array) -> dict[str, Array]:
+        result = on_rank(*jax.tree.unflatten(form, [leaf[0] for leaf in leaves]))
+        return {name: value[None] for name, value in result.items()}
+
+    def everywhere(*leaves: Array) -> dict[str, Array]:
+        return _on_every_process(on_each_rank(on_each, leaves, in_spec=rank_spec, out_specs=rank_spec(1)))
+
+    copies = [np.broadcast_to(leaf, (mesh.size, *leaf.shape)) for leaf in leaves]
+    return execute(mesh, dtype, everywhere, tuple(copies), tuple(rank_spec(copy.ndim) for copy in copies))
+
+
+def _on_every_process(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {name: jax.sharding.reshard(value, replicated_spec(value.ndim)) for name, value in arrays.items()}
+
+
+def _options(mesh: Mesh) -> dict[str, Any]:
+    """As training's; on CPU without LLVM's optimisations: programs take seconds to compile, milliseconds to run."""
+    device = mesh.devices.flat[0]
+    quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
+    return quick | environment.compiler_options(device)
+
+
+def _config(devices: int, nodes: int = 1, ranks: int = 0, use_bias: bool = False, **execution: Any) -> Config:
+    """A tiny bigmac model for so many devices, on a mesh whose expert group is all of them, or `ranks`."""
+    group = ranks or devices
+    return Config(
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=64,
+            num_heads=4,
+            num_kv_heads=2,
+            vocab_size=264,
+            num_experts=devices * max(2, -(-8 // devices)),
+            top_k=3,
+            expert_hidden_size=32,
+            capacity_factor=math.inf,
+            use_bias=use_bias,
+        ),
+        execution=ExecutionConfig(unroll_layers=1, **execution),
+        mesh=MeshConfig(data=1, node=nodes, expert=group // nodes),
+        data=DataConfig(tokenizer="bytes", sequence_length=16, batch_size=devices),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, decay_steps=1000),
+    )

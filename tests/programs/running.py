@@ -1,0 +1,27 @@
+"""Compiles programs in a process of their own (`compiled`), and names their cases."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+
+@functools.cache
+def compiled(topology: str, names: str, *overrides: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "programs.compiled", topology, names, *overrides]
+    paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def case_name(features: Iterable[str], case: tuple[Any, ...]) -> str:
+    topology, *on = case
+    return "-".join([topology.partition(":")[0], *(name for name, there in zip(features, on, strict=True) if there)])

@@ -1,0 +1,54 @@
+"""Every program, for hosts of GPUs that are not there. `make test-programs-gpu` installs their compiler and runs these."""
+
+import pytest
+from model.tools import pairwise
+
+from .compiled import CHUNK, EXPERTS
+from .running import case_name, compiled
+
+pytestmark = pytest.mark.gpu
+
+# What makes a program another one: overrides where it is on. Of eight ranks.
+FEATURES: dict[str, tuple[str, ...]] = {
+    "fsdp": ("mesh.fsdp=True",),
+    "accumulate": ("train.accumulate_steps=2",),
+    "tensor": ("mesh.expert=4", "mesh.tensor=2"),
+    "remat": ("execution.remat=layer",),
+    "dropless": ("model.capacity_factor=inf",),
+}
+EXCHANGES = ("all_to_all", "ragged", "hierarchical")
+CASES = sorted(pairwise(["h100:1x8", "b200:1x8"], *[[False, True]] * len(FEATURES), EXCHANGES))
+
+
+def overrides(case: tuple) -> list[str]:
+    *_, exchange = case
+    on = [name for name, there in zip(FEATURES, case[1:-1], strict=True) if there]
+    found = ["mesh.expert=8", f"execution.exchange={exchange}", *(o for name in on for o in FEATURES[name])]
+    if exchange == "hierarchical":
+        found += ["mesh.node=2", f"mesh.expert={2 if 'tensor' in on else 4}"]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case_name(FEATURES, case[:-1])}-{case[-1]}")
+def test_programs(case: tuple) -> None:
+    made = compiled(case[0], "", *overrides(case))
+    programs = {name: made[name] for name in ("init", "step", "evaluate", "prefill", "decode")}
+    for name, program in programs.items():
+        assert program["memory"]["total"] + program["beside"] < made["available"], name
+    for name in ("step", "evaluate"):
+        assert 0 < programs[name]["logits"] <= CHUNK, name
+        assert "__cudnn$fmhaSoftmax" in programs[name]["calls"], name
+    on = dict(zip(FEATURES, case[1:-1], strict=True))
+    rows = on["dropless"] or case[-1] != "all_to_all"  # stand as they come, not as many for each expert
+    assert ("grouped_matmul_fwd" in programs["step"]["kernels"]) == rows
+    assert "grouped_matmul_fwd" in programs["evaluate"]["kernels"]  # which is dropless
+    # No row times every expert: that is what plain `ragged_dot` is there. A rank reserves room for all ranks' rows.
+    room = 64 * 256 // (2 if on["accumulate"] else 1) * 4
+    assert programs["step"]["largest_elements"] < room * EXPERTS // 8 * 256
+
+
+@pytest.mark.parametrize("topology", ["h100:1x8", "b200:1x8"])
+def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
+    made = compiled(topology, "step", "mesh.expert=8", "execution.overlap_chunks=4", "model.capacity_factor=1.0")
+    overlap = made["step"]["overlap"]
+    assert len(overlap) >= 16 and all(asynchronous and products for asynchronous, products in overlap), overlap
