@@ -340,6 +340,8 @@ def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypa
     assert options.keys() == expected
     with_chunks = environment.compiler_options(device, overlap=True)
     assert with_chunks.keys() - expected == ({"xla_tpu_multi_output_fusion_limit"} if kind == "TPU v6 lite" else set())
+    ragged = environment.compiler_options(device, ragged=True)
+    assert expected - ragged.keys() == ({"xla_gpu_enable_latency_hiding_scheduler"} if platform == "gpu" else set())
     if platform == "gpu":  # every build of XLA knows the GPU's options, and refuses a name that it doesn't know
         jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
     monkeypatch.setenv("BIGMAC_KEEP_ENV", "1")

@@ -1,7 +1,7 @@
 """Reads compiled programs: what one rank sends, multiplies and holds in one execution, from their HLO text.
 
-`parse(compiled.as_text())` understands XLA:CPU, XLA:TPU and XLA:GPU as jax 0.10 to 0.12 print them. Everything is of one
-rank and of one execution of ENTRY: a loop's body counts as often as it is known to run.
+`parse(compiled.as_text())` understands XLA:CPU, XLA:TPU and XLA:GPU as jax 0.10 to 0.12 print them. Everything is of
+one rank and of one execution of ENTRY: a loop's body counts as often as it is known to run.
 """
 
 import functools

@@ -78,7 +78,7 @@ def _unless(bad: Array, new: Any, old: Any) -> Any:
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds the jitted initialisation and training step for the current mesh."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
-    spike_factor = config.train.spike_factor
+    spike_factor, execution = config.train.spike_factor, config.execution
 
     def init(key: Array) -> TrainState:
         _, params, rest = split(init_model(config, key))
@@ -153,7 +153,9 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             donate_argnums=0,
             in_shardings=(state_shardings, batch_sharding),
             out_shardings=(state_shardings, None),
-            compiler_options=environment.compiler_options(mesh.devices.flat[0], config.execution.overlap_chunks > 1),
+            compiler_options=environment.compiler_options(
+                mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
+            ),
         ),
         abstract,
     )

@@ -1,4 +1,4 @@
-"""Every program, for hosts of GPUs that are not there. `make test-programs-gpu` installs their compiler and runs these."""
+"""Every program, for hosts of GPUs that are not there; `make test-programs-gpu` installs their compiler."""
 
 import pytest
 from model.tools import pairwise

@@ -214,7 +214,7 @@ def test_clipping(clip_norm: float, norm: float) -> None:
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def options(device: Any, overlap: bool) -> dict[str, bool]:
+    def options(device: Any, overlap: bool, ragged: bool) -> dict[str, bool]:
         return {f"xla_of_{device.platform}_{overlap}": True}
 
     monkeypatch.setattr(environment, "compiler_options", options)
