@@ -25,6 +25,10 @@ _TOKEN = re.compile(_STRING + r"|/\*.*?\*/|[()\[\]{},]")
 _HEAD = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 
 
+# cuDNN's attention: products of L × L × H that its result needs; what it computes again for the gradient is left out.
+_ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 4}
+
+
 class Shape(NamedTuple):
     """An array; tuples are flattened. Layouts are dropped, and with them what tiles pad."""
 
@@ -392,7 +396,7 @@ class Flops(NamedTuple):
     """Of matrix products; a multiply and an add are two."""
 
     dots: int
-    kernels: int  # of Mosaic and Triton kernels, as these estimate them
+    kernels: int  # of Mosaic and Triton kernels, as these estimate them, and of cuDNN's attention
     dynamic: bool  # some stand in a loop of unknown length, or a branch, which counts once
 
     @property
@@ -412,11 +416,15 @@ def matmul_flops(module: Module) -> Flops:
 
 
 def kernel_flops(instruction: Instruction) -> int:
-    """Of a Mosaic or Triton kernel, once, as it says itself; 0 of anything else."""
-    if instruction.attributes.get("custom_call_target") == '"__gpu$xla.gpu.triton"':
+    """Of a Mosaic or Triton kernel, once, as it says itself, or of cuDNN's attention; 0 of anything else."""
+    target = instruction.attributes.get("custom_call_target", "").strip('"')
+    if target in _ATTENTION:  # of whole sequences, [B, N, L, H], without credit for causality
+        B, N, L, H = instruction.shapes[0].dims
+        return _ATTENTION[target] * 2 * B * N * L * L * H
+    if target == "__gpu$xla.gpu.triton":
         said = re.search(r"\\22flops\\22: \\22(\d+)", instruction.attributes["backend_config"])
         return int(said[1]) if said else 0
-    if instruction.attributes.get("custom_call_target") != '"tpu_custom_call"':
+    if target != "tpu_custom_call":
         return 0
     return int(instruction.backend_config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
 

@@ -12,12 +12,22 @@ from typing import Any
 TESTS = pathlib.Path(__file__).parents[1]
 
 
+def planned(config: str, topology: str, *overrides: str) -> dict[str, Any]:
+    """What `plan.py --compile --json` says of a config file."""
+    command = [sys.executable, "plan.py", f"--config={config}", f"--topology={topology}", "--compile", "--json"]
+    return _run([*command, *(f"--config.{override}" for override in overrides)], TESTS.parent)
+
+
 @functools.cache
 def compiled(topology: str, names: str, *overrides: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "programs.compiled", topology, names, *overrides]
+    return _run([sys.executable, "-m", "programs.compiled", topology, names, *overrides], TESTS)
+
+
+def _run(command: list[str], folder: pathlib.Path) -> dict[str, Any]:
+    """The JSON object of its last line."""
     paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 

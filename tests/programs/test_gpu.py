@@ -4,7 +4,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS
-from .running import case_name, compiled
+from .running import case_name, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +52,27 @@ def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
     made = compiled(topology, "step", "mesh.expert=8", "execution.overlap_chunks=4", "model.capacity_factor=1.0")
     overlap = made["step"]["overlap"]
     assert len(overlap) >= 16 and all(asynchronous and products for asynchronous, products in overlap), overlap
+
+
+@pytest.mark.parametrize("ranks", [8, 32])
+def test_products_of_gpt3_xl_are_the_useful_ones(ranks: int) -> None:
+    """Its bigmac step without room in the experts' rows: what is multiplied is what is counted, and what is recomputed."""
+    made = planned(
+        "configs/paper/gpt3_xl.py", f"h100:{ranks // 8}x8", f"mesh.expert={ranks}", "model.capacity_factor=1.0",
+        "execution.remat=layer", f"train.accumulate_steps={64 // ranks}",
+    )  # fmt: skip
+    useful, output = made["flops_per_step"], made["flops"]["output"]
+    again = (useful - output) / 3  # a forward pass, short of the logits
+    assert made["programs"]["step"]["flops_per_step"] == pytest.approx(useful + again, rel=0.1)
+
+
+def test_models_of_this_size_fit() -> None:
+    on = {
+        "configs/qwen3_30b.py": ("h100:1x8", "mesh.expert=8", "data.batch_size=8", "train.accumulate_steps=1"),
+        "configs/large.py": ("h100:8x8",),
+        "configs/paper/gpt3_6_7b.py": ("h100:1x8", "mesh.expert=8", "mesh.fsdp=True", "execution.remat=layer",
+                                       "train.accumulate_steps=8"),
+    }  # fmt: skip
+    for file, (topology, *fields) in on.items():
+        made = planned(file, topology, *fields)
+        assert made["fits"] and set(made["programs"]) == {"init", "step", "evaluate", "prefill", "decode"}, file
