@@ -103,7 +103,7 @@ def _is_module(name: str) -> bool:
 # imports, stands outside.
 ROOMS = (
     "environment", "config", "hosts", "mesh", "watch", "data", "model", "counts", "training", "decoding", "programs",
-    "inference", "evaluation", "interchange", "planning", "report", "loop", "cli",
+    "inference", "evaluation", "interchange", "planning", "report", "loop", "selfcheck", "cli",
 )  # fmt: skip
 
 

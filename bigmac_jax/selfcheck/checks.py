@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import environment, hosts
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
-from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, ranks, replicated_spec, token_spec
+from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import causal_attention
@@ -40,12 +39,11 @@ ALTERNATIVES = {
     "attention": ("execution.attention=xla", "execution.attention=blocks"),
     "experts": ("execution.grouped_matmul=blocks",),
     "exchange": tuple(f"execution.exchange={name}" for name in STRATEGIES),
-    "training": ("execution.exchange=gather",),
 }
 _IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "blocks"), "gpu": ("auto", "xla", "cudnn", "blocks")}
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """A part computed something else."""
 
 
@@ -85,7 +83,7 @@ def run(check: Check) -> Result:
     start, detail, why = time.perf_counter(), "", ""
     try:
         detail = check.run()
-    except Mismatch as error:
+    except MismatchError as error:
         why = str(error)
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
@@ -160,7 +158,9 @@ def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
         return gradients | ({"d_gate": d_gate} if dropless else {})
 
     actual = _on_all(make_mesh(config, devices=devices), dtype, on_rank, arrays, expert_NK)
-    expected = reference.experts({name: arrays[name] for name in w}, arrays["x"], arrays["gate"], expert_NK, arrays["dy"])
+    expected = reference.experts(
+        {name: arrays[name] for name in w}, arrays["x"], arrays["gate"], expert_NK, arrays["dy"]
+    )
     return compare(actual, {name: expected[name] for name in actual}, BOUNDS[dtype])
 
 
@@ -220,7 +220,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
     given = layer, x_TD.reshape(shape), dy_TD.reshape(shape)
     actual = execute(mesh, "float32", values_and_gradients, given, (specs, token_spec(3), token_spec(3)))
     if drops := float(actual.pop("drops")):
-        raise Mismatch(f"{drops:.1%} of the choices were dropped, none should be")
+        raise MismatchError(f"{drops:.1%} of the choices were dropped, none should be")
     actual = {name: value.reshape(T, -1) for name, value in actual.items()}
     return compare(actual, reference.moe(w, x_TD, dy_TD, m.choices), BOUNDS["float32"])
 
@@ -229,12 +229,12 @@ def check_training(devices: Sequence[Any]) -> str:
     """Three steps on one batch: the loss falls; the gradient's norm of the first is what one device computes."""
     losses, norm = train(_config(len(devices)), devices)
     if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
-        raise Mismatch(f"the loss goes {' → '.join(f'{loss:.4f}' for loss in losses)}; it should fall")
+        raise MismatchError(f"the loss goes {' → '.join(f'{loss:.4f}' for loss in losses)}; it should fall")
     if len(devices) > 1:
         one = _config(len(devices), ranks=1)
         expected = train(one, jax.local_devices(backend=devices[0].platform)[:1], steps=1)[1]
         if not abs(norm - expected) <= NORM_BOUND * expected:
-            raise Mismatch(f"the gradient's norm is {norm:.6f} on all devices and {expected:.6f} on one of them")
+            raise MismatchError(f"the gradient's norm is {norm:.6f} on all devices and {expected:.6f} on one of them")
     return f"loss {losses[0]:.3f} → {losses[-1]:.3f}"
 
 
@@ -246,7 +246,7 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         trainer, tokens_BL = make_trainer(config, mesh), place(tokens, batch_spec(2))
         state = trainer.init(jax.random.key(config.train.seed))
-        step = trainer.step.lower(state, tokens_BL).compile(compiler_options=_options(mesh))
+        step = compiled(mesh, trainer.step.lower(state, tokens_BL))
         for _ in range(steps):
             state, metrics = step(state, tokens_BL)
             losses.append(float(metrics.loss))
@@ -264,7 +264,7 @@ def machines(devices: Sequence[Any]) -> int:
 
 
 def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
-    """Raises Mismatch unless each array is within `bound` of the largest entry of the one expected.
+    """Raises MismatchError unless each array is within `bound` of the largest entry of the one expected.
 
     An array may have a leading dimension of ranks that the expected one lacks.
     """
@@ -272,14 +272,16 @@ def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
     for name, b in expected.items():
         a = actual[name].astype(np.float64)
         largest = np.abs(b).max()
-        off = np.abs(a - b).max() / largest
-        if not (largest > 0 and off <= bound):  # NaN too
+        off = np.abs(a - b).max() / largest if largest > 0 else math.inf  # zeros show nothing
+        if not off <= bound:  # NaN too
             where = ""
             if a.ndim > b.ndim:
                 by_rank = np.abs(a - b).reshape(a.shape[0], -1).max(1) / largest
                 wrong = [rank for rank, value in enumerate(by_rank) if not value <= bound]
                 where = f" on {len(wrong)} of {len(by_rank)} devices" if len(by_rank) > 1 else ""
-            raise Mismatch(f"{name} is off by {off:.1e} of its largest entry{where}; at most {bound:g} is rounding")
+            raise MismatchError(
+                f"{name} is off by {off:.1e} of its largest entry{where}; at most {bound:g} is rounding"
+            )
         worst = max(worst, float(off))
     return f"within {worst:.0e}"
 
@@ -288,14 +290,20 @@ def execute(mesh: Mesh, dtype: str, function: Callable[..., Any], values: Any, s
     """`function` of NumPy arrays that are placed by `specs` on the mesh, compiled as training is → NumPy arrays."""
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if dtype == "float32" else None):
         arrays = jax.tree.map(place, values, specs)
-        with hosts.together():  # all have compiled before one of them waits for the others
-            program = jax.jit(function).lower(*arrays).compile(compiler_options=_options(mesh))
+        program = compiled(mesh, jax.jit(function).lower(*arrays))
         return jax.tree.map(np.asarray, program(*arrays))
 
 
-def _on_all(
-    mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any
-) -> Arrays:
+def compiled(mesh: Mesh, lowered: Any) -> Any:
+    """With the options of training; on CPU without LLVM's optimisations: these programs take seconds to compile and
+    milliseconds to run."""
+    device = mesh.devices.flat[0]
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
+    with hosts.together():  # all have compiled before one of them waits for the others
+        return lowered.compile(compiler_options=options | environment.compiler_options(device))
+
+
+def _on_all(mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any) -> Arrays:
     """`on_rank` of the same arrays on each device: the results of all [S, …]."""
     leaves, form = jax.tree.flatten(trees)
 
@@ -312,13 +320,6 @@ def _on_all(
 
 def _on_every_process(arrays: dict[str, Array]) -> dict[str, Array]:
     return {name: jax.sharding.reshard(value, replicated_spec(value.ndim)) for name, value in arrays.items()}
-
-
-def _options(mesh: Mesh) -> dict[str, Any]:
-    """As training's; on CPU without LLVM's optimisations: programs take seconds to compile, milliseconds to run."""
-    device = mesh.devices.flat[0]
-    quick = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
-    return quick | environment.compiler_options(device)
 
 
 def _config(devices: int, nodes: int = 1, ranks: int = 0, use_bias: bool = False, **execution: Any) -> Config:
