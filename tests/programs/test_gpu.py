@@ -56,7 +56,7 @@ def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
 
 @pytest.mark.parametrize("ranks", [8, 32])
 def test_products_of_gpt3_xl_are_the_useful_ones(ranks: int) -> None:
-    """Its bigmac step without room in the experts' rows: what is multiplied is what is counted and what is recomputed."""
+    """Its bigmac step without room in the experts' rows: what is multiplied is counted, or computed again."""
     made = planned(
         "configs/paper/gpt3_xl.py", f"h100:{ranks // 8}x8", f"mesh.expert={ranks}", "model.capacity_factor=1.0",
         "execution.remat=layer", f"train.accumulate_steps={64 // ranks}",
@@ -69,7 +69,6 @@ def test_products_of_gpt3_xl_are_the_useful_ones(ranks: int) -> None:
 def test_models_of_this_size_fit() -> None:
     on = {
         "configs/qwen3_30b.py": ("h100:1x8", "mesh.expert=8", "data.batch_size=8", "train.accumulate_steps=1"),
-        "configs/large.py": ("h100:8x8",),
         "configs/paper/gpt3_6_7b.py": ("h100:1x8", "mesh.expert=8", "mesh.fsdp=True", "execution.remat=layer",
                                        "train.accumulate_steps=8"),
     }  # fmt: skip
