@@ -110,7 +110,7 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
         for dtype in BOUNDS:
             test = functools.partial(check_experts, devices, layout == "dropless", dtype)
             checks.append(Check(f"experts {layout} {dtype}", "experts", "execution.grouped_matmul=auto", test))
-    for implementation in _IMPLEMENTATIONS[devices[0].platform]:
+    for implementation in _IMPLEMENTATIONS.get(devices[0].platform, ("auto", "xla")):
         for dtype in BOUNDS:
             if (implementation, dtype) != ("cudnn", "float32"):
                 test = functools.partial(check_attention, devices, implementation, dtype)
@@ -218,7 +218,9 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
         return _on_every_process({"y": y_BLD, "dx": pull(dy_BLD)[0], "drops": aux.drop_rate})
 
     given = layer, x_TD.reshape(shape), dy_TD.reshape(shape)
-    actual = execute(mesh, "float32", values_and_gradients, given, (specs, token_spec(3), token_spec(3)))
+    actual = execute(
+        mesh, "float32", values_and_gradients, given, (specs, token_spec(3), token_spec(3)), name == "ragged"
+    )
     if drops := float(actual.pop("drops")):
         raise MismatchError(f"{drops:.1%} of the choices were dropped, none should be")
     actual = {name: value.reshape(T, -1) for name, value in actual.items()}
@@ -286,21 +288,26 @@ def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
     return f"within {worst:.0e}"
 
 
-def execute(mesh: Mesh, dtype: str, function: Callable[..., Any], values: Any, specs: Any) -> Any:
-    """`function` of NumPy arrays that are placed by `specs` on the mesh, compiled as training is → NumPy arrays."""
+def execute(mesh: Mesh, dtype: str, function: Callable[..., Any], values: Any, specs: Any, ragged: bool = False) -> Any:
+    """`function` of NumPy arrays that are placed by `specs` on the mesh, compiled as training is → NumPy arrays.
+
+    Args:
+      ragged: it has ragged exchanges.
+    """
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if dtype == "float32" else None):
         arrays = jax.tree.map(place, values, specs)
-        program = compiled(mesh, jax.jit(function).lower(*arrays))
+        program = compiled(mesh, jax.jit(function).lower(*arrays), ragged)
         return jax.tree.map(np.asarray, program(*arrays))
 
 
-def compiled(mesh: Mesh, lowered: Any) -> Any:
+def compiled(mesh: Mesh, lowered: Any, ragged: bool = False) -> Any:
     """With the options of training; on CPU without LLVM's optimisations: these programs take seconds to compile and
     milliseconds to run."""
     device = mesh.devices.flat[0]
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
+    options |= environment.compiler_options(device, ragged=ragged)
     with hosts.together():  # all have compiled before one of them waits for the others
-        return lowered.compile(compiler_options=options | environment.compiler_options(device))
+        return lowered.compile(compiler_options=options)
 
 
 def _on_all(mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any) -> Arrays:

@@ -1,0 +1,157 @@
+"""The self-check: green on a machine that computes right, red in the right place on one that doesn't."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bigmac_jax.mesh import ranks
+from bigmac_jax.model import experts
+from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.selfcheck import checks
+from bigmac_jax.selfcheck.rates import all_rates, hardware_of
+from bigmac_jax.training import step
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def selfcheck(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bigmac_jax.selfcheck", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def two() -> list[Any]:
+    return jax.devices()[:2]
+
+
+def scaled(function: Any, factor: float = 1.01) -> Any:
+    return lambda *args, **kwargs: factor * function(*args, **kwargs)
+
+
+def test_the_command_is_green() -> None:
+    done = selfcheck("--cpu_devices=2", "--json", "--quick")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ok"] and not report["rates"] and not report["advice"]
+    assert all(check["ok"] and not check["why"] and check["seconds"] >= 0 for check in report["checks"])
+    names = {check["name"] for check in report["checks"]}
+    assert names >= {f"exchange {name}" for name in STRATEGIES} | {"training step"}
+    assert names >= {f"experts {of} {dtype}" for of in ("dropless", "capacity") for dtype in checks.BOUNDS}
+    assert names >= {f"attention {of} {dtype}" for of in ("auto", "xla") for dtype in checks.BOUNDS}
+    assert all(f"{name} …" in done.stderr for name in names)  # which one hangs, if one does
+    assert report["device"] | {"platform": "cpu", "devices": 2, "processes": 1} == report["device"]
+    assert report["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("flag", ["--cpu_devices=two", "--fast", "--config.model.top_k=2"])
+def test_bad_flags(flag: str) -> None:
+    done = selfcheck(flag)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.full
+def test_the_command_with_rates_is_green() -> None:
+    done = selfcheck("--cpu_devices=2")
+    assert done.returncode == 0, done.stdout
+    for words in ("rate matmul float32", "rate memory", "rate all-to-all", "rate training step", "a device"):
+        assert words in done.stdout
+
+
+def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch = Gather.dispatch
+
+    def without_a_row(self: Gather, *arguments: Any) -> Any:
+        rows_NR, gate_NK = dispatch(self, *arguments)
+        return rows_NR.at[3].set(0), gate_NK
+
+    def refused(self: Ragged, experts_TK: Any) -> Any:
+        raise RuntimeError("no such collective\nand no more of this")
+
+    monkeypatch.setattr(experts, "_even", scaled(experts._even))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", scaled(jax.nn.dot_product_attention))
+    monkeypatch.setattr(Gather, "dispatch", without_a_row)
+    monkeypatch.setattr(Ragged, "plan", refused)
+    results = [checks.run(check) for check in checks.all_checks(two())]
+    red = {result.check.name: result.why for result in results if not result.ok}
+    # A hundredth is rounding in bfloat16.
+    kernel, attention = "experts dropless float32", "attention xla float32"
+    assert red.keys() == {kernel, attention, "exchange gather", "exchange ragged"}
+    assert "off by" in red[kernel] and "on 2 of 2 devices; at most 3e-05 is rounding" in red[kernel]
+    assert "off by 1.0e-02" in red[attention]
+    assert red["exchange ragged"] == "RuntimeError: no such collective"
+    assert checks.advice(results) == {
+        kernel: "execution.grouped_matmul=blocks",
+        attention: "execution.attention=blocks",
+        "exchange gather": "execution.exchange=all_to_all",
+        "exchange ragged": "execution.exchange=all_to_all",
+    }
+
+
+def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    even, attend = experts._even, jax.nn.dot_product_attention
+    monkeypatch.setattr(experts, "_even", lambda *args: even(*args).at[5].set(0))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: attend(*a, **k).at[:, 7].set(0))
+    with pytest.raises(checks.MismatchError):
+        checks.check_experts(two(), True, "bfloat16")
+    with pytest.raises(checks.MismatchError):
+        checks.check_attention(two(), "xla", "bfloat16")
+
+
+def test_a_wrong_gradient_of_all_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_fn = step.loss_fn
+
+    def off_on_several(*args: Any) -> Any:
+        loss, parts = loss_fn(*args)
+        return loss * (1.001 if ranks() > 1 else 1), parts
+
+    monkeypatch.setattr(step, "loss_fn", off_on_several)
+    with pytest.raises(checks.MismatchError, match=r"norm is .* on all devices and .* on one of them"):
+        checks.check_training(two())
+
+
+@pytest.mark.parametrize("losses", [[2.0, 2.0, 2.0], [3.0, math.nan, 2.0]])
+def test_a_loss_that_does_not_fall_is_seen(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    monkeypatch.setattr(checks, "train", lambda *args: (losses, 1.0))
+    with pytest.raises(checks.MismatchError, match="it should fall"):
+        checks.check_training(two())
+
+
+def test_compare() -> None:
+    b = np.array([1.0, -4.0])
+    assert checks.compare({"y": np.array([[1.0, -4.0], [1.0, -4.1]])}, {"y": b}, 0.03) == "within 2e-02"
+    for a, message in (
+        ([[1, -4], [1, -4.1]], "y is off by 2.5e-02 of its largest entry on 1 of 2 devices"),
+        ([[1, -4], [math.nan, -4]], "on 1 of 2 devices"),
+    ):
+        with pytest.raises(checks.MismatchError, match=message):
+            checks.compare({"y": np.array(a)}, {"y": b}, 0.02)
+    with pytest.raises(checks.MismatchError):  # what is all zeros shows nothing
+        checks.compare({"y": np.zeros(2)}, {"y": np.zeros(2)}, 1)
+
+
+def test_what_the_hardware_files_expect() -> None:
+    assert [hardware_of(kind) for kind in ("TPU v5 lite", "NVIDIA H100 80GB HBM3", "cpu")] == ["v5e", "h100", ""]
+
+    def expected(name: str, devices: int) -> dict[str, float | None]:
+        hardware = load_hardware(name)
+        absent = [types.SimpleNamespace(platform=hardware.platform)] * devices
+        return {rate.name: rate.expected for rate in all_rates(absent, hardware)}
+
+    h100, v5e = expected("h100", 8), expected("v5e", 8)
+    assert (h100["matmul bfloat16"], h100["memory"]) == (989.4e12, 3.35e12)
+    assert h100["all-to-all"] == pytest.approx(450e9, rel=0.05)  # 64 MiB of it: the latency is small
+    # On 2 × 4 chips each sends 4/7 of it to the other half of the long axis, over 2 links of 50 GB/s for 4 chips.
+    assert v5e["all-to-all"] == pytest.approx(50e9 * 7 / 8, rel=0.01)
+    assert expected("h100", 1).keys() == {"matmul bfloat16", "memory", "training step"}
+    assert all(value and value > 0 for value in (*h100.values(), *v5e.values()))
+    absent = [types.SimpleNamespace(platform="cpu")] * 2
+    assert all(rate.expected is None for rate in all_rates(absent, None))
