@@ -15,7 +15,7 @@ CUBES = Torus(dimensions=3, wrap_multiple=4, wrap_together=True)
 
 
 def test_the_files() -> None:
-    assert HARDWARE == ("h100", "paper", "v5e", "v5p", "v6e")
+    assert HARDWARE == ("b200", "h100", "h200", "paper", "v5e", "v5p", "v6e")
     for name in HARDWARE:
         hardware = load_hardware(name)
         assert (hardware.torus is not None) == (hardware.platform == "tpu")
@@ -91,7 +91,7 @@ def test_a_number_for_a_table(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["v4", "nowhere/x.toml", "", "."])
 def test_no_such_hardware(name: str) -> None:
-    with pytest.raises(ConfigError, match="can't be read as a file; use one of h100, paper, v5e, v5p, v6e, or a path"):
+    with pytest.raises(ConfigError, match="can't be read as a file; use one of b200, h100, h200, paper, v5e, v5p, v6e, or a path"):
         load_hardware(name)
 
 

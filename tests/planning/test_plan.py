@@ -178,7 +178,7 @@ NONSENSE = {
     "too few devices": ({"devices": 4}, EP32, "= 32 must be the 4 devices .* --devices=32"),
     "too small a slice": ({"topology": "v5e:4x4"}, EP32, "= 32 must be the 16 devices .* another mesh or --topology"),
     "hardware of another chip": ({"topology": "v5e:4x8", "hardware": "v6e"}, EP32, "leave --hardware out"),
-    "unknown hardware": ({"hardware": "abacus"}, EP32, "h100, paper, v5e"),
+    "unknown hardware": ({"hardware": "abacus"}, EP32, "b200, h100, h200, paper, v5e"),
     "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
     "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
     "sweep of nothing": ({"sweep": (" ",)}, EP32, "FIELD=a,b"),
