@@ -24,7 +24,8 @@ from bigmac_jax.planning.topologies import absent_devices, parse_topology
 from bigmac_jax.programs import NAMES
 from bigmac_jax.training import loss
 
-VOCAB, EXPERTS, CHUNK = 4096, 64, 2**18
+# A vocabulary that, whole or split over `tensor`, is the size of nothing else.
+VOCAB, EXPERTS, CHUNK = 4192, 64, 2**18
 loss._CHUNK_ENTRIES_ACCELERATOR = CHUNK  # of logits: so that a small batch has more than one chunk of them
 
 

@@ -72,7 +72,6 @@ def test_a_vocabulary_of_a_quarter_million_fits() -> None:
     for name in ("init", "step", "evaluate"):
         program = made[name]
         assert program["memory"]["total"] + program["beside"] < made["available"], name
-        assert program["logits"] <= CHUNK, name
 
 
 def test_compilation_takes_as_long_for_many_layers() -> None:
