@@ -65,7 +65,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.compile:
         programs = result["programs"] = _programs(config, place)
         result["program"] = programs["step"]
-        result["restore"] = _restore(config, sizes, programs, place)
+        result["restore"] = _restore(4 * result["parameters_per_rank"], programs, place)
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.sweep:
@@ -248,10 +248,9 @@ def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
     return program.describe_programs(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
 
 
-def _restore(config: Config, sizes: Sizes, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
     """What reading a checkpoint takes on one rank, bytes: the state that train.py goes on with; and the parameters that
     generate.py casts, leaf by leaf, beside the weights that it made of them."""
-    parameters_bytes = 4 * parameters(config, sizes).of_a_rank
     need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
