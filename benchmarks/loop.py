@@ -16,16 +16,16 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
+from bigmac_jax.data.batch import Batch  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.loop import train  # noqa: E402
-from bigmac_jax.mesh import batch_spec  # noqa: E402
+from bigmac_jax.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.report.plots import read_metrics  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
@@ -63,17 +63,16 @@ def main() -> None:
     print(json.dumps(ratios))
 
 
-def _bare_loop(trainer, batch: np.ndarray, steps: int) -> float:
+def _bare_loop(trainer, batch: Batch, steps: int) -> float:
     """Seconds a step."""
-    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    tokens_BL = jax.device_put(batch, sharding)
+    batch = place(batch, batch_spec(2))
     state = trainer.init(jax.random.key(0))
     for _ in range(5):
-        state, metrics = trainer.step(state, tokens_BL)
+        state, metrics = trainer.step(state, batch)
     jax.block_until_ready(metrics)
     start = time.perf_counter()
     for _ in range(steps):
-        state, metrics = trainer.step(state, tokens_BL)
+        state, metrics = trainer.step(state, batch)
     jax.block_until_ready(metrics)
     return (time.perf_counter() - start) / steps
 

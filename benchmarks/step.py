@@ -24,7 +24,8 @@ from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.counts import flops  # noqa: E402
-from bigmac_jax.mesh import batch_spec  # noqa: E402
+from bigmac_jax.data.batch import of_windows  # noqa: E402
+from bigmac_jax.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
@@ -65,15 +66,15 @@ def stepper(config: Config, mesh: jax.sharding.Mesh, steps: int) -> Callable[[],
     trainer = make_trainer(config, mesh)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     tokens_BL = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    tokens_BL = jax.device_put(tokens_BL, jax.sharding.NamedSharding(mesh, batch_spec(2)))
-    state, metrics = trainer.step(trainer.init(jax.random.key(0)), tokens_BL)
+    batch = place(of_windows(tokens_BL), batch_spec(2))
+    state, metrics = trainer.step(trainer.init(jax.random.key(0)), batch)
     jax.block_until_ready(metrics)
 
     def run() -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = trainer.step(state, tokens_BL)
+            state, metrics = trainer.step(state, batch)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - start) / steps
 

@@ -1,5 +1,6 @@
 """The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
 
+import functools
 import logging
 import math
 import pathlib
@@ -12,6 +13,7 @@ import jax
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
+from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
@@ -345,7 +347,8 @@ class _Run:
             _log.warning("report.png is not drawn (%s)", error)
 
 
-def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[jax.Array]:
+def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    return (hosts.global_array(sharding, rows, batch, batch_size) for batch in data)
+    on_device = functools.partial(hosts.global_array, sharding, rows, size=batch_size)
+    return (jax.tree.map(on_device, batch) for batch in data)

@@ -308,10 +308,10 @@ def on_each_rank(
     )(*arrays, *(w.value for w in weights))
 
 
-def place(values: Any, spec: P) -> Array:
-    """On the current mesh, a NumPy array that every process holds whole."""
+def place(values: Any, spec: P) -> Any:
+    """On the current mesh, a NumPy array that every process holds whole, or a tree of them."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
-    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    return jax.tree.map(lambda v: jax.make_array_from_callback(v.shape, sharding, v.__getitem__), values)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config
+from bigmac_jax.data.batch import Batch
 from bigmac_jax.decoding.cache import Cache, Decoder, decode, make_decoder, prefill
 from bigmac_jax.decoding.sampling import Draws, draws, sample
 from bigmac_jax.mesh import batch_ranks, batch_spec, placed, replicated_spec, tensor_ranks, token_spec
@@ -33,9 +34,9 @@ PROMPTS = 16  # at a time, where nobody says otherwise
 
 
 @hosts.Jit
-def evaluate(model: Transformer, tokens_BL: Array) -> TokenScores:
-    """Scores of tokens 1 … L given those before, on every process; logits are not held whole. tokens_BL: [B, L + 1]."""
-    return jax.sharding.reshard(token_scores(model, tokens_BL), replicated_spec(2))
+def evaluate(model: Transformer, batch: Batch) -> TokenScores:
+    """Scores of the targets, on every process; logits are not held whole."""
+    return jax.sharding.reshard(token_scores(model, batch), replicated_spec(2))
 
 
 def evaluation_rows(config: Config) -> int:
@@ -132,8 +133,8 @@ def _init_program(config: Config, mesh: Mesh) -> Program:
 
 
 def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
-    windows = _windows(config.data.batch_size, config, mesh)
-    return Program("step", trainer.step, (trainer.abstract_state, windows), {})
+    batch = _batch(config.data.batch_size, config, mesh)
+    return Program("step", trainer.step, (trainer.abstract_state, batch), {})
 
 
 def _step_program(config: Config, mesh: Mesh) -> Program:
@@ -142,8 +143,8 @@ def _step_program(config: Config, mesh: Mesh) -> Program:
 
 def _evaluate_program(config: Config, mesh: Mesh) -> Program:
     trainer = make_trainer(config, mesh)
-    state, windows = trainer.abstract_state, _windows(evaluation_rows(config), config, mesh)
-    return Program("evaluate", evaluate, (trainer.model(state), windows), {}, state.opt_state)
+    state, batch = trainer.abstract_state, _batch(evaluation_rows(config), config, mesh)
+    return Program("evaluate", evaluate, (trainer.model(state), batch), {}, state.opt_state)
 
 
 def _prefill_program(config: Config, mesh: Mesh) -> Program:
@@ -177,6 +178,7 @@ def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _windows(rows: int, config: Config, mesh: Mesh) -> Any:
-    """Abstract tokens_BL, [B, L + 1]."""
-    return _abstract(mesh, batch_spec(2), rows, config.data.sequence_length + 1)
+def _batch(rows: int, config: Config, mesh: Mesh) -> Batch:
+    """Of abstract arrays."""
+    tokens_BL = _abstract(mesh, batch_spec(2), rows, config.data.sequence_length)
+    return Batch(tokens_BL, tokens_BL, tokens_BL if config.data.documents == "masked" else None)

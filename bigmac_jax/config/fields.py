@@ -175,6 +175,8 @@ class DataConfig:
     text_field: str = "text"  # of TFDS examples and JSON lines
     tokenizer: str = "bpe"  # bpe (trained on the training split) | bytes | gpt2 | tokenizer.json | sentencepiece .model
     sequence_length: int = 256
+    documents: str = "stream"  # stream: a token sees all before it in its window | masked: its own document alone
+    packing: str = "stream"  # stream: windows cut the stream anywhere | best_fit: documents stay whole where they fit
     batch_size: int = 16  # sequences per step over all devices
     num_workers: int = 0  # Grain worker processes; 0 reads in threads
 

@@ -80,6 +80,8 @@ def validate(config: Config) -> None:
     one_of("execution.remat", execution.remat, ("none", "layer"))
     one_of("execution.exchange", execution.exchange, EXCHANGES)
     one_of("execution.grouped_matmul", execution.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
+    one_of("data.documents", data.documents, ("stream", "masked"))
+    one_of("data.packing", data.packing, ("stream", "best_fit"))
     one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rewind"))
     one_of("execution.wire_dtype", execution.wire_dtype, ("", *WIRE_FORMATS))
     one_of("execution.wire_dtype_backward", execution.wire_dtype_backward, ("", *WIRE_FORMATS))
@@ -111,6 +113,7 @@ def validate(config: Config) -> None:
         value = getattr(optimizer, name)
         require(value < 1, f"optimizer.{name}={value} must be below 1")
 
+    require(data.packing == "stream" or data.documents == "masked", f"data.packing={data.packing} needs data.documents=masked, not {data.documents}: its documents have nothing to do with each other; set it, or use packing=stream")  # fmt: skip
     spike = train.spike_factor
     require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 

@@ -37,6 +37,8 @@ class Counts:
 class TokenStream(Protocol):
     """Tokens of a split or a text, in order; `tokens(start, stop)` gives int32 [stop − start]."""
 
+    eos_id: int  # -1: there is none
+
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -75,8 +77,8 @@ class _Counted:
 class MemoryStream(_Counted):
     """A stream held in memory."""
 
-    def __init__(self, tokens: np.ndarray, counts: Counts):
-        self._tokens, self.counts = tokens, counts
+    def __init__(self, tokens: np.ndarray, counts: Counts, eos_id: int = -1):
+        self._tokens, self.counts, self.eos_id = tokens, counts, eos_id
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         self._check(start, stop)
@@ -89,8 +91,8 @@ class CachedStream(_Counted):
     text: the fingerprint of its documents.
     """
 
-    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str, text: str):
-        self.counts, self._dtype, self.text = counts, np.dtype(dtype), text
+    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str, text: str, eos_id: int):
+        self.counts, self._dtype, self.text, self.eos_id = counts, np.dtype(dtype), text, eos_id
         self._records = grain.sources.ArrayRecordDataSource(str(directory / _TOKENS))
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -115,22 +117,22 @@ def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: 
     key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
     path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     with locked(path):
-        stream = _open(path, key, docs.fingerprint)
+        stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
         if stream is None:
             with whole_directory(path) as part:
                 _write(part, key, docs, split, tokenizer)
-            stream = _open(path, key, docs.fingerprint)
+            stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
             assert stream is not None, path
     return stream
 
 
-def _open(path: pathlib.Path, key: str, text: str) -> CachedStream | None:
+def _open(path: pathlib.Path, key: str, text: str, eos_id: int) -> CachedStream | None:
     if not path.exists():
         return None
     try:
         meta = json.loads((path / _META).read_text())
         if meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
-            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text)
+            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     _log.warning("%s is damaged; tokenising again", path)

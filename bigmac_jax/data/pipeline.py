@@ -10,9 +10,11 @@ import numpy as np
 from absl import flags
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
 from bigmac_jax.data.cache import CachedStream, Counts, MemoryStream, TokenStream, cached_stream, encode_stream
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode
+from bigmac_jax.data.packing import Packed
 from bigmac_jax.data.tokenizer import Tokenizer
 
 _BUFFERED_BATCHES = 4
@@ -47,7 +49,7 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
         raise ConfigError(f"{name} is empty ({len(text)} characters of white space); give a text with words")
     counts = Counts()
     tokens = np.concatenate(list(encode_stream([text], tokenizer, counts)))
-    return MemoryStream(tokens, counts)
+    return MemoryStream(tokens, counts, tokenizer.eos_id)
 
 
 class Windows:
@@ -64,7 +66,8 @@ class Windows:
 
 
 def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
-    """The endless sequence of training samples, int32 [L+1]; sample i depends on train.seed and i alone.
+    """The endless sequence of training samples, int32 [L+1], or [3, L] with data.packing=best_fit; sample i depends on
+    train.seed and i alone.
 
     Every epoch is a new permutation of all windows.
 
@@ -72,14 +75,17 @@ def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
       ConfigError: fewer windows than data.batch_size.
     """
     data = config.data
-    windows = Windows(stream, data.sequence_length)
-    if len(windows) < data.batch_size:
+    whole: Windows | Packed = Windows(stream, data.sequence_length)
+    if data.packing == "best_fit":
+        whole = Packed(stream, data.sequence_length)
+        _log.info("data.packing=best_fit: %s", whole.describe())
+    if len(whole) < data.batch_size:
         raise ConfigError(
-            f"data.source={data.source} has {stream.num_tokens} training tokens, {len(windows)} windows of "
+            f"data.source={data.source} has {stream.num_tokens} training tokens, {len(whole)} windows of "
             f"data.sequence_length={data.sequence_length}, fewer than data.batch_size={data.batch_size}; "
             f"use more text, shorter sequences or a smaller batch"
         )
-    return grain.MapDataset.source(windows).seed(config.train.seed).shuffle().repeat()
+    return grain.MapDataset.source(whole).seed(config.train.seed).shuffle().repeat()
 
 
 class _Rows:
@@ -96,8 +102,8 @@ class _Rows:
         return self._samples[batch * self._batch_size + self._rows[row]]
 
 
-class TrainIterator(Iterator[np.ndarray]):
-    """Endless batches int32 [rows, L+1]: the rows of each global batch that this process needs.
+class TrainIterator(Iterator[Batch]):
+    """Endless batches: the rows of each global batch that this process needs.
 
     Its whole state is the number of batches it has given. Row j of global batch g is sample g·B + j whoever reads it,
     so a run may go on with other processes, another mesh or other workers.
@@ -107,15 +113,19 @@ class TrainIterator(Iterator[np.ndarray]):
         self._batches = grain.MapDataset.source(_Rows(samples(config, stream), config.data.batch_size, rows))
         self._batches = self._batches.batch(len(rows))
         self._workers = config.data.num_workers
+        self._eos_id = stream.eos_id if config.data.documents == "masked" else None
         self._given = 0
         self._iterator: Any = None
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        rows = next(self._iterator)
         self._given += 1
-        return batch
+        if rows.ndim == 3:  # packed
+            return Batch(*rows.swapaxes(0, 1))
+        batch = of_windows(rows)
+        return batch if self._eos_id is None else batch._replace(segments_BL=segments(batch.inputs_BL, self._eos_id))
 
     def get_state(self) -> dict[str, int]:
         return {"batches": self._given}
@@ -143,7 +153,7 @@ class TrainIterator(Iterator[np.ndarray]):
 
 
 def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | None = None) -> TrainIterator:
-    """Endless batches of this process, `next(it)` → int32 [rows, L+1].
+    """Endless batches of this process.
 
     `it.get_state()` is a small JSON-serialisable dict; after `set_state` the batches go on from there exactly.
 
@@ -157,21 +167,48 @@ def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | No
 
 
 def eval_batches(
-    stream_or_tokens: TokenStream | np.ndarray, sequence_length: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens int32 [B, L+1], mask bool [B, L]): each token after the first is a target once, in order.
+    stream_or_tokens: TokenStream | np.ndarray,
+    sequence_length: int,
+    batch_size: int,
+    stride: int = 0,
+    documents: str = "stream",
+) -> Iterator[Batch]:
+    """Windows in which each token after the first is a target once; the last window and batch are padded.
 
-    mask[b, l] says whether tokens[b, l+1] counts; the last window and the last batch are padded with 0.
+    Args:
+      stride: 0: windows do not overlap. Otherwise they slide on by so many tokens, and those alone are targets that the
+        window before did not have: all but the first are predicted from `sequence_length` - stride others at least.
+      documents: as data.documents; masked: windows begin where a document does, so that what a document's tokens are
+        given does not depend on those beside it.
     """
     stream = stream_or_tokens
     if isinstance(stream, np.ndarray):
         stream = MemoryStream(stream, Counts(tokens=len(stream)))
-    step = sequence_length * batch_size
-    for start in range(0, stream.num_tokens - 1, step):
-        real = stream.tokens(start, min(start + step + 1, stream.num_tokens))
-        tokens = np.zeros(step + 1, np.int32)
-        tokens[: len(real)] = real
-        inputs_BL = tokens[:-1].reshape(batch_size, sequence_length)
-        last_B1 = tokens[sequence_length::sequence_length, None]
-        mask_BL = (np.arange(step) < len(real) - 1).reshape(batch_size, sequence_length)
-        yield np.concatenate([inputs_BL, last_B1], axis=1), mask_BL
+    if documents == "masked":
+        packed = Packed(stream, sequence_length, stride)
+        for first in range(0, len(packed), batch_size):
+            rows = [packed[w] for w in range(first, min(first + batch_size, len(packed)))]
+            yield padded(Batch(*np.stack(rows, axis=1)), batch_size)
+        return
+    step = stride or sequence_length
+    starts = range(0, max(1, stream.num_tokens - 1 - sequence_length + step), step)
+    for first in range(0, len(starts), batch_size):
+        inputs_BL, targets_BL = np.zeros((2, batch_size, sequence_length), np.int32)
+        targets_BL[:] = NO_TARGET
+        for row, start in enumerate(starts[first : first + batch_size]):
+            tokens = stream.tokens(start, min(start + sequence_length + 1, stream.num_tokens))
+            again = sequence_length - step if start else 0
+            inputs_BL[row, : len(tokens) - 1] = tokens[:-1]
+            targets_BL[row, again : len(tokens) - 1] = tokens[1 + again :]
+        yield Batch(inputs_BL, targets_BL)
+
+
+def padded(batch: Batch, rows: int) -> Batch:
+    """With more rows, whose tokens are no targets."""
+    more = ((0, rows - len(batch.inputs_BL)), (0, 0))
+    inputs_BL, targets_BL, segments_BL = batch
+    return Batch(
+        np.pad(inputs_BL, more),
+        np.pad(targets_BL, more, constant_values=NO_TARGET),
+        None if segments_BL is None else np.pad(segments_BL, more, constant_values=PADDING),
+    )

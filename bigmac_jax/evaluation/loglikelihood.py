@@ -15,6 +15,7 @@ import tqdm
 
 from bigmac_jax import programs
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
@@ -162,7 +163,7 @@ def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size
     tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    nll_BL, likeliest_BL = map(np.asarray, programs.evaluate(model, place(tokens_BL, batch_spec(2))))
+    nll_BL, likeliest_BL = map(np.asarray, programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2))))
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
         last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)

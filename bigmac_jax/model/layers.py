@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.data.batch import PADDING
 from bigmac_jax.mesh import (
     TENSOR,
     Weight,
@@ -196,10 +197,43 @@ def _of_split_inputs(x_BLF: Array, w_FD: Array, b_D: Array | None = None) -> Arr
     return y_BLD if b_D is None else y_BLD + last_axes(b_D, y_BLD)
 
 
-def rotate(x_BLNH: Array, theta: float) -> Array:
-    """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
-    sin_LH, cos_LH = _angles(x_BLNH, theta, x_BLNH.shape[1])
-    return _turn(x_BLNH, *(v.reshape(1, v.shape[0], 1, v.shape[1]) for v in (sin_LH, cos_LH)))
+class Documents(NamedTuple):
+    """Of whole sequences whose tokens see their own document alone."""
+
+    segment_BL: Array  # int32, one number a document
+    position_BL: Array  # int32, within the document
+    padding_BL: Array  # bool, of the tokens of each rank: of no document
+
+
+def documents_of(segments_BL: Array) -> Documents:
+    """Where documents begin and what belongs to none; segments as `data.batch.Batch` has them."""
+
+    def positions(segments_BL: Array) -> Array:
+        place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
+        begins_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1]) != 0
+        return place_BL - jax.lax.cummax(jnp.where(begins_BL, place_BL, 0), axis=1)
+
+    segments_BL = jax.sharding.reshard(segments_BL, batch_spec(2))
+    position_BL = on_each_rank(positions, (segments_BL,), in_spec=batch_spec, out_specs=batch_spec(2))
+    return Documents(segments_BL, position_BL, jax.sharding.reshard(segments_BL == PADDING, token_spec(2)))
+
+
+def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Array:
+    """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H).
+
+    Args:
+      position_BL: below L; by default 0 to L - 1.
+    """
+    if position_BL is None:
+        angles = _angles(x_BLNH, theta, x_BLNH.shape[1])
+        return _turn(x_BLNH, *(v_LH.reshape(1, v_LH.shape[0], 1, v_LH.shape[1]) for v_LH in angles))
+
+    def on_rank(x_BLNH: Array, position_BL: Array) -> Array:
+        angles = _angles(x_BLNH, theta, x_BLNH.shape[1])
+        return _turn(x_BLNH, *(v_LH[position_BL][:, :, None] for v_LH in angles))
+
+    specs = split_spec(4), batch_spec(2)
+    return on_each_rank(on_rank, (x_BLNH, position_BL), in_spec=specs, out_specs=split_spec(4))
 
 
 def rotate_to(x_BNH: Array, theta: float, position_B: Array, length: int) -> Array:
@@ -230,8 +264,10 @@ _turn.defvjp(
 )
 
 
-def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation: str = "auto") -> Array:
-    """softmax(q kᵀ / √H) v over the positions up to each query's own → [B, L, N, H].
+def causal_attention(
+    q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None = None, implementation: str = "auto"
+) -> Array:
+    """softmax(q kᵀ / √H) v over the positions up to each query's own, of its segment → [B, L, N, H].
 
     jax.nn's (`xla`, `cudnn`), but on CPU, where XLA has no fused kernel, `blocks`: queries go in a few blocks that skip
     the keys behind them, with heads before positions (docs/performance.md has the figure).
@@ -251,9 +287,10 @@ def causal_attention(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, implementation
         stop = min(start + block, L)
         scores_BNLM = jnp.einsum("BNLH,BNMH->BNLM", q_BNLH[:, :, start:stop], k_BNLH[:, :, :stop])
         seen_LM = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        weights_BNLM = jax.nn.softmax(
-            jnp.where(last_axes(seen_LM, scores_BNLM), scores_BNLM.astype(jnp.float32), -jnp.inf)
-        )
+        seen_BNLM = last_axes(seen_LM, scores_BNLM)
+        if segments_BL is not None:
+            seen_BNLM &= (segments_BL[:, start:stop, None] == segments_BL[:, None, :stop])[:, None]
+        weights_BNLM = jax.nn.softmax(jnp.where(seen_BNLM, scores_BNLM.astype(jnp.float32), -jnp.inf))
         blocks.append(jnp.einsum("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
     return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
 
@@ -291,16 +328,17 @@ class Attention(nnx.Module):
         self.query_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
         self.key_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
 
-    def __call__(self, x_BLD: Array) -> tuple[Array, KeyValues]:
+    def __call__(self, x_BLD: Array, documents: Documents | None = None) -> tuple[Array, KeyValues]:
         """Of whole sequences from their first position; also the keys and values, for a cache."""
         q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
         m = self.config.model
+        segments, position_BL = ((), None) if documents is None else ((documents.segment_BL,), documents.position_BL)
         if m.positions == "rope":
-            q_BLNH, k_BLGH = rotate(q_BLNH, m.rope_theta), rotate(k_BLGH, m.rope_theta)
+            q_BLNH, k_BLGH = (rotate(x_BLNH, m.rope_theta, position_BL) for x_BLNH in (q_BLNH, k_BLGH))
         y_BLNH = on_each_rank(
             functools.partial(causal_attention, implementation=self.config.execution.attention),
-            (q_BLNH, k_BLGH, v_BLGH),
-            in_spec=split_spec,
+            (q_BLNH, k_BLGH, v_BLGH, *segments),
+            in_spec=(*[split_spec(4)] * 3, *[batch_spec(2)] * len(segments)),
             out_specs=split_spec(4),
         )
         return self._joined(y_BLNH), KeyValues(k_BLGH, v_BLGH)

@@ -100,16 +100,19 @@ class MoE(nnx.Module):
         self.up = Linear(config, keys[4], R, D, part, bias=False, scale=scale) if bigmac else None
         self.latent_norm = Norm(config, R) if m.latent_norm != "none" else None
 
-    def __call__(self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False) -> tuple[Array, Aux]:
+    def __call__(
+        self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False, padding_BL: Array | None = None
+    ) -> tuple[Array, Aux]:
         """Applies the layer to a whole step's tokens.
 
         Args:
           load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
           dropless: ignore the capacity factor.
+          padding_BL: where tokens are of no document.
         """
         config, m = self.config, self.config.model
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        routing = route(m, x_BLD, weight(config, self.router_DE), bias_E)
+        routing = route(m, x_BLD, weight(config, self.router_DE), bias_E, padding_BL)
         x_BLR = x_BLD if self.down is None else self.down(x_BLD)
         if self.latent_norm is not None and m.latent_norm == "pre_dispatch":
             x_BLR = self.latent_norm(x_BLR)

@@ -25,10 +25,15 @@ class Routing(NamedTuple):
     entropy: Array  # mean over tokens, nats, of the normalised scores
 
 
-def route(config: ModelConfig, x_BLD: Array, w_DE: Weight, bias_E: Array | None) -> Routing:
+def route(
+    config: ModelConfig, x_BLD: Array, w_DE: Weight, bias_E: Array | None, padding_BL: Array | None = None
+) -> Routing:
     """Scores every expert and chooses top-k.
 
-    `bias_E` shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
+    Args:
+      bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
+      padding_BL: where tokens are of no document. Being all alike they would crowd the same experts: they are dealt out
+        to all of them in turn, with gates of zero, and count in no mean.
     """
     # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
     # changes which experts 1 to 2 % of the tokens are sent to.
@@ -43,21 +48,35 @@ def route(config: ModelConfig, x_BLD: Array, w_DE: Weight, bias_E: Array | None)
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
 
     # Told rank by rank: XLA would gather the scores of all ranks for a top-k, and choose for all of them.
-    def choose(ranking_BLE: Array, scores_BLE: Array) -> tuple[Array, Array]:
+    def choose(ranking_BLE: Array, scores_BLE: Array, *padding: Array) -> tuple[Array, Array]:
         experts_BLK = jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
-        return experts_BLK, jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
+        gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
+        if not padding:
+            return experts_BLK, gates_BLK
+        padding_BL1 = padding[0][..., None]
+        number_BL1 = jnp.cumsum(padding_BL1, dtype=jnp.int32).reshape(padding_BL1.shape)
+        choice_K = jnp.arange(config.choices, dtype=jnp.int32).reshape(1, 1, -1)
+        dealt_BLK = (number_BL1 * config.choices + choice_K) % config.expert_count
+        return jnp.where(padding_BL1, dealt_BLK, experts_BLK), jnp.where(padding_BL1, 0, gates_BLK)
+
+    def mean(of_tokens: Array) -> Array:
+        if padding_BL is None:
+            return of_tokens.mean((0, 1))
+        real = ~padding_BL.reshape(padding_BL.shape + (1,) * (of_tokens.ndim - 2))
+        return (of_tokens * real).sum((0, 1)) / jnp.maximum(real.sum(), 1)
 
     specs = token_spec(3), token_spec(3)
-    experts_BLK, gates_BLK = on_each_rank(choose, (ranking_BLE, scores_BLE), out_specs=specs)
+    given = (ranking_BLE, scores_BLE) if padding_BL is None else (ranking_BLE, scores_BLE, padding_BL)
+    experts_BLK, gates_BLK = on_each_rank(choose, given, out_specs=specs)
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:
         gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)
     return Routing(
         gates_BLK * config.router_scale,
         experts_BLK,
-        shares_BLE.mean((0, 1)),
-        jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1)).mean(),
-        -(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1).mean(),
+        mean(shares_BLE),
+        mean(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))),
+        mean(-(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1)),
     )
 
 

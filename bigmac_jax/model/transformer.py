@@ -11,7 +11,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
-from bigmac_jax.model.layers import MLP, Attention, Norm, dropout
+from bigmac_jax.model.layers import MLP, Attention, Documents, Norm, documents_of, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 
@@ -28,17 +28,23 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, m.hidden_size)
         self.mlp = MoE(config, feed_forward) if m.is_moe else MLP(config, feed_forward, m.expert_width)
 
-    def __call__(self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
+    def __call__(
+        self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool, documents: Documents | None
+    ) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BLD, _ = self.attention(self.attention_norm(x_BLD))
+        y_BLD, _ = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless)
+        y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless, documents)
         return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux
 
-    def feed_forward(self, x_BLD: Array, load_E: Array | None, dropless: bool) -> tuple[Array, Aux]:
+    def feed_forward(
+        self, x_BLD: Array, load_E: Array | None, dropless: bool, documents: Documents | None = None
+    ) -> tuple[Array, Aux]:
         """What the second branch adds to x."""
         h_BLD = self.mlp_norm(x_BLD)
-        return self.mlp(h_BLD, load_E, dropless) if isinstance(self.mlp, MoE) else (self.mlp(h_BLD), empty_aux())
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(h_BLD), empty_aux()
+        return self.mlp(h_BLD, load_E, dropless, None if documents is None else documents.padding_BL)
 
 
 class Transformer(nnx.Module):
@@ -66,6 +72,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens_BL: Array,
+        segments_BL: Array | None = None,
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
@@ -75,6 +82,7 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BL: int32, L at most data.sequence_length with learned positions.
+          segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
           load_YE: loads for the balance loss, where the step is larger than this batch.
           dropless: ignore model.capacity_factor, as evaluation does.
@@ -82,12 +90,13 @@ class Transformer(nnx.Module):
         Returns:
           (logits_BLV in float32, aux with a leading dimension of layers)
         """
-        x_BLD, aux = self.features(tokens_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
+        x_BLD, aux = self.features(tokens_BL, segments_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
         return self.logits(x_BLD), aux
 
     def features(
         self,
         tokens_BL: Array,
+        segments_BL: Array | None = None,
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
@@ -95,14 +104,15 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
         config, execution = self.config.model, self.config.execution
-        x_BLD, keys_Y = self.embed(tokens_BL), None
+        documents = None if segments_BL is None else documents_of(segments_BL)
+        x_BLD, keys_Y = self.embed(tokens_BL, None if documents is None else documents.position_BL), None
         if dropout_key is not None and config.dropout:
             keys = jax.random.split(dropout_key, 1 + config.num_layers)
             x_BLD, keys_Y = dropout(x_BLD, config.dropout, keys[0]), keys[1:]
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
-            return layer(x_BLD, key, load_E, dropless)
+            return layer(x_BLD, key, load_E, dropless, documents)
 
         if execution.remat == "layer":
             step = jax.checkpoint(step)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from bigmac_jax import environment, hosts
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
@@ -246,11 +247,11 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     shape = config.data.batch_size, config.data.sequence_length + 1
     tokens = np.random.default_rng(3).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        trainer, tokens_BL = make_trainer(config, mesh), place(tokens, batch_spec(2))
+        trainer, batch = make_trainer(config, mesh), place(of_windows(tokens), batch_spec(2))
         state = trainer.init(jax.random.key(config.train.seed))
-        step = compiled(mesh, trainer.step.lower(state, tokens_BL))
+        step = compiled(mesh, trainer.step.lower(state, batch))
         for _ in range(steps):
-            state, metrics = step(state, tokens_BL)
+            state, metrics = step(state, batch)
             losses.append(float(metrics.loss))
             norms.append(float(metrics.grad_norm))
     return losses, norms[0]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import AXES, TENSOR, Weight, on_each_rank, platform, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.model.transformer import Transformer, own_rows
@@ -28,17 +29,21 @@ class LossParts(NamedTuple):
 
 
 def loss_fn(
-    model: Transformer, tokens_BL: Array, dropout_key: Array | None = None, load_YE: Array | None = None
+    model: Transformer,
+    batch: Batch,
+    dropout_key: Array | None = None,
+    load_YE: Array | None = None,
+    targets: Array | None = None,
 ) -> tuple[Array, LossParts]:
-    """Cross-entropy of tokens 1 … L given those before, plus the router's losses, summed over layers.
+    """Cross-entropy of the targets, plus the router's losses, summed over layers.
 
     Args:
-      tokens_BL: [B, L + 1].
       load_YE: loads of the whole step for the balance loss, if this batch is a part of it.
+      targets: by how many the sum of -log p is divided; by default those of this batch.
     """
     config = model.config.model
-    x_BLD, aux = model.features(tokens_BL[:, :-1], dropout_key=dropout_key, load_YE=load_YE)
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), tokens_BL[:, 1:])
+    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropout_key=dropout_key, load_YE=load_YE)
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, targets)
     loss = ce + config.z_loss_coefficient * aux.z_loss.sum()
     if config.balance == "aux_loss":
         loss = loss + config.balance_coefficient * aux.balance_loss.sum()
@@ -52,8 +57,9 @@ class TokenScores(NamedTuple):
     likeliest_BL: Array  # whether no token has a larger logit; of equals the first counts
 
 
-def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array) -> Array:
-    """Mean cross-entropy of the logits x wᵀ, nats, without ever holding them all.
+def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets: Array | None = None) -> Array:
+    """Mean cross-entropy of the logits x wᵀ over the targets that are not NO_TARGET, nats, without ever holding them
+    all. `targets`: how many the mean is of, if not as many as these.
 
     Each rank walks over chunks of its tokens and computes a chunk's gradients while its logits are still in cache: the
     loss is a sum, so they are known up to a factor. Against whole logits, forward and backward take about a fifth less
@@ -66,10 +72,11 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array) -> Array
         x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
         return _summed(x_TD, w_vD, targets_T)[None]
 
+    targets = jnp.sum(targets_BL != NO_TARGET) if targets is None else targets
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     x_BLD, value = _table_first(x_BLD, w_VD.value)
     weights = (w_VD._replace(value=value),)
-    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / targets_BL.size
+    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / jnp.maximum(targets, 1)
 
 
 @jax.custom_vjp
@@ -82,12 +89,8 @@ def _table_first(x_BLD: Array, w_VD: Array) -> tuple[Array, Array]:
 _table_first.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
-def token_scores(model: Transformer, tokens_BL: Array) -> TokenScores:
-    """Scores tokens 1 … L given those before, dropless; logits are never held whole.
-
-    Args:
-      tokens_BL: [B, L + 1].
-    """
+def token_scores(model: Transformer, batch: Batch) -> TokenScores:
+    """Scores the targets, dropless; logits are never held whole. Of NO_TARGET it is any number."""
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> tuple[Array, Array]:
         x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
@@ -109,8 +112,8 @@ def token_scores(model: Transformer, tokens_BL: Array) -> TokenScores:
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
         return nll_BL, likeliest_BL
 
-    x_BLD, _ = model.features(tokens_BL[:, :-1], dropless=True)
-    targets_BL = jax.sharding.reshard(tokens_BL[:, 1:], token_spec(2))
+    x_BLD, _ = model.features(batch.inputs_BL, batch.segments_BL, dropless=True)
+    targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     specs = token_spec(2), token_spec(2)
     return TokenScores(*on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs))
 
@@ -151,16 +154,13 @@ _summed.defvjp(_summed_fwd, _summed_bwd)
 
 
 def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Array, Array]:
-    """float32 logits_Cv of this rank's rows; the target's, and its row (0 where another rank has it), target_CD; and
-    the targets' places, v where another rank has them."""
+    """float32 logits_Cv of this rank's rows; the target's, and its row (0 where this rank has none), target_CD; and
+    the targets' places, v where this rank has none."""
     v, product = w_vD.shape[0], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits_Cv = product("CD,VD->CV", x_CD, w_vD)
-    if tensor_ranks() == 1:
-        target_CD = w_vD[targets_C]
-    else:
-        row_C, here_C = own_rows(targets_C, v)
-        target_CD, targets_C = jnp.where(here_C[:, None], w_vD[row_C], 0), jnp.where(here_C, row_C, v)
-    return logits_Cv, product("CD,CD->C", x_CD, target_CD), target_CD, targets_C
+    row_C, here_C = own_rows(targets_C, v) if tensor_ranks() > 1 else (targets_C, targets_C != NO_TARGET)
+    target_CD, place_C = jnp.where(here_C[:, None], w_vD[row_C], 0), jnp.where(here_C, row_C, v)
+    return logits_Cv, product("CD,CD->C", x_CD, target_CD), target_CD, place_C
 
 
 def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
@@ -176,12 +176,13 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
         largest_C1 = _over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
         p_Cv = jnp.exp(logits_Cv - largest_C1)
         z_C1 = _over_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
-        total = total + jnp.sum(jnp.log(z_C1) + largest_C1) / ranks - target_C.sum()
+        counts_C1 = (targets_C != NO_TARGET)[:, None]
+        total = total + jnp.sum(jnp.where(counts_C1, jnp.log(z_C1) + largest_C1, 0)) / ranks - target_C.sum()
         if not gradients:
             return (total, None), None
-        p_Cv = p_Cv.astype(x_CD.dtype)
-        dx_CD = product("CV,VD->CD", p_Cv, w_vD) / z_C1 - target_CD
-        dw_vD = dw_vD + product("CV,CD->VD", p_Cv, (x_CD / z_C1).astype(x_CD.dtype))
+        p_Cv, of_one_C1 = p_Cv.astype(x_CD.dtype), jnp.where(counts_C1, z_C1, jnp.inf)
+        dx_CD = product("CV,VD->CD", p_Cv, w_vD) / of_one_C1 - target_CD
+        dw_vD = dw_vD + product("CV,CD->VD", p_Cv, (x_CD / of_one_C1).astype(x_CD.dtype))
         return (total, dw_vD), (dx_CD.astype(x_CD.dtype), place_C)
 
     def zeros(shape: tuple[int, ...]) -> Array:

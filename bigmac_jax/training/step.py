@@ -1,4 +1,4 @@
-"""The training step: one jitted function from state and tokens to state and metrics.
+"""The training step: one jitted function from state and batch to state and metrics.
 
 B batch, L length, M parts of the batch (gradient accumulation), Y layers, E experts.
 """
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from bigmac_jax import environment
 from bigmac_jax.config import Config
+from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
 from bigmac_jax.model.router import updated_bias
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -53,7 +54,7 @@ class Trainer(NamedTuple):
 
     graphdef: Any
     init: Callable[[Array], TrainState]
-    step: Any  # jitted: (state, tokens_BL) → (state, StepMetrics); the state is donated
+    step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
     abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
 
     def model(self, state: TrainState) -> Transformer:
@@ -85,11 +86,10 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
         return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses)
 
-    def step(state: TrainState, tokens_BL: Array) -> tuple[TrainState, StepMetrics]:
-        """tokens_BL: [B, L + 1] int32."""
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradient = jax.value_and_grad(loss_of_params, has_aux=True)
-        (loss, parts), grads = accumulate(gradient, state, tokens_BL, dropout_key)
+        (loss, parts), grads = accumulate(gradient, state, batch, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rest = state.rest
@@ -108,35 +108,38 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return TrainState(state.step + 1, params, rest, opt_state, losses), metrics
 
     def loss_of_params(
-        params: nnx.State, rest: nnx.State, tokens_BL: Array, key: Array, load_YE: Array | None
+        params: nnx.State, rest: nnx.State, batch: Batch, key: Array, load_YE: Array | None, targets: Array
     ) -> tuple[Array, LossParts]:
-        return loss_fn(nnx.merge(graphdef, params, rest), tokens_BL, key, load_YE)
+        return loss_fn(nnx.merge(graphdef, params, rest), batch, key, load_YE, targets)
 
-    def accumulate(gradient: Callable, state: TrainState, tokens_BL: Array, key: Array) -> Any:
+    def accumulate(gradient: Callable, state: TrainState, batch: Batch, key: Array) -> Any:
         """Loss, its parts and gradients of the whole batch, computed in M parts."""
         parts = config.train.accumulate_steps
+        # Parts may have different numbers of targets: the mean over the parts is that over all targets.
+        targets = jnp.sum(batch.targets_BL != NO_TARGET) / parts
         if parts == 1:
-            return gradient(state.params, state.rest, tokens_BL, key, None)
+            return gradient(state.params, state.rest, batch, key, None, targets)
         # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
-        tokens_MBL = tokens_BL.reshape(-1, parts, tokens_BL.shape[1]).swapaxes(0, 1)
+        batch_MBL = jax.tree.map(lambda v_BL: v_BL.reshape(-1, parts, v_BL.shape[1]).swapaxes(0, 1), batch)
         keys_M = jax.random.split(key, parts)
 
         load_YE = None
         if config.model.counts_loads_first:
             # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
             # load of all parts: a first forward pass counts it.
-            def count(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
-                return None, loss_of_params(state.params, state.rest, *xs, None)[1].aux.load
+            def count(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
+                return None, loss_of_params(state.params, state.rest, *xs, None, targets)[1].aux.load
 
-            load_YE = jax.lax.scan(count, None, (tokens_MBL, keys_M))[1].mean(0)
+            load_YE = jax.lax.scan(count, None, (batch_MBL, keys_M))[1].mean(0)
 
-        def add(total: Any, xs: tuple[Array, Array]) -> tuple[Any, None]:
-            part = gradient(state.params, state.rest, *xs, load_YE)
+        def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+            part = gradient(state.params, state.rest, *xs, load_YE, targets)
             return jax.tree.map(jnp.add, total, part), None
 
-        part = jax.eval_shape(gradient, state.params, state.rest, tokens_MBL[0], keys_M[0], load_YE)
+        first = jax.tree.map(lambda v_MBL: v_MBL[0], (batch_MBL, keys_M))
+        part = jax.eval_shape(gradient, state.params, state.rest, *first, load_YE, targets)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
-        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (tokens_MBL, keys_M))[0])
+        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (batch_MBL, keys_M))[0])
 
     # No array is made here: the mesh may be of devices that are only compiled for.
     graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))

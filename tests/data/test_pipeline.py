@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.pipeline import eval_batches, open_stream, samples, text_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
@@ -22,7 +23,10 @@ def small(text_file, make_config):
 
 
 def take(iterator, count: int) -> np.ndarray:
-    return np.stack(list(itertools.islice(iterator, count)))
+    """Windows [count, B, L + 1] of a stream's batches."""
+    batches = list(itertools.islice(iterator, count))
+    assert all((batch.inputs_BL[:, 1:] == batch.targets_BL[:, :-1]).all() for batch in batches)
+    return np.stack([np.append(batch.inputs_BL, batch.targets_BL[:, -1:], axis=1) for batch in batches])
 
 
 def windows_of(batches: np.ndarray, stream) -> list[int]:
@@ -35,9 +39,10 @@ def windows_of(batches: np.ndarray, stream) -> list[int]:
 
 
 def test_shape_and_dtype(small):
-    batch = next(train_iterator(*small))
-    assert batch.shape == (BATCH, LENGTH + 1)
-    assert batch.dtype == np.int32
+    inputs_BL, targets_BL, segments_BL = next(train_iterator(*small))
+    assert inputs_BL.shape == targets_BL.shape == (BATCH, LENGTH)
+    assert inputs_BL.dtype == targets_BL.dtype == np.int32
+    assert segments_BL is None
 
 
 def test_every_epoch_is_another_permutation(small):
@@ -124,19 +129,20 @@ def test_evaluation_counts_each_token_once(small, length, batch):
     stream = small[1]
     whole = stream.tokens(0, stream.num_tokens)
     inputs, targets = [], []
-    for tokens, mask in eval_batches(stream, length, batch):
-        assert (tokens.shape, mask.shape) == ((batch, length + 1), (batch, length))
-        assert (tokens.dtype, mask.dtype) == (np.int32, bool)
-        inputs.append(tokens[:, :-1][mask])
-        targets.append(tokens[:, 1:][mask])
+    for inputs_BL, targets_BL, _ in eval_batches(stream, length, batch):
+        assert inputs_BL.shape == targets_BL.shape == (batch, length)
+        assert inputs_BL.dtype == targets_BL.dtype == np.int32
+        inputs.append(inputs_BL[targets_BL != NO_TARGET])
+        targets.append(targets_BL[targets_BL != NO_TARGET])
     np.testing.assert_array_equal(np.concatenate(inputs), whole[:-1])
     np.testing.assert_array_equal(np.concatenate(targets), whole[1:])
 
 
 def test_evaluation_of_an_array():
-    ((tokens, mask),) = eval_batches(np.arange(5), 3, 2)
-    assert tokens.tolist() == [[0, 1, 2, 3], [3, 4, 0, 0]]
-    assert mask.tolist() == [[True, True, True], [True, False, False]]
+    ((inputs_BL, targets_BL, segments_BL),) = eval_batches(np.arange(5), 3, 2)
+    assert inputs_BL.tolist() == [[0, 1, 2], [3, 0, 0]]
+    assert targets_BL.tolist() == [[1, 2, 3], [4, NO_TARGET, NO_TARGET]]
+    assert segments_BL is None
 
 
 def test_text_stream(tmp_path, caplog):

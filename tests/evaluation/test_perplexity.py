@@ -9,9 +9,10 @@ import pytest
 from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
-from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.batch import NO_TARGET
+from bigmac_jax.data.pipeline import eval_batches, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.evaluation.perplexity import Score, evaluate, sliding_batches
+from bigmac_jax.evaluation.perplexity import Score, evaluate
 
 LENGTH = 16
 TEXT = "".join(text(3, seed=5))
@@ -79,13 +80,15 @@ def test_drops_would_change_it(stream: Any) -> None:
 def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: int) -> None:
     """Each token once, from the `LENGTH` - stride before it at least; a stride of whole windows is none."""
     counted: list[tuple[int, int]] = []  # token, tokens before it in its window
-    for tokens_BL, mask_BL in sliding_batches(stream, LENGTH, batch_size, stride):
+    for inputs_BL, targets_BL, _ in eval_batches(stream, LENGTH, batch_size, stride):
         for row in range(batch_size):
-            if mask_BL[row].any():
-                start = counted[-1][0] - int(mask_BL[row].argmax()) if counted else 0
+            counts_L = targets_BL[row] != NO_TARGET
+            if counts_L.any():
+                start = counted[-1][0] - int(counts_L.argmax()) if counted else 0
                 expected = stream.tokens(start, min(start + LENGTH + 1, stream.num_tokens))
-                assert (tokens_BL[row, : len(expected)] == expected).all()
-                counted += [(start + 1 + int(at), int(at) + 1) for at in np.flatnonzero(mask_BL[row])]
+                assert (inputs_BL[row, : len(expected) - 1] == expected[:-1]).all()
+                assert (targets_BL[row][counts_L] == expected[1:][counts_L[: len(expected) - 1]]).all()
+                counted += [(start + 1 + int(at), int(at) + 1) for at in np.flatnonzero(counts_L)]
     assert [token for token, _ in counted] == list(range(1, stream.num_tokens))
     assert all(before >= min(token, LENGTH - stride + 1) for token, before in counted)
     if stride == LENGTH:

@@ -60,8 +60,9 @@ def _programs() -> Iterator[None]:
     """The marks take effect. A program is made once: runs differ in steps, bounds and data."""
     loss_fn, compile_step = bigmac_jax.training.step.loss_fn, loop._compile
 
-    def marked(model: Any, tokens_BL: jax.Array, *rest: Any) -> Any:
-        loss, parts = loss_fn(model, tokens_BL, *rest)
+    def marked(model: Any, batch: Any, *rest: Any) -> Any:
+        loss, parts = loss_fn(model, batch, *rest)
+        tokens_BL = jnp.append(batch.inputs_BL, batch.targets_BL, axis=1)
         factor = jnp.where((tokens_BL == NAN).any(), jnp.nan, jnp.where((tokens_BL == SPIKE).any(), 4.0, 1.0))
         return loss * factor, parts
 

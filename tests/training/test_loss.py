@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
 
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
@@ -129,7 +130,9 @@ def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) ->
         whole = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
         logits_BLV = np.asarray(whole(model, split_tokens(windows[:, :-1])), np.float64)
         windows[::2, -1] = logits_BLV[::2, -1].argmax(-1)  # a target that changes no input
-        scores = jax.jit(loss.token_scores, compiler_options=QUICK)(model, split_batch(windows))
+        scores = jax.jit(loss.token_scores, compiler_options=QUICK)(
+            model, jax.tree.map(split_batch, of_windows(windows))
+        )
     targets_BL = windows[:, 1:]
     largest_BL = logits_BLV.max(-1)
     log_z_BL = np.log(np.exp(logits_BLV - largest_BL[..., None]).sum(-1)) + largest_BL

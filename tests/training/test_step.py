@@ -26,6 +26,7 @@ from model.tools import (
 
 from bigmac_jax import environment
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.parameters import Declaration
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer
@@ -221,6 +222,8 @@ def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.Monkey
     config = tiny(overlap_chunks=chunks)
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config))
-        lowered = trainer.step.lower(trainer.abstract_state, split_batch(random_tokens(config)))
+        lowered = trainer.step.lower(
+            trainer.abstract_state, jax.tree.map(split_batch, of_windows(random_tokens(config)))
+        )
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
             lowered.compile()
