@@ -75,7 +75,12 @@ def forward_passes(config: Config) -> int:
 
 
 def recomputes(config: Config) -> bool:
-    """Whether a layer's forward pass runs again in its backward pass."""
+    """Whether a layer's forward pass runs again in its backward pass, with its exchange or without."""
+    return config.execution.remat != "none"
+
+
+def exchanges_again(config: Config) -> bool:
+    """Whether that pass exchanges rows again."""
     return config.execution.remat == "layer"
 
 
@@ -101,7 +106,8 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
         group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
         exchange = strategy(config, m.capacity_factor, at_a_time, group)
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
-        repeated = again * (1 + (m.structure == "bigmac" or not exchange.sums_at_experts))
+        # Sums that an exchange brings back are needed again with the exchange alone.
+        repeated = again + (exchanges_again(config) and _back_again(config, exchange))
         moved += rows * m.wire_size * (2 * passes + 2 + repeated)
     tables = tokens * m.hidden_size * (passes + 3)
     ids = 4 * tokens * (passes + 1)
@@ -127,11 +133,10 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
     else:
         exchange = strategy(config, m.capacity_factor, tokens, group)
     forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
-    # The forward pass runs again where loads are counted first, and where it is rematerialised; there what comes back
-    # is not asked for again if nothing but sums follows on it.
-    passes, again = forward_passes(config), recomputes(config)
+    # The forward pass runs again where loads are counted first, and where it is rematerialised with its exchange.
+    passes, again = forward_passes(config), exchanges_again(config)
     dispatches = passes + again
-    combines = passes + (again and (m.structure == "bigmac" or not exchange.sums_at_experts))
+    combines = passes + (again and _back_again(config, exchange))
 
     def rows(dispatch: Sent, combine: Sent) -> Sent:
         there = dispatch.times(dispatches * forward + backward)
@@ -163,6 +168,8 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     block = tokens * m.hidden_size * size
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
     activations = m.num_layers * block + layer if recomputes(config) else m.num_layers * (block + layer)
+    if config.execution.remat == "exchange":
+        activations += m.num_layers * exchanged_bytes(config, ranks, group)
     return {
         "parameters": 4 * count.of_a_rank,
         "optimizer": 8 * count.of_a_rank,
@@ -185,6 +192,23 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
     rows = received_rows(exchange, tokens, m.choices) / tokens
     kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
     return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+
+
+def _back_again(config: Config, exchange: Strategy) -> bool:
+    """Whether a backward pass needs what came back: not where nothing but sums follows on it."""
+    return config.model.structure == "bigmac" or not exchange.sums_at_experts
+
+
+def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
+    """That come to a rank in the exchanges of one layer's forward pass: rows, and rows back. execution.remat=exchange
+    keeps them."""
+    m, tokens = config.model, tokens_at_a_time(config, ranks)
+    if not m.is_moe or math.prod(group.sizes) == 1:
+        return 0.0
+    exchange = strategy(config, m.capacity_factor, tokens, group)
+    rows = received_rows(exchange, tokens, m.choices) * config.execution.overlap_chunks
+    ways = 1 + _back_again(config, exchange)
+    return ways * rows * m.wire_size * config.execution.dtype_bytes
 
 
 def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:

@@ -77,7 +77,7 @@ def validate(config: Config) -> None:
     one_of("execution.dtype", execution.dtype, ("float32", "bfloat16"))
     one_of("execution.gather_dtype", execution.gather_dtype, ("", "float32", "bfloat16"))
     one_of("execution.reduce_dtype", execution.reduce_dtype, ("float32", "bfloat16"))
-    one_of("execution.remat", execution.remat, ("none", "layer"))
+    one_of("execution.remat", execution.remat, ("none", "layer", "exchange"))
     one_of("execution.exchange", execution.exchange, EXCHANGES)
     one_of("execution.grouped_matmul", execution.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
     one_of("data.documents", data.documents, ("stream", "masked"))

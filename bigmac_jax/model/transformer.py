@@ -11,6 +11,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
+from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Attention, Documents, Norm, documents_of, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
@@ -114,7 +115,9 @@ class Transformer(nnx.Module):
             layer, key, load_E = xs
             return layer(x_BLD, key, load_E, dropless, documents)
 
-        if execution.remat == "layer":
+        if execution.remat == "exchange":
+            step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
+        elif execution.remat == "layer":
             step = jax.checkpoint(step)
         elif self.config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
             step = jax.checkpoint(step, policy=all_but_gathered)

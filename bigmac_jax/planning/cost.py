@@ -269,10 +269,16 @@ def summed(config: Config, here: Cluster, size: tuple[float, float, float]) -> f
 def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
     """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
     m, flops = config.model, counts.flops(config)
-    # A forward pass is a third of a step's FLOPs.
-    again = counts.forward_passes(config) - 1 + counts.recomputes(config)
-    # What is done again stops short of the logits.
-    done = {part: count * (1 + (part != "output") * again / 3) for part, count in flops.items()}
+    # A forward pass is a third of a step's FLOPs. What is recomputed is what gradients need: not logits; and where what
+    # the experts gave is kept, neither that, nor projections.
+    first, again = counts.forward_passes(config) - 1, counts.recomputes(config)
+    recomputed = dict.fromkeys(flops, 1.0) | {"output": 0.0}
+    if again and not counts.exchanges_again(config):
+        matrices = 3 if m.gated else 2
+        recomputed |= {"experts": (matrices - 1) / matrices, "projections": 0.5 * (m.latent_norm == "pre_dispatch")}
+    done = {
+        part: count * (1 + (first * (part != "output") + again * recomputed[part]) / 3) for part, count in flops.items()
+    }
     if m.is_moe:
         tokens = counts.tokens_at_a_time(config, ranks)
         exchange = strategy(config, m.capacity_factor, tokens, group)

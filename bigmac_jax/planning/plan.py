@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError
-from bigmac_jax.counts import Sizes, exchange_traffic, flops, memory, parameters, tokens_at_a_time
+from bigmac_jax.counts import Sizes, exchange_traffic, exchanged_bytes, flops, memory, parameters, tokens_at_a_time
 from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
@@ -58,6 +58,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         **_costs(config, sizes, place),
         "baselines": _baselines(config, place),
     }
+    if place.hardware and config.model.is_moe:
+        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in search.REMAT]
     if request.paper:
         result["paper"] = _paper(config)
         if request.hardware == "paper":
@@ -158,6 +160,19 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         topology = place.topology.torus if place.topology else None
         result["time"] = _times(step_time(config, sizes, place.hardware, topology))
     return result
+
+
+def _recomputation(config: Config, remat: str, sizes: Sizes, place: Place) -> dict[str, Any]:
+    """What a rank keeps for the backward pass with this execution.remat, and what that takes."""
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
+    costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)
+    return {
+        "remat": remat,
+        "activations": costs["memory"]["activations"],
+        "exchanged": round(config.model.num_layers * exchanged_bytes(config, place.devices, group)),
+        "exchange": costs["time"]["exchange"],
+        "total": costs["time"]["total"],
+    }
 
 
 def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[str, int]:

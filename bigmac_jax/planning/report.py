@@ -28,6 +28,8 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
             console.print(f"{name}: {column['error']}")
     if "exchanges" in plan:
         console.print(_exchanges(plan))
+    if "recomputation" in plan:
+        console.print(_recomputation(plan["recomputation"]))
     tables: dict[str, Callable[[Any], Table]] = {
         "paper": _paper,
         "paper_comparison": _comparison,
@@ -89,6 +91,15 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
         metadata = sent["metadata_fast"] + sent["metadata_slow"]
         cells = (sent["payload"], sent["padded_fast"], sent["padded_slow"], metadata)
         table.add_row(name + (" (configured)" if name == plan["exchange"] else ""), *map(size, cells))
+    return table
+
+
+def _recomputation(rows: list[Mapping[str, Any]]) -> Table:
+    table = _table("What a rank keeps for the backward pass, by execution.remat; predicted",
+                   "", "activations", "of the exchange", "exchange", "step")  # fmt: skip
+    for row in rows:
+        kept = size(row["exchanged"]) if row["remat"] != "layer" else ""
+        table.add_row(row["remat"], size(row["activations"]), kept, duration(row["exchange"]), duration(row["total"]))
     return table
 
 

@@ -18,6 +18,7 @@ from bigmac_jax.planning.hardware.torus import Shape
 
 OVERLAP_CHUNKS = (1, 2, 4, 8)
 ACCUMULATE_STEPS = (1, 2, 4, 8)
+REMAT = ("none", "exchange", "layer")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _variants(config: Config, devices: int, hardware: Hardware) -> Iterator[Conf
     for expert_ranks in _divisors(shards):
         for node in _divisors(expert_ranks):
             mesh = replace(config.mesh, data=shards // expert_ranks, node=node, expert=expert_ranks // node)
-            for accumulate, remat in itertools.product(ACCUMULATE_STEPS, ("none", "layer")):
+            for accumulate, remat in itertools.product(ACCUMULATE_STEPS, REMAT):
                 for name, chunks in _exchanges(config, mesh, hardware):
                     try:
                         yield replace(

@@ -53,15 +53,38 @@ def test_causal(model: dict[str, Any]) -> None:
 
 
 def test_remat_recomputes_and_changes_nothing() -> None:
-    config, remat = (tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer"))
-    tokens, key = random_tokens(config), jax.random.key(1)
-    value, gradients, _ = loss_and_gradients(config, tokens, dropout_key=key)
-    again, recomputed, _ = loss_and_gradients(remat, tokens, dropout_key=key)
-    assert_close({"loss": again} | recomputed, {"loss": value} | gradients)
-    (exchanges, saved), (more_exchanges, less_saved) = backward(config), backward(remat)
-    assert exchanges == 2 * 4  # two layers; forward and backward exchange twice each
-    assert more_exchanges == 2 * 6  # and the backward pass repeats the forward's
-    assert less_saved < saved / 5
+    configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange")}
+    tokens, key = random_tokens(configs["none"]), jax.random.key(1)
+    made = {}
+    for remat, config in configs.items():
+        value, gradients, _ = loss_and_gradients(config, tokens, dropout_key=key)
+        made[remat] = {"loss": value} | gradients
+    assert_close(made["layer"], made["none"])
+    assert_close(made["exchange"], made["none"])
+    sent = {remat: backward(config) for remat, config in configs.items()}
+    assert sent["none"][0] == 2 * 4  # two layers; forward and backward exchange twice each
+    assert sent["layer"][0] == 2 * 6  # and the backward pass repeats the forward's
+    assert sent["exchange"][0] == 2 * 4
+    assert sent["layer"][1] < sent["exchange"][1] < sent["none"][1] / 3
+
+
+@pytest.mark.parametrize(
+    ("exchange", "mesh", "wire_dtype"),
+    [("all_to_all", (1, 1, 4), "float32"), ("dedup", (1, 1, 4), "int8"), ("hierarchical", (1, 2, 2), "bfloat16")],
+)
+def test_what_crossed_is_kept(exchange: str, mesh: tuple[int, ...], wire_dtype: str) -> None:
+    """No strategy repeats an exchange, and of rows that return by choice bigmac keeps a quarter of fine_grained's."""
+    kept = {}
+    for structure in ("fine_grained", "bigmac"):
+        fields: Any = {"structure": structure, "exchange": exchange, "wire_dtype": wire_dtype, "hidden_size": 64}
+        none, layer, rows = (backward(tiny(mesh, remat=r, **fields)) for r in ("none", "layer", "exchange"))
+        assert rows[0] == none[0] < layer[0]
+        kept[structure] = rows[1] - layer[1]
+    if exchange == "all_to_all":
+        T, K, R, S = 8 * 8 // 4, 3, 16, 4
+        there_and_back = 2 * S * T * min(K, 8 // S) * S  # rows that arrive, of all ranks
+        plan = kept["bigmac"] - 2 * there_and_back * R
+        assert 0 <= plan < 100 and kept["fine_grained"] == 2 * there_and_back * 4 * R + plan
 
 
 def backward(config: Config) -> tuple[int, int]:

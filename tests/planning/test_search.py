@@ -27,7 +27,7 @@ def test_all_that_is_valid() -> None:
     kinds = {(c.config.execution.exchange, c.sizes["node"] > 1) for c in found if c.sizes["expert"] > 1}
     assert kinds == {("hierarchical", True)} | {(n, False) for n in ("all_to_all", "dedup", "gather", "ragged")}
     assert {c.config.execution.overlap_chunks for c in found} == {1, 2, 4, 8}
-    assert {c.config.execution.remat for c in found} == {"none", "layer"}
+    assert {c.config.execution.remat for c in found} == {"none", "exchange", "layer"}
     assert {c.config.train.accumulate_steps for c in found} == {1, 2}  # 16 sequences on 8 ranks
     assert len({c.config for c in found}) == len(found)
 

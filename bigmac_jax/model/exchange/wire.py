@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.mesh import platform
 
 PAYLOAD, METADATA = "exchange_payload", "exchange_metadata"
+EXCHANGED = "exchanged"  # what came over a link: execution.remat=exchange keeps it
 FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 Movement = Callable[[Array, Any], Array]  # encoded rows, and what tells it where they go
 _EIGHT_BIT = {"float8_e4m3": (jnp.float8_e4m3fn, 448.0), "int8": (jnp.int8, 127.0)}
@@ -84,11 +86,11 @@ class Wire:
     def swap_metadata(self, x_SC: Array) -> Array:
         """As `swap`, without a format."""
         with jax.named_scope(METADATA):
-            return jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True)
+            return _kept(jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True))
 
     def gather_metadata(self, x: Array, tiled: bool = False) -> Array:
         with jax.named_scope(METADATA):
-            return jax.lax.all_gather(x, self.axis, tiled=tiled)
+            return _kept(jax.lax.all_gather(x, self.axis, tiled=tiled))
 
     def move(self, x: Array, where: Any, there: Movement | None, back: Movement | None) -> Array:
         """Rows through `there`, their gradients through `back`; None stands for the sum over the ranks.
@@ -114,10 +116,15 @@ class Wire:
             lambda x, where: (moved(x, where), where),
             lambda where, dy: (cross(dy, where, back, self.backward), None),
         )
-        return moved(x, where)
+        # Named here, because what has a gradient of its own is one operation to recomputation.
+        return _kept(moved(x, where))
 
     def _swap(self, x_SC: Array, _: Any) -> Array:
         return jax.lax.all_to_all(x_SC, self.axis, 0, 0, tiled=True)
 
     def _gather(self, x_T: Array, _: Any) -> Array:
         return jax.lax.all_gather(x_T, self.axis)
+
+
+def _kept(received: Array) -> Array:
+    return checkpoint_name(received, EXCHANGED)
