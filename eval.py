@@ -34,6 +34,10 @@ _LENGTH = flags.DEFINE_integer("length", 0, "Tokens the model is given at most; 
 _STRIDE = flags.DEFINE_integer(
     "stride", 0, "Slide windows by so many tokens, each of which is given --length - --stride; 0 = no overlap.", 0
 )
+_DOCUMENTS = flags.DEFINE_enum(
+    "documents", None, ["stream", "masked"],
+    "stream: windows of the stream; masked: each document by itself. By default as the run was trained.",
+)  # fmt: skip
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Sequences at a time; 0 takes a part of the run's step.", lower_bound=0
 )
@@ -51,6 +55,8 @@ def main() -> None:
         tokenizer = load_tokenizer(config)
         text_file = _TEXT_FILE.value and pathlib.Path(_TEXT_FILE.value)
         if _TASKS.value:
+            if _DOCUMENTS.value:
+                raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
             if text_file:
                 raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
             jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length)
@@ -76,8 +82,11 @@ def main() -> None:
                     bar.update(tokens)
                     watch.advance()
 
-                score = evaluate(model, stream, length, size, counted, _STRIDE.value)
-            lines, result = [f"{text_file or _SPLIT.value}: {score.describe()}"], score._asdict()
+                read = _DOCUMENTS.value or config.data.documents
+                score = evaluate(model, stream, length, size, counted, _STRIDE.value, read)
+            how = "each document by itself" if read == "masked" else "windows of the stream"
+            lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
+            result = score._asdict() | {"documents": read}
     if not _JSON.value:
         hosts.say("\n".join(lines))
     hosts.say(json.dumps(result))
