@@ -36,7 +36,8 @@ def main(_: list[str]) -> None:
         for name, overrides in CASES.items():
             workdir = folder / f"{name.replace(', ', '-')}-{seed}"
             _python(
-                "train.py", f"--workdir={workdir}", f"--config.train.steps={_STEPS.value}", "--config.train.eval_every=0",
+                "train.py", f"--workdir={workdir}", f"--config.train.steps={_STEPS.value}",
+                "--config.train.eval_every=0",
                 f"--config.data.source={folder}/train.jsonl", f"--config.train.seed={seed}",
                 f"--config.data.validation_source={folder}/validation.jsonl", *(f"--config.{o}" for o in overrides),
             )  # fmt: skip
@@ -49,7 +50,9 @@ def main(_: list[str]) -> None:
             run["tokens_per_s"] = _rate(workdir)
             found.append(run)
             print(json.dumps(run), flush=True)
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps({"paragraphs": sizes, "runs": found}, indent=1) + "\n")
+    pathlib.Path(_OUTPUT.value).write_text(
+        json.dumps({"name": "documents", "paragraphs": sizes, "runs": found}, indent=1) + "\n"
+    )
     for name in CASES:
         runs = [run for run in found if run["case"] == name]
         for reading in ("stream", "masked"):
