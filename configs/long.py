@@ -1,5 +1,5 @@
-"""The model of configs/modern.py on books of 131,072 tokens: documents that don't see each other, heads and sequence over
-four ranks of `tensor`.
+"""The model of configs/modern.py on books of 131,072 tokens: documents don't see each other, and four ranks of `tensor`
+share heads and sequence.
 
 The base of the rotary positions is 1e7: a model that is to tell its own tokens apart at distance L needs a base of at
 least 0.0424 · L^1.628 (Men et al. 2024, "Base of RoPE Bounds Context Length", figure 1), 9.1e6 for this L.

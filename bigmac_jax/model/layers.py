@@ -55,20 +55,29 @@ class Norm(nnx.Module):
 
     def __init__(self, config: Config, size: int, kind: str = ""):
         """`kind`: by default model.norm."""
-        self.eps = config.model.norm_eps
+        self.config = config
         one, zero = (Declaration("D", "norms", v, constant=True, decays=False, small=True, exact=True) for v in (1, 0))
         self.scale_D = parameter(config, None, (size,), one)
         layernorm = (kind or config.model.norm) == "layernorm"
         self.bias_D = parameter(config, None, (size,), zero) if layernorm else None
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        if self.bias_D is not None:
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * last_axes(self.scale_D[...], y)
-        if self.bias_D is not None:
-            y = y + last_axes(self.bias_D[...], y)
-        return y.astype(x.dtype)
+        return normalised(self.config.model, x, *(v[...] for v in (self.scale_D, self.bias_D) if v is not None))
+
+    def weights(self) -> list[Weight]:
+        """The scale, and LayerNorm's bias."""
+        return [weight(self.config, v) for v in (self.scale_D, self.bias_D) if v is not None]
+
+
+def normalised(config: ModelConfig, x: Array, scale_D: Array, bias_D: Array | None = None) -> Array:
+    """LayerNorm of the last dimension, without a bias RMSNorm; computed in float32."""
+    y = x.astype(jnp.float32)
+    if bias_D is not None:
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + config.norm_eps) * last_axes(scale_D, y)
+    if bias_D is not None:
+        y = y + last_axes(bias_D, y)
+    return y.astype(x.dtype)
 
 
 def last_axes(v: Array, like: Array) -> Array:
@@ -115,7 +124,7 @@ def _product_fwd(x_BLX: Array, w_XY: Array, precision: Any) -> tuple[Array, tupl
 def _product_bwd(precision: Any, saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
     x_BLX, w_XY = saved
     x_TX, dy_TY = (v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY))
-    return jnp.einsum("BLY,XY->BLX", dy_BLY, w_XY, precision=precision), tall_product(x_TX, dy_TY, precision)
+    return jnp.einsum("...Y,XY->...X", dy_BLY, w_XY, precision=precision), tall_product(x_TX, dy_TY, precision)
 
 
 product.defvjp(_product_fwd, _product_bwd)

@@ -4,6 +4,8 @@
 `vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k.
 """
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from bigmac_jax.mesh import (
     EXPERT_GROUP,
     TENSOR,
     ExpertGroup,
+    Weight,
     current_group,
     on_each_rank,
     rank_spec,
@@ -26,7 +29,7 @@ from bigmac_jax.mesh import (
 )
 from bigmac_jax.model.exchange import STRATEGIES, Strategy
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, residual_scale
+from bigmac_jax.model.layers import MLP, Linear, Norm, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import balance_loss, route
 
@@ -113,18 +116,9 @@ class MoE(nnx.Module):
         config, m = self.config, self.config.model
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
         routing = route(m, x_BLD, weight(config, self.router_DE), bias_E, padding_BL)
-        x_BLR = x_BLD if self.down is None else self.down(x_BLD)
-        if self.latent_norm is not None and m.latent_norm == "pre_dispatch":
-            x_BLR = self.latent_norm(x_BLR)
-
-        y_BLR, counts_SE, dropped_S = _exchange_and_compute(
-            config, math.inf if dropless else m.capacity_factor, x_BLR, routing.gates_BLK, routing.experts_BLK,
-            self.experts,
-        )  # fmt: skip
-
-        if self.latent_norm is not None and m.latent_norm == "post_combine":
-            y_BLR = self.latent_norm(y_BLR)
-        y_BLD = y_BLR if self.up is None else self.up(y_BLR)
+        y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
+            math.inf if dropless else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
+        )
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
@@ -134,6 +128,54 @@ class MoE(nnx.Module):
             own_load_E,
             dropped_S.sum() / routing.experts_BLK.size,
             routing.entropy,
+        )
+
+    def _exchange_and_compute(
+        self, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array
+    ) -> tuple[Array, Array, Array]:
+        """All collectives of the layer: → y_BLD, counts_SE (choices per expert of each rank), dropped_S.
+
+        Tokens go in `overlap_chunks` parts that don't depend on each other, from W↓ to W↑, so that one is computed
+        while another is on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
+        """
+        config, m = self.config, self.config.model
+        of_experts = {name: weight(config, value) for name, value in self.experts.weights().items()}
+        parts = {"down": self.down, "up": self.up, "norm": self.latent_norm}
+        weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
+
+        def on_rank(x_BLD: Array, gates_BLK: Array, experts_BLK: Array, *given: Array) -> tuple[Array, Array, Array]:
+            experts = functools.partial(_experts, config, dict(zip(of_experts, given, strict=False)))
+            rest = iter(given[len(of_experts) :])
+            w = {name: [next(rest) for _ in values] for name, values in weights.items()}
+
+            def narrow(x_CD: Array) -> Array:
+                x_CR = product(x_CD, *w["down"]) if "down" in w else x_CD
+                return normalised(m, x_CR, *w["norm"]) if m.latent_norm == "pre_dispatch" else x_CR
+
+            def widen(y_CR: Array) -> Array:
+                y_CR = normalised(m, y_CR, *w["norm"]) if m.latent_norm == "post_combine" else y_CR
+                return product(y_CR, *w["up"]) if "up" in w else y_CR
+
+            x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
+            chunks = math.gcd(config.execution.overlap_chunks, x_TD.shape[0])
+            exchange = strategy(config, capacity_factor, x_TD.shape[0] // chunks)
+            plans = [exchange.plan(chosen_CK) for chosen_CK in jnp.split(experts_TK, chunks)]
+            gates = jnp.split(gates_TK, chunks)
+            narrowed = [narrow(x_CD) for x_CD in jnp.split(x_TD, chunks)]
+            rows = [exchange.dispatch(*part) for part in zip(plans, narrowed, gates, strict=True)]
+            share = gates[0].size // exchange.local_experts
+            outputs = [experts(*r, plan.expert_NK, share) for plan, r in zip(plans, rows, strict=True)]
+            combined = [exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)]
+            y_TD = jnp.concatenate([widen(y_CR) for y_CR in combined])
+            counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
+            dropped = jnp.stack([plan.dropped for plan in plans]).sum()
+            return y_TD.reshape(x_BLD.shape), counts_E[None], dropped[None]
+
+        return on_each_rank(
+            on_rank,
+            (x_BLD, gates_BLK, experts_BLK),
+            [*of_experts.values(), *itertools.chain.from_iterable(weights.values())],
+            out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
         )
 
 
@@ -174,57 +216,21 @@ def make_strategy(name: str, config: Config, capacity_factor: float, group: Expe
     )
 
 
-def _exchange_and_compute(
-    config: Config,
-    capacity_factor: float,
-    x_BLR: Array,
-    gates_BLK: Array,
-    experts_BLK: Array,
-    parameters: Experts,
-) -> tuple[Array, Array, Array]:
-    """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S.
-
-    Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
-    on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
-    """
-    split = config.mesh.split_experts and tensor_ranks() > 1
-
-    def experts(rows: Array, gate_NK: Array | None, expert_NK: Array | None, share: int, *weights: Array) -> Array:
-        w = dict(zip(names, weights, strict=True))
-        if not split:
-            return grouped_mlp(config, w, rows, gate_NK, expert_NK, share)
-        # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
-        # Rows that stand by expert, as many for each, stand like that when they are gathered.
-        e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
-        gate_NK, expert_NK = (None if v is None else _of_tensor_ranks(v, 1) for v in (gate_NK, expert_NK))
-        if "b_out_eR" in w:  # one of them adds it
-            w["b_out_eR"] = jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)
-        y_NR = grouped_mlp(config, w, _of_tensor_ranks(rows, e), gate_NK, expert_NK, share * tensor_ranks())
-        y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
-        return y_ebR.reshape(rows.shape)
-
-    def on_rank(x_BLR: Array, gates_BLK: Array, experts_BLK: Array, *weights: Array) -> tuple[Array, Array, Array]:
-        x_TR, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLR, gates_BLK, experts_BLK))
-        chunks = math.gcd(config.execution.overlap_chunks, x_TR.shape[0])
-        exchange = strategy(config, capacity_factor, x_TR.shape[0] // chunks)
-        plans = [exchange.plan(chosen_TK) for chosen_TK in jnp.split(experts_TK, chunks)]
-        gates = jnp.split(gates_TK, chunks)
-        rows = [exchange.dispatch(*part) for part in zip(plans, jnp.split(x_TR, chunks), gates, strict=True)]
-        share = gates[0].size // exchange.local_experts
-        outputs = [experts(*r, plan.expert_NK, share, *weights) for plan, r in zip(plans, rows, strict=True)]
-        y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
-        counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
-        dropped = jnp.stack([plan.dropped for plan in plans]).sum()
-        return y_TR.reshape(x_BLR.shape), counts_E[None], dropped[None]
-
-    weights = {name: weight(config, value) for name, value in parameters.weights().items()}
-    names = list(weights)
-    return on_each_rank(
-        on_rank,
-        (x_BLR, gates_BLK, experts_BLK),
-        list(weights.values()),
-        out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
-    )
+def _experts(
+    config: Config, w: dict[str, Array], rows_NR: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
+) -> Array:
+    """`grouped_mlp` of this rank's experts, or of its part of every one."""
+    if not (config.mesh.split_experts and tensor_ranks() > 1):
+        return grouped_mlp(config, w, rows_NR, gate_NK, expert_NK, share)
+    # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
+    # Rows that stand by expert, as many for each, stand like that when they are gathered.
+    e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
+    gate_NK, expert_NK = (None if v is None else _of_tensor_ranks(v, 1) for v in (gate_NK, expert_NK))
+    if "b_out_eR" in w:  # one of them adds it
+        w = w | {"b_out_eR": jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)}
+    y_NR = grouped_mlp(config, w, _of_tensor_ranks(rows_NR, e), gate_NK, expert_NK, share * tensor_ranks())
+    y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
+    return y_ebR.reshape(rows_NR.shape)
 
 
 def _of_tensor_ranks(rows_NX: Array, groups: int) -> Array:

@@ -11,15 +11,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from bigmac_jax.config import Config, TrainConfig
 from bigmac_jax.counts import exchange_traffic
-from bigmac_jax.mesh import batch_spec, current_group, make_mesh
+from bigmac_jax.mesh import current_group, make_mesh
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.programs import step_program
 from bigmac_jax.training.step import make_trainer
 
 from .program import Collective, all_to_alls, collectives, layer, payloads
@@ -84,6 +83,7 @@ def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
         ({"remat": "layer"}, 1),
         ({}, 2),
         ({"remat": "layer"}, 2),
+        ({"remat": "exchange"}, 2),
         ({"balance": "none", "overlap_chunks": 2}, 2),
         ({"balance_scope": "part", "remat": "layer"}, 2),
     ],
@@ -93,9 +93,9 @@ def test_logged_bytes_are_the_training_steps(model: dict, parts: int) -> None:
     c = replace(tiny((1, 1, 4), capacity_factor=1.25, **model), train=TrainConfig(accumulate_steps=parts))
     with on_mesh(c):
         mesh = make_mesh(c)
-        tokens = jax.ShapeDtypeStruct((8, 9), jnp.int32, sharding=NamedSharding(mesh, batch_spec(2)))
         trainer = make_trainer(c, mesh)
-        operands = all_to_alls(trainer.step.trace(trainer.abstract_state, tokens).jaxpr.jaxpr)
+        step = step_program(c, mesh, trainer)
+        operands = all_to_alls(trainer.step.trace(*step.arguments).jaxpr.jaxpr)
         received = sum(jnp.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in payloads(operands))
         # Of four ranks, each from three others.
         assert received * (4 - 1) == sum(exchange_traffic(c, 4, current_group()).padded) > 0
