@@ -3,7 +3,7 @@
 from benchmarks.reproduce.inference import figure5, table9
 from benchmarks.reproduce.perplexity import figure1
 from benchmarks.reproduce.result import Experiment
-from benchmarks.reproduce.training import figure3, figure4, ratios, table1
+from benchmarks.reproduce.training import figure3, figure4, ratios, remat, table1
 from benchmarks.reproduce.two_level import figure6, figure7, strategies
 
 # In the order in which they are measured.
@@ -18,5 +18,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "figure1": figure1,
     "ratios": ratios,
     "strategies": strategies,
+    "remat": remat,
 }
 QUICK = ("table1", "figure3", "table9")

@@ -9,7 +9,19 @@ from benchmarks.reproduce import plots
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
 UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "": (".3f", "")}  # digits and sign
-ORDER = ("figure1", "table1", "figure3", "figure4", "figure5", "table9", "figure6", "figure7", "ratios", "strategies")
+ORDER = (
+    "figure1",
+    "table1",
+    "figure3",
+    "figure4",
+    "figure5",
+    "table9",
+    "figure6",
+    "figure7",
+    "ratios",
+    "strategies",
+    "remat",
+)
 
 
 def write(docs: pathlib.Path) -> None:

@@ -120,3 +120,31 @@ def ratios(lab: Lab, rate: float, quick: bool) -> Result:
     result.records = [record for records in runs.values() for record in records]
     result.traffic = {name: lab.traffic("small", *own) for name, own in fields.items()}
     return result
+
+
+POLICIES = ("none", "exchange", "layer")
+
+
+def remat(lab: Lab, rate: float, quick: bool) -> Result:
+    """What recomputation costs where the exchange is most of the step."""
+    result = Result(
+        "Recomputation that keeps the exchange",
+        "execution.remat at K = 8: a step over the same structure's with `none`. `layer` exchanges rows a third time "
+        "in the backward pass, `exchange` keeps what crossed (bigmac a quarter of what fine_grained keeps) and "
+        "recomputes the rest. The paper has no such figure.",
+    )
+    cases = {
+        (structure, policy): lab.case("small", *own, top_k(8), f"execution.remat={policy}", rate=rate)
+        for structure, own in STRUCTURES.items()
+        for policy in POLICIES
+    }
+    runs = dict(zip(cases, lab.runs(*cases.values()), strict=True))
+    for (structure, policy), records in runs.items():
+        result.speedup(f"{structure}, {policy}", None, records, runs[structure, "none"])
+    for policy in POLICIES:
+        fine, big = (runs[structure, policy] for structure in STRUCTURES)
+        result.speedup(f"fine_grained over bigmac, {policy}", None, fine, big)
+    result.records = [record for records in runs.values() for record in records]
+    for (structure, policy), case in cases.items():
+        result.traffic[f"{structure}, {policy}"] = lab.traffic("small", *case.overrides)
+    return result
