@@ -1,7 +1,7 @@
 """Causal attention on one rank, inside documents: softmax(q kᵀ / √H) v, by the kernel that suits the platform.
 
-B batch, L length, M keys of a block, N heads, G key-value heads, H head size, P length padded to whole blocks. No kernel
-of TPU or GPU holds scores or a mask of L × L.
+B batch, L length, M keys of a block, N heads, G key-value heads, H head size, P length padded to whole blocks. The
+kernels of TPUs and GPUs hold neither scores nor a mask of L × L.
 """
 
 import math
@@ -12,7 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.mesh import platform
@@ -38,11 +46,10 @@ def causal_attention(
       ConfigError: it does not take the case, see `refusal`.
     """
     _, L, _, H = q_BLNH.shape
-    case: Any = platform(), str(q_BLNH.dtype), H
-    segmented = segments_BL is not None
+    here, dtype, segments = platform(), str(q_BLNH.dtype), segments_BL is not None
     if implementation == "auto":
-        implementation = chosen(*case, L, segmented)
-    if refused := refusal(implementation, *case, segmented):
+        implementation = chosen(here, dtype, H, L, segments)
+    if refused := refusal(implementation, here, dtype, H, segments):
         raise ConfigError(refused)
     return _FUNCTIONS[implementation](q_BLNH, k_BLGH, v_BLGH, segments_BL)
 
@@ -115,16 +122,12 @@ def blocks(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | Non
     return jnp.concatenate(done, axis=2).swapaxes(1, 2)
 
 
-def splash(
-    q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool = False
-) -> Array:
+def splash(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool = False) -> Array:
     """jax's Pallas kernel of TPUs; key-value heads stay as few as they are."""
     return _differentiable(partial(_splash, interpret=interpret), q_BLNH, k_BLGH, v_BLGH, segments_BL)
 
 
-def triton(
-    q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool = False
-) -> Array:
+def triton(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool = False) -> Array:
     """jax's Pallas kernel of GPUs, lowered through Triton."""
     return _differentiable(partial(_triton, interpret=interpret), q_BLNH, k_BLGH, v_BLGH, segments_BL)
 
@@ -137,52 +140,72 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """A kernel with its own gradient, each `on_this_rank`: the gradient of a nested shard_map would sum over ranks."""
-    return on_this_rank(kernel, q, k, v, segments)
+    return on_this_rank(lambda *inputs: kernel(*_computed(inputs)), q, k, v, segments)
 
 
 def _forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Any]:
-    # Inputs of `on_this_rank` say that they differ from rank to rank, what is computed there does not: 1 * x, too, whose
-    # gradient may then not say it either.
-    def both(q: Array, k: Array, v: Array, segments: Array | None) -> Any:
-        return jax.vjp(lambda q, k, v: kernel(q, k, v, segments), 1 * q, 1 * k, 1 * v)
+    def both(*inputs: Any) -> Any:
+        *heads, segments = _computed(inputs)
+        return jax.vjp(lambda *heads: kernel(*heads, segments), *heads)
 
     return on_this_rank(both, q, k, v, segments)
 
 
 def _backward(_: Any, pull: Any, dy: Array) -> tuple[Array, Array, Array, None]:
-    return (*on_this_rank(lambda pull, dy: pull(1 * dy), pull, dy), None)
+    def back(*inputs: Any) -> Any:
+        pull, dy = _computed(inputs)
+        return pull(dy)
+
+    return (*on_this_rank(back, pull, dy), None)
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-# Lengths of blocks, the best first. Splash's: a step of the kernel reads a block of keys, so long ones save reads and
-# steps; 512 × 512 scores and what they become are some MiB of a v5e's 16, with heads of 256 too.
-_SPLASH_BLOCKS = (512, 256, 128)
+def _computed(inputs: Any) -> Any:
+    """The same numbers. Inputs of `on_this_rank` say that they differ from rank to rank, what is computed there does
+    not, and jax.vjp and the kernels' interpreter ask that both say the same. XLA drops the product."""
+    return jax.tree.map(lambda x: 1 * x, inputs)
+
+
+# Lengths of splash's blocks, the best first: a step of a kernel reads one of keys and one of queries, so long ones save
+# steps and reads. Scores are of _SPLASH_KEYS keys at a time. 1024 × 1024 in float32 with heads of 256 is what a v5e's
+# fast memory (16 MiB) takes in both gradients. Chosen by that, not by time on a TPU.
+_SPLASH_BLOCKS = (1024, 512, 256, 128)
+_SPLASH_KEYS = 512
+_TRITON_BLOCK = 64
+
+
+class _Causal(CausalMask):
+    """Of whole blocks: the library looks at each for whether all of it is seen, or nothing."""
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = block
+        if keys.stop - 1 <= queries.start or keys.start > queries.stop - 1:
+            return np.full((1, 1), keys.start <= queries.start)  # not all its elements, which are L² together
+        return super().__getitem__(block)
+
+    __hash__ = CausalMask.__hash__
 
 
 def _splash(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as library
-
     _, L, N, H = q_BLNH.shape
     block = block_length(L, _SPLASH_BLOCKS)
-    q_BNPH, k_BGPH, v_BGPH = (
-        _padded(x, block).swapaxes(1, 2) for x in (q_BLNH / math.sqrt(H), k_BLGH, v_BLGH)
-    )
+    q_BNPH, k_BGPH, v_BGPH = (_padded(x, block).swapaxes(1, 2) for x in (q_BLNH / math.sqrt(H), k_BLGH, v_BLGH))
     P = q_BNPH.shape[2]
-    # Not the one kernel for both gradients: it holds a dq for each block of keys, in the dtype of q, before their sum.
-    sizes = library.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-    )
-    attend = library.make_splash_mha(
-        library.MultiHeadMask([library.CausalMask((P, P))] * N),
-        block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret,
+    # Not one kernel for both gradients: it holds a dq for each block of keys, in the dtype of q, before their sum.
+    sizes = BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=min(block, _SPLASH_KEYS),
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=min(block, _SPLASH_KEYS),
+        block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
+    mask = MultiHeadMask([_Causal((P, P))] * N)
+    attend = make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     if segments_BL is None:
         y_BNPH = jax.vmap(attend)(q_BNPH, k_BGPH, v_BGPH)
     else:
         segments_BP = _padded(segments_BL, block)
-        y_BNPH = jax.vmap(attend)(q_BNPH, k_BGPH, v_BGPH, library.SegmentIds(segments_BP, segments_BP))
+        y_BNPH = jax.vmap(attend)(q_BNPH, k_BGPH, v_BGPH, SegmentIds(segments_BP, segments_BP))
     return y_BNPH.swapaxes(1, 2)[:, :L]
 
 
@@ -191,7 +214,8 @@ def _triton(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | No
         from jax.experimental.pallas.ops.gpu import attention as library
 
     _, L, N, H = q_BLNH.shape
-    block = 64
+    # With heads of 256, 64 positions are more than the 227 KiB of shared memory that a block of an H100 or B200 has.
+    block = _TRITON_BLOCK if H <= 128 else _TRITON_BLOCK // 2
     sizes = library.BlockSizes(
         block_q=block, block_k=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
