@@ -25,7 +25,8 @@ from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.mesh import Crossing, Weight, on_each_rank, replicated_spec, split_spec, token_spec  # noqa: E402
-from bigmac_jax.model.layers import causal_attention, product  # noqa: E402
+from bigmac_jax.model.attention_kernels import causal_attention  # noqa: E402
+from bigmac_jax.model.layers import product  # noqa: E402
 from bigmac_jax.training.loss import linear_cross_entropy  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")

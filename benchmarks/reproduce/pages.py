@@ -10,8 +10,6 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
 UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "": (".3f", "")}  # digits and sign
 ORDER = (
-    "figure1", "table1", "figure3", "figure4", "figure5", "table9", "figure6", "figure7", "ratios", "strategies", "remat",
-)  # fmt: skip
     "figure1",
     "table1",
     "figure3",

@@ -127,7 +127,7 @@ class ExecutionConfig:
     wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
     wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
     overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
-    attention: str = "auto"  # blocks (of queries, CPU) | xla (TPU, any) | cudnn (GPU, 16 bits); auto takes the fastest
+    attention: str = "auto"  # blocks (CPU) | xla (any) | splash (TPU) | cudnn, triton (GPU); auto takes the fastest
     grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best
     remat: str = "none"  # layer: recompute each layer in the backward pass | exchange: all of it but the exchange
     unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere

@@ -73,7 +73,7 @@ def validate(config: Config) -> None:
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
-    one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn"))
+    one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn", "splash", "triton"))
     one_of("execution.dtype", execution.dtype, ("float32", "bfloat16"))
     one_of("execution.gather_dtype", execution.gather_dtype, ("", "float32", "bfloat16"))
     one_of("execution.reduce_dtype", execution.reduce_dtype, ("float32", "bfloat16"))

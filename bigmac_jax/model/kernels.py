@@ -31,7 +31,7 @@ def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
 
 @jax.custom_vjp
 def _kernel(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
-    return _on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e)
+    return on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e)
 
 
 def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
@@ -40,8 +40,8 @@ def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
 
 def _kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
     x_MX, w_eXY, sizes_e = saved
-    dx_MX = _on_this_rank(partial(_gmm, transpose_rhs=True), dy_MY, w_eXY, sizes_e)
-    return dx_MX, _on_this_rank(partial(_tgmm, dtype=w_eXY.dtype), x_MX, dy_MY, sizes_e), None
+    dx_MX = on_this_rank(partial(_gmm, transpose_rhs=True), dy_MY, w_eXY, sizes_e)
+    return dx_MX, on_this_rank(partial(_tgmm, dtype=w_eXY.dtype), x_MX, dy_MY, sizes_e), None
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
@@ -80,7 +80,17 @@ def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
     return row_tile(M), *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
 
 
-def _on_this_rank(kernel: Callable[..., Array], *arrays: Array) -> Array:
-    """Calls a kernel that doesn't say, as shard_map's check asks, that its result differs from rank to rank."""
-    result = jax.shard_map(kernel, in_specs=(P(),) * len(arrays), out_specs=P(), check_vma=False)(*arrays)
-    return jax.lax.pcast(result, AXES, to="varying")
+def on_this_rank(kernel: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a kernel that doesn't say, as shard_map's check asks, that its results differ from rank to rank.
+
+    Inputs and results are trees of arrays. Without a mesh it is a plain call.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return kernel(*inputs)
+    result = jax.shard_map(kernel, in_specs=(P(),) * len(inputs), out_specs=P(), check_vma=False)(*inputs)
+    return jax.tree.map(_varying, result)
+
+
+def _varying(x: Array) -> Array:
+    axes = tuple(axis for axis in AXES if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x

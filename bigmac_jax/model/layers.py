@@ -27,6 +27,7 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
+from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 
@@ -85,7 +86,6 @@ def last_axes(v: Array, like: Array) -> Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
-_CUDNN_HEAD = 128  # the largest head that cuDNN's attention takes forward and backward on every GPU since Ampere
 # Rows of one product in `tall_product`: XLA:CPU slows down on longer ones, whose columns leave the cache.
 _TALL_ROWS = 1024
 
@@ -271,45 +271,6 @@ _turn.defvjp(
     lambda x_BLNH, sin, cos: (_turn(x_BLNH, sin, cos), (sin, cos)),
     lambda angle, dy_BLNH: (_turn(dy_BLNH, -angle[0], angle[1]), None, None),
 )
-
-
-def causal_attention(
-    q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None = None, implementation: str = "auto"
-) -> Array:
-    """softmax(q kᵀ / √H) v over the positions up to each query's own, of its segment → [B, L, N, H].
-
-    jax.nn's (`xla`, `cudnn`), but on CPU, where XLA has no fused kernel, `blocks`: queries go in a few blocks that skip
-    the keys behind them, with heads before positions (docs/performance.md has the figure).
-    """
-    if implementation == "auto":
-        implementation = _fastest(q_BLNH)
-    if implementation != "blocks":
-        kernel: Any = implementation
-        return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, is_causal=True, implementation=kernel)
-    _, L, N, H = q_BLNH.shape
-    q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
-    # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
-    k_BNLH, v_BNLH = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[2], axis=1) for x in (k_BLGH, v_BLGH))
-    block = max(128, -(-L // 4))
-    blocks = []
-    for start in range(0, L, block):
-        stop = min(start + block, L)
-        scores_BNLM = jnp.einsum("BNLH,BNMH->BNLM", q_BNLH[:, :, start:stop], k_BNLH[:, :, :stop])
-        seen_LM = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-        seen_BNLM = last_axes(seen_LM, scores_BNLM)
-        if segments_BL is not None:
-            seen_BNLM &= (segments_BL[:, start:stop, None] == segments_BL[:, None, :stop])[:, None]
-        weights_BNLM = jax.nn.softmax(jnp.where(seen_BNLM, scores_BNLM.astype(jnp.float32), -jnp.inf))
-        blocks.append(jnp.einsum("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
-    return jnp.concatenate(blocks, axis=2).swapaxes(1, 2)
-
-
-def _fastest(q_BLNH: Array) -> str:
-    """The attention that suits the backend: cuDNN's on GPU, where it takes the case, since others hold all scores."""
-    if platform() == "gpu":
-        taken = q_BLNH.dtype == jnp.bfloat16 and q_BLNH.shape[-1] % 8 == 0 and q_BLNH.shape[-1] <= _CUDNN_HEAD
-        return "cudnn" if taken else "xla"
-    return "blocks" if platform() == "cpu" else "xla"
 
 
 class KeyValues(NamedTuple):

@@ -22,11 +22,18 @@ KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all
 _VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier", "domain"}
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 _TOKEN = re.compile(_STRING + r"|/\*.*?\*/|[()\[\]{},]")
+_CONTINUED = re.compile(r'\n(?="|\}\})')  # metadata of a kernel is printed over several lines
 _HEAD = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 
 
 # cuDNN's attention: products of L × L × H that its result needs; what it computes again for the gradient is left out.
 _ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 4}
+# Pallas' attention kernels (model/attention_kernels.py): products that each computes, with what it computes again.
+_ATTENTION_KERNELS = {
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,  # TPU: [B, N, L, H]
+    "mha_forward": 2, "mha_backward": 7,  # Triton: [B, L, N, H]
+}  # fmt: skip
+_ATTENTION_KERNEL = re.compile(r"\b(splash_mha_(?:fwd|dq|dkv)|mha_(?:forward|backward))(?:\b|_)")
 
 
 class Shape(NamedTuple):
@@ -198,6 +205,7 @@ def parse(text: str) -> Module:
       ValueError: the text has no ENTRY computation.
     """
     computations: dict[str, Computation] = {}
+    text = _CONTINUED.sub(" ", text)
     name, entry, root, found = "", "", -1, list[Instruction]()
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -409,24 +417,50 @@ def matmul_flops(module: Module) -> Flops:
     dots = kernels = 0
     dynamic = False
     for computation, use, instruction in module.run():
-        dot, kernel = dot_flops(computation, instruction), kernel_flops(instruction)
+        dot, kernel = dot_flops(computation, instruction), kernel_flops(computation, instruction)
         dots, kernels = dots + use.times * dot, kernels + use.times * kernel
         dynamic |= use.dynamic and dot + kernel > 0
     return Flops(dots, kernels, dynamic)
 
 
-def kernel_flops(instruction: Instruction) -> int:
-    """Of a Mosaic or Triton kernel, once, as it says itself, or of cuDNN's attention; 0 of anything else."""
+def kernel_flops(computation: Computation, instruction: Instruction) -> int:
+    """Of a Mosaic or Triton kernel, once, as it says itself, or of attention; 0 of anything else."""
     target = instruction.attributes.get("custom_call_target", "").strip('"')
     if target in _ATTENTION:  # of whole sequences, [B, N, L, H], without credit for causality
         B, N, L, H = instruction.shapes[0].dims
         return _ATTENTION[target] * 2 * B * N * L * L * H
+    if kernel := attention_kernel(instruction):
+        # Its queries are the first operand of four dimensions.
+        dims = next(shape.dims for shape in computation.operands(instruction) if len(shape.dims) == 4)
+        B, N, L, H = dims if kernel.startswith("splash") else (dims[0], dims[2], dims[1], dims[3])
+        return _ATTENTION_KERNELS[kernel] * _causal_product(B, L, N, H)
     if target == "__gpu$xla.gpu.triton":
         said = re.search(r"\\22flops\\22: \\22(\d+)", instruction.attributes["backend_config"])
         return int(said[1]) if said else 0
     if target != "tpu_custom_call":
         return 0
     return int(instruction.backend_config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
+
+
+def attention_kernel(instruction: Instruction) -> str:
+    """Which of Pallas' attention kernels it is, that say no FLOPs and carry no estimate of their time; or ""."""
+    if instruction.attributes.get("custom_call_target", "").strip('"') not in (
+        "tpu_custom_call",
+        "__gpu$xla.gpu.triton",
+    ):
+        return ""
+    found = _ATTENTION_KERNEL.search(instruction.op_name)
+    return found[1] if found else ""
+
+
+def attention_flops(B: int, L: int, N: int, H: int, backward: bool) -> int:
+    """Of the products of Pallas' kernels, forward or backward: two, or seven of which two are computed again for each
+    gradient. Causal, so half of L × L; documents in a row, which need less, are not known."""
+    return (7 if backward else 2) * _causal_product(B, L, N, H)
+
+
+def _causal_product(B: int, L: int, N: int, H: int) -> int:
+    return 2 * B * N * L * L * H // 2
 
 
 def dot_flops(computation: Computation, instruction: Instruction) -> int:

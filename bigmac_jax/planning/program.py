@@ -201,7 +201,8 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
         peers = Sent(peers.fast, peers.slow * expert) if flat else peers
         return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
-    found = schedule.overlap(module, compiled.mesh, seconds, hardware.clock_hz or math.inf, hardware.peak_flops)
+    clock = hardware.clock_hz or math.inf
+    found = schedule.overlap(module, compiled.mesh, seconds, clock, hardware.peak_flops, hardware.memory_bandwidth)
     return {
         "exchanges_in_a_layer": len(found.exchanges),
         "asynchronous_in_a_layer": sum(e.collective.asynchronous for e in found.exchanges),

@@ -6,6 +6,7 @@ except Mosaic kernels; their time, and on GPU that of all products, is taken fro
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from bigmac_jax.planning.hlo import (
     Computation,
     Instruction,
     Module,
+    attention_kernel,
     collectives,
     dot_flops,
     kernel_flops,
 )
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
+_ATTENTION_SHARE = 0.5  # of the peak, that an attention kernel is taken to reach: softmax stands between its products
 
 
 class Exchange(NamedTuple):
@@ -96,6 +99,7 @@ def overlap(
     exchange_seconds: Callable[[Collective], float],
     clock: float,
     peak_flops: float,
+    memory_bandwidth: float = math.inf,
 ) -> Overlap:
     """Reads what hides behind what.
 
@@ -104,6 +108,7 @@ def overlap(
       exchange_seconds: of one run of a collective alone on the wire.
       clock: of the matrix units, in Hz: cycles to seconds; a GPU's program has no cycles.
       peak_flops: per second, for what has FLOPs and no estimate of cycles.
+      memory_bandwidth: bytes per second, for attention's kernels.
 
     Raises:
       ValueError: the module is not scheduled.
@@ -114,7 +119,7 @@ def overlap(
     for collective in collectives(module, mesh):
         if collective.role == "payload":
             inside.setdefault(collective.computation, {})[collective.name] = collective
-    costs = _Costs(module, clock, peak_flops)
+    costs = _Costs(module, clock, peak_flops, memory_bandwidth)
     exchanges, possible = list[Exchange](), 0.0
     for name, use in module.uses.items():
         if use.asynchronous:  # its exchange is the instruction that starts it
@@ -136,13 +141,14 @@ def overlap(
 class _Costs:
     """Seconds of instructions and of what they call."""
 
-    def __init__(self, module: Module, clock: float, peak_flops: float):
-        self.module, self.clock, self.peak_flops = module, clock, peak_flops
+    def __init__(self, module: Module, clock: float, peak_flops: float, memory_bandwidth: float):
+        self.module, self.clock = module, clock
+        self.peak_flops, self.memory_bandwidth = peak_flops, memory_bandwidth
         self.flops_within = functools.cache(self._flops_within)
 
     def flops(self, computation: Computation, instruction: Instruction) -> int:
         """With what it calls, once."""
-        own = dot_flops(computation, instruction) + kernel_flops(instruction)
+        own = dot_flops(computation, instruction) + kernel_flops(computation, instruction)
         return own + sum(self.flops_within(name) for name in instruction.calls)
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
@@ -154,7 +160,11 @@ class _Costs:
             once = sum(self.seconds(called, i) for called in inner for i in called.instructions)
             trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
             return once * (1 if trips is None else trips)
-        return self.flops(computation, instruction) / self.peak_flops
+        seconds = self.flops(computation, instruction) / self.peak_flops
+        if attention_kernel(instruction):
+            size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
+            return max(seconds / _ATTENTION_SHARE, size / self.memory_bandwidth)
+        return seconds
 
     def _flops_within(self, name: str) -> int:
         computation = self.module.computations[name]

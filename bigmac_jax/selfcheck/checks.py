@@ -21,9 +21,9 @@ from bigmac_jax import environment, hosts
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
+from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import causal_attention
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.selfcheck import reference
@@ -41,7 +41,7 @@ ALTERNATIVES = {
     "experts": ("execution.grouped_matmul=blocks",),
     "exchange": tuple(f"execution.exchange={name}" for name in STRATEGIES),
 }
-_IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "blocks"), "gpu": ("auto", "xla", "cudnn", "blocks")}
+_IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "xla"), "gpu": ("auto", "xla", "cudnn", "triton")}
 
 
 class MismatchError(Exception):
