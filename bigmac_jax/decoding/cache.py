@@ -18,7 +18,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, platform, split_spec, token_spec
-from bigmac_jax.model.layers import KeyValues
+from bigmac_jax.model.attention import KeyValues
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split

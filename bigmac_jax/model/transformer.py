@@ -11,8 +11,9 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
+from bigmac_jax.model.attention import Attention, Documents, documents_of
 from bigmac_jax.model.exchange.wire import EXCHANGED
-from bigmac_jax.model.layers import MLP, Attention, Documents, Norm, documents_of, dropout
+from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 

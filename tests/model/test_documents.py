@@ -10,7 +10,7 @@ import pytest
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.model.layers import documents_of
+from bigmac_jax.model.attention import documents_of
 from bigmac_jax.training.loss import loss_fn, token_scores
 from bigmac_jax.training.step import make_trainer
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigmac_jax.model.attention import rotate
 from bigmac_jax.model.attention_kernels import causal_attention
-from bigmac_jax.model.layers import rotate
 
 from .tools import QUICK, assert_close, on_mesh, split_batch, tiny
 

@@ -1,0 +1,201 @@
+"""Attention, and the positions of its tokens.
+
+B batch, L length, M room of a cache, D hidden, N heads, G key-value heads, H head size.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.data.batch import PADDING
+from bigmac_jax.mesh import (
+    batch_spec,
+    cache_spec,
+    on_each_rank,
+    platform,
+    replicated_spec,
+    split_spec,
+    tensor_ranks,
+    token_spec,
+)
+from bigmac_jax.model.attention_kernels import causal_attention
+from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
+
+
+class Documents(NamedTuple):
+    """Of whole sequences whose tokens see their own document alone."""
+
+    segment_BL: Array  # int32, one number a document
+    position_BL: Array  # int32, within the document
+    padding_BL: Array  # bool, of the tokens of each rank: of no document
+
+
+def documents_of(segments_BL: Array) -> Documents:
+    """Where documents begin and what belongs to none; segments as `data.batch.Batch` has them."""
+
+    def positions(segments_BL: Array) -> Array:
+        place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
+        begins_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1]) != 0
+        return place_BL - jax.lax.cummax(jnp.where(begins_BL, place_BL, 0), axis=1)
+
+    segments_BL = jax.sharding.reshard(segments_BL, batch_spec(2))
+    position_BL = on_each_rank(positions, (segments_BL,), in_spec=batch_spec, out_specs=batch_spec(2))
+    return Documents(segments_BL, position_BL, jax.sharding.reshard(segments_BL == PADDING, token_spec(2)))
+
+
+def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Array:
+    """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H).
+
+    Args:
+      position_BL: below L; by default 0 to L - 1.
+    """
+    if position_BL is None:
+        angles = _angles(x_BLNH, theta, x_BLNH.shape[1])
+        return _turn(x_BLNH, *(v_LH.reshape(1, v_LH.shape[0], 1, v_LH.shape[1]) for v_LH in angles))
+
+    def on_rank(x_BLNH: Array, position_BL: Array) -> Array:
+        angles = _angles(x_BLNH, theta, x_BLNH.shape[1])
+        return _turn(x_BLNH, *(v_LH[position_BL][:, :, None] for v_LH in angles))
+
+    specs = split_spec(4), batch_spec(2)
+    return on_each_rank(on_rank, (x_BLNH, position_BL), in_spec=specs, out_specs=split_spec(4))
+
+
+def rotate_to(x_BNH: Array, theta: float, position_B: Array, length: int) -> Array:
+    """`rotate` of one position of each row, below `length`."""
+    sin_LH, cos_LH = _angles(x_BNH, theta, length)
+    return _turn(x_BNH, *(v[position_B][:, None] for v in (sin_LH, cos_LH)))
+
+
+def _angles(x: Array, theta: float, length: int) -> tuple[Array, Array]:
+    """Sines and cosines [L, H/2] of the angles, in the dtype of x [..., H]."""
+    half = x.shape[-1] // 2
+    # Constants on CPU, where XLA would compute a sine and a cosine for every entry of x, and again in the gradient.
+    xp = np if platform() == "cpu" else jnp
+    angle_LH = xp.outer(xp.arange(length), theta ** (-xp.arange(half) / half))
+    return jnp.asarray(xp.sin(angle_LH), x.dtype), jnp.asarray(xp.cos(angle_LH), x.dtype)
+
+
+@jax.custom_vjp
+def _turn(x_BLNH: Array, sin: Array, cos: Array) -> Array:
+    first, second = jnp.split(x_BLNH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+# The gradient turns back.
+_turn.defvjp(
+    lambda x_BLNH, sin, cos: (_turn(x_BLNH, sin, cos), (sin, cos)),
+    lambda angle, dy_BLNH: (_turn(dy_BLNH, -angle[0], angle[1]), None, None),
+)
+
+
+class KeyValues(NamedTuple):
+    """Of the positions that a layer has seen: [B, L, G, H] where they come from, [Y, B, G, M, H] in a cache of Y."""
+
+    keys: Array
+    values: Array
+
+
+class Attention(nnx.Module):
+    """Causal attention with optional grouped key-value heads, query-key norm and rotary positions; heads are split over
+    `tensor`. Of key-value heads that are fewer than its ranks, each rank takes the one that its query heads ask."""
+
+    def __init__(self, config: Config, key: Array):
+        self.config = config
+        m = config.model
+        D, N, G, H = m.hidden_size, m.num_heads, m.kv_heads, m.head_size
+        keys = jax.random.split(key, 4)
+        few = G if tensor_ranks() > G else 0
+        part, bias = "attention", m.use_bias
+        self.query = Linear(config, keys[0], D, N * H, part, bias, split="outputs")
+        self.key = Linear(config, keys[1], D, G * H, part, bias, split="outputs", heads=few)
+        self.value = Linear(config, keys[2], D, G * H, part, bias, split="outputs", heads=few)
+        self.out = Linear(config, keys[3], N * H, D, part, bias, residual_scale(config), split="inputs")
+        self.query_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
+        self.key_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
+
+    def __call__(self, x_BLD: Array, documents: Documents | None = None) -> tuple[Array, KeyValues]:
+        """Of whole sequences from their first position; also the keys and values, for a cache."""
+        q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
+        m = self.config.model
+        segments, position_BL = ((), None) if documents is None else ((documents.segment_BL,), documents.position_BL)
+        if m.positions == "rope":
+            q_BLNH, k_BLGH = (rotate(x_BLNH, m.rope_theta, position_BL) for x_BLNH in (q_BLNH, k_BLGH))
+        y_BLNH = on_each_rank(
+            functools.partial(causal_attention, implementation=self.config.execution.attention),
+            (q_BLNH, k_BLGH, v_BLGH, *segments),
+            in_spec=(*[split_spec(4)] * 3, *[batch_spec(2)] * len(segments)),
+            out_specs=split_spec(4),
+        )
+        return self._joined(y_BLNH), KeyValues(k_BLGH, v_BLGH)
+
+    def step(self, x_SBD: Array, past: KeyValues, layer: Array, position_SB: Array) -> tuple[Array, KeyValues]:
+        """One more token of each sequence.
+
+        Args:
+          x_SBD: the rows of each shard of the batch side by side, like the tokens of one sequence.
+          past: keys and values [Y, S·B, G, M, H] of several layers, up to each row's position.
+          layer: int32, which of them this one is.
+          position_SB: where its token stands, below M.
+
+        Returns:
+          (y_SBD, `past` with the token's own keys and values)
+        """
+        y_SBNH, *past = on_each_rank(
+            functools.partial(_append_and_attend, self.config.model),
+            (*self._heads(x_SBD), *past, layer, position_SB),
+            in_spec=(*[split_spec(4)] * 3, cache_spec(5), cache_spec(5), replicated_spec(0), batch_spec(2)),
+            out_specs=(split_spec(4), cache_spec(5), cache_spec(5)),
+        )
+        return self._joined(y_SBNH), KeyValues(*past)
+
+    def _heads(self, x_BLD: Array) -> tuple[Array, Array, Array]:
+        """q_BLNH, k_BLGH, v_BLGH before their rotation."""
+        B, L, _ = x_BLD.shape
+        # The shardings are given because jax 0.12 forgets that of a batch of one in a reshape.
+        q_BLNH, k_BLGH, v_BLGH = (
+            jnp.reshape(y_BLF, (B, L, -1, self.config.model.head_size), out_sharding=split_spec(4))
+            for y_BLF in split_outputs(x_BLD, self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLNH, k_BLGH = self.query_norm(q_BLNH), self.key_norm(k_BLGH)
+        return q_BLNH, k_BLGH, v_BLGH
+
+    def _joined(self, y_BLNH: Array) -> Array:
+        B, L = y_BLNH.shape[:2]
+        return self.out(jnp.reshape(y_BLNH, (B, L, -1), out_sharding=split_spec(3)))
+
+
+def _append_and_attend(
+    config: ModelConfig,
+    q_SBNH: Array,
+    k_SBGH: Array,
+    v_SBGH: Array,
+    keys_YBGMH: Array,
+    values_YBGMH: Array,
+    layer: Array,
+    position_SB: Array,
+) -> tuple[Array, Array, Array]:
+    """`Attention.step` on one rank, whose S is 1."""
+    _, B, G, M, H = keys_YBGMH.shape
+    q_BNH, k_BGH, v_BGH = (v.reshape(B, -1, H) for v in (q_SBNH, k_SBGH, v_SBGH))
+    position_B = position_SB.reshape(B)
+    if config.positions == "rope":
+        q_BNH, k_BGH = (rotate_to(v, config.rope_theta, position_B, M) for v in (q_BNH, k_BGH))
+    row_B = jnp.arange(B)
+    keys_YBGMH = keys_YBGMH.at[layer, row_B, :, position_B].set(k_BGH, unique_indices=True)
+    values_YBGMH = values_YBGMH.at[layer, row_B, :, position_B].set(v_BGH, unique_indices=True)
+    keys_BGMH, values_BGMH = keys_YBGMH[layer], values_YBGMH[layer]
+    q_BGNH = (q_BNH / math.sqrt(H)).reshape(B, G, -1, H)  # N: the query heads of a key-value head
+    scores_BGNM = jnp.einsum("BGNH,BGMH->BGNM", q_BGNH, keys_BGMH, preferred_element_type=jnp.float32)
+    seen_BM = jnp.arange(M)[None] <= position_B[:, None]
+    weights_BGNM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], scores_BGNM, -jnp.inf))
+    y_BGNH = jnp.einsum("BGNM,BGMH->BGNH", weights_BGNM.astype(values_BGMH.dtype), values_BGMH)
+    return y_BGNH.reshape(q_SBNH.shape), keys_YBGMH, values_YBGMH
