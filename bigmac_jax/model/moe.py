@@ -14,6 +14,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import (
+    AXES,
     EXPERT_GROUP,
     TENSOR,
     ExpertGroup,
@@ -24,7 +25,7 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.exchange import STRATEGIES, Strategy
+from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
@@ -151,6 +152,8 @@ def predicted_seconds(
     group, m = group or current_group(), config.model
     # The emulation of the ragged exchange on CPU is there to be tested; v5e has none over a group of 32.
     names = [name for name in STRATEGIES if name != "ragged" or group.device_kind not in ("cpu", "TPU v5 lite")]
+    if math.isfinite(config.execution.buffer_factor):
+        names = [name for name in names if STRATEGIES[name].takes_rounds]
     return {
         name: make_strategy(name, config, capacity_factor, group).seconds(tokens, m.choices, m.wire_size)
         for name in names
@@ -168,6 +171,7 @@ def make_strategy(name: str, config: Config, capacity_factor: float, group: Expe
         forward,
         execution.wire_dtype_backward or forward,
         emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
+        buffer_factor=execution.buffer_factor,
     )
 
 
@@ -182,7 +186,8 @@ def _exchange_and_compute(
     """All collectives of the layer: → y_BLR, counts_SE (choices per expert of each rank), dropped_S.
 
     Tokens go in `overlap_chunks` parts that don't depend on each other, so that one is computed while the next one is
-    on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
+    on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer. What their buffers left
+    goes in further rounds of all tokens.
     """
     split = config.mesh.split_experts and tensor_ranks() > 1
 
@@ -210,6 +215,14 @@ def _exchange_and_compute(
         share = gates[0].size // exchange.local_experts
         outputs = [experts(*r, plan.expert_NK, share, *weights) for plan, r in zip(plans, rows, strict=True)]
         y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
+        if exchange.most_rounds(*gates[0].shape) > 1:
+            left_TK = jnp.concatenate([plan.left_TK for plan in plans])
+
+            def in_round(plan: Plan, x_TR: Array, gates_TK: Array, *weights: Array) -> Array:
+                rows = exchange.dispatch(plan, x_TR, gates_TK)
+                return exchange.combine(plan, experts(*rows, plan.expert_NK, share, *weights), gates_TK)
+
+            y_TR += further_rounds(exchange, in_round, AXES, left_TK, x_TR, gates_TK, *weights)
         counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
         dropped = jnp.stack([plan.dropped for plan in plans]).sum()
         return y_TR.reshape(x_BLR.shape), counts_E[None], dropped[None]
