@@ -114,7 +114,8 @@ class Strategy:
     @property
     def in_rounds(self) -> bool:
         """Whether plans tell what is left for another round."""
-        return self.dropless and math.isfinite(self.buffer_factor) and self.ranks > 1
+        finite = math.isfinite(self.buffer_factor)
+        return self.takes_rounds and self.dropless and finite and self.ranks > 1
 
     def most_rounds(self, tokens: int, choices: int) -> int:
         """That it takes when every token's rows go to one rank."""
