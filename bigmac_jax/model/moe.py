@@ -216,7 +216,7 @@ def _exchange_and_compute(
         outputs = [experts(*r, plan.expert_NK, share, *weights) for plan, r in zip(plans, rows, strict=True)]
         y_TR = jnp.concatenate([exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)])
         if exchange.most_rounds(*gates[0].shape) > 1:
-            left_TK = jnp.concatenate([plan.left_TK for plan in plans])
+            left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
 
             def in_round(plan: Plan, x_TR: Array, gates_TK: Array, *weights: Array) -> Array:
                 rows = exchange.dispatch(plan, x_TR, gates_TK)
