@@ -126,6 +126,7 @@ class ExecutionConfig:
     exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
     wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
     wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
+    buffer_factor: float = math.inf  # room of a dropless exchange over the rows expected; the rest goes in more rounds
     overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
     attention: str = "auto"  # blocks (CPU) | xla (any) | splash (TPU) | cudnn, triton (GPU); auto takes the fastest
     grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best

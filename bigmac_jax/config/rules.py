@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
+EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical")  # that take a finite execution.buffer_factor
 WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
+_MAY_BE_INF = ("model.capacity_factor", "execution.buffer_factor")
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 
@@ -44,7 +46,7 @@ def check_types(config: Config) -> None:
                 )
             if type(entry) is not f.type:
                 raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
-            if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name != "model.capacity_factor")):
+            if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name not in _MAY_BE_INF)):
                 raise ConfigError(f"{name}={entry} must be a finite number")
 
 
@@ -88,7 +90,7 @@ def validate(config: Config) -> None:
 
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
              "vanilla_top_k", "num_expert_groups", "top_groups")  # fmt: skip
-    at_least("execution", 1, "overlap_chunks")
+    at_least("execution", 1, "overlap_chunks", "buffer_factor")
     at_least("execution", 0, "unroll_layers")
     at_least("model", 0, "num_kv_heads", "head_dim", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
              "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
@@ -100,6 +102,9 @@ def validate(config: Config) -> None:
              "weight_decay", "clip_norm")  # fmt: skip
     at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed")
+
+    factor = execution.buffer_factor
+    require(math.isinf(factor) or execution.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={execution.exchange}; use buffer_factor=inf")  # fmt: skip
 
     h, heads, kv = model.hidden_size, model.num_heads, model.kv_heads
     require(model.dropout < 1, f"model.dropout={model.dropout} must be below 1")

@@ -4,7 +4,6 @@
 `vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k.
 """
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import (
+    AXES,
     EXPERT_GROUP,
     TENSOR,
     ExpertGroup,
@@ -27,7 +27,7 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.exchange import STRATEGIES, Strategy
+from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
@@ -137,6 +137,7 @@ class MoE(nnx.Module):
 
         Tokens go in `overlap_chunks` parts that don't depend on each other, from W↓ to W↑, so that one is computed
         while another is on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
+        What their buffers left goes in further rounds of all tokens.
         """
         config, m = self.config, self.config.model
         of_experts = {name: weight(config, value) for name, value in self.experts.weights().items()}
@@ -144,9 +145,8 @@ class MoE(nnx.Module):
         weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
 
         def on_rank(x_BLD: Array, gates_BLK: Array, experts_BLK: Array, *given: Array) -> tuple[Array, Array, Array]:
-            experts = functools.partial(_experts, config, dict(zip(of_experts, given, strict=False)))
-            rest = iter(given[len(of_experts) :])
-            w = {name: [next(rest) for _ in values] for name, values in weights.items()}
+            w_experts, others = given[: len(of_experts)], iter(given[len(of_experts) :])
+            w = {name: [next(others) for _ in values] for name, values in weights.items()}
 
             def narrow(x_CD: Array) -> Array:
                 x_CR = product(x_CD, *w["down"]) if "down" in w else x_CD
@@ -156,6 +156,14 @@ class MoE(nnx.Module):
                 y_CR = normalised(m, y_CR, *w["norm"]) if m.latent_norm == "post_combine" else y_CR
                 return product(y_CR, *w["up"]) if "up" in w else y_CR
 
+            def experts(plan: Plan, rows_NR: Array, gate_NK: Array | None, *weights: Array) -> Array:
+                named = dict(zip(of_experts, weights, strict=True))
+                return _experts(config, named, rows_NR, gate_NK, plan.expert_NK, share)
+
+            def in_round(plan: Plan, x_TR: Array, gates_TK: Array, *weights: Array) -> Array:
+                rows = exchange.dispatch(plan, x_TR, gates_TK)
+                return exchange.combine(plan, experts(plan, *rows, *weights), gates_TK)
+
             x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
             chunks = math.gcd(config.execution.overlap_chunks, x_TD.shape[0])
             exchange = strategy(config, capacity_factor, x_TD.shape[0] // chunks)
@@ -164,8 +172,13 @@ class MoE(nnx.Module):
             narrowed = [narrow(x_CD) for x_CD in jnp.split(x_TD, chunks)]
             rows = [exchange.dispatch(*part) for part in zip(plans, narrowed, gates, strict=True)]
             share = gates[0].size // exchange.local_experts
-            outputs = [experts(*r, plan.expert_NK, share) for plan, r in zip(plans, rows, strict=True)]
+            outputs = [experts(plan, *r, *w_experts) for plan, r in zip(plans, rows, strict=True)]
             combined = [exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)]
+            if exchange.most_rounds(*gates[0].shape) > 1:
+                left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
+                x_TR = jnp.concatenate(narrowed)
+                more_TR = further_rounds(exchange, in_round, AXES, left_TK, x_TR, gates_TK, *w_experts)
+                combined = [y + more for y, more in zip(combined, jnp.split(more_TR, chunks), strict=True)]
             y_TD = jnp.concatenate([widen(y_CR) for y_CR in combined])
             counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
             dropped = jnp.stack([plan.dropped for plan in plans]).sum()
@@ -196,6 +209,8 @@ def predicted_seconds(
     group, m = group or current_group(), config.model
     # The emulation of the ragged exchange on CPU is there to be tested; v5e has none over a group of 32.
     names = [name for name in STRATEGIES if name != "ragged" or group.device_kind not in ("cpu", "TPU v5 lite")]
+    if math.isfinite(config.execution.buffer_factor):
+        names = [name for name in names if STRATEGIES[name].takes_rounds]
     return {
         name: make_strategy(name, config, capacity_factor, group).seconds(tokens, m.choices, m.wire_size)
         for name in names
@@ -213,6 +228,7 @@ def make_strategy(name: str, config: Config, capacity_factor: float, group: Expe
         forward,
         execution.wire_dtype_backward or forward,
         emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
+        buffer_factor=execution.buffer_factor,
     )
 
 

@@ -144,6 +144,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     }
     if m.is_moe:
         chosen = strategy(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
+        result["most_rounds"] = chosen.most_rounds(tokens_at_a_time(config, ranks), m.choices)
         two_levels = min(group.sizes) > 1
         result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)
         # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's,

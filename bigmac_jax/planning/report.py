@@ -86,7 +86,9 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 def _exchanges(plan: Mapping[str, Any]) -> Table:
     # Without hardware nothing is known of machines.
     links = ("sent, fast links", "slow links") if plan["hardware"] else ("sent along expert", "along node")
-    table = _table("Bytes of the exchange, all ranks", "", "rows with a token", *links, "metadata")
+    rounds = plan["most_rounds"]
+    title = "Bytes of the exchange, all ranks" + (f" (of one round; at worst {rounds} rounds)" if rounds > 1 else "")
+    table = _table(title, "", "rows with a token", *links, "metadata")
     for name, sent in plan["exchanges"].items():
         metadata = sent["metadata_fast"] + sent["metadata_slow"]
         cells = (sent["payload"], sent["padded_fast"], sent["padded_slow"], metadata)

@@ -212,3 +212,12 @@ def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
     }.items():
         done = run(f"--config={XL}", argument)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and part in done.stderr, done.stderr
+
+
+def test_rounds_at_worst() -> None:
+    """Two experts a rank: all tokens to one rank are 2 rows each, of 8 · 1.5 / 32 that there is room for."""
+    made = plan(overrides=(*EP32, "model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf"))
+    assert made["most_rounds"] == 1 and "rounds" not in shown(made)
+    fields = ("model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf", "execution.buffer_factor=1.5")
+    made = plan(overrides=(*EP32, *fields))
+    assert made["most_rounds"] == 6 and "(of one round; at worst 6 rounds)" in shown(made)

@@ -4,6 +4,7 @@ Run by itself, because the TPU compiler's platform must not meet the tests' own:
 NAMES OVERRIDES…
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -87,9 +88,10 @@ def _overlap(module: hlo.Module, compiled: Compiled) -> list[tuple[bool, int]]:
 def main(topology: str, names: str, *overrides: str) -> None:
     shape = parse_topology(topology)
     devices = absent_devices(shape)
-    fields = dict(field_values(json.loads(small().to_json())))
+    values = dataclasses.asdict(small())
+    fields = dict(field_values(values))
     assert all(override.partition("=")[0] in fields for override in overrides), overrides
-    config = overridden(json.loads(small().to_json()), overrides)
+    config = overridden(values, overrides)
     data = config.mesh.data or len(devices) // config.mesh.model_ranks
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES} | {"data": data}
     state = 12 * parameters(config, sizes).of_a_rank

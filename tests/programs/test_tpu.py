@@ -79,3 +79,19 @@ def test_compilation_takes_as_long_for_many_layers() -> None:
     for name in ("prefill", "decode"):
         assert many[name]["largest_elements"] > 0
         assert math.isclose(many[name]["memory"]["code"], few[name]["memory"]["code"], rel_tol=0.3), name
+
+
+@pytest.mark.parametrize(("topology", "ranks"), [("v6e:2x4", 8), ("v6e:8x8", 64)])
+def test_rounds_need_a_fraction_of_the_worst_case(topology: str, ranks: int) -> None:
+    """A loop with collectives in it compiles; its buffers, of 1.5 times the rows expected, are all that there are."""
+    model = ("model.capacity_factor=inf", "model.num_experts=128", "model.top_k=8")
+    made = [
+        compiled(
+            topology, "evaluate", *model, f"mesh.expert={ranks}", f"data.batch_size={8 * ranks}",
+            f"execution.buffer_factor={factor}",
+        )["evaluate"]
+        for factor in (1.5, "inf")
+    ]  # fmt: skip
+    buffers = [max(size for _, _, size, _, role in of["collectives"] if role == "payload") for of in made]
+    assert 0 < 4 * buffers[0] <= buffers[1]
+    assert 4 * made[0]["largest_elements"] <= made[1]["largest_elements"]

@@ -1,6 +1,7 @@
 """The exchange: moves rows to the ranks that hold their experts, and back. It knows nothing of parameters."""
 
 from bigmac_jax.model.exchange.ragged import Ragged
+from bigmac_jax.model.exchange.rounds import further_rounds
 from bigmac_jax.model.exchange.strategies import AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -11,4 +12,4 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ragged": Ragged,
 }
 
-__all__ = ["STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy"]
+__all__ = ["STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy", "further_rounds"]

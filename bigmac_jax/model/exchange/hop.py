@@ -43,7 +43,8 @@ class Hop:
           expert_TK: of the S·w experts behind this hop; S·w where there is none.
 
         Returns:
-          (plan, expert_NK of the N = S·C rows that arrive, w where there is none; how many choices were dropped here)
+          (plan, expert_NK of the N = S·C rows that arrive, w where there is none; left_TK, the choices that found no
+          room)
         """
         (T, K), S, w, C = expert_TK.shape, self.ranks, self.experts, self.capacity
         destination_TK = expert_TK // w
@@ -66,13 +67,21 @@ class Hop:
             )
         plan = HopPlan(slot_TS, inverse(slot_TS, S * C))
         sent_TK = take_columns(slot_TS, destination_TK, S * C) < S * C
-        dropped = jnp.sum((expert_TK < S * w) & ~sent_TK, dtype=jnp.int32)
+        left_TK = (expert_TK < S * w) & ~sent_TK
         # What the receiver must know: which of its experts a row is for.
         local_SCK = take(expert_TK + 1, plan.choice_M // S).reshape(S, C, K) - 1 - w * jnp.arange(S).reshape(S, 1, 1)
         dtype = jnp.int8 if w < 128 else jnp.int16
         local_SCK = jnp.where((local_SCK >= 0) & (local_SCK < w), local_SCK, w).astype(dtype)
         expert_NK = self.wire.swap_metadata(local_SCK).astype(jnp.int32).reshape(S * C, K)
-        return plan, expert_NK, dropped
+        return plan, expert_NK, left_TK
+
+    def report_back(self, plan: HopPlan, expert_TK: Array, left_NK: Array) -> Array:
+        """left_TK: the choices of this rank's rows that found no room behind the hop."""
+        left_SCK = self.wire.swap_metadata(left_NK.reshape(self.ranks, self.capacity, -1).astype(jnp.int8))
+        left_MK = left_SCK.reshape(left_NK.shape)
+        slot_TK = take_columns(plan.slot_TS, expert_TK // self.experts, left_MK.shape[0])
+        choice_TK = jnp.broadcast_to(jnp.arange(expert_TK.shape[1], dtype=jnp.int32).reshape(1, -1), slot_TK.shape)
+        return left_MK.at[slot_TK, choice_TK].get(mode="fill", fill_value=0) > 0
 
     def send(self, plan: HopPlan, x_TR: Array) -> Array:
         """rows_NR: the rows that arrive here."""

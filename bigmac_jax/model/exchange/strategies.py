@@ -26,6 +26,9 @@ FAST_LINK = 200e9
 SLOW_LINK = 12.5e9
 # Seconds that a collective takes however little it sends; what decides for the few rows of a decode step.
 LATENCY = 10e-6
+# Rows a pair that a buffer factor reserves at least: of a decode step's few tokens f times the expected rows would be
+# one or two, and the rounds many.
+FEW_ROWS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +50,14 @@ class Plan:
       expert, as many for each.
     counts_E: how many of this rank's choices fell on each expert, before any drop.
     dropped: how many choices were dropped on this rank.
+    left_TK: experts of the choices that another round must send, E for those that this one did; None without rounds.
     """
 
     steps: tuple[Any, ...]
     expert_NK: Array | None
     counts_E: Array
     dropped: Array
+    left_TK: Array | None = None
 
 
 class Sent(NamedTuple):
@@ -76,10 +81,14 @@ class Strategy:
     axis: the mesh axes, as `sizes`.
     forward, backward: wire formats of rows and of their gradients.
     emulated: the backend has no ragged all-to-all.
+    buffer_factor: of a dropless exchange, room over the rows expected at uniform routing, as f. What exceeds it is sent
+      in further rounds (`rounds`): `plan` tells what is left, and plans that again. inf reserves the worst case.
     """
 
     # Whether a rank weighs and sums the outputs of a row's experts before they return, so that `combine` is linear.
     sums_at_experts: ClassVar[bool] = False
+    # Whether it can send in rounds.
+    takes_rounds: ClassVar[bool] = False
 
     num_experts: int
     sizes: tuple[int, int]
@@ -88,6 +97,7 @@ class Strategy:
     forward: str = "float32"
     backward: str = "float32"
     emulated: bool = False
+    buffer_factor: float = math.inf
 
     @property
     def ranks(self) -> int:
@@ -102,11 +112,22 @@ class Strategy:
         return math.isinf(self.capacity_factor)
 
     @property
+    def in_rounds(self) -> bool:
+        """Whether plans tell what is left for another round."""
+        finite = math.isfinite(self.buffer_factor)
+        return self.takes_rounds and self.dropless and finite and self.ranks > 1
+
+    def most_rounds(self, tokens: int, choices: int) -> int:
+        """That it takes when every token's rows go to one rank."""
+        return 1
+
+    @property
     def wire(self) -> Wire:
         """Between all ranks of the group."""
         return Wire(self.axis, self.forward, self.backward)
 
     def plan(self, experts_TK: Array) -> Plan:
+        """Of one round; experts are E where a choice was sent in an earlier one."""
         raise NotImplementedError
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
@@ -168,8 +189,10 @@ class AllToAll(Strategy):
 
     With a capacity factor f, an expert takes at most C = min(T, ceil(f·T·K/E)) rows from each rank; when it is full,
     first choices go before second ones, then token order. With f = inf each pair of ranks has room for its worst case,
-    T·min(K, e) rows.
+    T·min(K, e) rows, or in rounds for P = buffer_factor·T·K/S of them, at least FEW_ROWS.
     """
+
+    takes_rounds = True
 
     def capacity(self, tokens: int, choices: int) -> int:
         """C, rows an expert takes from one rank."""
@@ -177,9 +200,16 @@ class AllToAll(Strategy):
 
     def rows(self, tokens: int, choices: int) -> int:
         """Rows that travel between a pair of ranks."""
-        if self.dropless:
-            return tokens * min(choices, self.local_experts)
-        return self.local_experts * self.capacity(tokens, choices)
+        if not self.dropless:
+            return self.local_experts * self.capacity(tokens, choices)
+        worst = self._worst(tokens, choices)
+        return buffer(self.buffer_factor, tokens * choices / self.ranks, worst) if self.in_rounds else worst
+
+    def most_rounds(self, tokens: int, choices: int) -> int:
+        return -(-self._worst(tokens, choices) // self.rows(tokens, choices)) if self.in_rounds else 1
+
+    def _worst(self, tokens: int, choices: int) -> int:
+        return tokens * min(choices, self.local_experts)
 
     def plan(self, experts_TK: Array) -> Plan:
         if self.dropless:
@@ -202,14 +232,17 @@ class AllToAll(Strategy):
         # A destination's rows stand behind each other, sorted by expert.
         shift_S = P * jnp.arange(S, dtype=jnp.int32) - bounds_E[:-1:e]
         slot_N = jnp.arange(T * K, dtype=jnp.int32) + shift_S[sorted_N // e]
+        if self.in_rounds:
+            slot_N = jnp.where((sorted_N < E) & (slot_N < P * (sorted_N // e + 1)), slot_N, S * P)
         slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
         counts_E = jnp.diff(bounds_E)
-        # Each source says how many rows of each expert it sent; those behind them are empty.
+        # Each source says how many rows of each expert it has; those behind them are empty.
         ends_Se = jnp.cumsum(self.wire.swap_metadata(counts_E.reshape(S, e)), axis=1)
         rows = jnp.arange(P, dtype=jnp.int32)
         expert_SP = jax.vmap(lambda ends_e: bin_of(rows, ends_e))(ends_Se)
         slots = Slots(slot_TK, inverse(slot_TK, S * P))
-        return Plan((slots,), expert_SP.reshape(-1, 1), counts_E, jnp.zeros_like(counts_E, shape=()))
+        left_TK = jnp.where(slot_TK < S * P, E, experts_TK) if self.in_rounds else None
+        return Plan((slots,), expert_SP.reshape(-1, 1), counts_E, jnp.zeros_like(counts_E, shape=()), left_TK)
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
         if not plan.steps:
@@ -250,10 +283,12 @@ class Dedup(Strategy):
     before they return.
 
     A pair of ranks has room for f times the rows expected at uniform routing, at most T, which is also what f = inf
-    takes; when it is full, first choices go before second ones, then token order.
+    takes; when it is full, first choices go before second ones, then token order. In rounds it has room for
+    buffer_factor times the expected rows, at least FEW_ROWS.
     """
 
     sums_at_experts = True
+    takes_rounds = True
 
     def hops(self, tokens: int, choices: int) -> list[Hop]:
         """The hops from here to the experts; a hop of one destination is none."""
@@ -263,18 +298,41 @@ class Dedup(Strategy):
 
     def _capacity(self, at_most: int, tokens: int, choices: int, destinations: int) -> int:
         """C of a hop to each of `destinations`, which share the experts, for the rows of `tokens`."""
-        if self.dropless:
+        if self.dropless and not self.in_rounds:
             return at_most
-        return room(self.capacity_factor * expected_rows(tokens, choices, self.num_experts, destinations), at_most)
+        expected = expected_rows(tokens, choices, self.num_experts, destinations)
+        if self.in_rounds:
+            return buffer(self.buffer_factor, expected, at_most)
+        return room(self.capacity_factor * expected, at_most)
+
+    def most_rounds(self, tokens: int, choices: int) -> int:
+        if not self.in_rounds:
+            return 1
+        # Through each hop pass the rows that arrived with it, or as many as it has room for.
+        rows, a_round = tokens, tokens
+        for hop in self.hops(tokens, choices):
+            a_round = min(a_round, hop.capacity)
+            rounds, rows, a_round = -(-rows // a_round), rows * hop.ranks, a_round * hop.ranks
+        return rounds
 
     def plan(self, experts_TK: Array) -> Plan:
-        T, K = experts_TK.shape
-        steps, dropped, expert_NK = [], jnp.zeros_like(experts_TK, shape=()), experts_TK
-        for hop in self.hops(T, K):
-            step, expert_NK, lost = hop.plan(expert_NK)
+        hops = self.hops(*experts_TK.shape)
+        chosen, steps, left = [experts_TK], [], []  # before each hop
+        for hop in hops:
+            step, expert_NK, left_NK = hop.plan(chosen[-1])
+            chosen.append(expert_NK)
             steps.append(step)
-            dropped = dropped + lost
-        return Plan(tuple(steps), expert_NK, counts(experts_TK, self.num_experts), dropped)
+            left.append(left_NK)
+        counts_E, none = counts(experts_TK, self.num_experts), jnp.zeros_like(experts_TK, shape=())
+        if not self.in_rounds:
+            dropped = sum((jnp.sum(left_NK, dtype=jnp.int32) for left_NK in left), none)
+            return Plan(tuple(steps), chosen[-1], counts_E, dropped)
+        # A choice that finds no room at a later hop is sent again from here.
+        left_TK = left[-1]
+        for hop, step, before_TK, here_TK in list(zip(hops, steps, chosen[:-1], left, strict=True))[-2::-1]:
+            left_TK = here_TK | hop.report_back(step, before_TK, left_TK)
+        left_TK = jnp.where(left_TK, experts_TK, self.num_experts)
+        return Plan(tuple(steps), chosen[-1], counts_E, none, left_TK)
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
         for hop, step in self._steps(plan, gates_TK):
@@ -305,8 +363,9 @@ class Dedup(Strategy):
 
     @property
     def collectives(self) -> int:
-        """In each hop experts, rows, gates, and rows back."""
-        return 4 * len(self.hops(1, 1))
+        """In each hop experts, rows, gates, and rows back; in rounds a hop before another one is told what is left."""
+        hops = len(self.hops(1, 1))
+        return 4 * hops + (max(0, hops - 1) if self.in_rounds else 0)
 
     def _over_hops(self, hops: list[Hop], amount: Callable[[Hop], float]) -> Sent:
         """What a rank sends if it is `amount` to each destination of a hop."""
@@ -316,7 +375,11 @@ class Dedup(Strategy):
 @dataclass(frozen=True)
 class Hierarchical(Dedup):
     """A token's row goes once to every machine that holds one of its experts, then inside the machine once to every
-    rank that does; sums come back the same way."""
+    rank that does; sums come back the same way.
+
+    In rounds, a row that finds no room at the second hop starts again from its own rank, with what is left of its
+    choices.
+    """
 
     def hops(self, tokens: int, choices: int) -> list[Hop]:
         hops, rows, reached = [], tokens, 1
@@ -385,6 +448,11 @@ def room(rows: float, at_most: int) -> int:
     """⌈rows⌉ in [1, at_most]."""
     # Rounded before the ceiling: 1.1 · 10 is 11.000000000000002 in floats, and 11 rows are meant.
     return min(at_most, max(1, math.ceil(round(rows, 6))))
+
+
+def buffer(factor: float, expected: float, worst: int) -> int:
+    """Rows that a pair has room for in each round."""
+    return room(max(factor * expected, FEW_ROWS), worst)
 
 
 def counts(experts_TK: Array, experts: int) -> Array:

@@ -1,0 +1,183 @@
+"""An exchange that reserves less than its worst case sends in rounds: it gives the reference's layer and gradients at
+any skew, and takes one round where rows are spread evenly."""
+
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed
+from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
+from bigmac_jax.model.exchange.strategies import FEW_ROWS
+from bigmac_jax.model.moe import predicted_seconds, strategy
+from bigmac_jax.training.loss import token_scores
+
+from .test_exchange import on_ranks
+from .test_expert_parallel import name
+from .test_strategies import check
+from .tools import (
+    QUICK,
+    abstract_layer,
+    assert_close,
+    on_mesh,
+    random_model,
+    random_tokens,
+    split_batch,
+    split_tokens,
+    tiny,
+)
+
+EXCHANGES = ("all_to_all", "dedup", "hierarchical")
+# data, node, expert, tensor, fsdp, split_experts
+MESHES = ((1, 1, 2), (1, 1, 8), (2, 1, 4), (1, 2, 4), (1, 2, 2, 2), (1, 1, 4, 2, True, True), (2, 2, 2, 1, True))
+FACTORS = (1.0, 1.5)
+CHUNKS = (1, 2)
+# What the bias adds to the scores of experts; a token's scores are about 1/8 each.
+SKEWS = {"random": {}, "skewed": {4: 0.2, 5: 0.1}, "same experts": {4: 30.0, 5: 20.0, 6: 10.0}}
+QUICK_CASES = [
+    ("all_to_all", (1, 1, 8), 1.0, 1, "skewed"),
+    ("all_to_all", (1, 1, 4, 2, True, True), 1.5, 2, "same experts"),
+    ("dedup", (2, 1, 4), 1.0, 2, "skewed"),
+    ("hierarchical", (1, 2, 2, 2), 1.0, 1, "same experts"),
+]
+REST = sorted(set(itertools.product(EXCHANGES, MESHES, FACTORS, CHUNKS, SKEWS)) - set(QUICK_CASES))
+FIELDS = ("exchange", "mesh", "factor", "chunks", "skew")
+
+
+def run(exchange: str, mesh: tuple, factor: float, chunks: int, skew: str) -> None:
+    ranks, T = math.prod(mesh[:4]), 64 // chunks
+    config = tiny(mesh, exchange=exchange, buffer_factor=factor, overlap_chunks=chunks, length=8 * ranks,
+                  grouped_matmul="blocks" if chunks == 1 else "batched", balance="bias", use_bias=True)  # fmt: skip
+    bias_E = np.zeros(8, np.float32)
+    for expert, value in SKEWS[skew].items():
+        bias_E[expert] = value
+    check(config, {"router_bias_E": bias_E})
+    with on_mesh(config):
+        several = strategy(config, math.inf, T).most_rounds(T, 3) > 1
+    # Of two ranks, one and a half times the rows that dedup expects are all that there can be.
+    assert several != (mesh == (1, 1, 2) and factor == 1.5 and exchange != "all_to_all")
+
+
+@pytest.mark.parametrize(FIELDS, QUICK_CASES, ids=name)
+def test_equals_the_reference(exchange: str, mesh: tuple, factor: float, chunks: int, skew: str) -> None:
+    run(exchange, mesh, factor, chunks, skew)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(FIELDS, REST, ids=name)
+def test_equals_the_reference_everywhere(
+    exchange: str, mesh: tuple, factor: float, chunks: int, skew: str, matmul: str
+) -> None:
+    run(exchange, mesh, factor, chunks, skew)
+
+
+def taken(exchange: Strategy, experts: Any) -> int:
+    """How many rounds it takes; `experts` is [ranks · T, K]."""
+
+    def on_rank(experts_TK: Array) -> Array:
+        left_TK = exchange.plan(experts_TK).left_TK
+        one = jnp.zeros_like(experts_TK, jnp.float32, shape=(1,))
+        return 1 + further_rounds(exchange, lambda plan, x: jnp.ones_like(x), EXPERT_GROUP, left_TK, one)
+
+    (rounds,) = set(on_ranks(exchange.sizes, on_rank)(np.asarray(experts, np.int32)).tolist())  # all ranks agree
+    return rounds
+
+
+# Eight experts on 2 × 2 ranks. Every pair of them twice: as many rows for each rank as are expected, 28 for all_to_all
+# and 26 for dedup, whose rows are 44 for a machine, and there 52 for a rank.
+EVEN = [*itertools.combinations(range(8), 2)] * 2
+SAME = [(4, 5)] * len(EVEN)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "factor", "expected"),
+    [
+        ("all_to_all", 1.0, 4),  # 112 rows, 28 a round
+        pytest.param("all_to_all", 1.5, 3, marks=pytest.mark.full),
+        ("dedup", 1.0, 3),  # 56 rows, 26 a round
+        pytest.param("dedup", 1.5, 2, marks=pytest.mark.full),
+        ("hierarchical", 1.0, 3),  # 56 rows of each of two ranks through a hop of 52 a round
+        ("hierarchical", 1.5, 2),
+    ],
+)
+def test_rounds_are_as_many_as_rows_need(exchange: str, factor: float, expected: int) -> None:
+    made = STRATEGIES[exchange](8, (2, 2), math.inf, EXPERT_GROUP, buffer_factor=factor)
+    assert taken(made, EVEN * 4) == 1
+    assert taken(made, SAME * 4) == made.most_rounds(len(SAME), 2) == expected
+    # A rank whose rows all go to one takes as many, and the others wait for it.
+    alone = taken(made, EVEN * 3 + SAME)
+    assert alone == expected if exchange != "hierarchical" else 1 < alone <= expected
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_step_of_decoding_takes_one_round(exchange: str) -> None:
+    made = STRATEGIES[exchange](64, (2, 4), math.inf, EXPERT_GROUP, buffer_factor=1.0)
+    assert made.most_rounds(1, 8) == 1 and made.most_rounds(FEW_ROWS // 2, 2) == 1
+    assert made.most_rounds(512, 8) > 1
+
+
+def test_gradients_of_weights_are_summed_in_float32() -> None:
+    """Three further rounds, whose gradients in bfloat16 are 1, 2⁻⁸ and 2⁻⁸: added in bfloat16 they are 1."""
+    exchange = STRATEGIES["all_to_all"](8, (1, 4), math.inf, EXPERT_GROUP, buffer_factor=1.0)
+
+    def in_round(plan: Plan, x_TR: Array, w: Array) -> Array:
+        left = jnp.sum(plan.left_TK < 8)  # 32, 16, 0 of 64
+        return x_TR * (w * jnp.where(left > 16, 1, 2**-8).astype(w.dtype))
+
+    def on_rank(experts_TK: Array, x_TR: Array, w: Array) -> Array:
+        left_TK = exchange.plan(experts_TK).left_TK
+        return jax.grad(lambda w: further_rounds(exchange, in_round, EXPERT_GROUP, left_TK, x_TR, w).sum())(w)
+
+    x = np.zeros((4 * 64, 1), jnp.bfloat16)
+    x[::64] = 1
+    gradient = on_ranks((1, 4), on_rank)(np.full((4 * 64, 1), 3, np.int32), x, np.ones((4, 1), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(np.float32), 1 + 2**-7)
+
+
+def test_without_a_factor_there_are_no_rounds() -> None:
+    """Neither the loop nor what the ranks agree with is in the program; nor where the worst case has room."""
+
+    def program(**fields: Any) -> str:
+        config = tiny((1, 2, 2), length=32, **fields)
+        with on_mesh(config):
+            x_BLD = jax.ShapeDtypeStruct((8, 32, 16), np.float32, sharding=split_tokens(np.zeros((8, 32, 16))).sharding)
+            layer = placed(abstract_layer(config), make_mesh(config))
+            return str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
+
+    for exchange in EXCHANGES:
+        assert "pmax" in program(exchange=exchange, buffer_factor=1.0)
+        assert "pmax" not in program(exchange=exchange)
+        assert program(exchange=exchange, buffer_factor=1.0, capacity_factor=1.25) == program(
+            exchange=exchange, capacity_factor=1.25
+        )
+
+
+def test_auto_takes_one_that_sends_in_rounds() -> None:
+    config = tiny((1, 1, 4), exchange="auto", buffer_factor=1.5)
+    with on_mesh(config):
+        assert predicted_seconds(config, math.inf, 64).keys() == set(EXCHANGES)
+
+
+@pytest.mark.parametrize(
+    "exchange", [pytest.param(name, marks=pytest.mark.full) for name in EXCHANGES[:2]] + ["hierarchical"]
+)
+def test_evaluation_of_a_model_with_a_capacity(exchange: str) -> None:
+    """It is dropless, and in rounds gives the scores that it gives without."""
+    fields = {"exchange": exchange, "capacity_factor": 0.5, "length": 32, "balance": "bias"}
+    bias_E = np.asarray([0, 0, 0, 0, 30, 20, 10, 0], np.float32)
+    scores, agreements = {}, {}
+    for factor in (1.5, math.inf):
+        config = tiny((1, 2, 2), buffer_factor=factor, **fields)
+        with on_mesh(config):
+            arguments = random_model(config, {"layers.mlp.router_bias_E": bias_E}), split_batch(random_tokens(config))
+            agreements[factor] = str(jax.make_jaxpr(token_scores)(*arguments)).count("pmax")
+            scores[factor] = jax.jit(token_scores, compiler_options=QUICK)(*arguments)._asdict()
+    assert agreements[1.5] > agreements[math.inf]
+    np.testing.assert_array_equal(*(of.pop("likeliest_BL") for of in scores.values()))
+    assert_close(scores[1.5], scores[math.inf])
