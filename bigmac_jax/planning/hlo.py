@@ -430,9 +430,9 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int:
         B, N, L, H = instruction.shapes[0].dims
         return _ATTENTION[target] * 2 * B * N * L * L * H
     if kernel := attention_kernel(instruction):
-        # Its queries are the first operand of four dimensions.
-        dims = next(shape.dims for shape in computation.operands(instruction) if len(shape.dims) == 4)
-        B, N, L, H = dims if kernel.startswith("splash") else (dims[0], dims[2], dims[1], dims[3])
+        # Its queries are the first operand that holds no integers; on TPU a batch of one is left out.
+        dims = next(shape.dims for shape in computation.operands(instruction) if shape.dtype[0] not in "su")
+        B, N, L, H = (1, *dims)[-4:] if kernel.startswith("splash") else (dims[0], dims[2], dims[1], dims[3])
         return _ATTENTION_KERNELS[kernel] * _causal_product(B, L, N, H)
     if target == "__gpu$xla.gpu.triton":
         said = re.search(r"\\22flops\\22: \\22(\d+)", instruction.attributes["backend_config"])

@@ -12,7 +12,17 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.planning import hlo
-from bigmac_jax.planning.hlo import Collective, Loop, Shape, collectives, largest_buffers, matmul_flops, parse
+from bigmac_jax.planning.hlo import (
+    Collective,
+    Loop,
+    Shape,
+    attention_flops,
+    attention_kernel,
+    collectives,
+    largest_buffers,
+    matmul_flops,
+    parse,
+)
 
 MESH = {"data": 2, "expert": 4}
 
@@ -405,6 +415,60 @@ def test_kernels_by_their_own_estimate() -> None:
         '%other = bf16[8,8]{1,0} custom-call(%k), custom_call_target="AllocateBuffer"',
     )
     assert matmul_flops(module) == (0, 1000, False)
+
+
+def attention_call(shape: str, target: str, path: str, extra: str = "") -> str:
+    return (
+        f"%k = (f32[8,128], bf16[{shape}]) custom-call(%table, %q, %x), "
+        f'custom_call_target="{target}"{extra}, metadata={{op_name="jit(step)/jvp(attend)/{path}/pallas_call"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "products"), [("splash_mha_fwd_residuals", 2), ("splash_mha_fwd_segmented_no_residuals", 2),
+                           ("splash_mha_dq_no_residuals", 3), ("splash_mha_dkv_segmented_no_residuals", 4),
+                           ("mha_forward", 2), ("transpose(jvp(mha_backward))", 7),
+                           ("mha_preprocess_backward", 0), ("other_mha_backward", 0)],
+)  # fmt: skip
+def test_kernels_of_attention(path: str, products: int) -> None:
+    """Two rows of four positions, three heads of five; a result may have fewer heads. A product of every query with the
+    positions up to it and, for half of it, itself: 0.5 + 1.5 + 2.5 + 3.5."""
+    on_tpu = path.startswith("splash")
+    target, shape, keys = (
+        ("tpu_custom_call", "2,3,4,5", "2,1,4,5") if on_tpu else ("__gpu$xla.gpu.triton", "2,4,3,5", "2,4,1,5")
+    )
+    config = ', backend_config={"custom_call_config":{}}' if on_tpu else ', backend_config={ir = "ML"}'
+    module = program(
+        "%table = s8[1,2,2] parameter(0)", f"%q = bf16[{shape}] parameter(1)", f"%x = bf16[{keys}] parameter(2)",
+        attention_call(keys, target, path, config),
+    )  # fmt: skip
+    once = 2 * 2 * 3 * 5 * sum(0.5 + query for query in range(4))
+    assert matmul_flops(module) == (0, products * once, False)
+    forward, backward = (attention_flops(2, 4, 3, 5, backward) for backward in (False, True))
+    assert (forward, backward) == (2 * once, 7 * once)
+
+
+def test_attention_of_one_row() -> None:
+    """On TPU without the dimension of the batch."""
+    module = program(
+        "%table = s8[1,2,2] parameter(0)", "%q = bf16[3,4,5] parameter(1)", "%x = bf16[1,4,5] parameter(2)",
+        attention_call("3,4,5", "tpu_custom_call", "splash_mha_fwd", ', backend_config={"custom_call_config":{}}'),
+    )  # fmt: skip
+    assert matmul_flops(module).kernels == attention_flops(1, 4, 3, 5, backward=False)
+
+
+def test_metadata_of_a_kernel_stands_in_lines_of_its_own() -> None:
+    lines = ', frontend_attributes={kernel_metadata={\n"a":"{\\"block\\": 1}",\n"b":"2"\n}}'
+    config = ', backend_config={"custom_call_config":{}}'
+    module = program(
+        "%table = s8[1,2,2] parameter(0)", "%q = bf16[2,3,4,5] parameter(1)", "%x = bf16[2,3,4,5] parameter(2)",
+        attention_call("2,3,4,5", "tpu_custom_call", "splash_mha_dq", lines + config),
+        "ROOT %y = bf16[2,3,4,5] get-tuple-element(%k), index=1",
+    )  # fmt: skip
+    computation = module.computations[module.entry]
+    assert [i.name for i in computation.instructions] == ["table", "q", "x", "k", "y"]
+    assert computation.root.name == "y"
+    assert attention_kernel(computation.by_name["k"]) == "splash_mha_dq"
 
 
 def test_matmuls_of_libraries() -> None:

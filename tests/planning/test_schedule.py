@@ -232,3 +232,15 @@ def test_only_payload_counts() -> None:
 def test_an_unscheduled_program() -> None:
     with pytest.raises(ValueError, match="is_scheduled=true"):
         measured(dataclasses.replace(program(start("s", "x"), done("d", "s")), header="HloModule test"))
+
+
+@pytest.mark.parametrize(("bandwidth", "seconds"), [(1e9, 2 * (2 * 8 * 8 * 4)), (1 / 16, 16 * (2 * 64))])
+def test_attention_takes_time(bandwidth: float, seconds: float) -> None:
+    """Its kernels carry no cycles: at half the peak, or as fast as what they read and write passes."""
+    call = (
+        '%k = bf16[1,1,8,4] custom-call(%q), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}, backend_config={"custom_call_config":{}}'
+    )
+    module = program("%q = bf16[1,1,8,4] parameter(1)", start("s", "x"), call, done("d", "s"))
+    (exchange,) = overlap(module, MESH, lambda _: WIRE, 1.0, 1.0, bandwidth).exchanges
+    assert exchange.matmuls == (("k", seconds),)

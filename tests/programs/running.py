@@ -15,15 +15,15 @@ TESTS = pathlib.Path(__file__).parents[1]
 def planned(config: str, topology: str, *overrides: str) -> dict[str, Any]:
     """What `plan.py --compile --json` says of a config file."""
     command = [sys.executable, "plan.py", f"--config={config}", f"--topology={topology}", "--compile", "--json"]
-    return _run([*command, *(f"--config.{override}" for override in overrides)], TESTS.parent)
+    return run_json([*command, *(f"--config.{override}" for override in overrides)], TESTS.parent)
 
 
 @functools.cache
 def compiled(topology: str, names: str, *overrides: str) -> dict[str, Any]:
-    return _run([sys.executable, "-m", "programs.compiled", topology, names, *overrides], TESTS)
+    return run_json([sys.executable, "-m", "programs.compiled", topology, names, *overrides], TESTS)
 
 
-def _run(command: list[str], folder: pathlib.Path) -> dict[str, Any]:
+def run_json(command: list[str], folder: pathlib.Path) -> dict[str, Any]:
     """The JSON object of its last line."""
     paths = [str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}

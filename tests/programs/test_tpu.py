@@ -84,14 +84,12 @@ def test_compilation_takes_as_long_for_many_layers() -> None:
 @pytest.mark.parametrize(("topology", "ranks"), [("v6e:2x4", 8), ("v6e:8x8", 64)])
 def test_rounds_need_a_fraction_of_the_worst_case(topology: str, ranks: int) -> None:
     """A loop with collectives in it compiles; its buffers, of 1.5 times the rows expected, are all that there are."""
-    model = ("model.capacity_factor=inf", "model.num_experts=128", "model.top_k=8")
-    made = [
-        compiled(
-            topology, "evaluate", *model, f"mesh.expert={ranks}", f"data.batch_size={8 * ranks}",
-            f"execution.buffer_factor={factor}",
-        )["evaluate"]
-        for factor in (1.5, "inf")
-    ]  # fmt: skip
-    buffers = [max(size for _, _, size, _, role in of["collectives"] if role == "payload") for of in made]
-    assert 0 < 4 * buffers[0] <= buffers[1]
-    assert 4 * made[0]["largest_elements"] <= made[1]["largest_elements"]
+    made = compiled(
+        topology, "evaluate", "model.capacity_factor=inf", "model.num_experts=128", "model.top_k=8",
+        f"mesh.expert={ranks}", f"data.batch_size={8 * ranks}", "execution.buffer_factor=1.5",
+    )["evaluate"]  # fmt: skip
+    # In bfloat16, 64 wide between ranks and 256 in the experts.
+    worst = ranks * 8 * LENGTH * min(8, 128 // ranks)
+    buffers = [size for _, _, size, _, role in made["collectives"] if role == "payload"]
+    assert buffers and 4 * max(buffers) <= worst * 64 * 2
+    assert 4 * made["largest_elements"] <= worst * 256
