@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.exchange.strategies import FEW_ROWS
@@ -175,7 +176,8 @@ def test_evaluation_of_a_model_with_a_capacity(exchange: str) -> None:
     for factor in (1.5, math.inf):
         config = tiny((1, 2, 2), buffer_factor=factor, **fields)
         with on_mesh(config):
-            arguments = random_model(config, {"layers.mlp.router_bias_E": bias_E}), split_batch(random_tokens(config))
+            batch = jax.tree.map(split_batch, of_windows(random_tokens(config)))
+            arguments = random_model(config, {"layers.mlp.router_bias_E": bias_E}), batch
             agreements[factor] = str(jax.make_jaxpr(token_scores)(*arguments)).count("pmax")
             scores[factor] = jax.jit(token_scores, compiler_options=QUICK)(*arguments)._asdict()
     assert agreements[1.5] > agreements[math.inf]
