@@ -201,9 +201,12 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
         peers = Sent(peers.fast, peers.slow * expert) if flat else peers
         return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
-    clock = hardware.clock_hz or math.inf
-    found = schedule.overlap(module, compiled.mesh, seconds, clock, hardware.peak_flops, hardware.memory_bandwidth)
+    rates = hardware.clock_hz or math.inf, hardware.peak_flops, hardware.memory_bandwidth
+    found = schedule.overlap(module, compiled.mesh, seconds, *rates)
+    work = schedule.work_seconds(module, *rates)
     return {
+        "work_seconds": work,
+        "estimated_step_seconds": work + found.exchange_seconds - found.busy_seconds,
         "exchanges_in_a_layer": len(found.exchanges),
         "asynchronous_in_a_layer": sum(e.collective.asynchronous for e in found.exchanges),
         "exchange_seconds": found.exchange_seconds,

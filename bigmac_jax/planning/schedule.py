@@ -24,7 +24,7 @@ from bigmac_jax.planning.hlo import (
 )
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
-_ATTENTION_SHARE = 0.5  # of the peak, that an attention kernel is taken to reach: softmax stands between its products
+_KERNEL_SHARE = 0.5  # of the peak, that attention is taken to reach: softmax stands between its products
 
 
 class Exchange(NamedTuple):
@@ -138,11 +138,25 @@ def overlap(
     return Overlap(tuple(exchanges), possible)
 
 
-class _Costs:
-    """Seconds of instructions and of what they call."""
+def work_seconds(module: Module, clock: float, peak_flops: float, memory_bandwidth: float) -> float:
+    """Of all that one rank computes in one execution, one thing after the other, collectives left out: the compiler's
+    estimates, and for kernels, which have none, their FLOPs at half the peak or their bytes, whatever takes longer."""
+    costs = _Costs(module, clock, peak_flops, memory_bandwidth, of_kernels=_KERNEL_SHARE)
+    entry = module.computations[module.entry]
+    return sum(costs.seconds(entry, instruction) for instruction in entry.instructions)
 
-    def __init__(self, module: Module, clock: float, peak_flops: float, memory_bandwidth: float):
-        self.module, self.clock = module, clock
+
+class _Costs:
+    """Seconds of instructions and of what they call.
+
+    Args:
+      of_kernels: share of the peak that kernels other than attention's reach.
+    """
+
+    def __init__(
+        self, module: Module, clock: float, peak_flops: float, memory_bandwidth: float, of_kernels: float = 1.0
+    ):
+        self.module, self.clock, self.of_kernels = module, clock, of_kernels
         self.peak_flops, self.memory_bandwidth = peak_flops, memory_bandwidth
         self.flops_within = functools.cache(self._flops_within)
 
@@ -161,10 +175,11 @@ class _Costs:
             trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
             return once * (1 if trips is None else trips)
         seconds = self.flops(computation, instruction) / self.peak_flops
-        if attention_kernel(instruction):
-            size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
-            return max(seconds / _ATTENTION_SHARE, size / self.memory_bandwidth)
-        return seconds
+        if instruction.opcode != "custom-call" or not seconds:
+            return seconds
+        size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
+        share = _KERNEL_SHARE if attention_kernel(instruction) else self.of_kernels
+        return max(seconds / share, size / self.memory_bandwidth if share < 1 else 0)
 
     def _flops_within(self, name: str) -> int:
         computation = self.module.computations[name]
