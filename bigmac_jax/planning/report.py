@@ -179,8 +179,8 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
             f"beside {100 * schedule['busy_seconds'] / schedule['exchange_seconds']:.0f} % the chip does something"
         )
         console.print(
-            f"by the compiler's estimates the step computes {duration(schedule['work_seconds'])}, and with the exchange "
-            f"that nothing runs beside takes {duration(schedule['estimated_step_seconds'])}"
+            f"by the compiler's estimates a step computes {duration(schedule['work_seconds'])}, and with the "
+            f"exchange that nothing runs beside takes {duration(schedule['estimated_step_seconds'])}"
         )
         if note := schedule.get("note"):
             console.print(note)
