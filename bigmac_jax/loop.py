@@ -18,6 +18,7 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
+from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -97,6 +98,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
         f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         + (f", {jax.process_count()} processes" if hosts.several() else "")
+        + f", attention by {attention_of(config)}"
         + (f", resumed at step {newest}" if newest else "")
     )
     run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position, watch)

@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import platform
 from bigmac_jax.model.kernels import on_this_rank
 
@@ -52,6 +52,14 @@ def causal_attention(
     if refused := refusal(implementation, here, dtype, H, segments):
         raise ConfigError(refused)
     return _FUNCTIONS[implementation](q_BLNH, k_BLGH, v_BLGH, segments_BL)
+
+
+def attention_of(config: Config) -> str:
+    """The implementation that training takes on the current mesh."""
+    if config.execution.attention != "auto":
+        return config.execution.attention
+    segments = config.data.documents == "masked"
+    return chosen(platform(), config.execution.dtype, config.model.head_size, config.data.sequence_length, segments)
 
 
 def chosen(platform: str, dtype: str, head_size: int, length: int, segments: bool) -> str:

@@ -1,11 +1,13 @@
 """The grouped matmul of accelerators: M rows sorted by group, e groups with a matrix X × Y each."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -85,9 +87,12 @@ def on_this_rank(kernel: Callable[..., Any], *inputs: Any) -> Any:
 
     Inputs and results are trees of arrays. Without a mesh it is a plain call.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel(*inputs)
-    result = jax.shard_map(kernel, in_specs=(P(),) * len(inputs), out_specs=P(), check_vma=False)(*inputs)
+    # Products of 16-bit numbers have one precision: Mosaic refuses another that JAX_DEFAULT_MATMUL_PRECISION asks for.
+    narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(inputs))
+    with jax.default_matmul_precision("default") if narrow else contextlib.nullcontext():
+        if jax.sharding.get_abstract_mesh().empty:
+            return kernel(*inputs)
+        result = jax.shard_map(kernel, in_specs=(P(),) * len(inputs), out_specs=P(), check_vma=False)(*inputs)
     return jax.tree.map(_varying, result)
 
 

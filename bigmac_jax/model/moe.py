@@ -202,13 +202,18 @@ def strategy(config: Config, capacity_factor: float, tokens: int, group: ExpertG
     return make_strategy(name, config, capacity_factor, group)
 
 
+def exchanges_of(device_kind: str) -> list[str]:
+    """The strategies that devices of a kind have: v5e has no ragged exchange over a group of 32 ("limited ICI")."""
+    return [name for name in STRATEGIES if name != "ragged" or device_kind != "TPU v5 lite"]
+
+
 def predicted_seconds(
     config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None
 ) -> dict[str, float]:
     """What `auto` chooses by: seconds of each strategy's exchanges in a forward pass of one layer."""
     group, m = group or current_group(), config.model
-    # The emulation of the ragged exchange on CPU is there to be tested; v5e has none over a group of 32.
-    names = [name for name in STRATEGIES if name != "ragged" or group.device_kind not in ("cpu", "TPU v5 lite")]
+    # The emulation of the ragged exchange on CPU is there to be tested.
+    names = [name for name in exchanges_of(group.device_kind) if name != "ragged" or group.platform != "cpu"]
     if math.isfinite(config.execution.buffer_factor):
         names = [name for name in names if STRATEGIES[name].takes_rounds]
     return {

@@ -24,7 +24,7 @@ from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spe
 from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.moe import MoE, exchanges_of
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.selfcheck import reference
 from bigmac_jax.selfcheck.reference import Arrays
@@ -117,7 +117,7 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
                 test = functools.partial(check_attention, devices, implementation, dtype)
                 setting = f"execution.attention={implementation}"
                 checks.append(Check(f"attention {implementation} {dtype}", "attention", setting, test))
-    for name in STRATEGIES:
+    for name in exchanges_of(devices[0].device_kind):
         test = functools.partial(check_exchange, devices, name)
         checks.append(Check(f"exchange {name}", "exchange", f"execution.exchange={name}", test))
     checks.append(Check("training step", "training", "", functools.partial(check_training, devices)))
