@@ -54,6 +54,7 @@ def _line(plan: dict[str, Any]) -> dict[str, Any]:
         "memory_gib": round(program["memory"]["total"] / 2**30, 2),
         "available_gib": round(program["memory_available"] / 2**30, 2),
         "asynchronous": f"{schedule['asynchronous_in_a_layer']} of {schedule['exchanges_in_a_layer']}",
+        "estimated_step_s": round(schedule["estimated_step_seconds"], 4),
         "exchange_s": round(schedule["exchange_seconds"], 4),
         "hidden_s": round(schedule["hidden_seconds"], 4),
         "hidden_share": round(schedule["hidden_share"], 3),
