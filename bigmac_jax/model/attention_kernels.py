@@ -4,6 +4,7 @@ B batch, L length, M keys of a block, N heads, G key-value heads, H head size, P
 kernels of TPUs and GPUs hold neither scores nor a mask of L × L.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable
@@ -148,7 +149,8 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """A kernel with its own gradient, each `on_this_rank`: the gradient of a nested shard_map would sum over ranks."""
-    return on_this_rank(lambda *inputs: kernel(*_computed(inputs)), q, k, v, segments)
+    with _precision(q):
+        return on_this_rank(lambda *inputs: kernel(*_computed(inputs)), q, k, v, segments)
 
 
 def _forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Any]:
@@ -156,7 +158,8 @@ def _forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segment
         *heads, segments = _computed(inputs)
         return jax.vjp(lambda *heads: kernel(*heads, segments), *heads)
 
-    return on_this_rank(both, q, k, v, segments)
+    with _precision(q):
+        return on_this_rank(both, q, k, v, segments)
 
 
 def _backward(_: Any, pull: Any, dy: Array) -> tuple[Array, Array, Array, None]:
@@ -164,10 +167,17 @@ def _backward(_: Any, pull: Any, dy: Array) -> tuple[Array, Array, Array, None]:
         pull, dy = _computed(inputs)
         return pull(dy)
 
-    return (*on_this_rank(back, pull, dy), None)
+    with _precision(dy):
+        return (*on_this_rank(back, pull, dy), None)
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+def _precision(x: Array) -> contextlib.AbstractContextManager[None]:
+    """Mosaic refuses products of bfloat16 in float32 passes, for which jax_default_matmul_precision may ask; they are
+    exact as they are."""
+    return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
 
 
 def _computed(inputs: Any) -> Any:
@@ -177,8 +187,8 @@ def _computed(inputs: Any) -> Any:
 
 
 # Lengths of splash's blocks, the best first: a step of a kernel reads one of keys and one of queries, so long ones save
-# steps and reads. Scores are of _SPLASH_KEYS keys at a time. 1024 × 1024 in float32 with heads of 256 is what a v5e's
-# fast memory (16 MiB) takes in both gradients. Chosen by that, not by time on a TPU.
+# steps and reads. Scores are of _SPLASH_KEYS keys at a time. The longest is left out for heads over 128, which with it
+# are more than a v5e's fast memory (16 MiB) in float32 passes. Chosen by that, not by time on a TPU.
 _SPLASH_BLOCKS = (1024, 512, 256, 128)
 _SPLASH_KEYS = 512
 _TRITON_BLOCK = 64
@@ -198,7 +208,7 @@ class _Causal(CausalMask):
 
 def _splash(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None, interpret: bool) -> Array:
     _, L, N, H = q_BLNH.shape
-    block = block_length(L, _SPLASH_BLOCKS)
+    block = block_length(L, _SPLASH_BLOCKS[H > 128 :])
     q_BNPH, k_BGPH, v_BGPH = (_padded(x, block).swapaxes(1, 2) for x in (q_BLNH / math.sqrt(H), k_BLGH, v_BLGH))
     P = q_BNPH.shape[2]
     # Not one kernel for both gradients: it holds a dq for each block of keys, in the dtype of q, before their sum.
