@@ -4,7 +4,6 @@ B batch, L length, M keys of a block, N heads, G key-value heads, H head size, P
 kernels of TPUs and GPUs hold neither scores nor a mask of L × L.
 """
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable
@@ -149,8 +148,7 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """A kernel with its own gradient, each `on_this_rank`: the gradient of a nested shard_map would sum over ranks."""
-    with _precision(q):
-        return on_this_rank(lambda *inputs: kernel(*_computed(inputs)), q, k, v, segments)
+    return on_this_rank(lambda *inputs: kernel(*_computed(inputs)), q, k, v, segments)
 
 
 def _forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Any]:
@@ -158,8 +156,7 @@ def _forward(kernel: Callable[..., Array], q: Array, k: Array, v: Array, segment
         *heads, segments = _computed(inputs)
         return jax.vjp(lambda *heads: kernel(*heads, segments), *heads)
 
-    with _precision(q):
-        return on_this_rank(both, q, k, v, segments)
+    return on_this_rank(both, q, k, v, segments)
 
 
 def _backward(_: Any, pull: Any, dy: Array) -> tuple[Array, Array, Array, None]:
@@ -167,17 +164,10 @@ def _backward(_: Any, pull: Any, dy: Array) -> tuple[Array, Array, Array, None]:
         pull, dy = _computed(inputs)
         return pull(dy)
 
-    with _precision(dy):
-        return (*on_this_rank(back, pull, dy), None)
+    return (*on_this_rank(back, pull, dy), None)
 
 
 _differentiable.defvjp(_forward, _backward)
-
-
-def _precision(x: Array) -> contextlib.AbstractContextManager[None]:
-    """Mosaic refuses products of bfloat16 in float32 passes, for which jax_default_matmul_precision may ask; they are
-    exact as they are."""
-    return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
 
 
 def _computed(inputs: Any) -> Any:
