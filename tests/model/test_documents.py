@@ -37,16 +37,19 @@ def loss_and_gradients(model: Any, batch: Batch) -> dict[str, np.ndarray]:
     return {"loss": np.asarray(value)} | {n: v for n, v in leaves(gradients).items() if "key.b_F" not in n}
 
 
-@pytest.mark.parametrize("backbone", [PRESENT, PAPER], ids=["present", "paper"])
+# Every model with both backbones; `make test` takes one of them.
+CASES = [
+    ((1, 1, 1), {"structure": "dense"}, PAPER),
+    ((1, 1, 2), {"structure": "vanilla", "num_experts": 32}, PRESENT),
+    ((2, 1, 2), {"structure": "fine_grained", "tie_embeddings": False}, PAPER),
+    ((1, 1, 1), {"structure": "bigmac"}, PAPER),
+    ((1, 1, 2, 2), {"structure": "bigmac", "num_kv_heads": 2, "tie_embeddings": False}, PRESENT),
+]
+OTHERS = [(mesh, model, PRESENT if backbone is PAPER else PAPER) for mesh, model, backbone in CASES]
+
+
 @pytest.mark.parametrize(
-    ("mesh", "model"),
-    [
-        ((1, 1, 1), {"structure": "dense"}),
-        ((1, 1, 2), {"structure": "vanilla", "num_experts": 32}),
-        ((2, 1, 2), {"structure": "fine_grained", "tie_embeddings": False}),
-        ((1, 1, 1), {"structure": "bigmac"}),
-        ((1, 1, 2, 2), {"structure": "bigmac", "num_kv_heads": 2, "tie_embeddings": False}),
-    ],
+    ("mesh", "model", "backbone"), [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in OTHERS)]
 )
 def test_a_document_does_not_see_the_others(
     mesh: tuple[int, ...], model: dict[str, Any], backbone: dict[str, Any]
@@ -80,7 +83,7 @@ def test_positions_begin_anew() -> None:
     assert np.asarray(documents.padding_BL)[3].tolist() == [False] * 13 + [True] * 3
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 4), (1, 1, 2, 2)])
+@pytest.mark.parametrize("mesh", [(1, 1, 4), pytest.param((1, 1, 2, 2), marks=pytest.mark.full)])
 def test_padding_crowds_no_expert(mesh: tuple[int, ...]) -> None:
     """Its choices are dealt out evenly, it gets nothing from them, and the router's losses don't count it."""
     config = tiny(mesh, batch=B, length=L, z_loss_coefficient=0.1)
