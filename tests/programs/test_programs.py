@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from model.tools import QUICK, leaves, on_mesh, tiny
 
-from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
+from bigmac_jax import environment
+from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
-from bigmac_jax.planning.program import compile_program
+from bigmac_jax.planning.program import DoesNotCompileError, compile_program
 from bigmac_jax.programs import NAMES, make_program
 
 
@@ -45,14 +46,20 @@ def test_every_program_lowers(mesh: tuple[int, ...]) -> None:
             assert make_program(name, config, jax.sharding.get_mesh()).lower().as_text(), name
 
 
-def test_a_program_that_does_not_compile_is_named() -> None:
+def test_a_program_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "compiler_options", lambda *args: {"xla_no_such_option": True})
+    with pytest.raises(
+        DoesNotCompileError, match=r"the program 'step' does not compile for cpu: \w+: .*no_such"
+    ) as error:
+        compile_program(tiny((1, 1, 2)), jax.devices()[:2], "step")
+    assert "\n" not in str(error.value)
+
+
+def test_attention_that_is_not_here_is_a_config_error() -> None:
     config = tiny((1, 1, 2))
     broken = dataclasses.replace(config, execution=dataclasses.replace(config.execution, attention="cudnn"))
-    with pytest.raises(
-        Exception, match=r"the program 'evaluate' does not compile for cpu: RuntimeError: cuDNN"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"execution.attention=cudnn is a kernel of GPUs, not of CPUs; use"):
         compile_program(broken, jax.devices()[:2], "evaluate")
-    assert "\n" not in str(error.value)
 
 
 def test_decoding_in_bfloat16_reads_half_the_weights() -> None:

@@ -19,6 +19,7 @@ from model.tools import leaves
 import bigmac_jax.training.step
 from bigmac_jax import loop
 from bigmac_jax.config import Config, ConfigError, check_resume
+from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.mesh import make_mesh
@@ -31,18 +32,19 @@ from .tools import host, leaves_of, quick, read_records, small
 NAN, SPIKE = 0, 1  # bytes that no text holds: in a batch, they make its loss NaN, or four times as large
 
 
-class Batches(Iterator[np.ndarray]):
+class Batches(Iterator[Batch]):
     """The data, with marks in some batches (by number, from 1), or without some."""
 
     def __init__(self, data: TrainIterator, marks: dict[int, int], left_out: set[int]):
         self._data, self._marks, self._left_out = data, marks, left_out
 
-    def __next__(self) -> np.ndarray:
+    def __next__(self) -> Batch:
         while self._data.get_state()["batches"] + 1 in self._left_out:
             next(self._data)
-        batch = next(self._data).copy()
+        batch = next(self._data)
+        batch = batch._replace(inputs_BL=batch.inputs_BL.copy())
         if (mark := self._marks.get(self._data.get_state()["batches"])) is not None:
-            batch[0, 0] = mark
+            batch.inputs_BL[0, 0] = mark
         return batch
 
     def __getattr__(self, name: str) -> Any:
