@@ -8,7 +8,7 @@ from benchmarks.reproduce import plots
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
-UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "": (".3f", "")}  # digits and sign
+UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "of none": (".2f", " of `none`"), "": (".3f", "")}  # digits and sign
 ORDER = (
     "figure1",
     "table1",

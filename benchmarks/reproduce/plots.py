@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
 HERE = {"color": "#404040", "edgecolor": "black"}
 STYLES = ("k--s", "k-o", "k:^")  # of the first courses; the table has the others
-AXES = {"%": "%", "×": "times faster", "": "ratio"}
+AXES = {"%": "%", "×": "times faster", "": "ratio", "of none": "step over the one with none"}
 
 
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:

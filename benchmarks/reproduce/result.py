@@ -35,10 +35,12 @@ class Result:
             row["lowest"], row["highest"] = round(min(between), 3), round(max(between), 3)
         self.rows.append(row)
 
-    def speedup(self, what: str, paper: float | None, slow: Sequence[Record], fast: Sequence[Record]) -> None:
+    def speedup(
+        self, what: str, paper: float | None, slow: Sequence[Record], fast: Sequence[Record], unit: str = "×"
+    ) -> None:
         """Median over median; the spread is that of the runs, which took turns."""
         between = [a["median_s"] / b["median_s"] for a, b in zip(slow, fast, strict=True)]
-        self.row(what, paper, median(slow) / median(fast), "×", between)
+        self.row(what, paper, median(slow) / median(fast), unit, between)
 
     def exchange_speedup(
         self, what: str, paper: float | None, slow: Sequence[Sequence[Record]], fast: Sequence[Sequence[Record]]

@@ -140,7 +140,7 @@ def remat(lab: Lab, rate: float, quick: bool) -> Result:
     }
     runs = dict(zip(cases, lab.runs(*cases.values()), strict=True))
     for (structure, policy), records in runs.items():
-        result.speedup(f"{structure}, {policy}", None, records, runs[structure, "none"])
+        result.speedup(f"{structure}, {policy}", None, records, runs[structure, "none"], "of none")
     for policy in POLICIES:
         fine, big = (runs[structure, policy] for structure in STRUCTURES)
         result.speedup(f"fine_grained over bigmac, {policy}", None, fine, big)
