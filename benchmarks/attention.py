@@ -83,7 +83,7 @@ def main(_: list[str]) -> None:
                 print(f"{topology} {implementation} {length}: {row[length] / 2**30:.3f} GiB", flush=True)
             result["beside"][f"{topology.partition(':')[0]}, {implementation}"] = row
     output.write_text(json.dumps(result, indent=1) + "\n")
-    draw(json.loads(output.read_text())["beside"], pathlib.Path(_PICTURE.value))
+    draw(result["beside"], pathlib.Path(_PICTURE.value))
 
 
 def draw(beside: dict[str, dict[str, int]], path: pathlib.Path) -> None:
