@@ -36,6 +36,7 @@ def test_best_fit_by_hand() -> None:
     """8 | 7 | 5 opens a third; 3 goes where 3 are left, not where 5 are; 1 and 1 where 1 is left, then into what is
     open."""
     assert best_fit(np.array([1, 8, 3, 7, 5, 1]), 8) == [[1], [3, 0], [4, 2], [5]]
+    assert best_fit(np.array([6, 5, 2]), 8) == [[0, 2], [1]]  # and not where more room is left
 
 
 def test_a_window_by_hand() -> None:
