@@ -196,7 +196,8 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
 
 def _back_again(config: Config, exchange: Strategy) -> bool:
     """Whether a backward pass needs what came back: not where nothing but sums follows on it."""
-    return config.model.structure == "bigmac" or not exchange.sums_at_experts
+    m = config.model
+    return m.structure == "bigmac" or bool(m.latent_norms) or not exchange.sums_at_experts
 
 
 def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:

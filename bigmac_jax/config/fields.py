@@ -44,7 +44,9 @@ class ModelConfig:
     expert_hidden_size: int = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
     num_shared_experts: int = 0  # experts that every token passes, at full width
     shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
-    latent_norm: str = "none"  # none | pre_dispatch | post_combine: a norm on bigmac's r·h wide rows
+    # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both; scale: a
+    # learned factor on the sums instead. auto: post_combine for bigmac (docs/quality.md), none for the others.
+    latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
@@ -79,6 +81,14 @@ class ModelConfig:
     def wire_size(self) -> int:
         """Width of the rows that cross the exchange: r·h for bigmac, h for the others."""
         return self.latent_size if self.structure == "bigmac" else self.hidden_size
+
+    @property
+    def latent_norms(self) -> tuple[str, ...]:
+        """What stands on the exchanged rows: of pre_dispatch, post_combine and scale."""
+        kind = self.latent_norm
+        if kind == "auto":
+            kind = "post_combine" if self.structure == "bigmac" else "none"
+        return {"none": (), "both": ("pre_dispatch", "post_combine")}.get(kind, (kind,))
 
     @property
     def expert_count(self) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical")  # that take a finite execution.buffer_factor
+LATENT_NORMS = ("auto", "none", "pre_dispatch", "post_combine", "both", "scale")
 WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
@@ -71,7 +72,7 @@ def validate(config: Config) -> None:
     one_of("model.norm", model.norm, ("rmsnorm", "layernorm"))
     one_of("model.positions", model.positions, ("rope", "learned", "none"))
     one_of("model.activation", model.activation, ("relu2", "gelu", "silu"))
-    one_of("model.latent_norm", model.latent_norm, ("none", "pre_dispatch", "post_combine"))
+    one_of("model.latent_norm", model.latent_norm, LATENT_NORMS)
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
@@ -127,6 +128,8 @@ def validate(config: Config) -> None:
 
     if mesh.tensor > 1:
         _validate_tensor(config, require)
+    norm = model.latent_norm
+    require(model.is_moe or not model.latent_norms, f"model.latent_norm={norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
     if model.is_moe:
         _validate_moe(model, mesh, require)
 
@@ -188,4 +191,6 @@ def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:
     require(best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}")
     require(k <= best * (experts // groups), f"{names[1]}={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
     require(model.capacity_factor > 0, f"model.capacity_factor={model.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
-    require(model.latent_norm == "none" or model.structure == "bigmac", f"model.latent_norm={model.latent_norm} needs structure=bigmac, not {model.structure}; use latent_norm=none")  # fmt: skip
+    # The norm behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
+    narrow = model.structure == "bigmac" or set(model.latent_norms) <= {"post_combine"}
+    require(narrow, f"model.latent_norm={model.latent_norm} needs structure=bigmac, not {model.structure}; use latent_norm=none or post_combine")  # fmt: skip

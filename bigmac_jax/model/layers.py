@@ -48,10 +48,12 @@ def dropout(x_BLD: Array, rate: float, key: Array | None) -> Array:
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm of the last dimension, computed in float32."""
 
-    def __init__(self, config: Config, size: int, kind: str = ""):
-        """`kind`: by default model.norm."""
+    def __init__(self, config: Config, size: int, kind: str = "", gain: float = 1.0):
+        """`kind`: by default model.norm. `gain`: what the scale starts as."""
         self.config = config
-        one, zero = (Declaration("D", "norms", v, constant=True, decays=False, small=True, exact=True) for v in (1, 0))
+        one, zero = (
+            Declaration("D", "norms", v, constant=True, decays=False, small=True, exact=True) for v in (gain, 0)
+        )
         self.scale_D = parameter(config, None, (size,), one)
         layernorm = (kind or config.model.norm) == "layernorm"
         self.bias_D = parameter(config, None, (size,), zero) if layernorm else None

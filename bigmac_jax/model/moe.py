@@ -29,7 +29,7 @@ from bigmac_jax.mesh import (
 )
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, normalised, product, residual_scale
+from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import balance_loss, route
 
@@ -101,7 +101,12 @@ class MoE(nnx.Module):
         bigmac, part, scale = m.structure == "bigmac", "projections", residual_scale(config)
         self.down = Linear(config, keys[3], D, R, part, bias=False) if bigmac else None
         self.up = Linear(config, keys[4], R, D, part, bias=False, scale=scale) if bigmac else None
-        self.latent_norm = Norm(config, R) if m.latent_norm != "none" else None
+        self.dispatch_norm = Norm(config, R) if "pre_dispatch" in m.latent_norms else None
+        # Behind it, bigmac's W↑ carries the scaling with depth; where there is none, the norm does.
+        gain = 1.0 if bigmac else scale
+        self.combine_norm = Norm(config, R, gain=gain) if "post_combine" in m.latent_norms else None
+        factor = Declaration("D", "norms", 1, constant=True, decays=False, small=True)
+        self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
 
     def __call__(
         self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False, padding_BL: Array | None = None
@@ -141,8 +146,10 @@ class MoE(nnx.Module):
         """
         config, m = self.config, self.config.model
         of_experts = {name: weight(config, value) for name, value in self.experts.weights().items()}
-        parts = {"down": self.down, "up": self.up, "norm": self.latent_norm}
+        parts = {"down": self.down, "up": self.up, "pre": self.dispatch_norm, "post": self.combine_norm}
         weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
+        if self.factor_1 is not None:
+            weights["factor"] = [weight(config, self.factor_1)]
 
         def on_rank(x_BLD: Array, gates_BLK: Array, experts_BLK: Array, *given: Array) -> tuple[Array, Array, Array]:
             w_experts, others = given[: len(of_experts)], iter(given[len(of_experts) :])
@@ -150,10 +157,11 @@ class MoE(nnx.Module):
 
             def narrow(x_CD: Array) -> Array:
                 x_CR = product(x_CD, *w["down"]) if "down" in w else x_CD
-                return normalised(m, x_CR, *w["norm"]) if m.latent_norm == "pre_dispatch" else x_CR
+                return normalised(m, x_CR, *w["pre"]) if "pre" in w else x_CR
 
             def widen(y_CR: Array) -> Array:
-                y_CR = normalised(m, y_CR, *w["norm"]) if m.latent_norm == "post_combine" else y_CR
+                y_CR = normalised(m, y_CR, *w["post"]) if "post" in w else y_CR
+                y_CR = y_CR * last_axes(w["factor"][0], y_CR) if "factor" in w else y_CR
                 return product(y_CR, *w["up"]) if "up" in w else y_CR
 
             def experts(plan: Plan, rows_NR: Array, gate_NK: Array | None, *weights: Array) -> Array:

@@ -275,7 +275,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     recomputed = dict.fromkeys(flops, 1.0) | {"output": 0.0}
     if again and not counts.exchanges_again(config):
         matrices = 3 if m.gated else 2
-        recomputed |= {"experts": (matrices - 1) / matrices, "projections": 0.5 * (m.latent_norm == "pre_dispatch")}
+        recomputed |= {"experts": (matrices - 1) / matrices, "projections": 0.5 * ("pre_dispatch" in m.latent_norms)}
     done = {
         part: count * (1 + (first * (part != "output") + again * recomputed[part]) / 3) for part, count in flops.items()
     }

@@ -123,12 +123,14 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     gates_BLE, report = router(config, p, x_BLD)
     bigmac = config.structure == "bigmac"
     x_BLR = linear(part(p, "down"), x_BLD) if bigmac else x_BLD
-    if config.latent_norm == "pre_dispatch":
-        x_BLR = norm(config, config.norm, part(p, "latent_norm"), x_BLR)
+    if config.latent_norm in ("pre_dispatch", "both"):
+        x_BLR = norm(config, config.norm, part(p, "dispatch_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
-    if config.latent_norm == "post_combine":
-        y_BLR = norm(config, config.norm, part(p, "latent_norm"), y_BLR)
+    if config.latent_norm in ("post_combine", "both") or (config.latent_norm, bigmac) == ("auto", True):
+        y_BLR = norm(config, config.norm, part(p, "combine_norm"), y_BLR)
+    if config.latent_norm == "scale":
+        y_BLR = y_BLR * p["factor_1"]
     y_BLD = linear(part(p, "up"), y_BLR) if bigmac else y_BLR
     return y_BLD + (mlp(config, part(p, "shared"), x_BLD) if config.num_shared_experts else 0.0), report
 

@@ -32,8 +32,10 @@ STRUCTURES = {
     "vanilla": {"structure": "vanilla", "num_experts": 128, "vanilla_top_k": 2},
     "fine_grained": {"structure": "fine_grained", "num_shared_experts": 2},
     "bigmac": {"structure": "bigmac"},
-    "pre_dispatch": {"structure": "bigmac", "latent_norm": "pre_dispatch", "num_shared_experts": 1},
-    "post_combine": {"structure": "bigmac", "latent_norm": "post_combine"},
+    "paper": {"structure": "bigmac", "latent_norm": "none"},
+    "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
+    "scale": {"structure": "bigmac", "latent_norm": "scale"},
+    "control": {"structure": "fine_grained", "latent_norm": "post_combine"},
 }
 ROUTERS = {
     "softmax": {"z_loss_coefficient": 0.1},
@@ -53,8 +55,10 @@ LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}
 # Every pair of levels of the main ones, and what does not meet the exchange once each; the product is for `-m full`.
 COVERING = [
     *pairwise(MESHES, ["vanilla", "fine_grained", "bigmac"], ["softmax", "sigmoid", "groups"], BACKBONES, LAYOUTS),
-    ((2, 1, 4), "pre_dispatch", "unbalanced", "gated", "dropless"),
-    ((1, 2, 4), "post_combine", "softmax", "paper", "dropless"),
+    ((2, 1, 4), "both", "unbalanced", "gated", "dropless"),
+    ((1, 2, 4), "paper", "softmax", "paper", "dropless"),
+    ((2, 1, 2), "scale", "sigmoid", "present", "capacity"),
+    ((1, 1, 8), "control", "softmax", "paper", "dropless"),
 ]
 REST = sorted(
     set(itertools.product(MESHES + MORE_MESHES, STRUCTURES, ROUTERS, BACKBONES, ["dropless"])) - set(COVERING)

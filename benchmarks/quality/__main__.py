@@ -1,0 +1,51 @@
+"""python -m benchmarks.quality [--studies=norms,ratios --seeds=1,2,3 --jobs=2 --folder=runs/quality]
+
+Trains what the studies of `benchmarks.quality.grid` compare. Each run is a process of its own and is written down when it
+ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what is there.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+from absl import app, flags
+
+from benchmarks.quality.grid import SEEDS, STUDIES
+from benchmarks.quality.runs import measure
+
+_STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
+_SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
+_JOBS = flags.DEFINE_integer("jobs", len(os.sched_getaffinity(0)), "Runs at a time.", lower_bound=0)
+_FOLDER = flags.DEFINE_string("folder", "runs/quality", "Of the runs.")
+_OUTPUT = flags.DEFINE_string("output", "docs/results/quality.json", "Where the figures go.")
+
+
+def main(_: list[str]) -> None:
+    output = pathlib.Path(_OUTPUT.value)
+    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
+    if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
+        raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
+    # A whole study with one seed says little: all seeds of one before the next.
+    runs = [(condition, int(seed)) for name in _STUDIES.value for seed in _SEEDS.value for condition in STUDIES[name]]
+    missing = {condition.key(seed) for condition, seed in runs} - known.keys()
+    if _JOBS.value:
+        start, ended = time.monotonic(), 0
+        for record in measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value):
+            known[record["key"]] = record
+            write(output, list(known.values()))
+            ended += 1
+            left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
+            print(f"{ended} of {len(missing)}: {record['key']}: loss {record['loss']:.4f}, {left:.0f} min left", flush=True)  # fmt: skip
+
+
+def write(path: pathlib.Path, runs: list[dict]) -> None:
+    """Appears whole: what is there already is hours of work."""
+    temporary = path.with_suffix(".tmp")
+    lines = ",\n".join(" " + json.dumps(run) for run in runs)
+    temporary.write_text(f'{{"name": "quality", "runs": [\n{lines}\n]}}\n')
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    app.run(main)

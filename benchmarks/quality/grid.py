@@ -1,0 +1,138 @@
+"""What is compared: studies of conditions, each run with several seeds.
+
+All runs are `configs/tiny.py` without shared experts, as in the paper: 64 experts, K = 8, dropless, as many tokens. What
+all routed experts and projections of a layer have as parameters is equal, to the last one, where a condition does not
+say otherwise: an expert of bigmac is a little narrower than the paper's, so that W↓ and W↑ are paid for.
+"""
+
+from dataclasses import dataclass, field
+
+SEEDS = (1, 2, 3)
+Fields = dict[str, object]
+EXPERTS, CHOICES = 64, 8
+BASE: Fields = {
+    "model.num_shared_experts": 0,
+    "model.num_experts": EXPERTS,
+    "model.top_k": CHOICES,
+    "model.router_scale": 1.0,
+    "train.checkpoint_every": 0,
+}
+# Of tiny's own, tried at 1/2, 1 and 2 times it (the study `rates`).
+RATES = {64: 6e-3, 128: 6e-3, 256: 6e-3}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Attributes:
+    name: in tables: structure, then what is said of its norm, its rate and so on.
+    fields: of the config, beside BASE.
+    """
+
+    name: str
+    fields: Fields = field(hash=False)
+    width: int = 128  # h
+    steps: int = 1000
+
+    def overrides(self, seed: int) -> list[str]:
+        of_width = {"model.hidden_size": self.width, "model.num_heads": self.width // 64}
+        rate = {"optimizer.learning_rate": RATES[self.width]}
+        of_run = {"train.steps": self.steps, "train.eval_every": self.steps // 4, "train.seed": seed}
+        return [f"{name}={value}" for name, value in (BASE | of_width | rate | self.fields | of_run).items()]
+
+    def key(self, seed: int) -> str:
+        """Of its workdir."""
+        name = self.name.replace(", ", "-").replace(" × ", "-").replace("/", "_").replace(" ", "-")
+        return f"{name}-h{self.width}-{self.steps}-seed{seed}"
+
+
+def fine_grained() -> Fields:
+    return {"model.structure": "fine_grained", "model.down_ratio": 0.25}
+
+
+def bigmac(parts: int, width: int, more: int = 1) -> Fields:
+    """r = 1/parts. `more` times as many experts and choices, each so much smaller.
+
+    Experts of R → F → R, with F so that E·2·R·F + 2·R·h is fine_grained's E·2·h·h/4.
+    """
+    experts = EXPERTS * more
+    inner = width * (EXPERTS * parts // 4 - 1) // experts
+    return {
+        "model.structure": "bigmac",
+        "model.down_ratio": 1 / parts,
+        "model.expert_hidden_size": inner,
+        "model.num_experts": experts,
+        "model.top_k": CHOICES * more,
+    }
+
+
+def latent_moe(parts: int, more: int, width: int) -> Fields:
+    """LatentMoE (arXiv 2601.18089): experts keep fine_grained's inner width. `eff` is more = 1, `acc` more = parts."""
+    return bigmac(parts, width, more) | {"model.expert_hidden_size": width // 4}
+
+
+def structures(width: int) -> dict[str, Fields]:
+    """All of a width whose wire and experts differ."""
+    return {
+        "fine_grained": fine_grained(),
+        "bigmac 1/2": bigmac(2, width),
+        "bigmac 1/4": bigmac(4, width),
+        "bigmac 1/8": bigmac(8, width),
+        "eff 1/4": latent_moe(4, 1, width),
+        "acc 1/4": latent_moe(4, 4, width),
+        "bigmac 1/2, twice": bigmac(2, width, 2),
+    }
+
+
+def normed(name: str, fields: Fields, norm: str, **more: object) -> Condition:
+    label = {"none": "", "pre_dispatch": ", norm before", "post_combine": ", norm", "both": ", both norms",
+             "scale": ", learned factor"}[norm]  # fmt: skip
+    return Condition(name + label, fields | {"model.latent_norm": norm}, **more)  # type: ignore[arg-type]
+
+
+def norms_of(name: str) -> tuple[str, ...]:
+    if name == "fine_grained":
+        return "none", "post_combine"
+    return "none", "post_combine", "pre_dispatch", "both"
+
+
+def _quarter(norms: tuple[str, ...], **more: int) -> list[Condition]:
+    width = more.get("width", 128)
+    fine = [normed("fine_grained", fine_grained(), norm, **more) for norm in norms_of("fine_grained")]
+    return fine + [normed("bigmac 1/4", bigmac(4, width), norm, **more) for norm in norms]
+
+
+def _rates(width: int, steps: int) -> list[Condition]:
+    """Half and twice the rate, of the two that are compared."""
+    pairs = {"fine_grained": normed("fine_grained", fine_grained(), "none"),
+             "bigmac 1/4, norm": normed("bigmac 1/4", bigmac(4, width), "post_combine")}  # fmt: skip
+    return [
+        Condition(f"{name}, rate × {factor:g}", c.fields | {"optimizer.learning_rate": RATES[width] * factor}, width, steps)
+        for factor in (0.5, 2.0)
+        for name, c in pairs.items()
+    ]  # fmt: skip
+
+
+def _of_width(width: int, steps: int) -> list[Condition]:
+    return [
+        normed(name, structures(width)[name], norm, width=width, steps=steps)
+        for norm in ("none", "post_combine")
+        for name in ("fine_grained", "bigmac 1/4", "bigmac 1/2")
+    ]
+
+
+# Study → conditions, in the order in which they answer: what was run for one study is not run again for another.
+STUDIES: dict[str, list[Condition]] = {
+    "norms": _quarter(("none", "post_combine", "pre_dispatch", "both", "scale")),
+    "rates": _rates(128, 1000) + _rates(64, 1000),
+    "longer": _quarter(("post_combine",), steps=2400),
+    "width 64": _of_width(64, 1000),
+    "ratios": [
+        normed(name, fields, norm)
+        for norms in (("none", "post_combine"), ("pre_dispatch", "both"))
+        for name, fields in structures(128).items()
+        for norm in norms
+        if norm in norms_of(name)
+    ],
+    "rates 256": _rates(256, 1000),
+    "width 256": _of_width(256, 2500),
+}

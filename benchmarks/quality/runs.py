@@ -1,0 +1,92 @@
+"""Trains what a study compares, one process a run, and reads what it reached."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.grid import Condition
+from bigmac_jax.config import load_config
+from bigmac_jax.counts import flops, parameters
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = "configs/tiny.py"
+_RANKS = 8  # of the expert group that wire bytes are counted for
+Run = tuple[Condition, int]
+
+
+def measure(runs: list[Run], known: dict[str, dict[str, Any]], folder: pathlib.Path, jobs: int) -> Iterator[Any]:
+    """The record of each run that is not in `known`, as it ends: `jobs` at a time, each on its share of the cores."""
+    waiting = [run for run in dict.fromkeys(runs) if run[0].key(run[1]) not in known]
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[number::jobs] for number in range(jobs)]
+
+    def one(run: Run) -> dict[str, Any]:
+        share = shares.pop()
+        try:
+            return train(*run, folder, share)
+        finally:
+            shares.append(share)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, waiting)
+
+
+def train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
+    """Runs train.py, which goes on where it was stopped; raises RuntimeError with its last line."""
+    workdir, overrides = folder / condition.key(seed), condition.overrides(seed)
+    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", "--cpu_devices=1"]
+    log, start = folder / f"{workdir.name}.log", time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *(f"--config.{field}" for field in overrides)],
+            cwd=ROOT, stdout=output, stderr=output, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+        if process.wait():
+            raise RuntimeError(f"{condition.name}, seed {seed}: {log.read_text().strip().splitlines()[-1]} ({log})")
+    record = describe(condition, seed) | read(workdir) | {"seconds": round(time.monotonic() - start)}
+    shutil.rmtree(workdir / "checkpoints")
+    return record
+
+
+def describe(condition: Condition, seed: int) -> dict[str, Any]:
+    """What can be said before it runs; bytes and FLOPs are of a token, forward and backward."""
+    overrides = condition.overrides(seed)
+    config = load_config(ROOT / CONFIG, overrides)
+    m, tokens = config.model, config.data.batch_size * config.data.sequence_length
+    count = parameters(config, {})
+    # The paper's: two bytes a number, there and back, forward and backward, of all choices that leave a rank of 8.
+    wire = m.num_layers * 8 * m.choices * m.wire_size * (_RANKS - 1) / _RANKS
+    return {
+        "key": condition.key(seed), "name": condition.name, "width": condition.width, "steps": condition.steps,
+        "seed": seed, "structure": m.structure, "down_ratio": m.down_ratio, "norm": "+".join(m.latent_norms) or "none",
+        "moe_parameters": count.parts["experts"] + count.parts.get("projections", 0), "parameters": count.total,
+        "wire_bytes": wire, "flops": sum(flops(config).values()) / tokens, "tokens": condition.steps * tokens,
+        "overrides": overrides,
+    }  # fmt: skip
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+    """Losses at the evaluations, and of the last hundred steps what the router did."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if "eval/loss" in record]
+    steps = [record for record in records if "moe/load_cv" in record]
+    last = [record for record in steps if record["step"] > steps[-1]["step"] - 100]
+    return {
+        "loss": evaluations[-1]["eval/loss"],
+        "bits_per_byte": evaluations[-1]["eval/bits_per_byte"],
+        "evaluations": [[record["step"], record["eval/loss"]] for record in evaluations],
+        "load_cv": round(float(np.mean([record["moe/load_cv"] for record in last])), 4),
+        "max_load": round(float(np.mean([record["moe/max_load"] for record in last])), 4),
+        "drop_rate": max(record["moe/drop_rate"] for record in steps),
+    }
