@@ -1,7 +1,8 @@
 """python -m benchmarks.quality [--studies=norms,ratios --seeds=1,2,3 --jobs=2 --folder=runs/quality]
 
-Trains what the studies of `benchmarks.quality.grid` compare. Each run is a process of its own and is written down when it
-ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what is there.
+Trains what the studies of `benchmarks.quality.grid` compare. Each run is a process of its own and is written down when
+it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what there
+is.
 """
 
 import json
@@ -30,13 +31,13 @@ def main(_: list[str]) -> None:
     runs = [(condition, int(seed)) for name in _STUDIES.value for seed in _SEEDS.value for condition in STUDIES[name]]
     missing = {condition.key(seed) for condition, seed in runs} - known.keys()
     if _JOBS.value:
-        start, ended = time.monotonic(), 0
-        for record in measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value):
+        start = time.monotonic()
+        for ended, record in enumerate(measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value), 1):
             known[record["key"]] = record
             write(output, list(known.values()))
-            ended += 1
             left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
-            print(f"{ended} of {len(missing)}: {record['key']}: loss {record['loss']:.4f}, {left:.0f} min left", flush=True)  # fmt: skip
+            reached = f"{record['key']}: loss {record['loss']:.4f}"
+            print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
 
 
 def write(path: pathlib.Path, runs: list[dict]) -> None:

@@ -1,8 +1,8 @@
 """What is compared: studies of conditions, each run with several seeds.
 
-All runs are `configs/tiny.py` without shared experts, as in the paper: 64 experts, K = 8, dropless, as many tokens. What
-all routed experts and projections of a layer have as parameters is equal, to the last one, where a condition does not
-say otherwise: an expert of bigmac is a little narrower than the paper's, so that W↓ and W↑ are paid for.
+All runs are `configs/tiny.py` without shared experts, as in the paper: 64 experts, K = 8, dropless, as many tokens.
+What all routed experts and projections of a layer have as parameters is equal, to the last one, where a condition does
+not say otherwise: an expert of bigmac is a little narrower than the paper's, so that W↓ and W↑ are paid for.
 """
 
 from dataclasses import dataclass, field
@@ -105,11 +105,12 @@ def _rates(width: int, steps: int) -> list[Condition]:
     """Half and twice the rate, of the two that are compared."""
     pairs = {"fine_grained": normed("fine_grained", fine_grained(), "none"),
              "bigmac 1/4, norm": normed("bigmac 1/4", bigmac(4, width), "post_combine")}  # fmt: skip
+    changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
     return [
-        Condition(f"{name}, rate × {factor:g}", c.fields | {"optimizer.learning_rate": RATES[width] * factor}, width, steps)
-        for factor in (0.5, 2.0)
+        Condition(f"{name}, rate × {factor:g}", c.fields | rate, width, steps)
+        for factor, rate in changed.items()
         for name, c in pairs.items()
-    ]  # fmt: skip
+    ]
 
 
 def _of_width(width: int, steps: int) -> list[Condition]:

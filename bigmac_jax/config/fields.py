@@ -44,8 +44,8 @@ class ModelConfig:
     expert_hidden_size: int = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
     num_shared_experts: int = 0  # experts that every token passes, at full width
     shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
-    # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both; scale: a
-    # learned factor on the sums instead. auto: post_combine for bigmac (docs/quality.md), none for the others.
+    # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both; scale:
+    # a learned factor on the sums instead. auto: post_combine for bigmac (docs/quality.md), none for the others.
     latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
