@@ -29,6 +29,7 @@ class Parameters(NamedTuple):
     active: int
     parts: dict[str, int]
     of_a_rank: int
+    moments_of_a_rank: int  # numbers that the optimizer keeps
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
@@ -37,14 +38,16 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
         model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    of_rank = 0
+    of_rank = moments = 0
     for parameter in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)):
         part, (leaf,) = declared(parameter).part, jax.tree.leaves(parameter)
         parts[part] = parts.get(part, 0) + leaf.size
-        of_rank += math.prod(leaf.sharding.shard_shape(leaf.shape))
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        of_rank += here
+        moments += here * (1 if config.optimizer.name == "muon" and declared(parameter).hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
-    return Parameters(total, total - idle, parts, of_rank)
+    return Parameters(total, total - idle, parts, of_rank, moments)
 
 
 def flops(config: Config) -> dict[str, float]:
@@ -162,6 +165,7 @@ def tokens_at_a_time(config: Config, ranks: int) -> int:
 def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
     """Bytes on one rank, by part. Activations are an estimate; the compiled program has what is really allocated."""
     m, data = config.model, config.data
+    moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
     layer = tokens * _kept_by_a_layer(config, ranks, group) * size
@@ -172,7 +176,7 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
         activations += m.num_layers * exchanged_bytes(config, ranks, group)
     return {
         "parameters": 4 * count.of_a_rank,
-        "optimizer": 8 * count.of_a_rank,
+        "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
         "activations": round(activations),
         "logits": 2 * 4 * min(tokens * m.vocab_size, 2**27),  # a chunk of them, and its softmax

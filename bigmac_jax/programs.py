@@ -144,7 +144,8 @@ def _step_program(config: Config, mesh: Mesh) -> Program:
 def _evaluate_program(config: Config, mesh: Mesh) -> Program:
     trainer = make_trainer(config, mesh)
     state, batch = trainer.abstract_state, _batch(evaluation_rows(config), config, mesh)
-    return Program("evaluate", evaluate, (trainer.model(state), batch), {}, state.opt_state)
+    beside = (state.opt_state, None if state.average is None else state.params)
+    return Program("evaluate", evaluate, (trainer.model(state), batch), {}, beside)
 
 
 def _prefill_program(config: Config, mesh: Mesh) -> Program:

@@ -194,15 +194,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW, or Muon with AdamW beside it; a schedule after a linear warm-up."""
 
+    name: str = "adamw"  # adamw | muon (of matrices between hidden activations; AdamW of all else)
+    schedule: str = "cosine"  # cosine | linear | constant | wsd (warm-up, stable, decay)
     learning_rate: float = 3e-4
     final_learning_rate: float = 3e-5
     warmup_steps: int = 100
-    decay_steps: int = 0  # steps from the end of the warm-up to the final rate; 0 = to train.steps
+    decay_steps: int = 0  # to the final rate: after the warm-up, 0 = to train.steps; of wsd the last ones, 0 = a fifth
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95  # of Muon
+    moment_dtype: str = "float32"  # in which moments are kept: float32 | bfloat16
+    average_decay: float = 0.0  # of the average of the parameters that is evaluated and exported, as 0.999; 0 = none
     weight_decay: float = 0.1  # of matrices; norms, biases and embeddings' positions are left alone
     clip_norm: float = 1.0  # 0 = off
 

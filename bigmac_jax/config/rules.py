@@ -19,6 +19,7 @@ WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 _MAY_BE_INF = ("model.capacity_factor", "execution.buffer_factor")
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
+_SLOWEST_BFLOAT16 = 0.99
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
@@ -85,6 +86,9 @@ def validate(config: Config) -> None:
     one_of("execution.grouped_matmul", execution.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
     one_of("data.documents", data.documents, ("stream", "masked"))
     one_of("data.packing", data.packing, ("stream", "best_fit"))
+    one_of("optimizer.name", optimizer.name, ("adamw", "muon"))
+    one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
+    one_of("optimizer.moment_dtype", optimizer.moment_dtype, ("float32", "bfloat16"))
     one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rewind"))
     one_of("execution.wire_dtype", execution.wire_dtype, ("", *WIRE_FORMATS))
     one_of("execution.wire_dtype_backward", execution.wire_dtype_backward, ("", *WIRE_FORMATS))
@@ -100,7 +104,7 @@ def validate(config: Config) -> None:
     at_least("data", 1, "sequence_length", "batch_size")
     at_least("data", 0, "num_workers")
     at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
-             "weight_decay", "clip_norm")  # fmt: skip
+             "momentum", "average_decay", "weight_decay", "clip_norm")  # fmt: skip
     at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed")
 
@@ -115,9 +119,12 @@ def validate(config: Config) -> None:
     require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
     require(model.positions != "rope" or model.head_size % 2 == 0, f"{'model.head_dim' if model.head_dim else 'model.hidden_size / model.num_heads'} = {model.head_size} must be even for positions=rope; use {model.head_dim + 1 if model.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
     require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be above 0")
-    for name in ("b1", "b2"):
+    for name in ("b1", "b2", "momentum", "average_decay"):
         value = getattr(optimizer, name)
         require(value < 1, f"optimizer.{name}={value} must be below 1")
+        # A moment in bfloat16, of 8 bits, that should shrink by less than half of its last bit does not.
+        kept = name == "average_decay" or optimizer.moment_dtype == "float32" or value <= _SLOWEST_BFLOAT16
+        require(kept, f"optimizer.{name}={value} must be at most {_SLOWEST_BFLOAT16} with moment_dtype=bfloat16, which rounds smaller changes away; use moment_dtype=float32")  # fmt: skip
 
     require(data.packing == "stream" or data.documents == "masked", f"data.packing={data.packing} needs data.documents=masked, not {data.documents}: its documents have nothing to do with each other; set it, or use packing=stream")  # fmt: skip
     spike = train.spike_factor

@@ -91,7 +91,8 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
         opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
         step = jax.device_put(np.int32(0), abstract.step.sharding)
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-        checkpoints.save(TrainState(step, params, rest, opt_state), {"batches": 0}, config, 0, None)
+        average = params if config.optimizer.average_decay else None
+        checkpoints.save(TrainState(step, params, rest, opt_state, None, average), {"batches": 0}, config, 0, None)
         checkpoints.wait()
         saved = hosts.first(checkpoints.latest())
         checkpoints.close()

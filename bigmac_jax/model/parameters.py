@@ -45,6 +45,11 @@ class Declaration:
     rows_first: bool = False
 
     @property
+    def hidden_matrix(self) -> bool:
+        """Whether it is a matrix between hidden activations, which Muon is for: no table, not the router, no vector."""
+        return self.decays and not (self.rows_first or self.exact)
+
+    @property
     def split(self) -> tuple[str, ...]:
         """The axes that it stays split over where it is used."""
         return tuple(axis for entry in self.axes for axis in names(entry))

@@ -4,6 +4,7 @@ None is read before its files agree with its manifest; a damaged one is named an
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
-from bigmac_jax.training.step import TrainState, split
+from bigmac_jax.training.step import TrainState, evaluated, split
 from bigmac_jax.training.workdir import read_config
 
 _METRIC = "eval/loss"
@@ -99,8 +100,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave({"params": state.params, "rest": state.rest}),
-                    optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+                    model=ocp.args.StandardSave(_model_of(state)),
+                    optimizer=ocp.args.StandardSave(_optimizer_of(state)),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                 ),
@@ -230,17 +231,20 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
         """The state, sharded as `abstract`, and the data position; errors as for `restore_model`."""
-        self._check_shapes(step, {"params": abstract.params, "rest": abstract.rest})
+        self._check_shapes(step, _model_of(abstract))
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardRestore({"params": abstract.params, "rest": abstract.rest}),
-                optimizer=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "step": abstract.step}),
+                model=ocp.args.StandardRestore(_model_of(abstract)),
+                optimizer=ocp.args.StandardRestore(_optimizer_of(abstract)),
                 data=ocp.args.JsonRestore(),
             ),
         )
         model, optimizer = items["model"], items["optimizer"]
-        return TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"]), items["data"]
+        state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
+        if abstract.average is not None:
+            state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
+        return state, items["data"]
 
     def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """{"params": …, "rest": …} alone.
@@ -271,6 +275,17 @@ class Checkpoints:
         """Waits, too."""
         self.wait()
         self._manager.close()
+
+
+def _model_of(state: TrainState) -> dict[str, Any]:
+    """What a reader needs: the parameters that the run is judged by."""
+    return {"params": evaluated(state), "rest": state.rest}
+
+
+def _optimizer_of(state: TrainState) -> dict[str, Any]:
+    """What a resumed run needs besides."""
+    own = {} if state.average is None else {"params": state.params}
+    return {"opt_state": state.opt_state, "step": state.step} | own
 
 
 def _on_first(find: Callable[[], Any]) -> Any:

@@ -1,25 +1,51 @@
-"""AdamW with warm-up, cosine decay, clipping and a decay mask, from Optax."""
+"""AdamW or Muon, their schedules and their average, from Optax.
 
-from typing import Any
+Y layers, e experts of a rank; a matrix is X × Z.
+"""
 
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
+from bigmac_jax.mesh import AXES, axes_of, names, spec_of
 from bigmac_jax.model.parameters import map_declared
+
+# An orthogonal matrix times this × √(the longer side) has entries as large as AdamW's updates, so that one learning
+# rate does for both (Liu et al., arXiv 2502.16982, equation 4).
+_MUON_RMS = 0.2
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """By steps done: learning_rate / (warmup_steps + 1) at first, learning_rate after the warm-up, then a cosine to
-    final_learning_rate, which it keeps."""
-    optimizer = config.optimizer
-    decay = optimizer.decay_steps or max(1, config.train.steps - optimizer.warmup_steps)
-    return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=optimizer.learning_rate / (optimizer.warmup_steps + 1),  # a first step at 0 would be lost
-        peak_value=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        decay_steps=optimizer.warmup_steps + decay,
-        end_value=optimizer.final_learning_rate,
-    )
+    """By steps done: learning_rate / (warmup_steps + 1) at first, learning_rate after the warm-up, then what
+    optimizer.schedule says, to final_learning_rate, which it keeps.
+
+    cosine and linear fall for decay_steps from the end of the warm-up; wsd stays, and falls in a line in the last
+    decay_steps of train.steps.
+    """
+    optimizer, steps = config.optimizer, config.train.steps
+    peak, final, warmup = optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps
+    first = peak / (warmup + 1)  # a first step at 0 would be lost
+    decay = optimizer.decay_steps or max(1, steps - warmup)
+    if optimizer.schedule == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(first, peak, warmup, warmup + decay, final)
+    begins = warmup
+    if optimizer.schedule == "wsd":
+        decay = optimizer.decay_steps or max(1, steps // 5)
+        begins = max(warmup, steps - decay)
+        decay = max(1, steps - begins)
+    schedules, boundaries = [optax.schedules.linear_schedule(first, peak, warmup)], [warmup]
+    schedules.append(optax.schedules.constant_schedule(peak))
+    if optimizer.schedule != "constant":
+        schedules.append(optax.schedules.linear_schedule(peak, final, decay))
+        boundaries.append(begins)
+    return optax.schedules.join_schedules(schedules, boundaries)
 
 
 def decay_mask(params: Any) -> Any:
@@ -29,12 +55,137 @@ def decay_mask(params: Any) -> Any:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     optimizer = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(config),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        mask=decay_mask,
+    scaled = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
+    if optimizer.name == "muon":
+        scaled = optax.partition({"muon": muon(optimizer.momentum), "adam": scaled}, _labels)
+    rule = optax.chain(
+        _stored(scaled, optimizer.moment_dtype),
+        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw) if optimizer.clip_norm else adamw
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule) if optimizer.clip_norm else rule
+
+
+def _labels(params: Any) -> Any:
+    return map_declared(lambda declaration, _: "muon" if declaration.hidden_matrix else "adam", params)
+
+
+class Momentum(NamedTuple):
+    """Of Muon, standing as its parameters do."""
+
+    steps: Array
+    mu: Any
+
+
+def muon(momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum, made orthogonal, of matrices [Y, X, Z] or [Y, e, X, Z] (Jordan et al., 2024).
+
+    As `optax.contrib.scale_by_muon`, whose Newton-Schulz iteration it calls; but that one takes no matrix whose rows or
+    columns are split between ranks, and would have every rank compute all.
+    """
+
+    def init(params: Any) -> Momentum:
+        return Momentum(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+
+    def update(updates: Any, state: Momentum, params: Any = None) -> tuple[Any, Momentum]:
+        mu, count = optax.tree.update_moment(updates, state.mu, momentum, 1), state.steps + 1
+        ahead = optax.tree.bias_correction(mu, momentum, count + 1)
+        now = optax.tree.bias_correction(updates, momentum, count)
+        nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
+        return jax.tree.map(_orthogonal, nesterov), Momentum(count, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Move(NamedTuple):
+    """Of one mesh axis, before matrices are made orthogonal: from the dimension that it splits (None: its ranks hold
+    copies) to the one that it splits then (None: its ranks hold copies then)."""
+
+    axis: str
+    before: int | None
+    then: int | None
+
+
+def _orthogonal(matrices: Array) -> Array:
+    """Whole matrices, dealt out so that no two ranks compute the same one, as far as they divide."""
+    mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(matrices)
+    if mesh.empty:
+        return _newton_schulz(matrices)
+    moves = deal(matrices.shape, spec, mesh.shape)
+
+    def on_rank(shard: Array) -> Array:
+        for axis, before, then in moves:
+            shard = _moved(shard, axis, before, then)
+        shard = _newton_schulz(shard)
+        for axis, before, then in reversed(moves):
+            shard = _moved(shard, axis, then, before)
+        return shard
+
+    # Unchecked: that all ranks of an axis gather the same is not in an array's type.
+    return jax.shard_map(on_rank, in_specs=spec, out_specs=spec, axis_names=set(AXES), check_vma=False)(matrices)
+
+
+def deal(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[Move]:
+    """How each rank comes to whole matrices of an array [Y, X, Z] or [Y, e, X, Z] that stands as `spec` says."""
+    entries = [names(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
+    leading = range(len(shape) - 2)
+    left = [shape[dim] // math.prod(sizes[axis] for axis in entries[dim]) for dim in leading]
+    # Of axes that split one dimension the last goes first: the parts that it joins are neighbours.
+    split = [(axis, dim) for dim in range(len(shape))[-2:] for axis in reversed(entries[dim])]
+    copies = [(axis, None) for axis in AXES if axis not in axes_of(spec)]
+    moves = []
+    for axis, before in [*split, *copies]:
+        then = next((dim for dim in leading if left[dim] % sizes[axis] == 0), None)
+        if then is not None:
+            left[then] //= sizes[axis]
+        if sizes[axis] > 1 and (before, then) != (None, None):
+            moves.append(Move(axis, before, then))
+    return moves
+
+
+def _moved(shard: Array, axis: str, before: int | None, then: int | None) -> Array:
+    """A rank's part of an array that `axis` splits in another dimension."""
+    if before is not None and then is not None:
+        return jax.lax.all_to_all(shard, axis, split_axis=then, concat_axis=before, tiled=True)
+    if before is not None:
+        return jax.lax.all_gather(shard, axis, axis=before, tiled=True)
+    assert then is not None
+    size = shard.shape[then] // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(shard, jax.lax.axis_index(axis) * size, size, axis=then)
+
+
+def _newton_schulz(matrices: Array) -> Array:
+    """On one rank."""
+    X, Z = matrices.shape[-2:]
+    one = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
+    )
+    flat = matrices.reshape(-1, X, Z)
+    orthogonal, _ = one.update(flat, one.init(flat))
+    return _MUON_RMS * math.sqrt(max(X, Z)) * orthogonal.reshape(matrices.shape)
+
+
+def _stored(transformation: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """With its moments kept in `dtype`, and computed in float32."""
+    if dtype == "float32":
+        return transformation
+
+    def cast(tree: Any, dtype: str) -> Any:
+        return jax.tree.map(lambda v: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transformation.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(transformation.init(params), dtype), update)
+
+
+def averaged(config: Config, average: Any, params: Any, steps: Array) -> Any:
+    """The exponential average of the parameters after so many steps, the last one's being `params`.
+
+    Its weights d^(t-i) sum to one at every t (Adam's correction of the first steps), so that it never holds what the
+    parameters started as.
+    """
+    decay = config.optimizer.average_decay
+    share = (1 - decay) / (1 - decay ** steps.astype(jnp.float32))
+    return jax.tree.map(lambda before, now: before + share * (now - before), average, params)

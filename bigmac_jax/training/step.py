@@ -21,7 +21,7 @@ from bigmac_jax.mesh import batch_spec, placed, platform
 from bigmac_jax.model.router import updated_bias
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import LossParts, loss_fn
-from bigmac_jax.training.optimizer import learning_rate, make_optimizer
+from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -37,6 +37,7 @@ class TrainState:
     opt_state: Any
     # Of the last good steps, oldest first, inf where there was none yet; None without train.spike_factor.
     losses: Array | None = None
+    average: nnx.State | None = None  # of params over the steps; None without optimizer.average_decay
 
 
 class StepMetrics(NamedTuple):
@@ -58,7 +59,13 @@ class Trainer(NamedTuple):
     abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
 
     def model(self, state: TrainState) -> Transformer:
-        return nnx.merge(self.graphdef, state.params, state.rest)
+        """What is evaluated: with the average of the parameters, if there is one."""
+        return nnx.merge(self.graphdef, evaluated(state), state.rest)
+
+
+def evaluated(state: TrainState) -> nnx.State:
+    """The parameters that a run is judged by."""
+    return state.params if state.average is None else state.average
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
@@ -84,7 +91,9 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     def init(key: Array) -> TrainState:
         _, params, rest = split(init_model(config, key))
         losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses)
+        # A copy, or both would be one buffer that is donated twice.
+        average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -95,17 +104,18 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         rest = state.rest
         if config.model.is_moe and config.model.balance == "bias":
             rest = jax.tree.map(lambda bias_YE: updated_bias(config.model, bias_YE, parts.aux.load), rest)
-        grad_norm, losses = optax.tree.norm(grads), state.losses
+        grad_norm, losses, average = optax.tree.norm(grads), state.losses, state.average
+        if average is not None:
+            average = averaged(config, average, params, state.step + 1)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         if losses is not None:
             bad |= loss > spike_factor * jnp.sort(losses)[RECENT_LOSSES // 2]
             losses = jnp.where(bad, losses, jnp.append(losses[1:], loss))
         if config.train.on_bad_step == "skip":
-            params, rest, opt_state = _unless(
-                bad, (params, rest, opt_state), (state.params, state.rest, state.opt_state)
-            )
+            before = (state.params, state.rest, state.opt_state, state.average)
+            params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
-        return TrainState(state.step + 1, params, rest, opt_state, losses), metrics
+        return TrainState(state.step + 1, params, rest, opt_state, losses, average), metrics
 
     def loss_of_params(
         params: nnx.State, rest: nnx.State, batch: Batch, key: Array, load_YE: Array | None, targets: Array

@@ -30,8 +30,12 @@ MESHES = {
 }
 
 
+# Both optimizers, of which each keeps something of some parameters, and an average.
+OPTIMIZER = ("optimizer.name=muon", "optimizer.moment_dtype=bfloat16", "optimizer.average_decay=0.5")
+
+
 def config_on(folder: pathlib.Path, mesh: str) -> Config:
-    return small(folder, *(f"mesh.{field}" for field in MESHES[mesh]))
+    return small(folder, *OPTIMIZER, *(f"mesh.{field}" for field in MESHES[mesh]))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
             found, model = restore(str(saved["workdir"]), step)
             assert found == saved["config"] == read_config(saved["workdir"])
             assert isinstance(model, Transformer)
-            chex.assert_trees_all_equal(leaves(model), leaves(saved["state"].params))
+            chex.assert_trees_all_equal(leaves(model), leaves(saved["state"].average))
         other, _ = restore(saved["workdir"], config=config)
         assert other == config
 

@@ -41,7 +41,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder, draw = tmp_path_factory.mktemp("resume"), random.Random(7)
     base, config_file = load_config(write_config(folder)), folder / "config.json"
     overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=28",
-                 "model.dropout=0.1", "model.balance=bias", f"cache_dir={base.cache_dir}"]  # fmt: skip
+                 "model.dropout=0.1", "model.balance=bias", "optimizer.name=muon", "optimizer.schedule=wsd",
+                 "optimizer.moment_dtype=bfloat16", "optimizer.average_decay=0.9",
+                 f"cache_dir={base.cache_dir}"]  # fmt: skip
     arguments = [f"--config.{override}" for override in overrides]
     config = load_config(config_file, [*overrides, "mesh.data=1", "mesh.expert=2"])
 
@@ -99,7 +101,8 @@ def test_parameters_and_optimizer_are_bit_equal(story: Story) -> None:
     expected, expected_position = final_state(story, story.undisturbed)
     chex.assert_trees_all_equal(state, expected)
     assert position == expected_position == {"batches": STEPS}
-    assert any(".nu." in name for name in state) and any("router_bias" in name for name in state)
+    for part in (".nu.", "router_bias", "average.", "['muon'].inner_state.mu"):
+        assert any(part in name for name in state), part
 
 
 def test_metrics_are_those_of_one_run(story: Story) -> None:

@@ -1,20 +1,13 @@
 """The training step: accumulation, meshes, the balance bias, the optimizer, dtypes, donation and dropout keys."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from model.tools import (
-    PAPER,
-    QUICK,
-    abstract_model,
     assert_close,
     leaf_name,
     leaves,
@@ -28,9 +21,7 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.model.parameters import Declaration
-from bigmac_jax.training.optimizer import learning_rate, make_optimizer
-from bigmac_jax.training.step import make_trainer, split
+from bigmac_jax.training.step import make_trainer
 
 from .tools import host, session
 
@@ -166,51 +157,6 @@ def test_dropout_is_drawn_from_the_step(half: Half) -> None:
 
 def test_a_repeated_batch_is_learnt(half: Half) -> None:
     assert half.losses[-1] < half.losses[0] - 0.1, half.losses
-
-
-def test_schedule() -> None:
-    optimizer = OptimizerConfig(learning_rate=8.0, final_learning_rate=2.0, warmup_steps=10)
-    rate = learning_rate(Config(optimizer=optimizer, train=TrainConfig(steps=30)))
-    expected = {0: 8 / 11, 5: 8 * 6 / 11, 10: 8.0, 20: 5.0, 30: 2.0, 99: 2.0}
-    np.testing.assert_allclose([rate(step) for step in expected], list(expected.values()), rtol=1e-6)
-    quarter = 2 + 6 * (1 + math.cos(math.pi / 4)) / 2
-    np.testing.assert_allclose(rate(15), quarter, rtol=1e-6)
-
-    fixed = dataclasses.replace(optimizer, warmup_steps=0, decay_steps=4)
-    rate = learning_rate(Config(optimizer=fixed, train=TrainConfig(steps=30)))
-    np.testing.assert_allclose([rate(0), rate(2), rate(4), rate(30)], [8, 5, 2, 2], rtol=1e-6)
-
-
-def test_weight_decay_reaches_the_matrices_alone() -> None:
-    """Norms, biases and learned positions keep their size."""
-    model = PAPER | {"gated": True, "num_shared_experts": 1, "latent_norm": "pre_dispatch", "qk_norm": True}
-    config = tiny(tie_embeddings=False, **model)
-    config = with_parts(config, optimizer=OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5))
-    with on_mesh(config):
-        _, abstract, _ = split(abstract_model(config))
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
-    optimizer = make_optimizer(config)
-    update = jax.jit(optimizer.update, compiler_options=QUICK)
-    updates, _ = update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
-    for name, update in leaves(updates).items():
-        last = name.split(".")[-1]
-        kept = last.startswith(("b_", "scale", "bias", "positions"))
-        np.testing.assert_array_equal(update, 0 if kept else -0.5, err_msg=name)
-    matrices = {"router_DE", "embedding_VD", "unembedding_VD", "w_in_eRF", "w_out_eFR", "w_gate_eRF"}
-    assert matrices <= {name.split(".")[-1] for name in leaves(params)}
-
-
-@pytest.mark.parametrize(("clip_norm", "norm"), [(2.0, 2.0), (100.0, 13.0), (0.0, 13.0)])
-def test_clipping(clip_norm: float, norm: float) -> None:
-    """Gradients (3, 4) and 12 have norm 13 together."""
-    config = Config(optimizer=OptimizerConfig(clip_norm=clip_norm, b1=0.5))
-    matrix = Declaration("D", "mlp", 1.0)
-    values = {"w_a": jnp.array([3.0, 4.0]), "b": jnp.array(12.0)}
-    gradients = {name: nnx.Param(value, declaration=matrix) for name, value in values.items()}
-    optimizer = make_optimizer(config)
-    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
-    moment = optax.tree_utils.tree_get(state, "mu")
-    chex.assert_trees_all_close(moment, jax.tree.map(lambda g: g * 0.5 * norm / 13, gradients), rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from model.tools import QUICK, leaves, random_model, split_batch
 
@@ -80,7 +81,9 @@ class Session:
         _, params, rest = split(random_model(config))
         abstract = self.trainer.abstract_state
         opt_state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.opt_state)
-        self.state = TrainState(jax.device_put(np.int32(0), abstract.step.sharding), params, rest, opt_state)
+        step = jax.device_put(np.int32(0), abstract.step.sharding)
+        average = None if abstract.average is None else jax.tree.map(jnp.copy, params)
+        self.state = TrainState(step, params, rest, opt_state, average=average)
         self._compiled: Any = None
 
     def step(self, tokens: np.ndarray) -> Any:
