@@ -61,13 +61,12 @@ def flops(config: Config) -> dict[str, float]:
     }
     if m.is_moe:
         per_token |= {
-            "router": m.num_layers * h * m.expert_count,
-            "experts": m.num_layers * matrices * m.choices * m.wire_size * m.expert_width,
-            "shared": m.num_layers * matrices * h * m.shared_width,
-            "projections": m.num_layers * 2 * h * m.latent_size if m.structure == "bigmac" else 0,
+            "router": m.moe_layers * h * m.expert_count,
+            "experts": m.moe_layers * matrices * m.choices * m.wire_size * m.expert_width,
+            "shared": m.moe_layers * matrices * h * m.shared_width,
+            "projections": m.moe_layers * 2 * h * m.latent_size if m.structure == "bigmac" else 0,
         }
-    else:
-        per_token["mlp"] = m.num_layers * matrices * h * m.expert_width
+    per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
     return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
 
@@ -101,20 +100,19 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     passes = forward_passes(config)
     tokens = config.data.batch_size * config.data.sequence_length / ranks
     # What a recomputed layer ends in is not summed again.
-    moved = tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
-    if not m.is_moe:
-        moved += tokens * m.hidden_size * (2 * passes + 2 + again)
-    elif config.mesh.split_experts:
+    moved = m.num_layers * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
+    moved += (m.num_layers - m.moe_layers) * tokens * m.hidden_size * (2 * passes + 2 + again)
+    if m.is_moe and config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
         group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
         exchange = strategy(config, m.capacity_factor, at_a_time, group)
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
         # Sums that an exchange brings back are needed again with the exchange alone.
         repeated = again + (exchanges_again(config) and _back_again(config, exchange))
-        moved += rows * m.wire_size * (2 * passes + 2 + repeated)
+        moved += m.moe_layers * rows * m.wire_size * (2 * passes + 2 + repeated)
     tables = tokens * m.hidden_size * (passes + 3)
     ids = 4 * tokens * (passes + 1)
-    return (t - 1) * (config.execution.dtype_bytes * (m.num_layers * moved + tables) + ids)
+    return (t - 1) * (config.execution.dtype_bytes * (moved + tables) + ids)
 
 
 class Traffic(NamedTuple):
@@ -147,7 +145,7 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
 
     useful = exchange.useful(tokens, m.choices)
     metadata, gradient = exchange.metadata(tokens, m.choices)
-    here = m.num_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
+    here = m.moe_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
     return Traffic(
         rows(useful, useful).times(here * ranks),
         rows(*exchange.sent(tokens, m.choices)).times(here * ranks),
@@ -168,12 +166,13 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
-    layer = tokens * _kept_by_a_layer(config, ranks, group) * size
-    block = tokens * m.hidden_size * size
+    dense = m.num_layers - m.moe_layers
+    kept = [_kept_by_a_layer(config, ranks, group, experts) for experts in (m.is_moe, False)]
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
-    activations = m.num_layers * block + layer if recomputes(config) else m.num_layers * (block + layer)
+    layers = max(kept[: 1 + bool(dense)]) if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
+    activations = tokens * size * (m.num_layers * m.hidden_size + layers)
     if config.execution.remat == "exchange":
-        activations += m.num_layers * exchanged_bytes(config, ranks, group)
+        activations += m.moe_layers * exchanged_bytes(config, ranks, group)
     return {
         "parameters": 4 * count.of_a_rank,
         "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
@@ -183,14 +182,14 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     }
 
 
-def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup) -> float:
-    """Numbers a token that a layer keeps for its backward pass."""
+def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bool) -> float:
+    """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
     heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + 2 * m.num_heads * config.data.sequence_length
     kept = 2.0 * m.hidden_size + heads + gathered
-    if not m.is_moe:
-        return kept + m.hidden_size + matrices * m.expert_width + gathered
+    if not experts:
+        return kept + m.hidden_size + matrices * m.mlp_width + gathered
     tokens = tokens_at_a_time(config, ranks)
     exchange = strategy(config, m.capacity_factor, tokens, group)
     rows = received_rows(exchange, tokens, m.choices) / tokens

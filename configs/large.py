@@ -23,7 +23,6 @@ def get_config() -> Config:
             expert_hidden_size=2688,
             num_shared_experts=1,
             shared_expert_hidden_size=5376,
-            latent_norm="post_combine",
             router_scores="sigmoid",
             router_scale=5.0,
             balance="bias",

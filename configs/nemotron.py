@@ -25,6 +25,7 @@ def get_config() -> Config:
             num_experts=32,
             top_k=4,
             down_ratio=0.25,
+            latent_norm="none",  # NemotronH has none; configs/tiny.py learns better with it (docs/quality.md)
             num_shared_experts=1,
             shared_expert_hidden_size=256,
             router_scores="sigmoid",

@@ -42,6 +42,7 @@ def config_like_peer(structure: str) -> Config:
         down_ratio=SHAPE.latent_size / SHAPE.hidden_size,
         capacity_factor=float("inf"),
         balance="none",
+        latent_norm="none",
         **LIKE_PEER[structure],
     )
     optimizer = OptimizerConfig(

@@ -40,6 +40,8 @@ class ModelConfig:
     num_experts: int = 32  # e
     top_k: int = 4  # K
     vanilla_top_k: int = 1
+    first_dense_layers: int = 0  # the first layers have an MLP in the experts' place (DeepSeek-V3)
+    dense_hidden_size: int = 0  # of those MLPs: 0 = 4h
     down_ratio: float = 0.25  # r: wire width of bigmac and expert width of fine_grained, as a share of h
     expert_hidden_size: int = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
     num_shared_experts: int = 0  # experts that every token passes, at full width
@@ -52,13 +54,14 @@ class ModelConfig:
     router_scores: str = "softmax"  # softmax | sigmoid
     router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
     router_scale: float = 1.0  # gates are multiplied by it
-    balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | none
+    balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | quantile (Kimi K3, no loss) | none
     balance_coefficient: float = 0.001  # weight of the auxiliary loss
     balance_scope: str = "step"  # whose load it sees: step | part (of a batch in accumulate_steps parts; Megatron's)
     balance_bias_rate: float = 0.001  # step of the bias
     z_loss_coefficient: float = 0.0
     num_expert_groups: int = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
     top_groups: int = 1
+    group_scores: str = "top_k"  # a group is as good as its K / top_groups best experts (DeepSeek-V3) | top_2: its two
 
     @property
     def head_size(self) -> int:
@@ -71,6 +74,15 @@ class ModelConfig:
     @property
     def is_moe(self) -> bool:
         return self.structure != "dense"
+
+    @property
+    def moe_layers(self) -> int:
+        return self.num_layers - self.first_dense_layers if self.is_moe else 0
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP of a layer without experts."""
+        return (self.dense_hidden_size or 4 * self.hidden_size) if self.is_moe else self.expert_width
 
     @property
     def latent_size(self) -> int:
@@ -110,6 +122,17 @@ class ModelConfig:
         if self.expert_hidden_size:
             return self.expert_hidden_size
         return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether a bias, moved by the load, shifts the choice."""
+        return self.balance in ("bias", "quantile")
+
+    @property
+    def group_best(self) -> int:
+        """Experts of a group whose scores are summed to say how good it is."""
+        best = 2 if self.group_scores == "top_2" else self.choices // self.top_groups
+        return max(1, min(best, self.expert_count // self.num_expert_groups))
 
     @property
     def counts_loads_first(self) -> bool:
@@ -257,9 +280,10 @@ class Config:
             return f"dense: one MLP of width {m.expert_width} a layer"
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
         capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
+        first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
         return (
             f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
-            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{shared}, {capacity}"
+            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{shared}{first}, {capacity}"
         )
 
     def to_json(self) -> str:

@@ -75,7 +75,8 @@ def validate(config: Config) -> None:
     one_of("model.activation", model.activation, ("relu2", "gelu", "silu"))
     one_of("model.latent_norm", model.latent_norm, LATENT_NORMS)
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
-    one_of("model.balance", model.balance, ("aux_loss", "bias", "none"))
+    one_of("model.balance", model.balance, ("aux_loss", "bias", "quantile", "none"))
+    one_of("model.group_scores", model.group_scores, ("top_k", "top_2"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
     one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn", "splash", "triton"))
     one_of("execution.dtype", execution.dtype, ("float32", "bfloat16"))
@@ -98,6 +99,7 @@ def validate(config: Config) -> None:
     at_least("execution", 1, "overlap_chunks", "buffer_factor")
     at_least("execution", 0, "unroll_layers")
     at_least("model", 0, "num_kv_heads", "head_dim", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
+             "first_dense_layers", "dense_hidden_size",
              "balance_coefficient", "balance_bias_rate", "z_loss_coefficient", "dropout")  # fmt: skip
     at_least("mesh", 0, "data")
     at_least("mesh", 1, "node", "expert", "tensor")
@@ -135,6 +137,8 @@ def validate(config: Config) -> None:
 
     if mesh.tensor > 1:
         _validate_tensor(config, require)
+    first, layers = model.first_dense_layers, model.num_layers
+    require(first == 0 or (model.is_moe and first < layers), f"model.first_dense_layers={first} must be below model.num_layers={layers} of a structure with experts, not {model.structure}; use 0")  # fmt: skip
     norm = model.latent_norm
     require(model.is_moe or not model.latent_norms, f"model.latent_norm={norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
     if model.is_moe:
@@ -178,6 +182,8 @@ def _validate_tensor(config: Config, require: Any) -> None:
     kv = model.kv_heads
     require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={math.gcd(kv, tensor)}")  # fmt: skip
     require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={math.gcd(model.vocab_size, tensor)}")  # fmt: skip
+    if model.first_dense_layers:
+        divides("the first MLPs' width (model.dense_hidden_size)", model.mlp_width)
     if not model.is_moe or config.mesh.split_experts:
         divides("the experts' width (model.expert_hidden_size)" if model.is_moe else "the MLP's width (model.expert_hidden_size)", model.expert_width)  # fmt: skip
 
@@ -197,6 +203,7 @@ def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:
     require(experts % groups == 0, f"{names[0]}={experts} must be a multiple of model.num_expert_groups={groups}; use {math.gcd(experts, groups)} groups")  # fmt: skip
     require(best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}")
     require(k <= best * (experts // groups), f"{names[1]}={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
+    require(model.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not {names[1]}={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
     require(model.capacity_factor > 0, f"model.capacity_factor={model.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
     # The norm behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
     narrow = model.structure == "bigmac" or set(model.latent_norms) <= {"post_combine"}

@@ -8,6 +8,7 @@ in all, P prompt length, D hidden, G key-value heads, H head size, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,11 +30,11 @@ from bigmac_jax.training.step import split
 class Decoder:
     """A model as decoding wants it: in the dtype of the computation, layers in groups, each stacked and scanned.
 
-    A group is all layers, so that compilation does not take longer the more there are; on CPU it is one layer, because
-    there a step that reads one of stacked layers copies it first.
+    A group is all layers of a kind, so that compilation does not take longer the more there are; on CPU it is one
+    layer, because there a step that reads one of stacked layers copies it first.
     """
 
-    ends: Transformer  # embedding, final norm and unembedding; its layers are None
+    ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Block, ...]
 
 
@@ -69,20 +70,25 @@ def make_decoder(config: Config, model: Transformer, exchange: str = "auto", con
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(decoding(config, exchange), jax.random.key(0)))
     ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
-    stored = jax.tree.map(lambda leaf: str(leaf.dtype), ends.layers)
-    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, stored))
-    leaves, treedef = jax.tree.flatten(ends.layers)
-    ends.layers = None
+    stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
+    ends.first = ends.layers = None
     ends = map_declared(functools.partial(_cast, config, consume), ends)
+    return Decoder(ends, tuple(group for stack in stacks for group in _groups(config, stack, consume)))
+
+
+def _groups(config: Config, stack: Block, consume: bool) -> Iterator[Block]:
+    """Of a stack of layers. Leaf by leaf, so that memory for one more leaf is enough."""
+    stored = jax.tree.map(lambda leaf: str(leaf.dtype), stack)
+    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, stored))
     one_by_one = platform() == "cpu" and not config.execution.unroll_layers
-    # Leaf by leaf, so that memory for one more leaf is enough.
+    leaves, treedef = jax.tree.flatten(stack)
     parts = []
     for leaf, dtype in zip(leaves, dtypes, strict=True):
         parts.append(_grouped(leaf, dtype, one_by_one))
         if consume:
             jax.block_until_ready(parts[-1])
             leaf.delete()
-    return Decoder(ends, tuple(jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True)))
+    return (jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True))
 
 
 def _cast(config: Config, consume: bool, of: Declaration, w: Array) -> Array:

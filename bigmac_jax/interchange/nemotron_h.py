@@ -31,8 +31,8 @@ _LEGACY = {"*": "full_attention", "E": "moe", "attention": "full_attention"}
 
 def unmet(config: ModelConfig) -> list[str]:
     m, groups = config, config.num_expert_groups
-    best = max(1, min(m.choices // m.top_groups, m.expert_count // groups))
     return must(
+        first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
         structure=(m.structure, m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
         norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
         positions=(m.positions, m.positions == "none", "none (its attention has no rotary embedding)"),
@@ -40,11 +40,10 @@ def unmet(config: ModelConfig) -> list[str]:
         gated=(m.gated, not m.gated, "False"),
         use_bias=(m.use_bias, not m.use_bias, "False"),
         qk_norm=(m.qk_norm, not m.qk_norm, "False"),
-        latent_norm=(m.latent_norm, m.latent_norm == "none", "none"),
+        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
         router_scores=(m.router_scores, m.router_scores == "sigmoid", "sigmoid"),
         num_experts=(m.num_experts, not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
-        # It judges a group by its two best experts, ours by the K / top_groups best.
-        top_groups=(m.top_groups, m.top_groups == groups or best == 2, f"{groups} (all groups), or top_k / 2"),
+        group_scores=(m.group_scores, m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
     )
 
 
@@ -126,7 +125,6 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     count = len(layers) // 2
     groups, best_groups, k, experts = v["n_group"], v["topk_group"], v["num_experts_per_tok"], v["n_routed_experts"]
     limited, latent = best_groups < groups, v["moe_latent_size"]
-    best = max(1, min(k // best_groups, experts // groups))
     wrong = must(
         layers_block_type=(layers, count > 0 and layers == _LAYERS * count, "full_attention, moe, and so on in turn"),
         mlp_hidden_act=(v["mlp_hidden_act"], v["mlp_hidden_act"] == "relu2", "relu2"),
@@ -134,7 +132,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         sliding_window=(v["sliding_window"], v["sliding_window"] is None, "null"),
         moe_latent_size=(latent, latent is None or latent <= v["hidden_size"], "at most hidden_size"),
         norm_topk_prob=(v["norm_topk_prob"], k > 1 or not v["norm_topk_prob"], "false where num_experts_per_tok is 1"),
-        topk_group=(best_groups, not limited or best == 2, "n_group, or num_experts_per_tok / 2"),
+        n_group=(groups, not limited or experts >= 2 * groups, "at most half of n_routed_experts"),
     )
     if wrong:
         raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
@@ -156,6 +154,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         norm_eps=float(v["layer_norm_epsilon"]),
         num_experts=experts,
         down_ratio=min(latent or v["moe_intermediate_size"], v["hidden_size"]) / v["hidden_size"],
+        latent_norm="none",
         num_shared_experts=int(shared),
         shared_expert_hidden_size=v["moe_shared_expert_intermediate_size"] if shared else 0,
         router_scores="sigmoid",
@@ -163,6 +162,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         balance="aux_loss" if all_zero("gate.e_score_correction_bias") else "bias",
         num_expert_groups=groups if limited else 1,
         top_groups=best_groups if limited else 1,
+        group_scores="top_2" if limited else "top_k",
         tie_embeddings=v["tie_word_embeddings"] and _same(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
     )
 

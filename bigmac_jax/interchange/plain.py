@@ -20,6 +20,7 @@ _DIMENSIONS = {
     "R": "width of the rows that experts take",
     "V": "vocabulary",
     "L": "positions",
+    "1": "a single number",
 }
 
 
@@ -28,12 +29,16 @@ def unmet(config: ModelConfig) -> list[str]:
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
+    first = config.first_dense_layers
+    stacks = {"first": (0, first), "layers": (first, config.num_layers - first)}
     for leaf in leaves:
-        if not leaf.startswith("layers."):
+        stack, _, name = leaf.partition(".")
+        if stack not in stacks:
             yield Tensor(leaf, leaf)
             continue
-        for layer in range(config.num_layers):
-            yield Tensor(f"layers.{layer}.{leaf.removeprefix('layers.')}", leaf, layer)
+        before, layers = stacks[stack]
+        for layer in range(layers):
+            yield Tensor(f"layers.{before + layer}.{name}", leaf, layer)
 
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:

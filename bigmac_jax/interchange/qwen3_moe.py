@@ -24,15 +24,17 @@ _OTHER_NAMES = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 def unmet(config: ModelConfig) -> list[str]:
     m = config
     return must(
+        first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
         structure=(m.structure, m.structure == "fine_grained", "fine_grained"),
         norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
         positions=(m.positions, m.positions == "rope", "rope"),
         gated=(m.gated, m.gated, "True"),
         use_bias=(m.use_bias, not m.use_bias, "False"),
         qk_norm=(m.qk_norm, m.qk_norm, "True"),
+        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
         router_scores=(m.router_scores, m.router_scores == "softmax", "softmax"),
         router_scale=(m.router_scale, m.router_scale == 1, "1"),
-        balance=(m.balance, m.balance != "bias", "aux_loss or none (its router has no bias)"),
+        balance=(m.balance, not m.has_router_bias, "aux_loss or none (its router has no bias)"),
         top_groups=(m.top_groups, m.top_groups == m.num_expert_groups, f"{m.num_expert_groups} (all groups)"),
         num_shared_experts=(m.num_shared_experts, not m.shared_width, "0"),
     )
@@ -113,6 +115,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         v,
         checkpoint,
         structure="fine_grained",
+        latent_norm="none",
         num_layers=v["num_hidden_layers"],
         positions="rope",
         rope_theta=float(v["rope_theta"]),

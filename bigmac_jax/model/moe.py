@@ -27,11 +27,12 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
+from bigmac_jax.model.balance import balance_loss, required_bias
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
-from bigmac_jax.model.router import balance_loss, route
+from bigmac_jax.model.router import route
 
 
 class Aux(NamedTuple):
@@ -42,12 +43,13 @@ class Aux(NamedTuple):
     load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included
     drop_rate: Array  # share of the pairs that found their expert full
     router_entropy: Array  # nats
+    required: Array  # `balance.required_bias`; of other balancing than by quantiles, empty
 
 
 def empty_aux() -> Aux:
     """Of a layer without experts."""
     zero = jnp.zeros(())
-    return Aux(zero, zero, jnp.zeros((0,)), zero, zero)
+    return Aux(zero, zero, jnp.zeros((0,)), zero, zero, jnp.zeros((0,)))
 
 
 class RouterBias(nnx.Variable):
@@ -95,7 +97,7 @@ class MoE(nnx.Module):
         router = Declaration("DE", "router", 1 / math.sqrt(D), exact=True)
         self.router_DE = parameter(config, keys[0], (D, E), router)
         zeros_E = jnp.zeros(E, jnp.float32, out_sharding=replicated_spec(1))
-        self.router_bias_E = RouterBias(zeros_E) if m.balance == "bias" else None
+        self.router_bias_E = RouterBias(zeros_E) if m.has_router_bias else None
         self.experts = Experts(config, keys[1])
         self.shared = MLP(config, keys[2], m.shared_width, shared=True) if m.shared_width else None
         bigmac, part, scale = m.structure == "bigmac", "projections", residual_scale(config)
@@ -127,12 +129,16 @@ class MoE(nnx.Module):
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
+        required = jnp.zeros((0,))
+        if m.balance == "quantile" and bias_E is not None:
+            required = required_bias(config, routing.scores_BLE, bias_E, padding_BL)
         return y_BLD, Aux(
             balance_loss(routing.shares_E, own_load_E if load_E is None else load_E),
             routing.z_loss,
             own_load_E,
             dropped_S.sum() / routing.experts_BLK.size,
             routing.entropy,
+            required,
         )
 
     def _exchange_and_compute(

@@ -23,6 +23,7 @@ class Routing(NamedTuple):
     shares_E: Array  # mean over tokens of the normalised scores: P_e of the balance loss
     z_loss: Array  # mean over tokens of logsumexp(logits)² (ST-MoE, equation 5)
     entropy: Array  # mean over tokens, nats, of the normalised scores
+    scores_BLE: Array
 
 
 def route(
@@ -77,31 +78,18 @@ def route(
         mean(shares_BLE),
         mean(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))),
         mean(-(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1)),
+        scores_BLE,
     )
 
 
-def balance_loss(shares_E: Array, load_E: Array) -> Array:
-    """E · Σ_e f_e · P_e (Switch Transformer, equation 4): 1 at uniform routing, E when one expert takes all.
-
-    `load_E` is f, the share of all (token, choice) pairs that went to each expert, drops included.
-    """
-    return shares_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * shares_E)
-
-
-def updated_bias(config: ModelConfig, bias_E: Array, load_E: Array) -> Array:
-    """One step of DeepSeek-V3's balancing: experts with more than the mean load become less attractive."""
-    return bias_E + config.balance_bias_rate * jnp.sign(1 / config.expert_count - load_E)
-
-
 def _in_best_groups(config: ModelConfig, ranking_BLE: Array) -> Array:
-    """Node-limited choice: -inf outside the top_groups groups with the best sum of their K / top_groups best scores."""
+    """Node-limited choice: -inf outside the top_groups groups whose `group_best` best scores have the largest sums."""
     groups = config.num_expert_groups
     if groups == config.top_groups:
         return ranking_BLE
     B, L, E = ranking_BLE.shape
     grouped_BLGe = ranking_BLE.reshape(B, L, groups, E // groups)
-    best = max(1, min(config.choices // config.top_groups, E // groups))
-    strength_BLG = jax.lax.top_k(grouped_BLGe, best)[0].sum(-1)
+    strength_BLG = jax.lax.top_k(grouped_BLGe, config.group_best)[0].sum(-1)
     chosen_BLg = jax.lax.top_k(strength_BLG, config.top_groups)[1]
     allowed_BLG = jax.nn.one_hot(chosen_BLg, groups, dtype=jnp.bool_).any(-2)
     return jnp.where(allowed_BLG[..., None], grouped_BLGe, -jnp.inf).reshape(B, L, E)

@@ -21,14 +21,14 @@ from bigmac_jax.model.parameters import Declaration, parameter, weight
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward, each on a residual branch."""
 
-    def __init__(self, config: Config, key: Array):
+    def __init__(self, config: Config, key: Array, experts: bool):
         self.config = config
         m = config.model
         attention, feed_forward = jax.random.split(key)
         self.attention_norm = Norm(config, m.hidden_size)
         self.attention = Attention(config, attention)
         self.mlp_norm = Norm(config, m.hidden_size)
-        self.mlp = MoE(config, feed_forward) if m.is_moe else MLP(config, feed_forward, m.expert_width)
+        self.mlp = MoE(config, feed_forward) if experts else MLP(config, feed_forward, m.mlp_width)
 
     def __call__(
         self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool, documents: Documents | None
@@ -50,7 +50,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Layers stacked along a leading dimension and scanned."""
+    """Layers stacked along a leading dimension and scanned; `first` are those without experts before the others."""
 
     def __init__(self, config: Config, key: Array):
         self.config = config
@@ -67,7 +67,9 @@ class Transformer(nnx.Module):
         self.embedding_VD = parameter(config, keys[0], (V, D), embedding)
         learned, longest = m.positions == "learned", config.data.sequence_length
         self.positions_LD = parameter(config, keys[1], (longest, D), positions) if learned else None
-        self.layers = jax.vmap(lambda k: Block(config, k))(jax.random.split(keys[2], m.num_layers))
+        keys_Y, first = jax.random.split(keys[2], m.num_layers), m.first_dense_layers
+        self.first = jax.vmap(lambda k: Block(config, k, experts=False))(keys_Y[:first]) if first else None
+        self.layers = jax.vmap(lambda k: Block(config, k, experts=m.is_moe))(keys_Y[first:])
         self.final_norm = Norm(config, D)
         self.unembedding_VD = None if m.tie_embeddings else parameter(config, keys[3], (V, D), table)
 
@@ -90,7 +92,7 @@ class Transformer(nnx.Module):
           dropless: ignore model.capacity_factor, as evaluation does.
 
         Returns:
-          (logits_BLV in float32, aux with a leading dimension of layers)
+          (logits_BLV in float32, aux with a leading dimension of layers with experts)
         """
         x_BLD, aux = self.features(tokens_BL, segments_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
         return self.logits(x_BLD), aux
@@ -109,8 +111,8 @@ class Transformer(nnx.Module):
         documents = None if segments_BL is None else documents_of(segments_BL)
         x_BLD, keys_Y = self.embed(tokens_BL, None if documents is None else documents.position_BL), None
         if dropout_key is not None and config.dropout:
-            keys = jax.random.split(dropout_key, 1 + config.num_layers)
-            x_BLD, keys_Y = dropout(x_BLD, config.dropout, keys[0]), keys[1:]
+            drawn = jax.random.split(dropout_key, 1 + config.num_layers)
+            x_BLD, keys_Y = dropout(x_BLD, config.dropout, drawn[0]), drawn[1:]
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
@@ -124,7 +126,12 @@ class Transformer(nnx.Module):
             step = jax.checkpoint(step, policy=all_but_gathered)
         # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
         unroll = execution.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
-        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys_Y, load_YE), unroll=unroll)
+        first = config.first_dense_layers
+        if self.first is not None:
+            keys = None if keys_Y is None else keys_Y[:first]
+            x_BLD, _ = jax.lax.scan(step, x_BLD, (self.first, keys, None), unroll=unroll)
+        keys = None if keys_Y is None else keys_Y[first:]
+        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys, load_YE), unroll=unroll)
         return self.final_norm(x_BLD), aux
 
     def embed(self, tokens_BL: Array, position_BL: Array | None = None) -> Array:

@@ -170,7 +170,7 @@ def _recomputation(config: Config, remat: str, sizes: Sizes, place: Place) -> di
     return {
         "remat": remat,
         "activations": costs["memory"]["activations"],
-        "exchanged": round(config.model.num_layers * exchanged_bytes(config, place.devices, group)),
+        "exchanged": round(config.model.moe_layers * exchanged_bytes(config, place.devices, group)),
         "exchange": costs["time"]["exchange"],
         "total": costs["time"]["total"],
     }

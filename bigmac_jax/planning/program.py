@@ -155,7 +155,9 @@ def _described(
         "other_sent_bytes": round(sent["other"]),
         "memory": compiled.memory,
         "memory_beside": compiled.beside,
-        "collectives": _summary(found, config.model.num_layers),
+        "collectives": _summary(
+            found, {config.model.moe_layers or config.model.num_layers, config.model.first_dense_layers} - {0}
+        ),
     }
     if hardware:
         needed = compiled.memory["total"] + compiled.beside
@@ -174,11 +176,15 @@ def _described(
     return result
 
 
-def _summary(found: Sequence[hlo.Collective], layers: int) -> list[dict[str, Any]]:
-    """Collectives of one rank, those that differ in nothing shown added up, most bytes first."""
+def _summary(found: Sequence[hlo.Collective], layers: set[int]) -> list[dict[str, Any]]:
+    """Collectives of one rank, those that differ in nothing shown added up, most bytes first.
+
+    Args:
+      layers: trips of the loops over layers.
+    """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for c in found:
-        in_layers = any(loop.trips == layers for loop in c.loops)
+        in_layers = any(loop.trips in layers for loop in c.loops)
         key = (c.kind, c.axes, c.role, c.direction, in_layers, c.asynchronous)
         names = ("kind", "axes", "role", "direction", "in_each_layer", "asynchronous")
         row = rows.setdefault(

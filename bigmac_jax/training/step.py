@@ -18,7 +18,7 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
-from bigmac_jax.model.router import updated_bias
+from bigmac_jax.model.balance import updated_bias
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import LossParts, loss_fn
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
@@ -102,8 +102,10 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rest = state.rest
-        if config.model.is_moe and config.model.balance == "bias":
-            rest = jax.tree.map(lambda bias_YE: updated_bias(config.model, bias_YE, parts.aux.load), rest)
+        if config.model.is_moe and config.model.has_router_bias:
+            aux = parts.aux
+            rest = jax.tree.map(lambda bias_YE: updated_bias(config, bias_YE, aux.load, aux.required), rest)
+            parts = parts._replace(aux=aux._replace(required=aux.load[:, :0]))  # large, and of no use to anyone else
         grad_norm, losses, average = optax.tree.norm(grads), state.losses, state.average
         if average is not None:
             average = averaged(config, average, params, state.step + 1)

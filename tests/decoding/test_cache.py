@@ -38,6 +38,8 @@ def cases() -> list[Any]:
 def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
     experts = 64 if structure == "vanilla" and mesh == "1x8" else 32 if structure == "vanilla" else 8
     values = {"num_experts": experts, "down_ratio": 0.5, "capacity_factor": 0.5, **MODELS[backbone], **model}
+    if backbone == "gated" and structure != "dense":
+        values |= {"num_layers": 3, "first_dense_layers": 1}
     return tiny(MESHES[mesh], batch=ROWS, length=LENGTH, structure=structure, **values)
 
 

@@ -8,13 +8,14 @@ from model.tools import QUICK, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config
 
-NEMOTRON = {"positions": "none", "qk_norm": False, "router_scores": "sigmoid"}
+NEMOTRON = {"latent_norm": "none", "positions": "none", "qk_norm": False, "router_scores": "sigmoid"}
 QWEN = {"structure": "fine_grained", "gated": True, "activation": "silu"}
 UNSCALED = {"scale_embedding": False}
 MODELS: dict[str, dict[str, Any]] = {
     # As configs/nemotron.py, with grouped key-value heads of another size than h / N and node-limited routing.
     "bigmac": NEMOTRON | UNSCALED | {"balance": "bias", "num_shared_experts": 2, "num_kv_heads": 2, "head_dim": 6,
-               "tie_embeddings": False, "top_k": 4, "num_expert_groups": 4, "top_groups": 2, "router_scale": 2.5},
+               "tie_embeddings": False, "top_k": 3, "num_expert_groups": 4, "top_groups": 2,
+               "group_scores": "top_2", "router_scale": 2.5},
     # A shared expert of zeros, and an embedding times √D.
     "fine_grained": NEMOTRON | {"structure": "fine_grained", "norm_eps": 1e-3, "router_renormalize": False},
     # One table in both roles, a gate that is not renormalised because it is alone.

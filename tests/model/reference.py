@@ -36,13 +36,17 @@ def reference(config: ModelConfig, p: Parameters, tokens_BL: Any) -> tuple[Array
             x_BLD = x_BLD * config.hidden_size**0.5
         reports = []
         for i in range(config.num_layers):
-            layer = {name: value[i] for name, value in part(p, "layers").items()}
+            first = config.first_dense_layers
+            stack, number = ("first", i) if i < first else ("layers", i - first)
+            layer = {name: value[number] for name, value in part(p, stack).items()}
             x_BLD = x_BLD + attention(
                 config, part(layer, "attention"), norm(config, config.norm, part(layer, "attention_norm"), x_BLD)
             )
-            y_BLD, report = feed_forward(
-                config, part(layer, "mlp"), norm(config, config.norm, part(layer, "mlp_norm"), x_BLD)
-            )
+            h_BLD, given = norm(config, config.norm, part(layer, "mlp_norm"), x_BLD), part(layer, "mlp")
+            if stack == "first":
+                x_BLD = x_BLD + mlp(config, given, h_BLD)
+                continue
+            y_BLD, report = feed_forward(config, given, h_BLD)
             x_BLD = x_BLD + y_BLD
             reports.append(report)
         x_BLD = norm(config, config.norm, part(p, "final_norm"), x_BLD)

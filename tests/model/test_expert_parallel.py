@@ -35,7 +35,13 @@ STRUCTURES = {
     "paper": {"structure": "bigmac", "latent_norm": "none"},
     "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
     "scale": {"structure": "bigmac", "latent_norm": "scale"},
-    "control": {"structure": "fine_grained", "latent_norm": "post_combine"},
+    "control": {
+        "structure": "fine_grained",
+        "latent_norm": "post_combine",
+        "num_layers": 3,
+        "first_dense_layers": 2,
+        "dense_hidden_size": 24,
+    },
 }
 ROUTERS = {
     "softmax": {"z_loss_coefficient": 0.1},
@@ -87,8 +93,9 @@ def check(config: Config, given: dict[str, np.ndarray] | None = None) -> Aux:
         assert not gradients.pop(name).any() and not expected_gradients.pop(name).any()
     if config.model.use_bias and not config.model.qk_norm:
         # A key's bias adds the same to all scores of a query: its gradient is zero, and rounding.
-        zero = gradients.pop("layers.attention.key.b_F"), expected_gradients.pop("layers.attention.key.b_F")
-        assert np.abs(zero).max() < 1e-6 * np.abs(gradients["layers.attention.query.b_F"]).max()
+        for stack in ("first", "layers")[not config.model.first_dense_layers :]:
+            zero = [of.pop(f"{stack}.attention.key.b_F") for of in (gradients, expected_gradients)]
+            assert np.abs(zero).max() < 1e-6 * np.abs(gradients[f"{stack}.attention.query.b_F"]).max()
     assert_close(gradients, expected_gradients)
     return aux
 

@@ -1,0 +1,192 @@
+"""Balancing: the loss by hand, the sign bias, and quantile balancing against NumPy."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.config import Config, ModelConfig, TrainConfig
+from bigmac_jax.data.batch import PADDING, Batch
+from bigmac_jax.mesh import place, token_spec
+from bigmac_jax.model import balance
+from bigmac_jax.model.balance import balance_loss, required_bias, solved, updated_bias
+
+from .test_router import LOG, choices, routed
+from .tools import on_mesh, random_model, tiny
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_balance_loss_is_one_when_uniform_and_e_when_one_expert_takes_all(scores: str) -> None:
+    uniform, one = jnp.full(8, 1 / 8), jnp.eye(8)[3]
+    assert balance_loss(uniform, uniform) == pytest.approx(1)
+    assert balance_loss(one, one) == pytest.approx(8)
+    # Eight tokens, each to its own expert; then all to expert 3.
+    spread = routed(40 * np.eye(8) - 20, router_scores=scores, top_k=1)
+    skewed = routed(np.tile(40 * np.eye(8)[3] - 20, (8, 1)), router_scores=scores, top_k=1)
+    for routing, expected in ((spread, 1), (skewed, 8)):
+        load_E = np.bincount(np.ravel(routing.experts_BLK), minlength=8) / 8
+        assert balance_loss(routing.shares_E, jnp.asarray(load_E)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_loss_by_hand() -> None:
+    """f = (1/2, 1/4, 1/4, 0) of the choices, P the mean softmax of two tokens."""
+    routing = routed([LOG, [LOG[1], LOG[3], LOG[0], LOG[2]]])  # 0.4 0.3 0.2 0.1 and 0.3 0.1 0.4 0.2
+    assert choices(routing) == [[0, 1], [2, 0]]
+    np.testing.assert_allclose(routing.shares_E, [0.35, 0.2, 0.3, 0.15], rtol=1e-6)
+    load_E = jnp.asarray([0.5, 0.25, 0.25, 0])
+    assert balance_loss(routing.shares_E, load_E) == pytest.approx(4 * (0.175 + 0.05 + 0.075))
+    # The load is a count: no gradient passes through it.
+    d_shares, d_load = jax.grad(balance_loss, (0, 1))(routing.shares_E, load_E)
+    np.testing.assert_allclose(d_shares, 4 * load_E)
+    assert not d_load.any()
+
+
+def test_the_sign_bias() -> None:
+    config = Config(model=ModelConfig(num_experts=4, balance="bias", balance_bias_rate=0.01))
+    load_E = jnp.asarray([0.5, 0.25, 0.25, 0])
+    bias_E = updated_bias(config, jnp.asarray([0.5, 0, 0, -0.5]), load_E, load_E[:0])
+    np.testing.assert_allclose(bias_E, [0.49, 0, 0, -0.49], rtol=1e-6)
+
+
+def required(scores_TE: np.ndarray, bias_E: np.ndarray, top_k: int) -> np.ndarray:
+    cut_T1 = -np.sort(-(scores_TE + bias_E), axis=1)[:, top_k : top_k + 1]
+    return cut_T1 - scores_TE
+
+
+def expected_bias(scores_TE: np.ndarray, bias_E: np.ndarray, top_k: int) -> np.ndarray:
+    """One update, in float64."""
+    T, E = scores_TE.shape
+    sorted_TE, count = np.sort(required(scores_TE, bias_E, top_k), axis=0), round(T * top_k / E)
+    new_E = (sorted_TE[count - 1] + sorted_TE[count]) / 2
+    return new_E - new_E.mean()
+
+
+def random_scores(experts: int, tokens: int, seed: int) -> np.ndarray:
+    """Sigmoids of logits whose means differ by expert, every fourth rounded, so that there are ties."""
+    draw = np.random.default_rng(seed)
+    logits_TE = draw.standard_normal((tokens, experts)) + draw.standard_normal(experts)
+    scores_TE = (1 / (1 + np.exp(-logits_TE))).astype(np.float32)
+    return np.round(scores_TE, 2) if seed % 4 == 0 else scores_TE
+
+
+def quantile(experts: int, top_k: int, mesh: tuple[int, ...] = (1, 1, 1), batch: int = 8, length: int = 40) -> Config:
+    return tiny(mesh, batch, length, num_experts=experts, top_k=top_k, balance="quantile", structure="fine_grained")
+
+
+def update(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL: Any = None) -> np.ndarray:
+    """On the current mesh."""
+    B, L = config.data.batch_size, config.data.sequence_length
+    scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
+    padding_BL = None if padding_BL is None else place(padding_BL, token_spec(2))
+
+    @jax.jit
+    def both(scores_BLE: Any, bias_E: Any, padding_BL: Any) -> Any:
+        return solved(config, required_bias(config, scores_BLE, bias_E, padding_BL), bias_E)
+
+    return np.asarray(both(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
+
+
+SHAPES = ((64, 8), (40, 8), (12, 4))
+
+
+@pytest.mark.parametrize(("experts", "top_k"), SHAPES)
+def test_quantile_update(experts: int, top_k: int) -> None:
+    """Of 200 random score matrices, from biases of zero and from random ones."""
+    config = quantile(experts, top_k)
+
+    def both(scores_BLE: Any, bias_E: Any) -> Any:
+        return solved(config, required_bias(config, scores_BLE, bias_E, None), bias_E)
+
+    with on_mesh(config):
+        run = jax.jit(both)
+        for seed in range(200):
+            scores_TE = random_scores(experts, 320, seed)
+            bias_E = np.random.default_rng(seed).standard_normal(experts).astype(np.float32) * (seed % 2) / 4
+            found = run(place(scores_TE.reshape(8, 40, -1), token_spec(3)), jnp.asarray(bias_E))
+            np.testing.assert_allclose(found, expected_bias(np.float64(scores_TE), bias_E, top_k), atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), SHAPES)
+def test_quantiles_balance_the_loads(experts: int, top_k: int) -> None:
+    """Repeated on the same scores, until every expert has its share within 2 %."""
+    config = quantile(experts, top_k, batch=8, length=512)
+    scores_TE, bias_E = random_scores(experts, 4096, 1), np.zeros(experts)
+
+    def loads() -> np.ndarray:
+        chosen_TK = np.argsort(-(scores_TE + bias_E), axis=1, kind="stable")[:, :top_k]
+        return np.bincount(chosen_TK.ravel(), minlength=experts) / (4096 * top_k / experts)
+
+    before = loads()
+    with on_mesh(config):
+        for _ in range(60):
+            bias_E = update(config, scores_TE, bias_E)
+    assert before.max() > 1.5 and before.min() < 0.5
+    np.testing.assert_allclose(loads(), 1, atol=0.02)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 2, 2, 2)], ids=str)
+def test_histograms_come_near_the_quantiles(mesh: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every mesh, within two bins of what sorting gives."""
+    config, scores_TE = quantile(12, 4, mesh), random_scores(12, 320, 1)
+    bias_E = np.linspace(-0.25, 0.25, 12).astype(np.float32)
+    monkeypatch.setattr(balance, "_MOST_SORTED", 0)
+    with on_mesh(config):
+        found = update(config, scores_TE, bias_E)
+    np.testing.assert_allclose(found, expected_bias(np.float64(scores_TE), bias_E, 4), atol=2 * 2.5 / 1000)
+
+
+def test_padding_counts_for_nothing() -> None:
+    config, scores_TE = quantile(12, 4), random_scores(12, 320, 1)
+    masked = dataclasses.replace(config, data=dataclasses.replace(config.data, documents="masked"))
+    padding_BL = np.zeros((8, 40), bool)
+    padding_BL[:, 25:] = True
+    scores_TE[padding_BL.ravel()] = 0.9 * (np.arange(12) == 3)  # all would crowd one expert
+    with on_mesh(config):
+        found = update(masked, scores_TE, np.zeros(12), padding_BL)
+    expected = expected_bias(np.float64(scores_TE[~padding_BL.ravel()]), np.zeros(12), 4)
+    np.testing.assert_allclose(found, expected, atol=2 * 2 / 1000)
+
+
+def test_parts_of_a_batch_are_counted_together() -> None:
+    """The mean of the parts' counts is solved as the counts of all."""
+    config, scores_TE = quantile(12, 4), random_scores(12, 320, 1)
+    parted = dataclasses.replace(config, train=TrainConfig(accumulate_steps=2))
+    half = dataclasses.replace(parted, data=dataclasses.replace(config.data, batch_size=4))
+    bias_E = jnp.linspace(-0.25, 0.25, 12)
+    with on_mesh(config):
+        halves = [place(v.reshape(4, 40, 12), token_spec(3)) for v in np.split(scores_TE, 2)]
+        counts = [required_bias(half, scores_BLE, bias_E, None) for scores_BLE in halves]
+        found = solved(parted, (counts[0] + counts[1]) / 2, bias_E)
+        np.testing.assert_allclose(found, update(parted, scores_TE, np.asarray(bias_E)), atol=1e-6)
+
+
+def test_a_layer_reports_what_its_tokens_require() -> None:
+    """The whole model on a mesh: required biases by layer, of the scores and the bias that chose."""
+    config = tiny((2, 1, 2), balance="quantile", router_scores="sigmoid", num_layers=1)
+    tokens = np.random.default_rng(0).integers(264, size=(8, 8), dtype=np.int32)
+    with on_mesh(config):
+        bias_E = np.linspace(-0.1, 0.1, 8).astype(np.float32)
+        model = random_model(config, {"layers.mlp.router_bias_E": bias_E})
+        _, aux = jax.jit(lambda model, tokens: model(tokens))(model, place(tokens, token_spec(2)))
+        moved = updated_bias(config, model.layers.mlp.router_bias_E[...], aux.load, aux.required)
+    assert aux.required.shape == (1, 8, 64)
+    chosen = np.asarray(aux.load)[0] * 64 * 3
+    # An expert is chosen where its bias exceeds what the token requires.
+    np.testing.assert_allclose(chosen, (np.asarray(aux.required)[0] < bias_E[:, None] - 1e-6).sum(1))
+    assert np.asarray(moved)[0] @ (chosen - 24) < bias_E @ (chosen - 24)
+
+
+def test_batches_with_padding_come_to_the_layer() -> None:
+    config = tiny(balance="quantile", num_layers=1)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, documents="masked"))
+    tokens = np.random.default_rng(0).integers(264, size=(8, 8), dtype=np.int32)
+    segments = np.where(np.arange(8) < 5, 0, PADDING)[None].repeat(8, 0).astype(np.int32)
+    with on_mesh(config):
+        batch = jax.tree.map(lambda v: place(v, token_spec(2)), Batch(tokens, tokens, segments))
+        run = jax.jit(lambda model, batch: model(batch.inputs_BL, batch.segments_BL)[1].required)
+        counts = np.asarray(run(random_model(config), batch))
+    assert counts.shape == (1, 8, 1001)
+    np.testing.assert_array_equal(counts[0, :, -1], 40)
