@@ -1,4 +1,4 @@
-# make train | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick
+# make train | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick | make quality
 # PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +9,7 @@ CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: train test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick clean
+.PHONY: train test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick quality clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
@@ -67,6 +67,10 @@ reproduce: $(VENV)/installed
 
 reproduce-quick: $(VENV)/installed
 	$(BIN)/python -m benchmarks.reproduce --quick
+
+# What a narrow exchange costs in quality (docs/quality.md): many hours, resumable.
+quality: $(VENV)/installed
+	$(BIN)/python -m benchmarks.quality
 
 clean:
 	rm -rf $(VENV) build *.egg-info

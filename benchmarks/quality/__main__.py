@@ -12,6 +12,7 @@ import time
 
 from absl import app, flags
 
+from benchmarks.quality import pages
 from benchmarks.quality.grid import SEEDS, STUDIES
 from benchmarks.quality.runs import measure
 
@@ -19,7 +20,8 @@ _STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
 _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
 _JOBS = flags.DEFINE_integer("jobs", len(os.sched_getaffinity(0)), "Runs at a time.", lower_bound=0)
 _FOLDER = flags.DEFINE_string("folder", "runs/quality", "Of the runs.")
-_OUTPUT = flags.DEFINE_string("output", "docs/results/quality.json", "Where the figures go.")
+_DEFAULT = "docs/results/quality.json"  # of which the page is made
+_OUTPUT = flags.DEFINE_string("output", _DEFAULT, "Where the figures go.")
 
 
 def main(_: list[str]) -> None:
@@ -38,6 +40,8 @@ def main(_: list[str]) -> None:
             left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
             reached = f"{record['key']}: loss {record['loss']:.4f}"
             print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
+    if known and output == pathlib.Path(_DEFAULT):
+        pages.write(pathlib.Path("docs"), list(known.values()))
 
 
 def write(path: pathlib.Path, runs: list[dict]) -> None:

@@ -121,10 +121,38 @@ def _of_width(width: int, steps: int) -> list[Condition]:
     ]
 
 
+# configs/tiny.py as it is.
+TINY: Fields = {
+    "model.num_shared_experts": 1,
+    "model.num_experts": 32,
+    "model.top_k": 4,
+    "model.router_scale": 2.0,
+    "model.expert_hidden_size": 0,
+}
+
+
+def _balances() -> list[Condition]:
+    kinds = ("aux_loss", "bias", "quantile", "none")
+    return [Condition(f"tiny, balance {kind}", TINY | {"model.balance": kind}) for kind in kinds]
+
+
+def _optimizers() -> list[Condition]:
+    """Muon in as many steps as AdamW, and in three quarters of them, at several rates."""
+    muon: Fields = TINY | {"optimizer.name": "muon"}
+    rates = {factor: muon | {"optimizer.learning_rate": RATES[128] * factor} for factor in (0.5, 2.0)}
+    return [
+        Condition("tiny, AdamW", TINY, steps=2400),
+        Condition("tiny, Muon", muon, steps=1800),
+        *(Condition(f"tiny, Muon, rate × {factor:g}", fields, steps=1800) for factor, fields in rates.items()),
+        Condition("tiny, Muon", muon, steps=2400),
+    ]
+
+
 # Study → conditions, in the order in which they answer: what was run for one study is not run again for another.
 STUDIES: dict[str, list[Condition]] = {
     "norms": _quarter(("none", "post_combine", "pre_dispatch", "both", "scale")),
     "rates": _rates(128, 1000) + _rates(64, 1000),
+    "balance": _balances(),
     "longer": _quarter(("post_combine",), steps=2400),
     "width 64": _of_width(64, 1000),
     "ratios": [
@@ -134,6 +162,7 @@ STUDIES: dict[str, list[Condition]] = {
         for norm in norms
         if norm in norms_of(name)
     ],
+    "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),
     "width 256": _of_width(256, 2500),
 }

@@ -9,8 +9,8 @@ import jax
 import pytest
 from model.tools import tiny
 
-from bigmac_jax.config import Config, ConfigError, TrainConfig, load_config
-from bigmac_jax.counts import exchange_traffic, flops, parameters, tensor_bytes
+from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config
+from bigmac_jax.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
@@ -145,6 +145,31 @@ def test_parameters_are_the_models() -> None:
     assert count.active == count.total - experts * 5 // 8
     assert count.of_a_rank == count.total - experts * 3 // 4
     assert sum(count.parts.values()) == count.total
+
+
+def test_first_dense_layers_are_counted() -> None:
+    """By hand, and as the compiled step has them."""
+    made = tiny((1, 1, 4), num_layers=3, first_dense_layers=1, dense_hidden_size=24, capacity_factor=1.0, num_experts=8,
+                top_k=2, attention="xla")  # fmt: skip
+    assert parameters(made, {"expert": 4}).parts["mlp"] == 2 * 16 * 24
+    assert flops(made)["mlp"] == 6 * 64 * 2 * 16 * 24 and flops(made)["router"] == 2 * 6 * 64 * 16 * 8
+    assert compiled(made)["flops_per_step"] == sum(flops(made).values())
+
+
+def test_what_the_optimizer_keeps() -> None:
+    """Muon one moment of a matrix, AdamW two of all else, four bytes each, or two; an average as much as parameters."""
+    made = tiny((1, 1, 4))
+    count, group = parameters(made, {"expert": 4}), ExpertGroup((1, 4), "cpu", "")
+
+    def kept(**optimizer: object) -> int:
+        config = dataclasses.replace(made, optimizer=OptimizerConfig(**optimizer))
+        return memory(config, 4, group, parameters(config, {"expert": 4}))["optimizer"]
+
+    rank = count.of_a_rank
+    others = count.parts["embedding"] + count.parts["router"] + count.parts["norms"]
+    assert kept() == 8 * rank and kept(moment_dtype="bfloat16") == 4 * rank
+    assert kept(name="muon") == 4 * rank + 4 * others
+    assert kept(average_decay=0.9) == 12 * rank
 
 
 def test_a_rank_keeps_its_own_chunk() -> None:

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 # What makes a program another one: overrides where it is on. Of eight ranks.
 FEATURES: dict[str, tuple[str, ...]] = {
-    "fsdp": ("mesh.fsdp=True",),
+    "fsdp, by Muon": ("mesh.fsdp=True", "optimizer.name=muon", "optimizer.moment_dtype=bfloat16"),
     "accumulate": ("train.accumulate_steps=2",),
     "tensor": ("mesh.expert=4", "mesh.tensor=2"),
     "remat": ("execution.remat=layer",),

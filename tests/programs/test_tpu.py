@@ -15,14 +15,20 @@ from .running import case_name, compiled
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
 
+QUANTILES = (
+    "model.balance=quantile",
+    "model.router_scores=sigmoid",
+    "model.first_dense_layers=1",
+    "model.num_layers=3",
+)
 # What makes a program another one: overrides where it is on.
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp": ("mesh.fsdp=True",),
     "accumulate": ("train.accumulate_steps=2",),
-    "untied": ("model.tie_embeddings=False",),
+    "untied, by Muon": ("model.tie_embeddings=False", "optimizer.name=muon", "optimizer.average_decay=0.99"),
     "tensor": ("mesh.expert=8", "mesh.tensor=4"),  # of more ranks than key-value heads
     "remat": ("execution.remat=layer",),
-    "dropless": ("model.capacity_factor=inf",),
+    "dropless, by quantiles": ("model.capacity_factor=inf", *QUANTILES),
 }
 CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
 
