@@ -57,18 +57,23 @@ def section(study: str, runs: list[Run]) -> str:
     if not found:
         return ""
     base, base_error = mean([run["loss"] for run in found[0][1]])
-    head = "| | seeds | loss | less than the first | bits a byte | wire bytes a token | MFLOPs a token | MoE parameters | load |"
-    lines = ["", f"## {study.capitalize()}", "", ABOUT[study], "", head, "|---" * 9 + "|"]
+    columns = ["", "seeds", "loss", "less than the first", "bits a byte", "wire bytes a token", "MFLOPs a token",
+               "MoE parameters", "load"]  # fmt: skip
+    head = f"| {' | '.join(columns)} |"
+    lines = ["", f"## {study.capitalize()}", "", ABOUT[study], "", head, "|---" * len(columns) + "|"]
     for condition, seeds in found:
         loss, error = mean([run["loss"] for run in seeds])
-        apart = f"{base - loss:+.3f} ± {np.hypot(error, base_error):.3f}" if seeds is not found[0][1] else ""
-        bits, one = mean([run["bits_per_byte"] for run in seeds])[0], seeds[0]
-        cells = [
-            condition.name, str(len(seeds)), f"{loss:.3f} ± {error:.3f}", apart, f"{bits:.4f}", f"{one['wire_bytes']:,.0f}",
-            f"{one['flops'] / 1e6:.2f}", f"{one['moe_parameters']:,}", f"{mean([run['load_cv'] for run in seeds])[0]:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        apart = "" if seeds is found[0][1] else _within(base - loss, float(np.hypot(error, base_error)), "+")
+        one = seeds[0]
+        bits, load = (mean([run[name] for run in seeds])[0] for name in ("bits_per_byte", "load_cv"))
+        cells = [condition.name, len(seeds), _within(loss, error), apart, f"{bits:.4f}", f"{one['wire_bytes']:,.0f}"]
+        cells += [f"{one['flops'] / 1e6:.2f}", f"{one['moe_parameters']:,}", f"{load:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _within(value: float, error: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:

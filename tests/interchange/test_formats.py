@@ -52,7 +52,16 @@ PLAIN = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "use
 
 
 def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> None:
-    config = tiny((1, 1, 2), batch=4, latent_norm="post_combine", balance="bias", num_shared_experts=1, **PLAIN)
+    config = tiny(
+        (1, 1, 2),
+        batch=4,
+        latent_norm="both",
+        balance="quantile",
+        num_shared_experts=1,
+        num_layers=3,
+        first_dense_layers=1,
+        **PLAIN,
+    )
     with on_mesh(config):
         model = random_model(config)
         assert export_model(config, model, tmp_path / "out") == "bigmac_jax"
@@ -66,7 +75,8 @@ def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> No
     }
     assert schema["tensors"]["layers.1.mlp.experts.w_in_eRF"] == {"dims": "eRF", "shape": [8, 4, 16]}
     assert all(set(entry["dims"]) <= set(schema["dimensions"]) for entry in schema["tensors"].values())
-    np.testing.assert_array_equal(tensors["layers.1.mlp.router_DE"], leaves(model)["layers.mlp.router_DE"][1])
+    np.testing.assert_array_equal(tensors["layers.1.mlp.router_DE"], leaves(model)["layers.mlp.router_DE"][0])
+    np.testing.assert_array_equal(tensors["layers.0.mlp.up.w_DF"], leaves(model)["first.mlp.up.w_DF"][0])
 
 
 def test_any_mesh_writes_the_same_and_reads_onto_its_shards(tmp_path: pathlib.Path) -> None:
@@ -144,7 +154,8 @@ NEMOTRON_HAS_NO = {
     "qk_norm=True": {"qk_norm": True},
     "latent_norm=pre_dispatch": {"latent_norm": "pre_dispatch"},
     "router_scores=softmax": {"router_scores": "softmax"},
-    "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
+    "group_scores=top_k": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
+    "first_dense_layers=1": {"first_dense_layers": 1},
 }
 QWEN_HAS_NO = {
     "router_scale=2": {"router_scale": 2.0},
@@ -154,6 +165,8 @@ QWEN_HAS_NO = {
     "router_scores=sigmoid": {"router_scores": "sigmoid"},
     "positions=none": {"positions": "none"},
     "qk_norm=False": {"qk_norm": False},
+    "latent_norm=post_combine": {"latent_norm": "post_combine"},
+    "balance=quantile": {"balance": "quantile"},
     "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},
 }
 

@@ -41,7 +41,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder, draw = tmp_path_factory.mktemp("resume"), random.Random(7)
     base, config_file = load_config(write_config(folder)), folder / "config.json"
     overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=28",
-                 "model.dropout=0.1", "model.balance=bias", "optimizer.name=muon", "optimizer.schedule=wsd",
+                 "model.num_layers=2",
+                 "model.dropout=0.1", "model.balance=quantile", "model.first_dense_layers=1",
+                 "optimizer.name=muon", "optimizer.schedule=wsd",
                  "optimizer.moment_dtype=bfloat16", "optimizer.average_decay=0.9",
                  f"cache_dir={base.cache_dir}"]  # fmt: skip
     arguments = [f"--config.{override}" for override in overrides]
