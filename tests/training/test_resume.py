@@ -103,7 +103,7 @@ def test_parameters_and_optimizer_are_bit_equal(story: Story) -> None:
     expected, expected_position = final_state(story, story.undisturbed)
     chex.assert_trees_all_equal(state, expected)
     assert position == expected_position == {"batches": STEPS}
-    for part in (".nu.", "router_bias", "average.", "['muon'].inner_state.mu"):
+    for part in (".nu.", "router_bias", "average.", ".muon.inner_state.mu."):
         assert any(part in name for name in state), part
 
 
