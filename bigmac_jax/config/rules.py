@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,18 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def local_path(place: str, name: str) -> pathlib.Path:
+    """The path that a flag, a field or an argument `name` gives; ConfigError for a URL, which must not become a folder."""
+    if "://" in place:
+        raise ConfigError(
+            f"{name}={place} is a URL, and object stores are not supported yet; give a local path, or mount the store"
+        )
+    try:
+        return pathlib.Path(place).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}={place} is in the home of a user that is not there; give another path") from None
 
 
 def check_types(config: Config) -> None:
@@ -115,6 +128,9 @@ def validate(config: Config) -> None:
     require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
     require(model.positions != "rope" or model.head_size % 2 == 0, f"{'model.head_dim' if model.head_dim else 'model.hidden_size / model.num_heads'} = {model.head_size} must be even for positions=rope; use {model.head_dim + 1 if model.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
     require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be above 0")
+    local_path(config.cache_dir, "cache_dir")
+    for name in ("source", "validation_source", "test_source", "tokenizer"):
+        local_path(getattr(data, name), f"data.{name}")
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         require(value < 1, f"optimizer.{name}={value} must be below 1")

@@ -22,7 +22,7 @@ from flax import nnx
 from orbax.checkpoint.path import atomicity
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, local_path
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
@@ -305,7 +305,7 @@ def restore(
     Raises:
       ConfigError: no such run or checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(str(workdir), "workdir")
     config = config or read_config(workdir)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
