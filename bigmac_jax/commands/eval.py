@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import tqdm
 from absl import flags
 
 from bigmac_jax import cli, hosts
@@ -14,6 +13,7 @@ from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
+from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint, restore
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.watch import Watch
@@ -71,7 +71,8 @@ def main() -> None:
             summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet, watch.advance)
             lines, result = describe(summaries), {"step": step, "tasks": summaries}
         else:
-            with tqdm.tqdm(total=stream.num_tokens - 1, unit="token", unit_scale=True, disable=quiet) as bar:
+            title = str(text_file or _SPLIT.value)
+            with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
 
                 def counted(tokens: int) -> None:
                     bar.update(tokens)

@@ -10,13 +10,13 @@ import os
 import sys
 import time
 
-import tqdm
 from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.watch import Watch
@@ -89,7 +89,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Wa
     generator.check([request for _, request in requests])  # before a file is overwritten
     quiet = _JSON.value or not hosts.is_first()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
-    with answers_to(target) as file, tqdm.tqdm(total=len(requests), unit="prompt", disable=quiet) as bar:
+    with answers_to(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
 
         def done(number: int, completion: Completion) -> None:
             bar.update()

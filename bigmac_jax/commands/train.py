@@ -28,7 +28,18 @@ def main() -> int:
         return 1
     if not result.finished:
         hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
+    elif result.first_step == result.step:
+        hosts.say(_finished(config.train.steps, result.step))
     return 0
+
+
+def _finished(steps: int, step: int) -> str:
+    workdir = _WORKDIR.value
+    return (
+        f"{workdir} is finished: it has {step} of {steps} steps, and nothing was trained; for more of them give "
+        f"--config.train.steps={2 * step}, for another run another --workdir; to use it: "
+        f"eval.py --workdir={workdir}, generate.py --workdir={workdir} --prompt=TEXT"
+    )
 
 
 def _steps(text: str) -> tuple[int, int] | None:

@@ -33,6 +33,8 @@ _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
 for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
     logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
+# Of each save between evaluations: it has no metric, and needs none.
+logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
 
 
 class _Sealed(atomicity.AtomicRenameTemporaryPath):
