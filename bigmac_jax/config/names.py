@@ -23,11 +23,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     last = _last(name)
 
     def edits(candidate: str) -> float:
-        return min(distance(name, candidate), distance(last, _last(candidate)) + (0.5 if "." in name else 0))
+        return min(distance(name, candidate), distance(last, _last(candidate)) + (1.5 if "." in name else 0))
 
     edit = {candidate: edits(candidate) for candidate in known}
     least = min(edit.values(), default=len(name))
-    if last and least <= max(1, len(last) / 3):
+    if last and least <= max(1.5, len(last) / 3):
         return [candidate for candidate, count in edit.items() if count == least]
     # `experts` for num_experts: words that are all there.
     words = set(last.split("_"))

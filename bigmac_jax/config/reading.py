@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bigmac_jax.config.fields import Config, from_dict, moved
-from bigmac_jax.config.names import nearest, question, unknown_field
+from bigmac_jax.config.names import field_names, nearest, question, unknown_field
 from bigmac_jax.config.rules import ConfigError, check_batch
 
 # What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
@@ -153,7 +153,7 @@ def _apply(values: ConfigDict, override: str) -> None:
         value = {"true": "layer", "false": "none"}.get(text.lower(), text) if new == "execution.remat" else text
         raise ConfigError(f"{name} is {new} now; use --config.{new}{equals}{value}")
     if name not in known:
-        raise ConfigError(unknown_field(name, list(known)))
+        raise ConfigError(unknown_field(name, field_names(Config)))
     if not equals:
         raise ConfigError(f"{name} needs a value: --config.{name}={known[name]}")
     kind = type(known[name]).__name__

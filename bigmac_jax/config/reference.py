@@ -66,7 +66,8 @@ def describe(names: Sequence[str] = ()) -> str:
 
 def _wrapped(field: Field) -> list[str]:
     told = re.findall(r"\w+", field.meaning)
-    values = "" if set(field.choices) <= {"", *told} else f"One of {', '.join(field.choices)}."
+    listed = ", ".join(choice or '""' for choice in field.choices)
+    values = "" if set(field.choices) <= {"", *told} else f"One of {listed}."
     return [line for part in (field.meaning, values) for line in _INDENTED.wrap(part)]
 
 

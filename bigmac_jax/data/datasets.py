@@ -138,13 +138,13 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
         for left_over in version.parent.glob(f"incomplete.*_{version.name}"):  # of processes that were killed
             shutil.rmtree(left_over, ignore_errors=True)
         if not builder.is_prepared():
+            _check_network(builder, setting)
             _log.info("%s: preparing in %s", setting, version)
             # Hosted copies are tfrecord files, which could not be read.
             download = tfds.download.DownloadConfig(try_download_gcs=False)
             show = show and sys.stderr.isatty()
             if not show:
                 tfds.disable_progress_bar()
-            _check_network(builder, setting)
             try:
                 with contextlib.redirect_stdout(sys.stderr if show else io.StringIO()):
                     builder.download_and_prepare(download_config=download, file_format=_FORMAT)
