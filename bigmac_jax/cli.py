@@ -116,7 +116,7 @@ def _meant(name: str, known: Sequence[str]) -> str:
     if near := nearest(name, known):
         return question(near, "--")
     inner = name.partition(".")[2]  # of a misspelled config, or the field itself
-    near = [field for field in fields if field in (name, inner)] or nearest(name, fields)
+    near = [field for field in fields if field in (name, inner)] or nearest(inner if "." in inner else name, fields)
     return question(near, "--config.") or "see --help"
 
 

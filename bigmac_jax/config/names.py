@@ -29,9 +29,9 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     least = min(edit.values(), default=len(name))
     if last and least <= max(1.5, len(last) / 3):
         return [candidate for candidate, count in edit.items() if count == least]
-    # `experts` for num_experts: words that are all there.
-    words = set(last.split("_"))
-    return [candidate for candidate in edit if words <= set(_last(candidate).split("_"))]
+    # model.experts for model.num_experts: words that are all there.
+    group, words = name.rpartition(".")[0], set(last.split("_"))
+    return [found for found in edit if found.startswith(group) and words <= set(_last(found).split("_"))]
 
 
 def field_names(group: Any, prefix: str = "") -> list[str]:
