@@ -128,9 +128,6 @@ def validate(config: Config) -> None:
     require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
     require(model.positions != "rope" or model.head_size % 2 == 0, f"{'model.head_dim' if model.head_dim else 'model.hidden_size / model.num_heads'} = {model.head_size} must be even for positions=rope; use {model.head_dim + 1 if model.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
     require(optimizer.eps > 0, f"optimizer.eps={optimizer.eps} must be above 0")
-    local_path(config.cache_dir, "cache_dir")
-    for name in ("source", "validation_source", "test_source", "tokenizer"):
-        local_path(getattr(data, name), f"data.{name}")
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         require(value < 1, f"optimizer.{name}={value} must be below 1")
@@ -139,6 +136,9 @@ def validate(config: Config) -> None:
     spike = train.spike_factor
     require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 
+    local_path(config.cache_dir, "cache_dir")
+    for name in ("source", "validation_source", "test_source", "tokenizer"):
+        local_path(getattr(data, name), f"data.{name}")
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
 
