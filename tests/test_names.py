@@ -84,8 +84,8 @@ def test_of_200_misspelled_names_95_percent_are_understood() -> None:
         ("modle.top_k", ("did you mean model.top_k?",)),
         ("model.experts", ("did you mean model.num_experts or model.num_shared_experts?",)),  # all of its words
         ("optimizer.b3", ("did you mean optimizer.b1 or optimizer.b2?",)),
-        ("optimizer.momentum", ("optimizer has learning_rate, final_learning_rate",)),  # nothing is near
-        ("optimizr", ("did you mean a field of optimizer? It has learning_rate",)),
+        ("optimizer.nesterov", ("; optimizer has ", "learning_rate, final_learning_rate")),  # nothing is near
+        ("optimizr", ("did you mean a field of optimizer? It has ", "learning_rate, ")),
         ("mesh", ("'mesh' is not a field of the config, but a group: data, node",)),
         ("quux.quuux", ("its groups are model, execution, mesh, data, optimizer, train",)),
     ],
