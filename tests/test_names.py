@@ -185,7 +185,7 @@ def test_describe() -> None:
         (["train.py", "--workdr=x"], 2, "--workdr is not a flag; did you mean --workdir?"),
         (["train.py", "--config.model.topk=4"], 2, "did you mean model.top_k?"),
         (["train.py", "model.top_k=4"], 2, "did you mean --config.model.top_k?"),
-        (["eval.py", "--task=piqa"], 2, "did you mean --tasks or --task_data?"),
+        (["eval.py", "--task=piqa"], 2, "did you mean --tasks?"),
         (["generate.py", "--workdir=gs://a/b", "--prompt=a"], 2, "--workdir=gs://a/b is a URL"),
         (["train.py", "--config=tinny"], 2, "did you mean tiny?"),
         (["train.py", "--help"], 0, "--config.GROUP.FIELD=VALUE"),
