@@ -1,4 +1,4 @@
-# make train | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick | make quality
+# make train | make env | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick | make quality
 # PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,12 +9,19 @@ CONFIG ?= configs/tiny.py
 # Every test file on one worker: its compiled programs are shared inside a process.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
-.PHONY: train test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick quality clean
+ENTER = @echo "to enter the environment: source $(VENV)/bin/activate"
+
+.PHONY: train env test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick quality clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
 	$(BIN)/python eval.py --workdir=$(RUN) --step=best --split=test
 	@echo "the run's picture: $(RUN)/report.png"
+	$(ENTER)
+
+# The environment alone.
+env: $(VENV)/installed
+	$(ENTER)
 
 test: $(VENV)/installed-dev
 	$(PYTEST)
@@ -56,10 +63,12 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
+	$(ENTER)
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ $(VENV)/installed
+	$(ENTER)
 
 # The paper's experiments on a shaped network (docs/reproduction.md): root, iproute2, a machine without other work.
 reproduce: $(VENV)/installed

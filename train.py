@@ -1,47 +1,6 @@
-"""Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
+"""Trains a model: python train.py --config=tiny --workdir=DIR (docs/training.md)."""
 
-from bigmac_jax import environment
-
-environment.prepare()
-
-import pathlib  # noqa: E402
-import sys  # noqa: E402
-
-from absl import flags  # noqa: E402
-
-from bigmac_jax import cli, hosts  # noqa: E402
-from bigmac_jax.config import ConfigError, load_config  # noqa: E402
-from bigmac_jax.loop import train  # noqa: E402
-from bigmac_jax.training.guard import RunError  # noqa: E402
-
-_CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Where the run is written, and resumed from.")
-_PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profiler trace written to WORKDIR/profile.")
-
-
-def main() -> int:
-    with hosts.together():
-        config = load_config(_CONFIG.value, cli.OVERRIDES)
-        profile = _steps(_PROFILE.value)
-    cli.enter_mesh(config)
-    try:
-        result = train(config, pathlib.Path(_WORKDIR.value), profile, flags.FLAGS.peer_timeout)
-    except RunError as error:
-        hosts.say(f"error: {error}", file=sys.stderr)
-        return 1
-    if not result.finished:
-        hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
-    return 0
-
-
-def _steps(text: str) -> tuple[int, int] | None:
-    if not text:
-        return None
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
-        raise ConfigError(f"--profile={text} must be START:STOP with 1 <= START <= STOP, as in --profile=10:12")
-    return int(start), int(stop)
-
+from bigmac_jax.commands import start
 
 if __name__ == "__main__":
-    cli.run(main, distributed=True)
+    start("train")

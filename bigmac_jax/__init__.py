@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from bigmac_jax.model.transformer import init_model
     from bigmac_jax.training.checkpoint import restore
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Config",
     "ConfigError",
     "Generator",
     "Sampling",
+    "__version__",
     "exchange",
     "export_model",
     "import_model",
@@ -47,3 +50,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_HOME[name]}")
     return module if name == "exchange" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,10 +1,12 @@
 """What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
 
+import contextlib
 import logging
 import os
 import pathlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import jax
@@ -12,7 +14,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, reference
+from bigmac_jax.config.names import field_names, nearest, question
 from bigmac_jax.mesh import make_mesh
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
@@ -31,15 +34,22 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         _define_host_flags()
 
     def parse(argv: Sequence[str]) -> list[str]:
-        rest = _take_overrides(list(argv))
+        names = [flag.name for flag in _flags(main.__module__, sys.argv[0], __name__)]
+        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+            _show(_help(main))
         try:
+            rest = _take_overrides(list(argv))
             extra = flags.FLAGS(rest)[1:]
+        except ConfigError as error:
+            _fail(str(error))
+        except flags.UnrecognizedFlagError as error:
+            _fail(unknown_flag(error.flagname, names))
         except flags.Error as error:
             _fail(" ".join(str(error).split()))
         if arguments:
             ARGUMENTS.extend(extra)
         elif extra:
-            _fail(f"{extra[0]!r} is not a flag; see --help")
+            _fail(f"{extra[0]!r} is not a flag; {_meant(extra[0], names)}")
         return rest[:1]
 
     def guarded(_: Sequence[str]) -> int | None:
@@ -54,7 +64,8 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
                 hosts.start(
                     given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
                 )
-            return main()
+            with _memory():
+                return main()
         except ConfigError as error:
             _fail(str(error) if hosts.is_first() else "")
         except hosts.PeerError as error:
@@ -64,8 +75,7 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
             print("interrupted", file=sys.stderr, flush=True)
             return 130  # as a shell counts SIGINT
         except BrokenPipeError:  # the reader of standard output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141  # as a shell counts SIGPIPE
+            return _reader_left()
 
     app.run(guarded, flags_parser=parse)
 
@@ -94,8 +104,48 @@ def _define_host_flags() -> None:
     )
 
 
+def unknown_flag(name: str, known: Sequence[str]) -> str:
+    """The line for a flag that is none of `known`."""
+    return f"--{name} is not a flag; {_meant(name, known)}"
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """What a name that is no flag may be: a flag, or a field of the config without its --config."""
+    name = name.lstrip("-").partition("=")[0]
+    fields = field_names(Config)
+    if near := nearest(name, known):
+        return question(near, "--")
+    inner = name.partition(".")[2]  # of a misspelled config, or the field itself
+    near = [field for field in fields if field in (name, inner)] or nearest(inner if "." in inner else name, fields)
+    return question(near, "--config.") or "see --help"
+
+
+def _flags(*modules: str) -> list[flags.Flag]:
+    """Those that modules define; libraries define some, too, that are nobody's concern."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return sorted(
+        (flag for module in dict.fromkeys(modules) for flag in by_module.get(module, ())), key=lambda f: f.name
+    )
+
+
+def _help(main: Callable[[], int | None]) -> str:
+    def described(flag: flags.Flag) -> str:
+        shown = str(flag.default).lower() if flag.boolean else flag.default
+        return f"  --{flag.name}" + (f"={shown}" if shown not in (None, "", []) else "") + f"\n      {flag.help}"
+
+    return "\n".join(
+        [
+            (sys.modules[main.__module__].__doc__ or "").strip(),
+            *("", "Flags:", *map(described, _flags(main.__module__, sys.argv[0]))),
+            *("", "Flags of other commands, too:", *map(described, _flags(__name__)), ""),
+            "Fields of a config: --config.GROUP.FIELD=VALUE, as in --config.model.top_k=8 or --config.mesh.fsdp=true.",
+            "`bigmac fields` or --config.help lists them, --config.model.help those of a group.",
+        ]
+    )
+
+
 def _take_overrides(argv: list[str]) -> list[str]:
-    """Moves --config.a.b=value and --config.a.b value from argv to OVERRIDES."""
+    """Moves --config.a.b=value and --config.a.b value from argv to OVERRIDES; --config.help ends here."""
     rest, queue = argv[:1], argv[1:]
     while queue:
         argument = queue.pop(0)
@@ -103,10 +153,44 @@ def _take_overrides(argv: list[str]) -> list[str]:
         if not (argument.startswith("-") and name.startswith("config.")):
             rest.append(argument)
             continue
+        name = name.removeprefix("config.")
+        if name == "help" or name.endswith(".help"):
+            _show(reference.describe([name.removesuffix("help").rstrip(".")]))
         if "=" not in name and queue and not queue[0].startswith("--"):
             name += "=" + queue.pop(0)
-        OVERRIDES.append(name.removeprefix("config."))
+        OVERRIDES.append(name)
     return rest
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    """Turns the pages that XLA prints where memory does not suffice into one line."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = re.search(r"allocat\w* ([\d.]+ ?\w+)", str(error))
+        what = f" (an array of {size[1]})" if size else ""
+        _fail(
+            f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
+            f"execution.remat (plan.py says what a config takes)"
+        )
+
+
+def _show(text: str) -> NoReturn:
+    """What was asked for instead of the command."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.exit(_reader_left())
+    sys.exit(0)
+
+
+def _reader_left() -> int:
+    """The exit code where the reader of standard output has seen enough: as a shell counts SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _fail(message: str) -> NoReturn:

@@ -45,6 +45,7 @@ class Result(NamedTuple):
     step: int
     finished: bool  # False: stopped by SIGTERM or SIGINT, saved, to be resumed
     score: Score | None  # of the validation split at the last evaluation
+    first_step: int = 0  # that this start went on from
 
 
 def train(
@@ -221,7 +222,7 @@ class _Run:
                 f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the same "
                 f"command again"
             )
-        return Result(step, step >= train.steps, self.score)
+        return Result(step, step >= train.steps, self.score, self.first_step)
 
     def _compiled(self) -> Step:
         """The step, once it is compiled."""

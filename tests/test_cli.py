@@ -34,6 +34,7 @@ EXPORT = ("convert.py", "export", "--workdir={folder}/run", "--cpu_devices=2")
 
 GOOD = {
     "train": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
+    "train again": (*TRAIN, "--config.mesh.expert=2", "--config.train.steps", "3"),
     "eval": (*EVAL, "--json"),
     "eval file": (*EVAL, "--text_file={folder}/test.jsonl", "--step=best", "--batch_size=3", "--config.mesh.expert=1"),
     "eval tasks": (
@@ -49,8 +50,10 @@ GOOD = {
     "report": (REPORT, "{folder}/run", "-o", "{folder}/report.html"),
 }  # fmt: skip
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line must contain
-    "unknown flag": ((*FRESH, "--color=red"), ("color",)),
+    "unknown flag": ((*FRESH, "--colour=red"), ("--colour is not a flag; see --help",)),
+    "misspelled flag": ((*FRESH, "--confg.model.top_k=2"), ("did you mean --config.model.top_k?",)),
     "stray argument": ((*FRESH, "now"), ("'now' is not a flag",)),
+    "object store": ((*FRESH[:2], "--workdir=gs://bucket/run"), ("--workdir=gs://bucket/run is a URL",)),
     "flag of the wrong type": ((*FRESH, "--cpu_devices=two"), ("cpu_devices", "two")),
     "negative devices": ((*FRESH, "--cpu_devices=-1"), ("cpu_devices",)),
     "unknown field": ((*FRESH, "--config.model.topk=4"), ("'model.topk' is not a field", "model.top_k")),
@@ -204,6 +207,12 @@ def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     assert code == 0, err
     assert "bigmac: 8 experts of width 16 a layer, top-2, 4 of 16 wide rows" in out
     assert "mesh data 1 × node 1 × expert 2" in out
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("step 3 of 3: loss ")] and "\r" not in err  # a file, no terminal
+    assert not [line for line in lines if line.startswith("W") or "tracked_metric" in line]
+    code, out, err = outcomes["train again"]
+    assert code == 0 and f"{folder}/run is finished: it has 3 of 3 steps" in out and "--config.train.steps=6" in out
+    assert not (ROOT / "gs:").exists()
     saved = json.loads((folder / "run" / "config.json").read_text())
     assert (saved["train"]["steps"], saved["mesh"]["expert"]) == (3, 2)
 
@@ -361,10 +370,22 @@ def test_configs_load(file: pathlib.Path, structure: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "line"), [("KeyboardInterrupt", 130, "interrupted\n"), ("BrokenPipeError", 141, "")]
+    ("error", "code", "line"),
+    [
+        ("KeyboardInterrupt", 130, "interrupted\n"),
+        ("BrokenPipeError", 141, ""),
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 40018591 bytes.')", 2, "memory"),
+        ("MemoryError('Unable to allocate 40018591 bytes for an array')", 2, "memory"),
+    ],
 )
 def test_what_ends_a_command_from_outside(error: str, code: int, line: str) -> None:
-    """Ctrl-C, and a reader such as head that has seen enough: no traceback."""
-    program = f"from bigmac_jax import cli\ndef main():\n    print('out')\n    raise {error}\ncli.run(main)"
+    """Ctrl-C, a reader such as head that has seen enough, memory: no traceback."""
+    program = f"import jax\nfrom bigmac_jax import cli\ndef main():\n    print('out')\n    raise {error}\ncli.run(main)"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if line == "memory":
+        line = ended.stderr
+        assert line.startswith(
+            "error: memory does not suffice (an array of 40018591 bytes); use fewer tokens at a time"
+        )
+        assert line.count("\n") == 1
     assert (ended.returncode, ended.stderr) == (code, line)

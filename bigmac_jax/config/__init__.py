@@ -13,7 +13,7 @@ from bigmac_jax.config.fields import (
     second_edition,
 )
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, local_path
 
 __all__ = [
     "MAY_CHANGE",
@@ -32,6 +32,7 @@ __all__ = [
     "from_dict",
     "from_saved",
     "load_config",
+    "local_path",
     "resume_notes",
     "second_edition",
     "with_mesh",

@@ -1,12 +1,12 @@
 """The configuration's fields: frozen dataclasses, validated when they are made. Nothing here touches a device."""
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from bigmac_jax.config.names import field_names, unknown_field
 from bigmac_jax.config.rules import ConfigError, check_types, validate
 
 
@@ -338,8 +338,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         if new := moved(prefix + str(name)):
             raise ConfigError(f"{prefix}{name} is {new} now; use that")
         if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5) or ["one of " + ", ".join(fields)]
-            raise ConfigError(f"{prefix + str(name)!r} is not a field of the config; did you mean {close[0]}?")
+            raise ConfigError(unknown_field(prefix + str(name), field_names(Config)))
     parts = {
         name: _build(fields[name].type, value, f"{prefix}{name}.")  # type: ignore[arg-type]
         if dataclasses.is_dataclass(fields[name].type)

@@ -6,7 +6,6 @@ the form `model.top_k=8` to it (ml_collections flags parse the values). Every er
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import sys
@@ -17,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bigmac_jax.config.fields import Config, from_dict, moved
+from bigmac_jax.config.names import field_names, nearest, question, unknown_field
 from bigmac_jax.config.rules import ConfigError, check_batch
 
 # What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
@@ -70,7 +70,8 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     """Reads a config file, applies overrides, resolves and validates.
 
     Args:
-      path: a Python file with `get_config()`, or `FILE:ARGUMENT` for one that takes an argument, or a `.json` file.
+      path: a Python file with `get_config()`, or `FILE:ARGUMENT` for one that takes an argument, or a `.json` file;
+        or the name of a file in configs/, as tiny or paper/gpt3_xl:vanilla.
       overrides: "model.top_k=8", ...; later ones win.
 
     Raises:
@@ -104,12 +105,33 @@ def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(values.to_dict())
 
 
+def shipped() -> dict[str, pathlib.Path]:
+    """The config files that come with the package, by name: tiny, paper/gpt3_xl, …"""
+    package = pathlib.Path(__file__).parents[1]
+    for folder in (package / "configs", package.parent / "configs"):  # installed, or in a checkout
+        if folder.is_dir():
+            files = sorted(folder.rglob("[!_]*.py"))
+            return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return {}
+
+
+def _find(name: str) -> pathlib.Path:
+    """A path, or the name of one of `shipped()`."""
+    file, known = pathlib.Path(name).expanduser(), shipped()
+    if file.is_file():
+        return file
+    if name in known:
+        return known[name]
+    stems = {file.stem: name for name, file in known.items()}
+    near = question([stems[stem] for stem in nearest(pathlib.Path(name).stem, stems)])
+    fix = near or f"give a path, or one of {', '.join(known)}"
+    raise ConfigError(f"--config={name!r} is not a file; {fix}")
+
+
 def _read(path: str) -> dict[str, Any]:
     name, _, argument = path.partition(":")
     with _one_line(f"--config={path!r} could not be read"):
-        file = pathlib.Path(name).expanduser()
-        if not file.is_file():
-            raise ConfigError(f"--config={name!r} is not a file; give a config such as configs/tiny.py")
+        file = _find(name)
         if file.suffix == ".json":
             return dataclasses.asdict(Config.from_json(file.read_text(), name))
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
@@ -131,8 +153,7 @@ def _apply(values: ConfigDict, override: str) -> None:
         value = {"true": "layer", "false": "none"}.get(text.lower(), text) if new == "execution.remat" else text
         raise ConfigError(f"{name} is {new} now; use --config.{new}{equals}{value}")
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or ["one of " + ", ".join(values)]
-        raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")
+        raise ConfigError(unknown_field(name, field_names(Config)))
     if not equals:
         raise ConfigError(f"{name} needs a value: --config.{name}={known[name]}")
     kind = type(known[name]).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,18 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+def local_path(place: str, name: str) -> pathlib.Path:
+    """The path that a flag, a field or an argument `name` gives; ConfigError for a URL, which must not become a folder."""
+    if "://" in place:
+        raise ConfigError(
+            f"{name}={place} is a URL, and object stores are not supported yet; give a local path, or mount the store"
+        )
+    try:
+        return pathlib.Path(place).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}={place} is in the home of a user that is not there; give another path") from None
 
 
 def check_types(config: Config) -> None:
@@ -132,6 +145,9 @@ def validate(config: Config) -> None:
     spike = train.spike_factor
     require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 
+    local_path(config.cache_dir, "cache_dir")
+    for name in ("source", "validation_source", "test_source", "tokenizer"):
+        local_path(getattr(data, name), f"data.{name}")
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
 

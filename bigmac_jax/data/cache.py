@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
+from bigmac_jax.progress import Progress
 
 CHUNK = 4096  # tokens a record; a sample reads one record or two
 _VERSION = 1  # of the files; a new one makes old caches unused
@@ -143,17 +143,16 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     counts = Counts()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writer = ArrayRecordWriter(str(directory / _TOKENS), "group_size:1,uncompressed")
-    left = np.zeros(0, dtype)
-    with tqdm(
-        desc=f"tokenising {split}", total=docs.size, unit="B", unit_scale=True, delay=2, disable=None
-    ) as progress:
+    left, seen = np.zeros(0, dtype), 0
+    with Progress(f"tokenising {split}", docs.size, "byte", scaled=True, delay=2) as progress:
         for part in encode_stream(docs, tokenizer, counts):
             left = np.concatenate([left, part.astype(dtype)])
             whole = len(left) // CHUNK * CHUNK
             for chunk in left[:whole].reshape(-1, CHUNK):
                 writer.write(chunk.tobytes())
             left = left[whole:]
-            progress.update(counts.bytes - progress.n)
+            progress.update(counts.bytes - seen)
+            seen = counts.bytes
     if len(left):
         writer.write(left.tobytes())
     writer.close()

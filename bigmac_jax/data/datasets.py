@@ -3,12 +3,18 @@
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
+import itertools
 import json
 import logging
 import pathlib
+import queue
 import shutil
 import sys
+import threading
+import time
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +22,14 @@ from absl import logging as absl_logging
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Documents, one_line
-from bigmac_jax.data.files import cache_directory, locked
+from bigmac_jax.data.files import cache_directory, disk_full, locked
 
 _log = logging.getLogger(__name__)
 DATASET = "tfds:"
 _FORMAT = "array_record"  # the one format that is read at random, and without TensorFlow
+# Packages of TFDS whose datasets it knows only once they are imported: hellaswag, winogrande and others of text.
+_REGISTERED_LATE = ("text", "question_answering", "summarization", "text_simplification", "translate", "structured")
+_PATIENCE = 5.0  # seconds for a host to answer
 
 
 class TfdsDocuments(Documents):
@@ -104,12 +113,13 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
         try:
             return tfds.builder(dataset, file_format=_FORMAT, **where)
         except tfds.core.DatasetNotFoundError:
-            raise ConfigError(
-                f"{setting} is not a dataset TFDS knows; check the name, or import its builder first"
-            ) from None
+            raise ConfigError(f"{setting} is not a dataset TFDS knows; check its name") from None
         except Exception as error:
             raise ConfigError(f"{setting} cannot be opened ({one_line(error)}); check its name and config") from None
 
+    for module in _REGISTERED_LATE:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{module}")
     with contextlib.suppress(ConfigError):
         own = builder()
         if own.is_prepared() and own.info.file_format.value == _FORMAT:
@@ -128,9 +138,11 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
         for left_over in version.parent.glob(f"incomplete.*_{version.name}"):  # of processes that were killed
             shutil.rmtree(left_over, ignore_errors=True)
         if not builder.is_prepared():
+            _check_network(builder, setting)
             _log.info("%s: preparing in %s", setting, version)
             # Hosted copies are tfrecord files, which could not be read.
             download = tfds.download.DownloadConfig(try_download_gcs=False)
+            show = show and sys.stderr.isatty()
             if not show:
                 tfds.disable_progress_bar()
             try:
@@ -142,9 +154,10 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
                     f"(or that package) once, to prepare it; reading it needs no TensorFlow"
                 ) from None
             except Exception as error:
+                full = disk_full(error, version)
+                fix = full or "check the network, or prepare it elsewhere and set TFDS_DATA_DIR"
                 raise ConfigError(
-                    f"{setting} could not be downloaded and prepared ({one_line(error)}); "
-                    f"check the network, or prepare it elsewhere and set TFDS_DATA_DIR"
+                    f"{setting} could not be downloaded and prepared ({one_line(error)}); {fix}"
                 ) from None
             finally:
                 if not show:
@@ -152,6 +165,41 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
         else:  # by the process that held the lock before us; read what it wrote
             builder.info.read_from_directory(str(version))
     return builder
+
+
+def _check_network(builder: Any, setting: str) -> None:
+    """Raises ConfigError within seconds where none of the dataset's hosts answers; TFDS tries each for minutes.
+
+    Downloads that an earlier attempt has left need no network, and are not held up.
+    """
+    urls = {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or () if url.startswith("http")}
+    version = pathlib.Path(builder.data_path)
+    root = version.parents[len(pathlib.PurePath(builder.info.full_name).parts) - 1]
+    if not urls or any((root / "downloads").glob("*.INFO")):
+        return
+    import requests  # TFDS has it
+
+    answers: queue.Queue[bool] = queue.Queue()
+
+    def ask(url: str) -> None:
+        try:
+            requests.head(url, timeout=_PATIENCE)
+            answers.put(True)
+        except requests.RequestException:
+            answers.put(False)
+
+    hosts = dict(itertools.islice(urls.items(), 4))
+    for url in hosts.values():  # in threads, since a name that cannot be resolved takes as long as it likes
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        deadline = time.monotonic() + _PATIENCE
+        for _ in hosts:
+            if answers.get(timeout=max(0.1, deadline - time.monotonic())):
+                return
+    raise ConfigError(
+        f"{setting} is not here, and {' and '.join(hosts)} can't be reached to download it; where it can be, "
+        f"the same command fills {version}: copy that folder here"
+    )
 
 
 @contextlib.contextmanager

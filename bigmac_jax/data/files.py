@@ -1,6 +1,7 @@
 """Files that several processes may want at once: a lock, whole-or-nothing writes, digests."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,17 @@ def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.P
     return path
 
 
+def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
+    """What to do, if an error or what caused it is a full disk (or quota); "" if it is not."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            mount = next(parent for parent in (path, *path.parents) if parent.is_mount())
+            size = shutil.disk_usage(mount).total / 1e9
+            return f"the disk at {mount} ({size:,.3g} GB) is full; free some of it, or set another cache_dir"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
     """Holds the file lock of `path`; the kernel lets it go when the process ends, however it ends."""
@@ -42,6 +54,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory that becomes `path` if the block ends well. Call it with the lock of `path` held.
 
+    A full disk raises ConfigError.
+
     Directories that killed processes left half-way are removed here: whoever made them no longer holds the lock.
     """
     for left_over in path.parent.glob(f".{path.name}.part-*"):
@@ -52,6 +66,10 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield part
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
+    except Exception as error:
+        if fix := disk_full(error, path):
+            raise ConfigError(f"{path} cannot be written: {fix}") from None
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import tqdm
 
 from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -32,6 +31,7 @@ from bigmac_jax.inference.generate import Request as Prompt
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.programs import evaluation_rows
+from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config
 
@@ -123,7 +123,7 @@ class BigMacLM(LM):
             )
             tokens = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
             prompts.append(Prompt(tuple(tokens[max_tokens - self.length :]), sampling))
-        with tqdm.tqdm(desc="completions", total=len(prompts), disable=disable_tqdm) as bar:
+        with Progress("completions", len(prompts), "prompt", silent=disable_tqdm) as bar:
             completions = generator.generate(prompts, on_done=lambda number, completion: bar.update())
         for request, completion in zip(requests, completions, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, completion.text)

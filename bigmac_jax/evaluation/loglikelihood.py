@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 
 from bigmac_jax import programs
 from bigmac_jax.config import Config, ConfigError
@@ -20,6 +19,7 @@ from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.progress import Progress
 
 _SHORTEST = 16  # inputs of the smallest bucket
 
@@ -132,7 +132,7 @@ def loglikelihoods(
     of_key = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
     scores = finished.look_up(list(of_key)) if finished else {}
     left = sorted(of_key.keys() - scores.keys(), key=lambda key: (-len(of_key[key].tokens), key))
-    with tqdm.tqdm(desc=title, initial=len(scores), total=len(of_key), unit="window", disable=not title) as bar:
+    with Progress(title, len(of_key), "window", len(scores), silent=not title) as bar:
         for padded, bucket in itertools.groupby(left, lambda key: _padded(len(of_key[key].tokens) - 1, length)):
             keys = list(bucket)
             for start in range(0, len(keys), batch_size):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, local_path
 from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.generate import Completion, Request
 
@@ -67,7 +67,7 @@ def check_answers_to(target: str, source: str) -> None:
     """Before work begins: raises ConfigError where `target` cannot be written, or is the file of prompts."""
     if target == "-":
         return
-    path = pathlib.Path(target).expanduser()
+    path = local_path(target, "--output")
     if source != "-" and path.is_file() and path.samefile(pathlib.Path(source).expanduser()):
         raise ConfigError(f"--output={target} is the file of prompts, which would be lost; choose another path")
     with _opened(target, "a"):

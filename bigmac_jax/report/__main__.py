@@ -1,11 +1,10 @@
 """Draws runs side by side into one page: python -m bigmac_jax.report RUN [RUN …] -o report.html."""
 
-import pathlib
-
 import jax
 from absl import flags
 
 from bigmac_jax import cli
+from bigmac_jax.config import local_path
 from bigmac_jax.report.page import write_page
 from bigmac_jax.report.runs import read_runs
 
@@ -14,12 +13,16 @@ _OUTPUT = flags.DEFINE_string("output", "report.html", "Where the page is writte
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # parameters are counted without a device
-    path = pathlib.Path(_OUTPUT.value).expanduser()
+    path = local_path(_OUTPUT.value, "--output")
     runs = read_runs(cli.ARGUMENTS)
     write_page(runs, path)
     print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {path.stat().st_size / 1e6:.2f} MB")
 
 
-if __name__ == "__main__":
+def run() -> None:
     flags.FLAGS.set_gnu_getopt()  # -o may follow the runs
     cli.run(main, arguments=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -145,5 +145,9 @@ def _show(report: Mapping[str, Any], results: Sequence[checks.Result]) -> None:
     console.print("[green]ok[/green]" if report["ok"] else "[bold red]not ok[/bold red] (docs/selfcheck.md)")
 
 
-if __name__ == "__main__":
+def run() -> None:
     cli.run(main, distributed=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -23,7 +23,7 @@ from flax import nnx
 from orbax.checkpoint.path import atomicity
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, local_path
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
@@ -34,6 +34,8 @@ _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
 for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
     logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
+# Of each save between evaluations: it has no metric, and needs none.
+logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
 
 
 class _Sealed(atomicity.AtomicRenameTemporaryPath):
@@ -320,7 +322,7 @@ def restore(
     Raises:
       ConfigError: no such run or checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(str(workdir), "workdir")
     config = config or read_config(workdir)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:

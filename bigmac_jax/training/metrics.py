@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -31,7 +32,10 @@ class MetricsWriter:
         _truncate(self._path, first_step)
         self._file = self._path.open("a", buffering=1 << 20)  # what a full disk does not take waits here
         self._board = _Board(workdir / "tb", first_step)
-        self._bar = tqdm.tqdm(total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True)
+        self._steps = steps
+        self._bar = tqdm.tqdm(
+            total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
+        )  # None: shown on a terminal only
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line, flushed; scalars also go to TensorBoard. `record` holds "step"."""
@@ -41,8 +45,11 @@ class MetricsWriter:
         self._board.write(record)
 
     def progress(self, step: int, line: str | None = None) -> None:
+        """`line` is of a step that is logged."""
         self._bar.update(step - self._bar.n)
-        if line is not None:
+        if line is not None and self._bar.disable:
+            print(f"step {step} of {self._steps}: {line}", file=sys.stderr, flush=True)
+        elif line is not None:
             self._bar.set_postfix_str(line)
 
     def print(self, line: str) -> None:

@@ -34,7 +34,10 @@ def read_rows(source: str, split: str, limit: int, cache_dir: str, setting: str)
 
 def _dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[tuple[str, Row]]:
     with quiet():
-        builder = find_dataset(source.removeprefix(DATASET), cache_dir, setting)
+        try:
+            builder = find_dataset(source.removeprefix(DATASET), cache_dir, setting)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give its rows from a file: --task_data=NAME=PATH") from None
         if split not in builder.info.splits:
             raise ConfigError(f"{setting} has no {split} split; use one of {', '.join(builder.info.splits)}")
         rows = builder.as_data_source(split=split)

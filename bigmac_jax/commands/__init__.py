@@ -1,0 +1,70 @@
+"""The commands: `bigmac NAME`, of which some are scripts in the repository's root, too.
+
+Nothing heavy is imported here, so that a missing environment is one line, and `environment.prepare` runs before jax.
+"""
+
+import difflib
+import importlib
+import pathlib
+import sys
+from typing import NoReturn
+
+from bigmac_jax import __version__, environment
+
+# name → (module with `run()`, what it does)
+COMMANDS = {
+    "train": ("commands.train", "trains a model"),
+    "eval": ("commands.eval", "scores one: perplexity, downstream tasks"),
+    "generate": ("commands.generate", "completes prompts"),
+    "plan": ("commands.plan", "says what a config costs, before it runs"),
+    "convert": ("commands.convert", "models to and from Hugging Face"),
+    "report": ("report.__main__", "draws runs side by side"),
+    "selfcheck": ("selfcheck.__main__", "says whether this machine computes what it should"),
+    "fields": ("commands.fields", "lists the config's fields"),
+}
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(name: str) -> None:
+    """Runs a command with the arguments in sys.argv; does not return."""
+    if sys.version_info < (3, 11):  # noqa: UP036  whoever runs a script with another Python is told
+        _fail(f"this is Python {sys.version.split()[0]}, and 3.11, 3.12 or 3.13 is needed; {_advice()}")
+    environment.prepare()
+    try:
+        module = importlib.import_module(f"bigmac_jax.{COMMANDS[name][0]}")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "bigmac_jax":
+            raise
+        _fail(f"{sys.executable} has no package {error.name!r}; {_advice()}")
+    module.run()
+
+
+def main() -> None:
+    """`bigmac NAME [arguments]`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv[:2] = [f"bigmac {name}"]
+        start(name)
+    elif name == "--version":
+        print(f"bigmac_jax {__version__}")
+    elif name in ("--help", "-h", "help"):
+        print("bigmac COMMAND [--help | arguments]\n")
+        print("\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items()))
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        _fail(f"{name!r} is not a command of bigmac; {fix}")
+
+
+def _advice() -> str:
+    """How to come to a Python that has what is needed."""
+    for python in sorted(_ROOT.glob(".venv-*/bin/python")):
+        return f"enter the environment that make has built: source {python.parent / 'activate'}"
+    if (_ROOT / "Makefile").exists():
+        return f"build the environment: cd {_ROOT} && make env, and enter it as that says"
+    return "install bigmac_jax with its dependencies: pip install bigmac-jax"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

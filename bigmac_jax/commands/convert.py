@@ -1,0 +1,66 @@
+"""Models to and from safetensors that Hugging Face's transformers loads.
+
+python convert.py export --workdir=DIR --output=OUT [--step=best] [--format=auto] [--dtype=float32]
+python convert.py import --checkpoint=DIR --workdir=DIR [--config.mesh.… --config.data.… --config.train.…]
+"""
+
+import pathlib
+
+from absl import flags
+
+from bigmac_jax import cli, hosts
+from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.interchange import choose, export_model, import_run
+from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.workdir import read_config
+from bigmac_jax.watch import Watch
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_OUTPUT = flags.DEFINE_string("output", "", "export: the directory to write.")
+_FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe or plain.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, bfloat16 or float16.")
+_MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: of one file.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with config.json and safetensors.")
+
+
+def main() -> None:
+    action = cli.ARGUMENTS[0] if len(cli.ARGUMENTS) == 1 else ""
+    if action == "export" and _OUTPUT.value:
+        _export(local_path(_WORKDIR.value, "--workdir"))
+    elif action == "import" and _CHECKPOINT.value:
+        _import(local_path(_WORKDIR.value, "--workdir"))
+    else:
+        raise ConfigError("give `export --workdir=DIR --output=OUT` or `import --checkpoint=DIR --workdir=DIR`")
+
+
+def _export(workdir: pathlib.Path) -> None:
+    with hosts.together():
+        saved = read_config(workdir)
+        meshed = with_mesh(saved, cli.OVERRIDES)
+        choose(saved, _FORMAT.value)  # before the model is read
+        local_path(_OUTPUT.value, "--output")
+        tokenizer = load_tokenizer(saved)
+    cli.enter_mesh(meshed, fit_batch=False)
+    with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
+        _, model = restore(workdir, _STEP.value, meshed)
+        kind = export_model(
+            saved,
+            model,
+            _OUTPUT.value,
+            format=_FORMAT.value,
+            dtype=_DTYPE.value,
+            max_shard_size=_MAX_SHARD_SIZE.value,
+            tokenizer=tokenizer,
+        )
+    hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}")
+
+
+def _import(workdir: pathlib.Path) -> None:
+    config = import_run(_CHECKPOINT.value, workdir, cli.OVERRIDES)
+    hosts.say(f"{workdir}: {config.describe()}")
+
+
+def run() -> None:
+    cli.run(main, arguments=True, distributed=True)

@@ -1,0 +1,92 @@
+"""Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH | --tasks=A]."""
+
+import json
+from typing import Any
+
+from absl import flags
+
+from bigmac_jax import cli, hosts
+from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.data.pipeline import open_stream, text_stream
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.evaluation.loglikelihood import check_windows
+from bigmac_jax.evaluation.perplexity import evaluate
+from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
+from bigmac_jax.programs import evaluation_rows
+from bigmac_jax.progress import Progress
+from bigmac_jax.training.checkpoint import find_checkpoint, restore
+from bigmac_jax.training.workdir import read_config
+from bigmac_jax.watch import Watch
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
+_TEXT_FILE = flags.DEFINE_string("text_file", "", "Score this file instead of a split.")
+_TASKS = flags.DEFINE_list("tasks", [], "Score these instead of a split: names of tasks, or paths of .toml files.")
+_TASK_DATA = flags.DEFINE_multi_string("task_data", [], "NAME=PATH, the rows of a task from a file; repeat for more.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Rows of each task at most; 0 = all.", lower_bound=0)
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens the model is given at most; 0 takes the run's.", lower_bound=0)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 0, "Slide windows by so many tokens, each of which is given --length - --stride; 0 = no overlap.", 0
+)
+_DOCUMENTS = flags.DEFINE_enum(
+    "documents", None, ["stream", "masked"],
+    "stream: windows of the stream; masked: each document by itself. By default as the run was trained.",
+)  # fmt: skip
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Sequences at a time; 0 takes a part of the run's step.", lower_bound=0
+)
+_JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
+
+
+def main() -> None:
+    workdir = local_path(_WORKDIR.value, "--workdir")
+    with hosts.together():
+        saved = read_config(workdir)
+        config = with_mesh(saved, cli.OVERRIDES)
+        if _SPLIT.value not in ("train", "validation", "test"):
+            raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
+        length = check_windows(config, _LENGTH.value, _STRIDE.value)
+        tokenizer = load_tokenizer(config)
+        text_file = _TEXT_FILE.value and local_path(_TEXT_FILE.value, "--text_file")
+        if _TASKS.value:
+            if _DOCUMENTS.value:
+                raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
+            if text_file:
+                raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
+            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length)
+        else:
+            if _TASK_DATA.value or _LIMIT.value:
+                raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
+            stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
+    cli.enter_mesh(config, fit_batch=False)
+    quiet = _JSON.value or not hosts.is_first()
+    size = _BATCH_SIZE.value or evaluation_rows(saved)
+    with Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch:
+        step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
+        _, model = restore(workdir, str(step), config)
+        result: dict[str, Any]
+        if _TASKS.value:
+            folder = workdir / "tasks" / str(step)
+            summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet, watch.advance)
+            lines, result = describe(summaries), {"step": step, "tasks": summaries}
+        else:
+            title = str(text_file or _SPLIT.value)
+            with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
+
+                def counted(tokens: int) -> None:
+                    bar.update(tokens)
+                    watch.advance()
+
+                read = _DOCUMENTS.value or config.data.documents
+                score = evaluate(model, stream, length, size, counted, _STRIDE.value, read)
+            how = "each document by itself" if read == "masked" else "windows of the stream"
+            lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
+            result = score._asdict() | {"documents": read}
+    if not _JSON.value:
+        hosts.say("\n".join(lines))
+    hosts.say(json.dumps(result))
+
+
+def run() -> None:
+    cli.run(main, distributed=True)

@@ -1,0 +1,110 @@
+"""Completes prompts with a trained model: python generate.py --workdir=DIR --prompt=TEXT --max_tokens=N [--json].
+
+Many at once: --prompts=FILE, a JSON object with "prompt" a line, which may hold any of max_tokens, temperature, top_k,
+top_p, stop, ignore_eos and seed for itself; --prompts=- reads them from standard input. Answers go to standard output
+or --output, a JSON object a line, in the order of the prompts.
+"""
+
+import json
+import os
+import sys
+import time
+
+from absl import flags
+
+from bigmac_jax import cli, hosts
+from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.progress import Progress
+from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.workdir import read_config
+from bigmac_jax.watch import Watch
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
+_PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, a JSON object a line; - is standard input.")
+_OUTPUT = flags.DEFINE_string("output", "-", "Where the answers to --prompts go; - is standard output.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "Tokens of a completion, at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token each time.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0 = from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that have this probability together.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the completion; may be given several times.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind the end of a document.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", 0, "Prompt and completion, in tokens; 0 = the run's sequence length.", 0
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", lower_bound=1)
+_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
+
+
+def main() -> None:
+    workdir = local_path(_WORKDIR.value, "--workdir")
+    with hosts.together():
+        for override in cli.OVERRIDES:
+            if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
+                raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")
+        config = with_mesh(read_config(workdir), cli.OVERRIDES)
+        prompt = _PROMPT.value
+        if (prompt is None) == (not _PROMPTS.value):
+            raise ConfigError("give either --prompt=TEXT or --prompts=FILE")
+        sampling = Sampling(
+            _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, tuple(_STOP.value), _IGNORE_EOS.value,
+            _SEED.value,
+        )  # fmt: skip
+        requests = [({}, Request(prompt, sampling))] if prompt is not None else read_requests(_PROMPTS.value, sampling)
+        if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
+            raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
+        if hosts.is_first():
+            check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
+    cli.enter_mesh(config, fit_batch=False)
+    with Watch(workdir, flags.FLAGS.peer_timeout, kind="generate") as watch:
+        _, model = restore(workdir, _STEP.value, config)
+        generator = Generator(
+            config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True
+        )
+        if prompt is not None and not _JSON.value:
+            _show(generator, prompt, sampling, watch)
+        else:
+            _answer(generator, requests, watch)
+
+
+def _show(generator: Generator, prompt: str, sampling: Sampling, watch: Watch) -> None:
+    """Prints prompt and completion as it comes."""
+    shown = prompt
+    for piece in generator.stream(Request(prompt, sampling)):
+        if hosts.is_first():
+            print(shown + piece, end="", flush=True)
+        shown = ""
+        watch.advance()
+    hosts.say("")
+
+
+def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Watch) -> None:
+    """Writes answers in the order of the prompts, some batches at a time, so that little is lost if it is ended."""
+    start, tokens, window = time.perf_counter(), 0, 16 * generator.batch_size
+    generator.check([request for _, request in requests])  # before a file is overwritten
+    quiet = _JSON.value or not hosts.is_first()
+    target = _OUTPUT.value if hosts.is_first() else os.devnull
+    with answers_to(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
+
+        def done(number: int, completion: Completion) -> None:
+            bar.update()
+            watch.advance()
+
+        for first in range(0, len(requests), window):
+            part = requests[first : first + window]
+            completions = generator.generate([request for _, request in part], done, first)
+            for (row, request), completion in zip(part, completions, strict=True):
+                print(json.dumps(answer(row, request, completion), ensure_ascii=False), file=file)
+                tokens += len(completion.tokens)
+            file.flush()
+    if not quiet:
+        print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def run() -> None:
+    cli.run(main, distributed=True)

@@ -1,0 +1,59 @@
+r"""Says what a configuration costs before it runs: python plan.py --config=PATH [--config.a.b=value …].
+
+    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
+    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
+    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
+        --sweep structure=fine_grained,bigmac top_k=1,2,4,8
+"""
+
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from bigmac_jax import cli
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.planning import plan, report
+
+_CONFIG = flags.DEFINE_string(
+    "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
+)
+_DEVICES = flags.DEFINE_integer("devices", 0, "Plan for so many devices; 0: as many as the mesh needs.", lower_bound=0)
+_TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, as v5e:4x8 or v5p:2x4x4, or hosts × GPUs: h100:4x8.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
+_HARDWARE = flags.DEFINE_string("hardware", "", "Predict times on paper, h100, v5e, v5p, v6e or a .toml file.")
+_PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")
+_SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=a,b,… more of them may follow: every combination, as a table.")
+_SEARCH = flags.DEFINE_bool("search", False, "List the fastest meshes, exchanges and chunk counts for the devices.")
+_PLOT = flags.DEFINE_string("plot", "", "Write a picture to this .png file.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
+    if cli.ARGUMENTS and not _SWEEP.value:
+        raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; arguments follow --sweep, as in --sweep top_k=1,2")
+    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
+        raise ConfigError(f"--plot={_PLOT.value} must end in .png")
+    config = load_config(_CONFIG.value, cli.OVERRIDES)
+    request = plan.Request(
+        devices=_DEVICES.value or cli.CPU_DEVICES.value,
+        topology=_TOPOLOGY.value,
+        hardware=_HARDWARE.value,
+        compile=_COMPILE.value,
+        paper=_PAPER.value,
+        sweep=(*_SWEEP.value, *cli.ARGUMENTS),
+        search=_SEARCH.value,
+    )
+    result = plan.make_plan(config, request)
+    if not _JSON.value:
+        report.show(result)
+    if _PLOT.value:
+        report.draw(result, pathlib.Path(_PLOT.value))
+    if _JSON.value:
+        print(json.dumps(result))
+
+
+def run() -> None:
+    cli.run(main, arguments=True)

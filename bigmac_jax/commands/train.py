@@ -1,0 +1,55 @@
+"""Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
+
+import sys
+
+from absl import flags
+
+from bigmac_jax import cli, hosts
+from bigmac_jax.config import ConfigError, load_config, local_path
+from bigmac_jax.loop import train
+from bigmac_jax.training.guard import RunError
+
+_CONFIG = flags.DEFINE_string(
+    "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
+)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Where the run is written, and resumed from.")
+_PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profiler trace written to WORKDIR/profile.")
+
+
+def main() -> int:
+    with hosts.together():
+        config = load_config(_CONFIG.value, cli.OVERRIDES)
+        profile = _steps(_PROFILE.value)
+    cli.enter_mesh(config)
+    try:
+        result = train(config, local_path(_WORKDIR.value, "--workdir"), profile, flags.FLAGS.peer_timeout)
+    except RunError as error:
+        hosts.say(f"error: {error}", file=sys.stderr)
+        return 1
+    if not result.finished:
+        hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
+    elif result.first_step == result.step:
+        hosts.say(_finished(config.train.steps, result.step))
+    return 0
+
+
+def _finished(steps: int, step: int) -> str:
+    workdir = _WORKDIR.value
+    return (
+        f"{workdir} is finished: it has {step} of {steps} steps, and nothing was trained; for more of them give "
+        f"--config.train.steps={2 * step}, for another run another --workdir; to use it: "
+        f"eval.py --workdir={workdir}, generate.py --workdir={workdir} --prompt=TEXT"
+    )
+
+
+def _steps(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
+        raise ConfigError(f"--profile={text} must be START:STOP with 1 <= START <= STOP, as in --profile=10:12")
+    return int(start), int(stop)
+
+
+def run() -> None:
+    cli.run(main, distributed=True)

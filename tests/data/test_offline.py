@@ -1,0 +1,68 @@
+"""A network that is not there, and a disk that is full: one line, in seconds."""
+
+import errno
+import time
+import types
+
+import pytest
+import requests
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data import datasets
+from bigmac_jax.data.files import disk_full, whole_directory
+from bigmac_jax.evaluation.tasks.rows import read_rows
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize(("name", "host"), [("hellaswag", "raw.githubusercontent.com"), ("lambada", "zenodo.org")])
+def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch, name, host, hangs):
+    """One line after seconds, which names the folder to fill. TFDS knows hellaswag only once its module is imported."""
+
+    def head(*_, **__):
+        time.sleep(60 if hangs else 0)
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setattr(datasets, "_PATIENCE", 0.3)
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        read_rows(f"tfds:{name}", "validation", 0, str(tmp_path), f"{name}'s source=tfds:{name}")
+    assert time.monotonic() - start < 10
+    message = str(error.value)
+    assert f"{host} can't be reached" in message and f"fills {tmp_path}/tfds/{name}/1." in message
+    assert "--task_data=NAME=PATH" in message and "\n" not in message
+
+
+def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
+    """And one host of several that answers is enough."""
+    builder = types.SimpleNamespace(
+        url_infos={"https://a.example/x": 0, "https://b.example/y": 0},
+        data_path=str(tmp_path / "some" / "config" / "1.0.0"),
+        info=types.SimpleNamespace(full_name="some/config/1.0.0"),
+    )
+    answering = set()
+
+    def head(url, timeout):
+        if url not in answering:
+            raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "head", head)
+    with pytest.raises(ConfigError, match=r"S is not here, and a\.example and b\.example can't be reached"):
+        datasets._check_network(builder, "S")
+    answering.add("https://b.example/y")
+    datasets._check_network(builder, "S")
+    answering.clear()
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "x.INFO").write_text("{}")
+    datasets._check_network(builder, "S")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    mount = next(str(parent) for parent in tmp_path.parents if parent.is_mount())
+    said = rf"stream cannot be written: the disk at {mount} \(.* GB\) is full"
+    with pytest.raises(ConfigError, match=said), whole_directory(tmp_path / "stream"):
+        raise RuntimeError("write() failed: No space left on device")
+    caused = RuntimeError("failed")
+    caused.__cause__ = OSError(errno.EDQUOT, "quota")
+    assert disk_full(caused, tmp_path / "not" / "there").startswith(f"the disk at {mount}")
+    assert disk_full(OSError(errno.EACCES, "no"), tmp_path) == ""

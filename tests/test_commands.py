@@ -1,0 +1,109 @@
+"""The commands where they are not at home: another Python, another folder, installed."""
+
+import ast
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from training.tools import ROOT
+
+import bigmac_jax
+from bigmac_jax import commands
+from bigmac_jax.config import load_config
+from bigmac_jax.config.reading import shipped
+
+SCRIPTS = ("train.py", "eval.py", "generate.py", "plan.py", "convert.py")
+
+
+@pytest.mark.parametrize("argv", [*((script,) for script in SCRIPTS), ("-m", "bigmac_jax", "selfcheck")], ids=" ".join)
+def test_without_the_environment_a_line_says_what_to_do(argv: tuple[str, ...]) -> None:
+    """-S: a Python without the packages that pip installed."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, "-S", *argv], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith(f"error: {sys.executable} has no package '"), ended.stderr
+    assert "source " in ended.stderr or "make env" in ended.stderr
+
+
+def test_advice(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_ROOT", tmp_path)
+    assert commands._advice() == "install bigmac_jax with its dependencies: pip install bigmac-jax"
+    (tmp_path / "Makefile").touch()
+    assert f"cd {tmp_path} && make env" in commands._advice()
+    (tmp_path / ".venv-3.11" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv-3.11" / "bin" / "python").touch()
+    assert commands._advice().endswith(f"source {tmp_path}/.venv-3.11/bin/activate")
+
+
+def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 1))
+    with pytest.raises(SystemExit) as ended:
+        commands.start("train")
+    assert ended.value.code == 2 and "3.11, 3.12 or 3.13 is needed" in capsys.readouterr().err
+
+
+def test_bigmac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(commands, "start", lambda name: started.append((name, list(sys.argv))))
+    for argv in (["eval", "--workdir=a"], ["--version"], []):
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/bigmac", *argv])
+        commands.main()
+    assert started == [("eval", ["bigmac eval", "--workdir=a"])]
+    version, listed = capsys.readouterr().out.split("\n", 1)
+    assert version == f"bigmac_jax {bigmac_jax.__version__}"
+    assert all(f"\n  {name} " in listed for name in commands.COMMANDS)
+    for wrong, said in (("trian", "did you mean train?"), ("x", "use one of train, eval")):
+        monkeypatch.setattr(sys, "argv", ["bigmac", wrong])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_can_be_run(name: str) -> None:
+    """Not imported: each defines flags, of the same names."""
+    file = ROOT / "bigmac_jax" / (commands.COMMANDS[name][0].replace(".", "/") + ".py")
+    assert "run" in [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    script = ROOT / f"{name}.py"
+    assert not script.exists() or f'start("{name}")' in script.read_text()
+
+
+def test_configs_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    assert load_config("tiny") == load_config(ROOT / "configs" / "tiny.py")
+    assert load_config("paper/gpt3_xl:vanilla").model.structure == "vanilla"
+    files = {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.py")}
+    assert shipped().keys() == files
+    (tmp_path / "tiny").write_text("")
+    with pytest.raises(ValueError, match="could not be read"):
+        load_config("tiny")  # a path comes first, as ever
+
+
+def test_what_a_notebook_sees() -> None:
+    assert set(bigmac_jax.__all__) == set(dir(bigmac_jax)) and "load_config" in dir(bigmac_jax)
+    assert (ROOT / "bigmac_jax" / "py.typed").exists()
+
+
+@pytest.mark.full
+def test_installed(tmp_path: pathlib.Path) -> None:
+    """A wheel of a copy, without its dependencies, used from elsewhere."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in ("bigmac_jax", "configs"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, f"--target={site}", str(source)], check=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": str(site)}
+
+    def bigmac(*argv: str) -> str:
+        command = [sys.executable, str(site / "bin" / "bigmac"), *argv]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert bigmac("--version") == f"bigmac_jax {bigmac_jax.__version__}\n"
+    assert '"expert": 4' in bigmac("plan", "--config=paper/gpt3_xl:vanilla", "--json")
+    assert bigmac("fields", "mesh").startswith("mesh: Devices by axis")
+    assert (site / "bigmac_jax" / "py.typed").exists() and not (site / "configs").exists()
