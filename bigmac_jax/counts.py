@@ -4,6 +4,7 @@ Of the model that is trained, term by term; `paper` has the paper's own formulas
 width, F expert hidden, E experts, K top-k.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from bigmac_jax.config import Config
-from bigmac_jax.mesh import AXES, ExpertGroup
+from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.mesh import AXES, ExpertGroup, axes_of
 from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.moe import make_strategy, strategy
-from bigmac_jax.model.parameters import declared
+from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
@@ -33,21 +34,31 @@ class Parameters(NamedTuple):
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
-    """From the abstract model, which takes no memory."""
-    m, parts = config.model, dict[str, int]()
-    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(mesh):
-        model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    of_rank = moments = 0
-    for parameter in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)):
-        part, (leaf,) = declared(parameter).part, jax.tree.leaves(parameter)
-        parts[part] = parts.get(part, 0) + leaf.size
-        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    """Of a model that is traced once, whatever the mesh: a search asks for hundreds of meshes."""
+    m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
+    ranks = {axis: sizes.get(axis, 1) for axis in AXES}
+    for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+        layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
+        parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
+        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, config.mesh.fsdp, ranks)))
+        here = math.prod(layers) * math.prod(own) // split
         of_rank += here
-        moments += here * (1 if config.optimizer.name == "muon" and declared(parameter).hidden_matrix else 2)
+        moments += here * (1 if config.optimizer.name == "muon" and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     return Parameters(total, total - idle, parts, of_rank, moments)
+
+
+@functools.lru_cache(maxsize=64)
+def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[tuple[Declaration, tuple[int, ...]]]:
+    """What each parameter is, and its shape; from the abstract model, which takes no memory."""
+    data = DataConfig(tokenizer="", sequence_length=length)
+    config = Config(model=model, mesh=MeshConfig(split_experts=split_experts), data=data)
+    one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(one):
+        traced = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    leaves = jax.tree.leaves(nnx.state(traced, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param))
+    return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
 
 
 def flops(config: Config) -> dict[str, float]:

@@ -13,7 +13,8 @@ from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning import paper, program, search, topologies
-from bigmac_jax.planning.cost import Times, mesh_group, physical_group, step_time
+from bigmac_jax.planning.cluster import mesh_group, physical_group
+from bigmac_jax.planning.cost import Times, step_time
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
 

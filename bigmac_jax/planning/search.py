@@ -12,7 +12,8 @@ from bigmac_jax.config.reading import field_values, overridden
 from bigmac_jax.counts import Sizes
 from bigmac_jax.mesh import axis_sizes
 from bigmac_jax.model.moe import predicted_seconds
-from bigmac_jax.planning.cost import Times, mesh_group, parameters, step_time
+from bigmac_jax.planning.cluster import mesh_group
+from bigmac_jax.planning.cost import Times, parameters, step_time
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
 
