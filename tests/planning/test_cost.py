@@ -1,7 +1,6 @@
 """The cost model, worked by hand."""
 
 import dataclasses
-import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -150,9 +149,16 @@ def test_who_shares_the_experts() -> None:
     assert step_time(config(accumulate=2), sizes(2, 1, 2), PLAIN).gradients == pytest.approx(2 * gradients)
 
 
+def traced(c: Config, mesh: tuple[int, ...]) -> list[Any]:
+    """The abstract parameters of the model on this mesh."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * 4)):
+        model = jax.eval_shape(lambda: init_model(c, jax.random.key(0)))
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
 @pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])
 def test_parameters_of_a_rank_are_what_the_sharded_model_gives_it(structure: str) -> None:
-    """Counted without a mesh from what parameters declare; here they are traced on it."""
+    """Counted from what parameters declare, which knows of no mesh."""
     c = config(structure=structure, vocab_size=264, positions="learned", use_bias=True, num_shared_experts=1)
     for fsdp, split_experts, mesh in (
         (False, False, (2, 1, 2, 1)),
@@ -161,12 +167,7 @@ def test_parameters_of_a_rank_are_what_the_sharded_model_gives_it(structure: str
         (False, True, (2, 1, 2, 2)),
     ):
         here = on_mesh(c, fsdp=fsdp, split_experts=split_experts)
-        abstract = AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * 4)
-        with jax.sharding.use_abstract_mesh(abstract):
-            leaves = jax.tree.leaves(
-                nnx.state(jax.eval_shape(functools.partial(init_model, here), jax.random.key(0)), nnx.Param)
-            )
-        count = counts.parameters(here, dict(zip(AXES, mesh, strict=True)))
+        leaves, count = traced(here, mesh), counts.parameters(here, dict(zip(AXES, mesh, strict=True)))
         assert count.total == sum(leaf.size for leaf in leaves) == sum(count.parts.values())
         assert count.of_a_rank == sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
