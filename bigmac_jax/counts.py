@@ -172,7 +172,8 @@ def tokens_at_a_time(config: Config, ranks: int) -> int:
 
 
 def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
-    """Bytes on one rank, by part. Activations are an estimate; the compiled program has what is really allocated."""
+    """Bytes on one rank, by part. Activations and temporaries are an estimate; the compiled program has what is really
+    allocated."""
     m, data = config.model, config.data
     moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
@@ -180,7 +181,8 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     dense = m.num_layers - m.moe_layers
     kept = [_kept_by_a_layer(config, ranks, group, experts) for experts in (m.is_moe, False)]
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
-    layers = max(kept[: 1 + bool(dense)]) if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
+    largest = max(kept[: 1 + bool(dense)])
+    layers = largest if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
     activations = tokens * size * (m.num_layers * m.hidden_size + layers)
     if config.execution.remat == "exchange":
         activations += m.moe_layers * exchanged_bytes(config, ranks, group)
@@ -189,15 +191,35 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
         "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
         "activations": round(activations),
-        "logits": 2 * 4 * min(tokens * m.vocab_size, 2**27),  # a chunk of them, and its softmax
+        "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group, count)),
     }
+
+
+def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, count: Parameters) -> float:
+    """Bytes beside activations at the worse of two moments: a layer's backward pass, whose gradients are as large as
+    what it keeps, and the loss, with a chunk of logits and its softmax. Each holds its parameters as they are computed
+    with, and where mesh.fsdp gathered them, their whole gradients."""
+    m, mesh, execution = config.model, config.mesh, config.execution
+    summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
+    experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
+    shared = count.total - experts - table * (1 if m.tie_embeddings else 2)
+    of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
+    of_layer += shared / m.num_layers
+    backward = layer + of_layer * (execution.dtype_bytes + summed)
+    logits = 2 * 4 * min(tokens * m.vocab_size, 2**27)
+    loss = logits + table / mesh.tensor * (execution.dtype_bytes + summed)
+    # What rematerialised layers keep of one at a time, which `activations` has, is not there yet at the loss.
+    return max(backward, loss - (layer if recomputes(config) else 0))
 
 
 def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bool) -> float:
     """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + 2 * m.num_heads * config.data.sequence_length
+    # Attention's kernels keep no scores. As many as for 4,096 tokens stand for what compiled programs hold beside what
+    # is counted here: against ten of them the whole estimate is off by -13 to +20 % (docs/planning.md).
+    scores = 2 * m.num_heads * min(config.data.sequence_length, 4096)
+    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
     kept = 2.0 * m.hidden_size + heads + gathered
     if not experts:
         return kept + m.hidden_size + matrices * m.mlp_width + gathered

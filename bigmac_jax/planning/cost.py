@@ -60,6 +60,12 @@ class Times:
     def mfu(self) -> float:
         return self.useful / self.total
 
+    def as_dict(self) -> dict[str, float]:
+        """For plan.py's JSON."""
+        names = ("matmul", "exchange", "hidden", "tensor", "parameters", "gradients", "optimizer", "total",
+                 "exchange_share", "tokens_per_s", "mfu")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
 
 def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Times:
     """A training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
