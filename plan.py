@@ -4,7 +4,7 @@
     python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
     python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
         --sweep structure=fine_grained,bigmac top_k=1,2,4,8
-    python plan.py --config=configs/large.py --topology=h100:64x8 --search
+    python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
 from bigmac_jax import environment

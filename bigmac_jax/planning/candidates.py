@@ -104,15 +104,17 @@ def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iter
 def _exchanges(
     config: Config, mesh: MeshConfig, machine: Machine, chunks: tuple[int, ...]
 ) -> Iterator[tuple[str, int]]:
-    """Strategies and chunks that differ on this mesh."""
-    if mesh.expert_ranks == 1:
-        yield config.execution.exchange, 1
+    """Strategies and chunks that differ on this mesh; the config's own first, which stays if no other is better."""
+    own = config.execution.exchange
+    if not config.model.is_moe:
+        yield own, 1
         return
+    # On one level a hierarchical exchange is `dedup`; the others don't look at levels. A rank that has all experts
+    # sends nothing, but an exchange with a capacity has its experts multiply the room, too.
     two_levels = mesh.node > 1 and mesh.expert > 1
-    for name in exchanges_of(machine.hardware.device_kind):
-        # On one level a hierarchical exchange is `dedup`; the others don't look at levels.
+    for name in sorted(exchanges_of(machine.hardware.device_kind), key=lambda name: name != own):
         if (name == "hierarchical") == two_levels and (two_levels or mesh.node == 1):
-            yield from ((name, n) for n in chunks)
+            yield from ((name, n) for n in (chunks if mesh.expert_ranks > 1 else (1,)))
 
 
 def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine) -> Variant | None:

@@ -13,7 +13,7 @@ from bigmac_jax.planning.cost import Times, step_time
 
 NEAREST = 12  # of those that don't fit, how many are timed
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
-SMALLER = (2, 4, 8, 16)
+SMALLER = (2, 4)
 ROWS = 100  # of the description
 
 
