@@ -1,5 +1,6 @@
 """What is fastest on so many devices, by the cost model; and where nothing fits, what would make something fit."""
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -65,13 +66,16 @@ def what_would_fit(config: Config, machine: Machine) -> list[str]:
     data = config.data
     for kind in (
         ["execution.dtype=bfloat16"],
+        ["optimizer.moment_dtype=bfloat16"],
         [f"data.batch_size={data.batch_size // n}" for n in SMALLER if data.batch_size % n == 0],
         [f"data.sequence_length={data.sequence_length // n}" for n in SMALLER if data.sequence_length % n == 0],
     ):
         for override in kind:
-            if (other := overridden(dataclasses.asdict(config), [override])) != config and fits(other):
-                found.append(f"--config.{override}")
-                break
+            with contextlib.suppress(ConfigError):  # a value that the config's other fields don't allow
+                other = overridden(dataclasses.asdict(config), [override])
+                if other != config and fits(other):
+                    found.append(f"--config.{override}")
+                    break
     return found
 
 
