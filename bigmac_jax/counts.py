@@ -205,7 +205,11 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     shared = count.total - experts - table * (1 if m.tie_embeddings else 2)
     of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
     of_layer += shared / m.num_layers
-    backward = layer + of_layer * (execution.dtype_bytes + summed)
+    # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
+    # of a sequence's first 4,096 tokens, however long it is and however many there are.
+    pairs = min(tokens, 4096) * min(config.data.sequence_length, 4096)
+    rest = 4 * m.num_heads * pairs * execution.dtype_bytes
+    backward = layer + of_layer * (execution.dtype_bytes + summed) + rest
     logits = 2 * 4 * min(tokens * m.vocab_size, 2**27)
     loss = logits + table / mesh.tensor * (execution.dtype_bytes + summed)
     # What rematerialised layers keep of one at a time, which `activations` has, is not there yet at the loss.
@@ -216,9 +220,7 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bo
     """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    # Attention's kernels keep no scores. As many as for 4,096 tokens stand for what compiled programs hold beside what
-    # is counted here: against ten of them the whole estimate is off by -13 to +20 % (docs/planning.md).
-    scores = 2 * m.num_heads * min(config.data.sequence_length, 4096)
+    scores = 2 * m.num_heads * config.data.sequence_length if config.execution.attention == "xla" else 0  # of no kernel
     heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
     kept = 2.0 * m.hidden_size + heads + gathered
     if not experts:

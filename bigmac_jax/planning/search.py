@@ -44,8 +44,8 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
         Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
         for v in itertools.chain((v for v in found if v.fits), missed)
     ]
-    # As fast with fewer bytes is better.
-    return sorted(timed, key=lambda c: (not c.fits, -c.times.tokens_per_s if c.fits else 0.0, -c.headroom))
+    fit = sorted((c for c in timed if c.fits), key=lambda c: (-c.times.tokens_per_s, -c.headroom))
+    return fit + sorted((c for c in timed if not c.fits), key=lambda c: (-c.headroom, -c.times.tokens_per_s))
 
 
 def flags(before: Config, after: Config) -> list[str]:
