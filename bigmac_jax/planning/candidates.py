@@ -16,7 +16,7 @@ from bigmac_jax.planning.hardware.torus import Shape
 OVERLAP_CHUNKS = (1, 2, 4, 8)
 REMAT = ("none", "exchange", "layer")
 # The estimate of memory is off by -13 to +22 % (docs/planning.md).
-HEADROOM = 0.1
+HEADROOM = 0.15
 
 
 @dataclass(frozen=True)

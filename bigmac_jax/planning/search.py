@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import heapq
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,11 @@ def what_would_fit(config: Config, machine: Machine) -> list[str]:
     return found
 
 
+def _less_headroom(nearest: Candidate) -> list[str]:
+    """Where the nearest fits, but for what was to stay free."""
+    return [f"--headroom={math.floor(100 * nearest.headroom) / 100:g}"] if nearest.headroom >= 0 else []
+
+
 def _why_none(config: Config, devices: int) -> str:
     """The rule that the simplest mesh breaks."""
     try:
@@ -105,7 +111,7 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
             "tokens_per_s": best.times.tokens_per_s,
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,
-            "would_fit": [] if best.fits else what_would_fit(config, machine),
+            "would_fit": [] if best.fits else _less_headroom(best) + what_would_fit(config, machine),
         },
         "searched": {"fit": sum(candidate.fits for candidate in found), "headroom": machine.headroom},
         "search": [_row(candidate) for candidate in found[:ROWS]],

@@ -4,9 +4,9 @@ import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
-import time
 import types
 from typing import Any
 
@@ -157,7 +157,9 @@ def test_the_best_is_what_its_flags_give() -> None:
     again = plan(overrides=(*EP32, *(f.removeprefix("--config.") for f in best["flags"])), devices=32, hardware="h100")
     for key, value in again.items():
         assert made[key] == value, key
-    assert again["fits"] and again["memory"]["total"] == best["memory"] and again["headroom"] == best["headroom"] >= 0.1
+    assert (
+        again["fits"] and again["memory"]["total"] == best["memory"] and again["headroom"] == best["headroom"] >= 0.15
+    )
     first, second = text.splitlines()[:2]
     assert first.startswith("Fits best, of ") and f"{100 * best['headroom']:.1f} % left" in first
     assert second == " ".join(best["flags"]) and "The fastest that fit" in text
@@ -173,7 +175,7 @@ def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
             "fits"
         ]
     )
-    assert text.startswith("Nothing fits with 10.0 % of the memory left; the nearest takes ")
+    assert text.startswith("Nothing fits with 15.0 % of the memory left; the nearest takes ")
     assert " of a device's 74.51 GiB. Would fit: --devices=8" in text and "The nearest to fit" in text
     assert " ".join(best["flags"]) in text.splitlines()
 
@@ -187,12 +189,13 @@ def test_more_devices_in_the_words_of_the_topology() -> None:
 
 @pytest.mark.full
 def test_a_model_of_258_billion_on_512_gpus() -> None:
-    """As a user asks it: an answer in a minute, whose flags fit."""
+    """As a user asks it: an answer in a minute of one core, whose flags fit."""
     arguments = ("--config=configs/large.py:258b", "--topology=h100:64x8", "--json")
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # whatever else the machine does
     done = run(*arguments, "--search")
     assert done.returncode == 0, done.stderr
-    seconds, made = time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
+    made = json.loads(done.stdout.splitlines()[-1])
     assert made["best"]["fits"] and made["devices"] == 512 and seconds < 60
     pasted = json.loads(run(*arguments, *made["best"]["flags"]).stdout.splitlines()[-1])
     assert pasted["fits"] and pasted["memory"] == made["memory"] and pasted["time"] == made["time"]
