@@ -127,11 +127,12 @@ def test_a_candidate_is_what_it_says() -> None:
 def test_what_make_mesh_refuses_is_not_tried() -> None:
     """Between hosts of 8, expert × tensor ranks of one node lie in one host; and `tensor` never leaves it."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=64))
-    found = [sizes for sizes in (v.sizes for v in variants(config, Machine(32, H100)))]
+    found = [v.sizes for v in variants(config, Machine(32, H100))]
     nodes = [s["expert"] * s["tensor"] for s in found if s["node"] > 1]
     assert nodes and all(8 % block == 0 for block in nodes)
     assert any(s["expert"] == 16 for s in found)  # a flat group may lie across
-    assert all(8 % s["tensor"] == 0 for s in found)
+    of_two = variants(config, Machine(32, replace(H100, machine_ranks=2)))
+    assert {v.sizes["tensor"] for v in of_two} == {1, 2} < {s["tensor"] for s in found}
 
 
 def test_flags_turn_one_into_the_other() -> None:
