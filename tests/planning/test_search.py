@@ -19,6 +19,7 @@ from bigmac_jax.config import (
     TrainConfig,
 )
 from bigmac_jax.config.reading import overridden
+from bigmac_jax.config.rules import check_batch
 from bigmac_jax.mesh import axis_sizes
 from bigmac_jax.planning import search as searching
 from bigmac_jax.planning.candidates import REMAT, Machine, variants
@@ -133,6 +134,15 @@ def test_what_make_mesh_refuses_is_not_tried() -> None:
     assert any(s["expert"] == 16 for s in found)  # a flat group may lie across
     of_two = variants(config, Machine(32, replace(H100, machine_ranks=2)))
     assert {v.sizes["tensor"] for v in of_two} == {1, 2} < {s["tensor"] for s in found}
+
+
+def test_short_sequences_go_in_fewer_chunks() -> None:
+    """Four tokens of a rank are no eight chunks."""
+    short = replace(CONFIG, data=replace(CONFIG.data, sequence_length=4, batch_size=8))
+    found = list(variants(short, EIGHT))
+    assert {v.config.execution.overlap_chunks for v in found} == {1, 2, 4}
+    for v in found:
+        check_batch(v.config, v.sizes["data"])
 
 
 def test_flags_turn_one_into_the_other() -> None:
