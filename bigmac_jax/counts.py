@@ -4,6 +4,7 @@ Of the model that is trained, term by term; `paper` has the paper's own formulas
 width, F expert hidden, E experts, K top-k.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from bigmac_jax.config import Config
-from bigmac_jax.mesh import AXES, ExpertGroup
+from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.mesh import AXES, ExpertGroup, axes_of
 from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.moe import make_strategy, strategy
-from bigmac_jax.model.parameters import declared
+from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
@@ -33,21 +34,31 @@ class Parameters(NamedTuple):
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
-    """From the abstract model, which takes no memory."""
-    m, parts = config.model, dict[str, int]()
-    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(mesh):
-        model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    of_rank = moments = 0
-    for parameter in jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param)):
-        part, (leaf,) = declared(parameter).part, jax.tree.leaves(parameter)
-        parts[part] = parts.get(part, 0) + leaf.size
-        here = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    """Of a model that is traced once, whatever the mesh: a search asks for hundreds of meshes."""
+    m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
+    ranks = {axis: sizes.get(axis, 1) for axis in AXES}
+    for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+        layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
+        parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
+        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, config.mesh.fsdp, ranks)))
+        here = math.prod(layers) * math.prod(own) // split
         of_rank += here
-        moments += here * (1 if config.optimizer.name == "muon" and declared(parameter).hidden_matrix else 2)
+        moments += here * (1 if config.optimizer.name == "muon" and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     return Parameters(total, total - idle, parts, of_rank, moments)
+
+
+@functools.lru_cache(maxsize=64)
+def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[tuple[Declaration, tuple[int, ...]]]:
+    """What each parameter is, and its shape; from the abstract model, which takes no memory."""
+    data = DataConfig(tokenizer="", sequence_length=length)
+    config = Config(model=model, mesh=MeshConfig(split_experts=split_experts), data=data)
+    one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(one):
+        traced = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    leaves = jax.tree.leaves(nnx.state(traced, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param))
+    return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
 
 
 def flops(config: Config) -> dict[str, float]:
@@ -161,7 +172,8 @@ def tokens_at_a_time(config: Config, ranks: int) -> int:
 
 
 def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
-    """Bytes on one rank, by part. Activations are an estimate; the compiled program has what is really allocated."""
+    """Bytes on one rank, by part. Activations and temporaries are an estimate; the compiled program has what is really
+    allocated."""
     m, data = config.model, config.data
     moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
@@ -169,7 +181,8 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     dense = m.num_layers - m.moe_layers
     kept = [_kept_by_a_layer(config, ranks, group, experts) for experts in (m.is_moe, False)]
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
-    layers = max(kept[: 1 + bool(dense)]) if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
+    largest = max(kept[: 1 + bool(dense)])
+    layers = largest if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
     activations = tokens * size * (m.num_layers * m.hidden_size + layers)
     if config.execution.remat == "exchange":
         activations += m.moe_layers * exchanged_bytes(config, ranks, group)
@@ -178,15 +191,37 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
         "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
         "activations": round(activations),
-        "logits": 2 * 4 * min(tokens * m.vocab_size, 2**27),  # a chunk of them, and its softmax
+        "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group, count)),
     }
+
+
+def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, count: Parameters) -> float:
+    """Bytes beside activations at the worse of two moments: a layer's backward pass, whose gradients are as large as
+    what it keeps, and the loss, with a chunk of logits and its softmax. Each holds its parameters as they are computed
+    with, and where mesh.fsdp gathered them, their whole gradients."""
+    m, mesh, execution = config.model, config.mesh, config.execution
+    summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
+    experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
+    shared = count.total - experts - table * (1 if m.tie_embeddings else 2)
+    of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
+    of_layer += shared / m.num_layers
+    # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
+    # of a sequence's first 4,096 tokens, however long it is and however many there are.
+    pairs = min(tokens, 4096) * min(config.data.sequence_length, 4096)
+    rest = 4 * m.num_heads * pairs * execution.dtype_bytes
+    backward = layer + of_layer * (execution.dtype_bytes + summed) + rest
+    logits = 2 * 4 * min(tokens * m.vocab_size, 2**27)
+    loss = logits + table / mesh.tensor * (execution.dtype_bytes + summed)
+    # What rematerialised layers keep of one at a time, which `activations` has, is not there yet at the loss.
+    return max(backward, loss - (layer if recomputes(config) else 0))
 
 
 def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bool) -> float:
     """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
-    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + 2 * m.num_heads * config.data.sequence_length
+    scores = 2 * m.num_heads * config.data.sequence_length if config.execution.attention == "xla" else 0  # of no kernel
+    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
     kept = 2.0 * m.hidden_size + heads + gathered
     if not experts:
         return kept + m.hidden_size + matrices * m.mlp_width + gathered

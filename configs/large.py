@@ -1,17 +1,32 @@
-"""A BigMac model of the size that frontier models have: 118 B parameters of which 9.8 B are active, latent 1024 of
-4096, 512 experts, K = 22, one shared expert; a step of 4 M tokens on 512 TPU v5p.
+"""BigMac models of the size that frontier models have: 118 B parameters of which 9.8 B are active, or with `:258b` 88
+layers and 258 B of which 20 B; latent 1024 of 4096, 512 experts, K = 22, one shared expert; a step of 4 M tokens on
+512 TPU v5p.
 
     python plan.py --config=configs/large.py --topology=v5p:8x8x8 --compile
+    python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
-from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from bigmac_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+LAYERS = {"118b": 40, "258b": 88}
 
 
-def get_config() -> Config:
+def get_config(size: str = "118b") -> Config:
+    if size not in LAYERS:
+        raise ConfigError(f"configs/large.py:{size} must be one of {', '.join(LAYERS)}, as in large.py:258b")
     return Config(
         model=ModelConfig(
             structure="bigmac",
-            num_layers=40,
+            num_layers=LAYERS[size],
             hidden_size=4096,
             num_heads=32,
             num_kv_heads=8,

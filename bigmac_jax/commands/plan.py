@@ -4,6 +4,7 @@ r"""Says what a configuration costs before it runs: python plan.py --config=PATH
     python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
     python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
         --sweep structure=fine_grained,bigmac top_k=1,2,4,8
+    python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
 import json
@@ -14,7 +15,8 @@ from absl import flags
 
 from bigmac_jax import cli
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import plan, report
+from bigmac_jax.planning import pictures, plan, report
+from bigmac_jax.planning.candidates import HEADROOM
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
@@ -25,7 +27,8 @@ _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, pr
 _HARDWARE = flags.DEFINE_string("hardware", "", "Predict times on paper, h100, v5e, v5p, v6e or a .toml file.")
 _PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=a,b,… more of them may follow: every combination, as a table.")
-_SEARCH = flags.DEFINE_bool("search", False, "List the fastest meshes, exchanges and chunk counts for the devices.")
+_SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the settings that are fastest, and plan for them.")
+_HEADROOM = flags.DEFINE_float("headroom", HEADROOM, "The share of memory that --search leaves free.", 0, 0.99)
 _PLOT = flags.DEFINE_string("plot", "", "Write a picture to this .png file.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 
@@ -45,12 +48,13 @@ def main() -> None:
         paper=_PAPER.value,
         sweep=(*_SWEEP.value, *cli.ARGUMENTS),
         search=_SEARCH.value,
+        headroom=_HEADROOM.value,
     )
     result = plan.make_plan(config, request)
     if not _JSON.value:
         report.show(result)
     if _PLOT.value:
-        report.draw(result, pathlib.Path(_PLOT.value))
+        pictures.draw(result, pathlib.Path(_PLOT.value))
     if _JSON.value:
         print(json.dumps(result))
 

@@ -12,8 +12,10 @@ from bigmac_jax.counts import Sizes, exchange_traffic, exchanged_bytes, flops, m
 from bigmac_jax.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.moe import strategy
-from bigmac_jax.planning import paper, program, search, topologies
-from bigmac_jax.planning.cost import Times, mesh_group, physical_group, step_time
+from bigmac_jax.planning import paper, program, search, sweep, topologies
+from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
+from bigmac_jax.planning.cluster import mesh_group, physical_group
+from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
 
@@ -27,6 +29,7 @@ class Request(NamedTuple):
     paper: bool = False
     sweep: tuple[str, ...] = ()
     search: bool = False
+    headroom: float = HEADROOM  # the share of memory that a search leaves free
 
 
 class Place(NamedTuple):
@@ -46,8 +49,12 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
       ConfigError: one line, for whatever cannot be planned.
     """
     place = _place(config, request)
+    searched: dict[str, Any] = {}
+    if request.search:
+        config, searched = _search(config, place, request.headroom)  # everything else is said of the best
     sizes = _sizes(config, place)
     result = {
+        **searched,
         "devices": place.devices,
         "topology": request.topology,
         "hardware": request.hardware or (place.topology.kind if place.topology else ""),
@@ -58,8 +65,11 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         **_costs(config, sizes, place),
         "baselines": _baselines(config, place),
     }
+    if place.hardware:
+        result["memory_available"] = place.hardware.memory_bytes
+        result["fits"] = result["headroom"] >= 0
     if place.hardware and config.model.is_moe:
-        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in search.REMAT]
+        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
     if request.paper:
         result["paper"] = _paper(config)
         if request.hardware == "paper":
@@ -75,14 +85,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         fields = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         result["sweep"] = [
             {"fields": values, **_costs(swept, _sizes(swept, place), place)}
-            for values, swept in zip(fields, search.sweep(config, axes), strict=True)
+            for values, swept in zip(fields, sweep.sweep(config, axes), strict=True)
         ]
-    if request.search:
-        if place.hardware is None:
-            raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
-        shape = place.topology.torus if place.topology else None
-        found = search.search(config, place.devices, place.hardware, shape)
-        result["search"] = [_candidate(candidate) for candidate in found]
     return result
 
 
@@ -142,6 +146,8 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "all_to_all_bytes_per_step": round(sum(exchange_traffic(config, ranks, group).padded)),
         "memory": parts | {"total": sum(parts.values())},
     }
+    if place.hardware:
+        result["headroom"] = 1 - sum(parts.values()) / place.hardware.memory_bytes
     if m.is_moe:
         chosen = strategy(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
         result["most_rounds"] = chosen.most_rounds(tokens_at_a_time(config, ranks), m.choices)
@@ -159,7 +165,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
             result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
     if place.hardware:
         topology = place.topology.torus if place.topology else None
-        result["time"] = _times(step_time(config, sizes, place.hardware, topology))
+        result["time"] = step_time(config, sizes, place.hardware, topology).as_dict()
     return result
 
 
@@ -187,23 +193,6 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
     }
 
 
-def _times(times: Times) -> dict[str, float]:
-    names = (
-        "matmul",
-        "exchange",
-        "hidden",
-        "tensor",
-        "parameters",
-        "gradients",
-        "optimizer",
-        "total",
-        "exchange_share",
-        "tokens_per_s",
-        "mfu",
-    )
-    return {name: getattr(times, name) for name in names}
-
-
 def _paper(config: Config) -> dict[str, Any]:
     model = paper.paper_model(config)
     return {
@@ -225,18 +214,17 @@ def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
     return axes
 
 
-def _candidate(candidate: search.Candidate) -> dict[str, Any]:
-    execution = candidate.config.execution
-    return {
-        "mesh": candidate.sizes,
-        "exchange": execution.exchange,
-        "overlap_chunks": execution.overlap_chunks,
-        "remat": execution.remat,
-        "accumulate_steps": candidate.config.train.accumulate_steps,
-        "fits": candidate.fits,
-        "memory": sum(candidate.memory.values()),
-        "time": _times(candidate.times),
-    }
+def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict[str, Any]]:
+    """The best config, or where nothing fits the nearest, and what is said of the search."""
+    if place.hardware is None:
+        raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
+    topology = place.topology
+    machine = Machine(place.devices, place.hardware, topology.torus if topology else None, headroom)
+    best, described = search.describe(config, machine)
+    if topology:  # more devices, in the words that were asked in
+        would_fit = described["best"]["would_fit"]
+        described["best"]["would_fit"] = [topologies.enlarged(topology, flag) for flag in would_fit]
+    return best, described
 
 
 def _baselines(config: Config, place: Place) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.planning import hlo, schedule
-from bigmac_jax.planning.cost import Cluster, cluster
+from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.programs import NAMES, make_program

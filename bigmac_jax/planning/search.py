@@ -1,129 +1,135 @@
-"""Which mesh and which settings are fastest, by the cost model; and the configurations of a sweep."""
+"""What is fastest on so many devices, by the cost model; and where nothing fits, what would make something fit."""
 
+import contextlib
 import dataclasses
-import difflib
+import heapq
 import itertools
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from bigmac_jax import counts
-from bigmac_jax.config import Config, ConfigError, MeshConfig
+from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
 from bigmac_jax.config.reading import field_values, overridden
-from bigmac_jax.counts import Sizes
-from bigmac_jax.mesh import axis_sizes
-from bigmac_jax.model.moe import predicted_seconds
-from bigmac_jax.planning.cost import Times, mesh_group, parameters, step_time
-from bigmac_jax.planning.hardware import Hardware
-from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.candidates import Machine, Variant, variants
+from bigmac_jax.planning.cost import Times, step_time
 
-OVERLAP_CHUNKS = (1, 2, 4, 8)
-ACCUMULATE_STEPS = (1, 2, 4, 8)
-REMAT = ("none", "exchange", "layer")
+NEAREST = 12  # of those that don't fit, how many are timed
+MORE_DEVICES = (2, 4, 8, 16, 32, 64)
+SMALLER = (2, 4)
+ROWS = 100  # of the description
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Attributes:
-    sizes: ranks by axis of the mesh.
-    memory: bytes of one rank by part (`counts.memory`).
-    fits: whether the machine has as many.
-    """
+class Candidate(Variant):
+    """One whose time is known."""
 
-    config: Config
-    sizes: Sizes
     times: Times
-    memory: dict[str, int]
-    fits: bool
 
 
-def search(config: Config, devices: int, hardware: Hardware, topology: Shape | None = None) -> list[Candidate]:
-    """All ways to run `config` on all of `devices`; those that fit into memory first, then by tokens a second.
+def search(config: Config, machine: Machine) -> list[Candidate]:
+    """The ways to run `config` on all devices that fit into memory, by tokens a second; behind them the `NEAREST` that
+    don't, by memory.
 
-    They differ in mesh, exchange, overlap_chunks, remat and accumulate_steps, none of which changes what is computed
-    but for drops: a full expert drops others where rows are counted by rank.
-    """
-    found = []
-    for variant in _variants(config, devices, hardware):
-        try:
-            sizes = axis_sizes(variant, devices)
-            times = step_time(variant, sizes, hardware, topology)
-        except ConfigError:
-            continue
-        group = mesh_group(sizes, hardware)
-        count = parameters(variant, sizes)
-        memory = counts.memory(variant, devices, group, count)
-        found.append(Candidate(variant, sizes, times, memory, sum(memory.values()) <= hardware.memory_bytes))
-    return sorted(found, key=lambda c: (not c.fits, -c.times.tokens_per_s))
-
-
-def _variants(config: Config, devices: int, hardware: Hardware) -> Iterator[Config]:
-    """Those that are valid so far: a batch that the ranks don't divide is left to `axis_sizes`."""
-    shards = devices // config.mesh.tensor
-    for expert_ranks in _divisors(shards):
-        for node in _divisors(expert_ranks):
-            mesh = replace(config.mesh, data=shards // expert_ranks, node=node, expert=expert_ranks // node)
-            for accumulate, remat in itertools.product(ACCUMULATE_STEPS, REMAT):
-                for name, chunks in _exchanges(config, mesh, hardware):
-                    try:
-                        yield replace(
-                            config,
-                            mesh=mesh,
-                            execution=replace(config.execution, exchange=name, overlap_chunks=chunks, remat=remat),
-                            train=replace(config.train, accumulate_steps=accumulate),
-                        )
-                    except ConfigError:
-                        continue
-
-
-def _exchanges(config: Config, mesh: MeshConfig, hardware: Hardware) -> Iterator[tuple[str, int]]:
-    """Strategies and chunks that differ on this mesh."""
-    m = config.model
-    if mesh.expert_ranks == 1:
-        yield config.execution.exchange, 1
-        return
-    if not m.is_moe:  # on any other mesh it runs as it does on this one
-        return
-    group = mesh_group({"data": mesh.data, "node": mesh.node, "expert": mesh.expert}, hardware)
-    names = predicted_seconds(config, m.capacity_factor, 1, group)  # of those that the machine has
-    two_levels = mesh.node > 1 and mesh.expert > 1
-    for name in names:
-        # On one level a hierarchical exchange is `dedup`; the others don't look at levels.
-        if (name == "hierarchical") == two_levels and (two_levels or mesh.node == 1):
-            yield from ((name, chunks) for chunks in OVERLAP_CHUNKS)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
-    """Every combination of values, as the command line spells them; the last axis changes fastest.
-
-    Args:
-      axes: values by field, which may be named without its section: {"structure": ["bigmac", "fine_grained"], …}.
+    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps, none of which
+    changes what is computed but for drops: a full expert drops others where rows are counted by rank. Of those that
+    differ in accumulate_steps alone there is the one with the fewest parts that fit: more are slower.
 
     Raises:
-      ConfigError: a name that is no field or several, a value of the wrong type, or a combination that is invalid.
+      ConfigError: no mesh of so many devices is valid.
     """
-    names = [_field(config, name) for name in axes]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
-    return [
-        overridden(dataclasses.asdict(config), [f"{name}={value}" for name, value in zip(names, values, strict=True)])
-        for values in itertools.product(*axes.values())
+    found = list(variants(config, machine))
+    if not found:
+        raise ConfigError(_why_none(config, machine.devices))
+    missed = heapq.nlargest(NEAREST, (v for v in found if not v.fits), key=lambda v: v.headroom)
+    timed = [
+        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
+        for v in itertools.chain((v for v in found if v.fits), missed)
     ]
+    fit = sorted((c for c in timed if c.fits), key=lambda c: (-c.times.tokens_per_s, -c.headroom))
+    return fit + sorted((c for c in timed if not c.fits), key=lambda c: (-c.headroom, -c.times.tokens_per_s))
 
 
-def _field(config: Config, name: str) -> str:
-    """The full name, as model.top_k for top_k."""
-    known = [full for full, _ in field_values(dataclasses.asdict(config))]
-    if name in known:
-        return name
-    meant = [full for full in known if full.rpartition(".")[2] == name]
-    if not meant:
-        short = [full.rpartition(".")[2] for full in known]
-        close = difflib.get_close_matches(name, known + short, n=1, cutoff=0.5) or ["a field such as model.top_k"]
-        raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")
-    if len(meant) > 1:
-        raise ConfigError(f"{name!r} may be {' or '.join(meant)}; use the full name")
-    return meant[0]
+def flags(before: Config, after: Config) -> list[str]:
+    """What turns one config into the other on a command line."""
+    old = dict(field_values(dataclasses.asdict(before)))
+    new = field_values(dataclasses.asdict(after))
+    return [f"--config.{name}={value}" for name, value in new if old[name] != value]
+
+
+def what_would_fit(config: Config, machine: Machine) -> list[str]:
+    """Flags of plan.py, each of which alone lets something fit: of each kind the one that changes least."""
+
+    def fits(other: Config, devices: int = machine.devices) -> bool:
+        return any(v.fits for v in variants(other, replace(machine, devices=devices, topology=None), lean=True))
+
+    more = next((machine.devices * n for n in MORE_DEVICES if fits(config, machine.devices * n)), 0)
+    found = [f"--devices={more}"] if more else []
+    data = config.data
+    for kind in (
+        ["execution.dtype=bfloat16"],
+        ["optimizer.moment_dtype=bfloat16"],
+        [f"data.batch_size={data.batch_size // n}" for n in SMALLER if data.batch_size % n == 0],
+        [f"data.sequence_length={data.sequence_length // n}" for n in SMALLER if data.sequence_length % n == 0],
+    ):
+        for override in kind:
+            with contextlib.suppress(ConfigError):  # a value that the config's other fields don't allow
+                other = overridden(dataclasses.asdict(config), [override])
+                if other != config and fits(other):
+                    found.append(f"--config.{override}")
+                    break
+    return found
+
+
+def _less_headroom(nearest: Candidate) -> list[str]:
+    """Where the nearest fits, but for what was to stay free."""
+    return [f"--headroom={math.floor(100 * nearest.headroom) / 100:g}"] if nearest.headroom >= 0 else []
+
+
+def _why_none(config: Config, devices: int) -> str:
+    """The rule that the simplest mesh breaks."""
+    try:
+        simplest = replace(config, mesh=MeshConfig(data=devices), train=replace(config.train, accumulate_steps=1))
+        check_batch(simplest, devices)
+        reason = "its expert groups make no block of the topology"
+    except ConfigError as error:
+        reason = str(error)
+    return f"--search finds no mesh of {devices} devices for this config: {reason}"
+
+
+def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
+    """The best config, or where nothing fits the nearest; and for JSON what plan.py says of the search.
+
+    Raises:
+      ConfigError: as `search`.
+    """
+    found = search(config, machine)
+    best = found[0]
+    return best.config, {
+        "best": {
+            "fits": best.fits,
+            "flags": flags(config, best.config),
+            "tokens_per_s": best.times.tokens_per_s,
+            "memory": sum(best.memory.values()),
+            "headroom": best.headroom,
+            "would_fit": [] if best.fits else _less_headroom(best) + what_would_fit(config, machine),
+        },
+        "searched": {"fit": sum(candidate.fits for candidate in found), "headroom": machine.headroom},
+        "search": [_row(candidate) for candidate in found[:ROWS]],
+    }
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    mesh, execution = candidate.config.mesh, candidate.config.execution
+    return {
+        "mesh": candidate.sizes,
+        "fsdp": mesh.fsdp,
+        "split_experts": mesh.split_experts,
+        "exchange": execution.exchange,
+        "overlap_chunks": execution.overlap_chunks,
+        "remat": execution.remat,
+        "accumulate_steps": candidate.config.train.accumulate_steps,
+        "fits": candidate.fits,
+        "memory": sum(candidate.memory.values()),
+        "headroom": candidate.headroom,
+        "time": candidate.times.as_dict(),
+    }

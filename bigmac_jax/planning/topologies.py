@@ -42,6 +42,19 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
 
 
+def enlarged(topology: Topology, flag: str) -> str:
+    """--devices=N in the words of a topology: so many hosts of the same GPUs; a slice's shape is left open."""
+    name, _, devices = flag.partition("=")
+    if name != "--devices":
+        return flag
+    gpus = topology.shape[-1]
+    return (
+        f"{flag} --hardware={topology.kind}"
+        if topology.torus
+        else f"--topology={topology.kind}:{int(devices) // gpus}x{gpus}"
+    )
+
+
 def absent_devices(topology: Topology) -> list[Any]:
     """The devices of a machine that is not there, whose compiler is.
 

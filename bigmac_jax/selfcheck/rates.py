@@ -18,7 +18,7 @@ from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.model.exchange.wire import Wire
-from bigmac_jax.planning import cost
+from bigmac_jax.planning import cluster, cost
 from bigmac_jax.planning.hardware import HARDWARE, Hardware, load_hardware
 from bigmac_jax.training.metrics import dense_matmul_rate
 from bigmac_jax.training.step import make_trainer
@@ -60,7 +60,7 @@ def all_rates(devices: Sequence[Any], hardware: Hardware | None) -> list[Rate]:
         "all-to-all",
         "B",
         functools.partial(exchange_rate, devices, sent),
-        expected(lambda h: sent / cost.cluster(sizes, h).exchange(Sent(sent, 0), exchanges=1)),
+        expected(lambda h: sent / cluster.cluster(sizes, h).exchange(Sent(sent, 0), exchanges=1)),
     )
     return [
         Rate(

@@ -5,23 +5,19 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import jax
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from bigmac_jax import counts
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
-from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.mesh import AXES, ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.strategies import Sent
-from bigmac_jax.planning.cost import (
-    cluster,
-    gradient_bytes,
-    matmul_flops,
-    mesh_group,
-    parameter_bytes,
-    parameters,
-    physical_group,
-    step_time,
-)
+from bigmac_jax.model.transformer import init_model
+from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
+from bigmac_jax.planning.cost import gradient_bytes, matmul_flops, parameter_bytes, step_time
 from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
 
 # Machines of four, whose numbers are easy to follow.
@@ -146,24 +142,41 @@ def test_a_step() -> None:
 
 def test_who_shares_the_experts() -> None:
     """Two groups of two on a machine: the ring of an expert is fast, all four machines' ranks share the rest."""
-    count = parameters(config(), sizes(2, 1, 2))
+    count = counts.parameters(config(), sizes(2, 1, 2))
     gradients = step_time(config(), sizes(2, 1, 2), PLAIN).gradients
     dense = count.total - count.parts["experts"] + 257 * 64
     assert gradients == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * count.parts["experts"] / 2) / 100)
     assert step_time(config(accumulate=2), sizes(2, 1, 2), PLAIN).gradients == pytest.approx(2 * gradients)
 
 
+def traced(c: Config, mesh: tuple[int, ...]) -> list[Any]:
+    """The abstract parameters of the model on this mesh."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * 4)):
+        model = jax.eval_shape(lambda: init_model(c, jax.random.key(0)))
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
 @pytest.mark.parametrize("structure", ["dense", "vanilla", "fine_grained", "bigmac"])
-def test_parameters_are_those_of_counts(structure: str) -> None:
-    c = config(structure=structure, exchange="gather", overlap_chunks=2)
-    assert parameters(c, sizes(2, 1, 2)) == counts.parameters(c, sizes(2, 1, 2))
+def test_parameters_of_a_rank_are_what_the_sharded_model_gives_it(structure: str) -> None:
+    """Counted from what parameters declare, which knows of no mesh."""
+    c = config(structure=structure, vocab_size=264, positions="learned", use_bias=True, num_shared_experts=1)
+    for fsdp, split_experts, mesh in (
+        (False, False, (2, 1, 2, 1)),
+        (True, False, (2, 2, 1, 2)),
+        (True, True, (4, 1, 2, 1)),
+        (False, True, (2, 1, 2, 2)),
+    ):
+        here = on_mesh(c, fsdp=fsdp, split_experts=split_experts)
+        leaves, count = traced(here, mesh), counts.parameters(here, dict(zip(AXES, mesh, strict=True)))
+        assert count.total == sum(leaf.size for leaf in leaves) == sum(count.parts.values())
+        assert count.of_a_rank == sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_in_half_precision(tied: bool) -> None:
     """Gathered in two bytes; summed in four, or with reduce_dtype in two. A table is read and written with."""
     c = config(structure="bigmac", dtype="bfloat16", tie_embeddings=tied, positions="learned", num_shared_experts=1)
-    count = parameters(c, sizes(expert=2))
+    count = counts.parameters(c, sizes(expert=2))
     table, length = 257 * 64, 64 * 64
     assert count.parts["embedding"] == (table if tied else 2 * table) + length
     rest = count.parts["shared"] + count.parts["projections"] + count.parts["router"] + length
@@ -183,11 +196,11 @@ def test_full_sharding() -> None:
     """Sums that stay scattered, and two gathers: three times half of what a sum that all have takes, but for norms."""
     mesh, plain = sizes(2, 1, 4), step_time(config(), sizes(2, 1, 4), PLAIN)
     sharded = step_time(on_mesh(config(), fsdp=True), mesh, PLAIN)
-    norms = 4 * parameters(config(), mesh).parts["norms"]
+    norms = 4 * counts.parameters(config(), mesh).parts["norms"]
     assert sharded.gradients == pytest.approx(plain.gradients / 2)
     assert sharded.parameters == pytest.approx(plain.gradients - norms * 2 * 7 / 8 / 40)
     assert plain.parameters == 0 and sharded.total < plain.total + sharded.parameters
-    rest = parameters(on_mesh(config(), fsdp=True), mesh)
+    rest = counts.parameters(on_mesh(config(), fsdp=True), mesh)
     assert rest.total / 8 < rest.of_a_rank < rest.total / 8 + rest.parts["norms"] + 1
     assert sharded.optimizer == pytest.approx(32 * rest.of_a_rank / 1e11)
 

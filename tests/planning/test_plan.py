@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import program, report, topologies
+from bigmac_jax.planning import pictures, program, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE
 from bigmac_jax.planning.plan import Place, Request, _costs, make_plan
 
@@ -145,9 +146,75 @@ def test_a_search_puts_what_fits_first() -> None:
     assert json.loads(json.dumps(made))["search"] == found
 
 
+def test_the_best_is_what_its_flags_give() -> None:
+    """plan.py says of the best mesh what it says of the config with the flags pasted."""
+    made = plan(devices=32, hardware="h100", search=True)
+    best, text = made["best"], shown(made)
+    assert (
+        best["fits"]
+        and best["tokens_per_s"] == made["time"]["tokens_per_s"] == made["search"][0]["time"]["tokens_per_s"]
+    )
+    again = plan(overrides=(*EP32, *(f.removeprefix("--config.") for f in best["flags"])), devices=32, hardware="h100")
+    for key, value in again.items():
+        assert made[key] == value, key
+    assert (
+        again["fits"] and again["memory"]["total"] == best["memory"] and again["headroom"] == best["headroom"] >= 0.15
+    )
+    first, second = text.splitlines()[:2]
+    assert first.startswith("Fits best, of ") and f"{100 * best['headroom']:.1f} % left" in first
+    assert second == " ".join(best["flags"]) and "The fastest that fit" in text
+
+
+def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
+    made = plan("configs/paper/gpt3_6_7b.py", ("mesh.expert=2",), devices=2, hardware="h100", search=True)
+    best, text = made["best"], shown(made)
+    assert not best["fits"] and best["headroom"] < 0 and not made["fits"]
+    assert (
+        "--devices=8" in best["would_fit"]
+        and plan("configs/paper/gpt3_6_7b.py", ("mesh.expert=2",), devices=8, hardware="h100", search=True)["best"][
+            "fits"
+        ]
+    )
+    assert text.startswith("Nothing fits with 15.0 % of the memory left; the nearest takes ")
+    assert " of a device's 74.51 GiB. Would fit: --devices=8" in text and "The nearest to fit" in text
+    assert " ".join(best["flags"]) in text.splitlines()
+
+
+def test_more_devices_in_the_words_of_the_topology() -> None:
+    gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
+    assert topologies.enlarged(gpus, "--devices=64") == "--topology=h100:8x8"
+    assert topologies.enlarged(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
+    assert topologies.enlarged(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
+
+
+@pytest.mark.full
+def test_a_model_of_258_billion_on_512_gpus() -> None:
+    """As a user asks it: an answer in a minute of one core, whose flags fit."""
+    arguments = ("--config=configs/large.py:258b", "--topology=h100:64x8", "--json")
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # whatever else the machine does
+    done = run(*arguments, "--search")
+    assert done.returncode == 0, done.stderr
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
+    made = json.loads(done.stdout.splitlines()[-1])
+    assert made["best"]["fits"] and made["devices"] == 512 and seconds < 60
+    pasted = json.loads(run(*arguments, *made["best"]["flags"]).stdout.splitlines()[-1])
+    assert pasted["fits"] and pasted["memory"] == made["memory"] and pasted["time"] == made["time"]
+    assert pasted["time"]["total"] == made["search"][0]["time"]["total"] and pasted["mesh"] == made["search"][0]["mesh"]
+
+
+def test_numbers_as_people_read_them() -> None:
+    """The paper's tables keep their digits; what is larger takes the next unit."""
+    assert [units.work(n * 1e12) for n in (0.5, 3649, 9999, 569670.17, 3_780_279.31, 2e7)] == [
+        "0.50 T", "3,649.00 T", "9,999.00 T", "569.67 P", "3,780.28 P", "20.00 E",
+    ]  # fmt: skip
+    assert [units.size(n * 2**30) for n in (2**-30, 0.5, 1488, 686_070, 2e7)] == [
+        "1 B", "512.00 MiB", "1,488.00 GiB", "669.99 TiB", "19.07 PiB",
+    ]  # fmt: skip
+
+
 def test_tables_show_everything_that_was_asked() -> None:
-    text = shown(plan(devices=32, hardware="paper", paper=True, search=True, sweep=("top_k=4,8",)))
-    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep", "Fastest of",
+    text = shown(plan(devices=32, hardware="paper", paper=True, sweep=("top_k=4,8",)))
+    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep",
                  "slow links", "predicted: optimizer", "predicted: MFU"):  # fmt: skip
         assert part in text, part
 
@@ -164,10 +231,10 @@ def test_pictures(tmp_path: pathlib.Path) -> None:
 
     for name, request in {"costs": {}, "sweep": {"sweep": ("top_k=1,2,4", "structure=bigmac,fine_grained")}}.items():
         path = tmp_path / f"{name}.png"
-        report.draw(plan(devices=32, hardware="paper", **request), path)
+        pictures.draw(plan(devices=32, hardware="paper", **request), path)
         assert len({tuple(pixel) for row in matplotlib.image.imread(path)[::9, ::9] for pixel in row}) > 5
     with pytest.raises(ConfigError, match=r"use a \.png in a folder that exists"):
-        report.draw(plan(devices=32), tmp_path / "none" / "x.png")
+        pictures.draw(plan(devices=32), tmp_path / "none" / "x.png")
 
 
 NONSENSE = {

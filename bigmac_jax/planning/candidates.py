@@ -1,0 +1,143 @@
+"""The valid ways to run a config on a machine, and the memory that each takes: what a search chooses from."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from bigmac_jax import counts
+from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
+from bigmac_jax.counts import Parameters, Sizes
+from bigmac_jax.mesh import axis_sizes
+from bigmac_jax.model.moe import exchanges_of
+from bigmac_jax.planning.cluster import cluster, mesh_group
+from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware.torus import Shape
+
+OVERLAP_CHUNKS = (1, 2, 4, 8)
+REMAT = ("none", "exchange", "layer")
+# The estimate of memory is off by -13 to +22 % (docs/planning.md).
+HEADROOM = 0.15
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a search is for.
+
+    Attributes:
+      topology: of a torus, how the devices stand.
+      headroom: the share of a device's memory that has to stay free.
+    """
+
+    devices: int
+    hardware: Hardware
+    topology: Shape | None = None
+    headroom: float = HEADROOM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A valid way to run a config on a machine.
+
+    Attributes:
+      sizes: ranks by axis of the mesh.
+      memory: bytes of one rank by part (`counts.memory`).
+      headroom: the share of a device's memory that is left.
+      fits: whether that is as much as was asked.
+    """
+
+    config: Config
+    sizes: Sizes
+    memory: dict[str, int]
+    headroom: float
+    fits: bool
+
+
+def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[Variant]:
+    """Of every mesh, exchange, number of chunks and remat the one with the fewest parts that fit; if none does, the
+    smallest. `lean`: of those alone that take the least memory."""
+    remats = REMAT if config.model.is_moe else ("none", "layer")  # nothing is exchanged in a dense layer
+    chunks = (1,) if lean or not machine.hardware.overlaps else OVERLAP_CHUNKS
+    for mesh, sizes in _meshes(config, machine, lean):
+        count = counts.parameters(replace(config, mesh=mesh), sizes)
+        for (name, n), remat in itertools.product(_exchanges(config, mesh, machine, chunks), remats):
+            execution = replace(config.execution, exchange=name, overlap_chunks=n, remat=remat)
+            try:
+                executed = replace(config, mesh=mesh, execution=execution)
+            except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
+                continue
+            if found := _fewest_parts(executed, sizes, count, machine):
+                yield found
+
+
+def _meshes(config: Config, machine: Machine, lean: bool) -> Iterator[tuple[MeshConfig, Sizes]]:
+    """Valid ones of all devices, but for the batch."""
+    moe, devices = config.model.is_moe, machine.devices
+    for tensor in _divisors(devices):
+        for group in _divisors(devices // tensor) if moe else [1]:
+            for node, split in itertools.product(_divisors(group), (False, True) if moe and tensor > 1 else (False,)):
+                # data=0 stays: all devices that are left are what it means.
+                data = devices // tensor // group if config.mesh.data else 0
+                try:
+                    mesh = MeshConfig(data, node, group // node, tensor, split_experts=split)
+                    sizes = axis_sizes(replace(config, mesh=mesh), devices, fit_batch=False)
+                    near = cluster(sizes, machine.hardware, machine.topology).machine
+                except ConfigError:
+                    continue
+                between = node > 1 and near < devices and near % (mesh.expert * tensor)  # `make_mesh` refuses it
+                # What tensor ranks send in every layer is not for the links between machines.
+                if not (between or near % tensor):
+                    yield from ((m, sizes) for m in _sharded(config, mesh, sizes, lean))
+
+
+def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iterator[MeshConfig]:
+    """Without fsdp and with it. A field that makes no difference stays as the config has it."""
+    if mesh.tensor == 1 or not config.model.is_moe:
+        mesh = replace(mesh, split_experts=config.mesh.split_experts)
+    options = [replace(mesh, fsdp=fsdp) for fsdp in (False, True)]
+    whole, split = (counts.parameters(replace(config, mesh=option), sizes).of_a_rank for option in options)
+    if whole == split:
+        yield replace(mesh, fsdp=config.mesh.fsdp)
+    else:
+        yield from options[lean:]
+
+
+def _exchanges(
+    config: Config, mesh: MeshConfig, machine: Machine, chunks: tuple[int, ...]
+) -> Iterator[tuple[str, int]]:
+    """Strategies and chunks that differ on this mesh; the config's own first, which stays if no other is better."""
+    own = config.execution.exchange
+    if not config.model.is_moe:
+        yield own, 1
+        return
+    # On one level a hierarchical exchange is `dedup`; the others don't look at levels. A rank that has all experts
+    # sends nothing, but an exchange with a capacity has its experts multiply the room, too.
+    two_levels = mesh.node > 1 and mesh.expert > 1
+    for name in sorted(exchanges_of(machine.hardware.device_kind), key=lambda name: name != own):
+        if (name == "hierarchical") == two_levels and (two_levels or mesh.node == 1):
+            yield from ((name, n) for n in (chunks if mesh.expert_ranks > 1 else (1,)))
+
+
+def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine) -> Variant | None:
+    """The batch in as few parts as fit; if none do, with the least memory. None if the ranks don't divide the batch."""
+    sequences, left = divmod(config.data.batch_size, sizes["data"] * config.mesh.expert_ranks)
+    if left:
+        return None
+    group, smallest = mesh_group(sizes, machine.hardware), None
+    for parts in _divisors(sequences):
+        try:
+            variant = replace(config, train=replace(config.train, accumulate_steps=parts))
+            check_batch(variant, sizes["data"])
+        except ConfigError:  # more chunks than tokens
+            continue
+        memory = counts.memory(variant, machine.devices, group, count)
+        headroom = 1 - sum(memory.values()) / machine.hardware.memory_bytes
+        found = Variant(variant, sizes, memory, headroom, headroom >= machine.headroom)
+        if found.fits:
+            return found
+        if smallest is None or headroom > smallest.headroom:
+            smallest = found
+    return smallest
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,163 @@
+"""How the ranks of a mesh lie on a machine, and what their links take: seconds of collectives, none of them measured.
+
+Collectives are reckoned as α + bytes / β: α for each message, β of the link that is filled first.
+"""
+
+import math
+from dataclasses import dataclass
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.counts import Sizes
+from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware.torus import Block, Shape, parts
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many ranks of a machine, and how its expert groups lie on it.
+
+    Attributes:
+      slice: of a torus, the chips that ICI joins.
+    """
+
+    hardware: Hardware
+    sizes: Sizes
+    slice: Block | None = None
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def group(self) -> int:
+        """Ranks that share one set of experts."""
+        return self.sizes["node"] * self.sizes["expert"]
+
+    @property
+    def tensor(self) -> int:
+        """Ranks that share a sequence, next to each other; each has an expert group of its own."""
+        return self.sizes.get("tensor", 1)
+
+    @property
+    def machine(self) -> int:
+        """Ranks that fast links join."""
+        return self.slice.chips if self.slice else math.gcd(self.ranks, self.hardware.machine_ranks)
+
+    @property
+    def near(self) -> int:
+        """Those of them that may be of one expert group."""
+        return max(1, self.machine // self.tensor)
+
+    def by_link(self, sent: Sent) -> Sent:
+        """What is sent along the mesh's axes expert and node, on fast and slow links: they need not be the same.
+
+        Along an axis every peer gets as much, so it is enough to know how many of them are in the machine.
+        """
+        node, expert = self.sizes["node"], self.sizes["expert"]
+        inside = math.gcd(self.group, self.near)
+        if inside % expert:  # a machine that cuts through the mesh's rows keeps at least this much of one
+            inside = math.gcd(inside, expert)
+        if inside >= expert:
+            near = sent.slow * (inside / expert - 1) / (node - 1) if node > 1 else 0.0
+            return Sent(sent.fast + near, sent.slow - near)
+        near = sent.fast * (inside - 1) / (expert - 1)
+        return Sent(near, sent.fast - near + sent.slow)
+
+    def exchange(self, sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
+        """Seconds of `exchanges` in which one rank sends `sent` bytes along expert and node, in all of them together.
+
+        A flat exchange fills fast and slow links side by side, so the longer one counts. The two hops of a hierarchical
+        one follow each other.
+        """
+        node, expert = self.sizes["node"], self.sizes["expert"]
+        if self.slice and self.group <= self.near:
+            group = parts(parts(self.slice, self.tensor)[1], self.group)[0]
+            if not hierarchical:
+                return self._across(group, sum(sent), exchanges)
+            inside, between = parts(group, expert)
+            return self._across(inside, sent.fast, exchanges) + self._across(between, sent.slow, exchanges)
+        messages = Sent(expert - 1, node - 1 if hierarchical else (node - 1) * expert).times(exchanges)
+        (fast, slow), (fast_messages, slow_messages) = self.by_link(sent), self.by_link(messages)
+        h = self.hardware
+        across = slow_messages * h.slow.latency + slow / h.slow.bandwidth
+        if self.slice:
+            inside = parts(parts(self.slice, self.tensor)[1], math.gcd(self.group, self.near))[0]
+            near = self._across(inside, fast, exchanges)
+        else:
+            near = fast_messages * h.fast.latency + fast / h.fast.bandwidth
+        return near + across if hierarchical else max(near, across)
+
+    def _across(self, block: Block, sent: float, exchanges: int) -> float:
+        """Seconds of exchanges in which every chip of the block sends `sent` bytes to the others."""
+        if block.chips == 1:
+            return 0.0
+        link = self.hardware.fast
+        return exchanges * block.hops() * link.latency + block.busiest_link() * sent / link.bandwidth
+
+    def around(self, sent: float, ranks: int, stride: int = 1) -> float:
+        """Seconds in which each of `ranks`, every `stride`-th, passes `sent` bytes on to the next, around a ring.
+
+        Between machines a ring leaves each of them once, so it has the share of all its ranks there to itself.
+        """
+        if ranks == 1:
+            return 0.0
+        h, inside = self.hardware, max(1, min(ranks, self.machine // stride))
+        rate = math.inf
+        if inside > 1:
+            links = parts(self.slice, stride)[1].ring_links() if self.slice else 1
+            rate = h.fast.bandwidth * links
+        if ranks > inside:
+            rate = min(rate, h.slow.bandwidth * inside)
+        return sent / rate
+
+    def all_reduce(self, size: float, ranks: int, stride: int = 1) -> float:
+        """Seconds: a sum of `size` bytes, scattered and gathered."""
+        return self.around(2 * size * (ranks - 1) / ranks, ranks, stride)
+
+
+def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Cluster:
+    """Ranks on the machine; on a torus on slices of `topology`, by default one that is nearly square.
+
+    Raises:
+      ConfigError: a topology that this machine doesn't have, or that the ranks or their groups don't fill.
+    """
+    if hardware.torus is None:
+        if topology:
+            raise ConfigError(f"topology={_x(topology)} is of a TPU, not of {hardware.device_kind}; leave it out")
+        return Cluster(hardware, sizes)
+    ranks, group = math.prod(sizes.values()), sizes["node"] * sizes["expert"] * sizes.get("tensor", 1)
+    shape = topology or hardware.torus.near_cube(math.gcd(ranks, hardware.machine_ranks))
+    chips = math.prod(shape)
+    if len(shape) > hardware.torus.dimensions or min(shape) < 1:
+        raise ConfigError(f"topology={_x(shape)} must have at most {hardware.torus.dimensions} axes, each at least 1")
+    if chips > hardware.machine_ranks:
+        raise ConfigError(f"topology={_x(shape)} must have at most the {hardware.machine_ranks} chips of a slice")
+    if ranks % chips:
+        raise ConfigError(f"the {ranks} ranks must be a multiple of the {chips} chips of topology={_x(shape)}")
+    whole = hardware.torus.slice(shape)
+    inside = math.gcd(group, chips)
+    if inside != min(group, chips) or parts(whole, inside)[0].chips != inside:
+        names = "mesh.node × mesh.expert" + " × mesh.tensor" * (sizes.get("tensor", 1) > 1)
+        raise ConfigError(f"{names} = {group} ranks must make a block of topology={_x(shape)}")
+    return Cluster(hardware, sizes, whole)
+
+
+def _x(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def physical_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
+    """The group as its links see it: the machines it stands on, its ranks on each.
+
+    mesh.expert = 32 on machines of 8 is 4 × 8 here. Only a hierarchical exchange depends on what the mesh itself says.
+    """
+    group = sizes["node"] * sizes["expert"]
+    inside = math.gcd(group, max(1, hardware.machine_ranks // sizes.get("tensor", 1)))
+    return ExpertGroup((group // inside, inside), hardware.platform, hardware.device_kind)
+
+
+def mesh_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
+    """The group as the program sees it."""
+    return ExpertGroup((sizes["node"], sizes["expert"]), hardware.platform, hardware.device_kind)

@@ -1,0 +1,116 @@
+"""What plan.py --plot draws."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bigmac_jax.config import ConfigError
+
+PALETTE = ("#1f4e79", "#c0504d", "#9bbb59", "#8064a2", "#4bacc6", "#f79646", "#7f7f7f", "#bfbfbf")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")  # for black and white
+
+
+def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
+    """A picture of the plan: a sweep if there is one, else bytes, memory and, where they are known, times.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if "sweep" in plan:
+        figure = _draw_sweep(plt, plan["sweep"])
+    else:
+        columns = {plan["structure"]: plan} | plan["baselines"]
+        valid = {name: column for name, column in columns.items() if "error" not in column}
+        panels = [_draw_memory] + [_draw_exchanges] * ("exchanges" in plan) + [_draw_times] * ("time" in plan)
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
+        )
+        for panel, ax in zip(panels, axes[0], strict=True):
+            panel(ax, valid)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot={path} can't be written ({error}); use a .png in a folder that exists") from None
+    plt.close(figure)
+
+
+def _stack(ax: Any, names: list[str], parts: Mapping[str, list[float]]) -> None:
+    bottom = [0.0] * len(names)
+    for (part, values), color, hatch in zip(parts.items(), PALETTE, HATCHES, strict=False):
+        ax.bar(names, values, bottom=bottom, label=part, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
+        bottom = [a + b for a, b in zip(bottom, values, strict=True)]
+    ax.legend(fontsize=7)
+    ax.tick_params(axis="x", labelrotation=15)
+
+
+def _draw_memory(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    kinds = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+    _stack(ax, list(columns), {k: [c["memory"][k] / 2**30 for c in columns.values()] for k in kinds})
+    ax.set_ylabel("GiB a rank")
+    ax.set_title("memory (estimated)", fontsize=10)
+
+
+def _draw_exchanges(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Of the configured structure."""
+    exchanges = next(iter(columns.values()))["exchanges"]
+    parts = {
+        "slow links": [sent["padded_slow"] / 2**30 for sent in exchanges.values()],
+        "fast links": [sent["padded_fast"] / 2**30 for sent in exchanges.values()],
+        "metadata": [(sent["metadata_fast"] + sent["metadata_slow"]) / 2**30 for sent in exchanges.values()],
+    }
+    _stack(ax, list(exchanges), parts)
+    ax.set_ylabel("GiB a step, all ranks")
+    ax.set_title(f"bytes of the exchange, {next(iter(columns))}", fontsize=10)
+
+
+def _draw_times(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    times = [c["time"] for c in columns.values()]
+    parts = {
+        "matmul": [t["matmul"] for t in times],
+        "exchange not hidden": [t["exchange"] - t["hidden"] for t in times],
+        **{p: [t[p] for t in times] for p in ("tensor", "parameters") if any(t[p] for t in times)},
+        "gradients": [t["gradients"] for t in times],
+        "optimizer": [t["optimizer"] for t in times],
+    }
+    _stack(ax, list(columns), parts)
+    ax.set_ylabel("seconds a step, predicted")
+    ax.set_title("time", fontsize=10)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
+    """Against the field with the most values; a line for every combination of the others."""
+    fields = list(rows[0]["fields"])
+    along = max(fields, key=lambda name: len({swept["fields"][name] for swept in rows}))
+    timed = all("time" in row for row in rows)
+    panels = [("all-to-all, GiB a step", lambda row: row["all_to_all_bytes_per_step"] / 2**30)]
+    if timed:
+        panels += [
+            ("share of the exchange, %", lambda row: 100 * row["time"]["exchange_share"]),
+            ("predicted tokens/s", lambda row: row["time"]["tokens_per_s"]),
+        ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row["fields"][name] for name in fields if name != along), []).append(row)
+    styles = ("-o", "--s", ":^", "-.D", "-v", "--x", ":+", "-.*")
+    for (label, value), ax in zip(panels, axes[0], strict=True):
+        for number, (rest, line) in enumerate(lines.items()):
+            values = [_number(row["fields"][along]) for row in line]
+            style, color = styles[number % len(styles)], PALETTE[number % len(PALETTE)]
+            ax.plot(values, [value(row) for row in line], style, color=color, label=" ".join(rest) or None)
+        ax.set(xlabel=along, ylabel=label, ylim=(0, None))
+        if fields != [along]:
+            ax.legend(fontsize=7)
+    return figure
