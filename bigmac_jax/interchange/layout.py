@@ -3,6 +3,7 @@
 Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint has a tensor a layer, and one an expert.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ import jax
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
 from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tokens import NAMES
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
 _LONGEST = 4096  # tokens of a window of an imported model, whatever it could take
 
 
@@ -99,6 +102,14 @@ def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str
         for expert in range(config.expert_count):
             name = f"{prefix}.experts.{expert}.{theirs}.weight"
             yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
+
+
+def with_tokenizer(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with the tokenizer that lies beside a checkpoint, if there is one."""
+    for name in NAMES:
+        if (file := checkpoint.directory.absolute() / name).exists():
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
+    return config
 
 
 def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:

@@ -3,13 +3,12 @@
 A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig, from_saved
-from bigmac_jax.interchange.layout import Leaves, Tensor
+from bigmac_jax.interchange.layout import Leaves, Tensor, with_tokenizer
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -49,10 +48,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    config = from_saved(values["config"])
-    if not (tokenizer := checkpoint.directory.absolute() / "tokenizer.json").exists():
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    return with_tokenizer(from_saved(values["config"]), checkpoint)
 
 
 def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
