@@ -82,7 +82,8 @@ class Attention(nn.Module):
             q_BLNH, k_BLGH = (rotate(x, position_BL, self.config.rope_theta) for x in (q_BLNH, k_BLGH))
         q_BNLH, k_BGMH, v_BGMH = (x.transpose(1, 2) for x in (q_BLNH, k_BLGH, v_BLGH))
         if cache is not None:
-            k_BGMH, v_BGMH = cache.update(k_BGMH, v_BGMH, self.layer)
+            # A static cache gives all of its room.
+            k_BGMH, v_BGMH = (x[:, :, : mask.shape[-1]] for x in cache.update(k_BGMH, v_BGMH, self.layer))
         y_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BGMH, v_BGMH, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y_BNLH.transpose(1, 2).reshape(B, L, -1))
 
