@@ -1,5 +1,5 @@
 """A BigMac language model of the State of the Union addresses that Hugging Face's NemotronH loads: `configs/tiny.py`
-without positions and query-key norm, with a sigmoid router that its bias balances and an embedding of its own.
+without positions, query-key norm and the latent's norm, with a sigmoid router that its bias balances and an embedding of its own.
 
     python train.py --config=configs/nemotron.py --workdir=runs/nemotron
     python convert.py export --workdir=runs/nemotron --step=best --output=exported
@@ -25,6 +25,7 @@ def get_config() -> Config:
             num_experts=32,
             top_k=4,
             down_ratio=0.25,
+            latent_norm="none",
             num_shared_experts=1,
             shared_expert_hidden_size=256,
             router_scores="sigmoid",

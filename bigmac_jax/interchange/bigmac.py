@@ -16,14 +16,14 @@ from bigmac_jax.interchange.shards import Checkpoint, Index
 
 CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
 # What the class computes with, and what it needs not know: how a model is trained.
-_EXPRESSED = {
+EXPRESSED = {
     "structure", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "norm", "norm_eps",
     "positions", "rope_theta", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding",
     "num_experts", "top_k", "vanilla_top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
     "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
     "num_expert_groups", "top_groups",
 }  # fmt: skip
-_TRAINING = {
+TRAINING = {
     "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
 }  # fmt: skip
 _ENDS = {
@@ -78,7 +78,7 @@ _MOE = {
 
 def unmet(config: ModelConfig) -> list[str]:
     """A field that this module has not heard of must be what it is by default."""
-    others = [f for f in dataclasses.fields(config) if f.name not in _EXPRESSED | _TRAINING]
+    others = [f for f in dataclasses.fields(config) if f.name not in EXPRESSED | TRAINING]
     values = {f.name: (getattr(config, f.name), f.default) for f in others}
     return must(**{name: (value, value == default, str(default)) for name, (value, default) in values.items()})
 

@@ -4,6 +4,8 @@ import math
 import pathlib
 from typing import NamedTuple
 
+import jax
+
 from bigmac_jax.config import Config
 from bigmac_jax.counts import parameters
 
@@ -17,7 +19,7 @@ class Trained(NamedTuple):
 
 def text(config: Config, model_type: str, trained: Trained | None, name: str, has_tokenizer: bool) -> str:
     """The card of a model that is written as `model_type` to a directory called `name`."""
-    m, data, count = config.model, config.data, parameters(config, {})
+    m, data, count = config.model, config.data, parameters(config, dict(jax.sharding.get_mesh().shape))
     rows = {
         "structure": config.describe(),
         "layers, hidden size": f"{m.num_layers}, {m.hidden_size}",

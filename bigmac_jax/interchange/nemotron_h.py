@@ -40,7 +40,7 @@ def unmet(config: ModelConfig) -> list[str]:
         gated=(m.gated, not m.gated, "False"),
         use_bias=(m.use_bias, not m.use_bias, "False"),
         qk_norm=(m.qk_norm, not m.qk_norm, "False"),
-        latent_norm=(m.latent_norm, m.latent_norm == "none", "none"),
+        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
         router_scores=(m.router_scores, m.router_scores == "sigmoid", "sigmoid"),
         num_experts=(m.num_experts, not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
         # It judges a group by its two best experts, ours by the K / top_groups best.

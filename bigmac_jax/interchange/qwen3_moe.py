@@ -29,6 +29,7 @@ def unmet(config: ModelConfig) -> list[str]:
         gated=(m.gated, m.gated, "True"),
         use_bias=(m.use_bias, not m.use_bias, "False"),
         qk_norm=(m.qk_norm, m.qk_norm, "True"),
+        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
         router_scores=(m.router_scores, m.router_scores == "softmax", "softmax"),
         router_scale=(m.router_scale, m.router_scale == 1, "1"),
         balance=(m.balance, m.balance != "bias", "aux_loss or none (its router has no bias)"),
