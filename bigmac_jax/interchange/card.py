@@ -43,7 +43,7 @@ def text(config: Config, model_type: str, trained: Trained | None, name: str, ha
 
 # {name}
 
-A language model of bigmac_jax, exported as `{model_type}`. It was trained to predict text, and not to follow instructions.
+A language model of bigmac_jax, exported as `{model_type}`. It predicts text; it was not trained to follow instructions.
 
 | | |
 |---|---|

@@ -101,12 +101,12 @@ def test_two_truths_of_one_model(tmp_path: pathlib.Path) -> None:
     with on_mesh(config):
         export_model(config, random_model(config), tmp_path / "out")
         with_config(num_experts_per_tok=2)(tmp_path / "out")
-        with pytest.raises(ConfigError, match="config.json: num_experts_per_tok=2 must be 3, as its bigmac_jax section"):
+        with pytest.raises(ConfigError, match="num_experts_per_tok=2 must be 3, as its bigmac_jax section"):
             import_model(tmp_path / "out")
         values = json.loads((tmp_path / "out/config.json").read_text())
         del values["bigmac_jax"]
         (tmp_path / "out/config.json").write_text(json.dumps(values))
-        with pytest.raises(ConfigError, match="config.json is not a config of bigmac"):
+        with pytest.raises(ConfigError, match="is not a config of bigmac"):
             import_model(tmp_path / "out")
 
 

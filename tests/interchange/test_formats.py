@@ -242,8 +242,8 @@ def test_card(tmp_path: pathlib.Path) -> None:
     assert 'pipeline("text-generation", "a", trust_remote_code=True)' in known
     assert 'AutoModelForCausalLM.from_pretrained("b", trust_remote_code=True)' in unknown
     assert 'bigmac_jax.import_model("c")' in plain and "transformers" not in plain
-    for text in (unknown, plain):
-        assert "trained |" not in text and "loss" not in text
+    for card in (unknown, plain):
+        assert "trained |" not in card and "loss" not in card
 
 
 def test_tokenizers(tmp_path: pathlib.Path) -> None:

@@ -14,8 +14,8 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         if cache is not None:
             # A static cache gives all of its room.
             k_BGMH, v_BGMH = (x[:, :, : mask.shape[-1]] for x in cache.update(k_BGMH, v_BGMH, self.layer))
-        y_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BGMH, v_BGMH, attn_mask=mask, enable_gqa=True)
+        y_BNLH = functional.scaled_dot_product_attention(q_BNLH, k_BGMH, v_BGMH, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y_BNLH.transpose(1, 2).reshape(B, L, -1))
 
 
@@ -100,7 +100,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        return self.down_proj(self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up)
+        return self.down_proj(
+            self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        )
 
 
 class Router(nn.Module):
@@ -116,7 +118,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """gates_TK, experts_TK."""
         config = self.config
-        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        logits_TE = functional.linear(x_TD.float(), self.weight.float())
         scores_TE = logits_TE.softmax(-1) if config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias
         ranking_TE = self.in_best_groups(scores_TE if bias_E is None else scores_TE + bias_E.float())
@@ -361,6 +363,5 @@ class BigMacForCausalLM(BigMacPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: outputs[_CACHE]}
-        )
+        cache = getattr(outputs, _CACHE)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: cache})
