@@ -88,7 +88,7 @@ def test_greedy_text(latent_norm: str, tied: bool, tmp_path: pathlib.Path) -> No
         model = exported(config, tmp_path / "out", table, tokenizer=ByteTokenizer())
         ours = [c.tokens for c in Generator(config, model).generate(prompts, max_tokens=100, ignore_eos=True)]
     assert min(len(set(row)) for row in ours) > 5
-    theirs, tokenizer = load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs, tokenizer = load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     theirs.generation_config.eos_token_id = None
     for n, more in ((100, {}), (10, {"use_cache": False}), (10, {"cache_implementation": "static"})):
