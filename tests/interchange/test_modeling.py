@@ -88,7 +88,10 @@ def test_greedy_text(latent_norm: str, tied: bool, tmp_path: pathlib.Path) -> No
         model = exported(config, tmp_path / "out", table, tokenizer=ByteTokenizer())
         ours = [c.tokens for c in Generator(config, model).generate(prompts, max_tokens=100, ignore_eos=True)]
     assert min(len(set(row)) for row in ours) > 5
-    theirs, tokenizer = load(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    theirs, tokenizer = (
+        load(tmp_path / "out"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True),
+    )
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     theirs.generation_config.eos_token_id = None
     for n, more in ((100, {}), (10, {"use_cache": False}), (10, {"cache_implementation": "static"})):
@@ -165,6 +168,19 @@ def test_a_loss_and_its_gradients(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_who_sees_whom(tmp_path: pathlib.Path) -> None:
+    """By hand: two tokens behind one in the cache. The second row begins with two of padding; they see themselves
+    alone, because a softmax over nothing is NaN."""
+    config = config_of("tiny")
+    with on_mesh(config):
+        exported(config, tmp_path / "out")
+    module = sys.modules[type(load(tmp_path / "out")).__module__]
+    padding = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    mask = module.causal_mask(2, 1, padding, padding.device)[:, 0].int().tolist()
+    assert mask == [[[1, 1, 0], [1, 1, 1]], [[0, 1, 0], [0, 0, 1]]]
+    assert module.causal_mask(2, 1, None, padding.device)[:, 0].int().tolist() == mask[:1]
 
 
 def test_learned_positions_end(tmp_path: pathlib.Path) -> None:
