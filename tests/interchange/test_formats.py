@@ -174,7 +174,9 @@ def test_no_equivalent_names_the_field(name: str, field: str, model: dict[str, A
     assert str(caught.value).count(" must be ") == 1  # and no other field
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name", [name if name in ("tiny", "vanilla") else pytest.param(name, marks=pytest.mark.full) for name in OWN]
+)
 def test_our_own_class_comes_back(name: str, tmp_path: pathlib.Path) -> None:
     """Bit-equal, the config too; its code lies beside it."""
     config, out = config_of(name), tmp_path / "out"

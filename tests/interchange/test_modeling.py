@@ -97,6 +97,10 @@ def test_greedy_text(latent_norm: str, tied: bool, tmp_path: pathlib.Path) -> No
     for n, more in ((100, {}), (10, {"use_cache": False}), (10, {"cache_implementation": "static"})):
         out = theirs.generate(**inputs, **more, max_new_tokens=n, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         assert [tuple(row) for row in out.tolist()] == [row[:n] for row in ours], more
+    # Without padding transformers leaves the mask to the model, also where a cache has more room than tokens.
+    alone = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    out = theirs.generate(alone, max_new_tokens=10, do_sample=False, cache_implementation="static")
+    assert tuple(out[0, alone.shape[1] :].tolist()) == ours[0][:10]
 
 
 def test_saved_by_transformers(tmp_path: pathlib.Path) -> None:
