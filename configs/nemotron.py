@@ -1,5 +1,6 @@
 """A BigMac language model of the State of the Union addresses that Hugging Face's NemotronH loads: `configs/tiny.py`
-without positions and query-key norm, with a sigmoid router that its bias balances and an embedding of its own.
+without positions, query-key norm and the norm of the latent, with a sigmoid router that its bias balances and an
+embedding of its own.
 
     python train.py --config=configs/nemotron.py --workdir=runs/nemotron
     python convert.py export --workdir=runs/nemotron --step=best --output=exported

@@ -11,15 +11,15 @@ from absl import flags
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.interchange import choose, export_model, import_run
-from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.interchange import Trained, choose, export_model, import_run
+from bigmac_jax.training.checkpoint import restore_step
 from bigmac_jax.training.workdir import read_config
 from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
 _OUTPUT = flags.DEFINE_string("output", "", "export: the directory to write.")
-_FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe or plain.")
+_FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe, bigmac or plain.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, bfloat16 or float16.")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: of one file.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with config.json and safetensors.")
@@ -44,7 +44,7 @@ def _export(workdir: pathlib.Path) -> None:
         tokenizer = load_tokenizer(saved)
     cli.enter_mesh(meshed, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
-        _, model = restore(workdir, _STEP.value, meshed)
+        _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
         kind = export_model(
             saved,
             model,
@@ -53,8 +53,10 @@ def _export(workdir: pathlib.Path) -> None:
             dtype=_DTYPE.value,
             max_shard_size=_MAX_SHARD_SIZE.value,
             tokenizer=tokenizer,
+            trained=Trained(step, loss),
         )
-    hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}")
+    how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
+    hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}{how}")
 
 
 def _import(workdir: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
 """A model → a directory of safetensors, which transformers or `import_model` loads."""
 
 import json
-import logging
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,38 +13,36 @@ from jax import Array
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.interchange import nemotron_h, plain, qwen3_moe, shards, tokens
+from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, shards, tokens
+from bigmac_jax.interchange.card import Trained
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
 from bigmac_jax.mesh import replicated_spec
 from bigmac_jax.model.transformer import Transformer
 
-FORMATS: dict[str, Format] = {"nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac_jax": plain}
-_log = logging.getLogger(__name__)
+FORMATS: dict[str, Format] = {
+    "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac": bigmac, "bigmac_jax": plain,
+}  # fmt: skip
 
 
-def choose(config: Config, name: str = "auto") -> tuple[str, str]:
-    """The format of a model, and why it has no class in transformers ("" if it has one).
+def choose(config: Config, name: str = "auto") -> str:
+    """The model_type under which a model is written.
 
     Args:
-      name: auto (plain if nothing else fits), nemotron_h, qwen3_moe or plain.
+      name: auto (a class that transformers has if one fits, else our own), nemotron_h, qwen3_moe, bigmac or plain.
 
     Raises:
       ConfigError: the model cannot be written like that; the line names the fields.
     """
-    known = ("auto", "nemotron_h", "qwen3_moe", "plain")
-    if name not in known:
-        raise ConfigError(f"--format={name} must be one of {', '.join(known)}")
+    classes = ["nemotron_h", "qwen3_moe", "bigmac"]
+    if name not in ("auto", *classes, "plain"):
+        raise ConfigError(f"--format={name} must be one of {', '.join(('auto', *classes, 'plain'))}")
     if name == "plain":
-        return "bigmac_jax", ""
-    classes = [name] if name != "auto" else known[1:3] if config.model.structure == "fine_grained" else known[1:2]
-    unmet = {key: FORMATS[key].unmet(config.model) for key in classes}
-    nearest = min(unmet, key=lambda key: len(unmet[key]))
-    if not unmet[nearest]:
-        return nearest, ""
-    reason = ", ".join(f"model.{line}" for line in unmet[nearest])
-    if name == "auto":
-        return "bigmac_jax", f"transformers has no such model: for {nearest} {reason}"
-    raise ConfigError(f"--format={name}: {reason}; use --format=plain")
+        return "bigmac_jax"
+    for key in classes if name == "auto" else [name]:
+        if not (unmet := FORMATS[key].unmet(config.model)):
+            return key
+    reason = ", ".join(f"model.{line}" for line in unmet)
+    raise ConfigError(f"--format={name}: {reason}; use --format={'plain' if name in ('auto', 'bigmac') else 'auto'}")
 
 
 def export_model(
@@ -56,6 +54,7 @@ def export_model(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     tokenizer: Tokenizer | None = None,
+    trained: Trained | None = None,
 ) -> str:
     """Writes a model as safetensors, whole or not at all → the model_type of its config.json.
 
@@ -64,10 +63,11 @@ def export_model(
 
     Args:
       output: a new directory.
-      format: auto, nemotron_h, qwen3_moe or plain; auto takes plain, and says why, if the model has no equivalent.
+      format: auto, nemotron_h, qwen3_moe, bigmac or plain; auto takes the first that fits.
       dtype: float32, bfloat16 or float16, of the tensors; parameters are float32.
       max_shard_size: such as 5GB.
       tokenizer: is written beside the model.
+      trained: what the model card says of the run.
 
     Raises:
       ConfigError: no equivalent, or `output` is there already or cannot be written.
@@ -76,12 +76,10 @@ def export_model(
     if dtype not in shards.DTYPES:
         raise ConfigError(f"--dtype={dtype} must be one of {', '.join(shards.DTYPES)}")
     size = shards.byte_size(max_shard_size)
-    name, reason = choose(config, format)
+    name = choose(config, format)
     with hosts.together():  # now: later the other processes would wait for this one
         if hosts.is_first():
             shards.check_new(output)
-    if reason and hosts.is_first():
-        _log.warning("%s; written as plain safetensors", reason)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
     exact = shards.DTYPES["float32"]
@@ -100,6 +98,10 @@ def export_model(
             tokens.write_tokenizer(directory, config, tokenizer)
         if tokenizer and layout is not plain:
             _write(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
+        if layout is bigmac:
+            for file in bigmac.CODE:
+                shutil.copyfile(file, directory / file.name)
+        (directory / "README.md").write_text(card.text(config, name, trained, output.name, tokenizer is not None))
     return name
 
 

@@ -3,6 +3,7 @@
 Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint has a tensor a layer, and one an expert.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,21 @@ import jax
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
 from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tokens import NAMES
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
 _LONGEST = 4096  # tokens of a window of an imported model, whatever it could take
+
+
+STACKS = ("first.", "layers.")  # what our parameters of layers begin with: of those without experts, and the others
+
+
+def stack_of(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
+    """Of a parameter of layers: its stack, its name in a layer, how many layers come before, and how many it has."""
+    stack, _, name = leaf.partition(".")
+    first = config.first_dense_layers
+    return (stack, name, 0, first) if stack == "first" else (stack, name, first, config.num_layers - first)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,14 @@ def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str
             yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
 
 
+def with_tokenizer(config: Config, checkpoint: Checkpoint) -> Config:
+    """The config with the tokenizer that lies beside a checkpoint, if there is one."""
+    for name in NAMES:
+        if (file := checkpoint.directory.absolute() / name).exists():
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
+    return config
+
+
 def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
     """The config of a checkpoint, from fields that all classes have (`v`) and those of one class."""
     tokenizer = checkpoint.directory.absolute() / "tokenizer.json"
@@ -117,6 +138,7 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
             scale_embedding=False,
             top_k=v["num_experts_per_tok"],
             expert_hidden_size=v["moe_intermediate_size"],
+            latent_norm="none",
             router_renormalize=v["norm_topk_prob"],
             capacity_factor=math.inf,
             **model,

@@ -3,13 +3,12 @@
 A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig, from_saved
-from bigmac_jax.interchange.layout import Leaves, Tensor
+from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, stack_of, with_tokenizer
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -29,14 +28,11 @@ def unmet(config: ModelConfig) -> list[str]:
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
-    first = config.first_dense_layers
-    stacks = {"first": (0, first), "layers": (first, config.num_layers - first)}
     for leaf in leaves:
-        stack, _, name = leaf.partition(".")
-        if stack not in stacks:
+        if not leaf.startswith(STACKS):
             yield Tensor(leaf, leaf)
             continue
-        before, layers = stacks[stack]
+        _, name, before, layers = stack_of(config, leaf)
         for layer in range(layers):
             yield Tensor(f"layers.{before + layer}.{name}", leaf, layer)
 
@@ -54,10 +50,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    config = from_saved(values["config"])
-    if not (tokenizer := checkpoint.directory.absolute() / "tokenizer.json").exists():
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+    return with_tokenizer(from_saved(values["config"]), checkpoint)
 
 
 def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, imported, must
+from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, attention_tensors, expert_tensors, imported, must
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
 # The class's own, of fields that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
@@ -78,7 +77,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "rope_theta": m.rope_theta,  # where it stood before transformers 5, and where it stands now
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
         "rms_norm_eps": m.norm_eps,
-        "hidden_act": _ACTIVATIONS[m.activation],
+        "hidden_act": ACTIVATIONS[m.activation],
         "attention_bias": False,
         "use_sliding_window": False,
         "decoder_sparse_step": 1,
@@ -98,7 +97,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     rope = named.get("rope_parameters") or named.get("rope_scaling") or {}
     v = _DEFAULTS | named | {name: rope[name] for name in ("rope_theta",) if name in rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    activations = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     k = v["num_experts_per_tok"]
     wrong = must(
         rope_type=(kind, kind == "default", "default"),

@@ -36,6 +36,7 @@ def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenize
     _write(directory / "tokenizer.json", values)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders have no use for
         "eos_token": end,
         "pad_token": end,
         "model_max_length": config.data.sequence_length,

@@ -167,6 +167,10 @@ class Checkpoints:
         self._manager.reload()
         return step
 
+    def loss(self, step: int) -> float | None:
+        """eval/loss of a checkpoint, if it was evaluated."""
+        return (self._manager.metrics(step) or {}).get(_METRIC)
+
     def best_loss(self) -> float:
         """eval/loss of the best checkpoint, inf if none was evaluated."""
         losses = [m[_METRIC] for step in self._manager.all_steps() if (m := self._manager.metrics(step))]
@@ -322,6 +326,13 @@ def restore(
     Raises:
       ConfigError: no such run or checkpoint.
     """
+    return restore_step(workdir, step, config)[:2]
+
+
+def restore_step(
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+) -> tuple[Config, Transformer, int, float | None]:
+    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
     workdir = local_path(str(workdir), "workdir")
     config = config or read_config(workdir)
     mesh = jax.sharding.get_mesh()
@@ -334,6 +345,7 @@ def restore(
         abstract = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
         graphdef, params, rest = split(abstract)
         tree = checkpoints.restore_model(number, placed({"params": params, "rest": rest}, mesh))
-        return config, nnx.merge(graphdef, tree["params"], tree["rest"])
+        model = nnx.merge(graphdef, tree["params"], tree["rest"])
+        return config, model, number, _on_first(lambda: checkpoints.loss(number))
     finally:
         checkpoints.close()

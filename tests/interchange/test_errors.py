@@ -60,7 +60,7 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "config that is no object": (lambda f: (f / "config.json").write_text("[]"), "model_type=None must be one of"),
-    "another class": (with_config(model_type="llama"), "model_type=llama must be one of nemotron_h, qwen3_moe"),
+    "another class": (with_config(model_type="llama"), "model_type=llama must be one of nemotron_h, qwen3_moe, bigmac"),
     "wrong type": (with_config(hidden_size="many"), "config.json is not a config of nemotron_h"),
     "Mamba layers": (with_config(layers_block_type=["mamba", "moe"]), r"layers_block_type=\['mamba', 'moe'\] must be"),
     "no layers": (with_config(layers_block_type=[], hybrid_override_pattern=""), "layers_block_type"),
@@ -93,6 +93,21 @@ def test_a_broken_checkpoint(exported: Any, tmp_path: pathlib.Path, name: str) -
     with on_mesh(config), pytest.raises(ConfigError, match=BROKEN[name][1]) as caught:
         import_model(tmp_path / "broken")
     assert "\n" not in str(caught.value)
+
+
+def test_two_truths_of_one_model(tmp_path: pathlib.Path) -> None:
+    """config.json has what the class computes and the config that it came from; if they differ, which one is true?"""
+    config = config_of("tiny")
+    with on_mesh(config):
+        export_model(config, random_model(config), tmp_path / "out")
+        with_config(num_experts_per_tok=2)(tmp_path / "out")
+        with pytest.raises(ConfigError, match="num_experts_per_tok=2 must be 3, as its bigmac_jax section"):
+            import_model(tmp_path / "out")
+        values = json.loads((tmp_path / "out/config.json").read_text())
+        del values["bigmac_jax"]
+        (tmp_path / "out/config.json").write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match="is not a config of bigmac"):
+            import_model(tmp_path / "out")
 
 
 def test_a_broken_index(exported: Any, tmp_path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """What an export computes, by an independent reading of the class it names, and what comes back from it."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -12,13 +13,13 @@ from model.tools import abstract_model, leaves, on_mesh, random_model, tiny
 from safetensors.numpy import load_file, save_file
 from training.tools import text
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, ModelConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import choose, export_model, import_model
+from bigmac_jax.interchange import Trained, bigmac, choose, export_model, import_model
 from bigmac_jax.interchange.layout import named_leaves
 
 from .architectures import logits
-from .tools import CLASSES, MODELS, NEMOTRON, QWEN, config_of, our_logits, tokens_of
+from .tools import CLASSES, MODELS, NEMOTRON, OWN, QWEN, config_of, our_logits, tokens_of
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,7 +65,7 @@ def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> No
     )
     with on_mesh(config):
         model = random_model(config)
-        assert export_model(config, model, tmp_path / "out") == "bigmac_jax"
+        assert export_model(config, model, tmp_path / "out", format="plain") == "bigmac_jax"
         again, copy = import_model(tmp_path / "out")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
@@ -83,14 +84,14 @@ def test_any_mesh_writes_the_same_and_reads_onto_its_shards(tmp_path: pathlib.Pa
     one, many = config_of("bigmac"), config_of("bigmac", (2, 1, 2, 2, True, True))
     for name, config in (("one", one), ("many", many)):
         with on_mesh(config):
-            export_model(config, random_model(config), tmp_path / name, max_shard_size="20KB")
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "many").iterdir())
+            export_model(config, random_model(config), tmp_path / name / "out", max_shard_size="20KB")
+    files = sorted(path.name for path in (tmp_path / "one/out").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "many/out").iterdir())
     for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes(), name
+        assert (tmp_path / "one/out" / name).read_bytes() == (tmp_path / "many/out" / name).read_bytes(), name
     with on_mesh(many):
         mesh = ("mesh.data=2", "mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=True", "mesh.split_experts=True")
-        _, model = import_model(tmp_path / "one", mesh)
+        _, model = import_model(tmp_path / "one/out", mesh)
         expected = named_leaves(abstract_model(many))
         for leaf, value in named_leaves(model).items():
             assert value.sharding.spec == expected[leaf].sharding.spec, leaf
@@ -153,11 +154,13 @@ NEMOTRON_HAS_NO = {
     "use_bias=True": {"use_bias": True},
     "qk_norm=True": {"qk_norm": True},
     "latent_norm=pre_dispatch": {"latent_norm": "pre_dispatch"},
+    "latent_norm=auto": {"latent_norm": "auto"},  # which is post_combine
     "router_scores=softmax": {"router_scores": "softmax"},
     "group_scores=top_k": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
     "first_dense_layers=1": {"first_dense_layers": 1},
 }
 QWEN_HAS_NO = {
+    "latent_norm=post_combine": {"latent_norm": "post_combine"},
     "router_scale=2": {"router_scale": 2.0},
     "balance=bias": {"balance": "bias"},
     "num_shared_experts=1": {"num_shared_experts": 1},
@@ -178,11 +181,84 @@ QWEN_HAS_NO = {
 )
 def test_no_equivalent_names_the_field(name: str, field: str, model: dict[str, Any]) -> None:
     config = tiny(**model)
-    kind, reason = choose(config)
-    assert kind == "bigmac_jax" and f"for {name} model.{field}" in reason and "\n" not in reason
-    assert reason.count(" must be ") == 1  # and no other field
-    with pytest.raises(ConfigError, match=f"--format={name}: model.{field}.*; use --format=plain"):
+    assert choose(config) == "bigmac"
+    with pytest.raises(ConfigError, match=f"--format={name}: model.{field}.*; use --format=auto") as caught:
         choose(config, name)
+    assert str(caught.value).count(" must be ") == 1  # and no other field
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("tiny", "vanilla") else pytest.param(name, marks=pytest.mark.full) for name in OWN]
+)
+def test_our_own_class_comes_back(name: str, tmp_path: pathlib.Path) -> None:
+    """Bit-equal, the config too; its code lies beside it."""
+    config, out = config_of(name), tmp_path / "out"
+    with on_mesh(config):
+        model = random_model(config)
+        assert export_model(config, model, out) == "bigmac"
+        again, copy = import_model(out)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
+    values = json.loads((out / "config.json").read_text())
+    for entry in values["auto_map"].values():
+        module, name = entry.split(".")
+        assert f"class {name}(" in (out / f"{module}.py").read_text()
+    tensors = load_file(out / "model.safetensors")
+    last = values["num_hidden_layers"] - 1
+    query = leaves(model)["layers.attention.query.w_DF"][last]
+    np.testing.assert_array_equal(tensors[f"model.layers.{last}.self_attn.q_proj.weight"], query.T)
+
+
+def test_every_field_of_a_model_is_known() -> None:
+    """A new one is either expressed by the class or has nothing to do with what it computes; until somebody has said
+    which, a model with it is refused."""
+    assert not bigmac.EXPRESSED & bigmac.TRAINING
+    assert {field.name for field in dataclasses.fields(ModelConfig)} == bigmac.EXPRESSED | bigmac.TRAINING
+
+
+def test_a_field_that_our_class_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bigmac, "EXPRESSED", bigmac.EXPRESSED - {"qk_norm"})
+    assert choose(tiny(qk_norm=True)) == "bigmac"
+    for name in ("auto", "bigmac"):
+        with pytest.raises(ConfigError, match=f"--format={name}: model.qk_norm=False must be True; use --format=plain"):
+            choose(tiny(qk_norm=False), name)
+    assert choose(tiny(qk_norm=False), "plain") == "bigmac_jax"
+
+
+def test_own_models_cover_every_value() -> None:
+    """Those that transformers' judgement of our class rests on (test_modeling.py)."""
+    models = [config_of(name).model for name in OWN]
+    computed = (
+        "structure", "norm", "positions", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "latent_norm",
+        "scale_embedding", "router_scores", "router_renormalize", "balance",
+    )  # fmt: skip
+    found = {name: {getattr(model, name) for model in models} for name in computed}
+    assert {name: len(values) for name, values in found.items()} == {
+        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 3, "router_scores": 2,
+        **dict.fromkeys(("gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding", "router_renormalize"), 2),
+    }  # fmt: skip
+
+
+def test_card(tmp_path: pathlib.Path) -> None:
+    """What is known of the run, and no more; how each format is loaded."""
+    config = config_of("tiny")
+    with on_mesh(config):
+        model = random_model(config)
+        total = sum(leaf.size for leaf in leaves(model).values())
+        export_model(config, model, tmp_path / "a", trained=Trained(50, 2.0), tokenizer=ByteTokenizer())
+        export_model(config, model, tmp_path / "b")
+        export_model(config, model, tmp_path / "c", format="plain", trained=Trained(0))
+    known, unknown, plain = ((tmp_path / name / "README.md").read_text() for name in "abc")
+    assert "| trained | 50 steps on 1,600 tokens of sotu |" in known
+    assert "| validation loss | 2.0000 nats a token (perplexity 7.39) |" in known
+    # Two layers of eight experts of two matrices 4 x 16, of which a token meets three.
+    idle = 2 * 5 * 2 * 4 * 16
+    assert f"| parameters | {total:,}, of which a token meets {total - idle:,} |" in known
+    assert 'pipeline("text-generation", "a", trust_remote_code=True)' in known
+    assert 'AutoModelForCausalLM.from_pretrained("b", trust_remote_code=True)' in unknown
+    assert 'bigmac_jax.import_model("c")' in plain and "transformers" not in plain
+    for card in (unknown, plain):
+        assert "trained |" not in card and "loss" not in card
 
 
 def test_tokenizers(tmp_path: pathlib.Path) -> None:

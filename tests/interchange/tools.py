@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from model.tools import QUICK, random_tokens, split_tokens, tiny
+from model.tools import PAPER, QUICK, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config
 
@@ -23,11 +23,29 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen": QWEN | {"num_kv_heads": 2, "rope_theta": 100.0, "norm_eps": 1e-3},
     "qwen tied": QWEN | UNSCALED | {"router_renormalize": False, "head_dim": 6, "rope_theta": 100.0},
 }  # fmt: skip
+# What no class of transformers has; each value of each field that the model is computed with stands in one of them.
+OWN: dict[str, dict[str, Any]] = {
+    # As configs/tiny.py.
+    "tiny": {"num_shared_experts": 1, "shared_expert_hidden_size": 12, "router_scale": 2.0},
+    "tiny without a norm": {"latent_norm": "none", "num_shared_experts": 1},
+    "tiny untied": {"tie_embeddings": False, "balance": "none", "top_k": 1},
+    "paper": PAPER | {"latent_norm": "both", "router_renormalize": False, "scale_embedding": False, "num_layers": 3},
+    "groups": {"num_expert_groups": 4, "top_groups": 1, "top_k": 2, "router_scores": "sigmoid", "balance": "bias",
+               "num_kv_heads": 2, "head_dim": 6, "positions": "none", "latent_norm": "pre_dispatch", "norm_eps": 1e-3},
+    "factor": {"latent_norm": "scale", "gated": True, "activation": "silu", "use_bias": True, "rope_theta": 100.0,
+               "num_shared_experts": 2, "num_kv_heads": 1, "expert_hidden_size": 10},
+    "normed": {"structure": "fine_grained", "latent_norm": "post_combine", "norm": "layernorm",
+               "num_expert_groups": 4, "top_groups": 2, "top_k": 4, "router_scale": 0.5},
+    "vanilla": PAPER | {"structure": "vanilla", "num_experts": 128, "vanilla_top_k": 2, "gated": True,
+                        "tie_embeddings": False, "down_ratio": 0.25},
+    "dense": {"structure": "dense", "positions": "learned", "gated": True, "tie_embeddings": False},
+    "dense paper": PAPER | {"structure": "dense", "expert_hidden_size": 24},
+}  # fmt: skip
 CLASSES = {"qwen": "qwen3_moe", "qwen tied": "qwen3_moe"}
 
 
 def config_of(name: str, mesh: tuple[Any, ...] = (1, 1, 1)) -> Config:
-    return tiny(mesh, batch=4, **MODELS[name])
+    return tiny(mesh, batch=4, **(MODELS | OWN)[name])
 
 
 def tokens_of(config: Config) -> np.ndarray:

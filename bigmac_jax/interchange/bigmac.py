@@ -1,0 +1,170 @@
+"""Our own class in transformers, for any config: its code, `hf/`, is written beside the weights.
+
+Names are transformers' where it has some. A layer's experts are one tensor, [E, inputs, outputs]; other matrices are
+torch's, [outputs, inputs]. config.json has what the class computes, and under `bigmac_jax` the whole config.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from bigmac_jax.config import Config, ConfigError, ModelConfig, from_saved
+from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, must, stack_of, with_tokenizer
+from bigmac_jax.interchange.shards import Checkpoint, Index
+
+CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
+# What the class computes with, and what it needs not know: how a model is trained.
+EXPRESSED = {
+    "structure", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "norm", "norm_eps",
+    "positions", "rope_theta", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding",
+    "num_experts", "top_k", "vanilla_top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
+    "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
+    "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
+}  # fmt: skip
+TRAINING = {
+    "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
+}  # fmt: skip
+_ENDS = {
+    "embedding_VD": "model.embed_tokens.weight",
+    "positions_LD": "model.embed_positions.weight",
+    "final_norm.scale_D": "model.norm.weight",
+    "final_norm.bias_D": "model.norm.bias",
+    "unembedding_VD": "lm_head.weight",
+}
+_LAYER = {
+    "attention_norm.scale_D": "input_layernorm.weight",
+    "attention_norm.bias_D": "input_layernorm.bias",
+    "attention.query.w_DF": "self_attn.q_proj.weight",
+    "attention.query.b_F": "self_attn.q_proj.bias",
+    "attention.key.w_DF": "self_attn.k_proj.weight",
+    "attention.key.b_F": "self_attn.k_proj.bias",
+    "attention.value.w_DF": "self_attn.v_proj.weight",
+    "attention.value.b_F": "self_attn.v_proj.bias",
+    "attention.out.w_DF": "self_attn.o_proj.weight",
+    "attention.out.b_F": "self_attn.o_proj.bias",
+    "attention.query_norm.scale_D": "self_attn.q_norm.weight",
+    "attention.key_norm.scale_D": "self_attn.k_norm.weight",
+    "mlp_norm.scale_D": "post_attention_layernorm.weight",
+    "mlp_norm.bias_D": "post_attention_layernorm.bias",
+}
+_MLP = {
+    "up.w_DF": "up_proj.weight",
+    "up.b_F": "up_proj.bias",
+    "gate.w_DF": "gate_proj.weight",
+    "gate.b_F": "gate_proj.bias",
+    "down.w_DF": "down_proj.weight",
+    "down.b_F": "down_proj.bias",
+}
+_MOE = {
+    "router_DE": "router.weight",
+    "router_bias_E": "router.e_score_correction_bias",
+    "down.w_DF": "latent_down.weight",
+    "up.w_DF": "latent_up.weight",
+    "experts.w_in_eRF": "experts.up_proj",
+    "experts.b_in_eF": "experts.up_bias",
+    "experts.w_gate_eRF": "experts.gate_proj",
+    "experts.b_gate_eF": "experts.gate_bias",
+    "experts.w_out_eFR": "experts.down_proj",
+    "experts.b_out_eR": "experts.down_bias",
+    "dispatch_norm.scale_D": "dispatch_norm.weight",
+    "dispatch_norm.bias_D": "dispatch_norm.bias",
+    "combine_norm.scale_D": "combine_norm.weight",
+    "combine_norm.bias_D": "combine_norm.bias",
+    "factor_1": "combine_factor",
+} | {f"shared.{ours}": f"shared_experts.{theirs}" for ours, theirs in _MLP.items()}
+
+
+def unmet(config: ModelConfig) -> list[str]:
+    """A field that this module has not heard of must be what it is by default."""
+    others = [f for f in dataclasses.fields(config) if f.name not in EXPRESSED | TRAINING]
+    values = {f.name: (getattr(config, f.name), f.default) for f in others}
+    return must(**{name: (value, value == default, str(default)) for name, (value, default) in values.items()})
+
+
+def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
+    for leaf in leaves:
+        if leaf in _ENDS:
+            yield Tensor(_ENDS[leaf], leaf)
+            continue
+        stack, ours, before, layers = stack_of(config, leaf)
+        feed_forward = _MOE if stack == "layers" and config.is_moe else _MLP
+        of_layer = _LAYER | {f"mlp.{name}": f"mlp.{theirs}" for name, theirs in feed_forward.items()}
+        transposed, exact = ours.endswith(("w_DF", "router_DE")), "router" in ours
+        for layer in range(layers):
+            name = f"model.layers.{before + layer}.{of_layer[ours]}"
+            yield Tensor(name, leaf, layer, transposed=transposed, exact=exact)
+
+
+def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
+    return {
+        "architectures": ["BigMacForCausalLM"],
+        "model_type": "bigmac",
+        "auto_map": {
+            "AutoConfig": "configuration_bigmac.BigMacConfig",
+            "AutoModel": "modeling_bigmac.BigMacModel",
+            "AutoModelForCausalLM": "modeling_bigmac.BigMacForCausalLM",
+        },
+        **_computed(config),
+        "bigmac_jax": json.loads(config.to_json()),
+    }
+
+
+def _computed(config: Config) -> dict[str, Any]:
+    """What the class computes: `hf/configuration_bigmac.py` says what the fields mean."""
+    m = config.model
+    fields = {
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.hidden_size,
+        "num_hidden_layers": m.num_layers,
+        "norm": m.norm,
+        "norm_eps": m.norm_eps,
+        "hidden_act": ACTIVATIONS[m.activation],
+        "gated": m.gated,
+        "use_bias": m.use_bias,
+        "tie_word_embeddings": m.tie_embeddings,
+        "scale_embedding": m.scale_embedding,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.kv_heads,
+        "head_dim": m.head_size,
+        "positions": m.positions,
+        "rope_theta": m.rope_theta,
+        "max_position_embeddings": config.data.sequence_length,
+        "qk_norm": m.qk_norm,
+        "mlp_layer_types": ["dense"] * (m.num_layers - m.moe_layers) + ["sparse"] * m.moe_layers,
+    }
+    if m.moe_layers < m.num_layers:
+        fields |= {"intermediate_size": m.mlp_width}
+    if not m.is_moe:
+        return fields
+    return fields | {
+        "num_experts": m.expert_count,
+        "num_experts_per_tok": m.choices,
+        "moe_intermediate_size": m.expert_width,
+        "moe_latent_size": m.latent_size if m.structure == "bigmac" else None,
+        "latent_norms": list(m.latent_norms),
+        "shared_expert_intermediate_size": m.shared_width,
+        "scoring_func": m.router_scores,
+        "norm_topk_prob": m.router_renormalize,
+        "routed_scaling_factor": m.router_scale,
+        "router_bias": m.has_router_bias,
+        "n_group": m.num_expert_groups,
+        "topk_group": m.top_groups,
+        "group_score_topk": m.group_best,
+    }
+
+
+def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
+    config = from_saved(values["bigmac_jax"])
+    for name, value in _computed(config).items():
+        if values.get(name, value) != value:
+            raise ConfigError(
+                f"{checkpoint.directory / 'config.json'}: {name}={values[name]} must be {value}, as its bigmac_jax "
+                f"section has it; change both, or neither"
+            )
+    return with_tokenizer(config, checkpoint)
+
+
+def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+    yield name, ()

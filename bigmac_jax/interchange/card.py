@@ -1,0 +1,82 @@
+"""The model card: README.md beside the weights, with what is known of the model and how to load it."""
+
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+
+from bigmac_jax.config import Config
+from bigmac_jax.counts import parameters
+
+
+class Trained(NamedTuple):
+    """What a run says of the exported checkpoint."""
+
+    step: int
+    loss: float | None = None  # of the validation split, nats a token; None if it was not evaluated
+
+
+def text(config: Config, model_type: str, trained: Trained | None, name: str, has_tokenizer: bool) -> str:
+    """The card of a model that is written as `model_type` to a directory called `name`."""
+    m, data, count = config.model, config.data, parameters(config, dict(jax.sharding.get_mesh().shape))
+    rows = {
+        "structure": config.describe(),
+        "layers, hidden size": f"{m.num_layers}, {m.hidden_size}",
+        "vocabulary, window": f"{m.vocab_size:,}, {data.sequence_length:,} tokens",
+        "parameters": f"{count.total:,}" + (f", of which a token meets {count.active:,}" if m.is_moe else ""),
+    }
+    if trained is not None and trained.step:
+        tokens = trained.step * data.batch_size * data.sequence_length
+        source = data.source if "://" in data.source or ":" in data.source else pathlib.Path(data.source).name
+        rows["trained"] = f"{trained.step:,} steps on {tokens:,} tokens of {source}"
+    if trained is not None and trained.loss is not None:
+        rows["validation loss"] = f"{trained.loss:.4f} nats a token (perplexity {math.exp(trained.loss):.2f})"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    # Without the head plain has no class for the Hub to offer.
+    head = "" if model_type == "bigmac_jax" else "library_name: transformers\npipeline_tag: text-generation\n"
+    return f"""---
+{head}tags:
+- mixture-of-experts
+- {m.structure}
+---
+
+# {name}
+
+A language model of bigmac_jax, exported as `{model_type}`. It predicts text; it was not trained to follow instructions.
+
+| | |
+|---|---|
+{table}
+
+## How to load it
+
+{_loading(model_type, name, has_tokenizer)}
+"""
+
+
+def _loading(model_type: str, name: str, has_tokenizer: bool) -> str:
+    if model_type == "bigmac_jax":
+        return _code(f'import bigmac_jax\n\nconfig, model = bigmac_jax.import_model("{name}")')
+    own = ", trust_remote_code=True" if model_type == "bigmac" else ""
+    note = "\n\nIts class is in this directory: read `modeling_bigmac.py` before you trust it." if own else ""
+    if has_tokenizer:
+        return (
+            _code(
+                "from transformers import pipeline\n\n"
+                f'generate = pipeline("text-generation", "{name}"{own})\n'
+                'print(generate("Once", max_new_tokens=50)[0]["generated_text"])'
+            )
+            + note
+        )
+    return (
+        _code(
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{own})'
+        )
+        + note
+    )
+
+
+def _code(python: str) -> str:
+    return f"```python\n{python}\n```"
