@@ -168,7 +168,6 @@ QWEN_HAS_NO = {
     "router_scores=sigmoid": {"router_scores": "sigmoid"},
     "positions=none": {"positions": "none"},
     "qk_norm=False": {"qk_norm": False},
-    "latent_norm=post_combine": {"latent_norm": "post_combine"},
     "balance=quantile": {"balance": "quantile"},
     "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},
 }
