@@ -154,7 +154,6 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         norm_eps=float(v["layer_norm_epsilon"]),
         num_experts=experts,
         down_ratio=min(latent or v["moe_intermediate_size"], v["hidden_size"]) / v["hidden_size"],
-        latent_norm="none",
         num_shared_experts=int(shared),
         shared_expert_hidden_size=v["moe_shared_expert_intermediate_size"] if shared else 0,
         router_scores="sigmoid",

@@ -114,7 +114,6 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         v,
         checkpoint,
         structure="fine_grained",
-        latent_norm="none",
         num_layers=v["num_hidden_layers"],
         positions="rope",
         rope_theta=float(v["rope_theta"]),

@@ -65,7 +65,7 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "Mamba layers": (with_config(layers_block_type=["mamba", "moe"]), r"layers_block_type=\['mamba', 'moe'\] must be"),
     "no layers": (with_config(layers_block_type=[], hybrid_override_pattern=""), "layers_block_type"),
     "biases": (with_config(mlp_bias=True), "mlp_bias=True must be false"),
-    "groups": (with_config(n_group=2, topk_group=1), "topk_group=1 must be n_group, or num_experts_per_tok / 2"),
+    "groups": (with_config(n_group=5, topk_group=1), "n_group=5 must be at most half of n_routed_experts"),
     "one gate": (with_config(num_experts_per_tok=1, n_group=1, topk_group=1), "norm_topk_prob=True must be false"),
     "another shape": (with_config(head_dim=4), r"q_proj.weight of .* is \(24, 16\), its config.json says \(16, 16\)"),
     "more layers": (

@@ -229,11 +229,12 @@ def test_own_models_cover_every_value() -> None:
     models = [config_of(name).model for name in OWN]
     computed = (
         "structure", "norm", "positions", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "latent_norm",
-        "scale_embedding", "router_scores", "router_renormalize", "balance",
+        "scale_embedding", "router_scores", "router_renormalize", "balance", "group_scores",
     )  # fmt: skip
     found = {name: {getattr(model, name) for model in models} for name in computed}
     assert {name: len(values) for name, values in found.items()} == {
-        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 3, "router_scores": 2,
+        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 4, "router_scores": 2,
+        "group_scores": 2,
         **dict.fromkeys(("gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding", "router_renormalize"), 2),
     }  # fmt: skip
 
