@@ -112,11 +112,10 @@ def unknown_flag(name: str, known: Sequence[str]) -> str:
 def _meant(name: str, known: Sequence[str]) -> str:
     """What a name that is no flag may be: a flag, or a field of the config without its --config."""
     name = name.lstrip("-").partition("=")[0]
-    fields = field_names(Config)
     if near := nearest(name, known):
         return question(near, "--")
-    inner = name.partition(".")[2]  # of a misspelled config, or the field itself
-    near = [field for field in fields if field in (name, inner)] or nearest(inner if "." in inner else name, fields)
+    inner = name.partition(".")[2]  # of a misspelled config
+    near = nearest(inner if "." in inner else name, field_names(Config))
     return question(near, "--config.") or "see --help"
 
 
