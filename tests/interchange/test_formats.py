@@ -233,7 +233,7 @@ def test_own_models_cover_every_value() -> None:
     )  # fmt: skip
     found = {name: {getattr(model, name) for model in models} for name in computed}
     assert {name: len(values) for name, values in found.items()} == {
-        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 3, "router_scores": 2,
+        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 4, "router_scores": 2,
         **dict.fromkeys(("gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding", "router_renormalize"), 2),
     }  # fmt: skip
 
