@@ -54,9 +54,9 @@ def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[
     """What each parameter is, and its shape; from the abstract model, which takes no memory."""
     data = DataConfig(tokenizer="", sequence_length=length)
     config = Config(model=model, mesh=MeshConfig(split_experts=split_experts), data=data)
-    here = jax.sharding.get_abstract_mesh()  # whatever it is: nothing that is asked for depends on it
     one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(one if here.empty else here):
+    none = AbstractMesh((), ())  # jax lets no mesh be changed for one of another size
+    with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(one):
         traced = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     leaves = jax.tree.leaves(nnx.state(traced, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param))
     return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]

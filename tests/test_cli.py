@@ -262,7 +262,9 @@ def test_export_and_import(outcomes: dict[str, Outcome], folder: pathlib.Path) -
     for name in ("export", "import"):
         assert outcomes[name].code == 0, outcomes[name].err
     assert "bigmac, float32; transformers loads it with trust_remote_code=True" in outcomes["export"].out
-    assert "| trained | 3 steps on " in (folder / "exported" / "README.md").read_text()
+    card = (folder / "exported" / "README.md").read_text()
+    (score,) = (record for record in read_records(folder / "run") if "eval/loss" in record)
+    assert "| trained | 3 steps on " in card and f"| validation loss | {score['eval/loss']:.4f} nats a token" in card
     assert "bigmac: 8 experts of width 16" in outcomes["import"].out
     with jax.set_mesh(make_mesh(read_config(folder / "run"))):
         (before, model), (after, copy) = restore(folder / "run"), restore(folder / "imported")
