@@ -138,6 +138,7 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
             scale_embedding=False,
             top_k=v["num_experts_per_tok"],
             expert_hidden_size=v["moe_intermediate_size"],
+            latent_norm="none",
             router_renormalize=v["norm_topk_prob"],
             capacity_factor=math.inf,
             **model,
