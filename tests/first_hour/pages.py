@@ -27,7 +27,7 @@ import shlex
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("bigmac", "python", "make", "scripts/launch_local.sh", "cat", "cp", "truncate", "for", "done", "echo", "source")
+COMMANDS = ("bigmac", "python", "make", "scripts/launch_local.sh", "cat", "cp", "truncate", "for", "done", "echo", "mkdir", "source")
 REASONS = ("root", "accelerator", "cluster", "download", "long", "names", "output")
 _MARK = re.compile(r"<!-- first-hour: (.*?) -->")
 

@@ -62,6 +62,11 @@ def copy(folder: pathlib.Path) -> None:
         (bin.parent / stamp).touch()
 
 
+def _program(path: pathlib.Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
 def play(blocks: list[Block], folder: pathlib.Path) -> list[Outcome]:
     """Runs blocks in a copy of the repository; each is said as soon as it has ended."""
     bin = next(folder.glob(".venv-*")) / "bin"
