@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
-    from bigmac_jax.notebook import metrics, train
+    from bigmac_jax.notebook import metrics, plan, train
     from bigmac_jax.training.checkpoint import restore
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "load_config",
     "make_mesh",
     "metrics",
+    "plan",
     "restore",
     "train",
 ]
@@ -45,6 +46,7 @@ _HOME = {
     "load_config": "config",
     "make_mesh": "mesh",
     "metrics": "notebook",
+    "plan": "notebook",
     "restore": "training.checkpoint",
     "train": "notebook",
 }

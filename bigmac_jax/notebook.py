@@ -1,4 +1,4 @@
-"""What train.py does, in one call, and what a run has logged, as columns: for notebooks and scripts."""
+"""What train.py and plan.py do, in one call each, and what a run has logged, as columns: for notebooks and scripts."""
 
 import os
 import pathlib
@@ -10,11 +10,12 @@ import numpy as np
 from bigmac_jax import loop
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.planning.plan import Request, make_plan
 from bigmac_jax.report.runs import read_metrics
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
-    """Trains in `workdir` on the config's mesh, as train.py does: a run that has begun goes on from its newest checkpoint.
+    """Trains in `workdir` on the config's mesh, as train.py does: a run that has begun goes on where it stands.
 
     It has to be called from the main thread, where signals arrive: an interrupt saves the run and ends it.
 
@@ -42,6 +43,20 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise ConfigError(f"workdir={workdir} has logged no step in metrics.jsonl; train there first")
     names = dict.fromkeys(name for row in rows.values() for name in row)
     return {name: _column([rows[step].get(name) for step in sorted(rows)]) for name in names}
+
+
+def plan(config: Config, **asked: Any) -> dict[str, Any]:
+    """What a config costs, as plan.py has it with --json; no device is needed.
+
+    Args:
+      **asked: fields of `planning.plan.Request`, such as topology="h100:64x8" and search=True.
+
+    Raises:
+      ConfigError: what cannot be planned.
+    """
+    if unknown := asked.keys() - set(Request._fields):
+        raise ConfigError(f"plan({min(unknown)}=…) is not known; use {', '.join(Request._fields)}")
+    return make_plan(config, Request(**asked))
 
 
 def _column(values: list[Any]) -> np.ndarray:

@@ -10,6 +10,7 @@ from training.tools import quick, small
 
 import bigmac_jax
 from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.plan import Request, make_plan
 
 
 def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
@@ -38,9 +39,19 @@ def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:
         {"step": 2, "loss": 1},
         {"step": 2, "eval/loss": 3.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 3, "lo')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + '{"step": 3, "lo'
+    )
     columns = bigmac_jax.metrics(tmp_path)
     assert list(columns) == ["step", "loss", "eval/loss"]
     np.testing.assert_array_equal(columns["step"], [1, 2])
     np.testing.assert_array_equal(columns["loss"], [np.nan, 1])
     np.testing.assert_array_equal(columns["eval/loss"], [np.nan, 3])
+
+
+def test_a_plan_is_that_of_the_command() -> None:
+    config = bigmac_jax.load_config("tiny")
+    asked = bigmac_jax.plan(config, topology="h100:1x8")
+    assert asked == make_plan(config, Request(topology="h100:1x8")) and asked["fits"]
+    with pytest.raises(ConfigError, match=r"plan\(topologie=…\) is not known; use devices, topology"):
+        bigmac_jax.plan(config, topologie="h100:1x8")

@@ -163,8 +163,8 @@ class Generator:
         for number, ids in enumerate(token_ids, 1):
             if len(ids) > self.max_length:
                 raise ConfigError(
-                    f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score it "
-                    f"in parts, or with a longer max_length"
+                    f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score "
+                    f"it in parts, or with a longer max_length"
                 )
         order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))
         scored: dict[int, Scored] = {}

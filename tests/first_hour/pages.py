@@ -27,7 +27,10 @@ import shlex
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = ("bigmac", "python", "make", "scripts/launch_local.sh", "cat", "cp", "truncate", "for", "done", "echo", "mkdir", "source")
+COMMANDS = (
+    "bigmac", "python", "make", "scripts/launch_local.sh",
+    "cat", "cp", "echo", "mkdir", "truncate", "for", "done", "source",
+)  # fmt: skip
 REASONS = ("root", "accelerator", "cluster", "download", "long", "names", "output")
 _MARK = re.compile(r"<!-- first-hour: (.*?) -->")
 
@@ -55,7 +58,8 @@ class Block(NamedTuple):
 
     def describe(self) -> str:
         """A line of the list."""
-        how = f"not run: {self.skip}" if self.skip else f"planned for {self.plan}" if self.plan else f"run by {self.language}"
+        how = f"planned for {self.plan}" if self.plan else f"run by {self.language}"
+        how = f"not run: {self.skip}" if self.skip else how
         how += f", {self.steps} steps" if self.steps else ""
         how += f", ends with {self.exit_code}" if self.exit_code else ""
         return f"{self.place:28} {how:24} {self.code.splitlines()[0].strip()[:90]}"
@@ -146,7 +150,8 @@ def _marked(block: Block, words: str) -> Block:
         elif name == "skip" and value in REASONS:
             block = block._replace(skip=value)
         else:
-            raise PageError(f"{block.place}: {word!r} is no mark; use steps=N, code=N, plan=TOPOLOGY, rest or skip={'|'.join(REASONS)}")
+            known = f"steps=N, code=N, plan=TOPOLOGY, rest or skip={'|'.join(REASONS)}"
+            raise PageError(f"{block.place}: {word!r} is no mark; use {known}")
     return block
 
 

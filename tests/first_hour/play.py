@@ -81,7 +81,9 @@ def play(blocks: list[Block], folder: pathlib.Path) -> list[Outcome]:
         if block.skip:
             continue
         start = time.monotonic()
-        argv = [sys.executable, "-c", block.code] if block.language == "python" else ["bash", "-ec", script(block, folder)]
+        argv = (
+            [sys.executable, "-c", block.code] if block.language == "python" else ["bash", "-ec", script(block, folder)]
+        )
         try:
             ended = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
             code, output = ended.returncode, ended.stdout + ended.stderr
@@ -121,7 +123,8 @@ def main(argv: list[str]) -> int:
         copy(pathlib.Path(folder))
         outcomes = play([MODEL, *blocks], pathlib.Path(folder))
     bad = [outcome for outcome in outcomes if not outcome.good]
-    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} blocks ran well, {sum(bool(b.skip) for b in blocks)} were not run")
+    left_out = sum(bool(block.skip) for block in blocks)
+    print(f"{len(outcomes) - len(bad)} of {len(outcomes)} blocks ran well, {left_out} were not run")
     return 1 if bad else 0
 
 

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+
 from first_hour.pages import Block, PageError, pages, planned, read, shortened
 
 
@@ -44,7 +45,10 @@ def test_blocks_are_found(tmp_path: pathlib.Path) -> None:
         ("<!-- first-hour: stepz=20 -->\n\n    make a\n", "'stepz=20' is no mark; use steps=N"),
         ("<!-- first-hour: steps=all -->\n\n    make a\n", "'steps=all' is no mark"),
         ("<!-- first-hour: skip=tired -->\n\n    make a\n", r"'skip=tired' is no mark.*skip=root\|accelerator"),
-        ("<!-- first-hour: steps=2 -->\n\nText\n\n    make a\n", r"page\.md:1: the mark 'steps=2' stands before no block"),
+        (
+            "<!-- first-hour: steps=2 -->\n\nText\n\n    make a\n",
+            r"page\.md:1: the mark 'steps=2' stands before no block",
+        ),
         ("<!-- first-hour: steps=2 -->\n", "stands before no block"),
         ("Text <!-- first-hour: steps=2 -->\n", "a mark is a line of its own"),
     ],
@@ -64,7 +68,9 @@ def test_commands_are_shortened() -> None:
 
 
 def test_what_needs_machines_is_planned() -> None:
-    command = "sbatch --nodes=4 scripts/slurm.sh --config=configs/modern.py --workdir=runs/m --config.mesh.expert=8  # why"
+    command = (
+        "sbatch --nodes=4 scripts/slurm.sh --config=configs/modern.py --workdir=runs/m --config.mesh.expert=8  # why"
+    )
     assert planned(command, "h100:4x8") == (
         "bigmac plan --topology=h100:4x8 --config=configs/modern.py --config.mesh.expert=8"
     )

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+
 from first_hour.pages import Block, pages, read
 from first_hour.play import MODEL, copy, play, script
 
@@ -15,7 +16,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_a_copy_runs_shell_and_python(repository: pathlib.Path) -> None:
-    """In the copy, with this Python under the names that the pages use; what fails, or is not what the mark says, is told."""
+    """In the copy, with this Python under the names that the pages use; what does not end as its mark says is told."""
     blocks = [
         Block("a.md", 1, "python -c 'import bigmac_jax as b; print(b.__file__)'\n"),
         Block("a.md", 2, "import bigmac_jax, pathlib\nprint(bigmac_jax.__file__)\n"),
