@@ -72,10 +72,10 @@ def play(blocks: list[Block], folder: pathlib.Path) -> list[Outcome]:
     bin = next(folder.glob(".venv-*")) / "bin"
     environment = os.environ | {
         "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
         "PYTHON": sys.executable,
     }
-    environment.pop("BIGMAC_PREPARED", None)
+    for name in ("BIGMAC_PREPARED", "PYTHONPATH"):  # whoever calls this may have set them for the original
+        environment.pop(name, None)
     outcomes = []
     for block in blocks:
         if block.skip:
