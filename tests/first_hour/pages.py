@@ -117,6 +117,11 @@ def shortened(command: str, steps: int, config: str) -> str:
     return command
 
 
+def few_steps(code: str) -> bool:
+    """Whether a block says itself how many steps it takes, under a hundred: they may be what it is about."""
+    return bool(re.search(r"train\.steps=\d\d?\b", code))
+
+
 def planned(command: str, topology: str) -> str:
     """`bigmac plan` of what a command for other machines would train."""
     fields = [word for word in shlex.split(_split_comment(command)[0]) if word.startswith("--config")]

@@ -2,7 +2,8 @@
 
     python tests/first_hour/play.py --list                     # every block, and what is done with it
     python tests/first_hour/play.py README.md docs/data.md     # runs those of two pages; without a page, all
-    python tests/first_hour/play.py --steps=20 README.md       # on a busy machine: no training command takes more steps
+    python tests/first_hour/play.py docs/training.md:120       # one block, by the place that the list has
+    python tests/first_hour/play.py --steps=20 README.md       # on a busy machine: 100 steps and more become 20
 
 Marks in the pages say which blocks take fewer steps and which are not run (`pages.py`). Pages that use runs/tiny find a
 model of a few steps there. The environment is this Python's: `make` finds it as its own.
@@ -18,7 +19,7 @@ import time
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from first_hour.pages import ROOT, Block, commands, pages, planned, read, shortened
+from first_hour.pages import ROOT, Block, commands, few_steps, pages, planned, read, shortened
 
 LIMIT = 600  # seconds of a block: two minutes on a machine that does nothing else
 MODEL = Block("before", 0, "python train.py --workdir=runs/tiny\n", steps=20)  # that pages find there
@@ -106,16 +107,16 @@ def script(block: Block, folder: pathlib.Path) -> str:
 
 
 def chosen(names: list[str]) -> list[Block]:
-    """The blocks of the pages that are named, or of all."""
-    wanted = [ROOT / name for name in names] or pages()
-    return [block for page in wanted for block in read(page)]
+    """The blocks of the pages that are named, or of all; of a page with a line, the block there."""
+    wanted = [name.partition(":") for name in names] or [(str(page), "", "") for page in pages()]
+    return [block for page, _, line in wanted for block in read(ROOT / page) if line in ("", str(block.line))]
 
 
 def main(argv: list[str]) -> int:
     names = [name for name in argv if not name.startswith("--")]
     blocks = chosen(names)
     for most in (int(name.removeprefix("--steps=")) for name in argv if name.startswith("--steps=")):
-        blocks = [block._replace(steps=min(block.steps or most, most)) for block in blocks]
+        blocks = [block._replace(steps=most) if block.steps or not few_steps(block.code) else block for block in blocks]
     if "--list" in argv:
         print("\n".join(block.describe() for block in blocks))
         return 0

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from first_hour.pages import Block, PageError, pages, planned, read, shortened
+from first_hour.pages import Block, PageError, few_steps, pages, planned, read, shortened
 
 
 def page(folder: pathlib.Path, text: str) -> list[Block]:
@@ -65,6 +65,11 @@ def test_commands_are_shortened() -> None:
     assert shortened("make train", 20, "c.py") == "make train CONFIG=c.py"
     for command in ("python eval.py --workdir=runs/train", "python -m benchmarks.train_local", "make test"):
         assert shortened(command, 20, "c.py") == command
+
+
+def test_few_steps_stay() -> None:
+    assert few_steps("bigmac train --config.train.steps=40 --a") and few_steps("bigmac train --config.train.steps=9")
+    assert not few_steps("bigmac train --config.train.steps=400") and not few_steps("bigmac train")
 
 
 def test_what_needs_machines_is_planned() -> None:
