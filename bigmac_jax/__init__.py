@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
+    from bigmac_jax.notebook import metrics, plan, train
     from bigmac_jax.training.checkpoint import restore
 
 __version__ = "0.1.0"
@@ -26,7 +27,10 @@ __all__ = [
     "init_model",
     "load_config",
     "make_mesh",
+    "metrics",
+    "plan",
     "restore",
+    "train",
 ]
 
 # Imported when first asked for: `environment.prepare()` must be able to run before jax is loaded.
@@ -41,7 +45,10 @@ _HOME = {
     "init_model": "model.transformer",
     "load_config": "config",
     "make_mesh": "mesh",
+    "metrics": "notebook",
+    "plan": "notebook",
     "restore": "training.checkpoint",
+    "train": "notebook",
 }
 
 

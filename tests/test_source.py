@@ -103,7 +103,8 @@ def _is_module(name: str) -> bool:
 # imports, stands outside.
 ROOMS = (
     "environment", "config", "hosts", "progress", "mesh", "watch", "data", "model", "counts", "training", "decoding",
-    "programs", "inference", "evaluation", "interchange", "planning", "report", "loop", "selfcheck", "cli", "commands",
+    "programs", "inference", "evaluation", "interchange", "planning", "report", "loop", "notebook", "selfcheck", "cli",
+    "commands",
 )  # fmt: skip
 
 

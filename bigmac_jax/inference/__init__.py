@@ -1,6 +1,6 @@
 """Text from a trained model."""
 
 from bigmac_jax.decoding.sampling import Sampling
-from bigmac_jax.inference.generate import Completion, Generator, Request
+from bigmac_jax.inference.generate import Completion, Generator, Request, Scored
 
-__all__ = ["Completion", "Generator", "Request", "Sampling"]
+__all__ = ["Completion", "Generator", "Request", "Sampling", "Scored"]

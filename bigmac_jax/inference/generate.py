@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.decoding.cache import make_decoder
 from bigmac_jax.decoding.sampling import Draws, Sampling, candidates, draws
 from bigmac_jax.inference.text import Text
-from bigmac_jax.mesh import batch_spec, place, tensor_ranks, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.programs import PROMPTS, bucket, decoding_shape, make_decoding
+from bigmac_jax.programs import PROMPTS, bucket, decoding_shape, evaluate, make_decoding
 
 Prompt = str | tuple[int, ...]  # text, or token ids
 
@@ -39,8 +40,21 @@ class Completion:
     prompt_tokens: int
 
 
+@dataclass(frozen=True)
+class Scored:
+    """How likely a text is, as the beginning of a document."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each token behind those before it, nats
+    bytes: int  # of the text in UTF-8
+
+    @property
+    def bits_per_byte(self) -> float:
+        return -math.fsum(self.logprobs) / math.log(2) / max(1, self.bytes)
+
+
 class Generator:
-    """Completes prompts with a model on the current mesh.
+    """Completes and scores texts with a model on the current mesh.
 
     Args:
       config, model: as `bigmac_jax.restore` gives them.
@@ -48,7 +62,7 @@ class Generator:
       batch_size: prompts at a time.
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
-      consume: frees the model on the way, where memory is too short for both.
+      consume: frees the model on the way, where memory is too short for both; then nothing can be scored.
 
     Raises:
       ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded.
@@ -79,6 +93,7 @@ class Generator:
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self._vocab_size = config.model.vocab_size
+        self._model = None if consume else model
         self._programs = make_decoding(make_decoder(config, model, exchange, consume))
 
     def generate(
@@ -132,6 +147,43 @@ class Generator:
             if text.finish_reason:
                 return
 
+    def score(self, texts: Sequence[Prompt]) -> list[Scored]:
+        """The log-probability of each token of each text, which stands behind an end-of-text token.
+
+        Dropless, as evaluation is. A text may be token ids.
+
+        Raises:
+          ConfigError: a text that is empty, broken, or longer than max_length; or the model was consumed.
+        """
+        if self._model is None:
+            raise ConfigError("Generator(consume=True) has freed the model that scores; make it with consume=False")
+        if isinstance(texts, str):
+            raise ConfigError("texts must be a list; put the one text into brackets")
+        token_ids = self._token_ids(texts, "text", 1)
+        for number, ids in enumerate(token_ids, 1):
+            if len(ids) > self.max_length:
+                raise ConfigError(
+                    f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score "
+                    f"it in parts, or with a longer max_length"
+                )
+        order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))
+        scored: dict[int, Scored] = {}
+        with jax.set_mesh(self.mesh):
+            rows = -(-min(self.batch_size, len(texts)) // batch_ranks()) * batch_ranks()
+            for start in range(0, len(order), rows or 1):
+                batch = order[start : start + rows]
+                padded = int(min(bucket(len(token_ids[batch[0]]), tensor_ranks()), self._longest_prefill))
+                tokens_BL = np.zeros((rows, padded + 1), np.int32)
+                tokens_BL[:, 0] = self.tokenizer.eos_id
+                for row, i in enumerate(batch):
+                    tokens_BL[row, 1 : len(token_ids[i]) + 1] = token_ids[i]
+                nll_BL = np.asarray(evaluate(self._model, place(of_windows(tokens_BL), batch_spec(2))).nll_BL)
+                for nll_L, i in zip(nll_BL, batch, strict=False):
+                    ids, text = token_ids[i], texts[i]
+                    size = len((text if isinstance(text, str) else self.tokenizer.decode(ids)).encode())
+                    scored[i] = Scored(tuple(ids), tuple((-nll_L[: len(ids)]).tolist()), size)
+        return [scored[i] for i in range(len(texts))]
+
     def check(self, prompts: Sequence[Prompt | Request], **sampling: Any) -> None:
         """Raises what `generate` would, before anything is made."""
         self._encoded(_requests(prompts, sampling))
@@ -176,13 +228,8 @@ class Generator:
 
     def _encoded(self, requests: Sequence[Request], first: int = 0) -> list[list[int]]:
         """The token ids of each prompt, checked."""
-        for number, request in enumerate(requests, first + 1):
-            _check_prompt(number, request.prompt, self._vocab_size)
-        of_texts = iter(self.tokenizer.encode_batch([r.prompt for r in requests if isinstance(r.prompt, str)]))
-        encoded = [next(of_texts) if isinstance(r.prompt, str) else list(r.prompt) for r in requests]
+        encoded = self._token_ids([request.prompt for request in requests], "prompt", first + 1)
         for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first + 1):
-            if not ids:
-                raise ConfigError(f"prompt {number} has no tokens; give text that the tokenizer keeps")
             wanted = len(ids) + request.sampling.max_tokens
             if wanted > self.max_length:
                 raise ConfigError(
@@ -192,6 +239,17 @@ class Generator:
                 )
         return encoded
 
+    def _token_ids(self, texts: Sequence[Prompt], what: str, first: int) -> list[list[int]]:
+        """Those of each text, at least one, all of the vocabulary."""
+        for number, text in enumerate(texts, first):
+            _check_text(f"{what} {number}", text, self._vocab_size)
+        encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+        token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
+        for number, ids in enumerate(token_ids, first):
+            if not ids:
+                raise ConfigError(f"{what} {number} has no tokens; give text that the tokenizer keeps")
+        return token_ids
+
 
 def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> list[Request]:
     if isinstance(prompts, str):
@@ -199,18 +257,18 @@ def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> 
     return [prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts]
 
 
-def _check_prompt(number: int, prompt: Prompt, vocab_size: int) -> None:
-    if not prompt:
-        raise ConfigError(f"prompt {number} is empty; give at least one character")
-    if isinstance(prompt, str):
+def _check_text(name: str, text: Prompt, vocab_size: int) -> None:
+    if not text:
+        raise ConfigError(f"{name} is empty; give at least one character")
+    if isinstance(text, str):
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(
-                f"prompt {number} is not valid UTF-8 (character {error.start + 1}); give it as UTF-8 text"
+                f"{name} is not valid UTF-8 (character {error.start + 1}); give it as UTF-8 text"
             ) from None
-    elif unknown := [token for token in prompt if not 0 <= token < vocab_size]:
-        raise ConfigError(f"prompt {number} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
+    elif unknown := [token for token in text if not 0 <= token < vocab_size]:
+        raise ConfigError(f"{name} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
 
 
 def _completion(text: Text, prompt_tokens: int) -> Completion:

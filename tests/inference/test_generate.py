@@ -222,3 +222,41 @@ def test_nothing_is_lost_before_work_begins(tmp_path: pathlib.Path) -> None:
         check_answers_to(str(prompts), str(prompts))
     with pytest.raises(ConfigError, match="cannot be written"):
         check_answers_to(str(tmp_path), str(prompts))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((2, 1, 2), marks=pytest.mark.full)])
+def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
+    """Of texts of several lengths, in batches that don't divide them; token ids count as the text that they are."""
+    config, tokenizer = config_on(mesh), ByteTokenizer()
+    texts = [*PROMPTS[:4], "é", tuple(tokenizer.encode(PROMPTS[5]))]
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        scored = Generator(config, model, batch_size=4).score(texts)
+        tokens_NL = np.zeros((8, LENGTH), np.int32)
+        tokens_NL[:, 0] = tokenizer.eos_id
+        for row, score in enumerate(scored):
+            tokens_NL[row, 1 : 1 + len(score.tokens)] = score.tokens
+        forward = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        logprobs_NLV = np.asarray(jax.nn.log_softmax(forward(model, split_tokens(tokens_NL))))
+    assert [score.tokens for score in scored[:5]] == [tuple(tokenizer.encode(text)) for text in texts[:5]]
+    assert [score.bytes for score in scored] == [*(len(p) for p in PROMPTS[:4]), 2, len(PROMPTS[5])]
+    for row, score in enumerate(scored):
+        expected_L = logprobs_NLV[row, np.arange(len(score.tokens)), list(score.tokens)]
+        np.testing.assert_allclose(score.logprobs, expected_L, atol=2e-5)
+        assert np.isclose(score.bits_per_byte, -expected_L.sum() / np.log(2) / score.bytes)
+
+
+def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
+    with quick():
+        assert generator.score([]) == []
+        for texts, message in (
+            ("one text", "put the one text into brackets"),
+            ([PROMPTS[0], ""], "text 2 is empty"),
+            (["x" * (LENGTH + 1)], f"text 1 has {LENGTH + 1} tokens, which must be at most max_length={LENGTH}"),
+            ([(1, 9999)], "text 1 has the token 9999"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                generator.score(texts)
+        consumed = Generator(config := config_on((1, 1, 1)), random_model(config), consume=True)
+        with pytest.raises(ConfigError, match="consume=False"):
+            consumed.score(PROMPTS[:1])
