@@ -249,7 +249,7 @@ def test_gpt3_xl_has_the_papers_parameters(structure: str, paper: float) -> None
     """Table 4, by shapes alone."""
     layers, h, s, v, e, r = 24, 2048, 2048, 50257, 64, 0.25
     config = tiny(length=s, structure=structure, num_layers=layers, hidden_size=h, num_heads=16, vocab_size=v,
-                  num_experts=e, top_k=8, down_ratio=r, **PAPER)  # fmt: skip
+                  num_experts=e, top_k=8, down_ratio=r, latent_norm="none", **PAPER)  # fmt: skip
     with on_mesh(config):
         count = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
     formula = (4 * h**2 + 8 * h + (2 * r * h**2 + 2 * r * h) * e) * layers + (v + e + 2) * h

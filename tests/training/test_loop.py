@@ -136,7 +136,7 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
     assert records[: len(before)] == before
     assert [record["step"] for record in records[len(before) :]] == [7, 8, 8]
     assert records[-2]["tokens"] == 8 * 8 * 16
-    assert run(changed, workdir) == (8, True, None)  # and once more there is nothing to do
+    assert run(changed, workdir)[:3] == (8, True, None)  # and once more there is nothing to do
     assert read_records(workdir) == records
 
 
