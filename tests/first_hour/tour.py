@@ -24,9 +24,10 @@ def read(path: pathlib.Path = NOTEBOOK) -> dict[str, Any]:
 
 def run(notebook: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     """Runs the cells in a folder; they get the outputs that Jupyter would show. Returns their namespace."""
-    import matplotlib
+    import matplotlib.pyplot as plt
 
-    matplotlib.use("Agg")
+    plt.switch_backend("Agg")
+    plt.close("all")  # what others in this process have left open is not the notebook's
     namespace: dict[str, Any] = {"__name__": "__main__"}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     with contextlib.chdir(folder):

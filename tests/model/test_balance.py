@@ -1,6 +1,7 @@
 """Balancing: the loss by hand, the sign bias, and quantile balancing against NumPy."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -76,17 +77,22 @@ def quantile(experts: int, top_k: int, mesh: tuple[int, ...] = (1, 1, 1), batch:
     return tiny(mesh, batch, length, num_experts=experts, top_k=top_k, balance="quantile", structure="fine_grained")
 
 
+@functools.lru_cache
+def compiled(config: Config) -> Any:
+    """One update, on the current mesh."""
+
+    def both(scores_BLE: Any, bias_E: Any, padding_BL: Any) -> Any:
+        return solved(config, required_bias(config, scores_BLE, bias_E, padding_BL), bias_E)
+
+    return jax.jit(both)
+
+
 def update(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL: Any = None) -> np.ndarray:
     """On the current mesh."""
     B, L = config.data.batch_size, config.data.sequence_length
     scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
     padding_BL = None if padding_BL is None else place(padding_BL, token_spec(2))
-
-    @jax.jit
-    def both(scores_BLE: Any, bias_E: Any, padding_BL: Any) -> Any:
-        return solved(config, required_bias(config, scores_BLE, bias_E, padding_BL), bias_E)
-
-    return np.asarray(both(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
+    return np.asarray(compiled(config)(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
 
 
 SHAPES = ((64, 8), (40, 8), (12, 4))
@@ -96,16 +102,11 @@ SHAPES = ((64, 8), (40, 8), (12, 4))
 def test_quantile_update(experts: int, top_k: int) -> None:
     """Of 200 random score matrices, from biases of zero and from random ones."""
     config = quantile(experts, top_k)
-
-    def both(scores_BLE: Any, bias_E: Any) -> Any:
-        return solved(config, required_bias(config, scores_BLE, bias_E, None), bias_E)
-
     with on_mesh(config):
-        run = jax.jit(both)
         for seed in range(200):
             scores_TE = random_scores(experts, 320, seed)
             bias_E = np.random.default_rng(seed).standard_normal(experts).astype(np.float32) * (seed % 2) / 4
-            found = run(place(scores_TE.reshape(8, 40, -1), token_spec(3)), jnp.asarray(bias_E))
+            found = update(config, scores_TE, bias_E)
             np.testing.assert_allclose(found, expected_bias(np.float64(scores_TE), bias_E, top_k), atol=1e-6)
 
 
@@ -133,6 +134,7 @@ def test_histograms_come_near_the_quantiles(mesh: tuple[int, ...], monkeypatch: 
     config, scores_TE = quantile(12, 4, mesh), random_scores(12, 320, 1)
     bias_E = np.linspace(-0.25, 0.25, 12).astype(np.float32)
     monkeypatch.setattr(balance, "_MOST_SORTED", 0)
+    compiled.cache_clear()
     with on_mesh(config):
         found = update(config, scores_TE, bias_E)
     np.testing.assert_allclose(found, expected_bias(np.float64(scores_TE), bias_E, 4), atol=2 * 2.5 / 1000)
