@@ -70,7 +70,11 @@ def test_remat_recomputes_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("exchange", "mesh", "wire_dtype"),
-    [("all_to_all", (1, 1, 4), "float32"), ("dedup", (1, 1, 4), "int8"), ("hierarchical", (1, 2, 2), "bfloat16")],
+    [
+        ("all_to_all", (1, 1, 4), "float32"),
+        pytest.param("dedup", (1, 1, 4), "int8", marks=pytest.mark.full),
+        pytest.param("hierarchical", (1, 2, 2), "bfloat16", marks=pytest.mark.full),
+    ],
 )
 def test_what_crossed_is_kept(exchange: str, mesh: tuple[int, ...], wire_dtype: str) -> None:
     """No strategy repeats an exchange, and of rows that return by choice bigmac keeps a quarter of fine_grained's."""

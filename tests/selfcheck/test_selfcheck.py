@@ -106,6 +106,7 @@ def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
         checks.check_attention(two(), "xla", "bfloat16")
 
 
+@pytest.mark.full
 def test_a_wrong_gradient_of_all_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_fn = step.loss_fn
 

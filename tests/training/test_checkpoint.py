@@ -72,7 +72,7 @@ def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, ne
     assert run.state.step == 3
 
 
-@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+@pytest.mark.parametrize("mesh", [pytest.param("2x2", marks=pytest.mark.full), *list(MESHES)[2:]])
 def test_elastic(saved: dict[str, Any], mesh: str) -> None:
     """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""
     with session(config_on(saved["folder"], mesh)) as run:

@@ -56,8 +56,9 @@ def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
         assert last_step(tmp_path / "run") == 2
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.full)])
-def test_soak(rounds: int) -> None:
+@pytest.mark.full
+def test_soak() -> None:
+    rounds = 3
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", f"--rounds={rounds}"],
         cwd=ROOT, env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
