@@ -164,7 +164,7 @@ def test_muon(mesh: str) -> None:
         first, last = (np.float64(of[name]) for of in given)
         if first.ndim > 2:  # a stack of something
             expected = expected_muon([first, last])
-            # 3e-6 with jax 0.10; 1.4e-5 with 0.12, whose products round otherwise: the iteration multiplies that by ten.
+            # 3e-6 with jax 0.10, 1.4e-5 with 0.12, which rounds otherwise: the iteration multiplies that by ten.
             if np.abs(update + expected).max() < 3e-5 * np.abs(expected).max():
                 by_muon.add(name.removeprefix("layers."))
                 continue
