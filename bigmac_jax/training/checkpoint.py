@@ -173,8 +173,8 @@ class Checkpoints:
 
     def best_loss(self) -> float:
         """eval/loss of the best checkpoint, inf if none was evaluated."""
-        losses = [m[_METRIC] for step in self._manager.all_steps() if (m := self._manager.metrics(step))]
-        return min(losses, default=float("inf"))
+        losses = [self.loss(step) for step in self._manager.all_steps()]
+        return min((loss for loss in losses if loss is not None), default=math.inf)
 
     def resolve(self, step: str) -> int:
         """The number of the checkpoint 'latest', 'best' or 'N'. Damaged ones are named, and passed over if need be.
