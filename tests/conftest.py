@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, strict rank promotion, exact matmuls."""
 
+import gc
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -13,6 +14,10 @@ if jax.__version_info__[:2] == (0, 10):
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What jax traces and compiles stays, and looking through it again and again was 8 % of the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
