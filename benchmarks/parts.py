@@ -1,6 +1,9 @@
 """Parts of a CPU step against the plain way to write them: python -m benchmarks.parts [--config=… --config.a.b=…].
 
 Forward and backward on the config's shapes, alternating in one process; JSON lines with the milliseconds of both.
+
+    python -m benchmarks.parts --trace                 where the time of a whole step goes, part by part
+    python -m benchmarks.parts --trace --peer=bigmac   of the step that benchmarks.peers times
 """
 
 from bigmac_jax import environment
@@ -21,22 +24,31 @@ import optax  # noqa: E402
 from absl import flags  # noqa: E402
 from jax import Array  # noqa: E402
 
+from benchmarks.peers.ours import config_like_peer  # noqa: E402
+from benchmarks.stepper import Stepper  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
+from benchmarks.trace import Part, breakdown  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.config import load_config  # noqa: E402
+from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.mesh import Crossing, Weight, on_each_rank, replicated_spec, split_spec, token_spec  # noqa: E402
 from bigmac_jax.model.attention_kernels import causal_attention  # noqa: E402
 from bigmac_jax.model.layers import product  # noqa: E402
+from bigmac_jax.selfcheck.rates import memory_rate  # noqa: E402
 from bigmac_jax.training.loss import linear_cross_entropy  # noqa: E402
+from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 EXACT = Crossing("float32", "float32", "float32")
+_TRACE = flags.DEFINE_bool("trace", False, "Trace steps instead, and print what each part of the model takes.")
+_PEER = flags.DEFINE_string("peer", "", "With --trace: the structure of a peer, instead of --config.")
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; times are medians.", lower_bound=1)
 
 
 def main() -> None:
-    config = load_config(_CONFIG.value, cli.OVERRIDES)
-    cli.enter_mesh(config)
+    config = config_like_peer(_PEER.value) if _PEER.value else load_config(_CONFIG.value, cli.OVERRIDES)
+    mesh = cli.enter_mesh(config)
+    if _TRACE.value:
+        return trace(config, mesh)
     m, B, L = config.model, config.data.batch_size, config.data.sequence_length
     draw = np.random.default_rng(0)
 
@@ -71,6 +83,19 @@ def main() -> None:
         line: dict[str, Any] = {"name": name}
         line |= {f"{case}_ms": round(1e3 * statistics.median(rounds), 2) for case, rounds in seconds.items()}
         print(json.dumps(line | {"ratio": round(median_ratio(seconds["ours"], seconds["plain"]), 3)}), flush=True)
+
+
+def trace(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Prints a line a part."""
+    run = Stepper(config, mesh, _ROUNDS.value)
+    run()
+    wall = run()
+    parts = breakdown(run.compiled, run, run.steps, dense_matmul_rate("float32"), memory_rate(cpu=True))
+    print(f"{'ms':12}{'all':>8}{'products':>10}{'rest':>8}{'floor':>8}")
+    for name, part in [*parts.items(), ("all", Part(*map(sum, zip(*parts.values(), strict=True))))]:
+        columns = (part.products + part.rest, *part)
+        print(f"{name:12}" + "".join(f"{1e3 * v:{w}.1f}" for v, w in zip(columns, (8, 10, 8, 8), strict=True)))
+    print(f"a step takes {1e3 * wall:.1f} ms")
 
 
 def _of_heads(attention: Callable[..., Array]) -> Callable[..., Array]:

@@ -3,15 +3,13 @@
 Started as python -m benchmarks.peers.ours STRUCTURE STEPS.
 """
 
-from benchmarks.step import stepper  # first, because it prepares the environment
-
-# isort: split
 import sys
 from typing import Any
 
 import jax
 
 from benchmarks.peers import B1, B2, LEARNING_RATE, SHAPE, WEIGHT_DECAY, serve
+from benchmarks.stepper import Stepper
 from bigmac_jax import cli
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.training.step import make_trainer
@@ -56,7 +54,7 @@ def main() -> None:
     config = config_like_peer(sys.argv[1])
     mesh = cli.enter_mesh(config)
     params = make_trainer(config, mesh).abstract_state.params
-    serve(sum(leaf.size for leaf in jax.tree.leaves(params)), stepper(config, mesh, steps=int(sys.argv[2])))
+    serve(sum(leaf.size for leaf in jax.tree.leaves(params)), Stepper(config, mesh, steps=int(sys.argv[2])))
 
 
 if __name__ == "__main__":

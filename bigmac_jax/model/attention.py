@@ -50,6 +50,7 @@ def documents_of(segments_BL: Array) -> Documents:
     return Documents(segments_BL, position_BL, jax.sharding.reshard(segments_BL == PADDING, token_spec(2)))
 
 
+@jax.named_scope("rotary")
 def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Array:
     """Rotary position embedding (RoFormer): pairs (i, i + H/2) turn by position · theta^(-2i/H).
 

@@ -25,6 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import platform
 from bigmac_jax.model.kernels import on_this_rank
+from bigmac_jax.model.layers import product
 
 _CUDNN_HEAD = 128  # the largest head that cuDNN's attention takes forward and backward on every GPU since Ampere
 _SPLASH_HEAD = _TRITON_HEAD = 256  # the largest that was compiled
@@ -33,6 +34,7 @@ _TRITON_LEAST = 16  # elements that a product of Triton sums at least
 _SPLASH_LENGTH = 128
 
 
+@jax.named_scope("attention")
 def causal_attention(
     q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None = None, implementation: str = "auto"
 ) -> Array:
@@ -117,16 +119,17 @@ def blocks(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | Non
     q_BNLH = (q_BLNH / math.sqrt(H)).swapaxes(1, 2)
     # One key-value head per query head, so that every product here is a plain batch of matrices, in the gradient too.
     k_BNLH, v_BNLH = (jnp.repeat(x.swapaxes(1, 2), N // x.shape[2], axis=1) for x in (k_BLGH, v_BLGH))
+    k_BNHL = k_BNLH.swapaxes(2, 3)
     block = max(128, -(-L // 4))
     done = []
     for start in range(0, L, block):
         stop = min(start + block, L)
-        scores_BNLM = jnp.einsum("BNLH,BNMH->BNLM", q_BNLH[:, :, start:stop], k_BNLH[:, :, :stop])
+        scores_BNLM = product(q_BNLH[:, :, start:stop], k_BNHL[:, :, :, :stop])
         seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :])[None, None]
         if segments_BL is not None:
             seen = seen & (segments_BL[:, start:stop, None] == segments_BL[:, None, :stop])[:, None]
         weights_BNLM = jax.nn.softmax(jnp.where(seen, scores_BNLM.astype(jnp.float32), -jnp.inf))
-        done.append(jnp.einsum("BNLM,BNMH->BNLH", weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
+        done.append(product(weights_BNLM.astype(v_BNLH.dtype), v_BNLH[:, :, :stop]))
     return jnp.concatenate(done, axis=2).swapaxes(1, 2)
 
 

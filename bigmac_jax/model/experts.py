@@ -19,7 +19,7 @@ from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
 from bigmac_jax.model.kernels import grouped_matmul, row_tile
-from bigmac_jax.model.layers import activate
+from bigmac_jax.model.layers import activate, product
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
 # Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
@@ -27,6 +27,7 @@ Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_g
 BLOCK = 64
 
 
+@jax.named_scope("experts")
 def grouped_mlp(
     config: Config,
     weights: Weights,
@@ -99,7 +100,7 @@ def _mlp(config: Config, w: Weights, rows_nbR: Array) -> Array:
     """One batched matmul per matrix; weights are given per block."""
 
     def affine(x_nbX: Array, w_nXY: Array, b_nY: Array | None) -> Array:
-        y_nbY = jnp.einsum("nbX,nXY->nbY", x_nbX, w_nXY)
+        y_nbY = product(x_nbX, w_nXY)
         return y_nbY if b_nY is None else y_nbY + b_nY[:, None]
 
     hidden = [affine(rows_nbR, w["w_in_eRF"], w.get("b_in_eF"))]

@@ -32,6 +32,7 @@ class Groups:
     sizes_e: Array
 
 
+@jax.named_scope("plan")
 def group(expert_NK: Array, experts: int, even: int, block: int) -> Groups:
     """Groups choices by expert, an expert's by number.
 

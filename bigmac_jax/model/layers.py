@@ -66,6 +66,7 @@ class Norm(nnx.Module):
         return [weight(self.config, v) for v in (self.scale_D, self.bias_D) if v is not None]
 
 
+@jax.named_scope("norm")
 def normalised(config: ModelConfig, x: Array, scale_D: Array, bias_D: Array | None = None) -> Array:
     """LayerNorm of the last dimension, without a bias RMSNorm; computed in float32."""
     y = x.astype(jnp.float32)
@@ -82,45 +83,40 @@ def last_axes(v: Array, like: Array) -> Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
-# Rows of one product in `tall_product`: XLA:CPU slows down on longer ones, whose columns leave the cache.
-_TALL_ROWS = 1024
+# Entries of a matrix up to which a transposed copy of it costs less than it saves.
+_COPIED = 2**21
 
 
-def tall_product(x_TX: Array, dy_TY: Array, precision: Any = None) -> Array:
-    """xᵀ dy → [X, Y], the gradient of a weight.
+def weight_gradient(x_TX: Array, dy_TY: Array, precision: Any = None) -> Array:
+    """xᵀ dy → [..., X, Y], of matrices [..., T, X] and [..., T, Y].
 
-    On CPU in slices of rows, with the longer side of the result last, which XLA:CPU multiplies faster.
+    On CPU xᵀ is copied first: XLA:CPU multiplies a matrix that stands transposed at a half to a quarter of the speed.
     """
-    if platform() != "cpu":
-        return jnp.matmul(x_TX.T, dy_TY, precision=precision)
-    if x_TX.shape[1] > dy_TY.shape[1]:
-        return tall_product(dy_TY, x_TX, precision).T
-    T = x_TX.shape[0]
-    if T <= _TALL_ROWS or T % _TALL_ROWS:
-        return jnp.matmul(x_TX.T, dy_TY, precision=precision)
-
-    def add(i: Array, total: Array) -> Array:
-        x, dy = (jax.lax.dynamic_slice_in_dim(v, i * _TALL_ROWS, _TALL_ROWS) for v in (x_TX, dy_TY))
-        return total + jnp.matmul(x.T, dy, precision=precision)
-
-    first = jnp.matmul(x_TX[:_TALL_ROWS].T, dy_TY[:_TALL_ROWS], precision=precision)
-    return jax.lax.fori_loop(1, T // _TALL_ROWS, add, first)
+    x_XT = x_TX.swapaxes(-1, -2)
+    if platform() == "cpu" and math.prod(x_XT.shape[-2:]) <= _COPIED:
+        x_XT = jax.lax.optimization_barrier(x_XT)
+    return jnp.matmul(x_XT, dy_TY, precision=precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x_BLX: Array, w_XY: Array, precision: Any = None) -> Array:
-    """x @ w on one rank, with `tall_product` for the weight's gradient."""
-    return jnp.matmul(x_BLX, w_XY, precision=precision)
+@jax.named_scope("projection")
+def product(x: Array, w: Array, precision: Any = None) -> Array:
+    """x @ w on one rank, of [..., X] and [X, Y] or of [..., T, X] and as many matrices [..., X, Y], with
+    `weight_gradient` for w's."""
+    return jnp.matmul(x, w, precision=precision)
 
 
-def _product_fwd(x_BLX: Array, w_XY: Array, precision: Any) -> tuple[Array, tuple[Array, Array]]:
-    return product(x_BLX, w_XY, precision), (x_BLX, w_XY)
+def _product_fwd(x: Array, w: Array, precision: Any) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, w, precision), (x, w)
 
 
-def _product_bwd(precision: Any, saved: tuple[Array, Array], dy_BLY: Array) -> tuple[Array, Array]:
-    x_BLX, w_XY = saved
-    x_TX, dy_TY = (v.reshape(-1, v.shape[-1]) for v in (x_BLX, dy_BLY))
-    return jnp.einsum("...Y,XY->...X", dy_BLY, w_XY, precision=precision), tall_product(x_TX, dy_TY, precision)
+@jax.named_scope("projection")
+def _product_bwd(precision: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    dx = jnp.matmul(dy, w.swapaxes(-1, -2), precision=precision)
+    if w.ndim == 2:
+        x, dy = (v.reshape(-1, v.shape[-1]) for v in (x, dy))
+    return dx, weight_gradient(x, dy, precision)
 
 
 product.defvjp(_product_fwd, _product_bwd)

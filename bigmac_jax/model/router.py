@@ -26,6 +26,7 @@ class Routing(NamedTuple):
     scores_BLE: Array
 
 
+@jax.named_scope("router")
 def route(
     config: ModelConfig, x_BLD: Array, w_DE: Weight, bias_E: Array | None, padding_BL: Array | None = None
 ) -> Routing:

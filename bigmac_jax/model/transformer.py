@@ -134,6 +134,7 @@ class Transformer(nnx.Module):
         x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys, load_YE), unroll=unroll)
         return self.final_norm(x_BLD), aux
 
+    @jax.named_scope("embedding")
     def embed(self, tokens_BL: Array, position_BL: Array | None = None) -> Array:
         """x_BLD of the tokens at their positions, by default 0 to L - 1.
 

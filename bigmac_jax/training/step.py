@@ -99,8 +99,9 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradient = jax.value_and_grad(loss_of_params, has_aux=True)
         (loss, parts), grads = accumulate(gradient, state, batch, dropout_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         rest = state.rest
         if config.model.is_moe and config.model.has_router_bias:
             aux = parts.aux

@@ -28,6 +28,7 @@ def inverse(slot_NK: Array, slots: int) -> Array:
 
 
 @jax.custom_vjp
+@jax.named_scope("rows")
 def spread(x_NR: Array, slot_NK: Array, choice_M: Array) -> Array:
     """rows_MR: row n in each of its slots, zeros in empty ones."""
     return take(x_NR, choice_M // slot_NK.shape[1])
@@ -37,6 +38,7 @@ def _spread_fwd(x_NR: Array, slot_NK: Array, choice_M: Array) -> tuple[Array, An
     return spread(x_NR, slot_NK, choice_M), slot_NK
 
 
+@jax.named_scope("rows")
 def _spread_bwd(slot_NK: Array, d_rows_MR: Array) -> tuple[Array, None, None]:
     return _sum([take(d_rows_MR, slot_N) for slot_N in slot_NK.T]), None, None
 
@@ -45,6 +47,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 
 
 @jax.custom_vjp
+@jax.named_scope("rows")
 def collect(rows_MR: Array, slot_NK: Array, choice_M: Array) -> Array:
     """y_NR = Σ_k rows at slot_NK, zeros for nowhere: the transpose of `spread`."""
     return _sum([take(rows_MR, slot_N) for slot_N in slot_NK.T])
@@ -54,6 +57,7 @@ def _collect_fwd(rows_MR: Array, slot_NK: Array, choice_M: Array) -> tuple[Array
     return collect(rows_MR, slot_NK, choice_M), (slot_NK, choice_M)
 
 
+@jax.named_scope("rows")
 def _collect_bwd(saved: Any, dy_NR: Array) -> tuple[Array, None, None]:
     slot_NK, choice_M = saved
     return take(dy_NR, choice_M // slot_NK.shape[1]), None, None
@@ -63,6 +67,7 @@ collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 @jax.custom_vjp
+@jax.named_scope("rows")
 def weigh(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array) -> Array:
     """y_NR = Σ_k weight_NK · rows at slot_NK."""
     return _sum([_column(w_N) * take(rows_MR, s_N) for w_N, s_N in zip(weight_NK.T, slot_NK.T, strict=True)])
@@ -72,6 +77,7 @@ def _weigh_fwd(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array
     return weigh(rows_MR, weight_NK, slot_NK, choice_M), (rows_MR, weight_NK, slot_NK, choice_M)
 
 
+@jax.named_scope("rows")
 def _weigh_bwd(saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
     rows_MR, weight_NK, slot_NK, choice_M = saved
     dy_MR = take(dy_NR, choice_M // slot_NK.shape[1])
