@@ -7,7 +7,11 @@ that is already set is left as it is.
 """
 
 import glob
+import hashlib
+import importlib.metadata
 import os
+import pathlib
+import platform
 import sys
 from typing import Any
 
@@ -84,6 +88,15 @@ def prepare() -> None:
         os.execve(
             sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_PREPARED": "1"}
         )
+
+
+def edition() -> dict[str, str]:
+    """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
+    code = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain")}
+    return {"Python": platform.python_version()} | versions | {"bigmac_jax's code": code.hexdigest()[:12]}
 
 
 def accelerated() -> bool:

@@ -6,13 +6,15 @@ One process is the case of a job without others: everything here works in it and
 import atexit
 import contextlib
 import ctypes
+import hashlib
 import inspect
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 import jax
@@ -26,6 +28,7 @@ from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
+_FIELDS = 512  # that processes compare at most
 _abort_handler: Any = None
 
 
@@ -138,6 +141,32 @@ def gather(message: str) -> list[str]:
         return [message]
     text = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text)]
+
+
+def same(fields: Mapping[str, Any]) -> None:
+    """Whether every process was given the same; waits for the last.
+
+    Raises:
+      ConfigError: on all of them, which process has another value of what.
+    """
+    if not several():
+        return
+    of_names = hashlib.sha256("\n".join(fields).encode()).digest()[:4]
+    # All at once, of a fixed size: the names, which another edition may have more of, and one number for each value.
+    values = np.zeros(_FIELDS, np.uint32)
+    values[0] = int.from_bytes(of_names)
+    values[1 : 1 + len(fields)] = [zlib.crc32(repr(value).encode()) for value in fields.values()]
+    values_PF = np.asarray(multihost_utils.process_allgather(values))
+    differs_F = (values_PF != values_PF[0]).any(0)
+    if not differs_F.any():
+        return
+    names = [] if differs_F[0] else [name for name, differs in zip(fields, differs_F[1:], strict=False) if differs]
+    told = gather(", ".join(f"{name}={fields[name]}" for name in names) or "another edition of the program")
+    other = next(process for process in range(len(told)) if (values_PF[process] != values_PF[0]).any())
+    raise ConfigError(
+        f"process {other} was started with {told[other]}, process 0 with {told[0]}; start all with the same command, "
+        f"files and packages"
+    )
 
 
 class Jit:

@@ -32,7 +32,7 @@ from bigmac_jax.training.metrics import (
     step_record,
 )
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
-from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, write_run
+from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer, write_run
 from bigmac_jax.watch import Watch, held
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
         resumed = (workdir / "config.json").exists()
         if resumed:
             check_resume(read_config(workdir), config)
-        tokenizer = load_tokenizer(config)
+        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
         train_stream = open_stream(config, "train", tokenizer)
         validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
@@ -90,7 +90,8 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
-        write_run(workdir, config, data_is, dict(mesh.shape))  # only now: a start that failed leaves the workdir free
+        # Only now: a start that failed leaves the workdir free.
+        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     hosts.say(config.describe())
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))

@@ -10,10 +10,9 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
-from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.checkpoint import restore_step
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, run_tokenizer
 from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
@@ -41,7 +40,7 @@ def _export(workdir: pathlib.Path) -> None:
         meshed = with_mesh(saved, cli.OVERRIDES)
         choose(saved, _FORMAT.value)  # before the model is read
         local_path(_OUTPUT.value, "--output")
-        tokenizer = load_tokenizer(saved)
+        tokenizer = run_tokenizer(workdir, saved)
     cli.enter_mesh(meshed, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
         _, model, step, loss = restore_step(workdir, _STEP.value, meshed)

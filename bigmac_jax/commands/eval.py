@@ -8,14 +8,13 @@ from absl import flags
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
 from bigmac_jax.data.pipeline import open_stream, text_stream
-from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint, restore
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, run_tokenizer
 from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
@@ -47,7 +46,7 @@ def main() -> None:
         if _SPLIT.value not in ("train", "validation", "test"):
             raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
         length = check_windows(config, _LENGTH.value, _STRIDE.value)
-        tokenizer = load_tokenizer(config)
+        tokenizer = run_tokenizer(workdir, config)
         text_file = _TEXT_FILE.value and local_path(_TEXT_FILE.value, "--text_file")
         if _TASKS.value:
             if _DOCUMENTS.value:

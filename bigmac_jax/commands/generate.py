@@ -62,7 +62,7 @@ def main() -> None:
             check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.enter_mesh(config, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="generate") as watch:
-        _, model = restore(workdir, _STEP.value, config)
+        config, model = restore(workdir, _STEP.value, config)
         generator = Generator(
             config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True
         )

@@ -36,12 +36,15 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: every id is below it.
       eos_id: the id that follows each document. No text encodes to it.
-      fingerprint: hex digest; equal fingerprints encode alike.
+      fingerprint: equal fingerprints encode alike; of one that has a file, its SHA-256.
+      file: the name of that file, "" if it needs none, and `content`.
     """
 
     vocab_size: int
     eos_id: int
     fingerprint: str
+    file: str
+    content: bytes
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -70,7 +73,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(_existing(name))
     else:
         try:
-            tokenizer = JsonTokenizer(_existing(name).read_text())
+            tokenizer = JsonTokenizer(_existing(name).read_bytes().decode())
         except ConfigError:
             raise
         except Exception as error:  # tokenizers raises plain Exceptions
@@ -107,6 +110,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
+    file, content = "", b""
 
     def encode(self, text: str) -> list[int]:
         return list(decode(text)[0].encode())
@@ -126,8 +130,10 @@ class JsonTokenizer:
       json_text: the content of a tokenizer.json.
     """
 
+    file = "tokenizer.json"
+
     def __init__(self, json_text: str):
-        self.json_text = json_text
+        self.json_text, self.content = json_text, json_text.encode()
         self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         # Text that happens to hold "<|endoftext|>" is text; only the pipeline ends a document.
         self._tokenizer.encode_special_tokens = True
@@ -141,7 +147,7 @@ class JsonTokenizer:
                 f"data.tokenizer has no end-of-text token; add one of {', '.join(_END_NAMES)} to its file"
             )
         self.eos_id: int = vocabulary[end]
-        self.fingerprint = hashlib.sha256(json_text.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return [i for ids in self.encode_batch([text]) for i in ids]
@@ -160,6 +166,8 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece `.model` file."""
 
+    file = "tokenizer.model"
+
     def __init__(self, path: pathlib.Path):
         try:
             import sentencepiece
@@ -167,9 +175,9 @@ class SentencePieceTokenizer:
             raise ConfigError(
                 f"data.tokenizer={path} needs the package sentencepiece; pip install 'bigmac_jax[sentencepiece]'"
             ) from None
-        content = path.read_bytes()
+        self.content = path.read_bytes()
         try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except Exception as error:
             raise ConfigError(
                 f"data.tokenizer={path} is not a SentencePiece model ({one_line(error)}); give another file"
@@ -178,7 +186,7 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._model.eos_id()
         if self.eos_id < 0:
             raise ConfigError(f"data.tokenizer={path} has no end-of-text token; train the model with eos_id=2")
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return [i for piece in pieces(decode(text)[0]) for i in self._model.encode(piece)]
@@ -233,13 +241,13 @@ def _trained(config: Config) -> Tokenizer:
     with locked(path):
         if path.exists():
             try:
-                return JsonTokenizer(path.read_text())
+                return JsonTokenizer(path.read_bytes().decode())
             except Exception:
                 _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         text = train_bpe(train, size)
         part = path.with_suffix(f".part-{os.getpid()}")
-        part.write_text(text)
+        part.write_bytes(text.encode())
         part.replace(path)
         return JsonTokenizer(text)
 

@@ -24,7 +24,7 @@ def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenize
     elif isinstance(tokenizer, ByteTokenizer):
         json_text = _bytes()
     else:
-        shutil.copyfile(pathlib.Path(config.data.tokenizer).expanduser(), directory / "tokenizer.model")
+        (directory / tokenizer.file).write_bytes(tokenizer.content)
         return
     whole = tokenizers.Tokenizer.from_str(json_text)
     end = whole.id_to_token(tokenizer.eos_id)

@@ -28,7 +28,7 @@ from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.step import TrainState, evaluated, split
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, with_own_tokenizer
 
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
@@ -321,7 +321,8 @@ def restore(
       step: "latest", "best" (by eval/loss) or a number.
       config: the run's config with another mesh; by default as it was saved.
 
-    The model is sharded on the current mesh; without one, the config's mesh becomes current.
+    The config that is returned names the run's own copy of its tokenizer. The model is
+    sharded on the current mesh; without one, the config's mesh becomes current.
 
     Raises:
       ConfigError: no such run or checkpoint.
@@ -334,7 +335,7 @@ def restore_step(
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
     workdir = local_path(str(workdir), "workdir")
-    config = config or read_config(workdir)
+    config = with_own_tokenizer(workdir, config or read_config(workdir))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         mesh = make_mesh(config, fit_batch=False)

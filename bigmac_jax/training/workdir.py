@@ -1,13 +1,17 @@
-"""What a workdir says of its run beside checkpoints: its config, and what the config alone does not tell."""
+"""What a workdir says of its run beside checkpoints: its config, its tokenizer, and what these alone do not tell."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, resume_notes
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _CONFIG, _RUN = "config.json", "run.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Fields that name where data lies; they may change as long as what lies there does not.
 _PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validation_source"}
 
@@ -24,20 +28,62 @@ def read_config(workdir: pathlib.Path) -> Config:
     return Config.from_json(file.read_text(), str(file))
 
 
+def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
+    """The config with the workdir's copy of the tokenizer, which stays what it was whatever becomes of the corpus that
+    it was trained on, or of the file or package that it came from. As it is where it names another one than the run's,
+    or there is no copy: of bytes, and of earlier editions.
+
+    Raises:
+      ConfigError: the copy has changed.
+    """
+    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
+    if kept is None or read_config(workdir).data.tokenizer != config.data.tokenizer:
+        return config
+    if _fingerprint(workdir) not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
+        raise ConfigError(f"{kept} is not the tokenizer that the run was trained with; bring back a good copy")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
+
+
+def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
+    """The tokenizer that the run was trained with, or that the config names instead.
+
+    Raises:
+      ConfigError: it is not there any more, or is another one.
+    """
+    own = with_own_tokenizer(workdir, config)
+    tokenizer = load_tokenizer(own)
+    same = own.data.tokenizer == read_config(workdir).data.tokenizer
+    if same and _fingerprint(workdir) not in ("", tokenizer.fingerprint):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which an "
+            f"earlier edition kept no copy: what it is made from has changed; bring that back"
+        )
+    return tokenizer
+
+
+def _fingerprint(workdir: pathlib.Path) -> str:
+    """Of the run's tokenizer; "" if it is not known."""
+    return _read_run(workdir).get("data", {}).get("tokenizer", "")
+
+
 def write_config(config: Config, workdir: pathlib.Path) -> None:
     """Makes the directory a workdir; the file appears whole or not at all."""
-    _write(workdir / _CONFIG, config.to_json())
+    _write(workdir / _CONFIG, config.to_json().encode())
 
 
-def write_run(workdir: pathlib.Path, config: Config, data: dict[str, str], mesh: dict[str, int]) -> None:
-    """Writes the config, and in run.json what the run is of.
+def write_run(
+    workdir: pathlib.Path, config: Config, data: dict[str, str], mesh: dict[str, int], tokenizer: Tokenizer
+) -> None:
+    """Writes the config, the tokenizer, and in run.json what the run is of.
 
     Args:
       data: fingerprints by name: tokenizer, train, and validation if there is one.
       mesh: ranks by axis.
     """
     known = _read_run(workdir).get("data", {})  # of a validation split, which not every start reads
-    _write(workdir / _RUN, json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n")
+    if tokenizer.file:
+        _write(workdir / tokenizer.file, tokenizer.content)
+    _write(workdir / _RUN, (json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n").encode())
     write_config(config, workdir)
 
 
@@ -87,8 +133,8 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def _write(file: pathlib.Path, text: str) -> None:
+def _write(file: pathlib.Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     os.replace(temporary, file)

@@ -86,12 +86,13 @@ class Job:
         *arguments: str,
         script: Sequence[str] = ("train.py",),
         environments: Sequence[dict[str, str]] = (),  # of a cluster, instead of arguments
+        own: Sequence[Sequence[str]] = (),  # arguments of each process
     ):
         self.workdir, self._logs = workdir, [workdir.with_suffix(f".{i}.log") for i in range(count)]
         coordinator = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i, path in enumerate(self._logs):
-            command = [sys.executable, *script, f"--workdir={workdir}", *arguments]
+            command = [sys.executable, *script, f"--workdir={workdir}", *arguments, *(own[i] if own else ())]
             command += [f"--config={config}"] if config else []
             if environments:
                 environment, command = ENVIRONMENT | environments[i], [*command, "--distributed"]

@@ -157,6 +157,20 @@ def test_a_second_job_is_refused(story: Story) -> None:
     assert not story.refused.stdout
 
 
+def test_processes_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
+    """Each field is named with both values, once."""
+    file = write_config(tmp_path)
+    own = (["--config.optimizer.learning_rate=0.5"], ["--config.model.top_k=3", f"--config.cache_dir={tmp_path}/elsewhere"])
+    with Job(2, file, tmp_path / "run", "--cpu_devices=1", own=own) as job:
+        assert job.wait(60) == [2, 2]
+        assert job.outputs[0].splitlines()[-1] == (
+            "error: process 1 was started with model.top_k=3, optimizer.learning_rate=0.01, process 0 with "
+            "model.top_k=2, optimizer.learning_rate=0.5; start all with the same command, files and packages"
+        )
+        assert "error" not in job.outputs[1]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_sigterm_to_one_saves_on_all(story: Story) -> None:
     codes, outputs, checkpoints = story.sigterm
     assert codes == [0, 0], outputs

@@ -14,11 +14,12 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.loop import Result, train
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.metrics import MetricsWriter, _truncate
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, run_tokenizer
 
 from .tools import quick, read_records, small
 
@@ -201,3 +202,30 @@ def test_lines_are_flushed_and_strict_json(tmp_path: pathlib.Path) -> None:
         record = json.loads(line, parse_constant=pytest.fail)
         assert record == {"step": step, "loss": None, "eval/loss": None, "rate": 0.5}
     writer.close()
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path: pathlib.Path) -> None:
+    """Whatever becomes of the text that it was trained on, and of the cache; a copy that changed is refused."""
+    fields = "data.tokenizer=bpe", "model.vocab_size=320", "train.steps=1", "train.eval_every=0"
+    config, workdir = small(tmp_path, *fields), tmp_path / "run"
+    run(config, workdir)
+    text = "the state of the nation, and its government"
+    tokens, copy = load_tokenizer(config).encode(text), workdir / "tokenizer.json"
+
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(40 * (json.dumps({"text": "zebras quietly juxtapose quartz, zebras quietly"}) + "\n"))
+    shutil.rmtree(tmp_path / "cache")
+    assert load_tokenizer(config).encode(text) != tokens  # what it would be made of now
+    with jax.set_mesh(make_mesh(config)):
+        restored, _ = restore(workdir)
+    assert load_tokenizer(restored).encode(text) == run_tokenizer(workdir, config).encode(text) == tokens
+    with pytest.raises(ConfigError, match=r"data\.source=.* holds other data than this workdir was started"):
+        run(overridden(config, tmp_path, "train.steps=2"), workdir)
+
+    kept = copy.read_bytes()
+    copy.write_bytes(kept.replace(b"the", b"eht"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that the run was trained with; bring"):
+        run_tokenizer(workdir, config)
+    copy.unlink()
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* earlier edition kept no copy"):
+        run_tokenizer(workdir, config)
