@@ -32,14 +32,13 @@ def learning_rate(config: Config) -> optax.Schedule:
     optimizer, steps = config.optimizer, config.train.steps
     peak, final, warmup = optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps
     first = peak / (warmup + 1)  # a first step at 0 would be lost
-    decay = optimizer.decay_steps or max(1, steps - warmup)
+    if optimizer.schedule == "wsd":
+        begins = max(warmup, steps - (optimizer.decay_steps or max(1, steps // 5)))
+        decay = max(1, steps - begins)
+    else:
+        begins, decay = warmup, optimizer.decay_steps or max(1, steps - warmup)
     if optimizer.schedule == "cosine":
         return optax.schedules.warmup_cosine_decay_schedule(first, peak, warmup, warmup + decay, final)
-    begins = warmup
-    if optimizer.schedule == "wsd":
-        decay = optimizer.decay_steps or max(1, steps // 5)
-        begins = max(warmup, steps - decay)
-        decay = max(1, steps - begins)
     schedules, boundaries = [optax.schedules.linear_schedule(first, peak, warmup)], [warmup]
     schedules.append(optax.schedules.constant_schedule(peak))
     if optimizer.schedule != "constant":

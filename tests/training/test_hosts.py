@@ -160,7 +160,8 @@ def test_a_second_job_is_refused(story: Story) -> None:
 def test_processes_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
     """Each field is named with both values, once."""
     file = write_config(tmp_path)
-    own = (["--config.optimizer.learning_rate=0.5"], ["--config.model.top_k=3", f"--config.cache_dir={tmp_path}/elsewhere"])
+    other = ["--config.model.top_k=3", f"--config.cache_dir={tmp_path}/elsewhere"]
+    own = (["--config.optimizer.learning_rate=0.5"], other)
     with Job(2, file, tmp_path / "run", "--cpu_devices=1", own=own) as job:
         assert job.wait(60) == [2, 2]
         assert job.outputs[0].splitlines()[-1] == (
