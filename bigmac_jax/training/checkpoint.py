@@ -193,8 +193,7 @@ class Checkpoints:
             if step == "best":
                 # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
                 candidates = [step for step in candidates if not self._named(step, thorough=False)]
-                losses = {step: self.loss(step) for step in candidates}
-                candidates.sort(key=lambda step: math.inf if losses[step] is None else losses[step])
+                candidates.sort(key=lambda step: math.inf if (loss := self.loss(step)) is None else loss)
             for number in candidates:
                 if not self._named(number):
                     return number
