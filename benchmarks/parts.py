@@ -72,7 +72,7 @@ def main() -> None:
             lambda x, w: optax.softmax_cross_entropy_with_integer_labels(whole(x, w), targets).mean(),
             [x_BLD, w_VD],
         ),
-        "projection, weight's gradient in slices / plain": (
+        "projection, weight's gradient of a transposed copy / plain": (
             lambda x, w: on_each_rank(product, (x,), (Weight(w, EXACT),)),
             lambda x, w: x @ w,
             [x_BLD, w_DD],
@@ -90,12 +90,16 @@ def trace(config: Config, mesh: jax.sharding.Mesh) -> None:
     run = Stepper(config, mesh, _ROUNDS.value)
     run()
     wall = run()
-    parts = breakdown(run.compiled, run, run.steps, dense_matmul_rate("float32"), memory_rate(cpu=True))
+    rate, bandwidth = dense_matmul_rate("float32"), memory_rate(cpu=True)
+    parts = breakdown(run.compiled, run, run.steps, rate, bandwidth)
     print(f"{'ms':12}{'all':>8}{'products':>10}{'rest':>8}{'floor':>8}")
     for name, part in [*parts.items(), ("all", Part(*map(sum, zip(*parts.values(), strict=True))))]:
         columns = (part.products + part.rest, *part)
         print(f"{name:12}" + "".join(f"{1e3 * v:{w}.1f}" for v, w in zip(columns, (8, 10, 8, 8), strict=True)))
-    print(f"a step takes {1e3 * wall:.1f} ms")
+    print(
+        f"a step takes {1e3 * wall:.1f} ms, because some of it runs at once; "
+        f"floors are of {rate / 1e9:.0f} GFLOP/s and {bandwidth / 1e9:.0f} GB/s"
+    )
 
 
 def _of_heads(attention: Callable[..., Array]) -> Callable[..., Array]:

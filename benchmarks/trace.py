@@ -78,7 +78,7 @@ def _inside(
 
 
 def traced(run: Callable[[], Any], steps: int, names: set[str]) -> dict[str, float]:
-    """Seconds of each instruction in one step, summed over threads."""
+    """Seconds of each instruction in one step. Several run at once, so that their sum exceeds the step's."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())

@@ -290,12 +290,13 @@ class Config:
         return json.dumps(_spell_inf(dataclasses.asdict(self)), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, name: str = "config.json") -> "Config":
+    def from_json(cls, text: str | bytes, name: str = "config.json") -> "Config":
         """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
         try:
-            return from_saved(json.loads(text))
-        except json.JSONDecodeError as error:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:  # the first of text that is not UTF-8, too
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
+        return from_saved(values)
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -21,7 +21,7 @@ from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
 from bigmac_jax.progress import Progress
 
 CHUNK = 4096  # tokens a record; a sample reads one record or two
-_VERSION = 1  # of the files; a new one makes old caches unused
+_VERSION = 2  # of the files; a new one makes old caches unused
 _BATCH = 8 * PIECE  # characters that are encoded at a time
 _log = logging.getLogger(__name__)
 
@@ -130,13 +130,18 @@ def _open(path: pathlib.Path, key: str, text: str, eos_id: int) -> CachedStream 
     if not path.exists():
         return None
     try:
-        meta = json.loads((path / _META).read_text())
-        if meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
+        meta = json.loads((path / _META).read_bytes())
+        if meta.pop("seal") == _seal(meta) and meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
             return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     _log.warning("%s is damaged; tokenising again", path)
     return None
+
+
+def _seal(meta: dict[str, Any]) -> str:
+    """A digest of the other entries: fewer tokens than there are would be read without a word."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> None:
@@ -158,6 +163,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     writer.close()
     meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
     meta["digest"] = file_digest(directory / _TOKENS)
+    meta["seal"] = _seal(meta)
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
     _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
 

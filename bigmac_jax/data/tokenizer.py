@@ -238,18 +238,24 @@ def _trained(config: Config) -> Tokenizer:
     size = config.model.vocab_size
     train = documents(config.data, "train", config.cache_dir)
     path = cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.json"
+    digest = path.with_suffix(".sha256")
     with locked(path):
         if path.exists():
-            try:
-                return JsonTokenizer(path.read_bytes().decode())
-            except Exception:
-                _log.warning("%s is damaged; training the tokenizer again", path)
+            content = path.read_bytes()
+            if digest.exists() and digest.read_bytes() == _hex_digest(content):
+                return JsonTokenizer(content.decode())
+            _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         text = train_bpe(train, size)
         part = path.with_suffix(f".part-{os.getpid()}")
-        part.write_bytes(text.encode())
-        part.replace(path)
+        for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
+            part.write_bytes(content)
+            part.replace(file)
         return JsonTokenizer(text)
+
+
+def _hex_digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:

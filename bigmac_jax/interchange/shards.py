@@ -166,8 +166,8 @@ class Checkpoint:
 def read_json(file: pathlib.Path) -> Any:
     """Raises ConfigError naming the file."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{file.parent} holds no {file.name}; give the directory of a checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read ({one_line(error)}); copy it again") from None

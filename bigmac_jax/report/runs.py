@@ -59,11 +59,11 @@ def _read_run(workdir: str, name: str) -> Run:
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
-        config = second_edition(json.loads((path / "config.json").read_text()))
+        config = second_edition(json.loads((path / "config.json").read_bytes()))
         if not isinstance(config, dict):
             raise ValueError("config.json is no object")
         records = read_metrics(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None
     training = _latest([r for r in records if "loss" in r])
     if not training:
@@ -78,7 +78,7 @@ def _read_run(workdir: str, name: str) -> Run:
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return None

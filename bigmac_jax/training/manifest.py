@@ -47,7 +47,7 @@ def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
         entries = json.loads(text)
         intact = text == _text(entries)  # so that no byte of it can change unseen
         wanted = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         return f"{NAME} is truncated or changed"

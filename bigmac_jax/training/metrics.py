@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -22,6 +23,8 @@ from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
 from bigmac_jax.training.step import StepMetrics
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -214,16 +217,19 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the records after `step`, and a half-written last line."""
+    """Drops the records after `step`, and what is no record, which is named but for a half-written last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, damaged = [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    for line in [*lines, last]:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += line is not last
+    if damaged:
+        _log.warning("%s: %d lines that are no records were left out", path, damaged)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)

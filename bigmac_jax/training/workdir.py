@@ -25,7 +25,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     file = workdir / _CONFIG
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir} holds no config.json; give the workdir of a training run")
-    return Config.from_json(file.read_text(), str(file))
+    return Config.from_json(file.read_bytes(), str(file))
 
 
 def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
@@ -128,9 +128,10 @@ def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int])
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads((workdir / _RUN).read_text())
-    except (OSError, ValueError):  # of an earlier edition, or cut
+        found = json.loads((workdir / _RUN).read_bytes())
+    except (OSError, ValueError, RecursionError):  # of an earlier edition, or cut
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:

@@ -95,7 +95,7 @@ def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, 
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta", "fewer tokens", "gone"])
 def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, damage):
     config = make_config(rows[0])
     expected = open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000)
@@ -108,6 +108,10 @@ def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, damage)
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     elif damage == "meta":
         file.with_name("meta.json").write_text('{"key"')
+    elif damage == "fewer tokens":
+        meta = json.loads(file.with_name("meta.json").read_text())
+        meta["counts"]["tokens"] = 20_000
+        file.with_name("meta.json").write_text(json.dumps(meta))
     else:
         file.unlink()
     np.testing.assert_array_equal(open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000), expected)

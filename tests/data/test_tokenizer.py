@@ -104,6 +104,9 @@ def test_damaged_bpe_is_trained_again(text_file, make_config, tmp_path, caplog):
     path.write_text(path.read_text()[:1000])
     assert load_tokenizer(config).fingerprint == first.fingerprint
     assert sum("is damaged" in record.message for record in caplog.records) == 1
+    path.write_text(path.read_text().replace('"e"', '"ē"'))  # a tokenizer, but another one
+    assert load_tokenizer(config).fingerprint == first.fingerprint
+    assert sum("is damaged" in record.message for record in caplog.records) == 2
     text_file.write_text("other text " * 100)
     assert load_tokenizer(config).fingerprint != first.fingerprint
 

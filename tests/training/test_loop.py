@@ -194,6 +194,23 @@ def test_records_after_the_restored_step_are_dropped(tmp_path: pathlib.Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_lines_that_are_no_records_are_left_out(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, kept = tmp_path / "metrics.jsonl", [{"step": 1, "loss": 5.0}, {"step": 3, "loss": 4.0}]
+    bad = [b"\xff\xfe", b"[" * 100_000, b'{"step": "2"}', b"[1]", b'{"step": ' + b"9" * 5000 + b"}", b"{}", b"7"]
+    path.write_bytes(b"\n".join([json.dumps(kept[0]).encode(), *bad, json.dumps(kept[1]).encode(), b'{"st']))
+    _truncate(path, 3)
+    assert read_records(tmp_path) == kept
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 7 lines that are no records were left out"]
+
+
+@pytest.mark.parametrize("content", [b"\xff{}", b"[" * 100_000, b'{"train": ' + b"9" * 5000 + b"}", b"[]", b"7"])
+def test_a_config_that_is_none_is_one_line(content: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_lines_are_flushed_and_strict_json(tmp_path: pathlib.Path) -> None:
     writer = MetricsWriter(tmp_path, 0, 10)
     for step in (1, 2):
