@@ -167,9 +167,11 @@ def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Ar
 def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
     """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w; of `tensor` ranks each has a part of them."""
     chunks, ranks = _chunks(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
+    # XLA:CPU multiplies three times as fast if the result's longer side is the last one.
+    longer_last = platform() == "cpu"
 
     def body(carry: tuple[Array, Any], xs: tuple[Array, Array]) -> tuple[tuple[Array, Any], Any]:
-        total, dw_Dv = carry
+        total, dw = carry
         x_CD, targets_C = xs
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         logits_Cv, target_C, target_CD, place_C = _chunk(x_CD, targets_C, w_vD)
@@ -183,20 +185,20 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
             return (total, None), None
         p_Cv, of_one_C1 = p_Cv.astype(x_CD.dtype), jnp.where(counts_C1, z_C1, jnp.inf)
         dx_CD = product("CV,VD->CD", p_Cv, w_vD) / of_one_C1 - target_CD
-        dw_Dv = dw_Dv + product("CD,CV->DV", (x_CD / of_one_C1).astype(x_CD.dtype), p_Cv)
-        return (total, dw_Dv), (dx_CD.astype(x_CD.dtype), place_C)
+        x_CD = (x_CD / of_one_C1).astype(x_CD.dtype)
+        dw = dw + (product("CD,CV->DV", x_CD, p_Cv) if longer_last else product("CV,CD->VD", p_Cv, x_CD))
+        return (total, dw), (dx_CD.astype(x_CD.dtype), place_C)
 
     def zeros(shape: tuple[int, ...]) -> Array:
         return jax.lax.pcast(jnp.zeros(shape, jnp.float32), AXES, to="varying")
 
-    # The longer side last, which XLA:CPU multiplies three times as fast.
-    carry = (zeros(()), zeros(w_vD.shape[::-1]) if gradients else None)
+    carry = (zeros(()), zeros(w_vD.shape[::-1] if longer_last else w_vD.shape) if gradients else None)
     split = (x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1))
-    (total, dw_Dv), found = jax.lax.scan(body, carry, split)
-    if dw_Dv is None:
+    (total, dw), found = jax.lax.scan(body, carry, split)
+    if dw is None:
         return total, None
     dx_CTD, place_CT = found
-    dw_vD = dw_Dv.T.at[place_CT.reshape(-1)].add(-x_TD.astype(jnp.float32), mode="drop")
+    dw_vD = (dw.T if longer_last else dw).at[place_CT.reshape(-1)].add(-x_TD.astype(jnp.float32), mode="drop")
     return total, (dx_CTD.reshape(x_TD.shape), dw_vD)
 
 
