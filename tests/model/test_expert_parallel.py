@@ -71,7 +71,7 @@ REST = sorted(
 )
 
 
-def check(config: Config, given: dict[str, np.ndarray] | None = None) -> Aux:
+def check(config: Config, given: dict[str, np.ndarray] | None = None, tolerance: float = 1e-5) -> Aux:
     """Compares loss, loads and gradients with the reference; returns aux."""
     tokens = random_tokens(config)
 
@@ -96,7 +96,7 @@ def check(config: Config, given: dict[str, np.ndarray] | None = None) -> Aux:
         for stack in ("first", "layers")[not config.model.first_dense_layers :]:
             zero = [of.pop(f"{stack}.attention.key.b_F") for of in (gradients, expected_gradients)]
             assert np.abs(zero).max() < 1e-6 * np.abs(gradients[f"{stack}.attention.query.b_F"]).max()
-    assert_close(gradients, expected_gradients)
+    assert_close(gradients, expected_gradients, tolerance)
     return aux
 
 
@@ -133,5 +133,6 @@ def test_every_token_may_choose_the_same_experts(mesh: tuple[int, ...], top_k: i
     """The worst skew: all rows of all ranks go to one rank, to `top_k` of its experts."""
     config = tiny(mesh, top_k=top_k, balance="bias", router_renormalize=False)
     favourites = np.where((np.arange(8) >= 4) & (np.arange(8) < 4 + top_k), 100.0, 0.0).astype(np.float32)
-    aux = check(config, {"layers.mlp.router_bias_E": favourites})
+    # With jax 0.12 the router's gradient is 1.3e-5 off: of 64 tokens' sums, which cancel here, little is left.
+    aux = check(config, {"layers.mlp.router_bias_E": favourites}, tolerance=3e-5)
     np.testing.assert_allclose(aux.load, [favourites / favourites.sum()] * 2)
