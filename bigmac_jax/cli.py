@@ -13,10 +13,11 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, watch
 from bigmac_jax.config import Config, ConfigError, reference
 from bigmac_jax.config.names import field_names, nearest, question
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.phases import NOW, process_start
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
@@ -53,18 +54,21 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         return rest[:1]
 
     def guarded(_: Sequence[str]) -> int | None:
+        NOW.begin("imports", process_start())
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
         logging.getLogger("bigmac_jax").setLevel(logging.INFO)
         if CPU_DEVICES.value:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         try:
+            NOW.turn("devices")
             if distributed:
                 given = flags.FLAGS
                 hosts.start(
                     given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
                 )
-            with _memory():
+            NOW.turn("start")
+            with watch.of_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
                 return main()
         except ConfigError as error:
             _fail(str(error) if hosts.is_first() else "")
@@ -83,7 +87,8 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
     """Makes the mesh current for the process, and compiled programs kept between runs."""
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.cache_dir).expanduser() / "programs"))
-    mesh = make_mesh(config, fit_batch)
+    with NOW.doing("devices"):
+        mesh = make_mesh(config, fit_batch)
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:
         raise ConfigError(

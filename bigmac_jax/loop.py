@@ -17,11 +17,15 @@ from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
+from bigmac_jax.phases import NOW
 from bigmac_jax.programs import evaluation_rows, step_program
+from bigmac_jax.report.runs import read_metrics
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
     MetricsWriter,
@@ -33,7 +37,6 @@ from bigmac_jax.training.metrics import (
 )
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer, write_run
-from bigmac_jax.watch import Watch, held
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -48,26 +51,27 @@ class Result(NamedTuple):
     first_step: int = 0  # that this start went on from
 
 
-def train(
-    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, peer_timeout: float = 0
-) -> Result:
+def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
     """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
 
     Args:
       profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
-      peer_timeout: seconds after which a dead or hung process ends this one too (`watch.Watch`); 0 = never.
 
     Raises:
       ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
       RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
     """
-    with held(workdir), Watch(workdir, peer_timeout, (RunError,)) as watch:
-        return _train(config, workdir, profile, watch)
+    NOW.begin("start")
+    try:
+        with held(workdir):
+            return _train(config, workdir, profile)
+    finally:
+        NOW.end()
 
 
-def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
+def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None) -> Result:
     mesh = jax.sharding.get_mesh()
-    with hosts.together():
+    with NOW.doing("data"), hosts.together():
         resumed = (workdir / "config.json").exists()
         if resumed:
             check_resume(read_config(workdir), config)
@@ -84,8 +88,10 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
-    newest = checkpoints.newest_intact()
-    state, position = _start(config, trainer, checkpoints, newest)
+    with NOW.doing("verify"):
+        newest = checkpoints.newest_intact()
+    with NOW.doing("restore" if newest else "initialise"):
+        state, position = _start(config, trainer, checkpoints, newest)
     data.set_state(position)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
@@ -103,7 +109,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
         + f", attention by {attention_of(config)}"
         + (f", resumed at step {newest}" if newest else "")
     )
-    run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position, watch)
+    run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position)
     try:
         with hosts.stop_signals() as stopped:
             return run.loop(state, stopped, profile)
@@ -147,16 +153,16 @@ class _Run:
         validation: Any,
         first_step: int,
         position: dict[str, Any],
-        watch: Watch,
     ):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
         self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
-        self.rows, self.validation, self.watch = rows, validation, watch
+        self.rows, self.validation = rows, validation
         self.bad_steps = position.get("bad_steps", 0)
         self.batches_ahead = position["batches"] - first_step  # batches that rewinding has left out
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
+        self.goodput = Goodput(read_metrics(workdir), first_step)
         self.writer = self._writer()
         self.timer = StepTimer()
 
@@ -167,8 +173,10 @@ class _Run:
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
-        train_step = self._compiled()
-        self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        with NOW.doing("compile"):
+            train_step = self._compiled()
+            self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        NOW.turn("first step")
         while True:
             try:
                 return self._steps(train_step, state, stopped, profile)
@@ -191,9 +199,9 @@ class _Run:
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 self.tracing = True
-            batch = next(batches)
-            if step > self.first_step:  # the first step waits for those that still compile
-                self.watch.step(step + 1)
+            with NOW.doing("data wait"):
+                batch = next(batches)
+            NOW.start_step(step + 1)
             state, metrics = train_step(state, batch)
             vote.cast()
             self._finish(pending)
@@ -214,10 +222,12 @@ class _Run:
                 pending = None
                 self._save(step, state, score)
         self._finish(pending)
-        self.watch.relax()
         if step > self.first_step:
             self._save(step, state, None)
-        self.checkpoints.wait()
+        with NOW.doing("save"):
+            self.checkpoints.wait()
+        if step > self.first_step:
+            self.writer.write({"step": step} | self.goodput.record(step))
         if step > self.first_step and hosts.first(self.checkpoints.latest()) != step:
             raise RunError(
                 f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the same "
@@ -245,12 +255,16 @@ class _Run:
         if bool(metrics.bad):
             self._bad(step, metrics)
             return
+        if NOW.name == "first step":
+            self.writer.print(describe_start())
+            self.writer.write(start_record(step - 1))
+            NOW.turn("steps")
         self.timer.step_done()
         due = train.log_every and step % train.log_every == 0
         if not due and step != train.steps:
             self.writer.progress(step)
             return
-        record = step_record(step, metrics, self.timer.read(), self.constants)
+        record = step_record(step, metrics, self.timer.read(), self.constants) | self.goodput.record(step)
         self.writer.write(record)
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
@@ -273,12 +287,13 @@ class _Run:
         self._stop_trace()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
-        with self.watch.slow():
+        with NOW.doing("restore"):
             self.checkpoints.wait()
             newest = self.checkpoints.newest_intact()
             state, _ = _start(self.config, self.trainer, self.checkpoints, newest)
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
+        self.goodput.go_back(self.first_step)
         self.data.set_state({"batches": given})
         self.writer.close()
         self.writer = self._writer()
@@ -300,13 +315,13 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> Score:
         start, config = time.perf_counter(), self.config
         model = self.trainer.model(state)
-        with self.watch.slow():
+        with NOW.doing("evaluate"):
             self.score = evaluate(
                 model,
                 self.validation,
                 config.data.sequence_length,
                 evaluation_rows(config),
-                lambda tokens: self.watch.advance(),
+                lambda tokens: NOW.go_on(),
             )
         self.writer.write(
             {
@@ -327,7 +342,7 @@ class _Run:
         start = time.perf_counter()
         loss = None if score is None else score.loss
         position = guard.position(self.data.get_state(), self.bad_steps, state)
-        with self.watch.slow():
+        with NOW.doing("save"):
             self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
@@ -346,7 +361,8 @@ class _Run:
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 
         try:
-            write_report(self.workdir)
+            with NOW.doing("report"):
+                write_report(self.workdir)
         except (OSError, ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
             _log.warning("report.png is not drawn (%s)", error)
 

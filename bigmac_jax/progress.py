@@ -6,11 +6,13 @@ from types import TracebackType
 
 import tqdm
 
+from bigmac_jax.phases import NOW
+
 _EVERY = 30.0  # seconds between plain lines
 
 
 class Progress:
-    """Inside it, `update` counts.
+    """Inside it, `update` counts, and says that the phase goes on.
 
     Args:
       total: of units; `scaled` shows 144k for 144,158 in the bar.
@@ -44,6 +46,7 @@ class Progress:
 
     def update(self, count: int = 1) -> None:
         self._done += count
+        NOW.go_on()
         self._bar.update(count)
         if self._plain and time.monotonic() - self._said > _EVERY:
             self._say()

@@ -1,272 +1,302 @@
 """No process of a job waits for ever: who died, went silent or hangs is named, and all end.
 
-Every process beats into a file of its own under workdir/hosts and reads those of the others. jax's heartbeats come from
-a thread of C++ that lives on when the step hangs, and its verdict is an abort; they are the second line.
+Through the key-value store of jax's coordination service, which process 0 holds: every process writes how far it is and
+reads what process 0 has found, which reads all at once. That is two small requests a beat for each, whatever their
+number, and no file. jax's heartbeats come from a thread of C++ that lives on when the step hangs, and its verdict is an
+abort; they are the second line.
 """
 
 import contextlib
 import faulthandler
-import fcntl
 import json
 import os
 import pathlib
-import shutil
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import jax
+from jax._src import distributed  # its store has no public name yet
 
 from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
+from bigmac_jax.phases import NOW, STEPPING, Phases
 
-_BEAT = 0.5  # seconds
 _GRACE = 10.0  # seconds to find out which process an error comes from
-_SLOW = 10  # compilation, evaluation and saving may take so many times as long as a step
+_LOOK = 0.5  # seconds between looks at what is known
+_SLOW, _LONG = 10, 600.0  # what is no step may stand still for so many times the timeout, and for so many seconds
+_MOST = 6  # times that, where only the processor is busy: who waits for another may spin
+_KEY = "bigmac/watch/"
 
 
-@contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this job; the kernel lets it go when process 0 ends, however it ends.
+class Store(Protocol):
+    """What the watch needs of `jax.distributed`'s client."""
 
-    Raises:
-      ConfigError: another job trains there, or the workdir cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        with hosts.together():
-            if hosts.is_first():
-                try:
-                    workdir.mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context((workdir / ".lock").open("a+"))
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = (workdir / ".lock").read_text().strip() or "another process"
-                    raise ConfigError(
-                        f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or give another --workdir"
-                    ) from None
-                except OSError as error:
-                    raise ConfigError(f"--workdir={workdir} cannot be written ({error}); give another one") from None
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
-        yield
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+    def key_value_try_get(self, key: str) -> str: ...
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]: ...
 
 
 class _Peer:
     """What this process knows of another one."""
 
-    def __init__(self, file: pathlib.Path, index: int):
-        self.file, self.index = file, index
-        self.text, self.seen = "", time.monotonic()
+    def __init__(self, index: int):
+        self.index, self.text, self.seen = index, "", time.monotonic()
         self.state: dict[str, Any] = {}
-        self.had_lock = False
 
-    def look(self) -> bool:
-        """Reads its file → whether the process is known to have died."""
-        try:
-            with self.file.open() as file:  # opened anew: this is what makes NFS ask the server
-                locked = _is_locked(file)
-                dead = self.had_lock and not locked  # on a file system without locks it never had one
-                self.had_lock |= locked
-                text = file.read()
-                state = json.loads(text)
-        except (OSError, ValueError):  # not there yet, or half-written
-            return False
+    def hear(self, text: str) -> None:
         if text != self.text:
-            self.text, self.state, self.seen = text, state, time.monotonic()
-        return dead and not self.ended
+            self.text, self.state, self.seen = text, json.loads(text), time.monotonic()
+
+    def silent(self) -> float:
+        """Seconds since it was heard."""
+        return time.monotonic() - self.seen
+
+    def idle(self) -> float:
+        """Seconds for which nothing has moved in it; inf if it has ended, since it moves no one."""
+        return float("inf") if self.ended else self.state.get("idle", 0.0) + self.silent()
+
+    def died(self) -> bool:
+        """Whether it is known to have died: only where it runs beside this one."""
+        return bool(self.state) and self.state["place"] == _place() and not _alive(self.state["pid"])
 
     @property
     def ended(self) -> bool:
         return bool(self.state.get("ended"))
 
     @property
-    def step(self) -> int:
-        return int(self.state.get("step", 0))
-
-    @property
     def started(self) -> int:
-        """Steps, those that a rewind has undone included: it only grows."""
         return int(self.state.get("started", 0))
 
+    @property
+    def phase(self) -> str:
+        return str(self.state.get("phase", ""))
+
     def __str__(self) -> str:
-        where = f" ({self.state['pid']} on {self.state['host']}, step {self.step})" if self.state else ""
-        return f"process {self.index}{where}"
+        if not self.state:
+            return f"process {self.index}"
+        step, phase = self.state["step"], self.phase
+        at = ([f"step {step}"] if step else []) + ([] if phase in STEPPING or not phase else [phase])
+        return f"process {self.index} ({self.state['pid']} on {self.state['host']}, {', '.join(at) or 'start'})"
 
 
 class Watch:
     """Inside it, this process ends with one line and exit code 3 if the job cannot go on.
 
-    The line names the process that died (its file lock is gone), is silent (its file has not changed for `timeout`
-    seconds) or hangs (it started fewer steps than the others, and no step has been finished for `timeout` seconds).
-    A job of one process, and timeout=0, are not watched.
+    The line names the process that died, is silent (nothing heard of it for `timeout` seconds) or hangs (it started
+    fewer steps than the others, and no step has been finished for `timeout` seconds). What is no step (`phases`) may
+    take as long as anything moves in any process: work that is counted, or a busy processor.
 
     Args:
-      agreed: errors that every process raises at the same step; others end the job.
-      kind: train, which holds the workdir (`held`), or eval, of which several may run beside it.
+      timeout: seconds.
+      store, me, count: of the job, this process' number, and how many there are.
+      doing: what this process does.
     """
 
-    def __init__(
-        self, workdir: pathlib.Path, timeout: float, agreed: tuple[type[Exception], ...] = (), kind: str = "train"
-    ):
-        self._timeout, self._agreed = timeout, (ConfigError, hosts.PeerError, *agreed)
-        self._on = hosts.several() and timeout > 0
-        self._step, self._started = 0, 0
-        self._advanced, self._patience = time.monotonic(), _SLOW * timeout
-        self._beats, self._closing, self._ending = 0, threading.Event(), threading.Lock()
-        if not self._on:
-            return
-        parent, name = workdir / "hosts", f"{kind}-{time.time_ns()}"
-        with hosts.together():
-            if hosts.is_first():
-                for left_over in parent.glob("train-*") if kind == "train" else ():  # of a job that was killed
-                    shutil.rmtree(left_over, ignore_errors=True)
-                try:
-                    (parent / name).mkdir(parents=True)
-                except OSError as error:
-                    raise ConfigError(
-                        f"{parent} cannot be written ({error}), where several processes watch each other; use a "
-                        f"workdir that they share, or --peer_timeout=0"
-                    ) from None
-        self._folder = parent / hosts.gather(name)[0]
-        self._me = jax.process_index()
+    def __init__(self, timeout: float, store: Store, me: int, count: int, doing: Phases = NOW) -> None:
+        self._timeout, self._store, self._me, self._doing = timeout, store, me, doing
+        self.beat = min(5.0, max(1.0, timeout / 20))
+        self._silence = max(timeout, 2.5 * self.beat)
+        self._peers = [_Peer(i) for i in range(count)]
+        self._beats, self._error, self._failed = 0, "", 0.0
+        self._verdict, self._lost, self._ended = "", 0, False
+        self._closing, self._ending, self._hurry = threading.Event(), threading.Lock(), threading.Event()
+        self._busy = self._moved = 0.0
+        self._judged = time.monotonic()
 
     def __enter__(self) -> "Watch":
-        if self._on:
-            self._file = (self._folder / str(self._me)).open("w")
-            with contextlib.suppress(OSError):  # without locks, silence tells
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-            self._peers = [_Peer(self._folder / str(i), i) for i in range(jax.process_count()) if i != self._me]
-            hosts.on_abort(lambda: self.blame("aborted; its output says why"))
-            self._beat()
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+        hosts.on_abort(lambda: self.blame("aborted; its output says why"))
+        self._threads = [threading.Thread(target=run, name="watch", daemon=True) for run in (self._talk, self._judge)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not self._on:
-            return
-        if error is not None and not isinstance(error, self._agreed):
+        if isinstance(error, SystemExit) and error.code:
+            self.blame(f"it ended with exit code {error.code}; its line says why")
+        if isinstance(error, KeyboardInterrupt):
+            self.blame("it was interrupted")
+        if isinstance(error, Exception) and not isinstance(error, (ConfigError, hosts.PeerError)):
             traceback.print_exception(error)
             self.blame(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        self._ended = True
         self._closing.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(_GRACE)
         faulthandler.cancel_dump_traceback_later()
-        self._beat(ended=True)
-        self._file.close()
         hosts.on_abort(None)
-        if self._me == 0 and error is None:
-            end = time.monotonic() + _GRACE
-            while not (done := all(peer.look() or peer.ended for peer in self._peers)) and time.monotonic() < end:
-                time.sleep(_BEAT / 5)
-            if done:
-                shutil.rmtree(self._folder, ignore_errors=True)
-
-    def step(self, step: int) -> None:
-        """To be called when a step is started, and the one before the last has ended."""
-        self._step, self._started = step, self._started + 1
-        self._advanced, self._patience = time.monotonic(), self._timeout
-
-    def advance(self) -> None:
-        """A long piece of work goes on."""
-        self._advanced = time.monotonic()
-
-    def relax(self) -> None:
-        """What follows may take longer than a step."""
-        self._patience = _SLOW * self._timeout
-        self.advance()
-
-    @contextlib.contextmanager
-    def slow(self) -> Iterator[None]:
-        """Around what takes longer than a step."""
-        before = self._patience
-        self.relax()
-        yield
-        self._patience = before
-        self.advance()
+        end = time.monotonic() + _GRACE
+        with contextlib.suppress(Exception):  # process 0 may be gone by now
+            self._exchange()
+            while self._me == 0 and time.monotonic() < end and not all(p.ended or p.died() for p in self._others()):
+                time.sleep(_LOOK / 5)
+                self._exchange()
 
     def blame(self, error: str) -> NoReturn:
         """Ends the job for an error here, which is another process' doing if that one is dead, silent or behind."""
-        end = time.monotonic() + _GRACE
-        line = None
-        while line is None and time.monotonic() < end:
-            line = self._verdict(_GRACE / 2)
-            time.sleep(_BEAT / 2)
-        if line is None and any(peer.started < self._started for peer in self._peers):
-            line = self._hang()
-        self._end(line or f"process {self._me} failed: {error}")
+        self._error = error
+        self._hurry.set()
+        time.sleep(2 * _GRACE + 3 * self.beat)  # process 0 finds out, and the other threads end this process
+        self._end(f"process {self._me} failed: {error}")
 
-    def _run(self) -> None:
-        while not self._closing.wait(_BEAT):
+    def _others(self) -> Sequence[_Peer]:
+        return [peer for peer in self._peers if peer.index != self._me]
+
+    def _talk(self) -> None:
+        """Tells and asks; may wait for process 0, so another thread judges."""
+        while not self._closing.is_set():
+            try:
+                self._exchange()
+                self._lost = 0
+            except Exception:
+                self._lost += 1
+            self._hurry.wait(_LOOK if self._error else self.beat)
+            if self._error:
+                self._closing.wait(_LOOK)
+
+    def _exchange(self) -> None:
+        """This process' state to all, and process 0's verdict to this one."""
+        self._beats += 1
+        self._peers[self._me].hear(self._state())
+        if self._me:
+            self._store.key_value_set(f"{_KEY}of/{self._me}", self._peers[self._me].text, allow_overwrite=True)
+            found = json.loads(self._store.key_value_try_get(f"{_KEY}verdict"))
+            self._verdict = found["line"]
+            self._peers[0].hear(found["state"])
+        else:
+            for key, text in self._store.key_value_dir_get(f"{_KEY}of/"):
+                self._peers[int(key.rpartition("/")[2])].hear(text)
+            found = {"line": self._verdict, "state": self._peers[0].text}
+            self._store.key_value_set(f"{_KEY}verdict", json.dumps(found), allow_overwrite=True)
+
+    def _state(self) -> str:
+        doing = self._doing
+        busy, now = time.process_time(), time.monotonic()
+        if busy - self._busy > 0.2 * self.beat:
+            self._moved = now
+        self._busy = busy
+        idle = now - doing.moved
+        if doing.name not in STEPPING and idle < _MOST * self._patience(doing.name):
+            idle = min(idle, now - self._moved)
+        state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "step": doing.step,
+                 "started": doing.started, "phase": doing.name, "idle": round(idle, 1), "beat": self._beats,
+                 "ended": self._ended, "error": self._error}  # fmt: skip
+        return json.dumps(state)
+
+    def _patience(self, phase: str) -> float:
+        return self._timeout if phase in STEPPING else max(_SLOW * self._timeout, _LONG)
+
+    def _judge(self) -> None:
+        while not self._closing.wait(_LOOK):
             # A thread of C: where another one keeps the interpreter's lock, neither this thread nor a handler runs.
-            faulthandler.dump_traceback_later(2 * self._timeout, exit=True)
-            self._beat()
-            line = self._verdict(self._timeout)
-            if line is None and time.monotonic() - self._advanced > self._patience:
-                line = self._hang()
-            if line is not None:
+            faulthandler.dump_traceback_later(2 * self._timeout + _GRACE, exit=True)
+            late, self._judged = time.monotonic() - self._judged > self._silence / 2, time.monotonic()
+            if late:  # this process stood still itself: what the others say comes now
+                for peer in self._peers:
+                    peer.seen = max(peer.seen, self._judged - self._silence / 2)
+                continue
+            if line := self._found():
                 self._end(line)
 
-    def _beat(self, ended: bool = False) -> None:
-        self._beats += 1
-        state = {"host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
-                 "started": self._started, "beat": self._beats}  # fmt: skip
-        with contextlib.suppress(OSError):  # of a moment; of more, the others see the silence
-            os.pwrite(self._file.fileno(), json.dumps(state | {"ended": ended}).ljust(400).encode(), 0)
-
-    def _verdict(self, silence: float) -> str | None:
-        """The line that ends the job, if a process has ended it, is dead or has been silent for so many seconds."""
-        if not self._folder.exists():
-            return f"{self._folder} is gone: another job has taken the workdir"
-        with contextlib.suppress(OSError):
-            if line := (self._folder / "failure").read_text():
-                return line
-        now = time.monotonic()
-        for peer in self._peers:
-            if peer.look():
+    def _found(self) -> str:
+        """The line that ends the job, if it can't go on."""
+        if self._verdict:
+            return self._verdict
+        if self._me:
+            first = self._peers[0]
+            if self._lost >= 2 and first.state and not first.ended:
+                return f"{first} has died"
+            if not first.ended and first.silent() > self._silence:
+                return f"{first} has given no sign of life for {first.silent():.0f} s"
+            return ""
+        waiting = [peer for peer in self._others() if not peer.ended]
+        for peer in waiting:
+            if peer.died():
                 return f"{peer} has died"
-            if not peer.ended and now - peer.seen > silence:
-                return f"{peer} has given no sign of life for {now - peer.seen:.0f} s"
-        return None
+            if peer.silent() > self._silence:
+                return f"{peer} has given no sign of life for {peer.silent():.0f} s"
+        failed = [peer for peer in self._peers if peer.state.get("error")]
+        if failed:
+            return self._reason(failed, [peer for peer in waiting if peer not in failed])
+        return self._hang()
+
+    def _reason(self, failed: Sequence[_Peer], others: Sequence[_Peer]) -> str:
+        """What stands behind errors: a process that has died closes its connections, and the others notice."""
+        self._failed = self._failed or time.monotonic()
+        for peer in others:
+            if peer.silent() > max(_GRACE / 2, 2.5 * self.beat):
+                return f"{peer} has died"
+        if time.monotonic() - self._failed < max(_GRACE, 3 * self.beat):
+            return ""
+        if behind := [peer for peer in others if peer.started < failed[0].started]:
+            return f"{_names(behind)} did not start step {failed[0].state['step']}: {failed[0].state['error']}"
+        return f"process {failed[0].index} failed: {failed[0].state['error']}"
 
     def _hang(self) -> str:
-        """The line that names who holds up the step."""
-        waited = time.monotonic() - self._advanced
-        started, latest = max([(self._started, self._step), *((peer.started, peer.step) for peer in self._peers)])
-        behind = [str(peer) for peer in self._peers if peer.started < started]
-        if self._started < started:
-            behind.append(f"process {self._me} ({os.getpid()} on {socket.gethostname()}, step {self._step})")
-        who = f"{' and '.join(behind)} did not start step {latest}" if behind else f"all started step {latest}"
-        return f"no step has ended for {waited:.0f} s: {who}"
+        """The line that names who holds up the job, if nothing moves in any process."""
+        idle = min((peer.idle() for peer in self._peers), default=0.0)
+        if not any(idle > self._patience(peer.phase) for peer in self._peers if peer.state and not peer.ended):
+            return ""
+        ahead = max(self._peers, key=lambda peer: peer.started)
+        behind = [peer for peer in self._peers if peer.started < ahead.started]
+        who = f"{_names(behind)} did not start step {ahead.state['step']}" if behind else ""
+        if any(peer.phase in STEPPING for peer in behind or self._peers):
+            return f"no step has ended for {idle:.0f} s: " + (who or f"all started step {ahead.state['step']}")
+        return f"nothing has moved for {idle:.0f} s: {who or _names(self._peers)}"
 
     def _end(self, line: str) -> NoReturn:
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)  # the other thread is ending the process
-        try:
-            with open(self._folder / f"failure.{self._me}", "w") as file:
-                file.write(line)
-            os.link(file.name, self._folder / "failure")  # whole, and only the first
-        except OSError:
-            with contextlib.suppress(OSError):
-                line = (self._folder / "failure").read_text()
         sys.stdout.flush()
         bar = "" if self._me else "\n"  # of progress, which stands in the line
         print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
-            time.sleep(4 * _BEAT)  # jax aborts the others as soon as process 0 is gone
+            self._verdict = line
+            with contextlib.suppress(Exception):
+                self._exchange()
+            # jax aborts the others as soon as process 0 is gone; they ask once a beat.
+            end = time.monotonic() + 2 * self.beat
+            while time.monotonic() < end and not all(peer.ended or peer.died() for peer in self._others()):
+                time.sleep(_LOOK)
         os._exit(hosts.EXIT_CODE)
 
 
-def _is_locked(file: Any) -> bool:
-    """Whether another process holds the lock of an open file."""
+def _names(peers: Sequence[_Peer]) -> str:
+    more = f" and {len(peers) - 3} more" if len(peers) > 3 else ""
+    return (", ".join if more else " and ".join)([str(peer) for peer in peers[:3]]) + more
+
+
+def _place() -> str:
+    """Equal for processes that see each other's numbers: of one machine, and of one container there."""
+    global _here
+    if not _here:
+        try:
+            boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            _here = f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+        except OSError:
+            _here = f"{socket.gethostname()}:{os.getpid()}"  # of itself alone
+    return _here
+
+
+_here = ""
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
         return False
-    return False
+
+
+def of_job(timeout: float) -> contextlib.AbstractContextManager[Any]:
+    """The watch of this process; none of a job of one, or where timeout is 0."""
+    if not hosts.several() or timeout <= 0:
+        return contextlib.nullcontext()
+    store = distributed.global_state.client
+    assert store is not None
+    return Watch(timeout, store, jax.process_index(), jax.process_count())

@@ -13,7 +13,6 @@ from bigmac_jax.config import ConfigError, local_path, with_mesh
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.checkpoint import restore_step
 from bigmac_jax.training.workdir import read_config, run_tokenizer
-from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -42,18 +41,17 @@ def _export(workdir: pathlib.Path) -> None:
         local_path(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
     cli.enter_mesh(meshed, fit_batch=False)
-    with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
-        _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
-        kind = export_model(
-            saved,
-            model,
-            _OUTPUT.value,
-            format=_FORMAT.value,
-            dtype=_DTYPE.value,
-            max_shard_size=_MAX_SHARD_SIZE.value,
-            tokenizer=tokenizer,
-            trained=Trained(step, loss),
-        )
+    _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
+    kind = export_model(
+        saved,
+        model,
+        _OUTPUT.value,
+        format=_FORMAT.value,
+        dtype=_DTYPE.value,
+        max_shard_size=_MAX_SHARD_SIZE.value,
+        tokenizer=tokenizer,
+        trained=Trained(step, loss),
+    )
     how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
     hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}{how}")
 

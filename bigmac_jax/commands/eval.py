@@ -15,7 +15,6 @@ from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint, restore
 from bigmac_jax.training.workdir import read_config, run_tokenizer
-from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -61,27 +60,21 @@ def main() -> None:
     cli.enter_mesh(config, fit_batch=False)
     quiet = _JSON.value or not hosts.is_first()
     size = _BATCH_SIZE.value or evaluation_rows(saved)
-    with Watch(workdir, flags.FLAGS.peer_timeout, kind="eval") as watch:
-        step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
-        _, model = restore(workdir, str(step), config)
-        result: dict[str, Any]
-        if _TASKS.value:
-            folder = workdir / "tasks" / str(step)
-            summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet, watch.advance)
-            lines, result = describe(summaries), {"step": step, "tasks": summaries}
-        else:
-            title = str(text_file or _SPLIT.value)
-            with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
-
-                def counted(tokens: int) -> None:
-                    bar.update(tokens)
-                    watch.advance()
-
-                read = _DOCUMENTS.value or config.data.documents
-                score = evaluate(model, stream, length, size, counted, _STRIDE.value, read)
-            how = "each document by itself" if read == "masked" else "windows of the stream"
-            lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
-            result = score._asdict() | {"documents": read}
+    step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
+    _, model = restore(workdir, str(step), config)
+    result: dict[str, Any]
+    if _TASKS.value:
+        folder = workdir / "tasks" / str(step)
+        summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet)
+        lines, result = describe(summaries), {"step": step, "tasks": summaries}
+    else:
+        title = str(text_file or _SPLIT.value)
+        with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
+            read = _DOCUMENTS.value or config.data.documents
+            score = evaluate(model, stream, length, size, bar.update, _STRIDE.value, read)
+        how = "each document by itself" if read == "masked" else "windows of the stream"
+        lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
+        result = score._asdict() | {"documents": read}
     if not _JSON.value:
         hosts.say("\n".join(lines))
     hosts.say(json.dumps(result))

@@ -16,10 +16,10 @@ from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config
-from bigmac_jax.watch import Watch
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -61,29 +61,26 @@ def main() -> None:
         if hosts.is_first():
             check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.enter_mesh(config, fit_batch=False)
-    with Watch(workdir, flags.FLAGS.peer_timeout, kind="generate") as watch:
-        config, model = restore(workdir, _STEP.value, config)
-        generator = Generator(
-            config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True
-        )
-        if prompt is not None and not _JSON.value:
-            _show(generator, prompt, sampling, watch)
-        else:
-            _answer(generator, requests, watch)
+    config, model = restore(workdir, _STEP.value, config)
+    generator = Generator(config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True)
+    if prompt is not None and not _JSON.value:
+        _show(generator, prompt, sampling)
+    else:
+        _answer(generator, requests)
 
 
-def _show(generator: Generator, prompt: str, sampling: Sampling, watch: Watch) -> None:
+def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
     """Prints prompt and completion as it comes."""
     shown = prompt
     for piece in generator.stream(Request(prompt, sampling)):
         if hosts.is_first():
             print(shown + piece, end="", flush=True)
         shown = ""
-        watch.advance()
+        NOW.go_on()
     hosts.say("")
 
 
-def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Watch) -> None:
+def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
     """Writes answers in the order of the prompts, some batches at a time, so that little is lost if it is ended."""
     start, tokens, window = time.perf_counter(), 0, 16 * generator.batch_size
     generator.check([request for _, request in requests])  # before a file is overwritten
@@ -93,7 +90,6 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]], watch: Wa
 
         def done(number: int, completion: Completion) -> None:
             bar.update()
-            watch.advance()
 
         for first in range(0, len(requests), window):
             part = requests[first : first + window]

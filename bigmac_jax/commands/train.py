@@ -25,7 +25,7 @@ def main() -> int:
     hosts.same(_identity(config))
     cli.enter_mesh(config)
     try:
-        result = train(config, local_path(_WORKDIR.value, "--workdir"), profile, flags.FLAGS.peer_timeout)
+        result = train(config, local_path(_WORKDIR.value, "--workdir"), profile)
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1

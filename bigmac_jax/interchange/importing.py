@@ -22,13 +22,13 @@ from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, leaf_name, named_leaves
 from bigmac_jax.interchange.shards import Checkpoint, Index, read_json
+from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.optimizer import make_optimizer
 from bigmac_jax.training.step import TrainState, make_trainer, split
 from bigmac_jax.training.workdir import write_config
-from bigmac_jax.watch import held
 
 # What an import may set: all that is not the model's function.
 _FREE = (

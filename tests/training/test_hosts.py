@@ -35,6 +35,11 @@ MESH = ("mesh.data=2", "mesh.expert=2")
 TIMES = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}
 
 
+def of_training(record: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    return {k: v for k, v in record.items() if k not in TIMES and not k.startswith(("start/", "goodput/"))}
+
+
 class Story(NamedTuple):
     """One process that was left alone, and two that were not."""
 
@@ -129,8 +134,9 @@ def test_gradients_are_those_of_one_process(story: Story) -> None:
 
 def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
     chex.assert_trees_all_equal(state(story, story.disturbed, STEPS), state(story, story.stopped, STEPS))
-    lines = [[{k: v for k, v in r.items() if k not in TIMES} for r in read_records(w)]
-             for w in (story.disturbed, story.stopped)]  # fmt: skip
+    lines = [
+        [kept for r in read_records(w) if len(kept := of_training(r)) > 1] for w in (story.disturbed, story.stopped)
+    ]
     assert lines[0] == lines[1]
 
 
@@ -145,7 +151,7 @@ def test_a_hung_process_ends_all_and_is_named(story: Story) -> None:
 def test_a_killed_process_ends_all_and_is_named(story: Story) -> None:
     codes, outputs, seconds = story.killed
     assert codes == [3, -signal.SIGKILL] and seconds < TIMEOUT + 10, (codes, seconds, outputs)
-    assert re.search(r"error: process 1 \(\d+ on \S+, step \d+\) has died\n", outputs[0]), outputs
+    assert re.search(r"error: process 1 \(\d+ on \S+, step \d+(, \w+)?\) has died\n", outputs[0]), outputs
 
 
 def test_a_second_job_is_refused(story: Story) -> None:
@@ -185,8 +191,8 @@ def test_one_process_speaks(story: Story) -> None:
         assert line in story.sigterm[1][0] and line not in story.sigterm[1][1]
 
 
-def test_the_watch_leaves_nothing_behind(story: Story) -> None:
-    assert [path.name for path in (story.disturbed / "hosts").iterdir()] == []
+def test_the_watch_needs_no_files(story: Story) -> None:
+    assert not (story.disturbed / "hosts").exists()
 
 
 @pytest.mark.parametrize(

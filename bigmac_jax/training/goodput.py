@@ -1,0 +1,76 @@
+"""Where a run's time went, over all its starts: seconds of parts that add up to the time since it began.
+
+steps      of training that is kept, and data_wait, of steps whose batch was not there yet
+compile, save, evaluate   what the loop waited for each of them (a save's writing goes on beside the steps)
+start      everything else of the first start, restart of later ones, with the time in which nothing ran
+lost       steps that a later start, or a rewind, did again
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bigmac_jax.phases import NOW
+
+_PARTS = ("steps", "data_wait", "compile", "save", "evaluate", "start", "restart", "lost")
+_WALL, _SINCE = "goodput/wall_s", "goodput/since_unix_s"
+
+
+class Goodput:
+    """Args:
+    records: of metrics.jsonl, as earlier starts left it.
+    first_step: that this start goes on from; what was trained beyond is lost.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], first_step: int):
+        own, now = NOW.seconds(), time.time()
+        self._base = dict.fromkeys(_PARTS, 0.0)
+        self._since, self._later = now - sum(own.values()), False
+        self._kept: list[tuple[int, float]] = [(0, 0.0)]  # steps and the seconds that they took
+        if earlier := [record for record in records if _is_whole(record)]:
+            last, self._later = earlier[-1], True
+            self._base = {part: last[f"goodput/{part}_s"] for part in _PARTS}
+            self._base["restart"] += self._since - last[_SINCE] - last[_WALL]
+            self._since = last[_SINCE]
+            self._kept += [(r["step"], r["goodput/steps_s"]) for r in earlier]
+            self.go_back(first_step)
+
+    def go_back(self, step: int) -> None:
+        """Steps after this one are done again."""
+        while len(self._kept) > 1 and self._kept[-1][0] > step:
+            self._kept.pop()
+        lost = self._steps() - self._kept[-1][1]
+        self._base["steps"] -= lost
+        self._base["lost"] += lost
+
+    def record(self, step: int) -> dict[str, float]:
+        """For metrics.jsonl: seconds of each part so far."""
+        parts, rest = self._base.copy(), "restart" if self._later else "start"
+        for phase, seconds in NOW.seconds().items():
+            part = phase.replace(" ", "_")
+            parts[part if part in _PARTS else rest] += seconds
+        self._kept.append((step, parts["steps"]))
+        wall = time.time() - self._since
+        return {f"goodput/{part}_s": round(parts[part], 3) for part in _PARTS} | {
+            _WALL: round(wall, 3),
+            _SINCE: self._since,
+        }
+
+    def _steps(self) -> float:
+        return self._base["steps"] + NOW.seconds().get("steps", 0.0)
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    return all(isinstance(record.get(f"goodput/{name}_s"), (int, float)) for name in (*_PARTS, "wall", "since_unix"))
+
+
+def start_record(step: int) -> dict[str, float]:
+    """For metrics.jsonl: seconds of each phase of this start, up to the end of its first step."""
+    return {"step": step} | {
+        f"start/{name.replace(' ', '_')}_s": round(value, 3) for name, value in NOW.seconds().items()
+    }
+
+
+def describe_start() -> str:
+    """The same as a line for people."""
+    return "start: " + ", ".join(f"{name} {value:.1f} s" for name, value in NOW.seconds().items() if value >= 0.05)
