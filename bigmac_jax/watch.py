@@ -99,8 +99,9 @@ class Watch:
 
     def __init__(self, timeout: float, store: Store, me: int, count: int, doing: Phases = NOW) -> None:
         self._timeout, self._store, self._me, self._doing = timeout, store, me, doing
-        self.beat = min(5.0, max(1.0, timeout / 20))
-        self._silence = max(timeout, 2.5 * self.beat)
+        # Two requests each; process 0 answers all, and shall not notice it.
+        self.beat = max(1.0, min(5.0, timeout / 20), count / 100)
+        self._silence = max(timeout - self.beat - _LOOK, 2.5 * self.beat)
         self._peers = [_Peer(i) for i in range(count)]
         self._beats, self._error, self._failed = 0, "", 0.0
         self._verdict, self._lost, self._ended = "", 0, False
