@@ -36,7 +36,14 @@ from bigmac_jax.training.metrics import (
     step_record,
 )
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
-from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer, write_run
+from bigmac_jax.training.workdir import (
+    changes_of_loss,
+    check_data,
+    check_shared,
+    read_config,
+    run_tokenizer,
+    write_run,
+)
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -71,6 +78,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
 
 def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None) -> Result:
     mesh = jax.sharding.get_mesh()
+    check_shared(workdir)
     with NOW.doing("data"), hosts.together():
         resumed = (workdir / "config.json").exists()
         if resumed:
@@ -84,6 +92,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
             check_data(workdir, config, data_is)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
+    hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
     trainer = make_trainer(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.

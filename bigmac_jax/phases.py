@@ -7,6 +7,7 @@ Phases are entered by the main thread alone.
 import contextlib
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -37,7 +38,11 @@ class Phases:
 
     @contextlib.contextmanager
     def doing(self, name: str) -> Iterator[None]:
-        """Time inside belongs to `name`, but for phases inside it."""
+        """Time inside belongs to `name`, but for phases inside it; in another thread than the main one, nothing is
+        changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         outer = self.turn(name)
         try:
             yield

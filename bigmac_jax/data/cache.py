@@ -18,6 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
+from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
 
 CHUNK = 4096  # tokens a record; a sample reads one record or two
@@ -149,7 +150,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writer = ArrayRecordWriter(str(directory / _TOKENS), "group_size:1,uncompressed")
     left, seen = np.zeros(0, dtype), 0
-    with Progress(f"tokenising {split}", docs.size, "byte", scaled=True, delay=2) as progress:
+    with NOW.doing("tokenise"), Progress(f"tokenising {split}", docs.size, "byte", scaled=True, delay=2) as progress:
         for part in encode_stream(docs, tokenizer, counts):
             left = np.concatenate([left, part.astype(dtype)])
             whole = len(left) // CHUNK * CHUNK

@@ -16,6 +16,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode, one_line
 from bigmac_jax.data.files import cache_directory, locked
+from bigmac_jax.phases import NOW
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
@@ -246,7 +247,8 @@ def _trained(config: Config) -> Tokenizer:
                 return JsonTokenizer(content.decode())
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
-        text = train_bpe(train, size)
+        with NOW.doing("train tokenizer"):
+            text = train_bpe(train, size)
         part = path.with_suffix(f".part-{os.getpid()}")
         for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
             part.write_bytes(content)

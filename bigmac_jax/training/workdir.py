@@ -1,17 +1,25 @@
 """What a workdir says of its run beside checkpoints: its config, its tokenizer, and what these alone do not tell."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
+import secrets
+import time
 from typing import Any
 
+from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, resume_notes
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _CONFIG, _RUN = "config.json", "run.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_LATE = 10.0  # seconds after which a file that another process has written must be seen
+_APART = 60.0  # seconds that clocks may differ by
+_log = logging.getLogger(__name__)
 # Fields that name where data lies; they may change as long as what lies there does not.
 _PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validation_source"}
 
@@ -26,6 +34,42 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir} holds no config.json; give the workdir of a training run")
     return Config.from_json(file.read_bytes(), str(file))
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+    """Whether all processes see this folder and not one of the same name each, and have about the same time.
+
+    Raises:
+      ConfigError: on all of them, which process does not.
+    """
+    if not hosts.several():
+        return
+    note = workdir / ".seen"
+    with hosts.together():
+        word = secrets.token_hex(8) if hosts.is_first() else ""
+        if hosts.is_first():
+            note.write_text(word)
+    word = hosts.first(word)
+    seen, end = False, time.monotonic() + _LATE
+    while not seen and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            seen = note.read_text() == word
+        time.sleep(0 if seen else 0.2)
+    sees = hosts.gather(str(int(seen)))
+    clocks = [float(clock) for clock in hosts.gather(str(time.time()))]
+    if hosts.is_first():
+        note.unlink(missing_ok=True)
+    if "0" in sees:
+        raise ConfigError(
+            f"process {sees.index('0')} does not see what process 0 writes into --workdir={workdir}; give one that all "
+            f"of them share"
+        )
+    early, late = (clocks.index(pick(clocks)) for pick in (min, max))
+    if clocks[late] - clocks[early] > _APART and hosts.is_first():
+        _log.warning(
+            "the clock of process %d is %.0f s ahead of that of process %d; times in logs and files will mislead",
+            late, clocks[late] - clocks[early], early,
+        )  # fmt: skip
 
 
 def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:

@@ -27,17 +27,11 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
 from .runs import ENVIRONMENT, Job, checkpoint_steps
-from .tools import ROOT, quick, read_records, write_config
+from .tools import ROOT, of_training, quick, read_records, write_config
 
 STEPS, TIMEOUT = 50, 10
 HANGING, KILLED = 3, 8
 MESH = ("mesh.data=2", "mesh.expert=2")
-TIMES = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}
-
-
-def of_training(record: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on the clock."""
-    return {k: v for k, v in record.items() if k not in TIMES and not k.startswith(("start/", "goodput/"))}
 
 
 class Story(NamedTuple):

@@ -4,6 +4,7 @@ import pathlib
 import random
 import re
 import signal
+import time
 from typing import Any, NamedTuple
 
 import chex
@@ -18,10 +19,9 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
 from .runs import Process, checkpoint_steps, is_saving, last_step
-from .tools import read_records, write_config
+from .tools import of_training, read_records, write_config
 
 STEPS = 100
-TIMES = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}  # what differs between two equal runs
 
 
 class Story(NamedTuple):
@@ -34,6 +34,7 @@ class Story(NamedTuple):
     stopped_at: int
     stop_code: int
     stop_output: str
+    seconds: float  # from the first start of the interrupted one to its end
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     assert process.wait() == 0, process.output
 
     killed_at: list[int] = []
+    begin = time.time()
     for moment in ("metrics", "saving"):
         before = last_step(workdir)
         target = before + 2 * draw.randint(3, 7)
@@ -75,7 +77,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     stopped_at = max(checkpoint_steps(workdir))
     process = Process(config_file, workdir, *arguments)
     assert process.wait() == 0, process.output
-    return Story(config, undisturbed, workdir, killed_at, stopped_at, code, output)
+    return Story(config, undisturbed, workdir, killed_at, stopped_at, code, output, time.time() - begin)
 
 
 def test_it_was_interrupted(story: Story) -> None:
@@ -111,9 +113,33 @@ def test_metrics_are_those_of_one_run(story: Story) -> None:
     """Every line once, in order and equal but for times; a resumed run's first step compiles and is not logged."""
 
     def lines(workdir: pathlib.Path) -> list[dict[str, Any]]:
-        return [{k: v for k, v in record.items() if k not in TIMES} for record in read_records(workdir)]
+        return [line for record in read_records(workdir) if len(line := of_training(record)) > 1]
 
     expected = [line for line in lines(story.undisturbed) if line["step"] != story.stopped_at + 1]
     assert [line for line in lines(story.interrupted) if line["step"] != story.stopped_at + 1] == expected
-    assert [line["step"] for line in expected if "loss" in line][:2] == [2, 4]
-    assert [line["step"] for line in expected if "eval/loss" in line] == [28, 56, 84, 100]
+    all_ = lines(story.undisturbed)
+    assert [line["step"] for line in all_ if "loss" in line][:2] == [2, 4]
+    assert [line["step"] for line in all_ if "eval/loss" in line] == [28, 56, 84, 100]
+
+
+def test_the_time_of_all_starts_is_accounted_for(story: Story) -> None:
+    """Two starts were killed, so that steps are lost, and one was stopped."""
+    records = [record for record in read_records(story.interrupted) if "goodput/wall_s" in record]
+    last = {name.removeprefix("goodput/"): value for name, value in records[-1].items() if name.startswith("goodput/")}
+    parts = {name: value for name, value in last.items() if name not in ("wall_s", "since_unix_s")}
+    assert sum(parts.values()) == pytest.approx(last["wall_s"], rel=0.02)
+    assert last["wall_s"] == pytest.approx(story.seconds, rel=0.02, abs=2.0)  # the report is drawn behind the record
+    assert all(parts[f"{name}_s"] > 0 for name in ("steps", "data_wait", "compile", "save", "evaluate", "start"))
+    assert parts["restart_s"] > 0 and parts["lost_s"] > 0
+    walls = [record["goodput/wall_s"] for record in records]
+    assert walls == sorted(walls) and len({record["goodput/since_unix_s"] for record in records}) == 1
+    undisturbed = read_records(story.undisturbed)[-1]
+    assert undisturbed["goodput/lost_s"] == undisturbed["goodput/restart_s"] == 0
+
+
+def test_each_start_says_what_it_did(story: Story) -> None:
+    starts = [record for record in read_records(story.interrupted) if "start/compile_s" in record]
+    assert starts[0]["step"] == 0 and starts[-1]["step"] == story.stopped_at
+    assert {"start/imports_s", "start/data_s", "start/restore_s", "start/first_step_s"} <= starts[-1].keys()
+    (line,) = re.findall(r"^start: imports [\d.]+ s, .*first step [\d.]+ s$", story.stop_output, re.MULTILINE)
+    assert "compile" in line or "first step" in line

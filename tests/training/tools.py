@@ -64,6 +64,12 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def of_training(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a record does not depend on the clock: two equal runs have it in common."""
+    times = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}
+    return {k: v for k, v in record.items() if k not in times and not k.startswith(("start/", "goodput/"))}
+
+
 def leaves_of(config: Config, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """The state of a checkpoint, by name."""
     with jax.set_mesh(make_mesh(config)):

@@ -1,0 +1,69 @@
+"""Real processes that watch each other: what may take long, what ends them, and what they must share."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .runs import ENVIRONMENT, LIMIT, Job
+from .tools import ROOT, write_config
+
+SHORT = ("--cpu_devices=1", "--config.mesh.expert=2", "--config.train.steps=6", "--config.train.eval_every=0",
+         "--config.train.checkpoint_every=2")  # fmt: skip
+pytestmark = pytest.mark.full
+
+
+def slowed(tmp_path: pathlib.Path, phases: str, *more: str) -> Job:
+    script = ("tests/training/slow_phases.py", phases)
+    return Job(2, write_config(tmp_path), tmp_path / "run", "--peer_timeout=2", *SHORT, *more, script=script)
+
+
+def test_long_phases_end_no_job(tmp_path: pathlib.Path) -> None:
+    with slowed(tmp_path, "tokenise=60,compile=60") as job:
+        assert job.wait(300) == [0, 0], job.outputs
+    with slowed(tmp_path, "restore=30", "--config.train.steps=8") as job:
+        assert job.wait(200) == [0, 0], job.outputs
+        assert "resumed at step 6" in job.outputs[0]
+
+
+@pytest.mark.parametrize("phase", ["tokenise", "compile", "restore"])
+def test_a_process_that_is_stopped_in_a_long_phase_is_named(tmp_path: pathlib.Path, phase: str) -> None:
+    if phase == "restore":
+        with slowed(tmp_path, "none=0") as job:
+            assert job.wait() == [0, 0], job.outputs
+    with slowed(tmp_path, f"{phase}=60", "--config.train.steps=8") as job:
+        end = time.monotonic() + LIMIT
+        while f"in {phase}" not in job.outputs[1]:
+            assert time.monotonic() < end, job.outputs
+            time.sleep(0.05)
+        time.sleep(2)
+        job.processes[1].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        assert job.processes[0].wait(60) == 3, job.outputs
+        assert time.monotonic() - start < 10, "a timeout of 2 s, two beats, and the end of process 0"
+        assert re.search(r"error: process 1 \(\d+ on \S+, .*\) has given no sign of life for \d s\n", job.outputs[0])
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None:
+    script = ("tests/training/elsewhere.py", str(tmp_path))
+    with Job(2, write_config(tmp_path), tmp_path / "run", *SHORT, script=script) as job:
+        assert job.wait() == [2, 2], job.outputs
+    assert job.outputs[0].splitlines()[-1] == (
+        "error: process 1 does not see what process 0 writes into --workdir=run; give one that all of them share"
+    )
+
+
+def test_256_processes_watch_each_other_cheaply() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.watchers", "--counts=256", "--seconds=15", "--peer_timeout=10"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    record = json.loads(run.stdout)
+    assert record["requests_a_second"] <= 2 and record["process_0_requests_a_second"] <= 2.1
+    assert record["process_0_share_of_a_core"] < 0.05
+    assert 0 < record["seconds_to_line"] <= 10 and "process 255 (" in record["line"]
