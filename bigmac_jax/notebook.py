@@ -37,7 +37,7 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     rows: dict[int, dict[str, Any]] = {}
     for record in read_metrics(pathlib.Path(workdir).expanduser()):
-        if "event" not in record:
+        if "loss" in record or "eval/loss" in record:
             rows.setdefault(record["step"], {}).update(record)
     if not rows:
         raise ConfigError(f"workdir={workdir} has logged no step in metrics.jsonl; train there first")

@@ -32,6 +32,7 @@ def page(runs: Sequence[Run]) -> str:
         "script": _read("charts.js") + _read("loads.js"),
         "title": escape(", ".join(run.name for run in runs)),
         "summary": tables.summary(runs),
+        "times": tables.times(runs),
         "configuration": tables.configuration(runs),
         "data": embedded(data),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from bigmac_jax.config import ConfigError, second_edition
 from bigmac_jax.config.reading import field_values
+from bigmac_jax.training.goodput import PARTS
 
 Records = list[dict[str, Any]]
 
@@ -23,6 +24,7 @@ class Run:
     training: Records
     evaluations: Records
     events: Records  # bad steps that were skipped or rewound
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by where the time went, in all starts
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -72,7 +74,10 @@ def _read_run(workdir: str, name: str) -> Run:
             "train.log_every steps, or leave it out"
         )
     evaluations = _latest([r for r in records if "eval/loss" in r])
-    return Run(name, config, training, evaluations, [r for r in records if "event" in r])
+    counted = next((r for r in reversed(records) if "goodput/wall_s" in r), {})
+    seconds = {part: counted.get(f"goodput/{part}_s") for part in PARTS}
+    whole = {part: value for part, value in seconds.items() if isinstance(value, (int, float))}
+    return Run(name, config, training, evaluations, [r for r in records if "event" in r], whole)
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -54,6 +54,19 @@ def summary(runs: Sequence[Run]) -> str:
     return _table(runs, "", {name: [escape(v) for v in row] for name, row in rows.items() if set(row) != {NONE}})
 
 
+def times(runs: Sequence[Run]) -> str:
+    """Where each run's time went, as seconds, shares and bars."""
+    parts = dict.fromkeys(part for run in runs for part in run.seconds)
+    rows = {part.replace("_", " "): [_share(run, part) for run in runs] for part in parts}
+    return _table(runs, "", rows) if rows else "<p>These runs were made before it was counted.</p>"
+
+
+def _share(run: Run, part: str) -> str:
+    seconds = run.seconds.get(part, 0.0)
+    share = f"{seconds / (sum(run.seconds.values()) or 1):.1%}"
+    return f'{seconds:,.1f} s <small>{share}</small><div class="bar" style="width:{share}"></div>'
+
+
 def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Config fields by name, a value a run: (those that differ between runs, those that do not)."""
     configs = [run.fields for run in runs]

@@ -1,4 +1,5 @@
-"""Where a run's time went, over all its starts: seconds of parts that add up to the time since it began.
+"""Where a run's time went, over all its starts: seconds of parts that add up to the time since it began, and the share
+of it that went into steps that are kept.
 
 steps      of training that is kept, and data_wait, of steps whose batch was not there yet
 compile, save, evaluate   what the loop waited for each of them (a save's writing goes on beside the steps)
@@ -12,7 +13,7 @@ from typing import Any
 
 from bigmac_jax.phases import NOW
 
-_PARTS = ("steps", "data_wait", "compile", "save", "evaluate", "start", "restart", "lost")
+PARTS = ("steps", "data_wait", "compile", "save", "evaluate", "start", "restart", "lost")
 _WALL, _SINCE = "goodput/wall_s", "goodput/since_unix_s"
 
 
@@ -24,12 +25,12 @@ class Goodput:
 
     def __init__(self, records: Sequence[dict[str, Any]], first_step: int):
         own, now = NOW.seconds(), time.time()
-        self._base = dict.fromkeys(_PARTS, 0.0)
+        self._base = dict.fromkeys(PARTS, 0.0)
         self._since, self._later = now - sum(own.values()), False
         self._kept: list[tuple[int, float]] = [(0, 0.0)]  # steps and the seconds that they took
         if earlier := [record for record in records if _is_whole(record)]:
             last, self._later = earlier[-1], True
-            self._base = {part: last[f"goodput/{part}_s"] for part in _PARTS}
+            self._base = {part: last[f"goodput/{part}_s"] for part in PARTS}
             self._base["restart"] += self._since - last[_SINCE] - last[_WALL]
             self._since = last[_SINCE]
             self._kept += [(r["step"], r["goodput/steps_s"]) for r in earlier]
@@ -48,20 +49,18 @@ class Goodput:
         parts, rest = self._base.copy(), "restart" if self._later else "start"
         for phase, seconds in NOW.seconds().items():
             part = phase.replace(" ", "_")
-            parts[part if part in _PARTS else rest] += seconds
+            parts[part if part in PARTS else rest] += seconds
         self._kept.append((step, parts["steps"]))
         wall = time.time() - self._since
-        return {f"goodput/{part}_s": round(parts[part], 3) for part in _PARTS} | {
-            _WALL: round(wall, 3),
-            _SINCE: self._since,
-        }
+        record = {f"goodput/{part}_s": round(parts[part], 3) for part in PARTS}
+        return record | {_WALL: round(wall, 3), _SINCE: self._since, "goodput/share": round(parts["steps"] / wall, 4)}
 
     def _steps(self) -> float:
         return self._base["steps"] + NOW.seconds().get("steps", 0.0)
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
-    return all(isinstance(record.get(f"goodput/{name}_s"), (int, float)) for name in (*_PARTS, "wall", "since_unix"))
+    return all(isinstance(record.get(f"goodput/{name}_s"), (int, float)) for name in (*PARTS, "wall", "since_unix"))
 
 
 def start_record(step: int) -> dict[str, float]:
