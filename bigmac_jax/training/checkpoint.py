@@ -5,6 +5,7 @@ None is read before its files agree with its manifest; a damaged one is named an
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ from bigmac_jax.config import Config, ConfigError, local_path
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
+from bigmac_jax.training.arrays import arrays_of
 from bigmac_jax.training.step import TrainState, evaluated, split
 from bigmac_jax.training.workdir import read_config, with_own_tokenizer
 
@@ -71,6 +73,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self._directory,
+            handler_registry=arrays_of("model", "optimizer"),
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[_METRIC],
                 best_mode="min",
@@ -151,21 +154,27 @@ class Checkpoints:
           ConfigError: all checkpoints that there were are damaged.
         """
 
-        def first_intact() -> int | None:
-            for step in reversed(self._steps()):
-                if not (damage := manifest.damage(self._directory / str(step))):
-                    return step
-                self._set_aside(step, damage)
-            if self._aside.is_dir() and any(self._aside.iterdir()):
-                raise ConfigError(
-                    f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
-                    f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
-                )
-            return None
-
-        step = _on_first(first_intact)
+        while (step := _on_first(lambda: max(self._steps(), default=None))) is not None:
+            if not (damage := self._damage(step)):
+                break
+            _on_first(functools.partial(self._set_aside, step, damage))
+        _on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
+
+    def _refuse_to_start_over(self, step: int | None) -> None:
+        if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
+            raise ConfigError(
+                f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
+                f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
+            )
+
+    def _damage(self, step: int, without: str = "") -> str | None:
+        """Of a checkpoint, which all processes read, each a part; as `manifest.damage`, in all of them."""
+        with hosts.together():
+            share = (jax.process_index(), jax.process_count()) if hosts.several() else (0, 1)
+            damage = manifest.damage(self._directory / str(step), without=without, share=share)
+        return next(filter(None, hosts.gather(damage or "")), None)
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
@@ -179,46 +188,60 @@ class Checkpoints:
     def resolve(self, step: str) -> int:
         """The number of the checkpoint 'latest', 'best' or 'N'. Damaged ones are named, and passed over if need be.
 
+        It is for `restore_model`: the optimizer's arrays are not read.
+
         Raises:
           ConfigError: there is no such checkpoint, or no intact one.
         """
-        return _on_first(lambda: self._resolve(step))
+        damaged: list[int] = []
+        while True:
+            number: int = _on_first(functools.partial(self._candidate, step, damaged))
+            if not (damage := self._damage(number, without="optimizer")):
+                return number
+            if step not in ("latest", "best"):
+                raise ConfigError(
+                    f"step={step} of {self._directory} is damaged: {damage}; use latest, best or one of "
+                    f"{sorted(self._manager.all_steps())}"
+                )
+            damaged.append(number)
+            if hosts.is_first():
+                self._name(number, damage)
 
-    def _resolve(self, step: str) -> int:
+    def _candidate(self, step: str, damaged: list[int]) -> int:
+        """What `step` asks for, on process 0; of `damaged`, to which it adds what it finds, it takes none."""
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise ConfigError(f"{self._directory} holds no checkpoint; train first")
-        if step in ("latest", "best"):
-            candidates = steps[::-1]
-            if step == "best":
-                # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
-                candidates = [step for step in candidates if not self._named(step, thorough=False)]
-                candidates.sort(key=lambda step: math.inf if (loss := self.loss(step)) is None else loss)
-            for number in candidates:
-                if not self._named(number):
-                    return number
+        if step not in ("latest", "best"):
+            if not step.isdecimal() or int(step) not in steps:
+                raise ConfigError(
+                    f"step={step} is not a checkpoint of {self._directory}; use latest, best or one of {steps}"
+                )
+            return int(step)
+        candidates = [number for number in steps[::-1] if number not in damaged]
+        if step == "best":
+            # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
+            damaged += [number for number in candidates if self._damaged_at_a_glance(number)]
+            candidates = [number for number in candidates if number not in damaged]
+            candidates.sort(key=lambda number: math.inf if (loss := self.loss(number)) is None else loss)
+        if not candidates:
             raise ConfigError(f"no checkpoint of {self._directory} is intact, of {steps}; bring back a good copy")
-        if not step.isdecimal() or int(step) not in steps:
-            raise ConfigError(
-                f"step={step} is not a checkpoint of {self._directory}; use latest, best or one of {steps}"
-            )
-        if damage := manifest.damage(self._directory / step):
-            raise ConfigError(
-                f"step={step} of {self._directory} is damaged: {damage}; use latest, best or one of {steps}"
-            )
-        return int(step)
+        return candidates[0]
 
     def _steps(self) -> list[int]:
         if not self._directory.is_dir():
             return []
         return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
 
-    def _named(self, step: int, thorough: bool = True) -> bool:
-        """Whether a checkpoint is damaged, with a line that says how."""
-        damage = manifest.damage(self._directory / str(step), thorough)
+    def _damaged_at_a_glance(self, step: int) -> bool:
+        """By sizes and small files, its loss among them; with a line that says how."""
+        damage = manifest.damage(self._directory / str(step), thorough=False)
         if damage:
-            _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
+            self._name(step, damage)
         return damage is not None
+
+    def _name(self, step: int, damage: str) -> None:
+        _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
 
     def _tidy(self) -> None:
         """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""

@@ -1,5 +1,7 @@
 """A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
 
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -11,6 +13,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +24,7 @@ from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.metrics import MetricsWriter
+from bigmac_jax.training.step import TrainState
 
 from .test_checkpoint import trivial
 from .tools import leaves_of, quick, read_records, small
@@ -173,6 +177,102 @@ def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> N
     assert manifest.damage(tmp_path) == "large has changed (SHA-256)"
     (tmp_path / "large").write_bytes(bytes(99_999))
     assert manifest.damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
+
+
+def test_the_first_process_joins_what_the_others_digested(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {
+        f"{item}/ocdbt.process_{i}/d/{i}": bytes([i]) * 100_000 for item in ("model", "optimizer") for i in (0, 1)
+    }
+    written |= {"model/_METADATA": b"{}", "_CHECKPOINT_METADATA": b"{}"}
+    for name, content in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for item in ("model", "optimizer"):
+        for process in (0, 1):
+            manifest.write_part(tmp_path / item, process)
+    digest, read = manifest._digest, []
+    monkeypatch.setattr(manifest, "_digest", lambda path, kind: (read.append(path.name), digest(path, kind))[1])
+    manifest.write(tmp_path)
+    assert sorted(read) == ["_CHECKPOINT_METADATA", "_METADATA"]
+    assert {path for path in contents(tmp_path) if path != manifest.NAME} == written.keys()
+    assert json.loads((tmp_path / manifest.NAME).read_text()).keys() == written.keys()
+    assert manifest.damage(tmp_path) is None
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content[:-1] + b"x")
+        assert f"{name} has changed" in (manifest.damage(tmp_path) or "")
+        (tmp_path / name).write_bytes(content)
+
+
+def test_processes_read_each_byte_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {f"model/{i}": 70_000 + 7_000 * i for i in range(9)} | {f"optimizer/{i}": 80_000 for i in range(9)}
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    manifest.write(tmp_path)
+    digest, read = manifest._digest, []
+    monkeypatch.setattr(
+        manifest, "_digest", lambda path, kind: (read.append(str(path.relative_to(tmp_path))), digest(path, kind))[1]
+    )
+    shares = []
+    for process in range(4):
+        assert manifest.damage(tmp_path, share=(process, 4)) is None
+        shares.append(sum(sizes[name] for name in read) - sum(shares))
+    assert sorted(read) == sorted(sizes)
+    assert max(shares) < 1.3 * min(shares), shares
+    read.clear()
+    assert manifest.damage(tmp_path, without="optimizer") is None
+    assert sorted(read) == sorted(name for name in sizes if name.startswith("model"))
+    (tmp_path / "model" / "8").write_bytes(bytes(sizes["model/8"] - 1) + b"x")
+    found = [manifest.damage(tmp_path, share=(process, 4)) for process in range(4)]
+    assert sorted(map(str, found)) == ["None"] * 3 + ["model/8 has changed (SHA-256)"]
+
+
+def test_a_manifest_of_an_earlier_edition(workdir: pathlib.Path) -> None:
+    """SHA-256 of every file, all read by process 0."""
+    checkpoint = workdir / "checkpoints" / "3"
+    (checkpoint / manifest.NAME).unlink()
+    entries = {
+        path.relative_to(checkpoint).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in files(checkpoint)
+    }
+    (checkpoint / manifest.NAME).write_text(json.dumps(entries, indent=0) + "\n")
+    assert manifest.damage(checkpoint) is None
+    flipped(checkpoint, random.Random(0))
+    assert manifest.damage(checkpoint)
+
+
+def large(step: int) -> TrainState:
+    draw = np.random.default_rng(step)
+    params, moments = ({"w": jnp.asarray(draw.standard_normal(50_000, np.float32))} for _ in range(2))
+    return TrainState(jnp.asarray(step), params, {}, moments)
+
+
+def test_a_reader_does_not_read_the_optimizer(tmp_path: pathlib.Path) -> None:
+    """Which is two thirds of a checkpoint; the same run, resumed, does."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        checkpoints.save(large(step), {"batches": step}, Config(), step, None)
+    checkpoints.close()
+    (data,) = [path for path in files(tmp_path / "checkpoints" / "2" / "optimizer") if path.stat().st_size > 100_000]
+    content = data.read_bytes()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    reader = Checkpoints(tmp_path)
+    assert reader.resolve("latest") == reader.resolve("best") == reader.resolve("2") == 2
+    chex.assert_trees_all_equal(
+        reader.restore_model(2, {"params": large(0).params, "rest": {}})["params"], large(2).params
+    )
+    data.write_bytes(content[:-1])
+    assert reader.resolve("latest") == 1  # sizes are compared
+    reader.close()
+    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.newest_intact() == 1
+    checkpoints.close()
 
 
 def test_damaged_twice_at_the_same_step(workdir: pathlib.Path) -> None:

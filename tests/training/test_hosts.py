@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
@@ -170,6 +172,29 @@ def test_processes_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
         )
         assert "error" not in job.outputs[1]
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_each_process_digests_what_it_wrote(story: Story) -> None:
+    checkpoint = story.stopped / "checkpoints" / str(STEPS)
+    entries = json.loads((checkpoint / manifest.NAME).read_text())
+    for process in (0, 1):
+        own = {name: entry for name, entry in entries.items() if f"/ocdbt.process_{process}/" in name}
+        assert len(own) > 3 and all("xxh3_128" in entry for entry in own.values()), own
+    assert not [name for name in entries if "digests" in name] and manifest.damage(checkpoint) is None
+
+
+@pytest.mark.full
+def test_two_processes_pass_over_a_damaged_checkpoint(story: Story, tmp_path: pathlib.Path) -> None:
+    workdir = shutil.copytree(story.stopped, tmp_path / "run")
+    steps = sorted(checkpoint_steps(workdir))
+    for file in (workdir / "checkpoints" / str(steps[-1])).rglob("ocdbt.process_*/d/*"):
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    flags = [f"--config.{override}" for override in (*MESH, f"train.steps={STEPS + 2}", "train.keep_checkpoints=100",
+             "train.eval_every=50", "model.balance=bias")]  # fmt: skip
+    with Job(2, write_config(tmp_path), workdir, "--cpu_devices=2", *flags) as run:
+        assert run.wait() == [0, 0], run.outputs
+        assert f"checkpoint {steps[-1]} is damaged" in run.outputs[0] and "damaged" not in run.outputs[1]
+        assert f"resumed at step {steps[-2]}" in run.outputs[0]
 
 
 def test_sigterm_to_one_saves_on_all(story: Story) -> None:
