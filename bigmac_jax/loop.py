@@ -32,7 +32,7 @@ from bigmac_jax.training.metrics import (
     step_record,
 )
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
-from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer, write_run
+from bigmac_jax.training.workdir import changes_of_loss, check_data, has_run, read_config, run_tokenizer, write_run
 from bigmac_jax.watch import Watch, held
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def train(
 def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
     mesh = jax.sharding.get_mesh()
     with hosts.together():
-        resumed = (workdir / "config.json").exists()
+        resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
         tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
@@ -105,8 +105,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     )
     run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position, watch)
     try:
-        with hosts.stop_signals() as stopped:
-            return run.loop(state, stopped, profile)
+        return run.loop(state, profile)
     finally:
         data.close()
         run.close()
@@ -165,18 +164,19 @@ class _Run:
             return SilentWriter()
         return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
 
-    def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
+    def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
         train_step = self._compiled()
         self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
-        while True:
-            try:
-                return self._steps(train_step, state, stopped, profile)
-            except NonFiniteLossError as error:
-                if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
-                    raise
-                bad = error.with_traceback(None)  # which holds the bad state
-            state, profile = self._rewind(bad), None  # a trace is of the first pass
+        with hosts.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
+            while True:
+                try:
+                    return self._steps(train_step, state, stopped, profile)
+                except NonFiniteLossError as error:
+                    if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
+                        raise
+                    bad = error.with_traceback(None)  # which holds the bad state
+                state, profile = self._rewind(bad), None  # a trace is of the first pass
 
     def _steps(
         self, train_step: Step, state: TrainState, stopped: list[int], profile: tuple[int, int] | None
@@ -187,7 +187,7 @@ class _Run:
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         vote = hosts.StopVote(stopped)
-        while step < train.steps and not vote.passed():
+        while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 self.tracing = True
