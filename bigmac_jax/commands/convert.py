@@ -41,6 +41,7 @@ def _export(workdir: pathlib.Path) -> None:
         choose(saved, _FORMAT.value)  # before the model is read
         local_path(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
+    cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
     with Watch(workdir, flags.FLAGS.peer_timeout, kind="export"):
         _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
@@ -59,6 +60,7 @@ def _export(workdir: pathlib.Path) -> None:
 
 
 def _import(workdir: pathlib.Path) -> None:
+    cli.agree(None, __name__)
     config = import_run(_CHECKPOINT.value, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
 
