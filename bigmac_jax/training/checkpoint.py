@@ -86,6 +86,8 @@ class Checkpoints:
                     ]
                 ),
                 create=self._keep is not None,
+                # In the background, a directory that can't be made would leave threads that wait five minutes for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=self._keep is None,
                 temporary_path_class=_Sealed,
             ),
@@ -104,7 +106,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_model_of(state)),
                     optimizer=ocp.args.StandardSave(_optimizer_of(state)),
-                    data=ocp.args.JsonSave(data_state),
+                    data=ocp.args.JsonSave(data_state | {manifest.STEP: step}),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
@@ -152,7 +154,7 @@ class Checkpoints:
         """
 
         def first_intact() -> int | None:
-            for step in reversed(self._steps()):
+            for step in reversed(manifest.steps(self._directory.parent)):
                 if not (damage := manifest.damage(self._directory / str(step))):
                     return step
                 self._set_aside(step, damage)
@@ -208,11 +210,6 @@ class Checkpoints:
             )
         return int(step)
 
-    def _steps(self) -> list[int]:
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
-
     def _named(self, step: int, thorough: bool = True) -> bool:
         """Whether a checkpoint is damaged, with a line that says how."""
         damage = manifest.damage(self._directory / str(step), thorough)
@@ -222,8 +219,14 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._directory} cannot be made ({error.strerror}); remove what is there, or use a new --workdir"
+            ) from None
         self._remove_unfinished()
-        for step in self._steps():
+        for step in manifest.steps(self._directory.parent):
             if damage := manifest.damage(self._directory / str(step), thorough=False):
                 self._set_aside(step, damage)
 
@@ -249,7 +252,7 @@ class Checkpoints:
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
-        return state, items["data"]
+        return state, {name: value for name, value in items["data"].items() if name != manifest.STEP}
 
     def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """{"params": …, "rest": …} alone.

@@ -12,6 +12,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 NAME = "manifest.json"
+STEP = "step"  # in the data position: which step a checkpoint is of, whatever its directory is called
+_POSITION = "data/metadata"
 _SMALL = 1 << 16  # bytes; larger files hold arrays
 
 
@@ -67,7 +69,26 @@ def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
         return None
 
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(differs, wanted)), None)
+        return next(filter(None, pool.map(differs, wanted)), None) or _of_another_step(directory)
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Of a workdir's checkpoints, whatever their state, in order."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def _of_another_step(directory: pathlib.Path) -> str | None:
+    """What is wrong with the name of the directory."""
+    try:
+        step = json.loads((directory / _POSITION).read_bytes()).get(STEP)
+    except (OSError, ValueError, AttributeError):  # no checkpoint of ours
+        return None
+    if step is None or not directory.name.isdecimal() or int(directory.name) == step:  # None: of an earlier edition
+        return None
+    return f"it is of step {step}"
 
 
 def _text(entries: object) -> str:
