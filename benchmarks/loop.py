@@ -26,7 +26,7 @@ from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.loop import train  # noqa: E402
 from bigmac_jax.mesh import batch_spec, place  # noqa: E402
-from bigmac_jax.report.plots import read_metrics  # noqa: E402
+from bigmac_jax.training.records import read_records  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file.")
@@ -81,7 +81,7 @@ def _training_loop(config: Config) -> float:
     """Seconds a step of a real run, as it logs them."""
     with tempfile.TemporaryDirectory() as workdir:
         train(config, pathlib.Path(workdir))
-        return read_metrics(pathlib.Path(workdir))[-1]["step_time_s"]
+        return read_records(pathlib.Path(workdir))[-1]["step_time_s"]
 
 
 def _pipeline(iterator, tokens: int) -> float:

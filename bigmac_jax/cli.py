@@ -1,21 +1,23 @@
 """What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from bigmac_jax import hosts, watch
+from bigmac_jax import environment, hosts, watch
 from bigmac_jax.config import Config, ConfigError, reference
 from bigmac_jax.config.names import field_names, nearest, question
+from bigmac_jax.config.reading import field_values
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.phases import NOW, process_start
 
@@ -97,6 +99,24 @@ def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
         )
     jax.set_mesh(mesh)
     return mesh
+
+
+def agree(config: Config | None, command: str) -> None:
+    """Waits for all processes, and compares: the config, the flags of a command (its module), versions and code.
+
+    Where a machine keeps its cache, and a file of the same config, is its own affair.
+
+    Raises:
+      ConfigError: on all processes, where one was started with something else.
+    """
+    names = [flag.name for flag in _flags(command) if flag.name != "config"] + ["num_processes", "peer_timeout"]
+    fields: dict[str, Any] = environment.edition() | {f"--{name}": flags.FLAGS[name].value for name in names}
+    if config is None:
+        fields |= {"overrides": OVERRIDES}
+    else:
+        values = {name: value for name, value in dataclasses.asdict(config).items() if name != "cache_dir"}
+        fields |= dict(field_values(values))
+    hosts.same(fields)
 
 
 def _define_host_flags() -> None:

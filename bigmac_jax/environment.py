@@ -7,11 +7,8 @@ that is already set is left as it is.
 """
 
 import glob
-import hashlib
-import importlib.metadata
 import os
 import pathlib
-import platform
 import sys
 from typing import Any
 
@@ -92,6 +89,10 @@ def prepare() -> None:
 
 def edition() -> dict[str, str]:
     """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
+    import hashlib  # here, so that a command has its signal handlers soon
+    import importlib.metadata
+    import platform
+
     code = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())

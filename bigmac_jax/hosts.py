@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bigmac_jax import rendezvous
 from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
@@ -47,7 +49,8 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         (`watch.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
 
     Raises:
-      ConfigError: arguments that are incomplete or contradict each other, or no cluster to detect.
+      ConfigError: arguments that are incomplete or contradict each other or those of another process, a port in use, or
+        no cluster to detect.
       PeerError: processes are missing.
     """
     given = {"--coordinator": bool(coordinator), "--num_processes": num_processes > 0, "--process_id": process_id >= 0}
@@ -84,6 +87,8 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
     fix = "start all of them, or raise --peer_timeout"
     on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
     try:
+        if not detect:
+            rendezvous.meet(coordinator, num_processes, process_id, seconds)
         jax.distributed.initialize(**({} if detect else explicit), **(timeouts if peer_timeout else {}))
     except ValueError:
         if not detect:
@@ -92,7 +97,13 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
             "--distributed found no cluster (SLURM, Open MPI, Cloud TPU or GKE) in the environment; give "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I instead"
         ) from None
+    except rendezvous.MissingError as error:
+        raise PeerError(f"{error}, {seconds} s; {fix}") from None
     except RuntimeError as error:
+        if "Failed to start RPC server" in str(error):
+            raise ConfigError(
+                f"the coordinator's port cannot be used on {socket.gethostname()}; end what uses it"
+            ) from None
         raise PeerError(
             f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
         ) from None

@@ -22,7 +22,6 @@ from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
 from bigmac_jax.programs import evaluation_rows, step_program
-from bigmac_jax.report.runs import read_metrics
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
@@ -35,11 +34,13 @@ from bigmac_jax.training.metrics import (
     describe_auto,
     step_record,
 )
+from bigmac_jax.training.records import read_records
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import (
     changes_of_loss,
     check_data,
     check_shared,
+    has_run,
     read_config,
     run_tokenizer,
     write_run,
@@ -80,7 +81,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
     with NOW.doing("data"), hosts.together():
-        resumed = (workdir / "config.json").exists()
+        resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
         tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
@@ -120,8 +121,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     )
     run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position)
     try:
-        with hosts.stop_signals() as stopped:
-            return run.loop(state, stopped, profile)
+        return run.loop(state, profile)
     finally:
         data.close()
         run.close()
@@ -171,7 +171,7 @@ class _Run:
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
-        self.goodput = Goodput(read_metrics(workdir), first_step)
+        self.goodput = Goodput(read_records(workdir), first_step)
         self.writer = self._writer()
         self.timer = StepTimer()
 
@@ -180,20 +180,21 @@ class _Run:
             return SilentWriter()
         return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
 
-    def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
+    def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
         with NOW.doing("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
-        NOW.turn("first step")
-        while True:
-            try:
-                return self._steps(train_step, state, stopped, profile)
-            except NonFiniteLossError as error:
-                if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
-                    raise
-                bad = error.with_traceback(None)  # which holds the bad state
-            state, profile = self._rewind(bad), None  # a trace is of the first pass
+        with hosts.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
+            NOW.turn("first step")
+            while True:
+                try:
+                    return self._steps(train_step, state, stopped, profile)
+                except NonFiniteLossError as error:
+                    if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
+                        raise
+                    bad = error.with_traceback(None)  # which holds the bad state
+                state, profile = self._rewind(bad), None  # a trace is of the first pass
 
     def _steps(
         self, train_step: Step, state: TrainState, stopped: list[int], profile: tuple[int, int] | None
@@ -204,7 +205,7 @@ class _Run:
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         vote = hosts.StopVote(stopped)
-        while step < train.steps and not vote.passed():
+        while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.workdir / "profile"))
                 self.tracing = True

@@ -11,7 +11,7 @@ from bigmac_jax import loop
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.planning.plan import Request, make_plan
-from bigmac_jax.report.runs import read_metrics
+from bigmac_jax.training.records import read_records
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
@@ -36,7 +36,7 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ConfigError: the workdir has logged nothing yet.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for record in read_metrics(pathlib.Path(workdir).expanduser()):
+    for record in read_records(pathlib.Path(workdir).expanduser()):
         if "loss" in record or "eval/loss" in record:
             rows.setdefault(record["step"], {}).update(record)
     if not rows:
@@ -62,5 +62,7 @@ def plan(config: Config, **asked: Any) -> dict[str, Any]:
 def _column(values: list[Any]) -> np.ndarray:
     """One array of a column's values, NaN where there is None; integers where all are."""
     shape = next((np.shape(value) for value in values if value is not None), ())
-    array = np.asarray([np.full(shape, np.nan) if value is None else value for value in values])
+    array = np.asarray(
+        [value if np.shape(value) == shape and value is not None else np.full(shape, np.nan) for value in values]
+    )
     return array if array.dtype.kind in "iu" else array.astype(float)

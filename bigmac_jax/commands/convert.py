@@ -40,6 +40,7 @@ def _export(workdir: pathlib.Path) -> None:
         choose(saved, _FORMAT.value)  # before the model is read
         local_path(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
+    cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
     _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
     kind = export_model(
@@ -57,6 +58,7 @@ def _export(workdir: pathlib.Path) -> None:
 
 
 def _import(workdir: pathlib.Path) -> None:
+    cli.agree(None, __name__)
     config = import_run(_CHECKPOINT.value, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
 

@@ -57,6 +57,7 @@ def main() -> None:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
             stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
+    cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     quiet = _JSON.value or not hosts.is_first()
     size = _BATCH_SIZE.value or evaluation_rows(saved)

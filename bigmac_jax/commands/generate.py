@@ -60,6 +60,7 @@ def main() -> None:
             raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
         if hosts.is_first():
             check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
+    cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, _STEP.value, config)
     generator = Generator(config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True)

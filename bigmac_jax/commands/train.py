@@ -1,13 +1,11 @@
 """Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
 
-import dataclasses
 import sys
-from typing import Any
 
 from absl import flags
 
-from bigmac_jax import cli, environment, hosts
-from bigmac_jax.config import Config, ConfigError, load_config, local_path
+from bigmac_jax import cli, hosts
+from bigmac_jax.config import ConfigError, load_config, local_path
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
 
@@ -22,7 +20,7 @@ def main() -> int:
     with hosts.together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
         profile = _steps(_PROFILE.value)
-    hosts.same(_identity(config))
+    cli.agree(config, __name__)
     cli.enter_mesh(config)
     try:
         result = train(config, local_path(_WORKDIR.value, "--workdir"), profile)
@@ -34,14 +32,6 @@ def main() -> int:
     elif result.first_step == result.step:
         hosts.say(_finished(config.train.steps, result.step))
     return 0
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """What has to be the same in all processes. Where a machine keeps its cache is its own affair."""
-    groups = {group: part for group, part in dataclasses.asdict(config).items() if isinstance(part, dict)}
-    fields = {f"{group}.{name}": value for group, part in groups.items() for name, value in part.items()}
-    own = {f"--{name}": flags.FLAGS[name].value for name in ("workdir", "profile", "num_processes", "peer_timeout")}
-    return environment.edition() | own | fields
 
 
 def _finished(steps: int, step: int) -> str:

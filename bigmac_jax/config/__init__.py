@@ -12,6 +12,7 @@ from bigmac_jax.config.fields import (
     from_saved,
     second_edition,
 )
+from bigmac_jax.config.objects import parse_object, read_object, sealed, unsealed
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
 from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, local_path
 
@@ -33,7 +34,11 @@ __all__ = [
     "from_saved",
     "load_config",
     "local_path",
+    "parse_object",
+    "read_object",
     "resume_notes",
+    "sealed",
     "second_edition",
+    "unsealed",
     "with_mesh",
 ]

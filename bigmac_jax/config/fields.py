@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigmac_jax.config.names import field_names, unknown_field
+from bigmac_jax.config.objects import parse_object
 from bigmac_jax.config.rules import ConfigError, check_types, validate
 
 
@@ -293,8 +294,8 @@ class Config:
     def from_json(cls, text: str | bytes, name: str = "config.json") -> "Config":
         """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:  # the first of text that is not UTF-8, too
+            values = parse_object(text)
+        except ValueError as error:
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
         return from_saved(values)
 

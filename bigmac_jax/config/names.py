@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_LONGEST = 100  # characters of a name that something is looked for; it takes their product
+
 
 def distance(a: str, b: str) -> int:
     """Edits between two words: insert, delete, replace, swap neighbours (optimal string alignment)."""
@@ -20,6 +22,8 @@ def distance(a: str, b: str) -> int:
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """Those of `known` that are the fewest edits away, if that is near; of dotted names the last part alone may be."""
+    if len(name) > _LONGEST:
+        return []
     last = _last(name)
 
     def edits(candidate: str) -> float:

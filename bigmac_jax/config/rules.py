@@ -20,7 +20,9 @@ WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 _MAY_BE_INF = ("model.capacity_factor", "execution.buffer_factor")
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
+_LARGEST_FLOAT = 10**300  # that an integer may stand for
 _SLOWEST_BFLOAT16 = 0.99
+_LONGEST_LINE = 2000  # characters; a damaged file may hold any value
 _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 
 
@@ -28,7 +30,8 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line: rule, values, fix."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…")
 
 
 def local_path(place: str, name: str) -> pathlib.Path:
@@ -52,13 +55,13 @@ def check_types(config: Config) -> None:
             continue
         for f in dataclasses.fields(value):
             name, entry = f"{section.name}.{f.name}", getattr(value, f.name)
+            if type(entry) is int and abs(entry) > (_LARGEST_FLOAT if f.type is float else _LARGEST_INT):
+                bits = entry.bit_length()  # Python refuses to print very large ones
+                shown = f"{str(entry)[:20]}… ({len(str(abs(entry)))} digits)" if bits < 4096 else f"({bits} bits)"
+                raise ConfigError(f"{name}={shown} must be at most {_LARGEST_INT}")
             if f.type is float and (type(entry) is int or entry == "inf"):
                 entry = float(entry)
                 object.__setattr__(value, f.name, entry)  # 1 is a fine way to write 1.0, and JSON has no infinity
-            if type(entry) is int and abs(entry) > _LARGEST_INT:
-                raise ConfigError(
-                    f"{name}={str(entry)[:20]}… ({len(str(abs(entry)))} digits) must be at most {_LARGEST_INT}"
-                )
             if type(entry) is not f.type:
                 raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
             if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name not in _MAY_BE_INF)):

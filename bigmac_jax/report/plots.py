@@ -1,6 +1,5 @@
 """report.png: what a run looked like, from its metrics.jsonl."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -10,22 +9,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bigmac_jax.report.runs import Records, read_metrics
+from bigmac_jax.config import Config
+from bigmac_jax.report.runs import Records
+from bigmac_jax.training.records import read_records
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     """Draws workdir/report.png: losses, expert load per layer, drop rate, throughput; None if nothing was logged."""
-    records = read_metrics(workdir)
+    records = read_records(workdir)
     training = [r for r in records if "loss" in r]
     if not training:
         return None
-    evaluations = [r for r in records if r.get("eval/loss") is not None]
-    config = json.loads((workdir / "config.json").read_text())
+    evaluations = [r for r in records if None not in (r.get("eval/loss"), r.get("eval/perplexity"))]
+    config = Config.from_json((workdir / "config.json").read_bytes())
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    model = config["model"]
     figure.suptitle(
-        f"{model['structure']}, {model['num_layers']} layers, width {model['hidden_size']}, "
-        f"step {training[-1]['step']:,} of {config['train']['steps']:,}"
+        f"{config.model.structure}, {config.model.num_layers} layers, width {config.model.hidden_size}, "
+        f"step {training[-1]['step']:,} of {config.train.steps:,}"
     )
     _losses(axes[0, 0], training, evaluations)
     _throughput(axes[1, 1], training)
@@ -54,7 +54,7 @@ def _losses(axis: plt.Axes, training: Records, evaluations: Records) -> None:
 
 
 def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
-    load_YE = np.asarray(last["moe/load"])
+    load_YE = np.asarray(last["moe/load"], float)
     image = axis.imshow(load_YE, aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, load_YE.max()))
     figure.colorbar(image, ax=axis, label="share of tokens, 1 = balanced")
     axis.set(xlabel="expert", ylabel="layer", title=f"expert load at step {last['step']:,}")
@@ -62,7 +62,9 @@ def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
 
 
 def _drops(axis: plt.Axes, training: Records) -> None:
-    by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training])
+    layers = np.shape(training[-1]["moe/load"])[:1]
+    training = [r for r in training if np.shape(r.get("moe/drop_rate_by_layer", 0)) == layers]
+    by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training], float)
     if not by_layer_nY.any():  # nothing to see: how far the busiest expert is from needing a drop
         axis.plot(_column(training, "step"), _column(training, "moe/max_load"), lw=1)
         axis.set(xlabel="step", ylabel="busiest expert, times the mean", title="no choice dropped", ylim=(0, None))
@@ -86,4 +88,4 @@ def _throughput(axis: plt.Axes, training: Records) -> None:
 
 
 def _column(records: Records, name: str) -> list[float]:
-    return [np.nan if r[name] is None else r[name] for r in records]
+    return [np.nan if r.get(name) is None else r[name] for r in records]

@@ -1,18 +1,18 @@
 """What a run has logged, read back: of one that is finished, was resumed, or is still being written."""
 
 import dataclasses
-import json
-import math
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.config import ConfigError, second_edition
+from bigmac_jax.config import Config, ConfigError, parse_object, second_edition
 from bigmac_jax.config.reading import field_values
 from bigmac_jax.training.goodput import PARTS
+from bigmac_jax.training.records import Record, read_records
 
-Records = list[dict[str, Any]]
+Records = list[Record]
+_GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +45,17 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
     return [_read_run(w, n if unique else w) for w, n in zip(workdirs, names, strict=True)]
 
 
-def read_metrics(workdir: pathlib.Path) -> Records:
-    """The records of metrics.jsonl, in order.
-
-    Lines that are no record are left out: the last one of a run that is writing it, or one that a full disk has cut.
-    """
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [record for line in lines if (record := _record(line)) is not None]
-
-
 def _read_run(workdir: str, name: str) -> Run:
     path = pathlib.Path(workdir).expanduser()
     for file in ("config.json", "metrics.jsonl"):
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
-        config = second_edition(json.loads((path / "config.json").read_bytes()))
-        if not isinstance(config, dict):
-            raise ValueError("config.json is no object")
-        records = read_metrics(path)
-    except (OSError, ValueError, RecursionError) as error:
+        config = second_edition(parse_object((path / "config.json").read_bytes()))
+        if wrong := [name for name in _GROUPS if not isinstance(config.get(name, {}), dict)]:
+            raise ValueError(f"{wrong[0]} of config.json is no group of fields")
+        records = read_records(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None
     training = _latest([r for r in records if "loss" in r])
     if not training:
@@ -78,16 +68,6 @@ def _read_run(workdir: str, name: str) -> Run:
     seconds = {part: counted.get(f"goodput/{part}_s") for part in PARTS}
     whole = {part: value for part, value in seconds.items() if isinstance(value, (int, float))}
     return Run(name, config, training, evaluations, [r for r in records if "event" in r], whole)
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _latest(records: Records) -> Records:

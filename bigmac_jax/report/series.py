@@ -14,6 +14,7 @@ from bigmac_jax.report.runs import Records, Run
 POINTS = 1000  # of a curve: more than a chart has pixels
 CELLS = 200_000  # bytes of a run's heat map
 COLUMNS = 120  # of it at most
+_LONGEST, _MOST = 1e9, 2.0**62  # seconds of a step, and tokens; a damaged record may say anything
 
 
 def drawn(run: Run) -> dict[str, Any]:
@@ -58,10 +59,10 @@ def thinned(values_n: np.ndarray, points: int) -> list[int]:
 
 def clock(records: Records) -> dict[str, list[float]]:
     """Steps, tokens and hours of training, from 0; hours leave out evaluations, checkpoints and undone steps."""
-    steps_n = np.asarray([0] + [r["step"] for r in records], float)
-    seconds_n = np.asarray([r.get("step_time_s") or 0.0 for r in records], float)
+    steps_n = np.asarray([0] + [r["step"] for r in records], float).clip(0, _MOST)
+    seconds_n = np.asarray([r.get("step_time_s") or 0.0 for r in records], float).clip(0, _LONGEST)
     hours_n = np.concatenate([[0.0], np.cumsum(seconds_n * np.diff(steps_n))]) / 3600
-    tokens_n = np.asarray([0] + [r.get("tokens") or 0 for r in records], float)
+    tokens_n = np.asarray([0] + [r.get("tokens") or 0 for r in records], float).clip(0, _MOST)
     kept = np.unique(np.linspace(0, len(records), min(len(records) + 1, POINTS)).round().astype(int))
     return {
         "step": steps_n[kept].astype(int).tolist(),

@@ -23,6 +23,7 @@ def letter(index: int) -> str:
 def facts(run: Run) -> dict[str, str]:
     """What a run came to, in words and figures."""
     last, model, planned = run.training[-1], run.config.get("model", {}), run.config.get("train", {}).get("steps")
+    planned = planned if isinstance(planned, int) else 0
     scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
     best = min(scores, key=lambda r: r["eval/perplexity"], default=None)
     events = [r["event"] for r in run.events]

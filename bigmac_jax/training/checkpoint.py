@@ -89,6 +89,8 @@ class Checkpoints:
                     ]
                 ),
                 create=self._keep is not None,
+                # In the background, a directory that can't be made would leave threads that wait five minutes for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=self._keep is None,
                 temporary_path_class=_Sealed,
             ),
@@ -107,7 +109,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_model_of(state)),
                     optimizer=ocp.args.StandardSave(_optimizer_of(state)),
-                    data=ocp.args.JsonSave(data_state),
+                    data=ocp.args.JsonSave(data_state | {manifest.STEP: step}),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
@@ -154,7 +156,10 @@ class Checkpoints:
           ConfigError: all checkpoints that there were are damaged.
         """
 
-        while (step := _on_first(lambda: max(self._steps(), default=None))) is not None:
+        def newest() -> int | None:
+            return max(manifest.steps(self._directory.parent), default=None)
+
+        while (step := _on_first(newest)) is not None:
             if not (damage := self._damage(step)):
                 break
             _on_first(functools.partial(self._set_aside, step, damage))
@@ -228,11 +233,6 @@ class Checkpoints:
             raise ConfigError(f"no checkpoint of {self._directory} is intact, of {steps}; bring back a good copy")
         return candidates[0]
 
-    def _steps(self) -> list[int]:
-        if not self._directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
-
     def _damaged_at_a_glance(self, step: int) -> bool:
         """By sizes and small files, its loss among them; with a line that says how."""
         damage = manifest.damage(self._directory / str(step), thorough=False)
@@ -245,8 +245,14 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._directory} cannot be made ({error.strerror}); remove what is there, or use a new --workdir"
+            ) from None
         self._remove_unfinished()
-        for step in self._steps():
+        for step in manifest.steps(self._directory.parent):
             if damage := manifest.damage(self._directory / str(step), thorough=False):
                 self._set_aside(step, damage)
 
@@ -272,7 +278,7 @@ class Checkpoints:
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
-        return state, items["data"]
+        return state, {name: value for name, value in items["data"].items() if name != manifest.STEP}
 
     def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """{"params": …, "rest": …} alone.

@@ -22,6 +22,8 @@ import xxhash
 
 NAME = "manifest.json"
 _PART = "digests.process_{}.json"  # beside the files that it is of
+STEP = "step"  # in the data position: which step a checkpoint is of, whatever its directory is called
+_POSITION = "data/metadata"
 _SMALL = 1 << 16  # bytes; larger files hold arrays
 # By the name that an entry has it under. Earlier editions wrote SHA-256 alone.
 _HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
@@ -101,7 +103,26 @@ def damage(
 
     own = _share({name: size if to_read(name) else 0 for name, (size, *_) in wanted.items()}, *share)
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(differs, own)), None)
+        return next(filter(None, pool.map(differs, own)), None) or _of_another_step(directory)
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Of a workdir's checkpoints, whatever their state, in order."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def _of_another_step(directory: pathlib.Path) -> str | None:
+    """What is wrong with the name of the directory."""
+    try:
+        step = json.loads((directory / _POSITION).read_bytes()).get(STEP)
+    except (OSError, ValueError, AttributeError):  # no checkpoint of ours
+        return None
+    if step is None or not directory.name.isdecimal() or int(directory.name) == step:  # None: of an earlier edition
+        return None
+    return f"it is of step {step}"
 
 
 def _share(sizes: Mapping[str, int], index: int, count: int) -> list[str]:

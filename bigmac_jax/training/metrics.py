@@ -22,6 +22,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
+from bigmac_jax.training.records import NAME, as_record
 from bigmac_jax.training.step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class MetricsWriter:
     """Appends to the files of a workdir, and drops the records that a killed run left of steps after `first_step`."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int):
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / NAME
         _truncate(self._path, first_step)
         self._file = self._path.open("a", buffering=1 << 20)  # what a full disk does not take waits here
         self._board = _Board(workdir / "tb", first_step)
@@ -223,11 +224,11 @@ def _truncate(path: pathlib.Path, step: int) -> None:
     kept, damaged = [], 0
     *lines, last = path.read_bytes().split(b"\n")
     for line in [*lines, last]:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        record = as_record(line)
+        if record is None:
             damaged += line is not last
+        elif record["step"] <= step:
+            kept.append(line + b"\n")
     if damaged:
         _log.warning("%s: %d lines that are no records were left out", path, damaged)
     temporary = path.with_suffix(".tmp")

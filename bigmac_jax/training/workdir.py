@@ -12,28 +12,61 @@ import time
 from typing import Any
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError, resume_notes
+from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.training import manifest
 
+_log = logging.getLogger(__name__)
 _CONFIG, _RUN = "config.json", "run.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _LATE = 10.0  # seconds after which a file that another process has written must be seen
 _APART = 60.0  # seconds that clocks may differ by
-_log = logging.getLogger(__name__)
 # Fields that name where data lies; they may change as long as what lies there does not.
 _PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validation_source"}
 
 
+def has_run(workdir: pathlib.Path) -> bool:
+    """Whether something was trained there."""
+    return (workdir / _CONFIG).exists() or bool(manifest.steps(workdir))
+
+
 def read_config(workdir: pathlib.Path) -> Config:
-    """The config that a workdir was trained with.
+    """The config that a workdir was trained with; its newest checkpoint's, with a line that says so, where config.json
+    is gone or is not what the run wrote.
 
     Raises:
       ConfigError: there is none.
     """
-    file = workdir / _CONFIG
-    if not file.is_file():
-        raise ConfigError(f"--workdir={workdir} holds no config.json; give the workdir of a training run")
-    return Config.from_json(file.read_bytes(), str(file))
+    file, problem = workdir / _CONFIG, ""
+    try:
+        content = file.read_bytes()
+        if _read_run(workdir).get("config", digest := hashlib.sha256(content).hexdigest()) != digest:
+            problem = f"{file} has changed since the run wrote it"
+        config = Config.from_json(content, str(file))
+    except FileNotFoundError:
+        problem = f"--workdir={workdir} holds no {_CONFIG}"
+    except OSError as error:
+        problem = f"{file} cannot be read ({error.strerror})"
+    except ConfigError as error:
+        problem = str(error)
+    if not problem:
+        return config
+    for step in reversed(manifest.steps(workdir)):
+        checkpoint = workdir / "checkpoints" / str(step)
+        if manifest.damage(checkpoint, thorough=False):
+            continue
+        try:
+            saved = Config.from_json((checkpoint / "config" / "metadata").read_bytes())
+        except (OSError, ConfigError):  # of an earlier edition
+            continue
+        if (workdir, problem) not in _said:
+            _said.add((workdir, problem))
+            _log.warning("%s; the config of checkpoint %d is taken", problem, step)
+        return saved
+    raise ConfigError(problem if file.exists() else f"{problem}; give the workdir of a training run")
+
+
+_said: set[tuple[pathlib.Path, str]] = set()  # a start reads the config more than once
 
 
 def check_shared(workdir: pathlib.Path) -> None:
@@ -110,9 +143,15 @@ def _fingerprint(workdir: pathlib.Path) -> str:
     return _read_run(workdir).get("data", {}).get("tokenizer", "")
 
 
-def write_config(config: Config, workdir: pathlib.Path) -> None:
-    """Makes the directory a workdir; the file appears whole or not at all."""
-    _write(workdir / _CONFIG, config.to_json().encode())
+def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
+    """Makes the directory a workdir; each file appears whole or not at all.
+
+    of_run: what run.json holds besides; it keeps the rest.
+    """
+    content = config.to_json().encode()
+    values = _read_run(workdir) | of_run | {"config": hashlib.sha256(content).hexdigest()}
+    _write(workdir / _CONFIG, content)
+    _write(workdir / _RUN, (json.dumps(sealed(values), indent=2) + "\n").encode())
 
 
 def write_run(
@@ -127,8 +166,7 @@ def write_run(
     known = _read_run(workdir).get("data", {})  # of a validation split, which not every start reads
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
-    _write(workdir / _RUN, (json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n").encode())
-    write_config(config, workdir)
+    write_config(config, workdir, data=known | data, mesh=mesh)
 
 
 def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> None:
@@ -171,11 +209,20 @@ def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int])
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
+    """{} of an earlier edition, which had none; its first ones have no seal."""
+    file = workdir / _RUN
     try:
-        found = json.loads((workdir / _RUN).read_bytes())
-    except (OSError, ValueError, RecursionError):  # of an earlier edition, or cut
+        found = parse_object(file.read_bytes())
+        if found.keys() <= {"data", "mesh"} and all(isinstance(part, dict) for part in found.values()):
+            return found
+        return unsealed(found)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error}); bring back a good copy, or remove it: then nobody can tell whether the "
+            f"run's data and tokenizer are still what they were"
+        ) from None
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:

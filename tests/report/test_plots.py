@@ -8,7 +8,8 @@ import matplotlib.image
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.report.plots import read_metrics, write_report
+from bigmac_jax.report.plots import write_report
+from bigmac_jax.training.records import read_records
 
 
 def training(step: int, **more: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def test_a_picture(tmp_path: pathlib.Path, records: list[dict[str, Any]]) -> Non
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[:2] == (880, 1320) and pixels.std() > 0.05
-    assert read_metrics(tmp_path) == records
+    assert read_records(tmp_path) == records
 
 
 @pytest.mark.parametrize("records", [[], [evaluation(1, 2.0)]], ids=["nothing", "an evaluation alone"])
@@ -54,4 +55,4 @@ def test_no_picture_without_training(tmp_path: pathlib.Path, records: list[dict[
 
 
 def test_no_metrics(tmp_path: pathlib.Path) -> None:
-    assert read_metrics(tmp_path) == [] and write_report(tmp_path) is None
+    assert read_records(tmp_path) == [] and write_report(tmp_path) is None

@@ -1,0 +1,72 @@
+"""SIGINT and SIGTERM from a command's first line on: one line, and the exit code that shells have for them.
+
+Nothing is imported here that takes time.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_PATIENCE = 0.3  # seconds for the main thread to come back from C
+_half_way: list[Callable[[], object]] = []
+_ending = threading.Lock()
+
+
+def take() -> None:
+    """From here on both signals end the process, until other handlers are set (`hosts.stop_signals`).
+
+    Python's own way is an exception in the main thread: swallowed where C++ called back, a traceback where a library
+    expects none, and late where C++ compiles or waits for another process. What a killed process leaves half-way is
+    removed by the next one in any case, so that this one may end as it stands.
+    """
+    for number in WORDS:
+        signal.signal(number, _end)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORDS)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Both wait; also where the program is replaced inside, until the new one calls `take`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, WORDS)
+
+
+@contextlib.contextmanager
+def undone(undo: Callable[[], object]) -> Iterator[None]:
+    """A signal that ends the process inside calls `undo` first, as a `finally` would be for an exception."""
+    _half_way.append(undo)
+    try:
+        yield
+    finally:
+        _half_way.remove(undo)
+
+
+def _listen(pipe: int) -> None:
+    """For a main thread that does not come to its handler."""
+    while received := os.read(pipe, 1):
+        time.sleep(_PATIENCE)
+        if signal.getsignal(received[0]) == _end:
+            _end(received[0], None)
+
+
+def _end(number: int, _: Any) -> None:
+    if not _ending.acquire(blocking=False):
+        return
+    for undo in reversed(_half_way):
+        with contextlib.suppress(Exception):
+            undo()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())  # a stream's lock may be held
+    os._exit(128 + number)

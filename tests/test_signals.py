@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM at any moment of a command: one line, and nothing is swallowed."""
+
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training.runs import ENVIRONMENT, LIMIT
+from training.tools import ROOT, write_config
+
+WORDS = {signal.SIGINT: (130, "interrupted\n"), signal.SIGTERM: (143, "terminated\n")}
+SAVED = re.compile(r"stopped and saved at step (\d+) of 100000; the same command resumes\n")
+# Started again with what makes it fast, as a user's is.
+CLEAN = {name: value for name, value in ENVIRONMENT.items() if name not in ("BIGMAC_KEEP_ENV", "BIGMAC_PREPARED")}
+
+
+def stopped(folder: pathlib.Path, number: signal.Signals, seconds: float) -> float:
+    """Sends the signal so many seconds after the start, and checks the end; returns how long that took."""
+    workdir = folder / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    command = [sys.executable, "train.py", f"--config={folder / 'config.json'}", f"--workdir={workdir}",
+               "--cpu_devices=1", "--config.train.steps=100000", "--config.train.eval_every=0",
+               "--config.train.log_every=100000", "--config.train.checkpoint_every=0"]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(number)
+    start = time.monotonic()
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    code, line = WORDS[number]
+    how = f"{number.name} after {seconds:.1f} s: {process.returncode}\n{out}\n{err}"
+    if process.returncode == 0:
+        step = SAVED.search(out)
+        assert step and (workdir / "checkpoints" / step[1]).is_dir() and not err, how
+    else:
+        *others, last = err.splitlines(keepends=True)
+        assert process.returncode == code and last == line, how
+        assert all(re.match(r"I\d{4} ", other) for other in others), how  # of tokenising, in the first run
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.4), (signal.SIGINT, 1.2), (signal.SIGTERM, 0.8)])
+def test_at_the_start(number: signal.Signals, seconds: float, tmp_path: pathlib.Path) -> None:
+    """Python's own handler prints 17 to 45 lines there, or is not heard."""
+    write_config(tmp_path)
+    stopped(tmp_path, number, seconds)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", WORDS)
+def test_at_any_moment(number: signal.Signals, tmp_path: pathlib.Path) -> None:
+    write_config(tmp_path)
+    slowest = max(stopped(tmp_path, number, tenth / 10) for tenth in range(3, 81))
+    assert slowest < 10
