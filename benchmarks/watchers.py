@@ -26,7 +26,7 @@ from bigmac_jax.watch import Watch
 
 _COUNTS = flags.DEFINE_list("counts", ["8", "32", "128", "256"], "Processes of the job.")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Before one falls silent.")
-_PEER_TIMEOUT = flags.DEFINE_float("peer_timeout", 10.0, "As of train.py.")
+_PEER_TIMEOUT = flags.DEFINE_float("peer_timeout", 20.0, "As of train.py.")
 _ROLE = flags.DEFINE_string("role", "", "Of the two processes that this starts: N:PORT:0 or N:PORT:1.")
 ROOT = pathlib.Path(__file__).parents[1]
 

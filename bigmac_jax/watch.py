@@ -27,6 +27,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.phases import NOW, STEPPING, Phases
 
 _GRACE = 10.0  # seconds to find out which process an error comes from
+_LEAST = 5.0  # seconds for which a live process may be silent, on a machine that has too much to do
 _LOOK = 0.5  # seconds between looks at what is known
 _SLOW, _LONG = 10, 600.0  # what is no step may stand still for so many times the timeout, and for so many seconds
 _MOST = 6  # times that, where only the processor is busy: who waits for another may spin
@@ -100,8 +101,8 @@ class Watch:
     def __init__(self, timeout: float, store: Store, me: int, count: int, doing: Phases = NOW) -> None:
         self._timeout, self._store, self._me, self._doing = timeout, store, me, doing
         # Two requests each; process 0 answers all, and shall not notice it.
-        self.beat = max(1.0, min(5.0, timeout / 20), count / 100)
-        self._silence = max(timeout - self.beat - _LOOK, 2.5 * self.beat)
+        self.beat = max(1.0, min(5.0, timeout / 20), count / 64)
+        self._silence = max(timeout - self.beat - _LOOK, 2 * self.beat, _LEAST)
         self._peers = [_Peer(i) for i in range(count)]
         self._beats, self._error, self._failed = 0, "", 0.0
         self._verdict, self._lost, self._ended = "", 0, False
@@ -229,7 +230,7 @@ class Watch:
         """What stands behind errors: a process that has died closes its connections, and the others notice."""
         self._failed = self._failed or time.monotonic()
         for peer in others:
-            if peer.silent() > max(_GRACE / 2, 2.5 * self.beat):
+            if peer.silent() > max(_LEAST, 2 * self.beat):
                 return f"{peer} has died"
         if time.monotonic() - self._failed < max(_GRACE, 3 * self.beat):
             return ""

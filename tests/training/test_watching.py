@@ -38,15 +38,17 @@ def test_a_process_that_is_stopped_in_a_long_phase_is_named(tmp_path: pathlib.Pa
             assert job.wait() == [0, 0], job.outputs
     with slowed(tmp_path, f"{phase}=60", "--config.train.steps=8") as job:
         end = time.monotonic() + LIMIT
-        while f"in {phase}" not in job.outputs[1]:
+        while not (found := [i for i in (1, 0) if f"in {phase}" in job.outputs[i]]):
             assert time.monotonic() < end, job.outputs
             time.sleep(0.05)
+        victim = found[0]  # one process tokenises, and the other waits for it
         time.sleep(2)
-        job.processes[1].send_signal(signal.SIGSTOP)
+        job.processes[victim].send_signal(signal.SIGSTOP)
         start = time.monotonic()
-        assert job.processes[0].wait(60) == 3, job.outputs
-        assert time.monotonic() - start < 10, "a timeout of 2 s, two beats, and the end of process 0"
-        assert re.search(r"error: process 1 \(\d+ on \S+, .*\) has given no sign of life for \d s\n", job.outputs[0])
+        assert job.processes[1 - victim].wait(60) == 3, job.outputs
+        assert time.monotonic() - start < 15, "five seconds, two beats, and the end of the other"
+        line = rf"error: process {victim} \(\d+ on \S+, .*\) has given no sign of life for \d s\n"
+        assert re.search(line, job.outputs[1 - victim]), job.outputs
 
 
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None:
@@ -60,10 +62,10 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None
 
 def test_256_processes_watch_each_other_cheaply() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.watchers", "--counts=256", "--seconds=15", "--peer_timeout=10"],
+        [sys.executable, "-m", "benchmarks.watchers", "--counts=256", "--seconds=15", "--peer_timeout=20"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT,
     )  # fmt: skip
     record = json.loads(run.stdout)
     assert record["requests_a_second"] <= 2 and record["process_0_requests_a_second"] <= 2.1
     assert record["process_0_share_of_a_core"] < 0.05
-    assert 0 < record["seconds_to_line"] <= 10 and "process 255 (" in record["line"]
+    assert 0 < record["seconds_to_line"] <= 20 and "process 255 (" in record["line"]
