@@ -30,6 +30,7 @@ from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
+_HEARTBEAT = 30  # seconds; jax's verdict says less than the watch's, which is to come first
 _FIELDS = 512  # that processes compare at most
 _abort_handler: Any = None
 
@@ -79,7 +80,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
     }
     timeouts: dict[str, Any] = {
         "initialization_timeout": 2 * peer_timeout,
-        "heartbeat_timeout_seconds": 2 * peer_timeout,
+        "heartbeat_timeout_seconds": max(2 * peer_timeout, _HEARTBEAT),
         "shutdown_timeout_seconds": max(60, 2 * peer_timeout),  # process 0 draws the report
     }
     seconds = 2 * peer_timeout or 300

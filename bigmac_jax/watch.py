@@ -127,6 +127,7 @@ class Watch:
             self.blame(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         self._ended = True
         self._closing.set()
+        self._hurry.set()
         for thread in self._threads:
             thread.join(_GRACE)
         faulthandler.cancel_dump_traceback_later()
@@ -156,8 +157,7 @@ class Watch:
                 self._lost = 0
             except Exception:
                 self._lost += 1
-            self._hurry.wait(_LOOK if self._error else self.beat)
-            if self._error:
+            if self._hurry.wait(self.beat):
                 self._closing.wait(_LOOK)
 
     def _exchange(self) -> None:
@@ -258,10 +258,9 @@ class Watch:
         print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
             self._verdict = line
-            with contextlib.suppress(Exception):
-                self._exchange()
+            self._hurry.set()  # the other thread tells it: where jax is aborting, a request may never return
             # jax aborts the others as soon as process 0 is gone; they ask once a beat.
-            end = time.monotonic() + 2 * self.beat
+            end = time.monotonic() + 2 * self.beat + _LOOK
             while time.monotonic() < end and not all(peer.ended or peer.died() for peer in self._others()):
                 time.sleep(_LOOK)
         os._exit(hosts.EXIT_CODE)

@@ -45,7 +45,7 @@ def test_a_process_that_is_stopped_in_a_long_phase_is_named(tmp_path: pathlib.Pa
         time.sleep(2)
         job.processes[victim].send_signal(signal.SIGSTOP)
         start = time.monotonic()
-        assert job.processes[1 - victim].wait(60) == 3, job.outputs
+        assert job.processes[1 - victim].wait(60) == 3, "\n".join(job.outputs)
         assert time.monotonic() - start < 15, "five seconds, two beats, and the end of the other"
         line = rf"error: process {victim} \(\d+ on \S+, .*\) has given no sign of life for \d s\n"
         assert re.search(line, job.outputs[1 - victim]), job.outputs
