@@ -21,6 +21,7 @@ from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard
+from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
@@ -68,6 +69,7 @@ def train(
 def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None, watch: Watch) -> Result:
     mesh = jax.sharding.get_mesh()
     with hosts.together():
+        check_boards(config.train.wandb)
         resumed = (workdir / "config.json").exists()
         if resumed:
             check_resume(read_config(workdir), config)
@@ -163,7 +165,7 @@ class _Run:
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
             return SilentWriter()
-        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
+        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps, self.config.train.wandb)
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
