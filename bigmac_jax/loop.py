@@ -23,6 +23,7 @@ from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
 from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard
+from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
@@ -81,6 +82,7 @@ def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | Non
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
     with NOW.doing("data"), hosts.together():
+        check_boards(config.train.wandb)
         resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
@@ -178,7 +180,7 @@ class _Run:
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
             return SilentWriter()
-        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
+        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps, self.config.train.wandb)
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""

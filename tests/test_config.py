@@ -324,7 +324,7 @@ def test_check_resume(name: str) -> None:
     """How a run is executed may change, and where its data lies; what is computed may not, and is refused by name."""
     allowed = {"train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
                "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
-               "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
+               "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
                "data.num_workers"}  # fmt: skip
     if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))

@@ -7,14 +7,15 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
-from bigmac_jax.data.pipeline import open_stream, text_stream
+from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint, restore
-from bigmac_jax.training.workdir import read_config, run_tokenizer
+from bigmac_jax.training.workdir import read_config, run_stream, run_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -56,7 +57,11 @@ def main() -> None:
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
-            stream = text_stream(text_file, tokenizer) if text_file else open_stream(config, _SPLIT.value, tokenizer)
+            stream: TokenStream
+            if text_file:
+                stream = text_stream(text_file, tokenizer)
+            else:
+                stream = run_stream(workdir, config, _SPLIT.value, tokenizer)
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     quiet = _JSON.value or not hosts.is_first()

@@ -251,6 +251,7 @@ class TrainConfig:
     on_bad_step: str = "stop"  # stop | skip (its update) | rewind (to the newest checkpoint, then past its data)
     max_bad_steps: int = 10  # that a run gets over; the next one ends it
     spike_factor: float = 0.0  # a loss above it × the median of the last 32 good ones is a spike; 0 = off
+    wandb: str = ""  # a project of Weights & Biases that metrics go to besides; "" = none
 
 
 @dataclass(frozen=True)

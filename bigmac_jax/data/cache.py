@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from bigmac_jax.data.documents import Documents
-from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
+from bigmac_jax.data.files import Digests, cache_directory, file_digest, locked, seal, whole_directory
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
 from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
@@ -118,31 +118,28 @@ def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: 
     key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
     path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     with locked(path):
-        stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
+        digests = Digests(cache_dir, str(path))
+        stream = _open(path, key, docs.fingerprint, tokenizer.eos_id, digests)
         if stream is None:
             with whole_directory(path) as part:
                 _write(part, key, docs, split, tokenizer)
-            stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
+            digests.add(path / _TOKENS, json.loads((path / _META).read_bytes())["digest"])
+            stream = _open(path, key, docs.fingerprint, tokenizer.eos_id, digests)
             assert stream is not None, path
     return stream
 
 
-def _open(path: pathlib.Path, key: str, text: str, eos_id: int) -> CachedStream | None:
+def _open(path: pathlib.Path, key: str, text: str, eos_id: int, digests: Digests) -> CachedStream | None:
     if not path.exists():
         return None
     try:
         meta = json.loads((path / _META).read_bytes())
-        if meta.pop("seal") == _seal(meta) and meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
+        if meta.pop("seal") == seal(meta) and meta["key"] == key and [meta["digest"]] == digests([path / _TOKENS]):
             return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     _log.warning("%s is damaged; tokenising again", path)
     return None
-
-
-def _seal(meta: dict[str, Any]) -> str:
-    """A digest of the other entries: fewer tokens than there are would be read without a word."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> None:
@@ -164,7 +161,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     writer.close()
     meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
     meta["digest"] = file_digest(directory / _TOKENS)
-    meta["seal"] = _seal(meta)
+    meta["seal"] = seal(meta)
     (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
     _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
 

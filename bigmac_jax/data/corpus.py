@@ -24,7 +24,7 @@ def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
     if source == "sotu" or source.startswith(DATASET):
         return TfdsDocuments(source, setting, split, data.text_field, cache_dir)
     held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)
-    return LocalDocuments(source, setting, data.text_field, split, held_out)
+    return LocalDocuments(source, setting, data.text_field, split, cache_dir, held_out)
 
 
 def fingerprint(data: DataConfig, split: str, cache_dir: str) -> str:

@@ -4,17 +4,24 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from bigmac_jax.config import ConfigError
 
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
 _WHOLE = 1 << 30
+# Nanoseconds. A file that was changed so shortly before it was read may be changed again without new times: clocks of
+# file systems tick slowly, up to 2 s.
+_RACY = 2 * 10**9
 
 
 def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
@@ -94,3 +101,62 @@ def file_digest(path: pathlib.Path) -> str:
             digest.update(file.read(_BLOCK))
             digest.update(str(path.stat().st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+class Digests:
+    """`file_digest` of the files of a corpus, kept in cache_dir/digests so that only new and changed ones are read.
+
+    A file is the same while its size, inode, and times of change (mtime, and ctime, which no program can set back) are.
+    Processes that ask at the same time wait for the first.
+
+    Args:
+      of: names the corpus; a table each.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str], of: str):
+        name = hashlib.sha256(os.path.abspath(os.path.expanduser(of)).encode()).hexdigest()[:20]
+        self._path = cache_directory(cache_dir, "digests") / f"{name}.json"
+
+    def __call__(self, paths: Sequence[pathlib.Path]) -> list[str]:
+        """Hex digests; raises OSError for a file that cannot be read."""
+        with locked(self._path):
+            known, now = self._read(), time.time_ns()
+            states = {str(path): _state(path) for path in paths}
+            fresh = [path for path in states if known.get(path, [None])[:-1] != states[path]]
+            with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+                read = dict(zip(fresh, pool.map(file_digest, map(pathlib.Path, fresh)), strict=True))
+            digests = {path: read[path] if path in read else known[path][-1] for path in states}
+            if read or len(known) > len(states):
+                settled = {path: state for path, state in states.items() if max(state[1:3]) < now - _RACY}
+                self._write({path: [*state, digests[path]] for path, state in settled.items()})
+        return [digests[str(path)] for path in paths]
+
+    def add(self, path: pathlib.Path, digest: str) -> None:
+        """Of a file that this process has just made and that no other writes."""
+        with locked(self._path):
+            self._write(self._read() | {str(path): [*_state(path), digest]})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            table = json.loads(self._path.read_bytes())
+            if table["seal"] == seal(table["files"]):
+                return table["files"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass  # there is none, or it is damaged: all is read again
+        return {}
+
+    def _write(self, files: dict[str, Any]) -> None:
+        part = self._path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk: all is read again next time
+            part.write_text(json.dumps({"seal": seal(files), "files": files}))
+            part.replace(self._path)
+
+
+def _state(path: pathlib.Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def seal(entries: dict[str, Any]) -> str:
+    """A digest of what a small file holds besides: changed entries would be taken without a word."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

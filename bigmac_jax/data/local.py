@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Documents, decode
-from bigmac_jax.data.files import file_digest
+from bigmac_jax.data.files import Digests
 
 SUFFIXES = (".txt", ".jsonl")
 SPLITS = ("train", "validation", "test")
@@ -29,6 +29,7 @@ class LocalDocuments(Documents):
     Args:
       source: the path; `setting` is the config field it came from, for messages.
       text_field: of JSON lines.
+      cache_dir: where digests of the files are kept.
       split: the split asked for; with `held_out`, the splits that are cut out of this source by document number.
         A document whose number falls in a split that is not held out here is a training document.
 
@@ -36,11 +37,14 @@ class LocalDocuments(Documents):
       ConfigError: nothing to read there.
     """
 
-    def __init__(self, source: str, setting: str, text_field: str, split: str, held_out: tuple[str, ...] = ()):
+    def __init__(
+        self, source: str, setting: str, text_field: str, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
+    ):
         self.name = f"{split} split of {setting}={source}"
         self.fix = f"set data.{split}_source to a path of its own" if split in held_out else "give a path with text"
         self.text_field, self.split, self.held_out = text_field, split, held_out
         self.paths = find_files(source, setting)
+        self._digests = Digests(cache_dir, source)
         self.size = sum(path.stat().st_size for path in self.paths)
         if held_out:
             self.size = self.size * (20 - len(held_out) if split == "train" else 1) // 20
@@ -48,7 +52,11 @@ class LocalDocuments(Documents):
     @functools.cached_property
     def fingerprint(self) -> str:
         # Names, not whole paths: a corpus that was moved is still the same one.
-        parts = [[path.name, file_digest(path)] for path in self.paths]
+        try:
+            digests = self._digests(self.paths)
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); check the file") from None
+        parts = [[path.name, digest] for path, digest in zip(self.paths, digests, strict=True)]
         key = [parts, self.text_field, self.split if self.held_out else "", self.held_out]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""How Orbax writes the arrays of a checkpoint here: digested by the process that wrote them."""
+"""The arrays of a checkpoint: digested by the process that wrote them, and of the shapes that a config asks for."""
 
 import functools
 import pathlib
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bigmac_jax.config import ConfigError
 from bigmac_jax.training import manifest
 
 
@@ -27,3 +28,22 @@ def arrays_of(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
         registry.add(item, ocp.args.StandardSave, handler)
         registry.add(item, ocp.args.StandardRestore, handler)
     return registry
+
+
+def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -> None:
+    """Raises ConfigError if the model of a checkpoint is another than `abstract`; it names the first difference."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+        named = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape for keys, leaf in paths}
+        return {key.split(".", 1)[1].removesuffix(".value"): shape for key, shape in named.items()}
+
+    path = directory / str(step) / "model"
+    saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            has, needs = (list(s[name]) if name in s else "none" for s in (saved, wanted))
+            raise ConfigError(
+                f"checkpoint {step} of {directory} is of another model: its {name} is {has}, the config asks "
+                f"for {needs}; use the config.json it was trained with"
+            )

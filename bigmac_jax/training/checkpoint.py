@@ -1,4 +1,5 @@
-"""Orbax checkpoints: parameters, optimizer, data position and config; a directory a step, written in the background.
+"""Orbax checkpoints: parameters, optimizer, data position, config and what run.json says; a directory a step, written
+in the background.
 
 None is read before its files agree with its manifest; a damaged one is named and passed over.
 """
@@ -28,9 +29,9 @@ from bigmac_jax.config import Config, ConfigError, local_path
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
-from bigmac_jax.training.arrays import arrays_of
+from bigmac_jax.training.arrays import arrays_of, check_shapes
 from bigmac_jax.training.step import TrainState, evaluated, split
-from bigmac_jax.training.workdir import read_config, with_own_tokenizer
+from bigmac_jax.training.workdir import changes_of_edition, read_config, run_of, with_own_tokenizer
 
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Checkpoints:
                     optimizer=ocp.args.StandardSave(_optimizer_of(state)),
                     data=ocp.args.JsonSave(data_state | {manifest.STEP: step}),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
+                    run=ocp.args.JsonSave(run_of(self._directory.parent) | {"step": step}),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
@@ -179,7 +181,14 @@ class Checkpoints:
         with hosts.together():
             share = (jax.process_index(), jax.process_count()) if hosts.several() else (0, 1)
             damage = manifest.damage(self._directory / str(step), without=without, share=share)
+            damage = damage or self._misnamed(step)
         return next(filter(None, hosts.gather(damage or "")), None)
+
+    def _misnamed(self, step: int) -> str | None:
+        """Of one that was moved under another's name. Those of earlier editions do not say what they are of."""
+        file = self._directory / str(step) / "run" / "metadata"
+        saved = json.loads(file.read_bytes())["step"] if hosts.is_first() and file.exists() else step
+        return None if saved == step else f"it is of step {saved}"
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
@@ -265,7 +274,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
         """The state, sharded as `abstract`, and the data position; errors as for `restore_model`."""
-        self._check_shapes(step, _model_of(abstract))
+        check_shapes(self._directory, step, _model_of(abstract))
         items = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -286,24 +295,8 @@ class Checkpoints:
         Raises:
           ConfigError: the checkpoint is of a model of another shape.
         """
-        self._check_shapes(step, abstract)
+        check_shapes(self._directory, step, abstract)
         return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))["model"]
-
-    def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
-        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-            paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-            named = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape for keys, leaf in paths}
-            return {key.split(".", 1)[1].removesuffix(".value"): shape for key, shape in named.items()}
-
-        path = self._directory / str(step) / "model"
-        saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
-                has, needs = (list(s[name]) if name in s else "none" for s in (saved, wanted))
-                raise ConfigError(
-                    f"checkpoint {step} of {self._directory} is of another model: its {name} is {has}, the config asks "
-                    f"for {needs}; use the config.json it was trained with"
-                )
 
     def close(self) -> None:
         """Waits, too."""
@@ -363,6 +356,9 @@ def restore_step(
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
     workdir = local_path(str(workdir), "workdir")
+    if hosts.is_first():
+        for line in changes_of_edition(workdir):
+            _log.warning("%s", line)
     config = with_own_tokenizer(workdir, config or read_config(workdir))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:

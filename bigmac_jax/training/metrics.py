@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, a progress line; FLOPs and the rate that MFU is measured against."""
+"""What a run reports: metrics.jsonl, boards, a progress line; FLOPs and the rate that MFU is measured against."""
 
 import contextlib
 import json
@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from bigmac_jax.config import Config
 from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
+from bigmac_jax.training.boards import open_boards
 from bigmac_jax.training.records import NAME, as_record
 from bigmac_jax.training.step import StepMetrics
 
@@ -29,24 +27,28 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends to the files of a workdir, and drops the records that a killed run left of steps after `first_step`."""
+    """Appends to the files of a workdir, and drops the records that a killed run left of steps after `first_step`.
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int):
+    `wandb` is train.wandb.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, wandb: str = ""):
         self._path = workdir / NAME
         _truncate(self._path, first_step)
         self._file = self._path.open("a", buffering=1 << 20)  # what a full disk does not take waits here
-        self._board = _Board(workdir / "tb", first_step)
+        self._boards = open_boards(workdir, first_step, wandb)
         self._steps = steps
         self._bar = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
         )  # None: shown on a terminal only
 
     def write(self, record: dict[str, Any]) -> None:
-        """One JSON object a line, flushed; scalars also go to TensorBoard. `record` holds "step"."""
+        """One JSON object a line, flushed; it also goes to the boards. `record` holds "step"."""
         self._file.write(json.dumps(_finite(record)) + "\n")
         with contextlib.suppress(OSError):
             self._file.flush()
-        self._board.write(record)
+        for board in self._boards:
+            board.write(record)
 
     def progress(self, step: int, line: str | None = None) -> None:
         """`line` is of a step that is logged."""
@@ -63,41 +65,8 @@ class MetricsWriter:
         self._bar.close()
         with contextlib.suppress(OSError):
             self._file.close()
-        self._board.close()
-
-
-class _Board:
-    """Scalars for TensorBoard, until the disk is full.
-
-    tensorboardX's SummaryWriter writes in a thread, which a full disk ends; its queue then blocks the run for good.
-    """
-
-    def __init__(self, folder: pathlib.Path, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer: EventsWriter | None = EventsWriter(str(folder / "events"))
-        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
-
-    def write(self, record: dict[str, Any]) -> None:
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in record.items()
-            if name != "step" and isinstance(value, (int, float))
-        ]
-        self._write(step=record["step"], summary=Summary(value=values))
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-    def _write(self, **fields: Any) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.write_event(Event(wall_time=time.time(), **fields))
-            self._writer.flush()
-        except OSError:
-            self._writer = None  # what follows half a record could not be read
+        for board in self._boards:
+            board.close()
 
 
 class SilentWriter:

@@ -13,7 +13,12 @@ from typing import Any
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
+from bigmac_jax.data.cache import CachedStream
+from bigmac_jax.data.corpus import fingerprint
+from bigmac_jax.data.datasets import DATASET
+from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.environment import edition
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)
@@ -140,7 +145,7 @@ def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
 
 def _fingerprint(workdir: pathlib.Path) -> str:
     """Of the run's tokenizer; "" if it is not known."""
-    return _read_run(workdir).get("data", {}).get("tokenizer", "")
+    return run_of(workdir)["data"].get("tokenizer", "")
 
 
 def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
@@ -157,16 +162,17 @@ def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
 def write_run(
     workdir: pathlib.Path, config: Config, data: dict[str, str], mesh: dict[str, int], tokenizer: Tokenizer
 ) -> None:
-    """Writes the config, the tokenizer, and in run.json what the run is of.
+    """Writes the config, the tokenizer, and in run.json what the run is of: data, mesh, code and packages.
 
     Args:
       data: fingerprints by name: tokenizer, train, and validation if there is one.
       mesh: ranks by axis.
     """
-    known = _read_run(workdir).get("data", {})  # of a validation split, which not every start reads
+    known = run_of(workdir)["data"]  # of a validation split, which not every start reads
+    data = _of_own_files(config) | data
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
-    write_config(config, workdir, data=known | data, mesh=mesh)
+    write_config(config, workdir, data=known | data, mesh=mesh, edition=edition())
 
 
 def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> None:
@@ -175,7 +181,7 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
     Raises:
       ConfigError: it would not, or can't be told because an earlier edition started it.
     """
-    saved, known = read_config(workdir).data, _read_run(workdir).get("data", {})
+    saved, known = read_config(workdir).data, run_of(workdir)["data"]
     for place in ("validation_source", "test_source"):
         if bool(getattr(saved, place)) != bool(getattr(config.data, place)):
             # What has no source of its own is held out of data.source, which is then another text.
@@ -200,12 +206,32 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
             )
 
 
+def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
+    """The tokens of a split of the run's data.
+
+    Raises:
+      ConfigError: it is not there any more, or holds other text than when the run was trained.
+    """
+    known, data, name = run_of(workdir)["data"], config.data, split
+    if split not in known and not getattr(data, f"{split}_source", ""):
+        name = "train"  # which it was held out of
+    if name in known and known[name] != fingerprint(data, name, config.cache_dir):
+        place = _PLACES.get(split, f"{split}_source")
+        source = getattr(data, place)
+        where = f"data.{place}={source}" if source else f"data.source={data.source}"
+        raise ConfigError(
+            f"{where} holds other data than {workdir} was trained with, so its {split} split is another; bring that "
+            f"back, or score a text with --text_file"
+        )
+    return open_stream(config, split, tokenizer)
+
+
 def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:
     """A line for each way in which the rest of a run may differ by more than rounding from what it would have been."""
-    saved, known = read_config(workdir), _read_run(workdir).get("mesh", {})
+    saved, known = read_config(workdir), run_of(workdir)["mesh"]
     if not known:  # of an earlier edition
         known = mesh | {axis: getattr(saved.mesh, axis) for axis in mesh if getattr(saved.mesh, axis)}
-    return resume_notes(saved, config, known, mesh)
+    return resume_notes(saved, config, known, mesh) + changes_of_edition(workdir)
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
@@ -223,6 +249,40 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}); bring back a good copy, or remove it: then nobody can tell whether the "
             f"run's data and tokenizer are still what they were"
         ) from None
+
+
+def changes_of_edition(workdir: pathlib.Path) -> list[str]:
+    """A line if this is other code, or these are other packages, than what last trained the run."""
+    before, now = run_of(workdir)["edition"], edition()
+    changed = [
+        f"{name} {before[name]} → {now.get(name, 'none')}" for name in before if before[name] != now.get(name, "none")
+    ]
+    return [f"{workdir} was trained with other software ({', '.join(changed)}); numbers may differ"] if changed else []
+
+
+def run_of(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """run.json: fingerprints of `data`, the `mesh`, and the `edition` of code and packages; what is not known, or is
+    not what it should be, is left out."""
+    found = _read_run(workdir)
+    parts = {"data": str, "mesh": int, "edition": str}
+    groups = {name: found.get(name) for name in parts}
+    return {
+        name: {key: value for key, value in group.items() if isinstance(value, parts[name])}
+        if isinstance(group, dict)
+        else {}
+        for name, group in groups.items()
+    }
+
+
+def _of_own_files(config: Config) -> dict[str, str]:
+    """Fingerprints of the held-out splits that have files of their own, which training may not look at."""
+    found = {}
+    for split in ("validation", "test"):
+        source = getattr(config.data, f"{split}_source")
+        if source and source != "sotu" and not source.startswith(DATASET):
+            with contextlib.suppress(ConfigError):  # evaluation will say what is wrong with it
+                found[split] = fingerprint(config.data, split, config.cache_dir)
+    return found
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:

@@ -1,0 +1,124 @@
+"""Where metrics.jsonl's records go besides: TensorBoard, and Weights & Biases where train.wandb asks for it."""
+
+import contextlib
+import json
+import logging
+import pathlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from bigmac_jax.config import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+class Board(Protocol):
+    """What goes wrong with one costs its records, not the run."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` holds "step"."""
+
+    def close(self) -> None: ...
+
+
+def open_boards(workdir: pathlib.Path, first_step: int, project: str) -> list[Board]:
+    """Those of a run that goes on after `first_step`; `project` is train.wandb."""
+    boards: list[Board] = [TensorBoard(workdir / "tb", first_step)]
+    return [*boards, WandB(workdir, project)] if project else boards
+
+
+def check_boards(project: str) -> None:
+    """Raises ConfigError if train.wandb asks for a package that is not here."""
+    if project:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                f"train.wandb={project} needs the package wandb; pip install 'bigmac_jax[wandb]', or leave it out"
+            ) from None
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, until the disk is full.
+
+    tensorboardX's SummaryWriter writes in a thread, which a full disk ends; its queue then blocks the run for good.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: EventsWriter | None = EventsWriter(str(folder / "events"))
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float))
+        ]
+        self._write(step=record["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.write_event(Event(wall_time=time.time(), **fields))
+            self._writer.flush()
+        except OSError:
+            self._writer = None  # what follows half a record could not be read
+
+
+class WandB:
+    """Whole records for Weights & Biases, in WORKDIR/wandb; WANDB_MODE and the like are wandb's own.
+
+    WORKDIR/wandb/id names the wandb run, with which every start goes on. Its axis is "step", so that a start may go
+    back to an earlier one, which wandb's own count of steps can't.
+    """
+
+    def __init__(self, workdir: pathlib.Path, project: str):
+        self._run: Any = None
+        self._try(lambda: self._open(workdir, project))
+
+    def _open(self, workdir: pathlib.Path, project: str) -> None:
+        import wandb
+
+        (workdir / "wandb").mkdir(parents=True, exist_ok=True)
+        file, config = workdir / "wandb" / "id", workdir / "config.json"
+        if not file.exists():
+            file.write_text(secrets.token_hex(4))
+        self._run = wandb.init(
+            project=project,
+            dir=workdir,
+            id=file.read_text(),
+            resume="allow",
+            config=json.loads(config.read_bytes()) if config.exists() else {},
+            allow_val_change=True,  # of what a resume may change
+            settings=wandb.Settings(console="off"),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._try(lambda: self._run.log(record))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._try(lambda: self._run.finish())
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # of a network, an account, a disk
+            cause = " ".join(str(error).split())[:300]
+            _log.warning("wandb gets no more records (%s: %s); metrics.jsonl has all", type(error).__name__, cause)
+            self._run = None

@@ -1,0 +1,178 @@
+"""A run holds what it needs, and says of what data, code and packages it is."""
+
+import importlib.metadata
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.data.corpus import fingerprint
+from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from bigmac_jax.environment import edition
+from bigmac_jax.evaluation.perplexity import evaluate
+from bigmac_jax.inference import Generator
+from bigmac_jax.interchange import export_model
+from bigmac_jax.loop import train
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training import workdir as workdir_module
+from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_run
+
+from .tools import quick, small
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+    with quick(), jax.set_mesh(make_mesh(config)):
+        train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("workdir")
+    config = small(folder, "train.steps=2", "train.eval_every=0", "train.checkpoint_every=1")
+    run(config, folder / "run")
+    return config, folder / "run"
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, pathlib.Path]]:
+    config, workdir = finished
+    shutil.copytree(workdir.parent, tmp_path / "all")
+    moved = Config.from_json(config.to_json().replace(str(workdir.parent), str(tmp_path / "all")))
+    (tmp_path / "all" / "run" / "config.json").write_text(moved.to_json())
+    with quick(), jax.set_mesh(make_mesh(moved)):
+        yield moved, tmp_path / "all" / "run"
+
+
+def test_a_run_and_its_checkpoints_name_their_data_code_and_packages(finished: Any) -> None:
+    _, workdir = finished
+    found = run_of(workdir)
+    assert found["edition"] == edition() and {"jax", "Python", "bigmac_jax's code"} <= found["edition"].keys()
+    assert found["data"].keys() == {"tokenizer", "train", "validation", "test"}
+    for step in (1, 2):
+        item = workdir / "checkpoints" / str(step) / "run" / "metadata"
+        assert json.loads(item.read_text()) == found | {"step": step}
+
+
+def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    config, workdir = copied
+    restore(workdir)
+    assert not caplog.records
+
+    now = edition() | {"jax": "9.9.9", "bigmac_jax's code": "0" * 12}
+    monkeypatch.setattr(workdir_module, "edition", lambda: now)
+    line = f"{workdir} was trained with other software (jax {jax.__version__} → 9.9.9, bigmac_jax's code "
+    for use in (lambda: restore(workdir), lambda: train(config, workdir)):
+        caplog.clear()
+        use()
+        (said,) = [record.getMessage() for record in caplog.records if "other software" in record.getMessage()]
+        assert said.startswith(line) and said.endswith("numbers may differ")
+    assert run_of(workdir)["edition"] == now  # what goes on with it
+    caplog.clear()
+    restore(workdir)
+    assert not caplog.records
+
+    (workdir / "run.json").unlink()  # of an earlier edition
+    restore(workdir)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"data": [], "mesh": {"data": "x"}, "edition": 7}']
+)
+def test_what_run_json_does_not_say_is_not_known(content: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    assert run_of(tmp_path) == {"data": {}, "mesh": {}, "edition": {}}
+
+
+def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any) -> None:
+    """Two directories that were swapped; one of an earlier edition does not say what it is of."""
+    _, workdir = copied
+    folder = workdir / "checkpoints"
+    for old, new in (("1", "other"), ("2", "1"), ("other", "2")):
+        (folder / old).rename(folder / new)
+    reader = Checkpoints(workdir)
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* is intact, of \[1, 2\]"):
+        reader.resolve("latest")
+    assert "checkpoints/2 is damaged: it is of step 1" in caplog.text
+    with pytest.raises(ConfigError, match=r"step=1 of .* is damaged: it is of step 2; use"):
+        reader.resolve("1")
+    reader.close()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_evaluation_refuses_data_that_changed(copied: Any, split: str) -> None:
+    config, workdir = copied
+    source = {"train": config.data.source}.get(split) or getattr(config.data, f"{split}_source")
+    before = run_stream(workdir, config, split, ByteTokenizer()).num_tokens
+    with open(source, "a") as file:
+        file.write('{"text": "a line more"}\n')
+    field = "data.source" if split == "train" else f"data.{split}_source"
+    with pytest.raises(ConfigError, match=f"{field}={source} holds other data than .* was trained with") as error:
+        run_stream(workdir, config, split, ByteTokenizer())
+    assert "\n" not in str(error.value) and "--text_file" in str(error.value)
+    for other in {"train", "validation", "test"} - {split}:
+        run_stream(workdir, config, other, ByteTokenizer())
+    (workdir / "run.json").unlink()  # of an earlier edition: there is nothing to compare with
+    assert run_stream(workdir, config, split, ByteTokenizer()).num_tokens > before
+
+
+def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: pathlib.Path) -> None:
+    """The test split of data.source, of which the run knows the training split."""
+    (tmp_path / "all").mkdir()
+    for i in range(100):
+        (tmp_path / "all" / f"{i:02}.txt").write_text(f"The state of the union, number {i}. " * 9)
+    fields = DataConfig(source=str(tmp_path / "all"), tokenizer="bytes")
+    config = Config(data=fields, cache_dir=str(tmp_path / "cache"))
+    trained_on = {"train": fingerprint(config.data, "train", config.cache_dir)}
+    write_run(tmp_path / "run", config, trained_on, {"data": 1}, ByteTokenizer())
+    assert run_of(tmp_path / "run")["data"] == trained_on
+    run_stream(tmp_path / "run", config, "test", ByteTokenizer())
+    (tmp_path / "all" / "more.txt").write_text("more")
+    with pytest.raises(ConfigError, match=r"data\.source=.* holds other data than .*, so its test split is another"):
+        run_stream(tmp_path / "run", config, "test", ByteTokenizer())
+
+
+def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: pathlib.Path) -> list[Any]:
+    """Of evaluation, generation and export."""
+    with quick(), jax.set_mesh(make_mesh(config)):
+        own, model = restore(workdir)
+        tokenizer = run_tokenizer(workdir, config)
+        score = evaluate(model, text_stream(text, tokenizer), 16, 4)
+        (completion,) = Generator(own, model).generate(["the state"], max_tokens=6, ignore_eos=True)
+        export_model(config, model, output, tokenizer=tokenizer, format="bigmac")
+    exported = {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}
+    return [score, completion, exported]
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", pytest.param("gpt2", marks=pytest.mark.full)])
+def test_an_old_run_answers_as_before(tokenizer: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, when the corpus, the cache and the package that a tokenizer came from are gone."""
+    vocabulary = 320 if tokenizer == "bpe" else 50304
+    fields = f"data.tokenizer={tokenizer}", f"model.vocab_size={vocabulary}", "train.steps=2", "train.eval_every=0"
+    config, workdir = small(tmp_path, *fields), tmp_path / "run"
+    run(config, workdir)
+    text = tmp_path / "some.txt"
+    text.write_text("the state of the nation, and its government; zebras juxtapose quartz\n" * 5)
+    before = answers(config, workdir, text, tmp_path / "before" / "model")
+
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    shutil.rmtree(tmp_path / "cache")
+
+    def gone(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", gone)
+    with pytest.raises(ConfigError):
+        load_tokenizer(config)
+    after = answers(config, workdir, text, tmp_path / "after" / "model")
+    assert after[:2] == before[:2] and after[2].keys() == before[2].keys()
+    assert [name for name in after[2] if after[2][name] != before[2][name]] == []
+    assert any(name.endswith(".safetensors") for name in after[2])
