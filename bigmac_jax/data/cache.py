@@ -15,6 +15,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from bigmac_jax.config import parse_object, sealed, unsealed
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
@@ -130,18 +131,13 @@ def _open(path: pathlib.Path, key: str, text: str, eos_id: int) -> CachedStream 
     if not path.exists():
         return None
     try:
-        meta = json.loads((path / _META).read_bytes())
-        if meta.pop("seal") == _seal(meta) and meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
+        meta = unsealed(parse_object((path / _META).read_bytes()))  # fewer tokens would be read without a word
+        if meta["key"] == key and meta["digest"] == file_digest(path / _TOKENS):
             return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     _log.warning("%s is damaged; tokenising again", path)
     return None
-
-
-def _seal(meta: dict[str, Any]) -> str:
-    """A digest of the other entries: fewer tokens than there are would be read without a word."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> None:
@@ -163,8 +159,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     writer.close()
     meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
     meta["digest"] = file_digest(directory / _TOKENS)
-    meta["seal"] = _seal(meta)
-    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
+    (directory / _META).write_text(json.dumps(sealed(meta), indent=2) + "\n")
     _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
 
 

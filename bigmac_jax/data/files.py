@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from bigmac_jax import signals
 from bigmac_jax.config import ConfigError
 
 _BLOCK = 1 << 20
@@ -63,8 +64,9 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
     part.chmod(0o777 & ~_umask())
     try:
-        yield part
-        shutil.rmtree(path, ignore_errors=True)
+        with signals.undone(lambda: shutil.rmtree(part, ignore_errors=True)):
+            yield part
+        remove(path)
         part.rename(path)
     except Exception as error:
         if fix := disk_full(error, path):
@@ -72,6 +74,14 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Whatever stands there: a damaged file may be a folder, and the other way round."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

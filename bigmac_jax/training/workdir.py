@@ -69,12 +69,20 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
     or there is no copy: of bytes, and of earlier editions.
 
     Raises:
-      ConfigError: the copy has changed.
+      ConfigError: the copy has changed, or is gone and can't be made again.
     """
-    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
-    if kept is None or read_config(workdir).data.tokenizer != config.data.tokenizer:
+    if read_config(workdir).data.tokenizer != config.data.tokenizer:
         return config
-    if _fingerprint(workdir) not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
+    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
+    wanted = _fingerprint(workdir)
+    if kept is None:
+        if wanted and wanted != load_tokenizer(config).fingerprint:
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which "
+                f"there is no copy: what it is made from has changed; bring that back"
+            )
+        return config
+    if wanted not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
         raise ConfigError(f"{kept} is not the tokenizer that the run was trained with; bring back a good copy")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
 
@@ -85,15 +93,7 @@ def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
     Raises:
       ConfigError: it is not there any more, or is another one.
     """
-    own = with_own_tokenizer(workdir, config)
-    tokenizer = load_tokenizer(own)
-    same = own.data.tokenizer == read_config(workdir).data.tokenizer
-    if same and _fingerprint(workdir) not in ("", tokenizer.fingerprint):
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which an "
-            f"earlier edition kept no copy: what it is made from has changed; bring that back"
-        )
-    return tokenizer
+    return load_tokenizer(with_own_tokenizer(workdir, config))
 
 
 def _fingerprint(workdir: pathlib.Path) -> str:
