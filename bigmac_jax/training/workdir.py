@@ -184,7 +184,11 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); remove what is there, or free space") from None

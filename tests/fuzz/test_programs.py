@@ -84,6 +84,7 @@ def test_thirty_of_them(tmp_path: pathlib.Path) -> None:
     config = json.loads(write_config(start).read_text())
     config["data"]["tokenizer"], config["model"]["vocab_size"] = "bpe", 320
     config["train"] |= {"eval_every": 4, "checkpoint_every": 2}
+    config["optimizer"]["schedule"] = "constant"  # the same whether it is to take 4 steps or 8
     (start / "config.json").write_text(json.dumps(config))
     made = commands(tmp_path / "made", {"train": at(start, (*TRAIN, *TO_4)), "export": at(start, EXPORT)})
     assert all(end.code == 0 for end in made.values()), made
@@ -105,23 +106,21 @@ def test_thirty_of_them(tmp_path: pathlib.Path) -> None:
     ends = commands(tmp_path / "results", cases)
     assert all(ends[name].code == 0 for name in alone.values()), ends
 
-    bad = {}
-    for name, (what, argv) in damaged.items():
+    def wrong(name: str, argv: Sequence[str]) -> str:
         end, whole = ends[name], ends[alone[argv]]
         lines = end.err.splitlines()
-        if (
-            "Traceback" in end.out + end.err
-            or end.seconds > whole.seconds + SLOWEST
-            or end.code not in (0, 2)
-            or (end.code == 2 and [line for line in lines if line.startswith("error: ")] != lines[-1:])
-        ):
-            bad[what] = end
-        elif end.code == 0 and argv[0] == "train.py":
+        if "Traceback" in end.out + end.err or end.seconds > whole.seconds + SLOWEST or end.code not in (0, 2):
+            return "no line, or too late"
+        if end.code == 2:
+            return "" if [line for line in lines if line.startswith("error: ")] == lines[-1:] else "not one line"
+        if argv[0] == "train.py":
             found, wanted = (losses(tmp_path / n / "run", 4) for n in (name, alone[argv]))
-            if found != wanted:
-                bad[what] = end
-        elif end.code == 0 and argv in (EVAL, GENERATE) and end.out.splitlines()[-1] != whole.out.splitlines()[-1]:
-            bad[what] = end
-    assert not bad, "\n\n".join(f"{what}: {end}" for what, end in bad.items())
+            return "" if found == wanted else "other losses"
+        if argv in (EVAL, GENERATE) and "is passed over" not in end.err:  # of a checkpoint, then
+            return "" if end.out.splitlines()[-1] == whole.out.splitlines()[-1] else "another answer"
+        return ""
+
+    bad = [f"{what}: {w}: {ends[name]}" for name, (what, argv) in damaged.items() if (w := wrong(name, argv))]
+    assert not bad, "\n\n".join(bad)
     codes = [ends[name].code for name in damaged]
     assert 5 < codes.count(0) < 25, codes  # both happen
