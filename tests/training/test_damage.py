@@ -1,5 +1,6 @@
 """A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -16,13 +17,15 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.metrics import MetricsWriter
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, write_config
 
 from .test_checkpoint import trivial
 from .tools import leaves_of, quick, read_records, small
@@ -302,6 +305,18 @@ def test_a_checkpoint_of_an_earlier_edition_does_not_say_its_step(workdir: pathl
     checkpoints = Checkpoints(workdir, keep=3)
     assert checkpoints.newest_intact() == 3 and checkpoints.restore(3, trivial(0))[1] == {"batches": 3}
     checkpoints.close()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_start_on_a_full_disk(small_disk: pathlib.Path, tokenizer: str, tmp_path_factory: Any) -> None:
+    """The cache's disk, and then the workdir's: one line each."""
+    config = small(tmp_path_factory.mktemp("data"), f"data.tokenizer={tokenizer}", "model.vocab_size=320")
+    full = dataclasses.replace(config, cache_dir=str(small_disk / "cache"))
+    fill(small_disk)
+    with pytest.raises(ConfigError, match=r"cannot be written.*the disk at .* is full; free some of it, or set"):
+        open_stream(full, "train", load_tokenizer(full))
+    with pytest.raises(ConfigError, match=r"config\.json cannot be written \(No space left on device\)"):
+        write_config(config, small_disk / "run")
 
 
 def test_metrics_wait_for_a_full_disk(small_disk: pathlib.Path) -> None:
