@@ -256,25 +256,6 @@ def global_array(sharding: NamedSharding, rows: Sequence[int], local: np.ndarray
     return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def stop(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, stop)
-        yield received
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
-
-
 class StopVote:
     """Whether a process wants to stop, known to all at the same step.
 

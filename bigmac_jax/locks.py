@@ -32,7 +32,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
                     ) from None
                 except OSError as error:
                     raise ConfigError(f"--workdir={workdir} cannot be written ({error}); give another one") from None
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                with contextlib.suppress(OSError):  # of a full disk: this is for whoever is refused
+                    os.ftruncate(file.fileno(), 0)
+                    os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

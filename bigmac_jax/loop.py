@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, signals
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
@@ -187,7 +187,7 @@ class _Run:
         with NOW.doing("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
-        with hosts.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
+        with signals.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
             NOW.turn("first step")
             while True:
                 try:

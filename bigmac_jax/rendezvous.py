@@ -33,8 +33,8 @@ def meet(coordinator: str, num_processes: int, process_id: int, seconds: float) 
         answer = _report(host.strip("[]"), int(port), num_processes, process_id, end)
     else:
         with _listening(int(port)) as server, contextlib.ExitStack() as stack:
-            there, answer = _gathered(server, stack, num_processes, end)
-            for connection in there.values():
+            heard, answer = _gathered(server, stack, num_processes, end)
+            for connection in heard:
                 with contextlib.suppress(OSError):
                     connection.settimeout(_HELLO)
                     connection.sendall(json.dumps(answer).encode() + b"\n")
@@ -63,18 +63,19 @@ def _listening(port: int) -> socket.socket:
 
 def _gathered(
     server: socket.socket, stack: contextlib.ExitStack, num_processes: int, end: float
-) -> tuple[dict[int, socket.socket], dict[str, str]]:
-    """The connections of the others by their number, and what they are to be told."""
-    there: dict[int, socket.socket] = {}
+) -> tuple[list[socket.socket], dict[str, str]]:
+    """The connections of the others, and what they are to be told."""
+    heard: list[socket.socket] = []
+    there: dict[int, socket.socket] = {}  # by their number
     answer: dict[str, str] = {}
     while True:
         if there.keys() >= set(range(1, num_processes)):
             there = {process: connection for process, connection in there.items() if _is_open(connection)}
         if there.keys() >= set(range(1, num_processes)):
-            return there, answer
+            return heard, answer
         if (left := end - time.monotonic()) <= 0:
             absent = next(process for process in range(1, num_processes) if process not in there)
-            return there, answer or {"missing": f"process {absent} of {num_processes} was not there in time"}
+            return heard, answer or {"missing": f"process {absent} of {num_processes} was not there in time"}
         server.settimeout(left)
         try:
             connection = stack.enter_context(server.accept()[0])
@@ -83,6 +84,7 @@ def _gathered(
             process, processes = int(told["process"]), int(told["processes"])
         except (OSError, ValueError, TypeError, KeyError):  # nobody of ours
             continue
+        heard.append(connection)
         before, there[process] = there.get(process), connection
         if processes != num_processes:
             told_both = f"--num_processes={processes}, process 0 {num_processes}"
@@ -101,7 +103,7 @@ def _report(host: str, port: int, num_processes: int, process_id: int, end: floa
         try:
             with socket.create_connection((host, port), min(left, _HELLO)) as connection:
                 connection.sendall(hello)
-                connection.settimeout(left)
+                connection.settimeout(left + _GRACE)
                 return dict(_line(connection))
         except OSError:  # it is not there yet
             time.sleep(0.1)

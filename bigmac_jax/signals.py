@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PATIENCE = 0.3  # seconds for the main thread to come back from C
 _half_way: list[Callable[[], object]] = []
+_spared: set[int] = set()  # whose next one is `stop_signals`'
 _ending = threading.Lock()
 
 
 def take() -> None:
-    """From here on both signals end the process, until other handlers are set (`hosts.stop_signals`).
+    """From here on both signals end the process, but for one inside `stop_signals`.
 
     Python's own way is an exception in the main thread: swallowed where C++ called back, a traceback where a library
     expects none, and late where C++ compiles or waits for another process. What a killed process leaves half-way is
@@ -44,6 +45,28 @@ def blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in WORDS:
+            _spared.add(number)
+            previous[number] = signal.signal(number, stop)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+            if number not in received:
+                _spared.discard(number)
+
+
+@contextlib.contextmanager
 def undone(undo: Callable[[], object]) -> Iterator[None]:
     """A signal that ends the process inside calls `undo` first, as a `finally` would be for an exception."""
     _half_way.append(undo)
@@ -56,8 +79,11 @@ def undone(undo: Callable[[], object]) -> Iterator[None]:
 def _listen(pipe: int) -> None:
     """For a main thread that does not come to its handler."""
     while received := os.read(pipe, 1):
+        if received[0] in _spared:
+            _spared.discard(received[0])
+            continue
         time.sleep(_PATIENCE)
-        if signal.getsignal(received[0]) == _end:
+        if received[0] in WORDS:
             _end(received[0], None)
 
 
@@ -68,5 +94,5 @@ def _end(number: int, _: Any) -> None:
         with contextlib.suppress(Exception):
             undo()
     with contextlib.suppress(OSError):
-        os.write(2, f"{WORDS[signal.Signals(number)]}\n".encode())  # a stream's lock may be held
+        os.write(2, f"{WORDS[number]}\n".encode())  # a stream's lock may be held
     os._exit(128 + number)

@@ -60,3 +60,47 @@ def test_at_any_moment(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     write_config(tmp_path)
     slowest = max(stopped(tmp_path, number, tenth / 10) for tenth in range(3, 81))
     assert slowest < 10
+
+
+def ended(program: str) -> tuple[int, str, str]:
+    start = "import ctypes, os, signal, time\nfrom bigmac_jax import signals\nsignals.take()\n"
+    done = subprocess.run([sys.executable, "-c", start + program], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_loop_is_spared_one_of_each() -> None:
+    """Long after it has stopped, too; the next one ends it."""
+    program = """
+with signals.stop_signals() as stopped:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+time.sleep(1)
+print(sorted(stopped), flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(10)
+"""
+    assert ended(program) == (130, "[2, 15]\n", "interrupted\n")
+
+
+def test_a_main_thread_that_does_not_come_back() -> None:
+    """As in a compilation, or waiting for another process."""
+    program = """
+c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+c.alarm(10)
+with signals.undone(lambda: os.write(1, b"undone")):
+    os.posix_spawnp("sh", ["sh", "-c", f"sleep 0.5; kill -TERM {os.getpid()}"], os.environ)
+    c.pthread_mutex_lock(mutex)
+    c.pthread_mutex_lock(mutex)
+"""
+    assert ended(program) == (143, "undone", "terminated\n")
+
+
+def test_a_signal_waits_for_the_program_that_takes_this_ones_place() -> None:
+    program = """
+import sys
+if len(sys.argv) == 1:
+    with signals.blocked():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.execv(sys.executable, [*sys.orig_argv, "again"])
+"""
+    assert ended(program) == (130, "", "interrupted\n")

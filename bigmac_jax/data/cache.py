@@ -15,8 +15,9 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from bigmac_jax.config import parse_object, sealed, unsealed
 from bigmac_jax.data.documents import Documents
-from bigmac_jax.data.files import Digests, cache_directory, file_digest, locked, seal, whole_directory
+from bigmac_jax.data.files import Digests, cache_directory, file_digest, locked, whole_directory
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
 from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
@@ -133,10 +134,10 @@ def _open(path: pathlib.Path, key: str, text: str, eos_id: int, digests: Digests
     if not path.exists():
         return None
     try:
-        meta = json.loads((path / _META).read_bytes())
-        if meta.pop("seal") == seal(meta) and meta["key"] == key and [meta["digest"]] == digests([path / _TOKENS]):
+        meta = unsealed(parse_object((path / _META).read_bytes()))  # fewer tokens would be read without a word
+        if meta["key"] == key and [meta["digest"]] == digests([path / _TOKENS]):
             return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     _log.warning("%s is damaged; tokenising again", path)
     return None
@@ -161,8 +162,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     writer.close()
     meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
     meta["digest"] = file_digest(directory / _TOKENS)
-    meta["seal"] = seal(meta)
-    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
+    (directory / _META).write_text(json.dumps(sealed(meta), indent=2) + "\n")
     _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
 
 

@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Documents, one_line
-from bigmac_jax.data.files import cache_directory, disk_full, locked
+from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 
 _log = logging.getLogger(__name__)
 DATASET = "tfds:"
@@ -101,8 +101,16 @@ class TfdsDocuments(Documents):
 def _sotu(cache_dir: str) -> Any:
     from bigmac_jax.data import sotu  # here, since TFDS takes its time to import
 
-    root = cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}")
-    return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), "data.source=sotu", show=False)
+    root, setting = cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}"), "data.source=sotu"
+    version = root / "bigmac_sotu" / str(sotu.BigmacSotu.VERSION)
+    try:
+        return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
+    except Exception:
+        if not version.exists():
+            raise
+        _log.warning("%s is damaged; preparing it again", version)
+        remove(version)
+    return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
 
 
 def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
@@ -129,11 +137,14 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
 
 def _prepared(builder: Any, setting: str, show: bool) -> Any:
     """Prepares the dataset unless it is; one process does it while others wait at the lock."""
+    version = pathlib.Path(builder.data_path)
+    seal = version.with_name(f".{version.name}.sha256")
     if builder.is_prepared():
+        if seal.is_file() and seal.read_bytes() != _digest(version):
+            raise ConfigError(f"{setting}: {version} has changed since it was prepared; delete it to prepare it again")
         return builder
     import tensorflow_datasets as tfds
 
-    version = pathlib.Path(builder.data_path)
     with locked(cache_directory(version.parent) / version.name):
         for left_over in version.parent.glob(f"incomplete.*_{version.name}"):  # of processes that were killed
             shutil.rmtree(left_over, ignore_errors=True)
@@ -162,9 +173,17 @@ def _prepared(builder: Any, setting: str, show: bool) -> Any:
             finally:
                 if not show:
                     tfds.enable_progress_bar()
+            seal.write_bytes(_digest(version))
         else:  # by the process that held the lock before us; read what it wrote
             builder.info.read_from_directory(str(version))
     return builder
+
+
+def _digest(version: pathlib.Path) -> bytes:
+    """Of the index files of a prepared dataset, and of the others' sizes: their records have checksums."""
+    files = sorted(path for path in version.rglob("*") if path.is_file())
+    parts = [[path.name, path.stat().st_size, path.suffix == ".json" and path.read_bytes().hex()] for path in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest().encode()
 
 
 def _check_network(builder: Any, setting: str) -> None:

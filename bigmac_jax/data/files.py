@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax import signals
+from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
 
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
@@ -70,8 +71,9 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
     part.chmod(0o777 & ~_umask())
     try:
-        yield part
-        shutil.rmtree(path, ignore_errors=True)
+        with signals.undone(lambda: shutil.rmtree(part, ignore_errors=True)):
+            yield part
+        remove(path)
         part.rename(path)
     except Exception as error:
         if fix := disk_full(error, path):
@@ -79,6 +81,14 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Whatever stands there: a damaged file may be a folder, and the other way round."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -138,25 +148,18 @@ class Digests:
 
     def _read(self) -> dict[str, Any]:
         try:
-            table = json.loads(self._path.read_bytes())
-            if table["seal"] == seal(table["files"]):
-                return table["files"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return dict(unsealed(parse_object(self._path.read_bytes()))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # there is none, or it is damaged: all is read again
         return {}
 
     def _write(self, files: dict[str, Any]) -> None:
         part = self._path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk: all is read again next time
-            part.write_text(json.dumps({"seal": seal(files), "files": files}))
+            part.write_text(json.dumps(sealed({"files": files})))
             part.replace(self._path)
 
 
 def _state(path: pathlib.Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def seal(entries: dict[str, Any]) -> str:
-    """A digest of what a small file holds besides: changed entries would be taken without a word."""
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Tokenizers behind one small interface: our own BPE, bytes, GPT-2's, a tokenizer.json, a SentencePiece model."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode, one_line
-from bigmac_jax.data.files import cache_directory, locked
+from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 from bigmac_jax.phases import NOW
 
 END_OF_TEXT = "<|endoftext|>"
@@ -242,17 +243,25 @@ def _trained(config: Config) -> Tokenizer:
     digest = path.with_suffix(".sha256")
     with locked(path):
         if path.exists():
-            content = path.read_bytes()
-            if digest.exists() and digest.read_bytes() == _hex_digest(content):
-                return JsonTokenizer(content.decode())
+            with contextlib.suppress(OSError):
+                content = path.read_bytes()
+                if digest.read_bytes() == _hex_digest(content):
+                    return JsonTokenizer(content.decode())
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         with NOW.doing("train tokenizer"):
             text = train_bpe(train, size)
         part = path.with_suffix(f".part-{os.getpid()}")
-        for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
-            part.write_bytes(content)
-            part.replace(file)
+        try:
+            for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
+                part.write_bytes(content)
+                if file.is_dir():
+                    remove(file)
+                part.replace(file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            fix = disk_full(error, path) or "set a cache_dir you may write to"
+            raise ConfigError(f"{path} cannot be written ({error.strerror}): {fix}") from None
         return JsonTokenizer(text)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bigmac_jax import hosts
+from bigmac_jax.config import parse_object, sealed, unsealed
 
 Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding would give it
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Finished:
 
     def _read(self, line: bytes) -> None:
         try:
-            entry = json.loads(line)
+            entry = unsealed(parse_object(line))
             if entry["model"] == self._model:
                 self._known[str(entry["window"])] = float(entry["loglikelihood"]), bool(entry["greedy"])
         except (ValueError, KeyError, TypeError):
@@ -64,7 +65,7 @@ class Finished:
         if not hosts.is_first():
             return
         lines = [
-            json.dumps({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}) + "\n"
+            json.dumps(sealed({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model})) + "\n"
             for key, (score, greedy) in scores.items()
         ]
         try:

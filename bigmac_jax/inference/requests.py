@@ -90,6 +90,7 @@ def answers_to(target: str) -> Iterator[TextIO]:
 
 def _opened(target: str, mode: str) -> TextIO:
     try:
-        return open(pathlib.Path(target).expanduser(), mode, encoding="utf-8")  # type: ignore[return-value]
+        # By lines: whoever is interrupted leaves whole ones.
+        return open(pathlib.Path(target).expanduser(), mode, buffering=1, encoding="utf-8")  # type: ignore[return-value]
     except OSError as error:
         raise ConfigError(f"--output={target} cannot be written ({error.strerror}); choose another path") from None

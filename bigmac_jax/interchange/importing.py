@@ -15,13 +15,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, read_object
 from bigmac_jax.config.fields import moved
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, leaf_name, named_leaves
-from bigmac_jax.interchange.shards import Checkpoint, Index, read_json
+from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -105,9 +105,9 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
 
 def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Format, Checkpoint]:
     file = directory / "config.json"
-    values = read_json(file)
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind not in FORMATS:
+    values = read_object(file, "give the directory of a checkpoint, or copy it again")
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
     for override in overrides:
         if not (override.startswith(_FREE) or moved(override.partition("=")[0])):
@@ -118,8 +118,12 @@ def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Fo
         config = layout.from_json(values, checkpoint)
     except ConfigError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is not a config of {kind} ({type(error).__name__}: {error})") from None
+    model, count = config.model, len(checkpoint.names())
+    matrices = model.moe_layers * model.expert_count if model.is_moe else 0
+    if max(model.num_layers, matrices) > count:  # or their names alone would fill the memory
+        raise ConfigError(f"{file}: {model.num_layers} layers need more than the {count} tensors of {directory}")
     return overridden(dataclasses.asdict(config), overrides), layout, checkpoint
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax import signals
+from bigmac_jax.config import ConfigError, read_object
 from bigmac_jax.data.documents import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -96,9 +97,10 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
     check_new(output)
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, output)
+        with signals.undone(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, output)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output={output} cannot be written ({one_line(error)}); give another one") from None
     finally:
@@ -132,14 +134,14 @@ class Checkpoint:
             if not (self.directory / _SINGLE).is_file():
                 raise ConfigError(f"{self.directory} holds neither {_SINGLE} nor {INDEX}; give another --checkpoint")
             return [self.directory / _SINGLE]
-        values = read_json(index)
-        try:
-            files = {self.directory / name for name in values["weight_map"].values()}
-        except (KeyError, AttributeError, TypeError):
-            raise ConfigError(f"{index} has no weight_map; copy it again") from None
-        if missing := sorted(path.name for path in files if not path.is_file()):
+        weight_map = read_object(index, "copy it again").get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not names:
+            raise ConfigError(f"{index} has no weight_map; copy it again")
+        there = {path.name for path in self.directory.iterdir() if path.is_file()}
+        if missing := sorted(names - there):
             raise ConfigError(f"{self.directory} lacks {missing[0]}, which {INDEX} names; copy it again")
-        return sorted(files)
+        return [self.directory / name for name in sorted(names)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -161,13 +163,3 @@ class Checkpoint:
         if part:
             return np.asarray(tensor[part], np.float32)[index]
         return np.asarray(tensor[index or (slice(None),)], np.float32)
-
-
-def read_json(file: pathlib.Path) -> Any:
-    """Raises ConfigError naming the file."""
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{file.parent} holds no {file.name}; give the directory of a checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} cannot be read ({one_line(error)}); copy it again") from None

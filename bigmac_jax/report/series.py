@@ -87,7 +87,7 @@ def expert_load(records: Records) -> dict[str, Any] | None:
     n, layers, experts = load_nYE.shape
     columns = min(n, max(16, min(COLUMNS, CELLS // (layers * experts))))
     stretches = np.array_split(np.arange(n), columns)
-    mean_cYE = np.stack([np.nan_to_num(load_nYE[stretch]).mean(0) for stretch in stretches])
+    mean_cYE = np.stack([np.nan_to_num(load_nYE[stretch]).mean(0) for stretch in stretches]).clip(0)
     largest = max(float(mean_cYE.max()), 1.0)
     byte_YEc = np.sqrt(mean_cYE.transpose(1, 2, 0) / largest) * 255
     return {

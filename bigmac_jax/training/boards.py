@@ -51,8 +51,12 @@ class TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer: EventsWriter | None = EventsWriter(str(folder / "events"))
+        self._writer: EventsWriter | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+        except OSError as error:
+            _log.warning("%s cannot be written (%s): there is nothing for TensorBoard", folder, error.strerror)
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
 
     def write(self, record: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
 from bigmac_jax.training.boards import open_boards
-from bigmac_jax.training.records import NAME, as_record
+from bigmac_jax.training.records import NAME, as_record, read_lines
 from bigmac_jax.training.step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -188,11 +188,10 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def _truncate(path: pathlib.Path, step: int) -> None:
     """Drops the records after `step`, and what is no record, which is named but for a half-written last line."""
-    if not path.exists():
+    if not (lines := read_lines(path)):
         return
-    kept, damaged = [], 0
-    *lines, last = path.read_bytes().split(b"\n")
-    for line in [*lines, last]:
+    kept, damaged, last = [], 0, lines[-1]
+    for line in lines:
         record = as_record(line)
         if record is None:
             damaged += line is not last

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bigmac_jax.config import parse_object
+from bigmac_jax.config import ConfigError, parse_object
 
 Record = dict[str, Any]
 NAME = "metrics.jsonl"
@@ -17,9 +17,21 @@ _TEXTS = ("event",)
 def read_records(workdir: pathlib.Path) -> list[Record]:
     """In order. Lines that are no record are left out: the last one of a run that is writing it, or one that a full
     disk has cut."""
-    path = workdir / NAME
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [record for line in lines if (record := as_record(line)) is not None]
+    return [record for line in read_lines(workdir / NAME) if (record := as_record(line)) is not None]
+
+
+def read_lines(path: pathlib.Path) -> list[bytes]:
+    """The last one is what stands behind the last line's end. None, if there is no file yet.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); move it away") from None
 
 
 def as_record(line: bytes) -> Record | None:

@@ -116,12 +116,20 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
     or there is no copy: of bytes, and of earlier editions.
 
     Raises:
-      ConfigError: the copy has changed.
+      ConfigError: the copy has changed, or is gone and can't be made again.
     """
-    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
-    if kept is None or read_config(workdir).data.tokenizer != config.data.tokenizer:
+    if read_config(workdir).data.tokenizer != config.data.tokenizer:
         return config
-    if _fingerprint(workdir) not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
+    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
+    wanted = _fingerprint(workdir)
+    if kept is None:
+        if wanted and wanted != load_tokenizer(config).fingerprint:
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which "
+                f"there is no copy: what it is made from has changed; bring that back"
+            )
+        return config
+    if wanted not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
         raise ConfigError(f"{kept} is not the tokenizer that the run was trained with; bring back a good copy")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
 
@@ -132,15 +140,7 @@ def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
     Raises:
       ConfigError: it is not there any more, or is another one.
     """
-    own = with_own_tokenizer(workdir, config)
-    tokenizer = load_tokenizer(own)
-    same = own.data.tokenizer == read_config(workdir).data.tokenizer
-    if same and _fingerprint(workdir) not in ("", tokenizer.fingerprint):
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which an "
-            f"earlier edition kept no copy: what it is made from has changed; bring that back"
-        )
-    return tokenizer
+    return load_tokenizer(with_own_tokenizer(workdir, config))
 
 
 def _fingerprint(workdir: pathlib.Path) -> str:
@@ -286,7 +286,11 @@ def _of_own_files(config: Config) -> dict[str, str]:
 
 
 def _write(file: pathlib.Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); remove what is there, or free space") from None

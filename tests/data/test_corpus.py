@@ -55,6 +55,24 @@ def test_a_damaged_dataset_is_named(tmp_path):
         list(docs)
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:50], lambda text: text.replace('"224"', '"220"')])
+def test_a_damaged_index_is_made_again(tmp_path, caplog, damage):
+    before = documents(DataConfig(), "train", str(tmp_path)).fingerprint
+    (file,) = tmp_path.glob("tfds/**/dataset_info.json")
+    file.write_text(damage(file.read_text()))
+    assert documents(DataConfig(), "train", str(tmp_path)).fingerprint == before
+    assert sum("is damaged; preparing it again" in record.message for record in caplog.records) == 1
+
+
+def test_an_index_that_has_changed_is_refused(tmp_path):
+    read(tmp_path, source="tfds:tiny_text/plain", text_field="body")
+    (file,) = tmp_path.glob("tfds/**/dataset_info.json")
+    assert '"30"' in file.read_text()
+    file.write_text(file.read_text().replace('"30"', '"20"'))
+    with pytest.raises(ConfigError, match=r"plain/1\.0\.0 has changed since it was prepared; delete it to prepare it"):
+        read(tmp_path, source="tfds:tiny_text/plain", text_field="body")
+
+
 # --- other TFDS datasets ---
 
 

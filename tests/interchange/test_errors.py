@@ -59,7 +59,8 @@ NORM = "backbone.norm_f.weight"
 BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "config that is no object": (lambda f: (f / "config.json").write_text("[]"), "model_type=None must be one of"),
+    "config that is no object": (lambda f: (f / "config.json").write_text("[]"), "cannot be read .it is a JSON list"),
+    "a class that is no name": (with_config(model_type=["bigmac"]), "model_type=.'bigmac'. must be one of"),
     "another class": (with_config(model_type="llama"), "model_type=llama must be one of nemotron_h, qwen3_moe, bigmac"),
     "wrong type": (with_config(hidden_size="many"), "config.json is not a config of nemotron_h"),
     "Mamba layers": (with_config(layers_block_type=["mamba", "moe"]), r"layers_block_type=\['mamba', 'moe'\] must be"),

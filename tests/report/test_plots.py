@@ -8,12 +8,15 @@ import matplotlib.image
 import pytest
 
 from bigmac_jax.config import Config
+from bigmac_jax.report.page import page
 from bigmac_jax.report.plots import write_report
+from bigmac_jax.report.runs import read_runs
+from bigmac_jax.training.metrics import _truncate
 from bigmac_jax.training.records import read_records
 
 
-def training(step: int, **more: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 5.0 - step, "tokens_per_s": 100.0, "mfu": 0.25} | more
+def training(number: int, **more: Any) -> dict[str, Any]:
+    return {"step": number, "loss": 5.0 - number, "tokens_per_s": 100.0, "mfu": 0.25} | more
 
 
 def evaluation(step: int, loss: float | None) -> dict[str, Any]:
@@ -45,6 +48,32 @@ def test_a_picture(tmp_path: pathlib.Path, records: list[dict[str, Any]]) -> Non
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[:2] == (880, 1320) and pixels.std() > 0.05
     assert read_records(tmp_path) == records
+
+
+WRONG = [
+    training(3, loss="low"), training(3, loss=[1.0]), training(3, tokens_per_s={"a": 1}), training(3, mfu=True),
+    training(0, step="3"), training(-3), training(3, **EXPERTS | {"moe/load": [[1.0], [1.0, 2.0]]}),
+    training(3, **EXPERTS | {"moe/load": []}), training(3, **EXPERTS | {"moe/load": [["x"]]}),
+    training(3, **EXPERTS | {"moe/drop_rate_by_layer": 0.5}), {"step": 3, "event": 7}, evaluation(3, "low"),  # type: ignore[arg-type]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", WRONG, ids=range(len(WRONG)))
+def test_a_record_of_a_wrong_type_is_left_out(tmp_path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Of the picture, of the page and of what a resumed run keeps."""
+    good = LOGGED["moe"]
+    write(tmp_path, [*good, record, training(3, **EXPERTS)])
+    assert read_records(tmp_path) == [*good, training(3, **EXPERTS)]
+    assert page(read_runs([str(tmp_path)])).endswith("</html>\n")
+    _truncate(tmp_path / "metrics.jsonl", 2)
+    assert read_records(tmp_path) == good
+
+
+def test_numbers_that_no_run_reaches(tmp_path: pathlib.Path) -> None:
+    """They are drawn, and nothing overflows."""
+    huge = {"step_time_s": 1e300, "tokens": 10**18, "moe/load": [[1e300, -1e300, 0.0]] * 2}
+    write(tmp_path, [training(1, **EXPERTS), training(2**62, **EXPERTS | huge), evaluation(2**62, 1e300)])
+    assert page(read_runs([str(tmp_path)])).endswith("</html>\n")
 
 
 @pytest.mark.parametrize("records", [[], [evaluation(1, 2.0)]], ids=["nothing", "an evaluation alone"])

@@ -1,6 +1,6 @@
 """Runs the commands of cases.json one after another, each in a fork of this process, which imports JAX once.
 
-A case is {"name": …, "argv": [script, …]}; NAME.out, NAME.err and NAME.code are written beside cases.json.
+A case is {"name": …, "argv": [script, …]}; beside cases.json are written NAME.out, .err, .code and .seconds.
 """
 
 import gc
@@ -9,6 +9,7 @@ import os
 import pathlib
 import runpy
 import sys
+import time
 
 import bigmac_jax.cli
 import bigmac_jax.evaluation.tasks.run
@@ -27,12 +28,13 @@ def become(argv: list[str], out: pathlib.Path) -> None:
 def main(cases: pathlib.Path) -> None:
     gc.freeze()  # the children need not look through what was imported
     for case in json.loads(cases.read_text()):
-        out = cases.with_name(case["name"])
+        out, start = cases.with_name(case["name"]), time.monotonic()
         if not (child := os.fork()):
             become(case["argv"], out)
             return
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.with_suffix(".code").write_text(str(code))
+        out.with_suffix(".seconds").write_text(str(time.monotonic() - start))
 
 
 if __name__ == "__main__":

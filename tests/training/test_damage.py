@@ -1,5 +1,6 @@
 """A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -8,6 +9,7 @@ import pathlib
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,8 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import manifest
@@ -25,6 +29,7 @@ from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.metrics import MetricsWriter
 from bigmac_jax.training.step import TrainState
+from bigmac_jax.training.workdir import read_config, write_config
 
 from .test_checkpoint import trivial
 from .tools import leaves_of, quick, read_records, small
@@ -353,6 +358,67 @@ def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["4"]
 
 
+def test_a_directory_that_cannot_be_made(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The save costs a line, and leaves no thread that the end of the process would wait for."""
+    checkpoints = Checkpoints(workdir, keep=3)
+    before = set(threading.enumerate())
+    (workdir / "checkpoints").rename(workdir / "moved")
+    (workdir / "checkpoints").write_text("")
+    checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
+    checkpoints.wait()
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("bigmac_jax")]
+    assert "checkpoint of step 4 could not be written (" in line and "\n" not in line
+    assert not any(record.exc_info for record in caplog.records)
+    assert not [t for t in threading.enumerate() if t not in before and not t.daemon]
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be made \(File exists\); remove what is there"):
+        Checkpoints(workdir, keep=3)
+    (workdir / "checkpoints").unlink()
+    (workdir / "moved").rename(workdir / "checkpoints")
+    checkpoints.save(trivial(5), {"batches": 5}, Config(), 5, None)
+    checkpoints.close()
+    assert manifest.damage(workdir / "checkpoints" / "5") is None
+
+
+def test_directories_that_were_swapped(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each says which step it is of; the next one that is what it is called is taken."""
+    folder = workdir / "checkpoints"
+    for source, target in (("3", "x"), ("2", "3"), ("x", "2")):
+        (folder / source).rename(folder / target)
+    reader = Checkpoints(workdir)
+    assert reader.resolve("latest") == 1
+    with pytest.raises(ConfigError, match=r"step=3 .* is damaged: it is of step 2; use latest"):
+        reader.resolve("3")
+    reader.close()
+    caplog.clear()
+    checkpoints = Checkpoints(workdir, keep=3)
+    assert checkpoints.newest_intact() == 1
+    checkpoints.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert any("checkpoint 3 is damaged: it is of step 2" in line for line in lines), lines
+    assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"2", "3"}
+
+
+def test_a_checkpoint_of_an_earlier_edition_does_not_say_its_step(workdir: pathlib.Path) -> None:
+    position = workdir / "checkpoints" / "3" / "data" / "metadata"
+    position.write_text('{"batches": 3}')
+    manifest.write(position.parents[1])
+    checkpoints = Checkpoints(workdir, keep=3)
+    assert checkpoints.newest_intact() == 3 and checkpoints.restore(3, trivial(0))[1] == {"batches": 3}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_start_on_a_full_disk(small_disk: pathlib.Path, tokenizer: str, tmp_path_factory: Any) -> None:
+    """The cache's disk, and then the workdir's: one line each."""
+    config = small(tmp_path_factory.mktemp("data"), f"data.tokenizer={tokenizer}", "model.vocab_size=320")
+    full = dataclasses.replace(config, cache_dir=str(small_disk / "cache"))
+    fill(small_disk)
+    with pytest.raises(ConfigError, match=r"cannot be written.*the disk at .* is full; free some of it, or set"):
+        open_stream(full, "train", load_tokenizer(full))
+    with pytest.raises(ConfigError, match=r"config\.json cannot be written \(No space left on device\)"):
+        write_config(config, small_disk / "run")
+
+
 def test_metrics_wait_for_a_full_disk(small_disk: pathlib.Path) -> None:
     writer = MetricsWriter(small_disk, 0, 100)
     filler = fill(small_disk)
@@ -399,6 +465,30 @@ def test_a_run_goes_on(undisturbed: Any, tmp_path: pathlib.Path, capsys: pytest.
     assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"4", "6"}
     chex.assert_trees_all_equal(arrays(config, workdir), arrays(config, finished))
     assert losses(workdir) == losses(finished)
+
+
+def test_without_its_config(undisturbed: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint's is taken, and the check of what may change is on; config.json is written again."""
+    config, finished = undisturbed
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    kept = (workdir / "config.json").read_text()
+    (workdir / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.5 differs from 0\.01, which this workdir was"):
+        run(small(tmp_path, "optimizer.learning_rate=0.5"), workdir)
+    assert "holds no config.json; the config of checkpoint 6 is taken" in caplog.text
+    with jax.set_mesh(make_mesh(config)):
+        assert restore(workdir)[0] == config
+    run(config, workdir)
+    assert (workdir / "config.json").read_text() == kept
+    (workdir / "config.json").write_text(kept.replace('"top_k": 2', '"top_k": 3'))
+    caplog.clear()
+    assert read_config(workdir) == config
+    assert "config.json has changed since the run wrote it; the config of checkpoint 6 is taken" in caplog.text
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no config\.json; give the workdir of a training run"):
+        read_config(workdir)
 
 
 def test_a_run_on_a_full_disk(

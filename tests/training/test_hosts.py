@@ -197,6 +197,26 @@ def test_two_processes_pass_over_a_damaged_checkpoint(story: Story, tmp_path: pa
         assert f"resumed at step {steps[-2]}" in run.outputs[0]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("script", "common", "own"),
+    [
+        (("eval.py",), ("--split=validation",), ("--stride=0", "--stride=8")),
+        (("generate.py",), ("--prompt=the", "--json"), ("--max_tokens=3", "--max_tokens=4")),
+        (("convert.py", "export"), ("--output={folder}/out",), ("--dtype=float32", "--dtype=bfloat16")),
+    ],
+)
+def test_other_commands_compare_too(
+    story: Story, tmp_path: pathlib.Path, script: Sequence[str], common: Sequence[str], own: Sequence[str]
+) -> None:
+    arguments = ["--cpu_devices=2", *(part.format(folder=tmp_path) for part in common)]
+    shutil.copytree(story.stopped, tmp_path / "run")
+    with Job(2, None, tmp_path / "run", *arguments, script=script, own=[[flag] for flag in own]) as job:
+        assert job.wait() == [2, 2], job.outputs
+        last = job.outputs[0].splitlines()[-1]
+        assert last.startswith(f"error: process 1 was started with {own[1]}, process 0 with {own[0]}; "), job.outputs
+
+
 def test_sigterm_to_one_saves_on_all(story: Story) -> None:
     codes, outputs, checkpoints = story.sigterm
     assert codes == [0, 0], outputs

@@ -244,5 +244,5 @@ def test_a_run_keeps_its_tokenizer(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that the run was trained with; bring"):
         run_tokenizer(workdir, config)
     copy.unlink()
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* earlier edition kept no copy"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* of which there is no copy"):
         run_tokenizer(workdir, config)
