@@ -110,9 +110,9 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     model=ocp.args.StandardSave(_model_of(state)),
                     optimizer=ocp.args.StandardSave(_optimizer_of(state)),
-                    data=ocp.args.JsonSave(data_state | {manifest.STEP: step}),
+                    data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
-                    run=ocp.args.JsonSave(run_of(self._directory.parent) | {"step": step}),
+                    run=ocp.args.JsonSave(run_of(self._directory.parent) | {manifest.STEP: step}),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
@@ -181,14 +181,7 @@ class Checkpoints:
         with hosts.together():
             share = (jax.process_index(), jax.process_count()) if hosts.several() else (0, 1)
             damage = manifest.damage(self._directory / str(step), without=without, share=share)
-            damage = damage or self._misnamed(step)
         return next(filter(None, hosts.gather(damage or "")), None)
-
-    def _misnamed(self, step: int) -> str | None:
-        """Of one that was moved under another's name. Those of earlier editions do not say what they are of."""
-        file = self._directory / str(step) / "run" / "metadata"
-        saved = json.loads(file.read_bytes())["step"] if hosts.is_first() and file.exists() else step
-        return None if saved == step else f"it is of step {saved}"
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
@@ -287,7 +280,7 @@ class Checkpoints:
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
-        return state, {name: value for name, value in items["data"].items() if name != manifest.STEP}
+        return state, items["data"]
 
     def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """{"params": …, "rest": …} alone.

@@ -22,8 +22,8 @@ import xxhash
 
 NAME = "manifest.json"
 _PART = "digests.process_{}.json"  # beside the files that it is of
-STEP = "step"  # in the data position: which step a checkpoint is of, whatever its directory is called
-_POSITION = "data/metadata"
+STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`
+_RUN = "run/metadata"
 _SMALL = 1 << 16  # bytes; larger files hold arrays
 # By the name that an entry has it under. Earlier editions wrote SHA-256 alone.
 _HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
@@ -117,7 +117,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
 def _of_another_step(directory: pathlib.Path) -> str | None:
     """What is wrong with the name of the directory."""
     try:
-        step = json.loads((directory / _POSITION).read_bytes()).get(STEP)
+        step = json.loads((directory / _RUN).read_bytes()).get(STEP)
     except (OSError, ValueError, AttributeError):  # no checkpoint of ours
         return None
     if step is None or not directory.name.isdecimal() or int(directory.name) == step:  # None: of an earlier edition

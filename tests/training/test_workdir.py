@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, sealed
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -22,7 +22,7 @@ from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints, restore
-from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_run
+from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_config, write_run
 
 from .tools import quick, small
 
@@ -45,7 +45,7 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, path
     config, workdir = finished
     shutil.copytree(workdir.parent, tmp_path / "all")
     moved = Config.from_json(config.to_json().replace(str(workdir.parent), str(tmp_path / "all")))
-    (tmp_path / "all" / "run" / "config.json").write_text(moved.to_json())
+    write_config(moved, tmp_path / "all" / "run")
     with quick(), jax.set_mesh(make_mesh(moved)):
         yield moved, tmp_path / "all" / "run"
 
@@ -84,10 +84,11 @@ def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"data": [], "mesh": {"data": "x"}, "edition": 7}']
+    "values", [{"data": {}, "mesh": {}}, sealed({"data": [], "mesh": {"data": "x"}, "edition": 7}), None]
 )
-def test_what_run_json_does_not_say_is_not_known(content: bytes, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "run.json").write_bytes(content)
+def test_what_run_json_does_not_say_is_not_known(values: dict[str, Any] | None, tmp_path: pathlib.Path) -> None:
+    if values is not None:
+        (tmp_path / "run.json").write_text(json.dumps(values))
     assert run_of(tmp_path) == {"data": {}, "mesh": {}, "edition": {}}
 
 
