@@ -20,6 +20,7 @@ from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.programs import evaluation_rows, step_program
+from bigmac_jax.storage import Mirror
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
@@ -157,13 +158,16 @@ class _Run:
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
+        self.mirror = Mirror(workdir)  # of what grows: metrics, events, traces
+        if hosts.is_first():
+            self.mirror.fetch("metrics.jsonl")
         self.writer = self._writer()
         self.timer = StepTimer()
 
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
             return SilentWriter()
-        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps)
+        return MetricsWriter(self.mirror.folder, self.first_step, self.config.train.steps)
 
     def loop(self, state: TrainState, stopped: list[int], profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
@@ -189,7 +193,7 @@ class _Run:
         vote = hosts.StopVote(stopped)
         while step < train.steps and not vote.passed():
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
+                jax.profiler.start_trace(str(self.mirror.folder / "profile"))
                 self.tracing = True
             batch = next(batches)
             if step > self.first_step:  # the first step waits for those that still compile
@@ -252,6 +256,7 @@ class _Run:
             return
         record = step_record(step, metrics, self.timer.read(), self.constants)
         self.writer.write(record)
+        self.mirror.copy_sometimes()
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
 
@@ -328,6 +333,7 @@ class _Run:
         loss = None if score is None else score.loss
         position = guard.position(self.data.get_state(), self.bad_steps, state)
         with self.watch.slow():
+            self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
@@ -340,6 +346,7 @@ class _Run:
     def close(self) -> None:
         self._stop_trace()
         self.writer.close()
+        self.mirror.close()
         self.checkpoints.close()
         if not hosts.is_first():
             return

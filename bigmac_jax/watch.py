@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -21,9 +22,10 @@ from typing import Any, NoReturn
 
 import jax
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import ConfigError
 
+_log = logging.getLogger(__name__)
 _BEAT = 0.5  # seconds
 _GRACE = 10.0  # seconds to find out which process an error comes from
 _SLOW = 10  # compilation, evaluation and saving may take so many times as long as a step
@@ -31,7 +33,8 @@ _SLOW = 10  # compilation, evaluation and saving may take so many times as long 
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this job; the kernel lets it go when process 0 ends, however it ends.
+    """Holds the workdir for this job. When process 0 ends, however it ends, the kernel lets it go at once, a store
+    after half a minute (`storage.locks`).
 
     Raises:
       ConfigError: another job trains there, or the workdir cannot be written.
@@ -40,19 +43,15 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         with hosts.together():
             if hosts.is_first():
                 try:
-                    workdir.mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context((workdir / ".lock").open("a+"))
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    holder = (workdir / ".lock").read_text().strip() or "another process"
+                    stack.enter_context(storage.locked(workdir / ".lock", wait=False, say=_log.warning))
+                except storage.HeldError as holder:
                     raise ConfigError(
                         f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or give another --workdir"
                     ) from None
-                except OSError as error:
-                    raise ConfigError(f"--workdir={workdir} cannot be written ({error}); give another one") from None
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                except storage.errors() as error:
+                    raise ConfigError(
+                        f"--workdir={workdir} cannot be written ({storage.reason(error)}); give another one"
+                    ) from None
         yield
 
 

@@ -102,9 +102,9 @@ def _is_module(name: str) -> bool:
 # A room imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, which names what a notebook
 # imports, stands outside.
 ROOMS = (
-    "environment", "config", "hosts", "progress", "mesh", "watch", "data", "model", "counts", "training", "decoding",
-    "programs", "inference", "evaluation", "interchange", "planning", "report", "loop", "notebook", "selfcheck", "cli",
-    "commands",
+    "environment", "config", "storage", "hosts", "progress", "mesh", "watch", "data", "model", "counts", "training",
+    "decoding", "programs", "inference", "evaluation", "interchange", "planning", "report", "loop", "notebook",
+    "selfcheck", "cli", "commands",
 )  # fmt: skip
 
 

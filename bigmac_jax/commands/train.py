@@ -7,9 +7,10 @@ from typing import Any
 from absl import flags
 
 from bigmac_jax import cli, environment, hosts
-from bigmac_jax.config import Config, ConfigError, load_config, local_path
+from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
+from bigmac_jax.training.workdir import run_folder
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
@@ -22,10 +23,11 @@ def main() -> int:
     with hosts.together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
         profile = _steps(_PROFILE.value)
+        workdir = run_folder(_WORKDIR.value)
     hosts.same(_identity(config))
     cli.enter_mesh(config)
     try:
-        result = train(config, local_path(_WORKDIR.value, "--workdir"), profile, flags.FLAGS.peer_timeout)
+        result = train(config, workdir, profile, flags.FLAGS.peer_timeout)
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1

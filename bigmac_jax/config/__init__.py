@@ -13,7 +13,7 @@ from bigmac_jax.config.fields import (
     second_edition,
 )
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, local_path
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
 
 __all__ = [
     "MAY_CHANGE",
@@ -28,11 +28,11 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
     "check_batch",
+    "check_place",
     "check_resume",
     "from_dict",
     "from_saved",
     "load_config",
-    "local_path",
     "resume_notes",
     "second_edition",
     "with_mesh",

@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from bigmac_jax.data.documents import Documents
-from bigmac_jax.data.files import cache_directory, file_digest, locked, whole_directory
+from bigmac_jax.data.files import cache_directory, file_digest, made_once
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
 from bigmac_jax.progress import Progress
 
@@ -112,18 +112,16 @@ _TOKENS, _META = "tokens.array_record", "meta.json"
 def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str) -> CachedStream:
     """Opens the tokens of `docs`, and makes them first if they are not in the cache or are damaged there.
 
-    Safe against other processes that do the same, and against being killed at any moment.
+    Safe against other processes that do the same, and against being killed at any moment (`made_once`).
     """
     key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
     path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
-    with locked(path):
-        stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
-        if stream is None:
-            with whole_directory(path) as part:
-                _write(part, key, docs, split, tokenizer)
-            stream = _open(path, key, docs.fingerprint, tokenizer.eos_id)
-            assert stream is not None, path
-    return stream
+    return made_once(
+        path,
+        lambda folder: _open(folder, key, docs.fingerprint, tokenizer.eos_id),
+        lambda folder: _write(folder, key, docs, split, tokenizer),
+        last=_META,
+    )
 
 
 def _open(path: pathlib.Path, key: str, text: str, eos_id: int) -> CachedStream | None:

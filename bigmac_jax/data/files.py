@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
+import logging
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 
+Found = TypeVar("Found")
+_log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
 _WHOLE = 1 << 30
@@ -19,9 +23,9 @@ _WHOLE = 1 << 30
 
 def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
     """Creates and returns `cache_dir/parts`; raises ConfigError where that cannot be."""
-    path = pathlib.Path(cache_dir).expanduser().joinpath(*parts)
+    path = storage.locate(cache_dir, "cache_dir").joinpath(*parts)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path)
     except OSError as error:
         raise ConfigError(f"cache_dir={str(cache_dir)!r} cannot be written ({error}); set another cache_dir") from None
     return path
@@ -40,13 +44,14 @@ def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the file lock of `path`; the kernel lets it go when the process ends, however it ends."""
-    try:
-        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  closed below
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        raise ConfigError(f"cache_dir: {path} cannot be locked ({error}); set a cache_dir you may write to") from None
-    with file:
+    """Holds the lock of `path` (`storage.locks`), and waits for whoever holds it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(storage.locked(path.with_name(f".{path.name}.lock"), say=_log.warning))
+        except storage.errors() as error:
+            raise ConfigError(
+                f"cache_dir: {path} cannot be locked ({storage.reason(error)}); set a cache_dir you may write to"
+            ) from None
         yield
 
 
@@ -80,11 +85,55 @@ def _umask() -> int:
     return mask
 
 
+def made_once(
+    path: pathlib.Path, opened: Callable[[pathlib.Path], Found | None], make: Callable[[pathlib.Path], None], last: str
+) -> Found:
+    """What `opened` finds in the folder `path`, which `make` fills first where it is not there, or damaged (None).
+
+    Safe against other processes that do the same, and against being killed at any moment. On a store the folder is made
+    on this machine, sent as a whole, and read from a local copy.
+
+    Args:
+      last: a file of the folder; it is sent last.
+    """
+    if not storage.is_store(path):
+        with locked(path):
+            found = opened(path)
+            if found is None:
+                with whole_directory(path) as part:
+                    make(part)
+                found = opened(path)
+    else:
+        copy = storage.local_copies(path.parent) / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+
+        def fetched() -> Found | None:
+            if not (path / last).exists():
+                return None
+            storage.fetch_tree(path, copy)
+            return opened(copy)
+
+        with locked(copy):
+            found = opened(copy)
+            if found is None:
+                found = fetched()
+            if found is None:
+                with locked(path):
+                    found = fetched()  # another host's, which had the lock
+                    if found is None:
+                        with whole_directory(copy) as part:
+                            make(part)
+                        storage.send_tree(copy, path, last)
+                        found = opened(copy)
+    assert found is not None, path
+    return found
+
+
 def file_digest(path: pathlib.Path) -> str:
     """Hex digest of a file's size and content; of a file above 1 GiB the two ends and the time of change count."""
-    size = path.stat().st_size
+    size = storage.size_of(path)
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if size <= _WHOLE:
             while block := file.read(_BLOCK):
                 digest.update(block)
@@ -92,5 +141,5 @@ def file_digest(path: pathlib.Path) -> str:
             digest.update(file.read(_BLOCK))
             file.seek(-_BLOCK, os.SEEK_END)
             digest.update(file.read(_BLOCK))
-            digest.update(str(path.stat().st_mtime_ns).encode())
+            digest.update(storage.version_of(path).encode())
     return digest.hexdigest()

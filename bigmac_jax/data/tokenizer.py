@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import logging
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode, one_line
 from bigmac_jax.data.files import cache_directory, locked
+from bigmac_jax.storage import locate, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
@@ -199,7 +199,7 @@ class SentencePieceTokenizer:
 
 
 def _existing(name: str) -> pathlib.Path:
-    path = pathlib.Path(name).expanduser()
+    path = locate(name, "data.tokenizer")
     if not path.is_file():
         raise ConfigError(
             f"data.tokenizer={name!r} must be bpe, bytes, gpt2, or the path of a tokenizer.json or .model file"
@@ -239,18 +239,23 @@ def _trained(config: Config) -> Tokenizer:
     train = documents(config.data, "train", config.cache_dir)
     path = cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.json"
     digest = path.with_suffix(".sha256")
+
+    def kept() -> Tokenizer | None:
+        if path.exists() and digest.exists() and digest.read_bytes() == _hex_digest(content := path.read_bytes()):
+            return JsonTokenizer(content.decode())
+        return None
+
+    if found := kept():  # without the lock, which hundreds of hosts may want
+        return found
     with locked(path):
+        if found := kept():
+            return found
         if path.exists():
-            content = path.read_bytes()
-            if digest.exists() and digest.read_bytes() == _hex_digest(content):
-                return JsonTokenizer(content.decode())
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         text = train_bpe(train, size)
-        part = path.with_suffix(f".part-{os.getpid()}")
-        for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
-            part.write_bytes(content)
-            part.replace(file)
+        write_whole(digest, _hex_digest(text.encode()))
+        write_whole(path, text.encode())
         return JsonTokenizer(text)
 
 

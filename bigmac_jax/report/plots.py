@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bigmac_jax.report.runs import Records, read_metrics
+from bigmac_jax.storage import save_figure
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
@@ -20,7 +21,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     if not training:
         return None
     evaluations = [r for r in records if r.get("eval/loss") is not None]
-    config = json.loads((workdir / "config.json").read_text())
+    config = json.loads((workdir / "config.json").read_bytes())
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     model = config["model"]
     figure.suptitle(
@@ -37,7 +38,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
             axis.set_axis_off()
             axis.text(0.5, 0.5, "dense: no experts", ha="center", va="center", color="gray")
     path = workdir / "report.png"
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     return path
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError, second_edition
 from bigmac_jax.config.reading import field_values
 
@@ -49,12 +50,12 @@ def read_metrics(workdir: pathlib.Path) -> Records:
     Lines that are no record are left out: the last one of a run that is writing it, or one that a full disk has cut.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     return [record for line in lines if (record := _record(line)) is not None]
 
 
 def _read_run(workdir: str, name: str) -> Run:
-    path = pathlib.Path(workdir).expanduser()
+    path = storage.locate(workdir, "RUN")
     for file in ("config.json", "metrics.jsonl"):
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
@@ -63,7 +64,7 @@ def _read_run(workdir: str, name: str) -> Run:
         if not isinstance(config, dict):
             raise ValueError("config.json is no object")
         records = read_metrics(path)
-    except (OSError, ValueError, RecursionError) as error:
+    except storage.errors(ValueError, RecursionError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None
     training = _latest([r for r in records if "loss" in r])
     if not training:

@@ -6,10 +6,11 @@ before there were manifests, and that you trust.
 
 import hashlib
 import json
-import os
 import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
+
+from bigmac_jax.storage import files_below, is_store, locate, reason, size_of, write_whole
 
 NAME = "manifest.json"
 _SMALL = 1 << 16  # bytes; larger files hold arrays
@@ -17,19 +18,15 @@ _SMALL = 1 << 16  # bytes; larger files hold arrays
 
 def write(directory: pathlib.Path) -> None:
     """Reads every file of the directory once; the manifest appears whole or not at all, and is on the disk then."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
+    sizes = files_below(directory)
+    files = [path for path in sizes if path != directory / NAME]
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
         digests = list(pool.map(_digest, files))
     entries = {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        path.relative_to(directory).as_posix(): {"size": sizes[path], "sha256": digest}
         for path, digest in zip(files, digests, strict=True)
     }
-    temporary = directory / f"{NAME}.tmp"
-    with temporary.open("w") as file:
-        file.write(_text(entries))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / NAME)
+    write_whole(directory / NAME, _text(entries).encode())
 
 
 def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
@@ -38,10 +35,12 @@ def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
     Without `thorough`, files above 64 KiB are not read: only their sizes are compared.
     """
     try:
-        text = (directory / NAME).read_text()
+        text = (directory / NAME).read_bytes().decode()
     except FileNotFoundError:
         return f"{NAME} is missing" if directory.is_dir() and any(directory.iterdir()) else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
+        if is_store(directory):  # a moment without it damages nothing
+            raise
         return f"{NAME} cannot be read ({type(error).__name__})"
     try:
         entries = json.loads(text)
@@ -55,7 +54,7 @@ def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
     def differs(name: str) -> str | None:
         path, (size, digest) = directory / name, wanted[name]
         try:
-            found = path.stat().st_size
+            found = size_of(path)
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
             if (thorough or size <= _SMALL) and _digest(path) != digest:
@@ -63,7 +62,9 @@ def damage(directory: pathlib.Path, thorough: bool = True) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            if is_store(path):
+                raise
+            return f"{name} cannot be read ({reason(error)})"
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -80,4 +81,4 @@ def _digest(path: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
-    write(pathlib.Path(sys.argv[1]))
+    write(locate(sys.argv[1], "checkpoint"))

@@ -3,17 +3,31 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, resume_notes
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.storage import locate, write_whole
 
 _CONFIG, _RUN = "config.json", "run.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Fields that name where data lies; they may change as long as what lies there does not.
 _PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validation_source"}
+
+
+def run_folder(place: str) -> pathlib.Path:
+    """The path of --workdir.
+
+    Raises:
+      ConfigError: no path, or on a store that takes no checkpoints.
+    """
+    if place.startswith("s3://"):
+        raise ConfigError(
+            f"--workdir={place} can't be on S3, where Orbax writes no checkpoints; use a local disk or gs:// for it "
+            f"(data, cache_dir and exports may be on s3://)"
+        )
+    return locate(place, "--workdir")
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -68,7 +82,7 @@ def _fingerprint(workdir: pathlib.Path) -> str:
 
 def write_config(config: Config, workdir: pathlib.Path) -> None:
     """Makes the directory a workdir; the file appears whole or not at all."""
-    _write(workdir / _CONFIG, config.to_json().encode())
+    write_whole(workdir / _CONFIG, config.to_json().encode())
 
 
 def write_run(
@@ -82,8 +96,8 @@ def write_run(
     """
     known = _read_run(workdir).get("data", {})  # of a validation split, which not every start reads
     if tokenizer.file:
-        _write(workdir / tokenizer.file, tokenizer.content)
-    _write(workdir / _RUN, (json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n").encode())
+        write_whole(workdir / tokenizer.file, tokenizer.content)
+    write_whole(workdir / _RUN, (json.dumps({"data": known | data, "mesh": mesh}, indent=2) + "\n").encode())
     write_config(config, workdir)
 
 
@@ -129,13 +143,6 @@ def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int])
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads((workdir / _RUN).read_bytes())
-    except (OSError, ValueError, RecursionError):  # of an earlier edition, or cut
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):  # of an earlier edition, or cut
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write(file: pathlib.Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
