@@ -50,6 +50,7 @@ def gcs(folder: pathlib.Path, public_port: int = 0) -> Iterator[Server]:
         "TENSORSTORE_GCS_HTTP_URL": f"http://{public}",
         "GCE_METADATA_HOST": "127.0.0.1:1",
         "NO_GCE_CHECK": "true",
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "abc",  # of TensorStore
     }
     with _started(command, f"http://127.0.0.1:{port}/storage/v1/b") as process:
         yield Server(port, environment, process)
