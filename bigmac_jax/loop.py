@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
@@ -20,7 +20,6 @@ from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.programs import evaluation_rows, step_program
-from bigmac_jax.storage import Mirror
 from bigmac_jax.training import guard
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
@@ -158,7 +157,7 @@ class _Run:
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
-        self.mirror = Mirror(workdir)  # of what grows: metrics, events, traces
+        self.mirror = storage.Mirror(workdir)  # of what grows: metrics, events, traces
         if hosts.is_first():
             self.mirror.fetch("metrics.jsonl")
         self.writer = self._writer()
@@ -354,7 +353,7 @@ class _Run:
 
         try:
             write_report(self.workdir)
-        except (OSError, ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
+        except storage.errors(ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
             _log.warning("report.png is not drawn (%s)", error)
 
 

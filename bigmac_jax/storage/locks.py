@@ -19,10 +19,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from bigmac_jax.storage.paths import errors, filesystem, is_store, make_folder, reason
+from bigmac_jax.storage.paths import AWAY, errors, filesystem, is_store, make_folder, reason
 
 SECONDS = 30.0  # that a lease lasts without being renewed
-AWAY = 300.0  # seconds after which a store that does not answer ends the job
 _PARTS = 6  # of these, each with a renewal
 
 
@@ -96,7 +95,7 @@ class Lease:
             self._closing.set()
             thread.join()
             with contextlib.suppress(*errors()):
-                self._write(ended=True)
+                self._write(ended=True, timeout=self._seconds)
 
     def _take(self, wait: bool) -> bool:
         """Whether it is this one's now; False: another one was faster."""

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 
-from bigmac_jax.storage.paths import errors, filesystem, is_store, reason, write_whole
+from bigmac_jax.storage.paths import AWAY, errors, filesystem, is_store, reason, write_whole
 
 _EVERY = 30.0  # seconds
 _log = logging.getLogger(__name__)
@@ -34,13 +34,18 @@ class Mirror:
             filesystem(self._place).get_file(str(self._place / name), str(self.folder / name))
 
     def copy(self) -> None:
-        """What has changed, now.
+        """What has changed, now; errors() of the store if it stays away."""
+        end = time.monotonic() + AWAY
+        while self._temporary is not None:
+            try:
+                self._copy()
+                return
+            except errors():
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
 
-        Raises:
-          errors() of the store, once its own retries are over.
-        """
-        if self._temporary is None:
-            return
+    def _copy(self) -> None:
         with self._copying:
             self._last = time.monotonic()
             for path in sorted(self.folder.rglob("*")):
@@ -63,7 +68,7 @@ class Mirror:
 
     def _try(self) -> None:
         try:
-            self.copy()
+            self._copy()
         except errors() as error:
             _log.warning("%s: its metrics could not be copied (%s); tried again soon", self._place, reason(error))
 

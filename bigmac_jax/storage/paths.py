@@ -29,6 +29,7 @@ _ERRORS = {
     "requests": ("RequestException",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
 }
+AWAY = 300.0  # seconds after which a store that does not answer ends the job
 _AT_ONCE = 16  # objects that are sent or fetched at a time
 
 
@@ -57,6 +58,8 @@ def _store_path(text: str) -> pathlib.Path:
     for known in _PACKAGES:
         # Other processes, and TensorStore in this one, write too: a listing that was kept would be of the past.
         fsspec.config.conf.setdefault(known, {}).setdefault("use_listings_cache", False)
+    # Or a server that is away for some seconds is an error: botocore's own way gives up early at times.
+    fsspec.config.conf["s3"].setdefault("config_kwargs", {"retries": {"max_attempts": 10, "mode": "standard"}})
     return cast(pathlib.Path, epath.Path(text))
 
 
@@ -84,8 +87,9 @@ def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def is_of_store(error: BaseException) -> bool:
-    """Whether it comes from a store, which sets no `errno`, and not from a disk."""
-    return isinstance(error, errors()) and getattr(error, "errno", None) is None
+    """Whether it comes from a store and its network, and not from a disk, whose errors have an `errno`."""
+    of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins" and error.errno is not None
+    return isinstance(error, errors()) and not of_disk
 
 
 def reason(error: BaseException) -> str:

@@ -65,7 +65,7 @@ def test_a_lease(place: str) -> None:
     folder, said = storage.locate(place, "workdir") / ".lock", list[str]()
     with Lease(folder, seconds=1, say=said.append).held():
         start = time.monotonic()
-        with pytest.raises(HeldError, match="process .* on "), Lease(folder, seconds=1).held(wait=False):
+        with pytest.raises(HeldError, match=r"process .* on "), Lease(folder, seconds=1).held(wait=False):
             pass
         assert time.monotonic() - start < 1
     start = time.monotonic()
