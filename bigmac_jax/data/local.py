@@ -61,7 +61,7 @@ class LocalDocuments(Documents):
                         yield str(path), path.read_bytes(), False
                     number += 1
                     continue
-                with path.open("rb") as file:
+                with storage.open_lines(path) as file:
                     for line_number, line in enumerate(file, 1):
                         if not line.isspace():
                             if self._mine(number):

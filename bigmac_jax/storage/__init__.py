@@ -8,6 +8,7 @@ from bigmac_jax.storage.locks import HeldError, Lease, locked
 from bigmac_jax.storage.mirror import Mirror
 from bigmac_jax.storage.paths import (
     absolute,
+    children,
     errors,
     fetch_tree,
     files_below,
@@ -20,6 +21,7 @@ from bigmac_jax.storage.paths import (
     make_folder,
     matches,
     move,
+    open_lines,
     reason,
     remove_tree,
     save_figure,
@@ -34,6 +36,7 @@ __all__ = [
     "Lease",
     "Mirror",
     "absolute",
+    "children",
     "errors",
     "fetch_tree",
     "files_below",
@@ -47,6 +50,7 @@ __all__ = [
     "make_folder",
     "matches",
     "move",
+    "open_lines",
     "reason",
     "remove_tree",
     "save_figure",

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from bigmac_jax.config import ConfigError, check_place
 
@@ -109,6 +109,17 @@ def size_of(path: pathlib.Path) -> int:
     return int(filesystem(path).info(str(path))["size"]) if is_store(path) else path.stat().st_size
 
 
+def children(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is in a folder, none if it is not there. `is_dir` says no of a store that gives no answer; this raises."""
+    if not is_store(folder):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        names = filesystem(folder).ls(str(folder), detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted(folder / name.rstrip("/").rpartition("/")[2] for name in names)
+
+
 def version_of(path: pathlib.Path) -> str:
     """What changes when the file is written again."""
     if not is_store(path):
@@ -147,6 +158,12 @@ def files_below(folder: pathlib.Path) -> dict[pathlib.Path, int]:
 def _parts(entry: tuple[str, Any]) -> list[str]:
     """Orders names as paths are ordered, so that a corpus has one order wherever it lies."""
     return entry[0].split("/")
+
+
+def open_lines(path: pathlib.Path) -> BinaryIO:
+    """For a loop over its lines, each of which fsspec's own file would take from its block anew."""
+    file: Any = path.open("rb")
+    return io.BufferedReader(file, 1 << 20) if is_store(path) else file
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
@@ -238,7 +255,7 @@ def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if not is_store(path):
         yield path
         return
-    if not path.is_dir():
+    if not children(path):
         raise ConfigError(f"{path} holds nothing; give a folder that is there")
     with tempfile.TemporaryDirectory() as folder:
         fetch_tree(path, pathlib.Path(folder) / path.name)

@@ -155,7 +155,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
         if hosts.is_first():
-            for path in self._directory.iterdir() if self._directory.is_dir() else ():
+            for path in storage.children(self._directory):
                 if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not self._is_whole(path)):
                     storage.remove_tree(path)
 
@@ -175,7 +175,7 @@ class Checkpoints:
                 if not (damage := manifest.damage(self._directory / str(step))):
                     return step
                 self._set_aside(step, damage)
-            if self._aside.is_dir() and any(self._aside.iterdir()):
+            if storage.children(self._aside):
                 raise ConfigError(
                     f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
                     f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
@@ -228,9 +228,7 @@ class Checkpoints:
         return int(step)
 
     def _steps(self) -> list[int]:
-        if not self._directory.is_dir():
-            return []
-        found = (path for path in self._directory.iterdir() if path.name.isdecimal() and self._is_whole(path))
+        found = (path for path in storage.children(self._directory) if path.name.isdecimal() and self._is_whole(path))
         return sorted(int(path.name) for path in found)
 
     @staticmethod
@@ -260,7 +258,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, damage: str) -> None:
         storage.make_folder(self._aside)
-        there = len(list(self._aside.iterdir())) if self._aside.is_dir() else 0
+        there = len(storage.children(self._aside))
         names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + there))]
         target = next(self._aside / name for name in names if not (self._aside / name).exists())
         storage.move(self._directory / str(step), target)

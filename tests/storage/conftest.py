@@ -12,17 +12,17 @@ from benchmarks.stores import BUCKET, Server, gcs, s3
 
 @pytest.fixture(scope="module")
 def gs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with gcs(tmp_path_factory.mktemp("gs")) as server, _entered(server):
+    with gcs(tmp_path_factory.mktemp("gs")) as server, entered(server):
         yield server
 
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[Server]:
-    with s3() as server, _entered(server):
+    with s3() as server, entered(server):
         yield server
 
 
-class _entered:  # noqa: N801  a context manager
+class entered:  # noqa: N801  a context manager
     """The server's variables, in this process as well; without file systems that knew an earlier one."""
 
     def __init__(self, server: Server):

@@ -1,5 +1,6 @@
 """Paths, whole writes, local copies and leases, each against a real server."""
 
+import contextlib
 import json
 import pathlib
 import threading
@@ -7,11 +8,16 @@ import time
 
 import pytest
 
+from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.files import made_once
+from bigmac_jax.data.local import LocalDocuments
 from bigmac_jax.storage import paths
 from bigmac_jax.storage.locks import HeldError, Lease
+from bigmac_jax.training.checkpoint import Checkpoints
+
+from .conftest import entered
 
 
 def test_a_path(place: str) -> None:
@@ -40,6 +46,43 @@ def test_what_other_processes_write_is_seen(place: str) -> None:
     assert [path.name for path in folder.iterdir()] == ["a"]
     type(paths.filesystem(folder))(skip_instance_cache=True).pipe_file(str(folder / "b"), b"")
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"] and (folder / "b").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPatch, gs_server: Server) -> None:
+    """Or a run would begin anew, or its checkpoints be taken for unfinished ones."""
+    checkpoints = Checkpoints(storage.locate(f"gs://{BUCKET}/none", "workdir"))
+    assert checkpoints._steps() == []
+
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(paths.filesystem(checkpoints._directory), "ls", refused)
+    for read in (checkpoints._steps, checkpoints._remove_unfinished, checkpoints.newest_intact):
+        with pytest.raises(ConnectionResetError):
+            read()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("mode", ["503", "reset"])
+def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_path: pathlib.Path) -> None:
+    """For ten seconds, in the middle of a file."""
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(Proxy())
+        server = stack.enter_context(gcs(tmp_path, proxy.port) if scheme == "gs" else s3(proxy.port))
+        proxy.target = server.port
+        stack.enter_context(entered(server))
+        file = storage.locate(f"{scheme}://{BUCKET}/text.jsonl", "data.source")
+        rows = [json.dumps({"text": f"row {i} " + "word " * 2000}) for i in range(7000)]
+        file.write_bytes("\n".join(rows).encode())  # 70 MB: s3fs asks for 50 at a time
+        documents = iter(LocalDocuments(str(file), "data.source", "text", "train"))
+        found = [next(documents)]
+        proxy.disturb(mode)
+        timer = threading.Timer(10, proxy.disturb, ("pass",))
+        timer.start()
+        found += documents
+        timer.join()
+        assert proxy.refused > 0 and found == [json.loads(row)["text"] for row in rows]
 
 
 def test_a_bucket_that_is_not_there_is_not_made(place: str) -> None:

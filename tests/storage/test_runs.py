@@ -30,7 +30,7 @@ from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training.checkpoint import restore
 
-from .conftest import _entered
+from .conftest import entered
 
 # A process that is killed holds the lease for 30 s; here for 5.
 SHORT = """
@@ -177,7 +177,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
-    with Proxy() as proxy, gcs(folder / "gs", proxy.port) as server, _entered(server):
+    with Proxy() as proxy, gcs(folder / "gs", proxy.port) as server, entered(server):
         proxy.target = server.port
         bench = Bench(folder, server, proxy)
         with bench.job("train.py", f"--config={bench.file}", f"--workdir={folder / 'run'}", *bench.flags) as alone:

@@ -65,7 +65,7 @@ def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
 
 
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:
+    with storage.open_lines(path) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
