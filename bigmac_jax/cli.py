@@ -78,7 +78,10 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         except storage.errors() as error:
             if not storage.is_of_store(error):
                 raise
-            print(f"error: the store does not do what it should ({storage.reason(error)})", file=sys.stderr, flush=True)
+            why = storage.reason(error)
+            print(
+                f"error: a store can't be read or written now ({why}); run it again later", file=sys.stderr, flush=True
+            )
             return 1
 
     app.run(guarded, flags_parser=parse)

@@ -94,7 +94,8 @@ def is_of_store(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """Why a path could not be read or written, on one line; a store's errors have no `strerror`."""
-    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    known = error.strerror if isinstance(error, OSError) and type(error).__module__ == "builtins" else ""
+    text = known or f"{type(error).__name__}: {error}"
     return " ".join(str(text).split())[:200]
 
 

@@ -65,9 +65,8 @@ def test_a_run_on_gs(gs_server: Server, tmp_path: pathlib.Path, monkeypatch: pyt
     workdir = storage.locate(f"gs://{BUCKET}/smoke/run", "workdir")
     with quick(), jax.set_mesh(make_mesh(config)):
         train(config, workdir)
-        ended = train(config, workdir)  # compiles nothing: it is finished
         _, model = restore(str(workdir))
-    assert (ended.step, ended.first_step) == (4, 4) and jax.tree.leaves(model)
+    assert jax.tree.leaves(model)
     assert [record["step"] for record in records_of(workdir)] == [1, 2, 3, 4]
     assert {path.name for path in workdir.iterdir()} >= {"config.json", "run.json", "tb", "report.png", "checkpoints"}
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [2, 4]
@@ -168,10 +167,7 @@ class Bench:
         chex.assert_trees_all_equal(
             leaves_of(self.config, workdir, 40), leaves_of(self.config, self.folder / "run", 40)
         )
-        expected, found = losses(read_records(self.folder / "run")), losses(records_of(workdir))
-        steps = {record["step"] for record in found}
-        assert found == [record for record in expected if record["step"] in steps or "eval/loss" in record]
-        assert len(found) >= len(expected) - 5  # the first step of a start compiles, and may not be logged
+        assert losses(records_of(workdir)) == losses(read_records(self.folder / "run"))
 
 
 @pytest.fixture(scope="module")
