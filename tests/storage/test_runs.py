@@ -22,13 +22,13 @@ from training.tools import ROOT, leaves_of, quick, read_records, small, write_co
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs
 from bigmac_jax import storage
-from bigmac_jax.config import Config, load_config
+from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.interchange import export_model
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.checkpoint import Checkpoints, restore
 
 from .conftest import entered
 
@@ -70,6 +70,22 @@ def test_a_run_on_gs(gs_server: Server, tmp_path: pathlib.Path, monkeypatch: pyt
     assert [record["step"] for record in records_of(workdir)] == [1, 2, 3, 4]
     assert {path.name for path in workdir.iterdir()} >= {"config.json", "run.json", "tb", "report.png", "checkpoints"}
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [2, 4]
+    _unfinished_half_removed_and_damaged(workdir)
+
+
+def _unfinished_half_removed_and_damaged(workdir: pathlib.Path) -> None:
+    """What kills leave of a save and of a removal goes; what has changed is put aside."""
+    kept = workdir / "checkpoints"
+    storage.write_whole(kept / "6" / "model" / "array", b"")
+    next(path for path in storage.files_below(kept / "2") if path.parent.name == "config").unlink()
+    Checkpoints(workdir, 2).close()
+    assert [path.name for path in storage.children(kept)] == ["4"]
+    arrays = max((size, path) for path, size in storage.files_below(kept / "4").items())[1]
+    arrays.write_bytes(arrays.read_bytes()[:-1] + b"?")
+    with pytest.raises(ConfigError, match="no intact checkpoint is left"):
+        Checkpoints(workdir, 2).newest_intact()
+    assert [path.name for path in storage.children(workdir / "checkpoints-damaged")] == ["4"]
+    assert storage.children(kept) == []
 
 
 def test_data_cache_and_export_on_s3(
