@@ -1,11 +1,13 @@
-"""Kills processes at random moments, and compares: python -m benchmarks.soak [--rounds=50 --processes=2 --seed=0].
+"""Kills processes at random moments, and compares: python -m benchmarks.soak [--rounds=50 --processes=2 --store=gs].
 
 A run of several processes is left alone. Another one, of the same config, is started, one of its processes is killed
 (while it starts, between steps or while a checkpoint is written), the others must end by themselves, all are started
 again, and so on. A JSON line a round; in the summary `bit_equal` says whether both ended in the same state. The exit
-code is 1 if they did not, or a round hung.
+code is 1 if they did not, or a round hung. With --store=gs the disturbed run and its cache are on a server of Google
+Cloud Storage that is started here, the other one on a disk.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,14 +26,17 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks import stores
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import make_mesh
+from bigmac_jax.storage import locate
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
 _ROUNDS = flags.DEFINE_integer("rounds", 50, "Kills.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 2, "Of two simulated devices each.", lower_bound=2)
+_PROCESSES = flags.DEFINE_integer("processes", 2, "Of two simulated devices each.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is killed, and when.")
+_STORE = flags.DEFINE_enum("store", "", ["", "gs"], "Where the disturbed run lies; by default on a disk.")
 _PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 20, "As of train.py.", lower_bound=1)
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,11 +52,17 @@ ENVIRONMENT = os.environ | {
 def main(_: Any) -> int:
     logging.set_verbosity(logging.WARNING)
     draw, processes = random.Random(_SEED.value), _PROCESSES.value
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place, disk = str(folder), folder
+        if _STORE.value:
+            server = stack.enter_context(stores.gcs(folder / "gs"))
+            ENVIRONMENT.update(server.environment | {"XDG_CACHE_HOME": str(folder / "local")})
+            os.environ.update(server.environment)
+            place, disk = f"gs://{stores.BUCKET}", folder / "gs" / stores.BUCKET
         config = _config(folder, _ROUNDS.value * STEPS_A_ROUND, processes)
         start = time.monotonic()
-        alone = _Job(folder, "alone")
+        alone = _Job(folder, "alone", str(folder))
         alone.end(limit=60 * _ROUNDS.value + 300)
         if any(alone.codes):
             raise RuntimeError(f"the undisturbed run failed:\n{alone.output}")
@@ -59,22 +70,22 @@ def main(_: Any) -> int:
 
         hung = killed = 0
         for number in range(1, _ROUNDS.value + 1):
-            record = _round(folder, draw)
+            record = _round(folder, place, disk, draw)
             killed, hung = killed + record["killed"], hung + record["hung"]
             print(json.dumps({"name": "round", "round": number, **record}), flush=True)
-        last = _Job(folder, "disturbed")
+        last = _Job(folder, "disturbed", place)
         last.end(limit=60 * _ROUNDS.value + 300)
         if any(last.codes):
             raise RuntimeError(f"the last run failed:\n{last.output}")
-        equal = _equal(config, folder / "alone", folder / "disturbed")
+        equal = _equal(config, folder / "alone", locate(f"{place}/disturbed", "--store"))
     summary = {"rounds": _ROUNDS.value, "killed": killed, "hung": hung, "bit_equal": equal, "seed": _SEED.value}
     print(json.dumps({"name": "summary", **summary, "seconds": round(time.monotonic() - start, 1)}))
     return 0 if equal and not hung else 1
 
 
-def _round(folder: pathlib.Path, draw: random.Random) -> dict[str, Any]:
-    """Starts, kills one process, and waits for the others."""
-    workdir = folder / "disturbed"
+def _round(folder: pathlib.Path, place: str, disk: pathlib.Path, draw: random.Random) -> dict[str, Any]:
+    """Starts, kills one process, and waits for the others. What lies at `place` is on this `disk`."""
+    workdir = disk / "disturbed"
     moment, victim = draw.choice(MOMENTS), draw.randrange(_PROCESSES.value)
     step, delay = _last_step(workdir) + draw.randint(1, STEPS_A_ROUND - 4), draw.uniform(0, 0.1)
     if moment == "start":
@@ -83,7 +94,7 @@ def _round(folder: pathlib.Path, draw: random.Random) -> dict[str, Any]:
     def due() -> bool:
         return moment == "start" or (_last_step(workdir) >= step and (moment == "steps" or _is_saving(workdir)))
 
-    job = _Job(folder, "disturbed")
+    job = _Job(folder, "disturbed", place)
     killed = job.kill_when(victim, due, delay)
     start = time.monotonic()
     hung = not job.end(limit=2 * _PEER_TIMEOUT.value + 30)  # jax's own bound, before the watch runs
@@ -101,17 +112,19 @@ def _round(folder: pathlib.Path, draw: random.Random) -> dict[str, Any]:
 
 
 class _Job:
-    """train.py as several processes."""
+    """train.py as several processes, in a workdir `name` at `place`."""
 
-    def __init__(self, folder: pathlib.Path, name: str):
+    def __init__(self, folder: pathlib.Path, name: str, place: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             coordinator = "{}:{}".format(*free.getsockname())
         self._logs = [folder / f"{name}.{i}.log" for i in range(_PROCESSES.value)]
         self._processes = []
         for i, path in enumerate(self._logs):
-            command = [sys.executable, "train.py", f"--config={folder / 'config.json'}", f"--workdir={folder / name}"]
-            command += [f"--coordinator={coordinator}", f"--num_processes={len(self._logs)}", f"--process_id={i}"]
+            command = [sys.executable, "train.py", f"--config={folder / 'config.json'}", f"--workdir={place}/{name}"]
+            command += [f"--config.cache_dir={place}/cache"]
+            if len(self._logs) > 1:
+                command += [f"--coordinator={coordinator}", f"--num_processes={len(self._logs)}", f"--process_id={i}"]
             command += ["--cpu_devices=2", f"--peer_timeout={_PEER_TIMEOUT.value}"]
             with path.open("w") as log:
                 self._processes.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log))
@@ -185,6 +198,9 @@ def _last_step(workdir: pathlib.Path) -> int:
 
 def _is_saving(workdir: pathlib.Path) -> bool:
     folder = workdir / "checkpoints"
+    if _STORE.value:
+        begun = folder.glob("*/_CHECKPOINT_METADATA")
+        return any(not path.with_name("commit_success.txt").exists() for path in begun)
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
 

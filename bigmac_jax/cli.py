@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from bigmac_jax import environment, hosts, watch
+from bigmac_jax import environment, hosts, storage, watch
 from bigmac_jax.config import Config, ConfigError, reference
 from bigmac_jax.config.names import field_names, nearest, question
 from bigmac_jax.config.reading import field_values
@@ -82,13 +81,21 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
             return 130  # as a shell counts SIGINT
         except BrokenPipeError:  # the reader of standard output has seen enough
             return _reader_left()
+        except storage.errors() as error:
+            if not storage.is_of_store(error):
+                raise
+            why = storage.reason(error)
+            print(
+                f"error: a store can't be read or written now ({why}); run it again later", file=sys.stderr, flush=True
+            )
+            return 1
 
     app.run(guarded, flags_parser=parse)
 
 
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
     """Makes the mesh current for the process, and compiled programs kept between runs."""
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.cache_dir).expanduser() / "programs"))
+    jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
     with NOW.doing("devices"):
         mesh = make_mesh(config, fit_batch)
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax import hosts, signals
+from bigmac_jax import hosts, signals, storage
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
@@ -173,14 +173,19 @@ class _Run:
         self.best = hosts.first(checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
-        self.goodput = Goodput(read_records(workdir), first_step)
+        self.mirror = storage.Mirror(workdir)  # of what grows: metrics, events, traces
+        if hosts.is_first():
+            self.mirror.fetch("metrics.jsonl")
+            self.mirror.fetch("wandb/id")
+        self.goodput = Goodput(read_records(self.mirror.folder), first_step)
         self.writer = self._writer()
         self.timer = StepTimer()
 
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
             return SilentWriter()
-        return MetricsWriter(self.workdir, self.first_step, self.config.train.steps, self.config.train.wandb)
+        train = self.config.train
+        return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb)
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
@@ -209,7 +214,7 @@ class _Run:
         vote = hosts.StopVote(stopped)
         while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
+                jax.profiler.start_trace(str(self.mirror.folder / "profile"))
                 self.tracing = True
             with NOW.doing("data wait"):
                 batch = next(batches)
@@ -278,6 +283,7 @@ class _Run:
             return
         record = step_record(step, metrics, self.timer.read(), self.constants) | self.goodput.record(step)
         self.writer.write(record)
+        self.mirror.copy_sometimes()
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
 
@@ -355,6 +361,7 @@ class _Run:
         loss = None if score is None else score.loss
         position = guard.position(self.data.get_state(), self.bad_steps, state)
         with NOW.doing("save"):
+            self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
         self.timer.skip(time.perf_counter() - start)
@@ -367,6 +374,7 @@ class _Run:
     def close(self) -> None:
         self._stop_trace()
         self.writer.close()
+        self.mirror.close()
         self.checkpoints.close()
         if not hosts.is_first():
             return
@@ -375,7 +383,7 @@ class _Run:
         try:
             with NOW.doing("report"):
                 write_report(self.workdir)
-        except (OSError, ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
+        except storage.errors(ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
             _log.warning("report.png is not drawn (%s)", error)
 
 

@@ -1,7 +1,6 @@
 """What train.py and plan.py do, in one call each, and what a run has logged, as columns: for notebooks and scripts."""
 
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from bigmac_jax import loop
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.planning.plan import Request, make_plan
+from bigmac_jax.storage import locate
 from bigmac_jax.training.records import read_records
 
 
@@ -23,7 +23,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
       ConfigError, RunError: as `bigmac_jax.loop.train`.
     """
     with jax.set_mesh(make_mesh(config)):
-        return loop.train(config, pathlib.Path(workdir).expanduser())
+        return loop.train(config, locate(workdir, "workdir"))
 
 
 def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -36,7 +36,7 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       ConfigError: the workdir has logged nothing yet.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for record in read_records(pathlib.Path(workdir).expanduser()):
+    for record in read_records(locate(workdir, "workdir")):
         if "loss" in record or "eval/loss" in record:
             rows.setdefault(record["step"], {}).update(record)
     if not rows:

@@ -53,7 +53,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "unknown flag": ((*FRESH, "--colour=red"), ("--colour is not a flag; see --help",)),
     "misspelled flag": ((*FRESH, "--confg.model.top_k=2"), ("did you mean --config.model.top_k?",)),
     "stray argument": ((*FRESH, "now"), ("'now' is not a flag",)),
-    "object store": ((*FRESH[:2], "--workdir=gs://bucket/run"), ("--workdir=gs://bucket/run is a URL",)),
+    "object store": ((*FRESH[:2], "--workdir=s3://bucket/run"), ("--workdir=s3://bucket/run can't be on S3",)),
     "flag of the wrong type": ((*FRESH, "--cpu_devices=two"), ("cpu_devices", "two")),
     "negative devices": ((*FRESH, "--cpu_devices=-1"), ("cpu_devices",)),
     "unknown field": ((*FRESH, "--config.model.topk=4"), ("'model.topk' is not a field", "model.top_k")),

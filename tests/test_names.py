@@ -139,12 +139,13 @@ def test_experts_are_checked_before_the_batch() -> None:
         load_config(TINY, ["mesh.expert=3", "model.num_experts=33"])
 
 
-def test_urls_are_refused() -> None:
+def test_places() -> None:
     for field in ("cache_dir", "data.source", "data.validation_source", "data.tokenizer"):
-        with pytest.raises(
-            ConfigError, match=f"{field}=gs://bucket/a is a URL, and object stores are not supported yet"
-        ):
-            load_config(TINY, [f"{field}=gs://bucket/a"])
+        with pytest.raises(ConfigError, match=f"{field}=ftp://a/b must be a local path, or begin with gs:// or s3://"):
+            load_config(TINY, [f"{field}=ftp://a/b"])
+        with pytest.raises(ConfigError, match=f"{field}=gs:// names no bucket"):
+            load_config(TINY, [f"{field}=gs://"])
+        load_config(TINY, [f"{field}=gs://bucket/a"])
     with pytest.raises(ConfigError, match="home of a user that is not there"):
         load_config(TINY, ["cache_dir=~no_such_user/cache"])
 
@@ -186,7 +187,7 @@ def test_describe() -> None:
         (["train.py", "--config.model.topk=4"], 2, "did you mean model.top_k?"),
         (["train.py", "model.top_k=4"], 2, "did you mean --config.model.top_k?"),
         (["eval.py", "--task=piqa"], 2, "did you mean --tasks?"),
-        (["generate.py", "--workdir=gs://a/b", "--prompt=a"], 2, "--workdir=gs://a/b is a URL"),
+        (["generate.py", "--workdir=ftp://a/b", "--prompt=a"], 2, "--workdir=ftp://a/b must be a local path"),
         (["train.py", "--config=tinny"], 2, "did you mean tiny?"),
         (["train.py", "--help"], 0, "--config.GROUP.FIELD=VALUE"),
         (["eval.py", "--help"], 0, "--cpu_devices"),

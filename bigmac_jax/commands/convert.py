@@ -8,11 +8,11 @@ import pathlib
 
 from absl import flags
 
-from bigmac_jax import cli, hosts
-from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax import cli, hosts, storage
+from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.checkpoint import restore_step
-from bigmac_jax.training.workdir import read_config, run_tokenizer
+from bigmac_jax.training.workdir import read_config, run_folder, run_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -26,9 +26,9 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with co
 def main() -> None:
     action = cli.ARGUMENTS[0] if len(cli.ARGUMENTS) == 1 else ""
     if action == "export" and _OUTPUT.value:
-        _export(local_path(_WORKDIR.value, "--workdir"))
+        _export(run_folder(_WORKDIR.value))
     elif action == "import" and _CHECKPOINT.value:
-        _import(local_path(_WORKDIR.value, "--workdir"))
+        _import(run_folder(_WORKDIR.value))
     else:
         raise ConfigError("give `export --workdir=DIR --output=OUT` or `import --checkpoint=DIR --workdir=DIR`")
 
@@ -38,7 +38,7 @@ def _export(workdir: pathlib.Path) -> None:
         saved = read_config(workdir)
         meshed = with_mesh(saved, cli.OVERRIDES)
         choose(saved, _FORMAT.value)  # before the model is read
-        local_path(_OUTPUT.value, "--output")
+        storage.locate(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
     cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
@@ -59,7 +59,8 @@ def _export(workdir: pathlib.Path) -> None:
 
 def _import(workdir: pathlib.Path) -> None:
     cli.agree(None, __name__)
-    config = import_run(_CHECKPOINT.value, workdir, cli.OVERRIDES)
+    with storage.local_folder(storage.locate(_CHECKPOINT.value, "--checkpoint")) as directory:
+        config = import_run(directory, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
 
 

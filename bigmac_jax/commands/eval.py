@@ -5,8 +5,8 @@ from typing import Any
 
 from absl import flags
 
-from bigmac_jax import cli, hosts
-from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax import cli, hosts, storage
+from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
@@ -15,7 +15,7 @@ from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint, restore
-from bigmac_jax.training.workdir import read_config, run_stream, run_tokenizer
+from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -39,7 +39,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
 
 def main() -> None:
-    workdir = local_path(_WORKDIR.value, "--workdir")
+    workdir = run_folder(_WORKDIR.value)
     with hosts.together():
         saved = read_config(workdir)
         config = with_mesh(saved, cli.OVERRIDES)
@@ -47,7 +47,7 @@ def main() -> None:
             raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
         length = check_windows(config, _LENGTH.value, _STRIDE.value)
         tokenizer = run_tokenizer(workdir, config)
-        text_file = _TEXT_FILE.value and local_path(_TEXT_FILE.value, "--text_file")
+        text_file = _TEXT_FILE.value and storage.locate(_TEXT_FILE.value, "--text_file")
         if _TASKS.value:
             if _DOCUMENTS.value:
                 raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")

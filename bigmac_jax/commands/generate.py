@@ -13,13 +13,13 @@ import time
 from absl import flags
 
 from bigmac_jax import cli, hosts
-from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
 from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import restore
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, run_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -42,7 +42,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 
 def main() -> None:
-    workdir = local_path(_WORKDIR.value, "--workdir")
+    workdir = run_folder(_WORKDIR.value)
     with hosts.together():
         for override in cli.OVERRIDES:
             if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):

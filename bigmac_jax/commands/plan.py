@@ -8,12 +8,11 @@ r"""Says what a configuration costs before it runs: python plan.py --config=PATH
 """
 
 import json
-import pathlib
 
 import jax
 from absl import flags
 
-from bigmac_jax import cli
+from bigmac_jax import cli, storage
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.planning import pictures, plan, report
 from bigmac_jax.planning.candidates import HEADROOM
@@ -37,7 +36,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
     if cli.ARGUMENTS and not _SWEEP.value:
         raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; arguments follow --sweep, as in --sweep top_k=1,2")
-    if _PLOT.value and pathlib.Path(_PLOT.value).suffix != ".png":
+    plot = storage.locate(_PLOT.value, "--plot")
+    if _PLOT.value and plot.suffix != ".png":
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
     config = load_config(_CONFIG.value, cli.OVERRIDES)
     request = plan.Request(
@@ -54,7 +54,7 @@ def main() -> None:
     if not _JSON.value:
         report.show(result)
     if _PLOT.value:
-        pictures.draw(result, pathlib.Path(_PLOT.value))
+        pictures.draw(result, plot)
     if _JSON.value:
         print(json.dumps(result))
 

@@ -5,9 +5,10 @@ import sys
 from absl import flags
 
 from bigmac_jax import cli, hosts
-from bigmac_jax.config import ConfigError, load_config, local_path
+from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
+from bigmac_jax.training.workdir import run_folder
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
@@ -20,10 +21,11 @@ def main() -> int:
     with hosts.together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
         profile = _steps(_PROFILE.value)
+        workdir = run_folder(_WORKDIR.value)
     cli.agree(config, __name__)
     cli.enter_mesh(config)
     try:
-        result = train(config, local_path(_WORKDIR.value, "--workdir"), profile)
+        result = train(config, workdir, profile)
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1

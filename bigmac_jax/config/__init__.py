@@ -14,7 +14,7 @@ from bigmac_jax.config.fields import (
 )
 from bigmac_jax.config.objects import parse_object, read_object, sealed, unsealed
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, local_path
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
 
 __all__ = [
     "MAY_CHANGE",
@@ -29,11 +29,11 @@ __all__ = [
     "OptimizerConfig",
     "TrainConfig",
     "check_batch",
+    "check_place",
     "check_resume",
     "from_dict",
     "from_saved",
     "load_config",
-    "local_path",
     "parse_object",
     "read_object",
     "resume_notes",

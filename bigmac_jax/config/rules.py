@@ -16,6 +16,7 @@ EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical")  # that take a finite execution.buffer_factor
 LATENT_NORMS = ("auto", "none", "pre_dispatch", "post_combine", "both", "scale")
 WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
+STORES = ("gs", "s3")  # schemes that `storage` reads and writes
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 _MAY_BE_INF = ("model.capacity_factor", "execution.buffer_factor")
@@ -34,16 +35,24 @@ class ConfigError(ValueError):
         super().__init__(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…")
 
 
-def local_path(place: str, name: str) -> pathlib.Path:
-    """The path that a flag, a field or an argument `name` gives; ConfigError for a URL, which must not become a folder."""
-    if "://" in place:
-        raise ConfigError(
-            f"{name}={place} is a URL, and object stores are not supported yet; give a local path, or mount the store"
-        )
-    try:
-        return pathlib.Path(place).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{name}={place} is in the home of a user that is not there; give another path") from None
+def check_place(place: str, name: str) -> str:
+    """The scheme of the path that a flag, a field or an argument `name` gives, one of STORES; "" on a local disk.
+
+    Raises:
+      ConfigError: another scheme, a store without a bucket, or the home of a user that is not there.
+    """
+    scheme, mark, rest = place.partition("://")
+    if mark and scheme not in STORES:
+        known = " or ".join(f"{store}://" for store in STORES)
+        raise ConfigError(f"{name}={place} must be a local path, or begin with {known}; mount other stores")
+    if mark and not rest.strip("/"):
+        raise ConfigError(f"{name}={place} names no bucket; use {scheme}://BUCKET/FOLDER")
+    if not mark:
+        try:
+            pathlib.Path(place).expanduser()
+        except RuntimeError:
+            raise ConfigError(f"{name}={place} is in the home of a user that is not there; give another path") from None
+    return scheme if mark else ""
 
 
 def check_types(config: Config) -> None:
@@ -148,9 +157,9 @@ def validate(config: Config) -> None:
     spike = train.spike_factor
     require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 
-    local_path(config.cache_dir, "cache_dir")
+    check_place(config.cache_dir, "cache_dir")
     for name in ("source", "validation_source", "test_source", "tokenizer"):
-        local_path(getattr(data, name), f"data.{name}")
+        check_place(getattr(data, name), f"data.{name}")
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
 

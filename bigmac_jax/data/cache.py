@@ -17,7 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from bigmac_jax.config import parse_object, sealed, unsealed
 from bigmac_jax.data.documents import Documents
-from bigmac_jax.data.files import Digests, cache_directory, file_digest, locked, whole_directory
+from bigmac_jax.data.files import Digests, cache_directory, file_digest, made_once
 from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
 from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
@@ -114,20 +114,21 @@ _TOKENS, _META = "tokens.array_record", "meta.json"
 def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str) -> CachedStream:
     """Opens the tokens of `docs`, and makes them first if they are not in the cache or are damaged there.
 
-    Safe against other processes that do the same, and against being killed at any moment.
+    Safe against other processes that do the same, and against being killed at any moment (`made_once`).
     """
     key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
     path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
-    with locked(path):
-        digests = Digests(cache_dir, str(path))
-        stream = _open(path, key, docs.fingerprint, tokenizer.eos_id, digests)
-        if stream is None:
-            with whole_directory(path) as part:
-                _write(part, key, docs, split, tokenizer)
-            digests.add(path / _TOKENS, json.loads((path / _META).read_bytes())["digest"])
-            stream = _open(path, key, docs.fingerprint, tokenizer.eos_id, digests)
-            assert stream is not None, path
-    return stream
+    digests, made = Digests(cache_dir, str(path)), list[str]()
+
+    def opened(folder: pathlib.Path) -> CachedStream | None:
+        while made:  # this process has just read it
+            digests.add(folder / _TOKENS, made.pop())
+        return _open(folder, key, docs.fingerprint, tokenizer.eos_id, digests)
+
+    def make(folder: pathlib.Path) -> None:
+        made.append(_write(folder, key, docs, split, tokenizer))
+
+    return made_once(path, opened, make, last=_META)
 
 
 def _open(path: pathlib.Path, key: str, text: str, eos_id: int, digests: Digests) -> CachedStream | None:
@@ -143,7 +144,8 @@ def _open(path: pathlib.Path, key: str, text: str, eos_id: int, digests: Digests
     return None
 
 
-def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> None:
+def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> str:
+    """Returns the digest of the tokens' file."""
     counts = Counts()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     writer = ArrayRecordWriter(str(directory / _TOKENS), "group_size:1,uncompressed")
@@ -164,6 +166,7 @@ def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, token
     meta["digest"] = file_digest(directory / _TOKENS)
     (directory / _META).write_text(json.dumps(sealed(meta), indent=2) + "\n")
     _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
+    return str(meta["digest"])
 
 
 def encode_stream(docs: Iterable[str], tokenizer: Tokenizer, counts: Counts) -> Iterator[np.ndarray]:

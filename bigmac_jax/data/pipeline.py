@@ -9,6 +9,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
 from bigmac_jax.data.cache import CachedStream, Counts, MemoryStream, TokenStream, cached_stream, encode_stream
@@ -35,12 +36,14 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
     """
     name = "the text"
     text, whole = "", True
-    if isinstance(text_or_path, pathlib.Path):
+    if not isinstance(text_or_path, str):
         name = str(text_or_path)
         try:
-            text, whole = decode(text_or_path.expanduser().read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{name} cannot be read ({error.strerror}); give the path of a text file") from None
+            text, whole = decode(storage.locate(name, "text").read_bytes())
+        except storage.errors() as error:
+            raise ConfigError(
+                f"{name} cannot be read ({storage.reason(error)}); give the path of a text file"
+            ) from None
     else:
         text, whole = decode(text_or_path)
     if not whole:

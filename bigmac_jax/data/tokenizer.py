@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode, one_line
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 from bigmac_jax.phases import NOW
+from bigmac_jax.storage import errors, locate, reason, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
@@ -201,7 +201,7 @@ class SentencePieceTokenizer:
 
 
 def _existing(name: str) -> pathlib.Path:
-    path = pathlib.Path(name).expanduser()
+    path = locate(name, "data.tokenizer")
     if not path.is_file():
         raise ConfigError(
             f"data.tokenizer={name!r} must be bpe, bytes, gpt2, or the path of a tokenizer.json or .model file"
@@ -241,27 +241,32 @@ def _trained(config: Config) -> Tokenizer:
     train = documents(config.data, "train", config.cache_dir)
     path = cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.json"
     digest = path.with_suffix(".sha256")
+
+    def kept() -> Tokenizer | None:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            content = path.read_bytes()
+            if digest.read_bytes() == _hex_digest(content):
+                return JsonTokenizer(content.decode())
+        return None
+
+    if found := kept():  # without the lock, which hundreds of hosts may want
+        return found
     with locked(path):
+        if found := kept():
+            return found
         if path.exists():
-            with contextlib.suppress(OSError):
-                content = path.read_bytes()
-                if digest.read_bytes() == _hex_digest(content):
-                    return JsonTokenizer(content.decode())
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         with NOW.doing("train tokenizer"):
             text = train_bpe(train, size)
-        part = path.with_suffix(f".part-{os.getpid()}")
         try:
             for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
-                part.write_bytes(content)
                 if file.is_dir():
                     remove(file)
-                part.replace(file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
+                write_whole(file, content)
+        except errors() as error:
             fix = disk_full(error, path) or "set a cache_dir you may write to"
-            raise ConfigError(f"{path} cannot be written ({error.strerror}): {fix}") from None
+            raise ConfigError(f"{path} cannot be written ({reason(error)}): {fix}") from None
         return JsonTokenizer(text)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import parse_object, sealed, unsealed
 
 Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding would give it
@@ -27,18 +27,24 @@ class Finished:
     def __init__(self, path: pathlib.Path, model: str):
         self._path, self._model = path, model
         self._known: dict[str, Score] = {}
+        self._mirror = storage.Mirror(pathlib.Path())
         if not hosts.is_first():
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:
+            storage.make_folder(path.parent)
+            self._mirror = storage.Mirror(path.parent)
+            self._mirror.fetch(path.name)
+            self._path = self._mirror.folder / path.name
+            with self._path.open("ab+") as file:
                 file.seek(0)
                 text = file.read()
                 whole = text.rfind(b"\n") + 1
                 if whole < len(text):
                     file.truncate(whole)
-        except OSError as error:
-            _log.warning("%s cannot be written (%s): if this run is killed, it starts over", path, error.strerror)
+        except storage.errors() as error:
+            _log.warning(
+                "%s cannot be written (%s): if this run is killed, it starts over", path, storage.reason(error)
+            )
             self._path = pathlib.Path("/dev/null")
             return
         for line in text[:whole].splitlines():
@@ -71,6 +77,15 @@ class Finished:
         try:
             with self._path.open("a") as file:
                 file.write("".join(lines))
+            self._mirror.copy_sometimes()
         except OSError as error:  # of this process alone: the others would wait for it
-            _log.warning("%s cannot be written (%s): if this run is killed, it starts over", self._path, error.strerror)
+            self._warn(self._path, error)
             self._path = pathlib.Path("/dev/null")
+
+    @staticmethod
+    def _warn(path: pathlib.Path, error: Exception) -> None:
+        _log.warning("%s cannot be written (%s): if this run is killed, it starts over", path, storage.reason(error))
+
+    def close(self) -> None:
+        if hosts.is_first():
+            self._mirror.close()

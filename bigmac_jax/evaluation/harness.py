@@ -10,7 +10,6 @@ from bigmac_jax import environment
 if __name__ == "__main__":
     environment.prepare()
 
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import restore
-from bigmac_jax.training.workdir import read_config
+from bigmac_jax.training.workdir import read_config, run_folder
 
 try:
     from lm_eval.api.model import LM
@@ -76,7 +75,7 @@ class BigMacLM(LM):
         size = str(arguments.pop("batch_size", None) or (additional_config or {}).get("batch_size") or 0)
         if not size.isdecimal() or not str(length).isdecimal():
             raise ConfigError(f"batch_size={size} and length={length} must be whole numbers; 0 takes the run's")
-        saved = read_config(pathlib.Path(workdir))
+        saved = read_config(run_folder(str(workdir)))
         config = with_mesh(saved, [f"{name}={value}" for name, value in arguments.items()])
         jax.set_mesh(make_mesh(config, fit_batch=False))
         config, model = restore(workdir, str(step), config)

@@ -4,12 +4,12 @@ import codecs
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from bigmac_jax.config import ConfigError, local_path
+from bigmac_jax import storage
+from bigmac_jax.config import ConfigError
 from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.generate import Completion, Request
 
@@ -28,9 +28,9 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
     """
     name = "standard input" if source == "-" else f"--prompts={source}"
     try:
-        content = sys.stdin.buffer.read() if source == "-" else pathlib.Path(source).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror}); give a file of JSON lines") from None
+        content = sys.stdin.buffer.read() if source == "-" else storage.locate(source, "--prompts").read_bytes()
+    except storage.errors() as error:
+        raise ConfigError(f"{name} cannot be read ({storage.reason(error)}); give a file of JSON lines") from None
     requests = []
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         if not line.strip():
@@ -67,11 +67,14 @@ def check_answers_to(target: str, source: str) -> None:
     """Before work begins: raises ConfigError where `target` cannot be written, or is the file of prompts."""
     if target == "-":
         return
-    path = local_path(target, "--output")
-    if source != "-" and path.is_file() and path.samefile(pathlib.Path(source).expanduser()):
+    path = storage.locate(target, "--output")
+    prompts = storage.locate(source, "--prompts")
+    on_disk = not (storage.is_store(path) or storage.is_store(prompts))
+    if source != "-" and (path.is_file() and path.samefile(prompts) if on_disk else path == prompts):
         raise ConfigError(f"--output={target} is the file of prompts, which would be lost; choose another path")
-    with _opened(target, "a"):
-        pass
+    if not storage.is_store(path):  # to which nothing can be appended
+        with _opened(target, "a"):
+            pass
 
 
 @contextlib.contextmanager
@@ -90,7 +93,12 @@ def answers_to(target: str) -> Iterator[TextIO]:
 
 def _opened(target: str, mode: str) -> TextIO:
     try:
+        path = storage.locate(target, "--output")
+        if storage.is_store(path):
+            return path.open(mode, encoding="utf-8")  # type: ignore[return-value]
         # By lines: whoever is interrupted leaves whole ones.
-        return open(pathlib.Path(target).expanduser(), mode, buffering=1, encoding="utf-8")  # type: ignore[return-value]
-    except OSError as error:
-        raise ConfigError(f"--output={target} cannot be written ({error.strerror}); choose another path") from None
+        return path.open(mode, buffering=1, encoding="utf-8")  # type: ignore[return-value]
+    except storage.errors() as error:
+        raise ConfigError(
+            f"--output={target} cannot be written ({storage.reason(error)}); choose another path"
+        ) from None

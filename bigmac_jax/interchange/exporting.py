@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, shards, tokens
@@ -72,7 +72,7 @@ def export_model(
     Raises:
       ConfigError: no equivalent, or `output` is there already or cannot be written.
     """
-    output = pathlib.Path(output).expanduser().absolute()
+    output = storage.absolute(storage.locate(output, "--output"))
     if dtype not in shards.DTYPES:
         raise ConfigError(f"--dtype={dtype} must be one of {', '.join(shards.DTYPES)}")
     size = shards.byte_size(max_shard_size)

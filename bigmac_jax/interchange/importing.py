@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, read_object
 from bigmac_jax.config.fields import moved
 from bigmac_jax.config.reading import overridden
@@ -73,7 +73,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     Raises:
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
     """
-    directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
+    directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
     with hosts.together():
         if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
             raise ConfigError(f"--workdir={workdir} holds a run; give another one")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bigmac_jax import signals
+from bigmac_jax import signals, storage
 from bigmac_jax.config import ConfigError, read_object
 from bigmac_jax.data.documents import one_line
 
@@ -89,12 +90,23 @@ def check_new(output: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `output` that becomes it at the end, and is removed if something goes wrong.
+    """A directory beside `output` that becomes it at the end, and is removed if something goes wrong. Of an output on a
+    store it lies on this machine, and its config.json is sent last.
 
     Raises:
       ConfigError: `output` is there already, or cannot be written.
     """
     check_new(output)
+    if storage.is_store(output):
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder)
+            try:
+                storage.send_tree(pathlib.Path(folder), output, last="config.json")
+            except storage.errors() as error:
+                raise ConfigError(
+                    f"--output={output} cannot be written ({storage.reason(error)}); give another one"
+                ) from None
+        return
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
         with signals.undone(lambda: shutil.rmtree(temporary, ignore_errors=True)):

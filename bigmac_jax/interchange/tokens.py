@@ -2,12 +2,12 @@
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from bigmac_jax import storage
 from bigmac_jax.config import Config
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
 
@@ -66,6 +66,6 @@ def copy_tokenizer(source: pathlib.Path, workdir: pathlib.Path) -> str:
     """Copies the tokenizer beside a checkpoint → data.tokenizer of the workdir; "" if there is none."""
     for name in NAMES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, workdir / name)
-            return str(workdir.absolute() / name)
+            storage.write_whole(workdir / name, (source / name).read_bytes())
+            return str(storage.absolute(workdir) / name)
     return ""

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 
 PALETTE = ("#1f4e79", "#c0504d", "#9bbb59", "#8064a2", "#4bacc6", "#f79646", "#7f7f7f", "#bfbfbf")
@@ -33,8 +34,8 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
         for panel, ax in zip(panels, axes[0], strict=True):
             panel(ax, valid)
     try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
+        storage.save_figure(figure, path)
+    except storage.errors(ValueError) as error:
         raise ConfigError(f"--plot={path} can't be written ({error}); use a .png in a folder that exists") from None
     plt.close(figure)
 

@@ -3,8 +3,7 @@
 import jax
 from absl import flags
 
-from bigmac_jax import cli
-from bigmac_jax.config import local_path
+from bigmac_jax import cli, storage
 from bigmac_jax.report.page import write_page
 from bigmac_jax.report.runs import read_runs
 
@@ -13,10 +12,10 @@ _OUTPUT = flags.DEFINE_string("output", "report.html", "Where the page is writte
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # parameters are counted without a device
-    path = local_path(_OUTPUT.value, "--output")
+    path = storage.locate(_OUTPUT.value, "--output")
     runs = read_runs(cli.ARGUMENTS)
     write_page(runs, path)
-    print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {path.stat().st_size / 1e6:.2f} MB")
+    print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {storage.size_of(path) / 1e6:.2f} MB")
 
 
 def run() -> None:

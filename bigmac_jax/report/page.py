@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from html import escape
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.report import tables
 from bigmac_jax.report.runs import Run
@@ -17,10 +18,11 @@ def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
     """Raises ConfigError if the file cannot be written."""
     html = page(runs)
     try:
-        path.write_text(html, encoding="utf-8")
-    except OSError as error:
+        # Not whole or nothing on a disk: the output may be a pipe.
+        path.write_bytes(html.encode())
+    except storage.errors() as error:
         raise ConfigError(
-            f"--output={path} cannot be written ({error.strerror}); give a file in a folder that exists"
+            f"--output={path} cannot be written ({storage.reason(error)}); give a file in a folder that exists"
         ) from None
 
 

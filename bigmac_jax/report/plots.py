@@ -11,6 +11,7 @@ import numpy as np
 
 from bigmac_jax.config import Config
 from bigmac_jax.report.runs import Records
+from bigmac_jax.storage import save_figure
 from bigmac_jax.training.records import read_records
 
 
@@ -37,7 +38,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
             axis.set_axis_off()
             axis.text(0.5, 0.5, "dense: no experts", ha="center", va="center", color="gray")
     path = workdir / "report.png"
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
     return path
 

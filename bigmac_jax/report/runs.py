@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError, parse_object, second_edition
 from bigmac_jax.config.reading import field_values
 from bigmac_jax.training.goodput import PARTS
@@ -46,7 +46,7 @@ def read_runs(workdirs: Sequence[str]) -> list[Run]:
 
 
 def _read_run(workdir: str, name: str) -> Run:
-    path = pathlib.Path(workdir).expanduser()
+    path = storage.locate(workdir, "RUN")
     for file in ("config.json", "metrics.jsonl"):
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
@@ -55,7 +55,7 @@ def _read_run(workdir: str, name: str) -> Run:
         if wrong := [name for name in _GROUPS if not isinstance(config.get(name, {}), dict)]:
             raise ValueError(f"{wrong[0]} of config.json is no group of fields")
         records = read_records(path)
-    except (OSError, ValueError) as error:
+    except storage.errors(ValueError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None
     training = _latest([r for r in records if "loss" in r])
     if not training:

@@ -1,13 +1,13 @@
 """The arrays of a checkpoint: digested by the process that wrote them, and of the shapes that a config asks for."""
 
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.storage import locate
 from bigmac_jax.training import manifest
 
 
@@ -16,7 +16,7 @@ class _Digested(ocp.StandardCheckpointHandler):
 
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[ocp.future.Future]:
         written = await super().async_save(directory, *args, **kwargs) or []
-        digest = functools.partial(manifest.write_part, pathlib.Path(directory), jax.process_index())
+        digest = functools.partial(manifest.write_part, locate(directory, "checkpoint"), jax.process_index())
         return [ocp.future.ChainedFuture(written, digest)]  # while the next item is still being written
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import re
-import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +24,8 @@ import orbax.checkpoint.checkpoint_managers as policies
 from flax import nnx
 from orbax.checkpoint.path import atomicity
 
-from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError, local_path
+from bigmac_jax import hosts, storage
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
@@ -56,6 +56,24 @@ class _Sealed(atomicity.AtomicRenameTemporaryPath):
             self._final_path = final
 
 
+class _Committed(atomicity.CommitFileTemporaryPath):
+    """The same on a store, which renames nothing: files count when their directory has a commit file, the last one."""
+
+    _checkpoint_metadata_store: Any
+
+    async def finalize(self) -> None:
+        final = self.get_final()
+        store = self._checkpoint_metadata_store
+        if final.name.isdecimal():
+            if store is not None:  # as the base does, but before the manifest, which has this file's digest
+                self._checkpoint_metadata_store = None
+                store.wait_until_finished()
+                store.update(file_path=final / "_CHECKPOINT_METADATA", commit_timestamp_nsecs=time.time_ns())
+                store.wait_until_finished()
+            manifest.write(final)
+        await super().finalize()
+
+
 class Checkpoints:
     """The checkpoints of a workdir. A directory appears under its final name only when it is complete.
 
@@ -64,7 +82,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
-        self._directory = workdir.absolute() / "checkpoints"
+        self._directory = storage.absolute(workdir) / "checkpoints"
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
         if keep is not None:
@@ -93,7 +111,7 @@ class Checkpoints:
                 # In the background, a directory that can't be made would leave threads that wait five minutes for it.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=self._keep is None,
-                temporary_path_class=_Sealed,
+                temporary_path_class=_Committed if storage.is_store(self._directory) else _Sealed,
             ),
         )
 
@@ -144,8 +162,9 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
         if hosts.is_first():
-            for unfinished in self._directory.glob(f"*{atomicity.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for path in storage.children(self._directory):
+                if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not manifest.is_whole(path)):
+                    storage.remove_tree(path)
 
     def latest(self) -> int | None:
         """The newest checkpoint by name, whatever its state."""
@@ -254,15 +273,23 @@ class Checkpoints:
                 f"{self._directory} cannot be made ({error.strerror}); remove what is there, or use a new --workdir"
             ) from None
         self._remove_unfinished()
-        for step in manifest.steps(self._directory.parent):
-            if damage := manifest.damage(self._directory / str(step), thorough=False):
-                self._set_aside(step, damage)
+        steps = manifest.steps(self._directory.parent)
+        for step in steps:
+            path = self._directory / str(step)
+            if damage := manifest.damage(path, thorough=False):
+                if storage.is_store(path) and damage.endswith("is missing") and step != steps[-1]:
+                    # A store removes a directory file by file, and whoever did so was killed.
+                    _log.warning("checkpoint %d is what is left of one that was being removed; removed", step)
+                    storage.remove_tree(path)
+                else:
+                    self._set_aside(step, damage)
 
     def _set_aside(self, step: int, damage: str) -> None:
-        self._aside.mkdir(exist_ok=True)
-        names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + len(list(self._aside.iterdir()))))]
+        storage.make_folder(self._aside)
+        there = len(storage.children(self._aside))
+        names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + there))]
         target = next(self._aside / name for name in names if not (self._aside / name).exists())
-        os.rename(self._directory / str(step), target)
+        storage.move(self._directory / str(step), target)
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
@@ -348,7 +375,7 @@ def restore_step(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-    workdir = local_path(str(workdir), "workdir")
+    workdir = storage.locate(workdir, "workdir")
     if hosts.is_first():
         for line in changes_of_edition(workdir):
             _log.warning("%s", line)

@@ -11,19 +11,21 @@ before there were manifests, and that you trust.
 import hashlib
 import heapq
 import json
-import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xxhash
 
+from bigmac_jax.storage import children, files_below, is_store, locate, reason, size_of, write_whole
+
 NAME = "manifest.json"
 _PART = "digests.process_{}.json"  # beside the files that it is of
 STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`
 _RUN = "run/metadata"
+_COMMITTED = "commit_success.txt"  # what Orbax writes last on a store
 _SMALL = 1 << 16  # bytes; larger files hold arrays
 # By the name that an entry has it under. Earlier editions wrote SHA-256 alone.
 _HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
@@ -33,30 +35,22 @@ _SPELLED = {"sha256": "SHA-256", "xxh3_128": "XXH3"}
 def write_part(folder: pathlib.Path, process: int) -> None:
     """Digests what a process has written below `folder`, its `ocdbt.process_N`, for `write`."""
     own = folder / f"ocdbt.process_{process}"
-    entries = _entries(folder, (path for path in own.rglob("*") if path.is_file()), "xxh3_128")
-    (folder / _PART.format(process)).write_text(json.dumps(entries))
+    (folder / _PART.format(process)).write_text(json.dumps(_entries(folder, files_below(own), "xxh3_128")))
 
 
 def write(directory: pathlib.Path) -> None:
     """Reads each file of which no part tells; the manifest appears whole or not at all, and is on the disk then."""
     entries: dict[str, Any] = {}
-    for part in sorted(directory.glob(f"*/{_PART.format('*')}")):
+    for part in [file for item in children(directory) for file in children(item) if _is_part(file)]:
         below = part.parent.relative_to(directory)
-        entries |= {(below / name).as_posix(): entry for name, entry in json.loads(part.read_text()).items()}
+        entries |= {(below / name).as_posix(): entry for name, entry in json.loads(part.read_bytes()).items()}
         part.unlink()
-    sizes = {
-        path.relative_to(directory).as_posix(): path.stat().st_size
-        for path in directory.rglob("*")
-        if path.is_file() and path != directory / NAME
-    }
+    found = {path: size for path, size in files_below(directory).items() if path != directory / NAME}
+    sizes = {path.relative_to(directory).as_posix(): size for path, size in found.items()}
     known = {name: entries[name] for name, size in sizes.items() if entries.get(name, {}).get("size") == size}
-    read = _entries(directory, (directory / name for name in sizes.keys() - known.keys()), "sha256")
-    temporary = directory / f"{NAME}.tmp"
-    with temporary.open("w") as file:
-        file.write(_text(dict(sorted((known | read).items()))))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / NAME)
+    left = {directory / name: sizes[name] for name in sizes.keys() - known.keys()}
+    read = _entries(directory, left, "sha256")
+    write_whole(directory / NAME, _text(dict(sorted((known | read).items()))).encode())
 
 
 def damage(
@@ -70,10 +64,12 @@ def damage(
       share: (i, n) looks at the i-th of n parts of the files, of about as many bytes to read each.
     """
     try:
-        text = (directory / NAME).read_text()
+        text = (directory / NAME).read_bytes().decode()
     except FileNotFoundError:
         return f"{NAME} is missing" if directory.is_dir() and any(directory.iterdir()) else "it is empty"
     except (OSError, UnicodeDecodeError) as error:
+        if is_store(directory):  # a moment without it damages nothing
+            raise
         return f"{NAME} cannot be read ({type(error).__name__})"
     try:
         entries = json.loads(text)
@@ -90,7 +86,7 @@ def damage(
     def differs(name: str) -> str | None:
         path, (size, kind, digest) = directory / name, wanted[name]
         try:
-            found = path.stat().st_size
+            found = size_of(path)
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
             if to_read(name) and _digest(path, kind) != digest:
@@ -98,7 +94,9 @@ def damage(
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            if is_store(path):
+                raise
+            return f"{name} cannot be read ({reason(error)})"
         return None
 
     own = _share({name: size if to_read(name) else 0 for name, (size, *_) in wanted.items()}, *share)
@@ -108,10 +106,13 @@ def damage(
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Of a workdir's checkpoints, whatever their state, in order."""
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    found = (path for path in children(workdir / "checkpoints") if path.name.isdecimal() and is_whole(path))
+    return sorted(int(path.name) for path in found)
+
+
+def is_whole(directory: pathlib.Path) -> bool:
+    """Whether a directory of a step's name is a checkpoint: a disk gives it that name last."""
+    return not is_store(directory) or (directory / _COMMITTED).exists()
 
 
 def _of_another_step(directory: pathlib.Path) -> str | None:
@@ -138,15 +139,18 @@ def _share(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
     return [name for name in sizes if name in own]
 
 
-def _entries(directory: pathlib.Path, paths: Iterable[pathlib.Path], kind: str) -> dict[str, dict[str, Any]]:
+def _entries(directory: pathlib.Path, sizes: Mapping[pathlib.Path, int], kind: str) -> dict[str, dict[str, Any]]:
     """By name below `directory`: size and digest of files, each of which is read once."""
-    files = list(paths)
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-        digests = list(pool.map(lambda path: _digest(path, kind), files))
+        digests = list(pool.map(lambda path: _digest(path, kind), sizes))
     return {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, kind: digest}
-        for path, digest in zip(files, digests, strict=True)
+        path.relative_to(directory).as_posix(): {"size": size, kind: digest}
+        for (path, size), digest in zip(sizes.items(), digests, strict=True)
     }
+
+
+def _is_part(file: pathlib.Path) -> bool:
+    return file.match(_PART.format("*"))
 
 
 def _kind_and_digest(entry: Mapping[str, Any]) -> tuple[str, str]:
@@ -165,4 +169,4 @@ def _digest(path: pathlib.Path, kind: str) -> str:
 
 
 if __name__ == "__main__":
-    write(pathlib.Path(sys.argv[1]))
+    write(locate(sys.argv[1], "checkpoint"))

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import secrets
 import time
@@ -19,6 +18,7 @@ from bigmac_jax.data.datasets import DATASET
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.environment import edition
+from bigmac_jax.storage import is_store, locate, write_whole
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)
@@ -33,6 +33,20 @@ _PLACES = {"train": "source", "tokenizer": "tokenizer", "validation": "validatio
 def has_run(workdir: pathlib.Path) -> bool:
     """Whether something was trained there."""
     return (workdir / _CONFIG).exists() or bool(manifest.steps(workdir))
+
+
+def run_folder(place: str) -> pathlib.Path:
+    """The path of --workdir.
+
+    Raises:
+      ConfigError: no path, or on a store that takes no checkpoints.
+    """
+    if place.startswith("s3://"):
+        raise ConfigError(
+            f"--workdir={place} can't be on S3, where Orbax writes no checkpoints; use a local disk or gs:// for it "
+            f"(data, cache_dir and exports may be on s3://)"
+        )
+    return locate(place, "--workdir")
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -51,6 +65,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     except FileNotFoundError:
         problem = f"--workdir={workdir} holds no {_CONFIG}"
     except OSError as error:
+        if is_store(file):  # a moment without it damages nothing
+            raise
         problem = f"{file} cannot be read ({error.strerror})"
     except ConfigError as error:
         problem = str(error)
@@ -90,7 +106,7 @@ def check_shared(workdir: pathlib.Path) -> None:
     word = hosts.first(word)
     seen, end = False, time.monotonic() + _LATE
     while not seen and time.monotonic() < end:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*errors()):
             seen = note.read_text() == word
         time.sleep(0 if seen else 0.2)
     sees = hosts.gather(str(int(seen)))
@@ -287,10 +303,9 @@ def _of_own_files(config: Config) -> dict[str, str]:
 
 def _write(file: pathlib.Path, content: bytes) -> None:
     """Whole or not at all."""
-    temporary = file.with_suffix(".tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
+        write_whole(file, content)
     except OSError as error:
+        if is_store(file):
+            raise
         raise ConfigError(f"{file} cannot be written ({error.strerror}); remove what is there, or free space") from None

@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -91,7 +92,7 @@ def load_task(name_or_path: str) -> Task | Needle:
     Raises:
       ConfigError: no such task, or a field that is missing, unknown or of the wrong type.
     """
-    path = _FOLDER / f"{name_or_path}.toml" if name_or_path in TASKS else pathlib.Path(name_or_path).expanduser()
+    path = _FOLDER / f"{name_or_path}.toml" if name_or_path in TASKS else storage.locate(name_or_path, "--tasks")
     if path.suffix != ".toml" or not path.is_file():
         raise ConfigError(
             f"--tasks={name_or_path} is not a task; use {', '.join(TASKS)}, or the path of a .toml file of that form"
@@ -117,9 +118,9 @@ def load_task(name_or_path: str) -> Task | Needle:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """The file's fields, on top of those of the task that its `like` names."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of a .toml file") from None
+        values = tomllib.loads(path.read_bytes().decode())
+    except storage.errors() as error:
+        raise ConfigError(f"{path} cannot be read ({storage.reason(error)}); give the path of a .toml file") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path.name} is not UTF-8; save it as such") from None
     except tomllib.TOMLDecodeError as error:
@@ -145,7 +146,8 @@ def _checked(task: Task, path: pathlib.Path) -> Task:
                 f"{path.name}: {pattern!r} is not a regular expression with a replacement {replacement!r} ({error})"
             ) from None
     if task.source and not task.source.startswith("tfds:"):
-        task = dataclasses.replace(task, source=str(path.parent / pathlib.Path(task.source).expanduser()))
+        source = storage.locate(task.source, f"{path.name}: source")
+        task = dataclasses.replace(task, source=str(source if storage.is_store(source) else path.parent / source))
     return task
 
 

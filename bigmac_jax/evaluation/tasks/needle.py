@@ -18,6 +18,7 @@ from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.tasks import Needle
 from bigmac_jax.evaluation.tasks.examples import Example
+from bigmac_jax.storage import save_figure
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -86,5 +87,5 @@ def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
     axis.set_xticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
     axis.set_yticks(range(len(grid["depths"])), [f"{100 * depth:.0f}" for depth in grid["depths"]])
     figure.colorbar(image, ax=axis, label="found, %")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)

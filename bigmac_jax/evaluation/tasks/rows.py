@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.datasets import DATASET, find_dataset, quiet
 from bigmac_jax.data.documents import decode, one_line
@@ -46,7 +47,7 @@ def _dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[
 
 
 def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
-    path = pathlib.Path(source).expanduser()
+    path = storage.locate(source, setting)
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in SUFFIXES:
         what = f"must end in {', '.join(SUFFIXES)}" if path.is_file() else "is not a file"
@@ -57,13 +58,14 @@ def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
         elif suffix == ".jsonl":
             yield from _json_lines(path)
         else:
-            yield from _table(path)
-    except OSError as error:
+            with storage.local_file(path) as file:
+                yield from _table(file, path)
+    except storage.errors() as error:
         raise ConfigError(f"{path} cannot be read ({one_line(error)}); check the file") from None
 
 
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:
+    with storage.open_lines(path) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
                 continue
@@ -79,8 +81,8 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
             yield place, row
 
 
-def _table(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
-    """Arrow as a stream (what Hugging Face's datasets write) or as a file, or Parquet."""
+def _table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, Row]]:
+    """Arrow as a stream (what Hugging Face's datasets write) or as a file, or Parquet; `name` is for messages."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,9 +98,9 @@ def _table(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
         numbers = itertools.count(1)
         for batch in batches:
             for row in batch.to_pylist():
-                yield f"{path} row {next(numbers)}", row
+                yield f"{name} row {next(numbers)}", row
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({one_line(error)}); check the file") from None
+        raise ConfigError(f"{name} cannot be read ({one_line(error)}); check the file") from None
 
 
 def _plain(value: Any, place: str) -> Any:

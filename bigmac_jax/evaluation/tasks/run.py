@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from bigmac_jax import hosts
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
@@ -114,6 +114,7 @@ def score_jobs(
         overlap = stride if job.kind == "perplexity" else 0
         title = "" if quiet else job.name
         results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title, on_batch))
+        finished.close()
         rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         summaries[job.name] = summarise(job.kind, rows)
         _write(job, rows, summaries[job.name], folder)
@@ -147,5 +148,5 @@ def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: p
             from bigmac_jax.evaluation.tasks.needle import draw_needles
 
             draw_needles(summary["grid"], folder / f"{job.name}.png", f"needles found: {summary['accuracy']:.0%}")
-    except OSError as error:
-        _log.warning("%s: its rows cannot be written (%s)", folder, error.strerror)
+    except storage.errors() as error:
+        _log.warning("%s: its rows cannot be written (%s)", folder, storage.reason(error))

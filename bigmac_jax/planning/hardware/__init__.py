@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.hardware.torus import Torus
 
@@ -70,9 +71,9 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
     """
     text = str(name_or_path)
     try:
-        path = _FOLDER / f"{text}.toml" if text in HARDWARE else pathlib.Path(text).expanduser()
-        values = tomllib.loads(path.read_text())
-    except (OSError, RuntimeError, UnicodeDecodeError):  # RuntimeError: a ~name that is no user
+        path = _FOLDER / f"{text}.toml" if text in HARDWARE else storage.locate(text, "hardware")
+        values = tomllib.loads(path.read_bytes().decode())
+    except storage.errors(UnicodeDecodeError):
         raise ConfigError(
             f"hardware={text!r} can't be read as a file; use one of {', '.join(HARDWARE)}, or a path to a .toml file"
         ) from None
