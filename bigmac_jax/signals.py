@@ -30,8 +30,8 @@ def take() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORDS)
+    with blocked():  # in the thread, which inherits it: a signal that it took would be lost where `blocked` holds them
+        threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
 
 
 @contextlib.contextmanager
