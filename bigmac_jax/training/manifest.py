@@ -119,8 +119,10 @@ def _of_another_step(directory: pathlib.Path) -> str | None:
     """What is wrong with the name of the directory."""
     try:
         step = json.loads((directory / _RUN).read_bytes()).get(STEP)
-    except (OSError, ValueError, AttributeError):  # no checkpoint of ours
-        return None
+    except (OSError, ValueError, AttributeError) as error:
+        if is_store(directory) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        return None  # no checkpoint of ours
     if step is None or not directory.name.isdecimal() or int(directory.name) == step:  # None: of an earlier edition
         return None
     return f"it is of step {step}"
