@@ -1,6 +1,7 @@
 """The arrays of a checkpoint: digested by the process that wrote them, and of the shapes that a config asks for."""
 
 import functools
+import pathlib
 from typing import Any
 
 import jax

@@ -18,7 +18,7 @@ from bigmac_jax.data.datasets import DATASET
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.environment import edition
-from bigmac_jax.storage import is_store, locate, write_whole
+from bigmac_jax.storage import errors, is_store, locate, write_whole
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)
