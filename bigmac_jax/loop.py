@@ -5,26 +5,22 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 
 from bigmac_jax import hosts, signals, storage
-from bigmac_jax.config import Config, check_resume
+from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
-from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.data.pipeline import TrainIterator
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_spec
-from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
-from bigmac_jax.programs import evaluation_rows, step_program
+from bigmac_jax.programs import evaluation_rows
+from bigmac_jax.start import Start, Step, restored, start
 from bigmac_jax.training import guard
-from bigmac_jax.training.boards import check_boards
-from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
@@ -32,23 +28,12 @@ from bigmac_jax.training.metrics import (
     RunConstants,
     SilentWriter,
     StepTimer,
-    describe_auto,
     step_record,
 )
 from bigmac_jax.training.records import read_records
-from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
-from bigmac_jax.training.workdir import (
-    changes_of_loss,
-    check_data,
-    check_shared,
-    has_run,
-    read_config,
-    run_tokenizer,
-    write_run,
-)
+from bigmac_jax.training.step import StepMetrics, TrainState
 
 _log = logging.getLogger(__name__)
-Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 class Result(NamedTuple):
@@ -73,111 +58,34 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     NOW.begin("start")
     try:
         with held(workdir):
-            return _train(config, workdir, profile)
+            started = start(config, workdir)
+            run = _Run(config, workdir, started)
+            try:
+                return run.loop(started.state, profile)
+            finally:
+                started.data.close()
+                run.close()
     finally:
         NOW.end()
-
-
-def _train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None) -> Result:
-    mesh = jax.sharding.get_mesh()
-    check_shared(workdir)
-    with NOW.doing("data"), hosts.together():
-        check_boards(config.train.wandb)
-        resumed = has_run(workdir)
-        if resumed:
-            check_resume(read_config(workdir), config)
-        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
-        train_stream = open_stream(config, "train", tokenizer)
-        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
-        data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
-        data_is |= {"validation": validation.text} if validation else {}
-        if resumed:
-            check_data(workdir, config, data_is)
-        rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
-        data = train_iterator(config, train_stream, rows)
-    hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
-    trainer = make_trainer(config, mesh)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    # Everything else that a start needs happens while the step compiles.
-    compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
-    with NOW.doing("verify"):
-        newest = checkpoints.newest_intact()
-    with NOW.doing("restore" if newest else "initialise"):
-        state, position = _start(config, trainer, checkpoints, newest)
-    data.set_state(position)
-    if hosts.is_first():
-        for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
-            _log.warning("%s", note)
-        # Only now: a start that failed leaves the workdir free.
-        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
-    hosts.say(config.describe())
-    if config.model.is_moe and config.execution.exchange == "auto":
-        hosts.say(describe_auto(config))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    hosts.say(
-        f"{parameters:,} parameters, {train_stream.num_tokens:,} training tokens, mesh "
-        + " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        + (f", {jax.process_count()} processes" if hosts.several() else "")
-        + f", attention by {attention_of(config)}"
-        + (f", resumed at step {newest}" if newest else "")
-    )
-    run = _Run(config, workdir, trainer, compiling, checkpoints, data, rows, validation, newest or 0, position)
-    try:
-        return run.loop(state, profile)
-    finally:
-        data.close()
-        run.close()
-
-
-def _start(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the data position of a checkpoint, or those that a run begins with."""
-    if step is None:
-        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
-    state, position = checkpoints.restore(step, trainer.abstract_state)
-    return guard.with_losses(state, trainer.abstract_state, position), position
-
-
-def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
-    """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
-    start = time.perf_counter()
-    lowered = step_program(config, jax.sharding.get_mesh(), trainer).lower()
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(lambda: (lowered.compile(), time.perf_counter() - start))
-    pool.shutdown(wait=False)
-    return future
 
 
 class _Run:
     """What one pass through the loop carries from step to step."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: pathlib.Path,
-        trainer: Trainer,
-        compiling: Future[tuple[Step, float]] | None,
-        checkpoints: Checkpoints,
-        data: TrainIterator,
-        rows: Sequence[int],
-        validation: Any,
-        first_step: int,
-        position: dict[str, Any],
-    ):
-        self.config, self.workdir, self.trainer, self.compiling = config, workdir, trainer, compiling
-        self.checkpoints, self.data, self.first_step = checkpoints, data, first_step
-        self.rows, self.validation = rows, validation
-        self.bad_steps = position.get("bad_steps", 0)
-        self.batches_ahead = position["batches"] - first_step  # batches that rewinding has left out
-        self.best = hosts.first(checkpoints.best_loss())
+    def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
+        self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
+        self.checkpoints, self.data, self.first_step = started.checkpoints, started.data, started.step
+        self.rows, self.validation = started.rows, started.validation
+        self.bad_steps = started.position.get("bad_steps", 0)
+        self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
+        self.best = hosts.first(started.checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
         self.mirror = storage.Mirror(workdir)  # of what grows: metrics, events, traces
         if hosts.is_first():
             self.mirror.fetch("metrics.jsonl")
             self.mirror.fetch("wandb/id")
-        self.goodput = Goodput(read_records(self.mirror.folder), first_step)
+        self.goodput = Goodput(read_records(self.mirror.folder), started.step)
         self.writer = self._writer()
         self.timer = StepTimer()
 
@@ -308,7 +216,7 @@ class _Run:
         with NOW.doing("restore"):
             self.checkpoints.wait()
             newest = self.checkpoints.newest_intact()
-            state, _ = _start(self.config, self.trainer, self.checkpoints, newest)
+            state, _ = restored(self.config, self.trainer, self.checkpoints, newest)
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)

@@ -31,6 +31,7 @@ class Mirror:
     def fetch(self, name: str) -> None:
         """A file that an earlier start has left, if there is one."""
         if self._temporary is not None and (self._place / name).exists():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             filesystem(self._place).get_file(str(self._place / name), str(self.folder / name))
 
     def copy(self) -> None:

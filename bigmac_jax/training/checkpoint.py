@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +29,7 @@ from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import arrays_of, check_shapes
+from bigmac_jax.training.completion import completed
 from bigmac_jax.training.step import TrainState, evaluated, split
 from bigmac_jax.training.workdir import changes_of_edition, read_config, run_of, with_own_tokenizer
 
@@ -39,39 +39,6 @@ for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several trace
     logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
 # Of each save between evaluations: it has no metric, and needs none.
 logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
-
-
-class _Sealed(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary directory. A step's gets its final name when all processes are done and it has a manifest."""
-
-    async def finalize(self) -> None:
-        """On process 0, in the background."""
-        final = self.get_final()
-        if final.name.isdecimal():
-            self._final_path = final.with_name(f"{final.name}{atomicity.TMP_DIR_SUFFIX}-complete")
-        await super().finalize()
-        if self.get_final() != final:
-            manifest.write(pathlib.Path(self._final_path))
-            os.replace(self._final_path, final)
-            self._final_path = final
-
-
-class _Committed(atomicity.CommitFileTemporaryPath):
-    """The same on a store, which renames nothing: files count when their directory has a commit file, the last one."""
-
-    _checkpoint_metadata_store: Any
-
-    async def finalize(self) -> None:
-        final = self.get_final()
-        store = self._checkpoint_metadata_store
-        if final.name.isdecimal():
-            if store is not None:  # as the base does, but before the manifest, which has this file's digest
-                self._checkpoint_metadata_store = None
-                store.wait_until_finished()
-                store.update(file_path=final / "_CHECKPOINT_METADATA", commit_timestamp_nsecs=time.time_ns())
-                store.wait_until_finished()
-            manifest.write(final)
-        await super().finalize()
 
 
 class Checkpoints:
@@ -111,7 +78,7 @@ class Checkpoints:
                 # In the background, a directory that can't be made would leave threads that wait five minutes for it.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=self._keep is None,
-                temporary_path_class=_Committed if storage.is_store(self._directory) else _Sealed,
+                temporary_path_class=completed(self._directory),
             ),
         )
 

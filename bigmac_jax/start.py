@@ -1,0 +1,130 @@
+"""What a run starts from: data, a compiled step, and the state of its newest intact checkpoint."""
+
+import logging
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, check_resume
+from bigmac_jax.data.cache import CachedStream
+from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.mesh import batch_spec
+from bigmac_jax.model.attention_kernels import attention_of
+from bigmac_jax.phases import NOW
+from bigmac_jax.programs import step_program
+from bigmac_jax.training import guard
+from bigmac_jax.training.boards import check_boards
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.metrics import describe_auto
+from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
+from bigmac_jax.training.workdir import (
+    changes_of_loss,
+    check_data,
+    check_shared,
+    has_run,
+    read_config,
+    run_tokenizer,
+    write_run,
+)
+
+_log = logging.getLogger(__name__)
+Step = Callable[..., tuple[TrainState, StepMetrics]]
+
+
+class Start(NamedTuple):
+    """Attributes:
+    compiling: gives the compiled step and the seconds that it took; None where no step is left.
+    rows: of the global batch, that this process reads.
+    step: that the run goes on from, and `position` of the data there.
+    """
+
+    trainer: Trainer
+    compiling: Future[tuple[Step, float]] | None
+    checkpoints: Checkpoints
+    data: TrainIterator
+    rows: Sequence[int]
+    validation: CachedStream | None
+    step: int
+    state: TrainState
+    position: dict[str, Any]
+
+
+def start(config: Config, workdir: pathlib.Path) -> Start:
+    """For the current mesh; the workdir is held.
+
+    Raises:
+      ConfigError: the workdir was started with another config, or the data cannot be used.
+    """
+    mesh = jax.sharding.get_mesh()
+    check_shared(workdir)
+    with NOW.doing("data"), hosts.together():
+        check_boards(config.train.wandb)
+        resumed = has_run(workdir)
+        if resumed:
+            check_resume(read_config(workdir), config)
+        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
+        train_stream = open_stream(config, "train", tokenizer)
+        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
+        data_is |= {"validation": validation.text} if validation else {}
+        if resumed:
+            check_data(workdir, config, data_is)
+        rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
+        data = train_iterator(config, train_stream, rows)
+    hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
+    trainer = make_trainer(config, mesh)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    # Everything else that a start needs happens while the step compiles.
+    compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
+    with NOW.doing("verify"):
+        newest = checkpoints.newest_intact()
+    with NOW.doing("restore" if newest else "initialise"):
+        state, position = restored(config, trainer, checkpoints, newest)
+    data.set_state(position)
+    if hosts.is_first():
+        for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
+            _log.warning("%s", note)
+        # Only now: a start that failed leaves the workdir free.
+        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
+    _describe(config, state, train_stream.num_tokens, newest)
+    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position)
+
+
+def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:
+    hosts.say(config.describe())
+    if config.model.is_moe and config.execution.exchange == "auto":
+        hosts.say(describe_auto(config))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    hosts.say(
+        f"{parameters:,} parameters, {tokens:,} training tokens, mesh "
+        + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
+        + (f", {jax.process_count()} processes" if hosts.several() else "")
+        + f", attention by {attention_of(config)}"
+        + (f", resumed at step {newest}" if newest else "")
+    )
+
+
+def restored(
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the data position of a checkpoint, or those that a run begins with."""
+    if step is None:
+        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
+    state, position = checkpoints.restore(step, trainer.abstract_state)
+    return guard.with_losses(state, trainer.abstract_state, position), position
+
+
+def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:
+    """Compiles the training step in a thread → the compiled step, and the seconds that it took."""
+    start = time.perf_counter()
+    lowered = step_program(config, jax.sharding.get_mesh(), trainer).lower()
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(lambda: (lowered.compile(), time.perf_counter() - start))
+    pool.shutdown(wait=False)
+    return future
