@@ -11,7 +11,7 @@ from bigmac_jax.storage import is_store
 from bigmac_jax.training import manifest
 
 
-def completed(directory: pathlib.Path) -> type[atomicity.TemporaryPath]:
+def completed(directory: pathlib.Path) -> type["_Sealed"] | type["_Committed"]:
     """Orbax's class of temporary directories for checkpoints in `directory`."""
     return _Committed if is_store(directory) else _Sealed
 

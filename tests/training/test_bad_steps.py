@@ -17,7 +17,7 @@ import pytest
 from model.tools import leaves
 
 import bigmac_jax.training.step
-from bigmac_jax import loop
+from bigmac_jax import loop, start
 from bigmac_jax.config import Config, ConfigError, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
@@ -60,7 +60,7 @@ def bad_config(folder: pathlib.Path, action: str, *overrides: str) -> Config:
 @pytest.fixture(scope="module", autouse=True)
 def _programs() -> Iterator[None]:
     """The marks take effect. A program is made once: runs differ in steps, bounds and data."""
-    loss_fn, compile_step = bigmac_jax.training.step.loss_fn, loop._compile
+    loss_fn, compile_step = bigmac_jax.training.step.loss_fn, start._compile
 
     def marked(model: Any, batch: Any, *rest: Any) -> Any:
         loss, parts = loss_fn(model, batch, *rest)
@@ -82,8 +82,8 @@ def _programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bigmac_jax.training.step, "loss_fn", marked)
-        patch.setattr(loop, "make_trainer", once(make_trainer, 0))
-        patch.setattr(loop, "_compile", once(compile_step, 1))
+        patch.setattr(start, "make_trainer", once(make_trainer, 0))
+        patch.setattr(start, "_compile", once(compile_step, 1))
         yield
 
 
@@ -92,7 +92,7 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Marks batches, or leaves some out, of the runs that follow."""
 
     def apply(marks: dict[int, int], left_out: Sequence[int] = ()) -> None:
-        monkeypatch.setattr(loop, "train_iterator", lambda *args: Batches(train_iterator(*args), marks, set(left_out)))
+        monkeypatch.setattr(start, "train_iterator", lambda *args: Batches(train_iterator(*args), marks, set(left_out)))
 
     return apply
 
@@ -141,8 +141,8 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
         return node._replace(count=node.count + 1) if is_schedule(node) else node
 
     with quick(), jax.set_mesh(make_mesh(config)):
-        trainer = loop.make_trainer(config, jax.sharding.get_mesh())
-        train_step, _ = loop._compile(trainer, config).result()
+        trainer = start.make_trainer(config, jax.sharding.get_mesh())
+        train_step, _ = start._compile(trainer, config).result()
         data = train_iterator(config, open_stream(config, "train", load_tokenizer(config)))
         batches = loop._on_device(data, range(config.data.batch_size), config.data.batch_size)
         state = trainer.init(jax.random.key(config.train.seed))
