@@ -190,7 +190,8 @@ def test_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
     rewinds = [(record["step"], record["event"], record["from"]) for record in events(workdir)]
     assert rewinds == [(4, "rewind", 6), (6, "rewind", 7)]
     assert position(workdir, 8) == {"batches": 11, "bad_steps": 2} and position(workdir, 4) == {"batches": 4}
-    assert [record["step"] for record in read_records(workdir)] == [1, 2, 3, 4, 4, 5, 6, 6, 7, 8]
+    steps = [record["step"] for record in read_records(workdir)]
+    assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]  # its start, …, its end
 
     for killed_after in (6, 4):
         again = resumed_from(killed_after, workdir, tmp_path / f"from {killed_after}")
