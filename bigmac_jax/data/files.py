@@ -55,6 +55,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         try:
             stack.enter_context(storage.locked(path.with_name(f".{path.name}.lock"), say=_log.warning))
         except storage.errors() as error:
+            if fix := disk_full(error, path):
+                raise ConfigError(f"{path} cannot be written: {fix}") from None
             raise ConfigError(
                 f"cache_dir: {path} cannot be locked ({storage.reason(error)}); set a cache_dir you may write to"
             ) from None

@@ -54,9 +54,9 @@ def locked(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] =
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise HeldError(path.read_text().strip() or "another process") from None
-        file.truncate(0)
-        file.write(f"{me()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # of a full disk: this is for whoever is refused
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{me()}\n".encode())
         yield
 
 

@@ -75,7 +75,7 @@ def damage(
         entries = json.loads(text)
         intact = text == _text(entries)  # so that no byte of it can change unseen
         wanted = {name: (int(entry["size"]), *_kind_and_digest(entry)) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         intact = False
     if not intact:
         return f"{NAME} is truncated or changed"

@@ -81,7 +81,7 @@ def test_large_vocabularies_keep_their_ids(text_file, make_config):
 def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, tmp_path, monkeypatch):
     config, made = make_config(text_file), []
     write = cache_module._write
-    monkeypatch.setattr(cache_module, "_write", lambda *a: (made.append(1), write(*a)))
+    monkeypatch.setattr(cache_module, "_write", lambda *a: (made.append(1), write(*a))[1])
     first = open_stream(config, "train", ByteTokenizer())
     assert open_stream(config, "train", ByteTokenizer()).num_tokens == first.num_tokens
     assert len(made) == 1

@@ -113,10 +113,10 @@ def test_a_perplexity_is_compared_by_time_and_by_seed(
 
     monkeypatch.setattr(perplexity, "learn", learn)
     rows = experiment("figure1", lambda _: 0.0).rows
-    assert [row["here"] for row in rows[:2]] == [4, None]
-    assert [row["here"] for row in rows[2:8]] == [9, 4.5, 18, 8, 4, 4]
-    assert (rows[2]["lowest"], rows[2]["highest"]) == (8, 10)
-    assert [row["here"] for row in rows[8:]] == [0.5, round(1 + 1 / 3**0.5 / 9, 4)]
+    assert [row["here"] for row in rows[:3]] == [4, 4, None]
+    assert [row["here"] for row in rows[3:10]] == [9, 4.5, 4.5, 18, 9, 8, 4]
+    assert (rows[3]["lowest"], rows[3]["highest"]) == (8, 10)
+    assert [row["here"] for row in rows[10:]] == [0.5, 0.5, round(1 + 1 / 3**0.5 / 9, 4)]
 
 
 def test_the_links_of_two_machines() -> None:

@@ -15,6 +15,7 @@ from bigmac_jax.data.files import made_once
 from bigmac_jax.data.local import LocalDocuments
 from bigmac_jax.storage import paths
 from bigmac_jax.storage.locks import HeldError, Lease
+from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 
 from .conftest import entered
@@ -50,14 +51,15 @@ def test_what_other_processes_write_is_seen(place: str) -> None:
 
 def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPatch, gs_server: Server) -> None:
     """Or a run would begin anew, or its checkpoints be taken for unfinished ones."""
-    checkpoints = Checkpoints(storage.locate(f"gs://{BUCKET}/none", "workdir"))
-    assert checkpoints._steps() == []
+    workdir = storage.locate(f"gs://{BUCKET}/none", "workdir")
+    checkpoints = Checkpoints(workdir)
+    assert manifest.steps(workdir) == []
 
     def refused(*_: object, **__: object) -> None:
         raise ConnectionResetError
 
     monkeypatch.setattr(paths.filesystem(checkpoints._directory), "ls", refused)
-    for read in (checkpoints._steps, checkpoints._remove_unfinished, checkpoints.newest_intact):
+    for read in (lambda: manifest.steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
         with pytest.raises(ConnectionResetError):
             read()
 

@@ -128,7 +128,7 @@ def test_the_time_of_all_starts_is_accounted_for(story: Story) -> None:
     last = {name.removeprefix("goodput/"): value for name, value in records[-1].items() if name.startswith("goodput/")}
     parts = {name: value for name, value in last.items() if name not in ("wall_s", "since_unix_s")}
     assert sum(parts.values()) == pytest.approx(last["wall_s"], rel=0.02)
-    assert last["wall_s"] == pytest.approx(story.seconds, rel=0.02, abs=2.0)  # the report is drawn behind the record
+    assert 0 <= story.seconds - last["wall_s"] < 10  # the report is drawn behind the last record
     assert all(parts[f"{name}_s"] > 0 for name in ("steps", "data_wait", "compile", "save", "evaluate", "start"))
     assert parts["restart_s"] > 0 and parts["lost_s"] > 0
     walls = [record["goodput/wall_s"] for record in records]
