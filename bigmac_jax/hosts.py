@@ -30,7 +30,7 @@ from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
-_HEARTBEAT = 30  # seconds; jax's verdict says less than the watch's, which is to come first
+_LEAST = 30  # seconds; importing takes its time, and jax's verdict says less than the watch's, which is to come first
 _FIELDS = 512  # that processes compare at most
 _abort_handler: Any = None
 
@@ -46,8 +46,8 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
       coordinator: HOST:PORT of process 0; with num_processes and process_id.
       process_id: of this process, from 0; -1 = not given.
       detect: take the three from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.
-      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds
-        (`watch.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
+      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds,
+        and not before half a minute (`watch.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
 
     Raises:
       ConfigError: arguments that are incomplete or contradict each other or those of another process, a port in use, or
@@ -79,11 +79,11 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         "cluster_detection_method": "deactivate",
     }
     timeouts: dict[str, Any] = {
-        "initialization_timeout": 2 * peer_timeout,
-        "heartbeat_timeout_seconds": max(2 * peer_timeout, _HEARTBEAT),
+        "initialization_timeout": max(2 * peer_timeout, _LEAST),
+        "heartbeat_timeout_seconds": max(2 * peer_timeout, _LEAST),
         "shutdown_timeout_seconds": max(60, 2 * peer_timeout),  # process 0 draws the report
     }
-    seconds = 2 * peer_timeout or 300
+    seconds = max(2 * peer_timeout, _LEAST) if peer_timeout else 300
     me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
     fix = "start all of them, or raise --peer_timeout"
     on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
