@@ -77,7 +77,7 @@ def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_pa
         file = storage.locate(f"{scheme}://{BUCKET}/text.jsonl", "data.source")
         rows = [json.dumps({"text": f"row {i} " + "word " * 2000}) for i in range(7000)]
         file.write_bytes("\n".join(rows).encode())  # 70 MB: s3fs asks for 50 at a time
-        documents = iter(LocalDocuments(str(file), "data.source", "text", "train"))
+        documents = iter(LocalDocuments(str(file), "data.source", "text", "train", str(tmp_path)))
         found = [next(documents)]
         proxy.disturb(mode)
         timer = threading.Timer(10, proxy.disturb, ("pass",))
