@@ -81,23 +81,25 @@ def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 
 
 def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
-    """Writes answers in the order of the prompts, some batches at a time, so that little is lost if it is ended."""
-    start, tokens, window = time.perf_counter(), 0, 16 * generator.batch_size
+    """Writes answers in the order of the prompts, each as soon as those before it are there."""
+    start, tokens, written = time.perf_counter(), 0, 0
     generator.check([request for _, request in requests])  # before a file is overwritten
     quiet = _JSON.value or not hosts.is_first()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
+    there: dict[int, Completion] = {}
     with answers_to(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
 
         def done(number: int, completion: Completion) -> None:
+            nonlocal tokens, written
             bar.update()
+            there[number] = completion
+            tokens += len(completion.tokens)
+            while written in there:
+                line = answer(*requests[written], there.pop(written))
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+                written += 1
 
-        for first in range(0, len(requests), window):
-            part = requests[first : first + window]
-            completions = generator.generate([request for _, request in part], done, first)
-            for (row, request), completion in zip(part, completions, strict=True):
-                print(json.dumps(answer(row, request, completion), ensure_ascii=False), file=file)
-                tokens += len(completion.tokens)
-            file.flush()
+        generator.generate([request for _, request in requests], done)
     if not quiet:
         print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 

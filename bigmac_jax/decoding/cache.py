@@ -1,9 +1,9 @@
-"""Prefill and decode over a cache of keys and values.
+"""The model over a cache of keys and values that stand in pages.
 
-Rows of a batch are sequences at different positions. The cache keeps N = S·B of them, B to each of the S shards of the
-batch, and has room for M positions of each. A decode step sees a shard's rows side by side, [S, B], as if they were the
-tokens of one sequence: so every layer that takes each token by itself splits them over `tensor` as in training. N rows
-in all, P prompt length, D hidden, G key-value heads, H head size, V vocabulary.
+A step reads some tokens of many sequences: of each of the S shards of the batch W rows of C tokens, side by side,
+[S, T] with T = W · C, as if they were the tokens of one sequence. So every layer that takes each token by itself splits
+them over `tensor` as in training. D hidden, G key-value heads, H head size, V vocabulary, Y layers of a group, n pages
+of p positions.
 """
 
 import dataclasses
@@ -18,8 +18,17 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import TENSOR, batch_spec, cache_spec, on_each_rank, platform, split_spec, token_spec
-from bigmac_jax.model.attention import KeyValues
+from bigmac_jax.mesh import (
+    TENSOR,
+    batch_ranks,
+    batch_spec,
+    cache_spec,
+    on_each_rank,
+    platform,
+    tensor_ranks,
+    token_spec,
+)
+from bigmac_jax.model.attention import KeyValues, Rows
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
@@ -39,14 +48,9 @@ class Decoder:
 
 
 class Cache(NamedTuple):
-    """What the layers have seen."""
+    """What the layers have seen, in pages."""
 
-    groups: tuple[KeyValues, ...]  # [Y, N, G, M, H] each, Y layers of a group
-    position_SB: Array  # int32; where each row's next token stands
-
-    @property
-    def room(self) -> int:
-        return self.groups[0].keys.shape[3]
+    groups: tuple[KeyValues, ...]
 
 
 def decoding(config: Config, exchange: str = "auto") -> Config:
@@ -108,65 +112,72 @@ def _grouped(w: Array, dtype: str, one_by_one: bool) -> tuple[Array, ...]:
     return tuple(w[layer : layer + 1] for layer in range(w.shape[0])) if one_by_one else (w,)
 
 
-def prefill(model: Decoder, tokens_NP: Array, length_SB: Array, room: int) -> tuple[Array, Cache]:
-    """Reads prompts, each padded behind its end with any token.
+def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:
+    """An empty one, of `pages` for each shard of the batch and layer; of a key-value head that several ranks of
+    `tensor` read, each has its own copy."""
+    heads = max(config.model.kv_heads, tensor_ranks())
 
-    Args:
-      tokens_NP: int32; P at most `room`.
-      length_SB: tokens of each prompt, at least 1.
-      room: M.
+    def empty(group: Block) -> KeyValues:
+        shape = heads, batch_ranks() * depth(group) * pages, page_size, config.model.head_size
+        dtype = config.execution.dtype
+        return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
-    Returns:
-      (float32 logits_SBV of the token after each prompt, the cache)
-    """
-
-    def step(x_NPD: Array, layer: Block) -> tuple[Array, KeyValues]:
-        y_NPD, fresh = layer.attention(layer.attention_norm(x_NPD))
-        x_NPD = x_NPD + y_NPD
-        x_NPD = x_NPD + layer.feed_forward(x_NPD, None, dropless=True)[0]
-        # What stands behind a prompt's end is overwritten before it is read.
-        grow = functools.partial(_with_room, room)
-        specs = (cache_spec(4), cache_spec(4))
-        return x_NPD, KeyValues(*on_each_rank(grow, fresh, in_spec=split_spec, out_specs=specs))
-
-    x_NPD, groups = model.ends.embed(tokens_NP), []
-    for group in model.groups:
-        x_NPD, seen = jax.lax.scan(step, x_NPD, group)
-        groups.append(seen)
-    x_SBD = on_each_rank(_last, (x_NPD, length_SB), in_spec=(token_spec(3), batch_spec(2)), out_specs=token_spec(3))
-    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(groups), length_SB)
+    return Cache(tuple(map(empty, decoder.groups)))
 
 
-def decode(model: Decoder, cache: Cache, tokens_SB: Array) -> tuple[Array, Cache]:
-    """Reads one more token of each row → float32 logits_SBV of the next one, the cache.
+def depth(group: Block) -> int:
+    """Layers of a group."""
+    return jax.tree.leaves(group)[0].shape[0]
 
-    A row that has filled its room goes on writing to its last position: what it gives is of no use any more.
+
+def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
+    """Reads the next tokens of sequences → x_STD behind the last layer, the cache with them.
+
+    Decoding is this with one token a row; a prompt is read as rows of a page each. What stands behind a row's count
+    may be any token.
     """
 
     def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
-        (x_SBD, past), (layer, number) = carry, xs
-        y_SBD, past = layer.attention.step(layer.attention_norm(x_SBD), past, number, cache.position_SB)
-        x_SBD = x_SBD + y_SBD
-        return (x_SBD + layer.feed_forward(x_SBD, None, dropless=True)[0], past), None
+        (x_STD, past), (layer, first) = carry, xs
+        y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
+        x_STD = x_STD + y_STD
+        return (x_STD + layer.feed_forward(x_STD, None, dropless=True)[0], past), None
 
-    x_SBD, groups = model.ends.embed(tokens_SB, cache.position_SB), []
+    position_ST = _positions(rows, tokens_ST.shape[1])
+    x_STD, groups = model.ends.embed(tokens_ST, position_ST), []
     for group, past in zip(model.groups, cache.groups, strict=True):
-        numbers = jnp.arange(past.keys.shape[0], dtype=jnp.int32)
-        (x_SBD, past), _ = jax.lax.scan(step, (x_SBD, past), (group, numbers))
+        of_rank = past.keys.shape[1] // batch_ranks()
+        first_Y = jnp.arange(0, of_rank, of_rank // depth(group), dtype=jnp.int32)
+        (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, first_Y))
         groups.append(past)
-    position_SB = jnp.minimum(cache.position_SB + 1, cache.room - 1)
-    return model.ends.logits(model.ends.final_norm(x_SBD)), Cache(tuple(groups), position_SB)
+    return x_STD, Cache(tuple(groups))
 
 
-def _with_room(room: int, *values: Array) -> tuple[Array, ...]:
-    """[N, P, G, H] → [N, G, M, H]."""
-    return tuple(jnp.pad(v.swapaxes(1, 2), ((0, 0), (0, 0), (0, room - v.shape[1]), (0, 0))) for v in values)
+def logits_of_last(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
+    """Float32 logits_SWV of the token behind each row's last."""
+    if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
+        specs = token_spec(3), batch_spec(2)
+        x_STD = on_each_rank(_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
+    return model.ends.logits(model.ends.final_norm(x_STD))
 
 
-def _last(x_NPD: Array, length_SB: Array) -> Array:
-    """On one rank: the features of each prompt's last token, [1, b, D], of the rank's own share of the rows."""
-    N, P, _ = x_NPD.shape
-    place_N = length_SB.reshape(N) - 1 - jax.lax.axis_index(TENSOR) * P
-    here_N = (place_N >= 0) & (place_N < P)
-    x_ND = jnp.where(here_N[:, None], x_NPD[jnp.arange(N), jnp.clip(place_N, 0, P - 1)], 0)
-    return jax.lax.psum_scatter(x_ND, TENSOR, scatter_dimension=0, tiled=True)[None]
+def _positions(rows: Rows, tokens: int) -> Array:
+    """position_ST of the rows' tokens, side by side; of those behind a row's count, its first one's."""
+
+    def on_rank(position_SW: Array, count_SW: Array) -> Array:
+        step_C = jnp.arange(tokens // position_SW.shape[1], dtype=jnp.int32)[None, None]
+        step_SWC = jnp.where(step_C < count_SW[..., None], step_C, 0)
+        return (position_SW[..., None] + step_SWC).reshape(1, -1)
+
+    return on_each_rank(on_rank, (rows.position_SW, rows.count_SW), in_spec=batch_spec, out_specs=batch_spec(2))
+
+
+def _last(x_STD: Array, count_SW: Array) -> Array:
+    """On one rank, which has a part of its shard's tokens: the features of the last token of its part of the rows,
+    [1, w, D]."""
+    (_, T, _), W = x_STD.shape, count_SW.shape[1]
+    C = T * tensor_ranks() // W
+    place_W = jnp.arange(W, dtype=jnp.int32) * C + jnp.maximum(count_SW[0] - 1, 0) - jax.lax.axis_index(TENSOR) * T
+    here_W = (place_W >= 0) & (place_W < T)
+    x_WD = jnp.where(here_W[:, None], x_STD[0, jnp.clip(place_W, 0, T - 1)], 0)
+    return jax.lax.psum_scatter(x_WD, TENSOR, scatter_dimension=0, tiled=True)[None]
