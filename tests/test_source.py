@@ -104,7 +104,7 @@ def _is_module(name: str) -> bool:
 ROOMS = (
     "environment", "phases", "config", "hosts", "progress", "mesh", "watch", "locks", "data", "model", "counts",
     "training", "decoding", "programs", "inference", "evaluation", "interchange", "planning", "report", "loop",
-    "notebook", "selfcheck", "cli", "commands",
+    "notebook", "serving", "selfcheck", "cli", "commands",
 )  # fmt: skip
 
 

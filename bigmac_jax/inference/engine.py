@@ -9,7 +9,7 @@ All processes of a job run the same engine with the same requests in the same or
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +35,6 @@ class Job:
     Attributes:
       number: of the request; with the seed it makes its random numbers.
       text: what follows the prompt, as it grows.
-      on_token: called with each of its steps.
       reused: tokens of the prompt that were in the cache when it began.
     """
 
@@ -43,7 +42,6 @@ class Job:
     sampling: Sampling
     text: Text
     number: int = 0
-    on_token: Callable[["Step"], object] | None = None
     reused: int = 0
     _shard: int = -1
     _slot: int = -1
@@ -65,6 +63,7 @@ class Step(NamedTuple):
     token: int
     logprob: float
     likely: tuple[tuple[int, float], ...]  # the most likely tokens, as many as sampling.logprobs
+    reason: str  # why the request ends with it: stop or length; "" if it goes on
 
 
 class Engine:
@@ -154,6 +153,18 @@ class Engine:
         else:
             self._leave(job)
 
+    def compile(self) -> None:
+        """Runs every program once, of nothing: so that no request waits for its compilation."""
+        with jax.set_mesh(self._mesh):
+            for width in self._widths:
+                packed = place(self._no_rows(width), batch_spec(3))
+                self._state, _ = self._programs.prefill(
+                    self._programs.weights, self._state, packed, page_size=self._size
+                )
+            slots = place(np.zeros_like(self._packed_SBX), batch_spec(3))
+            self._state, chosen = self._programs.decode(self._programs.weights, self._state, slots)
+            jax.block_until_ready(chosen)
+
     def step(self) -> list[Step]:
         """Dispatches one step, and gives the tokens of the step before."""
         before, self._in_flight = self._in_flight, []
@@ -187,8 +198,7 @@ class Engine:
         if not most:
             return
         width = next(w for w in self._widths if w >= most)
-        size = packed_size(self._table, self._size)
-        packed_SWX = np.tile(np.asarray(pack(IDLE, [0] * (size - packed_size(0))), np.int32), (self.shards, width, 1))
+        packed_SWX = self._no_rows(width)
         ended = []
         for shard, of_shard in enumerate(rows):
             for row, (job, position) in enumerate(of_shard):
@@ -214,6 +224,11 @@ class Engine:
             if job.sampling.max_tokens > 1:
                 self._decoding[job] = None
                 self._tell(job)
+
+    def _no_rows(self, width: int) -> np.ndarray:
+        """So many idle rows for every shard, packed."""
+        idle = pack(IDLE, [0] * self._table, [0] * self._size)
+        return np.tile(np.asarray(idle, np.int32), (self.shards, width, 1))
 
     def _rows(self, shard: int) -> list[tuple[Job, int]]:
         """Jobs and positions of the first tokens of this step's rows."""
@@ -251,12 +266,10 @@ class Engine:
                 zip(*(np.asarray(v)[shard, row, :asked].tolist() for v in chosen[2:]), strict=True) if asked else ()
             )
             found = int(token[shard, row]), float(logprob[shard, row])
-            step = Step(job, job.text.add(*found), *found, tuple(likely))
+            piece = job.text.add(*found)
+            steps.append(Step(job, piece, *found, tuple(likely), job.text.finish_reason))
             if job.text.finish_reason:
                 self._leave(job)
-            if job.on_token:
-                job.on_token(step)
-            steps.append(step)
         return steps
 
     def _leave(self, job: Job) -> None:

@@ -94,7 +94,7 @@ class Generator:
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
-        self._vocab_size = config.model.vocab_size
+        self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
         self._config = config
         self._decoder = make_decoder(config, model, exchange, consume)
@@ -229,7 +229,7 @@ class Generator:
     def _token_ids(self, texts: Sequence[Prompt], what: str, first: int) -> list[list[int]]:
         """Those of each text, at least one, all of the vocabulary."""
         for number, text in enumerate(texts, first):
-            _check_text(f"{what} {number}", text, self._vocab_size)
+            _check_text(f"{what} {number}", text, self.vocab_size)
         encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
         for number, ids in enumerate(token_ids, first):
