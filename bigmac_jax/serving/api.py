@@ -1,7 +1,6 @@
 """OpenAI's JSON: what a request asks for, and what it is answered. No network, no engine."""
 
 import json
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from bigmac_jax.serving.chat import Chat
 from bigmac_jax.serving.limits import ApiError, Limits
 
 Fields = dict[str, Any]
+_LARGEST = 1e38
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion
 # Taken and without effect, because they say nothing of the text.
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -114,8 +114,8 @@ def asked(
         if len(ids) + tokens > longest:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens, which with max_tokens={tokens} are {len(ids) + tokens}, and must be "
-                f"at most {longest}; use a shorter prompt or fewer max_tokens",
+                f"the prompt has {len(ids)} tokens, which with max_tokens={tokens} are {len(ids) + tokens}, and must "
+                f"be at most {longest}; use a shorter prompt or fewer max_tokens",
                 "max_tokens" if len(ids) < longest else "messages" if chat else "prompt",
                 "context_length_exceeded",
             )
@@ -144,7 +144,7 @@ def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ..
         raise ApiError(400, "seed must be an integer", "seed")
     fields = {name: given[name] for name in ("top_k", "top_p", "ignore_eos") if name in given}
     for name in ("temperature", "top_p"):
-        if type(given.get(name, 1)) not in (int, float) or not math.isfinite(given.get(name, 1)):
+        if type(given.get(name, 1)) not in (int, float) or not abs(given.get(name, 1)) <= _LARGEST:
             raise ApiError(400, f"{name} must be a number", name)
     try:
         return Sampling(
@@ -157,8 +157,6 @@ def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ..
         )
     except ConfigError as error:
         raise ApiError(400, str(error), str(error).partition("=")[0]) from None
-    except OverflowError:
-        raise ApiError(400, "temperature must be a finite number", "temperature") from None
 
 
 def _prompts(
