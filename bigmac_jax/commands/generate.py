@@ -14,6 +14,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
 from bigmac_jax.phases import NOW
@@ -37,6 +38,9 @@ _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", 0, "Prompt and completion, in tokens; 0 = the run's sequence length.", 0
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
@@ -62,7 +66,10 @@ def main() -> None:
             check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, _STEP.value, config)
-    generator = Generator(config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True)
+    generator = Generator(
+        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        weights=_WEIGHTS.value,
+    )  # fmt: skip
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
     else:

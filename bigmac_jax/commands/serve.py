@@ -12,6 +12,7 @@ from absl import flags
 
 from bigmac_jax import cli
 from bigmac_jax.config import ConfigError, local_path, with_mesh
+from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Generator
 from bigmac_jax.serving.chat import load_chat
 from bigmac_jax.serving.limits import Limits
@@ -30,6 +31,9 @@ _MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Prompt and completion; 0 = 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
 _CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", 0, "Room of the cache; 0 = batch_size × max_length.", 0)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of prompts that are read between two steps, a batch shard.", 1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
 _TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
@@ -48,7 +52,10 @@ def main() -> int:
     listening = _listen(_HOST.value, _PORT.value)
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, _STEP.value, config)
-    generator = Generator(config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True)
+    generator = Generator(
+        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        weights=_WEIGHTS.value,
+    )  # fmt: skip
     chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()

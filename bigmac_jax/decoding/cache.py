@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.decoding.weights import fits, quantized, widened
 from bigmac_jax.mesh import (
     TENSOR,
     batch_ranks,
@@ -37,7 +38,8 @@ from bigmac_jax.training.step import split
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoder:
-    """A model as decoding wants it: in the dtype of the computation, layers in groups, each stacked and scanned.
+    """A model as decoding wants it: in the dtype of the computation or in eight bits (`decoding.weights`), layers in
+    groups, each stacked and scanned.
 
     A group is all layers of a kind, so that compilation does not take longer the more there are; on CPU it is one
     layer, because there a step that reads one of stacked layers copies it first.
@@ -53,63 +55,86 @@ class Cache(NamedTuple):
     groups: tuple[KeyValues, ...]
 
 
-def decoding(config: Config, exchange: str = "auto") -> Config:
+WEIGHTS = ("", "float32", "bfloat16", "int8")
+
+
+def decoding(config: Config, exchange: str = "auto", weights: str = "") -> Config:
     """The config that a decoder computes with.
 
     Args:
       exchange: the strategy, instead of the one that suited training; `auto` takes the one that is fastest for the few
         rows of a decode step, and for the many of a prefill.
+      weights: float32 or bfloat16 is the dtype of the computation, too; int8 and "" leave that as it was in training.
+
+    Raises:
+      ConfigError: weights of another name.
     """
-    execution = dataclasses.replace(config.execution, exchange=exchange, overlap_chunks=1, remat="none")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
+    dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
+    execution = dataclasses.replace(config.execution, exchange=exchange, overlap_chunks=1, remat="none", dtype=dtype)
     return dataclasses.replace(config, execution=execution)
 
 
-def make_decoder(config: Config, model: Transformer, exchange: str = "auto", consume: bool = False) -> Decoder:
+def make_decoder(
+    config: Config, model: Transformer, exchange: str = "auto", consume: bool = False, weights: str = ""
+) -> Decoder:
     """The decoder of a model, which computes dropless.
 
     Args:
-      config, exchange: as for `decoding`.
+      config, exchange, weights: as for `decoding`.
       consume: frees the model's arrays on the way; the model can't be used any more.
     """
+    config = decoding(config, exchange, weights)
     # No array is made here: the mesh may be of devices that are only compiled for.
-    abstract = jax.eval_shape(lambda: init_model(decoding(config, exchange), jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
     stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
     ends.first = ends.layers = None
-    ends = map_declared(functools.partial(_cast, config, consume), ends)
-    return Decoder(ends, tuple(group for stack in stacks for group in _groups(config, stack, consume)))
+
+    def cast(of: Declaration, w: Array) -> Any:
+        (done,) = _cast(w, of, of.crossing(config.execution).compute, weights == "int8", 0)
+        if consume and w is not done:
+            jax.block_until_ready(done)
+            w.delete()
+        return done
+
+    ends = map_declared(cast, ends)
+    groups = tuple(group for stack in stacks for group in _groups(config, stack, consume, weights == "int8"))
+    return Decoder(ends, groups)
 
 
-def _groups(config: Config, stack: Block, consume: bool) -> Iterator[Block]:
+def _groups(config: Config, stack: Block, consume: bool, narrow: bool) -> Iterator[Block]:
     """Of a stack of layers. Leaf by leaf, so that memory for one more leaf is enough."""
-    stored = jax.tree.map(lambda leaf: str(leaf.dtype), stack)
-    dtypes = jax.tree.leaves(map_declared(lambda of, _: of.crossing(config.execution).compute, stored))
     one_by_one = platform() == "cpu" and not config.execution.unroll_layers
     leaves, treedef = jax.tree.flatten(stack)
+    declarations = jax.tree.leaves(map_declared(lambda of, _: _Leaf(of), stack))
     parts = []
-    for leaf, dtype in zip(leaves, dtypes, strict=True):
-        parts.append(_grouped(leaf, dtype, one_by_one))
+    for leaf, declaration in zip(leaves, declarations, strict=True):
+        of = declaration.of if isinstance(declaration, _Leaf) else None
+        dtype = of.crossing(config.execution).compute if of else str(leaf.dtype)
+        parts.append(_cast(leaf, of, dtype, narrow, leaf.shape[0] if one_by_one else 0))
         if consume:
             jax.block_until_ready(parts[-1])
             leaf.delete()
     return (jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True))
 
 
-def _cast(config: Config, consume: bool, of: Declaration, w: Array) -> Array:
-    dtype = of.crossing(config.execution).compute
-    if w.dtype == dtype:
-        return w
-    cast = w.astype(dtype)
-    if consume:
-        jax.block_until_ready(cast)
-        w.delete()
-    return cast
+class _Leaf:
+    """A declaration in the place of its array."""
+
+    def __init__(self, of: Declaration):
+        self.of = of
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _grouped(w: Array, dtype: str, one_by_one: bool) -> tuple[Array, ...]:
-    w = w.astype(dtype)
-    return tuple(w[layer : layer + 1] for layer in range(w.shape[0])) if one_by_one else (w,)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _cast(w: Array, of: Declaration | None, dtype: str, narrow: bool, layers: int) -> tuple[Any, ...]:
+    """Weights as they are kept; of a stack of `layers` each by itself."""
+    done = quantized(of, w) if of is not None and narrow and fits(of) else w.astype(dtype)
+    if not layers:
+        return (done,)
+    parts, tree = jax.tree.flatten(done)
+    return tuple(tree.unflatten([part[layer : layer + 1] for part in parts]) for layer in range(layers))
 
 
 def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:
@@ -139,12 +164,13 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
 
     def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
         (x_STD, past), (layer, first) = carry, xs
+        layer = widened(layer, dtype)
         y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
         x_STD = x_STD + y_STD
         return (x_STD + layer.feed_forward(x_STD, None, dropless=True)[0], past), None
 
-    position_ST = _positions(rows, tokens_ST.shape[1])
-    x_STD, groups = model.ends.embed(tokens_ST, position_ST), []
+    dtype = model.ends.config.execution.dtype
+    x_STD, groups = widened(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
     for group, past in zip(model.groups, cache.groups, strict=True):
         of_rank = past.keys.shape[1] // batch_ranks()
         first_Y = jnp.arange(0, of_rank, of_rank // depth(group), dtype=jnp.int32)
@@ -158,7 +184,8 @@ def logits_of_last(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
     if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
         specs = token_spec(3), batch_spec(2)
         x_STD = on_each_rank(_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
-    return model.ends.logits(model.ends.final_norm(x_STD))
+    ends = widened(model.ends, model.ends.config.execution.dtype)
+    return ends.logits(ends.final_norm(x_STD))
 
 
 def _positions(rows: Rows, tokens: int) -> Array:

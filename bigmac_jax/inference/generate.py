@@ -11,7 +11,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.decoding.cache import make_decoder
+from bigmac_jax.decoding.cache import decoding, make_decoder
 from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.engine import Engine, Job
 from bigmac_jax.inference.text import Text
@@ -65,6 +65,8 @@ class Generator:
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
       consume: frees the model on the way, where memory is too short for both; then nothing can be scored.
+      weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores are of the
+        model as it is.
 
     Raises:
       ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded.
@@ -79,6 +81,7 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         exchange: str = "auto",
         consume: bool = False,
+        weights: str = "",
     ):
         trained = config.data.sequence_length
         if config.model.positions == "learned" and max_length > trained:
@@ -96,8 +99,8 @@ class Generator:
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._config = config
-        self._decoder = make_decoder(config, model, exchange, consume)
+        self._config = decoding(config, exchange, weights)
+        self._decoder = make_decoder(config, model, exchange, consume, weights)
         self._programs = make_decoding(self._decoder)
 
     def generate(

@@ -29,7 +29,7 @@ def test_the_template_beside_the_tokenizer(tmp_path: pathlib.Path) -> None:
     ids = chat.prompt(MESSAGES)
     assert tokenizer.decode(ids) == "<|system|>Be brief.<|endoftext|>\n<|user|>Peace?<|endoftext|>\n<|assistant|>"
     assert ids.count(tokenizer.eos_id) == 2 and chat.stop == ()
-    with pytest.raises(ApiError, match="holds the special token '<|endoftext|>'"):
+    with pytest.raises(ApiError, match=r"holds the special token '<\|endoftext\|>'"):
         chat.prompt([{"role": "user", "content": "a<|endoftext|>b"}])
     given = tmp_path / "given.jinja"
     given.write_text("{{ messages[0].content }}!")
