@@ -28,7 +28,7 @@ from bigmac_jax.mesh import (
 )
 from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
-from bigmac_jax.model.paged import paged_attention
+from bigmac_jax.model.paged import paged_attention, write
 
 
 class Documents(NamedTuple):
@@ -213,8 +213,7 @@ def _append_and_attend(
     page_T = jnp.where(step_C < count_SW.reshape(W, 1), page_WC, n).reshape(-1)  # n: nowhere
     place_T = (position_WC % p).reshape(-1)
     keys_GnpH, values_GnpH = (
-        pages.at[:, page_T, place_T].set(fresh_TGH.swapaxes(0, 1), mode="drop")
-        for pages, fresh_TGH in ((keys_GnpH, k_TGH), (values_GnpH, v_TGH))
+        write(pages, page_T, place_T, fresh_TGH) for pages, fresh_TGH in ((keys_GnpH, k_TGH), (values_GnpH, v_TGH))
     )
     q_GWXH = (q_TNH / math.sqrt(H)).reshape(W, C, G, -1, H).transpose(2, 0, 1, 3, 4).reshape(G, W, -1, H)
     y_GWXH = paged_attention(q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
