@@ -193,11 +193,10 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """The next rows of prompts, a page each: prompts in the order of arrival, each as far as the chunk goes."""
-        rows = [self._rows(shard) for shard in range(self.shards)]
-        most = max(map(len, rows))
-        if not most:
+        width = self._width()
+        if not width:
             return
-        width = next(w for w in self._widths if w >= most)
+        rows = [self._rows(shard, width) for shard in range(self.shards)]
         packed_SWX = self._no_rows(width)
         ended = []
         for shard, of_shard in enumerate(rows):
@@ -230,11 +229,25 @@ class Engine:
         idle = pack(IDLE, [0] * self._table, [0] * self._size)
         return np.tile(np.asarray(idle, np.int32), (self.shards, width, 1))
 
-    def _rows(self, shard: int) -> list[tuple[Job, int]]:
+    def _width(self) -> int:
+        """Of the program that reads what there is: the one that holds it, if that is filled to three quarters, else one
+        that is filled whole, and the rest goes in the next step. 0: there is nothing."""
+
+        def rows(job: Job) -> int:
+            return -(-(len(job.prompt) - job._read) // self._size)
+
+        most = max(sum(map(rows, jobs)) for jobs in self._reading)
+        if most == 0:
+            return 0
+        holding = next((width for width in self._widths if width >= most), self._widths[-1])
+        smaller = [width for width in self._widths if width <= most]
+        return holding if 4 * most >= 3 * holding or not smaller else smaller[-1]
+
+    def _rows(self, shard: int, width: int) -> list[tuple[Job, int]]:
         """Jobs and positions of the first tokens of this step's rows."""
         rows: list[tuple[Job, int]] = []
         for job in self._reading[shard]:
-            while job._read < len(job.prompt) and len(rows) < self._widths[-1]:
+            while job._read < len(job.prompt) and len(rows) < width:
                 rows.append((job, job._read))
                 job._read = min(job._read + self._size, len(job.prompt))
         return rows
