@@ -134,7 +134,7 @@ def _cast(w: Array, of: Declaration | None, dtype: str, narrow: bool, layers: in
     if not layers:
         return (done,)
     parts, tree = jax.tree.flatten(done)
-    return tuple(tree.unflatten([part[layer : layer + 1] for part in parts]) for layer in range(layers))
+    return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
 
 
 def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:

@@ -130,7 +130,7 @@ class Generator:
             engine.submit(job)
         while engine.busy:
             for step in engine.step():
-                if step.job.text.finish_reason and on_done:
+                if step.reason and on_done:
                     on_done(step.job.number, _completion(step.job))
         return list(map(_completion, jobs))
 
