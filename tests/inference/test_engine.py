@@ -180,7 +180,10 @@ def finish(engine: Engine) -> None:
 
 def test_first_come_first_served(generator: Generator, engine: Engine) -> None:
     """A long request that waits for pages is not overtaken by a short one that would fit; all end."""
-    filling = [generator.job(tuple(range(20, 30)), Sampling(max_tokens=20, ignore_eos=True)) for _ in range(5)]
+    # They leave two pages: the short one would fit, the long one does not.
+    filling = [
+        generator.job((20 + i,) * 10, Sampling(max_tokens=n, ignore_eos=True)) for i, n in enumerate((23,) * 4 + (15,))
+    ]
     long, short = generator.job((7,) * 20, Sampling(max_tokens=20)), generator.job((8,), Sampling(max_tokens=2))
     for job in (*filling, long, short):
         engine.submit(job)
