@@ -47,14 +47,29 @@ def test_the_page_that_was_used_longest_ago_goes_first() -> None:
     assert [len(pages.matching([v, v, 0])) for v in (1, 2, 3)] == [1, 0, 1]
 
 
+def test_what_follows_a_page_that_is_there_twice_stays_unknown() -> None:
+    """Its place may be another's later, and what followed it would be found behind that."""
+    pages = Pages(8, 2)
+    first, second = (pages.begin([1, 1, 2, 2, 9], 5) for _ in range(2))
+    assert first and second
+    pages.filled(first, [1, 1, 2, 2, 9])
+    pages.filled(second, [1, 1, 2, 2, 9])
+    place = second.pages[0]
+    pages.end(second)
+    other = pages.begin([3, 3, 9], 3)
+    assert other and place == other.pages[0]
+    pages.filled(other, [3, 3, 9])
+    assert pages.matching([3, 3, 2, 2, 9]) == [place] and pages.matching([1, 1, 2, 2, 9]) == first.pages[:2]
+
+
 def test_random_use() -> None:
     """Of each page the tokens up to its end are written down beside: what it holds depends on all of them."""
     for seed in range(20):
-        draw = random.Random(seed)
-        pages = Pages(12, 2)
+        draw, number = random.Random(seed), (12, 40)[seed % 2]
+        pages = Pages(number, 2)
         content: dict[int, list[int]] = {}
         held: list[tuple[Lease, list[int]]] = []
-        for _ in range(300):
+        for _ in range(1000):
             if held and draw.random() < 0.3:  # it has read more, what another may have read meanwhile
                 lease, tokens = draw.choice(held)
                 pages.filled(lease, tokens)
@@ -76,8 +91,8 @@ def test_random_use() -> None:
                 pages.filled(begun, tokens[: draw.randint(begun.ready, len(tokens))])
                 held.append((begun, tokens))
             users = {page for lease, _ in held for page in lease.pages}
-            assert pages.in_use == len(users) and pages.in_use + pages.available == 12
+            assert pages.in_use == len(users) and pages.in_use + pages.available == number
         for lease, _ in held:
             pages.end(lease)
-        assert pages.available == 12
-        assert len(pages._by_key) == len(pages._key_of) <= 12
+        assert pages.available == number
+        assert len(pages._by_key) == len(pages._key_of) <= number
