@@ -8,6 +8,8 @@ import pathlib
 import random
 import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -321,6 +323,24 @@ def test_fuzz(server: Server, requests: int) -> None:
         assert b"Traceback" not in content
         counts[response.status] += 1
     assert counts[200] > requests / 10 and counts[400] > requests / 10
+    idle(server)
+
+
+@pytest.mark.full
+def test_the_page_in_a_browser(server: Server) -> None:
+    pytest.importorskip("PySide6.QtWebEngineCore", reason="pip install pyside6-webengine", exc_type=ImportError)
+    script = pathlib.Path(__file__).with_name("browser.py")
+    command = [sys.executable, script, f"http://127.0.0.1:{server.port}/", KEY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["messages"] == [] and seen["width"] <= 400 and "wants its key" in seen["locked"]
+    assert [kind for kind, _ in seen["answered"]] == ["turn user", "turn assistant"] and seen["answered"][1][1]
+    assert [kind for kind, _ in seen["stopped"]][2:] == ["turn user", "turn assistant"]
+    assert 3 < len(seen["stopped"][-1][1]) < 400
+    kind, text = seen["refused"][-1]
+    assert kind == "turn error" and "wants its key" in text and seen["refused"][-2] == ["turn user", "<b>Hello</b>"]
+    assert seen["bold"] == 0
     idle(server)
 
 
