@@ -36,6 +36,7 @@ from bigmac_jax.training.step import Trainer, make_trainer
 
 PROMPTS = 16  # at a time, where nobody says otherwise
 PAGE_SIZE = 16  # positions of a page
+ROW_PAGES = 4  # that a row of a prompt fills: a longer row reads what stands before it less often, and is padded more
 
 
 @hosts.Jit
@@ -62,7 +63,7 @@ class Decoding(NamedTuple):
     step. What the host says of slots and rows comes as one array of numbers, `packed`."""
 
     weights: list[Array]
-    prefill: Any  # (weights, state, rows_SWX, page_size=p) → (State, Chosen of each row); the state is donated
+    prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, Chosen of each row); the state is donated
     decode: Any  # (weights, state, slots_SBX) → (State, Chosen of each slot); the state is donated
 
 
@@ -133,10 +134,10 @@ def _unpack(packed_SWX: Array, tokens: int) -> tuple[Any, ...]:
     return drawn, *columns[len(Draws._fields) :], rest[..., :tokens], rest[..., tokens:]
 
 
-def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, page_size: int) -> tuple[State, Chosen]:
-    """Reads rows of prompts, a page each. The token behind a prompt's last row goes to its slot."""
+def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Chosen]:
+    """Reads rows of prompts. The token behind a prompt's last row goes to its slot."""
     model = jax.tree.unflatten(tree, weights)
-    drawn, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK = _unpack(rows_SWX, page_size)
+    drawn, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK = _unpack(rows_SWX, row_size)
     tokens_ST = jnp.reshape(tokens_SWC, (tokens_SWC.shape[0], -1), out_sharding=batch_spec(2))
     x_STD, cache = advance(model, state.cache, tokens_ST, Rows(table_SWK, position_SW, count_SW))
     behind_SW = position_SW + count_SW
@@ -238,9 +239,9 @@ def _evaluate_program(config: Config, mesh: Mesh) -> Program:
 def _prefill_program(config: Config, mesh: Mesh) -> Program:
     """Of `PROMPTS` prompts at once."""
     made, state, pages = _serving(config, mesh)
-    rows = slots_of(PROMPTS) * pages
-    packed = _abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, PAGE_SIZE))
-    return Program("prefill", made.prefill, (made.weights, state, packed), {"page_size": PAGE_SIZE})
+    rows, row_size = slots_of(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
+    packed = _abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
+    return Program("prefill", made.prefill, (made.weights, state, packed), {"row_size": row_size})
 
 
 def _decode_program(config: Config, mesh: Mesh) -> Program:

@@ -158,7 +158,7 @@ def depth(group: Block) -> int:
 def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
     """Reads the next tokens of sequences → x_STD behind the last layer, the cache with them.
 
-    Decoding is this with one token a row; a prompt is read as rows of a page each. What stands behind a row's count
+    Decoding is this with one token a row; a prompt is read in rows of some pages. What stands behind a row's count
     may be any token.
     """
 

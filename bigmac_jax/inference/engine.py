@@ -22,7 +22,7 @@ from bigmac_jax.decoding.sampling import Chosen, Sampling, draws_of
 from bigmac_jax.inference.pages import Lease, Pages
 from bigmac_jax.inference.text import Text
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
-from bigmac_jax.programs import IDLE, PAGE_SIZE, Decoding, Packed, make_state, pack, packed_size, slots_of
+from bigmac_jax.programs import IDLE, PAGE_SIZE, ROW_PAGES, Decoding, Packed, make_state, pack, packed_size, slots_of
 
 CANCELLED = "cancelled"
 CHUNK = 512  # tokens
@@ -95,7 +95,7 @@ class Engine:
     ):
         self._programs, self._mesh = programs, jax.sharding.get_mesh()
         self.shards, self.slots = batch_ranks(), slots_of(slots)
-        self.longest, self._size = longest, page_size
+        self.longest, self._row = longest, ROW_PAGES * page_size
         self._table = -(-longest // page_size)  # K
         pages = -(-positions // (page_size * self.shards))
         if pages < self._table:
@@ -106,7 +106,7 @@ class Engine:
             )
         self.pages = [Pages(pages, page_size, reuse) for _ in range(self.shards)]
         self._state = make_state(config, decoder, self.slots, pages, page_size)
-        self._widths = _widths(chunk, page_size)
+        self._widths = _widths(chunk, self._row)
         self._queue: deque[Job] = deque()
         self._reading: list[list[Job]] = [[] for _ in self.pages]  # their prompts; in the order of arrival
         self._decoding: dict[Job, None] = {}
@@ -158,9 +158,7 @@ class Engine:
         with jax.set_mesh(self._mesh):
             for width in self._widths:
                 packed = place(self._no_rows(width), batch_spec(3))
-                self._state, _ = self._programs.prefill(
-                    self._programs.weights, self._state, packed, page_size=self._size
-                )
+                self._state, _ = self._programs.prefill(self._programs.weights, self._state, packed, row_size=self._row)
             slots = place(np.zeros_like(self._packed_SBX), batch_spec(3))
             self._state, chosen = self._programs.decode(self._programs.weights, self._state, slots)
             jax.block_until_ready(chosen)
@@ -192,7 +190,8 @@ class Engine:
             self._reading[shard].append(job)
 
     def _read_prompts(self) -> None:
-        """The next rows of prompts, a page each: prompts in the order of arrival, each as far as the chunk goes."""
+        """The next rows of prompts, which begin at a page: prompts in the order of arrival, each as far as the chunk
+        goes."""
         width = self._width()
         if not width:
             return
@@ -202,15 +201,15 @@ class Engine:
         for shard, of_shard in enumerate(rows):
             for row, (job, position) in enumerate(of_shard):
                 assert job._lease is not None
-                tokens = job.prompt[position : position + self._size]
+                tokens = job.prompt[position : position + self._row]
                 ends = position + len(tokens) == len(job.prompt)
                 head = Packed(draws_of(job.sampling, job.number), len(tokens), position, job._slot if ends else -1)
-                padding = [0] * (self._size - len(tokens))
+                padding = [0] * (self._row - len(tokens))
                 packed_SWX[shard, row] = pack(head, self._padded(job), [*tokens, *padding])
                 if ends:
                     ended.append((job, shard, row))
         packed = place(packed_SWX, batch_spec(3))
-        self._state, chosen = self._programs.prefill(self._programs.weights, self._state, packed, page_size=self._size)
+        self._state, chosen = self._programs.prefill(self._programs.weights, self._state, packed, row_size=self._row)
         self.prefills += 1
         self._in_flight.append((chosen, ended))
         for shard, of_shard in enumerate(rows):
@@ -226,7 +225,7 @@ class Engine:
 
     def _no_rows(self, width: int) -> np.ndarray:
         """So many idle rows for every shard, packed."""
-        idle = pack(IDLE, [0] * self._table, [0] * self._size)
+        idle = pack(IDLE, [0] * self._table, [0] * self._row)
         return np.tile(np.asarray(idle, np.int32), (self.shards, width, 1))
 
     def _width(self) -> int:
@@ -234,7 +233,7 @@ class Engine:
         that is filled whole, and the rest goes in the next step. 0: there is nothing."""
 
         def rows(job: Job) -> int:
-            return -(-(len(job.prompt) - job._read) // self._size)
+            return -(-(len(job.prompt) - job._read) // self._row)
 
         most = max(sum(map(rows, jobs)) for jobs in self._reading)
         if most == 0:
@@ -249,7 +248,7 @@ class Engine:
         for job in self._reading[shard]:
             while job._read < len(job.prompt) and len(rows) < width:
                 rows.append((job, job._read))
-                job._read = min(job._read + self._size, len(job.prompt))
+                job._read = min(job._read + self._row, len(job.prompt))
         return rows
 
     def _decode(self) -> None:
@@ -316,11 +315,11 @@ class Engine:
         return [*job._lease.pages, *[0] * (self._table - len(job._lease.pages))]
 
 
-def _widths(chunk: int, page_size: int) -> tuple[int, ...]:
+def _widths(chunk: int, row: int) -> tuple[int, ...]:
     """Rows of the prefill programs, from one for a short prompt to the chunk, each four times as wide as the last."""
     unit = tensor_ranks()
-    most = max(1, -(-chunk // page_size))
+    most = max(1, -(-chunk // row))
     widths: list[int] = []
     while not widths or widths[-1] < most:
-        widths.append(min(most, 4 ** (len(widths) + 1)))
+        widths.append(min(most, 4 ** len(widths)))
     return tuple(dict.fromkeys(-(-width // unit) * unit for width in widths))
