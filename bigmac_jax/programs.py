@@ -162,7 +162,9 @@ def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> 
     """Reads the last token of every slot that decodes, and chooses the next one."""
     model = jax.tree.unflatten(tree, weights)
     drawn, active_SB, _, _, _, table_SBK = _unpack(slots_SBX, 0)
-    x_SBD, cache = advance(model, state.cache, state.token_SB, Rows(table_SBK, state.position_SB, active_SB))
+    # An idle slot stands at 0, so that nothing is read for it.
+    rows = Rows(table_SBK, state.position_SB * active_SB, active_SB)
+    x_SBD, cache = advance(model, state.cache, state.token_SB, rows)
     position_SB = state.position_SB + active_SB
     chosen = sample(logits_of_last(model, x_SBD, active_SB), drawn, position_SB)
     token_SB = jnp.where(active_SB > 0, jax.sharding.reshard(chosen.token, batch_spec(2)), state.token_SB)
