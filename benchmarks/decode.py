@@ -119,11 +119,17 @@ def _recomputed(model: Transformer, tokens_BP: np.ndarray) -> Callable[[], float
 
 def _draw(generator: Generator, tokens_BP: np.ndarray) -> None:
     """Milliseconds a step, and the process's memory, by the number of tokens generated; medians of 16 steps."""
-    prompts, sampling = tokens_BP.tolist(), Sampling(max_tokens=_LONG.value)
+    prompts, sampling = tokens_BP.tolist(), Sampling(max_tokens=_LONG.value, ignore_eos=True)
     steps_ms, memory_mb = [], []
     for _ in range(2):  # the first time compiles
         steps_ms, memory_mb, last = [], [], time.perf_counter()
-        for _ in generator.steps(prompts, [sampling] * len(prompts), range(len(prompts)), len(prompts)):
+        jobs = [generator.job(prompt, sampling) for prompt in prompts]
+        engine = generator.engine(len(jobs), jobs)
+        for job in jobs:
+            engine.submit(job)
+        while engine.busy:
+            if len(engine.step()) < len(jobs):
+                continue
             now = time.perf_counter()
             steps_ms.append(1e3 * (now - last))
             memory_mb.append(_resident_mb())

@@ -132,9 +132,9 @@ def split_spec(ndim: int) -> P:
     return P(BATCH, None, TENSOR, *[None] * (ndim - 3))
 
 
-def cache_spec(ndim: int) -> P:
-    """Keys or values [B, G, M, H] of an attention layer, or of several: key-value heads over `tensor`."""
-    return P(*[None] * (ndim - 4), BATCH, TENSOR, None, None)
+def cache_spec() -> P:
+    """Pages of keys or values [G, n, p, H]: heads over `tensor`, each shard of the batch its own pages."""
+    return P(TENSOR, BATCH, None, None)
 
 
 def rank_spec(ndim: int) -> P:

@@ -4,18 +4,21 @@ for machines that are not there.
     init      → the state a run begins with
     step      → the next state
     evaluate  → scores of tokens, beside the optimizer's state of a run that goes on
-    prefill   → a prompt's cache and its first token
-    decode    → one more token of every row
+    prefill   → parts of prompts read into the cache, and the token behind each that ends
+    decode    → one more token of every slot
 
-B batch, L length, S batch shards, B rows of one, N = S·B, P prompt length, M room of the cache, C candidates.
+B batch, L length; of serving S batch shards, B slots of one, W rows of prompts, C tokens of a row, K pages of a
+sequence, X numbers that the host says of a slot or row.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,14 +26,17 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax import hosts
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.decoding.cache import Cache, Decoder, decode, make_decoder, prefill
-from bigmac_jax.decoding.sampling import Draws, draws, sample
-from bigmac_jax.mesh import batch_ranks, batch_spec, placed, replicated_spec, tensor_ranks, token_spec
+from bigmac_jax.decoding.cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
+from bigmac_jax.decoding.sampling import Chosen, Draws, sample
+from bigmac_jax.mesh import batch_ranks, batch_spec, on_each_rank, placed, replicated_spec, tensor_ranks
+from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import TokenScores, token_scores
 from bigmac_jax.training.step import Trainer, make_trainer
 
 PROMPTS = 16  # at a time, where nobody says otherwise
+PAGE_SIZE = 16  # positions of a page
+ROW_PAGES = 4  # that a row of a prompt fills: a longer row reads what stands before it less often, and is padded more
 
 
 @hosts.Jit
@@ -44,50 +50,136 @@ def evaluation_rows(config: Config) -> int:
     return config.data.batch_size // config.train.accumulate_steps
 
 
-State = tuple[Cache, Array]  # and the tokens to be read next
-Chosen = tuple[Array, Array]  # tokens and their log-probabilities, on every process
+class State(NamedTuple):
+    """What stays on the devices between the steps of an engine of B slots a shard."""
+
+    cache: Cache
+    token_SB: Array  # each slot's last one, to be read next
+    position_SB: Array  # where it will stand
 
 
 class Decoding(NamedTuple):
     """A decoder's programs. They are given its weights as a list: flattening modules would take half as long as a small
-    step."""
+    step. What the host says of slots and rows comes as one array of numbers, `packed`."""
 
     weights: list[Array]
-    prefill: Any  # (weights, tokens_NP, length_SB, draws, room=M, candidates=C) → (State, Chosen)
-    decode: Any  # (weights, state, draws, candidates=C) → (State, Chosen); the state is donated
+    prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, Chosen of each row); the state is donated
+    decode: Any  # (weights, state, slots_SBX) → (State, Chosen of each slot); the state is donated
 
 
 def make_decoding(decoder: Decoder) -> Decoding:
     weights, tree = jax.tree.flatten(decoder)
     return Decoding(
         weights,
-        hosts.Jit(functools.partial(_prefill, tree)),
+        hosts.Jit(functools.partial(_prefill, tree), donate_argnames="state"),
         hosts.Jit(functools.partial(_decode, tree), donate_argnames="state"),
     )
 
 
-def _prefill(
-    tree: Any, weights: list[Array], tokens_NP: Array, length_SB: Array, draws: Draws, *, room: int, candidates: int
-) -> tuple[State, Chosen]:
-    logits_SBV, cache = prefill(jax.tree.unflatten(tree, weights), tokens_NP, length_SB, room)
-    return _chosen(logits_SBV, cache, draws, candidates)
+def make_state(config: Config, decoder: Decoder, slots: int, pages: int, page_size: int) -> State:
+    """An engine's before its first step; sizes are of each shard of the batch."""
+
+    def make() -> State:
+        shape = batch_ranks(), slots
+        zeros = (jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2))
+        return State(make_cache(config, decoder, pages, page_size), *zeros)
+
+    return jax.jit(make)()
 
 
-def _decode(tree: Any, weights: list[Array], state: State, draws: Draws, *, candidates: int) -> tuple[State, Chosen]:
-    logits_SBV, cache = decode(jax.tree.unflatten(tree, weights), *state)
-    return _chosen(logits_SBV, cache, draws, candidates)
+class Packed(NamedTuple):
+    """A slot, or a row of a prompt, as the host says it: `draws`, and what else is no part of the sequence."""
+
+    draws: tuple[float | int, ...]  # `decoding.sampling.draws_of`
+    length: int  # tokens of the row; of a slot 1 if it decodes, else 0
+    position: int = 0  # of a row's first token
+    slot: int = -1  # that the token behind a prompt's last row goes to; -1: the prompt goes on
 
 
-def _chosen(logits_SBV: Array, cache: Cache, draws: Draws, candidates: int) -> tuple[State, Chosen]:
-    tokens, logprobs = sample(logits_SBV, draws, cache.position_SB, candidates)
-    on_all = (jax.sharding.reshard(tokens, replicated_spec(2)), jax.sharding.reshard(logprobs, replicated_spec(2)))
-    return (cache, tokens), on_all
+_HEAD = len(Draws._fields) + 3
+_FLOATS = tuple(Draws._fields.index(name) for name in ("temperature", "top_p"))
+IDLE = Packed((0,) * len(Draws._fields), 0)
 
 
-def decoding_shape(rows: int) -> tuple[int, int]:
-    """[S, B] that hold so many rows on the current mesh."""
+def pack(of: Packed, table: Sequence[int], tokens: Sequence[int] = ()) -> list[int]:
+    """As `_unpack` reads it: numbers of 32 bits, tokens of the row, pages."""
+    numbers = [_bits(v) if i in _FLOATS else _signed(int(v)) for i, v in enumerate(of.draws)]
+    return [*numbers, of.length, of.position, of.slot, *tokens, *table]
+
+
+def packed_size(pages: int, tokens: int = 0) -> int:
+    """Numbers of one row, of so many pages a sequence."""
+    return _HEAD + tokens + pages
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def _signed(value: int) -> int:
+    """The int32 of the same bits."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _unpack(packed_SWX: Array, tokens: int) -> tuple[Any, ...]:
+    """draws, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK."""
+    columns = [packed_SWX[..., i] for i in range(_HEAD)]
+    drawn = Draws(*columns[: len(Draws._fields)])
+    drawn = drawn._replace(
+        temperature=jax.lax.bitcast_convert_type(drawn.temperature, jnp.float32),
+        top_p=jax.lax.bitcast_convert_type(drawn.top_p, jnp.float32),
+        seed=jax.lax.bitcast_convert_type(drawn.seed, jnp.uint32),
+    )
+    rest = packed_SWX[..., _HEAD:]
+    return drawn, *columns[len(Draws._fields) :], rest[..., :tokens], rest[..., tokens:]
+
+
+def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Chosen]:
+    """Reads rows of prompts. The token behind a prompt's last row goes to its slot."""
+    model = jax.tree.unflatten(tree, weights)
+    drawn, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK = _unpack(rows_SWX, row_size)
+    tokens_ST = jnp.reshape(tokens_SWC, (tokens_SWC.shape[0], -1), out_sharding=batch_spec(2))
+    x_STD, cache = advance(model, state.cache, tokens_ST, Rows(table_SWK, position_SW, count_SW))
+    behind_SW = position_SW + count_SW
+    chosen = sample(logits_of_last(model, x_STD, count_SW), drawn, behind_SW)
+
+    def start(slot_SW: Array, *values: Array) -> tuple[Array, ...]:
+        token_SB, position_SB, *of_rows = values
+        # Nowhere, if the prompt goes on.
+        slot_W = jnp.where(slot_SW[0] < 0, token_SB.shape[1], slot_SW[0])
+        return tuple(
+            of_slots.at[0, slot_W].set(new[0], mode="drop")
+            for of_slots, new in zip((token_SB, position_SB), of_rows, strict=True)
+        )
+
+    token_SW = jax.sharding.reshard(chosen.token, batch_spec(2))
+    arrays = slot_SW, state.token_SB, state.position_SB, token_SW, behind_SW
+    token_SB, position_SB = on_each_rank(start, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 2)
+    return State(cache, token_SB, position_SB), _on_all(chosen)
+
+
+def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> tuple[State, Chosen]:
+    """Reads the last token of every slot that decodes, and chooses the next one."""
+    model = jax.tree.unflatten(tree, weights)
+    drawn, active_SB, _, _, _, table_SBK = _unpack(slots_SBX, 0)
+    # An idle slot stands at 0, so that nothing is read for it.
+    rows = Rows(table_SBK, state.position_SB * active_SB, active_SB)
+    x_SBD, cache = advance(model, state.cache, state.token_SB, rows)
+    position_SB = state.position_SB + active_SB
+    chosen = sample(logits_of_last(model, x_SBD, active_SB), drawn, position_SB)
+    token_SB = jnp.where(active_SB > 0, jax.sharding.reshard(chosen.token, batch_spec(2)), state.token_SB)
+    return State(cache, token_SB, position_SB), _on_all(chosen)
+
+
+def _on_all(chosen: Chosen) -> Chosen:
+    """On every process."""
+    return Chosen(*(jax.sharding.reshard(v, replicated_spec(v.ndim)) for v in chosen))
+
+
+def slots_of(requests: int) -> int:
+    """Slots of each shard that hold so many requests on the current mesh."""
     unit = batch_ranks() * tensor_ranks()
-    return batch_ranks(), -(-rows // unit) * unit // batch_ranks()
+    return -(-requests // unit) * unit // batch_ranks()
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -104,7 +196,6 @@ class Program(NamedTuple):
       arguments: abstract arrays on the mesh.
       static: keyword arguments.
       beside: abstract arrays that are in memory while it runs though it is not given them.
-      then: the function that takes what it gives.
     """
 
     name: str
@@ -112,7 +203,6 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     static: dict[str, Any]
     beside: Any = ()
-    then: Any = None
 
     def lower(self) -> Any:
         return self.function.lower(*self.arguments, **self.static)
@@ -121,8 +211,8 @@ class Program(NamedTuple):
 def make_program(name: str, config: Config, mesh: Mesh) -> Program:
     """One of `NAMES` on the current mesh, which may be of devices that are only compiled for.
 
-    Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, greedy,
-    as generate.py has them by default.
+    Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, as
+    generate.py has them by default.
     """
     return _MAKERS[name](config, mesh)
 
@@ -149,20 +239,26 @@ def _evaluate_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _prefill_program(config: Config, mesh: Mesh) -> Program:
-    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    made = make_decoding(placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh))
-    shape, length = decoding_shape(PROMPTS), config.data.sequence_length
-    drawn = Draws(*(_abstract(mesh, token_spec(2), *shape, dtype=v.dtype) for v in draws([], [], shape)))
-    prompts = _abstract(mesh, token_spec(2), math.prod(shape), length)
-    arguments = (made.weights, prompts, _abstract(mesh, batch_spec(2), *shape), drawn)
-    return Program("prefill", made.prefill, arguments, {"room": length, "candidates": 1}, then=made.decode)
+    """Of `PROMPTS` prompts at once."""
+    made, state, pages = _serving(config, mesh)
+    rows, row_size = slots_of(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
+    packed = _abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
+    return Program("prefill", made.prefill, (made.weights, state, packed), {"row_size": row_size})
 
 
 def _decode_program(config: Config, mesh: Mesh) -> Program:
-    before = _prefill_program(config, mesh)
-    weights, _, _, drawn = before.arguments
-    started, _ = jax.eval_shape(functools.partial(before.function.function, **before.static), *before.arguments)
-    return Program("decode", before.then, (weights, placed(started, mesh), drawn), {"candidates": 1})
+    made, state, pages = _serving(config, mesh)
+    packed = _abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    return Program("decode", made.decode, (made.weights, state, packed), {})
+
+
+def _serving(config: Config, mesh: Mesh) -> tuple[Decoding, State, int]:
+    """The programs, the state of `PROMPTS` slots that hold data.sequence_length each, and a slot's pages."""
+    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
+    slots, pages = slots_of(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
+    state = jax.eval_shape(lambda: make_state(config, decoder, slots, slots * pages, PAGE_SIZE))
+    return make_decoding(decoder), placed(state, mesh), pages
 
 
 _MAKERS = {

@@ -15,7 +15,7 @@ from bigmac_jax import commands
 from bigmac_jax.config import load_config
 from bigmac_jax.config.reading import shipped
 
-SCRIPTS = ("train.py", "eval.py", "generate.py", "plan.py", "convert.py")
+SCRIPTS = ("train.py", "eval.py", "generate.py", "serve.py", "plan.py", "convert.py")
 
 
 @pytest.mark.parametrize("argv", [*((script,) for script in SCRIPTS), ("-m", "bigmac_jax", "selfcheck")], ids=" ".join)

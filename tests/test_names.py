@@ -27,7 +27,7 @@ def flags_of(command: str) -> list[str]:
     return re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', "".join(file.read_text() for file in files))
 
 
-FLAGS = {command: flags_of(command) for command in ("train", "eval", "generate", "plan", "convert")}
+FLAGS = {command: flags_of(command) for command in ("train", "eval", "generate", "serve", "plan", "convert")}
 
 
 def misspelled(rng: random.Random, names: Sequence[str]) -> tuple[str, str]:

@@ -104,7 +104,7 @@ def _is_module(name: str) -> bool:
 ROOMS = (
     "signals", "environment", "phases", "config", "storage", "rendezvous", "hosts", "progress", "mesh", "watch",
     "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "evaluation", "interchange",
-    "planning", "report", "start", "loop", "notebook", "selfcheck", "cli", "commands",
+    "planning", "report", "start", "loop", "notebook", "serving", "selfcheck", "cli", "commands",
 )  # fmt: skip
 
 

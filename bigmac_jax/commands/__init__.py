@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("commands.train", "trains a model"),
     "eval": ("commands.eval", "scores one: perplexity, downstream tasks"),
     "generate": ("commands.generate", "completes prompts"),
+    "serve": ("commands.serve", "answers requests over HTTP, as OpenAI's interface has them"),
     "plan": ("commands.plan", "says what a config costs, before it runs"),
     "convert": ("commands.convert", "models to and from Hugging Face"),
     "report": ("report.__main__", "draws runs side by side"),

@@ -14,6 +14,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
 from bigmac_jax.phases import NOW
@@ -37,6 +38,9 @@ _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", 0, "Prompt and completion, in tokens; 0 = the run's sequence length.", 0
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
@@ -63,7 +67,10 @@ def main() -> None:
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, _STEP.value, config)
-    generator = Generator(config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True)
+    generator = Generator(
+        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        weights=_WEIGHTS.value,
+    )  # fmt: skip
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
     else:
@@ -82,23 +89,25 @@ def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
 
 
 def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
-    """Writes answers in the order of the prompts, some batches at a time, so that little is lost if it is ended."""
-    start, tokens, window = time.perf_counter(), 0, 16 * generator.batch_size
+    """Writes answers in the order of the prompts, each as soon as those before it are there."""
+    start, tokens, written = time.perf_counter(), 0, 0
     generator.check([request for _, request in requests])  # before a file is overwritten
     quiet = _JSON.value or not hosts.is_first()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
+    there: dict[int, Completion] = {}
     with answers_to(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
 
         def done(number: int, completion: Completion) -> None:
+            nonlocal tokens, written
             bar.update()
+            there[number] = completion
+            tokens += len(completion.tokens)
+            while written in there:
+                line = answer(*requests[written], there.pop(written))
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+                written += 1
 
-        for first in range(0, len(requests), window):
-            part = requests[first : first + window]
-            completions = generator.generate([request for _, request in part], done, first)
-            for (row, request), completion in zip(part, completions, strict=True):
-                print(json.dumps(answer(row, request, completion), ensure_ascii=False), file=file)
-                tokens += len(completion.tokens)
-            file.flush()
+        generator.generate([request for _, request in requests], done)
     if not quiet:
         print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Completions of prompts, in batches. S batch shards, B rows of one, N = S·B, P prompt length, M room of the cache."""
+"""Completions of prompts, and scores of texts. B texts of L tokens."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,16 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.decoding.cache import make_decoder
-from bigmac_jax.decoding.sampling import Draws, Sampling, candidates, draws
+from bigmac_jax.decoding.cache import decoding, make_decoder
+from bigmac_jax.decoding.sampling import Sampling
+from bigmac_jax.inference.engine import Engine, Job
 from bigmac_jax.inference.text import Text
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks, token_spec
+from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.programs import PROMPTS, bucket, decoding_shape, evaluate, make_decoding
+from bigmac_jax.programs import PROMPTS, bucket, evaluate, make_decoding, slots_of
 
 Prompt = str | tuple[int, ...]  # text, or token ids
+_CHUNK = 8192  # tokens of prompts that a step reads, where nobody waits for the next token
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Scored:
 
 
 class Generator:
-    """Completes and scores texts with a model on the current mesh.
+    """Completes and scores texts with a model on the current mesh: prompts as places in the batch become free.
 
     Args:
       config, model: as `bigmac_jax.restore` gives them.
@@ -63,6 +65,8 @@ class Generator:
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
       consume: frees the model on the way, where memory is too short for both; then nothing can be scored.
+      weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores are of the
+        model as it is.
 
     Raises:
       ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded.
@@ -77,6 +81,7 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         exchange: str = "auto",
         consume: bool = False,
+        weights: str = "",
     ):
         trained = config.data.sequence_length
         if config.model.positions == "learned" and max_length > trained:
@@ -92,9 +97,11 @@ class Generator:
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
-        self._vocab_size = config.model.vocab_size
+        self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._programs = make_decoding(make_decoder(config, model, exchange, consume))
+        self._config = decoding(config, exchange, weights)
+        self._decoder = make_decoder(config, model, exchange, consume, weights)
+        self._programs = make_decoding(self._decoder)
 
     def generate(
         self,
@@ -114,38 +121,27 @@ class Generator:
           ConfigError: a prompt that is empty, broken text, or too long with its max_tokens.
         """
         requests = _requests(prompts, sampling)
-        prompt_ids = self._encoded(requests, first)
-        # Of like length together: a batch takes as long as its longest.
-        order = sorted(range(len(requests)), key=lambda i: (-len(prompt_ids[i]), i))
-        done: dict[int, Completion] = {}
-        rows = min(self.batch_size, len(requests))
-        for start in range(0, len(order), rows or 1):
-            batch = order[start : start + rows]
-            samplings = [requests[i].sampling for i in batch]
-            texts = [Text(self.tokenizer, sampling) for sampling in samplings]
-            numbers = [first + i for i in batch]
-            for chosen in self.steps([prompt_ids[i] for i in batch], samplings, numbers, rows):
-                for text, number, (token, logprob) in zip(texts, batch, chosen, strict=True):
-                    if text.finish_reason:
-                        continue
-                    text.add(token, logprob)
-                    if text.finish_reason:
-                        done[number] = _completion(text, len(prompt_ids[number]))
-                        if on_done:
-                            on_done(first + number, done[number])
-                if all(text.finish_reason for text in texts):
-                    break
-        return [done[i] for i in range(len(requests))]
+        jobs = self._jobs(requests, first)
+        if not jobs:
+            return []
+        # The longest first, so that none is left alone at the end.
+        engine = self.engine(self.batch_size, jobs)
+        for job in sorted(jobs, key=lambda job: -job.positions):
+            engine.submit(job)
+        while engine.busy:
+            for step in engine.step():
+                if step.reason and on_done:
+                    on_done(step.job.number, _completion(step.job))
+        return list(map(_completion, jobs))
 
     def stream(self, prompt: Prompt | Request, **sampling: Any) -> Iterator[str]:
         """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
-        (request,) = _requests([prompt], sampling)
-        (ids,) = self._encoded([request])
-        text = Text(self.tokenizer, request.sampling)
-        for ((token, logprob),) in self.steps([ids], [request.sampling], [0], 1):
-            yield text.add(token, logprob)
-            if text.finish_reason:
-                return
+        (job,) = self._jobs(_requests([prompt], sampling))
+        engine = self.engine(1, [job])
+        engine.submit(job)
+        while engine.busy:
+            for step in engine.step():
+                yield step.piece
 
     def score(self, texts: Sequence[Prompt]) -> list[Scored]:
         """The log-probability of each token of each text, which stands behind an end-of-text token.
@@ -188,43 +184,37 @@ class Generator:
         """Raises what `generate` would, before anything is made."""
         self._encoded(_requests(prompts, sampling))
 
-    def steps(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], numbers: Sequence[int], rows: int
-    ) -> Iterator[list[tuple[int, float]]]:
-        """A batch token by token: the token and its log-probability of each prompt. The device is one step ahead.
+    def engine(self, slots: int, jobs: Sequence[Job] = (), positions: int = 0, **sizes: Any) -> Engine:
+        """An engine of this model.
 
         Args:
-          prompts: token ids; none is checked.
-          numbers: of the prompts, for their draws.
-          rows: of the batch, at least the prompts.
+          slots: requests at a time.
+          jobs: all that there will be, if that is known: it becomes as large as they need.
+          positions: of the cache; by default as many as so many of the longest requests take.
+          **sizes: `chunk`, `page_size` and `reuse` of `Engine`.
         """
         with jax.set_mesh(self.mesh):
-            shape = decoding_shape(rows)
-            longest = max(map(len, prompts))
-            steps = max(s.max_tokens for s in samplings)
-            padded = int(min(bucket(longest, tensor_ranks()), self._longest_prefill))
-            room = max(padded, bucket(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True)), 1))
-            tokens_NP = np.zeros((math.prod(shape), padded), np.int32)
-            length_N = np.ones(math.prod(shape), np.int32)
-            for row, prompt in enumerate(prompts):
-                tokens_NP[row, : len(prompt)], length_N[row] = prompt, len(prompt)
+            longest = self.max_length
+            if jobs:
+                slots = min(slots, len(jobs))
+                longest = bucket(max(job.positions for job in jobs) + 1, 1)
+                # Few sizes, few programs.
+                most, unit = sorted(bucket(job.positions, 1) for job in jobs)[-slots:], batch_ranks() * longest
+                positions = -(-sum(most) // unit) * unit
+                sizes = {"chunk": _CHUNK} | sizes
+            positions = positions or slots_of(slots) * batch_ranks() * longest
+            return Engine(self._config, self._decoder, self._programs, slots, positions, longest, **sizes)
 
-            drawn = Draws(*(place(v, token_spec(2)) for v in draws(samplings, numbers, shape)))
-            C = candidates(samplings, self._vocab_size)
-            state, out = self._programs.prefill(
-                self._programs.weights,
-                place(tokens_NP, token_spec(2)),
-                place(length_N.reshape(shape), batch_spec(2)),
-                drawn,
-                room=room,
-                candidates=C,
-            )
-            for step in range(steps):
-                previous = out
-                if step + 1 < steps:
-                    state, out = self._programs.decode(self._programs.weights, state, drawn, candidates=C)
-                tokens, logprobs = (np.asarray(v).reshape(-1)[: len(prompts)] for v in previous)
-                yield list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+    def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
+        """A request for an engine; its prompt is not checked."""
+        return Job(prompt, sampling, Text(self.tokenizer, sampling), number)
+
+    def _jobs(self, requests: Sequence[Request], first: int = 0) -> list[Job]:
+        encoded = self._encoded(requests, first)
+        return [
+            self.job(ids, request.sampling, number)
+            for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first)
+        ]
 
     def _encoded(self, requests: Sequence[Request], first: int = 0) -> list[list[int]]:
         """The token ids of each prompt, checked."""
@@ -242,7 +232,7 @@ class Generator:
     def _token_ids(self, texts: Sequence[Prompt], what: str, first: int) -> list[list[int]]:
         """Those of each text, at least one, all of the vocabulary."""
         for number, text in enumerate(texts, first):
-            _check_text(f"{what} {number}", text, self._vocab_size)
+            _check_text(f"{what} {number}", text, self.vocab_size)
         encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
         for number, ids in enumerate(token_ids, first):
@@ -271,5 +261,6 @@ def _check_text(name: str, text: Prompt, vocab_size: int) -> None:
         raise ConfigError(f"{name} has the token {unknown[0]}, which must lie in [0, {vocab_size})")
 
 
-def _completion(text: Text, prompt_tokens: int) -> Completion:
-    return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, prompt_tokens)
+def _completion(job: Job) -> Completion:
+    text = job.text
+    return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, len(job.prompt))

@@ -14,7 +14,8 @@ from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.generate import Completion, Request
 
 Row = dict[str, Any]
-_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+# An answer has log-probabilities of its own tokens alone.
+_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "logprobs")
 
 
 def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:

@@ -1,6 +1,7 @@
 """Attention, and the positions of its tokens.
 
-B batch, L length, M room of a cache, D hidden, N heads, G key-value heads, H head size.
+B batch, L length, D hidden, N heads, G key-value heads, H head size; of cached keys and values n pages, p positions of
+one, K pages of a sequence.
 """
 
 import functools
@@ -27,6 +28,7 @@ from bigmac_jax.mesh import (
 )
 from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
+from bigmac_jax.model.paged import paged_attention, write
 
 
 class Documents(NamedTuple):
@@ -69,10 +71,10 @@ def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Arr
     return on_each_rank(on_rank, (x_BLNH, position_BL), in_spec=specs, out_specs=split_spec(4))
 
 
-def rotate_to(x_BNH: Array, theta: float, position_B: Array, length: int) -> Array:
-    """`rotate` of one position of each row, below `length`."""
-    sin_LH, cos_LH = _angles(x_BNH, theta, length)
-    return _turn(x_BNH, *(v[position_B][:, None] for v in (sin_LH, cos_LH)))
+def rotate_to(x_TNH: Array, theta: float, position_T: Array, length: int) -> Array:
+    """`rotate` of tokens that stand at any positions below `length`."""
+    sin_LH, cos_LH = _angles(x_TNH, theta, length)
+    return _turn(x_TNH, *(v[position_T][:, None] for v in (sin_LH, cos_LH)))
 
 
 def _angles(x: Array, theta: float, length: int) -> tuple[Array, Array]:
@@ -98,10 +100,19 @@ _turn.defvjp(
 
 
 class KeyValues(NamedTuple):
-    """Of the positions that a layer has seen: [B, L, G, H] where they come from, [Y, B, G, M, H] in a cache of Y."""
+    """Of several layers, in pages [G, n, p, H]: n pages of all of them, p positions of one."""
 
     keys: Array
     values: Array
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a step stand: W rows for each of S shards of the batch, each C tokens in a row of one
+    sequence."""
+
+    table_SWK: Array  # int32; the sequence's pages, in order
+    position_SW: Array  # int32; of the first token
+    count_SW: Array  # int32; how many of the C there are
 
 
 class Attention(nnx.Module):
@@ -122,8 +133,8 @@ class Attention(nnx.Module):
         self.query_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
         self.key_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
 
-    def __call__(self, x_BLD: Array, documents: Documents | None = None) -> tuple[Array, KeyValues]:
-        """Of whole sequences from their first position; also the keys and values, for a cache."""
+    def __call__(self, x_BLD: Array, documents: Documents | None = None) -> Array:
+        """Of whole sequences from their first position."""
         q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
         m = self.config.model
         segments, position_BL = ((), None) if documents is None else ((documents.segment_BL,), documents.position_BL)
@@ -135,27 +146,28 @@ class Attention(nnx.Module):
             in_spec=(*[split_spec(4)] * 3, *[batch_spec(2)] * len(segments)),
             out_specs=split_spec(4),
         )
-        return self._joined(y_BLNH), KeyValues(k_BLGH, v_BLGH)
+        return self._joined(y_BLNH)
 
-    def step(self, x_SBD: Array, past: KeyValues, layer: Array, position_SB: Array) -> tuple[Array, KeyValues]:
-        """One more token of each sequence.
+    def step(self, x_STD: Array, past: KeyValues, first: Array, rows: Rows) -> tuple[Array, KeyValues]:
+        """The next tokens of sequences.
 
         Args:
-          x_SBD: the rows of each shard of the batch side by side, like the tokens of one sequence.
-          past: keys and values [Y, S·B, G, M, H] of several layers, up to each row's position.
-          layer: int32, which of them this one is.
-          position_SB: where its token stands, below M.
+          x_STD: the rows of each shard side by side, like the tokens of one sequence: T = W · C.
+          past: the pages. Those of this layer hold each sequence up to its row's first token, if the rows of this step
+            don't.
+          first: int32, where this layer's pages begin on a rank.
 
         Returns:
-          (y_SBD, `past` with the token's own keys and values)
+          (y_STD, `past` with the tokens' own keys and values)
         """
-        y_SBNH, *past = on_each_rank(
+        specs = (*[split_spec(4)] * 3, *[cache_spec()] * 2, replicated_spec(0))
+        y_STNH, *past = on_each_rank(
             functools.partial(_append_and_attend, self.config.model),
-            (*self._heads(x_SBD), *past, layer, position_SB),
-            in_spec=(*[split_spec(4)] * 3, cache_spec(5), cache_spec(5), replicated_spec(0), batch_spec(2)),
-            out_specs=(split_spec(4), cache_spec(5), cache_spec(5)),
+            (*self._heads(x_STD), *past, first, *rows),
+            in_spec=(*specs, batch_spec(3), batch_spec(2), batch_spec(2)),
+            out_specs=(split_spec(4), cache_spec(), cache_spec()),
         )
-        return self._joined(y_SBNH), KeyValues(*past)
+        return self._joined(y_STNH), KeyValues(*past)
 
     def _heads(self, x_BLD: Array) -> tuple[Array, Array, Array]:
         """q_BLNH, k_BLGH, v_BLGH before their rotation."""
@@ -176,27 +188,34 @@ class Attention(nnx.Module):
 
 def _append_and_attend(
     config: ModelConfig,
-    q_SBNH: Array,
-    k_SBGH: Array,
-    v_SBGH: Array,
-    keys_YBGMH: Array,
-    values_YBGMH: Array,
-    layer: Array,
-    position_SB: Array,
+    q_STNH: Array,
+    k_STGH: Array,
+    v_STGH: Array,
+    keys_GnpH: Array,
+    values_GnpH: Array,
+    first: Array,
+    table_SWK: Array,
+    position_SW: Array,
+    count_SW: Array,
 ) -> tuple[Array, Array, Array]:
     """`Attention.step` on one rank, whose S is 1."""
-    _, B, G, M, H = keys_YBGMH.shape
-    q_BNH, k_BGH, v_BGH = (v.reshape(B, -1, H) for v in (q_SBNH, k_SBGH, v_SBGH))
-    position_B = position_SB.reshape(B)
+    G, n, p, H = keys_GnpH.shape
+    _, W, K = table_SWK.shape
+    q_TNH, k_TGH, v_TGH = (v.reshape(v.shape[1:]) for v in (q_STNH, k_STGH, v_STGH))
+    table_WK, C = table_SWK.reshape(W, K), q_TNH.shape[0] // W
+    step_C = jnp.arange(C, dtype=jnp.int32)[None]
+    position_WC = jnp.minimum(position_SW.reshape(W, 1) + step_C, K * p - 1)
     if config.positions == "rope":
-        q_BNH, k_BGH = (rotate_to(v, config.rope_theta, position_B, M) for v in (q_BNH, k_BGH))
-    row_B = jnp.arange(B)
-    keys_YBGMH = keys_YBGMH.at[layer, row_B, :, position_B].set(k_BGH, unique_indices=True)
-    values_YBGMH = values_YBGMH.at[layer, row_B, :, position_B].set(v_BGH, unique_indices=True)
-    keys_BGMH, values_BGMH = keys_YBGMH[layer], values_YBGMH[layer]
-    q_BGNH = (q_BNH / math.sqrt(H)).reshape(B, G, -1, H)  # N: the query heads of a key-value head
-    scores_BGNM = jnp.einsum("BGNH,BGMH->BGNM", q_BGNH, keys_BGMH, preferred_element_type=jnp.float32)
-    seen_BM = jnp.arange(M)[None] <= position_B[:, None]
-    weights_BGNM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], scores_BGNM, -jnp.inf))
-    y_BGNH = jnp.einsum("BGNM,BGMH->BGNH", weights_BGNM.astype(values_BGMH.dtype), values_BGMH)
-    return y_BGNH.reshape(q_SBNH.shape), keys_YBGMH, values_YBGMH
+        place_T = position_WC.reshape(-1)
+        q_TNH, k_TGH = (rotate_to(v, config.rope_theta, place_T, K * p) for v in (q_TNH, k_TGH))
+    table_WK = table_WK + first
+    page_WC = jnp.take_along_axis(table_WK, position_WC // p, axis=1)
+    page_T = jnp.where(step_C < count_SW.reshape(W, 1), page_WC, n).reshape(-1)  # n: nowhere
+    place_T = (position_WC % p).reshape(-1)
+    keys_GnpH, values_GnpH = (
+        write(pages, page_T, place_T, fresh_TGH) for pages, fresh_TGH in ((keys_GnpH, k_TGH), (values_GnpH, v_TGH))
+    )
+    q_GWXH = (q_TNH / math.sqrt(H)).reshape(W, C, G, -1, H).transpose(2, 0, 1, 3, 4).reshape(G, W, -1, H)
+    y_GWXH = paged_attention(q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
+    y_TNH = y_GWXH.reshape(G, W, C, -1, H).transpose(1, 2, 0, 3, 4)
+    return y_TNH.reshape(q_STNH.shape), keys_GnpH, values_GnpH

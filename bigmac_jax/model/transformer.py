@@ -34,7 +34,7 @@ class Block(nnx.Module):
         self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool, documents: Documents | None
     ) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BLD, _ = self.attention(self.attention_norm(x_BLD), documents)
+        y_BLD = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
         y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless, documents)
         return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux

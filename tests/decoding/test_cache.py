@@ -1,4 +1,4 @@
-"""Cached decoding gives the logits of the full forward pass, at every position, for prompts of different lengths."""
+"""Steps over the paged cache give the logits of the full forward pass, at every position, however the pages stand."""
 
 from typing import Any
 
@@ -8,9 +8,11 @@ import pytest
 from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import Config
-from bigmac_jax.decoding.cache import decode, make_decoder, prefill
+from bigmac_jax.decoding.cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
+from bigmac_jax.mesh import batch_ranks
+from bigmac_jax.model.attention import Rows
 
-ROWS, LENGTH, PROMPT, ROOM = 8, 20, 12, 24
+ROWS, LENGTH, PAGE = 8, 20, 4
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 MESHES = {"1x1": (1, 1, 1), "2x2": (2, 1, 2), "1x8": (1, 1, 8), "tensor": (1, 1, 2, 2, True, True), "node": (1, 2, 2),
           "heads": (1, 1, 2, 4)}  # fmt: skip
@@ -43,45 +45,63 @@ def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
     return tiny(MESHES[mesh], batch=ROWS, length=LENGTH, structure=structure, **values)
 
 
-def cached_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarray]:
-    """The logits of the positions that decoding reaches, [rows and positions, V] each."""
+def step(decoder: Decoder, cache: Cache, tokens_ST: jax.Array, rows: Rows) -> tuple[jax.Array, Cache]:
+    x_STD, cache = advance(decoder, cache, tokens_ST, rows)
+    return logits_of_last(decoder, x_STD, rows.count_SW), cache
+
+
+def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of every position that a step ends at, [positions, V] each: prompts in rows of a page, then token by
+    token."""
     draw = np.random.default_rng(1)
     tokens_NL = draw.integers(config.model.vocab_size, size=(ROWS, LENGTH)).astype(np.int32)
-    length_N = np.array([1, PROMPT, 3, 7, 2, 11, 5, PROMPT], np.int32)
-    prompts_NP = tokens_NL[:, :PROMPT].copy()
-    prompts_NP[np.arange(PROMPT) >= length_N[:, None]] = draw.integers(config.model.vocab_size)  # what pads is not read
+    length_N = np.array([1, 12, 3, 7, 2, 11, 5, 12], np.int32)
     with on_mesh(config):
-        mesh = jax.sharding.get_mesh()
-        shards = int(np.prod([mesh.shape[axis] for axis in ("data", "node", "expert")]))
+        shards = batch_ranks()
+        B = ROWS // shards
         model = random_model(config)
         full = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
         full_NLV = np.asarray(full(model, split_tokens(tokens_NL)))
         decoder = make_decoder(config, model, exchange)
-        start = jax.jit(prefill, static_argnums=3, compiler_options=QUICK)
-        step = jax.jit(decode, donate_argnums=1, compiler_options=QUICK)
-        length_SB = split_batch(length_N.reshape(shards, -1))
-        logits, cache = start(decoder, split_tokens(prompts_NP), length_SB, ROOM)
-        cached, expected = [], []
-        for at_N in length_N + np.arange(LENGTH)[:, None]:
-            inside = at_N <= LENGTH
-            cached.append(np.asarray(logits).reshape(ROWS, -1)[inside])
-            expected.append(full_NLV[inside, at_N[inside] - 1])
-            if not (at_N < LENGTH).any():
+        pages = LENGTH // PAGE
+        # Any order of pages, one that belongs to nobody among them.
+        order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
+        table_NK = np.concatenate(order).astype(np.int32)
+        cache = jax.jit(lambda: make_cache(config, decoder, B * pages + 1, PAGE))()
+        run = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
+        found, expected = [], []
+
+        def take(tokens_NC: np.ndarray, position_N: np.ndarray, count_N: np.ndarray) -> None:
+            nonlocal cache
+            rows = Rows(*(split_batch(v.reshape(shards, B, *v.shape[1:])) for v in (table_NK, position_N, count_N)))
+            logits, cache = run(decoder, cache, split_batch(tokens_NC.reshape(shards, -1)), rows)
+            there = count_N > 0
+            found.append(np.asarray(logits).reshape(ROWS, -1)[there])
+            expected.append(full_NLV[there, (position_N + count_N - 1)[there]])
+
+        for start in range(0, length_N.max(), PAGE):
+            count_N = np.clip(length_N - start, 0, PAGE).astype(np.int32)
+            tokens_NC = tokens_NL[:, start : start + PAGE].copy()
+            tokens_NC[np.arange(PAGE) >= count_N[:, None]] = draw.integers(config.model.vocab_size)  # is not read
+            take(tokens_NC, np.full(ROWS, start, np.int32), count_N)
+        for at_N in length_N + np.arange(LENGTH, dtype=np.int32)[:, None]:
+            there = (at_N < LENGTH).astype(np.int32)
+            if not there.any():
                 break
-            given_N = tokens_NL[np.arange(ROWS), np.minimum(at_N, LENGTH - 1)]
-            logits, cache = step(decoder, cache, split_tokens(given_N.reshape(shards, -1)))
-    return np.concatenate(cached), np.concatenate(expected)
+            at_N = np.minimum(at_N, LENGTH - 1)
+            take(tokens_NL[np.arange(ROWS), at_N], at_N, there)
+    return np.concatenate(found), np.concatenate(expected)
 
 
 @pytest.mark.parametrize(("structure", "mesh", "backbone"), cases())
-def test_decoding_equals_the_full_forward_pass(structure: str, mesh: str, backbone: str) -> None:
-    cached, expected = cached_and_full(config_of(structure, mesh, backbone), "auto")
-    assert len(cached) == 8 * (LENGTH + 1) - 53
-    assert np.abs(cached - expected).max() <= 1e-5 * np.abs(expected).max()
+def test_steps_equal_the_full_forward_pass(structure: str, mesh: str, backbone: str) -> None:
+    found, expected = paged_and_full(config_of(structure, mesh, backbone), "auto")
+    assert len(found) == 8 * LENGTH - 53 + 16  # of a prompt every page's last
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("exchange", ["all_to_all", "dedup", "hierarchical", "gather", "ragged"])
 def test_every_exchange(exchange: str) -> None:
-    cached, expected = cached_and_full(config_of("bigmac", "node", "present"), exchange)
-    assert np.abs(cached - expected).max() <= 1e-5 * np.abs(expected).max()
+    found, expected = paged_and_full(config_of("bigmac", "node", "present"), exchange)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

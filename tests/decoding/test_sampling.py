@@ -8,24 +8,31 @@ import pytest
 from model.tools import QUICK, on_mesh, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.decoding.sampling import Draws, Sampling, candidates, draws, sample
+from bigmac_jax.decoding.sampling import Chosen, Draws, Sampling, draws_of, sample
 
 SHARES = np.array([0.1, 0.5, 0.05, 0.3, 0.05])  # by token; sorted: 1, 3, 0, then two alike
 N = 4000
+
+
+RUN = jax.jit(sample, compiler_options=QUICK)
+
+
+def chosen(samplings: list[Sampling], requests: list[int], positions: np.ndarray, logits_V: np.ndarray) -> Chosen:
+    """A row each, all with the same logits."""
+    with on_mesh(tiny()):
+        logits = split_tokens(np.broadcast_to(logits_V.astype(np.float32), (1, len(samplings), len(logits_V))))
+        columns = zip(*map(draws_of, samplings, requests), strict=True)
+        dtypes = (np.float32, np.int32, np.float32, np.uint32, np.int32, np.int32)
+        settings = Draws(*(split_batch(np.array([v], t)) for v, t in zip(columns, dtypes, strict=True)))
+        return Chosen(*(np.asarray(v)[0] for v in RUN(logits, settings, split_batch(positions.reshape(1, -1)))))
 
 
 def drawn(
     samplings: list[Sampling], requests: list[int], positions: np.ndarray, shift: float = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and log-probabilities, a row each, all from SHARES."""
-    with on_mesh(tiny()):
-        rows = len(samplings)
-        logits = split_tokens(np.broadcast_to((np.log(SHARES) + shift).astype(np.float32), (1, rows, len(SHARES))))
-        settings = Draws(*map(split_tokens, draws(samplings, requests, (1, rows))))
-        run = jax.jit(sample, static_argnums=3, compiler_options=QUICK)
-        out = run(logits, settings, split_batch(positions.reshape(1, -1)), candidates(samplings, len(SHARES)))
-        tokens, logprobs = (np.asarray(v)[0] for v in out)
-        return tokens, logprobs
+    out = chosen(samplings, requests, positions, np.log(SHARES) + shift)
+    return out.token, out.logprob
 
 
 @pytest.mark.parametrize(
@@ -81,14 +88,35 @@ def test_the_smallest_temperatures_are_greedy() -> None:
         assert (tokens == 1).all()
 
 
-def test_candidates() -> None:
-    """As few as the rows need, in powers of two."""
-    greedy, hot = Sampling(), Sampling(temperature=1.0)
-    assert candidates([greedy, Sampling(top_k=5)], 100) == 1
-    assert candidates([greedy, hot], 100) == 0
-    assert candidates([hot, Sampling(temperature=1.0, top_k=5), Sampling(temperature=1.0, top_p=0.5)], 100) == 100
-    assert candidates([Sampling(temperature=1.0, top_k=5), greedy], 100) == 8
-    assert candidates([Sampling(temperature=1.0, top_k=500)], 100) == 100
+def test_a_draw_does_not_follow_how_the_batch_is_computed() -> None:
+    """Greedy, unfiltered, from few candidates and from a sorted vocabulary: beside all others as alone."""
+    kinds = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=1),
+        Sampling(temperature=1.0, top_k=5, seed=2),
+        Sampling(temperature=1.0, top_k=5, top_p=0.7, seed=2),
+        Sampling(temperature=1.0, top_k=90, seed=3),
+        Sampling(temperature=1.0, top_p=0.5, seed=4),
+    ]
+    logits_V = np.random.default_rng(0).standard_normal(200)
+    positions, requests = np.arange(30, dtype=np.int32), [7] * 30
+    together = chosen(
+        [kind for _ in range(30) for kind in kinds], requests * len(kinds), np.repeat(positions, len(kinds)), logits_V
+    )
+    for i, kind in enumerate(kinds):
+        alone = chosen([kind] * 30, requests, positions, logits_V)
+        assert (alone.token == together.token[i :: len(kinds)]).all(), kind
+        assert kind.temperature == 0 or len(set(alone.token)) > 3
+    assert len(set(chosen([kinds[2]] * 30, requests, positions, logits_V).token)) == 5
+
+
+def test_the_most_likely_tokens() -> None:
+    asked = [Sampling(logprobs=3), Sampling()]
+    out = chosen(asked, [0, 0], np.zeros(2, np.int32), logits_V := np.random.default_rng(0).standard_normal(200))
+    best = np.argsort(-logits_V)[:3]
+    assert (out.likely[0, :3] == best).all()
+    np.testing.assert_allclose(out.likely_logprob[0, :3], (logits_V - np.log(np.exp(logits_V).sum()))[best], rtol=1e-5)
+    assert not chosen(asked[1:], [0], np.zeros(1, np.int32), logits_V).likely.any()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +125,7 @@ def test_candidates() -> None:
         ("max_tokens", 0), ("max_tokens", 1.5), ("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 1 << 32), ("stop", ("",)), ("stop", (1,)),
         ("top_p", "a"), ("ignore_eos", 1), ("top_k", 1 << 31), ("temperature", 10**400), ("temperature", 1e39),
+        ("logprobs", 21),
     ],
 )  # fmt: skip
 def test_values_out_of_range(field: str, value: Any) -> None:

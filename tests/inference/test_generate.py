@@ -135,6 +135,15 @@ def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
     assert beside.tokens == alone.tokens
 
 
+def test_each_is_done_once(generator: Generator, greedy: list[Completion]) -> None:
+    """Its first token and its second may be looked at together."""
+    done: list[tuple[int, Completion]] = []
+    with quick():
+        generator.generate(PROMPTS, lambda *of: done.append(of), max_tokens=2, ignore_eos=True)
+    assert sorted(number for number, _ in done) == list(range(16))
+    assert all(completion.tokens == greedy[number].tokens[:2] for number, completion in done)
+
+
 def test_nothing_asked(generator: Generator) -> None:
     assert generator.generate([]) == []
 

@@ -1,0 +1,93 @@
+"""Serves a trained model over HTTP, with OpenAI's interface: python serve.py --workdir=DIR [--port=8000].
+
+/v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a page to chat at /. It ends on SIGTERM or
+Ctrl-C when the requests that run have ended.
+"""
+
+import pathlib
+import resource
+import socket
+
+from absl import flags
+
+from bigmac_jax import cli
+from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.decoding.cache import WEIGHTS
+from bigmac_jax.inference import Generator
+from bigmac_jax.serving.chat import load_chat
+from bigmac_jax.serving.limits import Limits
+from bigmac_jax.serving.server import serve
+from bigmac_jax.storage import absolute
+from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.workdir import read_config, run_folder
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
+_PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535)
+_MODEL_NAME = flags.DEFINE_string("model_name", "", "What requests call the model; by default the workdir's name.")
+_API_KEY_FILE = flags.DEFINE_string("api_key_file", "", "A file with the key that requests must bring.")
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file that makes a prompt of messages.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Prompt and completion; 0 = the run's sequence length.", 0)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
+_CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", 0, "Room of the cache; 0 = batch_size × max_length.", 0)
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of prompts that are read between two steps, a batch shard.", 1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
+_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
+_TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
+_MAX_BODY = flags.DEFINE_integer("max_body", Limits.body, "Bytes of a request, at most.", 1)
+_MAX_CHOICES = flags.DEFINE_integer("max_choices", Limits.choices, "Completions of one request, at most.", 1)
+_DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running requests get at the end.", 0)
+
+
+def main() -> int:
+    workdir = run_folder(_WORKDIR.value)
+    config = with_mesh(read_config(workdir), cli.OVERRIDES)
+    limits = Limits(
+        body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value, drain=_DRAIN.value
+    )
+    key = _key(_API_KEY_FILE.value)
+    listening = _listen(_HOST.value, _PORT.value)
+    cli.enter_mesh(config, fit_batch=False)
+    config, model = restore(workdir, _STEP.value, config)
+    generator = Generator(
+        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        weights=_WEIGHTS.value,
+    )  # fmt: skip
+    chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
+    engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
+    engine.compile()
+    name = _MODEL_NAME.value or absolute(workdir).name
+    return serve(generator, engine, chat, name, limits, listening, key)
+
+
+def _key(file: str) -> str:
+    if not file:
+        return ""
+    try:
+        key = pathlib.Path(file).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api_key_file={file} cannot be read ({error}); give a file with the key") from None
+    if not key:
+        raise ConfigError(f"--api_key_file={file} is empty; write a key into it")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that a port that is taken is known at once. Nobody is answered yet."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file for each connection
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"--host={host} --port={port} cannot be listened at ({error.strerror}); choose another"
+        ) from None
+
+
+def run() -> None:
+    cli.run(main)

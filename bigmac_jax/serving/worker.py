@@ -1,0 +1,137 @@
+"""The engine in a thread of its own, and the requests that come to it from the event loop.
+
+The thread alone touches the engine. Requests and cancellations reach it between two steps, and all tokens of a step go
+back in one call.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from bigmac_jax.inference.engine import Engine, Job, Step
+from bigmac_jax.serving.limits import ApiError, Limits
+from bigmac_jax.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+
+class Ticket:
+    """The completions of one request, token by token.
+
+    Attributes:
+      steps: each with the number of its completion; None where the engine has failed.
+      started: seconds of the monotonic clock.
+    """
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs = list(jobs)
+        self.number = {job: i for i, job in enumerate(jobs)}
+        self.steps: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
+        self.started = time.monotonic()
+        self.last = [0.0] * len(self.jobs)  # when each had its last token
+
+
+class Worker:
+    """Runs an engine until it is stopped. To be made inside the event loop that its requests come from.
+
+    Args:
+      on_failure: called in the event loop if the engine raises; every request is answered 500 then.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, on_failure: Callable[[], object]):
+        self.engine, self.limits, self.metrics = engine, limits, metrics
+        self.failed = False
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tickets: dict[Job, Ticket] = {}  # of the event loop: completions that have not ended
+        self._waiting = 0  # completions that have no token yet
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> Ticket:
+        """Raises ApiError: the queue is full, or the engine has failed."""
+        if self.failed:
+            raise ApiError(500, "the engine has failed; the server's log says why")
+        slots = self.engine.shards * self.engine.slots
+        if self._waiting + len(jobs) > self.limits.queue + slots:
+            raise ApiError(
+                429,
+                f"{self._waiting} completions are waiting, and {self.limits.queue} may; come again later",
+                code="queue_full",
+                retry=self.metrics.seconds_to_wait(),
+            )
+        ticket = Ticket(jobs)
+        for job in jobs:
+            self._tickets[job] = ticket
+            self._waiting += 1
+            self._inbox.put(lambda job=job: self.engine.submit(job))  # type: ignore[misc]
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends what of it has not ended."""
+        for job in ticket.jobs:
+            if self._forget(job):
+                self._inbox.put(lambda job=job: self.engine.cancel(job))  # type: ignore[misc]
+
+    async def stop(self) -> None:
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _forget(self, job: Job) -> bool:
+        ticket = self._tickets.pop(job, None)
+        if ticket is None:
+            return False
+        self._waiting -= not ticket.last[ticket.number[job]]
+        return True
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                steps = self.engine.step()
+                if steps:
+                    self._loop.call_soon_threadsafe(self._deliver, steps)
+        except Exception as error:
+            _log.error("the engine failed: %s: %s", type(error).__name__, " ".join(str(error).split()))
+            self._loop.call_soon_threadsafe(self._fail)
+
+    def _take(self) -> bool:
+        """What has come in; waits while there is nothing to do. False: stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self.engine.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _deliver(self, steps: list[Step]) -> None:
+        now = time.monotonic()
+        for step in steps:
+            ticket = self._tickets.get(step.job)
+            if ticket is None:
+                continue
+            number = ticket.number[step.job]
+            if last := ticket.last[number]:
+                self.metrics.between_tokens.observe(now - last)
+            else:
+                self._waiting -= 1
+                self.metrics.first_token.observe(now - ticket.started)
+                self.metrics.prompt_tokens.inc(len(step.job.prompt))
+                self.metrics.reused_tokens.inc(step.job.reused)
+            ticket.last[number] = now
+            self.metrics.new_tokens.inc()
+            if step.reason:
+                del self._tickets[step.job]
+            ticket.steps.put_nowait((number, step))
+
+    def _fail(self) -> None:
+        self.failed = True
+        for ticket in {id(ticket): ticket for ticket in self._tickets.values()}.values():
+            ticket.steps.put_nowait(None)
+        self._tickets.clear()
+        self._on_failure()

@@ -1,0 +1,58 @@
+"""Templates: what they make of messages, and what they must not be able to do."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.serving.chat import Chat, load_chat
+from bigmac_jax.serving.limits import ApiError
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Peace?"}]
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>"
+
+
+def test_without_a_template() -> None:
+    chat = Chat(ByteTokenizer())
+    assert bytes(chat.prompt(MESSAGES)) == b"System: Be brief.\nUser: Peace?\nAssistant:"
+    assert chat.stop == ("\nUser:",)
+
+
+def test_the_template_beside_the_tokenizer(tmp_path: pathlib.Path) -> None:
+    settings = {"chat_template": TEMPLATE, "eos_token": {"content": "<|endoftext|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = JsonTokenizer(train_bpe(["peace and brief messages"] * 4, 300))
+    chat = load_chat(tokenizer, "", str(tmp_path / "tokenizer.json"))
+    ids = chat.prompt(MESSAGES)
+    assert tokenizer.decode(ids) == "<|system|>Be brief.<|endoftext|>\n<|user|>Peace?<|endoftext|>\n<|assistant|>"
+    assert ids.count(tokenizer.eos_id) == 2 and chat.stop == ()
+    with pytest.raises(ApiError, match=r"holds the special token '<\|endoftext\|>'"):
+        chat.prompt([{"role": "user", "content": "a<|endoftext|>b"}])
+    given = tmp_path / "given.jinja"
+    given.write_text("{{ messages[0].content }}!")
+    assert tokenizer.decode(load_chat(tokenizer, str(given), "bpe").prompt(MESSAGES)) == "Be brief.!"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('no system') }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_what_a_template_cannot_do(template: str) -> None:
+    with pytest.raises(ApiError, match="the chat template does not take these messages"):
+        Chat(ByteTokenizer(), template).prompt(MESSAGES)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{% for %}", "is not Jinja"), (None, "cannot be read")])
+def test_bad_templates(tmp_path: pathlib.Path, content: Any, message: str) -> None:
+    if content:
+        (tmp_path / "t.jinja").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_chat(ByteTokenizer(), str(tmp_path / "t.jinja"), "bytes")
