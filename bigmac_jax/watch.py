@@ -210,7 +210,8 @@ class Watch:
             return self._verdict
         if self._me:
             first = self._peers[0]
-            if self._lost >= 2 and first.state and not first.ended:
+            errs = self._lost >= 2 or (self._error and first.silent() > max(_LEAST, 2 * self.beat))
+            if not first.ended and first.state and (errs or first.died()):
                 return f"{first} has died"
             if not first.ended and first.silent() > self._silence:
                 return f"{first} has given no sign of life for {first.silent():.0f} s"

@@ -92,6 +92,16 @@ def test_a_lost_store_is_the_death_of_process_0(job: Job) -> None:
     assert "process 0 (" in job.line(1) and job.line(1).endswith("has died")
 
 
+def test_process_0_is_seen_to_have_died_beside_this_one_or_behind_an_error(job: Job) -> None:
+    first = job.watches[1]._peers[0]
+    first.state = first.state | {"pid": 1 << 22 | 1}  # above pid_max
+    assert "process 0 (" in job.line(1) and job.line(1).endswith("has died")
+    job.watches[2]._error = "JaxRuntimeError: connection closed"
+    assert job.line(2) == ""
+    job.watches[2]._peers[0].seen -= 20
+    assert "process 0 (" in job.line(2) and job.line(2).endswith("has died")
+
+
 def test_a_process_beside_this_one_is_seen_to_have_died(job: Job) -> None:
     state = json.loads(job.store.values["bigmac/watch/of/2"]) | {"pid": 1 << 22 | 1, "beat": 99}  # above pid_max
     job.store.values["bigmac/watch/of/2"] = json.dumps(state)
