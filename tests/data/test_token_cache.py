@@ -156,6 +156,7 @@ def test_two_processes_at_once(make_config, tmp_path):
     assert results == {f"result {tokenizer.fingerprint} {open_stream(config, 'train', tokenizer).num_tokens}"}
 
 
+@pytest.mark.full
 def test_one_large_document(make_config, tmp_path, sotu):
     path = tmp_path / "large.txt"
     words = "".join(f"word{i % 977} and\tmore\n" for i in range(500_000))

@@ -38,7 +38,7 @@ FSDP = (1, 1, 2, 2, True, True)
 
 @pytest.mark.parametrize(
     ("mesh", "unroll"),
-    [(FSDP, 1), *(pytest.param(*case, marks=pytest.mark.full) for case in ((FSDP, 0), ((1, 1, 1), 0), ((1, 1, 1), 1)))],
+    [pytest.param(*case, marks=pytest.mark.full) for case in ((FSDP, 1), (FSDP, 0), ((1, 1, 1), 0))] + [((1, 1, 1), 1)],
 )
 def test_decoding_computes_with_them(mesh: tuple[int, ...], unroll: int) -> None:
     """As with the model whose weights were rounded; layers each by itself, and in one loop."""
@@ -84,6 +84,7 @@ def test_the_largest_of_a_channel_is_exact() -> None:
         assert v.values.dtype == np.int8 and np.abs(np.asarray(v.values)).max() == 127
 
 
+@pytest.mark.full
 def test_perplexity_stays(tmp_path: pathlib.Path) -> None:
     """Of a model that has learnt something: within half a percent."""
     config = small(tmp_path, "train.steps=60", "train.eval_every=0", "train.checkpoint_every=0", "train.log_every=20")

@@ -120,7 +120,7 @@ def assert_as_alone(jobs: list[Job], plans: list[Plan], alone: Alone) -> int:
     return compared
 
 
-SCHEDULES = {"1x1": 14, "2x2": 3, "1x8": 3}
+SCHEDULES = {"1x1": 10, "2x2": 2, "1x8": 2}
 
 
 def test_any_schedule_gives_what_each_gets_alone(
@@ -287,7 +287,7 @@ def soak(generator: Generator, engine: Engine, requests: int) -> tuple[list[int]
     return objects, arrays
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("requests", [60, pytest.param(10_000, marks=pytest.mark.full)])
 def test_a_soak_leaves_nothing_behind(generator: Generator, engine: Engine, requests: int) -> None:
     objects, arrays = soak(generator, engine, requests)
     assert arrays[-1] <= arrays[1]

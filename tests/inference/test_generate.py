@@ -120,6 +120,7 @@ def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) ->
         generator.generate([""], first=7)
 
 
+@pytest.mark.full
 def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
     """And rows that go on behind the last one, because others are not done, disturb nobody."""
     config = tiny(length=40, num_layers=1, positions="learned")

@@ -47,7 +47,7 @@ class entered:  # noqa: N801  a context manager
             fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
-@pytest.fixture(params=["gs", "s3"])
+@pytest.fixture(params=["gs", pytest.param("s3", marks=pytest.mark.full)])
 def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A URL to which nothing else writes; local copies go to a folder of the test."""
     request.getfixturevalue(f"{request.param}_server")

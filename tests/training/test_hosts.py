@@ -31,7 +31,7 @@ from bigmac_jax.training.step import make_trainer
 from .runs import ENVIRONMENT, Job, checkpoint_steps
 from .tools import ROOT, of_training, quick, read_records, write_config
 
-STEPS, TIMEOUT = 50, 10
+STEPS, TIMEOUT = 50, 6
 HANGING, KILLED = 3, 8
 MESH = ("mesh.data=2", "mesh.expert=2")
 

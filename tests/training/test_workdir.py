@@ -152,7 +152,8 @@ def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: p
     return [score, completion, exported]
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", pytest.param("gpt2", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("tokenizer", ["bpe", "gpt2"])
 def test_an_old_run_answers_as_before(tokenizer: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last bit, when the corpus, the cache and the package that a tokenizer came from are gone."""
     vocabulary = 320 if tokenizer == "bpe" else 50304
