@@ -84,6 +84,7 @@ def test_fewer_key_value_heads_than_tensor_ranks(heads: int, fsdp: bool) -> None
     check(tiny((1, 1, 2, 4, fsdp, False), num_kv_heads=heads, **(PAPER | {"tie_embeddings": not fsdp})))
 
 
+@pytest.mark.full
 def test_a_batch_of_one_with_a_group_for_every_expert() -> None:
     check(tiny((1, 1, 1, 2), batch=1, num_expert_groups=8, top_groups=4))
 

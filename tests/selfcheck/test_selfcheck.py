@@ -36,6 +36,7 @@ def scaled(function: Any, factor: float = 1.01) -> Any:
     return lambda *args, **kwargs: factor * function(*args, **kwargs)
 
 
+@pytest.mark.full
 def test_the_command_is_green() -> None:
     done = selfcheck("--cpu_devices=2", "--json", "--quick")
     assert done.returncode == 0, done.stderr

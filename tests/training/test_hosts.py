@@ -41,10 +41,9 @@ class Story(NamedTuple):
 
     config: Config
     alone: pathlib.Path  # one process, four devices
-    disturbed: pathlib.Path  # 2 × 2: hung, resumed, killed, resumed
+    disturbed: pathlib.Path  # 2 × 2: killed, resumed
     stopped: pathlib.Path  # 2 × 2: stopped by SIGTERM to process 1, resumed
-    hung: tuple[list[int], list[str], float]  # exit codes, outputs, seconds
-    killed: tuple[list[int], list[str], float]
+    killed: tuple[list[int], list[str], float]  # exit codes, outputs, seconds
     refused: subprocess.CompletedProcess[str]
     sigterm: tuple[list[int], list[str], set[int]]  # exit codes, outputs, checkpoints
 
@@ -67,10 +66,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         flags = [f"--config.{override}" for override in (*overrides, *more)]
         return Job(2, file, workdir, "--cpu_devices=2", f"--peer_timeout={TIMEOUT}", *flags, **options)
 
-    with job(disturbed, every_step, script=("tests/training/hanging.py", "1", str(HANGING))) as run:
-        run.until(HANGING - 1)
-        start = time.monotonic()
-        hung = run.wait(), run.outputs, time.monotonic() - start
     with job(disturbed, every_step) as run:
         run.until(KILLED)
         refused = subprocess.run(
@@ -89,7 +84,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         sigterm = run.wait(), run.outputs, checkpoint_steps(stopped)
     with job(stopped) as run:
         assert run.wait() == [0, 0], run.outputs
-    return Story(config, alone, disturbed, stopped, hung, killed, refused, sigterm)
+    return Story(config, alone, disturbed, stopped, killed, refused, sigterm)
 
 
 def state(story: Story, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -136,9 +131,16 @@ def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
     assert lines[0] == lines[1]
 
 
-def test_a_hung_process_ends_all_and_is_named(story: Story) -> None:
+@pytest.mark.full
+def test_a_hung_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None:
     """Its threads beat on, so only the steps tell."""
-    codes, outputs, seconds = story.hung
+    script = ("tests/training/hanging.py", "1", str(HANGING))
+    flags = [f"--config.{field}" for field in (*MESH, "train.eval_every=0", f"train.steps={STEPS}")]
+    with Job(2, write_config(tmp_path), tmp_path / "run", "--cpu_devices=2", f"--peer_timeout={TIMEOUT}", *flags,
+             script=script) as run:  # fmt: skip
+        run.until(HANGING - 1)
+        start = time.monotonic()
+        codes, outputs, seconds = run.wait(), run.outputs, time.monotonic() - start
     assert codes == [3, 3] and seconds < 2 * TIMEOUT + 10, (codes, seconds, outputs)
     line = rf"error: no step has ended for \d+ s: process 1 \(\d+ on \S+, step {HANGING}\) did not start step \d+\n"
     assert all(re.search(line, output) for output in outputs), outputs
