@@ -123,7 +123,11 @@ def _signed(value: int) -> int:
 
 def _unpack(packed_SWX: Array, tokens: int) -> tuple[Any, ...]:
     """draws, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK."""
-    columns = [packed_SWX[..., i] for i in range(_HEAD)]
+
+    def stands(part: Array) -> Array:  # as the whole; on a mesh of one rank, jax 0.12 forgets it in a slice
+        return jax.sharding.reshard(part, batch_spec(part.ndim))
+
+    columns = [stands(packed_SWX[..., i]) for i in range(_HEAD)]
     drawn = Draws(*columns[: len(Draws._fields)])
     drawn = drawn._replace(
         temperature=jax.lax.bitcast_convert_type(drawn.temperature, jnp.float32),
@@ -131,7 +135,7 @@ def _unpack(packed_SWX: Array, tokens: int) -> tuple[Any, ...]:
         seed=jax.lax.bitcast_convert_type(drawn.seed, jnp.uint32),
     )
     rest = packed_SWX[..., _HEAD:]
-    return drawn, *columns[len(Draws._fields) :], rest[..., :tokens], rest[..., tokens:]
+    return drawn, *columns[len(Draws._fields) :], stands(rest[..., :tokens]), stands(rest[..., tokens:])
 
 
 def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Chosen]:
