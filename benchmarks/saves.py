@@ -11,7 +11,6 @@ import contextlib
 import json
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from absl import app, flags, logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.ports import free_port
 from bigmac_jax import hosts
 from bigmac_jax.config import Config
 from bigmac_jax.training import manifest
@@ -46,9 +46,7 @@ def main(_: Any) -> None:
     if _MEMBER.value:
         _member(*map(int, _MEMBER.value.split(":")))
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
         own = [f"--{name}={flags.FLAGS[name].value}" for name in ("processes", "megabytes", "rounds")]
         command = [sys.executable, "-m", "benchmarks.saves", *own, f"--folder={folder}"]

@@ -14,7 +14,6 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import stores
+from benchmarks.ports import free_port
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.storage import locate
@@ -115,9 +115,7 @@ class _Job:
     """train.py as several processes, in a workdir `name` at `place`."""
 
     def __init__(self, folder: pathlib.Path, name: str, place: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = "{}:{}".format(*free.getsockname())
+        coordinator = f"127.0.0.1:{free_port()}"
         self._logs = [folder / f"{name}.{i}.log" for i in range(_PROCESSES.value)]
         self._processes = []
         for i, path in enumerate(self._logs):

@@ -17,6 +17,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks.ports import free_port
+
 BUCKET = "bucket"
 _LIMIT = 60.0  # seconds to start
 
@@ -25,12 +27,6 @@ class Server(NamedTuple):
     port: int
     environment: dict[str, str]  # of programs that use it
     process: subprocess.Popen[bytes]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager

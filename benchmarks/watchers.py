@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import jax
 from absl import app, flags
 from jax._src import distributed
 
+from benchmarks.ports import free_port
 from bigmac_jax.phases import Phases
 from bigmac_jax.watch import Watch
 
@@ -99,9 +99,7 @@ def _step(doing: Phases, stop: threading.Event) -> None:
 
 def measure(count: int) -> dict[str, Any]:
     """Both processes' figures."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags_ = [f"--seconds={_SECONDS.value}", f"--peer_timeout={_PEER_TIMEOUT.value}"]
     both = [
         subprocess.Popen(

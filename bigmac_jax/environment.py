@@ -6,6 +6,7 @@ ends the process, and which TPU there is, is known only once jax runs. BIGMAC_KE
 that is already set is left as it is.
 """
 
+import functools
 import glob
 import os
 import pathlib
@@ -87,6 +88,7 @@ def prepare() -> None:
         )
 
 
+@functools.cache
 def edition() -> dict[str, str]:
     """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
     import hashlib  # here, so that a command has its signal handlers soon

@@ -153,11 +153,11 @@ class _Run:
             self.checkpoints.wait()
         if step > self.first_step:
             self.writer.write({"step": step} | self.goodput.record(step))
-        if step > self.first_step and hosts.first(self.checkpoints.latest()) != step:
-            raise RunError(
-                f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the same "
-                f"command again"
-            )
+            if hosts.first(self.checkpoints.latest()) != step:
+                raise RunError(
+                    f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the "
+                    f"same command again"
+                )
         return Result(step, step >= train.steps, self.score, self.first_step)
 
     def _compiled(self) -> Step:

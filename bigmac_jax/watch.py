@@ -8,6 +8,7 @@ abort; they are the second line.
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import pathlib
@@ -272,19 +273,14 @@ def _names(peers: Sequence[_Peer]) -> str:
     return (", ".join if more else " and ".join)([str(peer) for peer in peers[:3]]) + more
 
 
+@functools.cache
 def _place() -> str:
     """Equal for processes that see each other's numbers: of one machine, and of one container there."""
-    global _here
-    if not _here:
-        try:
-            boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            _here = f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
-        except OSError:
-            _here = f"{socket.gethostname()}:{os.getpid()}"  # of itself alone
-    return _here
-
-
-_here = ""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return f"{socket.gethostname()}:{os.getpid()}"  # of itself alone
 
 
 def _alive(pid: int) -> bool:

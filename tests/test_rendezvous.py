@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from training.runs import ENVIRONMENT, free_port
+from training.runs import ENVIRONMENT
 from training.tools import ROOT, write_config
 
+from benchmarks.ports import free_port
 from bigmac_jax import rendezvous
 from bigmac_jax.config import ConfigError
 

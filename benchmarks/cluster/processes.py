@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from benchmarks.cluster.network import Namespaces, Network
+from benchmarks.ports import free_port
 
 HOST = str(pathlib.Path(__file__).with_name("host.py"))
 
@@ -65,7 +65,7 @@ class Cluster:
         Returns:
           The exit code of the first process that failed (negative: the signal that killed it), or 0.
         """
-        coordinator = f"{self.network.address(0)}:{1234 if self.network.shaped else _free_port()}"
+        coordinator = f"{self.network.address(0)}:{1234 if self.network.shaped else free_port()}"
         job = [f"--coordinator={coordinator}", f"--num_processes={self.network.hosts}"] if join else []
         processes: list[subprocess.Popen[str]] = []
         printers: list[threading.Thread] = []
@@ -169,9 +169,3 @@ def _print(host: int, lines: IO[str]) -> None:
     for line in lines:
         sys.stdout.write(f"[{host}] {line}")
         sys.stdout.flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -4,6 +4,7 @@
 Ctrl-C when the requests that run have ended.
 """
 
+import asyncio
 import pathlib
 import resource
 import socket
@@ -61,7 +62,7 @@ def main() -> int:
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()
     name = _MODEL_NAME.value or absolute(workdir).name
-    return serve(generator, engine, chat, name, limits, listening, key)
+    return asyncio.run(serve(generator, engine, chat, name, limits, listening, key))
 
 
 def _key(file: str) -> str:

@@ -7,7 +7,7 @@ one is the end-of-text token.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +114,6 @@ def loglikelihoods(
     stride: int = 0,
     finished: Finished | None = None,
     title: str = "",
-    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """Scores requests, dropless, sums in float64 on the host.
 
@@ -126,7 +125,6 @@ def loglikelihoods(
       batch_size: rows at a time; padded to a multiple of the mesh's batch shards.
       finished: windows that an earlier run scored are taken from it, and new ones are added.
       title: of the progress bar; empty: none is shown.
-      on_batch: called after each batch.
     """
     cut = [[(_key(window), window) for window in windows(request, length, stride)] for request in requests]
     of_key = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
@@ -142,7 +140,6 @@ def loglikelihoods(
                 if finished:
                     finished.add(new)
                 bar.update(len(new))
-                on_batch()
     return [
         Result(sum(scores[key][0] for key, _ in own), all(scores[key][1] for key, _ in own), len(request.continuation))
         for own, request in zip(cut, requests, strict=True)

@@ -29,7 +29,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(
+async def serve(
     generator: Generator,
     engine: Engine,
     chat: Chat,
@@ -43,18 +43,6 @@ def serve(
     Returns:
       The exit code: 1 if the engine failed.
     """
-    return asyncio.run(_serve(generator, engine, chat, name, limits, listening, key))
-
-
-async def _serve(
-    generator: Generator,
-    engine: Engine,
-    chat: Chat,
-    name: str,
-    limits: Limits,
-    listening: socket.socket,
-    key: str,
-) -> int:
     metrics = Metrics()
     server: _Server
 

@@ -1,22 +1,15 @@
-"""Opens a page in Chromium (Qt WebEngine, without a screen) and tells what it sees: python browser.py PAGE FOLDER.
+"""Opens a page in Chromium, without a screen, and tells what it sees: python -m report.browser PAGE FOLDER, in tests/.
 
 Writes FOLDER/WIDTH.png, and prints one JSON object: messages of the console, a measurement of the page a width, and
-what became of its charts as the controls were used. Needs `pip install pyside6-webengine` and no display.
+what became of its charts as the controls were used.
 """
 
-import json
-import os
 import pathlib
 import sys
 from typing import Any
 
-os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
-os.environ.setdefault("QTWEBENGINE_CHROMIUM_FLAGS", "--no-sandbox --disable-gpu --hide-scrollbars")
-
-from PySide6.QtCore import QEventLoop, QTimer, QUrl
-from PySide6.QtWebEngineCore import QWebEnginePage
-from PySide6.QtWebEngineWidgets import QWebEngineView
-from PySide6.QtWidgets import QApplication
+from chromium import Browser, pause
+from PySide6.QtCore import QUrl
 
 WIDTHS = (1280, 400)
 MEASURE = """(() => {
@@ -50,66 +43,24 @@ STATE = f"""({{
 }})"""
 
 
-class Page(QWebEnginePage):
-    """Keeps what the page says to the console."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def javaScriptConsoleMessage(self, level: Any, message: str, line: int, source: str) -> None:  # noqa: N802
-        self.messages.append(f"{message} (line {line})")
-
-
 def main(path: str, folder: str) -> None:
-    app = QApplication(sys.argv[:1])
-    view, page = QWebEngineView(), Page()
-    view.setPage(page)
-    view.resize(WIDTHS[0], 900)
-    view.show()
-    wait = QEventLoop()
-    page.loadFinished.connect(wait.quit)
-    page.load(QUrl.fromLocalFile(str(pathlib.Path(path).resolve())))
-    wait.exec()
+    browser = Browser(QUrl.fromLocalFile(str(pathlib.Path(path).resolve())), WIDTHS[0])
     seen: dict[str, Any] = {"widths": {}, "uses": {}}
     for width in WIDTHS:
-        view.resize(width, 900)
+        browser.view.resize(width, 900)
         pause(400)
-        height = evaluate(page, MEASURE)["height"]
-        view.resize(width, min(height, 12000))  # a picture of the whole page
+        height = browser.evaluate(MEASURE)["height"]
+        browser.view.resize(width, min(height, 12000))  # a picture of the whole page
         pause(800)
-        seen["widths"][width] = evaluate(page, MEASURE)
-        view.grab().save(str(pathlib.Path(folder) / f"{width}.png"))
-    seen["uses"]["start"] = evaluate(page, STATE)
+        seen["widths"][width] = browser.evaluate(MEASURE)
+        browser.view.grab().save(str(pathlib.Path(folder) / f"{width}.png"))
+    seen["uses"]["start"] = browser.evaluate(STATE)
     for name, script in USES.items():
-        evaluate(page, f"(() => {{ {script} }})() ?? null")
+        browser.evaluate(f"(() => {{ {script} }})()")
         pause(100)
-        seen["uses"][name] = evaluate(page, STATE)
-    seen["messages"] = page.messages
-    print(json.dumps(seen))
-    view.deleteLater()
-    app.processEvents()
-    os._exit(0)  # Qt's own end waits for its helper processes
-
-
-def evaluate(page: QWebEnginePage, script: str) -> Any:
-    """The value of a JavaScript expression in the page."""
-    wait, result = QEventLoop(), []
-
-    def done(value: Any) -> None:
-        result.append(value)
-        wait.quit()
-
-    page.runJavaScript(f"JSON.stringify({script})", 0, done)
-    if not result:
-        wait.exec()
-    return json.loads(result[0] or "null")
-
-
-def pause(milliseconds: int) -> None:
-    wait = QEventLoop()
-    QTimer.singleShot(milliseconds, wait.quit)
-    wait.exec()
+        seen["uses"][name] = browser.evaluate(STATE)
+    seen["messages"] = browser.page.messages
+    browser.end(seen)
 
 
 if __name__ == "__main__":

@@ -231,10 +231,10 @@ def test_in_a_browser(runs: list[Run], tmp_path: pathlib.Path) -> None:
     """Nothing spills at 1280 and 400 pixels, the console is silent, every control changes what it should."""
     pytest.importorskip("PySide6.QtWebEngineCore", reason="pip install pyside6-webengine", exc_type=ImportError)
     write_page([dataclasses.replace(run, name=50 * run.name) for run in runs], tmp_path / "report.html")
-    script = pathlib.Path(__file__).with_name("browser.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "report.html", tmp_path], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "report.browser", tmp_path / "report.html", tmp_path],
+        cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["messages"] == []

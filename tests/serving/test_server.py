@@ -329,9 +329,8 @@ def test_fuzz(server: Server, requests: int) -> None:
 @pytest.mark.full
 def test_the_page_in_a_browser(server: Server) -> None:
     pytest.importorskip("PySide6.QtWebEngineCore", reason="pip install pyside6-webengine", exc_type=ImportError)
-    script = pathlib.Path(__file__).with_name("browser.py")
-    command = [sys.executable, script, f"http://127.0.0.1:{server.port}/", KEY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-m", "serving.browser", f"http://127.0.0.1:{server.port}/", KEY]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["messages"] == [] and seen["width"] <= 400 and "wants its key" in seen["locked"]

@@ -3,11 +3,12 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+
+from benchmarks.ports import free_port
 
 from .tools import ROOT, read_records
 
@@ -67,12 +68,6 @@ def is_saving(workdir: pathlib.Path) -> bool:
     """Whether a checkpoint is being written just now."""
     folder = workdir / "checkpoints"
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Job:

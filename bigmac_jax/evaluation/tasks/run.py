@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigmac_jax import hosts, storage
@@ -92,7 +92,6 @@ def score_jobs(
     batch_size: int,
     stride: int = 0,
     quiet: bool = True,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Summary]:
     """The figures of each task, by name.
 
@@ -103,7 +102,6 @@ def score_jobs(
       identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
       stride: of the windows of perplexity tasks (`loglikelihood.windows`).
       quiet: no progress bars.
-      on_batch: called after each batch.
     """
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
@@ -113,7 +111,7 @@ def score_jobs(
         requests = [request for choices in job.requests for request in choices]
         overlap = stride if job.kind == "perplexity" else 0
         title = "" if quiet else job.name
-        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title, on_batch))
+        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title))
         finished.close()
         rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         summaries[job.name] = summarise(job.kind, rows)
