@@ -6,9 +6,11 @@ for machines that are not there.
     evaluate  → scores of tokens, beside the optimizer's state of a run that goes on
     prefill   → parts of prompts read into the cache, and the token behind each that ends
     decode    → one more token of every slot
+    draft     → some tokens of every slot, by what each rank holds: nothing is sent
+    verify    → those of them that decode would have chosen, and one more
 
 B batch, L length; of serving S batch shards, B slots of one, W rows of prompts, C tokens of a row, K pages of a
-sequence, X numbers that the host says of a slot or row.
+sequence, G drafted tokens, X numbers that the host says of a slot or row.
 """
 
 import functools
@@ -26,7 +28,17 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax import hosts
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.decoding.cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
+from bigmac_jax.decoding.cache import (
+    Cache,
+    Decoder,
+    advance,
+    decoding,
+    logits_of_each,
+    logits_of_last,
+    make_cache,
+    make_decoder,
+)
+from bigmac_jax.decoding.draft import Speculation, make_drafter
 from bigmac_jax.decoding.sampling import Chosen, Draws, sample
 from bigmac_jax.mesh import batch_ranks, batch_spec, on_each_rank, placed, replicated_spec, tensor_ranks
 from bigmac_jax.model.attention import Rows
@@ -36,6 +48,7 @@ from bigmac_jax.training.step import Trainer, make_trainer
 
 PROMPTS = 16  # at a time, where nobody says otherwise
 PAGE_SIZE = 16  # positions of a page
+DRAFTED = 4  # tokens of a draft, where nobody says otherwise
 ROW_PAGES = 4  # that a row of a prompt fills: a longer row reads what stands before it less often, and is padded more
 
 
@@ -65,15 +78,27 @@ class Decoding(NamedTuple):
     weights: list[Array]
     prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, Chosen of each row); the state is donated
     decode: Any  # (weights, state, slots_SBX) → (State, Chosen of each slot); the state is donated
+    # (weights, state, drafted_GSB, slots_SBX) → (State, Chosen of each slot's G + 1 in a row, how many_SB count)
+    verify: Any
+
+
+class Drafting(NamedTuple):
+    """A drafter's program, as `Decoding`."""
+
+    weights: list[Array]
+    draft: Any  # (weights, state, slots_SBX, tokens=G) → (State, drafted_GSB); the state is donated
 
 
 def make_decoding(decoder: Decoder) -> Decoding:
     weights, tree = jax.tree.flatten(decoder)
-    return Decoding(
-        weights,
-        hosts.Jit(functools.partial(_prefill, tree), donate_argnames="state"),
-        hosts.Jit(functools.partial(_decode, tree), donate_argnames="state"),
-    )
+    programs = (hosts.Jit(functools.partial(of, tree), donate_argnames="state") for of in (_prefill, _decode, _verify))
+    return Decoding(weights, *programs)
+
+
+def make_drafting(drafter: Decoder) -> Drafting:
+    """`drafter`: of `decoding.draft.make_drafter`."""
+    weights, tree = jax.tree.flatten(drafter)
+    return Drafting(weights, hosts.Jit(functools.partial(_draft, tree), donate_argnames="state"))
 
 
 def make_state(config: Config, decoder: Decoder, slots: int, pages: int, page_size: int) -> State:
@@ -91,7 +116,7 @@ class Packed(NamedTuple):
     """A slot, or a row of a prompt, as the host says it: `draws`, and what else is no part of the sequence."""
 
     draws: tuple[float | int, ...]  # `decoding.sampling.draws_of`
-    length: int  # tokens of the row; of a slot 1 if it decodes, else 0
+    length: int  # tokens of the row; of a slot the positions that it may fill, 0 if it is idle
     position: int = 0  # of a row's first token
     slot: int = -1  # that the token behind a prompt's last row goes to; -1: the prompt goes on
 
@@ -164,15 +189,78 @@ def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, 
 
 def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> tuple[State, Chosen]:
     """Reads the last token of every slot that decodes, and chooses the next one."""
+    state, chosen = _one_more(jax.tree.unflatten(tree, weights), state, slots_SBX)
+    return state, _on_all(chosen)
+
+
+def _draft(tree: Any, weights: list[Array], state: State, slots_SBX: Array, *, tokens: int) -> tuple[State, Array]:
+    """The next tokens of every slot that decodes, by the drafter. What it writes to the cache stands where `_verify`
+    will write: the slots themselves stay where they are."""
     model = jax.tree.unflatten(tree, weights)
-    drawn, active_SB, _, _, _, table_SBK = _unpack(slots_SBX, 0)
+
+    def one(state: State, _: None) -> tuple[State, Array]:
+        state, _chosen = _one_more(model, state, slots_SBX)
+        return state, state.token_SB
+
+    after, drafted_GSB = jax.lax.scan(one, state, None, length=tokens)
+    return State(after.cache, state.token_SB, state.position_SB), drafted_GSB
+
+
+def _one_more(model: Decoder, state: State, slots_SBX: Array) -> tuple[State, Chosen]:
+    drawn, limit_SB, _, _, _, table_SBK = _unpack(slots_SBX, 0)
+    active_SB = (state.position_SB < limit_SB).astype(jnp.int32)
     # An idle slot stands at 0, so that nothing is read for it.
     rows = Rows(table_SBK, state.position_SB * active_SB, active_SB)
     x_SBD, cache = advance(model, state.cache, state.token_SB, rows)
     position_SB = state.position_SB + active_SB
     chosen = sample(logits_of_last(model, x_SBD, active_SB), drawn, position_SB)
     token_SB = jnp.where(active_SB > 0, jax.sharding.reshard(chosen.token, batch_spec(2)), state.token_SB)
-    return State(cache, token_SB, position_SB), _on_all(chosen)
+    return State(cache, token_SB, position_SB), chosen
+
+
+def _verify(
+    tree: Any, weights: list[Array], state: State, drafted_GSB: Array, slots_SBX: Array
+) -> tuple[State, Chosen, Array]:
+    """Reads the last token of every slot that decodes and those drafted behind it, and chooses the token behind each as
+    `_decode` would; they count up to the first one that was not drafted.
+
+    A token is chosen with the random numbers of its position, here and in the draft. So it is what it would be without
+    drafts, and what was drawn from a distribution much like its own is likely the same.
+    """
+    model = jax.tree.unflatten(tree, weights)
+    drawn, limit_SB, _, _, _, table_SBK = _unpack(slots_SBX, 0)
+    G, S, B = drafted_GSB.shape
+    C = G + 1
+
+    def rows_of(token_SB: Array, drafted_GSB: Array) -> Array:
+        return jnp.concatenate([token_SB[..., None], jnp.moveaxis(drafted_GSB, 0, -1)], -1).reshape(token_SB.shape[0], -1)
+
+    specs = batch_spec(2), P(None, *batch_spec(2))
+    tokens_ST = on_each_rank(rows_of, (state.token_SB, drafted_GSB), in_spec=specs, out_specs=batch_spec(2))
+    count_SB = jnp.clip(limit_SB - state.position_SB, 0, C)
+    position_SB = jnp.where(count_SB > 0, state.position_SB, 0)
+    rows = Rows(table_SBK, position_SB, count_SB)
+    x_STD, cache = advance(model, state.cache, tokens_ST, rows)
+
+    def of_tokens(of_slots_SB: Array) -> Array:
+        repeated = jnp.broadcast_to(of_slots_SB[..., None], (S, B, C), out_sharding=batch_spec(3))
+        return jnp.reshape(repeated, (S, B * C), out_sharding=batch_spec(2))
+
+    logits_STV = logits_of_each(model, x_STD)
+    behind_T = jnp.tile(jnp.arange(1, C + 1, dtype=jnp.int32), B)
+    chosen = sample(logits_STV, Draws(*map(of_tokens, drawn)), of_tokens(position_SB) + behind_T[None])
+
+    def accepted(chosen_ST: Array, tokens_ST: Array, *of_slots: Array) -> tuple[Array, Array, Array]:
+        token_SB, position_SB, count_SB = of_slots
+        chosen_SBC, tokens_SBC = (v.reshape(*token_SB.shape, C) for v in (chosen_ST, tokens_ST))
+        equal_SBG = (chosen_SBC[..., :-1] == tokens_SBC[..., 1:]).astype(jnp.int32)
+        new_SB = jnp.minimum(1 + jnp.cumprod(equal_SBG, -1).sum(-1), count_SB)
+        last_SB = jnp.take_along_axis(chosen_SBC, jnp.maximum(new_SB - 1, 0)[..., None], -1)[..., 0]
+        return jnp.where(new_SB > 0, last_SB, token_SB), position_SB + new_SB, new_SB
+
+    arrays = jax.sharding.reshard(chosen.token, batch_spec(2)), tokens_ST, state.token_SB, state.position_SB, count_SB
+    token_SB, position_SB, new_SB = on_each_rank(accepted, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 3)
+    return State(cache, token_SB, position_SB), _on_all(chosen), jax.sharding.reshard(new_SB, replicated_spec(2))
 
 
 def _on_all(chosen: Chosen) -> Chosen:
@@ -213,7 +301,7 @@ class Program(NamedTuple):
 
 
 def make_program(name: str, config: Config, mesh: Mesh) -> Program:
-    """One of `NAMES` on the current mesh, which may be of devices that are only compiled for.
+    """One of `NAMES`, draft or verify on the current mesh, which may be of devices that are only compiled for.
 
     Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, as
     generate.py has them by default.
@@ -256,6 +344,26 @@ def _decode_program(config: Config, mesh: Mesh) -> Program:
     return Program("decode", made.decode, (made.weights, state, packed), {})
 
 
+def _draft_program(config: Config, mesh: Mesh) -> Program:
+    """Of `DRAFTED` tokens."""
+    _, state, pages = _serving(config, mesh)
+    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+
+    def drafter(model: Transformer) -> Decoder:
+        return make_drafter(decoding(config), make_decoder(config, model), Speculation(DRAFTED))
+
+    made = make_drafting(placed(jax.eval_shape(drafter, model), mesh))
+    packed = _abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
+
+
+def _verify_program(config: Config, mesh: Mesh) -> Program:
+    made, state, pages = _serving(config, mesh)
+    packed = _abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    drafted = _abstract(mesh, P(None, *batch_spec(2)), DRAFTED, *state.token_SB.shape)
+    return Program("verify", made.verify, (made.weights, state, drafted, packed), {})
+
+
 def _serving(config: Config, mesh: Mesh) -> tuple[Decoding, State, int]:
     """The programs, the state of `PROMPTS` slots that hold data.sequence_length each, and a slot's pages."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
@@ -271,8 +379,10 @@ _MAKERS = {
     "evaluate": _evaluate_program,
     "prefill": _prefill_program,
     "decode": _decode_program,
+    "draft": _draft_program,
+    "verify": _verify_program,
 }
-NAMES = tuple(_MAKERS)
+NAMES = ("init", "step", "evaluate", "prefill", "decode")  # that every run has
 
 
 def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:

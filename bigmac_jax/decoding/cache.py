@@ -184,6 +184,11 @@ def logits_of_last(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
     if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
         specs = token_spec(3), batch_spec(2)
         x_STD = on_each_rank(_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
+    return logits_of_each(model, x_STD)
+
+
+def logits_of_each(model: Decoder, x_STD: Array) -> Array:
+    """Float32 logits_STV of the token behind each."""
     ends = widened(model.ends, model.ends.config.execution.dtype)
     return ends.logits(ends.final_norm(x_STD))
 

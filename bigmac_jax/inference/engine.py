@@ -2,8 +2,8 @@
 
 A step reads parts of prompts, as many as a chunk holds, and then one more token of every slot that decodes. The device
 is one step ahead of the host: what a step chose is looked at after the next one was dispatched, so a request that ends
-at a token of its own computes one more, which nobody sees. S shards of the batch, B slots of one, K pages of a
-sequence.
+at a token of its own computes one more, which nobody sees. With speculation a step may be a draft and its verification,
+which give a slot one token or more. S shards of the batch, B slots of one, K pages of a sequence.
 
 All processes of a job run the same engine with the same requests in the same order, and so take the same steps.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.decoding.cache import Decoder
 from bigmac_jax.decoding.sampling import Chosen, Sampling, draws_of
+from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.pages import Lease, Pages
 from bigmac_jax.inference.text import Text
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
@@ -47,7 +48,7 @@ class Job:
     _slot: int = -1
     _lease: Lease | None = None
     _read: int = 0  # tokens of the prompt, of steps that were dispatched
-    _asked: int = 0  # tokens that follow, of the same
+    _asked: int = 0  # tokens that follow, of the same; of drafts, how many there are at least
 
     @property
     def positions(self) -> int:
@@ -66,6 +67,15 @@ class Step(NamedTuple):
     reason: str  # why the request ends with it: stop or length; "" if it goes on
 
 
+class _Dispatched(NamedTuple):
+    """What a program chooses, and for whom."""
+
+    chosen: Chosen
+    jobs: list[tuple[Job, int, int]]  # each with its shard and row
+    tokens: int = 1  # of a row
+    counts_SB: jax.Array | None = None  # of those, the ones that count; None: all
+
+
 class Engine:
     """Slots that requests enter in the order of their arrival, over pages of one cache.
 
@@ -76,6 +86,7 @@ class Engine:
       longest: of a request, prompt and completion.
       chunk: tokens of prompts that a step reads on each shard of the batch.
       reuse: whether prompts that begin alike share what was computed.
+      drafts: how tokens are drafted; None: they are not.
 
     Raises:
       ConfigError: no request of the longest would have room.
@@ -92,7 +103,9 @@ class Engine:
         chunk: int = CHUNK,
         page_size: int = PAGE_SIZE,
         reuse: bool = True,
+        drafts: Drafts | None = None,
     ):
+        self.drafts = drafts
         self._programs, self._mesh = programs, jax.sharding.get_mesh()
         self.shards, self.slots = batch_ranks(), slots_of(slots)
         self.longest, self._row = longest, ROW_PAGES * page_size
@@ -113,7 +126,7 @@ class Engine:
         self._free = [list(range(self.slots))[::-1] for _ in self.pages]
         self._packed_SBX = np.zeros((self.shards, self.slots, packed_size(self._table)), np.int32)
         self._on_device: jax.Array | None = None
-        self._in_flight: list[tuple[Chosen, list[tuple[Job, int, int]]]] = []
+        self._in_flight: list[_Dispatched] = []
         self.prefills = self.decodes = 0  # programs that were run
 
     @property
@@ -161,6 +174,8 @@ class Engine:
                 self._state, _ = self._programs.prefill(self._programs.weights, self._state, packed, row_size=self._row)
             slots = place(np.zeros_like(self._packed_SBX), batch_spec(3))
             self._state, chosen = self._programs.decode(self._programs.weights, self._state, slots)
+            if self.drafts:
+                self._state, chosen, _ = self.drafts.step(self._programs, self._state, slots)
             jax.block_until_ready(chosen)
 
     def step(self) -> list[Step]:
@@ -170,7 +185,7 @@ class Engine:
             self._admit()
             self._read_prompts()
             self._decode()
-        return [step for chosen, jobs in before for step in self._looked_at(chosen, jobs)]
+        return [step for dispatched in before for step in self._looked_at(dispatched)]
 
     def _admit(self) -> None:
         """First come, first served: nobody goes before one who waits for pages."""
@@ -211,7 +226,7 @@ class Engine:
         packed = place(packed_SWX, batch_spec(3))
         self._state, chosen = self._programs.prefill(self._programs.weights, self._state, packed, row_size=self._row)
         self.prefills += 1
-        self._in_flight.append((chosen, ended))
+        self._in_flight.append(_Dispatched(chosen, ended))
         for shard, of_shard in enumerate(rows):
             for job in dict.fromkeys(job for job, _ in of_shard):
                 assert job._lease is not None
@@ -257,32 +272,56 @@ class Engine:
         if self._on_device is None:
             # A copy: on CPU the device may read it where it stands, and later.
             self._on_device = place(self._packed_SBX.copy(), batch_spec(3))
-        self._state, chosen = self._programs.decode(self._programs.weights, self._state, self._on_device)
+        jobs = [(job, job._shard, job._slot) for job in self._decoding]
+        if self.drafts and self.drafts.due():
+            self._state, chosen, counts_SB = self.drafts.step(self._programs, self._state, self._on_device)
+            self._in_flight.append(_Dispatched(chosen, jobs, self.drafts.tokens + 1, counts_SB))
+        else:
+            self._state, chosen = self._programs.decode(self._programs.weights, self._state, self._on_device)
+            self._in_flight.append(_Dispatched(chosen, jobs))
         self.decodes += 1
-        self._in_flight.append((chosen, [(job, job._shard, job._slot) for job in self._decoding]))
         for job in list(self._decoding):
             job._asked += 1
             if job._asked == job.sampling.max_tokens:
                 self._rest(job)
 
-    def _looked_at(self, chosen: Chosen, jobs: list[tuple[Job, int, int]]) -> list[Step]:
-        if not jobs:
+    def _looked_at(self, dispatched: _Dispatched) -> list[Step]:
+        if not dispatched.jobs:
             return []
+        chosen = dispatched.chosen
         token, logprob = np.asarray(chosen.token), np.asarray(chosen.logprob)
+        counts_SB = None if dispatched.counts_SB is None else np.asarray(dispatched.counts_SB)
         steps = []
-        for job, shard, row in jobs:
+        for job, shard, row in dispatched.jobs:
             if job.text.finish_reason:
                 continue
-            asked = job.sampling.logprobs
-            likely = (
-                zip(*(np.asarray(v)[shard, row, :asked].tolist() for v in chosen[2:]), strict=True) if asked else ()
-            )
-            found = int(token[shard, row]), float(logprob[shard, row])
-            piece = job.text.add(*found)
-            steps.append(Step(job, piece, *found, tuple(likely), job.text.finish_reason))
-            if job.text.finish_reason:
-                self._leave(job)
+            count = 1
+            if counts_SB is not None:
+                assert self.drafts is not None
+                count = int(counts_SB[shard, row])
+                self.drafts.count(count - 1, job.sampling.max_tokens - len(job.text.tokens) - 1)
+                # Of the step that is under way one more is sure, or the slot is idle and this is too much: it ends now.
+                self._sure(job, len(job.text.tokens) + count + 1)
+            asked, first = job.sampling.logprobs, row * dispatched.tokens
+            for place in range(first, first + count):
+                likely = (
+                    zip(*(np.asarray(v)[shard, place, :asked].tolist() for v in chosen[2:]), strict=True)
+                    if asked
+                    else ()
+                )
+                found = int(token[shard, place]), float(logprob[shard, place])
+                piece = job.text.add(*found)
+                steps.append(Step(job, piece, *found, tuple(likely), job.text.finish_reason))
+                if job.text.finish_reason:
+                    self._leave(job)
+                    break
         return steps
+
+    def _sure(self, job: Job, tokens: int) -> None:
+        """That it has so many, or all."""
+        job._asked = max(job._asked, min(tokens, job.sampling.max_tokens))
+        if job._asked == job.sampling.max_tokens and job in self._decoding:
+            self._rest(job)
 
     def _leave(self, job: Job) -> None:
         """Gives slot and pages back. A step in flight may still write behind its last token: to pages that whoever gets
@@ -299,7 +338,7 @@ class Engine:
 
     def _tell(self, job: Job) -> None:
         """That its slot decodes from now on."""
-        head = Packed(draws_of(job.sampling, job.number), 1)
+        head = Packed(draws_of(job.sampling, job.number), job.positions)
         self._packed_SBX[job._shard, job._slot] = pack(head, self._padded(job))
         self._on_device = None
 

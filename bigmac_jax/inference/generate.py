@@ -12,12 +12,14 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.decoding.cache import decoding, make_decoder
+from bigmac_jax.decoding.draft import Speculation, make_drafter
 from bigmac_jax.decoding.sampling import Sampling
+from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.engine import Engine, Job
 from bigmac_jax.inference.text import Text
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.programs import PROMPTS, bucket, evaluate, make_decoding, slots_of
+from bigmac_jax.programs import PROMPTS, bucket, evaluate, make_decoding, make_drafting, slots_of
 
 Prompt = str | tuple[int, ...]  # text, or token ids
 _CHUNK = 8192  # tokens of prompts that a step reads, where nobody waits for the next token
@@ -67,9 +69,14 @@ class Generator:
       consume: frees the model on the way, where memory is too short for both; then nothing can be scored.
       weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores are of the
         model as it is.
+      speculate: how tokens are drafted, where the model's experts are on several ranks; by default they are not.
+
+    Attributes:
+      drafts: how many tokens were drafted and accepted; None where they are not.
 
     Raises:
-      ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded.
+      ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded;
+        drafts would save nothing.
     """
 
     def __init__(
@@ -82,7 +89,10 @@ class Generator:
         exchange: str = "auto",
         consume: bool = False,
         weights: str = "",
+        speculate: Speculation | None = None,
     ):
+        speculate = speculate or Speculation()
+        speculate.check(config)
         trained = config.data.sequence_length
         if config.model.positions == "learned" and max_length > trained:
             raise ConfigError(
@@ -102,6 +112,10 @@ class Generator:
         self._config = decoding(config, exchange, weights)
         self._decoder = make_decoder(config, model, exchange, consume, weights)
         self._programs = make_decoding(self._decoder)
+        self.drafts: Drafts | None = None
+        if speculate.tokens:
+            drafter = make_drafter(self._config, self._decoder, speculate)
+            self.drafts = Drafts(make_drafting(drafter), speculate)
 
     def generate(
         self,
@@ -203,7 +217,9 @@ class Generator:
                 positions = -(-sum(most) // unit) * unit
                 sizes = {"chunk": _CHUNK} | sizes
             positions = positions or slots_of(slots) * batch_ranks() * longest
-            return Engine(self._config, self._decoder, self._programs, slots, positions, longest, **sizes)
+            return Engine(
+                self._config, self._decoder, self._programs, slots, positions, longest, drafts=self.drafts, **sizes
+            )
 
     def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
         """A request for an engine; its prompt is not checked."""

@@ -18,6 +18,7 @@ from bigmac_jax.mesh import (
     AXES,
     EXPERT_GROUP,
     TENSOR,
+    Crossing,
     ExpertGroup,
     Weight,
     current_group,
@@ -28,7 +29,7 @@ from bigmac_jax.mesh import (
     token_spec,
 )
 from bigmac_jax.model.balance import balance_loss, required_bias
-from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
+from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
@@ -54,6 +55,13 @@ def empty_aux() -> Aux:
 
 class RouterBias(nnx.Variable):
     """Moved by the load after each step, not by a gradient."""
+
+
+class StandIns(nnx.Variable):
+    """Of each rank, [ranks, E] int32: the local expert that a draft computes instead of each, e for none."""
+
+    def weight(self) -> Weight:
+        return Weight(self[...], Crossing("int32", "int32", "int32"), AXES)
 
 
 class Experts(nnx.Module):
@@ -109,6 +117,7 @@ class MoE(nnx.Module):
         self.combine_norm = Norm(config, R, gain=gain) if "post_combine" in m.latent_norms else None
         factor = Declaration("D", "norms", 1, constant=True, decays=False, small=True)
         self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
+        self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 
     def __call__(
         self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False, padding_BL: Array | None = None
@@ -156,6 +165,8 @@ class MoE(nnx.Module):
         weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
         if self.factor_1 is not None:
             weights["factor"] = [weight(config, self.factor_1)]
+        if self.stand_ins is not None:
+            weights["stand_ins"] = [self.stand_ins.weight()]
 
         def on_rank(x_BLD: Array, gates_BLK: Array, experts_BLK: Array, *given: Array) -> tuple[Array, Array, Array]:
             w_experts, others = given[: len(of_experts)], iter(given[len(of_experts) :])
@@ -172,7 +183,7 @@ class MoE(nnx.Module):
 
             def experts(plan: Plan, rows_NR: Array, gate_NK: Array | None, *weights: Array) -> Array:
                 named = dict(zip(of_experts, weights, strict=True))
-                return _experts(config, named, rows_NR, gate_NK, plan.expert_NK, share)
+                return apply_experts(config, named, rows_NR, gate_NK, plan.expert_NK, share)
 
             def in_round(plan: Plan, x_TR: Array, gates_TK: Array, *weights: Array) -> Array:
                 rows = exchange.dispatch(plan, x_TR, gates_TK)
@@ -180,7 +191,10 @@ class MoE(nnx.Module):
 
             x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
             chunks = math.gcd(config.execution.overlap_chunks, x_TD.shape[0])
-            exchange = strategy(config, capacity_factor, x_TD.shape[0] // chunks)
+            if "stand_ins" in w:
+                exchange: Strategy = local(config, w["stand_ins"][0][0])
+            else:
+                exchange = strategy(config, capacity_factor, x_TD.shape[0] // chunks)
             plans = [exchange.plan(chosen_CK) for chosen_CK in jnp.split(experts_TK, chunks)]
             gates = jnp.split(gates_TK, chunks)
             narrowed = [narrow(x_CD) for x_CD in jnp.split(x_TD, chunks)]
@@ -214,6 +228,11 @@ def strategy(config: Config, capacity_factor: float, tokens: int, group: ExpertG
         seconds = predicted_seconds(config, capacity_factor, tokens, group)
         name = min(seconds, key=seconds.__getitem__)
     return make_strategy(name, config, capacity_factor, group)
+
+
+def local(config: Config, stand_in_E: Array) -> Local:
+    """What a draft has instead of an exchange."""
+    return Local(config.model.expert_count, current_group().sizes, math.inf, EXPERT_GROUP, stand_in_E=stand_in_E)
 
 
 def exchanges_of(device_kind: str) -> list[str]:
@@ -251,7 +270,7 @@ def make_strategy(name: str, config: Config, capacity_factor: float, group: Expe
     )
 
 
-def _experts(
+def apply_experts(
     config: Config, w: dict[str, Array], rows_NR: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
 ) -> Array:
     """`grouped_mlp` of this rank's experts, or of its part of every one."""

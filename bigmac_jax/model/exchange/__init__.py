@@ -1,5 +1,6 @@
 """The exchange: moves rows to the ranks that hold their experts, and back. It knows nothing of parameters."""
 
+from bigmac_jax.model.exchange.local import Local
 from bigmac_jax.model.exchange.ragged import Ragged
 from bigmac_jax.model.exchange.rounds import further_rounds
 from bigmac_jax.model.exchange.strategies import AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
@@ -12,4 +13,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ragged": Ragged,
 }
 
-__all__ = ["STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Plan", "Ragged", "Strategy", "further_rounds"]
+__all__ = [
+    "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Local", "Plan", "Ragged", "Strategy", "further_rounds",
+]  # fmt: skip

@@ -1,0 +1,55 @@
+"""Drafts of an engine: when they are made, and what of them is accepted."""
+
+import logging
+from typing import Any
+
+import jax
+
+from bigmac_jax.decoding.draft import Speculation
+from bigmac_jax.decoding.sampling import Chosen
+from bigmac_jax.programs import Decoding, Drafting, State
+
+_log = logging.getLogger(__name__)
+_WINDOW = 512  # drafted tokens after which it is decided
+_PAUSE = 512  # steps without drafts, before they are tried again
+
+
+class Drafts:
+    """Attributes:
+    tokens: of a draft.
+    drafted, accepted: tokens so far.
+    """
+
+    def __init__(self, programs: Drafting, how: Speculation):
+        self._programs, self._least = programs, how.least
+        self.tokens = how.tokens
+        self.drafted = self.accepted = 0
+        self._since = 0, 0  # of the two, when the window began
+        self._pause = 0
+
+    def due(self) -> bool:
+        """Whether the next step drafts; to be asked once for each. Every process says the same: it follows from tokens.
+        """
+        self._pause = max(0, self._pause - 1)
+        return not self._pause
+
+    def step(self, verifying: Decoding, state: State, slots_SBX: jax.Array) -> tuple[State, Chosen, jax.Array]:
+        """Drafts and verifies, as `Decoding.verify`; the state is donated."""
+        state, drafted_GSB = self._programs.draft(self._programs.weights, state, slots_SBX, tokens=self.tokens)
+        result: Any = verifying.verify(verifying.weights, state, drafted_GSB, slots_SBX)
+        return result
+
+    def count(self, accepted: int, room: int) -> None:
+        """What became of a slot's draft, of which `room` tokens could have been used."""
+        self.drafted += min(self.tokens, room)
+        self.accepted += accepted
+        drafted, of_these = self.drafted - self._since[0], self.accepted - self._since[1]
+        if drafted < _WINDOW:
+            return
+        self._since = self.drafted, self.accepted
+        if of_these < self._least * drafted:
+            self._pause = _PAUSE + 1
+            _log.info(
+                "of %d drafted tokens %.1f %% were accepted, fewer than %.1f %%: no drafts for the next %d steps",
+                drafted, 100 * of_these / drafted, 100 * self._least, _PAUSE,
+            )  # fmt: skip
