@@ -24,7 +24,8 @@ from bigmac_jax import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402
-from bigmac_jax.inference.engine import Engine, Job  # noqa: E402
+from bigmac_jax.inference.engine import Engine  # noqa: E402
+from bigmac_jax.inference.jobs import Job  # noqa: E402
 from bigmac_jax.model.transformer import init_model  # noqa: E402
 
 _REQUESTS = flags.DEFINE_integer("requests", 96, "Requests.")

@@ -233,7 +233,8 @@ def _verify(
     C = G + 1
 
     def rows_of(token_SB: Array, drafted_GSB: Array) -> Array:
-        return jnp.concatenate([token_SB[..., None], jnp.moveaxis(drafted_GSB, 0, -1)], -1).reshape(token_SB.shape[0], -1)
+        tokens_SBC = jnp.concatenate([token_SB[..., None], jnp.moveaxis(drafted_GSB, 0, -1)], -1)
+        return tokens_SBC.reshape(token_SB.shape[0], -1)
 
     specs = batch_spec(2), P(None, *batch_spec(2))
     tokens_ST = on_each_rank(rows_of, (state.token_SB, drafted_GSB), in_spec=specs, out_specs=batch_spec(2))

@@ -13,6 +13,7 @@ import time
 from absl import flags
 
 from bigmac_jax import cli, hosts
+from bigmac_jax.commands import speculation
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
@@ -42,6 +43,7 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_SPECULATION = speculation.define(__name__)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 
@@ -59,6 +61,7 @@ def main() -> None:
             _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, tuple(_STOP.value), _IGNORE_EOS.value,
             _SEED.value,
         )  # fmt: skip
+        speculate = _SPECULATION()
         requests = [({}, Request(prompt, sampling))] if prompt is not None else read_requests(_PROMPTS.value, sampling)
         if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
             raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
@@ -66,10 +69,11 @@ def main() -> None:
             check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
+    speculate.check(config)
     config, model = restore(workdir, _STEP.value, config)
     generator = Generator(
         config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
-        weights=_WEIGHTS.value,
+        weights=_WEIGHTS.value, speculate=speculate,
     )  # fmt: skip
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
@@ -109,7 +113,14 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
 
         generator.generate([request for _, request in requests], done)
     if not quiet:
-        print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{_accepted(generator)}", file=sys.stderr)
+
+
+def _accepted(generator: Generator) -> str:
+    drafts = generator.drafts
+    if drafts is None or not drafts.drafted:
+        return ""
+    return f"; of {drafts.drafted:,} drafted tokens {drafts.accepted / drafts.drafted:.1%} were accepted"
 
 
 def run() -> None:

@@ -12,6 +12,7 @@ import socket
 from absl import flags
 
 from bigmac_jax import cli
+from bigmac_jax.commands import speculation
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Generator
@@ -37,6 +38,7 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_SPECULATION = speculation.define(__name__)
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
 _TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
 _MAX_BODY = flags.DEFINE_integer("max_body", Limits.body, "Bytes of a request, at most.", 1)
@@ -50,13 +52,14 @@ def main() -> int:
     limits = Limits(
         body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value, drain=_DRAIN.value
     )
-    key = _key(_API_KEY_FILE.value)
+    speculate, key = _SPECULATION(), _key(_API_KEY_FILE.value)
     listening = _listen(_HOST.value, _PORT.value)
     cli.enter_mesh(config, fit_batch=False)
+    speculate.check(config)
     config, model = restore(workdir, _STEP.value, config)
     generator = Generator(
         config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
-        weights=_WEIGHTS.value,
+        weights=_WEIGHTS.value, speculate=speculate,
     )  # fmt: skip
     chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)

@@ -94,18 +94,17 @@ def make_drafter(config: Config, decoder: Decoder, how: Speculation) -> Decoder:
     Args:
       config: the decoder's, as of `decoding.cache.decoding`.
     """
-    groups = tuple(_with_stand_ins(config, group, how) for group in decoder.groups)
-    return dataclasses.replace(decoder, groups=groups)
+    tables = jax.jit(functools.partial(_tables, config, how))
 
+    def with_stand_ins(group: Block) -> Block:
+        if not isinstance(group.mlp, MoE):
+            return group
+        drafting = copy.copy(group)
+        drafting.mlp = copy.copy(group.mlp)
+        drafting.mlp.stand_ins = nnx.data(StandIns(tables(group)))
+        return drafting
 
-def _with_stand_ins(config: Config, group: Block, how: Speculation) -> Block:
-    if not isinstance(group.mlp, MoE):
-        return group
-    drafting = copy.copy(group)
-    drafting.mlp = copy.copy(group.mlp)
-    table_YSE = jax.jit(functools.partial(_tables, config, how))(group)
-    drafting.mlp.stand_ins = nnx.data(StandIns(table_YSE))
-    return drafting
+    return dataclasses.replace(decoder, groups=tuple(map(with_stand_ins, decoder.groups)))
 
 
 def _tables(config: Config, how: Speculation, group: Block) -> Array:
@@ -113,6 +112,7 @@ def _tables(config: Config, how: Speculation, group: Block) -> Array:
 
     def table(_: None, layer: Block) -> tuple[None, Array]:
         layer = widened(layer, config.execution.dtype)
+        assert isinstance(layer.mlp, MoE)
         return None, _table(config, how, layer.mlp, _probes(config, layer))
 
     return jax.lax.scan(table, None, group)[1]

@@ -28,8 +28,7 @@ class Drafts:
         self._pause = 0
 
     def due(self) -> bool:
-        """Whether the next step drafts; to be asked once for each. Every process says the same: it follows from tokens.
-        """
+        """Whether the next step drafts; to be asked once for each. Every process says the same: it follows from tokens."""
         self._pause = max(0, self._pause - 1)
         return not self._pause
 

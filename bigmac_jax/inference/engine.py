@@ -9,8 +9,6 @@ All processes of a job run the same engine with the same requests in the same or
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,53 +16,14 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.decoding.cache import Decoder
-from bigmac_jax.decoding.sampling import Chosen, Sampling, draws_of
+from bigmac_jax.decoding.sampling import Chosen, draws_of
 from bigmac_jax.inference.drafts import Drafts
-from bigmac_jax.inference.pages import Lease, Pages
-from bigmac_jax.inference.text import Text
+from bigmac_jax.inference.jobs import CANCELLED, Job, Step
+from bigmac_jax.inference.pages import Pages
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.programs import IDLE, PAGE_SIZE, ROW_PAGES, Decoding, Packed, make_state, pack, packed_size, slots_of
 
-CANCELLED = "cancelled"
 CHUNK = 512  # tokens
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way.
-
-    Attributes:
-      number: of the request; with the seed it makes its random numbers.
-      text: what follows the prompt, as it grows.
-      reused: tokens of the prompt that were in the cache when it began.
-    """
-
-    prompt: Sequence[int]
-    sampling: Sampling
-    text: Text
-    number: int = 0
-    reused: int = 0
-    _shard: int = -1
-    _slot: int = -1
-    _lease: Lease | None = None
-    _read: int = 0  # tokens of the prompt, of steps that were dispatched
-    _asked: int = 0  # tokens that follow, of the same; of drafts, how many there are at least
-
-    @property
-    def positions(self) -> int:
-        """That it takes in the cache: the last token is not read."""
-        return len(self.prompt) + self.sampling.max_tokens - 1
-
-
-class Step(NamedTuple):
-    """One more token of a request."""
-
-    job: Job
-    piece: str  # the text that it makes certain
-    token: int
-    logprob: float
-    likely: tuple[tuple[int, float], ...]  # the most likely tokens, as many as sampling.logprobs
-    reason: str  # why the request ends with it: stop or length; "" if it goes on
 
 
 class _Dispatched(NamedTuple):
@@ -303,13 +262,11 @@ class Engine:
                 # Of the step that is under way one more is sure, or the slot is idle and this is too much: it ends now.
                 self._sure(job, len(job.text.tokens) + count + 1)
             asked, first = job.sampling.logprobs, row * dispatched.tokens
-            for place in range(first, first + count):
+            for i in range(first, first + count):
                 likely = (
-                    zip(*(np.asarray(v)[shard, place, :asked].tolist() for v in chosen[2:]), strict=True)
-                    if asked
-                    else ()
+                    zip(*(np.asarray(v)[shard, i, :asked].tolist() for v in chosen[2:]), strict=True) if asked else ()
                 )
-                found = int(token[shard, place]), float(logprob[shard, place])
+                found = int(token[shard, i]), float(logprob[shard, i])
                 piece = job.text.add(*found)
                 steps.append(Step(job, piece, *found, tuple(likely), job.text.finish_reason))
                 if job.text.finish_reason:

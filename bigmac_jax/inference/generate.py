@@ -15,7 +15,8 @@ from bigmac_jax.decoding.cache import decoding, make_decoder
 from bigmac_jax.decoding.draft import Speculation, make_drafter
 from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.drafts import Drafts
-from bigmac_jax.inference.engine import Engine, Job
+from bigmac_jax.inference.engine import Engine
+from bigmac_jax.inference.jobs import Job
 from bigmac_jax.inference.text import Text
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer

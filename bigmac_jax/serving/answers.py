@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bigmac_jax.inference.engine import Step
+from bigmac_jax.inference.jobs import Step
 from bigmac_jax.serving.api import Asked, Fields
 
 Show = Callable[[int], str]  # a token's text

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from bigmac_jax.inference import Generator
-from bigmac_jax.inference.engine import Step
+from bigmac_jax.inference.jobs import Step
 from bigmac_jax.serving import api
 from bigmac_jax.serving.answers import Answer
 from bigmac_jax.serving.chat import Chat
@@ -209,6 +209,8 @@ class Service:
 
     async def _text_of_metrics(self, request: Request) -> Response:
         engine, metrics = self._worker.engine, self._metrics
+        if engine.drafts:
+            metrics.drafts(engine.drafts.drafted, engine.drafts.accepted)
         metrics.running.set(engine.running)
         metrics.waiting.set(engine.waiting)
         metrics.slots.set(engine.shards * engine.slots)

@@ -27,6 +27,9 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.reused_tokens = counter("reused_prompt_tokens", "Of them, those that the cache held.")
         self.new_tokens = counter("new_tokens", "Tokens that were generated.")
+        self.drafted_tokens = counter("drafted_tokens", "Tokens that were drafted (--speculate).")
+        self.accepted_tokens = counter("accepted_tokens", "Of them, those that were accepted.")
+        self._drafted = self._accepted = 0
         self.running = gauge("completions_running", "Completions that have a slot.")
         self.waiting = gauge("completions_waiting", "Completions that wait for one.")
         self.slots = gauge("slots", "Completions that run at a time, at most.")
@@ -36,6 +39,12 @@ class Metrics:
         self.between_tokens = seconds("between_tokens", "Between two tokens of a completion.")
         self.whole_request = seconds("request", "Of a whole request.")
         self._recent = 1.0
+
+    def drafts(self, drafted: int, accepted: int) -> None:
+        """How many there are by now."""
+        self.drafted_tokens.inc(drafted - self._drafted)
+        self.accepted_tokens.inc(accepted - self._accepted)
+        self._drafted, self._accepted = drafted, accepted
 
     def ended(self, seconds: float) -> None:
         """A request that was answered."""

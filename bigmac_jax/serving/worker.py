@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from bigmac_jax.inference.engine import Engine, Job, Step
+from bigmac_jax.inference.engine import Engine
+from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.metrics import Metrics
 

@@ -15,7 +15,8 @@ from training.tools import quick, text
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Generator, Sampling
-from bigmac_jax.inference.engine import CANCELLED, Engine, Job
+from bigmac_jax.inference.engine import Engine
+from bigmac_jax.inference.jobs import CANCELLED, Job
 
 LENGTH, SLOTS, POSITIONS, PAGE, CHUNK = 40, 8, 160, 4, 32
 WORDS = text(1, seed=2)[0]

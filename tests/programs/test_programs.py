@@ -12,6 +12,7 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
+from bigmac_jax.planning import hlo
 from bigmac_jax.planning.program import DoesNotCompileError, compile_program
 from bigmac_jax.programs import NAMES, make_program
 
@@ -95,3 +96,22 @@ def test_every_parameter_declares_itself() -> None:
 
 def model_size(model: object, name: str) -> int:
     return leaves(jax.tree.map(lambda leaf: np.asarray(leaf.size), model))[name]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 1, 2), *(pytest.param(mesh, marks=pytest.mark.full)
+                  for mesh in ((2, 2, 2), (1, 2, 1, 2, False, True), (1, 1, 4, 1, True)))],
+)  # fmt: skip
+def test_a_draft_exchanges_nothing(mesh: tuple[int, ...]) -> None:
+    """No row leaves its rank while tokens are drafted; verifying all of them takes the exchanges of one step. Without
+    `tensor` and fsdp a draft has no collective at all."""
+    config = tiny(mesh, num_kv_heads=2, num_shared_experts=1, exchange="all_to_all")
+    devices = jax.devices()[: math.prod(int(size) for size in mesh[:4])]
+    found = {}
+    for name in ("draft", "verify"):
+        compiled = compile_program(config, devices, name)
+        found[name] = hlo.collectives(hlo.parse(compiled.text), compiled.mesh)
+    assert not [c for c in found["draft"] if c.role != "other"]
+    assert config.mesh.fsdp or {axis for c in found["draft"] for axis in c.axes} <= {"tensor"}
+    assert sum(c.times for c in found["verify"] if c.role == "payload") == 2 * config.model.num_layers

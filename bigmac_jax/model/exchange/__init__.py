@@ -14,5 +14,6 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 __all__ = [
-    "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Local", "Plan", "Ragged", "Strategy", "further_rounds",
+    "STRATEGIES", "AllToAll", "Dedup", "Gather", "Hierarchical", "Local", "Plan", "Ragged", "Strategy",
+    "further_rounds",
 ]  # fmt: skip
