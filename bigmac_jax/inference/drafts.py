@@ -16,25 +16,26 @@ _PAUSE = 512  # steps without drafts, before they are tried again
 
 class Drafts:
     """Attributes:
+    programs: of the drafter.
     tokens: of a draft.
     drafted, accepted: tokens so far.
     """
 
     def __init__(self, programs: Drafting, how: Speculation):
-        self._programs, self._least = programs, how.least
+        self.programs, self._least = programs, how.least
         self.tokens = how.tokens
         self.drafted = self.accepted = 0
         self._since = 0, 0  # of the two, when the window began
         self._pause = 0
 
     def due(self) -> bool:
-        """Whether the next step drafts; to be asked once for each. Every process says the same: it follows from tokens."""
+        """Whether the next step drafts; to be asked once for each. It follows from tokens, so all processes agree."""
         self._pause = max(0, self._pause - 1)
         return not self._pause
 
     def step(self, verifying: Decoding, state: State, slots_SBX: jax.Array) -> tuple[State, Chosen, jax.Array]:
         """Drafts and verifies, as `Decoding.verify`; the state is donated."""
-        state, drafted_GSB = self._programs.draft(self._programs.weights, state, slots_SBX, tokens=self.tokens)
+        state, drafted_GSB = self.programs.draft(self.programs.weights, state, slots_SBX, tokens=self.tokens)
         result: Any = verifying.verify(verifying.weights, state, drafted_GSB, slots_SBX)
         return result
 
