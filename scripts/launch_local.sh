@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # train.py as N processes on this machine: scripts/launch_local.sh N [train.py's arguments…]     PYTHON=… picks the interpreter
+# Another program: scripts/launch_local.sh N serve.py [its arguments…]
 #
 # Output is prefixed by the process' number. When one fails the others are ended, and its exit code is returned. Ctrl-C
 # and SIGTERM save and end all; a second one kills.
@@ -7,13 +8,15 @@ set -u
 case ${1:-} in '' | 0 | *[!0-9]*) echo "error: usage: $0 N [train.py's arguments]; N is a number of processes" >&2; exit 2 ;; esac
 n=$1
 shift
+program=train.py
+case ${1:-} in *.py) program=$1 && shift ;; esac
 python=${PYTHON:-python}
 here=$(dirname "${BASH_SOURCE[0]}")
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
 
 alive=()
 for ((i = 0; i < n; i++)); do
-  "$python" "$here/../train.py" --coordinator="127.0.0.1:$port" --num_processes="$n" --process_id="$i" "$@" \
+  "$python" "$here/../$program" --coordinator="127.0.0.1:$port" --num_processes="$n" --process_id="$i" "$@" \
     > >(sed -u "s/^/[$i] /") 2>&1 &
   alive+=("$!")
 done

@@ -27,7 +27,7 @@ HOSTS = 4
 Line = dict[str, Any]
 
 
-class Failed(RuntimeError):
+class FailedError(RuntimeError):
     """A measurement that did not end; the message names its log."""
 
 
@@ -37,7 +37,9 @@ def main() -> int:
     )
     parser.add_argument("--run", type=pathlib.Path, default=ROOT / "runs/tiny", help="of train.py")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/speculate", help="of what was measured")
-    parser.add_argument("--rates", default="26.56mbit", help="of the links, some; the default is docs/reproduction.md's")
+    parser.add_argument(
+        "--rates", default="26.56mbit", help="of the links, some; the default is docs/reproduction.md's"
+    )
     parser.add_argument("--exchange", default="auto", help="as of generate.py")
     parser.add_argument("--prompts", type=int, default=1000, help="for the acceptance")
     parser.add_argument("--rounds", type=int, default=5, help="for tokens a second")
@@ -51,7 +53,7 @@ def main() -> int:
     try:
         _acceptance(given, folder)
         _speed(given, folder)
-    except (ClusterError, Failed) as error:
+    except (ClusterError, FailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,7 +67,7 @@ def _acceptance(given: argparse.Namespace, folder: pathlib.Path) -> None:
     for ranks in (4,) if given.quick else (2, 4, 8):
         for stand_ins in ("nearest", "none"):
             arguments = [f"--drafts={lengths}", f"--stand_ins={stand_ins}", "--batches=64", f"--prompts={prompts}",
-                         f"--new={new}", f"--cpu_devices={ranks}", "--config.mesh.data=1",
+                         f"--new={new}", "--nowarm", f"--cpu_devices={ranks}", "--config.mesh.data=1",
                          f"--config.mesh.expert={ranks}"]  # fmt: skip
             for line in _measured(given, folder, arguments, None):
                 if line["draft"]:
@@ -114,7 +116,7 @@ def _measured(
                 if cluster.interrupted:
                     raise KeyboardInterrupt
         if code or not output.exists():
-            raise Failed(f"{' '.join(arguments)} ended with {code}; see {log}")
+            raise FailedError(f"{' '.join(arguments)} ended with {code}; see {log}")
         described = {"command": command[1:], "rate": links, "machine": describe_machine(), "commit": commit()}
         output.with_suffix(".json").write_text(json.dumps(described, indent=1) + "\n")
     return [json.loads(line) for line in output.read_text().splitlines()]

@@ -9,11 +9,13 @@ from bigmac_jax import environment
 
 environment.prepare()
 
+import functools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
 
 from absl import flags  # noqa: E402
 
@@ -24,6 +26,7 @@ from bigmac_jax.data.pipeline import open_stream  # noqa: E402
 from bigmac_jax.inference import Completion, Generator, Speculation  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.phases import NOW  # noqa: E402
+from bigmac_jax.programs import Drafting  # noqa: E402
 from bigmac_jax.training.checkpoint import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
 
@@ -38,6 +41,7 @@ _PROMPTS = flags.DEFINE_integer("prompts", 0, "Of a round; 0 = a batch.")
 _LENGTH = flags.DEFINE_integer("length", 32, "Tokens of a prompt.")
 _NEW = flags.DEFINE_integer("new", 128, "Tokens to generate.")
 _ROUNDS = flags.DEFINE_integer("rounds", 1, "Rounds.")
+_WARM = flags.DEFINE_bool("warm", True, "One round more before them, which compiles.")
 _TIE = 1e-5  # nats
 
 
@@ -60,42 +64,49 @@ def main() -> None:
     wanted = _PROMPTS.value or most
     stride = (stream.num_tokens - _LENGTH.value) // wanted
     prompts = [tuple(stream.tokens(i * stride, i * stride + _LENGTH.value).tolist()) for i in range(wanted)]
-    lines = []
-    for batch in map(int, _BATCHES.value):
-        drafts = {tokens: Drafts(programs, how) for tokens, how in ways.items()}
-        given = prompts[: _PROMPTS.value or batch]
-        completed: dict[int, list[Completion]] = {}
-
-        def case(tokens: int, batch: int = batch, drafts: dict = drafts, given: list = given,
-                 completed: dict = completed) -> Callable[[], float]:  # fmt: skip
-            def once() -> float:
-                generator.batch_size, generator.drafts = batch, drafts.get(tokens)
-                start = time.perf_counter()
-                completed[tokens] = generator.generate(given, max_tokens=_NEW.value, ignore_eos=True)
-                NOW.go_on()
-                return time.perf_counter() - start
-
-            return once
-
-        cases = {tokens: case(tokens) for tokens in (0, *lengths)}
-        for once in cases.values():
-            once()  # compiles
-        for of in drafts.values():
-            of.drafted = of.accepted = 0
-        seconds = alternate({str(tokens): once for tokens, once in cases.items()}, _ROUNDS.value)
-        for tokens in cases:
-            differ, ties = _compared(completed[tokens], completed[0])
-            counted = drafts.get(tokens)
-            lines.append(
-                {"batch": batch, "draft": tokens, "prompts": len(given), "new_tokens": len(given) * _NEW.value,
-                 "seconds": seconds[str(tokens)], "drafted": counted.drafted if counted else 0,
-                 "accepted": counted.accepted if counted else 0, "differ": differ, "near_ties": ties}
-            )  # fmt: skip
+    lines = [
+        line
+        for batch in map(int, _BATCHES.value)
+        for line in _measured(generator, prompts[: _PROMPTS.value or batch], batch, programs, ways)
+    ]
     if hosts.is_first():
         output = pathlib.Path(_OUTPUT.value)
         temporary = output.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, output)
+
+
+def _measured(
+    generator: Generator, prompts: list[tuple[int, ...]], batch: int, programs: Drafting, ways: dict[int, Speculation]
+) -> list[dict[str, Any]]:
+    """The lines of a batch size."""
+    drafts = {tokens: Drafts(programs, how) for tokens, how in ways.items()}
+    completed: dict[int, list[Completion]] = {}
+
+    def once(tokens: int) -> float:
+        generator.batch_size, generator.drafts = batch, drafts.get(tokens)
+        start = time.perf_counter()
+        completed[tokens] = generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
+        NOW.go_on()
+        return time.perf_counter() - start
+
+    cases: dict[str, Callable[[], float]] = {str(tokens): functools.partial(once, tokens) for tokens in (0, *ways)}
+    if _WARM.value:
+        for case in cases.values():
+            case()
+    for of in drafts.values():
+        of.drafted = of.accepted = 0
+    seconds = alternate(cases, _ROUNDS.value)
+    lines = []
+    for tokens in (0, *ways):
+        differ, ties = _compared(completed[tokens], completed[0])
+        counted = drafts.get(tokens)
+        lines.append(
+            {"batch": batch, "draft": tokens, "prompts": len(prompts), "new_tokens": len(prompts) * _NEW.value,
+             "seconds": seconds[str(tokens)], "drafted": counted.drafted if counted else 0,
+             "accepted": counted.accepted if counted else 0, "differ": differ, "near_ties": ties}
+        )  # fmt: skip
+    return lines
 
 
 def _compared(found: list[Completion], plain: list[Completion]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Serves a trained model over HTTP, with OpenAI's interface: python serve.py --workdir=DIR [--port=8000].
 
 /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a page to chat at /. It ends on SIGTERM or
-Ctrl-C when the requests that run have ended.
+Ctrl-C when the requests that run have ended. Of several processes the first one serves, and the others compute with it.
 """
 
 import asyncio
@@ -11,13 +11,14 @@ import socket
 
 from absl import flags
 
-from bigmac_jax import cli
+from bigmac_jax import cli, hosts
 from bigmac_jax.commands import speculation
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Generator
 from bigmac_jax.serving.chat import load_chat
 from bigmac_jax.serving.limits import Limits
+from bigmac_jax.serving.schedule import follow
 from bigmac_jax.serving.server import serve
 from bigmac_jax.storage import absolute
 from bigmac_jax.training.checkpoint import restore
@@ -48,12 +49,16 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 
 def main() -> int:
     workdir = run_folder(_WORKDIR.value)
-    config = with_mesh(read_config(workdir), cli.OVERRIDES)
-    limits = Limits(
-        body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value, drain=_DRAIN.value
-    )
-    speculate, key = _SPECULATION(), _key(_API_KEY_FILE.value)
-    listening = _listen(_HOST.value, _PORT.value)
+    with hosts.together():
+        config = with_mesh(read_config(workdir), cli.OVERRIDES)
+        limits = Limits(
+            body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value,
+            drain=_DRAIN.value,
+        )  # fmt: skip
+        speculate = _SPECULATION()
+        if hosts.is_first():
+            key, listening = _key(_API_KEY_FILE.value), _listen(_HOST.value, _PORT.value)
+    cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     speculate.check(config)
     config, model = restore(workdir, _STEP.value, config)
@@ -61,9 +66,12 @@ def main() -> int:
         config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
         weights=_WEIGHTS.value, speculate=speculate,
     )  # fmt: skip
-    chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
+    with hosts.together():
+        chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()
+    if not hosts.is_first():
+        return follow(generator, engine)
     name = _MODEL_NAME.value or absolute(workdir).name
     return asyncio.run(serve(generator, engine, chat, name, limits, listening, key))
 
@@ -94,4 +102,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def run() -> None:
-    cli.run(main)
+    cli.run(main, distributed=True)

@@ -1,20 +1,23 @@
 """The engine in a thread of its own, and the requests that come to it from the event loop.
 
-The thread alone touches the engine. Requests and cancellations reach it between two steps, and all tokens of a step go
-back in one call.
+The thread alone touches the engine. Requests and cancellations reach it between two steps, where other processes of the
+job are told of them, and all tokens of a step go back in one call.
 """
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.metrics import Metrics
+from bigmac_jax.serving.schedule import TICK, Schedule
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +38,13 @@ class Ticket:
         self.last = [0.0] * len(self.jobs)  # when each had its last token
 
 
+class _Command(NamedTuple):
+    """To submit a job, or to cancel it."""
+
+    job: Job
+    cancel: bool = False
+
+
 class Worker:
     """Runs an engine until it is stopped. To be made inside the event loop that its requests come from.
 
@@ -47,7 +57,9 @@ class Worker:
         self.failed = False
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._schedule, self._counter = Schedule(), itertools.count()
+        self._numbers: dict[Job, int] = {}  # of the thread: jobs that have not ended, as other processes know them
         self._tickets: dict[Job, Ticket] = {}  # of the event loop: completions that have not ended
         self._waiting = 0  # completions that have no token yet
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -69,14 +81,14 @@ class Worker:
         for job in jobs:
             self._tickets[job] = ticket
             self._waiting += 1
-            self._inbox.put(lambda job=job: self.engine.submit(job))  # type: ignore[misc]
+            self._inbox.put(_Command(job))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends what of it has not ended."""
         for job in ticket.jobs:
             if self._forget(job):
-                self._inbox.put(lambda job=job: self.engine.cancel(job))  # type: ignore[misc]
+                self._inbox.put(_Command(job, cancel=True))
 
     async def stop(self) -> None:
         self._inbox.put(None)
@@ -93,22 +105,47 @@ class Worker:
         try:
             while self._take():
                 steps = self.engine.step()
+                for step in steps:
+                    if step.reason:
+                        del self._numbers[step.job]
                 if steps:
                     self._loop.call_soon_threadsafe(self._deliver, steps)
+            self._schedule.end()
         except Exception as error:
             _log.error("the engine failed: %s: %s", type(error).__name__, " ".join(str(error).split()))
             self._loop.call_soon_threadsafe(self._fail)
+            self._schedule.end()
 
     def _take(self) -> bool:
         """What has come in; waits while there is nothing to do. False: stop."""
+        commands: list[_Command] = []
         while True:
             try:
-                command = self._inbox.get(block=not self.engine.busy)
+                command = self._inbox.get(block=not (commands or self.engine.busy), timeout=TICK)
             except queue.Empty:
-                return True
+                if commands or self.engine.busy:
+                    break
+                self._schedule.idle()
+                continue
             if command is None:
                 return False
-            command()
+            commands.append(command)
+        self._apply(commands)
+        return True
+
+    def _apply(self, commands: Sequence[_Command]) -> None:
+        """Here and on the other processes, which submit first and cancel then."""
+        submitted = [command.job for command in commands if not command.cancel]
+        self._numbers |= {job: next(self._counter) for job in submitted}
+        # One that has ended is no longer known.
+        cancelled = [command.job for command in commands if command.cancel and command.job in self._numbers]
+        self._schedule.step(
+            [(self._numbers[job], job) for job in submitted], [self._numbers.pop(job) for job in cancelled]
+        )
+        for job in submitted:
+            self.engine.submit(job)
+        for job in cancelled:
+            self.engine.cancel(job)
 
     def _deliver(self, steps: list[Step]) -> None:
         now = time.monotonic()
