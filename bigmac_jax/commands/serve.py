@@ -42,6 +42,7 @@ _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers'
 _SPECULATION = speculation.define(__name__)
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
 _TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
+_ARRIVAL = flags.DEFINE_float("arrival", Limits.arrival, "Seconds for the head of a request, and for its body.", 0.01)
 _MAX_BODY = flags.DEFINE_integer("max_body", Limits.body, "Bytes of a request, at most.", 1)
 _MAX_CHOICES = flags.DEFINE_integer("max_choices", Limits.choices, "Completions of one request, at most.", 1)
 _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running requests get at the end.", 0)
@@ -53,7 +54,7 @@ def main() -> int:
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
             body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value,
-            drain=_DRAIN.value,
+            arrival=_ARRIVAL.value, drain=_DRAIN.value,
         )  # fmt: skip
         speculate = _SPECULATION()
         if hosts.is_first():

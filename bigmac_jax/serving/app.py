@@ -139,13 +139,13 @@ class Service:
             raise most
         body = bytearray()
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
+            async with asyncio.timeout(self._limits.arrival):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._limits.body:
                         raise most
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self._limits.body_seconds:g} s") from None
+            raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)
 
     async def _all(self, ticket: Ticket) -> list[list[Step]]:

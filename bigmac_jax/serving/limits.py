@@ -11,7 +11,7 @@ class Limits:
     queue: int = 256  # requests that wait for a slot; one more is answered 429
     choices: int = 16  # completions of one request: prompts × n
     seconds: float = 600.0  # from a request's arrival to its last token
-    body_seconds: float = 30.0  # for its body to arrive
+    arrival: float = 30.0  # for its head to arrive, and for its body
     drain: float = 60.0  # seconds that running requests get when the server is told to end
 
 

@@ -16,6 +16,7 @@ from bigmac_jax.serving.app import Service
 from bigmac_jax.serving.chat import Chat
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.metrics import Metrics
+from bigmac_jax.serving.protocol import protocol
 from bigmac_jax.serving.worker import Worker
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             app,
+            http=protocol(limits.arrival),
             log_config=None,
             access_log=False,
             lifespan="off",

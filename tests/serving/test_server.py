@@ -28,7 +28,7 @@ ASKED: dict[str, Any] = {"prompt": "the state of", "max_tokens": 12, "temperatur
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serving")
-    limits = (f"--queue={QUEUE}", f"--max_choices={CHOICES}", f"--max_body={BODY}", "--timeout=20")
+    limits = (f"--queue={QUEUE}", f"--max_choices={CHOICES}", f"--max_body={BODY}", "--timeout=20", "--arrival=8")
     sizes = (f"--max_length={LONGEST}", "--batch_size=4", "--cache_tokens=1536", "--chunk=64")
     with Server(trained(folder), *limits, *sizes) as running:
         yield running
@@ -255,6 +255,27 @@ def test_a_full_queue_says_come_later(server: Server) -> None:
         assert answer["error"]["type"] == "rate_limit_error" and 1 <= int(headers["retry-after"]) <= 60
     texts = {choice["text"] for status, answer, _ in answers if status == 200 for choice in answer["choices"]}
     assert len(texts) == 1
+    idle(server)
+
+
+@pytest.mark.full
+def test_slow_clients(server: Server) -> None:
+    """A head, a second one and a body that never end, and nothing at all: each is told, and nobody waits for them."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    key = f"Authorization: Bearer {KEY}\r\n".encode()
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    slow = {"nothing": b"", "head": head, "body": head + key + b"Content-Length: 99\r\n\r\n{", "second": whole + head}
+    held = {name: socket.create_connection(("127.0.0.1", server.port), 30) for name in slow}
+    for name, sent in slow.items():
+        held[name].sendall(sent)
+    start = time.monotonic()
+    assert server.ask(COMPLETIONS, ASKED)[0] == 200
+    for name, connection in held.items():
+        with connection.makefile("rb") as answer:
+            text = answer.read()
+        assert b" 408 " in text and b"did not arrive within 8 s" in text, name
+        assert (b"200 OK" in text) == (name == "second")
+    assert 6 < time.monotonic() - start < 20
     idle(server)
 
 
