@@ -3,6 +3,7 @@
 import http.client
 import json
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -27,6 +28,15 @@ def ask(port: int, body: dict[str, Any]) -> dict[str, Any]:
     return dict(answer)
 
 
+def serving(job: Job) -> int:
+    """Waits for the server → its port."""
+    end = time.monotonic() + 2 * LIMIT
+    while not (line := re.search(r"serving run at http://127.0.0.1:(\d+)\n", job.outputs[0])):
+        assert all(process.poll() is None for process in job.processes) and time.monotonic() < end, job.outputs
+        time.sleep(0.05)
+    return int(line[1])
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("speculate", [0, 3])
 def test_two_processes_answer_what_one_does(tmp_path: pathlib.Path, speculate: int) -> None:
@@ -38,13 +48,9 @@ def test_two_processes_answer_what_one_does(tmp_path: pathlib.Path, speculate: i
     flags = (f"--speculate={speculate}", "--least_acceptance=0") if speculate else ()
     with Job(
         2, None, workdir, "--port=0", "--cpu_devices=1", "--config.mesh.data=1", "--config.mesh.expert=2",
-        "--batch_size=4", "--max_length=256", *flags, script=("serve.py",),
+        "--batch_size=4", "--max_length=256", "--chunk=64", *flags, script=("serve.py",),
     ) as job:  # fmt: skip
-        end = time.monotonic() + LIMIT
-        while "serving run at http://127.0.0.1:" not in job.outputs[0]:
-            assert all(process.poll() is None for process in job.processes) and time.monotonic() < end, job.outputs
-            time.sleep(0.05)
-        port = int(job.outputs[0].rpartition(":")[2])
+        port = serving(job)
         found: dict[int, Any] = {}
 
         def one_of(i: int) -> None:
@@ -78,12 +84,9 @@ def test_the_others_end_with_the_first(tmp_path: pathlib.Path) -> None:
     workdir = trained(tmp_path)
     with Job(
         2, None, workdir, "--port=0", "--cpu_devices=1", "--config.mesh.data=1", "--config.mesh.expert=2",
-        "--peer_timeout=10", script=("serve.py",),
+        "--peer_timeout=10", "--chunk=64", script=("serve.py",),
     ) as job:  # fmt: skip
-        end = time.monotonic() + LIMIT
-        while "serving run at http://127.0.0.1:" not in job.outputs[0]:
-            assert time.monotonic() < end, job.outputs
-            time.sleep(0.05)
+        serving(job)
         job.processes[0].kill()
         assert job.processes[1].wait(60) == 3
         assert "process 0 " in job.outputs[1] and "has died" in job.outputs[1]
