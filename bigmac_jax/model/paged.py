@@ -11,10 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.pallas.ops.tpu import paged_attention as tpu
 
 from bigmac_jax.mesh import platform
+from bigmac_jax.model.kernels import on_this_rank
 
 _POSITIONS = 128  # M
+_LANES = 128  # of a TPU: the heads of its kernel are a multiple
 
 
 class _Sums(NamedTuple):
@@ -43,13 +46,16 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
 
     Pages are read a few at a time, up to the last that a row needs, and what they give is put together by the running
     maximum of the scores (FlashAttention): time and memory follow the sequences that there are, not the longest that
-    may be, and what a row gets does not depend on how many others read.
+    may be, and what a row gets does not depend on how many others read. On TPU jax's kernel does that for rows of one
+    token, where it takes the heads.
 
     Args:
       table_WK: int32, pages of each row's sequence, in order.
       position_WC: int32, of each row's C tokens, whose query heads stand together in X.
     """
     (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
+    if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0:
+        return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
     pages = min(K, max(1, _POSITIONS // p))
     M = pages * p
     last_W = position_WC.max(1)
@@ -97,3 +103,18 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
         sums = jax.lax.fori_loop(1, last_W[0] // M + 1, more, sums)
     y_GWXH = (sums.y_GwXH / sums.sum_GwX[..., None]).astype(q_GWXH.dtype)
     return jnp.zeros_like(y_GWXH).at[:, order_W].set(y_GWXH, unique_indices=True)
+
+
+def kernel(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array, position_W: Array) -> Array:
+    """`paged_attention` of rows of one token, by jax's Pallas kernel of TPUs."""
+    (G, W, X, H), (_, _, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
+    pages = min(K, max(1, _POSITIONS // p))
+    y_WNH = tpu.paged_attention(
+        q_GWXH.swapaxes(0, 1).reshape(W, G * X, H),
+        keys_GnpH,
+        values_GnpH,
+        position_W + 1,
+        jnp.pad(table_WK, ((0, 0), (0, -K % pages))),
+        pages_per_compute_block=pages,
+    )
+    return y_WNH.reshape(W, G, X, H).swapaxes(0, 1)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from bigmac_jax.model import paged
 
@@ -29,3 +30,18 @@ def test_equals_a_loop_over_sequences(monkeypatch: pytest.MonkeyPatch, C: int, a
         share_M = np.exp(k_MH @ q_GWCNH[g, w, c, n])
         expected = (share_M / share_M.sum()) @ v_MH
         np.testing.assert_allclose(found[g, w, c, n], expected, atol=1e-5)
+
+
+@pytest.mark.full
+def test_the_kernel_of_tpu_gives_the_same() -> None:
+    """Interpreted, with products of one bfloat16 pass, as TPUs have them."""
+    draw, (heads, H, page) = np.random.default_rng(0), (3, 128, 16)
+    length_W = np.array([1, 130, 17, 33])
+    table_WK = draw.permutation(PAGES)[:40].reshape(4, 10).astype(np.int32)
+    keys, values = (draw.standard_normal((G, PAGES, page, H)).astype(np.float32) for _ in range(2))
+    q_GWXH = (draw.standard_normal((G, 4, heads, H)) / np.sqrt(H)).astype(np.float32)
+    position_W = (length_W - 1).astype(np.int32)
+    expected = np.asarray(jax.jit(paged.paged_attention)(q_GWXH, keys, values, table_WK, position_W[:, None]))
+    with pltpu.force_tpu_interpret_mode():
+        found = np.asarray(jax.jit(paged.kernel)(q_GWXH, keys, values, table_WK, position_W))
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())

@@ -99,3 +99,15 @@ def test_rounds_need_a_fraction_of_the_worst_case(topology: str, ranks: int) -> 
     buffers = [size for _, _, size, _, role in made["collectives"] if role == "payload"]
     assert buffers and 4 * max(buffers) <= worst * 64 * 2
     assert 4 * made["largest_elements"] <= worst * 256
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x8"])
+def test_decoding_reads_pages_by_jaxs_kernel_where_it_takes_the_heads(topology: str) -> None:
+    for head, tensor in ((128, 1), (128, 4), (64, 1)):
+        fields = (f"model.head_dim={head}", f"mesh.expert={32 // tensor}", f"mesh.tensor={tensor}")
+        made = compiled(topology, "decode,draft,verify,prefill", *fields)
+        for name in ("decode", "draft", "verify", "prefill"):
+            by_kernel = any(kernel.startswith("paged_flash_attention") for kernel in made[name]["kernels"])
+            assert by_kernel == (head == 128 and name in ("decode", "draft")), (head, tensor, name)
+        payload = [c for c in made["draft"]["collectives"] if c[4] == "payload"]
+        assert not payload and [c for c in made["verify"]["collectives"] if c[4] == "payload"]
