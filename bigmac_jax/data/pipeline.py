@@ -12,9 +12,10 @@ from absl import flags
 from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
-from bigmac_jax.data.cache import CachedStream, Counts, MemoryStream, TokenStream, cached_stream, encode_stream
+from bigmac_jax.data.cache import CachedStream, MemoryStream, TokenStream, cached_stream
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode
+from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.packing import Packed
 from bigmac_jax.data.tokenizer import Tokenizer
 
