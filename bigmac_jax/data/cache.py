@@ -166,7 +166,9 @@ def cached_stream(
             old = {unit for unit in range(len(docs.units)) if store.finished(unit) is not None}
             fill(store, processes)
             index = store.finish()
-            made = {store.folder / f"{name}.bin": digest for name, _, digest in index["shards"] if unit_of(name) not in old}
+            made = {
+                store.folder / f"{name}.bin": digest for name, _, digest in index["shards"] if unit_of(name) not in old
+            }
             digests.add({path: digest for path, digest in made.items() if path.exists()})
         damaged = _damaged(store, index, digests)
         if store.kept != store.folder:  # of the copies here, which are fetched again

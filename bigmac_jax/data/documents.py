@@ -1,4 +1,4 @@
-"""What every source of text has in common: documents in pieces, that can be read again and again, cleaned and counted."""
+"""What every source of text has in common: documents in pieces that can be read again, cleaned and counted."""
 
 import abc
 import dataclasses
@@ -169,7 +169,7 @@ class _Text:
             return
         left = b""
         for block in self._content:
-            block, left = _whole_characters(left + block)
+            block, left = whole_characters(left + block)
             text, whole = decode(block)
             self.broken |= not whole
             yield text
@@ -231,7 +231,7 @@ def _with_last(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield before, True
 
 
-def _whole_characters(block: bytes) -> tuple[bytes, bytes]:
+def whole_characters(block: bytes) -> tuple[bytes, bytes]:
     """A block, and the beginning of a character of UTF-8 behind it."""
     for back in range(1, min(4, len(block) + 1)):
         byte = block[-back]

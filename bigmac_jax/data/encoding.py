@@ -12,6 +12,7 @@ from bigmac_jax.data.documents import PIECE, pieces
 from bigmac_jax.data.tokenizer import Tokenizer
 
 _BATCH = 8 * PIECE  # characters that are encoded at a time
+_SHORT = 200  # characters, of which str.split makes words faster
 # Of ASCII, what str.split takes for white space.
 _SPACE = np.zeros(128, bool)
 _SPACE[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
@@ -41,7 +42,7 @@ class Words:
         """Of the next piece and its UTF-8."""
         if not piece:
             return 0
-        if len(encoded) == len(piece):
+        if len(encoded) == len(piece) > _SHORT:
             space = _SPACE[np.frombuffer(encoded, np.uint8)]
             found = int(np.count_nonzero(space[:-1] & ~space[1:])) + (not space[0])
         else:

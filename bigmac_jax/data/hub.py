@@ -1,7 +1,7 @@
 """Hugging Face data sets: prepared by the `datasets` library in its own cache, and read from there without it."""
 
-import io
 import contextlib
+import io
 import pathlib
 import sys
 from typing import Any

@@ -79,7 +79,7 @@ def _seems(head: bytes) -> str:
     for magic, what, _ in _MAGIC:
         if head.startswith(magic):
             return what
-    if len(head) > 262 and head[257:262] == b"ustar":
+    if head[257:262] == b"ustar":
         return "a tar file"
     if not head:
         return "empty"
@@ -139,7 +139,7 @@ class _Counting(io.RawIOBase):
         super().close()
 
 
-def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> io.BufferedReader:
+def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> Any:
     """A file's bytes, decompressed, from byte `start` of the file on; `check_content` has seen the first of them.
 
     Raises:
@@ -148,7 +148,7 @@ def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> 
     file: Any = path.open("rb")
     if start:
         file.seek(start)
-    raw = io.BufferedReader(_Counting(file, seen), _BLOCK)
+    raw: Any = io.BufferedReader(_Counting(file, seen), _BLOCK)
     if kind.compression:
         inside: Any = gzip.GzipFile(fileobj=raw) if kind.compression == "gz" else _Zstandard(raw)
         raw = io.BufferedReader(inside, _BLOCK)
@@ -160,7 +160,7 @@ def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> 
 class _Zstandard(io.RawIOBase):
     """pyarrow's own, as a file of Python's; of several frames, like zstd's command."""
 
-    def __init__(self, raw: io.BufferedReader):
+    def __init__(self, raw: Any):
         self._raw = raw
         self._stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
 

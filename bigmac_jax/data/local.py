@@ -156,4 +156,3 @@ def _seems(path: pathlib.Path) -> str:
         return kinds.seems(path)
     except storage.errors() as error:
         return f"unreadable ({storage.reason(error)})"
-

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,16 +18,36 @@ from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.packing import Packed
-from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
 
 
-def open_stream(config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
+def open_stream(config: Config, split: str, tokenizer: Tokenizer, processes: int = 0) -> CachedStream:
     """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does."""
     docs = documents(config.data, split, config.cache_dir)
-    return cached_stream(docs, split, tokenizer, config.cache_dir)
+    return cached_stream(docs, split, tokenizer, config.cache_dir, processes)
+
+
+def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterator[str]:
+    """Makes the tokenizer and the tokens of splits, and yields a line for each.
+
+    Args:
+      processes: that tokenise on this machine, at most; 0: as many as there are cores.
+
+    Raises:
+      ConfigError: as `open_stream` does.
+    """
+    tokenizer = load_tokenizer(config)
+    for split in splits:
+        start = time.perf_counter()
+        stream = open_stream(config, split, tokenizer, processes)
+        counts = stream.counts
+        yield (
+            f"{split}: {counts.tokens:,} tokens of {counts.documents:,} documents, {counts.bytes:,} bytes of text, "
+            f"{time.perf_counter() - start:.1f} s"
+        )
 
 
 def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> MemoryStream:

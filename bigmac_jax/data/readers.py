@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import kinds
-from bigmac_jax.data.documents import Content, Seen, Slice, decode
+from bigmac_jax.data.documents import Content, Seen, Slice, decode, whole_characters
 from bigmac_jax.data.kinds import Kind, open_content
 
 # Bytes of a document that is not a file of its own: what is read of it must be in memory as a whole.
 LONGEST = 1 << 26
+_TOO_LONG = f"is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own"
 _BLOCK = 1 << 20
 _ROWS = 64  # of a table that are in memory at a time; each may have LONGEST bytes
 _SPLIT = ("jsonl", "parquet", "arrow", "feather")  # kinds of which parts are read by themselves, uncompressed
@@ -55,9 +56,7 @@ def slices(number: int, path: pathlib.Path, kind: Kind, size: int, unit: int) ->
         count = 1
     parts = max(1, min(count, -(-size // unit)))
     edges = [count * i // parts for i in range(parts + 1)]
-    return [
-        Slice(number, a, b, size // parts + (size % parts if a == 0 else 0)) for a, b in itertools.pairwise(edges)
-    ]
+    return [Slice(number, a, b, size // parts + (size % parts if a == 0 else 0)) for a, b in itertools.pairwise(edges)]
 
 
 def _txt(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
@@ -78,7 +77,7 @@ def _jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) 
                 return
             where = functools.partial(_line, path, kind, part.start, at, next(numbers))
             if len(line) > LONGEST:
-                raise ConfigError(f"{where()} is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own")
+                raise ConfigError(f"{where()} {_TOO_LONG}")
             at += len(line)
             if line.isspace():
                 continue
@@ -132,9 +131,8 @@ def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
         nonlocal text, at, whole, left, ended
         block = file.read(size)
         ended = not block
-        cut = len(block) if ended else max(block.rfind(b"\n"), block.rfind(b" "), block.rfind(b","), -1) + 1
-        ready, left = (left + block, b"") if ended else (left + block[:cut], block[cut:]) if cut else (b"", left + block)
-        new, good = decode(ready)
+        block, left = (left, b"") if ended else whole_characters(left + block)
+        new, good = decode(block)
         whole &= good
         text, at = text[at:] + new, 0
 
@@ -170,7 +168,7 @@ def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
         number, size = number + 1, _BLOCK
         while True:
             try:
-                value, at = parse(text, at)
+                value, end = parse(text, at)
                 break
             except RecursionError:
                 raise ConfigError(f"{name} entry {number} is nested too deeply; check the file") from None
@@ -178,12 +176,12 @@ def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
                 if ended:
                     raise ConfigError(f"{name} entry {number} is not valid JSON ({error}); check the file") from None
             if len(text) - at > LONGEST:
-                raise ConfigError(
-                    f"{name} entry {number} is longer than {LONGEST >> 20} MiB, or not valid JSON; give such a text a "
-                    f".txt of its own"
-                )
+                raise ConfigError(f"{name} entry {number} {_TOO_LONG}")
             more(size)
             size *= 2  # of a long one little is parsed twice
+        if end - at > LONGEST:
+            raise ConfigError(f"{name} entry {number} {_TOO_LONG}")
+        at = end
         yield value, whole
         whole = True
 
@@ -218,7 +216,7 @@ def _lines(file: io.BufferedReader, flags: list[bool], name: str) -> Iterator[st
     """`flags` gets an entry for each line that is not UTF-8."""
     while line := file.readline(LONGEST + 1):
         if len(line) > LONGEST:
-            raise ConfigError(f"{name}: a line is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own")
+            raise ConfigError(f"{name}: a line {_TOO_LONG}")
         text, whole = decode(line)
         if not whole:
             flags.append(True)
@@ -293,9 +291,7 @@ def _rows(path: pathlib.Path, field: str, batches: Iterable[Any], first: int) ->
                 # Bytes, which are decoded like those of every other kind.
                 content = entry.as_buffer()
                 if content.size > LONGEST:
-                    raise ConfigError(
-                        f"{path} row {number} is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own"
-                    )
+                    raise ConfigError(f"{path} row {number} {_TOO_LONG}")
                 yield str(path), content.to_pybytes(), False
 
 

@@ -170,7 +170,9 @@ class Store:
             storage.write_whole(self.folder / INDEX, _seal(index))
             if storage.is_store(self.kept):
                 storage.write_whole(self.kept / INDEX, _seal(index))
-            _log.info("%s split: %s", self.split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
+            _log.info(
+                "%s split: %s", self.split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items())
+            )
             return index
 
 

@@ -159,7 +159,7 @@ def test_few_documents_are_held_out_by_a_share_of_the_text(tmp_path, caplog, cou
     whole = read(tmp_path, source=source, validation_source="-", test_source="-")
     with caplog.at_level(logging.INFO):
         got = {split: read(tmp_path, split, source=source) for split in SPLITS}
-    assert sorted(sum(got.values(), [])) == sorted(whole) and len(whole) == count
+    assert sorted(text for texts in got.values() for text in texts) == sorted(whole) and len(whole) == count
     shares = {split: sum(map(len, texts)) / sum(map(len, whole)) for split, texts in got.items()}
     assert min(map(len, got.values())) >= 1 and shares["train"] > 0.5
     if count >= 30:
@@ -183,7 +183,8 @@ def test_of_fewer_documents_than_splits_the_ends_are_held_out(tmp_path, caplog, 
         assert text[a] == text[b] == " "  # no word is cut
     assert "5% for validation, 5% for test" in caplog.text
     # The end alone, where the other split has a path of its own; and all of it where both have.
-    assert len(read(tmp_path, "test", source=source, validation_source="-")[0]) == len(got["test"][0])
+    if count == 1:
+        assert read(tmp_path, "test", source=source, validation_source="-") == got["test"]
     assert read(tmp_path, source=source, validation_source="-", test_source="-") == texts
 
 

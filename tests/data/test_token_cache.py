@@ -151,8 +151,9 @@ def test_killed_half_way(make_config, tmp_path):
         patch.setattr(shards, "SHARD", 1 << 20)
         patch.setattr(cache, "SHARD", 1 << 20)
         stream = open_stream(config, "train", ByteTokenizer())
-    assert stream.tokens(0, stream.num_tokens).tolist() == [EOS, *path.read_bytes(), EOS]
-    assert stream.num_words == 800_000 and stream.num_documents == 1
+    found = stream.tokens(0, stream.num_tokens)
+    assert found[1:-1].astype(np.uint8).tobytes() == path.read_bytes() and found[0] == found[-1] == EOS
+    assert stream.num_words == 1_000_000 and stream.num_documents == 1
     assert (folder / "00000-000.bin").stat().st_mtime_ns == made
     assert {p.suffix for p in folder.glob("00000-*")} == {".bin"} and not list(folder.glob("*.part"))
 
