@@ -4,6 +4,7 @@ They are programs of their own, so that they need nothing of the process that st
 threads that a fork would break. They end when it does.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -84,8 +85,9 @@ def _together(store: Store, units: list[int], count: int, report: Any) -> None:
     try:
         for number, worker in enumerate(workers):
             assert worker.stdin
-            worker.stdin.write(task)
-            worker.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended; how, is said below
+                worker.stdin.write(task)
+                worker.stdin.flush()
             threading.Thread(target=listen, args=(number,), daemon=True).start()
         running = count
         while running:
@@ -103,7 +105,8 @@ def _together(store: Store, units: list[int], count: int, report: Any) -> None:
                 raise ConfigError(f"a process that tokenises the {store.split} split {how}; {fix}; run it again")
     finally:
         for worker in workers:
-            if worker.stdin:
+            assert worker.stdin
+            with contextlib.suppress(BrokenPipeError):
                 worker.stdin.close()  # which ends it
             worker.wait()
 
