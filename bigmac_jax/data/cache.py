@@ -13,6 +13,7 @@ import numpy as np
 
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data.corpus import joined
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.encoding import Counts
 from bigmac_jax.data.files import Digests, cache_directory, file_digest
@@ -74,6 +75,30 @@ class MemoryStream(_Counted):
     def tokens(self, start: int, stop: int) -> np.ndarray:
         self._check(start, stop)
         return self._tokens[start:stop].astype(np.int32)
+
+
+class JoinedStream(_Counted):
+    """Streams one behind the other, by name.
+
+    text: the fingerprint of all their documents.
+    """
+
+    def __init__(self, parts: "dict[str, CachedStream]"):
+        self.parts, self.counts = parts, Counts()
+        for part in parts.values():
+            self.counts.add(part.counts)
+        self.text = joined([part.text for part in parts.values()])
+        self.eos_id = next(iter(parts.values())).eos_id
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        self._check(start, stop)
+        found, first = [np.zeros(0, np.int32)], 0
+        for part in self.parts.values():
+            a, b = max(start - first, 0), min(stop - first, part.num_tokens)
+            if a < b:
+                found.append(part.tokens(a, b))
+            first += part.num_tokens
+        return np.concatenate(found)
 
 
 class CachedStream(_Counted):

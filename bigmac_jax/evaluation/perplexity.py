@@ -4,7 +4,7 @@ B batch, L length.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,15 @@ class Score(NamedTuple):
         loss = nll / tokens
         bits = nll / math.log(2) / max(1, num_bytes)
         return cls(loss, exp(loss), exp(nll / max(1, words)), bits, tokens, words, num_bytes)
+
+    @classmethod
+    def of_all(cls, scores: Iterable["Score"]) -> "Score":
+        """Of texts together, each scored by itself."""
+        nll, tokens, words, num_bytes = (
+            sum(values)
+            for values in zip(*((s.loss * s.tokens, s.tokens, s.words, s.bytes) for s in scores), strict=True)
+        )
+        return cls.of(nll, int(tokens), int(words), int(num_bytes))
 
     def describe(self) -> str:
         return (

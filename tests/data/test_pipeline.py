@@ -9,7 +9,7 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.pipeline import eval_batches, open_stream, samples, text_stream, train_iterator
+from bigmac_jax.data.pipeline import eval_batches, open_stream, shuffled, text_stream, train_iterator, windows
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 LENGTH, BATCH = 16, 8
@@ -71,7 +71,7 @@ def test_the_seed_decides(small, make_config, text_file):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batches(small, count):
     config, stream = small
-    dataset = samples(config, stream)
+    dataset = shuffled(config, windows(config, stream))
     expected = np.stack([np.stack([dataset[g * BATCH + j] for j in range(BATCH)]) for g in range(50)])
     for rows in (np.arange(BATCH).reshape(count, -1), np.arange(BATCH).reshape(-1, count).T):  # blocks, and strided
         parts = [take(train_iterator(config, stream, part.tolist()), 50) for part in rows]
