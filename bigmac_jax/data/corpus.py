@@ -43,6 +43,11 @@ def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
     return LocalDocuments(source, setting, data.text_field, split, cache_dir, held_out)
 
 
+def has_splits(source: str) -> bool:
+    """Whether it is a data set, which has its own."""
+    return source == "sotu" or source.startswith((DATASET, HUB))
+
+
 def parts_of(data: DataConfig, split: str) -> dict[str, DataConfig]:
     """Name → config of each source of a split: of a mixture's, unless the split has a source of its own."""
     parts = () if getattr(data, f"{split}_source", "") else parse_mixture(data.mixture)
