@@ -18,6 +18,7 @@ class Part(NamedTuple):
 
     Attributes:
       name: in metrics and reports, and in data.curriculum.
+      weight: 0 where data.curriculum begins with it later, or never: it is evaluated all the same.
       epochs: that it is read at most; inf: as often as needed.
     """
 
@@ -40,8 +41,10 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
         if not equals or not source:
             raise ConfigError(f"data.mixture: {entry!r} must be SOURCE=WEIGHT, or SOURCE=WEIGHTxEPOCHS")
         most = float(_positive(epochs, f"data.mixture: the epochs of {source}")) if times else math.inf
-        parts.append(Part("", source, _positive(weight, f"data.mixture: the weight of {source}"), most))
+        parts.append(Part("", source, _weight(weight, f"data.mixture: the weight of {source}"), most))
         check_place(source, "data.mixture")
+    if parts and not any(part.weight for part in parts):
+        raise ConfigError("data.mixture has weights of 0 alone; give at least one another")
     sources = [part.source for part in parts]
     if twice := [source for source in sources if sources.count(source) > 1]:
         raise ConfigError(f"data.mixture names {twice[0]} twice; give it one weight")
@@ -74,7 +77,7 @@ def parse_curriculum(text: str, parts: tuple[Part, ...]) -> list[tuple[int, Weig
             name = next((part.name for part in parts if name in (part.name, part.source)), name)
             if not equals or name not in weights:
                 raise ConfigError(f"data.curriculum: {pair!r} must be NAME=WEIGHT, with one of {', '.join(weights)}")
-            weights[name] = _positive(weight, f"data.curriculum: the weight of {name}")
+            weights[name] = _weight(weight, f"data.curriculum: the weight of {name}")
         if not any(weights.values()):
             raise ConfigError(f"data.curriculum: step {step} names no source; give at least one")
         stages.append((int(step), _checked(tuple(weights.values()), f"data.curriculum, step {step}")))
@@ -115,10 +118,16 @@ def short_name(source: str) -> str:
 
 
 def _positive(text: str, what: str) -> Fraction:
+    if not (value := _weight(text, what)):
+        raise ConfigError(f"{what} must be above 0, not {text!r}")
+    return value
+
+
+def _weight(text: str, what: str) -> Fraction:
     try:
         value = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value < 10**9:
-        raise ConfigError(f"{what} must be a number above 0, not {text!r}")
+        value = Fraction(-1)
+    if not 0 <= value < 10**9:
+        raise ConfigError(f"{what} must be a number of at least 0, not {text!r}")
     return value

@@ -51,7 +51,12 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
         for name in ("exchange", "overlap_chunks")
     ]
     changed = ", ".join(f"{name} {before} → {after}" for name, before, after in split if before != after)
-    notes = []
+    notes = [
+        f"data.{name} {before or 'none'} → {after or 'none'}: windows come in another order from here on, and each "
+        f"source goes on where it was"
+        for name in ("mixture", "curriculum")
+        if (before := getattr(saved.data, name)) != (after := getattr(new.data, name))
+    ]
     if model.is_moe and changed and not (saved.dropless and new.dropless):
         notes.append(
             f"{changed}: which choices find their expert full (model.capacity_factor={model.capacity_factor:g}) "

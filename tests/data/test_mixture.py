@@ -35,9 +35,11 @@ def test_what_is_written():
     ("mixture", "curriculum", "message"),
     [
         ("a", "", "'a' must be SOURCE=WEIGHT, or SOURCE=WEIGHTxEPOCHS"),
-        ("a=0", "", "the weight of a must be a number above 0, not '0'"),
-        ("a=1xtwo", "", "the epochs of a must be a number above 0, not 'two'"),
-        ("a=nan", "", "the weight of a must be a number above 0"),
+        ("a=0,b=0", "", "data.mixture has weights of 0 alone"),
+        ("a=-1", "", "the weight of a must be a number of at least 0, not '-1'"),
+        ("a=1xtwo", "", "the epochs of a must be a number of at least 0, not 'two'"),
+        ("a=1x0", "", "the epochs of a must be above 0, not '0'"),
+        ("a=nan", "", "the weight of a must be a number of at least 0"),
         ("a=1,a=2", "", "data.mixture names a twice"),
         ("ftp://a=1", "", "must be a local path, or begin with gs://"),
         ("", "5:a=1", "data.curriculum=5:a=1 needs data.mixture"),
@@ -126,6 +128,8 @@ def test_batches_of_a_mixture(mixed):
     config = mixed("a=3,b=2,c=1")
     stream = open_stream(config, "train", ByteTokenizer())
     assert isinstance(stream, JoinedStream) and list(stream.parts) == ["a", "b", "c"]
+    later = mixed("a=1,b=0,c=0", "3:c=1")
+    assert letters_of(take(train_iterator(later, stream), 5)) == ["a"] * 3 * BATCH + ["c"] * 2 * BATCH
     iterator = train_iterator(config, stream)
     iterator.set_state({"batches": 0})
     rows = take(iterator, 40)
