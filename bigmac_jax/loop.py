@@ -13,7 +13,7 @@ import jax
 from bigmac_jax import hosts, signals, storage
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.data.pipeline import TrainIterator
+from bigmac_jax.data.pipeline import TrainIterator, parts_of_stream
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_spec
@@ -190,6 +190,8 @@ class _Run:
             self.writer.progress(step)
             return
         record = step_record(step, metrics, self.timer.read(), self.constants) | self.goodput.record(step)
+        by_source = self.data.tokens_by_source(step + self.batches_ahead)
+        record |= {f"tokens/{name}": tokens for name, tokens in by_source.items()}
         self.writer.write(record)
         self.mirror.copy_sometimes()
         drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
@@ -242,13 +244,12 @@ class _Run:
         start, config = time.perf_counter(), self.config
         model = self.trainer.model(state)
         with NOW.doing("evaluate"):
-            self.score = evaluate(
-                model,
-                self.validation,
-                config.data.sequence_length,
-                evaluation_rows(config),
-                lambda tokens: NOW.go_on(),
-            )
+            length, rows = config.data.sequence_length, evaluation_rows(config)
+            scores = {
+                name: evaluate(model, part, length, rows, lambda tokens: NOW.go_on())
+                for name, part in parts_of_stream(self.validation).items()
+            }
+        self.score = scores[""] if "" in scores else Score.of_all(scores.values())
         self.writer.write(
             {
                 "step": step,
@@ -256,6 +257,7 @@ class _Run:
                 "eval/perplexity": self.score.perplexity,
                 "eval/bits_per_byte": self.score.bits_per_byte,
             }
+            | {f"eval/loss/{name}": score.loss for name, score in scores.items() if name}
         )
         self.writer.print(
             f"step {step}: validation perplexity {self.score.perplexity:.2f}, "

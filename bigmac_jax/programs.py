@@ -55,7 +55,7 @@ ROW_PAGES = 4  # that a row of a prompt fills: a longer row reads what stands be
 @hosts.Jit
 def evaluate(model: Transformer, batch: Batch) -> TokenScores:
     """Scores of the targets, on every process; logits are not held whole."""
-    return jax.sharding.reshard(token_scores(model, batch), replicated_spec(2))
+    return jax.tree.map(lambda v: jax.sharding.reshard(v, replicated_spec(v.ndim)), token_scores(model, batch))
 
 
 def evaluation_rows(config: Config) -> int:

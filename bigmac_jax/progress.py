@@ -31,6 +31,7 @@ class Progress:
         silent: bool = False,
     ):
         self._title, self._total, self._unit, self._done, self._delay = title, total, unit, initial, delay
+        self._initial = initial
         self._told = -1  # what the last plain line said was done
         self._plain = not silent and not sys.stderr.isatty()
         self._start = self._said = time.monotonic()
@@ -54,7 +55,11 @@ class Progress:
     def _say(self) -> None:
         self._said, self._told = time.monotonic(), self._done
         share = f"{self._done / self._total:.0%} of {self._total:,}" if self._total else f"{self._done:,}"
-        print(f"{self._title}: {share} {self._unit}s, {self._said - self._start:.0f} s", file=sys.stderr, flush=True)
+        seconds, more = self._said - self._start, ""
+        if (rate := (self._done - self._initial) / max(seconds, 1e-9)) and seconds > 1:
+            more = f", {rate:,.0f} a second"
+            more += f", {(self._total - self._done) / rate:,.0f} s left" if self._done < self._total else ""
+        print(f"{self._title}: {share} {self._unit}s, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

@@ -11,7 +11,7 @@ import jax
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
-from bigmac_jax.data.cache import CachedStream
+from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.mesh import batch_spec
@@ -49,7 +49,7 @@ class Start(NamedTuple):
     checkpoints: Checkpoints
     data: TrainIterator
     rows: Sequence[int]
-    validation: CachedStream | None
+    validation: TokenStream | None
     step: int
     state: TrainState
     position: dict[str, Any]

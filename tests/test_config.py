@@ -306,7 +306,7 @@ def changed(name: str) -> Config:
         "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
         "model.group_scores": "top_2", "optimizer.name": "muon", "optimizer.schedule": "wsd", "optimizer.momentum": 0.9,
         "optimizer.moment_dtype": "bfloat16", "optimizer.average_decay": 0.9,
-        "train.on_bad_step": "skip", "train.spike_factor": 2.0, "data.documents": "masked",
+        "data.mixture": "x=1", "train.on_bad_step": "skip", "train.spike_factor": 2.0, "data.documents": "masked",
     }  # fmt: skip
     value = FIELDS[name]
     if name in special:
@@ -319,13 +319,15 @@ def changed(name: str) -> Config:
     return from_dict({section: {field: new}} if section else {field: new})
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in ("model.top_groups", "data.packing")])
+@pytest.mark.parametrize(
+    "name", [name for name in FIELDS if name not in ("model.top_groups", "data.packing", "data.curriculum")]
+)
 def test_check_resume(name: str) -> None:
     """How a run is executed may change, and where its data lies; what is computed may not, and is refused by name."""
     allowed = {"train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
                "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
                "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
-               "data.num_workers"}  # fmt: skip
+               "data.num_workers", "data.mixture"}  # fmt: skip
     if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))
         return

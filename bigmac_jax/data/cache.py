@@ -1,39 +1,29 @@
-"""The token stream of a split, tokenised once into an array_record file and read at random.
+"""The token stream of a split, tokenised once into shards (`shards`) and read at random."""
 
-Convention, for training and evaluation alike: one end-of-text token, then every document followed by one.
-"""
-
+import collections
 import hashlib
 import json
 import logging
+import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import threading
 from typing import Any, Protocol
 
-import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
-from bigmac_jax.config import parse_object, sealed, unsealed
+from bigmac_jax import storage
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.corpus import joined
 from bigmac_jax.data.documents import Documents
-from bigmac_jax.data.files import Digests, cache_directory, file_digest, made_once
-from bigmac_jax.data.tokenizer import PIECE, Tokenizer, pieces
-from bigmac_jax.phases import NOW
-from bigmac_jax.progress import Progress
+from bigmac_jax.data.encoding import Counts
+from bigmac_jax.data.files import Digests, cache_directory, file_digest
+from bigmac_jax.data.shards import INDEX, SHARD, Store, unit_of
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.data.workers import fill
 
-CHUNK = 4096  # tokens a record; a sample reads one record or two
-_VERSION = 2  # of the files; a new one makes old caches unused
-_BATCH = 8 * PIECE  # characters that are encoded at a time
+_VERSION = 3  # of the files; a new one makes old caches unused
+_OPEN = 64  # shards that are open at a time
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Counts:
-    tokens: int = 0
-    documents: int = 0
-    bytes: int = 0  # of the text as UTF-8
-    words: int = 0  # len(text.split())
 
 
 class TokenStream(Protocol):
@@ -87,122 +77,140 @@ class MemoryStream(_Counted):
         return self._tokens[start:stop].astype(np.int32)
 
 
+class JoinedStream(_Counted):
+    """Streams one behind the other, by name.
+
+    text: the fingerprint of all their documents.
+    """
+
+    def __init__(self, parts: "dict[str, CachedStream]"):
+        self.parts, self.counts = parts, Counts()
+        for part in parts.values():
+            self.counts.add(part.counts)
+        self.text = joined([part.text for part in parts.values()])
+        self.eos_id = next(iter(parts.values())).eos_id
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        self._check(start, stop)
+        found, first = [np.zeros(0, np.int32)], 0
+        for part in self.parts.values():
+            a, b = max(start - first, 0), min(stop - first, part.num_tokens)
+            if a < b:
+                found.append(part.tokens(a, b))
+            first += part.num_tokens
+        return np.concatenate(found)
+
+
 class CachedStream(_Counted):
-    """A stream on disk. It can be pickled, and read from several threads.
+    """A stream on disk. It can be pickled, and read from several threads. Shards are opened when they are read, those
+    of an object store fetched then.
 
     text: the fingerprint of its documents.
     """
 
-    def __init__(self, directory: pathlib.Path, counts: Counts, dtype: str, text: str, eos_id: int):
-        self.counts, self._dtype, self.text, self.eos_id = counts, np.dtype(dtype), text, eos_id
-        self._records = grain.sources.ArrayRecordDataSource(str(directory / _TOKENS))
+    def __init__(self, store: Store, index: dict[str, Any], text: str, eos_id: int):
+        self.counts, self._dtype = Counts(**index["counts"]), np.dtype(index["dtype"])
+        self.text, self.eos_id = text, eos_id
+        self._folder, self._kept = store.folder, store.kept
+        self._names = [name for name, _, _ in index["shards"]]
+        self._digests = [digest for _, _, digest in index["shards"]]
+        self._start = np.cumsum([0, *(tokens for _, tokens, _ in index["shards"])])
+        self._files: collections.OrderedDict[int, int] = collections.OrderedDict()  # shard → its descriptor
+        self._lock = threading.Lock()
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         self._check(start, stop)
-        if start == stop:
-            return np.zeros(0, np.int32)
-        first, last = start // CHUNK, (stop - 1) // CHUNK
-        # One at a time: the plural __getitems__ starts a pool of threads on every call and is 7 times slower.
-        records = b"".join([self._records[i] for i in range(first, last + 1)])
-        tokens = np.frombuffer(records, self._dtype)
-        return tokens[start - first * CHUNK : stop - first * CHUNK].astype(np.int32)
+        found = np.empty(stop - start, np.int32)
+        at, shard = start, int(np.searchsorted(self._start, start, "right")) - 1
+        while at < stop:
+            first = int(self._start[shard])
+            end = min(stop, int(self._start[shard + 1]))
+            found[at - start : end - start] = self._read(shard, at - first, end - first)
+            at, shard = end, shard + 1
+        return found
+
+    def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """pread and no map: what is read does not count as memory of this process."""
+        size = self._dtype.itemsize
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = os.open(self._local(shard), os.O_RDONLY)
+                if len(self._files) > _OPEN:
+                    os.close(self._files.popitem(last=False)[1])
+            else:
+                self._files.move_to_end(shard)
+            content = os.pread(file, (stop - start) * size, start * size)
+        if len(content) != (stop - start) * size:
+            raise OSError(f"{self._folder / self._names[shard]}.bin is shorter than it was when the stream was opened")
+        return np.frombuffer(content, self._dtype)
+
+    def _local(self, shard: int) -> pathlib.Path:
+        path = self._folder / f"{self._names[shard]}.bin"
+        if self._kept != self._folder and not path.exists():
+            storage.fetch_file(self._kept / path.name, path)
+            if file_digest(path) != self._digests[shard]:
+                path.unlink()
+                raise ConfigError(
+                    f"{self._kept / path.name} is damaged; remove {self._kept}, and the text is tokenised again"
+                )
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_files": collections.OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            os.close(file)
 
 
-_TOKENS, _META = "tokens.array_record", "meta.json"
+def cached_stream(
+    docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int = 0
+) -> CachedStream:
+    """Opens the tokens of `docs`, and makes those first that are not in the cache or are damaged there.
 
+    Safe against other processes and hosts that do the same, which share the work, and against being killed at any
+    moment.
 
-def cached_stream(docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str) -> CachedStream:
-    """Opens the tokens of `docs`, and makes them first if they are not in the cache or are damaged there.
-
-    Safe against other processes that do the same, and against being killed at any moment (`made_once`).
+    Args:
+      processes: that tokenise on this machine, at most; 0: as many as there are cores.
     """
-    key = hashlib.sha256(json.dumps([_VERSION, CHUNK, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
-    path = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
-    digests, made = Digests(cache_dir, str(path)), list[str]()
-
-    def opened(folder: pathlib.Path) -> CachedStream | None:
-        while made:  # this process has just read it
-            digests.add(folder / _TOKENS, made.pop())
-        return _open(folder, key, docs.fingerprint, tokenizer.eos_id, digests)
-
-    def make(folder: pathlib.Path) -> None:
-        made.append(_write(folder, key, docs, split, tokenizer))
-
-    return made_once(path, opened, make, last=_META)
-
-
-def _open(path: pathlib.Path, key: str, text: str, eos_id: int, digests: Digests) -> CachedStream | None:
-    if not path.exists():
-        return None
-    try:
-        meta = unsealed(parse_object((path / _META).read_bytes()))  # fewer tokens would be read without a word
-        if meta["key"] == key and [meta["digest"]] == digests([path / _TOKENS]):
-            return CachedStream(path, Counts(**meta["counts"]), meta["dtype"], text, eos_id)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    _log.warning("%s is damaged; tokenising again", path)
-    return None
-
-
-def _write(directory: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer) -> str:
-    """Returns the digest of the tokens' file."""
-    counts = Counts()
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    writer = ArrayRecordWriter(str(directory / _TOKENS), "group_size:1,uncompressed")
-    left, seen = np.zeros(0, dtype), 0
-    with NOW.doing("tokenise"), Progress(f"tokenising {split}", docs.size, "byte", scaled=True, delay=2) as progress:
-        for part in encode_stream(docs, tokenizer, counts):
-            left = np.concatenate([left, part.astype(dtype)])
-            whole = len(left) // CHUNK * CHUNK
-            for chunk in left[:whole].reshape(-1, CHUNK):
-                writer.write(chunk.tobytes())
-            left = left[whole:]
-            progress.update(counts.bytes - seen)
-            seen = counts.bytes
-    if len(left):
-        writer.write(left.tobytes())
-    writer.close()
-    meta: dict[str, Any] = {"key": key, "counts": asdict(counts), "dtype": dtype.name, "chunk": CHUNK}
-    meta["digest"] = file_digest(directory / _TOKENS)
-    (directory / _META).write_text(json.dumps(sealed(meta), indent=2) + "\n")
-    _log.info("%s split: %s", split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items()))
-    return str(meta["digest"])
+    key = hashlib.sha256(json.dumps([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
+    kept = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
+    store, digests = Store(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
+    storage.make_folder(store.folder)
+    while True:
+        index = store.index()
+        if index is None:
+            if (store.folder / INDEX).exists():
+                _log.warning("%s is damaged (its index); tokenising again", kept)
+            old = {unit for unit in range(len(docs.units)) if store.finished(unit) is not None}
+            fill(store, processes)
+            index = store.finish()
+            made = {
+                store.folder / f"{name}.bin": digest for name, _, digest in index["shards"] if unit_of(name) not in old
+            }
+            digests.add({path: digest for path, digest in made.items() if path.exists()})
+        damaged = _damaged(store, index, digests)
+        if store.kept != store.folder:  # of the copies here, which are fetched again
+            for name in damaged:
+                (store.folder / f"{name}.bin").unlink()
+        elif damaged:
+            _log.warning("%s is damaged (%s); tokenising again", kept, ", ".join(f"{name}.bin" for name in damaged[:5]))
+            store.forget(damaged)
+            continue
+        return CachedStream(store, index, docs.fingerprint, tokenizer.eos_id)
 
 
-def encode_stream(docs: Iterable[str], tokenizer: Tokenizer, counts: Counts) -> Iterator[np.ndarray]:
-    """Yields the stream as int arrays of bounded length and adds up `counts` on the way."""
-    eos = np.array([tokenizer.eos_id], np.uint32)
-    counts.tokens += 1
-    yield eos
-    for batch in _batches(docs, counts):
-        arrays: list[np.ndarray] = []
-        for ids, (_, last) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch, strict=True):
-            arrays.append(np.array(ids, np.uint32))
-            if last:
-                arrays.append(eos)
-        joined = np.concatenate(arrays)
-        counts.tokens += len(joined)
-        yield joined
-
-
-def _batches(docs: Iterable[str], counts: Counts) -> Iterator[list[tuple[str, bool]]]:
-    """Groups pieces of documents, each with whether it is the document's last, to about _BATCH characters."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for doc in docs:
-        before = " "
-        start = 0
-        for piece in pieces(doc):
-            start += len(piece)
-            counts.bytes += len(piece.encode())
-            # A word that a forced cut halved counts once.
-            counts.words += len(piece.split()) - (not before[-1].isspace() and not piece[0].isspace())
-            before = piece
-            batch.append((piece, start == len(doc)))
-            size += len(piece)
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
-        counts.documents += 1
-    if batch:
-        yield batch
+def _damaged(store: Store, index: dict[str, Any], digests: Digests) -> list[str]:
+    """Names of shards that are not what the index says; of an object store those that are here."""
+    known = {store.folder / f"{name}.bin": digest for name, _, digest in index["shards"]}
+    here = [path for path in known if store.kept == store.folder or path.exists()]
+    missing = [path for path in here if not path.is_file()]
+    here = [path for path in here if path not in set(missing)]
+    wrong = [path for path, found in zip(here, digests(here), strict=True) if found != known[path]]
+    return sorted(path.stem for path in {*missing, *wrong})

@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.documents import Documents, one_line
+from bigmac_jax.data.documents import Content, Documents, Seen, Unit, one_line
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class TfdsDocuments(Documents):
     Raises:
       ConfigError: unknown dataset, split or feature; a dataset that cannot be downloaded or prepared here.
     """
+
+    alone = True  # a builder may be known to this process alone
 
     def __init__(self, source: str, setting: str, split: str, text_field: str, cache_dir: str):
         self.setting = f"{setting}={source}"
@@ -77,7 +79,7 @@ class TfdsDocuments(Documents):
         key = [info.full_name, where, self.split, list(split.shard_lengths), int(split.num_bytes), self.text_field]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
-    def read(self) -> Iterator[tuple[str, str | bytes, bool]]:
+    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
         try:
             rows = self.builder.as_data_source(split=self.split)
             count = len(rows)
@@ -93,6 +95,7 @@ class TfdsDocuments(Documents):
                     f"data.text_field={self.text_field!r} of {self.setting} holds {type(content).__name__}, not text; "
                     f"use another feature"
                 )
+            seen.source += len(content)
             yield self.setting, content, False
 
     def _unreadable(self, error: Exception) -> str:

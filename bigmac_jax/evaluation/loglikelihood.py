@@ -160,7 +160,8 @@ def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size
     tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    nll_BL, likeliest_BL = map(np.asarray, programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2))))
+    of_tokens = programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2)))
+    nll_BL, likeliest_BL = np.asarray(of_tokens.nll_BL), np.asarray(of_tokens.likeliest_BL)
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
         last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)

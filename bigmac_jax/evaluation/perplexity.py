@@ -4,13 +4,13 @@ B batch, L length.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigmac_jax import programs
-from bigmac_jax.data.batch import NO_TARGET
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.pipeline import eval_batches, padded
 from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
@@ -38,11 +38,52 @@ class Score(NamedTuple):
         bits = nll / math.log(2) / max(1, num_bytes)
         return cls(loss, exp(loss), exp(nll / max(1, words)), bits, tokens, words, num_bytes)
 
+    @classmethod
+    def of_all(cls, scores: Iterable["Score"]) -> "Score":
+        """Of texts together, each scored by itself."""
+        nll, tokens, words, num_bytes = (
+            sum(values)
+            for values in zip(*((s.loss * s.tokens, s.tokens, s.words, s.bytes) for s in scores), strict=True)
+        )
+        return cls.of(nll, int(tokens), int(words), int(num_bytes))
+
     def describe(self) -> str:
         return (
             f"perplexity {self.perplexity:.3f}, {self.bits_per_byte:.4f} bits per byte, perplexity a word "
             f"{self.word_perplexity:,.1f} ({self.tokens:,} tokens, {self.words:,} words, {self.bytes:,} bytes)"
         )
+
+
+class Reading(NamedTuple):
+    """What a model made of a text. Y layers with experts, E experts; empty without experts."""
+
+    score: Score
+    load_YE: np.ndarray  # share of the choices that went to each expert
+    entropy_Y: np.ndarray  # of the router's scores, mean over tokens, nats
+
+
+class _Routers:
+    """Means of what the routers did, over tokens that are of a text: choices of padding in packed windows are dealt out
+    evenly, and taken off; batches with other padding are left out where there are others."""
+
+    def __init__(self) -> None:
+        self._load: Any = 0.0
+        self._entropy: Any = 0.0
+        self._tokens = 0.0
+
+    def add(self, batch: Batch, load_YE: np.ndarray, entropy_Y: np.ndarray) -> None:
+        size, padding = batch.inputs_BL.size, 0
+        if batch.segments_BL is not None:
+            padding = int((batch.segments_BL == PADDING).sum())
+        elif self._tokens and (batch.targets_BL[:, -1] == NO_TARGET).any():
+            return
+        tokens = size - padding
+        self._load = self._load + load_YE * size - padding / max(1, load_YE.shape[1])
+        self._entropy = self._entropy + entropy_Y * tokens
+        self._tokens += tokens
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._load / self._tokens, self._entropy / self._tokens
 
 
 def evaluate(
@@ -54,6 +95,19 @@ def evaluate(
     stride: int = 0,
     documents: str = "",
 ) -> Score:
+    """The score of `read`, whose arguments it takes."""
+    return read(model, stream, sequence_length, batch_size, on_batch, stride, documents).score
+
+
+def read(
+    model: Transformer,
+    stream: Any,
+    sequence_length: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+    stride: int = 0,
+    documents: str = "",
+) -> Reading:
     """Scores a token stream in windows of `sequence_length`, dropless, sums in float64 on the host.
 
     Batches are padded with rows without targets to a multiple of the mesh's batch shards.
@@ -64,13 +118,15 @@ def evaluate(
       stride, documents: as for `eval_batches`; by default the model's data.documents.
     """
     rows = -(-batch_size // batch_ranks()) * batch_ranks()
-    total, count = 0.0, 0
+    total, count, routers = 0.0, 0, _Routers()
     documents = documents or model.config.data.documents
     for batch in eval_batches(stream, sequence_length, batch_size, stride, documents):
-        scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
+        whole = padded(batch, rows)
+        scores = programs.evaluate(model, place(whole, batch_spec(2)))
         counts_BL = batch.targets_BL != NO_TARGET
         nll_BL = np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)]
         total += float(nll_BL[counts_BL].sum())
         count += int(counts_BL.sum())
+        routers.add(whole, np.asarray(scores.load_YE, np.float64), np.asarray(scores.entropy_Y, np.float64))
         on_batch(int(counts_BL.sum()))
-    return Score.of(total, count, stream.num_words, stream.num_bytes)
+    return Reading(Score.of(total, count, stream.num_words, stream.num_bytes), *routers.means())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from bigmac_jax.config import Config
+from bigmac_jax.config.mixture import parse_mixture
 from bigmac_jax.counts import parameters
 
 
@@ -29,6 +30,9 @@ def text(config: Config, model_type: str, trained: Trained | None, name: str, ha
     if trained is not None and trained.step:
         tokens = trained.step * data.batch_size * data.sequence_length
         source = data.source if "://" in data.source or ":" in data.source else pathlib.Path(data.source).name
+        source = (
+            f"a mixture: {', '.join(part.name for part in parts)}" if (parts := parse_mixture(data.mixture)) else source
+        )
         rows["trained"] = f"{trained.step:,} steps on {tokens:,} tokens of {source}"
     if trained is not None and trained.loss is not None:
         rows["validation loss"] = f"{trained.loss:.4f} nats a token (perplexity {math.exp(trained.loss):.2f})"

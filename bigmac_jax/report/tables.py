@@ -38,6 +38,10 @@ def facts(run: Run) -> dict[str, str]:
         "training loss, last": _of(last["loss"], "{:.4f}".format),
         "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
         "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,
+        "windows by source": _by_source(last, "tokens/", lambda tokens, whole: f"{tokens / whole:.1%}"),
+        "validation loss by source": _by_source(
+            scores[-1] if scores else {}, "eval/loss/", lambda loss, _: f"{loss:.4f}"
+        ),
         "tokens a second, median": _of(_median(run, "tokens_per_s"), "{:,.0f}".format),
         "MFU, median": _of(_median(run, "mfu"), "{:.1%}".format),
         "dropped choices, mean": _of(_mean(run, "moe/drop_rate"), "{:.2%}".format),
@@ -138,6 +142,13 @@ def _experts(run: Run) -> str:
     model = run.config.get("model", {})
     vanilla = model.get("structure") == "vanilla"
     return f"{len(load[0])}, top-{model.get('vanilla_top_k' if vanilla else 'top_k', NONE)}"
+
+
+def _by_source(record: dict[str, Any], prefix: str, show: Any) -> str:
+    """Of a mixture, from a record that has a value for each of its sources."""
+    values = {name.removeprefix(prefix): v for name, v in record.items() if name.startswith(prefix) and v is not None}
+    whole = sum(values.values()) or 1
+    return ", ".join(f"{name} {show(value, whole)}" for name, value in values.items()) or NONE
 
 
 def _value(value: Any) -> str:

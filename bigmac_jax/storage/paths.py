@@ -250,6 +250,20 @@ def send_tree(source: pathlib.Path, target: pathlib.Path, last: str = "") -> Non
         send(source / last)
 
 
+def fetch_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies an object into a local file, which appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.part-") as folder:
+        part = pathlib.Path(folder) / target.name
+        filesystem(source).get_file(str(source), str(part))
+        part.replace(target)
+
+
+def send_file(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a local file to an object."""
+    filesystem(target).put_file(str(source), str(target))
+
+
 @contextlib.contextmanager
 def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """As `local_file`; ConfigError where the store has none."""

@@ -55,6 +55,8 @@ class TokenScores(NamedTuple):
 
     nll_BL: Array  # -log p(target), nats, float32
     likeliest_BL: Array  # whether no token has a larger logit; of equals the first counts
+    load_YE: Array  # share of the choices that went to each expert, padding's among them
+    entropy_Y: Array  # of the router's scores, mean over tokens but padding's, nats
 
 
 @jax.named_scope("loss")
@@ -113,10 +115,11 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
         return nll_BL, likeliest_BL
 
-    x_BLD, _ = model.features(batch.inputs_BL, batch.segments_BL, dropless=True)
+    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropless=True)
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     specs = token_spec(2), token_spec(2)
-    return TokenScores(*on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs))
+    nll_BL, likeliest_BL = on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs)
+    return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy)
 
 
 def _of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:

@@ -12,9 +12,8 @@ from typing import Any
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
-from bigmac_jax.data.cache import CachedStream
-from bigmac_jax.data.corpus import fingerprint
-from bigmac_jax.data.datasets import DATASET
+from bigmac_jax.data.cache import CachedStream, JoinedStream
+from bigmac_jax.data.corpus import fingerprint, has_splits
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.environment import edition
@@ -222,7 +221,7 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
             )
 
 
-def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
+def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> CachedStream | JoinedStream:
     """The tokens of a split of the run's data.
 
     Raises:
@@ -295,7 +294,7 @@ def _of_own_files(config: Config) -> dict[str, str]:
     found = {}
     for split in ("validation", "test"):
         source = getattr(config.data, f"{split}_source")
-        if source and source != "sotu" and not source.startswith(DATASET):
+        if source and not has_splits(source):
             with contextlib.suppress(ConfigError):  # evaluation will say what is wrong with it
                 found[split] = fingerprint(config.data, split, config.cache_dir)
     return found

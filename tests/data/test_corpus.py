@@ -9,8 +9,9 @@ import tiny_dataset  # noqa: F401  registers the datasets
 
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.data import sotu as sotu_module
+from bigmac_jax.data import splits
 from bigmac_jax.data.corpus import documents, fingerprint
-from bigmac_jax.data.local import split_of
+from bigmac_jax.data.splits import key_of, split_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -121,25 +122,74 @@ def test_folder_file_and_glob(tmp_path):
     (folder / "deep").mkdir(parents=True)
     (folder / "b.txt").write_bytes("zwei\r\nZeilen ü".encode())
     (folder / "deep" / "c.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "x": 1}\n')
-    (folder / "readme.md").write_text("not a document")
+    (folder / "README.md").write_text("not a document")
+    (folder / ".hidden").write_text("nor this")
     own = {"validation_source": "-", "test_source": "-"}  # nothing held out
     assert read(tmp_path, source=str(folder), **own) == ["zwei\r\nZeilen ü", "three", "four"]
     assert read(tmp_path, source=str(folder / "**" / "*.jsonl"), **own) == ["three", "four"]
     assert read(tmp_path, source=str(folder / "b.txt"), **own) == ["zwei\r\nZeilen ü"]
 
 
-def test_held_out_by_number(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(200)))
-    got = {split: read(tmp_path, split, source=str(path)) for split in SPLITS}
-    assert got == {split: [f"row {i}" for i in range(200) if split_of(i) == split] for split in SPLITS}
+def rows(path: pathlib.Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_many_documents_are_held_out_by_a_hash_of_their_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "FEW", 100)
+    texts = [f"row {i}" for i in range(300)]
+    source = rows(tmp_path / "rows.jsonl", texts)
+    got = {split: read(tmp_path, split, source=source) for split in SPLITS}
+    assert got == {split: [text for text in texts if split_of(key_of(text)) == split] for split in SPLITS}
     assert min(map(len, got.values())) > 3
     # A split with a path of its own is not cut out of the source.
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"text": "other"}')
-    assert read(tmp_path, "validation", source=str(path), validation_source=str(other)) == ["other"]
-    train = read(tmp_path, source=str(path), validation_source=str(other))
-    assert train == [f"row {i}" for i in range(200) if split_of(i) != "test"]
+    other = rows(tmp_path / "other.jsonl", ["other"])
+    assert read(tmp_path, "validation", source=source, validation_source=other) == ["other"]
+    train = read(tmp_path, source=source, validation_source=other)
+    assert train == [text for text in texts if split_of(key_of(text)) != "test"]
+    # In another order, and twice each: a text is in the same split, and in no other.
+    again = rows(tmp_path / "again.jsonl", texts[::-1] + texts)
+    assert set(read(tmp_path, "validation", source=again)) == set(got["validation"])
+
+
+@pytest.mark.parametrize("count", [3, 4, 30, 1000])
+def test_few_documents_are_held_out_by_a_share_of_the_text(tmp_path, caplog, count):
+    """At least one each; no document in two splits, none lost, and the share is near where documents are small."""
+    source = rows(tmp_path / "rows.jsonl", [f"{i} " * (1 + 37 * i % 101) for i in range(count)])
+    whole = read(tmp_path, source=source, validation_source="-", test_source="-")
+    with caplog.at_level(logging.INFO):
+        got = {split: read(tmp_path, split, source=source) for split in SPLITS}
+    assert sorted(text for texts in got.values() for text in texts) == sorted(whole) and len(whole) == count
+    shares = {split: sum(map(len, texts)) / sum(map(len, whole)) for split, texts in got.items()}
+    assert min(map(len, got.values())) >= 1 and shares["train"] > 0.5
+    if count >= 30:
+        assert all(abs(shares[split] - 0.05) < 0.6 / count for split in ("validation", "test")), shares
+    line = next(r.message for r in caplog.records if "held out are" in r.message)
+    assert f"{len(got['test'])} of {count} documents, {shares['test']:.1%} of the text, for test" in line
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_fewer_documents_than_splits_the_ends_are_held_out(tmp_path, caplog, count):
+    texts = [f"document {i}: " + "".join(f"{word} " for word in range(200_000)) for i in range(count)]
+    source = rows(tmp_path / "rows.jsonl", texts)
+    with caplog.at_level(logging.INFO):
+        got = {split: read(tmp_path, split, source=source) for split in SPLITS}
+    assert [list(parts) for parts in zip(*got.values(), strict=True)] == [
+        [text[:a], text[a:b], text[b:]]
+        for text, (a, b) in zip(texts, _edges(got), strict=True)
+    ]  # fmt: skip
+    for text, (a, b) in zip(texts, _edges(got), strict=True):
+        assert abs(a / len(text) - 0.9) < 1e-4 and abs(b / len(text) - 0.95) < 1e-4
+        assert text[a] == text[b] == " "  # no word is cut
+    assert "5% for validation, 5% for test" in caplog.text
+    # The end alone, where the other split has a path of its own; and all of it where both have.
+    if count == 1:
+        assert read(tmp_path, "test", source=source, validation_source="-") == got["test"]
+    assert read(tmp_path, source=source, validation_source="-", test_source="-") == texts
+
+
+def _edges(got: dict[str, list[str]]) -> list[tuple[int, int]]:
+    return [(len(a), len(a) + len(b)) for a, b in zip(got["train"], got["validation"], strict=True)]
 
 
 def test_fingerprint_follows_content(tmp_path):
@@ -209,14 +259,13 @@ def test_nothing_to_read(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "one.txt").write_text("one")
-    (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7")
     for source, split, message in [
-        ("empty", "train", "holds no .txt or .jsonl file"),
+        ("empty", "train", "holds no file; put files there that are .txt, .jsonl"),
         ("missing.txt", "train", "data.source='.*missing.txt' is not there; use sotu"),
         ("*.nothing", "train", "is not there"),
-        ("a.pdf", "train", "must be a file that ends in .txt or .jsonl"),
+        ("a.pdf", "train", "a.pdf seems to be PDF, and read are .txt, .*; convert it"),
         ("blank.txt", "train", r"0 documents with text \(1 empty\)"),
-        ("one.txt", "validation", "0 documents.*set data.validation_source"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read(tmp_path, split, source=str(tmp_path / source))

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import cache as cache_module
 from bigmac_jax.data import files
+from bigmac_jax.data.documents import WHOLE
 from bigmac_jax.data.files import Digests
 from bigmac_jax.data.local import LocalDocuments
 from bigmac_jax.data.pipeline import open_stream
@@ -62,11 +62,9 @@ def test_a_second_start_reads_no_text(corpus, settled, make_config, monkeypatch)
 def test_ten_thousand_files_of_five_gigabytes(tmp_path, make_config, monkeypatch) -> None:
     """They are sparse; what is tokenised is something shorter."""
 
-    class Few(list[str]):
-        size = 10
-
-    write = cache_module._write
-    monkeypatch.setattr(cache_module, "_write", lambda path, key, _, *more: write(path, key, Few(["a few"]), *more))
+    monkeypatch.setattr(LocalDocuments, "units", [()])
+    monkeypatch.setattr(LocalDocuments, "read", lambda self, unit, seen: iter([("a", "a few", False)]))
+    monkeypatch.setattr(LocalDocuments, "portion", lambda self, beginning: WHOLE)
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(10_000):

@@ -9,7 +9,8 @@ import requests
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import datasets
-from bigmac_jax.data.files import disk_full, whole_directory
+from bigmac_jax.data.files import disk_full
+from bigmac_jax.data.shards import written
 from bigmac_jax.evaluation.tasks.rows import read_rows
 
 
@@ -60,8 +61,9 @@ def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
 def test_a_full_disk_is_named(tmp_path):
     mount = next(str(parent) for parent in tmp_path.parents if parent.is_mount())
     said = rf"stream cannot be written: the disk at {mount} \(.* GB\) is full"
-    with pytest.raises(ConfigError, match=said), whole_directory(tmp_path / "stream"):
-        raise RuntimeError("write() failed: No space left on device")
+    with pytest.raises(ConfigError, match=said), written(tmp_path / "part", tmp_path / "stream"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not (tmp_path / "part").exists()
     caused = RuntimeError("failed")
     caused.__cause__ = OSError(errno.EDQUOT, "quota")
     assert disk_full(caused, tmp_path / "not" / "there").startswith(f"the disk at {mount}")

@@ -9,16 +9,17 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.pipeline import eval_batches, open_stream, samples, text_stream, train_iterator
+from bigmac_jax.data.pipeline import eval_batches, open_stream, shuffled, text_stream, train_iterator, windows
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 LENGTH, BATCH = 16, 8
+WHOLE = {"validation_source": "-", "test_source": "-"}  # nothing is held out of the text
 
 
 @pytest.fixture
 def small(text_file, make_config):
     """(config, stream): 5,003 tokens, 312 windows; 39 batches are an epoch."""
-    config = make_config(text_file, sequence_length=LENGTH, batch_size=BATCH)
+    config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=BATCH)
     return config, open_stream(config, "train", ByteTokenizer())
 
 
@@ -55,14 +56,14 @@ def test_every_epoch_is_another_permutation(small):
 
 
 def test_an_epoch_may_end_inside_a_batch(text_file, make_config):
-    config = make_config(text_file, sequence_length=LENGTH, batch_size=10)
+    config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=10)
     stream = open_stream(config, "train", ByteTokenizer())
     order = windows_of(take(train_iterator(config, stream), 63), stream)
     assert sorted(order[:312]) == sorted(order[312:624]) == list(range(312))
 
 
 def test_the_seed_decides(small, make_config, text_file):
-    other = make_config(text_file, seed=1, sequence_length=LENGTH, batch_size=BATCH)
+    other = make_config(text_file, **WHOLE, seed=1, sequence_length=LENGTH, batch_size=BATCH)
     assert (take(train_iterator(*small), 3) == take(train_iterator(*small), 3)).all()
     assert (take(train_iterator(*small), 3) != take(train_iterator(other, small[1]), 3)).any()
 
@@ -70,7 +71,7 @@ def test_the_seed_decides(small, make_config, text_file):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batches(small, count):
     config, stream = small
-    dataset = samples(config, stream)
+    dataset = shuffled(config, windows(config, stream))
     expected = np.stack([np.stack([dataset[g * BATCH + j] for j in range(BATCH)]) for g in range(50)])
     for rows in (np.arange(BATCH).reshape(count, -1), np.arange(BATCH).reshape(-1, count).T):  # blocks, and strided
         parts = [take(train_iterator(config, stream, part.tolist()), 50) for part in rows]
@@ -94,7 +95,7 @@ def test_resume_is_exact_across_processes_and_workers(small, text_file, make_con
 
 def test_worker_processes(small, text_file, make_config):
     expected = take(train_iterator(*small), 30)
-    config = make_config(text_file, sequence_length=LENGTH, batch_size=BATCH, num_workers=1)
+    config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=BATCH, num_workers=1)
     iterator = train_iterator(config, small[1])
     np.testing.assert_array_equal(take(iterator, 5), expected[:5])
     state = iterator.get_state()
@@ -116,10 +117,10 @@ def test_throughput(sotu):
 
 
 def test_too_little_text(small, make_config, text_file):
-    config = make_config(text_file, sequence_length=5003, batch_size=1)
+    config = make_config(text_file, **WHOLE, sequence_length=5003, batch_size=1)
     with pytest.raises(ConfigError, match=r"5003 training tokens, 0 windows of data.sequence_length=5003"):
         train_iterator(config, small[1])
-    config = make_config(text_file, sequence_length=LENGTH, batch_size=313)
+    config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=313)
     with pytest.raises(ConfigError, match=r"312 windows .* fewer than data.batch_size=313"):
         train_iterator(config, small[1])
 

@@ -16,13 +16,14 @@ import tiny_dataset  # noqa: F401  registers the datasets
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import cache as cache_module
-from bigmac_jax.data import files
+from bigmac_jax.data import cache, encoding, files, local, shards
+from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.pipeline import open_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 EOS = 256
+NOTHING_HELD_OUT = {"validation_source": "-", "test_source": "-"}
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -43,24 +44,29 @@ def rows(tmp_path):
 
 def test_convention_and_counts(rows, make_config, tmp_path):
     path, texts = rows
-    stream = open_stream(make_config(path, validation_source="-", test_source="-"), "train", ByteTokenizer())
+    stream = open_stream(make_config(path, **NOTHING_HELD_OUT), "train", ByteTokenizer())
     expected = [EOS, *(i for text in texts for i in [*text.encode(), EOS])]
     assert stream.tokens(0, stream.num_tokens).tolist() == expected
-    assert stream.num_tokens == len(expected) > 3 * cache_module.CHUNK
+    assert stream.num_tokens == len(expected) > 20_000
     assert stream.num_documents == len(texts)
     assert stream.num_bytes == sum(len(text.encode()) for text in texts)
     assert stream.num_words == sum(len(text.split()) for text in texts)
-    (meta,) = tmp_path.glob("cache/tokens/train-*/meta.json")
-    assert json.loads(meta.read_text())["dtype"] == "uint16"
+    (index,) = tmp_path.glob("cache/tokens/train-*/index.json")
+    assert json.loads(index.read_text())["dtype"] == "uint16"
 
 
-def test_random_access(rows, make_config):
+def test_random_access(rows, make_config, monkeypatch):
+    """Across shards, of which few are open at a time, and in a copy for another process."""
+    monkeypatch.setattr(encoding, "_BATCH", 1000)
+    monkeypatch.setattr(shards, "SHARD", 4096)
+    monkeypatch.setattr(cache, "_OPEN", 2)
     stream = open_stream(make_config(rows[0]), "train", ByteTokenizer())
     whole = stream.tokens(0, stream.num_tokens)
     assert whole.dtype == np.int32
-    chunk = cache_module.CHUNK
+    edges = stream._start[1:].tolist()
+    assert len(edges) > 5 and whole[0] == EOS
     copy = pickle.loads(pickle.dumps(stream))
-    for a, b in [(0, 1), (5, 5), (chunk - 1, chunk), (chunk, chunk + 1), (chunk - 3, 3 * chunk + 2),
+    for a, b in [(0, 1), (5, 5), (edges[0] - 1, edges[0]), (edges[0], edges[0] + 1), (edges[1] - 3, edges[4] + 2),
                  (stream.num_tokens - 1, stream.num_tokens)]:  # fmt: skip
         np.testing.assert_array_equal(stream.tokens(a, b), whole[a:b])
         np.testing.assert_array_equal(copy.tokens(a, b), whole[a:b])
@@ -73,15 +79,15 @@ def test_large_vocabularies_keep_their_ids(text_file, make_config):
     class Large(ByteTokenizer):
         vocab_size, eos_id, fingerprint = 100_001, 100_000, "large"
 
-    stream = open_stream(make_config(text_file), "train", Large())
+    stream = open_stream(make_config(text_file, **NOTHING_HELD_OUT), "train", Large())
     assert stream.tokens(0, 2).tolist() == [100_000, ord("0")]
     assert stream.tokens(stream.num_tokens - 1, stream.num_tokens).tolist() == [100_000]
 
 
 def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, tmp_path, monkeypatch):
     config, made = make_config(text_file), []
-    write = cache_module._write
-    monkeypatch.setattr(cache_module, "_write", lambda *a: (made.append(1), write(*a))[1])
+    make = shards.Store._make
+    monkeypatch.setattr(shards.Store, "_make", lambda *a: (made.append(1), make(*a))[1])
     first = open_stream(config, "train", ByteTokenizer())
     assert open_stream(config, "train", ByteTokenizer()).num_tokens == first.num_tokens
     assert len(made) == 1
@@ -95,50 +101,61 @@ def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, 
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta", "fewer tokens", "gone"])
-def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, damage):
-    config = make_config(rows[0])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "index", "fewer tokens", "gone", "unit"])
+def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, monkeypatch, damage):
+    """Of what is damaged alone: other units are not made again."""
+    monkeypatch.setattr(local, "UNIT", 20_000)
+    config, made = make_config(rows[0]), []
     expected = open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000)
-    (file,) = tmp_path.glob("cache/tokens/train-*/tokens.array_record")
+    folder = next(tmp_path.glob("cache/tokens/train-*"))
+    file, index = sorted(folder.glob("*.bin"))[1], folder / "index.json"
     content = file.read_bytes()
+    make = shards.Store._make
+    monkeypatch.setattr(shards.Store, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1])
     if damage == "truncated":
         file.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    elif damage == "meta":
-        file.with_name("meta.json").write_text('{"key"')
+    elif damage == "index":
+        index.write_text('{"key"')
     elif damage == "fewer tokens":
-        meta = json.loads(file.with_name("meta.json").read_text())
+        meta = json.loads(index.read_text())
         meta["counts"]["tokens"] = 20_000
-        file.with_name("meta.json").write_text(json.dumps(meta))
+        index.write_text(json.dumps(meta))
+    elif damage == "unit":
+        (folder / "00001.json").write_bytes(b"[")
+        index.write_bytes(b"")
     else:
         file.unlink()
     np.testing.assert_array_equal(open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000), expected)
-    assert sum("is damaged; tokenising again" in record.message for record in caplog.records) == 1
+    assert sum("tokenising again" in record.message for record in caplog.records) == 1
+    assert made == ([] if damage in ("index", "fewer tokens") else [1])
     assert file.read_bytes() == content
 
 
 def test_killed_half_way(make_config, tmp_path):
+    """What was finished stays; the rest is as if nothing had happened."""
     path = tmp_path / "large.txt"
     path.write_text("some words on a line\n" * 200_000)  # five batches
-    config = make_config(path)
+    config = make_config(path, **NOTHING_HELD_OUT)
     process = start(path, config.cache_dir, "bytes", "stop")
     assert process.stdout.readline() == "half-way\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    tokens = pathlib.Path(config.cache_dir) / "tokens"
-    assert list(tokens.glob(".train-*.part-*"))
-    assert not list(tokens.glob("train-*"))
-
-    open_stream(config, "train", ByteTokenizer())
-    assert not list(tokens.glob(".train-*.part-*"))
-    undisturbed = make_config(path)
-    object.__setattr__(undisturbed, "cache_dir", str(tmp_path / "undisturbed"))
-    open_stream(undisturbed, "train", ByteTokenizer())
-    files_of = [sorted(p.glob("tokens/train-*/*")) for p in (tmp_path / "cache", tmp_path / "undisturbed")]
-    assert len(files_of[0]) == 2
-    assert [f.read_bytes() for f in files_of[0]] == [f.read_bytes() for f in files_of[1]]
+    (folder,) = pathlib.Path(config.cache_dir).glob("tokens/train-*")
+    assert sorted(p.name for p in folder.glob("0*")) == ["00000-000.bin", "00000-000.json", "00000-001.bin",
+                                                          "00000-001.json"]  # fmt: skip
+    made = (folder / "00000-000.bin").stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 1 << 20)
+        patch.setattr(cache, "SHARD", 1 << 20)
+        stream = open_stream(config, "train", ByteTokenizer())
+    found = stream.tokens(0, stream.num_tokens)
+    assert found[1:-1].astype(np.uint8).tobytes() == path.read_bytes() and found[0] == found[-1] == EOS
+    assert stream.num_words == 1_000_000 and stream.num_documents == 1
+    assert (folder / "00000-000.bin").stat().st_mtime_ns == made
+    assert {p.suffix for p in folder.glob("00000-*")} == {".bin"} and not list(folder.glob("*.part"))
 
 
 def test_two_processes_at_once(make_config, tmp_path):
@@ -161,7 +178,7 @@ def test_one_large_document(make_config, tmp_path, sotu):
     path = tmp_path / "large.txt"
     words = "".join(f"word{i % 977} and\tmore\n" for i in range(500_000))
     path.write_text(words + "x" * 1_000_000)  # 11 MB, a word of 1 MB at the end
-    config = make_config(path)
+    config = make_config(path, **NOTHING_HELD_OUT)
     begin, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     stream = open_stream(config, "train", sotu[1])
     assert time.perf_counter() - begin < 30
@@ -176,11 +193,11 @@ def test_one_large_document(make_config, tmp_path, sotu):
 
 def test_batches_are_bounded():
     """However long a document is, and however many there are, little is encoded at a time."""
-    counts = cache_module.Counts()
+    counts = Counts()
     docs = ["x" * 5_000_000, *["short"] * 500_000]
-    parts = [len(part) for part in cache_module.encode_stream(docs, ByteTokenizer(), counts)]
+    parts = [len(part) for part in encode_stream(docs, ByteTokenizer(), counts)]
     assert sum(parts) == counts.tokens == 5_000_000 + 500_000 * 6 + 2
-    assert max(parts) < 2 * cache_module._BATCH
+    assert max(parts) < 2 * encoding._BATCH
 
 
 def test_words_across_forced_cuts():

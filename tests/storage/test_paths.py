@@ -6,13 +6,16 @@ import pathlib
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
 from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.files import made_once
+from bigmac_jax.data.cache import cached_stream
 from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.shards import Store
+from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.storage import paths
 from bigmac_jax.storage.locks import HeldError, Lease
 from bigmac_jax.training import manifest
@@ -152,32 +155,33 @@ def test_only_one_of_many_gets_it(place: str) -> None:
     assert [path.name for path in folder.iterdir()] == ["00000005"]
 
 
-def test_a_folder_is_made_once_and_fetched_by_others(
+def test_tokens_are_made_once_and_fetched_by_others(
     place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, made = storage.locate(place, "cache_dir") / "tokens" / "train", list[pathlib.Path]()
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    made, make = list[int](), Store._make
+    monkeypatch.setattr(Store, "_make", lambda store, unit, report: (made.append(unit), make(store, unit, report))[1])
 
-    def make(folder: pathlib.Path) -> None:
-        made.append(folder)
-        (folder / "data").write_bytes(b"12345")
-        (folder / "meta.json").write_text("5")
+    def read() -> bytes:
+        docs = LocalDocuments(str(tmp_path / "a.txt"), "data.source", "text", "train", str(tmp_path / "digests"))
+        stream = cached_stream(docs, "train", ByteTokenizer(), place)
+        return bytes(stream.tokens(1, stream.num_tokens - 1).astype(np.uint8))
 
-    def opened(folder: pathlib.Path) -> bytes | None:
-        if not folder.exists():
-            return None
-        content = (folder / "data").read_bytes()
-        return content if (folder / "meta.json").read_text() == str(len(content)) else None
-
-    assert made_once(path, opened, make, "meta.json") == b"12345" and len(made) == 1
-    assert made_once(path, opened, make, "meta.json") == b"12345" and len(made) == 1
+    text = (tmp_path / "a.txt").read_bytes()
+    assert read() == read() == text and made == [0]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
-    assert made_once(path, opened, make, "meta.json") == b"12345" and len(made) == 1
-    (storage.local_copies(path.parent) / path.name / "data").write_bytes(b"123")  # damaged: fetched again
-    assert made_once(path, opened, make, "meta.json") == b"12345" and len(made) == 1
-    storage.write_whole(path / "data", b"123")  # damaged on the store: made again, where nobody has a copy
+    assert read() == text and made == [0]
+    (copy,) = (tmp_path / "another machine").rglob("*.bin")
+    copy.write_bytes(b"123")  # damaged: fetched again
+    assert read() == text and made == [0]
+    kept = next(path for path in storage.files_below(storage.locate(place, "cache_dir")) if path.suffix == ".bin")
+    storage.write_whole(kept, b"123")  # damaged on the store: whoever has no copy is told
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third"))
-    assert made_once(path, opened, make, "meta.json") == b"12345" and len(made) == 2
-    assert (path / "data").read_bytes() == b"12345"
+    with pytest.raises(ConfigError, match=r"00000-000\.bin is damaged; remove .*, and the text is tokenised again"):
+        read()
+    storage.remove_tree(kept.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a fourth"))
+    assert read() == text and made == [0, 0]
 
 
 def test_a_mirror(place: str) -> None:

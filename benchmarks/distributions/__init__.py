@@ -1,0 +1,1 @@
+"""What the distribution of the data does to experts: domains, and shifts between them (docs/distributions.md)."""

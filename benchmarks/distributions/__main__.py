@@ -1,0 +1,67 @@
+"""python -m benchmarks.distributions [--studies=transfer,shift --seeds=1,2,3 --jobs=2 --folder=runs/distributions]
+
+Trains what the studies of `benchmarks.distributions.grid` compare. Each run is a process of its own and is written down
+when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes the page's tables and pictures
+of what there is. --quick takes 20 steps of two conditions of each study, writes beside the runs, and shows that all of it
+works.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import time
+
+from absl import app, flags
+
+from benchmarks.distributions import pages
+from benchmarks.distributions.grid import SEEDS, STEPS, STUDIES
+from benchmarks.distributions.runs import prepare, train
+from benchmarks.quality.runs import measure
+
+_STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
+_SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
+_JOBS = flags.DEFINE_integer("jobs", len(os.sched_getaffinity(0)), "Runs at a time.", lower_bound=0)
+_FOLDER = flags.DEFINE_string("folder", "runs/distributions", "Of the domains and the runs.")
+_OUTPUT = flags.DEFINE_string("output", "docs/results/distributions.json", "Where the figures go.")
+_QUICK = flags.DEFINE_bool("quick", False, "Few steps, and nothing written to docs.")
+
+
+def main(_: list[str]) -> None:
+    folder, seeds, steps, most = pathlib.Path(_FOLDER.value), list(map(int, _SEEDS.value)), STEPS, None
+    output = pathlib.Path(_OUTPUT.value)
+    if _QUICK.value:
+        output, seeds, steps, most = folder / "quick.json", seeds[:1], 20, 2
+    if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
+        raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
+    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
+    # A whole study with one seed says little: all seeds of one before the next.
+    runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in STUDIES[name][:most]]
+    runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed, steps) not in known]
+    if _JOBS.value and runs:
+        prepare(folder)
+        start, one = time.monotonic(), functools.partial(_one, steps)
+        for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, one), 1):
+            known[record["key"]] = record
+            write(output, list(known.values()))
+            left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
+            losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in record["read"].items())
+            print(f"{ended} of {len(runs)}: {record['key']}: {losses}; {left:.0f} min left", flush=True)
+    if known:
+        pages.write(folder / "quick" if _QUICK.value else pathlib.Path("docs"), list(known.values()))
+
+
+def _one(steps: int, condition: object, seed: int, folder: pathlib.Path, cores: list[int]) -> dict:
+    return train(condition, seed, steps, folder, cores)  # type: ignore[arg-type]
+
+
+def write(path: pathlib.Path, runs: list[dict]) -> None:
+    """Appears whole: what is there already is hours of work."""
+    temporary = path.with_suffix(".tmp")
+    lines = ",\n".join(" " + json.dumps(run) for run in runs)
+    temporary.write_text(f'{{"name": "distributions", "runs": [\n{lines}\n]}}\n')
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    app.run(main)

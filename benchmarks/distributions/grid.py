@@ -1,0 +1,67 @@
+"""What is compared: studies of conditions, each run with several seeds.
+
+All runs are `configs/tiny.py` as the quality studies have it (no shared experts, 64 experts, K = 8) with a capacity
+factor of 1.25, so that drops show; all see as many tokens, of a BPE that was trained on all domains alike.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+from benchmarks.distributions.domains import ABOUT
+from benchmarks.quality.grid import BASE, RATES, SEEDS, bigmac, fine_grained, normed
+
+STEPS, WIDTH = 1000, 128
+CAPACITY = 1.25
+STRUCTURES = {
+    "fine_grained": normed("fine_grained", fine_grained(), "none").fields,
+    "bigmac": normed("bigmac 1/4", bigmac(4, WIDTH), "none").fields,
+    "recipe": normed("bigmac 1/4", bigmac(4, WIDTH), "post_combine").fields,  # docs/quality.md
+}
+BALANCES = ("aux_loss", "bias", "quantile", "none")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Attributes:
+    trained: domains with their weights, and after half of the steps those of `then`, if it is not empty.
+    """
+
+    structure: str
+    trained: tuple[str, ...]
+    then: tuple[str, ...] = ()
+    balance: str = "aux_loss"
+
+    @property
+    def name(self) -> str:
+        shift = f" → {'+'.join(self.then)}" if self.then else ""
+        balance = "" if self.balance == "aux_loss" else f", balance {self.balance}"
+        return f"{self.structure}: {'+'.join(self.trained)}{shift}{balance}"
+
+    def key(self, seed: int, steps: int) -> str:
+        """Of its workdir."""
+        name = self.name.replace(": ", "-").replace(" → ", "-to-").replace(", balance ", "-").replace("+", "-")
+        return f"{name}-{steps}-seed{seed}"
+
+    def overrides(self, seed: int, steps: int, folder: pathlib.Path) -> list[str]:
+        mixture = ",".join(f"{folder / name}.jsonl={int(name in self.trained)}" for name in ABOUT)
+        then = ",".join(f"{name}=1" for name in self.then)
+        fields = BASE | STRUCTURES[self.structure] | {
+            "model.hidden_size": WIDTH, "model.num_heads": WIDTH // 64, "model.balance": self.balance,
+            "model.capacity_factor": CAPACITY, "optimizer.learning_rate": RATES[WIDTH],
+            "data.mixture": mixture, "data.curriculum": f"{steps // 2}:{then}" if then else "",
+            "data.tokenizer": folder / "tokenizer.json", "train.steps": steps, "train.seed": seed,
+            "train.log_every": max(1, steps // 100), "train.eval_every": steps // (20 if then else 4),
+        }  # fmt: skip
+        return [f"{name}={value}" for name, value in fields.items()]
+
+
+ALL = tuple(ABOUT)
+# Study → conditions, in the order in which they answer.
+STUDIES: dict[str, list[Condition]] = {
+    "transfer": [Condition(s, trained) for s in STRUCTURES for trained in (*((name,) for name in ALL), ALL)],
+    "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
+    + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")]
+    + [Condition("recipe", ("old",), ("new",))],
+    "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES],
+}
+__all__ = ["ALL", "SEEDS", "STEPS", "STUDIES", "Condition"]

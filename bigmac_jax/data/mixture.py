@@ -1,0 +1,155 @@
+"""Which source the samples of a mixture come from: a pure function of the sample's number and of the weights so far.
+
+Sample i of a mixture is window n of one of its sources, n counting up in each. Of the first i samples since the
+weights last changed a source has its share of i, within one.
+"""
+
+import functools
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.config.mixture import Part, Weights, parse_curriculum, parse_mixture, whole_numbers
+
+
+class _Order:
+    """Which sources come one after the other, again and again: of weights that add up to N, as whole numbers, N
+    samples. The k-th sample of a source of weight w comes at k·N/w at the earliest and before (k + 1)·N/w, rounded
+    outwards, the most urgent one first (proportionate fairness: Baruah et al. 1996): of the first i samples no source
+    has one more or less than its share.
+    """
+
+    def __init__(self, weights: Weights):
+        self._weight_P = whole_numbers(weights)
+        self._part_N = np.array(list(_sequence(self._weight_P)), np.int32)
+        self._rank_N = np.zeros_like(self._part_N)
+        for part in range(len(weights)):
+            here = self._part_N == part
+            self._rank_N[here] = np.arange(here.sum())
+
+    def place(self, i: int) -> tuple[int, int]:
+        """(source, number of its sample) of sample i."""
+        again, at = divmod(i, len(self._part_N))
+        part = int(self._part_N[at])
+        return part, again * self._weight_P[part] + int(self._rank_N[at])
+
+    def counts(self, i: int) -> list[int]:
+        """Of the first i samples, by source."""
+        again, at = divmod(i, len(self._part_N))
+        rest_P = np.bincount(self._part_N[:at], minlength=len(self._weight_P))
+        return [again * weight + int(rest) for weight, rest in zip(self._weight_P, rest_P, strict=True)]
+
+
+def _sequence(weight_P: Sequence[int]) -> Iterator[int]:
+    total = sum(weight_P)
+    later = [(0, part, 0) for part, weight in enumerate(weight_P) if weight]  # (earliest, source, k)
+    urgent: list[tuple[int, int, int]] = []  # (before when, source, k)
+    for now in range(total):
+        while later and later[0][0] <= now:
+            _, part, k = heapq.heappop(later)
+            heapq.heappush(urgent, (-(-(k + 1) * total // weight_P[part]), part, k))
+        _, part, k = heapq.heappop(urgent)
+        yield part
+        heapq.heappush(later, ((k + 1) * total // weight_P[part], part, k + 1))
+
+
+_order = functools.lru_cache(64)(_Order)
+
+
+class _Stage(NamedTuple):
+    batch: int  # from which on its weights hold
+    weights: Weights
+    order: _Order
+    before: tuple[int, ...]  # samples of each source until then
+
+
+class Mixture:
+    """The schedule of a run.
+
+    Args:
+      stages: [(batch, weights)] from batch 0 on.
+    """
+
+    def __init__(self, parts: Sequence[Part], stages: Sequence[tuple[int, Weights]], batch_size: int):
+        self.parts, self._batch_size = tuple(parts), batch_size
+        self._stages: list[_Stage] = []
+        for batch, weights in stages:
+            before = self.counts(batch) if self._stages else (0,) * len(parts)
+            self._stages.append(_Stage(batch, weights, _order(weights), before))
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Mixture | None":
+        """None where the config has none."""
+        parts = parse_mixture(data.mixture)
+        return cls(parts, parse_curriculum(data.curriculum, parts), data.batch_size) if parts else None
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """(source, number of its window) of a sample."""
+        stage = self._stage(sample // self._batch_size)
+        part, n = stage.order.place(sample - stage.batch * self._batch_size)
+        return part, stage.before[part] + n
+
+    def counts(self, batches: int) -> tuple[int, ...]:
+        """Windows of each source in the first batches."""
+        stage = self._stage(batches)
+        since = stage.order.counts((batches - stage.batch) * self._batch_size)
+        return tuple(before + count for before, count in zip(stage.before, since, strict=True))
+
+    def _stage(self, batch: int) -> _Stage:
+        return next(stage for stage in reversed(self._stages) if stage.batch <= batch)
+
+    def state(self, batches: int) -> list[list[Any]]:
+        """The weights of the first batches, for a checkpoint."""
+        return [
+            [stage.batch, {part.name: str(weight) for part, weight in zip(self.parts, stage.weights, strict=True)}]
+            for stage in self._stages
+            if stage.batch < batches
+        ]
+
+    def resumed(self, saved: Sequence[Sequence[Any]], batches: int) -> "Mixture":
+        """As it goes on behind a checkpoint: the weights until there are those that were, from there on these; each
+        source goes on where it was.
+
+        Raises:
+          ConfigError: the run has other sources.
+        """
+        names = [part.name for part in self.parts]
+        stages: list[tuple[int, Weights]] = []
+        for batch, weights in saved:
+            if sorted(weights) != sorted(names):
+                raise ConfigError(
+                    f"data.mixture has the sources {', '.join(names)}, and this workdir was started with "
+                    f"{', '.join(weights)}; keep those, their weights may change, or use a new --workdir"
+                )
+            stages.append((int(batch), tuple(Fraction(weights[name]) for name in names)))
+        now = self._stage(batches).weights
+        if not stages or stages[-1][1] != now:
+            stages.append((batches, now))
+        stages += [(stage.batch, stage.weights) for stage in self._stages if stage.batch > batches]
+        return Mixture(self.parts, stages, self._batch_size)
+
+    def check(self, windows: Mapping[str, int], batches: int) -> list[str]:
+        """A line for each source, of a run of so many batches.
+
+        Args:
+          windows: of an epoch of each source, by name.
+
+        Raises:
+          ConfigError: one is read more often than it may be.
+        """
+        lines, counts = [], self.counts(batches)
+        total = max(1, sum(counts))
+        for part, count in zip(self.parts, counts, strict=True):
+            epochs = count / windows[part.name]
+            if count > part.epochs * windows[part.name]:
+                raise ConfigError(
+                    f"data.mixture: {part.source} would be read {epochs:.2f} times by step {batches}, and at most "
+                    f"{part.epochs:g} times; give it less weight or more text, raise the {part.epochs:g}, or take "
+                    f"fewer steps"
+                )
+            lines.append(f"{part.name} {count / total:.1%} of the windows, {epochs:.2f} epochs by step {batches}")
+        return lines

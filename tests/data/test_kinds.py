@@ -1,0 +1,228 @@
+"""The same documents give the same tokens whatever holds them; what is broken is one line with its place."""
+
+import csv
+import gzip
+import io
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import SAMPLE
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data import documents, local, readers
+from bigmac_jax.data.kinds import kind_of
+from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer
+
+TEXTS = [f"{i}: {SAMPLE}" + "words and\n" * (i % 7 * 40) for i in range(90)] + ["x" * 400_000, "tail"]
+OWN = {"validation_source": "-", "test_source": "-"}
+Make = Callable[..., Config]
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def array(texts: list[str]) -> bytes:
+    return json.dumps([{"text": text, "deep": {"text": [1, "]"]}} for text in texts], indent=1).encode()
+
+
+def comma(texts: list[str]) -> bytes:
+    file = io.StringIO()
+    csv.writer(file).writerows([["n", "text"], *enumerate(texts)])
+    return file.getvalue().encode()
+
+
+def parquet(texts: list[str], kind: Any = None) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": range(len(texts)), "text": pa.array(texts, kind)}), sink, row_group_size=13)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(texts: list[str], new: Any = pa.ipc.new_file) -> bytes:
+    table, sink = pa.table({"text": texts}), pa.BufferOutputStream()
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=17)
+    return sink.getvalue().to_pybytes()
+
+
+def zstandard(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+CONTAINERS: dict[str, Callable[[list[str]], bytes]] = {
+    "a.jsonl": lines,
+    "a.json": array,
+    "b.json": lines,  # as some name them
+    "a.csv": comma,
+    "a.parquet": parquet,
+    "large.parquet": lambda texts: parquet(texts, pa.large_string()),
+    "a.arrow": arrow,
+    "stream.arrow": lambda texts: arrow(texts, pa.ipc.new_stream),
+    "a.feather": arrow,
+}
+WAYS = [*CONTAINERS, *(f"{name}{end}" for name in CONTAINERS for end in (".gz", ".zst") if "parquet" not in name)]
+FAST = ("a.jsonl", "a.json.gz", "a.csv.zst", "a.parquet", "a.arrow.gz", "stream.arrow", "a.feather")
+
+
+def content_of(name: str, texts: list[str]) -> bytes:
+    for end, compress in ((".gz", gzip.compress), (".zst", zstandard)):
+        if name.endswith(end):
+            return compress(content_of(name.removesuffix(end), texts))
+    return CONTAINERS[name](texts)
+
+
+def tokens(make_config: Make, source: object, **data: Any) -> tuple[list[int], Any]:
+    stream = open_stream(make_config(source, **OWN, **data), "train", ByteTokenizer())
+    return stream.tokens(0, stream.num_tokens).tolist(), stream.counts
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.full) for n in WAYS])
+def test_the_same_tokens(name, tmp_path, make_config, monkeypatch):
+    """As one file or as several, read whole or in parts, and as text files."""
+    monkeypatch.setattr(local, "UNIT", 60_000)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / name).write_bytes(content_of(name, TEXTS))
+    (tmp_path / "many").mkdir()
+    for i in range(0, len(TEXTS), 31):
+        (tmp_path / "many" / f"{i:02}-{name}").write_bytes(content_of(name, TEXTS[i : i + 31]))
+    expected = [256, *(i for text in TEXTS for i in [*text.encode(), 256])]
+    found, counts = tokens(make_config, tmp_path / "one")
+    assert found == expected
+    assert (counts.documents, counts.words) == (len(TEXTS), sum(len(text.split()) for text in TEXTS))
+    assert tokens(make_config, tmp_path / "many") == (found, counts)
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
+def test_files_of_text(end, tmp_path, make_config, monkeypatch):
+    """Each a document, read in blocks that cut characters and words."""
+    monkeypatch.setattr(readers, "_BLOCK", 1021)
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard}[end]
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:03}.txt{end}").write_bytes(compress(text.encode()))
+    found, counts = tokens(make_config, tmp_path)
+    assert found == [256, *(i for text in TEXTS for i in [*text.encode(), 256])]
+    assert counts.words == sum(len(text.split()) for text in TEXTS)
+
+
+def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch):
+    """Every line is in one part, however the parts are cut."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(["one", "two", "three ü", "four"]).replace(b"\n", b"\n\n", 1))
+    for unit in (1, 2, 3, 7, 19, 20, 21, 50):
+        monkeypatch.setattr(local, "UNIT", unit)
+        docs = local.LocalDocuments(str(path), "data.source", "text", "train", str(tmp_path / "cache"))
+        assert list(docs) == ["one", "two", "three ü", "four"], unit
+        assert len(docs.units) == -(-path.stat().st_size // unit)
+
+
+def test_long_texts_come_in_the_pieces_of_the_whole():
+    """However they are cut into chunks; an end of one is not an end of the text."""
+    text = "".join(f"wörd{i}\n " for i in range(90_000)) + "x" * 600_000
+    expected = list(documents.pieces(text))
+    for size in (1, 7, 100_000):
+        chunks = (text[i : i + size] for i in range(0, len(text) if size > 1 else 0, size))
+        if size > 1:
+            assert list(documents.pieces_of(chunks)) == expected
+    encoded = text.encode()
+    for size in (3, 65_537):
+        blocks = iter([encoded[i : i + size] for i in range(0, len(encoded) if size > 3 else 3000, size)])
+        got = "".join(documents._Text(blocks).chunks())
+        assert got == (text if size > 3 else encoded[:3000].decode(errors="replace"))
+
+
+def damaged_gzip(content: bytes) -> bytes:
+    return content[: len(content) // 2] + bytes(9) + content[len(content) // 2 + 9 :]
+
+
+BROKEN: list[tuple[str, bytes, str]] = [
+    ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:-50], r"a\.jsonl\.gz is damaged or cut off \(EOFError.*good copy"),
+    ("a.jsonl.gz", damaged_gzip(gzip.compress(lines(TEXTS))), r"a\.jsonl\.gz is damaged or cut off"),
+    ("a.txt.zst", zstandard(SAMPLE.encode() * 99)[:-9], r"a\.txt\.zst cannot be read \(.*Truncated compressed"),
+    ("a.txt.gz", b"not compressed", r"a\.txt\.gz is damaged or cut off \(BadGzipFile"),
+    ("a.txt", parquet(["a"]), r"a\.txt seems to be Parquet, not \.txt; give it the ending of what it is"),
+    ("a.jsonl.gz", gzip.compress(arrow(["a"])), r"a\.jsonl\.gz seems to be Arrow, not \.jsonl"),
+    ("a.parquet", b"text", r"a\.parquet seems to be text, not \.parquet"),
+    ("a.txt", "text".encode("utf-16"), r"a\.txt seems to be text as UTF-16, not \.txt"),
+    ("a.parquet", parquet(["a" * 99] * 99)[:-9], r"a\.parquet is damaged or cut off \(ArrowInvalid"),
+    ("a.parquet.gz", gzip.compress(parquet(["a"])), r"Parquet is compressed inside; decompress the file"),
+    ("a.arrow", arrow(["a" * 99] * 99, pa.ipc.new_stream)[:-200], r"a\.arrow (is damaged or cut off|cannot be read)"),
+    ("a.json", b'[{"text": "a"}, {"text": "b"}', r"a\.json is cut off behind entry 2"),
+    ("a.json", b'[{"text": "a"} {"text": "b"}]', r"a\.json behind entry 1: a comma is missing"),
+    ("a.json", b'[{"text": "a"}] 7', r"something stands behind the array"),
+    ("a.json", b'{"text": "a"}\n{"text": "b', r"a\.json entry 2 is not valid JSON"),
+    ("a.json", b'[{"text": "a"}, 7]', r"a\.json entry 2 is a JSON int"),
+    ("a.json", b'{"text": "a"} {"text": 7}', r"a\.json entry 2: data\.text_field='text' holds int"),
+    ("a.json", b"[" * 100_000, r"a\.json entry 1 is nested too deeply"),
+    ("a.csv", b"n,text\n1,a\n2\n", r"a\.csv line 3 has 1 columns, its first line 2"),
+    ("a.csv", b'n,text\n1,"a\n2,b\n', r"a\.csv line 3 is not valid CSV"),
+    ("a.csv", b"n,body\n1,a\n", r"a\.csv line 2: data\.text_field='text' is missing; set .*one of n, body"),
+    ("a.jsonl", lines(["fine"] * 500) + b'{"text": 7}\n', r"a\.jsonl line 501: data\.text_field='text' holds int"),
+    ("a.jsonl", b'{"text": "' + b"x" * 3000 + b'"}\n', r"a\.jsonl line 1 is longer than 64 MiB; .*\.txt of its own"),
+    ("a.json", b'[{"text": "' + b"x" * 3000 + b'"}]', r"a\.json entry 1 is longer than 64 MiB"),
+    ("a.csv", b"text\n" + b"x" * 3000, r"a\.csv: a line is longer than 64 MiB"),
+    ("a.parquet", parquet(["x" * 3000]), r"a\.parquet row 1 is longer than 64 MiB"),
+    ("a.txt", b"", r"0 documents with text \(1 empty\)"),
+    ("a.jsonl.gz", gzip.compress(b""), r"0 documents with text \(0 empty\)"),
+    ("a.csv", b"text\n", r"0 documents with text \(0 empty\)"),
+    ("a.parquet", b"", r"a\.parquet is damaged or cut off"),
+    ("a.arrow", b"", r"a\.arrow (is damaged or cut off|cannot be read)"),
+    ("a.bin", b"\0\1\2", r"a\.bin seems to be binary data, and read are \.txt, .*; convert it"),
+    ("a.md", b"# Title\n", r"a\.md seems to be text, .*; rename it to \.txt"),
+    ("a.tar", bytes(257) + b"ustar", r"a\.tar seems to be a tar file"),
+    ("a.xlsx", b"PK\x03\x04", r"a\.xlsx seems to be a zip file \(also \.docx"),
+]  # fmt: skip
+
+
+def table_of(column: Any, name: str = "text") -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: column, "other": ["o"] * len(column)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+BROKEN += [
+    ("a.parquet", table_of(["a"], "body"), r"a\.parquet: data\.text_field='text' is missing; .*one of body, other"),
+    ("a.parquet", table_of([1]), r"a\.parquet: data\.text_field='text' holds int64; set .*one of other"),
+    ("a.parquet", table_of(["a", None]), r"a\.parquet row 2: data\.text_field='text' is null"),
+    ("a.parquet", table_of([["a"]]), r"data\.text_field='text' holds list"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BROKEN)), ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BROKEN)])
+def test_what_is_broken_is_one_line(case, tmp_path, make_config, monkeypatch):
+    name, content, message = BROKEN[case]
+    monkeypatch.setattr(readers, "LONGEST", 1 << 20 if "longer" not in message else 2000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        tokens(make_config, tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_of_a_part_is_counted_from_the_files_start(tmp_path, make_config, monkeypatch):
+    monkeypatch.setattr(local, "UNIT", 1000)
+    (tmp_path / "a.jsonl").write_bytes(lines(["fine"] * 500) + b'{"text": 7}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 501: data\.text_field='text' holds int"):
+        tokens(make_config, tmp_path)
+
+
+def test_an_unknown_file_of_a_folder_is_refused(tmp_path, make_config):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.pdf").write_bytes(b"%PDF-1.7")
+    with pytest.raises(ConfigError, match=r"b\.pdf seems to be PDF.*take it away, or name the others with a glob"):
+        tokens(make_config, tmp_path)
+    assert tokens(make_config, tmp_path / "*.txt")[0] == [256, *b"text", 256]
+
+
+def test_names():
+    names = ["a.txt", "A.TXT", "a.b.jsonl.gz", "c4.json.zst", "x.parquet", "x", "x.gz", "x.txt.bz2", ".txt"]
+    found = [kind_of(pathlib.Path(name)) for name in names]
+    known = [("txt", ""), ("txt", ""), ("jsonl", "gz"), ("json", "zst"), ("parquet", "")]
+    assert found == [*known, None, None, None, None]

@@ -1,0 +1,163 @@
+"""Processes and hosts that tokenise together, and what becomes of it when they are killed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data import local, shards, workers
+from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def corpus(tmp_path: pathlib.Path) -> pathlib.Path:
+    """2.7 MB: lines, and a document that is longer than a unit."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    generator = random.Random(1)
+    words = ["one", "two ", "three,", "über", "4\n"]
+    texts = [" ".join(generator.choices(words, k=generator.randrange(2, 900))) for _ in range(900)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "b.txt").write_text("a long document\n" * 30_000)
+    (folder / "c.txt").write_text("a short one")
+    return folder
+
+
+def preparing(corpus: pathlib.Path, cache: pathlib.Path, tokenizer: str, processes: int) -> subprocess.Popen:
+    script = pathlib.Path(__file__).with_name("preparing.py")
+    command = [sys.executable, str(script), str(corpus), str(cache), tokenizer, str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def contents(cache: pathlib.Path) -> dict[str, bytes]:
+    """Of all shards and of what says what they are, by name."""
+    return {path.name: path.read_bytes() for path in cache.glob("tokens/train-*/[0-9i]*")}
+
+
+def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    own = {"validation_source": "-", "test_source": "-"}
+    alone = open_stream(make_config(corpus, **own), "train", ByteTokenizer())
+    monkeypatch.setattr(workers, "_ALONE", 0)
+    config = make_config(corpus, **own)
+    object.__setattr__(config, "cache_dir", str(tmp_path / "together"))
+    together = open_stream(config, "train", ByteTokenizer(), processes=3)
+    assert together.counts == alone.counts and len(alone._names) > 5
+    np.testing.assert_array_equal(
+        together.tokens(0, together.num_tokens), alone.tokens(0, alone.num_tokens)
+    )  # the files, too:
+    assert contents(tmp_path / "together") == contents(tmp_path / "cache")
+
+
+def test_an_error_of_one_ends_all(corpus, make_config, monkeypatch):
+    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    monkeypatch.setattr(workers, "_ALONE", 0)
+    with (corpus / "a.jsonl").open("a") as file:
+        file.write('{"text": 7}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 901: data\.text_field='text' holds int"):
+        open_stream(make_config(corpus), "train", ByteTokenizer(), processes=2)
+
+
+def test_one_that_is_killed_is_named(corpus, make_config, monkeypatch):
+    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    monkeypatch.setattr(workers, "_ALONE", 0)
+    popen = subprocess.Popen
+
+    def killed(*arguments, **more):
+        process = popen(*arguments, **more)
+        process.send_signal(signal.SIGKILL)
+        return process
+
+    monkeypatch.setattr(workers.subprocess, "Popen", killed)
+    with pytest.raises(ConfigError, match=r"the train split was killed by SIGKILL; memory may not suffice; run it"):
+        open_stream(make_config(corpus), "train", ByteTokenizer(), processes=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_killed_at_random_moments(corpus, tmp_path, tokenizer):
+    """Twenty times, with processes of its own; two hosts at once, of which one is killed. Nothing is made twice but
+    what was not finished."""
+    assert preparing(corpus, tmp_path / "undisturbed", tokenizer, 2).wait() == 0
+    expected, generator = contents(tmp_path / "undisturbed"), random.Random(2)
+    cache, made = tmp_path / "cache", dict[str, int]()
+    for _ in range(20):
+        process = preparing(corpus, cache, tokenizer, 2)
+        time.sleep(generator.uniform(0.3, 2.5))
+        process.kill()
+        process.wait()
+        time.sleep(0.3)  # its own processes see that it has ended
+        for path in cache.glob("tokens/train-*/?????.json"):
+            assert made.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+        if (left := contents(cache)).keys() == expected.keys():
+            for path in cache.glob("tokens/train-*/*"):  # finished: from the start again
+                path.unlink()
+            made.clear()
+        assert all(left[name] == expected[name] for name in left if name in expected)
+    hosts = [preparing(corpus, cache, tokenizer, 2) for _ in range(2)]
+    time.sleep(1.5)
+    hosts[0].kill()
+    assert hosts[1].wait() == 0, hosts[1].communicate()[0]
+    assert contents(cache) == expected
+
+
+@pytest.mark.full
+def test_processes_end_with_the_one_that_started_them(corpus, tmp_path, make_config):
+    process = preparing(corpus, tmp_path / "cache", "bpe", 2)
+    end = time.monotonic() + 60
+    children: list[int] = []
+    while len(children) < 2 and time.monotonic() < end:
+        listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+    process.kill()
+    process.wait()
+    assert len(children) == 2
+    while any(_runs(pid) for pid in children) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in children)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.full
+def test_ten_thousand_shards_are_opened_lazily(make_config, tmp_path, monkeypatch):
+    """Their index is read, and a few of them when they are asked for."""
+    (tmp_path / "a.txt").write_text("a")
+    config = make_config(tmp_path / "a.txt", validation_source="-", test_source="-")
+    stream = open_stream(config, "train", ByteTokenizer())
+    folder = stream._folder
+    shard = np.arange(128, dtype=np.uint16).tobytes()
+    for i in range(10_000):
+        (folder / f"{i:05}-000.bin").write_bytes(shard)
+    digest = shards.file_digest(folder / "00000-000.bin")
+    index = json.loads((folder / "index.json").read_text())
+    del index["seal"]
+    index["shards"] = [[f"{i:05}-000", 128, digest] for i in range(10_000)]
+    index["counts"]["tokens"] = 1_280_000
+    (folder / "index.json").write_bytes(shards._seal(index))
+    time.sleep(2.1)  # files that were just written are read each time
+    open_stream(config, "train", ByteTokenizer())
+    start = time.perf_counter()
+    stream = open_stream(config, "train", ByteTokenizer())
+    assert time.perf_counter() - start < 3 and not stream._files
+    for at in random.Random(0).choices(range(1_280_000 - 300), k=500):
+        expected = np.arange(at, at + 300) % 128
+        np.testing.assert_array_equal(stream.tokens(at, at + 300), expected)
+    assert len(stream._files) <= 65
