@@ -1,5 +1,6 @@
 """What a run starts from: data, a compiled step, and the state of its newest intact checkpoint."""
 
+import dataclasses
 import logging
 import pathlib
 import time
@@ -18,7 +19,7 @@ from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
 from bigmac_jax.programs import step_program
-from bigmac_jax.training import guard
+from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import describe_auto
@@ -32,6 +33,7 @@ from bigmac_jax.training.workdir import (
     run_tokenizer,
     write_run,
 )
+from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -53,6 +55,7 @@ class Start(NamedTuple):
     step: int
     state: TrainState
     position: dict[str, Any]
+    origin: Origin | None
 
 
 def start(config: Config, workdir: pathlib.Path) -> Start:
@@ -68,11 +71,19 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
-        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
+        # A run that has a checkpoint of all parameters does not look back.
+        begins = config.tuning.lora_rank or not manifest.steps(workdir)
+        origin = origin_of(workdir, config) if config.train.init_from and begins else None
+        if resumed:
+            tokenizer = run_tokenizer(workdir, config)
+        else:
+            tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
+        changed = differences(origin, config) if origin else []
         train_stream = open_stream(config, "train", tokenizer)
         validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
+        data_is |= {ORIGIN: origin.identity} if origin else {}
         if resumed:
             check_data(workdir, config, data_is)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
@@ -85,7 +96,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     with NOW.doing("verify"):
         newest = checkpoints.newest_intact()
     with NOW.doing("restore" if newest else "initialise"):
-        state, position = restored(config, trainer, checkpoints, newest)
+        state, position = restored(config, trainer, checkpoints, newest, origin)
     data.set_state(position)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
@@ -93,7 +104,10 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         # Only now: a start that failed leaves the workdir free.
         write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     _describe(config, state, train_stream.num_tokens, newest)
-    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position)
+    if origin and not newest:
+        step = f", step {origin.step}" if origin.step else ""
+        hosts.say(f"begins with {origin.place}{step}" + (f"; {', '.join(changed)}" if changed else ""))
+    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin)
 
 
 def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:
@@ -111,12 +125,16 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
 
 
 def restored(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None, origin: Origin | None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the data position of a checkpoint, or those that a run begins with."""
+    key = jax.random.key(config.train.seed)
     if step is None:
-        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
+        return trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
     state, position = checkpoints.restore(step, trainer.abstract_state)
+    if config.tuning.lora_rank:
+        assert origin is not None, config.train
+        state = dataclasses.replace(state, base=load(origin, config)[0])
     return guard.with_losses(state, trainer.abstract_state, position), position
 
 

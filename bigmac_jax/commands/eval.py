@@ -14,8 +14,9 @@ from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
-from bigmac_jax.training.checkpoint import find_checkpoint, restore
+from bigmac_jax.training.checkpoint import find_checkpoint
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")

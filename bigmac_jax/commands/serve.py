@@ -19,8 +19,8 @@ from bigmac_jax.serving.chat import load_chat
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.server import serve
 from bigmac_jax.storage import absolute
-from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
