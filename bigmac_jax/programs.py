@@ -282,4 +282,4 @@ def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
 def _batch(rows: int, config: Config, mesh: Mesh) -> Batch:
     """Of abstract arrays."""
     tokens_BL = _abstract(mesh, batch_spec(2), rows, config.data.sequence_length)
-    return Batch(tokens_BL, tokens_BL, tokens_BL if config.data.documents == "masked" else None)
+    return Batch(tokens_BL, tokens_BL, tokens_BL if config.has_segments else None)

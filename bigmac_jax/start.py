@@ -12,8 +12,8 @@ import jax
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
-from bigmac_jax.data.cache import CachedStream
-from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
@@ -29,8 +29,10 @@ from bigmac_jax.training.workdir import (
     check_data,
     check_shared,
     has_run,
+    keep_template,
     read_config,
     run_tokenizer,
+    with_own_template,
     write_run,
 )
 from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
@@ -51,7 +53,7 @@ class Start(NamedTuple):
     checkpoints: Checkpoints
     data: TrainIterator
     rows: Sequence[int]
-    validation: CachedStream | None
+    validation: Stream | None
     step: int
     state: TrainState
     position: dict[str, Any]
@@ -79,8 +81,9 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         else:
             tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
         changed = differences(origin, config) if origin else []
-        train_stream = open_stream(config, "train", tokenizer)
-        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        read = with_own_template(workdir, config) if resumed else config
+        train_stream = open_stream(read, "train", tokenizer)
+        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
         data_is |= {ORIGIN: origin.identity} if origin else {}
@@ -102,6 +105,8 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
+        if isinstance(train_stream, Conversations):
+            keep_template(workdir, train_stream.chat.template)
         write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     _describe(config, state, train_stream.num_tokens, newest)
     if origin and not newest:
@@ -115,8 +120,10 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
+    beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     hosts.say(
-        f"{parameters:,} parameters, {tokens:,} training tokens, mesh "
+        f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
         + (f", {jax.process_count()} processes" if hosts.several() else "")
         + f", attention by {attention_of(config)}"

@@ -8,6 +8,7 @@ from absl import flags
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
@@ -58,7 +59,7 @@ def main() -> None:
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
-            stream: TokenStream
+            stream: TokenStream | Conversations
             if text_file:
                 stream = text_stream(text_file, tokenizer)
             else:
@@ -80,6 +81,7 @@ def main() -> None:
             read = _DOCUMENTS.value or config.data.documents
             score = evaluate(model, stream, length, size, bar.update, _STRIDE.value, read)
         how = "each document by itself" if read == "masked" else "windows of the stream"
+        how = "answers alone" if isinstance(stream, Conversations) else how
         lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
         result = score._asdict() | {"documents": read}
     if not _JSON.value:

@@ -281,6 +281,11 @@ class Config:
         """Whether no expert is ever full in training."""
         return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
 
+    @property
+    def has_segments(self) -> bool:
+        """Whether a token sees its own document alone; conversations never see each other."""
+        return self.data.documents == "masked" or self.tuning.objective != "pretrain"
+
     def describe(self) -> str:
         """One line that says what the structure resolved to."""
         m = self.model
