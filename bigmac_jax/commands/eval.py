@@ -8,6 +8,7 @@ from absl import flags
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.chat import FILE
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
@@ -55,7 +56,8 @@ def main() -> None:
                 raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
             if text_file:
                 raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
-            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length)
+            template = str(workdir / FILE) if (workdir / FILE).is_file() else ""
+            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length, template)
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
@@ -73,7 +75,7 @@ def main() -> None:
     result: dict[str, Any]
     if _TASKS.value:
         folder = workdir / "tasks" / str(step)
-        summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet)
+        summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, size, _STRIDE.value, quiet)
         lines, result = describe(summaries), {"step": step, "tasks": summaries}
     else:
         title = str(text_file or _SPLIT.value)

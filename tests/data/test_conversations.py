@@ -126,7 +126,7 @@ def test_training_and_serving_see_the_same_tokens(tmp_path: pathlib.Path) -> Non
 
 def test_a_template_that_rewrites_turns_needs_marks() -> None:
     template = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
-    with pytest.raises(ChatError, match="put {% generation %}"):
+    with pytest.raises(ChatError, match=r"put \{% generation %\}"):
         Chat(ByteTokenizer(), template).pieces(TURNS)
 
 
