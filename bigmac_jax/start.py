@@ -14,7 +14,8 @@ from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
-from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.evaluation.tasks.run import Job, open_jobs
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
@@ -58,6 +59,8 @@ class Start(NamedTuple):
     state: TrainState
     position: dict[str, Any]
     origin: Origin | None
+    tokenizer: Tokenizer
+    jobs: list[Job]
 
 
 def start(config: Config, workdir: pathlib.Path) -> Start:
@@ -89,6 +92,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         data_is |= {ORIGIN: origin.identity} if origin else {}
         if resumed:
             check_data(workdir, config, data_is)
+        jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
     hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
@@ -110,9 +114,20 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     _describe(config, state, train_stream.num_tokens, newest)
     if origin and not newest:
-        step = f", step {origin.step}" if origin.step else ""
-        hosts.say(f"begins with {origin.place}{step}" + (f"; {', '.join(changed)}" if changed else ""))
-    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin)
+        at = f", step {origin.step}" if origin.step else ""
+        hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
+    return Start(
+        trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, tokenizer, jobs
+    )
+
+
+def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
+    """What is scored during training; its rows are read now, so that what is wrong with them is known at once."""
+    train, data = config.train, config.data
+    if not train.tasks_every:
+        return []
+    names, template = train.tasks.split(","), config.tuning.chat_template
+    return open_jobs(names, [], train.tasks_limit, config, tokenizer, data.sequence_length, template)
 
 
 def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:

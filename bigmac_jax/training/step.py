@@ -18,7 +18,7 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
-from bigmac_jax.model.adapters import attached, make_adapters
+from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -66,6 +66,18 @@ class Trainer(NamedTuple):
     def model(self, state: TrainState) -> Transformer:
         """What is evaluated: with the average of the parameters, if there is one."""
         return whole_model(self.config, self.graphdef, evaluated(state), state)
+
+    def plain_model(self, state: TrainState) -> Transformer:
+        """The same without adapters: what they add is added to the parameters, a copy of which this is then."""
+        model = self.model(state)
+        return model if state.base is None else plain(model)
+
+
+@jax.jit
+def plain(model: Transformer) -> Transformer:
+    """A model with its adapters merged."""
+    graphdef, params, rest = split(model)
+    return nnx.merge(graphdef, merged(params), rest)
 
 
 def whole_model(

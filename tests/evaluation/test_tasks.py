@@ -209,7 +209,7 @@ BAD: dict[str, tuple[str, str, bytes, str]] = {  # task, file, its content, what
     "race without questions": ("race_high", "rows.jsonl", b'{"article": "a"}', "line 1 is not a row of race_high"),
     "rows for the needle": ("needle", "rows.jsonl", b"{}", "needle makes its rows itself"),
     "not TOML": ("own.toml", "own.toml", b"kind", "own.toml is not valid TOML"),
-    "TOML of no kind": ("own.toml", "own.toml", b'kind = "x"', "kind='x' must be one of multiple_choice, classification"),
+    "TOML of no kind": ("own.toml", "own.toml", b'kind = "x"', "kind='x' must be one of multiple_choice, class"),
     "unknown field": ("own.toml", "own.toml", (OWN + "shots = 3\n" + COLUMNS).encode(), "shots is not a field"),
     "missing field": ("own.toml", "own.toml", OWN.encode(), "columns is missing"),
     "field of the wrong type": (

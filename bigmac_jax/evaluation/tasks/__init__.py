@@ -140,7 +140,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return values
     if like not in TASKS or like == path.stem:
         raise ConfigError(f"{path.name}: like={like!r} must be another of {', '.join(TASKS)}")
-    return _read(_FOLDER / f"{like}.toml") | values
+    liked = _read(_FOLDER / f"{like}.toml")
+    if (source := liked.get("source", "tfds:")) and not source.startswith("tfds:"):
+        liked["source"] = str(_FOLDER / source)  # beside that file, not beside this one
+    return liked | values
 
 
 def _checked(task: Task, path: pathlib.Path) -> Task:

@@ -159,10 +159,21 @@ def describe(summaries: dict[str, Summary]) -> list[str]:
     return lines
 
 
+def figures(summaries: dict[str, Summary]) -> dict[str, float]:
+    """Those of a line of metrics.jsonl: tasks/NAME/FIGURE, standard errors and grids left out."""
+    return {
+        f"tasks/{name}/{key}": value
+        for name, summary in summaries.items()
+        for key, value in summary.items()
+        if isinstance(value, int | float) and not key.endswith("_stderr")
+    }
+
+
 def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
     if not hosts.is_first():
         return
     try:
+        storage.make_folder(folder)
         lines = (json.dumps({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
         (folder / f"{job.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
         if job.kind == "needle":
