@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
@@ -19,7 +20,7 @@ from bigmac_jax.evaluation.tasks.run import Job, open_jobs
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
-from bigmac_jax.programs import step_program
+from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -37,6 +38,7 @@ from bigmac_jax.training.workdir import (
     write_run,
 )
 from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
+from bigmac_jax.tuning.reference import reference_nll
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -77,7 +79,8 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         if resumed:
             check_resume(read_config(workdir), config)
         # A run that has a checkpoint of all parameters does not look back.
-        begins = config.tuning.lora_rank or not manifest.steps(workdir)
+        preferred = config.tuning.objective == "dpo"
+        begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
         origin = origin_of(workdir, config) if config.train.init_from and begins else None
         if resumed:
             tokenizer = run_tokenizer(workdir, config)
@@ -104,6 +107,11 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         newest = checkpoints.newest_intact()
     with NOW.doing("restore" if newest else "initialise"):
         state, position = restored(config, trainer, checkpoints, newest, origin)
+    if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
+        with NOW.doing("data"):
+            model = nnx.merge(trainer.graphdef, *load(origin, config))
+            windows = train_stream.packed(config.data.sequence_length)
+            windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
     data.set_state(position)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():

@@ -5,6 +5,7 @@ are, or `messages`, through a chat template. For dpo it has `prompt`, `chosen` a
 list of messages and the two are answers to it. A text is followed by the end of text. S sequences, L window length.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -44,7 +45,7 @@ class Example(NamedTuple):
 
     @property
     def answers(self) -> list[str]:
-        return [piece.text for pieces in self.sequences for piece in pieces if piece.answer]
+        return [piece.text for piece in self.sequences[0] if piece.answer]
 
 
 class Conversations:
@@ -52,7 +53,7 @@ class Conversations:
 
     Attributes:
       text: the fingerprint of its files.
-      num_tokens: of answers, which is what is learned; so are words and bytes.
+      num_tokens: of answers, which is what is learned, of dpo of those that were chosen; so are words and bytes.
 
     Raises:
       ConfigError: a source that is no file of JSON lines, a row that is bad (with tuning.bad_rows=stop), or no good
@@ -76,7 +77,9 @@ class Conversations:
         self.sequences: list[np.ndarray] = []  # int32 [2, n]: inputs and targets, NO_TARGET where none counts
         self.num_words = self.num_bytes = 0
         self._read()
-        self.num_tokens = sum(int(np.count_nonzero(targets != NO_TARGET)) for _, targets in self.sequences)
+        self.num_tokens = sum(
+            int(np.count_nonzero(targets != NO_TARGET)) for _, targets in self.sequences[:: 1 + self.pairs]
+        )
 
     @property
     def pairs(self) -> bool:
@@ -87,6 +90,7 @@ class Conversations:
     def num_documents(self) -> int:
         return len(self.sequences) // (1 + self.pairs)
 
+    @functools.cache  # noqa: B019  a run has few
     def packed(self, length: int) -> "Windows":
         """Windows of whole conversations; raises ConfigError for one that is longer."""
         return Windows(self.sequences, 1 + self.pairs, length, self.eos_id, self.name)
@@ -185,10 +189,12 @@ class Conversations:
 
 class Windows:
     """Windows of whole conversations: window w is int32 [3, L], the inputs, targets and segments of `data.batch.Batch`.
-    Of preferences, segment 2p is the chosen answer of pair p with its prompt, and 2p + 1 the other."""
+    Of preferences, segment 2p is the chosen answer of pair p with its prompt, and 2p + 1 the other; where `reference`
+    is set, float32 [W, L], its bits are a fourth row."""
 
     def __init__(self, sequences: Sequence[np.ndarray], of_row: int, length: int, eos_id: int, name: str):
         self._sequences, self._of_row, self._length, self._eos_id = sequences, of_row, length, eos_id
+        self.reference: np.ndarray | None = None
         sizes = np.array([sequence.shape[1] for sequence in sequences], np.int64)
         self._size_N = sizes.reshape(-1, of_row).sum(1)  # of rows
         if (longest := int(self._size_N.max())) > length:
@@ -208,7 +214,9 @@ class Windows:
             (inputs[here], targets[here]), segments[here] = sequence, number
             at += sequence.shape[1]
         inputs[at:], targets[at:], segments[at:] = max(self._eos_id, 0), NO_TARGET, PADDING
-        return window
+        if self.reference is None:
+            return window
+        return np.concatenate([window, self.reference[w].view(np.int32)[None]])
 
     def describe(self) -> str:
         padding = 1 - self._size_N.sum() / (len(self) * self._length)

@@ -138,7 +138,9 @@ class TrainIterator(Iterator[Batch]):
         rows = next(self._iterator)
         self._given += 1
         if rows.ndim == 3:  # packed
-            return Batch(*rows.swapaxes(0, 1))
+            inputs_BL, targets_BL, segments_BL, *reference = rows.swapaxes(0, 1)
+            of_reference = (np.ascontiguousarray(bits_BL).view(np.float32) for bits_BL in reference)
+            return Batch(inputs_BL, targets_BL, segments_BL, *of_reference)
         batch = of_windows(rows)
         return batch if self._eos_id is None else batch._replace(segments_BL=segments(batch.inputs_BL, self._eos_id))
 
@@ -209,7 +211,10 @@ def eval_batches(
         )
         for first in range(0, len(packed), batch_size):
             rows = [packed[w] for w in range(first, min(first + batch_size, len(packed)))]
-            yield padded(Batch(*np.stack(rows, axis=1)), batch_size)
+            batch = Batch(*np.stack(rows, axis=1)[:3])
+            if isinstance(stream, Conversations) and stream.pairs:  # how likely is what was chosen
+                batch.targets_BL[batch.segments_BL % 2 == 1] = NO_TARGET
+            yield padded(batch, batch_size)
         return
     step = stride or sequence_length
     starts = range(0, max(1, stream.num_tokens - 1 - sequence_length + step), step)
@@ -227,7 +232,7 @@ def eval_batches(
 def padded(batch: Batch, rows: int) -> Batch:
     """With more rows, whose tokens are no targets."""
     more = ((0, rows - len(batch.inputs_BL)), (0, 0))
-    inputs_BL, targets_BL, segments_BL = batch
+    inputs_BL, targets_BL, segments_BL = batch[:3]
     return Batch(
         np.pad(inputs_BL, more),
         np.pad(targets_BL, more, constant_values=NO_TARGET),

@@ -22,8 +22,9 @@ from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
-from bigmac_jax.training.loss import LossParts, loss_fn
+from bigmac_jax.training.loss import LossParts, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
+from bigmac_jax.training.preferences import dpo_loss, pairs
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -114,6 +115,7 @@ def _unless(bad: Array, new: Any, old: Any) -> Any:
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds the jitted initialisation and training step for the current mesh."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
+    preferred = config.tuning.objective == "dpo"
     spike_factor, execution = config.train.spike_factor, config.execution
 
     def init(key: Array) -> TrainState:
@@ -154,17 +156,23 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base), metrics
 
     def loss_of_params(
-        params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, targets: Array
+        params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, count: Array
     ) -> tuple[Array, LossParts]:
-        return loss_fn(whole_model(config, graphdef, params, state, key), batch, key, load_YE, targets)
+        model = whole_model(config, graphdef, params, state, key)
+        if not preferred:
+            return loss_fn(model, batch, key, load_YE, count)
+        if state.base is not None:  # the model without its adapters is the reference
+            reference_BL, _ = token_nll(nnx.merge(graphdef, state.base, state.rest), batch)
+            batch = batch._replace(reference_BL=jax.sharding.reshard(reference_BL, batch_spec(2)))
+        return dpo_loss(model, batch, key, load_YE, count)
 
     def accumulate(gradient: Callable, state: TrainState, batch: Batch, key: Array) -> Any:
         """Loss, its parts and gradients of the whole batch, computed in M parts."""
         parts = config.train.accumulate_steps
         # Parts may have different numbers of targets: the mean over the parts is that over all targets.
-        targets = jnp.sum(batch.targets_BL != NO_TARGET) / parts
+        count = (pairs(batch) if preferred else jnp.sum(batch.targets_BL != NO_TARGET)) / parts
         if parts == 1:
-            return gradient(state.params, state, batch, key, None, targets)
+            return gradient(state.params, state, batch, key, None, count)
         # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
         batch_MBL = jax.tree.map(lambda v_BL: v_BL.reshape(-1, parts, v_BL.shape[1]).swapaxes(0, 1), batch)
         keys_M = jax.random.split(key, parts)
@@ -173,17 +181,17 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         if config.model.counts_loads_first:
             # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
             # load of all parts: a first forward pass counts it.
-            def count(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
-                return None, loss_of_params(state.params, state, *xs, None, targets)[1].aux.load
+            def loads(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
+                return None, loss_of_params(state.params, state, *xs, None, count)[1].aux.load
 
-            load_YE = jax.lax.scan(count, None, (batch_MBL, keys_M))[1].mean(0)
+            load_YE = jax.lax.scan(loads, None, (batch_MBL, keys_M))[1].mean(0)
 
         def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
-            part = gradient(state.params, state, *xs, load_YE, targets)
+            part = gradient(state.params, state, *xs, load_YE, count)
             return jax.tree.map(jnp.add, total, part), None
 
         first = jax.tree.map(lambda v_MBL: v_MBL[0], (batch_MBL, keys_M))
-        part = jax.eval_shape(gradient, state.params, state, *first, load_YE, targets)
+        part = jax.eval_shape(gradient, state.params, state, *first, load_YE, count)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (batch_MBL, keys_M))[0])
 
