@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, split_batch, tiny
 
 from bigmac_jax.config import Config, TuningConfig
@@ -25,7 +24,8 @@ FULL = ("1x1", "2x2", "ep 8")
 def tuned(mesh: Any = (1, 1, 1, 1), length: int = 16, **fields: Any) -> Config:
     config = tiny(mesh, length=length, num_shared_experts=1, **fields)
     train = dataclasses.replace(config.train, init_from="some")
-    return dataclasses.replace(config, tuning=TuningConfig(objective="dpo", dpo_beta=BETA), train=train)
+    tuning, data = TuningConfig(objective="dpo", dpo_beta=BETA), dataclasses.replace(config.data, source="rows.jsonl")
+    return dataclasses.replace(config, tuning=tuning, train=train, data=data)
 
 
 def random_batch(config: Config, seed: int) -> Batch:
@@ -87,7 +87,7 @@ def test_loss_and_gradient_of_50_random_batches() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in MESHES])
 def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
-    """The loss's gradient in -log p is the hand's; a loss whose targets weigh as much has the same in the parameters."""
+    """Of a loss whose targets weigh what the hand has for the gradient in -log p: the parameters' are the same."""
     one, config = tuned(balance_coefficient=0.0), tuned(MESHES[name], balance_coefficient=0.0)
     batch = random_batch(config, 1)
 
@@ -131,7 +131,7 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
 
     def recorded(*arguments: Any, **named: Any) -> Any:
         routing = route(*arguments, **named)
-        whole = jax.sharding.reshard(routing.experts_BLK, jax.P(None, None, None))
+        whole = jax.sharding.reshard(routing.experts_BLK, jax.sharding.PartitionSpec(None, None, None))
         jax.debug.callback(lambda v: chosen.append(np.asarray(v)), whole, ordered=False)
         return routing
 
@@ -141,12 +141,8 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
         generator = Generator(config, model, batch_size=8, tokenizer=ByteTokenizer())
         done = generator.generate(prompts, max_tokens=8, temperature=1.0, ignore_eos=True)
         B, L = config.data.batch_size, 32
-        inputs, targets, segments = (
-            np.zeros((B, L), np.int32),
-            np.full((B, L), NO_TARGET, np.int32),
-            np.zeros((B, L), np.int32),
-        )
-        segments[:] = PADDING
+        inputs, targets, segments = np.zeros((3, B, L), np.int32)
+        targets[:], segments[:] = NO_TARGET, PADDING
         for row, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
             tokens = np.array([*prompt, *completion.tokens], np.int32)
             inputs[row, : len(tokens) - 1], segments[row, : len(tokens) - 1] = tokens[:-1], 0
@@ -156,21 +152,16 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
         for row, completion in enumerate(done):
             ours = -nll_BL[row][targets[row] != NO_TARGET]
             np.testing.assert_allclose(ours, completion.logprobs, atol=1e-5)
-        # The experts of a prompt and its completion, read at once and token by token.
+        # The experts of a prompt and its completion: read at once, and read from the cache token by token.
         monkeypatch.setattr(moe, "route", recorded)
-        of_training, of_decoding = [], []
         jax.block_until_ready(jax.jit(lambda m, b: token_nll(m, b)[0])(model, batch))
         jax.effects_barrier()
-        of_training, chosen[:] = [v for v in chosen if v.shape[:2] == (B, L)], []
-        assert len({v.tobytes() for v in of_training}) == config.model.num_layers
-        graph = nnx.graphdef(model)
-        assert graph is not None
-        length = len(prompts[0]) + 7
+        of_training = {v.tobytes(): v[0] for v in chosen}.values()
+        assert len(of_training) == config.model.num_layers
+        chosen.clear()
         alone = Generator(config, model, batch_size=1, tokenizer=ByteTokenizer())
-        alone.generate([prompts[0]], max_tokens=8, temperature=1.0, ignore_eos=True)
+        assert alone.generate(prompts[:1], max_tokens=8, temperature=1.0, ignore_eos=True)[0].tokens == done[0].tokens
         jax.effects_barrier()
-        of_decoding = chosen
-        seen = {tuple(sorted(row.tolist())) for v in of_decoding for row in v.reshape(-1, v.shape[-1])}
-        for v in of_training:
-            for token in v[0, :length]:
-                assert tuple(sorted(token.tolist())) in seen
+        of_decoding = {tuple(row) for v in chosen for row in v.reshape(-1, v.shape[-1]).tolist()}
+        length = len(prompts[0]) + 7
+        assert all(tuple(row) in of_decoding for layer in of_training for row in layer[:length].tolist())
