@@ -15,6 +15,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, parts_of_stream
 from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.evaluation.tasks.run import describe, figures, score_jobs
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.phases import NOW
@@ -75,7 +76,8 @@ class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
         self.checkpoints, self.data, self.first_step = started.checkpoints, started.data, started.step
-        self.rows, self.validation = started.rows, started.validation
+        self.rows, self.validation, self.origin = started.rows, started.validation, started.origin
+        self.jobs, self.tokenizer = started.jobs, started.tokenizer
         self.bad_steps = started.position.get("bad_steps", 0)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
         self.best = hosts.first(started.checkpoints.best_loss())
@@ -140,6 +142,10 @@ class _Run:
                 self._finish(pending)
                 pending = None
                 score = self._evaluate(step, state)
+            if train.tasks_every and (step % train.tasks_every == 0 or step == train.steps):
+                self._finish(pending)
+                pending = None
+                self._score_tasks(step, state)
             # Process 0's say: the others' sums may differ in the last bit.
             new_best = score is not None and train.checkpoint_every > 0 and hosts.first(score.loss < self.best)
             if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
@@ -218,7 +224,7 @@ class _Run:
         with NOW.doing("restore"):
             self.checkpoints.wait()
             newest = self.checkpoints.newest_intact()
-            state, _ = restored(self.config, self.trainer, self.checkpoints, newest)
+            state, _ = restored(self.config, self.trainer, self.checkpoints, newest, self.origin)
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
@@ -265,6 +271,23 @@ class _Run:
         )
         self.timer.skip(time.perf_counter() - start)
         return self.score
+
+    def _score_tasks(self, step: int, state: TrainState) -> None:
+        start, config = time.perf_counter(), self.config
+        with NOW.doing("evaluate"):
+            summaries = score_jobs(
+                self.jobs,
+                self.trainer.plain_model(state),
+                self.tokenizer,
+                self.workdir / "tasks" / str(step),
+                hosts.first(f"training at {time.time_ns()}"),  # a step that is rewound is of another model
+                config.data.sequence_length,
+                evaluation_rows(config),
+            )
+        self.writer.write({"step": step} | figures(summaries))
+        for line in describe(summaries):
+            self.writer.print(f"step {step}: {line}")
+        self.timer.skip(time.perf_counter() - start)
 
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
         start = time.perf_counter()

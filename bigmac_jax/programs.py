@@ -316,7 +316,7 @@ def _init_program(config: Config, mesh: Mesh) -> Program:
 
 
 def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
-    batch = _batch(config.data.batch_size, config, mesh)
+    batch = _batch(config.data.batch_size, config, mesh, training=True)
     return Program("step", trainer.step, (trainer.abstract_state, batch), {})
 
 
@@ -390,7 +390,9 @@ def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _batch(rows: int, config: Config, mesh: Mesh) -> Batch:
+def _batch(rows: int, config: Config, mesh: Mesh, training: bool = False) -> Batch:
     """Of abstract arrays."""
     tokens_BL = _abstract(mesh, batch_spec(2), rows, config.data.sequence_length)
-    return Batch(tokens_BL, tokens_BL, tokens_BL if config.data.documents == "masked" else None)
+    own = config.tuning.objective == "dpo" and not config.tuning.lora_rank
+    reference_BL = _abstract(mesh, batch_spec(2), *tokens_BL.shape, dtype=jnp.float32) if own and training else None
+    return Batch(tokens_BL, tokens_BL, tokens_BL if config.has_segments else None, reference_BL)

@@ -1,5 +1,6 @@
 """What a run starts from: data, a compiled step, and the state of its newest intact checkpoint."""
 
+import dataclasses
 import logging
 import pathlib
 import time
@@ -8,17 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
-from bigmac_jax.data.cache import TokenStream
-from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
-from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.evaluation.tasks.run import Job, open_jobs
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
-from bigmac_jax.programs import step_program
-from bigmac_jax.training import guard
+from bigmac_jax.programs import evaluation_rows, step_program
+from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import describe_auto
@@ -28,10 +31,14 @@ from bigmac_jax.training.workdir import (
     check_data,
     check_shared,
     has_run,
+    keep_template,
     read_config,
     run_tokenizer,
+    with_own_template,
     write_run,
 )
+from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
+from bigmac_jax.tuning.reference import reference_nll
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -49,10 +56,13 @@ class Start(NamedTuple):
     checkpoints: Checkpoints
     data: TrainIterator
     rows: Sequence[int]
-    validation: TokenStream | None
+    validation: Stream | None
     step: int
     state: TrainState
     position: dict[str, Any]
+    origin: Origin | None
+    tokenizer: Tokenizer
+    jobs: list[Job]
 
 
 def start(config: Config, workdir: pathlib.Path) -> Start:
@@ -68,13 +78,24 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
-        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
-        train_stream = open_stream(config, "train", tokenizer)
-        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        # A run that has a checkpoint of all parameters does not look back.
+        preferred = config.tuning.objective == "dpo"
+        begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
+        origin = origin_of(workdir, config) if config.train.init_from and begins else None
+        if resumed:
+            tokenizer = run_tokenizer(workdir, config)
+        else:
+            tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
+        changed = differences(origin, config) if origin else []
+        read = with_own_template(workdir, config) if resumed else config
+        train_stream = open_stream(read, "train", tokenizer)
+        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
+        data_is |= {ORIGIN: origin.identity} if origin else {}
         if resumed:
             check_data(workdir, config, data_is)
+        jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
     hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
@@ -85,15 +106,36 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     with NOW.doing("verify"):
         newest = checkpoints.newest_intact()
     with NOW.doing("restore" if newest else "initialise"):
-        state, position = restored(config, trainer, checkpoints, newest)
+        state, position = restored(config, trainer, checkpoints, newest, origin)
+    if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
+        with NOW.doing("data"):
+            model = nnx.merge(trainer.graphdef, *load(origin, config))
+            windows = train_stream.packed(config.data.sequence_length)
+            windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
     data.set_state(position)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
+        if isinstance(train_stream, Conversations):
+            keep_template(workdir, train_stream.chat.template)
         write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     _describe(config, state, train_stream.num_tokens, newest)
-    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position)
+    if origin and not newest:
+        at = f", step {origin.step}" if origin.step else ""
+        hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
+    return Start(
+        trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, tokenizer, jobs
+    )
+
+
+def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
+    """What is scored during training; its rows are read now, so that what is wrong with them is known at once."""
+    train, data = config.train, config.data
+    if not train.tasks_every:
+        return []
+    names, template = train.tasks.split(","), config.tuning.chat_template
+    return open_jobs(names, [], train.tasks_limit, config, tokenizer, data.sequence_length, template)
 
 
 def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:
@@ -101,8 +143,10 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
+    beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     hosts.say(
-        f"{parameters:,} parameters, {tokens:,} training tokens, mesh "
+        f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
         + (f", {jax.process_count()} processes" if hosts.several() else "")
         + f", attention by {attention_of(config)}"
@@ -111,12 +155,16 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
 
 
 def restored(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None, origin: Origin | None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the data position of a checkpoint, or those that a run begins with."""
+    key = jax.random.key(config.train.seed)
     if step is None:
-        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
+        return trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
     state, position = checkpoints.restore(step, trainer.abstract_state)
+    if config.tuning.lora_rank:
+        assert origin is not None, config.train
+        state = dataclasses.replace(state, base=load(origin, config)[0])
     return guard.with_losses(state, trainer.abstract_state, position), position
 
 

@@ -11,8 +11,8 @@ from absl import flags
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
-from bigmac_jax.training.checkpoint import restore_step
 from bigmac_jax.training.workdir import read_config, run_folder, run_tokenizer
+from bigmac_jax.tuning import restore_step
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")

@@ -16,6 +16,7 @@ class Batch(NamedTuple):
     # A number for each document in a row, PADDING behind them. A token sees its own document alone, whose positions
     # begin at 0. None: it sees all that stands before it in its row.
     segments_BL: Any = None
+    reference_BL: Any = None  # float32: -log p of each target under the reference of preferences
 
 
 def of_windows(tokens_BL: Any) -> Batch:

@@ -15,6 +15,7 @@ from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
 from bigmac_jax.data.cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import documents, parts_of
 from bigmac_jax.data.documents import decode, once
 from bigmac_jax.data.encoding import Counts, encode_stream
@@ -26,8 +27,14 @@ _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
 
 
-def open_stream(config: Config, split: str, tokenizer: Tokenizer, processes: int = 0) -> "CachedStream | JoinedStream":
-    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does."""
+Stream = CachedStream | JoinedStream | Conversations
+
+
+def open_stream(config: Config, split: str, tokenizer: Tokenizer, processes: int = 0) -> Stream:
+    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does. Of a run that is
+    tuned, its conversations."""
+    if config.tuning.objective != "pretrain":
+        return Conversations(config, split, tokenizer)
     streams = {
         name: cached_stream(documents(data, split, config.cache_dir), split, tokenizer, config.cache_dir, processes)
         for name, data in parts_of(config.data, split).items()
@@ -48,6 +55,10 @@ def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterat
     for split in splits:
         start = time.perf_counter()
         stream = open_stream(config, split, tokenizer, processes)
+        if isinstance(stream, Conversations):
+            raise ConfigError(
+                f"tuning.objective={config.tuning.objective} reads rows at every start: nothing to prepare"
+            )
         counts = stream.counts
         yield (
             f"{split}: {counts.tokens:,} tokens of {counts.documents:,} documents, {counts.bytes:,} bytes of text, "
@@ -100,7 +111,7 @@ class Windows:
         return self._stream.tokens(w * self._length, (w + 1) * self._length + 1)
 
 
-def windows(config: Config, stream: TokenStream, name: str = "") -> "Windows | Packed":
+def windows(config: Config, stream: TokenStream | Conversations, name: str = "") -> Any:
     """An epoch of a stream, in its order.
 
     Args:
@@ -110,8 +121,13 @@ def windows(config: Config, stream: TokenStream, name: str = "") -> "Windows | P
       ConfigError: fewer windows than data.batch_size; of a mixture's source, none.
     """
     data = config.data
-    whole: Windows | Packed = Windows(stream, data.sequence_length)
-    if data.packing == "best_fit":
+    whole: Any
+    if isinstance(stream, Conversations):
+        whole = stream.packed(data.sequence_length)
+        _log.info("%s: %s", stream.name, whole.describe())
+    elif data.packing == "stream":
+        whole = Windows(stream, data.sequence_length)
+    else:
         whole = Packed(stream, data.sequence_length)
         _log.info("data.packing=best_fit: %s", whole.describe())
     if len(whole) < (1 if name else data.batch_size):
@@ -166,7 +182,7 @@ class TrainIterator(Iterator[Batch]):
     is sample g·B + j whoever reads it, so a run may go on with other processes, another mesh or other workers.
     """
 
-    def __init__(self, config: Config, stream: TokenStream, rows: Sequence[int]):
+    def __init__(self, config: Config, stream: TokenStream | Conversations, rows: Sequence[int]):
         self._config, self._rows = config, rows
         self._mixture = Mixture.of(config.data)
         self._epochs = {name: windows(config, part, name) for name, part in parts_of_stream(stream).items()}
@@ -181,7 +197,9 @@ class TrainIterator(Iterator[Batch]):
         rows = next(self._iterator)
         self._given += 1
         if rows.ndim == 3:  # packed
-            return Batch(*rows.swapaxes(0, 1))
+            inputs_BL, targets_BL, segments_BL, *reference = rows.swapaxes(0, 1)
+            of_reference = (np.ascontiguousarray(bits_BL).view(np.float32) for bits_BL in reference)
+            return Batch(inputs_BL, targets_BL, segments_BL, *of_reference)
         batch = of_windows(rows)
         return batch if self._eos_id is None else batch._replace(segments_BL=segments(batch.inputs_BL, self._eos_id))
 
@@ -229,7 +247,9 @@ class TrainIterator(Iterator[Batch]):
         return iter(dataset)
 
 
-def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | None = None) -> TrainIterator:
+def train_iterator(
+    config: Config, stream: TokenStream | Conversations, rows: Sequence[int] | None = None
+) -> TrainIterator:
     """Endless batches of this process.
 
     `it.get_state()` is a small JSON-serialisable dict; after `set_state` the batches go on from there exactly.
@@ -244,7 +264,7 @@ def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | No
 
 
 def eval_batches(
-    stream_or_tokens: TokenStream | np.ndarray,
+    stream_or_tokens: TokenStream | Conversations | np.ndarray,
     sequence_length: int,
     batch_size: int,
     stride: int = 0,
@@ -261,11 +281,18 @@ def eval_batches(
     stream = stream_or_tokens
     if isinstance(stream, np.ndarray):
         stream = MemoryStream(stream, Counts(tokens=len(stream)))
-    if documents == "masked":
-        packed = Packed(stream, sequence_length, stride)
+    if documents == "masked" or isinstance(stream, Conversations):
+        packed: Any = (
+            stream.packed(sequence_length)
+            if isinstance(stream, Conversations)
+            else Packed(stream, sequence_length, stride)
+        )
         for first in range(0, len(packed), batch_size):
             rows = [packed[w] for w in range(first, min(first + batch_size, len(packed)))]
-            yield padded(Batch(*np.stack(rows, axis=1)), batch_size)
+            batch = Batch(*np.stack(rows, axis=1)[:3])
+            if isinstance(stream, Conversations) and stream.pairs:  # how likely is what was chosen
+                batch.targets_BL[batch.segments_BL % 2 == 1] = NO_TARGET
+            yield padded(batch, batch_size)
         return
     step = stride or sequence_length
     starts = range(0, max(1, stream.num_tokens - 1 - sequence_length + step), step)
@@ -283,7 +310,7 @@ def eval_batches(
 def padded(batch: Batch, rows: int) -> Batch:
     """With more rows, whose tokens are no targets."""
     more = ((0, rows - len(batch.inputs_BL)), (0, 0))
-    inputs_BL, targets_BL, segments_BL = batch
+    inputs_BL, targets_BL, segments_BL = batch[:3]
     return Batch(
         np.pad(inputs_BL, more),
         np.pad(targets_BL, more, constant_values=NO_TARGET),

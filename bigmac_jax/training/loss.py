@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bigmac_jax.config import ModelConfig
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import AXES, TENSOR, Weight, on_each_rank, platform, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux
@@ -24,8 +25,9 @@ _CHUNK_ENTRIES_ACCELERATOR = 2**27
 class LossParts(NamedTuple):
     """What the loss is made of; means over the tokens of the batch."""
 
-    cross_entropy: Array  # nats
+    cross_entropy: Array  # nats; the loss of preferences, where these are learned
     aux: Aux
+    preferences: Any = None  # `preferences.Preferences`
 
 
 def loss_fn(
@@ -44,10 +46,14 @@ def loss_fn(
     config = model.config.model
     x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropout_key=dropout_key, load_YE=load_YE)
     ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, targets)
-    loss = ce + config.z_loss_coefficient * aux.z_loss.sum()
+    return with_router_losses(config, ce, aux), LossParts(ce, aux)
+
+
+def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
+    loss = loss + config.z_loss_coefficient * aux.z_loss.sum()
     if config.balance == "aux_loss":
         loss = loss + config.balance_coefficient * aux.balance_loss.sum()
-    return loss, LossParts(ce, aux)
+    return loss
 
 
 class TokenScores(NamedTuple):
@@ -120,6 +126,32 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
     specs = token_spec(2), token_spec(2)
     nll_BL, likeliest_BL = on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs)
     return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy)
+
+
+def token_nll(
+    model: Transformer, batch: Batch, dropout_key: Array | None = None, load_YE: Array | None = None
+) -> tuple[Array, Aux]:
+    """-log p of each target as training computes it, nats, and the layers' aux; to be differentiated. Of NO_TARGET it
+    is any number. A chunk's logits are computed again for the backward pass."""
+
+    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
+        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+
+        @jax.checkpoint
+        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
+            logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
+            largest_C1 = _over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv.max(-1, keepdims=True)))
+            z_C = _over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
+            return None, jnp.log(z_C) + largest_C1[:, 0] - _over_tensor(jax.lax.psum, target_C)
+
+        chunks = _chunks(x_TD.shape[0], w_vD.shape[0])
+        xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
+        nll_T = jax.lax.scan(body, None, xs)[1]
+        return _own_part(nll_T.reshape(x_BLD.shape[0], -1), targets_BL.shape[1])
+
+    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropout_key=dropout_key, load_YE=load_YE)
+    targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
+    return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2)), aux
 
 
 def _of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:

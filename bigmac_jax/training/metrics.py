@@ -117,7 +117,7 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "step": step,
         "tokens": step * run.tokens_per_step,
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        **(_of_preferences(metrics.parts.preferences) or {"perplexity": math.exp(min(loss, 700))}),
         "learning_rate": float(metrics.learning_rate),
         "grad_norm": float(metrics.grad_norm),
         "step_time_s": seconds,
@@ -125,6 +125,10 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "mfu": run.flops_per_step / seconds / run.peak_flops,
     }
     return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})
+
+
+def _of_preferences(preferences: Any) -> dict[str, float]:
+    return {} if preferences is None else {f"dpo/{k}": float(v) for k, v in preferences._asdict().items()}
 
 
 def memory_record() -> dict[str, int]:

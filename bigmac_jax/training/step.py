@@ -18,10 +18,13 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
+from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
+from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
-from bigmac_jax.training.loss import LossParts, loss_fn
+from bigmac_jax.training.loss import LossParts, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
+from bigmac_jax.training.preferences import dpo_loss, pairs
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -38,6 +41,7 @@ class TrainState:
     # Of the last good steps, oldest first, inf where there was none yet; None without train.spike_factor.
     losses: Array | None = None
     average: nnx.State | None = None  # of params over the steps; None without optimizer.average_decay
+    base: nnx.State | None = None  # the model's own parameters, where params are its adapters; no step moves it
 
 
 class StepMetrics(NamedTuple):
@@ -55,12 +59,37 @@ class Trainer(NamedTuple):
 
     graphdef: Any
     init: Callable[[Array], TrainState]
+    begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
     abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
+    config: Config
 
     def model(self, state: TrainState) -> Transformer:
         """What is evaluated: with the average of the parameters, if there is one."""
-        return nnx.merge(self.graphdef, evaluated(state), state.rest)
+        return whole_model(self.config, self.graphdef, evaluated(state), state)
+
+    def plain_model(self, state: TrainState) -> Transformer:
+        """The same without adapters: what they add is added to the parameters, a copy of which this is then."""
+        model = self.model(state)
+        return model if state.base is None else plain(model)
+
+
+@jax.jit
+def plain(model: Transformer) -> Transformer:
+    """A model with its adapters merged."""
+    graphdef, params, rest = split(model)
+    return nnx.merge(graphdef, merged(params), rest)
+
+
+def whole_model(
+    config: Config, graphdef: Any, params: nnx.State, state: TrainState, dropout_key: Array | None = None
+) -> Transformer:
+    """The model of a state with other `params`, which are its own or its adapters'."""
+    if not config.tuning.train_router:
+        params = map_declared(lambda of, w: jax.lax.stop_gradient(w) if of.part == "router" else w, params)
+    if state.base is not None:
+        params = attached(config, state.base, params, dropout_key)
+    return nnx.merge(graphdef, params, state.rest)
 
 
 def evaluated(state: TrainState) -> nnx.State:
@@ -86,14 +115,20 @@ def _unless(bad: Array, new: Any, old: Any) -> Any:
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Builds the jitted initialisation and training step for the current mesh."""
     optimizer, schedule = make_optimizer(config), learning_rate(config)
+    preferred = config.tuning.objective == "dpo"
     spike_factor, execution = config.train.spike_factor, config.execution
 
     def init(key: Array) -> TrainState:
-        _, params, rest = split(init_model(config, key))
+        return begin(*split(init_model(config, key))[1:], key)
+
+    def begin(params: nnx.State, rest: nnx.State, key: Array) -> TrainState:
+        base = None
+        if config.tuning.lora_rank:
+            base, params = params, make_adapters(config, params, key)
         losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
         # A copy, or both would be one buffer that is donated twice.
         average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average)
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average, base)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -118,20 +153,26 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             before = (state.params, state.rest, state.opt_state, state.average)
             params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
-        return TrainState(state.step + 1, params, rest, opt_state, losses, average), metrics
+        return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base), metrics
 
     def loss_of_params(
-        params: nnx.State, rest: nnx.State, batch: Batch, key: Array, load_YE: Array | None, targets: Array
+        params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, count: Array
     ) -> tuple[Array, LossParts]:
-        return loss_fn(nnx.merge(graphdef, params, rest), batch, key, load_YE, targets)
+        model = whole_model(config, graphdef, params, state, key)
+        if not preferred:
+            return loss_fn(model, batch, key, load_YE, count)
+        if state.base is not None:  # the model without its adapters is the reference
+            reference_BL, _ = token_nll(nnx.merge(graphdef, state.base, state.rest), batch)
+            batch = batch._replace(reference_BL=jax.sharding.reshard(reference_BL, batch_spec(2)))
+        return dpo_loss(model, batch, key, load_YE, count)
 
     def accumulate(gradient: Callable, state: TrainState, batch: Batch, key: Array) -> Any:
         """Loss, its parts and gradients of the whole batch, computed in M parts."""
         parts = config.train.accumulate_steps
         # Parts may have different numbers of targets: the mean over the parts is that over all targets.
-        targets = jnp.sum(batch.targets_BL != NO_TARGET) / parts
+        count = (pairs(batch) if preferred else jnp.sum(batch.targets_BL != NO_TARGET)) / parts
         if parts == 1:
-            return gradient(state.params, state.rest, batch, key, None, targets)
+            return gradient(state.params, state, batch, key, None, count)
         # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
         batch_MBL = jax.tree.map(lambda v_BL: v_BL.reshape(-1, parts, v_BL.shape[1]).swapaxes(0, 1), batch)
         keys_M = jax.random.split(key, parts)
@@ -140,17 +181,17 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         if config.model.counts_loads_first:
             # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
             # load of all parts: a first forward pass counts it.
-            def count(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
-                return None, loss_of_params(state.params, state.rest, *xs, None, targets)[1].aux.load
+            def loads(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
+                return None, loss_of_params(state.params, state, *xs, None, count)[1].aux.load
 
-            load_YE = jax.lax.scan(count, None, (batch_MBL, keys_M))[1].mean(0)
+            load_YE = jax.lax.scan(loads, None, (batch_MBL, keys_M))[1].mean(0)
 
         def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
-            part = gradient(state.params, state.rest, *xs, load_YE, targets)
+            part = gradient(state.params, state, *xs, load_YE, count)
             return jax.tree.map(jnp.add, total, part), None
 
         first = jax.tree.map(lambda v_MBL: v_MBL[0], (batch_MBL, keys_M))
-        part = jax.eval_shape(gradient, state.params, state.rest, *first, load_YE, targets)
+        part = jax.eval_shape(gradient, state.params, state, *first, load_YE, count)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (batch_MBL, keys_M))[0])
 
@@ -164,6 +205,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         graphdef,
         # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
         jax.jit(init, out_shardings=state_shardings, compiler_options=unoptimised),
+        jax.jit(begin, out_shardings=state_shardings, compiler_options=unoptimised, donate_argnums=(0, 1)),
         jax.jit(
             step,
             donate_argnums=0,
@@ -174,4 +216,5 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             ),
         ),
         abstract,
+        config,
     )

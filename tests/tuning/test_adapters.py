@@ -1,0 +1,173 @@
+"""Adapters: their gradients against those of the whole matrices on one device, and what is trained, kept and merged."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model.tools import (
+    QUICK,
+    assert_close,
+    leaf_name,
+    leaves,
+    loss_and_gradients,
+    on_mesh,
+    random_model,
+    random_tokens,
+    split_batch,
+    tiny,
+)
+from training.tools import session
+
+from bigmac_jax.config import Config, ConfigError, TuningConfig
+from bigmac_jax.data.batch import of_windows
+from bigmac_jax.model.adapters import adapted, attached, make_adapters
+from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.step import plain, split
+
+ALL = "attention,projections,shared,experts,router"
+# data, node, expert, tensor, fsdp, split_experts
+MESHES = {
+    "1x1": (1, 1, 1, 1),
+    "ep 2 x tensor 2, experts split": (1, 1, 2, 2, False, True),
+    "2x2": (2, 1, 2, 1),
+    "ep 8": (1, 1, 8, 1),
+    "2 nodes x 2 x tensor 2, fsdp": (1, 2, 2, 2, True),
+}
+FULL = ("1x1", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
+
+
+def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, **tuning: Any) -> Config:
+    config = tiny(mesh, num_shared_experts=1, gated=True, num_kv_heads=2)
+    tuned = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets, **tuning)
+    return dataclasses.replace(config, tuning=tuned, train=dataclasses.replace(config.train, init_from="some"))
+
+
+def random_adapters(config: Config, params: nnx.State) -> nnx.State:
+    """None of them zero, the same on every mesh."""
+    made, draw = make_adapters(config, params, jax.random.key(0)), np.random.default_rng(1).standard_normal
+    return jax.tree.map(lambda v: jax.device_put(0.3 * draw(v.shape).astype(np.float32), v.sharding), made)
+
+
+def loss_of(config: Config, graphdef: Any, rest: Any, tokens: np.ndarray) -> Any:
+    def loss(adapters: nnx.State, base: nnx.State) -> Any:
+        model = nnx.merge(graphdef, attached(config, base, adapters), rest)
+        return loss_fn(model, jax.tree.map(split_batch, of_windows(tokens)))[0]
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in MESHES])
+def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
+    """dW of the merged model on one device gives s dW Bᵀ and s Aᵀ dW, whatever the mesh of the adapters."""
+    one, config = with_adapters(), with_adapters(MESHES[name])
+    tokens, scale = random_tokens(config), 3.0 / 2
+    with on_mesh(config):
+        graphdef, params, rest = split(random_model(config))
+        adapters = random_adapters(config, params)
+        step = jax.jit(jax.value_and_grad(loss_of(config, graphdef, rest, tokens)), compiler_options=QUICK)
+        loss, gradients = step(adapters, params)
+        ours, pairs = leaves(gradients), leaves(adapters)
+        matrices = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+        merged = {
+            name.removesuffix(".a"): np.asarray(matrices[name.removesuffix(".a")]) + scale * a @ pairs[name[:-1] + "b"]
+            for name, a in pairs.items()
+            if name.endswith(".a")
+        }
+    assert any("experts" in name for name in merged) and any("router" in name for name in merged)
+    whole, of_matrices, _ = loss_and_gradients(dataclasses.replace(one, tuning=TuningConfig()), tokens, merged)
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    expected = {}
+    for name in merged:
+        dw = of_matrices[name]
+        expected[f"{name}.a"] = scale * dw @ pairs[f"{name}.b"].swapaxes(-1, -2)
+        expected[f"{name}.b"] = scale * pairs[f"{name}.a"].swapaxes(-1, -2) @ dw
+    assert_close(ours, expected, 3e-5)
+
+
+def test_what_is_adapted() -> None:
+    config = with_adapters(targets="experts,projections")
+    with on_mesh(config):
+        params = jax.eval_shape(lambda: split(random_model(config))[1])
+        names = {".".join(path) for path in adapted(config, params)}
+        made = jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0)))
+        shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]}
+    of_experts = {f"layers.mlp.experts.{name}" for name in ("w_in_eRF", "w_gate_eRF", "w_out_eFR")}
+    assert names == of_experts | {"layers.mlp.down.w_DF", "layers.mlp.up.w_DF"}
+    # Each of the 8 experts of both layers has its own: R = 4, F = 16.
+    assert shapes["layers.mlp.experts.w_in_eRF.a"] == (2, 8, 4, 2)
+    assert shapes["layers.mlp.experts.w_in_eRF.b"] == (2, 8, 2, 16)
+    with pytest.raises(ConfigError, match=r"tuning\.lora_targets=mlp are not in the model"), on_mesh(config):
+        adapted(with_adapters(targets="mlp"), params)
+
+
+@pytest.mark.full
+def test_merged_is_adapted() -> None:
+    """Logits of the model with adapters beside its matrices, and of the one that has them in these."""
+    config = with_adapters(MESHES["ep 2 x tensor 2, experts split"])
+    with on_mesh(config):
+        graphdef, params, rest = split(random_model(config))
+        beside = nnx.merge(graphdef, attached(config, params, random_adapters(config, params)), rest)
+        tokens = split_batch(random_tokens(config)[:, :-1])
+        logits = [np.asarray(jax.jit(lambda m, t: m(t)[0])(model, tokens)) for model in (beside, plain(beside))]
+        without = np.asarray(jax.jit(lambda m, t: m(t)[0])(nnx.merge(graphdef, params, rest), tokens))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()
+    assert np.abs(logits[0] - without).max() > 1e-2 * np.abs(without).max()
+
+
+@pytest.mark.full
+def test_a_step_moves_adapters_alone() -> None:
+    config = with_adapters(MESHES["2x2"], lora_dropout=0.5)
+    with on_mesh(config):
+        from bigmac_jax.training.step import make_trainer
+
+        trainer = make_trainer(config, jax.sharding.get_mesh())
+        _, params, rest = split(random_model(config))
+        state = trainer.begin(params, rest, jax.random.key(0))
+        before, base = leaves(state.params), leaves(state.base)
+        batch = jax.tree.map(split_batch, of_windows(random_tokens(config)))
+        for _ in range(2):
+            state, _ = trainer.step(state, batch)
+        assert leaves(state.base).keys() == base.keys()
+        assert all((leaves(state.base)[name] == value).all() for name, value in base.items())
+        moved = leaves(state.params)
+        assert all((moved[name] != value).any() for name, value in before.items())
+        moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+        adapters = sum(value.size for value in before.values())
+        assert 2 * adapters <= moments < 2 * adapters + 10  # Adam's two, and counters
+
+
+@pytest.mark.full
+def test_dropout_is_of_inputs() -> None:
+    """All tokens lose the same inputs of an adapter: a's rows are zero or larger by 1 / (1 - p)."""
+    config = with_adapters(lora_dropout=0.25)
+    with on_mesh(config):
+        params = split(random_model(config))[1]
+        adapters = random_adapters(config, params)
+        plain_, dropped = (
+            leaves(jax.jit(lambda key: attached(config, params, adapters, key))(key))
+            for key in (None, jax.random.key(3))
+        )
+    name = "layers.mlp.experts.w_in_eRF.value.a" if "layers.mlp.experts.w_in_eRF.value.a" in plain_ else None
+    name = name or next(n for n in plain_ if "w_in_eRF" in n and n.endswith("a"))
+    ratio = dropped[name] / plain_[name]
+    assert set(np.round(np.unique(ratio), 4)) == {0, np.float32(1.3333)}
+    assert (ratio == ratio[..., :1]).all() and 0.1 < (ratio == 0).mean() < 0.45
+    assert all((dropped[n] == v).all() for n, v in plain_.items() if not n.endswith("a"))
+
+
+def test_a_frozen_router_stays_and_does_not_decay() -> None:
+    config = tiny(capacity_factor=1.5)
+    config = dataclasses.replace(config, tuning=TuningConfig(train_router=False))
+    with session(config) as run:
+        before = leaves(run.state.params)
+        metrics = run.step(random_tokens(config))
+        after = leaves(run.state.params)
+    (router,) = (name for name in before if "router" in name)
+    assert (after[router] == before[router]).all() and np.isfinite(metrics.loss)
+    assert all((after[name] != before[name]).any() for name in before if name != router)
+    others = jnp.concatenate([jnp.ravel(v) for n, v in before.items() if n != router])
+    assert others.size  # and the norm of the gradient is of these alone

@@ -1,0 +1,167 @@
+"""DPO against torch-free NumPy on random batches; what training and generation say of the same completion."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, split_batch, tiny
+
+from bigmac_jax.config import Config, TuningConfig
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.inference.generate import Generator
+from bigmac_jax.training.loss import loss_fn, token_nll
+from bigmac_jax.training.preferences import dpo_loss, margins
+
+BETA = 0.3
+MESHES = {"1x1": (1, 1, 1, 1), "ep 2 x tensor 2": (1, 1, 2, 2), "2x2": (2, 1, 2, 1), "ep 8": (1, 1, 8, 1)}
+FULL = ("1x1", "2x2", "ep 8")
+
+
+def tuned(mesh: Any = (1, 1, 1, 1), length: int = 16, **fields: Any) -> Config:
+    config = tiny(mesh, length=length, num_shared_experts=1, **fields)
+    train = dataclasses.replace(config.train, init_from="some")
+    tuning, data = TuningConfig(objective="dpo", dpo_beta=BETA), dataclasses.replace(config.data, source="rows.jsonl")
+    return dataclasses.replace(config, tuning=tuning, train=train, data=data)
+
+
+def random_batch(config: Config, seed: int) -> Batch:
+    """Rows of two or three pairs, and padding."""
+    draw = np.random.default_rng(seed)
+    B, L = config.data.batch_size, config.data.sequence_length
+    inputs, targets = draw.integers(256, size=(2, B, L), dtype=np.int32)
+    segments = np.full((B, L), PADDING, np.int32)
+    for row in segments:
+        cuts = np.sort(draw.choice(np.arange(1, L), size=2 * int(draw.integers(1, 4)), replace=False))
+        for number, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
+            row[start:stop] = number
+    targets[(draw.random((B, L)) < 0.3) | (segments == PADDING)] = NO_TARGET
+    return Batch(inputs, targets, segments, draw.uniform(3, 8, size=(B, L)).astype(np.float32))
+
+
+def expected(batch: Batch, nll_BL: np.ndarray) -> tuple[float, float, float, np.ndarray]:
+    """Loss, accuracy, mean margin, and the loss's gradient in nll, pair by pair in float64."""
+    losses, right, margin, gradient = [], [], [], np.zeros(nll_BL.shape)
+    places = []
+    for row in range(len(nll_BL)):
+        for pair in range((batch.segments_BL[row].max() + 1) // 2):
+            gains, here = [], []
+            for segment in (2 * pair, 2 * pair + 1):
+                at = (batch.segments_BL[row] == segment) & (batch.targets_BL[row] != NO_TARGET)
+                gains.append(float((batch.reference_BL[row].astype(np.float64) - nll_BL[row])[at].sum()))
+                here.append(at)
+            value = BETA * (gains[0] - gains[1])
+            losses.append(np.log1p(np.exp(-value)))
+            right.append(value > 0)
+            margin.append(value)
+            places.append((row, here, -1 / (1 + np.exp(value))))
+    for row, (chosen, other), slope in places:
+        gradient[row][chosen] -= BETA * slope / len(losses)
+        gradient[row][other] += BETA * slope / len(losses)
+    return float(np.mean(losses)), float(np.mean(right)), float(np.mean(margin)), gradient
+
+
+def test_loss_and_gradient_of_50_random_batches() -> None:
+    config = tuned()
+    with on_mesh(config):
+
+        def loss(nll_BL: Any, batch: Batch) -> Any:
+            gain_BL = jnp.where(batch.targets_BL != NO_TARGET, batch.reference_BL - nll_BL, 0)
+            rows = margins(config, gain_BL, batch.segments_BL)
+            count = jnp.sum((batch.segments_BL.max(1) + 1) // 2)
+            of_loss, right, margin = (v.sum() / count for v in rows)
+            return of_loss, (right, margin)
+
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+        for seed in range(50):
+            batch = random_batch(config, seed)
+            nll = np.random.default_rng(seed + 100).uniform(3, 8, batch.inputs_BL.shape).astype(np.float32)
+            (found, (right, margin)), gradient = step(split_batch(nll), jax.tree.map(split_batch, batch))
+            wanted = expected(batch, nll.astype(np.float64))
+            np.testing.assert_allclose([found, right, margin], wanted[:3], rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(gradient, wanted[3], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in MESHES])
+def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
+    """Of a loss whose targets weigh what the hand has for the gradient in -log p: the parameters' are the same."""
+    one, config = tuned(balance_coefficient=0.0), tuned(MESHES[name], balance_coefficient=0.0)
+    batch = random_batch(config, 1)
+
+    def gradients(config: Config, loss: Any) -> Any:
+        with on_mesh(config):
+            placed = jax.tree.map(split_batch, batch)
+            return leaves(jax.jit(jax.grad(loss), compiler_options=QUICK)(random_model(config), placed))
+
+    ours = gradients(config, lambda model, batch: dpo_loss(model, batch)[0])
+    with on_mesh(one):
+        nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(random_model(one), jax.tree.map(split_batch, batch))
+        weights = expected(batch, np.asarray(nll_BL, np.float64))[3]
+
+    def weighted(model: Any, batch: Batch) -> Any:
+        logits_BLV, _ = model(batch.inputs_BL, batch.segments_BL)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), jnp.maximum(batch.targets_BL, 0)[..., None], -1)
+        return -jnp.sum(jnp.asarray(weights, jnp.float32) * log_p[..., 0])
+
+    assert_close(ours, gradients(one, weighted), 3e-5)
+
+
+def test_tokens_are_as_likely_as_the_loss_of_pretraining_has_them() -> None:
+    config = tuned((1, 1, 2, 2), balance_coefficient=0.0)
+    batch = random_batch(config, 2)
+    with on_mesh(config):
+        placed, model = jax.tree.map(split_batch, batch), random_model(config)
+        nll_BL = np.asarray(jax.jit(lambda m, b: token_nll(m, b)[0], compiler_options=QUICK)(model, placed))
+        mean = np.asarray(jax.jit(lambda m, b: loss_fn(m, b)[0], compiler_options=QUICK)(model, placed))
+    np.testing.assert_allclose(nll_BL[batch.targets_BL != NO_TARGET].mean(), mean, rtol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MESHES)
+def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sampled completions: log-probabilities, and the experts that each token is sent to in each layer."""
+    from bigmac_jax.model import moe
+
+    config = tuned(MESHES[name], length=32, num_layers=2)
+    chosen: list[np.ndarray] = []
+    route = moe.route
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        routing = route(*arguments, **named)
+        whole = jax.sharding.reshard(routing.experts_BLK, jax.sharding.PartitionSpec(None, None, None))
+        jax.debug.callback(lambda v: chosen.append(np.asarray(v)), whole, ordered=False)
+        return routing
+
+    prompts = [tuple(range(40 + i, 45 + 2 * i)) for i in range(4)]
+    with on_mesh(config):
+        model = random_model(config)
+        generator = Generator(config, model, batch_size=8, tokenizer=ByteTokenizer())
+        done = generator.generate(prompts, max_tokens=8, temperature=1.0, ignore_eos=True)
+        B, L = config.data.batch_size, 32
+        inputs, targets, segments = np.zeros((3, B, L), np.int32)
+        targets[:], segments[:] = NO_TARGET, PADDING
+        for row, (prompt, completion) in enumerate(zip(prompts, done, strict=True)):
+            tokens = np.array([*prompt, *completion.tokens], np.int32)
+            inputs[row, : len(tokens) - 1], segments[row, : len(tokens) - 1] = tokens[:-1], 0
+            targets[row, len(prompt) - 1 : len(tokens) - 1] = completion.tokens
+        batch = jax.tree.map(split_batch, Batch(inputs, targets, segments))
+        nll_BL = np.asarray(jax.jit(lambda m, b: token_nll(m, b)[0])(model, batch))
+        for row, completion in enumerate(done):
+            ours = -nll_BL[row][targets[row] != NO_TARGET]
+            np.testing.assert_allclose(ours, completion.logprobs, atol=1e-5)
+        # The experts of a prompt and its completion: read at once, and read from the cache token by token.
+        monkeypatch.setattr(moe, "route", recorded)
+        jax.block_until_ready(jax.jit(lambda m, b: token_nll(m, b)[0])(model, batch))
+        jax.effects_barrier()
+        of_training = {v.tobytes(): v[0] for v in chosen}.values()
+        assert len(of_training) == config.model.num_layers
+        chosen.clear()
+        alone = Generator(config, model, batch_size=1, tokenizer=ByteTokenizer())
+        assert alone.generate(prompts[:1], max_tokens=8, temperature=1.0, ignore_eos=True)[0].tokens == done[0].tokens
+        jax.effects_barrier()
+        of_decoding = {tuple(row) for v in chosen for row in v.reshape(-1, v.shape[-1]).tolist()}
+        length = len(prompts[0]) + 7
+        assert all(tuple(row) in of_decoding for layer in of_training for row in layer[:length].tolist())
