@@ -48,6 +48,7 @@ def test_a_widened_model_is_the_one_that_it_was(name: str, mesh: tuple[int, ...]
     assert (target.model.num_experts, target.model.top_k) == (16, 6)
 
 
+@pytest.mark.full
 def test_noise_makes_copies_differ() -> None:
     config = tiny()
     with on_mesh(config):

@@ -32,14 +32,7 @@ def text(config: Config, batches: int = 4) -> list[Batch]:
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), (1, 1, 2, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
-    _exact(tiny(mesh, length=16, **MODELS[name]))
-
-
-def test_gated_experts_of_full_width_are_exact() -> None:
-    _exact(tiny(length=16, **MODELS["gated, shared"]))
-
-
-def _exact(config: Config) -> None:
+    config = tiny(mesh, length=16, **MODELS[name])
     with on_mesh(config):
         model, batches = random_model(config), text(config)
         target, result, errors = narrow(config, model, batches, 1.0)
@@ -111,7 +104,7 @@ def test_it_is_better_than_cutting_matrices() -> None:
     m, experts, seen = layer(12, 0.5)
     sizes = np.logspace(1, -1, 12)
     seen = seen._replace(inputs_TD=(seen.inputs_TD * sizes).astype(np.float32))
-    leaves, error = fit_layer(m, experts, seen)
+    _, error = fit_layer(m, experts, seen)
     u = np.linalg.svd(np.concatenate(list(experts["w_in_eRF"]), axis=1))[0][:, :6]
     v = np.linalg.svd(np.concatenate(list(experts["w_out_eFR"])))[2][:6].T
     cut = {"down.w_DF": u, "up.w_DF": v.T, "experts.w_in_eRF": u.T @ experts["w_in_eRF"],
