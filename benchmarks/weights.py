@@ -23,8 +23,8 @@ from bigmac_jax.decoding.weights import fits, quantized, widened  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
 from bigmac_jax.model.parameters import Declaration, map_declared  # noqa: E402
 from bigmac_jax.programs import evaluation_rows  # noqa: E402
-from bigmac_jax.training.checkpoint import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_tokenizer  # noqa: E402
+from bigmac_jax.tuning import restore  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best or the number of a checkpoint.")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bigmac_jax.model import exchange
     from bigmac_jax.model.transformer import init_model
     from bigmac_jax.notebook import metrics, plan, train
-    from bigmac_jax.training.checkpoint import restore
+    from bigmac_jax.tuning import restore
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _HOME = {
     "make_mesh": "mesh",
     "metrics": "notebook",
     "plan": "notebook",
-    "restore": "training.checkpoint",
+    "restore": "tuning",
     "train": "notebook",
 }
 

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.decoding.cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
 from bigmac_jax.decoding.sampling import Chosen, Draws, sample
@@ -232,6 +232,11 @@ def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
 
 
 def _step_program(config: Config, mesh: Mesh) -> Program:
+    if config.tuning.teacher:
+        raise ConfigError(
+            f"tuning.teacher={config.tuning.teacher} is a second model, which is not planned; drop it, and leave room "
+            f"for its parameters and for a second forward pass"
+        )
     return step_program(config, mesh, make_trainer(config, mesh))
 
 
@@ -282,4 +287,4 @@ def _abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
 def _batch(rows: int, config: Config, mesh: Mesh) -> Batch:
     """Of abstract arrays."""
     tokens_BL = _abstract(mesh, batch_spec(2), rows, config.data.sequence_length)
-    return Batch(tokens_BL, tokens_BL, tokens_BL if config.data.documents == "masked" else None)
+    return Batch(tokens_BL, tokens_BL, tokens_BL if config.has_segments else None)

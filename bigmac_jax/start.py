@@ -1,5 +1,6 @@
 """What a run starts from: data, a compiled step, and the state of its newest intact checkpoint."""
 
+import dataclasses
 import logging
 import pathlib
 import time
@@ -11,14 +12,14 @@ import jax
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, check_resume
-from bigmac_jax.data.cache import CachedStream
-from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.mesh import batch_spec
 from bigmac_jax.model.attention_kernels import attention_of
 from bigmac_jax.phases import NOW
 from bigmac_jax.programs import step_program
-from bigmac_jax.training import guard
+from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import describe_auto
@@ -28,10 +29,14 @@ from bigmac_jax.training.workdir import (
     check_data,
     check_shared,
     has_run,
+    keep_template,
     read_config,
     run_tokenizer,
+    with_own_template,
     write_run,
 )
+from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
+from bigmac_jax.tuning.teacher import TEACHER, read_teacher, teacher_of
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -49,10 +54,12 @@ class Start(NamedTuple):
     checkpoints: Checkpoints
     data: TrainIterator
     rows: Sequence[int]
-    validation: CachedStream | None
+    validation: Stream | None
     step: int
     state: TrainState
     position: dict[str, Any]
+    origin: Origin | None
+    teacher: Origin | None
 
 
 def start(config: Config, workdir: pathlib.Path) -> Start:
@@ -68,32 +75,48 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         resumed = has_run(workdir)
         if resumed:
             check_resume(read_config(workdir), config)
-        tokenizer = run_tokenizer(workdir, config) if resumed else load_tokenizer(config)
-        train_stream = open_stream(config, "train", tokenizer)
-        validation = open_stream(config, "validation", tokenizer) if config.train.eval_every else None
+        # A run that has a checkpoint of all parameters does not look back.
+        begins = config.tuning.lora_rank or not manifest.steps(workdir)
+        origin = origin_of(workdir, config) if config.train.init_from and begins else None
+        if resumed:
+            tokenizer = run_tokenizer(workdir, config)
+        else:
+            tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
+        changed = differences(origin, config) if origin else []
+        read = with_own_template(workdir, config) if resumed else config
+        train_stream = open_stream(read, "train", tokenizer)
+        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
+        data_is |= {ORIGIN: origin.identity} if origin else {}
+        teacher = teacher_of(workdir, config, tokenizer) if config.tuning.teacher else None
+        data_is |= {TEACHER: teacher.identity} if teacher else {}
         if resumed:
             check_data(workdir, config, data_is)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
     hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
-    trainer = make_trainer(config, mesh)
+    trainer = make_trainer(config, mesh, teacher and teacher.config)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
     with NOW.doing("verify"):
         newest = checkpoints.newest_intact()
     with NOW.doing("restore" if newest else "initialise"):
-        state, position = restored(config, trainer, checkpoints, newest)
+        state, position = restored(config, trainer, checkpoints, newest, origin, teacher)
     data.set_state(position)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
+        if isinstance(train_stream, Conversations):
+            keep_template(workdir, train_stream.chat.template)
         write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
     _describe(config, state, train_stream.num_tokens, newest)
-    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position)
+    if origin and not newest:
+        step = f", step {origin.step}" if origin.step else ""
+        hosts.say(f"begins with {origin.place}{step}" + (f"; {', '.join(changed)}" if changed else ""))
+    return Start(trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, teacher)
 
 
 def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:
@@ -101,8 +124,10 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
+    beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     hosts.say(
-        f"{parameters:,} parameters, {tokens:,} training tokens, mesh "
+        f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
         + (f", {jax.process_count()} processes" if hosts.several() else "")
         + f", attention by {attention_of(config)}"
@@ -111,13 +136,24 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
 
 
 def restored(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None
+    config: Config,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    step: int | None,
+    origin: Origin | None,
+    teacher: Origin | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the data position of a checkpoint, or those that a run begins with."""
+    key = jax.random.key(config.train.seed)
     if step is None:
-        return trainer.init(jax.random.key(config.train.seed)), {"batches": 0}
-    state, position = checkpoints.restore(step, trainer.abstract_state)
-    return guard.with_losses(state, trainer.abstract_state, position), position
+        state, position = trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
+    else:
+        state, position = checkpoints.restore(step, trainer.abstract_state)
+        if config.tuning.lora_rank:
+            assert origin is not None, config.train
+            state = dataclasses.replace(state, base=load(origin, config)[0])
+        state = guard.with_losses(state, trainer.abstract_state, position)
+    return dataclasses.replace(state, teacher=read_teacher(teacher)) if teacher else state, position
 
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:

@@ -15,9 +15,9 @@ from bigmac_jax import cli, conversion, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.conversion import runs
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
-from bigmac_jax.training.checkpoint import restore_step
 from bigmac_jax.training.fresh import refuse_a_run
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.tuning import restore_step
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -90,6 +90,10 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     runs.check_overrides(cli.OVERRIDES)
     saved = with_mesh(read_config(workdir), [given for given in cli.OVERRIDES if given.startswith("mesh.")])
     tokenizer = run_tokenizer(workdir, saved)
+    if saved.tuning.objective != "pretrain":  # converted by plain text, and by the run's own tokenizer
+        raise ConfigError(
+            f"tuning.objective={saved.tuning.objective} has no text; convert the model that it began with"
+        )
     train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
     cli.enter_mesh(saved, fit_batch=False)
     _, model, _, _ = restore_step(workdir, _STEP.value, saved)

@@ -8,14 +8,17 @@ from absl import flags
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.chat import FILE
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
-from bigmac_jax.training.checkpoint import find_checkpoint, restore
+from bigmac_jax.training.checkpoint import find_checkpoint
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -53,11 +56,12 @@ def main() -> None:
                 raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
             if text_file:
                 raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
-            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length)
+            template = str(workdir / FILE) if (workdir / FILE).is_file() else ""
+            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length, template)
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
-            stream: TokenStream
+            stream: TokenStream | Conversations
             if text_file:
                 stream = text_stream(text_file, tokenizer)
             else:
@@ -71,7 +75,7 @@ def main() -> None:
     result: dict[str, Any]
     if _TASKS.value:
         folder = workdir / "tasks" / str(step)
-        summaries = score_jobs(jobs, model, folder, identity, length, size, _STRIDE.value, quiet)
+        summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, size, _STRIDE.value, quiet)
         lines, result = describe(summaries), {"step": step, "tasks": summaries}
     else:
         title = str(text_file or _SPLIT.value)
@@ -79,6 +83,7 @@ def main() -> None:
             read = _DOCUMENTS.value or config.data.documents
             score = evaluate(model, stream, length, size, bar.update, _STRIDE.value, read)
         how = "each document by itself" if read == "masked" else "windows of the stream"
+        how = "answers alone" if isinstance(stream, Conversations) else how
         lines = [f"{text_file or _SPLIT.value}, {how}: {score.describe()}"]
         result = score._asdict() | {"documents": read}
     if not _JSON.value:

@@ -19,8 +19,8 @@ from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
 from bigmac_jax.phases import NOW
 from bigmac_jax.progress import Progress
-from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")

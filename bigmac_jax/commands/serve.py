@@ -15,12 +15,12 @@ from bigmac_jax import cli
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Generator
-from bigmac_jax.serving.chat import load_chat
+from bigmac_jax.serving.chat import load_dialogue
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.server import serve
 from bigmac_jax.storage import absolute
-from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -58,7 +58,7 @@ def main() -> int:
         config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
         weights=_WEIGHTS.value,
     )  # fmt: skip
-    chat = load_chat(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer)
+    chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer, workdir)
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()
     name = _MODEL_NAME.value or absolute(workdir).name

@@ -1,17 +1,24 @@
 """Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
 
+import dataclasses
+import pathlib
 import sys
 
 from absl import flags
 
 from bigmac_jax import cli, hosts
-from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config import Config, ConfigError, check_batch, load_config
+from bigmac_jax.config.reading import overridden
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
-from bigmac_jax.training.workdir import run_folder
+from bigmac_jax.training.workdir import has_run, read_config, run_folder
+from bigmac_jax.tuning.origin import config_of, open_origin
 
 _CONFIG = flags.DEFINE_string(
-    "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
+    "config",
+    "tiny",
+    "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one. Without it, a run "
+    "that begins with a trained model (--config.train.init_from) has that model's.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Where the run is written, and resumed from.")
 _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profiler trace written to WORKDIR/profile.")
@@ -19,9 +26,9 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profil
 
 def main() -> int:
     with hosts.together():
-        config = load_config(_CONFIG.value, cli.OVERRIDES)
-        profile = _steps(_PROFILE.value)
         workdir = run_folder(_WORKDIR.value)
+        config = _config(workdir)
+        profile = _steps(_PROFILE.value)
     cli.agree(config, __name__)
     cli.enter_mesh(config)
     try:
@@ -34,6 +41,18 @@ def main() -> int:
     elif result.first_step == result.step:
         hosts.say(_finished(config.train.steps, result.step))
     return 0
+
+
+def _config(workdir: pathlib.Path) -> Config:
+    """What --config says; without it, of a run that begins with a trained model, that model's."""
+    given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
+    place = given.get("train.init_from")
+    if not place or flags.FLAGS["config"].present:
+        return load_config(_CONFIG.value, cli.OVERRIDES)
+    base = read_config(workdir) if has_run(workdir) else config_of(open_origin(place), "data.source" in given)
+    config = overridden(dataclasses.asdict(base), cli.OVERRIDES)
+    check_batch(config, max(1, config.mesh.data))
+    return config
 
 
 def _finished(steps: int, step: int) -> str:

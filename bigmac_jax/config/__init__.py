@@ -15,8 +15,10 @@ from bigmac_jax.config.fields import (
 from bigmac_jax.config.objects import parse_object, read_object, sealed, unsealed
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
 from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
+from bigmac_jax.config.tuning import LORA_TARGETS, TuningConfig
 
 __all__ = [
+    "LORA_TARGETS",
     "MAY_CHANGE",
     "STRUCTURES",
     "TOKENIZER_SIZES",
@@ -28,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainConfig",
+    "TuningConfig",
     "check_batch",
     "check_place",
     "check_resume",

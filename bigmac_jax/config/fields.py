@@ -9,6 +9,7 @@ from typing import Any
 from bigmac_jax.config.names import field_names, unknown_field
 from bigmac_jax.config.objects import parse_object
 from bigmac_jax.config.rules import ConfigError, check_types, validate
+from bigmac_jax.config.tuning import TuningConfig
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,7 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop. 0 turns a periodic action off."""
 
+    init_from: str = ""  # what a run begins with: a workdir, an export or a folder of Hugging Face; "" = random
     steps: int = 1000
     accumulate_steps: int = 1  # the batch is computed in this many parts
     seed: int = 1234
@@ -252,6 +254,9 @@ class TrainConfig:
     max_bad_steps: int = 10  # that a run gets over; the next one ends it
     spike_factor: float = 0.0  # a loss above it × the median of the last 32 good ones is a spike; 0 = off
     wandb: str = ""  # a project of Weights & Biases that metrics go to besides; "" = none
+    tasks: str = ""  # names of tasks, or paths of .toml files, with commas between, that are scored during training
+    tasks_every: int = 0  # steps between that; the last one counts, too
+    tasks_limit: int = 100  # rows of each task at most; 0 = all
 
 
 @dataclass(frozen=True)
@@ -264,6 +269,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     cache_dir: str = "~/.cache/bigmac_jax"  # tokenised corpora and compiled programs
 
     def __post_init__(self) -> None:
@@ -274,6 +280,11 @@ class Config:
     def dropless(self) -> bool:
         """Whether no expert is ever full in training."""
         return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether a token sees its own document alone; conversations never see each other."""
+        return self.data.documents == "masked" or self.tuning.objective != "pretrain"
 
     def describe(self) -> str:
         """One line that says what the structure resolved to."""

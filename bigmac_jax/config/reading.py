@@ -23,8 +23,9 @@ from bigmac_jax.config.rules import ConfigError, check_batch
 # lies, as long as that is the same (`training.workdir.check_data`).
 MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every",
               "train.checkpoint_every", "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps",
-              "train.spike_factor", "train.wandb", "data.source", "data.validation_source", "data.test_source",
-              "data.tokenizer", "data.num_workers", "cache_dir")  # fmt: skip
+              "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
+              "data.validation_source", "data.test_source", "data.tokenizer", "data.num_workers",
+              "cache_dir")  # fmt: skip
 
 
 def check_resume(saved: Config, new: Config) -> None:

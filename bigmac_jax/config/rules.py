@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bigmac_jax.config.tuning import validate_tuning
+
 if TYPE_CHECKING:
     from bigmac_jax.config.fields import Config, MeshConfig, ModelConfig
 
@@ -79,7 +81,7 @@ def check_types(config: Config) -> None:
 
 def validate(config: Config) -> None:
     model, execution, mesh, data = config.model, config.execution, config.mesh, config.data
-    optimizer, train = config.optimizer, config.train
+    optimizer, train, tuning = config.optimizer, config.train, config.tuning
 
     def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         if value not in allowed:
@@ -116,6 +118,8 @@ def validate(config: Config) -> None:
     one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     one_of("optimizer.moment_dtype", optimizer.moment_dtype, ("float32", "bfloat16"))
     one_of("train.on_bad_step", train.on_bad_step, ("stop", "skip", "rewind"))
+    one_of("tuning.objective", tuning.objective, ("pretrain", "sft", "dpo"))
+    one_of("tuning.bad_rows", tuning.bad_rows, ("stop", "skip"))
     one_of("execution.wire_dtype", execution.wire_dtype, ("", *WIRE_FORMATS))
     one_of("execution.wire_dtype_backward", execution.wire_dtype_backward, ("", *WIRE_FORMATS))
 
@@ -133,7 +137,8 @@ def validate(config: Config) -> None:
     at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
              "momentum", "average_decay", "weight_decay", "clip_norm")  # fmt: skip
     at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
-    at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed")
+    at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed", "tasks_every", "tasks_limit")
+    at_least("tuning", 0, "teacher_weight", "hidden_weight", "lora_rank", "lora_alpha", "lora_dropout", "dpo_beta")
 
     factor = execution.buffer_factor
     require(math.isinf(factor) or execution.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={execution.exchange}; use buffer_factor=inf")  # fmt: skip
@@ -158,11 +163,14 @@ def validate(config: Config) -> None:
     require(spike == 0 or spike > 1, f"train.spike_factor={spike:g} must be above 1, as in 2, or 0 (off)")
 
     check_place(config.cache_dir, "cache_dir")
+    check_place(train.init_from, "train.init_from")
+    check_place(tuning.teacher, "tuning.teacher")
     for name in ("source", "validation_source", "test_source", "tokenizer"):
         check_place(getattr(data, name), f"data.{name}")
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
     require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
 
+    validate_tuning(config, require)
     if mesh.tensor > 1:
         _validate_tensor(config, require)
     first, layers = model.first_dense_layers, model.num_layers

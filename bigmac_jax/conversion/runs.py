@@ -13,7 +13,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.conversion.latent import LayerError
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
-from bigmac_jax.data.cache import CachedStream
+from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.pipeline import padded
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange.importing import FREE
@@ -54,7 +54,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
 
 
-def windows(config: Config, stream: CachedStream, tokens: int) -> list[Batch]:
+def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
     """So many tokens in windows that stand evenly over the stream, as the model is trained on it."""
     L, rows = config.data.sequence_length, -(-config.data.batch_size // batch_ranks()) * batch_ranks()
     there = (stream.num_tokens - 1) // L

@@ -47,12 +47,12 @@ class Documents(abc.ABC):
             yield text
         if broken:
             names = ", ".join(list(places)[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")
-            _once(
+            say_once(
                 logging.WARNING,
                 f"{self.name}: {broken} documents hold bytes that are not UTF-8, replaced by U+FFFD: {names}",
             )
         if empty:
-            _once(logging.INFO, f"{self.name}: {empty} empty documents skipped")
+            say_once(logging.INFO, f"{self.name}: {empty} empty documents skipped")
         if not found:
             raise ConfigError(f"{self.name} has 0 documents with text ({empty} empty); {self.fix}")
 
@@ -78,7 +78,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
 
-def _once(level: int, line: str) -> None:
+def say_once(level: int, line: str) -> None:
     if line not in _said:
         _said.add(line)
         _log.log(level, line)

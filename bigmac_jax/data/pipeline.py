@@ -13,6 +13,7 @@ from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
 from bigmac_jax.data.cache import CachedStream, Counts, MemoryStream, TokenStream, cached_stream, encode_stream
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import decode
 from bigmac_jax.data.packing import Packed
@@ -22,8 +23,14 @@ _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
 
 
-def open_stream(config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
-    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does."""
+Stream = CachedStream | Conversations
+
+
+def open_stream(config: Config, split: str, tokenizer: Tokenizer) -> Stream:
+    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does. Of a run that is
+    tuned, its conversations."""
+    if config.tuning.objective != "pretrain":
+        return Conversations(config, split, tokenizer)
     docs = documents(config.data, split, config.cache_dir)
     return cached_stream(docs, split, tokenizer, config.cache_dir)
 
@@ -68,7 +75,7 @@ class Windows:
         return self._stream.tokens(w * self._length, (w + 1) * self._length + 1)
 
 
-def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
+def samples(config: Config, stream: TokenStream | Conversations) -> grain.MapDataset:
     """The endless sequence of training samples, int32 [L+1], or [3, L] with data.packing=best_fit; sample i depends on
     train.seed and i alone.
 
@@ -78,8 +85,13 @@ def samples(config: Config, stream: TokenStream) -> grain.MapDataset:
       ConfigError: fewer windows than data.batch_size.
     """
     data = config.data
-    whole: Windows | Packed = Windows(stream, data.sequence_length)
-    if data.packing == "best_fit":
+    whole: Any
+    if isinstance(stream, Conversations):
+        whole = stream.packed(data.sequence_length)
+        _log.info("%s: %s", stream.name, whole.describe())
+    elif data.packing == "stream":
+        whole = Windows(stream, data.sequence_length)
+    else:
         whole = Packed(stream, data.sequence_length)
         _log.info("data.packing=best_fit: %s", whole.describe())
     if len(whole) < data.batch_size:
@@ -112,7 +124,7 @@ class TrainIterator(Iterator[Batch]):
     so a run may go on with other processes, another mesh or other workers.
     """
 
-    def __init__(self, config: Config, stream: TokenStream, rows: Sequence[int]):
+    def __init__(self, config: Config, stream: TokenStream | Conversations, rows: Sequence[int]):
         self._batches = grain.MapDataset.source(_Rows(samples(config, stream), config.data.batch_size, rows))
         self._batches = self._batches.batch(len(rows))
         self._workers = config.data.num_workers
@@ -155,7 +167,9 @@ class TrainIterator(Iterator[Batch]):
         return iter(dataset)
 
 
-def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | None = None) -> TrainIterator:
+def train_iterator(
+    config: Config, stream: TokenStream | Conversations, rows: Sequence[int] | None = None
+) -> TrainIterator:
     """Endless batches of this process.
 
     `it.get_state()` is a small JSON-serialisable dict; after `set_state` the batches go on from there exactly.
@@ -170,7 +184,7 @@ def train_iterator(config: Config, stream: TokenStream, rows: Sequence[int] | No
 
 
 def eval_batches(
-    stream_or_tokens: TokenStream | np.ndarray,
+    stream_or_tokens: TokenStream | Conversations | np.ndarray,
     sequence_length: int,
     batch_size: int,
     stride: int = 0,
@@ -187,8 +201,12 @@ def eval_batches(
     stream = stream_or_tokens
     if isinstance(stream, np.ndarray):
         stream = MemoryStream(stream, Counts(tokens=len(stream)))
-    if documents == "masked":
-        packed = Packed(stream, sequence_length, stride)
+    if documents == "masked" or isinstance(stream, Conversations):
+        packed: Any = (
+            stream.packed(sequence_length)
+            if isinstance(stream, Conversations)
+            else Packed(stream, sequence_length, stride)
+        )
         for first in range(0, len(packed), batch_size):
             rows = [packed[w] for w in range(first, min(first + batch_size, len(packed)))]
             yield padded(Batch(*np.stack(rows, axis=1)), batch_size)

@@ -31,8 +31,8 @@ from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
-from bigmac_jax.training.checkpoint import restore
 from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.tuning import restore
 
 try:
     from lm_eval.api.model import LM

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from bigmac_jax.training.fresh import refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
 FREE = (
-    "mesh.", "execution.", "data.", "optimizer.", "train.", "cache_dir", "model.dropout", "model.capacity_factor",
+    "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout", "model.capacity_factor",
     "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
       ConfigError: a model that has no equivalent here, tensors that don't fit its config.json, or damaged files.
     """
     with hosts.together():
-        config, layout, checkpoint = _open(pathlib.Path(directory), overrides)
+        config, layout, checkpoint = open_checkpoint(pathlib.Path(directory), overrides)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         mesh = make_mesh(config, fit_batch=False)
@@ -84,7 +85,9 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     return config
 
 
-def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Format, Checkpoint]:
+def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:
+    """The config of a checkpoint, how it is written, and its tensors, none of which is read yet; arguments and errors
+    as for `import_model`."""
     file = directory / "config.json"
     values = read_object(file, "give the directory of a checkpoint, or copy it again")
     kind = values.get("model_type")
@@ -103,8 +106,13 @@ def _open(directory: pathlib.Path, overrides: Sequence[str]) -> tuple[Config, Fo
         raise ConfigError(f"{file} is not a config of {kind} ({type(error).__name__}: {error})") from None
     model, count = config.model, len(checkpoint.names())
     matrices = model.moe_layers * model.expert_count if model.is_moe else 0
-    if max(model.num_layers, matrices) > count:  # or their names alone would fill the memory
-        raise ConfigError(f"{file}: {model.num_layers} layers need more than the {count} tensors of {directory}")
+    numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    # Or their names alone would fill the memory. A layer's experts may be one tensor.
+    if model.num_layers > count or matrices > numbers:
+        raise ConfigError(
+            f"{file}: {model.num_layers} layers with {model.expert_count} experts need more than the {count} tensors "
+            f"of {directory}"
+        )
     return overridden(dataclasses.asdict(config), overrides), layout, checkpoint
 
 

@@ -60,7 +60,7 @@ def attention_of(config: Config) -> str:
     """The implementation that training takes on the current mesh."""
     if config.execution.attention != "auto":
         return config.execution.attention
-    segments = config.data.documents == "masked"
+    segments = config.has_segments
     return chosen(platform(), config.execution.dtype, config.model.head_size, config.data.sequence_length, segments)
 
 

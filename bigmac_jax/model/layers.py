@@ -175,9 +175,13 @@ def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
         if tensor_ranks() > 1:
             x_BLD = jax.lax.all_gather(x_BLD, TENSOR, axis=1, tiled=True)
         given = iter(weights)
-        return tuple(affine(x_BLD, *(_own_head(layer, next(given)) for _ in layer.weights())) for layer in layers)
+        return tuple(
+            affine(x_BLD, *(_own_head(layer, next(given)) for _ in own))
+            for layer, own in zip(layers, of_layers, strict=True)
+        )
 
-    weights = [w for layer in layers for w in layer.weights()]
+    of_layers = [layer.weights() for layer in layers]
+    weights = [w for own in of_layers for w in own]
     return on_each_rank(on_rank, (x_BLD,), weights, out_specs=(split_spec(3),) * len(layers))
 
 

@@ -7,7 +7,7 @@ parameters between ranks ask it; none of them reads a name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,17 @@ class Declaration:
         return Crossing(execution.dtype, "bfloat16" if narrow else "float32", execution.reduce_dtype)
 
 
+class Adapted(NamedTuple):
+    """Stands where an array stood, for their sum: w + a b (`model.adapters`)."""
+
+    w: Array
+    a: Array
+    b: Array
+
+    def whole(self) -> Array:
+        return self.w + jnp.matmul(self.a, self.b)
+
+
 def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Param:
     """A float32 parameter, drawn where it will stand: each rank draws its shard. Values don't depend on the mesh."""
     assert len(shape) == len(declaration.dims), declaration
@@ -100,4 +111,6 @@ def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
     """A parameter for `on_each_rank`, which is given it in the dtype `compute`, by default that of the computation."""
     of = declared(variable)
     crossing = of.crossing(config.execution)
-    return Weight(variable[...], crossing._replace(compute=compute or crossing.compute), of.split)
+    value = variable.get_value()
+    value = value.whole() if isinstance(value, Adapted) else value
+    return Weight(value, crossing._replace(compute=compute or crossing.compute), of.split)

@@ -8,7 +8,7 @@ from typing import Any
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.decoding.sampling import ALTERNATIVES, Sampling
-from bigmac_jax.serving.chat import Chat
+from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
 
 Fields = dict[str, Any]
@@ -71,7 +71,12 @@ def parse(body: bytes) -> Fields:
 
 
 def asked(
-    fields: Fields, chat: Chat | None, encode: Callable[[str], list[int]], vocab_size: int, longest: int, limits: Limits
+    fields: Fields,
+    chat: Dialogue | None,
+    encode: Callable[[str], list[int]],
+    vocab_size: int,
+    longest: int,
+    limits: Limits,
 ) -> Asked:
     """What a request's fields ask for.
 

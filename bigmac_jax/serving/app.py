@@ -21,7 +21,7 @@ from bigmac_jax.inference import Generator
 from bigmac_jax.inference.engine import Step
 from bigmac_jax.serving import api
 from bigmac_jax.serving.answers import Answer
-from bigmac_jax.serving.chat import Chat
+from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.metrics import Metrics
 from bigmac_jax.serving.worker import Ticket, Worker
@@ -43,7 +43,7 @@ class Service:
         self,
         generator: Generator,
         worker: Worker,
-        chat: Chat,
+        chat: Dialogue,
         model: str,
         limits: Limits,
         metrics: Metrics,

@@ -13,7 +13,7 @@ import uvicorn
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.serving.app import Service
-from bigmac_jax.serving.chat import Chat
+from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.metrics import Metrics
 from bigmac_jax.serving.worker import Worker
@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 async def serve(
     generator: Generator,
     engine: Engine,
-    chat: Chat,
+    chat: Dialogue,
     name: str,
     limits: Limits,
     listening: socket.socket,

@@ -26,6 +26,7 @@ from orbax.checkpoint.path import atomicity
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
+from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import arrays_of, check_shapes
@@ -339,9 +340,16 @@ def restore(
 
 
 def restore_step(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+    workdir: str | pathlib.Path,
+    step: str = "latest",
+    config: Config | None = None,
+    base: Callable[[Config], nnx.State] | None = None,
 ) -> tuple[Config, Transformer, int, float | None]:
-    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
+    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated.
+
+    Args:
+      base: gives the parameters that adapters are added to; without it they are refused (`tuning.restore` has it).
+    """
     workdir = storage.locate(workdir, "workdir")
     if hosts.is_first():
         for line in changes_of_edition(workdir):
@@ -356,8 +364,17 @@ def restore_step(
         number = checkpoints.resolve(str(step))
         abstract = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
         graphdef, params, rest = split(abstract)
-        tree = checkpoints.restore_model(number, placed({"params": params, "rest": rest}, mesh))
-        model = nnx.merge(graphdef, tree["params"], tree["rest"])
+        saved = params
+        if config.tuning.lora_rank:
+            if base is None:
+                raise ConfigError(f"{workdir} holds adapters, and no whole model; use bigmac_jax.restore")
+            saved = jax.eval_shape(lambda key: make_adapters(config, params, key), jax.random.key(0))
+        tree = checkpoints.restore_model(number, placed({"params": saved, "rest": rest}, mesh))
+        params = tree["params"]
+        if config.tuning.lora_rank and base is not None:
+            whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
+            params = whole(base(config), params)
+        model = nnx.merge(graphdef, params, tree["rest"])
         return config, model, number, _on_first(lambda: checkpoints.loss(number))
     finally:
         checkpoints.close()

@@ -62,7 +62,15 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule) if optimizer.clip_norm else rule
+    if optimizer.clip_norm:
+        rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
+    if config.tuning.train_router:
+        return rule
+    return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _frozen)  # nor does it decay
+
+
+def _frozen(params: Any) -> Any:
+    return map_declared(lambda declaration, _: "frozen" if declaration.part == "router" else "trained", params)
 
 
 def _labels(params: Any) -> Any:

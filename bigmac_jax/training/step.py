@@ -3,6 +3,7 @@
 B batch, L length, M parts of the batch (gradient accumulation), Y layers, E experts.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,8 +19,11 @@ from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
+from bigmac_jax.model.adapters import attached, make_adapters
 from bigmac_jax.model.balance import updated_bias
+from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import LossParts, loss_fn
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
 
@@ -38,6 +42,8 @@ class TrainState:
     # Of the last good steps, oldest first, inf where there was none yet; None without train.spike_factor.
     losses: Array | None = None
     average: nnx.State | None = None  # of params over the steps; None without optimizer.average_decay
+    base: nnx.State | None = None  # the model's own parameters, where params are its adapters; no step moves it
+    teacher: Transformer | None = None  # whom the model learns from (tuning.teacher); no step moves it
 
 
 class StepMetrics(NamedTuple):
@@ -55,12 +61,25 @@ class Trainer(NamedTuple):
 
     graphdef: Any
     init: Callable[[Array], TrainState]
+    begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
-    abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
+    abstract_state: TrainState  # shapes and shardings, of what a step is given
+    config: Config
 
     def model(self, state: TrainState) -> Transformer:
         """What is evaluated: with the average of the parameters, if there is one."""
-        return nnx.merge(self.graphdef, evaluated(state), state.rest)
+        return whole_model(self.config, self.graphdef, evaluated(state), state)
+
+
+def whole_model(
+    config: Config, graphdef: Any, params: nnx.State, state: TrainState, dropout_key: Array | None = None
+) -> Transformer:
+    """The model of a state with other `params`, which are its own or its adapters'."""
+    if not config.tuning.train_router:
+        params = map_declared(lambda of, w: jax.lax.stop_gradient(w) if of.part == "router" else w, params)
+    if state.base is not None:
+        params = attached(config, state.base, params, dropout_key)
+    return nnx.merge(graphdef, params, state.rest)
 
 
 def evaluated(state: TrainState) -> nnx.State:
@@ -83,17 +102,26 @@ def _unless(bad: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
-def make_trainer(config: Config, mesh: Mesh) -> Trainer:
-    """Builds the jitted initialisation and training step for the current mesh."""
+def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> Trainer:
+    """Builds the jitted initialisation and training step for the current mesh.
+
+    Args:
+      teacher: the config of tuning.teacher, if there is one.
+    """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     spike_factor, execution = config.train.spike_factor, config.execution
 
     def init(key: Array) -> TrainState:
-        _, params, rest = split(init_model(config, key))
+        return begin(*split(init_model(config, key))[1:], key)
+
+    def begin(params: nnx.State, rest: nnx.State, key: Array) -> TrainState:
+        base = None
+        if config.tuning.lora_rank:
+            base, params = params, make_adapters(config, params, key)
         losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
         # A copy, or both would be one buffer that is donated twice.
         average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average)
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average, base)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -118,12 +146,15 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             before = (state.params, state.rest, state.opt_state, state.average)
             params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
-        return TrainState(state.step + 1, params, rest, opt_state, losses, average), metrics
+        return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher), metrics
 
     def loss_of_params(
-        params: nnx.State, rest: nnx.State, batch: Batch, key: Array, load_YE: Array | None, targets: Array
+        params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, targets: Array
     ) -> tuple[Array, LossParts]:
-        return loss_fn(nnx.merge(graphdef, params, rest), batch, key, load_YE, targets)
+        model = whole_model(config, graphdef, params, state, key)
+        if state.teacher is not None:
+            return distilled_loss(model, state.teacher, batch, key, load_YE, targets)
+        return loss_fn(model, batch, key, load_YE, targets)
 
     def accumulate(gradient: Callable, state: TrainState, batch: Batch, key: Array) -> Any:
         """Loss, its parts and gradients of the whole batch, computed in M parts."""
@@ -131,7 +162,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         # Parts may have different numbers of targets: the mean over the parts is that over all targets.
         targets = jnp.sum(batch.targets_BL != NO_TARGET) / parts
         if parts == 1:
-            return gradient(state.params, state.rest, batch, key, None, targets)
+            return gradient(state.params, state, batch, key, None, targets)
         # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
         batch_MBL = jax.tree.map(lambda v_BL: v_BL.reshape(-1, parts, v_BL.shape[1]).swapaxes(0, 1), batch)
         keys_M = jax.random.split(key, parts)
@@ -141,29 +172,34 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
             # load of all parts: a first forward pass counts it.
             def count(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
-                return None, loss_of_params(state.params, state.rest, *xs, None, targets)[1].aux.load
+                return None, loss_of_params(state.params, state, *xs, None, targets)[1].aux.load
 
             load_YE = jax.lax.scan(count, None, (batch_MBL, keys_M))[1].mean(0)
 
         def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
-            part = gradient(state.params, state.rest, *xs, load_YE, targets)
+            part = gradient(state.params, state, *xs, load_YE, targets)
             return jax.tree.map(jnp.add, total, part), None
 
         first = jax.tree.map(lambda v_MBL: v_MBL[0], (batch_MBL, keys_M))
-        part = jax.eval_shape(gradient, state.params, state.rest, *first, load_YE, targets)
+        part = jax.eval_shape(gradient, state.params, state, *first, load_YE, targets)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (batch_MBL, keys_M))[0])
 
     # No array is made here: the mesh may be of devices that are only compiled for.
     graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
-    abstract = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    begun = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
+    abstract = begun
+    if teacher is not None:
+        of_teacher = jax.eval_shape(lambda: init_model(teacher, jax.random.key(0)))
+        abstract = dataclasses.replace(begun, teacher=placed(of_teacher, mesh))
+    begun_shardings, state_shardings = (jax.tree.map(lambda leaf: leaf.sharding, of) for of in (begun, abstract))
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
     unoptimised = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
     return Trainer(
         graphdef,
         # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
-        jax.jit(init, out_shardings=state_shardings, compiler_options=unoptimised),
+        jax.jit(init, out_shardings=begun_shardings, compiler_options=unoptimised),
+        jax.jit(begin, out_shardings=begun_shardings, compiler_options=unoptimised, donate_argnums=(0, 1)),
         jax.jit(
             step,
             donate_argnums=0,
@@ -174,4 +210,5 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             ),
         ),
         abstract,
+        config,
     )

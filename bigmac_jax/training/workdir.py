@@ -12,10 +12,10 @@ from typing import Any
 
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
-from bigmac_jax.data.cache import CachedStream
+from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.datasets import DATASET
-from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.environment import edition
 from bigmac_jax.storage import errors, is_store, locate, write_whole
@@ -150,6 +150,28 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
 
 
+def with_own_template(workdir: pathlib.Path, config: Config) -> Config:
+    """The config with the workdir's copy of the chat template that the run is tuned with, if there is one."""
+    own = workdir / CHAT_TEMPLATE
+    if not own.is_file() or read_config(workdir).tuning.chat_template != config.tuning.chat_template:
+        return config
+    return dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(own)))
+
+
+def keep_template(workdir: pathlib.Path, template: str) -> None:
+    """Writes the chat template that a run is tuned with.
+
+    Raises:
+      ConfigError: it has begun with another one.
+    """
+    own = workdir / CHAT_TEMPLATE
+    if own.is_file() and own.read_text() != template:
+        raise ConfigError(
+            f"tuning.chat_template is not {own}, which this workdir was started with; drop it, or use a new --workdir"
+        )
+    _write(own, template.encode())
+
+
 def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
     """The tokenizer that the run was trained with, or that the config names instead.
 
@@ -222,7 +244,7 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
             )
 
 
-def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> CachedStream:
+def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> Stream:
     """The tokens of a split of the run's data.
 
     Raises:
@@ -239,7 +261,7 @@ def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tok
             f"{where} holds other data than {workdir} was trained with, so its {split} split is another; bring that "
             f"back, or score a text with --text_file"
         )
-    return open_stream(config, split, tokenizer)
+    return open_stream(with_own_template(workdir, config), split, tokenizer)
 
 
 def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:

@@ -63,7 +63,7 @@ def test_both_score_alike(lm: Any, tmp_path: pathlib.Path) -> None:
     theirs = simple_evaluate(model=lm, tasks=tasks, bootstrap_iters=0)["results"]
     data = [f"{name}={tmp_path / name}.jsonl" for name in ROWS]
     jobs = open_jobs(list(ROWS), data, 0, CONFIG, ByteTokenizer(), lm.length)
-    ours = score_jobs(jobs, lm.model, tmp_path / "out", "", lm.length, batch_size=3)
+    ours = score_jobs(jobs, lm.model, ByteTokenizer(), tmp_path / "out", "", lm.length, batch_size=3)
     assert ours["piqa"]["accuracy"] == theirs["piqa"]["acc,none"]
     assert ours["piqa"]["accuracy_norm"] == theirs["piqa"]["acc_norm,none"]
     assert ours["piqa"]["accuracy_stderr"] is not None

@@ -1,4 +1,4 @@
-"""Templates: what they make of messages, and what they must not be able to do."""
+"""A server's prompts: whose template counts, and what a client is told."""
 
 import json
 import pathlib
@@ -8,15 +8,15 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.serving.chat import Chat, load_chat
+from bigmac_jax.serving.chat import load_dialogue
 from bigmac_jax.serving.limits import ApiError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Peace?"}]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}<|assistant|>"
 
 
-def test_without_a_template() -> None:
-    chat = Chat(ByteTokenizer())
+def test_without_a_template(tmp_path: pathlib.Path) -> None:
+    chat = load_dialogue(ByteTokenizer(), "", "bytes", tmp_path)
     assert bytes(chat.prompt(MESSAGES)) == b"System: Be brief.\nUser: Peace?\nAssistant:"
     assert chat.stop == ("\nUser:",)
 
@@ -25,15 +25,19 @@ def test_the_template_beside_the_tokenizer(tmp_path: pathlib.Path) -> None:
     settings = {"chat_template": TEMPLATE, "eos_token": {"content": "<|endoftext|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = JsonTokenizer(train_bpe(["peace and brief messages"] * 4, 300))
-    chat = load_chat(tokenizer, "", str(tmp_path / "tokenizer.json"))
+    file, run = str(tmp_path / "tokenizer.json"), tmp_path / "run"
+    chat = load_dialogue(tokenizer, "", file, run)
     ids = chat.prompt(MESSAGES)
     assert tokenizer.decode(ids) == "<|system|>Be brief.<|endoftext|>\n<|user|>Peace?<|endoftext|>\n<|assistant|>"
     assert ids.count(tokenizer.eos_id) == 2 and chat.stop == ()
     with pytest.raises(ApiError, match=r"holds the special token '<\|endoftext\|>'"):
         chat.prompt([{"role": "user", "content": "a<|endoftext|>b"}])
+    run.mkdir()
+    (run / "chat_template.jinja").write_text("{{ messages[1].content }}?")  # of the run: it was tuned with this one
+    assert tokenizer.decode(load_dialogue(tokenizer, "", file, run).prompt(MESSAGES)) == "Peace??"
     given = tmp_path / "given.jinja"
     given.write_text("{{ messages[0].content }}!")
-    assert tokenizer.decode(load_chat(tokenizer, str(given), "bpe").prompt(MESSAGES)) == "Be brief.!"
+    assert tokenizer.decode(load_dialogue(tokenizer, str(given), file, run).prompt(MESSAGES)) == "Be brief.!"
 
 
 @pytest.mark.parametrize(
@@ -45,9 +49,10 @@ def test_the_template_beside_the_tokenizer(tmp_path: pathlib.Path) -> None:
         "{{ 1 / 0 }}",
     ],
 )
-def test_what_a_template_cannot_do(template: str) -> None:
+def test_what_a_template_cannot_do(template: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ApiError, match="the chat template does not take these messages"):
-        Chat(ByteTokenizer(), template).prompt(MESSAGES)
+        load_dialogue(ByteTokenizer(), "", "bytes", tmp_path).prompt(MESSAGES)
 
 
 @pytest.mark.parametrize(("content", "message"), [("{% for %}", "is not Jinja"), (None, "cannot be read")])
@@ -55,4 +60,4 @@ def test_bad_templates(tmp_path: pathlib.Path, content: Any, message: str) -> No
     if content:
         (tmp_path / "t.jinja").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        load_chat(ByteTokenizer(), str(tmp_path / "t.jinja"), "bytes")
+        load_dialogue(ByteTokenizer(), str(tmp_path / "t.jinja"), "bytes", tmp_path)

@@ -20,7 +20,7 @@ class Task:
 
     Attributes:
       name: of its file.
-      kind: multiple_choice, last_word or perplexity.
+      kind: multiple_choice, classification, generate, last_word or perplexity.
       source: tfds:NAME, or a file of rows beside the TOML file; empty where rows must be given.
       split: of TFDS.
       columns: what a row needs: the name used here → names that data sets give it, the first one found counts.
@@ -29,7 +29,11 @@ class Task:
       substitutions: (regular expression, replacement), applied in order to each text that is rendered.
       prompt: template of the context; several where the choice stands in it, one each.
       choices: templates, one a choice, or the one name of a column that lists them.
-      answer: the column of the right choice, a number from 0, or one of answer_names.
+      answer: the column of the right choice, a number from 0, or one of answer_names; for generate a template, or the
+        one name of a column that lists all that is right.
+      metrics: for generate, of `generated.METRICS`.
+      max_tokens, stop: for generate, where a completion ends, if no end of text comes before.
+      chat: for generate, whether the prompt is a user's message, which goes through the run's chat template.
       text: the column, for last_word and perplexity.
       documents: for perplexity: all rows are one text, and a document begins where this matches; empty: each row is a
         document.
@@ -49,6 +53,10 @@ class Task:
     answer_names: tuple[str, ...] = ()
     text: str = ""
     documents: str = ""
+    metrics: tuple[str, ...] = ("exact_match",)
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class Needle:
 
 _KINDS: dict[str, tuple[type, tuple[str, ...]]] = {  # and what the kind can't do without
     "multiple_choice": (Task, ("columns", "prompt", "choices", "answer")),
+    "classification": (Task, ("columns", "prompt", "choices", "answer")),
+    "generate": (Task, ("columns", "prompt", "answer")),
     "last_word": (Task, ("columns", "text")),
     "perplexity": (Task, ("columns", "text")),
     "needle": (Needle, ()),
@@ -134,10 +144,15 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _checked(task: Task, path: pathlib.Path) -> Task:
+    from bigmac_jax.evaluation.tasks.generated import METRICS
     from bigmac_jax.evaluation.tasks.prepare import FUNCTIONS
 
     if task.prepare and task.prepare not in FUNCTIONS:
         raise ConfigError(f"{path.name}: prepare={task.prepare!r} must be one of {', '.join(FUNCTIONS)}")
+    if unknown := [metric for metric in task.metrics if metric not in METRICS]:
+        raise ConfigError(f"{path.name}: metrics={unknown[0]!r} must be some of {', '.join(METRICS)}")
+    if task.kind == "generate" and (len(task.prompt) != 1 or task.max_tokens < 1):
+        raise ConfigError(f"{path.name}: kind=generate needs one prompt, and max_tokens of at least 1")
     for pattern, replacement in [*task.substitutions, (task.documents, "")]:
         try:
             re.sub(pattern, replacement, "")
@@ -192,5 +207,6 @@ def _value(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}={value!r} must be a list of numbers from 0 to 1")
         return tuple(map(float, value))
     if type(value) is not kind or (kind is int and value < 0):
-        raise ConfigError(f"{name}={value!r} must be {'a text' if kind is str else 'a whole number from 0'}")
+        wanted = {str: "a text", bool: "true or false"}.get(kind, "a whole number from 0")
+        raise ConfigError(f"{name}={value!r} must be {wanted}")
     return value

@@ -23,6 +23,7 @@ class Example:
     lengths: characters of each choice, which accuracy_norm divides by; none where the choice stands in the context.
     words, num_bytes: of a document before substitutions.
     cell: (length, depth) of a needle.
+    prompt, references: of what is to be generated, and all that is right.
     """
 
     place: str
@@ -32,6 +33,8 @@ class Example:
     words: int = 0
     num_bytes: int = 0
     cell: tuple[int, float] | None = None
+    prompt: str = ""
+    references: tuple[str, ...] = ()
 
 
 def build_examples(task: Task, rows: Sequence[tuple[str, Row]]) -> list[Example]:
@@ -43,8 +46,13 @@ def build_examples(task: Task, rows: Sequence[tuple[str, Row]]) -> list[Example]
     columns = [(place, _columns(task, row, place)) for place, row in rows]
     if task.kind == "perplexity":
         return list(_documents(task, columns))
-    build = _multiple_choice if task.kind == "multiple_choice" else _last_word
-    return [build(task, row, place) for place, row in columns]
+    build = {"last_word": _last_word, "generate": _generate}.get(task.kind, _multiple_choice)
+    examples = [build(task, row, place) for place, row in columns]
+    if task.kind == "classification" and len(counts := {len(example.pairs) for example in examples}) > 1:
+        raise ConfigError(
+            f"{task.name} has rows with {min(counts)} and with {max(counts)} choices; classes are the same"
+        )
+    return examples
 
 
 def _columns(task: Task, row: Row, place: str) -> Row:
@@ -107,6 +115,20 @@ def _answer(task: Task, row: Row, place: str, count: int) -> int:
         names = f", or one of {', '.join(task.answer_names)}" if task.answer_names else ""
         raise ConfigError(f"{place}: {task.answer}={value!r} must be the number of a choice, 0 to {count - 1}{names}")
     return number
+
+
+def _generate(task: Task, row: Row, place: str) -> Example:
+    if "{" in task.answer:
+        right = [_rendered(task, task.answer, row, place)]
+    else:
+        listed = _column(task.answer, row, place)
+        right = [
+            _substituted(task, _as_text(v, task.answer, place))
+            for v in (listed if isinstance(listed, list) else [listed])
+        ]
+    if not any(text.strip() for text in right):
+        raise ConfigError(f"{place}: {task.answer} is empty; an answer needs some text")
+    return Example(place, [], prompt=_rendered(task, task.prompt[0], row, place), references=tuple(right))
 
 
 def _last_word(task: Task, row: Row, place: str) -> Example:

@@ -8,13 +8,13 @@ import numpy as np
 
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.perplexity import Score
+from bigmac_jax.evaluation.tasks import generated
 from bigmac_jax.evaluation.tasks.examples import Example
-
-Summary = dict[str, Any]
+from bigmac_jax.evaluation.tasks.generated import Summary, mean
 
 
 def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
-    """One example: its log-likelihoods in nats, the prediction, and what it counts for."""
+    """One example that is scored: its log-likelihoods in nats, the prediction, and what it counts for."""
     scores = np.array([result.loglikelihood for result in results])
     row: dict[str, Any] = {"loglikelihoods": scores.tolist()}
     if kind == "last_word":
@@ -39,24 +39,30 @@ def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
         score = Score.of(nll, tokens, words, num_bytes)
         byte_perplexity = 2**score.bits_per_byte if score.bits_per_byte < 1000 else math.exp(700.0)
         return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll, "rows": len(rows)}
+    if kind == "generate":
+        return generated.summarise(rows)
     summary: Summary = {}
     right = "found" if kind == "needle" else "right"
     for name, column in {"accuracy": right, "accuracy_norm": "right_norm"}.items():
         if column in rows[0]:
-            summary |= _mean(name, [row[column] for row in rows])
+            summary |= mean(name, [row[column] for row in rows])
     of_right = [row["loglikelihoods"][row.get("answer", 0)] for row in rows]
+    if kind == "classification":
+        summary["macro_f1"] = macro_f1([row["answer"] for row in rows], [row["prediction"] for row in rows])
     if kind == "last_word":
         summary["perplexity"] = math.exp(min(700.0, -math.fsum(of_right) / len(rows)))
     if kind == "needle":
-        summary |= _mean("accuracy_choice", [row["right"] for row in rows]) | {"grid": _grid(rows)}
-    return summary | _mean("loglikelihood", of_right) | {"rows": len(rows)}
+        summary |= mean("accuracy_choice", [row["right"] for row in rows]) | {"grid": _grid(rows)}
+    return summary | mean("loglikelihood", of_right) | {"rows": len(rows)}
 
 
-def _mean(name: str, values: Sequence[float]) -> Summary:
-    """The mean, and its standard error (None of a single value)."""
-    n = len(values)
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return {name: math.fsum(values) / n, f"{name}_stderr": error}
+def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
+    """The mean over classes that occur of 2·right / (predicted + there are)."""
+    scores = []
+    for label in sorted({*answers, *predictions}):
+        right = sum(a == label == p for a, p in zip(answers, predictions, strict=True))
+        scores.append(2 * right / (answers.count(label) + predictions.count(label)))
+    return math.fsum(scores) / len(scores)
 
 
 def _grid(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -51,4 +51,15 @@ def race(row: Row) -> Row:
     return row | {"prompt": prompt + last["question"], "options": last["options"], "answer": last["answer"]}
 
 
-FUNCTIONS: dict[str, Callable[[Row], Row]] = {"hellaswag": hellaswag, "winogrande": winogrande, "race": race}
+def squad(row: Row) -> Row:
+    """`texts`: all answers that are right; data sets list them beside their places."""
+    answers = row["answers"]
+    return row | {"texts": list(dict.fromkeys(answers["text"] if isinstance(answers, dict) else answers))}
+
+
+FUNCTIONS: dict[str, Callable[[Row], Row]] = {
+    "hellaswag": hellaswag,
+    "winogrande": winogrande,
+    "race": race,
+    "squad": squad,
+}

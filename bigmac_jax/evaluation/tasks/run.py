@@ -12,8 +12,9 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
 from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, loglikelihoods
-from bigmac_jax.evaluation.tasks import Needle, load_task
+from bigmac_jax.evaluation.tasks import Needle, Task, generated, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
+from bigmac_jax.evaluation.tasks.generated import Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.metrics import Summary, judge, summarise
 from bigmac_jax.evaluation.tasks.rows import read_rows
 from bigmac_jax.mesh import platform
@@ -24,6 +25,8 @@ _WORDS = {
     "accuracy": "accuracy",
     "accuracy_norm": "by likelihood a character",
     "accuracy_choice": "likelier than all distractors",
+    "macro_f1": "F1, mean of classes,",
+    **generated.METRICS,
 }
 _log = logging.getLogger(__name__)
 
@@ -35,10 +38,18 @@ class Job(NamedTuple):
     kind: str
     examples: list[Example]
     requests: list[list[Request]]  # of each example, one a choice
+    prompts: list[Prompt]  # of each example that is generated
+    metrics: tuple[str, ...]
 
 
 def open_jobs(
-    names: Sequence[str], data: Sequence[str], limit: int, config: Config, tokenizer: Tokenizer, length: int
+    names: Sequence[str],
+    data: Sequence[str],
+    limit: int,
+    config: Config,
+    tokenizer: Tokenizer,
+    length: int,
+    chat_template: str = "",
 ) -> list[Job]:
     """Reads the rows of tasks and encodes them.
 
@@ -47,6 +58,7 @@ def open_jobs(
       data: NAME=PATH, rows for the task NAME from a file.
       limit: rows of each task at most; 0 = all.
       length: tokens that the model is given at most.
+      chat_template: a file, for tasks with chat=true; by default the one beside the tokenizer.
 
     Raises:
       ConfigError: an unknown task, rows that are not there or not of the task's form.
@@ -79,13 +91,19 @@ def open_jobs(
             encoded = iter(encode_pairs(tokenizer, pairs))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-        jobs.append(Job(name, task.kind, examples, [[next(encoded) for _ in example.pairs] for example in examples]))
+        requests = [[next(encoded) for _ in example.pairs] for example in examples]
+        prompts: list[Prompt] = []
+        metrics: tuple[str, ...] = ()
+        if isinstance(task, Task) and task.kind == "generate":
+            prompts, metrics = encode_prompts(task, examples, config, tokenizer, length, chat_template), task.metrics
+        jobs.append(Job(name, task.kind, examples, requests, prompts, metrics))
     return jobs
 
 
 def score_jobs(
     jobs: Sequence[Job],
     model: Transformer,
+    tokenizer: Tokenizer,
     folder: pathlib.Path,
     identity: str,
     length: int,
@@ -107,6 +125,11 @@ def score_jobs(
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
     for job in jobs:
+        if job.kind == "generate":
+            rows = write_answers(model, tokenizer, job.examples, job.prompts, job.metrics, length, batch_size, quiet)
+            summaries[job.name] = summarise(job.kind, rows)
+            _write(job, rows, summaries[job.name], folder)
+            continue
         finished = Finished(folder / f"{job.name}.windows.jsonl", model_key)
         requests = [request for choices in job.requests for request in choices]
         overlap = stride if job.kind == "perplexity" else 0
@@ -127,7 +150,7 @@ def describe(summaries: dict[str, Summary]) -> list[str]:
         for key, words in _WORDS.items():
             if key in summary:
                 percent = f"{words} {100 * summary[key]:.1f} %"
-                error = summary[f"{key}_stderr"]
+                error = summary.get(f"{key}_stderr")
                 parts.append(percent if error is None else f"{percent} ± {100 * error:.1f}")
         for key in ("perplexity", "word_perplexity", "bits_per_byte"):
             if key in summary:

@@ -1,0 +1,58 @@
+"""Rows for a first fine-tuning: dates as people write them, and as numbers.
+
+    python -m benchmarks.dates FOLDER
+
+writes train.jsonl and validation.jsonl, conversations for tuning.objective=sft, and test.jsonl beside dates.toml, a
+task for eval.py --tasks. No date stands in two of them.
+"""
+
+import datetime
+import json
+import pathlib
+import random
+import sys
+
+_FORMS = ("{d} {month} {y}", "{month} {d}, {y}", "the {d}. of {month} {y}")
+_SIZES = {"train": 40_000, "validation": 500, "test": 500}
+_TASK = """# Dates as numbers: what a tuned model writes must be the date, digit by digit.
+kind = "generate"
+source = "test.jsonl"
+prompt = "User: {date}\\nAssistant:"
+answer = "{numbers}"
+max_tokens = 16
+metrics = ["exact_match"]
+
+[columns]
+date = "date"
+numbers = "numbers"
+"""
+
+
+def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
+    """(as it is written, as numbers), by split."""
+    draw = random.Random(seed)
+    first = datetime.date(1000, 1, 1)
+    days = draw.sample(range(365 * 1900), sum(_SIZES.values()))
+    made = iter([_written(first + datetime.timedelta(day), draw.choice(_FORMS)) for day in days])
+    return {split: [next(made) for _ in range(size)] for split, size in _SIZES.items()}
+
+
+def _written(date: datetime.date, form: str) -> tuple[str, str]:
+    return form.format(d=date.day, month=f"{date:%B}", y=date.year), date.isoformat()
+
+
+def main(folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, pairs in rows().items():
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for date, numbers in pairs:
+                turns = [{"role": "user", "content": date}, {"role": "assistant", "content": numbers}]
+                row = {"date": date, "numbers": numbers} if split == "test" else {"messages": turns}
+                print(json.dumps(row), file=file)
+    (folder / "dates.toml").write_text(_TASK)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("give the folder to write")
+    main(pathlib.Path(sys.argv[1]))

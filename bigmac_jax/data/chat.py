@@ -1,0 +1,224 @@
+"""Chat templates: messages to text to tokens, and which of these are an answer.
+
+A template is Jinja as transformers has it (`apply_chat_template`): sandboxed, with its globals, filters and the tags
+{% generation %} … {% endgeneration %} around what the assistant writes. Training and serving both encode here, and in
+the same pieces: an answer begins with a token of its own, as it does when a model writes it.
+"""
+
+import datetime
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax.storage import errors, locate, reason
+
+FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run that was tuned with one
+# Of a model that was tuned without a template of its own.
+DEFAULT = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}Assistant:{% generation %} {{ message.content }}"
+    "{{ eos_token }}{% endgeneration %}{{ '\\n' }}{% else %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{{ '\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+# Of one that was never tuned, and knows dialogues like this from its texts.
+PLAIN = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+ROLES = ("system", "developer", "user", "assistant")
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: they mark answers in what is rendered
+Messages = Sequence[dict[str, str]]
+
+
+class ChatError(ValueError):
+    """Messages that a template does not take, as one line; `index` is the message that is wrong, if one is."""
+
+    def __init__(self, message: str, index: int | None = None):
+        super().__init__(" ".join(message.split()))
+        self.index = index
+
+
+class Piece(NamedTuple):
+    text: str
+    answer: bool
+
+
+class _Generation(jinja2.ext.Extension):
+    tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+class Chat:
+    """A template with a tokenizer.
+
+    Args:
+      special: what the template calls eos_token and the like; the tokenizer's end of text without it.
+
+    Attributes:
+      end: the end of text, by its name.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str = DEFAULT, special: dict[str, str] | None = None):
+        self.template = template
+        self._encode_batch, self._names = _encoder(tokenizer)
+        self.end = self._names[0]
+        self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | (special or {})
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        environment.filters["tojson"] = _to_json
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
+        self._marks = "endgeneration" in template
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts in which special tokens stand by their names."""
+        return self._encode_batch(texts)
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The tokens that an answer follows; raises ChatError."""
+        pieces = self.pieces(messages, prompt=True)
+        return [token for ids in self.encode_batch([piece.text for piece in pieces]) for token in ids]
+
+    def pieces(self, messages: Messages, prompt: bool = False) -> list[Piece]:
+        """The text of messages, cut where answers begin and end.
+
+        An answer is what the template's generation tags enclose. Without them it is what a message of the assistant
+        adds to the prompt for it, up to the last special token of that.
+
+        Args:
+          prompt: the beginning of a further answer stands at the end.
+
+        Raises:
+          ChatError: an unknown role, a special token in a message, or messages that the template does not take.
+        """
+        self._check(messages)
+        text = self._render(messages, prompt)
+        if self._marks:
+            parts = re.split(f"[{_BEGIN}{_END}]", text)
+            return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+        cuts = [0]
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
+            if not (after.startswith(before) and text.startswith(after)):
+                if prompt:  # who asks wants an answer, however the turns before it were cut
+                    return [Piece(text, False)]
+                raise ChatError(
+                    "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
+                    "{% endgeneration %} around answers"
+                )
+            marks = [after.rfind(name) + len(name) for name in self._names if name in after[len(before) :]]
+            cuts += [len(before), max(marks, default=len(after))]
+        cuts.append(len(text))
+        parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+        return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+
+    def check_text(self, text: str, what: str, index: int | None = None) -> None:
+        """Raises ChatError if a text holds what only a template may write."""
+        found = next((name for name in (*self._names, _BEGIN, _END) if name in text), None)
+        if found is not None:
+            raise ChatError(f"{what} holds the special token {found!r}; leave it out", index)
+
+    def _check(self, messages: Messages) -> None:
+        for i, message in enumerate(messages):
+            if message["role"] not in ROLES:
+                raise ChatError(f"messages[{i}] has the unknown role {message['role']!r}; use {', '.join(ROLES)}", i)
+            self.check_text(message["content"], f"messages[{i}]", i)
+
+    def _render(self, messages: Messages, prompt: bool) -> str:
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
+        except Exception as error:  # a template may do anything that Jinja lets it
+            raise ChatError(f"the chat template does not take these messages: {error}") from None
+
+
+def load_chat(tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT) -> Chat:
+    """The template of a file; without one that of the tokenizer_config.json or the chat_template.jinja beside the
+    tokenizer's file, if there is one, else `default`.
+
+    Args:
+      setting: the flag or the field that gives the file.
+
+    Raises:
+      ConfigError: a file that cannot be read, or is no template.
+    """
+    special: dict[str, str] = {}
+    template = ""
+    if tokenizer_file.endswith((".json", ".model")):
+        folder = pathlib.Path(tokenizer_file).expanduser().parent
+        try:
+            settings: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_bytes())
+        except (OSError, ValueError):
+            settings = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = settings.get(name)
+            if value := value.get("content", "") if isinstance(value, dict) else value:
+                special[name] = value
+        found = settings.get("chat_template", "")
+        template = found if isinstance(found, str) else ""
+        beside = folder / FILE
+        template = beside.read_text() if not template and beside.is_file() else template
+    if file:
+        try:
+            template = locate(file, setting).read_text()
+        except errors(UnicodeDecodeError) as error:
+            raise ConfigError(f"{setting}={file} cannot be read ({reason(error)}); give a Jinja file") from None
+    return Chat(tokenizer, template or default, special)
+
+
+def _encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[list[int]]], list[str]]:
+    """What encodes texts in which special tokens stand by their names, and these, the end of text first."""
+    if isinstance(tokenizer, JsonTokenizer):
+        knowing = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+        knowing.no_truncation()
+        knowing.no_padding()
+        added = knowing.get_added_tokens_decoder()
+        names = [token.content for token in added.values() if token.special]
+        end = knowing.id_to_token(tokenizer.eos_id) or END_OF_TEXT
+
+        def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+            return [found.ids for found in knowing.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+        return encode_batch, [end, *(name for name in names if name != end)]
+    end = END_OF_TEXT if isinstance(tokenizer, ByteTokenizer) else tokenizer.decode([tokenizer.eos_id]) or "</s>"
+
+    def encode(text: str) -> list[int]:
+        first, *others = text.split(end)
+        return tokenizer.encode(first) + [i for part in others for i in (tokenizer.eos_id, *tokenizer.encode(part))]
+
+    return lambda texts: [encode(text) for text in texts], [end]
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    """As transformers has it: Jinja's own escapes what HTML would not take."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

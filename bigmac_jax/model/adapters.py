@@ -1,0 +1,88 @@
+"""Adapters of low rank (LoRA, arXiv 2106.09685): for each matrix w [..., X, Y] that is adapted, a [..., X, r] and
+b [..., r, Y], so that the model computes with w + (alpha / r) a b. Of experts, each has its own.
+
+The sum is formed where a parameter is taken to the ranks (`parameters.weight`), layer by layer: whatever a matrix goes
+through afterwards, expert parallelism and splits over `tensor` too, its adapters' gradients come out of its own. a is
+split as the rows of w are, and b as its columns.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.mesh import spec_of
+from bigmac_jax.model.parameters import Adapted, Declaration, declared
+
+Path = tuple[Any, ...]  # of a parameter in the model
+
+
+def adapted(config: Config, params: nnx.State) -> dict[Path, nnx.Param]:
+    """The matrices of a model that tuning.lora_targets names; empty without tuning.lora_rank.
+
+    Raises:
+      ConfigError: a part that the model does not have.
+    """
+    tuning = config.tuning
+    if not tuning.lora_rank:
+        return {}
+    matrices = {path: param for path, param in nnx.to_flat_state(params) if len(declared(param).dims) > 1}
+    parts = {declared(param).part for param in matrices.values()}
+    wanted = set(tuning.lora_targets.split(","))
+    if not wanted & parts:
+        raise ConfigError(f"tuning.lora_targets={tuning.lora_targets} are not in the model; it has {', '.join(parts)}")
+    return {path: param for path, param in matrices.items() if declared(param).part in wanted}
+
+
+def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:
+    """Those that a run begins with: b is zero, so that the model is what it was; a as PEFT draws it, with the variance
+    1 / 3X."""
+    rank = config.tuning.lora_rank
+    made: dict[Path, Any] = {}
+    for number, (path, param) in enumerate(sorted(adapted(config, params).items())):
+        w, of = param.get_value(), declared(param)
+        *leading, X, Y = w.shape
+        spec = spec_of(w)
+        *before, rows, columns = (spec[i] if i < len(spec) else None for i in range(w.ndim))
+        own = jax.random.fold_in(key, number)
+        std = 1 / math.sqrt(3 * X)
+        a = std * jax.random.normal(own, (*leading, X, rank), out_sharding=P(*before, rows, None))
+        b = jnp.zeros((*leading, rank, Y), jnp.float32, out_sharding=P(*before, None, columns))
+        made[*path, "a"] = nnx.Param(a, declaration=Declaration(of.dims[:-1] + "r", of.part, std))
+        made[*path, "b"] = nnx.Param(b, declaration=Declaration(of.dims[:-2] + "r" + of.dims[-1], of.part, 0, True))
+    return nnx.from_flat_state(made)
+
+
+def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: Array | None = None) -> nnx.State:
+    """The parameters of a model with adapters.
+
+    Args:
+      dropout_key: without one nothing is dropped. Otherwise each adapter loses a share of its inputs, the same ones for
+        all tokens: x (m · a) = (x · m) a, so that no layer has to know of it.
+    """
+    tuning, pairs = config.tuning, dict(nnx.to_flat_state(adapters))
+    flat = dict(nnx.to_flat_state(base))
+    for number, path in enumerate(sorted(adapted(config, base))):
+        a, b = (pairs[*path, name].get_value() for name in "ab")
+        if dropout_key is not None and tuning.lora_dropout:
+            # 2^16: these are other numbers than the model's own dropout draws.
+            own, spec = jax.random.fold_in(jax.random.fold_in(dropout_key, 1 << 16), number), P(*spec_of(a)[:-1], None)
+            kept = jax.random.bernoulli(own, 1 - tuning.lora_dropout, (*a.shape[:-1], 1), out_sharding=spec)
+            a = jnp.where(kept, a / (1 - tuning.lora_dropout), 0)
+        scale = tuning.lora_alpha / tuning.lora_rank
+        flat[path] = flat[path].replace(Adapted(flat[path].get_value(), a, scale * b))
+    return nnx.from_flat_state(flat)
+
+
+def merged(params: nnx.State) -> nnx.State:
+    """`attached` parameters as those of a plain model; others stay."""
+    flat = {
+        path: variable.replace(value.whole()) if isinstance(value := variable.get_value(), Adapted) else variable
+        for path, variable in nnx.to_flat_state(params)
+    }
+    return nnx.from_flat_state(flat)

@@ -1,0 +1,252 @@
+"""Where a run begins: at a model that was trained before, named by train.init_from. V vocabulary, D hidden."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from flax import nnx
+from jax import Array
+
+from bigmac_jax import storage
+from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
+from bigmac_jax.data.files import file_digest
+from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.interchange import import_model, open_checkpoint
+from bigmac_jax.interchange.layout import leaf_name, named_leaves
+from bigmac_jax.interchange.tokens import NAMES
+from bigmac_jax.mesh import placed, replicated_spec
+from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training import checkpoint
+from bigmac_jax.training.step import split
+from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_tokenizer
+
+# What a run may set anew without a word: how it is trained. What else may differ is told (`_NAMED`).
+_FREE = (
+    "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
+)  # fmt: skip
+ORIGIN = "init_from"  # under which run.json has a run's `identity`
+_NAMED = ("vocab_size", "rope_theta", "balance")
+
+
+class Origin(NamedTuple):
+    """Attributes:
+    place: a workdir, or a folder with config.json and safetensors.
+    step: of the checkpoint; "" of a folder.
+    digest: of what it holds.
+    config: the model's own; data.tokenizer is what it was trained with.
+    """
+
+    place: str
+    step: str
+    digest: str
+    config: Config
+
+    @property
+    def identity(self) -> str:
+        """By which a run knows its origin again."""
+        return f"{self.step}:{self.digest}"
+
+
+def open_origin(place: str, identity: str = "", name: str = "train.init_from") -> Origin:
+    """What the field `name` names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
+    touched.
+
+    Args:
+      identity: that it must have, as a run has recorded it; of a workdir, the checkpoint of that step is taken.
+
+    Raises:
+      ConfigError: there is no model, or another one.
+    """
+    path = storage.locate(place, name)
+    step, pinned = "latest", identity.partition(":")[0]
+    if path.parent.name == "checkpoints":
+        step, path = path.name, path.parent.parent
+    if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
+        with storage.local_folder(path) as directory:
+            config = open_checkpoint(directory)[0]
+            digest = _digest(directory)
+        origin = Origin(place, "", digest, config)
+    elif has_run(path):
+        number, digest = checkpoint.find_checkpoint(path, pinned or step)
+        origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
+    else:
+        raise ConfigError(
+            f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
+        )
+    if identity and origin.identity != identity:
+        raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
+    return origin
+
+
+def config_of(origin: Origin, own_data: bool) -> Config:
+    """What a run that begins there has where nobody says otherwise: the model and how it was trained.
+
+    Args:
+      own_data: whether it is given data of its own; what was held out of other data goes then.
+    """
+    config = origin.config
+    data = config.data
+    if own_data:
+        data = dataclasses.replace(data, validation_source="", test_source="")
+    train = dataclasses.replace(config.train, init_from=origin.place, tasks="", tasks_every=0)
+    return dataclasses.replace(config, data=data, train=train, tuning=TuningConfig())
+
+
+def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
+    """The tokenizer of a run that begins there: its own, or one that data.tokenizer names and that extends it.
+
+    Raises:
+      ConfigError: tokens would mean something else than the model has learned.
+    """
+    own = tokenizer_of(origin, config)
+    if config.data.tokenizer == "bpe":  # would be trained on the new text
+        if own is None:
+            raise ConfigError(f"train.init_from={origin.place} holds no tokenizer; give data.tokenizer")
+        return own
+    given = load_tokenizer(config)
+    if own is not None and own.fingerprint != given.fingerprint and not _extends(given, own):
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} gives other ids than the tokenizer of train.init_from="
+            f"{origin.place}; leave data.tokenizer=bpe to take that, or give one that only adds tokens to it"
+        )
+    return given
+
+
+def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
+    """None if it has none."""
+    name = origin.config.data.tokenizer
+    if name.endswith(NAMES) and not pathlib.Path(name).expanduser().is_file():
+        return None
+    data = dataclasses.replace(origin.config.data, tokenizer=name)
+    return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))
+
+
+def _extends(given: Tokenizer, own: Tokenizer) -> bool:
+    """Whether all tokens have their old ids."""
+    if not (isinstance(given, JsonTokenizer) and isinstance(own, JsonTokenizer)):
+        return False
+    new, old = (tokenizers.Tokenizer.from_str(t.json_text).get_vocab(with_added_tokens=True) for t in (given, own))
+    return all(new.get(token) == number for token, number in old.items())
+
+
+def differences(origin: Origin, config: Config) -> list[str]:
+    """What of the model is not as it was, and may be, each as `field before → now`.
+
+    Raises:
+      ConfigError: a difference that the parameters do not bear.
+    """
+    before, now = origin.config.model, config.model
+    told = []
+    for field in dataclasses.fields(ModelConfig):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if old == new or field.name in _FREE:
+            continue
+        if field.name not in _NAMED:
+            raise ConfigError(
+                f"model.{field.name}={new!r} differs from {old!r} of train.init_from={origin.place}, whose parameters "
+                f"are of that model; drop it, or begin without train.init_from"
+            )
+        told.append(f"model.{field.name} {old} → {new}")
+    if now.vocab_size < before.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={now.vocab_size} must be at least the {before.vocab_size} of train.init_from="
+            f"{origin.place}; a table of tokens can only grow"
+        )
+    if before.has_router_bias and before.balance != now.balance:
+        raise ConfigError(
+            f"model.balance={now.balance} would lose the router's bias of train.init_from={origin.place}; keep "
+            f"balance={before.balance}, and set balance_bias_rate=0 to leave it as it is"
+        )
+    length, longest = config.data.sequence_length, origin.config.data.sequence_length
+    if now.positions == "learned" and length > longest:
+        raise ConfigError(
+            f"data.sequence_length={length} must be at most the {longest} learned positions of train.init_from="
+            f"{origin.place}; use {longest}"
+        )
+    if length != longest:
+        told.append(f"data.sequence_length {longest} → {length}")
+    return told
+
+
+def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
+    """The parameters and the rest of the model on the current mesh, as `config` wants them: rows of a table of tokens
+    that it did not have are the mean of those it had, so that new tokens are as likely as an average one (Hewitt,
+    "Initializing New Word Embeddings", 2021)."""
+    differences(origin, config)
+    source = dataclasses.replace(origin.config, mesh=config.mesh, execution=config.execution)
+    found = named_leaves(read_model(origin, source))
+    abstract = placed(jax.eval_shape(lambda: init_model(config, jax.random.key(0))), jax.sharding.get_mesh())
+
+    def fitted(path: Any, like: Any) -> Array:
+        value = found.get(leaf_name(path))
+        if value is None:  # a router's bias that balancing begins with
+            return jax.jit(lambda: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding.spec))()
+        return value if value.shape == like.shape else _with_rows(value, like)
+
+    _, params, rest = split(jax.tree_util.tree_map_with_path(fitted, abstract))
+    return params, rest
+
+
+def read_model(origin: Origin, source: Config) -> Transformer:
+    """The model as it is there, on the current mesh; `source`: its config, with that mesh."""
+    path = storage.locate(origin.place, "train.init_from")
+    if origin.step:
+        workdir = path.parent.parent if path.parent.name == "checkpoints" else path
+        return restore_step(workdir, origin.step, source)[1]
+    values = dataclasses.asdict(source)
+    sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
+    overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
+    with storage.local_folder(path) as directory:
+        return import_model(directory, overrides)[1]
+
+
+def _with_rows(table: Array, like: Any) -> Array:
+    """A table [V, D] with more rows, or positions [L, D] with fewer. For a moment each rank holds it whole."""
+
+    def resized(table_VD: Array) -> Array:
+        table_VD = jax.sharding.reshard(table_VD, replicated_spec(2))
+        more = like.shape[0] - table_VD.shape[0]
+        if more > 0:
+            mean_1D = table_VD.mean(0, keepdims=True)
+            table_VD = jnp.concatenate([table_VD, jnp.broadcast_to(mean_1D, (more, table_VD.shape[1]))])
+        return jax.sharding.reshard(table_VD[: like.shape[0]], like.sharding.spec)
+
+    return jax.jit(resized)(table)
+
+
+def _digest(directory: pathlib.Path) -> str:
+    """Of config.json and the tensors' files; of a file above 1 GiB its ends count."""
+    files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
+    return hashlib.sha256(" ".join(f"{file.name} {file_digest(file)}" for file in files).encode()).hexdigest()
+
+
+def restore(
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+) -> tuple[Config, Transformer]:
+    """As `training.checkpoint.restore`; of a run that trained adapters, the model that they were trained on and they
+    are one.
+
+    Raises:
+      ConfigError: no such run or checkpoint; or the model that adapters are of is not there any more.
+    """
+    return restore_step(workdir, step, config)[:2]
+
+
+def restore_step(
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+) -> tuple[Config, Transformer, int, float | None]:
+    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
+
+    def base(config: Config) -> nnx.State:
+        return load(origin_of(storage.locate(workdir, "workdir"), config), config)[0]
+
+    return checkpoint.restore_step(workdir, step, config, base)
+
+
+def origin_of(workdir: pathlib.Path, config: Config) -> Origin:
+    """Of a run; the one that it recorded, if it has begun."""
+    return open_origin(config.train.init_from, run_of(workdir)["data"].get(ORIGIN, ""))

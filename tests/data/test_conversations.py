@@ -1,0 +1,198 @@
+"""Conversations: which tokens are learned, token by token, and what becomes of rows that are bad."""
+
+import json
+import logging
+import pathlib
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
+from bigmac_jax.data.batch import NO_TARGET, PADDING
+from bigmac_jax.data.chat import DEFAULT, Chat, ChatError
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.pipeline import eval_batches, open_stream, train_iterator
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+
+EOS = 256
+TURNS = [
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+# As transformers' documentation writes ChatML, without the tags that mark answers.
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write(path: pathlib.Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def conversations(
+    folder: pathlib.Path, rows: list[Any], length: int = 64, tokenizer: Tokenizer | None = None, **tuning: Any
+) -> Conversations:
+    file = write(folder / "rows.jsonl", rows)
+    config = Config(
+        model=ModelConfig(vocab_size=512),
+        data=DataConfig(source=file, validation_source=file, test_source=file, tokenizer="bytes",
+                        sequence_length=length, batch_size=2),
+        train=TrainConfig(init_from="some" if tuning.get("objective") == "dpo" else ""),
+        tuning=TuningConfig(**{"objective": "sft"} | tuning),
+        cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    stream = open_stream(config, "train", tokenizer or ByteTokenizer())
+    assert isinstance(stream, Conversations)
+    return stream
+
+
+def bytes_of(sequence: np.ndarray, tokens: str = "inputs") -> list[int]:
+    return sequence[0 if tokens == "inputs" else 1].tolist()
+
+
+def ids(text: str) -> list[int]:
+    """Bytes, with ¶ for the end of text."""
+    return [EOS if character == "¶" else ord(character) for character in text]
+
+
+def test_prompt_and_completion(tmp_path: pathlib.Path) -> None:
+    (sequence,) = conversations(tmp_path, [{"prompt": "1+1=", "completion": "2!"}]).sequences
+    assert bytes_of(sequence) == ids("1+1=2!")
+    assert bytes_of(sequence, "targets") == [NO_TARGET] * 3 + ids("2!¶")
+
+
+def test_without_a_prompt_the_first_token_is_predicted_from_an_end(tmp_path: pathlib.Path) -> None:
+    (sequence,) = conversations(tmp_path, [{"prompt": "", "completion": "ab"}]).sequences
+    assert bytes_of(sequence) == ids("¶ab") and bytes_of(sequence, "targets") == ids("ab¶")
+
+
+def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    stream = conversations(tmp_path, [{"messages": TURNS}], 128)
+    text = "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: 4¶"
+    (sequence,) = stream.sequences
+    assert bytes_of(sequence) == ids(text)[:-1]
+    learned = "".join("x" if target != NO_TARGET else "." for target in bytes_of(sequence, "targets"))
+    # Of each token the one behind it: " 2¶" and " 4¶".
+    assert learned == "".join("x" if mark == "x" else "." for mark in (
+        "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: 4¶".replace(" 2¶", "xxx").replace(" 4¶", "xxx")
+    ))[1:]  # fmt: skip
+    assert [t for t in bytes_of(sequence, "targets") if t != NO_TARGET] == ids(" 2¶ 4¶")
+    assert (stream.num_tokens, stream.num_documents, stream.num_words) == (6, 1, 2)
+
+
+def bpe() -> JsonTokenizer:
+    """With the tokens of ChatML."""
+    values = json.loads(train_bpe(["the answer is two and four", "assistant user system"] * 4, 300))
+    for number, name in enumerate(("<|im_start|>", "<|im_end|>"), 300):
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        values["added_tokens"].append({"id": number, "content": name} | token)
+    return JsonTokenizer(json.dumps(values))
+
+
+def test_a_template_without_marks_is_cut_where_its_answers_are(tmp_path: pathlib.Path) -> None:
+    tokenizer, template = bpe(), tmp_path / "t.jinja"
+    template.write_text(CHATML)
+    rows = [{"messages": [*TURNS[:2], {"role": "assistant", "content": "the answer is two"}]}]
+    (sequence,) = conversations(tmp_path, rows, 200, tokenizer, chat_template=str(template)).sequences
+    targets = [token for token in bytes_of(sequence, "targets") if token != NO_TARGET]
+    assert tokenizer.decode(targets) == "the answer is two<|im_end|>"  # and not the end of the line behind it
+    assert targets[:-1] == tokenizer.encode("the answer is two")  # a token begins where the answer does
+    prompt = Chat(tokenizer, CHATML).prompt(rows[0]["messages"][:2])
+    n = len(prompt) - 1
+    assert bytes_of(sequence)[: n + 1] == prompt and bytes_of(sequence, "targets")[:n] == [NO_TARGET] * n
+
+
+def test_marked_and_unmarked_templates_agree() -> None:
+    unmarked = DEFAULT.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    marked, plain = (Chat(ByteTokenizer(), template).pieces(TURNS) for template in (DEFAULT, unmarked))
+    assert marked == plain and [piece.text for piece in marked if piece.answer] == [
+        " 2<|endoftext|>", " 4<|endoftext|>",
+    ]  # fmt: skip
+
+
+def test_training_and_serving_see_the_same_tokens(tmp_path: pathlib.Path) -> None:
+    """What a server gives the model before its second answer is what stood before that in training."""
+    (sequence,) = conversations(tmp_path, [{"messages": TURNS}], 128).sequences
+    prompt = Chat(ByteTokenizer()).prompt(TURNS[:-1])
+    assert bytes_of(sequence)[: len(prompt)] == prompt
+
+
+def test_a_template_that_rewrites_turns_needs_marks() -> None:
+    template = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}"
+    with pytest.raises(ChatError, match=r"put \{% generation %\}"):
+        Chat(ByteTokenizer(), template).pieces(TURNS)
+
+
+BAD = [
+    ("{", "is not valid JSON"),
+    ([1], "is a JSON list, not an object"),
+    ({"completion": "a"}, "has no 'prompt'; it has completion"),
+    ({"prompt": "a"}, "has no 'completion'; it has prompt"),
+    ({"prompt": "a", "completion": ""}, "its answer is empty"),
+    ({"prompt": "a", "completion": 3}, "'completion' is a int, not a text"),
+    ({"messages": TURNS[:2]}, "its last message is no answer of the assistant"),
+    ({"messages": [{"role": "wizard", "content": "a"}, TURNS[2]]}, r"messages\[0\] has the unknown role 'wizard'"),
+    ({"messages": [{"role": "user"}, TURNS[2]]}, r"messages\[0\] has no texts for role and content"),
+    ({"messages": []}, "'messages' is no list of messages"),
+    ({"messages": [{"role": "user", "content": "a<|endoftext|>"}, TURNS[2]]}, "holds the special token"),
+    ({"prompt": "a" * 70, "completion": "b"}, "its 71 tokens are more than data.sequence_length=64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_bad_row_is_one_line_with_its_number(tmp_path: pathlib.Path, row: Any, message: str) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl line 2: .*{message}.*tuning\.bad_rows=skip"):
+        conversations(tmp_path, [good, row, good])
+
+
+def test_a_template_error_is_one_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no system, please') }}")
+    with pytest.raises(ConfigError, match=r"line 1: the chat template does not take these messages: no system, please"):
+        conversations(tmp_path, [{"messages": TURNS}], chat_template=str(tmp_path / "t.jinja"))
+
+
+def test_bad_rows_are_counted_and_named(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row for row, _ in BAD] + [{"prompt": "a", "completion": "b"}]
+    with caplog.at_level(logging.WARNING):
+        assert conversations(tmp_path, rows, bad_rows="skip").num_documents == 1
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "12 rows left out: " in line and f"3 without an answer ({tmp_path / 'rows.jsonl'} line 4, " in line
+    assert "1 longer than data.sequence_length" in line
+    with pytest.raises(ConfigError, match="has no row to learn from"):
+        conversations(tmp_path, rows[:3], bad_rows="skip")
+
+
+def test_windows_hold_whole_conversations(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": "p" * n, "completion": "c"} for n in (3, 9, 5, 11, 2, 7)]
+    stream = conversations(tmp_path, rows, 16)
+    windows = pickle.loads(pickle.dumps(stream.packed(16)))  # as workers get it
+    seen = []
+    for inputs, targets, segments in (windows[w] for w in range(len(windows))):
+        for segment in range(segments.max() + 1):
+            here = segments == segment
+            seen.append((inputs[here].tolist(), targets[here].tolist()))
+        assert (targets[segments == PADDING] == NO_TARGET).all()
+    assert sorted(seen) == sorted((bytes_of(s), bytes_of(s, "targets")) for s in stream.sequences)
+    assert len(windows) == 3  # 43 tokens; two windows hold 32
+    targets = sum(int((batch.targets_BL != NO_TARGET).sum()) for batch in eval_batches(stream, 16, 2))
+    assert targets == stream.num_tokens == 12
+    batch = next(train_iterator(stream._config, stream))
+    assert batch.inputs_BL.shape == (2, 16) and batch.segments_BL is not None
+
+
+def test_pairs_stand_side_by_side(tmp_path: pathlib.Path) -> None:
+    rows = [{"prompt": "p", "chosen": "yes", "rejected": "no"}, {"prompt": TURNS[:4], "chosen": "4", "rejected": "5"}]
+    stream = conversations(tmp_path, rows, 128, objective="dpo")
+    assert [bytes_of(s) for s in stream.sequences[:2]] == [ids("pyes"), ids("pno")]
+    learned = [[t for t in bytes_of(s, "targets") if t != NO_TARGET] for s in stream.sequences]
+    assert learned == [ids("yes¶"), ids("no¶"), ids(" 4¶"), ids(" 5¶")]  # of a conversation the last answer alone
+    with pytest.raises(ConfigError, match="chosen and rejected are alike"):
+        conversations(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "a"}], objective="dpo")

@@ -1,0 +1,128 @@
+"""Tasks that are classified or written: what is asked, and figures against hand tables and other libraries."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import pytest
+
+from bigmac_jax.config import Config, ConfigError, DataConfig
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks import Task, load_task
+from bigmac_jax.evaluation.tasks.examples import Example, build_examples
+from bigmac_jax.evaluation.tasks.generated import METRIC, METRICS, summarise
+from bigmac_jax.evaluation.tasks.metrics import judge, macro_f1
+from bigmac_jax.evaluation.tasks.metrics import summarise as summarise_scores
+from bigmac_jax.evaluation.tasks.run import describe, open_jobs
+
+CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
+
+
+def own(folder: pathlib.Path, rows: list[dict[str, Any]], **fields: Any) -> str:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"kind": "generate", "source": "rows.jsonl", "prompt": "{q} =", "answer": "{a}", "max_tokens": 4} | fields
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    (folder / "own.toml").write_text("\n".join([*lines, "[columns]", 'q = "q"', 'a = "a"']))
+    return str(folder / "own.toml")
+
+
+CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
+    ("squad", {"context": "It is red.", "question": "Colour?", "answers": {"text": ["red", "red"]}},
+     "It is red.\nQuestion: Colour?\nAnswer:", ["red"]),
+    ("cnn_dailymail", {"article": "Long.", "highlights": "Short."}, "Long.\nSummary:", ["Short."]),
+    ("arithmetic", {"question": "49 plus 97", "answer": 146}, "Q: What is 49 plus 97?\nA:", ["146"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "references"), CASES)
+def test_rows_become_prompts(name: str, row: dict[str, Any], prompt: str, references: list[str]) -> None:
+    task = load_task(name)
+    assert isinstance(task, Task)
+    (example,) = build_examples(task, [("row", row)])
+    assert (example.prompt, list(example.references)) == (prompt, references)
+
+
+def test_the_rows_of_arithmetic_are_right() -> None:
+    (job,) = open_jobs(["arithmetic"], [], 0, CONFIG, ByteTokenizer(), 64)
+    assert len(job.examples) == 200
+    for example in job.examples:
+        first, sign, second = example.prompt.split("What is ")[1].split("?")[0].split()
+        value = int(first) + (1 if sign == "plus" else -1) * int(second)
+        assert example.references == (str(value),)
+
+
+def test_a_prompt_keeps_its_end(tmp_path: pathlib.Path) -> None:
+    (job,) = open_jobs([own(tmp_path, [{"q": "x" * 70, "a": "b"}])], [], 0, CONFIG, ByteTokenizer(), 64)
+    assert bytes(job.prompts[0].prompt) == b"x" * 58 + b" ="  # type: ignore[arg-type]
+
+
+def test_a_prompt_goes_through_the_chat_template(tmp_path: pathlib.Path) -> None:
+    name = own(tmp_path, [{"q": "1+1", "a": "2"}], chat=True)
+    (job,) = open_jobs([name], [], 0, CONFIG, ByteTokenizer(), 64)
+    assert bytes(job.prompts[0].prompt) == b"User: 1+1 =\nAssistant:"  # type: ignore[arg-type]
+    (tmp_path / "t.jinja").write_text("<{{ messages[0].content }}>")
+    (job,) = open_jobs([name], [], 0, CONFIG, ByteTokenizer(), 64, str(tmp_path / "t.jinja"))
+    assert bytes(job.prompts[0].prompt) == b"<1+1 =>"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ["meteor"]}, "metrics='meteor' must be some of exact_match, "),
+        ({"max_tokens": 0}, "needs one prompt, and max_tokens of at least 1"),
+        ({"max_tokens": 64}, "max_tokens=64 must be below the 64 tokens of the model"),
+        ({"chat": 1}, "chat=1 must be true or false"),
+        ({"answer": "z"}, "there is no 'z'"),
+    ],
+)
+def test_bad_definitions(tmp_path: pathlib.Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_jobs([own(tmp_path, [{"q": "1", "a": "2"}], **fields)], [], 0, CONFIG, ByteTokenizer(), 64)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "references", "value"),
+    [
+        ("exact_match", " 12\n", ["12"], 1), ("exact_match", "12.", ["12"], 0), ("exact_match", "b", ["a", "b"], 1),
+        ("number", "It is 1,204.", ["so #### 1204"], 1), ("number", "12 or 13", ["13"], 0), ("number", "-3", ["3"], 0),
+        ("number", "none", ["3"], 0),
+        ("f1", "The cat sat", ["a cat"], 2 / 3), ("f1", "a dog", ["cat", "big dog!"], 2 / 3), ("f1", "", ["the"], 1),
+        # Of 5 and 4 words, 3 are common in ROUGE-1; of 4 and 3 pairs, 1 in ROUGE-2; "cats on mat" is in order.
+        ("rouge1", "two cats sat on mat", ["cat on a mat"], 2 * 3 / 9),
+        ("rouge2", "cats sat on a mat", ["cat on a mat"], 2 * 2 / 7),
+        ("rougeL", "mat on sat cats", ["cats sat on mat"], 2 * 1 / 8),
+    ],
+)  # fmt: skip
+def test_figures_by_hand(metric: str, prediction: str, references: list[str], value: float) -> None:
+    assert METRIC[metric](prediction, references) == pytest.approx(value)
+
+
+def test_figures_of_all_texts_are_sacrebleus() -> None:
+    import sacrebleu
+
+    predictions, right = ["the cat sat on the mat", "it rains"], [["the cat sat on a mat", "a cat sat"], ["it rains"]]
+    rows = [
+        {"prediction": p, "references": r, "bleu": None, "chrf": None} for p, r in zip(predictions, right, strict=True)
+    ]
+    references = [[r[0] for r in right], ["a cat sat", None]]
+    summary = summarise(rows)
+    assert summary["bleu"] == sacrebleu.corpus_bleu(predictions, references).score / 100
+    assert summary["chrf"] == sacrebleu.corpus_chrf(predictions, references).score / 100
+    assert METRICS["bleu"] + " " in describe({"t": summary})[0]
+
+
+def test_classes_are_judged_by_accuracy_and_f1() -> None:
+    scores = [(0, [-1.0, -2.0]), (0, [-3.0, -2.0]), (1, [-3.0, -2.0]), (1, [-5.0, -1.0])]
+    rows = [
+        judge(
+            "classification", Example("row", [("p", " a"), ("p", " b")], answer), [Result(v, False, 1) for v in values]
+        )
+        for answer, values in scores
+    ]
+    summary = summarise_scores("classification", rows)
+    # Class 0: 1 right of 1 predicted and 2 there; class 1: 2 of 3 and 2.
+    assert summary["accuracy"] == 0.75 and math.isclose(summary["macro_f1"], (2 / 3 + 4 / 5) / 2)
+    assert macro_f1([0, 0], [1, 1]) == 0
+    assert "F1, mean of classes, 73.3 %" in describe({"t": summary})[0]
