@@ -14,6 +14,7 @@ from absl import flags
 from bigmac_jax import cli, conversion, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.conversion import runs
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.fresh import refuse_a_run
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
@@ -90,11 +91,9 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     runs.check_overrides(cli.OVERRIDES)
     saved = with_mesh(read_config(workdir), [given for given in cli.OVERRIDES if given.startswith("mesh.")])
     tokenizer = run_tokenizer(workdir, saved)
-    if saved.tuning.objective != "pretrain":  # converted by plain text, and by the run's own tokenizer
-        raise ConfigError(
-            f"tuning.objective={saved.tuning.objective} has no text; convert the model that it began with"
-        )
     train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
+    if isinstance(train, Conversations) or isinstance(validation, Conversations):
+        raise ConfigError(f"{workdir} was tuned on conversations and has no text; convert the model that it began with")
     cli.enter_mesh(saved, fit_batch=False)
     _, model, _, _ = restore_step(workdir, _STEP.value, saved)
 

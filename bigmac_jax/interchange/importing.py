@@ -30,8 +30,8 @@ from bigmac_jax.training.fresh import refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
 FREE = (
-    "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout", "model.capacity_factor",
-    "model.balance_", "model.z_loss_coefficient",
+    "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout",
+    "model.capacity_factor", "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
