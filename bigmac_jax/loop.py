@@ -76,7 +76,7 @@ class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
         self.checkpoints, self.data, self.first_step = started.checkpoints, started.data, started.step
-        self.rows, self.validation, self.origin = started.rows, started.validation, started.origin
+        self.rows, self.validation, self.models = started.rows, started.validation, (started.origin, started.teacher)
         self.jobs, self.tokenizer = started.jobs, started.tokenizer
         self.bad_steps = started.position.get("bad_steps", 0)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
@@ -224,7 +224,7 @@ class _Run:
         with NOW.doing("restore"):
             self.checkpoints.wait()
             newest = self.checkpoints.newest_intact()
-            state, _ = restored(self.config, self.trainer, self.checkpoints, newest, self.origin)
+            state, _ = restored(self.config, self.trainer, self.checkpoints, newest, *self.models)
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)

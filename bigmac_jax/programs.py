@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.decoding.cache import (
     Cache,
@@ -321,6 +321,11 @@ def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
 
 
 def _step_program(config: Config, mesh: Mesh) -> Program:
+    if config.tuning.teacher:
+        raise ConfigError(
+            f"tuning.teacher={config.tuning.teacher} is a second model, which is not planned; drop it, and leave room "
+            f"for its parameters and for a second forward pass"
+        )
     return step_program(config, mesh, make_trainer(config, mesh))
 
 

@@ -39,6 +39,7 @@ from bigmac_jax.training.workdir import (
 )
 from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
 from bigmac_jax.tuning.reference import reference_nll
+from bigmac_jax.tuning.teacher import TEACHER, read_teacher, teacher_of
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -61,6 +62,7 @@ class Start(NamedTuple):
     state: TrainState
     position: dict[str, Any]
     origin: Origin | None
+    teacher: Origin | None
     tokenizer: Tokenizer
     jobs: list[Job]
 
@@ -93,20 +95,22 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
         data_is |= {ORIGIN: origin.identity} if origin else {}
+        teacher = teacher_of(workdir, config, tokenizer) if config.tuning.teacher else None
+        data_is |= {TEACHER: teacher.identity} if teacher else {}
         if resumed:
             check_data(workdir, config, data_is)
         jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
     hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
-    trainer = make_trainer(config, mesh)
+    trainer = make_trainer(config, mesh, teacher and teacher.config)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
     with NOW.doing("verify"):
         newest = checkpoints.newest_intact()
     with NOW.doing("restore" if newest else "initialise"):
-        state, position = restored(config, trainer, checkpoints, newest, origin)
+        state, position = restored(config, trainer, checkpoints, newest, origin, teacher)
     if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
         with NOW.doing("data"):
             model = nnx.merge(trainer.graphdef, *load(origin, config))
@@ -125,8 +129,9 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         at = f", step {origin.step}" if origin.step else ""
         hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
     return Start(
-        trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, tokenizer, jobs
-    )
+        trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, teacher,
+        tokenizer, jobs,
+    )  # fmt: skip
 
 
 def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
@@ -155,17 +160,24 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
 
 
 def restored(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, step: int | None, origin: Origin | None
+    config: Config,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    step: int | None,
+    origin: Origin | None,
+    teacher: Origin | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state and the data position of a checkpoint, or those that a run begins with."""
     key = jax.random.key(config.train.seed)
     if step is None:
-        return trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
-    state, position = checkpoints.restore(step, trainer.abstract_state)
-    if config.tuning.lora_rank:
-        assert origin is not None, config.train
-        state = dataclasses.replace(state, base=load(origin, config)[0])
-    return guard.with_losses(state, trainer.abstract_state, position), position
+        state, position = trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
+    else:
+        state, position = checkpoints.restore(step, trainer.abstract_state)
+        if config.tuning.lora_rank:
+            assert origin is not None, config.train
+            state = dataclasses.replace(state, base=load(origin, config)[0])
+        state = guard.with_losses(state, trainer.abstract_state, position)
+    return dataclasses.replace(state, teacher=read_teacher(teacher)) if teacher else state, position
 
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:

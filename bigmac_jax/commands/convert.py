@@ -1,26 +1,41 @@
-"""Models to and from safetensors that Hugging Face's transformers loads.
+"""Models to and from safetensors that Hugging Face's transformers loads, and to other structures.
 
 python convert.py export --workdir=DIR --output=OUT [--step=best] [--format=auto] [--dtype=float32]
 python convert.py import --checkpoint=DIR --workdir=DIR [--config.mesh.… --config.data.… --config.train.…]
+python convert.py latent --workdir=DIR --output=NEW [--ratio=0.25] [--latent_norm=none] [--config.train.…]
+python convert.py upcycle --workdir=DIR --output=NEW --experts=8 [--top_k=2] [--config.train.…]
+python convert.py widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--config.train.…]
 """
 
 import pathlib
 
 from absl import flags
 
-from bigmac_jax import cli, hosts, storage
+from bigmac_jax import cli, conversion, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.conversion import runs
+from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
-from bigmac_jax.training.workdir import read_config, run_folder, run_tokenizer
+from bigmac_jax.training.fresh import refuse_a_run
+from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
 from bigmac_jax.tuning import restore_step
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is exported, or what an import writes.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
-_OUTPUT = flags.DEFINE_string("output", "", "export: the directory to write.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "", "The directory to write: of an export, or the workdir of another structure."
+)
 _FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe, bigmac or plain.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, bfloat16 or float16.")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: of one file.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with config.json and safetensors.")
+_RATIO = flags.DEFINE_float("ratio", 0.25, "latent: the exchange's width over the model's.")
+_LATENT_NORM = flags.DEFINE_string("latent_norm", "none", "latent: model.latent_norm of the result.")
+_EXPERTS = flags.DEFINE_integer("experts", 8, "upcycle: of a layer.", lower_bound=1)
+_TOP_K = flags.DEFINE_integer("top_k", 2, "upcycle: experts that a token is sent to.", lower_bound=1)
+_COPIES = flags.DEFINE_integer("copies", 2, "widen: of each expert, and of each choice.", lower_bound=1)
+_NOISE = flags.DEFINE_float("noise", 0.01, "widen: that makes copies differ, over a matrix's root mean square.", 0.0)
+_TOKENS = flags.DEFINE_integer("tokens", 65536, "latent: of the training split, that W↓ and W↑ are found by.", 1)
 
 
 def main() -> None:
@@ -29,8 +44,13 @@ def main() -> None:
         _export(run_folder(_WORKDIR.value))
     elif action == "import" and _CHECKPOINT.value:
         _import(run_folder(_WORKDIR.value))
+    elif action in ("latent", "upcycle", "widen") and _OUTPUT.value:
+        _convert(action, run_folder(_WORKDIR.value), run_folder(_OUTPUT.value))
     else:
-        raise ConfigError("give `export --workdir=DIR --output=OUT` or `import --checkpoint=DIR --workdir=DIR`")
+        raise ConfigError(
+            "give `import --checkpoint=DIR --workdir=DIR`, or one of export, latent, upcycle and widen with "
+            "`--workdir=DIR --output=NEW`"
+        )
 
 
 def _export(workdir: pathlib.Path) -> None:
@@ -62,6 +82,33 @@ def _import(workdir: pathlib.Path) -> None:
     with storage.local_folder(storage.locate(_CHECKPOINT.value, "--checkpoint")) as directory:
         config = import_run(directory, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
+
+
+def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
+    if hosts.several():
+        raise ConfigError(f"{action} is done by one process, which may have many devices; start it alone")
+    refuse_a_run(output, "--output")
+    runs.check_overrides(cli.OVERRIDES)
+    saved = with_mesh(read_config(workdir), [given for given in cli.OVERRIDES if given.startswith("mesh.")])
+    tokenizer = run_tokenizer(workdir, saved)
+    train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
+    if isinstance(train, Conversations) or isinstance(validation, Conversations):
+        raise ConfigError(f"{workdir} was tuned on conversations and has no text; convert the model that it began with")
+    cli.enter_mesh(saved, fit_batch=False)
+    _, model, _, _ = restore_step(workdir, _STEP.value, saved)
+
+    layers: list[conversion.LayerError] = []
+    if action == "latent":
+        batches = runs.windows(saved, train, _TOKENS.value)
+        config, result, layers = conversion.narrow(saved, model, batches, _RATIO.value, _LATENT_NORM.value)
+    elif action == "upcycle":
+        config, result = conversion.upcycle(saved, model, _EXPERTS.value, _TOP_K.value)
+    else:
+        config, result = conversion.widen(saved, model, _COPIES.value, _NOISE.value)
+    report = runs.report(action, model, result, layers, runs.windows(saved, validation, _TOKENS.value))
+    config = runs.write_run(output, config, result, tokenizer, report, cli.OVERRIDES)
+    hosts.say("\n".join(report.lines()))
+    hosts.say(f"{output}: {config.describe()}")
 
 
 def run() -> None:

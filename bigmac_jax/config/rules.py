@@ -138,7 +138,7 @@ def validate(config: Config) -> None:
              "momentum", "average_decay", "weight_decay", "clip_norm")  # fmt: skip
     at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed", "tasks_every", "tasks_limit")
-    at_least("tuning", 0, "lora_rank", "lora_alpha", "lora_dropout", "dpo_beta")
+    at_least("tuning", 0, "teacher_weight", "hidden_weight", "lora_rank", "lora_alpha", "lora_dropout", "dpo_beta")
 
     factor = execution.buffer_factor
     require(math.isinf(factor) or execution.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={execution.exchange}; use buffer_factor=inf")  # fmt: skip
@@ -164,6 +164,7 @@ def validate(config: Config) -> None:
 
     check_place(config.cache_dir, "cache_dir")
     check_place(train.init_from, "train.init_from")
+    check_place(tuning.teacher, "tuning.teacher")
     for name in ("source", "validation_source", "test_source", "tokenizer"):
         check_place(getattr(data, name), f"data.{name}")
     size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)

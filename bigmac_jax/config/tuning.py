@@ -22,6 +22,9 @@ class TuningConfig:
     lora_alpha: float = 16.0  # adapters are multiplied by it / lora_rank
     lora_dropout: float = 0.0  # of inputs of the adapters; all tokens of a step lose the same ones
     lora_targets: str = "attention,projections,shared,experts"  # parts that get them; mlp and router, too, if named
+    teacher: str = ""  # a model that is learned from, besides the text: a workdir, an export or a folder; "" = none
+    teacher_weight: float = 0.5  # of the divergence from its predictions in the loss; the text's has the rest
+    hidden_weight: float = 0.0  # of the distance from what its layers put out, which must be of the same width
     dpo_beta: float = 0.1  # how hard DPO holds on to the model that it began with
 
 
@@ -37,6 +40,8 @@ def validate_tuning(config: "Config", require: Any) -> None:
     require(not (frozen and model.is_moe and model.has_router_bias and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {'tuning.lora_rank' if tuning.lora_rank else 'tuning.train_router=false'} leaves the router alone; use balance_bias_rate=0")  # fmt: skip
     if tuning.lora_rank:
         _validate_lora(config, require)
+    require(tuning.teacher_weight <= 1, f"tuning.teacher_weight={tuning.teacher_weight:g} must be at most 1")
+    require(not tuning.teacher or tuning.objective != "dpo", "tuning.teacher is of a text or of answers, and tuning.objective=dpo has its own reference; drop one of them")  # fmt: skip
     if tuning.objective == "dpo":
         require(bool(train.init_from), "tuning.objective=dpo compares with the model that it begins with; give train.init_from")  # fmt: skip
         require(config.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip

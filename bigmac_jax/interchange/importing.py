@@ -26,15 +26,12 @@ from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
-from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.optimizer import make_optimizer
-from bigmac_jax.training.step import TrainState, make_trainer, split
-from bigmac_jax.training.workdir import write_config
+from bigmac_jax.training.fresh import refuse_a_run, write_fresh_run
 
-# What an import may set: all that is not the model's function.
-_FREE = (
-    "mesh.", "execution.", "data.", "optimizer.", "train.", "cache_dir", "model.dropout", "model.capacity_factor",
-    "model.balance_", "model.z_loss_coefficient",
+# What an import or a conversion may set: all that is not the model's function.
+FREE = (
+    "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout",
+    "model.capacity_factor", "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -75,9 +72,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
     """
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
-    with hosts.together():
-        if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
-            raise ConfigError(f"--workdir={workdir} holds a run; give another one")
+    refuse_a_run(workdir, "--workdir")
     config, model = import_model(directory, overrides)
     with held(workdir):
         given = any(override.startswith("data.tokenizer=") for override in overrides)
@@ -86,21 +81,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
         elif not given and config.data.tokenizer.startswith(str(directory.absolute())) and hosts.is_first():
             _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
-        _, params, rest = split(model)
-        abstract = make_trainer(config, jax.sharding.get_mesh()).abstract_state
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-        opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
-        step = jax.device_put(np.int32(0), abstract.step.sharding)
-        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-        average = params if config.optimizer.average_decay else None
-        checkpoints.save(TrainState(step, params, rest, opt_state, None, average), {"batches": 0}, config, 0, None)
-        checkpoints.wait()
-        saved = hosts.first(checkpoints.latest())
-        checkpoints.close()
-        if saved is None:
-            raise ConfigError(f"--workdir={workdir} cannot be written (see above); free space, or give another one")
-        if hosts.is_first():
-            write_config(config, workdir)
+        write_fresh_run(workdir, config, model)
     return config
 
 
@@ -113,7 +94,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
     for override in overrides:
-        if not (override.startswith(_FREE) or moved(override.partition("=")[0])):
+        if not (override.startswith(FREE) or moved(override.partition("=")[0])):
             raise ConfigError(f"--config.{override}: the checkpoint says what the model is; drop it")
     layout = FORMATS[kind]
     checkpoint = Checkpoint(directory, layout.held_in)

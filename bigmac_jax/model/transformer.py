@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,32 +109,25 @@ class Transformer(nnx.Module):
         dropless: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
-        config, execution = self.config.model, self.config.execution
         documents = None if segments_BL is None else documents_of(segments_BL)
-        x_BLD, keys_Y = self.embed(tokens_BL, None if documents is None else documents.position_BL), None
-        if dropout_key is not None and config.dropout:
-            drawn = jax.random.split(dropout_key, 1 + config.num_layers)
-            x_BLD, keys_Y = dropout(x_BLD, config.dropout, drawn[0]), drawn[1:]
+        x_BLD, keys_Y = self.embedded(tokens_BL, None if documents is None else documents.position_BL, dropout_key)
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
             return layer(x_BLD, key, load_E, dropless, documents)
 
-        if execution.remat == "exchange":
-            step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
-        elif execution.remat == "layer":
-            step = jax.checkpoint(step)
-        elif self.config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
-            step = jax.checkpoint(step, policy=all_but_gathered)
-        # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
-        unroll = execution.unroll_layers or (config.num_layers if platform() == "cpu" else 1)
-        first = config.first_dense_layers
-        if self.first is not None:
-            keys = None if keys_Y is None else keys_Y[:first]
-            x_BLD, _ = jax.lax.scan(step, x_BLD, (self.first, keys, None), unroll=unroll)
-        keys = None if keys_Y is None else keys_Y[first:]
-        x_BLD, aux = jax.lax.scan(step, x_BLD, (self.layers, keys, load_YE), unroll=unroll)
+        x_BLD, aux = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y, load_YE)
         return self.final_norm(x_BLD), aux
+
+    def embedded(
+        self, tokens_BL: Array, position_BL: Array | None, dropout_key: Array | None
+    ) -> tuple[Array, Array | None]:
+        """`embed`, with dropout if there is a key, and the keys of the layers."""
+        config, x_BLD = self.config.model, self.embed(tokens_BL, position_BL)
+        if dropout_key is None or not config.dropout:
+            return x_BLD, None
+        drawn = jax.random.split(dropout_key, 1 + config.num_layers)
+        return dropout(x_BLD, config.dropout, drawn[0]), drawn[1:]
 
     @jax.named_scope("embedding")
     def embed(self, tokens_BL: Array, position_BL: Array | None = None) -> Array:
@@ -202,6 +197,38 @@ def _logits(x_BLD: Array, w_vD: Array) -> Array:
         return product(x_BLD, w_vD)
     all_BLv = product(jax.lax.all_gather(x_BLD, TENSOR, axis=1, tiled=True), w_vD)
     return jax.lax.all_to_all(all_BLv, TENSOR, split_axis=1, concat_axis=2, tiled=True)
+
+
+def through_layers(
+    config: Config,
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    stacks: tuple[Any, Any],
+    keys_Y: Array | None,
+    load_YE: Array | None,
+) -> tuple[Any, Any]:
+    """`carry` through `step(carry, (layer, key, load_E))`, recomputed in the backward pass as execution.remat says →
+    what came through, and what `step` reports of the layers with experts.
+
+    Args:
+      stacks: the layers without experts that come first, if there are any, and the others.
+      keys_Y: of all layers; load_YE: of those with experts.
+    """
+    execution, m = config.execution, config.model
+    if execution.remat == "exchange":
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
+    elif execution.remat == "layer":
+        step = jax.checkpoint(step)
+    elif config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
+        step = jax.checkpoint(step, policy=all_but_gathered)
+    # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
+    unroll = execution.unroll_layers or (m.num_layers if platform() == "cpu" else 1)
+    (first, layers), split = stacks, m.first_dense_layers
+    if split:
+        keys = None if keys_Y is None else keys_Y[:split]
+        carry, _ = jax.lax.scan(step, carry, (first, keys, None), unroll=unroll)
+    keys = None if keys_Y is None else keys_Y[split:]
+    return jax.lax.scan(step, carry, (layers, keys, load_YE), unroll=unroll)
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -28,6 +28,7 @@ class LossParts(NamedTuple):
     cross_entropy: Array  # nats; the loss of preferences, where these are learned
     aux: Aux
     preferences: Any = None  # `preferences.Preferences`
+    gaps: Any = None  # `distillation.Gaps` of a run with a teacher
 
 
 def loss_fn(
@@ -50,6 +51,7 @@ def loss_fn(
 
 
 def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
+    """`loss` plus the router's, summed over layers."""
     loss = loss + config.z_loss_coefficient * aux.z_loss.sum()
     if config.balance == "aux_loss":
         loss = loss + config.balance_coefficient * aux.balance_loss.sum()
@@ -78,7 +80,7 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets:
     """
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
-        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
         return _summed(x_TD, w_vD, targets_T)[None]
 
     targets = jnp.sum(targets_BL != NO_TARGET) if targets is None else targets
@@ -102,20 +104,20 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
     """Scores the targets, dropless; logits are never held whole. Of NO_TARGET it is any number."""
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> tuple[Array, Array]:
-        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
 
         def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
             logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
-            largest_C1 = _over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
-            z_C = _over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
+            largest_C1 = over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
+            z_C = over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
             first_C = jnp.argmax(logits_Cv, axis=-1)
             if tensor_ranks() > 1:
                 mine_C = jnp.take_along_axis(logits_Cv, first_C[:, None], axis=-1)[:, 0] == largest_C1[:, 0]
                 first_C = first_C + jax.lax.axis_index(TENSOR) * w_vD.shape[0]
                 first_C = jax.lax.pmin(jnp.where(mine_C, first_C, jnp.iinfo(jnp.int32).max), TENSOR)
-            return None, (jnp.log(z_C) + largest_C1[:, 0] - _over_tensor(jax.lax.psum, target_C), first_C == xs[1])
+            return None, (jnp.log(z_C) + largest_C1[:, 0] - over_tensor(jax.lax.psum, target_C), first_C == xs[1])
 
-        chunks = _chunks(x_TD.shape[0], w_vD.shape[0])
+        chunks = chunks_of(x_TD.shape[0], w_vD.shape[0])
         xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
         scores = jax.lax.scan(body, None, xs)[1]
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
@@ -135,16 +137,16 @@ def token_nll(
     is any number. A chunk's logits are computed again for the backward pass."""
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
-        x_TD, targets_T = _of_tensor_ranks(x_BLD, targets_BL)
+        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
 
         @jax.checkpoint
         def body(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
             logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
-            largest_C1 = _over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv.max(-1, keepdims=True)))
-            z_C = _over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
-            return None, jnp.log(z_C) + largest_C1[:, 0] - _over_tensor(jax.lax.psum, target_C)
+            largest_C1 = over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv.max(-1, keepdims=True)))
+            z_C = over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
+            return None, jnp.log(z_C) + largest_C1[:, 0] - over_tensor(jax.lax.psum, target_C)
 
-        chunks = _chunks(x_TD.shape[0], w_vD.shape[0])
+        chunks = chunks_of(x_TD.shape[0], w_vD.shape[0])
         xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
         nll_T = jax.lax.scan(body, None, xs)[1]
         return _own_part(nll_T.reshape(x_BLD.shape[0], -1), targets_BL.shape[1])
@@ -154,7 +156,7 @@ def token_nll(
     return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2)), aux
 
 
-def _of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:
+def of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:
     """x_TD and targets_T of all tensor ranks' tokens."""
     if tensor_ranks() > 1:
         x_BLD, targets_BL = (jax.lax.all_gather(v, TENSOR, axis=1, tiled=True) for v in (x_BLD, targets_BL))
@@ -168,7 +170,7 @@ def _own_part(score_BL: Array, length: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(score_BL, jax.lax.axis_index(TENSOR) * length, length, axis=1)
 
 
-def _over_tensor(reduction: Callable[[Array, str], Array], value: Array) -> Array:
+def over_tensor(reduction: Callable[[Array, str], Array], value: Array) -> Array:
     return reduction(value, TENSOR) if tensor_ranks() > 1 else value
 
 
@@ -201,7 +203,7 @@ def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Ar
 
 def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
     """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w; of `tensor` ranks each has a part of them."""
-    chunks, ranks = _chunks(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
+    chunks, ranks = chunks_of(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
     # XLA:CPU multiplies three times as fast if the result's longer side is the last one.
     longer_last = platform() == "cpu"
 
@@ -211,9 +213,9 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         logits_Cv, target_C, target_CD, place_C = _chunk(x_CD, targets_C, w_vD)
         # softmax(logits) = p / z. Neither the division nor the -1 at the target is spent on C × v entries.
-        largest_C1 = _over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
+        largest_C1 = over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
         p_Cv = jnp.exp(logits_Cv - largest_C1)
-        z_C1 = _over_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
+        z_C1 = over_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
         counts_C1 = (targets_C != NO_TARGET)[:, None]
         total = total + jnp.sum(jnp.where(counts_C1, jnp.log(z_C1) + largest_C1, 0)) / ranks - target_C.sum()
         if not gradients:
@@ -237,7 +239,7 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
     return total, (dx_CTD.reshape(x_TD.shape), dw_vD)
 
 
-def _chunks(tokens: int, vocab: int) -> int:
+def chunks_of(tokens: int, vocab: int) -> int:
     """The fewest equal chunks of at most _CHUNK_ENTRIES logits."""
     entries = _CHUNK_ENTRIES.get(platform(), _CHUNK_ENTRIES_ACCELERATOR)
     wanted = max(1, -(-tokens * vocab // entries))

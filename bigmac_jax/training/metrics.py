@@ -124,6 +124,9 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "tokens_per_s": run.tokens_per_step / seconds,
         "mfu": run.flops_per_step / seconds / run.peak_flops,
     }
+    if metrics.parts.gaps is not None:
+        gaps = metrics.parts.gaps
+        record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}
     return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})
 
 

@@ -3,6 +3,7 @@
 B batch, L length, M parts of the batch (gradient accumulation), Y layers, E experts.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import LossParts, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
 from bigmac_jax.training.preferences import dpo_loss, pairs
@@ -42,6 +44,7 @@ class TrainState:
     losses: Array | None = None
     average: nnx.State | None = None  # of params over the steps; None without optimizer.average_decay
     base: nnx.State | None = None  # the model's own parameters, where params are its adapters; no step moves it
+    teacher: Transformer | None = None  # whom the model learns from (tuning.teacher); no step moves it
 
 
 class StepMetrics(NamedTuple):
@@ -61,7 +64,7 @@ class Trainer(NamedTuple):
     init: Callable[[Array], TrainState]
     begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
-    abstract_state: TrainState  # shapes and shardings, for a checkpoint to be restored to
+    abstract_state: TrainState  # shapes and shardings, of what a step is given
     config: Config
 
     def model(self, state: TrainState) -> Transformer:
@@ -112,8 +115,12 @@ def _unless(bad: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(choose, new, old, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
 
 
-def make_trainer(config: Config, mesh: Mesh) -> Trainer:
-    """Builds the jitted initialisation and training step for the current mesh."""
+def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> Trainer:
+    """Builds the jitted initialisation and training step for the current mesh.
+
+    Args:
+      teacher: the config of tuning.teacher, if there is one.
+    """
     optimizer, schedule = make_optimizer(config), learning_rate(config)
     preferred = config.tuning.objective == "dpo"
     spike_factor, execution = config.train.spike_factor, config.execution
@@ -153,12 +160,14 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             before = (state.params, state.rest, state.opt_state, state.average)
             params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
-        return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base), metrics
+        return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher), metrics
 
     def loss_of_params(
         params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, count: Array
     ) -> tuple[Array, LossParts]:
         model = whole_model(config, graphdef, params, state, key)
+        if state.teacher is not None:
+            return distilled_loss(model, state.teacher, batch, key, load_YE, count)
         if not preferred:
             return loss_fn(model, batch, key, load_YE, count)
         if state.base is not None:  # the model without its adapters is the reference
@@ -197,15 +206,19 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
 
     # No array is made here: the mesh may be of devices that are only compiled for.
     graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
-    abstract = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    begun = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
+    abstract = begun
+    if teacher is not None:
+        of_teacher = jax.eval_shape(lambda: init_model(teacher, jax.random.key(0)))
+        abstract = dataclasses.replace(begun, teacher=placed(of_teacher, mesh))
+    begun_shardings, state_shardings = (jax.tree.map(lambda leaf: leaf.sharding, of) for of in (begun, abstract))
     batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
     unoptimised = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
     return Trainer(
         graphdef,
         # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
-        jax.jit(init, out_shardings=state_shardings, compiler_options=unoptimised),
-        jax.jit(begin, out_shardings=state_shardings, compiler_options=unoptimised, donate_argnums=(0, 1)),
+        jax.jit(init, out_shardings=begun_shardings, compiler_options=unoptimised),
+        jax.jit(begin, out_shardings=begun_shardings, compiler_options=unoptimised, donate_argnums=(0, 1)),
         jax.jit(
             step,
             donate_argnums=0,

@@ -51,8 +51,8 @@ class Origin(NamedTuple):
         return f"{self.step}:{self.digest}"
 
 
-def open_origin(place: str, identity: str = "") -> Origin:
-    """What train.init_from names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
+def open_origin(place: str, identity: str = "", name: str = "train.init_from") -> Origin:
+    """What the field `name` names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
     touched.
 
     Args:
@@ -61,7 +61,7 @@ def open_origin(place: str, identity: str = "") -> Origin:
     Raises:
       ConfigError: there is no model, or another one.
     """
-    path = storage.locate(place, "train.init_from")
+    path = storage.locate(place, name)
     step, pinned = "latest", identity.partition(":")[0]
     if path.parent.name == "checkpoints":
         step, path = path.name, path.parent.parent
@@ -75,10 +75,10 @@ def open_origin(place: str, identity: str = "") -> Origin:
         origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
     else:
         raise ConfigError(
-            f"train.init_from={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
+            f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
         )
     if identity and origin.identity != identity:
-        raise ConfigError(f"train.init_from={place} is not the model that this run was started from; bring that back")
+        raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
     return origin
 
 
@@ -102,7 +102,7 @@ def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
     Raises:
       ConfigError: tokens would mean something else than the model has learned.
     """
-    own = _tokenizer(origin, config)
+    own = tokenizer_of(origin, config)
     if config.data.tokenizer == "bpe":  # would be trained on the new text
         if own is None:
             raise ConfigError(f"train.init_from={origin.place} holds no tokenizer; give data.tokenizer")
@@ -116,7 +116,8 @@ def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
     return given
 
 
-def _tokenizer(origin: Origin, config: Config) -> Tokenizer | None:
+def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
+    """None if it has none."""
     name = origin.config.data.tokenizer
     if name.endswith(NAMES) and not pathlib.Path(name).expanduser().is_file():
         return None
@@ -176,7 +177,8 @@ def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
     that it did not have are the mean of those it had, so that new tokens are as likely as an average one (Hewitt,
     "Initializing New Word Embeddings", 2021)."""
     differences(origin, config)
-    found = named_leaves(_read(origin, config))
+    source = dataclasses.replace(origin.config, mesh=config.mesh, execution=config.execution)
+    found = named_leaves(read_model(origin, source))
     abstract = placed(jax.eval_shape(lambda: init_model(config, jax.random.key(0))), jax.sharding.get_mesh())
 
     def fitted(path: Any, like: Any) -> Array:
@@ -189,9 +191,8 @@ def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
     return params, rest
 
 
-def _read(origin: Origin, config: Config) -> Transformer:
-    """The model as it is there, on the mesh of `config`."""
-    source = dataclasses.replace(origin.config, mesh=config.mesh, execution=config.execution)
+def read_model(origin: Origin, source: Config) -> Transformer:
+    """The model as it is there, on the current mesh; `source`: its config, with that mesh."""
     path = storage.locate(origin.place, "train.init_from")
     if origin.step:
         workdir = path.parent.parent if path.parent.name == "checkpoints" else path

@@ -1,0 +1,34 @@
+"""A model of another config that is given most of its parameters."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from bigmac_jax.config import Config
+from bigmac_jax.interchange.layout import leaf_name, named_leaves
+from bigmac_jax.model.transformer import Transformer, init_model
+
+
+def rebuilt(config: Config, source: Transformer, given: Mapping[str, np.ndarray]) -> Transformer:
+    """A model on the current mesh: parameters `given` by name, those of `source` that have the same name and shape, and
+    for what is in neither, the values that training starts with."""
+    kept = named_leaves(source)
+
+    def value(path: Any, leaf: Array) -> Array:
+        name = leaf_name(path)
+        if name in given:
+            assert given[name].shape == leaf.shape, (name, given[name].shape, leaf.shape)
+            return jax.device_put(given[name].astype(leaf.dtype), leaf.sharding)
+        same = name in kept and kept[name].shape == leaf.shape
+        return jax.device_put(kept[name], leaf.sharding) if same else leaf
+
+    return jax.tree_util.tree_map_with_path(value, init_model(config, jax.random.key(config.train.seed)))
+
+
+def with_model(config: Config, **fields: Any) -> Config:
+    """Raises ConfigError where the fields don't fit."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))

@@ -1,0 +1,116 @@
+"""The loss of a model that learns what another one says: its predictions, and what its layers put out.
+
+    loss = (1 - λ) CE(text) + λ KL(teacher ‖ student) + μ mean over layers of |x - x'|² / |x'|²  (+ the router's losses)
+
+λ is tuning.teacher_weight, μ tuning.hidden_weight, x' the teacher's residual stream behind the same layer. The teacher
+is frozen, reads the same windows, drops no token, and walks beside the student, layer by layer (Hinton et al. 2015,
+arXiv 1503.02531; hidden states as in Jiao et al. 2020, "TinyBERT").
+
+B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bigmac_jax.data.batch import NO_TARGET, Batch
+from bigmac_jax.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
+from bigmac_jax.model.attention import documents_of
+from bigmac_jax.model.transformer import Transformer, through_layers
+from bigmac_jax.training.loss import (
+    LossParts,
+    chunks_of,
+    linear_cross_entropy,
+    of_tensor_ranks,
+    over_tensor,
+    with_router_losses,
+)
+
+
+class Gaps(NamedTuple):
+    """How far the student is from its teacher."""
+
+    divergence: Array  # KL(teacher ‖ student), nats a target
+    hidden_Y: Array  # |x - x'|² / |x'|² of each layer with experts, of the last one where there are none
+
+
+def distilled_loss(
+    model: Transformer,
+    teacher: Transformer,
+    batch: Batch,
+    dropout_key: Array | None = None,
+    load_YE: Array | None = None,
+    targets: Array | None = None,
+) -> tuple[Array, LossParts]:
+    """Arguments and result as of `loss.loss_fn`; no gradient goes to the teacher."""
+    tuning = model.config.tuning
+    x_BLD, teacher_BLD, hidden_Y, aux = _side_by_side(model, teacher, batch, dropout_key, load_YE)
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, targets)
+    tables = model.unembedding(), teacher.unembedding()
+    kl = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, targets)
+    loss = (1 - tuning.teacher_weight) * ce + tuning.teacher_weight * kl + tuning.hidden_weight * hidden_Y.mean()
+    return with_router_losses(model.config.model, loss, aux), LossParts(ce, aux, gaps=Gaps(kl, hidden_Y))
+
+
+def _side_by_side(
+    model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, load_YE: Array | None
+) -> tuple[Array, Array, Array, Any]:
+    """Features of both, gaps of the layers, and the student's aux."""
+    documents = None if batch.segments_BL is None else documents_of(batch.segments_BL)
+    position_BL = None if documents is None else documents.position_BL
+    real_BL1 = (batch.targets_BL != NO_TARGET)[..., None]
+
+    def step(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
+        x_BLD, t_BLD = carry
+        (layer, of_teacher), key, load_E = xs
+        x_BLD, aux = layer(x_BLD, key, load_E, False, documents)
+        t_BLD, _ = of_teacher(t_BLD, None, None, True, documents)
+        t_BLD = jax.lax.stop_gradient(t_BLD)
+        squares = [(jnp.square(v.astype(jnp.float32)) * real_BL1).sum() for v in (x_BLD - t_BLD, t_BLD)]
+        return (x_BLD, t_BLD), (aux, squares[0] / jnp.maximum(squares[1], 1e-20))
+
+    x_BLD, keys_Y = model.embedded(batch.inputs_BL, position_BL, dropout_key)
+    carry = x_BLD, jax.lax.stop_gradient(teacher.embed(batch.inputs_BL, position_BL))
+    stacks = (model.first, teacher.first), (model.layers, teacher.layers)
+    (x_BLD, t_BLD), (aux, hidden_Y) = through_layers(model.config, step, carry, stacks, keys_Y, load_YE)
+    return model.final_norm(x_BLD), jax.lax.stop_gradient(teacher.final_norm(t_BLD)), hidden_Y, aux
+
+
+@jax.named_scope("loss")
+def divergence(
+    x_BLD: Array, teacher_BLD: Array, w_VD: Weight, teacher_VD: Weight, targets_BL: Array, targets: Array | None = None
+) -> Array:
+    """Mean KL(teacher ‖ student) over the targets that are not NO_TARGET, nats. Logits are held chunk by chunk, and
+    computed again in the backward pass."""
+
+    def on_rank(x_BLD: Array, teacher_BLD: Array, targets_BL: Array, w_vD: Array, teacher_vD: Array) -> Array:
+        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
+        t_TD, _ = of_tensor_ranks(teacher_BLD, targets_BL)
+        chunks = chunks_of(len(targets_T), 2 * w_vD.shape[0])
+
+        @jax.checkpoint
+        def body(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            x_CD, t_CD, targets_C = xs
+            log_p_Cv, log_q_Cv = _log_softmax(x_CD, w_vD), _log_softmax(t_CD, teacher_vD)
+            kl_C = over_tensor(jax.lax.psum, (jnp.exp(log_q_Cv) * (log_q_Cv - log_p_Cv)).sum(-1))
+            return total + jnp.where(targets_C != NO_TARGET, kl_C, 0).sum() / tensor_ranks(), None
+
+        zero = jax.lax.pcast(jnp.zeros(()), AXES, to="varying")
+        parts = tuple(v.reshape(chunks, -1, *v.shape[1:]) for v in (x_TD, t_TD, targets_T))
+        return jax.lax.scan(body, zero, parts)[0][None]
+
+    targets = jnp.sum(targets_BL != NO_TARGET) if targets is None else targets
+    targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
+    frozen = teacher_VD._replace(value=jax.lax.stop_gradient(teacher_VD.value))
+    sums = on_each_rank(on_rank, (x_BLD, teacher_BLD, targets_BL), (w_VD, frozen), out_specs=rank_spec(1))
+    return sums.sum() / jnp.maximum(targets, 1)
+
+
+def _log_softmax(x_CD: Array, w_vD: Array) -> Array:
+    """Over the whole vocabulary, of this rank's part of it; float32."""
+    logits_Cv = jnp.einsum("CD,VD->CV", x_CD, w_vD, preferred_element_type=jnp.float32)
+    largest_C1 = over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv).max(-1, keepdims=True))
+    shifted_Cv = logits_Cv - largest_C1
+    return shifted_Cv - jnp.log(over_tensor(jax.lax.psum, jnp.exp(shifted_Cv).sum(-1, keepdims=True)))

@@ -1,0 +1,44 @@
+"""A run of train.py that is at step 0, with a model that came from elsewhere."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from bigmac_jax import hosts
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.optimizer import make_optimizer
+from bigmac_jax.training.step import TrainState, make_trainer, split
+from bigmac_jax.training.workdir import write_config
+
+
+def refuse_a_run(workdir: pathlib.Path, flag: str) -> None:
+    """Raises ConfigError if a run is there, which `flag` named."""
+    with hosts.together():
+        if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
+            raise ConfigError(f"{flag}={workdir} holds a run; give another one")
+
+
+def write_fresh_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
+    """Of a model on the current mesh, its optimizer's state fresh; the workdir is held.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    _, params, rest = split(model)
+    abstract = make_trainer(config, jax.sharding.get_mesh()).abstract_state
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
+    step = jax.device_put(np.int32(0), abstract.step.sharding)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    average = params if config.optimizer.average_decay else None
+    checkpoints.save(TrainState(step, params, rest, opt_state, None, average), {"batches": 0}, config, 0, None)
+    checkpoints.wait()
+    saved = hosts.first(checkpoints.latest())
+    checkpoints.close()
+    if saved is None:
+        raise ConfigError(f"{workdir} cannot be written (see above); free space, or give another folder")
+    if hosts.is_first():
+        write_config(config, workdir)
