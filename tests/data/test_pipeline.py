@@ -40,7 +40,7 @@ def windows_of(batches: np.ndarray, stream) -> list[int]:
 
 
 def test_shape_and_dtype(small):
-    inputs_BL, targets_BL, segments_BL = next(train_iterator(*small))
+    inputs_BL, targets_BL, segments_BL, *_ = next(train_iterator(*small))
     assert inputs_BL.shape == targets_BL.shape == (BATCH, LENGTH)
     assert inputs_BL.dtype == targets_BL.dtype == np.int32
     assert segments_BL is None
@@ -130,7 +130,7 @@ def test_evaluation_counts_each_token_once(small, length, batch):
     stream = small[1]
     whole = stream.tokens(0, stream.num_tokens)
     inputs, targets = [], []
-    for inputs_BL, targets_BL, _ in eval_batches(stream, length, batch):
+    for inputs_BL, targets_BL, *_ in eval_batches(stream, length, batch):
         assert inputs_BL.shape == targets_BL.shape == (batch, length)
         assert inputs_BL.dtype == targets_BL.dtype == np.int32
         inputs.append(inputs_BL[targets_BL != NO_TARGET])
@@ -140,7 +140,7 @@ def test_evaluation_counts_each_token_once(small, length, batch):
 
 
 def test_evaluation_of_an_array():
-    ((inputs_BL, targets_BL, segments_BL),) = eval_batches(np.arange(5), 3, 2)
+    ((inputs_BL, targets_BL, segments_BL, _),) = eval_batches(np.arange(5), 3, 2)
     assert inputs_BL.tolist() == [[0, 1, 2], [3, 0, 0]]
     assert targets_BL.tolist() == [[1, 2, 3], [4, NO_TARGET, NO_TARGET]]
     assert segments_BL is None

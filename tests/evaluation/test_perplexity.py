@@ -80,7 +80,7 @@ def test_drops_would_change_it(stream: Any) -> None:
 def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: int) -> None:
     """Each token once, from the `LENGTH` - stride before it at least; a stride of whole windows is none."""
     counted: list[tuple[int, int]] = []  # token, tokens before it in its window
-    for inputs_BL, targets_BL, _ in eval_batches(stream, LENGTH, batch_size, stride):
+    for inputs_BL, targets_BL, *_ in eval_batches(stream, LENGTH, batch_size, stride):
         for row in range(batch_size):
             counts_L = targets_BL[row] != NO_TARGET
             if counts_L.any():
