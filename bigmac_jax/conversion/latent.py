@@ -17,10 +17,10 @@ With R = D and no norm all of it is exact. The closest in print is the truncatio
 T tokens, K choices, D hidden, R of the latent, F expert hidden, E experts; of an expert N tokens chose it. Float64.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
@@ -28,7 +28,6 @@ from bigmac_jax.conversion.calibration import Seen, walk
 from bigmac_jax.conversion.rebuilt import rebuilt, with_model
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.interchange.layout import named_leaves
-from bigmac_jax.model.layers import activate
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Block, Transformer
 
@@ -36,6 +35,11 @@ from bigmac_jax.model.transformer import Block, Transformer
 # noise; all of it is exact whatever it is, where nothing is cut off.
 _RIDGE = 1e-6
 _OWN_RIDGE = 1e-2  # of an expert's own fit, of which the layer's is the prior: some experts see few tokens
+_ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # those of `layers.activate`
+    "relu2": lambda x: np.square(np.maximum(x, 0)),
+    "gelu": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x.clip(-700))),
+}
 Leaves = dict[str, np.ndarray]  # of a layer's MoE, by the names that its parameters have in it
 
 
@@ -197,7 +201,8 @@ def _hidden(m: ModelConfig, w: Leaves, e: int, x_NX: np.ndarray) -> np.ndarray:
         hidden.append(x_NX @ w["w_gate_eRF"][e])
     for h_NF, bias in zip(hidden, ("b_in_eF", "b_gate_eF"), strict=False):
         h_NF += w[bias][e] if bias in w else 0
-    return np.asarray(activate(m, *(jnp.asarray(h, jnp.float32) for h in hidden)), np.float64)
+    # On the host: XLA would compile for every number of tokens that an expert has.
+    return _ACTIVATIONS[m.activation](hidden[-1]) * (hidden[0] if m.gated else 1)
 
 
 def _outputs(w: Leaves, e: int, hidden_NF: np.ndarray) -> np.ndarray:

@@ -64,3 +64,36 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
         assert why in command(*argv, code=2)
     assert "--output=NEW" in command("convert.py", "latent", run, code=2)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_qwen3_moe(tmp_path: pathlib.Path) -> None:
+    """From a folder in its layout to a narrow one that trains and is exported."""
+    qwen = ("structure=fine_grained", "gated=true", "activation=silu", "num_shared_experts=0")
+    run = trained(tmp_path, *(f"--config.model.{field}" for field in qwen), "--config.train.steps=1")
+    theirs, ours, narrow = tmp_path / "qwen3", tmp_path / "imported", tmp_path / "narrow"
+    command("convert.py", "export", run, f"--output={theirs}", "--format=qwen3_moe")
+    data = [f"--config.data.source={tmp_path / 'train'}.jsonl"]
+    data += [f"--config.data.{split}_source={tmp_path / split}.jsonl" for split in ("validation", "test")]
+    sizes = ("data.sequence_length=16", "data.batch_size=8", f"cache_dir={tmp_path / 'cache'}", "train.steps=2")
+    own = [*data, *(f"--config.{size}" for size in sizes)]
+    command("convert.py", "import", f"--checkpoint={theirs}", f"--workdir={ours}", *own)
+    teacher = (f"--config.tuning.teacher={ours}", "--config.tuning.hidden_weight=1", "--config.train.steps=2")
+    command("convert.py", "latent", f"--workdir={ours}", f"--output={narrow}", "--tokens=500", *teacher)
+    out = command("train.py", f"--config={narrow / 'config.json'}", f"--workdir={narrow}", "--config.train.log_every=1")
+    assert "bigmac: 8 experts" in out and "4 of 16 wide rows" in out
+    records = [json.loads(line) for line in (narrow / "metrics.jsonl").read_text().splitlines()]
+    assert [r["teacher/divergence"] > 0 and r["teacher/hidden"] > 0 for r in records if "loss" in r] == [True, True]
+    command("convert.py", "export", f"--workdir={narrow}", f"--output={tmp_path / 'exported'}")
+    command("train.py", f"--config={narrow / 'config.json'}", f"--workdir={narrow}", "--config.train.steps=3")
+
+
+def test_another_teacher_is_refused(tmp_path: pathlib.Path) -> None:
+    trained(tmp_path, "--config.train.steps=1")
+    own = [f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'pupil'}"]
+    for field, why in (
+        ("model.vocab_size=300", "model.vocab_size=300 must be the 264 of tuning.teacher"),
+        ("model.num_layers=2", "model.num_layers=2 must be the 1 of tuning.teacher"),
+    ):
+        teacher = f"--config.tuning.teacher={tmp_path / 'run'}"
+        assert why in command("train.py", *own, teacher, f"--config.{field}", code=2)
+    assert "holds no model" in command("train.py", *own, "--config.tuning.teacher=nowhere", code=2)
