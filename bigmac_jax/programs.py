@@ -40,7 +40,7 @@ from bigmac_jax.decoding.cache import (
 )
 from bigmac_jax.decoding.draft import Speculation, make_drafter
 from bigmac_jax.decoding.sampling import Chosen, Draws, sample
-from bigmac_jax.mesh import batch_ranks, batch_spec, on_each_rank, placed, replicated_spec, tensor_ranks
+from bigmac_jax.mesh import batch_ranks, batch_spec, on_each_rank, placed, replicated_spec, tensor_ranks, token_spec
 from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.loss import TokenScores, token_scores
@@ -76,10 +76,10 @@ class Decoding(NamedTuple):
     step. What the host says of slots and rows comes as one array of numbers, `packed`."""
 
     weights: list[Array]
-    prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, Chosen of each row); the state is donated
-    decode: Any  # (weights, state, slots_SBX) → (State, Chosen of each slot); the state is donated
-    # (weights, state, drafted_GSB, slots_SBX) → (State, Chosen of each slot's G + 1 in a row, how many_SB count)
-    verify: Any
+    # The state is donated; what was chosen is for `read`.
+    prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, chosen of each row)
+    decode: Any  # (weights, state, slots_SBX) → (State, chosen of each slot)
+    verify: Any  # (weights, state, drafted_GSB, slots_SBX) → (State, chosen of each slot, G + 1 in a row)
 
 
 class Drafting(NamedTuple):
@@ -163,7 +163,7 @@ def _unpack(packed_SWX: Array, tokens: int) -> tuple[Any, ...]:
     return drawn, *columns[len(Draws._fields) :], stands(rest[..., :tokens]), stands(rest[..., tokens:])
 
 
-def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Chosen]:
+def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Array]:
     """Reads rows of prompts. The token behind a prompt's last row goes to its slot."""
     model = jax.tree.unflatten(tree, weights)
     drawn, count_SW, position_SW, slot_SW, tokens_SWC, table_SWK = _unpack(rows_SWX, row_size)
@@ -184,13 +184,13 @@ def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, 
     token_SW = jax.sharding.reshard(chosen.token, batch_spec(2))
     arrays = slot_SW, state.token_SB, state.position_SB, token_SW, behind_SW
     token_SB, position_SB = on_each_rank(start, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 2)
-    return State(cache, token_SB, position_SB), _on_all(chosen)
+    return State(cache, token_SB, position_SB), _on_all(chosen, jnp.ones_like(count_SW))
 
 
-def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> tuple[State, Chosen]:
+def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> tuple[State, Array]:
     """Reads the last token of every slot that decodes, and chooses the next one."""
-    state, chosen = _one_more(jax.tree.unflatten(tree, weights), state, slots_SBX)
-    return state, _on_all(chosen)
+    after, chosen = _one_more(jax.tree.unflatten(tree, weights), state, slots_SBX)
+    return after, _on_all(chosen, after.position_SB - state.position_SB)
 
 
 def _draft(tree: Any, weights: list[Array], state: State, slots_SBX: Array, *, tokens: int) -> tuple[State, Array]:
@@ -218,9 +218,7 @@ def _one_more(model: Decoder, state: State, slots_SBX: Array) -> tuple[State, Ch
     return State(cache, token_SB, position_SB), chosen
 
 
-def _verify(
-    tree: Any, weights: list[Array], state: State, drafted_GSB: Array, slots_SBX: Array
-) -> tuple[State, Chosen, Array]:
+def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, slots_SBX: Array) -> tuple[State, Array]:
     """Reads the last token of every slot that decodes and those drafted behind it, and chooses the token behind each as
     `_decode` would; they count up to the first one that was not drafted.
 
@@ -261,12 +259,33 @@ def _verify(
 
     arrays = jax.sharding.reshard(chosen.token, batch_spec(2)), tokens_ST, state.token_SB, state.position_SB, count_SB
     token_SB, position_SB, new_SB = on_each_rank(accepted, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 3)
-    return State(cache, token_SB, position_SB), _on_all(chosen), jax.sharding.reshard(new_SB, replicated_spec(2))
+    return State(cache, token_SB, position_SB), _on_all(chosen, of_tokens(new_SB))
 
 
-def _on_all(chosen: Chosen) -> Chosen:
-    """On every process."""
-    return Chosen(*(jax.sharding.reshard(v, replicated_spec(v.ndim)) for v in chosen))
+def _on_all(chosen: Chosen, count_SW: Array) -> Array:
+    """On every process, in one array of numbers: one collective.
+
+    Args:
+      count_SW: of each row, how many tokens count of those that begin with it.
+    """
+
+    def columns(v: Array) -> Array:
+        v = v[..., None] if v.ndim == 2 else v
+        v = v if v.dtype == jnp.int32 else jax.lax.bitcast_convert_type(v, jnp.int32)
+        return jax.sharding.reshard(v, token_spec(3))
+
+    whole_SWX = jnp.concatenate([columns(count_SW), *map(columns, chosen)], -1)
+    return jax.sharding.reshard(whole_SWX, replicated_spec(3))
+
+
+def read(chosen_SWX: Array) -> tuple[np.ndarray, Chosen]:
+    """What a program chose, on the host: count_SW, and arrays of NumPy."""
+    whole: Any = np.asarray(chosen_SWX)
+    likely = (whole.shape[-1] - 3) // 2
+    parts: list[Any] = np.split(whole, (1, 2, 3, 3 + likely), axis=-1)
+    count, token, logprob, tokens, logprobs = parts
+    logprob, logprobs = logprob.view(np.float32), logprobs.view(np.float32)
+    return count[..., 0], Chosen(token[..., 0], logprob[..., 0], tokens, logprobs)
 
 
 def slots_of(requests: int) -> int:

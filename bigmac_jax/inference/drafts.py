@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from bigmac_jax.decoding.draft import Speculation
-from bigmac_jax.decoding.sampling import Chosen
 from bigmac_jax.programs import Decoding, Drafting, State
 
 _log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class Drafts:
         self._pause = max(0, self._pause - 1)
         return not self._pause
 
-    def step(self, verifying: Decoding, state: State, slots_SBX: jax.Array) -> tuple[State, Chosen, jax.Array]:
+    def step(self, verifying: Decoding, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
         """Drafts and verifies, as `Decoding.verify`; the state is donated."""
         state, drafted_GSB = self.programs.draft(self.programs.weights, state, slots_SBX, tokens=self.tokens)
         result: Any = verifying.verify(verifying.weights, state, drafted_GSB, slots_SBX)

@@ -16,12 +16,23 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.decoding.cache import Decoder
-from bigmac_jax.decoding.sampling import Chosen, draws_of
+from bigmac_jax.decoding.sampling import draws_of
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.jobs import CANCELLED, Job, Step
 from bigmac_jax.inference.pages import Pages
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
-from bigmac_jax.programs import IDLE, PAGE_SIZE, ROW_PAGES, Decoding, Packed, make_state, pack, packed_size, slots_of
+from bigmac_jax.programs import (
+    IDLE,
+    PAGE_SIZE,
+    ROW_PAGES,
+    Decoding,
+    Packed,
+    make_state,
+    pack,
+    packed_size,
+    read,
+    slots_of,
+)
 
 CHUNK = 512  # tokens
 
@@ -29,10 +40,9 @@ CHUNK = 512  # tokens
 class _Dispatched(NamedTuple):
     """What a program chooses, and for whom."""
 
-    chosen: Chosen
+    chosen: jax.Array  # for `programs.read`
     jobs: list[tuple[Job, int, int]]  # each with its shard and row
-    tokens: int = 1  # of a row
-    counts_SB: jax.Array | None = None  # of those, the ones that count; None: all
+    tokens: int = 1  # of a row, at most
 
 
 class Engine:
@@ -134,7 +144,7 @@ class Engine:
             slots = place(np.zeros_like(self._packed_SBX), batch_spec(3))
             self._state, chosen = self._programs.decode(self._programs.weights, self._state, slots)
             if self.drafts:
-                self._state, chosen, _ = self.drafts.step(self._programs, self._state, slots)
+                self._state, chosen = self.drafts.step(self._programs, self._state, slots)
             jax.block_until_ready(chosen)
 
     def step(self) -> list[Step]:
@@ -233,8 +243,8 @@ class Engine:
             self._on_device = place(self._packed_SBX.copy(), batch_spec(3))
         jobs = [(job, job._shard, job._slot) for job in self._decoding]
         if self.drafts and self.drafts.due():
-            self._state, chosen, counts_SB = self.drafts.step(self._programs, self._state, self._on_device)
-            self._in_flight.append(_Dispatched(chosen, jobs, self.drafts.tokens + 1, counts_SB))
+            self._state, chosen = self.drafts.step(self._programs, self._state, self._on_device)
+            self._in_flight.append(_Dispatched(chosen, jobs, self.drafts.tokens + 1))
         else:
             self._state, chosen = self._programs.decode(self._programs.weights, self._state, self._on_device)
             self._in_flight.append(_Dispatched(chosen, jobs))
@@ -247,26 +257,21 @@ class Engine:
     def _looked_at(self, dispatched: _Dispatched) -> list[Step]:
         if not dispatched.jobs:
             return []
-        chosen = dispatched.chosen
-        token, logprob = np.asarray(chosen.token), np.asarray(chosen.logprob)
-        counts_SB = None if dispatched.counts_SB is None else np.asarray(dispatched.counts_SB)
+        count_SW, chosen = read(dispatched.chosen)
         steps = []
         for job, shard, row in dispatched.jobs:
             if job.text.finish_reason:
                 continue
-            count = 1
-            if counts_SB is not None:
+            asked, first = job.sampling.logprobs, row * dispatched.tokens
+            count = int(count_SW[shard, first])
+            if dispatched.tokens > 1:
                 assert self.drafts is not None
-                count = int(counts_SB[shard, row])
                 self.drafts.count(count - 1, job.sampling.max_tokens - len(job.text.tokens) - 1)
                 # Of the step that is under way one more is sure, or the slot is idle and this is too much: it ends now.
                 self._sure(job, len(job.text.tokens) + count + 1)
-            asked, first = job.sampling.logprobs, row * dispatched.tokens
             for i in range(first, first + count):
-                likely = (
-                    zip(*(np.asarray(v)[shard, i, :asked].tolist() for v in chosen[2:]), strict=True) if asked else ()
-                )
-                found = int(token[shard, i]), float(logprob[shard, i])
+                likely = zip(*(v[shard, i, :asked].tolist() for v in chosen[2:]), strict=True) if asked else ()
+                found = int(chosen.token[shard, i]), float(chosen.logprob[shard, i])
                 piece = job.text.add(*found)
                 steps.append(Step(job, piece, *found, tuple(likely), job.text.finish_reason))
                 if job.text.finish_reason:

@@ -31,4 +31,5 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry)} if self.retry else {}
+        closing = {"Connection": "close"} if self.status == 408 else {}  # the rest of it may yet come
+        return closing | ({"Retry-After": str(self.retry)} if self.retry else {})

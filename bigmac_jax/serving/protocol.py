@@ -19,18 +19,28 @@ def protocol(seconds: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._late = self.loop.call_later(seconds, self._end)
+            self._wait()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
                 self._forget()
-            elif self._late is None:
-                self._late = self.loop.call_later(seconds, self._end)
+            else:
+                self._wait()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            # The beginning of the next request may have come with the last one.
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self._wait()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
             super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            if self._late is None and not self.transport.is_closing():
+                self._late = self.loop.call_later(seconds, self._end)
 
         def _forget(self) -> None:
             if self._late is not None:

@@ -70,7 +70,7 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         "exact_products": exact,
         "collectives": [[c.kind, list(c.axes), c.buffer_bytes, c.times, c.role] for c in found],
         "flops": hlo.matmul_flops(module).total,
-        "kernels": sorted(set(re.findall(r"grouped_matmul_\w+|paged_flash_attention\w*", compiled.text))),
+        "kernels": sorted(set(re.findall(r"grouped_matmul_\w+", compiled.text))),
         "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.text))),
         "overlap": _overlap(module, compiled),
         "seconds": round(compiled.seconds, 1),
