@@ -1,8 +1,8 @@
 """python -m benchmarks.distributions [--studies=transfer,shift --seeds=1,2,3 --jobs=2 --folder=runs/distributions]
 
 Trains what the studies of `benchmarks.distributions.grid` compare. Each run is a process of its own and is written down
-when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes the page's tables and pictures
-of what there is. --quick takes 20 steps of two conditions of each study, writes beside the runs, and shows that all of it
+when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what
+there is. --quick takes 20 steps of two conditions of each study, and writes beside the runs: it shows that all of it
 works.
 """
 
