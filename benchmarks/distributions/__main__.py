@@ -6,7 +6,7 @@ there is. --quick takes 20 steps of two conditions of each study, and writes bes
 works.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +15,7 @@ import time
 from absl import app, flags
 
 from benchmarks.distributions import pages
-from benchmarks.distributions.grid import SEEDS, STEPS, STUDIES
+from benchmarks.distributions.grid import SEEDS, STUDIES
 from benchmarks.distributions.runs import prepare, train
 from benchmarks.quality.runs import measure
 
@@ -28,20 +28,21 @@ _QUICK = flags.DEFINE_bool("quick", False, "Few steps, and nothing written to do
 
 
 def main(_: list[str]) -> None:
-    folder, seeds, steps, most = pathlib.Path(_FOLDER.value), list(map(int, _SEEDS.value)), STEPS, None
-    output = pathlib.Path(_OUTPUT.value)
+    folder, output = pathlib.Path(_FOLDER.value), pathlib.Path(_OUTPUT.value)
+    seeds, studies = list(map(int, _SEEDS.value)), STUDIES
     if _QUICK.value:
-        output, seeds, steps, most = folder / "quick.json", seeds[:1], 20, 2
+        output, seeds = folder / "quick.json", seeds[:1]
+        studies = {name: [dataclasses.replace(c, steps=20) for c in found[:2]] for name, found in STUDIES.items()}
     if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
         raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
     known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
     # A whole study with one seed says little: all seeds of one before the next.
-    runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in STUDIES[name][:most]]
-    runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed, steps) not in known]
+    runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in studies[name]]
+    runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed) not in known]
     if _JOBS.value and runs:
         prepare(folder)
-        start, one = time.monotonic(), functools.partial(_one, steps)
-        for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, one), 1):
+        start = time.monotonic()
+        for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, train), 1):
             known[record["key"]] = record
             write(output, list(known.values()))
             left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
@@ -49,10 +50,6 @@ def main(_: list[str]) -> None:
             print(f"{ended} of {len(runs)}: {record['key']}: {losses}; {left:.0f} min left", flush=True)
     if known:
         pages.write(folder / "quick" if _QUICK.value else pathlib.Path("docs"), list(known.values()))
-
-
-def _one(steps: int, condition: object, seed: int, folder: pathlib.Path, cores: list[int]) -> dict:
-    return train(condition, seed, steps, folder, cores)  # type: ignore[arg-type]
 
 
 def write(path: pathlib.Path, runs: list[dict]) -> None:
