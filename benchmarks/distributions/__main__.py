@@ -2,8 +2,8 @@
 
 Trains what the studies of `benchmarks.distributions.grid` compare. Each run is a process of its own and is written down
 when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what
-there is. --quick takes 20 steps of two conditions of each study, and writes beside the runs: it shows that all of it
-works.
+there is. --quick takes 20 steps of two conditions of each study on little text, and writes beside the runs: it shows
+that all of it works.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import time
 from absl import app, flags
 
 from benchmarks.distributions import pages
+from benchmarks.distributions.domains import BYTES
 from benchmarks.distributions.grid import SEEDS, STUDIES
 from benchmarks.distributions.runs import prepare, train
 from benchmarks.quality.runs import measure
@@ -29,9 +30,10 @@ _QUICK = flags.DEFINE_bool("quick", False, "Few steps, and nothing written to do
 
 def main(_: list[str]) -> None:
     folder, output = pathlib.Path(_FOLDER.value), pathlib.Path(_OUTPUT.value)
-    seeds, studies = list(map(int, _SEEDS.value)), STUDIES
+    seeds, studies, size = list(map(int, _SEEDS.value)), STUDIES, BYTES
     if _QUICK.value:
-        output, seeds = folder / "quick.json", seeds[:1]
+        folder, size, seeds = folder / "quick", 300_000, seeds[:1]
+        output = folder / "quick.json"
         studies = {name: [dataclasses.replace(c, steps=20) for c in found[:2]] for name, found in STUDIES.items()}
     if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
         raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
@@ -40,7 +42,7 @@ def main(_: list[str]) -> None:
     runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in studies[name]]
     runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed) not in known]
     if _JOBS.value and runs:
-        prepare(folder)
+        prepare(folder, size)
         start = time.monotonic()
         for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, train), 1):
             known[record["key"]] = record
@@ -49,7 +51,7 @@ def main(_: list[str]) -> None:
             losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in record["read"].items())
             print(f"{ended} of {len(runs)}: {record['key']}: {losses}; {left:.0f} min left", flush=True)
     if known:
-        pages.write(folder / "quick" if _QUICK.value else pathlib.Path("docs"), list(known.values()))
+        pages.write(folder if _QUICK.value else pathlib.Path("docs"), list(known.values()))
 
 
 def write(path: pathlib.Path, runs: list[dict]) -> None:

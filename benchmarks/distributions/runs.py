@@ -18,9 +18,9 @@ from bigmac_jax.data.tokenizer import train_bpe
 Run = tuple[Condition, int]
 
 
-def prepare(folder: pathlib.Path) -> None:
+def prepare(folder: pathlib.Path, size: int) -> None:
     """Writes the domains, and a tokenizer that was trained on the training text of all of them."""
-    files = write_domains(folder)
+    files = write_domains(folder, size)
     file = folder / "tokenizer.json"
     if not file.exists():
         data = DataConfig(mixture=",".join(f"{path}=1" for path in files.values()))
