@@ -1,12 +1,12 @@
 """python -m benchmarks.distributions [--studies=transfer,shift --seeds=1,2,3 --jobs=2 --folder=runs/distributions]
 
 Trains what the studies of `benchmarks.distributions.grid` compare. Each run is a process of its own and is written down
-when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes the page's tables and pictures
-of what there is. --quick takes 20 steps of two conditions of each study, writes beside the runs, and shows that all of it
-works.
+when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what
+there is. --quick takes 20 steps of two conditions of each study on little text, and writes beside the runs: it shows
+that all of it works.
 """
 
-import functools
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +15,8 @@ import time
 from absl import app, flags
 
 from benchmarks.distributions import pages
-from benchmarks.distributions.grid import SEEDS, STEPS, STUDIES
+from benchmarks.distributions.domains import BYTES
+from benchmarks.distributions.grid import SEEDS, STUDIES
 from benchmarks.distributions.runs import prepare, train
 from benchmarks.quality.runs import measure
 
@@ -28,31 +29,29 @@ _QUICK = flags.DEFINE_bool("quick", False, "Few steps, and nothing written to do
 
 
 def main(_: list[str]) -> None:
-    folder, seeds, steps, most = pathlib.Path(_FOLDER.value), list(map(int, _SEEDS.value)), STEPS, None
-    output = pathlib.Path(_OUTPUT.value)
+    folder, output = pathlib.Path(_FOLDER.value), pathlib.Path(_OUTPUT.value)
+    seeds, studies, size = list(map(int, _SEEDS.value)), STUDIES, BYTES
     if _QUICK.value:
-        output, seeds, steps, most = folder / "quick.json", seeds[:1], 20, 2
+        folder, size, seeds = folder / "quick", 300_000, seeds[:1]
+        output = folder / "quick.json"
+        studies = {name: [dataclasses.replace(c, steps=20) for c in found[:2]] for name, found in STUDIES.items()}
     if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
         raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
     known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
     # A whole study with one seed says little: all seeds of one before the next.
-    runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in STUDIES[name][:most]]
-    runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed, steps) not in known]
+    runs = [(c, seed) for name in _STUDIES.value for seed in seeds for c in studies[name]]
+    runs = [(condition, seed) for condition, seed in dict.fromkeys(runs) if condition.key(seed) not in known]
     if _JOBS.value and runs:
-        prepare(folder)
-        start, one = time.monotonic(), functools.partial(_one, steps)
-        for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, one), 1):
+        prepare(folder, size)
+        start = time.monotonic()
+        for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, train), 1):
             known[record["key"]] = record
             write(output, list(known.values()))
             left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
             losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in record["read"].items())
             print(f"{ended} of {len(runs)}: {record['key']}: {losses}; {left:.0f} min left", flush=True)
     if known:
-        pages.write(folder / "quick" if _QUICK.value else pathlib.Path("docs"), list(known.values()))
-
-
-def _one(steps: int, condition: object, seed: int, folder: pathlib.Path, cores: list[int]) -> dict:
-    return train(condition, seed, steps, folder, cores)  # type: ignore[arg-type]
+        pages.write(folder if _QUICK.value else pathlib.Path("docs"), list(known.values()))
 
 
 def write(path: pathlib.Path, runs: list[dict]) -> None:

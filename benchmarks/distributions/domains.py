@@ -24,8 +24,8 @@ BYTES = 2_500_000  # of a domain, at most
 _MESSAGE = re.compile(r'^msgstr(?:\[\d+\])? ((?:"(?:[^"\\]|\\.)*"\s*)+)', re.MULTILINE)
 
 
-def write_domains(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Domain → its file; those that are there stay."""
+def write_domains(folder: pathlib.Path, size: int) -> dict[str, pathlib.Path]:
+    """Domain → its file, of so many bytes at most; those that are there stay."""
     files = {name: folder / f"{name}.jsonl" for name in ABOUT}
     if not all(file.exists() for file in files.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,14 +39,13 @@ def write_domains(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         }
         for name, found in texts.items():
             part = files[name].with_suffix(".part")
-            part.write_text("".join(json.dumps({"text": text}) + "\n" for text in _some(found)))
+            part.write_text("".join(json.dumps({"text": text}) + "\n" for text in _some(found, size)))
             part.replace(files[name])
     return files
 
 
-def _some(texts: Iterable[str]) -> Iterator[str]:
-    """In an order by hash, so that any part of a domain is like the whole; BYTES of it."""
-    left = BYTES
+def _some(texts: Iterable[str], left: int) -> Iterator[str]:
+    """In an order by hash, so that any part of a domain is like the whole."""
     for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
         if (size := len(text.encode())) <= left:
             left -= size

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from benchmarks.distributions.domains import ABOUT
 from benchmarks.quality.grid import BASE, RATES, SEEDS, bigmac, fine_grained, normed
 
-STEPS, WIDTH = 1000, 128
+WIDTH = 128
 CAPACITY = 1.25
 STRUCTURES = {
     "fine_grained": normed("fine_grained", fine_grained(), "none").fields,
@@ -30,6 +30,7 @@ class Condition:
     trained: tuple[str, ...]
     then: tuple[str, ...] = ()
     balance: str = "aux_loss"
+    steps: int = 1000
 
     @property
     def name(self) -> str:
@@ -37,12 +38,13 @@ class Condition:
         balance = "" if self.balance == "aux_loss" else f", balance {self.balance}"
         return f"{self.structure}: {'+'.join(self.trained)}{shift}{balance}"
 
-    def key(self, seed: int, steps: int) -> str:
+    def key(self, seed: int) -> str:
         """Of its workdir."""
         name = self.name.replace(": ", "-").replace(" → ", "-to-").replace(", balance ", "-").replace("+", "-")
-        return f"{name}-{steps}-seed{seed}"
+        return f"{name}-{self.steps}-seed{seed}"
 
-    def overrides(self, seed: int, steps: int, folder: pathlib.Path) -> list[str]:
+    def overrides(self, seed: int, folder: pathlib.Path) -> list[str]:
+        steps = self.steps
         mixture = ",".join(f"{folder / name}.jsonl={int(name in self.trained)}" for name in ABOUT)
         then = ",".join(f"{name}=1" for name in self.then)
         fields = BASE | STRUCTURES[self.structure] | {
@@ -50,7 +52,7 @@ class Condition:
             "model.capacity_factor": CAPACITY, "optimizer.learning_rate": RATES[WIDTH],
             "data.mixture": mixture, "data.curriculum": f"{steps // 2}:{then}" if then else "",
             "data.tokenizer": folder / "tokenizer.json", "train.steps": steps, "train.seed": seed,
-            "train.log_every": max(1, steps // 100), "train.eval_every": steps // (20 if then else 4),
+            "train.log_every": max(1, steps // 100), "train.eval_every": steps // (10 if then and steps > 100 else 2),
         }  # fmt: skip
         return [f"{name}={value}" for name, value in fields.items()]
 
@@ -64,4 +66,4 @@ STUDIES: dict[str, list[Condition]] = {
     + [Condition("recipe", ("old",), ("new",))],
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES],
 }
-__all__ = ["ALL", "SEEDS", "STEPS", "STUDIES", "Condition"]
+__all__ = ["ALL", "SEEDS", "STUDIES", "Condition"]

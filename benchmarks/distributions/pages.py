@@ -113,7 +113,7 @@ def _drops(run: Run) -> tuple[float, float, float]:
     parts = [rate[(step > a) & (step <= a + tenth)] for a in (middle - tenth, middle, run["steps"] - tenth)]
     return tuple(
         float(f(part)) if part.size else math.nan for f, part in zip((np.mean, np.max, np.mean), parts, strict=True)
-    )  # type: ignore[return-value]  # noqa: E501
+    )  # type: ignore[return-value]
 
 
 def _after(run: Run, domain: str) -> float:

@@ -18,9 +18,9 @@ from bigmac_jax.data.tokenizer import train_bpe
 Run = tuple[Condition, int]
 
 
-def prepare(folder: pathlib.Path) -> None:
+def prepare(folder: pathlib.Path, size: int) -> None:
     """Writes the domains, and a tokenizer that was trained on the training text of all of them."""
-    files = write_domains(folder)
+    files = write_domains(folder, size)
     file = folder / "tokenizer.json"
     if not file.exists():
         data = DataConfig(mixture=",".join(f"{path}=1" for path in files.values()))
@@ -31,11 +31,11 @@ def prepare(folder: pathlib.Path) -> None:
         part.replace(file)
 
 
-def train(condition: Condition, seed: int, steps: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
+def train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
     """Runs train.py, which goes on where it was stopped, and eval.py; raises RuntimeError with its last line."""
-    key = condition.key(seed, steps)
+    key = condition.key(seed)
     workdir, start = folder / key, time.monotonic()
-    fields = [f"--config.{field}" for field in condition.overrides(seed, steps, folder.absolute())]
+    fields = [f"--config.{field}" for field in condition.overrides(seed, folder.absolute())]
     command(workdir, cores, "train.py", f"--config={CONFIG}", f"--config.cache_dir={folder / 'cache'}", *fields)
     said = command(workdir, cores, "eval.py", "--sources=all", "--split=validation", "--json")
     found = json.loads(said.splitlines()[-1])
@@ -44,7 +44,7 @@ def train(condition: Condition, seed: int, steps: int, folder: pathlib.Path, cor
         score["max_load_by_layer"] = [round(max(load), 3) for load in loads]
     record = {
         "key": key, "name": condition.name, "structure": condition.structure, "trained": condition.trained,
-        "then": condition.then, "balance": condition.balance, "seed": seed, "steps": steps,
+        "then": condition.then, "balance": condition.balance, "seed": seed, "steps": condition.steps,
         "read": found["sources"], "specialisation": found["specialisation"],
     }  # fmt: skip
     record |= read(workdir) | {"seconds": round(time.monotonic() - start)}

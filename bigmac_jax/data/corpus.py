@@ -13,13 +13,18 @@ from bigmac_jax.data.hub import HUB, hub_documents
 from bigmac_jax.data.local import LocalDocuments
 from bigmac_jax.data.splits import SPLITS
 
+MIXTURE = "data.mixture"
 
-def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
+
+def documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data.source") -> Documents:
     """The documents of `split` (train, validation or test): iterate over them as often as needed.
 
     `sotu` and `tfds:NAME` are prepared under `cache_dir` if they are not yet. data.validation_source and
     data.test_source replace that split of data.source; from files, a split without a source of its own is held out of
     the text (`splits`). Of data.mixture they are those of all its sources.
+
+    Args:
+      setting: what names data.source, for messages.
 
     Raises:
       ConfigError: a source that is not there, cannot be read, or has no such split. Broken lines and a split
@@ -29,10 +34,10 @@ def documents(data: DataConfig, split: str, cache_dir: str) -> Documents:
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     parts = parts_of(data, split)
     if len(parts) > 1:
-        return JoinedDocuments([documents(part, split, cache_dir) for part in parts.values()])
+        return JoinedDocuments([documents(part, split, cache_dir, MIXTURE) for part in parts.values()])
     (data,) = parts.values()
     own = {"validation": data.validation_source, "test": data.test_source}
-    source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, "data.source")
+    source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, setting)
     if source == "sotu" or source.startswith(DATASET):
         return TfdsDocuments(source, setting, split, data.text_field, cache_dir)
     held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)

@@ -11,6 +11,7 @@ works on one holds its lock, which a killed process lets go. Nothing that has it
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -54,7 +55,7 @@ class Store:
             found = _read(path)
             if found is not None and found.get("key") == self.key:
                 if path != self.folder / INDEX:
-                    storage.write_whole(self.folder / INDEX, path.read_bytes())
+                    _put(self.folder / INDEX, path.read_bytes())
                 return found
         return None
 
@@ -126,22 +127,24 @@ class Store:
                         more = True
                         break
             before = before[:0]
-            part.replace(self.folder / f"{name}.bin")
+            if (shard := self.folder / f"{name}.bin").is_dir():  # whatever damage left there
+                remove(shard)
+            part.replace(shard)
             digest = file_digest(self.folder / f"{name}.bin")
             records.append({"name": name, **asdict(counts), "pieces": pieces, "digest": digest})
             for name_of in vars(counts):
                 setattr(counts, name_of, 0)
-            storage.write_whole(self.folder / f"{name}.json", _seal(records[-1]))
+            _put(self.folder / f"{name}.json", _seal(records[-1]))
         if storage.is_store(self.kept):
             for record in records:
                 storage.send_file(self.folder / f"{record['name']}.bin", self.kept / f"{record['name']}.bin")
-        storage.write_whole(self.kept / f"{unit:05}.json", _seal({"shards": records, "seen": asdict(seen)}))
+        _put(self.kept / f"{unit:05}.json", _seal({"shards": records, "seen": asdict(seen)}))
         for record in records:
             (self.folder / f"{record['name']}.json").unlink(missing_ok=True)
 
     def _left(self, unit: int) -> Iterator[Record]:
         """The records of a unit's first shards, as far as they are intact."""
-        for number in range(1000):
+        for number in itertools.count():
             name = f"{unit:05}-{number:03}"
             record, file = _read(self.folder / f"{name}.json"), self.folder / f"{name}.bin"
             if record is None or not file.is_file() or file_digest(file) != record.get("digest"):
@@ -167,9 +170,9 @@ class Store:
                 "key": self.key, "dtype": self.dtype.name, "counts": asdict(counts),
                 "shards": [shard for shard in shards if shard[1]],
             }  # fmt: skip
-            storage.write_whole(self.folder / INDEX, _seal(index))
+            _put(self.folder / INDEX, _seal(index))
             if storage.is_store(self.kept):
-                storage.write_whole(self.kept / INDEX, _seal(index))
+                _put(self.kept / INDEX, _seal(index))
             _log.info(
                 "%s split: %s", self.split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items())
             )
@@ -196,6 +199,12 @@ def written(path: pathlib.Path, cache: pathlib.Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and (fix := disk_full(error, path)):
             raise ConfigError(f"{cache} cannot be written: {fix}") from None
         raise
+
+
+def _put(path: pathlib.Path, record: bytes) -> None:
+    if not storage.is_store(path) and path.is_dir():  # whatever damage left there
+        remove(path)
+    storage.write_whole(path, record)
 
 
 def _seal(record: Record) -> bytes:

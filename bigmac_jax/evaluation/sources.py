@@ -37,7 +37,8 @@ def open_sources(config: Config, names: Sequence[str], split: str, tokenizer: To
             one = dataclasses.replace(data, source=name, mixture="", curriculum="")
             part = dataclasses.replace(one, validation_source=own, test_source=own)
         label = name if name in mixed or short_name(name) in streams else short_name(name)
-        streams[label] = open_stream(dataclasses.replace(config, data=part), its, tokenizer)
+        setting = "data.mixture" if name in mixed else "--sources"
+        streams[label] = open_stream(dataclasses.replace(config, data=part), its, tokenizer, setting=setting)
     return streams
 
 

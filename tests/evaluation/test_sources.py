@@ -75,7 +75,7 @@ def test_what_is_scored(tmp_path: pathlib.Path) -> None:
     plain = dataclasses.replace(config, data=dataclasses.replace(data, mixture=""))
     with pytest.raises(ConfigError, match=r"--sources=all is of a run with data\.mixture"):
         open_sources(plain, ["all"], "test", ByteTokenizer())
-    with pytest.raises(ConfigError, match=r"data\.source='nowhere' is not there"):
+    with pytest.raises(ConfigError, match=r"--sources='nowhere' is not there"):
         open_sources(plain, ["nowhere"], "test", ByteTokenizer())
 
 

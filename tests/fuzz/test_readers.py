@@ -96,6 +96,12 @@ def cached_tokens(scene: pathlib.Path) -> Any:
     return stream.counts, stream.tokens(0, stream.num_tokens).tobytes()
 
 
+def tokens_without_index(scene: pathlib.Path) -> Any:
+    (index,) = scene.glob("cache/tokens/train-*/index.json")
+    index.unlink()
+    return cached_tokens(scene)
+
+
 def records_of_run(scene: pathlib.Path) -> Any:
     """At least those of the lines that are whole; a digit that has changed in a line is one that was logged."""
     kept = read_records(scene / "run")
@@ -162,7 +168,8 @@ READERS = {
     "its features": Reader(12, only("cache/tfds/tiny_text/plain/1.0.0/features.json"), dataset),
     "picture": Reader(6, only("run/metrics.jsonl"), picture_of_run, same=False),
     "manifest.json": Reader(36, only("run/checkpoints/4/manifest.json"), checkpoint, same=False),
-    "meta.json": Reader(36, only("cache/tokens/train-*/meta.json"), cached_tokens),
+    "index of tokens": Reader(36, only("cache/tokens/train-*/index.json"), cached_tokens),
+    "unit of tokens": Reader(12, only("cache/tokens/train-*/00000.json"), tokens_without_index),
     "tokenizer.json": Reader(24, only("run/tokenizer.json"), tokenizer_of_run),
     "cached tokenizer": Reader(12, only("cache/tokenizers/bpe-*.json"), cached_tokenizer),
     "digest of it": Reader(6, only("cache/tokenizers/bpe-*.sha256"), cached_tokenizer),
