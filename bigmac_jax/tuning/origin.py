@@ -19,6 +19,7 @@ from bigmac_jax.interchange import import_model, open_checkpoint
 from bigmac_jax.interchange.layout import leaf_name, named_leaves
 from bigmac_jax.interchange.tokens import NAMES
 from bigmac_jax.mesh import placed, replicated_spec
+from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import checkpoint
 from bigmac_jax.training.step import split
@@ -239,11 +240,14 @@ def restore_step(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-
-    def base(config: Config) -> nnx.State:
-        return load(origin_of(storage.locate(workdir, "workdir"), config), config)[0]
-
-    return checkpoint.restore_step(workdir, step, config, base)
+    found = checkpoint.restore_parts(workdir, step, config)
+    config, params = found.config, found.params
+    if config.tuning.lora_rank:
+        base, _ = load(origin_of(storage.locate(workdir, "workdir"), config), config)
+        params = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)(
+            base, params
+        )
+    return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss
 
 
 def origin_of(workdir: pathlib.Path, config: Config) -> Origin:
