@@ -244,9 +244,8 @@ def restore_step(
     config, params = found.config, found.params
     if config.tuning.lora_rank:
         base, _ = load(origin_of(storage.locate(workdir, "workdir"), config), config)
-        params = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)(
-            base, params
-        )
+        whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
+        params = whole(base, params)
     return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss
 
 

@@ -92,8 +92,9 @@ def _settings(config: Config, tensors: list[Tensor]) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({module.rpartition(".")[2] for module, name in modules if not name}),
-        "target_parameters": sorted({f"{module.rpartition('.')[2]}.{name}" for module, name in modules if name}),
+        # Whole names: the end of one may be that of a matrix without an adapter, too.
+        "target_modules": [module for module, name in modules if not name],
+        "target_parameters": [f"{module}.{name}" for module, name in modules if name],
     }
 
 
