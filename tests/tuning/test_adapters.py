@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -169,5 +168,3 @@ def test_a_frozen_router_stays_and_does_not_decay() -> None:
     (router,) = (name for name in before if "router" in name)
     assert (after[router] == before[router]).all() and np.isfinite(metrics.loss)
     assert all((after[name] != before[name]).any() for name in before if name != router)
-    others = jnp.concatenate([jnp.ravel(v) for n, v in before.items() if n != router])
-    assert others.size  # and the norm of the gradient is of these alone
