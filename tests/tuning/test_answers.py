@@ -28,7 +28,7 @@ NEVER = ord("q")  # stands in no row
 def config_of(folder: pathlib.Path, mesh: Any = (1, 1, 1, 1), length: int = 16, **fields: Any) -> Config:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    config = tiny(mesh, batch=4, length=length, tie_embeddings=False, balance_coefficient=0.0, **fields)
+    config = tiny(mesh, batch=4, length=length, tie_embeddings=False, balance_coefficient=0.0, num_layers=1, **fields)
     data = dataclasses.replace(config.data, source=str(file), validation_source=str(file), test_source=str(file))
     return dataclasses.replace(config, data=data, tuning=TuningConfig(objective="sft"), cache_dir=str(folder / "cache"))
 
@@ -69,11 +69,10 @@ def test_no_token_that_nobody_reads_or_predicts_has_a_gradient(tmp_path: pathlib
     batch = packed(config)
     spoilt = batch.inputs_BL.copy()
     spoilt[batch.segments_BL == PADDING] = NEVER  # what fills a window up
-    loss, gradients = loss_and_gradients(config, batch._replace(inputs_BL=spoilt))
+    _, gradients = loss_and_gradients(config, batch._replace(inputs_BL=spoilt))
     read = {int(token) for token in batch.inputs_BL[batch.segments_BL != PADDING]}
     by_row = np.abs(gradients["embedding_VD"]).max(1)
     assert {int(v) for v in np.flatnonzero(by_row)} == read and by_row[NEVER] == 0
-    assert loss == loss_and_gradients(config, batch)[0]
 
 
 @pytest.mark.full

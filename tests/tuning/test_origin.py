@@ -69,7 +69,9 @@ def test_a_run_begins_where_the_other_ended(
 ) -> None:
     """With a learning rate of zero the loss stays that of the model it begins with."""
     ended = next(r["eval/loss"] for r in read_records(base[1] / "run") if "eval/loss" in r)
-    records = run(tuned(base, place, mesh=mesh), tmp_path / "tuned")
+    # An export's tokenizer is a file of its own; bpe takes it.
+    data = {"tokenizer": "bpe"} if place == "export" else {}
+    records = run(tuned(base, place, mesh=mesh, data=data), tmp_path / "tuned")
     losses = [record["eval/loss"] for record in records if "eval/loss" in record]
     assert len(losses) == 2
     np.testing.assert_allclose(losses, ended, rtol=1e-5)
