@@ -73,7 +73,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     """
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
-    with NOW.doing("data"), hosts.together():
+    with hosts.together():
         check_boards(config.train.wandb)
         resumed = has_run(workdir)
         if resumed:
@@ -81,7 +81,8 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         # A run that has a checkpoint of all parameters does not look back.
         preferred = config.tuning.objective == "dpo"
         begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
-        origin = origin_of(workdir, config) if config.train.init_from and begins else None
+    origin = origin_of(workdir, config) if config.train.init_from and begins else None
+    with NOW.doing("data"), hosts.together():
         if resumed:
             tokenizer = run_tokenizer(workdir, config)
         else:

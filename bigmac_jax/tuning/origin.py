@@ -11,7 +11,7 @@ import tokenizers
 from flax import nnx
 from jax import Array
 
-from bigmac_jax import storage
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ class Origin(NamedTuple):
 
 def open_origin(place: str, identity: str = "") -> Origin:
     """What train.init_from names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
-    touched.
+    touched; with several processes, all must call it.
 
     Args:
       identity: that it must have, as a run has recorded it; of a workdir, the checkpoint of that step is taken.
@@ -62,22 +62,23 @@ def open_origin(place: str, identity: str = "") -> Origin:
     Raises:
       ConfigError: there is no model, or another one.
     """
-    path = storage.locate(place, "train.init_from")
-    step, pinned = "latest", identity.partition(":")[0]
-    if path.parent.name == "checkpoints":
-        step, path = path.name, path.parent.parent
-    if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
-        with storage.local_folder(path) as directory:
-            config = open_checkpoint(directory)[0]
-            digest = _digest(directory)
-        origin = Origin(place, "", digest, config)
-    elif has_run(path):
+    step, pinned, origin = "latest", identity.partition(":")[0], None
+    with hosts.together():
+        path = storage.locate(place, "train.init_from")
+        if path.parent.name == "checkpoints":
+            step, path = path.name, path.parent.parent
+        if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
+            with storage.local_folder(path) as directory:
+                origin = Origin(place, "", _digest(directory), open_checkpoint(directory)[0])
+        elif not has_run(path):
+            raise ConfigError(
+                f"train.init_from={place} holds no model; give the workdir of a run, an export, or a folder of Hugging "
+                f"Face"
+            )
+    if origin is None:
         number, digest = checkpoint.find_checkpoint(path, pinned or step)
-        origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
-    else:
-        raise ConfigError(
-            f"train.init_from={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
-        )
+        with hosts.together():
+            origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
     if identity and origin.identity != identity:
         raise ConfigError(f"train.init_from={place} is not the model that this run was started from; bring that back")
     return origin
