@@ -2,7 +2,8 @@
 `PeftModel.from_pretrained(base, folder)` adds to the export of the model that they were trained on.
 
 X inputs and Y outputs of a matrix, r rank, E experts. PEFT's A is [r, X] and its B [Y, r]. Of all experts of a layer,
-which are one parameter there, A is [E · r, X] and B [Y, r · E]: an expert's rows stand together, its columns apart.
+which are one parameter there, taken for [E, outputs, inputs], A is [E · r, Y] and B [X, r · E]: an expert's rows stand
+together, its columns apart.
 """
 
 import json
@@ -23,6 +24,7 @@ from bigmac_jax.mesh import replicated_spec
 from bigmac_jax.training.checkpoint import Restored
 
 _PREFIX = "base_model.model."
+_ORDER = ["", "up_proj", "gate_proj", "down_proj"]  # of the parameters of our class' experts
 
 
 def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
@@ -43,12 +45,14 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     values: dict[str, np.ndarray] = {}
     for tensor in tensors:
         module, parameter = _module(tensor)
-        # Parameters of one module are wrapped one around the other, in the order of their names; the last is outermost.
-        others = sorted(_module(t)[1] for t in tensors if _module(t)[0] == module)
+        # Parameters of one module are wrapped one around the other, in their order in the class; the last is outermost.
+        others = sorted((_module(t)[1] for t in tensors if _module(t)[0] == module), key=_ORDER.index)
         inside = ".base_layer" * (len(others) - 1 - others.index(parameter))
         a, b = (_part(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
-        rows = a.swapaxes(-1, -2).reshape(-1, a.shape[-2])
-        columns = b.T if b.ndim == 2 else b.transpose(2, 1, 0).reshape(b.shape[-1], -1)
+        if a.ndim == 2:
+            rows, columns = a.T, b.T
+        else:  # PEFT takes [E, X, Y] for [E, outputs, inputs]
+            rows, columns = b.reshape(-1, b.shape[-1]), a.transpose(1, 2, 0).reshape(a.shape[1], -1)
         for name, value in (("A", rows), ("B", columns)):
             values[f"{_PREFIX}{module}{inside}.lora_{name}.weight"] = np.ascontiguousarray(value)
     if hosts.is_first():
