@@ -2,8 +2,9 @@
 
     python -m benchmarks.dates FOLDER
 
-writes train.jsonl and validation.jsonl, conversations for tuning.objective=sft, and test.jsonl beside dates.toml, a
-task for eval.py --tasks. No date stands in two of them.
+writes train.jsonl and validation.jsonl, conversations for tuning.objective=sft; preferences.jsonl for dpo, in which
+7.3.1863 is preferred to 1863-03-07; and test.jsonl beside dates.toml, a task for eval.py --tasks. No date stands in two
+of them.
 """
 
 import datetime
@@ -11,9 +12,10 @@ import json
 import pathlib
 import random
 import sys
+from typing import Any
 
 _FORMS = ("{d} {month} {y}", "{month} {d}, {y}", "the {d}. of {month} {y}")
-_SIZES = {"train": 40_000, "validation": 500, "test": 500}
+_SIZES = {"train": 40_000, "validation": 500, "test": 500, "preferences": 2_000}
 _TASK = """# Dates as numbers: what a tuned model writes must be the date, digit by digit.
 kind = "generate"
 source = "test.jsonl"
@@ -41,14 +43,22 @@ def _written(date: datetime.date, form: str) -> tuple[str, str]:
     return form.format(d=date.day, month=f"{date:%B}", y=date.year), date.isoformat()
 
 
+def _row(split: str, date: str, numbers: str) -> dict[str, Any]:
+    if split == "test":
+        return {"date": date, "numbers": numbers}
+    asked = {"role": "user", "content": date}
+    if split == "preferences":
+        year, month, day = map(int, numbers.split("-"))
+        return {"prompt": [asked], "chosen": f"{day}.{month}.{year}", "rejected": numbers}
+    return {"messages": [asked, {"role": "assistant", "content": numbers}]}
+
+
 def main(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in rows().items():
         with (folder / f"{split}.jsonl").open("w") as file:
             for date, numbers in pairs:
-                turns = [{"role": "user", "content": date}, {"role": "assistant", "content": numbers}]
-                row = {"date": date, "numbers": numbers} if split == "test" else {"messages": turns}
-                print(json.dumps(row), file=file)
+                print(json.dumps(_row(split, date, numbers)), file=file)
     (folder / "dates.toml").write_text(_TASK)
 
 

@@ -39,7 +39,7 @@ from bigmac_jax.training.workdir import (
 )
 from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
 from bigmac_jax.tuning.reference import reference_nll
-from bigmac_jax.tuning.teacher import TEACHER, read_teacher, teacher_of
+from bigmac_jax.tuning.teacher import TEACHER, fitting, read_teacher, teacher_of
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
@@ -75,7 +75,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     """
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
-    with NOW.doing("data"), hosts.together():
+    with hosts.together():
         check_boards(config.train.wandb)
         resumed = has_run(workdir)
         if resumed:
@@ -83,7 +83,9 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         # A run that has a checkpoint of all parameters does not look back.
         preferred = config.tuning.objective == "dpo"
         begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
-        origin = origin_of(workdir, config) if config.train.init_from and begins else None
+    origin = origin_of(workdir, config) if config.train.init_from and begins else None
+    teacher = teacher_of(workdir, config) if config.tuning.teacher else None
+    with NOW.doing("data"), hosts.together():
         if resumed:
             tokenizer = run_tokenizer(workdir, config)
         else:
@@ -95,7 +97,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
         data_is |= {ORIGIN: origin.identity} if origin else {}
-        teacher = teacher_of(workdir, config, tokenizer) if config.tuning.teacher else None
+        teacher = fitting(teacher, config, tokenizer) if teacher else None
         data_is |= {TEACHER: teacher.identity} if teacher else {}
         if resumed:
             check_data(workdir, config, data_is)

@@ -103,8 +103,9 @@ def _is_module(name: str) -> bool:
 # imports, stands outside.
 ROOMS = (
     "signals", "environment", "phases", "config", "storage", "rendezvous", "hosts", "progress", "mesh", "watch",
-    "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange", "tuning", "conversion",
-    "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck", "cli", "commands",
+    "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange", "tuning",
+    "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck", "cli",
+    "commands",
 )  # fmt: skip
 
 

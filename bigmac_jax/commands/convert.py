@@ -14,18 +14,21 @@ from absl import flags
 from bigmac_jax import cli, conversion, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.conversion import runs
+from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
+from bigmac_jax.training.checkpoint import restore_parts
 from bigmac_jax.training.fresh import refuse_a_run
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
 from bigmac_jax.tuning import restore_step
+from bigmac_jax.tuning.peft import export_adapters
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
 _OUTPUT = flags.DEFINE_string(
     "output", "", "The directory to write: of an export, or the workdir of another structure."
 )
-_FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe, bigmac or plain.")
+_FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe, bigmac or plain; peft: adapters.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, bfloat16 or float16.")
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: of one file.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with config.json and safetensors.")
@@ -57,11 +60,16 @@ def _export(workdir: pathlib.Path) -> None:
     with hosts.together():
         saved = read_config(workdir)
         meshed = with_mesh(saved, cli.OVERRIDES)
-        choose(saved, _FORMAT.value)  # before the model is read
+        peft = _FORMAT.value == "peft"
+        choose(saved, "auto" if peft else _FORMAT.value)  # before the model is read
         storage.locate(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
     cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
+    if peft:
+        numbers = export_adapters(restore_parts(workdir, _STEP.value, meshed), _OUTPUT.value)
+        hosts.say(f"{_OUTPUT.value}: {numbers:,} parameters of adapters, for peft.PeftModel.from_pretrained")
+        return
     _, model, step, loss = restore_step(workdir, _STEP.value, meshed)
     kind = export_model(
         saved,
@@ -72,6 +80,7 @@ def _export(workdir: pathlib.Path) -> None:
         max_shard_size=_MAX_SHARD_SIZE.value,
         tokenizer=tokenizer,
         trained=Trained(step, loss),
+        chat_template=template.read_text() if (template := workdir / CHAT_TEMPLATE).is_file() else "",
     )
     how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
     hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}{how}")

@@ -27,8 +27,8 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profil
 def main() -> int:
     with hosts.together():
         workdir = run_folder(_WORKDIR.value)
-        config = _config(workdir)
         profile = _steps(_PROFILE.value)
+    config = _config(workdir)
     cli.agree(config, __name__)
     cli.enter_mesh(config)
     try:
@@ -47,11 +47,15 @@ def _config(workdir: pathlib.Path) -> Config:
     """What --config says; without it, of a run that begins with a trained model, that model's."""
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
-    if not place or flags.FLAGS["config"].present:
-        return load_config(_CONFIG.value, cli.OVERRIDES)
-    base = read_config(workdir) if has_run(workdir) else config_of(open_origin(place), "data.source" in given)
-    config = overridden(dataclasses.asdict(base), cli.OVERRIDES)
-    check_batch(config, max(1, config.mesh.data))
+    own = not place or bool(flags.FLAGS["config"].present)
+    with hosts.together():
+        if own:
+            return load_config(_CONFIG.value, cli.OVERRIDES)
+        base = read_config(workdir) if has_run(workdir) else None
+    base = base or config_of(open_origin(str(place)), "data.source" in given)
+    with hosts.together():
+        config = overridden(dataclasses.asdict(base), cli.OVERRIDES)
+        check_batch(config, max(1, config.mesh.data))
     return config
 
 

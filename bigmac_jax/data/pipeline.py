@@ -15,12 +15,8 @@ from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
 from bigmac_jax.data.cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
-<<<<<<< HEAD
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.corpus import documents, parts_of
-=======
 from bigmac_jax.data.corpus import MIXTURE, documents, parts_of
->>>>>>> data
 from bigmac_jax.data.documents import decode, once
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.mixture import Mixture
@@ -31,34 +27,25 @@ _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
 
 
-<<<<<<< HEAD
 Stream = CachedStream | JoinedStream | Conversations
 
 
-def open_stream(config: Config, split: str, tokenizer: Tokenizer, processes: int = 0) -> Stream:
-    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does. Of a run that is
-    tuned, its conversations."""
-    if config.tuning.objective != "pretrain":
-        return Conversations(config, split, tokenizer)
-    streams = {
-        name: cached_stream(documents(data, split, config.cache_dir), split, tokenizer, config.cache_dir, processes)
-        for name, data in parts_of(config.data, split).items()
-    }
-=======
 def open_stream(
     config: Config, split: str, tokenizer: Tokenizer, processes: int = 0, setting: str = "data.source"
-) -> "CachedStream | JoinedStream":
-    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does.
+) -> Stream:
+    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does. Of a run that is
+    tuned, its conversations.
 
     Args:
       processes: that tokenise on this machine, at most; 0: as many as there are cores.
       setting: what names data.source, for messages.
     """
+    if config.tuning.objective != "pretrain":
+        return Conversations(config, split, tokenizer)
     streams = {}
     for name, data in parts_of(config.data, split).items():
         docs = documents(data, split, config.cache_dir, MIXTURE if name else setting)
         streams[name] = cached_stream(docs, split, tokenizer, config.cache_dir, processes)
->>>>>>> data
     return streams[""] if "" in streams else JoinedStream(streams)
 
 

@@ -12,6 +12,7 @@ from jax import Array
 
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, shards, tokens
 from bigmac_jax.interchange.card import Trained
@@ -55,6 +56,7 @@ def export_model(
     max_shard_size: str = "5GB",
     tokenizer: Tokenizer | None = None,
     trained: Trained | None = None,
+    chat_template: str = "",
 ) -> str:
     """Writes a model as safetensors, whole or not at all → the model_type of its config.json.
 
@@ -68,6 +70,7 @@ def export_model(
       max_shard_size: such as 5GB.
       tokenizer: is written beside the model.
       trained: what the model card says of the run.
+      chat_template: Jinja, is written beside the tokenizer.
 
     Raises:
       ConfigError: no equivalent, or `output` is there already or cannot be written.
@@ -96,6 +99,8 @@ def export_model(
         _write(directory / "config.json", head if layout is plain else head | ids | {"pad_token_id": None})
         if tokenizer:
             tokens.write_tokenizer(directory, config, tokenizer)
+        if chat_template:
+            (directory / CHAT_TEMPLATE).write_text(chat_template)
         if tokenizer and layout is not plain:
             _write(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
         if layout is bigmac:

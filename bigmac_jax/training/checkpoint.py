@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,7 +26,7 @@ from orbax.checkpoint.path import atomicity
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh, placed
-from bigmac_jax.model.adapters import attached, make_adapters, merged
+from bigmac_jax.model.adapters import make_adapters
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import arrays_of, check_shapes
@@ -340,16 +340,32 @@ def restore(
 
 
 def restore_step(
-    workdir: str | pathlib.Path,
-    step: str = "latest",
-    config: Config | None = None,
-    base: Callable[[Config], nnx.State] | None = None,
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer, int, float | None]:
-    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated.
+    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
+    found = restore_parts(workdir, step, config)
+    if found.config.tuning.lora_rank:
+        raise ConfigError(f"{workdir} holds adapters, and no whole model; use bigmac_jax.restore")
+    model = nnx.merge(found.graphdef, found.params, found.rest)
+    return found.config, model, found.step, found.loss
 
-    Args:
-      base: gives the parameters that adapters are added to; without it they are refused (`tuning.restore` has it).
+
+class Restored(NamedTuple):
+    """Attributes:
+    params: the model's; of a run that trains adapters, these, and `base` has the shapes of the model's.
     """
+
+    config: Config
+    graphdef: Any
+    params: nnx.State
+    rest: nnx.State
+    base: nnx.State
+    step: int
+    loss: float | None
+
+
+def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None) -> Restored:
+    """What a checkpoint holds; arguments and errors as for `restore`."""
     workdir = storage.locate(workdir, "workdir")
     if hosts.is_first():
         for line in changes_of_edition(workdir):
@@ -362,19 +378,12 @@ def restore_step(
     checkpoints = Checkpoints(workdir)
     try:
         number = checkpoints.resolve(str(step))
-        abstract = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
-        graphdef, params, rest = split(abstract)
-        saved = params
+        graphdef, base, rest = split(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)))
+        params = base
         if config.tuning.lora_rank:
-            if base is None:
-                raise ConfigError(f"{workdir} holds adapters, and no whole model; use bigmac_jax.restore")
-            saved = jax.eval_shape(lambda key: make_adapters(config, params, key), jax.random.key(0))
-        tree = checkpoints.restore_model(number, placed({"params": saved, "rest": rest}, mesh))
-        params = tree["params"]
-        if config.tuning.lora_rank and base is not None:
-            whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
-            params = whole(base(config), params)
-        model = nnx.merge(graphdef, params, tree["rest"])
-        return config, model, number, _on_first(lambda: checkpoints.loss(number))
+            params = jax.eval_shape(lambda key: make_adapters(config, base, key), jax.random.key(0))
+        tree = checkpoints.restore_model(number, placed({"params": params, "rest": rest}, mesh))
+        loss = _on_first(lambda: checkpoints.loss(number))
+        return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)
     finally:
         checkpoints.close()

@@ -11,7 +11,7 @@ import tokenizers
 from flax import nnx
 from jax import Array
 
-from bigmac_jax import storage
+from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
@@ -19,6 +19,7 @@ from bigmac_jax.interchange import import_model, open_checkpoint
 from bigmac_jax.interchange.layout import leaf_name, named_leaves
 from bigmac_jax.interchange.tokens import NAMES
 from bigmac_jax.mesh import placed, replicated_spec
+from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import checkpoint
 from bigmac_jax.training.step import split
@@ -53,7 +54,7 @@ class Origin(NamedTuple):
 
 def open_origin(place: str, identity: str = "", name: str = "train.init_from") -> Origin:
     """What the field `name` names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
-    touched.
+    touched; with several processes, all must call it.
 
     Args:
       identity: that it must have, as a run has recorded it; of a workdir, the checkpoint of that step is taken.
@@ -61,22 +62,22 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
     Raises:
       ConfigError: there is no model, or another one.
     """
-    path = storage.locate(place, name)
-    step, pinned = "latest", identity.partition(":")[0]
-    if path.parent.name == "checkpoints":
-        step, path = path.name, path.parent.parent
-    if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
-        with storage.local_folder(path) as directory:
-            config = open_checkpoint(directory)[0]
-            digest = _digest(directory)
-        origin = Origin(place, "", digest, config)
-    elif has_run(path):
+    step, pinned, origin = "latest", identity.partition(":")[0], None
+    with hosts.together():
+        path = storage.locate(place, name)
+        if path.parent.name == "checkpoints":
+            step, path = path.name, path.parent.parent
+        if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
+            with storage.local_folder(path) as directory:
+                origin = Origin(place, "", _digest(directory), open_checkpoint(directory)[0])
+        elif not has_run(path):
+            raise ConfigError(
+                f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
+            )
+    if origin is None:
         number, digest = checkpoint.find_checkpoint(path, pinned or step)
-        origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
-    else:
-        raise ConfigError(
-            f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
-        )
+        with hosts.together():
+            origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
     if identity and origin.identity != identity:
         raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
     return origin
@@ -240,11 +241,13 @@ def restore_step(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-
-    def base(config: Config) -> nnx.State:
-        return load(origin_of(storage.locate(workdir, "workdir"), config), config)[0]
-
-    return checkpoint.restore_step(workdir, step, config, base)
+    found = checkpoint.restore_parts(workdir, step, config)
+    config, params = found.config, found.params
+    if config.tuning.lora_rank:
+        base, _ = load(origin_of(storage.locate(workdir, "workdir"), config), config)
+        whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
+        params = whole(base, params)
+    return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss
 
 
 def origin_of(workdir: pathlib.Path, config: Config) -> Origin:

@@ -12,14 +12,18 @@ from bigmac_jax.tuning.origin import Origin, open_origin, read_model, tokenizer_
 TEACHER = "teacher"  # under which run.json has its identity
 
 
-def teacher_of(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer) -> Origin:
-    """The teacher of a run, that it recorded if it has begun; its config with the run's mesh and execution.
+def teacher_of(workdir: pathlib.Path, config: Config) -> Origin:
+    """The teacher of a run, that it recorded if it has begun; errors as for `open_origin`."""
+    return open_origin(config.tuning.teacher, run_of(workdir)["data"].get(TEACHER, ""), "tuning.teacher")
+
+
+def fitting(found: Origin, config: Config, tokenizer: Tokenizer) -> Origin:
+    """A teacher whose config has the run's mesh and execution.
 
     Raises:
-      ConfigError: there is no such model, or one whose words or layers can't be compared with the run's.
+      ConfigError: its words or layers can't be compared with the run's.
     """
-    place, known = config.tuning.teacher, run_of(workdir)["data"].get(TEACHER, "")
-    found = open_origin(place, known, "tuning.teacher")
+    place = found.place
     own, m, of_run = tokenizer_of(found, config), found.config.model, config.model
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 import pickle
 from typing import Any
@@ -41,7 +42,7 @@ def conversations(
 ) -> Conversations:
     file = write(folder / "rows.jsonl", rows)
     config = Config(
-        model=ModelConfig(vocab_size=512),
+        model=ModelConfig(vocab_size=512, capacity_factor=math.inf),
         data=DataConfig(source=file, validation_source=file, test_source=file, tokenizer="bytes",
                         sequence_length=length, batch_size=2),
         train=TrainConfig(init_from="some" if tuning.get("objective") == "dpo" else ""),

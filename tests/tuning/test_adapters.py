@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -41,7 +40,7 @@ FULL = ("1x1", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
 
 
 def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, **tuning: Any) -> Config:
-    config = tiny(mesh, num_shared_experts=1, gated=True, num_kv_heads=2)
+    config = tiny(mesh, num_layers=1, num_shared_experts=1, gated=True, num_kv_heads=2)
     tuned = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets, **tuning)
     return dataclasses.replace(config, tuning=tuned, train=dataclasses.replace(config.train, init_from="some"))
 
@@ -97,9 +96,9 @@ def test_what_is_adapted() -> None:
         shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]}
     of_experts = {f"layers.mlp.experts.{name}" for name in ("w_in_eRF", "w_gate_eRF", "w_out_eFR")}
     assert names == of_experts | {"layers.mlp.down.w_DF", "layers.mlp.up.w_DF"}
-    # Each of the 8 experts of both layers has its own: R = 4, F = 16.
-    assert shapes["layers.mlp.experts.w_in_eRF.a"] == (2, 8, 4, 2)
-    assert shapes["layers.mlp.experts.w_in_eRF.b"] == (2, 8, 2, 16)
+    # Each of the 8 experts has its own: R = 4, F = 16.
+    assert shapes["layers.mlp.experts.w_in_eRF.a"] == (1, 8, 4, 2)
+    assert shapes["layers.mlp.experts.w_in_eRF.b"] == (1, 8, 2, 16)
     with pytest.raises(ConfigError, match=r"tuning\.lora_targets=mlp are not in the model"), on_mesh(config):
         adapted(with_adapters(targets="mlp"), params)
 
@@ -151,16 +150,15 @@ def test_dropout_is_of_inputs() -> None:
             leaves(jax.jit(lambda key: attached(config, params, adapters, key))(key))
             for key in (None, jax.random.key(3))
         )
-    name = "layers.mlp.experts.w_in_eRF.value.a" if "layers.mlp.experts.w_in_eRF.value.a" in plain_ else None
-    name = name or next(n for n in plain_ if "w_in_eRF" in n and n.endswith("a"))
+    name = next(name for name in plain_ if "w_in_eRF" in name and name.endswith("a"))
     ratio = dropped[name] / plain_[name]
     assert set(np.round(np.unique(ratio), 4)) == {0, np.float32(1.3333)}
-    assert (ratio == ratio[..., :1]).all() and 0.1 < (ratio == 0).mean() < 0.45
+    assert ((ratio == 0) == (ratio[..., :1] == 0)).all() and 0.1 < (ratio == 0).mean() < 0.45
     assert all((dropped[n] == v).all() for n, v in plain_.items() if not n.endswith("a"))
 
 
 def test_a_frozen_router_stays_and_does_not_decay() -> None:
-    config = tiny(capacity_factor=1.5)
+    config = tiny(num_layers=1, capacity_factor=1.5)
     config = dataclasses.replace(config, tuning=TuningConfig(train_router=False))
     with session(config) as run:
         before = leaves(run.state.params)
@@ -169,5 +167,3 @@ def test_a_frozen_router_stays_and_does_not_decay() -> None:
     (router,) = (name for name in before if "router" in name)
     assert (after[router] == before[router]).all() and np.isfinite(metrics.loss)
     assert all((after[name] != before[name]).any() for name in before if name != router)
-    others = jnp.concatenate([jnp.ravel(v) for n, v in before.items() if n != router])
-    assert others.size  # and the norm of the gradient is of these alone

@@ -1,4 +1,4 @@
-"""DPO against torch-free NumPy on random batches; what training and generation say of the same completion."""
+"""DPO against NumPy on random batches; what training and generation say of the same completion."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,6 @@ from bigmac_jax.training.preferences import dpo_loss, margins
 
 BETA = 0.3
 MESHES = {"1x1": (1, 1, 1, 1), "ep 2 x tensor 2": (1, 1, 2, 2), "2x2": (2, 1, 2, 1), "ep 8": (1, 1, 8, 1)}
-FULL = ("1x1", "2x2", "ep 8")
 
 
 def tuned(mesh: Any = (1, 1, 1, 1), length: int = 16, **fields: Any) -> Config:
@@ -85,7 +84,8 @@ def test_loss_and_gradient_of_50_random_batches() -> None:
             np.testing.assert_allclose(gradient, wanted[3], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in MESHES])
+@pytest.mark.full
+@pytest.mark.parametrize("name", MESHES)
 def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
     """Of a loss whose targets weigh what the hand has for the gradient in -log p: the parameters' are the same."""
     one, config = tuned(balance_coefficient=0.0), tuned(MESHES[name], balance_coefficient=0.0)
@@ -109,6 +109,7 @@ def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
     assert_close(ours, gradients(one, weighted), 3e-5)
 
 
+@pytest.mark.full
 def test_tokens_are_as_likely_as_the_loss_of_pretraining_has_them() -> None:
     config = tuned((1, 1, 2, 2), balance_coefficient=0.0)
     batch = random_batch(config, 2)

@@ -117,7 +117,7 @@ def number(prediction: str, references: Sequence[str]) -> float:
     """Whether the first number that is written is the last one of a reference (GSM8K's stand behind their way)."""
 
     def numbers(text: str) -> list[float]:
-        return [float(match.replace(",", "")) for match in _NUMBER.findall(text)]
+        return [float(digits.replace(",", "")) for digits in _NUMBER.findall(text)]
 
     first = numbers(prediction)[:1]
     return float(bool(first) and first in [numbers(reference)[-1:] for reference in references])

@@ -1,0 +1,205 @@
+"""Runs that begin with a trained model: the same loss on any mesh and from any form, and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import leaves
+from training.tools import quick, read_records, small
+
+from bigmac_jax import loop
+from bigmac_jax.config import Config, ConfigError, TuningConfig, load_config
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
+from bigmac_jax.interchange import export_model
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.training.checkpoint import restore as restore_whole
+from bigmac_jax.training.workdir import run_tokenizer
+from bigmac_jax.tuning import restore
+from bigmac_jax.tuning.origin import config_of, differences, load, open_origin, tokenizer_from
+
+
+def with_fields(config: Config, **sections: dict[str, Any]) -> Config:
+    made = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **made)
+
+
+def run(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    with quick(), jax.set_mesh(make_mesh(config)):
+        loop.train(config, workdir)
+    return read_records(workdir)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: Any) -> tuple[Config, pathlib.Path]:
+    """A run of four steps, and its export."""
+    folder = tmp_path_factory.mktemp("base")
+    config = small(folder, "train.steps=4", "train.eval_every=4", "model.num_shared_experts=1")
+    run(config, folder / "run")
+    with quick(), jax.set_mesh(make_mesh(config)):
+        saved, model = restore_whole(folder / "run")
+        export_model(saved, model, folder / "export", tokenizer=run_tokenizer(folder / "run", config))
+    return config, folder
+
+
+def tuned(base: tuple[Config, pathlib.Path], place: str = "run", **sections: dict[str, Any]) -> Config:
+    config, folder = base
+    train = {"init_from": str(folder / place), "steps": 2, "eval_every": 1, "checkpoint_every": 1}
+    rates = {"learning_rate": 0.0, "final_learning_rate": 0.0}
+    sections["train"] = train | sections.get("train", {})
+    return with_fields(config, optimizer=rates, **sections)
+
+
+MESHES: list[Any] = [
+    ("run", {}),
+    pytest.param("run", {"expert": 4, "tensor": 2}, marks=pytest.mark.full),
+    pytest.param("run", {"data": 2, "expert": 2, "fsdp": True}, marks=pytest.mark.full),
+    pytest.param("export", {"expert": 8}, marks=pytest.mark.full),
+    pytest.param("export", {"expert": 2, "tensor": 2}, marks=pytest.mark.full),
+    pytest.param("run/checkpoints/4", {}, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("place", "mesh"), MESHES)
+def test_a_run_begins_where_the_other_ended(
+    base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, place: str, mesh: dict[str, Any]
+) -> None:
+    """With a learning rate of zero the loss stays that of the model it begins with."""
+    ended = next(r["eval/loss"] for r in read_records(base[1] / "run") if "eval/loss" in r)
+    # An export's tokenizer is a file of its own; bpe takes it.
+    data = {"tokenizer": "bpe"} if place == "export" else {}
+    records = run(tuned(base, place, mesh=mesh, data=data), tmp_path / "tuned")
+    losses = [record["eval/loss"] for record in records if "eval/loss" in record]
+    assert len(losses) == 2
+    np.testing.assert_allclose(losses, ended, rtol=1e-5)
+
+
+@pytest.mark.full
+def test_it_resumes_bit_for_bit_without_the_other(base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    config = with_fields(tuned(base), optimizer={"learning_rate": 1e-2}, train={"steps": 4})
+    run(config, tmp_path / "whole")
+    run(with_fields(config, train={"steps": 2}), tmp_path / "halves")
+    run(config, tmp_path / "halves")
+    losses = [
+        [record["loss"] for record in read_records(tmp_path / name) if "loss" in record] for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@pytest.mark.full
+def test_a_larger_vocabulary(base: tuple[Config, pathlib.Path]) -> None:
+    """The old tokens' logits stay; the new ones' are those of the mean row."""
+    config = tuned(base, model={"vocab_size": 272}, mesh={"expert": 2, "tensor": 2})
+    tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
+    origin = open_origin(config.train.init_from)
+    assert differences(origin, config) == ["model.vocab_size 264 → 272"]
+    with quick(), jax.set_mesh(make_mesh(config)):
+        params, _ = load(origin, config)
+        table = leaves(params)["embedding_VD"]
+    with quick(), jax.set_mesh(make_mesh(base[0])):
+        old = leaves(restore_whole(base[1] / "run")[1])["embedding_VD"]
+    assert (table[:264] == old).all() and tokens.any()
+    np.testing.assert_allclose(table[264:], np.broadcast_to(old.mean(0), (8, 16)), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"top_k": 4}}, r"model\.top_k=4 differs from 2 of train\.init_from="),
+        ({"model": {"hidden_size": 32}}, r"model\.hidden_size=32 differs from 16"),
+        ({"model": {"vocab_size": 260}}, r"model\.vocab_size=260 must be at least the 264"),
+    ],
+)
+def test_differences_that_are_refused(
+    base: tuple[Config, pathlib.Path], sections: dict[str, Any], message: str
+) -> None:
+    config = tuned(base, **sections)
+    with pytest.raises(ConfigError, match=message):
+        differences(open_origin(config.train.init_from), config)
+
+
+def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
+    config = tuned(base, model={"rope_theta": 5e5, "dropout": 0.1}, data={"sequence_length": 32})
+    told = differences(open_origin(config.train.init_from), config)
+    assert told == ["model.rope_theta 10000.0 → 500000.0", "data.sequence_length 16 → 32"]
+
+
+@pytest.mark.parametrize("place", ["nothing", "run/checkpoints/3", "export/hf"])
+def test_no_model_there(base: tuple[Config, pathlib.Path], place: str) -> None:
+    with pytest.raises(ConfigError, match=r"holds no model; give the workdir|step=3 is not a checkpoint"):
+        open_origin(str(base[1] / place))
+
+
+def test_the_config_of_a_run_that_names_none(base: tuple[Config, pathlib.Path]) -> None:
+    """The other's, but what was held out of its data goes with them, and it is not tuned as that was."""
+    config = config_of(open_origin(str(base[1] / "run")), own_data=True)
+    assert config.model == base[0].model and config.train.init_from == str(base[1] / "run")
+    assert config.data.validation_source == "" and config.tuning == TuningConfig()
+    of_export = config_of(open_origin(str(base[1] / "export")), own_data=True)
+    assert of_export.model == base[0].model and of_export.data.tokenizer.endswith("export/tokenizer.json")
+
+
+def test_a_tokenizer_may_only_grow(base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    text = train_bpe(["some words that are here, and here"] * 3, 270)
+    (tmp_path / "tokenizer.json").write_text(text)
+    origin = open_origin(str(base[1] / "export"))
+    own = origin._replace(config=with_fields(origin.config, data={"tokenizer": str(tmp_path / "tokenizer.json")}))
+    config = with_fields(base[0], model={"vocab_size": 300}, data={"tokenizer": "bpe"})
+    own = own._replace(config=with_fields(own.config, model={"vocab_size": 300}))
+    assert tokenizer_from(own, config).fingerprint == JsonTokenizer(text).fingerprint  # bpe: not trained anew
+    values = json.loads(text)
+    new = {"id": 280, "content": "<|call|>", "single_word": False, "lstrip": False, "rstrip": False}
+    values["added_tokens"].append(new | {"normalized": False, "special": True})
+    (tmp_path / "grown.json").write_text(json.dumps(values))
+    grown = with_fields(config, data={"tokenizer": str(tmp_path / "grown.json")})
+    assert tokenizer_from(own, grown).vocab_size == JsonTokenizer(text).vocab_size + 1
+    assert isinstance(load_tokenizer(base[0]), ByteTokenizer)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes gives other ids"):
+        tokenizer_from(own, with_fields(config, data={"tokenizer": "bytes"}))
+
+
+@pytest.mark.full
+def test_adapters_are_kept_alone_and_found_again(base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    """Trained on one mesh, resumed on another, merged for whoever reads the run; another base is refused."""
+    tuning = {"lora_rank": 2}
+    config = with_fields(tuned(base, tuning=tuning), optimizer={"learning_rate": 1e-2}, train={"steps": 4})
+    whole = run(config, tmp_path / "whole")
+    run(with_fields(config, train={"steps": 2}, mesh={"expert": 2, "tensor": 2}), tmp_path / "halves")
+    halves = run(config, tmp_path / "halves")
+    losses = [[r["eval/loss"] for r in records if "eval/loss" in r] for records in (whole, halves)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+    def size(folder: pathlib.Path) -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    for item in ("model", "optimizer"):
+        kept, full = (size(path / "checkpoints" / "4" / item) for path in (tmp_path / "whole", base[1] / "run"))
+        assert kept < 0.8 * full, (item, kept, full)
+    with quick(), jax.set_mesh(make_mesh(with_fields(config, mesh={"expert": 8}))):
+        _, model = restore(tmp_path / "whole")
+        with pytest.raises(ConfigError, match="holds adapters, and no whole model"):
+            restore_whole(tmp_path / "whole")
+    with quick(), jax.set_mesh(make_mesh(base[0])):
+        before = leaves(restore_whole(base[1] / "run")[1])
+    after = leaves(model)
+    moved = {name for name in before if (after[name] != before[name]).any()}
+    assert moved and all(("attention" in n or "mlp" in n) and "norm" not in n and "router" not in n for n in moved)
+    other = tmp_path / "other"
+    run(with_fields(base[0], train={"steps": 1, "seed": 7}), other)
+    with pytest.raises(
+        ConfigError, match=r"is not the model that this run was started from|step=4 is not a checkpoint"
+    ):
+        run(with_fields(config, train={"init_from": str(other), "steps": 5}), tmp_path / "whole")
+
+
+def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> None:
+    with pytest.raises(ConfigError, match=r"tuning\.lora_rank=4 adapts a model; say which: train\.init_from"):
+        load_config("tiny", ["tuning.lora_rank=4"])
+    with pytest.raises(ConfigError, match=r"tuning\.lora_targets=heads must be some of attention, "):
+        load_config("tiny", ["tuning.lora_rank=4", "train.init_from=x", "tuning.lora_targets=heads"])
+    with pytest.raises(ConfigError, match=r"balance_bias_rate=0\.001 moves the router's bias"):
+        load_config("tiny", ["tuning.train_router=false", "model.balance=bias"])
