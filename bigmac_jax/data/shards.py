@@ -204,7 +204,12 @@ def written(path: pathlib.Path, cache: pathlib.Path) -> Iterator[BinaryIO]:
 def _put(path: pathlib.Path, record: bytes) -> None:
     if not storage.is_store(path) and path.is_dir():  # whatever damage left there
         remove(path)
-    storage.write_whole(path, record)
+    try:
+        storage.write_whole(path, record)
+    except OSError as error:
+        if fix := disk_full(error, path):
+            raise ConfigError(f"{path} cannot be written: {fix}") from None
+        raise
 
 
 def _seal(record: Record) -> bytes:

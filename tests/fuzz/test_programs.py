@@ -29,7 +29,7 @@ DAMAGES: list[tuple[str, Sequence[str], Sequence[int]]] = [
     ("run/metrics.jsonl", (*TRAIN, *TO_8), (2, 7, 11)),
     ("run/checkpoints/4/manifest.json", (*TRAIN, *TO_8), (3, 5, 7)),
     ("run/tokenizer.json", (*TRAIN, *TO_8), (4, 11)),
-    ("cache/tokens/train-*/meta.json", (*TRAIN, *TO_8), (9, 11)),
+    ("cache/tokens/train-*/index.json", (*TRAIN, *TO_8), (9, 11)),
     ("cache/tokenizers/bpe-*.json", (*TRAIN, *TO_8), (0, 11)),
     ("run/config.json", EVAL, (3, 6, 9)),
     ("run/checkpoints/4/manifest.json", EVAL, (8,)),
