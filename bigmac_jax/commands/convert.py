@@ -97,8 +97,8 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     if hosts.several():
         raise ConfigError(f"{action} is done by one process, which may have many devices; start it alone")
     refuse_a_run(output, "--output")
-    runs.check_overrides(cli.OVERRIDES)
     saved = with_mesh(read_config(workdir), [given for given in cli.OVERRIDES if given.startswith("mesh.")])
+    runs.set_anew(saved, cli.OVERRIDES)  # before the work
     tokenizer = run_tokenizer(workdir, saved)
     train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
     if isinstance(train, Conversations) or isinstance(validation, Conversations):

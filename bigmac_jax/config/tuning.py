@@ -35,9 +35,9 @@ def validate_tuning(config: "Config", require: Any) -> None:
     require(tuning.objective == "pretrain" or local, f"data.source={config.data.source} has texts, and tuning.objective={tuning.objective} needs conversations; give a .jsonl file")  # fmt: skip
     require(tuning.objective == "pretrain" or not config.data.mixture, f"data.mixture is of texts, and tuning.objective={tuning.objective} reads one source of rows; use data.source")  # fmt: skip
     require(bool(train.tasks) or not train.tasks_every, f"train.tasks_every={train.tasks_every} needs train.tasks; name them, or use tasks_every=0")  # fmt: skip
-    require(tuning.train_router or model.balance != "quantile", "model.balance=quantile moves the router, and tuning.train_router=false leaves it alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
-    frozen = not tuning.train_router or tuning.lora_rank > 0
-    require(not (frozen and model.is_moe and model.has_router_bias and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {'tuning.lora_rank' if tuning.lora_rank else 'tuning.train_router=false'} leaves the router alone; use balance_bias_rate=0")  # fmt: skip
+    frozen = f"tuning.lora_rank={tuning.lora_rank}" if tuning.lora_rank else "" if tuning.train_router else "tuning.train_router=false"  # fmt: skip
+    require(not frozen or model.balance != "quantile", f"model.balance=quantile moves the router's bias, and {frozen} leaves the router alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
+    require(not (frozen and model.is_moe and model.balance == "bias" and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {frozen} leaves the router alone; use balance_bias_rate=0")  # fmt: skip
     if tuning.lora_rank:
         _validate_lora(config, require)
     require(tuning.teacher_weight <= 1, f"tuning.teacher_weight={tuning.teacher_weight:g} must be at most 1")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax import programs, storage
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.conversion.latent import LayerError
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
@@ -21,7 +21,7 @@ from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.fresh import write_fresh_run
+from bigmac_jax.training.fresh import check_fresh, write_fresh_run
 
 
 class Report(NamedTuple):
@@ -48,10 +48,18 @@ class Report(NamedTuple):
         return lines
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
+def set_anew(config: Config, overrides: Sequence[str]) -> Config:
+    """How the new run is trained: what the old one was tuned by does not go on unasked.
+
+    Raises:
+      ConfigError: a field of the model, or of what a run at step 0 can't be.
+    """
     for override in overrides:
         if not override.startswith(FREE):
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
+    train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
+    fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
+    return check_fresh(overridden(dataclasses.asdict(fresh), overrides))
 
 
 def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
@@ -94,7 +102,7 @@ def write_run(
             storage.write_whole(output / tokenizer.file, tokenizer.content)
             own = str(storage.absolute(output) / tokenizer.file)
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
-        config = overridden(dataclasses.asdict(config), overrides)
+        config = set_anew(config, overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
         storage.write_whole(output / "conversion.json", (json.dumps(values, indent=2) + "\n").encode())
         if report.layers:

@@ -26,7 +26,7 @@ from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
-from bigmac_jax.training.fresh import refuse_a_run, write_fresh_run
+from bigmac_jax.training.fresh import check_fresh, refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
 FREE = (
@@ -74,6 +74,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
     refuse_a_run(workdir, "--workdir")
     config, model = import_model(directory, overrides)
+    check_fresh(config)
     with held(workdir):
         given = any(override.startswith("data.tokenizer=") for override in overrides)
         own = "" if given else hosts.first(tokens.copy_tokenizer(directory, workdir) if hosts.is_first() else "")

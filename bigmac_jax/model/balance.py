@@ -56,7 +56,7 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding_BL: 
 def sorts(config: Config) -> bool:
     """Whether required biases are sorted, not counted: a batch that is small, in one part, and has no padding."""
     entries = config.data.batch_size * config.data.sequence_length * config.model.expert_count
-    whole = config.train.accumulate_steps == 1 and config.data.documents == "stream"
+    whole = config.train.accumulate_steps == 1 and not config.has_segments
     return whole and entries <= _MOST_SORTED
 
 

@@ -3,7 +3,8 @@
     loss = (1 - λ) CE(text) + λ KL(teacher ‖ student) + μ mean over layers of |x - x'|² / |x'|²  (+ the router's losses)
 
 λ is tuning.teacher_weight, μ tuning.hidden_weight, x' the teacher's residual stream behind the same layer. The teacher
-is frozen, reads the same windows, drops no token, and walks beside the student, layer by layer (Hinton et al. 2015,
+is frozen, reads the same windows, drops no token, and walks beside the student, layer by layer. Of a batch in parts the
+last term is the mean over the parts (Hinton et al. 2015,
 arXiv 1503.02531; hidden states as in Jiao et al. 2020, "TinyBERT").
 
 B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers.
@@ -68,7 +69,8 @@ def _side_by_side(
         x_BLD, aux = layer(x_BLD, key, load_E, False, documents)
         t_BLD, _ = of_teacher(t_BLD, None, None, True, documents)
         t_BLD = jax.lax.stop_gradient(t_BLD)
-        squares = [(jnp.square(v.astype(jnp.float32)) * real_BL1).sum() for v in (x_BLD - t_BLD, t_BLD)]
+        ours, theirs = (v.astype(jnp.float32) for v in (x_BLD, t_BLD))
+        squares = [(jnp.square(v) * real_BL1).sum() for v in (ours - theirs, theirs)]
         return (x_BLD, t_BLD), (aux, squares[0] / jnp.maximum(squares[1], 1e-20))
 
     x_BLD, keys_Y = model.embedded(batch.inputs_BL, position_BL, dropout_key)

@@ -21,6 +21,14 @@ def refuse_a_run(workdir: pathlib.Path, flag: str) -> None:
             raise ConfigError(f"{flag}={workdir} holds a run; give another one")
 
 
+def check_fresh(config: Config) -> Config:
+    """The config; raises ConfigError for one that begins with another model."""
+    for name, value in (("train.init_from", config.train.init_from), ("tuning.lora_rank", config.tuning.lora_rank)):
+        if value:
+            raise ConfigError(f"{name}={value} begins with the model that is written here; give it to train.py then")
+    return config
+
+
 def write_fresh_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
     """Of a model on the current mesh, its optimizer's state fresh; the workdir is held.
 

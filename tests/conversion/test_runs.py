@@ -58,6 +58,7 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
     assert "holds a run" in command("convert.py", "latent", run, f"--output={tmp_path / 'run'}", code=2)
     for override, why in (
         ("model.top_k=1", "the model says what it is"),
+        ("train.init_from=x", "give it to train.py"),
         ("train.step=1", "did you mean train.steps?"),
     ):
         argv = ("convert.py", "widen", run, f"--output={tmp_path / 'a'}", f"--config.{override}")
