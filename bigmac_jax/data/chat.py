@@ -37,6 +37,7 @@ PLAIN = (
 )
 ROLES = ("system", "developer", "user", "assistant")
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: they mark answers in what is rendered
+_ANSWER = "\ufdd2"  # of the same kind: stands for an answer
 Messages = Sequence[dict[str, str]]
 
 
@@ -73,6 +74,7 @@ class Chat:
 
     Attributes:
       end: the end of text, by its name.
+      stop: the special token that ends an answer, where that is another one; else nothing.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str = DEFAULT, special: dict[str, str] | None = None):
@@ -90,6 +92,7 @@ class Chat:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
+        self.stop = self._stop()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts in which special tokens stand by their names."""
@@ -134,6 +137,17 @@ class Chat:
         cuts.append(len(text))
         parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
         return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+
+    def _stop(self) -> tuple[str, ...]:
+        try:
+            text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}], False)
+        except ChatError:
+            return ()
+        _, found, behind = text.rpartition(_ANSWER)
+        if not found:
+            return ()
+        first = min((name for name in self._names if name in behind), key=behind.find, default=self.end)
+        return () if first == self.end else (first,)
 
     def check_text(self, text: str, what: str, index: int | None = None) -> None:
         """Raises ChatError if a text holds what only a template may write."""

@@ -110,6 +110,21 @@ def test_a_template_without_marks_is_cut_where_its_answers_are(tmp_path: pathlib
     assert bytes_of(sequence)[: n + 1] == prompt and bytes_of(sequence, "targets")[:n] == [NO_TARGET] * n
 
 
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (CHATML, ("<|im_end|>",)),
+        (CHATML.replace("{% for", "<|im_start|>{% for"), ("<|im_end|>",)),
+        (DEFAULT, ()),  # the end of text, where a model stops anyway
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", ()),
+        ("<|im_start|>{{ messages[0].content }}<|im_end|>", ()),  # shows no answer
+        ("{{ raise_exception('no system') }}", ()),
+    ],
+)
+def test_the_token_that_ends_an_answer(template: str, stop: tuple[str, ...]) -> None:
+    assert Chat(bpe(), template).stop == stop
+
+
 def test_marked_and_unmarked_templates_agree() -> None:
     unmarked = DEFAULT.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     marked, plain = (Chat(ByteTokenizer(), template).pieces(TURNS) for template in (DEFAULT, unmarked))
