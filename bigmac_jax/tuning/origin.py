@@ -13,6 +13,7 @@ from jax import Array
 
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
+from bigmac_jax.data.chat import chat_in, read_chat
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
@@ -126,6 +127,25 @@ def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
     return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))
 
 
+def with_chat_of(origin: Origin, config: Config) -> Config:
+    """The config by which rows are encoded: where it names no tokenizer or no chat template of its own, it names the
+    origin's."""
+    data, tuning = config.data, config.tuning
+    if data.tokenizer == "bpe":
+        data = dataclasses.replace(data, tokenizer=origin.config.data.tokenizer)
+    if not read_chat(tuning.chat_template, data.tokenizer, "tuning.chat_template").template:
+        folder = _folder(origin)
+        if chat_in(folder).template:
+            tuning = dataclasses.replace(tuning, chat_template=str(folder))
+    return dataclasses.replace(config, data=data, tuning=tuning)
+
+
+def _folder(origin: Origin) -> pathlib.Path:
+    """The workdir, or what has no workdir."""
+    path = storage.locate(origin.place, "train.init_from")
+    return path.parent.parent if origin.step and path.parent.name == "checkpoints" else path
+
+
 def _extends(given: Tokenizer, own: Tokenizer) -> bool:
     """Whether all tokens have their old ids."""
     if not (isinstance(given, JsonTokenizer) and isinstance(own, JsonTokenizer)):
@@ -194,14 +214,12 @@ def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
 
 def read_model(origin: Origin, source: Config) -> Transformer:
     """The model as it is there, on the current mesh; `source`: its config, with that mesh."""
-    path = storage.locate(origin.place, "train.init_from")
     if origin.step:
-        workdir = path.parent.parent if path.parent.name == "checkpoints" else path
-        return restore_step(workdir, origin.step, source)[1]
+        return restore_step(_folder(origin), origin.step, source)[1]
     values = dataclasses.asdict(source)
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
-    with storage.local_folder(path) as directory:
+    with storage.local_folder(_folder(origin)) as directory:
         return import_model(directory, overrides)[1]
 
 

@@ -169,6 +169,20 @@ def test_a_bad_row_is_one_line_with_its_number(tmp_path: pathlib.Path, row: Any,
         conversations(tmp_path, [good, row, good])
 
 
+def test_an_answer_without_a_token_is_bad(tmp_path: pathlib.Path) -> None:
+    """A tokenizer may strip what it is given."""
+    values = json.loads(bpe().json_text) | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    tokenizer, template = JsonTokenizer(json.dumps(values)), tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ("two", " ")]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2: the tokenizer makes no token of its answer"):
+        conversations(tmp_path, rows, tokenizer=tokenizer, chat_template=str(template))
+    fields = {"bad_rows": "skip", "chat_template": str(template)}
+    assert conversations(tmp_path, rows, tokenizer=tokenizer, **fields).num_documents == 1
+
+
 def test_a_template_error_is_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no system, please') }}")
     with pytest.raises(ConfigError, match=r"line 1: the chat template does not take these messages: no system, please"):
