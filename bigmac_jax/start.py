@@ -37,7 +37,16 @@ from bigmac_jax.training.workdir import (
     with_own_template,
     write_run,
 )
-from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from, with_chat_of
+from bigmac_jax.tuning.origin import (
+    ORIGIN,
+    Origin,
+    differences,
+    load,
+    origin_of,
+    tokenizer_from,
+    with_chat_of,
+    with_places,
+)
 from bigmac_jax.tuning.reference import reference_nll
 from bigmac_jax.tuning.teacher import TEACHER, fitting, read_teacher, teacher_of
 
@@ -78,11 +87,12 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     with hosts.together():
         check_boards(config.train.wandb)
         resumed = has_run(workdir)
-        if resumed:
-            check_resume(read_config(workdir), config)
+        saved = read_config(workdir) if resumed else config
+        check_resume(saved, config)
+        moved = with_places(saved).train.init_from != config.train.init_from
         # A run that has a checkpoint of all parameters does not look back.
         preferred = config.tuning.objective == "dpo"
-        begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
+        begins = config.tuning.lora_rank or preferred or moved or not manifest.steps(workdir)
     origin = origin_of(workdir, config) if config.train.init_from and begins else None
     teacher = teacher_of(workdir, config) if config.tuning.teacher else None
     with NOW.doing("data"), hosts.together():

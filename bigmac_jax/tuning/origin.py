@@ -84,6 +84,17 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
     return origin
 
 
+def with_places(config: Config) -> Config:
+    """The config in which models are found from any working directory."""
+
+    def whole(place: str, name: str) -> str:
+        return place and str(storage.absolute(storage.locate(place, name)))
+
+    train = dataclasses.replace(config.train, init_from=whole(config.train.init_from, "train.init_from"))
+    tuning = dataclasses.replace(config.tuning, teacher=whole(config.tuning.teacher, "tuning.teacher"))
+    return dataclasses.replace(config, train=train, tuning=tuning)
+
+
 def config_of(origin: Origin, own_data: bool) -> Config:
     """What a run that begins there has where nobody says otherwise: the model and how it was trained.
 
@@ -270,4 +281,21 @@ def restore_step(
 
 def origin_of(workdir: pathlib.Path, config: Config) -> Origin:
     """Of a run; the one that it recorded, if it has begun."""
-    return open_origin(config.train.init_from, run_of(workdir)["data"].get(ORIGIN, ""))
+    return open_recorded(workdir, config.train.init_from, ORIGIN, "train.init_from")
+
+
+def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Origin:
+    """What the field `name` of a run says; if it has begun, what its run.json has under `key`. Errors as for
+    `open_origin`."""
+    identity = run_of(workdir)["data"].get(key, "")
+    try:
+        return open_origin(place, identity, name)
+    except ConfigError as error:
+        if not identity:
+            raise
+        step = identity.partition(":")[0]
+        of_step = f", with its checkpoint {step}" if step else ""
+        raise ConfigError(
+            f"{error} ({workdir} needs {name}={place} as it was{of_step}; if that was moved, resume once with "
+            f"--config.{name}=PLACE)"
+        ) from None
