@@ -7,6 +7,7 @@ python convert.py upcycle --workdir=DIR --output=NEW --experts=8 [--top_k=2] [--
 python convert.py widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--config.train.…]
 """
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -88,7 +89,10 @@ def _export(workdir: pathlib.Path) -> None:
 
 def _import(workdir: pathlib.Path) -> None:
     cli.agree(None, __name__)
-    with storage.local_folder(storage.locate(_CHECKPOINT.value, "--checkpoint")) as directory:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            place = storage.locate(_CHECKPOINT.value, "--checkpoint")
+            directory = stack.enter_context(storage.local_folder(place))
         config = import_run(directory, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
 

@@ -1,5 +1,6 @@
 """Where a run begins: at a model that was trained before, named by train.init_from. V vocabulary, D hidden."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -230,7 +231,9 @@ def read_model(origin: Origin, source: Config) -> Transformer:
     values = dataclasses.asdict(source)
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
-    with storage.local_folder(_folder(origin)) as directory:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():  # a store may fail for one process alone
+            directory = stack.enter_context(storage.local_folder(_folder(origin)))
         return import_model(directory, overrides)[1]
 
 

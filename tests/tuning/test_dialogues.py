@@ -8,14 +8,17 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import pytest
 
+from bigmac_jax import hosts, start
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
 from bigmac_jax.data.chat import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange.tokens import copy_tokenizer, end_ids, write_tokenizer
+from bigmac_jax.mesh import make_mesh
 from bigmac_jax.serving.chat import load_dialogue
 from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
 from bigmac_jax.training.workdir import with_own_template, write_run
@@ -152,6 +155,23 @@ def test_the_rows_of_a_run_have_the_date_of_its_first_start(
         assert isinstance(stream, Conversations) and text_of(stream, tokenizer).startswith("03 Feb 2031")
     with pytest.raises(ConfigError, match="the train rows are other tokens than this workdir was started with"):
         check_rows(workdir, rows_of({"train": stream}))
+
+
+def test_another_template_is_refused_before_anything_compiles(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by all processes: the first alone would leave the others waiting."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name + TEMPLATE)
+    first, second = (config_of(tmp_path, "bytes", chat_template=str(tmp_path / name)) for name in ("first", "second"))
+    begun(first, first, ByteTokenizer(), tmp_path / "run")
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(start, "make_trainer", lambda *_: pytest.fail("it goes on"))
+    with (
+        jax.set_mesh(make_mesh(first)),
+        pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*/run/chat_t"),
+    ):
+        start.start(second, tmp_path / "run")
 
 
 def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: pathlib.Path) -> None:

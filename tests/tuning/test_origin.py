@@ -1,9 +1,11 @@
 """Runs that begin with a trained model: the same loss on any mesh and from any form, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,21 +14,24 @@ import pytest
 from model.tools import leaves
 from training.tools import quick, read_records, small
 
-from bigmac_jax import loop
+from bigmac_jax import hosts, loop, storage
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training.checkpoint import restore as restore_whole
 from bigmac_jax.training.workdir import run_tokenizer, write_run
+from bigmac_jax.tuning import origin as origins
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.origin import (
     ORIGIN,
+    Origin,
     config_of,
     differences,
     load,
     open_origin,
     origin_of,
+    read_model,
     tokenizer_from,
     with_places,
 )
@@ -249,6 +254,31 @@ def test_where_the_model_lies_may_change_and_whether_there_is_one_may_not(
     )
     with pytest.raises(ConfigError, match=message):
         origin_of(tmp_path / "run", whole)
+
+
+def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that fails for one process ends them all, before they read tensors together."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        entered.append("together")
+        try:
+            yield
+        finally:
+            entered.append("apart")
+
+    @contextlib.contextmanager
+    def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
+        entered.append("fetch")
+        yield path
+        entered.append("removed")
+
+    monkeypatch.setattr(hosts, "together", together)
+    monkeypatch.setattr(storage, "local_folder", fetched)
+    monkeypatch.setattr(origins, "import_model", lambda directory, overrides: (directory, entered.append("read")))
+    read_model(Origin(str(tmp_path), "", "digest", Config()), Config())
+    assert entered == ["together", "fetch", "apart", "read", "removed"]
 
 
 def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> None:
