@@ -33,6 +33,7 @@ from bigmac_jax.training.metrics import (
 )
 from bigmac_jax.training.records import read_records
 from bigmac_jax.training.step import StepMetrics, TrainState
+from bigmac_jax.tuning.origin import with_places
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     """
     NOW.begin("start")
     try:
+        config = with_places(config)
         with held(workdir):
             started = start(config, workdir)
             run = _Run(config, workdir, started)

@@ -24,6 +24,7 @@ from bigmac_jax.programs import evaluation_rows, step_program
 from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
 from bigmac_jax.training.metrics import describe_auto
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import (
@@ -31,13 +32,21 @@ from bigmac_jax.training.workdir import (
     check_data,
     check_shared,
     has_run,
-    keep_template,
     read_config,
     run_tokenizer,
     with_own_template,
     write_run,
 )
-from bigmac_jax.tuning.origin import ORIGIN, Origin, differences, load, origin_of, tokenizer_from
+from bigmac_jax.tuning.origin import (
+    ORIGIN,
+    Origin,
+    differences,
+    load,
+    origin_of,
+    tokenizer_from,
+    with_chat_of,
+    with_places,
+)
 from bigmac_jax.tuning.reference import reference_nll
 from bigmac_jax.tuning.teacher import TEACHER, fitting, read_teacher, teacher_of
 
@@ -78,11 +87,12 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     with hosts.together():
         check_boards(config.train.wandb)
         resumed = has_run(workdir)
-        if resumed:
-            check_resume(read_config(workdir), config)
+        saved = read_config(workdir) if resumed else config
+        check_resume(saved, config)
+        moved = with_places(saved).train.init_from != config.train.init_from
         # A run that has a checkpoint of all parameters does not look back.
         preferred = config.tuning.objective == "dpo"
-        begins = config.tuning.lora_rank or preferred or not manifest.steps(workdir)
+        begins = config.tuning.lora_rank or preferred or moved or not manifest.steps(workdir)
     origin = origin_of(workdir, config) if config.train.init_from and begins else None
     teacher = teacher_of(workdir, config) if config.tuning.teacher else None
     with NOW.doing("data"), hosts.together():
@@ -91,16 +101,21 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         else:
             tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
         changed = differences(origin, config) if origin else []
-        read = with_own_template(workdir, config) if resumed else config
+        read = with_own_template(workdir, config) if resumed else with_chat_of(origin, config) if origin else config
         train_stream = open_stream(read, "train", tokenizer)
         validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
+        chat = run_chat(read, train_stream)
+        check_template(workdir, chat)
         data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
         data_is |= {"validation": validation.text} if validation else {}
+        rows_are = rows_of({"train": train_stream, "validation": validation})
         data_is |= {ORIGIN: origin.identity} if origin else {}
         teacher = fitting(teacher, config, tokenizer) if teacher else None
         data_is |= {TEACHER: teacher.identity} if teacher else {}
         if resumed:
             check_data(workdir, config, data_is)
+            check_rows(workdir, rows_are)
+        data_is |= rows_are
         jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
@@ -123,9 +138,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
-        if isinstance(train_stream, Conversations):
-            keep_template(workdir, train_stream.chat.template)
-        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer)
+        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer, chat)
     _describe(config, state, train_stream.num_tokens, newest)
     if origin and not newest:
         at = f", step {origin.step}" if origin.step else ""

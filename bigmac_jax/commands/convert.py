@@ -7,6 +7,7 @@ python convert.py upcycle --workdir=DIR --output=NEW --experts=8 [--top_k=2] [--
 python convert.py widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--config.train.…]
 """
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -14,7 +15,7 @@ from absl import flags
 from bigmac_jax import cli, conversion, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.conversion import runs
-from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
+from bigmac_jax.data.chat import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.checkpoint import restore_parts
@@ -80,7 +81,7 @@ def _export(workdir: pathlib.Path) -> None:
         max_shard_size=_MAX_SHARD_SIZE.value,
         tokenizer=tokenizer,
         trained=Trained(step, loss),
-        chat_template=template.read_text() if (template := workdir / CHAT_TEMPLATE).is_file() else "",
+        chat=chat_in(workdir),
     )
     how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
     hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}{how}")
@@ -88,7 +89,10 @@ def _export(workdir: pathlib.Path) -> None:
 
 def _import(workdir: pathlib.Path) -> None:
     cli.agree(None, __name__)
-    with storage.local_folder(storage.locate(_CHECKPOINT.value, "--checkpoint")) as directory:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            place = storage.locate(_CHECKPOINT.value, "--checkpoint")
+            directory = stack.enter_context(storage.local_folder(place))
         config = import_run(directory, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
 

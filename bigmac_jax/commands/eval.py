@@ -8,7 +8,6 @@ from absl import flags
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.cache import TokenStream
-from bigmac_jax.data.chat import FILE
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
@@ -18,7 +17,7 @@ from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.checkpoint import find_checkpoint
-from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer, with_own_template
 from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
@@ -62,8 +61,9 @@ def main() -> None:
                 raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
             if text_file:
                 raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
-            template = str(workdir / FILE) if (workdir / FILE).is_file() else ""
-            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, tokenizer, length, template)
+            own = with_own_template(workdir, config)
+            template = own.tuning.chat_template
+            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, own, tokenizer, length, template)
         else:
             if _TASK_DATA.value or _LIMIT.value:
                 raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")

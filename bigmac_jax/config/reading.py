@@ -26,13 +26,16 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
               "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
               "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
               "data.num_workers", "cache_dir")  # fmt: skip
+# What they name may be moved; that it is the same model is checked where it is opened (`tuning.origin.open_origin`).
+_MODELS = ("train.init_from", "tuning.teacher")
 
 
 def check_resume(saved: Config, new: Config) -> None:
     """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
     before, after = dict(field_values(dataclasses.asdict(saved))), dict(field_values(dataclasses.asdict(new)))
     for name, value in after.items():
-        if before[name] != value and not name.startswith(MAY_CHANGE):
+        may = name.startswith(MAY_CHANGE) or (name in _MODELS and before[name] and value)
+        if before[name] != value and not may:
             raise ConfigError(
                 f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; "
                 f"keep {before[name]!r}, or use a new --workdir"

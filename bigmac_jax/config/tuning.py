@@ -15,7 +15,7 @@ class TuningConfig:
     """What a model is tuned on, and what of it is trained (docs/finetune.md)."""
 
     objective: str = "pretrain"  # pretrain: all of a text | sft: answers alone | dpo: answers against worse ones
-    chat_template: str = ""  # a Jinja file; "" = the one beside the tokenizer, or without that our own
+    chat_template: str = ""  # a Jinja file, or its folder; "" = beside the tokenizer, else the model's, else ours
     bad_rows: str = "stop"  # stop | skip: leave them out, and say how many for what reason
     train_router: bool = True  # false: which experts a token goes to is decided as before
     lora_rank: int = 0  # of the adapters (LoRA) that are trained instead of the model; 0 = the model itself

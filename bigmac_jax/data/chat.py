@@ -8,6 +8,7 @@ the same pieces: an answer begins with a token of its own, as it does when a mod
 import datetime
 import itertools
 import json
+import logging
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -20,10 +21,13 @@ import jinja2.sandbox
 import tokenizers
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data.documents import once
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
 from bigmac_jax.storage import errors, locate, reason
 
-FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run that was tuned with one
+FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run
+SETTINGS = "tokenizer_config.json"  # likewise; there it has special tokens' names, and the date of a run's rows
+_SPECIAL, _DATE = ("bos_token", "eos_token", "pad_token", "unk_token"), "strftime_now"
 # Of a model that was tuned without a template of its own.
 DEFAULT = (
     "{% for message in messages %}{% if message.role == 'assistant' %}Assistant:{% generation %} {{ message.content }}"
@@ -37,6 +41,7 @@ PLAIN = (
 )
 ROLES = ("system", "developer", "user", "assistant")
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: they mark answers in what is rendered
+_ANSWER = "\ufdd2"  # of the same kind: stands for an answer
 Messages = Sequence[dict[str, str]]
 
 
@@ -51,6 +56,24 @@ class ChatError(ValueError):
 class Piece(NamedTuple):
     text: str
     answer: bool
+
+
+class ChatFiles(NamedTuple):
+    """What files say of a model's dialogues.
+
+    Attributes:
+      special: bos_token and the like, by these names.
+      place: of the template, "" without one.
+      date: ISO, of what strftime_now gives where a run reads its rows; "" = now.
+    """
+
+    template: str = ""
+    special: dict[str, str] = {}  # noqa: RUF012  nobody changes it
+    place: str = ""
+    date: str = ""
+
+
+NO_CHAT = ChatFiles()
 
 
 class _Generation(jinja2.ext.Extension):
@@ -69,27 +92,39 @@ class Chat:
     """A template with a tokenizer.
 
     Args:
-      special: what the template calls eos_token and the like; the tokenizer's end of text without it.
+      special: what the template calls eos_token and the like, if it is a special token of the tokenizer; the
+        tokenizer's end of text without it.
+      date: ISO, of what strftime_now gives; now without it.
 
     Attributes:
+      files: what it is made of.
       end: the end of text, by its name.
+      stop: the special token that ends an answer, where that is another one; else nothing.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str = DEFAULT, special: dict[str, str] | None = None):
-        self.template = template
+    def __init__(
+        self, tokenizer: Tokenizer, template: str = DEFAULT, special: dict[str, str] | None = None, date: str = ""
+    ):
+        self.template, self.files = template, ChatFiles(template, special or {}, date=date)
         self._encode_batch, self._names = _encoder(tokenizer)
         self.end = self._names[0]
-        self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | (special or {})
+        known = {name: value for name, value in (special or {}).items() if self.knows(value)}
+        self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | known
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        environment.globals |= {"raise_exception": _refuse, _DATE: self._date}
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(template)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
+        self.stop = self._stop()
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a special token."""
+        return name in self._names
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts in which special tokens stand by their names."""
@@ -135,6 +170,21 @@ class Chat:
         parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
         return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
 
+    def _date(self, form: str) -> str:
+        date = datetime.datetime.fromisoformat(self.files.date) if self.files.date else datetime.datetime.now()
+        return date.strftime(form)
+
+    def _stop(self) -> tuple[str, ...]:
+        try:
+            text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}], False)
+        except ChatError:
+            return ()
+        _, found, behind = text.rpartition(_ANSWER)
+        if not found:
+            return ()
+        first = min((name for name in self._names if name in behind), key=behind.find, default=self.end)
+        return () if first == self.end else (first,)
+
     def check_text(self, text: str, what: str, index: int | None = None) -> None:
         """Raises ChatError if a text holds what only a template may write."""
         found = next((name for name in (*self._names, _BEGIN, _END) if name in text), None)
@@ -154,38 +204,93 @@ class Chat:
             raise ChatError(f"the chat template does not take these messages: {error}") from None
 
 
-def load_chat(tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT) -> Chat:
-    """The template of a file; without one that of the tokenizer_config.json or the chat_template.jinja beside the
-    tokenizer's file, if there is one, else `default`.
+def chat_in(folder: pathlib.Path) -> ChatFiles:
+    """Of chat_template.jinja and tokenizer_config.json, which may be missing.
+
+    Raises:
+      ConfigError: a template that cannot be read.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS).read_bytes())
+    except errors(ValueError):
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
+    special = {}
+    for name in _SPECIAL:
+        value = settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str) and value:
+            special[name] = value
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), ""
+        )
+    template, place = (found, folder / SETTINGS) if isinstance(found, str) and found else ("", "")
+    if (folder / FILE).is_file():  # transformers, too, takes it first
+        template, place = _text(folder / FILE, str(folder / FILE)), folder / FILE
+    return ChatFiles(template, special, str(place), str(settings.get(_DATE, "")))
+
+
+def read_chat(file: str, tokenizer_file: str, setting: str) -> ChatFiles:
+    """What a Jinja file, or a folder as of `chat_in`, says, and what stands beside the tokenizer's file: the template
+    of the first that has one, but the names of the tokenizer's special tokens are rather those beside it.
 
     Args:
       setting: the flag or the field that gives the file.
 
     Raises:
-      ConfigError: a file that cannot be read, or is no template.
+      ConfigError: a file that cannot be read, or a folder without a template.
     """
-    special: dict[str, str] = {}
-    template = ""
+    given = beside = NO_CHAT
     if tokenizer_file.endswith((".json", ".model")):
-        folder = pathlib.Path(tokenizer_file).expanduser().parent
-        try:
-            settings: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_bytes())
-        except (OSError, ValueError):
-            settings = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = settings.get(name)
-            if value := value.get("content", "") if isinstance(value, dict) else value:
-                special[name] = value
-        found = settings.get("chat_template", "")
-        template = found if isinstance(found, str) else ""
-        beside = folder / FILE
-        template = beside.read_text() if not template and beside.is_file() else template
+        beside = chat_in(locate(tokenizer_file, "data.tokenizer").parent)
     if file:
-        try:
-            template = locate(file, setting).read_text()
-        except errors(UnicodeDecodeError) as error:
-            raise ConfigError(f"{setting}={file} cannot be read ({reason(error)}); give a Jinja file") from None
-    return Chat(tokenizer, template or default, special)
+        path = locate(file, setting)
+        if path.is_dir():
+            given = chat_in(path)._replace(date="")  # another run's
+            if not given.template:
+                raise ConfigError(f"{setting}={file} holds neither {FILE} nor a {SETTINGS} with a chat template")
+        else:
+            given = chat_in(path.parent)._replace(template=_text(path, f"{setting}={file}"), place=file)
+    template, place = (given if given.template else beside)[::2]
+    return ChatFiles(template, beside.special or given.special, place, given.date)
+
+
+def chat_contents(files: ChatFiles) -> dict[str, bytes]:
+    """By name, the files that `chat_in` reads so; none if there is nothing to say."""
+    if not (files.template or files.special):
+        return {}
+    values = files.special | ({_DATE: files.date} if files.date else {})
+    settings = {SETTINGS: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
+    return settings | ({FILE: files.template.encode()} if files.template else {})
+
+
+def load_chat(
+    tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, dated: bool = False
+) -> Chat:
+    """The template that `read_chat` finds, else `default`; arguments and errors as there, or it is no template.
+
+    Args:
+      dated: strftime_now gives the date that the files say, or always that of now; else the time of each answer.
+    """
+    files = read_chat(file, tokenizer_file, setting)
+    template = files.template or default
+    date = files.date or datetime.datetime.now().isoformat() if dated and _DATE in template else ""
+    chat = Chat(tokenizer, template, files.special, date)
+    for name, value in files.special.items():
+        if not chat.knows(value):
+            once(logging.WARNING, f"{name}={value!r} is no special token of data.tokenizer; chat templates lack it")
+    of = f"of {files.place}" if files.place else "that is our own, User: … and Assistant: …; no other was found"
+    once(logging.INFO, f"messages go through the chat template {of}")
+    return chat
+
+
+def _text(file: pathlib.Path, name: str) -> str:
+    try:
+        return file.read_text()
+    except errors(UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} cannot be read ({reason(error)}); give a Jinja file") from None
 
 
 def _encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[list[int]]], list[str]]:
@@ -213,10 +318,6 @@ def _encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[list[
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

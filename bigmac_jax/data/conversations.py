@@ -6,6 +6,7 @@ list of messages and the two are answers to it. A text is followed by the end of
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -75,7 +76,9 @@ class Conversations:
             )
         self._docs, self._config, self.split = docs, config, split
         self.name, self.text, self.eos_id = docs.name, docs.fingerprint, tokenizer.eos_id
-        self.chat = load_chat(tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template")
+        self.chat = load_chat(
+            tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
+        )
         self.sequences: list[np.ndarray] = []  # int32 [2, n]: inputs and targets, NO_TARGET where none counts
         self.num_words = self.num_bytes = 0
         self._read()
@@ -87,6 +90,14 @@ class Conversations:
     def pairs(self) -> bool:
         """Whether sequences 2i and 2i + 1 are the two of row i."""
         return self._config.tuning.objective == "dpo"
+
+    @property
+    def rows(self) -> str:
+        """The fingerprint of `sequences`: also of what encodes the files, as templates and dates do."""
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(len(sequence[0]).to_bytes(8) + np.ascontiguousarray(sequence, "<i4").tobytes())
+        return digest.hexdigest()
 
     @property
     def num_documents(self) -> int:
@@ -105,7 +116,12 @@ class Conversations:
             pieces = [piece.text for example in batch for pieces in example.sequences for piece in pieces]
             encoded = iter(self.chat.encode_batch(pieces))
             for example in batch:
-                made = [_sequence(pieces, [next(encoded) for _ in pieces], self.eos_id) for pieces in example.sequences]
+                tokens = [[next(encoded) for _ in pieces] for pieces in example.sequences]
+                try:
+                    made = [_sequence(*of, self.eos_id) for of in zip(example.sequences, tokens, strict=True)]
+                except _BadRowError as error:
+                    self._bad(bad, example.place, error)
+                    continue
                 size = sum(sequence.shape[1] for sequence in made)
                 if size > longest:
                     told = f"its {size} tokens are more than data.sequence_length={longest}"
@@ -234,9 +250,15 @@ class Windows:
 
 
 def _sequence(pieces: Sequence[Piece], encoded: Sequence[list[int]], end: int) -> np.ndarray:
-    """int32 [2, n], up to the last token of an answer; one that begins a text is predicted from the end of another."""
+    """int32 [2, n], up to the last token of an answer; one that begins a text is predicted from the end of another.
+
+    Raises:
+      _BadRowError: no answer has a token.
+    """
     tokens = np.array([token for ids in encoded for token in ids], np.int32)
-    answer = np.repeat([piece.answer for piece in pieces], [len(ids) for ids in encoded])
+    answer = np.repeat([piece.answer for piece in pieces], [len(ids) for ids in encoded]).astype(bool)
+    if not answer.any():
+        raise _BadRowError("without an answer", "the tokenizer makes no token of its answer")
     if answer[0]:
         tokens, answer = np.insert(tokens, 0, end), np.insert(answer, 0, False)
     stop = int(np.flatnonzero(answer)[-1]) + 1

@@ -13,6 +13,7 @@ from jax import Array
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
+from bigmac_jax.data.chat import NO_CHAT, ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, shards, tokens
 from bigmac_jax.interchange.card import Trained
@@ -56,7 +57,7 @@ def export_model(
     max_shard_size: str = "5GB",
     tokenizer: Tokenizer | None = None,
     trained: Trained | None = None,
-    chat_template: str = "",
+    chat: ChatFiles = NO_CHAT,
 ) -> str:
     """Writes a model as safetensors, whole or not at all → the model_type of its config.json.
 
@@ -70,7 +71,7 @@ def export_model(
       max_shard_size: such as 5GB.
       tokenizer: is written beside the model.
       trained: what the model card says of the run.
-      chat_template: Jinja, is written beside the tokenizer.
+      chat: its template and special tokens' names are written beside the tokenizer.
 
     Raises:
       ConfigError: no equivalent, or `output` is there already or cannot be written.
@@ -98,11 +99,12 @@ def export_model(
         head = layout.to_json(config, leaves) | {"dtype": dtype}
         _write(directory / "config.json", head if layout is plain else head | ids | {"pad_token_id": None})
         if tokenizer:
-            tokens.write_tokenizer(directory, config, tokenizer)
-        if chat_template:
-            (directory / CHAT_TEMPLATE).write_text(chat_template)
+            tokens.write_tokenizer(directory, config, tokenizer, chat.special)
+        if chat.template:
+            (directory / CHAT_TEMPLATE).write_text(chat.template)
         if tokenizer and layout is not plain:
-            _write(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
+            ends = {"eos_token_id": tokens.end_ids(tokenizer, chat.special), "pad_token_id": tokenizer.eos_id}
+            _write(directory / "generation_config.json", ids | ends)
         if layout is bigmac:
             for file in bigmac.CODE:
                 shutil.copyfile(file, directory / file.name)

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
@@ -9,13 +11,19 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bigmac_jax import storage
 from bigmac_jax.config import Config
+from bigmac_jax.data.chat import chat_contents, chat_in
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 
 
-def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer) -> None:
+def write_tokenizer(
+    directory: pathlib.Path, config: Config, tokenizer: Tokenizer, special: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """So that transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does, special tokens' names included.
+
+    Args:
+      special: bos_token and the like, where these are others than the end of text.
 
     A SentencePiece model is copied: it has no tokenizer.json.
     """
@@ -42,7 +50,7 @@ def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenize
         "model_max_length": config.data.sequence_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text that happens to hold "<|endoftext|>" is text
-    }
+    } | {name: value for name, value in special.items() if whole.token_to_id(value) is not None}
     _write(directory / "tokenizer_config.json", settings)
 
 
@@ -62,10 +70,22 @@ def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]:
+    """Where transformers' generation ends: the end of text, and what is called eos_token, if that is another."""
+    if isinstance(tokenizer, JsonTokenizer):
+        other = tokenizers.Tokenizer.from_str(tokenizer.json_text).token_to_id(special.get("eos_token", ""))
+        if other not in (None, tokenizer.eos_id):
+            return [tokenizer.eos_id, other]
+    return tokenizer.eos_id
+
+
 def copy_tokenizer(source: pathlib.Path, workdir: pathlib.Path) -> str:
-    """Copies the tokenizer beside a checkpoint → data.tokenizer of the workdir; "" if there is none."""
+    """Copies the tokenizer beside a checkpoint, its special tokens' names and its chat template → data.tokenizer of the
+    workdir; "" if there is none."""
     for name in NAMES:
         if (source / name).is_file():
+            for kept, content in chat_contents(chat_in(source)).items():
+                storage.write_whole(workdir / kept, content)
             storage.write_whole(workdir / name, (source / name).read_bytes())
             return str(storage.absolute(workdir) / name)
     return ""

@@ -16,7 +16,7 @@ class Dialogue:
 
     def __init__(self, chat: Chat):
         self._chat = chat
-        self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else ()
+        self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
     def prompt(self, messages: Messages) -> list[int]:
         """Raises ApiError for messages that the template does not take."""

@@ -13,6 +13,7 @@ from typing import Any
 from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
 from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
+from bigmac_jax.data.chat import NO_CHAT, SETTINGS, ChatFiles, chat_contents, read_chat
 from bigmac_jax.data.corpus import fingerprint, has_splits
 from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -150,25 +151,17 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
 
 
 def with_own_template(workdir: pathlib.Path, config: Config) -> Config:
-    """The config with the workdir's copy of the chat template that the run is tuned with, if there is one."""
-    own = workdir / CHAT_TEMPLATE
-    if not own.is_file() or read_config(workdir).tuning.chat_template != config.tuning.chat_template:
+    """The config with the workdir's copies of the chat template and of special tokens' names, if there are any, and it
+    doesn't name another template."""
+    own, given = workdir / CHAT_TEMPLATE, config.tuning.chat_template
+    if (workdir / SETTINGS).is_file():
+        config = with_own_tokenizer(workdir, config)
+    if not own.is_file():
+        return config
+    known = ("", read_config(workdir).tuning.chat_template)
+    if given not in known and read_chat(given, "", "tuning.chat_template").template != own.read_text():
         return config
     return dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(own)))
-
-
-def keep_template(workdir: pathlib.Path, template: str) -> None:
-    """Writes the chat template that a run is tuned with.
-
-    Raises:
-      ConfigError: it has begun with another one.
-    """
-    own = workdir / CHAT_TEMPLATE
-    if own.is_file() and own.read_text() != template:
-        raise ConfigError(
-            f"tuning.chat_template is not {own}, which this workdir was started with; drop it, or use a new --workdir"
-        )
-    _write(own, template.encode())
 
 
 def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
@@ -197,9 +190,15 @@ def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
 
 
 def write_run(
-    workdir: pathlib.Path, config: Config, data: dict[str, str], mesh: dict[str, int], tokenizer: Tokenizer
+    workdir: pathlib.Path,
+    config: Config,
+    data: dict[str, str],
+    mesh: dict[str, int],
+    tokenizer: Tokenizer,
+    chat: ChatFiles = NO_CHAT,
 ) -> None:
-    """Writes the config, the tokenizer, and in run.json what the run is of: data, mesh, code and packages.
+    """Writes the config, the tokenizer, what is known of dialogues, and in run.json what the run is of: data, mesh,
+    code and packages.
 
     Args:
       data: fingerprints by name: tokenizer, train, and validation if there is one.
@@ -209,6 +208,8 @@ def write_run(
     data = _of_own_files(config) | data
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
+    for name, content in chat_contents(chat).items():
+        _write(workdir / name, content)
     write_config(config, workdir, data=known | data, mesh=mesh, edition=edition())
 
 

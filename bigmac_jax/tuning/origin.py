@@ -1,5 +1,6 @@
 """Where a run begins: at a model that was trained before, named by train.init_from. V vocabulary, D hidden."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -13,6 +14,7 @@ from jax import Array
 
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
+from bigmac_jax.data.chat import chat_in, read_chat
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
@@ -83,6 +85,17 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
     return origin
 
 
+def with_places(config: Config) -> Config:
+    """The config in which models are found from any working directory."""
+
+    def whole(place: str, name: str) -> str:
+        return place and str(storage.absolute(storage.locate(place, name)))
+
+    train = dataclasses.replace(config.train, init_from=whole(config.train.init_from, "train.init_from"))
+    tuning = dataclasses.replace(config.tuning, teacher=whole(config.tuning.teacher, "tuning.teacher"))
+    return dataclasses.replace(config, train=train, tuning=tuning)
+
+
 def config_of(origin: Origin, own_data: bool) -> Config:
     """What a run that begins there has where nobody says otherwise: the model and how it was trained.
 
@@ -124,6 +137,25 @@ def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
         return None
     data = dataclasses.replace(origin.config.data, tokenizer=name)
     return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))
+
+
+def with_chat_of(origin: Origin, config: Config) -> Config:
+    """The config by which rows are encoded: where it names no tokenizer or no chat template of its own, it names the
+    origin's."""
+    data, tuning = config.data, config.tuning
+    if data.tokenizer == "bpe":
+        data = dataclasses.replace(data, tokenizer=origin.config.data.tokenizer)
+    if not read_chat(tuning.chat_template, data.tokenizer, "tuning.chat_template").template:
+        folder = _folder(origin)
+        if chat_in(folder).template:
+            tuning = dataclasses.replace(tuning, chat_template=str(folder))
+    return dataclasses.replace(config, data=data, tuning=tuning)
+
+
+def _folder(origin: Origin) -> pathlib.Path:
+    """The workdir, or what has no workdir."""
+    path = storage.locate(origin.place, "train.init_from")
+    return path.parent.parent if origin.step and path.parent.name == "checkpoints" else path
 
 
 def _extends(given: Tokenizer, own: Tokenizer) -> bool:
@@ -194,14 +226,14 @@ def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
 
 def read_model(origin: Origin, source: Config) -> Transformer:
     """The model as it is there, on the current mesh; `source`: its config, with that mesh."""
-    path = storage.locate(origin.place, "train.init_from")
     if origin.step:
-        workdir = path.parent.parent if path.parent.name == "checkpoints" else path
-        return restore_step(workdir, origin.step, source)[1]
+        return restore_step(_folder(origin), origin.step, source)[1]
     values = dataclasses.asdict(source)
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
-    with storage.local_folder(path) as directory:
+    with contextlib.ExitStack() as stack:
+        with hosts.together():  # a store may fail for one process alone
+            directory = stack.enter_context(storage.local_folder(_folder(origin)))
         return import_model(directory, overrides)[1]
 
 
@@ -252,4 +284,21 @@ def restore_step(
 
 def origin_of(workdir: pathlib.Path, config: Config) -> Origin:
     """Of a run; the one that it recorded, if it has begun."""
-    return open_origin(config.train.init_from, run_of(workdir)["data"].get(ORIGIN, ""))
+    return open_recorded(workdir, config.train.init_from, ORIGIN, "train.init_from")
+
+
+def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Origin:
+    """What the field `name` of a run says; if it has begun, what its run.json has under `key`. Errors as for
+    `open_origin`."""
+    identity = run_of(workdir)["data"].get(key, "")
+    try:
+        return open_origin(place, identity, name)
+    except ConfigError as error:
+        if not identity:
+            raise
+        step = identity.partition(":")[0]
+        of_step = f", with its checkpoint {step}" if step else ""
+        raise ConfigError(
+            f"{error} ({workdir} needs {name}={place} as it was{of_step}; if that was moved, resume once with "
+            f"--config.{name}=PLACE)"
+        ) from None

@@ -6,15 +6,14 @@ import pathlib
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.workdir import run_of
-from bigmac_jax.tuning.origin import Origin, open_origin, read_model, tokenizer_of
+from bigmac_jax.tuning.origin import Origin, open_recorded, read_model, tokenizer_of
 
 TEACHER = "teacher"  # under which run.json has its identity
 
 
 def teacher_of(workdir: pathlib.Path, config: Config) -> Origin:
-    """The teacher of a run, that it recorded if it has begun; errors as for `open_origin`."""
-    return open_origin(config.tuning.teacher, run_of(workdir)["data"].get(TEACHER, ""), "tuning.teacher")
+    """The teacher of a run, that it recorded if it has begun; errors as for `open_recorded`."""
+    return open_recorded(workdir, config.tuning.teacher, TEACHER, "tuning.teacher")
 
 
 def fitting(found: Origin, config: Config, tokenizer: Tokenizer) -> Origin:

@@ -110,6 +110,21 @@ def test_a_template_without_marks_is_cut_where_its_answers_are(tmp_path: pathlib
     assert bytes_of(sequence)[: n + 1] == prompt and bytes_of(sequence, "targets")[:n] == [NO_TARGET] * n
 
 
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (CHATML, ("<|im_end|>",)),
+        (CHATML.replace("{% for", "<|im_start|>{% for"), ("<|im_end|>",)),
+        (DEFAULT, ()),  # the end of text, where a model stops anyway
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", ()),
+        ("<|im_start|>{{ messages[0].content }}<|im_end|>", ()),  # shows no answer
+        ("{{ raise_exception('no system') }}", ()),
+    ],
+)
+def test_the_token_that_ends_an_answer(template: str, stop: tuple[str, ...]) -> None:
+    assert Chat(bpe(), template).stop == stop
+
+
 def test_marked_and_unmarked_templates_agree() -> None:
     unmarked = DEFAULT.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     marked, plain = (Chat(ByteTokenizer(), template).pieces(TURNS) for template in (DEFAULT, unmarked))
@@ -152,6 +167,20 @@ def test_a_bad_row_is_one_line_with_its_number(tmp_path: pathlib.Path, row: Any,
     good = {"prompt": "a", "completion": "b"}
     with pytest.raises(ConfigError, match=rf"rows\.jsonl line 2: .*{message}.*tuning\.bad_rows=skip"):
         conversations(tmp_path, [good, row, good])
+
+
+def test_an_answer_without_a_token_is_bad(tmp_path: pathlib.Path) -> None:
+    """A tokenizer may strip what it is given."""
+    values = json.loads(bpe().json_text) | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    tokenizer, template = JsonTokenizer(json.dumps(values)), tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": "assistant", "content": text}]} for text in ("two", " ")]
+    with pytest.raises(ConfigError, match=r"rows\.jsonl line 2: the tokenizer makes no token of its answer"):
+        conversations(tmp_path, rows, tokenizer=tokenizer, chat_template=str(template))
+    fields = {"bad_rows": "skip", "chat_template": str(template)}
+    assert conversations(tmp_path, rows, tokenizer=tokenizer, **fields).num_documents == 1
 
 
 def test_a_template_error_is_one_line(tmp_path: pathlib.Path) -> None:

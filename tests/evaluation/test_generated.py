@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
-from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
@@ -65,6 +65,17 @@ def test_a_prompt_goes_through_the_chat_template(tmp_path: pathlib.Path) -> None
     (tmp_path / "t.jinja").write_text("<{{ messages[0].content }}>")
     (job,) = open_jobs([name], [], 0, CONFIG, ByteTokenizer(), 64, str(tmp_path / "t.jinja"))
     assert bytes(job.prompts[0].prompt) == b"<1+1 =>"  # type: ignore[arg-type]
+
+
+def test_an_answer_ends_where_the_chat_template_ends_it(tmp_path: pathlib.Path) -> None:
+    values = json.loads(train_bpe(["one and two"] * 4, 300))
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<|im_end|>"})
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    for chat, expected in ((True, ("!", "<|im_end|>")), (False, ("!",))):
+        name = own(tmp_path, [{"q": "1+1", "a": "2"}], chat=chat, stop=["!"])
+        tokenizer = JsonTokenizer(json.dumps(values))
+        (job,) = open_jobs([name], [], 0, CONFIG, tokenizer, 64, str(tmp_path / "t.jinja"))
+        assert job.prompts[0].sampling.stop == expected
 
 
 @pytest.mark.parametrize(

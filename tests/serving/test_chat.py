@@ -8,6 +8,8 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.decoding.sampling import Sampling
+from bigmac_jax.inference.text import Text
 from bigmac_jax.serving.chat import load_dialogue
 from bigmac_jax.serving.limits import ApiError
 
@@ -38,6 +40,21 @@ def test_the_template_beside_the_tokenizer(tmp_path: pathlib.Path) -> None:
     given = tmp_path / "given.jinja"
     given.write_text("{{ messages[0].content }}!")
     assert tokenizer.decode(load_dialogue(tokenizer, str(given), file, run).prompt(MESSAGES)) == "Be brief.!"
+
+
+def test_an_answer_ends_where_the_template_ends_it(tmp_path: pathlib.Path) -> None:
+    values = json.loads(train_bpe(["peace"] * 4, 300))
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<|im_end|>"})
+    tokenizer = JsonTokenizer(json.dumps(values))
+    assert tokenizer.decode([tokenizer.eos_id]) == "<|endoftext|>"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("{{ eos_token }}", "<|im_end|>"))
+    stop = load_dialogue(tokenizer, "", "", tmp_path).stop
+    text = Text(tokenizer, Sampling(20, stop=stop))
+    for token in (*tokenizer.encode("peace"), tokenizer.vocab_size - 1, *tokenizer.encode("and more")):
+        text.add(token, 0.0)
+        if text.finish_reason:
+            break
+    assert (text.text, text.finish_reason) == ("peace", "stop")
 
 
 @pytest.mark.parametrize(

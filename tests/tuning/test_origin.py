@@ -1,8 +1,11 @@
 """Runs that begin with a trained model: the same loss on any mesh and from any form, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,15 +14,27 @@ import pytest
 from model.tools import leaves
 from training.tools import quick, read_records, small
 
-from bigmac_jax import loop
-from bigmac_jax.config import Config, ConfigError, TuningConfig, load_config
+from bigmac_jax import hosts, loop, storage
+from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training.checkpoint import restore as restore_whole
-from bigmac_jax.training.workdir import run_tokenizer
+from bigmac_jax.training.workdir import run_tokenizer, write_run
+from bigmac_jax.tuning import origin as origins
 from bigmac_jax.tuning import restore
-from bigmac_jax.tuning.origin import config_of, differences, load, open_origin, tokenizer_from
+from bigmac_jax.tuning.origin import (
+    ORIGIN,
+    Origin,
+    config_of,
+    differences,
+    load,
+    open_origin,
+    origin_of,
+    read_model,
+    tokenizer_from,
+    with_places,
+)
 
 
 def with_fields(config: Config, **sections: dict[str, Any]) -> Config:
@@ -194,6 +209,76 @@ def test_adapters_are_kept_alone_and_found_again(base: tuple[Config, pathlib.Pat
         ConfigError, match=r"is not the model that this run was started from|step=4 is not a checkpoint"
     ):
         run(with_fields(config, train={"init_from": str(other), "steps": 5}), tmp_path / "whole")
+
+
+@pytest.mark.full
+def test_adapters_live_on_when_their_model_moves(
+    base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base[1] / "run", tmp_path / "old")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = with_fields(tuned(base, tuning={"lora_rank": 2}), train={"init_from": "old"})
+    run(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with quick(), jax.set_mesh(make_mesh(config)):
+        before = leaves(restore(tmp_path / "run")[1])
+        (tmp_path / "old").rename(tmp_path / "new")
+        with pytest.raises(ConfigError, match=r"resume once with --config\.train\.init_from=PLACE"):
+            restore(tmp_path / "run")
+    run(with_fields(config, train={"init_from": "../new"}), tmp_path / "run")  # of its steps none is left
+    with quick(), jax.set_mesh(make_mesh(config)):
+        after = leaves(restore(tmp_path / "run")[1])
+    assert all((after[name] == before[name]).all() for name in before)
+
+
+def test_where_the_model_lies_may_change_and_whether_there_is_one_may_not(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Config(train=TrainConfig(init_from="base"), tuning=TuningConfig(teacher="gs://bucket/teacher"))
+    whole = with_places(here)
+    assert (whole.train.init_from, whole.tuning.teacher) == (str(tmp_path / "base"), "gs://bucket/teacher")
+    assert with_places(Config()) == Config() and with_places(whole) == whole
+    check_resume(here, whole)
+    for before, after, name in ((Config(), here, "train"), (here, Config(), "train")):
+        with pytest.raises(ConfigError, match=rf"{name}\.init_from=.* differs from"):
+            check_resume(before, after)
+    weighed = with_fields(here, tuning={"teacher_weight": 0.25})
+    with pytest.raises(ConfigError, match=r"tuning\.teacher_weight=0\.25 differs from"):
+        check_resume(here, weighed)
+    write_run(tmp_path / "run", whole, {ORIGIN: "4:abc"}, {}, ByteTokenizer())
+    message = (
+        rf"holds no model; .* \({tmp_path / 'run'} needs train\.init_from={tmp_path / 'base'} as it was, with its "
+        rf"checkpoint 4; if that was moved, resume once with --config\.train\.init_from=PLACE\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        origin_of(tmp_path / "run", whole)
+
+
+def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that fails for one process ends them all, before they read tensors together."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        entered.append("together")
+        try:
+            yield
+        finally:
+            entered.append("apart")
+
+    @contextlib.contextmanager
+    def fetched(path: pathlib.Path) -> Iterator[pathlib.Path]:
+        entered.append("fetch")
+        yield path
+        entered.append("removed")
+
+    monkeypatch.setattr(hosts, "together", together)
+    monkeypatch.setattr(storage, "local_folder", fetched)
+    monkeypatch.setattr(origins, "import_model", lambda directory, overrides: (directory, entered.append("read")))
+    read_model(Origin(str(tmp_path), "", "digest", Config()), Config())
+    assert entered == ["together", "fetch", "apart", "read", "removed"]
 
 
 def test_the_command_line_takes_an_origin(base: tuple[Config, pathlib.Path]) -> None:

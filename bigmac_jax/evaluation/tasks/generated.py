@@ -50,17 +50,18 @@ def encode_prompts(
         _library(metric)  # before anything is generated
     if task.max_tokens >= length:
         raise ConfigError(f"{task.name}: max_tokens={task.max_tokens} must be below the {length} tokens of the model")
-    sampling = Sampling(task.max_tokens, stop=task.stop)
+    stop = task.stop
     if not task.chat:
         encoded = tokenizer.encode_batch([example.prompt for example in examples])
     else:
         chat, encoded = load_chat(tokenizer, chat_template, config.data.tokenizer, "the run's chat template"), []
+        stop = (*stop, *(text for text in chat.stop if text not in stop))
         for example in examples:
             try:
                 encoded.append(chat.prompt([{"role": "user", "content": example.prompt}]))
             except ChatError as error:
                 raise ConfigError(f"{example.place}: {error}") from None
-    room = length - task.max_tokens
+    room, sampling = length - task.max_tokens, Sampling(task.max_tokens, stop=stop)
     return [Prompt(tuple(ids[-room:] or [tokenizer.eos_id]), sampling) for ids in encoded]
 
 

@@ -1,0 +1,201 @@
+"""Whose chat template, and which special tokens' names, a run is tuned, resumed, served and exported with."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import pytest
+
+from bigmac_jax import hosts, start
+from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
+from bigmac_jax.data.chat import chat_in
+from bigmac_jax.data.conversations import Conversations
+from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.interchange.tokens import copy_tokenizer, end_ids, write_tokenizer
+from bigmac_jax.mesh import make_mesh
+from bigmac_jax.serving.chat import load_dialogue
+from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
+from bigmac_jax.training.workdir import with_own_template, write_run
+from bigmac_jax.tuning.origin import Origin, with_chat_of
+
+TURNS = [{"role": "user", "content": "four?"}, {"role": "assistant", "content": "two and two"}]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def bpe() -> JsonTokenizer:
+    values = json.loads(train_bpe(["the answer is two and four"] * 4, 270))
+    vocabulary = len(values["model"]["vocab"])
+    for number, name in enumerate(("<|begin|>", "<|im_end|>"), vocabulary):
+        values["added_tokens"].append(values["added_tokens"][0] | {"id": number, "content": name})
+    return JsonTokenizer(json.dumps(values))
+
+
+@pytest.fixture
+def model(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder as Hugging Face has them, but for the model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(bpe().json_text)
+    names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|im_end|>"}, "unk_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def config_of(folder: pathlib.Path, tokenizer: str = "bpe", **tuning: Any) -> Config:
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps({"messages": TURNS}) + "\n")
+    data = DataConfig(source=str(file), validation_source=str(file), test_source=str(file), tokenizer=tokenizer)
+    fields = TuningConfig(**{"objective": "sft"} | tuning)
+    return Config(model=ModelConfig(vocab_size=512), data=data, tuning=fields, cache_dir=str(folder / "cache"))
+
+
+def origin_at(place: pathlib.Path, tokenizer: str, step: str = "") -> Origin:
+    return Origin(str(place), step, "digest", Config(data=DataConfig(tokenizer=tokenizer)))
+
+
+def begun(config: Config, read: Config, tokenizer: Tokenizer, workdir: pathlib.Path) -> Conversations:
+    """As a start does."""
+    stream = open_stream(read, "train", tokenizer)
+    assert isinstance(stream, Conversations)
+    check_template(workdir, run_chat(read, stream))
+    rows = rows_of({"train": stream, "validation": None})
+    check_rows(workdir, rows)
+    write_run(workdir, config, rows | {"tokenizer": tokenizer.fingerprint}, {}, tokenizer, run_chat(read, stream))
+    return stream
+
+
+def text_of(stream: Conversations, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(stream.sequences[0][0])
+
+
+def test_a_model_is_tuned_resumed_and_served_with_its_own(
+    model: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, tokenizer, workdir = config_of(tmp_path), bpe(), tmp_path / "run"
+    origin = origin_at(model, str(model / "tokenizer.json"))
+    with caplog.at_level(logging.INFO):
+        stream = begun(config, with_chat_of(origin, config), tokenizer, workdir)
+    assert f"messages go through the chat template of {model / 'tokenizer_config.json'}" in caplog.text
+    expected = "<|begin|><user>four?<|im_end|><assistant>two and two"
+    assert text_of(stream, tokenizer) == expected
+    shutil.rmtree(model)
+    again = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    assert text_of(again, tokenizer) == expected
+    dialogue = load_dialogue(tokenizer, "", str(workdir / "tokenizer.json"), workdir)
+    assert tokenizer.decode(dialogue.prompt(TURNS[:1])) == "<|begin|><user>four?<|im_end|><assistant>"
+    assert dialogue.stop == ("<|im_end|>",)
+    later = with_chat_of(origin_at(workdir, str(workdir / "tokenizer.json"), "5"), config)  # a run that begins with it
+    assert text_of(begun(config, later, tokenizer, tmp_path / "later"), tokenizer) == expected
+
+
+def test_names_are_kept_of_a_template_of_ones_own(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    own = tmp_path / "own" / "t.jinja"
+    own.parent.mkdir()
+    own.write_text("-" + TEMPLATE)
+    config, tokenizer, workdir = config_of(tmp_path, chat_template=str(own)), bpe(), tmp_path / "run"
+    begun(config, with_chat_of(origin_at(model, str(model / "tokenizer.json")), config), tokenizer, workdir)
+    shutil.rmtree(model)
+    shutil.rmtree(own.parent)
+    stream = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    assert text_of(stream, tokenizer) == "-<|begin|><user>four?<|im_end|><assistant>two and two"
+    assert stream.chat.template == "-" + TEMPLATE
+
+
+def test_of_a_tokenizer_without_a_file_the_template_is_that_of_the_run(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    first = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "t.jinja"))
+    begun(first, first, ByteTokenizer(), tmp_path / "run")
+    second = config_of(tmp_path, "bytes")
+    for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "5"):
+        read = with_chat_of(origin_at(place, "bytes", "5"), second)
+        stream = open_stream(read, "train", ByteTokenizer())
+        assert isinstance(stream, Conversations) and stream.chat.template == TEMPLATE
+    (tmp_path / "other.jinja").write_text("other")
+    other = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "other.jinja"))
+    read = with_own_template(tmp_path / "run", other)
+    files = chat_in(tmp_path / "run")._replace(template="other")
+    assert read == other
+    with pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*, which this workdir was started with"):
+        check_template(tmp_path / "run", files)
+    (tmp_path / "moved.jinja").write_text(TEMPLATE)
+    moved = with_own_template(
+        tmp_path / "run", config_of(tmp_path, "bytes", chat_template=str(tmp_path / "moved.jinja"))
+    )
+    assert moved.tuning.chat_template == str(tmp_path / "run" / "chat_template.jinja")
+
+
+class Later(datetime.datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return cls(2031, 2, 3)
+
+
+def test_the_rows_of_a_run_have_the_date_of_its_first_start(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + TEMPLATE)
+    config = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "t.jinja"))
+    tokenizer, workdir = ByteTokenizer(), tmp_path / "run"
+    first = begun(config, config, tokenizer, workdir)
+    monkeypatch.setattr(datetime, "datetime", Later)
+    again = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    assert text_of(again, tokenizer) == text_of(first, tokenizer) and "2031" not in text_of(first, tokenizer)
+    assert b"03 Feb 2031" in bytes(load_dialogue(tokenizer, "", "bytes", workdir).prompt(TURNS[:1])[:11])
+    for read in (config, with_chat_of(origin_at(workdir, "bytes", "5"), config_of(tmp_path, "bytes"))):  # other runs
+        stream = open_stream(read, "train", tokenizer)
+        assert isinstance(stream, Conversations) and text_of(stream, tokenizer).startswith("03 Feb 2031")
+    with pytest.raises(ConfigError, match="the train rows are other tokens than this workdir was started with"):
+        check_rows(workdir, rows_of({"train": stream}))
+
+
+def test_another_template_is_refused_before_anything_compiles(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And by all processes: the first alone would leave the others waiting."""
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name + TEMPLATE)
+    first, second = (config_of(tmp_path, "bytes", chat_template=str(tmp_path / name)) for name in ("first", "second"))
+    begun(first, first, ByteTokenizer(), tmp_path / "run")
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(start, "make_trainer", lambda *_: pytest.fail("it goes on"))
+    with (
+        jax.set_mesh(make_mesh(first)),
+        pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*/run/chat_t"),
+    ):
+        start.start(second, tmp_path / "run")
+
+
+def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "out").mkdir()
+    copy_tokenizer(model, tmp_path / "run")
+    chat = chat_in(tmp_path / "run")
+    assert (chat.template, chat.special) == (TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"})
+    tokenizer = bpe()
+    write_tokenizer(tmp_path / "out", config_of(tmp_path), tokenizer, chat.special)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("<|begin|>", "<|im_end|>")
+    assert end_ids(tokenizer, chat.special) == [tokenizer.eos_id, tokenizer.vocab_size - 1]
+    assert end_ids(tokenizer, {}) == tokenizer.eos_id
+
+
+def test_a_name_that_the_tokenizer_does_not_have_is_told(
+    model: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(tmp_path, "bytes", chat_template=str(model))
+    stream = open_stream(config, "train", ByteTokenizer())
+    assert isinstance(stream, Conversations)
+    assert text_of(stream, ByteTokenizer()) == "<user>four?<|endoftext|><assistant>two and two"
+    assert "bos_token='<|begin|>' is no special token of data.tokenizer; chat templates lack it" in caplog.text
+    empty = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"holds neither chat_template\.jinja nor a tokenizer_config\.json with"):
+        open_stream(empty, "train", ByteTokenizer())
