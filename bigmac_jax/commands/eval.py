@@ -71,7 +71,7 @@ def main() -> None:
                 raise ConfigError(f"--sources and --text_file={text_file} are two things to score; give one")
             streams: dict[str, TokenStream | Conversations]
             if _SOURCES.value:
-                streams = open_sources(config, _SOURCES.value, _SPLIT.value, tokenizer)
+                streams = open_sources(workdir, config, _SOURCES.value, _SPLIT.value, tokenizer)
             elif text_file:
                 streams = {str(text_file): text_stream(text_file, tokenizer)}
             else:
