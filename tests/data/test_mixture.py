@@ -214,6 +214,16 @@ def test_a_source_that_is_used_up(mixed, caplog):
     assert "data.mixture: c 50.0% of the windows, 1.92 epochs by step 50" in caplog.text
 
 
+def test_a_source_that_is_used_up_by_rewinds(mixed):
+    """Batches that rewinding left out were read, too: 50 steps take 52 batches and more."""
+    config = mixed("a=1,c=1x2", steps=50)
+    iterator = train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+    iterator.set_state({"batches": 12}, 10)
+    with pytest.raises(ConfigError, match=r"c\.txt would be read 2\.04 times by step 50, and at most 2 times; give it"):
+        iterator.set_state({"batches": 13}, 10)
+    iterator.set_state({"batches": 50})
+
+
 def test_too_little_text_of_a_source(mixed, tmp_path):
     (tmp_path / "d.txt").write_text("d")
     config = mixed(f"a=1,{tmp_path}/d.txt=1")
