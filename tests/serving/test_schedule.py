@@ -34,7 +34,7 @@ class Followed:
         self.seen: list[Any] = []
 
     def job(self, prompt: list[int], sampling: Sampling, number: int) -> Any:
-        return Job(prompt, sampling, type("Text", (), {"finish_reason": ""})(), number)  # type: ignore[arg-type]
+        return Job(prompt, sampling, type("Text", (), {"finish_reason": ""})(), number)
 
     def submit(self, job: Job) -> None:
         self.seen.append(list(job.prompt))
@@ -53,7 +53,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def job(followed: Followed) -> Job:
-    return followed.job(list(range(30)), Sampling(), 0)  # type: ignore[no-any-return]
+    return followed.job(list(range(30)), Sampling(), 0)
 
 
 def test_followers_end_as_process_0_does(store: Store) -> None:
