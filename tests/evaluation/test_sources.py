@@ -13,9 +13,9 @@ from training.tools import quick, text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
 from bigmac_jax.data.corpus import fingerprint
-from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.evaluation.perplexity import read
+from bigmac_jax.evaluation.perplexity import Score, evaluate, read
 from bigmac_jax.evaluation.sources import Load, open_sources, report, specialisation
 from bigmac_jax.training.workdir import keep_template, write_run
 
@@ -114,6 +114,27 @@ def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
     keep_template(tmp_path / "run", template)
     found = open_sources(tmp_path / "run", config, [f"{tmp_path}/rows.jsonl"], "test", ByteTokenizer())
     assert found["rows"].chat.template == template
+
+
+@pytest.mark.full
+def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path) -> None:
+    """As eval/loss of its run, which has the same loss for eval.py; windows do not reach from one into the next."""
+    for name, rows in (("a", 90), ("b", 40)):
+        (tmp_path / f"{name}.txt").write_text("".join(text(rows, seed=rows)))
+    config = tiny(**CONFIG)
+    own = {"tokenizer": "bytes", "mixture": f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2"}
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **own), cache_dir=str(tmp_path / "cache")
+    )
+    stream = open_stream(config, "validation", ByteTokenizer())
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        score = evaluate(model, stream, LENGTH, 8)
+        apart = [evaluate(model, part, LENGTH, 8) for part in parts_of_stream(stream).values()]
+        across = read(model, stream, LENGTH, 8).score
+    assert len(apart) == 2 and score == Score.of_all(apart)
+    assert across.bytes == score.bytes and across.tokens == score.tokens + 1  # the first one of b
+    assert across.loss != pytest.approx(score.loss, rel=1e-6)
 
 
 def test_a_model_without_experts() -> None:
