@@ -230,7 +230,7 @@ class _Run:
         self.first_step = newest or 0
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
-        self.data.set_state({"batches": given})
+        self.data.set_state({"batches": given}, self.first_step)
         self.writer.close()
         self.writer = self._writer()
         self._report("rewind", self.first_step, bad, **{"from": bad.step})

@@ -15,7 +15,7 @@ sequence, G drafted tokens, X numbers that the host says of a slot or row.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,14 +91,20 @@ class Drafting(NamedTuple):
 
 def make_decoding(decoder: Decoder) -> Decoding:
     weights, tree = jax.tree.flatten(decoder)
-    programs = (hosts.Jit(functools.partial(of, tree), donate_argnames="state") for of in (_prefill, _decode, _verify))
-    return Decoding(weights, *programs)
+    return Decoding(weights, *(_program(of, tree, jax.sharding.get_mesh()) for of in (_prefill, _decode, _verify)))
 
 
 def make_drafting(drafter: Decoder) -> Drafting:
     """`drafter`: of `decoding.draft.make_drafter`."""
     weights, tree = jax.tree.flatten(drafter)
-    return Drafting(weights, hosts.Jit(functools.partial(_draft, tree), donate_argnames="state"))
+    return Drafting(weights, _program(_draft, tree, jax.sharding.get_mesh()))
+
+
+@functools.lru_cache(16)
+def _program(of: Callable[..., Any], tree: Any, mesh: Mesh) -> hosts.Jit:
+    """Of all decoders of a kind, whose config is in the tree: one that has other weights, as a run's has at each
+    evaluation of its tasks, compiles nothing."""
+    return hosts.Jit(functools.partial(of, tree), donate_argnames="state")
 
 
 def make_state(config: Config, decoder: Decoder, slots: int, pages: int, page_size: int) -> State:

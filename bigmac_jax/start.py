@@ -133,7 +133,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
             model = nnx.merge(trainer.graphdef, *load(origin, config))
             windows = train_stream.packed(config.data.sequence_length)
             windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
-    data.set_state(position)
+    data.set_state(position, newest or 0)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)

@@ -1,6 +1,7 @@
 """Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH | --tasks=A]."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -11,7 +12,7 @@ from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
-from bigmac_jax.evaluation.perplexity import read
+from bigmac_jax.evaluation.perplexity import evaluate, read
 from bigmac_jax.evaluation.sources import open_sources, report
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
@@ -71,7 +72,7 @@ def main() -> None:
                 raise ConfigError(f"--sources and --text_file={text_file} are two things to score; give one")
             streams: dict[str, TokenStream | Conversations]
             if _SOURCES.value:
-                streams = open_sources(config, _SOURCES.value, _SPLIT.value, tokenizer)
+                streams = open_sources(workdir, config, _SOURCES.value, _SPLIT.value, tokenizer)
             elif text_file:
                 streams = {str(text_file): text_stream(text_file, tokenizer)}
             else:
@@ -89,17 +90,18 @@ def main() -> None:
         lines, result = describe(summaries), {"step": step, "tasks": summaries}
     else:
         documents = _DOCUMENTS.value or config.data.documents
-        readings = {}
+        readings: dict[str, Any] = {}
+        reader: Callable[..., Any] = read if _SOURCES.value else evaluate
         for title, stream in streams.items():
             with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
-                readings[title] = read(model, stream, length, size, bar.update, _STRIDE.value, documents)
+                readings[title] = reader(model, stream, length, size, bar.update, _STRIDE.value, documents)
         how = "each document by itself" if documents == "masked" else "windows of the stream"
         if any(isinstance(stream, Conversations) for stream in streams.values()):
             how = "answers alone"
         if _SOURCES.value:
             lines, result = report(readings)
         else:
-            ((title, (score, *_)),) = readings.items()
+            ((title, score),) = readings.items()
             lines, result = [f"{title}, {how}: {score.describe()}"], score._asdict()
         result |= {"documents": documents}
     if not _JSON.value:

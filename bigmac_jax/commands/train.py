@@ -52,7 +52,7 @@ def _config(workdir: pathlib.Path) -> Config:
         if own:
             return load_config(_CONFIG.value, cli.OVERRIDES)
         base = read_config(workdir) if has_run(workdir) else None
-    base = base or config_of(open_origin(str(place)), "data.source" in given)
+    base = base or config_of(open_origin(str(place)), given)
     with hosts.together():
         config = overridden(dataclasses.asdict(base), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))

@@ -1,5 +1,6 @@
 """data.mixture and data.curriculum, as they are written on a command line."""
 
+import itertools
 import math
 import pathlib
 from fractions import Fraction
@@ -48,12 +49,14 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
     sources = [part.source for part in parts]
     if twice := [source for source in sources if sources.count(source) > 1]:
         raise ConfigError(f"data.mixture names {twice[0]} twice; give it one weight")
-    names: list[str] = []
-    for source in sources:
-        name = short_name(source)
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    named: dict[str, Part] = {}
+    for part in sorted(parts, key=lambda part: part.source):
+        short = short_name(part.source)
+        free = (name for i in itertools.count(1) if (name := f"{short}-{i}" if i > 1 else short) not in named)
+        name = next(free)
+        named[name] = part._replace(name=name)
     # By name: the order in which they are given decides nothing.
-    return tuple(sorted(part._replace(name=name) for part, name in zip(parts, names, strict=True)))
+    return tuple(sorted(named.values()))
 
 
 def parse_curriculum(text: str, parts: tuple[Part, ...]) -> list[tuple[int, Weights]]:

@@ -87,7 +87,7 @@ class JoinedStream(_Counted):
         self.parts, self.counts = parts, Counts()
         for part in parts.values():
             self.counts.add(part.counts)
-        self.text = joined([part.text for part in parts.values()])
+        self.text = joined({name: part.text for name, part in parts.items()})
         self.eos_id = next(iter(parts.values())).eos_id
 
     def tokens(self, start: int, stop: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.config.mixture import parse_mixture
@@ -34,7 +34,7 @@ def documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     parts = parts_of(data, split)
     if len(parts) > 1:
-        return JoinedDocuments([documents(part, split, cache_dir, MIXTURE) for part in parts.values()])
+        return JoinedDocuments({name: documents(part, split, cache_dir, MIXTURE) for name, part in parts.items()})
     (data,) = parts.values()
     own = {"validation": data.validation_source, "test": data.test_source}
     source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, setting)
@@ -60,33 +60,33 @@ def parts_of(data: DataConfig, split: str) -> dict[str, DataConfig]:
     return {part.name: dataclasses.replace(one, source=part.source) for part in parts} or {"": one}
 
 
-def joined(fingerprints: Sequence[str]) -> str:
-    """One for all; their order does not count."""
+def joined(fingerprints: Mapping[str, str]) -> str:
+    """One for all, by name; which is whose counts, as a run has read so much of each name."""
     if len(fingerprints) == 1:
-        return fingerprints[0]
-    return hashlib.sha256(json.dumps(sorted(fingerprints)).encode()).hexdigest()
+        return next(iter(fingerprints.values()))
+    return hashlib.sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
 
 
 class JoinedDocuments(Documents):
     """Those of several sources, for a tokenizer that is trained on them: each has its share of any beginning."""
 
-    def __init__(self, parts: Sequence[Documents]):
+    def __init__(self, parts: Mapping[str, Documents]):
         self._parts = parts
-        self.name = " and ".join(docs.name for docs in parts)
-        self.size = sum(docs.size for docs in parts)
+        self.name = " and ".join(docs.name for docs in parts.values())
+        self.size = sum(docs.size for docs in parts.values())
         self.fix = "choose other sources"
 
     @property
     def fingerprint(self) -> str:
-        return joined([docs.fingerprint for docs in self._parts])
+        return joined({name: docs.fingerprint for name, docs in self._parts.items()})
 
     def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
         raise NotImplementedError("each source reads its own")
 
     def all_pieces(self) -> Iterator[tuple[str, bool]]:
-        given = {i: (0.0, docs.all_pieces()) for i, docs in enumerate(self._parts)}
+        given = {name: (0.0, docs.all_pieces()) for name, docs in self._parts.items()}
         while given:
-            behind = min(given, key=lambda i: given[i][0])
+            behind = min(given, key=lambda name: given[name][0])
             share, pieces = given[behind]
             for piece, last in pieces:  # a document
                 yield piece, last

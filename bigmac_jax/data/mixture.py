@@ -132,24 +132,25 @@ class Mixture:
         stages += [(stage.batch, stage.weights) for stage in self._stages if stage.batch > batches]
         return Mixture(self.parts, stages, self._batch_size)
 
-    def check(self, windows: Mapping[str, int], batches: int) -> list[str]:
-        """A line for each source, of a run of so many batches.
+    def check(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
+        """A line for each source, of a run of so many steps.
 
         Args:
           windows: of an epoch of each source, by name.
+          left_out: batches that no step counts.
 
         Raises:
           ConfigError: one is read more often than it may be.
         """
-        lines, counts = [], self.counts(batches)
+        lines, counts = [], self.counts(steps + left_out)
         total = max(1, sum(counts))
         for part, count in zip(self.parts, counts, strict=True):
             epochs = count / windows[part.name]
             if count > part.epochs * windows[part.name]:
                 raise ConfigError(
-                    f"data.mixture: {part.source} would be read {epochs:.2f} times by step {batches}, and at most "
+                    f"data.mixture: {part.source} would be read {epochs:.2f} times by step {steps}, and at most "
                     f"{part.epochs:g} times; give it less weight or more text, raise the {part.epochs:g}, or take "
                     f"fewer steps"
                 )
-            lines.append(f"{part.name} {count / total:.1%} of the windows, {epochs:.2f} epochs by step {batches}")
+            lines.append(f"{part.name} {count / total:.1%} of the windows, {epochs:.2f} epochs by step {steps}")
         return lines

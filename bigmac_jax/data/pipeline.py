@@ -214,8 +214,15 @@ class TrainIterator(Iterator[Batch]):
         weights = {"mixture": self._mixture.state(self._given)} if self._mixture else {}
         return {"batches": self._given} | weights
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """ConfigError if a mixture can't go on from there, or reads a source more often than it may."""
+    def set_state(self, state: dict[str, Any], step: int | None = None) -> None:
+        """Goes on from there.
+
+        Args:
+          step: of the run, which is behind its batches by those that rewinding has left out; by default there are none.
+
+        Raises:
+          ConfigError: a mixture can't go on from there, or would read a source more often than it may.
+        """
         self.close()
         self._given = int(state["batches"])
         if self._mixture is None:
@@ -223,7 +230,8 @@ class TrainIterator(Iterator[Batch]):
         if "mixture" in state:
             self._mixture = self._mixture.resumed(state["mixture"], self._given)
         epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
-        for line in self._mixture.check(epochs, max(self._given, self._config.train.steps)):
+        done = self._given if step is None else step
+        for line in self._mixture.check(epochs, max(done, self._config.train.steps), self._given - done):
             once(logging.INFO, f"data.mixture: {line}")
 
     def tokens_by_source(self, batches: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from bigmac_jax import programs
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.data.pipeline import eval_batches, padded
+from bigmac_jax.data.pipeline import eval_batches, padded, parts_of_stream
 from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
 
@@ -95,8 +95,10 @@ def evaluate(
     stride: int = 0,
     documents: str = "",
 ) -> Score:
-    """The score of `read`, whose arguments it takes."""
-    return read(model, stream, sequence_length, batch_size, on_batch, stride, documents).score
+    """The score of `read`, whose arguments it takes; of a mixture each source is read by itself, as in training."""
+    parts = parts_of_stream(stream).values()
+    scores = [read(model, part, sequence_length, batch_size, on_batch, stride, documents).score for part in parts]
+    return scores[0] if len(scores) == 1 else Score.of_all(scores)
 
 
 def read(

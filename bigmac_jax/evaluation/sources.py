@@ -5,6 +5,7 @@ Y layers with experts, E experts, S sources.
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,19 +17,28 @@ from bigmac_jax.data.corpus import has_splits, parts_of
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.perplexity import Reading
+from bigmac_jax.training.workdir import check_split, with_own_template
 
 
-def open_sources(config: Config, names: Sequence[str], split: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Name → stream. A source of the run's mixture (by its name, or `all` of them) and a data set that has splits
-    are read at `split`, files and folders as a whole.
+def open_sources(
+    workdir: pathlib.Path, config: Config, names: Sequence[str], split: str, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Name → stream, read as the run reads its own. A source of its mixture (by its name, or `all` of them) and a data
+    set that has splits are read at `split`, files and folders as a whole.
 
     Raises:
-      ConfigError: a name that is neither, or what `open_stream` raises.
+      ConfigError: a name that is neither, what `open_stream` raises, or the mixture is of other text than when the
+        run was trained.
     """
+    config = with_own_template(workdir, config)
     data = config.data
     mixed = {name: part for name, part in parts_of(data, "train").items() if name}
     if "all" in names and not mixed:
         raise ConfigError("--sources=all is of a run with data.mixture, which this is not; name sources")
+    if "all" in names or not mixed.keys().isdisjoint(names):
+        if own := getattr(data, f"{split}_source", ""):
+            raise ConfigError(f"data.{split}_source={own} is the {split} text of all sources; leave --sources out")
+        check_split(workdir, config, split)
     streams = {}
     for name in dict.fromkeys(n for given in names for n in (mixed if given == "all" else [given])):
         part, its = mixed.get(name), split

@@ -25,7 +25,7 @@ _KEY = "bigmac/serving/"
 _PART = 1 << 20  # characters of a message, of which the service takes a few million
 _KEPT = 256  # messages until those that all have read are deleted
 _WAIT = 3_600_000  # milliseconds, for what the watch bounds
-_STEP, _IDLE, _END = "step", "idle", "end"
+_STEP, _IDLE, _END, _ABORT = "step", "idle", "end", "abort"
 
 
 class Schedule:
@@ -49,23 +49,31 @@ class Schedule:
     def end(self) -> None:
         self._tell(_END)
 
+    def abort(self) -> None:
+        """The engine has failed, perhaps in the middle of a message."""
+        self._tell(_ABORT)
+
     def _tell(self, *message: Any) -> None:
         if self._store is None:
             return
         NOW.go_on()
         text = json.dumps(message)
         parts = [text[start : start + _PART] for start in range(0, len(text), _PART)]
-        for left, part in zip(range(len(parts) - 1, -1, -1), parts, strict=True):
-            self._store.key_value_set(f"{_KEY}{self._told}", f"{left} {part}")
+        for number, part in enumerate(parts):
+            self._store.key_value_set(f"{_KEY}{self._told}", f"{number} {len(parts) - number - 1} {part}")
             self._told += 1
             if self._told % _KEPT == 0:
                 _meet(self._store, self._told)
-                for number in range(self._told - _KEPT, self._told):
-                    self._store.key_value_delete(f"{_KEY}{number}")
+                for old in range(self._told - _KEPT, self._told):
+                    self._store.key_value_delete(f"{_KEY}{old}")
 
 
 def follow(generator: Generator, engine: Engine) -> int:
-    """What the processes behind the first do, until that ends → the exit code."""
+    """What the processes behind the first do, until that ends → the exit code.
+
+    Raises:
+      PeerError: its engine has failed.
+    """
     jobs: dict[int, Job] = {}
     # Whoever ends a job tells all of its processes: process 0 lets requests end, and needs these until then.
     with stop_signals():
@@ -73,6 +81,8 @@ def follow(generator: Generator, engine: Engine) -> int:
             NOW.go_on()
             if kind == _END:
                 break
+            if kind == _ABORT:
+                raise hosts.PeerError("the engine of process 0 failed; its log says why")
             if kind == _IDLE:
                 continue
             submitted, cancelled = message
@@ -92,17 +102,17 @@ def _messages() -> Iterator[list[Any]]:
     while True:
         try:
             # In short waits, so that signals are seen.
-            left, _, part = store.blocking_key_value_get(f"{_KEY}{heard}", int(1000 * TICK)).partition(" ")
+            told = store.blocking_key_value_get(f"{_KEY}{heard}", int(1000 * TICK))
         except JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             continue
-        heard, text = heard + 1, text + part
+        number, left, part = told.split(" ", 2)
+        heard, text = heard + 1, (text if int(number) else "") + part  # one before it may have been broken off
         if heard % _KEPT == 0:
             _meet(store, heard)
         if left == "0":
             yield json.loads(text)
-            text = ""
 
 
 def _meet(store: Any, messages: int) -> None:

@@ -114,7 +114,7 @@ class Worker:
         except Exception as error:
             _log.error("the engine failed: %s: %s", type(error).__name__, " ".join(str(error).split()))
             self._loop.call_soon_threadsafe(self._fail)
-            self._schedule.end()
+            self._schedule.abort()
 
     def _take(self) -> bool:
         """What has come in; waits while there is nothing to do. False: stop."""

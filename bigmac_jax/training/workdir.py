@@ -232,7 +232,9 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
         before, now = getattr(saved, place), getattr(config.data, place)
         if name in known and name in data:
             if known[name] != data[name]:
-                where = f"data.{place}={now}" if now else f"the {name} split of data.source={config.data.source}"
+                text = f"mixture={config.data.mixture}" if config.data.mixture else f"source={config.data.source}"
+                where = f"data.{text}" if name == "train" else f"the {name} split of data.{text}"
+                where = f"data.{place}={now}" if now and name != "train" else where
                 raise ConfigError(
                     f"{where} holds other data than this workdir was started with; bring that back, or use a new "
                     f"--workdir"
@@ -250,18 +252,23 @@ def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tok
     Raises:
       ConfigError: it is not there any more, or holds other text than when the run was trained.
     """
+    check_split(workdir, config, split)
+    return open_stream(with_own_template(workdir, config), split, tokenizer)
+
+
+def check_split(workdir: pathlib.Path, config: Config, split: str) -> None:
+    """Raises ConfigError if a split of the run's data holds other text than when the run was trained."""
     known, data, name = run_of(workdir)["data"], config.data, split
     if split not in known and not getattr(data, f"{split}_source", ""):
         name = "train"  # which it was held out of
     if name in known and known[name] != fingerprint(data, name, config.cache_dir):
         place = _PLACES.get(split, f"{split}_source")
-        source = getattr(data, place)
-        where = f"data.{place}={source}" if source else f"data.source={data.source}"
+        place = place if split != "train" and getattr(data, place) else "mixture" if data.mixture else "source"
+        where = f"data.{place}={getattr(data, place)}"
         raise ConfigError(
             f"{where} holds other data than {workdir} was trained with, so its {split} split is another; bring that "
             f"back, or score a text with --text_file"
         )
-    return open_stream(with_own_template(workdir, config), split, tokenizer)
 
 
 def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax import hosts, storage
-from bigmac_jax.config import Config, ConfigError, ModelConfig, TuningConfig, read_object
+from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig, read_object
 from bigmac_jax.data.chat import chat_in, read_chat
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
@@ -96,16 +97,17 @@ def with_places(config: Config) -> Config:
     return dataclasses.replace(config, train=train, tuning=tuning)
 
 
-def config_of(origin: Origin, own_data: bool) -> Config:
+def config_of(origin: Origin, given: Mapping[str, str]) -> Config:
     """What a run that begins there has where nobody says otherwise: the model and how it was trained.
 
     Args:
-      own_data: whether it is given data of its own; what was held out of other data goes then.
+      given: the run's own fields by full name; with data of its own the other's goes, and what was held out of it.
     """
     config = origin.config
     data = config.data
-    if own_data:
-        data = dataclasses.replace(data, validation_source="", test_source="")
+    if given.get("data.source") or given.get("data.mixture"):
+        none = dict.fromkeys(("validation_source", "test_source", "mixture", "curriculum"), "")
+        data = dataclasses.replace(data, source=DataConfig.source, **none)
     train = dataclasses.replace(config.train, init_from=origin.place, tasks="", tasks_every=0)
     return dataclasses.replace(config, data=data, train=train, tuning=TuningConfig())
 

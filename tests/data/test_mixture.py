@@ -11,6 +11,7 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.config.mixture import parse_curriculum, parse_mixture, short_name
+from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.mixture import Mixture
 from bigmac_jax.data.pipeline import JoinedStream, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -23,12 +24,34 @@ def test_what_is_written():
     assert [(p.name, p.source, p.weight, p.epochs) for p in parts] == [
         ("a-b", "tfds:a/b", 2, float("inf")),
         ("books", "books/**/*.jsonl.gz", Fraction(1, 2), 4),
-        ("code", "gs://bucket/code.jsonl", 1, float("inf")),
-        ("code-4", "/x/code.txt", 1, float("inf")),
+        ("code", "/x/code.txt", 1, float("inf")),
+        ("code-2", "gs://bucket/code.jsonl", 1, float("inf")),
     ]
     stages = parse_curriculum("10:code=1;20:books=1,a-b=0.5", parts)
     assert stages == [(0, (2, Fraction(1, 2), 1, 1)), (10, (0, 0, 1, 0)), (20, (Fraction(1, 2), 1, 0, 0))]
     assert [short_name(s) for s in ("sotu", "hf:o/n", "a.b/c.tar.gz", "/", "*.txt")] == ["sotu", "o-n", "c", "/", "all"]
+
+
+def test_equal_names_are_numbered_by_source():
+    """In any order of writing, and never one name twice."""
+    for given in itertools.permutations(["a/x.txt=3", "b/x.txt=1", "c/x.txt=1", "x-2=1"]):
+        names = {part.source: part.name for part in parse_mixture(",".join(given))}
+        assert names == {"a/x.txt": "x", "b/x.txt": "x-2", "c/x.txt": "x-3", "x-2": "x-2-2"}
+
+
+def test_texts_that_changed_places_are_other_data(tmp_path, make_config):
+    """A run that has read so much of each source by its name does not go on with another text under it."""
+    texts, folders = ("one text " * 50, "another " * 50), [tmp_path / "a", tmp_path / "b"]
+    mixture = ",".join(f"{folder}/x.txt=1" for folder in folders)
+    config = make_config("sotu", mixture=mixture, validation_source="-", test_source="-")
+    found = []
+    for order in (texts, texts[::-1], texts):
+        for folder, text in zip(folders, order, strict=True):
+            folder.mkdir(exist_ok=True)
+            (folder / "x.txt").write_text(text)
+        found.append(open_stream(config, "train", ByteTokenizer()).text)
+        assert found[-1] == fingerprint(config.data, "train", config.cache_dir)
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +212,16 @@ def test_a_source_that_is_used_up(mixed, caplog):
     with caplog.at_level("INFO"):
         train_iterator(config, open_stream(config, "train", ByteTokenizer())).set_state({"batches": 0})
     assert "data.mixture: c 50.0% of the windows, 1.92 epochs by step 50" in caplog.text
+
+
+def test_a_source_that_is_used_up_by_rewinds(mixed):
+    """Batches that rewinding left out were read, too: 50 steps take 52 batches and more."""
+    config = mixed("a=1,c=1x2", steps=50)
+    iterator = train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+    iterator.set_state({"batches": 12}, 10)
+    with pytest.raises(ConfigError, match=r"c\.txt would be read 2\.04 times by step 50, and at most 2 times; give it"):
+        iterator.set_state({"batches": 13}, 10)
+    iterator.set_state({"batches": 50})
 
 
 def test_too_little_text_of_a_source(mixed, tmp_path):

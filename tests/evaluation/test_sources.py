@@ -1,6 +1,7 @@
 """What routers do with a source: counted by hand, padding left out."""
 
 import dataclasses
+import json
 import math
 import pathlib
 
@@ -10,11 +11,13 @@ import pytest
 from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
-from bigmac_jax.config import ConfigError
-from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
+from bigmac_jax.data.corpus import fingerprint
+from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.evaluation.perplexity import read
+from bigmac_jax.evaluation.perplexity import Score, evaluate, read
 from bigmac_jax.evaluation.sources import Load, open_sources, report, specialisation
+from bigmac_jax.training.workdir import keep_template, write_run
 
 LENGTH = 16
 CONFIG = {"length": LENGTH, "num_layers": 2, "hidden_size": 16}
@@ -70,13 +73,68 @@ def test_what_is_scored(tmp_path: pathlib.Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{name}bcd " * 1000)
     data = dataclasses.replace(config.data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
     config = dataclasses.replace(config, data=data, cache_dir=str(tmp_path / "cache"))
-    found = open_sources(config, ["all", f"{tmp_path}/b.txt"], "test", ByteTokenizer())
+    found = open_sources(tmp_path, config, ["all", f"{tmp_path}/b.txt"], "test", ByteTokenizer())
     assert {name: stream.num_bytes for name, stream in found.items()} == {"a": 246, "b": 246, f"{tmp_path}/b.txt": 5000}
+    shared = dataclasses.replace(config, data=dataclasses.replace(data, test_source=f"{tmp_path}/b.txt"))
+    with pytest.raises(ConfigError, match=r"data\.test_source=.* is the test text of all sources"):
+        open_sources(tmp_path, shared, ["a"], "test", ByteTokenizer())
     plain = dataclasses.replace(config, data=dataclasses.replace(data, mixture=""))
     with pytest.raises(ConfigError, match=r"--sources=all is of a run with data\.mixture"):
-        open_sources(plain, ["all"], "test", ByteTokenizer())
+        open_sources(tmp_path, plain, ["all"], "test", ByteTokenizer())
     with pytest.raises(ConfigError, match=r"--sources='nowhere' is not there"):
-        open_sources(plain, ["nowhere"], "test", ByteTokenizer())
+        open_sources(tmp_path, plain, ["nowhere"], "test", ByteTokenizer())
+
+
+def test_a_mixture_whose_text_has_changed(tmp_path: pathlib.Path) -> None:
+    """It is not scored as what the run was trained on; another file is scored all the same."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}bcd " * 1000)
+    data = dataclasses.replace(tiny(**CONFIG).data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
+    config = Config(data=data, cache_dir=str(tmp_path / "cache"))
+    known = {"train": fingerprint(data, "train", config.cache_dir)}
+    write_run(tmp_path / "run", config, known, {"data": 1}, ByteTokenizer())
+    assert len(open_sources(tmp_path / "run", config, ["all"], "test", ByteTokenizer())) == 2
+    (tmp_path / "b.txt").write_text("abcd " * 1000)
+    for names in (["all"], ["a"]):
+        with pytest.raises(ConfigError, match=r"^data\.mixture=.* holds other data than .*was trained with"):
+            open_sources(tmp_path / "run", config, names, "test", ByteTokenizer())
+    assert open_sources(tmp_path / "run", config, [f"{tmp_path}/c.txt"], "test", ByteTokenizer()).keys() == {"c"}
+
+
+def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
+    """They are written with the template that the run was tuned with, whatever its file says now."""
+    given, row = tmp_path / "given.jinja", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
+    given.write_text(template.replace("|", "/"))
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": row}) + "\n") * 40)
+    tuning = TuningConfig(objective="sft", chat_template=str(given))
+    data = DataConfig(source=f"{tmp_path}/rows.jsonl", tokenizer="bytes")
+    config = Config(data=data, tuning=tuning, cache_dir=str(tmp_path / "cache"))
+    write_run(tmp_path / "run", config, {}, {"data": 1}, ByteTokenizer())
+    keep_template(tmp_path / "run", template)
+    found = open_sources(tmp_path / "run", config, [f"{tmp_path}/rows.jsonl"], "test", ByteTokenizer())
+    assert found["rows"].chat.template == template
+
+
+@pytest.mark.full
+def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path) -> None:
+    """As eval/loss of its run, which has the same loss for eval.py; windows do not reach from one into the next."""
+    for name, rows in (("a", 90), ("b", 40)):
+        (tmp_path / f"{name}.txt").write_text("".join(text(rows, seed=rows)))
+    config = tiny(**CONFIG)
+    own = {"tokenizer": "bytes", "mixture": f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2"}
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **own), cache_dir=str(tmp_path / "cache")
+    )
+    stream = open_stream(config, "validation", ByteTokenizer())
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        score = evaluate(model, stream, LENGTH, 8)
+        apart = [evaluate(model, part, LENGTH, 8) for part in parts_of_stream(stream).values()]
+        across = read(model, stream, LENGTH, 8).score
+    assert len(apart) == 2 and score == Score.of_all(apart)
+    assert across.bytes == score.bytes and across.tokens == score.tokens + 1  # the first one of b
+    assert across.loss != pytest.approx(score.loss, rel=1e-6)
 
 
 def test_a_model_without_experts() -> None:

@@ -3,18 +3,21 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
+from model.tools import QUICK, abstract_model, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.decoding.cache import make_decoder
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.programs import Decoding, make_decoding
 
 LENGTH, NEW = 48, 12
 WORDS = text(1, seed=2)[0]
@@ -82,6 +85,37 @@ def test_every_batch_size_and_mesh(greedy: list[Completion], mesh: tuple[int, ..
     assert [c.tokens for c in found] == [c.tokens for c in greedy]
     assert [c.text for c in found] == [c.text for c in greedy]
     assert sorted(done) == list(range(16))
+
+
+def test_decoders_of_a_kind_share_programs() -> None:
+    def made(**model: Any) -> Decoding:
+        config = tiny(length=LENGTH, **model)
+        with on_mesh(config):
+            return make_decoding(jax.eval_shape(partial(make_decoder, config), abstract_model(config)))
+
+    first, again, other = made(), made(), made(activation="silu")
+    assert first[1:] == again[1:] and not {*first[1:]} & {*other[1:]}
+    assert len({*first[1:]}) == 3
+
+
+@pytest.mark.full
+def test_other_weights_are_not_compiled_again() -> None:
+    """As a run's at each evaluation of its tasks; what is written is the new model's."""
+    config, asked = config_on((1, 1, 1)), [tuple(prompt.encode()) for prompt in PROMPTS]
+    prompts = [(ByteTokenizer().eos_id, *prompt) for prompt in asked]
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        first, second = Generator(config, model), Generator(config, jax.tree.map(lambda w: -w, model))
+        before = first.generate(prompts, max_tokens=NEW, ignore_eos=True)
+        programs = first._programs.prefill, first._programs.decode
+        sizes = [program._jitted._cache_size() for program in programs]
+        found = second.generate(prompts, max_tokens=NEW, ignore_eos=True)
+        scored = second.score([(*prompt, *c.tokens) for prompt, c in zip(asked, found, strict=True)])
+    assert [program._jitted._cache_size() for program in programs] == sizes and min(sizes) > 0
+    assert (second._programs.prefill, second._programs.decode) == programs
+    assert [c.tokens for c in found] != [c.tokens for c in before]
+    for ours, completion in zip(scored, found, strict=True):  # a score is another program's
+        np.testing.assert_allclose(completion.logprobs, ours.logprobs[-NEW:], atol=2e-5)
 
 
 def test_settings_of_each_request(generator: Generator, greedy: list[Completion]) -> None:

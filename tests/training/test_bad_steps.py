@@ -210,6 +210,17 @@ def test_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
     assert losses(workdir) == losses(tmp_path / "never")
 
 
+@pytest.mark.full
+def test_a_rewind_reads_no_source_too_often(tmp_path: pathlib.Path, feed: Any) -> None:
+    """Of 36 windows, at most once, eight steps take 32, and two more batches left out take 40."""
+    (tmp_path / "few.txt").write_text("a few words " * 48 + "end")
+    mixture = f"data.mixture={tmp_path}/train.jsonl=1,{tmp_path}/few.txt=1x1"
+    config = bad_config(tmp_path, "rewind", "data.source=sotu", mixture)
+    feed({6: NAN})
+    with pytest.raises(ConfigError, match=r"few\.txt would be read 1\.11 times by step 8, and at most 1 times"):
+        run(config, tmp_path / "run")
+
+
 def test_rewind_to_the_beginning_and_past_damage(
     tmp_path: pathlib.Path, feed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

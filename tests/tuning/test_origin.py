@@ -16,6 +16,7 @@ from training.tools import quick, read_records, small
 
 from bigmac_jax import hosts, loop, storage
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config
+from bigmac_jax.config.reading import overridden
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.mesh import make_mesh
@@ -150,11 +151,33 @@ def test_no_model_there(base: tuple[Config, pathlib.Path], place: str) -> None:
 
 def test_the_config_of_a_run_that_names_none(base: tuple[Config, pathlib.Path]) -> None:
     """The other's, but what was held out of its data goes with them, and it is not tuned as that was."""
-    config = config_of(open_origin(str(base[1] / "run")), own_data=True)
+    config = config_of(open_origin(str(base[1] / "run")), {"data.source": "sotu"})
     assert config.model == base[0].model and config.train.init_from == str(base[1] / "run")
     assert config.data.validation_source == "" and config.tuning == TuningConfig()
-    of_export = config_of(open_origin(str(base[1] / "export")), own_data=True)
+    of_export = config_of(open_origin(str(base[1] / "export")), {"data.source": "sotu"})
     assert of_export.model == base[0].model and of_export.data.tokenizer.endswith("export/tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ({"mixture": "a=1,b=2", "curriculum": "5:a=1"}, ["data.source=c"], {"source": "c"}),
+        ({"mixture": "a=1,b=2", "validation_source": "v"}, ["data.mixture=c=1"], {"mixture": "c=1"}),
+        ({"source": "a", "validation_source": "v", "test_source": "t"}, ["data.mixture=c=1"], {"mixture": "c=1"}),
+        ({"mixture": "a=1,b=2"}, ["data.curriculum=5:a=1"], {"mixture": "a=1,b=2", "curriculum": "5:a=1"}),
+        ({"source": "a", "test_source": "t"}, ["data.mixture="], {"source": "a", "test_source": "t"}),
+    ],
+)
+def test_data_of_its_own(
+    tmp_path: pathlib.Path, before: dict[str, str], given: list[str], expected: dict[str, str]
+) -> None:
+    """They replace all of the other's: a source its mixture, a mixture its source."""
+    there = with_fields(small(tmp_path), data={"source": "sotu", "validation_source": "", "test_source": ""} | before)
+    made = config_of(Origin("there", "4", "", there), dict(field.split("=", 1) for field in given))
+    data = overridden(dataclasses.asdict(made), given).data
+    fields = ("source", "mixture", "curriculum", "validation_source", "test_source")
+    found = {name: getattr(data, name) for name in fields}
+    assert found == {"source": "sotu"} | dict.fromkeys(fields[1:], "") | expected
 
 
 def test_a_tokenizer_may_only_grow(base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
