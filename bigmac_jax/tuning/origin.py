@@ -106,8 +106,9 @@ def config_of(origin: Origin, given: Mapping[str, str]) -> Config:
     config = origin.config
     data = config.data
     if given.get("data.source") or given.get("data.mixture"):
-        none = dict.fromkeys(("validation_source", "test_source", "mixture", "curriculum"), "")
-        data = dataclasses.replace(data, source=DataConfig.source, **none)
+        data = dataclasses.replace(
+            data, source=DataConfig.source, validation_source="", test_source="", mixture="", curriculum=""
+        )
     train = dataclasses.replace(config.train, init_from=origin.place, tasks="", tasks_every=0)
     return dataclasses.replace(config, data=data, train=train, tuning=TuningConfig())
 
