@@ -110,6 +110,14 @@ def test_names_are_kept_of_a_template_of_ones_own(model: pathlib.Path, tmp_path:
     assert stream.chat.template == "-" + TEMPLATE
 
 
+def test_names_that_change_beside_the_tokenizer_change_nothing(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config, tokenizer, workdir = config_of(tmp_path, str(model / "tokenizer.json")), bpe(), tmp_path / "run"
+    first = text_of(begun(config, config, tokenizer, workdir), tokenizer)
+    settings = (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text(settings.replace("<|im_end|>", "<|begin|>"))
+    assert text_of(begun(config, with_own_template(workdir, config), tokenizer, workdir), tokenizer) == first
+
+
 def test_of_a_tokenizer_without_a_file_the_template_is_that_of_the_run(tmp_path: pathlib.Path) -> None:
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     first = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "t.jinja"))
