@@ -119,7 +119,7 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     else:
         config, result = conversion.widen(saved, model, _COPIES.value, _NOISE.value)
     report = runs.report(action, model, result, layers, runs.windows(saved, validation, _TOKENS.value))
-    config = runs.write_run(output, config, result, tokenizer, report, cli.OVERRIDES)
+    config = runs.write_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")
 

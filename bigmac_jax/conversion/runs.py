@@ -14,6 +14,7 @@ from bigmac_jax.config.reading import overridden
 from bigmac_jax.conversion.latent import LayerError
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
 from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.chat import chat_contents, chat_in
 from bigmac_jax.data.pipeline import padded
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange.importing import FREE
@@ -88,6 +89,7 @@ def report(
 
 
 def write_run(
+    source: pathlib.Path,
     output: pathlib.Path,
     config: Config,
     model: Transformer,
@@ -95,13 +97,15 @@ def write_run(
     report: Report,
     overrides: Sequence[str],
 ) -> Config:
-    """The run at step 0, with its own copy of the tokenizer, conversion.json and, of a narrow exchange, the picture of
+    """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a narrow exchange, the picture of
     the error by layer."""
     with held(output):
         if tokenizer.file:
             storage.write_whole(output / tokenizer.file, tokenizer.content)
             own = str(storage.absolute(output) / tokenizer.file)
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
+        for name, content in chat_contents(chat_in(source)).items():
+            storage.write_whole(output / name, content)
         config = set_anew(config, overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
         storage.write_whole(output / "conversion.json", (json.dumps(values, indent=2) + "\n").encode())
