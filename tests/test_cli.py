@@ -100,8 +100,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
         (*GENERATE, "--prompts={folder}/prompts.jsonl", "--output={folder}"),
         ("Is a directory",),
     ),
-    "neither export nor import": (("convert.py", "--workdir={folder}/run"), ("give `export", "or `import")),
-    "no output": (EXPORT, ("--output=OUT",)),
+    "neither export nor import": (
+        ("convert.py", "--workdir={folder}/run"),
+        ("give `import --checkpoint=DIR", "one of export, latent, upcycle and widen"),
+    ),
+    "no output": (EXPORT, ("--output=NEW",)),
     "no equivalent": ((*EXPORT, "--output={folder}/no", "--format=nemotron_h"), ("model.positions=rope must be none",)),
     "report of nothing": ((REPORT,), ("at least one RUN",)),
     "report of no run": ((REPORT, "{folder}/nothing"), ("nothing holds no config.json; give the --workdir",)),

@@ -97,8 +97,8 @@ def write_run(
     report: Report,
     overrides: Sequence[str],
 ) -> Config:
-    """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a narrow exchange, the picture of
-    the error by layer."""
+    """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
+    narrow exchange, the picture of the error by layer."""
     with held(output):
         if tokenizer.file:
             storage.write_whole(output / tokenizer.file, tokenizer.content)
