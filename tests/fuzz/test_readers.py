@@ -143,7 +143,7 @@ def dataset(scene: pathlib.Path) -> Any:
 
 def imported(kind: str) -> Callable[[pathlib.Path], Any]:
     def read(scene: pathlib.Path) -> Any:
-        config, layout, files = importing._open(scene / kind, ())
+        config, layout, files = importing.open_checkpoint(scene / kind, ())
         model = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
         assert importing._fitting(layout, config, named_leaves(model), files)
 
