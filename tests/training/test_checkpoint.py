@@ -12,6 +12,7 @@ import pytest
 from model.tools import leaves, random_tokens
 
 import bigmac_jax
+from bigmac_jax import tuning
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
@@ -108,8 +109,8 @@ def test_reading_changes_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_restore_is_importable_from_the_package() -> None:
-    """A Python contract of the design."""
-    assert bigmac_jax.restore is restore
+    """A Python contract of the design: it is the one that merges adapters, too."""
+    assert bigmac_jax.restore is tuning.restore
 
 
 def trivial(step: int) -> TrainState:
