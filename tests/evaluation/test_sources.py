@@ -12,12 +12,13 @@ from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
+from bigmac_jax.data.chat import FILE
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.perplexity import Score, evaluate, read
 from bigmac_jax.evaluation.sources import Load, open_sources, report, specialisation
-from bigmac_jax.training.workdir import keep_template, write_run
+from bigmac_jax.training.workdir import write_run
 
 LENGTH = 16
 CONFIG = {"length": LENGTH, "num_layers": 2, "hidden_size": 16}
@@ -111,7 +112,7 @@ def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
     data = DataConfig(source=f"{tmp_path}/rows.jsonl", tokenizer="bytes")
     config = Config(data=data, tuning=tuning, cache_dir=str(tmp_path / "cache"))
     write_run(tmp_path / "run", config, {}, {"data": 1}, ByteTokenizer())
-    keep_template(tmp_path / "run", template)
+    (tmp_path / "run" / FILE).write_text(template)
     found = open_sources(tmp_path / "run", config, [f"{tmp_path}/rows.jsonl"], "test", ByteTokenizer())
     assert found["rows"].chat.template == template
 

@@ -104,6 +104,7 @@ def twins() -> Iterator[tuple[Config, Any]]:
         yield config, random_model(config, given)
 
 
+@pytest.mark.full
 def test_all_is_accepted_where_the_stand_ins_are_the_experts(twins: tuple[Config, Any]) -> None:
     """Drawn tokens, too; a request of sixteen takes the step of its prompt and three of five."""
     config, model = twins

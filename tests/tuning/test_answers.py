@@ -64,6 +64,7 @@ def loss_and_gradients(config: Config, batch: Batch) -> tuple[float, dict[str, n
         return float(loss), leaves(gradients)
 
 
+@pytest.mark.full
 def test_no_token_that_nobody_reads_or_predicts_has_a_gradient(tmp_path: pathlib.Path) -> None:
     config = config_of(tmp_path)
     batch = packed(config)
