@@ -36,7 +36,7 @@ MESHES = {
     "ep 8": (1, 1, 8, 1),
     "2 nodes x 2 x tensor 2, fsdp": (1, 2, 2, 2, True),
 }
-FULL = ("1x1", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
+FULL = ("1x1", "ep 2 x tensor 2, experts split", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
 
 
 def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, **tuning: Any) -> Config:
