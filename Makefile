@@ -30,7 +30,7 @@ test: $(VENV)/installed-dev
 # compiler; a newer one can't always be read.
 test-programs: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,tpu]"
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m tpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n auto --maxprocesses=8 tests/programs -m "tpu and not full"
 
 # The same for hosts of GPUs; XLA's GPU compiler comes with jax's CUDA plugin (a few GB).
 test-programs-gpu: $(VENV)/installed-dev
