@@ -7,13 +7,14 @@ dense and as experts, for each seed. Each run is a process of its own; started a
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
 from absl import app, flags
+
+from bigmac_jax.storage import write_whole
 
 _FOLDER = flags.DEFINE_string("folder", "runs/conversion", "Of the runs.")
 _SEEDS = flags.DEFINE_list("seeds", ["1234", "1", "2"], "Of the upcycled runs.")
@@ -42,9 +43,7 @@ def main(_: list[str]) -> None:
     for name in _ONLY.value:
         for key, figures in {"narrow": _narrow, "upcycled": _upcycled}[name](folder):
             found.setdefault(name, {})[key] = figures
-            temporary = output.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(temporary, output)
+            write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
             print(f"{name}, {key}: {figures}", flush=True)
 
 

@@ -18,7 +18,7 @@ from benchmarks.distributions import pages
 from benchmarks.distributions.domains import BYTES
 from benchmarks.distributions.grid import SEEDS, STUDIES
 from benchmarks.distributions.runs import prepare, train
-from benchmarks.quality.runs import measure
+from benchmarks.quality.runs import measure, write
 
 _STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
 _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
@@ -46,20 +46,12 @@ def main(_: list[str]) -> None:
         start = time.monotonic()
         for ended, record in enumerate(measure(runs, {}, folder, _JOBS.value, train), 1):
             known[record["key"]] = record
-            write(output, list(known.values()))
+            write(output, "distributions", list(known.values()))
             left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
             losses = ", ".join(f"{name} {score['loss']:.3f}" for name, score in record["read"].items())
             print(f"{ended} of {len(runs)}: {record['key']}: {losses}; {left:.0f} min left", flush=True)
     if known:
         pages.write(folder if _QUICK.value else pathlib.Path("docs"), list(known.values()))
-
-
-def write(path: pathlib.Path, runs: list[dict]) -> None:
-    """Appears whole: what is there already is hours of work."""
-    temporary = path.with_suffix(".tmp")
-    lines = ",\n".join(" " + json.dumps(run) for run in runs)
-    temporary.write_text(f'{{"name": "distributions", "runs": [\n{lines}\n]}}\n')
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from absl import app, flags
 
 from benchmarks.quality import pages
 from benchmarks.quality.grid import SEEDS, STUDIES
-from benchmarks.quality.runs import measure
+from benchmarks.quality.runs import measure, write
 
 _STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
 _SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
@@ -36,20 +36,12 @@ def main(_: list[str]) -> None:
         start = time.monotonic()
         for ended, record in enumerate(measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value), 1):
             known[record["key"]] = record
-            write(output, list(known.values()))
+            write(output, "quality", list(known.values()))
             left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
             reached = f"{record['key']}: loss {record['loss']:.4f}"
             print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
     if known and output == pathlib.Path(_DEFAULT):
         pages.write(pathlib.Path("docs"), list(known.values()))
-
-
-def write(path: pathlib.Path, runs: list[dict]) -> None:
-    """Appears whole: what is there already is hours of work."""
-    temporary = path.with_suffix(".tmp")
-    lines = ",\n".join(" " + json.dumps(run) for run in runs)
-    temporary.write_text(f'{{"name": "quality", "runs": [\n{lines}\n]}}\n')
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks.quality.grid import Condition
 from bigmac_jax.config import load_config
 from bigmac_jax.counts import flops, parameters
+from bigmac_jax.storage import write_whole
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/tiny.py"
@@ -104,3 +105,9 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         "max_load": round(float(np.mean([record["moe/max_load"] for record in last])), 4),
         "drop_rate": max(record["moe/drop_rate"] for record in steps),
     }
+
+
+def write(path: pathlib.Path, name: str, runs: Sequence[dict[str, Any]]) -> None:
+    """Appears whole: what is there already is hours of work."""
+    lines = ",\n".join(" " + json.dumps(run) for run in runs)
+    write_whole(path, f'{{"name": "{name}", "runs": [\n{lines}\n]}}\n'.encode())

@@ -14,8 +14,6 @@ from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, place
 from bigmac_jax.model.attention import Documents, documents_of
 from bigmac_jax.model.moe import MoE
-from bigmac_jax.model.parameters import weight
-from bigmac_jax.model.router import Routing, route
 from bigmac_jax.model.transformer import Block, Transformer
 
 
@@ -71,10 +69,5 @@ def _through(layer: Block, x_BLD: Array, documents: Documents | None) -> tuple[A
     y_BLD, _ = layer.feed_forward(x_BLD, None, True, documents)
     if not isinstance(layer.mlp, MoE):
         return (x_BLD + y_BLD,)
-    routing = routing_of(layer.mlp, h_BLD)
+    routing = layer.mlp.routing(h_BLD)
     return x_BLD + y_BLD, h_BLD, routing.gates_BLK, routing.experts_BLK
-
-
-def routing_of(moe: MoE, h_BLD: Array) -> Routing:
-    bias_E = None if moe.router_bias_E is None else moe.router_bias_E[...]
-    return route(moe.config.model, h_BLD, weight(moe.config, moe.router_DE), bias_E)

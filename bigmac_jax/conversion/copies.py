@@ -70,8 +70,7 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         raise ConfigError(f"model.num_expert_groups={m.num_expert_groups} must be 1: copies would leave their group")
     if copies < 2:
         raise ConfigError(f"--copies={copies} must be at least 2")
-    alone = m.top_k == 1 and m.router_renormalize  # its gate was not divided by itself; the copies' are, by their sum
-    if alone:
+    if m.top_k == 1 and m.router_renormalize:  # its gate was not divided by itself; the copies' are, by their sum
         raise ConfigError("model.top_k=1 with router_renormalize=True can't be widened: gates of several are divided")
     # A softmax over c copies divides by c itself, and so does the sum of the chosen gates.
     divides = m.router_scores == "softmax" or m.router_renormalize

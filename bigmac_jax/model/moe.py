@@ -33,7 +33,7 @@ from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
-from bigmac_jax.model.router import route
+from bigmac_jax.model.router import Routing, route
 
 
 class Aux(NamedTuple):
@@ -130,8 +130,7 @@ class MoE(nnx.Module):
           padding_BL: where tokens are of no document.
         """
         config, m = self.config, self.config.model
-        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        routing = route(m, x_BLD, weight(config, self.router_DE), bias_E, padding_BL)
+        routing = self.routing(x_BLD, padding_BL)
         y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
             math.inf if dropless else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
         )
@@ -139,8 +138,8 @@ class MoE(nnx.Module):
             y_BLD = y_BLD + self.shared(x_BLD)
         own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
         required = jnp.zeros((0,))
-        if m.balance == "quantile" and bias_E is not None:
-            required = required_bias(config, routing.scores_BLE, bias_E, padding_BL)
+        if m.balance == "quantile" and self.router_bias_E is not None:
+            required = required_bias(config, routing.scores_BLE, self.router_bias_E[...], padding_BL)
         return y_BLD, Aux(
             balance_loss(routing.shares_E, own_load_E if load_E is None else load_E),
             routing.z_loss,
@@ -149,6 +148,11 @@ class MoE(nnx.Module):
             routing.entropy,
             required,
         )
+
+    def routing(self, x_BLD: Array, padding_BL: Array | None = None) -> Routing:
+        """Which experts each token goes to, and with what weight."""
+        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
+        return route(self.config.model, x_BLD, weight(self.config, self.router_DE), bias_E, padding_BL)
 
     def _exchange_and_compute(
         self, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array
