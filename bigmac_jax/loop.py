@@ -225,9 +225,7 @@ class _Run:
         given = bad.step + self.batches_ahead
         with NOW.doing("restore"):
             self.checkpoints.wait()
-            newest = self.checkpoints.newest_intact()
-            state, _ = restored(self.config, self.trainer, self.checkpoints, newest, *self.models)
-        self.first_step = newest or 0
+            self.first_step, state, _ = restored(self.config, self.trainer, self.checkpoints, *self.models)
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
         self.data.set_state({"batches": given}, self.first_step)

@@ -124,16 +124,13 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
     compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
-    with NOW.doing("verify"):
-        newest = checkpoints.newest_intact()
-    with NOW.doing("restore" if newest else "initialise"):
-        state, position = restored(config, trainer, checkpoints, newest, origin, teacher)
+    newest, state, position = restored(config, trainer, checkpoints, origin, teacher)
     if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
         with NOW.doing("data"):
             model = nnx.merge(trainer.graphdef, *load(origin, config))
             windows = train_stream.packed(config.data.sequence_length)
             windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
-    data.set_state(position, newest or 0)
+    data.set_state(position, newest)
     if hosts.is_first():
         for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
             _log.warning("%s", note)
@@ -144,7 +141,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         at = f", step {origin.step}" if origin.step else ""
         hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
     return Start(
-        trainer, compiling, checkpoints, data, rows, validation, newest or 0, state, position, origin, teacher,
+        trainer, compiling, checkpoints, data, rows, validation, newest, state, position, origin, teacher,
         tokenizer, jobs,
     )  # fmt: skip
 
@@ -158,7 +155,7 @@ def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
     return open_jobs(names, [], train.tasks_limit, config, tokenizer, data.sequence_length, template)
 
 
-def _describe(config: Config, state: TrainState, tokens: int, newest: int | None) -> None:
+def _describe(config: Config, state: TrainState, tokens: int, newest: int) -> None:
     hosts.say(config.describe())
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
@@ -175,24 +172,23 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int | None
 
 
 def restored(
-    config: Config,
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    step: int | None,
-    origin: Origin | None,
-    teacher: Origin | None,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the data position of a checkpoint, or those that a run begins with."""
-    key = jax.random.key(config.train.seed)
-    if step is None:
-        state, position = trainer.begin(*load(origin, config), key) if origin else trainer.init(key), {"batches": 0}
-    else:
-        state, position = checkpoints.restore(step, trainer.abstract_state)
-        if config.tuning.lora_rank:
-            assert origin is not None, config.train
-            state = dataclasses.replace(state, base=load(origin, config)[0])
-        state = guard.with_losses(state, trainer.abstract_state, position)
-    return dataclasses.replace(state, teacher=read_teacher(teacher)) if teacher else state, position
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, origin: Origin | None, teacher: Origin | None
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Step, state and data position of the newest intact checkpoint; or 0 and those that a run begins with."""
+    with NOW.doing("restore"):
+        found = checkpoints.restore_newest(trainer.abstract_state)
+        if found:
+            step, state, position = found
+            if config.tuning.lora_rank:
+                assert origin is not None, config.train
+                state = dataclasses.replace(state, base=load(origin, config)[0])
+            state = guard.with_losses(state, trainer.abstract_state, position)
+    if not found:
+        with NOW.doing("initialise"):
+            key = jax.random.key(config.train.seed)
+            state = trainer.begin(*load(origin, config), key) if origin else trainer.init(key)
+            step, position = 0, {"batches": 0}
+    return step, dataclasses.replace(state, teacher=read_teacher(teacher)) if teacher else state, position
 
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:

@@ -1,34 +1,103 @@
-"""The arrays of a checkpoint: digested by the process that wrote them, and of the shapes that a config asks for."""
+"""The arrays of a checkpoint. Behind each of their chunks lies its CRC-32C: whoever reads the chunk compares that."""
 
 import functools
 import pathlib
+import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
-from bigmac_jax.storage import locate
-from bigmac_jax.training import manifest
+from bigmac_jax.storage import is_store
 
 
-class _Digested(ocp.StandardCheckpointHandler):
-    """Orbax's. A process has saved an item when it has digested what it wrote of it, too (`manifest.write_part`)."""
+CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
 
-    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[ocp.future.Future]:
-        written = await super().async_save(directory, *args, **kwargs) or []
-        digest = functools.partial(manifest.write_part, locate(directory, "checkpoint"), jax.process_index())
-        return [ocp.future.ChainedFuture(written, digest)]  # while the next item is still being written
+
+def _zarr(global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool) -> dict[str, Any]:
+    """Zarr 3's description of an array with the format's own checksum, for which Orbax has no option."""
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    codecs += [{"name": "zstd", "configuration": {"level": 1}}] if use_compression else []
+    codecs += CHECKSUM  # of what the others made, so of every byte that is written
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+    return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
+
+
+assert callable(tensorstore_utils._build_zarr3_metadata)
+tensorstore_utils._build_zarr3_metadata = _zarr
+
+# What TensorStore says of contents; of a store, others may be its own trouble, which passes.
+_OF_CONTENTS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+_STATUS = re.compile(r"([A-Z_]{5,}): ")
+
+
+class DamagedError(Exception):
+    """What is wrong with a checkpoint, in a few words."""
 
 
 def arrays_of(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     """The handlers of a checkpoint's items that hold arrays; those of others are Orbax's."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in items:
-        handler = _Digested()
-        registry.add(item, ocp.args.StandardSave, handler)
-        registry.add(item, ocp.args.StandardRestore, handler)
+        registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))
     return registry
+
+
+def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a checkpoint by item, sharded as `abstract`: each process reads what its devices get, once.
+
+    Raises:
+      DamagedError: in all processes, if one of them found chunks that differ from their checksums, or are gone.
+    """
+    found, damage = {}, ""
+    with hosts.together():
+        try:
+            for item, tree in abstract.items():
+                how = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+                found[item] = ocp.PyTreeCheckpointHandler().restore(directory / item, args=how)
+        except Exception as error:
+            _leave_unsaid()
+            damage = _damage(error, is_store(directory))
+            if not damage:
+                raise
+    if damage := next(filter(None, hosts.gather(damage)), ""):
+        raise DamagedError(damage)
+    return found
+
+
+def _damage(error: BaseException, store: bool) -> str:
+    """What TensorStore says of contents that it could not read; "" if the error is another."""
+    for cause in _causes(error):
+        status = _STATUS.match(text := str(cause))
+        if status and (status[1] in _OF_CONTENTS or not store):
+            name = re.search(r'Error reading "([^"]*?)(?:/c[\d/]*)?"', text)
+            how = "has changed (CRC-32C)" if "igest mismatch" in text else f"cannot be read ({text[:200]})"
+            return f"{name[1] if name else 'an array'} {how}"
+    return ""
+
+
+@functools.cache
+def _leave_unsaid() -> None:
+    """When one read fails, Orbax drops the others that are under way: Python would print a traceback for each."""
+    say = sys.unraisablehook
+
+    def hear(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if "orbax" not in getattr(code, "co_filename", "") and "Event loop is closed" not in str(unraisable.exc_value):
+            say(unraisable)
+
+    sys.unraisablehook = hear
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -> None:

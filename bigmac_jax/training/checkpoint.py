@@ -1,7 +1,8 @@
 """Orbax checkpoints: parameters, optimizer, data position, config and what run.json says; a directory a step, written
 in the background.
 
-None is read before its files agree with its manifest; a damaged one is named and passed over.
+Before one is read its files are compared with its manifest, and its arrays with their checksums while they are read; a
+damaged one is named and passed over.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -29,11 +30,12 @@ from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.adapters import make_adapters
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
-from bigmac_jax.training.arrays import arrays_of, check_shapes
+from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, read_arrays
 from bigmac_jax.training.completion import completed
 from bigmac_jax.training.step import TrainState, evaluated, split
 from bigmac_jax.training.workdir import changes_of_edition, read_config, run_of, with_own_tokenizer
 
+_T = TypeVar("_T")
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
 for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
@@ -94,8 +96,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_model_of(state)),
-                    optimizer=ocp.args.StandardSave(_optimizer_of(state)),
+                    model=ocp.args.PyTreeSave(_model_of(state)),
+                    optimizer=ocp.args.PyTreeSave(_optimizer_of(state)),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                     run=ocp.args.JsonSave(run_of(self._directory.parent) | {manifest.STEP: step}),
@@ -138,23 +140,38 @@ class Checkpoints:
         """The newest checkpoint by name, whatever its state."""
         return self._manager.latest_step()
 
-    def newest_intact(self) -> int | None:
-        """None if there is no checkpoint. Damaged ones are named and moved to workdir/checkpoints-damaged.
+    def restore_newest(self, abstract: TrainState) -> tuple[int, TrainState, Any] | None:
+        """The newest intact checkpoint's number, and what `restore` gives of it; None if there is no checkpoint.
+        Damaged ones are named and moved to workdir/checkpoints-damaged.
 
         Raises:
-          ConfigError: all checkpoints that there were are damaged.
+          ConfigError: all checkpoints that there were are damaged; or as `restore`.
         """
+        while (step := self.newest_intact()) is not None:
+            try:
+                return step, *self.restore(step, abstract)
+            except DamagedError as error:
+                self._damaged(step, error)
+        return None
+
+    def newest_intact(self) -> int | None:
+        """The same by its manifest alone: its number, and damage to arrays is found when they are read."""
 
         def newest() -> int | None:
             return max(manifest.steps(self._directory.parent), default=None)
 
         while (step := _on_first(newest)) is not None:
-            if not (damage := self._damage(step)):
+            try:
+                self._check(step)
                 break
-            _on_first(functools.partial(self._set_aside, step, damage))
+            except DamagedError as error:
+                self._damaged(step, error)
         _on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
+
+    def _damaged(self, step: int, error: DamagedError) -> None:
+        _on_first(functools.partial(self._set_aside, step, str(error)))
 
     def _refuse_to_start_over(self, step: int | None) -> None:
         if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
@@ -163,12 +180,13 @@ class Checkpoints:
                 f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
             )
 
-    def _damage(self, step: int, without: str = "") -> str | None:
-        """Of a checkpoint, which all processes read, each a part; as `manifest.damage`, in all of them."""
+    def _check(self, step: int, without: str = "") -> None:
+        """Of a checkpoint all processes read files, each a part; raises DamagedError, as `manifest.damage` says it."""
         with hosts.together():
             share = (jax.process_index(), jax.process_count()) if hosts.several() else (0, 1)
             damage = manifest.damage(self._directory / str(step), without=without, share=share)
-        return next(filter(None, hosts.gather(damage or "")), None)
+        if damage := next(filter(None, hosts.gather(damage or "")), ""):
+            raise DamagedError(damage)
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
@@ -180,26 +198,41 @@ class Checkpoints:
         return min((loss for loss in losses if loss is not None), default=math.inf)
 
     def resolve(self, step: str) -> int:
-        """The number of the checkpoint 'latest', 'best' or 'N'. Damaged ones are named, and passed over if need be.
+        """The number of the checkpoint 'latest', 'best' or 'N'; as `restore_model`, but no array is read."""
+        return self._choose(step, lambda number: None)[0]
 
-        It is for `restore_model`: the optimizer's arrays are not read.
+    def restore_model(self, step: str, abstract: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The number of the checkpoint 'latest', 'best' or 'N', and its {"params": …, "rest": …} alone. Damaged ones
+        are named, and passed over if need be.
 
         Raises:
-          ConfigError: there is no such checkpoint, or no intact one.
+          ConfigError: there is no such checkpoint, or no intact one, or it is of a model of another shape.
         """
+
+        def read(number: int) -> dict[str, Any]:
+            check_shapes(self._directory, number, abstract)
+            return read_arrays(self._directory / str(number), {"model": abstract})["model"]
+
+        return self._choose(step, read)
+
+    def _choose(self, step: str, read: Callable[[int], _T]) -> tuple[int, _T]:
+        """The first intact of the checkpoints that `step` may mean, and what `read` makes of it."""
         damaged: list[int] = []
         while True:
             number: int = _on_first(functools.partial(self._candidate, step, damaged))
-            if not (damage := self._damage(number, without="optimizer")):
-                return number
-            if step not in ("latest", "best"):
-                raise ConfigError(
-                    f"step={step} of {self._directory} is damaged: {damage}; use latest, best or one of "
-                    f"{sorted(self._manager.all_steps())}"
-                )
-            damaged.append(number)
-            if hosts.is_first():
-                self._name(number, damage)
+            try:
+                self._check(number, without="optimizer")
+                return number, read(number)
+            except DamagedError as error:
+                if step not in ("latest", "best"):
+                    others = sorted(set(self._manager.all_steps()) - {number})
+                    raise ConfigError(
+                        f"step={step} of {self._directory} is damaged: {error}; use another one"
+                        + (f" of {others}" if others else "")
+                    ) from None
+                damaged.append(number)
+                if hosts.is_first():
+                    self._name(number, str(error))
 
     def _candidate(self, step: str, damaged: list[int]) -> int:
         """What `step` asks for, on process 0; of `damaged`, to which it adds what it finds, it takes none."""
@@ -261,30 +294,20 @@ class Checkpoints:
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
-        """The state, sharded as `abstract`, and the data position; errors as for `restore_model`."""
+        """The state, sharded as `abstract`, and the data position.
+
+        Raises:
+          DamagedError: an array differs from its checksums.
+          ConfigError: the checkpoint is of a model of another shape.
+        """
+        directory = self._directory / str(step)
         check_shapes(self._directory, step, _model_of(abstract))
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_model_of(abstract)),
-                optimizer=ocp.args.StandardRestore(_optimizer_of(abstract)),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        items = read_arrays(directory, {"model": _model_of(abstract), "optimizer": _optimizer_of(abstract)})
         model, optimizer = items["model"], items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
-        return state, items["data"]
-
-    def restore_model(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        """{"params": …, "rest": …} alone.
-
-        Raises:
-          ConfigError: the checkpoint is of a model of another shape.
-        """
-        check_shapes(self._directory, step, abstract)
-        return self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(abstract)))["model"]
+        return state, _on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def close(self) -> None:
         """Waits, too."""
@@ -311,7 +334,8 @@ def _on_first(find: Callable[[], Any]) -> Any:
 
 
 def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
-    """The number of the checkpoint that `restore` would take, and a digest of what it holds; ConfigError likewise."""
+    """The number of the checkpoint that `restore` would take if its arrays are intact, and a digest of what it holds;
+    ConfigError likewise."""
     checkpoints = Checkpoints(workdir)
     try:
         number = checkpoints.resolve(step)
@@ -377,12 +401,11 @@ def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Con
         jax.set_mesh(mesh)
     checkpoints = Checkpoints(workdir)
     try:
-        number = checkpoints.resolve(str(step))
         graphdef, base, rest = split(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)))
         params = base
         if config.tuning.lora_rank:
             params = jax.eval_shape(lambda key: make_adapters(config, base, key), jax.random.key(0))
-        tree = checkpoints.restore_model(number, placed({"params": params, "rest": rest}, mesh))
+        number, tree = checkpoints.restore_model(str(step), placed({"params": params, "rest": rest}, mesh))
         loss = _on_first(lambda: checkpoints.loss(number))
         return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)
     finally:

@@ -1,11 +1,8 @@
-"""manifest.json of a checkpoint: size and digest of its files, because the arrays' own files carry no checksums.
-
-Every process digests the arrays that it has written right after it wrote them, when its host still has them in memory
-(`write_part`). The first process joins that (`write`), and reads only what is in no part: small files. Parts are XXH3,
-a fifth of SHA-256's work, which added 40 % to a write that nothing but memory held up (benchmarks/saves.py).
+"""manifest.json of a checkpoint: size and digest of its files. Of those that hold arrays it has the size alone where
+they are large: their chunks carry checksums, which are compared when they are read (`arrays`).
 
 `python -m bigmac_jax.training.manifest RUN/checkpoints/N` writes the one of a checkpoint that has none: that was saved
-before there were manifests, and that you trust.
+before there were manifests or such checksums, and that you trust.
 """
 
 import hashlib
@@ -13,44 +10,34 @@ import heapq
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import xxhash
 
 from bigmac_jax.storage import children, files_below, is_store, locate, reason, size_of, write_whole
 
 NAME = "manifest.json"
-_PART = "digests.process_{}.json"  # beside the files that it is of
 STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`
 _RUN = "run/metadata"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last on a store
-_SMALL = 1 << 16  # bytes; larger files hold arrays
-# By the name that an entry has it under. Earlier editions wrote SHA-256 alone.
-_HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
-_SPELLED = {"sha256": "SHA-256", "xxh3_128": "XXH3"}
+_ARRAYS = "d"  # the directories of OCDBT's files, those of arrays
+_SMALL = 1 << 16  # bytes
 
 
-def write_part(folder: pathlib.Path, process: int) -> None:
-    """Digests what a process has written below `folder`, its `ocdbt.process_N`, for `write`."""
-    own = folder / f"ocdbt.process_{process}"
-    (folder / _PART.format(process)).write_text(json.dumps(_entries(folder, files_below(own), "xxh3_128")))
+def write(directory: pathlib.Path, checked: bool = True) -> None:
+    """Of all files below; it appears whole or not at all, and is on the disk then.
 
-
-def write(directory: pathlib.Path) -> None:
-    """Reads each file of which no part tells; the manifest appears whole or not at all, and is on the disk then."""
-    entries: dict[str, Any] = {}
-    for part in [file for item in children(directory) for file in children(item) if _is_part(file)]:
-        below = part.parent.relative_to(directory)
-        entries |= {(below / name).as_posix(): entry for name, entry in json.loads(part.read_bytes()).items()}
-        part.unlink()
+    Args:
+      checked: whether arrays carry checksums of their own.
+    """
     found = {path: size for path, size in files_below(directory).items() if path != directory / NAME}
-    sizes = {path.relative_to(directory).as_posix(): size for path, size in found.items()}
-    known = {name: entries[name] for name, size in sizes.items() if entries.get(name, {}).get("size") == size}
-    left = {directory / name: sizes[name] for name in sizes.keys() - known.keys()}
-    read = _entries(directory, left, "sha256")
-    write_whole(directory / NAME, _text(dict(sorted((known | read).items()))).encode())
+    read = [path for path, size in found.items() if size <= _SMALL or path.parent.name != _ARRAYS or not checked]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
+        digests = dict(zip(read, pool.map(_digest, read), strict=True))
+    entries = {
+        path.relative_to(directory).as_posix(): {"size": size} | ({"sha256": digests[path]} if path in digests else {})
+        for path, size in sorted(found.items())
+    }
+    write_whole(directory / NAME, _text(entries).encode())
 
 
 def damage(
@@ -74,23 +61,26 @@ def damage(
     try:
         entries = json.loads(text)
         intact = text == _text(entries)  # so that no byte of it can change unseen
-        wanted = {name: (int(entry["size"]), *_kind_and_digest(entry)) for name, entry in entries.items()}
+        wanted = {name: _size_and_digest(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         intact = False
     if not intact:
         return f"{NAME} is truncated or changed"
 
     def to_read(name: str) -> bool:
-        return wanted[name][0] <= _SMALL or (thorough and not (without and name.startswith(f"{without}/")))
+        size, digest = wanted[name]
+        return digest is not None and (
+            size <= _SMALL or (thorough and not (without and name.startswith(f"{without}/")))
+        )
 
     def differs(name: str) -> str | None:
-        path, (size, kind, digest) = directory / name, wanted[name]
+        path, (size, digest) = directory / name, wanted[name]
         try:
             found = size_of(path)
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
-            if to_read(name) and _digest(path, kind) != digest:
-                return f"{name} has changed ({_SPELLED[kind]})"
+            if to_read(name) and _digest(path) != digest:
+                return f"{name} has changed (SHA-256)"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -141,34 +131,21 @@ def _share(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
     return [name for name in sizes if name in own]
 
 
-def _entries(directory: pathlib.Path, sizes: Mapping[pathlib.Path, int], kind: str) -> dict[str, dict[str, Any]]:
-    """By name below `directory`: size and digest of files, each of which is read once."""
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
-        digests = list(pool.map(lambda path: _digest(path, kind), sizes))
-    return {
-        path.relative_to(directory).as_posix(): {"size": size, kind: digest}
-        for (path, size), digest in zip(sizes.items(), digests, strict=True)
-    }
-
-
-def _is_part(file: pathlib.Path) -> bool:
-    return file.match(_PART.format("*"))
-
-
-def _kind_and_digest(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """KeyError where there is none that is known."""
-    kind = next((kind for kind in _HASHES if kind in entry), "sha256")
-    return kind, str(entry[kind])
+def _size_and_digest(entry: Mapping[str, object]) -> tuple[int, str | None]:
+    """ValueError for another entry than `write` makes."""
+    if not {"size"} <= entry.keys() <= {"size", "sha256"}:
+        raise ValueError(f"an entry with {sorted(entry)}")
+    return int(str(entry["size"])), str(entry["sha256"]) if "sha256" in entry else None
 
 
 def _text(entries: object) -> str:
     return json.dumps(entries, indent=0) + "\n"
 
 
-def _digest(path: pathlib.Path, kind: str) -> str:
+def _digest(path: pathlib.Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _HASHES[kind]).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
-    write(locate(sys.argv[1], "checkpoint"))
+    write(locate(sys.argv[1], "checkpoint"), checked=False)

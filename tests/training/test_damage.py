@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import manifest
+from bigmac_jax.training.arrays import DamagedError
 from bigmac_jax.training.checkpoint import Checkpoints, restore
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.metrics import MetricsWriter
@@ -185,33 +187,30 @@ def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> N
     assert manifest.damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
 
 
-def test_the_first_process_joins_what_the_others_digested(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written = {
-        f"{item}/ocdbt.process_{i}/d/{i}": bytes([i]) * 100_000 for item in ("model", "optimizer") for i in (0, 1)
-    }
-    written |= {"model/_METADATA": b"{}", "_CHECKPOINT_METADATA": b"{}"}
-    for name, content in written.items():
+def test_what_has_checksums_of_its_own_has_no_digest(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"model/ocdbt.process_0/d/1": 100_000, "model/ocdbt.process_1/d/2": 1_000, "model/_METADATA": 100_000}
+    for name, size in sizes.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    for item in ("model", "optimizer"):
-        for process in (0, 1):
-            manifest.write_part(tmp_path / item, process)
+        (tmp_path / name).write_bytes(bytes(size))
     digest, read = manifest._digest, []
-    monkeypatch.setattr(manifest, "_digest", lambda path, kind: (read.append(path.name), digest(path, kind))[1])
-    manifest.write(tmp_path)
-    assert sorted(read) == ["_CHECKPOINT_METADATA", "_METADATA"]
-    assert {path for path in contents(tmp_path) if path != manifest.NAME} == written.keys()
-    assert json.loads((tmp_path / manifest.NAME).read_text()).keys() == written.keys()
-    assert manifest.damage(tmp_path) is None
-    for name, content in written.items():
-        (tmp_path / name).write_bytes(content[:-1] + b"x")
-        assert f"{name} has changed" in (manifest.damage(tmp_path) or "")
-        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(manifest, "_digest", lambda path: (read.append(path.name), digest(path))[1])
+    for check in (lambda: manifest.write(tmp_path), lambda: manifest.damage(tmp_path)):
+        read.clear()
+        assert check() is None
+        assert sorted(read) == ["2", "_METADATA"]
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size - 1) + b"x")
+        found = manifest.damage(tmp_path)
+        assert found is None if name.endswith("/1") else found == f"{name} has changed (SHA-256)"
+        (tmp_path / name).write_bytes(bytes(size - 1))
+        assert manifest.damage(tmp_path) == f"{name} has {size - 1:,} bytes, not {size:,}"
+        (tmp_path / name).write_bytes(bytes(size))
+    manifest.write(tmp_path, checked=False)
+    (tmp_path / "model/ocdbt.process_0/d/1").write_bytes(bytes(99_999) + b"x")
+    assert manifest.damage(tmp_path) == "model/ocdbt.process_0/d/1 has changed (SHA-256)"
 
 
-def test_processes_read_each_byte_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_what_has_digests(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {f"model/{i}": 70_000 + 7_000 * i for i in range(9)} | {f"optimizer/{i}": 80_000 for i in range(9)}
     for name, size in sizes.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -219,7 +218,7 @@ def test_processes_read_each_byte_once(tmp_path: pathlib.Path, monkeypatch: pyte
     manifest.write(tmp_path)
     digest, read = manifest._digest, []
     monkeypatch.setattr(
-        manifest, "_digest", lambda path, kind: (read.append(str(path.relative_to(tmp_path))), digest(path, kind))[1]
+        manifest, "_digest", lambda path: (read.append(str(path.relative_to(tmp_path))), digest(path))[1]
     )
     shares = []
     for process in range(4):
@@ -253,31 +252,114 @@ def test_a_manifest_of_an_earlier_edition(workdir: pathlib.Path) -> None:
 
 
 def large(step: int) -> TrainState:
+    """Arrays of many chunks' types, whose files are large enough to have no digest."""
     draw = np.random.default_rng(step)
-    params, moments = ({"w": jnp.asarray(draw.standard_normal(50_000, np.float32))} for _ in range(2))
+    params, moments = (
+        {
+            "w": jnp.asarray(draw.standard_normal(50_000, np.float32)),
+            "b": jnp.asarray(draw.random(40_000), jnp.bfloat16),
+        }
+        for _ in range(2)
+    )
     return TrainState(jnp.asarray(step), params, {}, moments)
 
 
-def test_a_reader_does_not_read_the_optimizer(tmp_path: pathlib.Path) -> None:
-    """Which is two thirds of a checkpoint; the same run, resumed, does."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def large_file(workdir: pathlib.Path, step: int, item: str) -> pathlib.Path:
+    (data,) = [f for f in files(workdir / "checkpoints" / str(step) / item) if f.stat().st_size > 100_000]
+    return data
+
+
+@pytest.fixture(scope="module")
+def large_saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("large")
+    checkpoints = Checkpoints(workdir, keep=2)
     for step in (1, 2):
-        checkpoints.save(large(step), {"batches": step}, Config(), step, None)
+        checkpoints.save(large(step), {"batches": step}, Config(), step, float(step))
     checkpoints.close()
-    (data,) = [path for path in files(tmp_path / "checkpoints" / "2" / "optimizer") if path.stat().st_size > 100_000]
-    content = data.read_bytes()
-    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    reader = Checkpoints(tmp_path)
-    assert reader.resolve("latest") == reader.resolve("best") == reader.resolve("2") == 2
-    chex.assert_trees_all_equal(
-        reader.restore_model(2, {"params": large(0).params, "rest": {}})["params"], large(2).params
-    )
-    data.write_bytes(content[:-1])
-    assert reader.resolve("latest") == 1  # sizes are compared
+    return workdir
+
+
+@pytest.fixture
+def large_run(large_saved: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(large_saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("instances", [20, pytest.param(1000, marks=pytest.mark.full)])
+def test_a_flipped_bit_of_an_array_is_found_when_it_is_read(large_run: pathlib.Path, instances: int) -> None:
+    """Or it changed nothing: a file holds a few bytes to which no tree leads any more."""
+    draw, found = random.Random(instances), 0
+    reader = Checkpoints(large_run)
+    for _ in range(instances):
+        data = large_file(large_run, 2, draw.choice(["model", "optimizer"]))
+        content = data.read_bytes()
+        place = draw.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << draw.randrange(8)
+        data.write_bytes(changed)
+        try:
+            chex.assert_trees_all_equal(reader.restore(2, large(0))[0], large(2))
+        except DamagedError as error:
+            found += 1
+            told = str(error)
+            assert re.fullmatch(r"(params|opt_state)\.[wb] has changed \(CRC-32C\)", told) or "cannot be read" in told
+        data.write_bytes(content)
+    assert found > 0.9 * instances
     reader.close()
-    data.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.newest_intact() == 1
+
+
+def test_damaged_arrays_are_passed_over(large_run: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reader passes over, and does not read the optimizer, two thirds of a checkpoint; the run, resumed, does."""
+    model, optimizer = (large_file(large_run, 2, item) for item in ("model", "optimizer"))
+
+    def flip(file: pathlib.Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    def read(step: str) -> int:
+        number, found = reader.restore_model(step, {"params": large(0).params, "rest": {}})
+        chex.assert_trees_all_equal(found["params"], large(number).params)
+        return number
+
+    flip(optimizer)
+    reader = Checkpoints(large_run)
+    assert [read(step) for step in ("latest", "best", "2")] == [2, 1, 2]
+    flip(model)
+    assert [read(step) for step in ("latest", "best", "1")] == [1, 1, 1]
+    assert re.search(r"checkpoints/2 is damaged: params\.[wb] has changed \(CRC-32C\); it is passed over", caplog.text)
+    with pytest.raises(ConfigError, match=r"step=2 of .* is damaged: params.* use another one of \[1\]"):
+        read("2")
+    flip(model)
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    assert read("latest") == 1  # sizes are compared
+    reader.close()
+    optimizer.write_bytes(optimizer.read_bytes() + b"\0")
+
+    caplog.clear()
+    checkpoints = Checkpoints(large_run, keep=2)
+    found = checkpoints.restore_newest(large(0))
+    assert found is not None and found[0] == 1 and found[2] == {"batches": 1}
+    chex.assert_trees_all_equal(found[1], large(1))
+    (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert re.match(r"checkpoint 2 is damaged: opt_state\.[wb] has changed \(CRC-32C\); .*checkpoints-damaged/2$", line)
+    flip(large_file(large_run, 1, "model"))
+    with pytest.raises(ConfigError, match="no intact checkpoint is left"):
+        checkpoints.restore_newest(large(0))
+    checkpoints.close()
+
+
+def test_arrays_are_read_once(large_run: pathlib.Path) -> None:
+    """By the system's count of the bytes that this process has asked for."""
+
+    def asked() -> int:
+        return int(dict(line.split(": ") for line in pathlib.Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+    checkpoints = Checkpoints(large_run, keep=2)
+    before = asked()
+    assert checkpoints.restore_newest(large(0)) is not None
+    read, size = asked() - before, sum(f.stat().st_size for f in files(large_run / "checkpoints" / "2"))
+    assert size < read < 1.5 * size, (read, size)  # small files are read for their digests, too
     checkpoints.close()
 
 
@@ -394,7 +476,7 @@ def test_directories_that_were_swapped(workdir: pathlib.Path, caplog: pytest.Log
         (folder / source).rename(folder / target)
     reader = Checkpoints(workdir)
     assert reader.resolve("latest") == 1
-    with pytest.raises(ConfigError, match=r"step=3 .* is damaged: it is of step 2; use latest"):
+    with pytest.raises(ConfigError, match=r"step=3 .* is damaged: it is of step 2; use another one of"):
         reader.resolve("3")
     reader.close()
     caplog.clear()
