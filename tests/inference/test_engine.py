@@ -288,7 +288,7 @@ def soak(generator: Generator, engine: Engine, requests: int) -> tuple[list[int]
     return objects, arrays
 
 
-@pytest.mark.parametrize("requests", [20, pytest.param(10_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("requests", [10, pytest.param(10_000, marks=pytest.mark.full)])
 def test_a_soak_leaves_nothing_behind(generator: Generator, engine: Engine, requests: int) -> None:
     objects, arrays = soak(generator, engine, requests)
     assert arrays[-1] <= arrays[1]

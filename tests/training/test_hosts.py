@@ -30,42 +30,45 @@ from bigmac_jax.training.step import make_trainer
 from .runs import ENVIRONMENT, Job, checkpoint_steps
 from .tools import ROOT, of_training, quick, read_records, write_config
 
-STEPS, TIMEOUT = 50, 6
+STEPS, TIMEOUT = 30, 6
 HANGING, KILLED = 3, 8
 MESH = ("mesh.data=2", "mesh.expert=2")
 
 
 class Story(NamedTuple):
-    """One process that was left alone, and two that were not."""
+    """One process, two, and two that were not left alone."""
 
     config: Config
     alone: pathlib.Path  # one process, four devices
+    calm: pathlib.Path  # 2 × 2
+    said: list[str]  # by the two
     disturbed: pathlib.Path  # 2 × 2: killed, resumed
-    stopped: pathlib.Path  # 2 × 2: stopped by SIGTERM to process 1, resumed
     killed: tuple[list[int], list[str], float]  # exit codes, outputs, seconds
     refused: subprocess.CompletedProcess[str]
-    sigterm: tuple[list[int], list[str], set[int]]  # exit codes, outputs, checkpoints
+
+
+OVERRIDES = (*MESH, f"train.steps={STEPS}", "train.keep_checkpoints=100", f"train.eval_every={STEPS}",
+             "train.checkpoint_every=0", "model.balance=bias")  # fmt: skip
+
+
+def two(folder: pathlib.Path, workdir: pathlib.Path, *more: str, **options: Any) -> Job:
+    flags = [f"--config.{override}" for override in (*OVERRIDES, *more)]
+    return Job(2, folder / "config.json", workdir, "--cpu_devices=2", f"--peer_timeout={TIMEOUT}", *flags, **options)
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("hosts")
     file = write_config(folder)
-    overrides = (*MESH, f"train.steps={STEPS}", "train.keep_checkpoints=100", "train.eval_every=50",
-                 "train.checkpoint_every=0", "model.balance=bias")  # fmt: skip
-    config = load_config(file, overrides)
-    every_step = "train.checkpoint_every=1"
-
-    alone, disturbed, stopped = folder / "alone", folder / "disturbed", folder / "stopped"
-    first = load_config(file, (*overrides, every_step))
+    config, every_step = load_config(file, OVERRIDES), "train.checkpoint_every=1"
+    alone, calm, disturbed = folder / "alone", folder / "calm", folder / "disturbed"
     with quick(), jax.set_mesh(make_mesh(config)):
-        train(first, alone)
+        train(load_config(file, (*OVERRIDES, every_step)), alone)
+    with two(folder, calm) as run:
+        assert run.wait() == [0, 0], run.outputs
+        said = run.outputs
 
-    def job(workdir: pathlib.Path, *more: str, **options: Any) -> Job:
-        flags = [f"--config.{override}" for override in (*overrides, *more)]
-        return Job(2, file, workdir, "--cpu_devices=2", f"--peer_timeout={TIMEOUT}", *flags, **options)
-
-    with job(disturbed, every_step) as run:
+    with two(folder, disturbed, every_step) as run:
         run.until(KILLED)
         refused = subprocess.run(
             [sys.executable, "train.py", f"--config={file}", f"--workdir={disturbed}", "--cpu_devices=1"],
@@ -74,16 +77,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         run.processes[1].kill()
         start = time.monotonic()
         killed = run.wait(), run.outputs, time.monotonic() - start
-    with job(disturbed) as run:
+    with two(folder, disturbed) as run:
         assert run.wait() == [0, 0], run.outputs
-
-    with job(stopped) as run:
-        run.until(10)
-        run.processes[1].send_signal(signal.SIGTERM)
-        sigterm = run.wait(), run.outputs, checkpoint_steps(stopped)
-    with job(stopped) as run:
-        assert run.wait() == [0, 0], run.outputs
-    return Story(config, alone, disturbed, stopped, killed, refused, sigterm)
+    return Story(config, alone, calm, said, disturbed, killed, refused)
 
 
 def state(story: Story, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -123,10 +119,8 @@ def test_gradients_are_those_of_one_process(story: Story) -> None:
 
 
 def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
-    chex.assert_trees_all_equal(state(story, story.disturbed, STEPS), state(story, story.stopped, STEPS))
-    lines = [
-        [kept for r in read_records(w) if len(kept := of_training(r)) > 1] for w in (story.disturbed, story.stopped)
-    ]
+    chex.assert_trees_all_equal(state(story, story.disturbed, STEPS), state(story, story.calm, STEPS))
+    lines = [[kept for r in read_records(w) if len(kept := of_training(r)) > 1] for w in (story.disturbed, story.calm)]
     assert lines[0] == lines[1]
 
 
@@ -177,12 +171,12 @@ def test_processes_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.full
 def test_two_processes_pass_over_a_damaged_checkpoint(story: Story, tmp_path: pathlib.Path) -> None:
-    workdir = shutil.copytree(story.stopped, tmp_path / "run")
+    workdir = shutil.copytree(story.disturbed, tmp_path / "run")
     steps = sorted(checkpoint_steps(workdir))
     for file in (workdir / "checkpoints" / str(steps[-1])).rglob("ocdbt.process_*/d/*"):
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     flags = [f"--config.{override}" for override in (*MESH, f"train.steps={STEPS + 2}", "train.keep_checkpoints=100",
-             "train.eval_every=50", "model.balance=bias")]  # fmt: skip
+             f"train.eval_every={STEPS}", "model.balance=bias")]  # fmt: skip
     with Job(2, write_config(tmp_path), workdir, "--cpu_devices=2", *flags) as run:
         assert run.wait() == [0, 0], run.outputs
         assert f"checkpoint {steps[-1]} is damaged" in run.outputs[0] and "damaged" not in run.outputs[1]
@@ -202,24 +196,31 @@ def test_other_commands_compare_too(
     story: Story, tmp_path: pathlib.Path, script: Sequence[str], common: Sequence[str], own: Sequence[str]
 ) -> None:
     arguments = ["--cpu_devices=2", *(part.format(folder=tmp_path) for part in common)]
-    shutil.copytree(story.stopped, tmp_path / "run")
+    shutil.copytree(story.calm, tmp_path / "run")
     with Job(2, None, tmp_path / "run", *arguments, script=script, own=[[flag] for flag in own]) as job:
         assert job.wait() == [2, 2], job.outputs
         last = job.outputs[0].splitlines()[-1]
         assert last.startswith(f"error: process 1 was started with {own[1]}, process 0 with {own[0]}; "), job.outputs
 
 
-def test_sigterm_to_one_saves_on_all(story: Story) -> None:
-    codes, outputs, checkpoints = story.sigterm
-    assert codes == [0, 0], outputs
-    message = re.search(rf"stopped and saved at step (\d+) of {STEPS}; the same command resumes", outputs[0])
-    assert message and checkpoints == {int(message[1])}, outputs
-    assert 10 <= int(message[1]) < STEPS
+@pytest.mark.full
+def test_sigterm_to_one_saves_on_all(story: Story, tmp_path: pathlib.Path) -> None:
+    write_config(tmp_path)
+    with two(tmp_path, tmp_path / "stopped") as run:
+        run.until(10)
+        run.processes[1].send_signal(signal.SIGTERM)
+        assert run.wait() == [0, 0], run.outputs
+        message = re.search(rf"stopped and saved at step (\d+) of {STEPS}; the same command resumes", run.outputs[0])
+        assert message and "stopped" not in run.outputs[1], run.outputs
+    assert checkpoint_steps(tmp_path / "stopped") == {int(message[1])} and 10 <= int(message[1]) < STEPS
+    with two(tmp_path, tmp_path / "stopped") as run:
+        assert run.wait() == [0, 0], run.outputs
+    chex.assert_trees_all_equal(state(story, tmp_path / "stopped", STEPS), state(story, story.calm, STEPS))
 
 
 def test_one_process_speaks(story: Story) -> None:
-    for line in ("bigmac: 8 experts", "parameters, ", "stopped and saved"):
-        assert line in story.sigterm[1][0] and line not in story.sigterm[1][1]
+    for line in ("bigmac: 8 experts", "parameters, ", "validation perplexity"):
+        assert line in story.said[0] and line not in story.said[1]
 
 
 def test_the_watch_needs_no_files(story: Story) -> None:
@@ -324,7 +325,7 @@ def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None
 def test_four_processes_and_slurm_and_evaluation(story: Story, tmp_path: pathlib.Path) -> None:
     """Four processes of one device, started as srun does; then two evaluate what they trained."""
     file = write_config(tmp_path)
-    overrides = ["mesh.node=2", "mesh.expert=2", f"train.steps={STEPS}", "model.balance=bias", "train.eval_every=50",
+    overrides = ["mesh.node=2", "mesh.expert=2", f"train.steps={STEPS}", "model.balance=bias", f"train.eval_every={STEPS}",
                  "train.checkpoint_every=0"]  # fmt: skip
     flags = [f"--config.{override}" for override in overrides]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4"}

@@ -21,7 +21,9 @@ from bigmac_jax.training.step import make_trainer
 from .runs import Process, checkpoint_steps, is_saving, last_step
 from .tools import of_training, read_records, write_config
 
-STEPS = 100
+STEPS = 60
+# When it is killed. benchmarks.soak has more of them.
+MOMENTS = ("saving",)
 
 
 class Story(NamedTuple):
@@ -56,7 +58,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     killed_at: list[int] = []
     begin = time.time()
-    for moment in ("metrics", "saving"):
+    for moment in MOMENTS:
         before = last_step(workdir)
         target = before + 2 * draw.randint(3, 7)
         process = Process(config_file, workdir, *arguments)
@@ -81,12 +83,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 
 def test_it_was_interrupted(story: Story) -> None:
-    assert 0 < story.killed_at[0] < story.killed_at[1] < story.stopped_at < STEPS, story
+    moments = [0, *story.killed_at, story.stopped_at, STEPS]
+    assert sorted(set(moments)) == moments, story
 
 
 def test_sigterm_saves_and_ends_well(story: Story) -> None:
     assert story.stop_code == 0, story.stop_output
-    message = re.search(r"stopped and saved at step (\d+) of 100; the same command resumes", story.stop_output)
+    message = re.search(r"stopped and saved at step (\d+) of 60; the same command resumes", story.stop_output)
     assert message and int(message[1]) == story.stopped_at
     assert "Traceback" not in story.stop_output
 
@@ -119,11 +122,11 @@ def test_metrics_are_those_of_one_run(story: Story) -> None:
     assert [line for line in lines(story.interrupted) if line["step"] != story.stopped_at + 1] == expected
     all_ = lines(story.undisturbed)
     assert [line["step"] for line in all_ if "loss" in line][:2] == [2, 4]
-    assert [line["step"] for line in all_ if "eval/loss" in line] == [28, 56, 84, 100]
+    assert [line["step"] for line in all_ if "eval/loss" in line] == [28, 56, 60]
 
 
 def test_the_time_of_all_starts_is_accounted_for(story: Story) -> None:
-    """Two starts were killed, so that steps are lost, and one was stopped."""
+    """One start was killed, so that steps are lost, and one was stopped."""
     records = [record for record in read_records(story.interrupted) if "goodput/wall_s" in record]
     last = {name.removeprefix("goodput/"): value for name, value in records[-1].items() if name.startswith("goodput/")}
     parts = {name: value for name, value in last.items() if name not in ("wall_s", "since_unix_s")}

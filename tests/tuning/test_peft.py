@@ -1,0 +1,60 @@
+"""PEFT itself: with adapters in its layout, the exported model computes what ours does with them. Needs the extra `hf`."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from interchange.tools import our_logits
+from model.tools import on_mesh, random_model, random_tokens, tiny
+
+from bigmac_jax.config import Config, TuningConfig
+from bigmac_jax.interchange import export_model
+from bigmac_jax.model.adapters import attached, make_adapters, merged
+from bigmac_jax.training.checkpoint import Restored
+from bigmac_jax.training.step import split
+from bigmac_jax.tuning.peft import export_adapters
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.24")
+peft = pytest.importorskip("peft", minversion="0.21")
+
+BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "post_combine"}
+# Fields of the model, what is adapted, the mesh.
+CASES = {
+    "bigmac": (BIGMAC, "attention,projections,shared,experts", (1, 1, 1)),
+    "bigmac, gated, on a mesh": (BIGMAC | {"gated": True, "num_kv_heads": 2}, "attention,projections,shared,experts", (2, 1, 2)),
+    "nemotron": (BIGMAC | {"latent_norm": "none"}, "attention,projections,shared", (1, 1, 1)),
+    "qwen": ({"structure": "fine_grained", "gated": True, "num_layers": 2, "num_kv_heads": 2}, "attention", (1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
+    fields, targets, mesh = CASES[name]
+    plain: Config = tiny(mesh, **fields)
+    tuning = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets)
+    train = dataclasses.replace(plain.train, init_from=str(tmp_path / "base"))
+    config = dataclasses.replace(plain, tuning=tuning, train=train)
+    tokens = random_tokens(config)
+    with on_mesh(config):
+        model = random_model(plain)
+        before = our_logits(model, tokens)
+        export_model(plain, model, tmp_path / "base")
+        graphdef, base, rest = split(model)
+        draw = np.random.default_rng(1).standard_normal
+        adapters = jax.tree.map(
+            lambda v: jax.device_put(0.3 * draw(v.shape).astype(np.float32), v.sharding),
+            make_adapters(config, base, jax.random.key(0)),
+        )
+        numbers = export_adapters(Restored(config, graphdef, adapters, rest, base, 1, None), tmp_path / "adapters")
+        ours = our_logits(nnx.merge(graphdef, merged(attached(config, base, adapters)), rest), tokens)
+    assert numbers == sum(leaf.size for leaf in jax.tree.leaves(adapters))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    tuned = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapters").eval()
+    with torch.no_grad():
+        found = tuned(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    assert np.abs(ours - before).max() > 0.1
+    np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
