@@ -15,7 +15,6 @@ from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
 from bigmac_jax.storage import is_store
 
-
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
 
 

@@ -325,8 +325,8 @@ def test_a_stopped_process_ends_all_and_is_named(tmp_path: pathlib.Path) -> None
 def test_four_processes_and_slurm_and_evaluation(story: Story, tmp_path: pathlib.Path) -> None:
     """Four processes of one device, started as srun does; then two evaluate what they trained."""
     file = write_config(tmp_path)
-    overrides = ["mesh.node=2", "mesh.expert=2", f"train.steps={STEPS}", "model.balance=bias", f"train.eval_every={STEPS}",
-                 "train.checkpoint_every=0"]  # fmt: skip
+    overrides = ["mesh.node=2", "mesh.expert=2", f"train.steps={STEPS}", "model.balance=bias",
+                 f"train.eval_every={STEPS}", "train.checkpoint_every=0"]  # fmt: skip
     flags = [f"--config.{override}" for override in overrides]
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4"}
     with Job(

@@ -1,4 +1,4 @@
-"""PEFT itself: with adapters in its layout, the exported model computes what ours does with them. Needs the extra `hf`."""
+"""PEFT itself: with adapters in its layout, the exported model computes what ours does. Needs the extra `hf`."""
 
 import dataclasses
 import pathlib
@@ -23,9 +23,10 @@ peft = pytest.importorskip("peft", minversion="0.21")
 
 BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "post_combine"}
 # Fields of the model, what is adapted, the mesh.
+ALL = "attention,projections,shared,experts"
 CASES = {
-    "bigmac": (BIGMAC, "attention,projections,shared,experts", (1, 1, 1)),
-    "bigmac, gated, on a mesh": (BIGMAC | {"gated": True, "num_kv_heads": 2}, "attention,projections,shared,experts", (2, 1, 2)),
+    "bigmac": (BIGMAC, ALL, (1, 1, 1)),
+    "bigmac, gated, on a mesh": (BIGMAC | {"gated": True, "num_kv_heads": 2}, ALL, (2, 1, 2)),
     "nemotron": (BIGMAC | {"latent_norm": "none"}, "attention,projections,shared", (1, 1, 1)),
     "qwen": ({"structure": "fine_grained", "gated": True, "num_layers": 2, "num_kv_heads": 2}, "attention", (1, 1, 1)),
 }  # fmt: skip
