@@ -23,7 +23,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 QUICK_CASES = [
     ("dense", "2x2", "present"),
-    ("vanilla", "1x8", "paper"),
     ("fine_grained", "1x1", "gated"),
     ("fine_grained", "tensor", "paper"),
     ("bigmac", "1x8", "present"),

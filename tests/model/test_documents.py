@@ -51,7 +51,8 @@ OTHERS += itertools.product(
 
 
 @pytest.mark.parametrize(
-    ("mesh", "model", "backbone"), [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in OTHERS)]
+    ("mesh", "model", "backbone"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.full) for case in [CASES[1], *OTHERS])],
 )
 def test_a_document_does_not_see_the_others(
     mesh: tuple[int, ...], model: dict[str, Any], backbone: dict[str, Any]
@@ -129,6 +130,7 @@ def test_the_loss_is_the_mean_over_the_targets(mesh: tuple[int, ...]) -> None:
     assert float(loss) == pytest.approx(float(np.asarray(scores.nll_BL)[counted].mean()), rel=1e-6)
 
 
+@pytest.mark.full
 def test_parts_of_a_batch_weigh_as_many_targets_as_they_have() -> None:
     config = tiny(batch=B, length=L, balance="none")
     made = {}

@@ -52,6 +52,7 @@ def test_causal(model: dict[str, Any]) -> None:
     assert (reach_LL[np.triu_indices(8, 1)] == 0).all()
 
 
+@pytest.mark.full
 def test_remat_recomputes_and_changes_nothing() -> None:
     configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange")}
     tokens, key = random_tokens(configs["none"]), jax.random.key(1)

@@ -13,7 +13,7 @@ from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import FORMATS, decode, encode, row_bytes
 
 from .program import Collective, collectives, layer
-from .tools import layer_and_gradients, tiny
+from .tools import layer_and_gradients, some, tiny
 
 # |decoded - row| ≤ bound · max|row|: half a unit in the last place, of the largest entry or of the entry itself.
 BOUNDS = {"float32": 0.0, "bfloat16": 2**-8, "float8_e4m3": 2**-4, "int8": 0.5001 / 127}
@@ -55,9 +55,15 @@ def payload(found: list[Collective], width: int) -> list[Collective]:
 
 
 @pytest.mark.parametrize(
-    ("forward", "backward"), [("bfloat16", "float32"), ("int8", "float8_e4m3"), ("float8_e4m3", "")]
+    ("name", "forward", "backward"),
+    some(
+        [
+            (name, *formats)
+            for formats in (("bfloat16", "float32"), ("int8", "float8_e4m3"), ("float8_e4m3", ""))
+            for name in STRATEGIES
+        ]
+    ),
 )
-@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_payload_crosses_in_its_format(name: str, forward: str, backward: str) -> None:
     """R = 24, which no other array of the layer has as its last dimension."""
     model: dict[str, Any] = {
@@ -84,13 +90,15 @@ def test_gather_adds_in_float32_where_float32_crosses() -> None:
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [
-        ("all_to_all", "int8"),
-        ("dedup", "float8_e4m3"),
-        ("hierarchical", "int8"),
-        ("gather", "float8_e4m3"),
-        ("ragged", "bfloat16"),
-    ],
+    some(
+        [
+            ("all_to_all", "int8"),
+            ("gather", "float8_e4m3"),
+            ("hierarchical", "int8"),
+            ("dedup", "float8_e4m3"),
+            ("ragged", "bfloat16"),
+        ]
+    ),
 )
 def test_the_layer_moves_by_the_formats_error(name: str, format: str) -> None:
     """Output and gradients against the float32 wire; the bounds are stated in docs/exchange.md."""

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
@@ -176,6 +177,16 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any], tolerance: fl
         if not (size > 0 and difference <= tolerance * size):
             wrong.append(f"{name}: max|a - b| = {difference:.3g}, max|b| = {size:.3g}")
     assert not wrong, "\n".join(wrong)
+
+
+def some(cases: Iterable[Any], every: int = 2) -> list[Any]:
+    """The first of every `every` cases for `make test`; the others are for `-m full`."""
+    return [
+        case
+        if i % every == 0
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full)
+        for i, case in enumerate(cases)
+    ]
 
 
 def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
