@@ -179,7 +179,7 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any], tolerance: fl
     assert not wrong, "\n".join(wrong)
 
 
-def some(cases: Iterable[Any], every: int = 2) -> list[Any]:
+def some(cases: Iterable[tuple[Any, ...]], every: int = 2) -> list[Any]:
     """The first of every `every` cases for `make test`; the others are for `-m full`."""
     return [
         case
