@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -27,7 +28,6 @@ def _zarr(global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compr
     return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
 
 
-assert callable(tensorstore_utils._build_zarr3_metadata)
 tensorstore_utils._build_zarr3_metadata = _zarr
 
 # What TensorStore says of contents; of a store, others may be its own trouble, which passes.
@@ -41,6 +41,11 @@ class DamagedError(Exception):
 
 def arrays_of(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     """The handlers of a checkpoint's items that hold arrays; those of others are Orbax's."""
+    written = tensorstore_utils.ArrayWriteSpec(
+        "/", "w", global_shape=(1,), write_shape=(1,), dtype=np.dtype("float32"), use_zarr3=True, use_ocdbt=True
+    ).json
+    if written["metadata"]["codecs"][-len(CHECKSUM) :] != CHECKSUM:
+        raise RuntimeError("this Orbax would write arrays without checksums; pyproject.toml says which are known")
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in items:
         registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))

@@ -341,7 +341,7 @@ def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
         number = checkpoints.resolve(step)
     finally:
         checkpoints.close()
-    file = workdir / "checkpoints" / str(number) / manifest.NAME  # has the digests of all its files
+    file = workdir / "checkpoints" / str(number) / manifest.NAME  # names its files, as no other does
     return number, _on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
 
