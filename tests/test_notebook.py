@@ -13,6 +13,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.plan import Request, make_plan
 
 
+@pytest.mark.full
 def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
     config = small(tmp_path, "train.steps=4", "train.log_every=2", "train.eval_every=3")
     before = jax.sharding.get_mesh()

@@ -300,7 +300,9 @@ def test_dropped_rows_add_nothing(name: str) -> None:
     assert_close({"y": y, "x": dx, "gates": d_gates}, {"y": weight * x, "x": weight * dy, "gates": kept * dot})
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [(2, 1, 2), *(pytest.param(m, marks=pytest.mark.full) for m in ((1, 1, 1), (1, 2, 4)))], ids=str
+)
 def test_aux_reports_each_layers_drops(mesh: tuple[int, int, int]) -> None:
     """Layer 0 routes freely, layer 1 sends every token to experts 5, 2 and 7."""
     config = tiny(mesh, balance="bias", capacity_factor=0.8)

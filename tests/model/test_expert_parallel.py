@@ -22,6 +22,7 @@ from .tools import (  # fmt: skip
     pairwise,
     random_model,
     random_tokens,
+    some,
     tiny,
     total_loss,
 )
@@ -129,7 +130,7 @@ def test_dense_equals_the_reference(mesh: tuple[int, ...], backbone: str) -> Non
     check(tiny(mesh, structure="dense", **BACKBONES[backbone]))
 
 
-@pytest.mark.parametrize(("mesh", "top_k"), [((1, 1, 8), 1), ((2, 1, 4), 1), ((1, 2, 2), 2)], ids=name)
+@pytest.mark.parametrize(("mesh", "top_k"), some([((1, 2, 2), 2), ((1, 1, 8), 1), ((2, 1, 4), 1)], 3), ids=name)
 def test_every_token_may_choose_the_same_experts(mesh: tuple[int, ...], top_k: int) -> None:
     """The worst skew: all rows of all ranks go to one rank, to `top_k` of its experts."""
     config = tiny(mesh, top_k=top_k, balance="bias", router_renormalize=False)

@@ -120,7 +120,7 @@ def test_scopes_name_the_payload() -> None:
     assert PAYLOAD in program.compile_program(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
 
 
-@pytest.mark.parametrize("structure", ["bigmac", "fine_grained", "dense"])
+@pytest.mark.parametrize("structure", some([("bigmac",), ("fine_grained",), ("dense",)]))
 def test_flops_are_the_programs(structure: str) -> None:
     """Remat off, capacity factor 1, attention without the mask's discount."""
     head_dim = 6 if structure == "dense" else 0  # not the share of the width that a head has by default
@@ -168,6 +168,7 @@ def test_what_the_optimizer_keeps() -> None:
     assert kept(average_decay=0.9) == 12 * rank
 
 
+@pytest.mark.full
 def test_a_rank_keeps_its_own_chunk() -> None:
     """The compiled buffers hold it; what is sent, and the paper's formula, do not."""
     found = compiled(config(MESHES["1x4"], "all_to_all"))

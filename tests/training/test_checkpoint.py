@@ -73,7 +73,9 @@ def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, ne
     assert run.state.step == 3
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("2x2", marks=pytest.mark.full), *list(MESHES)[2:]])
+@pytest.mark.parametrize(
+    "mesh", ["1x1", "tensor", *(pytest.param(m, marks=pytest.mark.full) for m in ("2x2", "two machines"))]
+)
 def test_elastic(saved: dict[str, Any], mesh: str) -> None:
     """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""
     with session(config_on(saved["folder"], mesh)) as run:

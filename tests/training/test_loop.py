@@ -141,6 +141,7 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
     assert read_records(workdir) == records
 
 
+@pytest.mark.full
 def test_execution_and_where_data_lies_may_change(copied: Any, tmp_path: pathlib.Path, caplog: Any) -> None:
     """Another attention, exchange, remat, chunks, parts and workers, and the corpus in another folder."""
     config, workdir = copied

@@ -136,7 +136,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    "mesh", ["tensor fsdp", *(pytest.param(mesh, marks=pytest.mark.full) for mesh in MESHES if mesh != "tensor fsdp")]
+    "mesh", ["2x2", *(pytest.param(mesh, marks=pytest.mark.full) for mesh in MESHES if mesh != "2x2")]
 )
 def test_muon(mesh: str) -> None:
     """Two steps of every parameter: matrices, also of experts, by Newton-Schulz in NumPy, all else by Adam."""
