@@ -4,14 +4,23 @@ The model of benchmarks.decode (configs/nemotron.py, random parameters), prompts
 greedy. First all at once: new tokens a second of the engine, and of the same engine that is given a batch and waits for
 its end; rounds alternate. Then Poisson arrivals, by requests a second: milliseconds to the first token and between
 tokens. JSON lines.
+
+With --peers it is a Qwen3Moe of the same size, and transformers takes the same requests beside it on the exported
+model: its continuous batching, and `generate` on one batch after the other.
+
+    python -m benchmarks.peers --setup      first: makes the environment of transformers
+    python -m benchmarks.serve --peers
 """
 
 from bigmac_jax import environment
 
 environment.prepare()
 
+import contextlib  # noqa: E402
 import json  # noqa: E402
+import pathlib  # noqa: E402
 import statistics  # noqa: E402
+import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 
@@ -19,14 +28,16 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
+from benchmarks.peers.worker import Worker  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.config import load_config  # noqa: E402
+from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402
 from bigmac_jax.inference.engine import Engine  # noqa: E402
 from bigmac_jax.inference.jobs import Job  # noqa: E402
-from bigmac_jax.model.transformer import init_model  # noqa: E402
+from bigmac_jax.interchange import export_model  # noqa: E402
+from bigmac_jax.model.transformer import Transformer, init_model  # noqa: E402
 
 _REQUESTS = flags.DEFINE_integer("requests", 96, "Requests.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Requests at a time.")
@@ -34,24 +45,57 @@ _SHORTEST = flags.DEFINE_integer("shortest", 16, "Tokens of a prompt or completi
 _LONGEST = flags.DEFINE_integer("longest", 512, "And at most.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; a ratio is the median over rounds.")
 _RATES = flags.DEFINE_list("rates", "1,2,4", "Requests a second.")
+_PEERS = flags.DEFINE_bool("peers", False, "Whether transformers computes beside it.")
+_HF_PYTHON = flags.DEFINE_string("hf_python", ".venv-peers-hf/bin/python", "Python with torch and transformers.")
 _WEIGHTS = flags.DEFINE_string("weights", "", "As of serve.py.")
+
+
+# What makes a Qwen3Moe of configs/nemotron.py.
+QWEN = ("model.structure=fine_grained", "model.positions=rope", "model.qk_norm=True", "model.gated=True",
+        "model.activation=silu", "model.num_shared_experts=0", "model.router_scores=softmax", "model.router_scale=1",
+        "model.balance=aux_loss")  # fmt: skip
 
 
 def main() -> None:
     longest = 2 * _LONGEST.value
-    config = load_config("configs/nemotron.py", ("mesh.data=1", f"data.sequence_length={longest}"))
+    own = ("mesh.data=1", f"data.sequence_length={longest}", *(QWEN if _PEERS.value else ()))
+    config = load_config("configs/nemotron.py", own)
     cli.enter_mesh(config, fit_batch=False)
     model = init_model(config, jax.random.key(0))
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if _PEERS.value:
+            export_model(config, model, folder / "model", format="qwen3_moe")
+        _measure(config, model, _room(longest), folder, stack)
+
+
+def _room(longest: int) -> int:
+    """Positions of so many sequences of the mean length, not of the longest; nothing is found in them."""
+    return (_BATCH.value + 2) * longest // 2 + longest
+
+
+def _measure(
+    config: Config, model: Transformer, positions: int, folder: pathlib.Path, stack: contextlib.ExitStack
+) -> None:
     generator = Generator(
         config, model, batch_size=_BATCH.value, tokenizer=ByteTokenizer(), consume=True, weights=_WEIGHTS.value
     )
-    # The cache of so many sequences of the mean length, not of the longest; nothing is found in it.
-    room = (_BATCH.value + 2) * longest // 2 + longest
-    engine = generator.engine(_BATCH.value, positions=room, reuse=False)
+    engine = generator.engine(_BATCH.value, positions=positions, reuse=False)
     engine.compile()
-    cases = {"continuous": _offline(generator, engine, _BATCH.value), "static": _offline(generator, engine, 0)}
+    cases: dict[str, Callable[[], float]] = {
+        "continuous": _offline(generator, engine, _BATCH.value),
+        "static": _offline(generator, engine, 0),
+    }
     for case in cases.values():
         case()
+    if _PEERS.value:
+        requests = folder / "requests.json"
+        requests.write_text(json.dumps([(list(job.prompt), job.sampling.max_tokens) for job in _jobs(generator)]))
+        given = str(folder / "model"), str(requests), str(_BATCH.value)
+        for way in ("continuous", "static"):
+            worker = Worker(_HF_PYTHON.value, "benchmarks.peers.requests", *given, way)
+            stack.callback(worker.close)
+            cases[f"transformers, {way}"] = worker
     seconds = alternate(cases, _ROUNDS.value)
     new = sum(job.sampling.max_tokens for job in _jobs(generator))
     for case, rounds in seconds.items():
