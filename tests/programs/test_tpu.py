@@ -101,7 +101,8 @@ def test_rounds_need_a_fraction_of_the_worst_case(topology: str, ranks: int) -> 
     assert 4 * made["largest_elements"] <= worst * 256
 
 
-@pytest.mark.parametrize("topology", ["v5e:4x8", pytest.param("v6e:4x8", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("topology", ["v5e:4x8", "v6e:4x8"])
 def test_decoding_reads_pages_by_jaxs_kernel_where_it_takes_the_heads(topology: str) -> None:
     """One kernel more in the loop over layers than with other heads; rows of several tokens have none."""
     wide, narrow = (compiled(topology, "decode,draft,verify", f"model.head_dim={head}") for head in (128, 64))
