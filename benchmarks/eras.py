@@ -11,6 +11,7 @@ import pathlib
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from bigmac_jax.data.sotu import speech_files
 from bigmac_jax.data.splits import SPLITS, split_of
@@ -53,13 +54,18 @@ def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     return made
 
 
+def _row(split: str, text: str, name: str) -> dict[str, Any]:
+    if split == "test":
+        return {"text": text, "label": list(_CLASSES).index(name)}
+    return {"prompt": _PROMPT.format(text=text), "completion": f" {name}"}
+
+
 def main(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in rows().items():
         with (folder / f"{split}.jsonl").open("w") as file:
             for text, name in pairs:
-                row = {"prompt": _PROMPT.format(text=text), "completion": f" {name}"}
-                print(json.dumps({"text": text, "label": name} if split == "test" else row), file=file)
+                print(json.dumps(_row(split, text, name)), file=file)
     (folder / "eras.toml").write_text(_TASK)
 
 
