@@ -33,6 +33,7 @@ NARROW: dict[str, tuple[list[str], dict[str, Any]]] = {
     "teacher": ([], {"tuning.teacher_weight": 0.5}),
     "teacher alone": ([], {"tuning.teacher_weight": 1.0}),
     "teacher alone, twice the rate": ([], {"tuning.teacher_weight": 1.0, "optimizer.learning_rate": 4e-3}),
+    "teacher alone, three times": ([], {"tuning.teacher_weight": 1.0, "optimizer.learning_rate": 6e-3}),
     "teacher and layers": ([], {"tuning.teacher_weight": 0.5, "tuning.hidden_weight": 1.0}),
     "teacher, norm": (["--latent_norm=post_combine"], {"tuning.teacher_weight": 0.5}),
 }
