@@ -120,7 +120,7 @@ def test_scopes_name_the_payload() -> None:
     assert PAYLOAD in program.compile_program(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
 
 
-@pytest.mark.parametrize("structure", some([("bigmac",), ("fine_grained",), ("dense",)]))
+@pytest.mark.parametrize(("structure",), some([("bigmac",), ("fine_grained",), ("dense",)]))
 def test_flops_are_the_programs(structure: str) -> None:
     """Remat off, capacity factor 1, attention without the mask's discount."""
     head_dim = 6 if structure == "dense" else 0  # not the share of the width that a head has by default
