@@ -41,7 +41,7 @@ NARROW: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 def main(_: list[str]) -> None:
     folder, output = pathlib.Path(_FOLDER.value), pathlib.Path(_OUTPUT.value)
-    found = json.loads(output.read_text()) if output.exists() else {}
+    found = json.loads(output.read_text()) if output.exists() else {"name": "conversion"}
     for name in _ONLY.value:
         for key, figures in {"narrow": _narrow, "upcycled": _upcycled}[name](folder):
             found.setdefault(name, {})[key] = figures

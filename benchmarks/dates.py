@@ -8,11 +8,10 @@ of them.
 """
 
 import datetime
-import json
-import pathlib
 import random
-import sys
 from typing import Any
+
+from benchmarks.rows import write
 
 _FORMS = ("{d} {month} {y}", "{month} {d}, {y}", "the {d}. of {month} {y}")
 _SIZES = {"train": 40_000, "validation": 500, "test": 500, "preferences": 2_000}
@@ -53,16 +52,5 @@ def _row(split: str, date: str, numbers: str) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": numbers}]}
 
 
-def main(folder: pathlib.Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, pairs in rows().items():
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for date, numbers in pairs:
-                print(json.dumps(_row(split, date, numbers)), file=file)
-    (folder / "dates.toml").write_text(_TASK)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("give the folder to write")
-    main(pathlib.Path(sys.argv[1]))
+    write("dates", _TASK, {split: [_row(split, *pair) for pair in pairs] for split, pairs in rows().items()})

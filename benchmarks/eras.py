@@ -9,10 +9,10 @@ eval.py --tasks. A year stands in one of them alone, and each time has as many r
 import json
 import pathlib
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.rows import write
 from bigmac_jax.data.sotu import speech_files
 from bigmac_jax.data.splits import SPLITS, split_of
 
@@ -23,7 +23,7 @@ _PROMPT = "{text}\nTime:"
 _TASK = f"""# When a paragraph was said: early (before 1861), middle (before 1933) or late.
 kind = "classification"
 source = "test.jsonl"
-prompt = "{{text}}\\nTime:"
+prompt = {json.dumps(_PROMPT)}
 choices = {json.dumps(list(_CLASSES))}
 answer = "label"
 
@@ -60,16 +60,5 @@ def _row(split: str, text: str, name: str) -> dict[str, Any]:
     return {"prompt": _PROMPT.format(text=text), "completion": f" {name}"}
 
 
-def main(folder: pathlib.Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, pairs in rows().items():
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for text, name in pairs:
-                print(json.dumps(_row(split, text, name)), file=file)
-    (folder / "eras.toml").write_text(_TASK)
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("give the folder to write")
-    main(pathlib.Path(sys.argv[1]))
+    write("eras", _TASK, {split: [_row(split, *pair) for pair in pairs] for split, pairs in rows().items()})

@@ -38,7 +38,7 @@ def write(docs: pathlib.Path) -> None:
 
 def read(docs: pathlib.Path) -> list[dict[str, Any]]:
     results = [json.loads(path.read_text()) for path in sorted((docs / "results").glob("*.json"))]
-    known = [result for result in results if result.get("name") in ORDER]
+    known = [result for result in results if result["name"] in ORDER]
     return sorted(known, key=lambda result: ORDER.index(result["name"]))
 
 

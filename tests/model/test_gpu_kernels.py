@@ -81,7 +81,15 @@ def actual(x: Any, w: Any, dy: Any, sizes: Any, results: Any = results) -> dict[
     return {"y": got["y"][:filled], "dx": got["dx"][:filled], "dw": got["dw"]}
 
 
-@pytest.mark.parametrize(("shape", "count"), [(SHORT, 25), (LONG, 15), (FEW, 10)])
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        (SHORT, 25),
+        (LONG, 15),
+        (FEW, 10),
+        *(pytest.param(*c, marks=pytest.mark.full) for c in ((SHORT, 70), (LONG, 30))),
+    ],
+)
 def test_any_lengths_of_groups(shape: tuple[int, int, int, int], count: int) -> None:
     """Values and both gradients, for `count` vectors of lengths."""
     M, e, X, Y = shape

@@ -22,8 +22,8 @@ from .runs import Process, checkpoint_steps, is_saving, last_step
 from .tools import of_training, read_records, write_config
 
 STEPS = 60
-# When it is killed. benchmarks.soak has more of them.
-MOMENTS = ("saving",)
+# When it is killed; benchmarks.soak has more of them.
+MOMENTS = [("saving",), pytest.param(("metrics", "saving"), marks=pytest.mark.full)]
 
 
 class Story(NamedTuple):
@@ -39,8 +39,8 @@ class Story(NamedTuple):
     seconds: float  # from the first start of the interrupted one to its end
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+@pytest.fixture(scope="module", params=MOMENTS, ids=" and ".join)
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder, draw = tmp_path_factory.mktemp("resume"), random.Random(7)
     base, config_file = load_config(write_config(folder)), folder / "config.json"
     overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=28",
@@ -58,7 +58,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     killed_at: list[int] = []
     begin = time.time()
-    for moment in MOMENTS:
+    for moment in request.param:
         before = last_step(workdir)
         target = before + 2 * draw.randint(3, 7)
         process = Process(config_file, workdir, *arguments)
