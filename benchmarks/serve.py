@@ -31,13 +31,13 @@ from absl import flags  # noqa: E402
 from benchmarks.peers.worker import Worker  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.config import Config, load_config  # noqa: E402
+from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402
 from bigmac_jax.inference.engine import Engine  # noqa: E402
 from bigmac_jax.inference.jobs import Job  # noqa: E402
 from bigmac_jax.interchange import export_model  # noqa: E402
-from bigmac_jax.model.transformer import Transformer, init_model  # noqa: E402
+from bigmac_jax.model.transformer import init_model  # noqa: E402
 
 _REQUESTS = flags.DEFINE_integer("requests", 96, "Requests.")
 _BATCH = flags.DEFINE_integer("batch", 16, "Requests at a time.")
@@ -64,45 +64,38 @@ def main() -> None:
     model = init_model(config, jax.random.key(0))
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if _PEERS.value:
+        if _PEERS.value:  # before the generator takes its arrays
             export_model(config, model, folder / "model", format="qwen3_moe")
-        _measure(config, model, _room(longest), folder, stack)
-
-
-def _room(longest: int) -> int:
-    """Positions of so many sequences of the mean length, not of the longest; nothing is found in them."""
-    return (_BATCH.value + 2) * longest // 2 + longest
-
-
-def _measure(
-    config: Config, model: Transformer, positions: int, folder: pathlib.Path, stack: contextlib.ExitStack
-) -> None:
-    generator = Generator(
-        config, model, batch_size=_BATCH.value, tokenizer=ByteTokenizer(), consume=True, weights=_WEIGHTS.value
-    )
-    engine = generator.engine(_BATCH.value, positions=positions, reuse=False)
-    engine.compile()
-    cases: dict[str, Callable[[], float]] = {
-        "continuous": _offline(generator, engine, _BATCH.value),
-        "static": _offline(generator, engine, 0),
-    }
-    for case in cases.values():
-        case()
-    if _PEERS.value:
-        requests = folder / "requests.json"
-        requests.write_text(json.dumps([(list(job.prompt), job.sampling.max_tokens) for job in _jobs(generator)]))
-        given = str(folder / "model"), str(requests), str(_BATCH.value)
-        for way in ("continuous", "static"):
-            worker = Worker(_HF_PYTHON.value, "benchmarks.peers.requests", *given, way)
-            stack.callback(worker.close)
-            cases[f"transformers, {way}"] = worker
-    seconds = alternate(cases, _ROUNDS.value)
+        generator = Generator(
+            config, model, batch_size=_BATCH.value, tokenizer=ByteTokenizer(), consume=True, weights=_WEIGHTS.value
+        )
+        # The cache of so many sequences of the mean length, not of the longest; nothing is found in it.
+        room = (_BATCH.value + 2) * longest // 2 + longest
+        engine = generator.engine(_BATCH.value, positions=room, reuse=False)
+        engine.compile()
+        cases = {"continuous": _offline(generator, engine, _BATCH.value), "static": _offline(generator, engine, 0)}
+        for case in cases.values():
+            case()
+        if _PEERS.value:
+            cases |= _peers(folder, _jobs(generator), stack)
+        seconds = alternate(cases, _ROUNDS.value)
     new = sum(job.sampling.max_tokens for job in _jobs(generator))
     for case, rounds in seconds.items():
         line = {"name": case, "tokens_per_s": round(new / statistics.median(rounds)), **summary(rounds)}
         print(json.dumps(line | {"time_over_static": round(median_ratio(rounds, seconds["static"]), 3)}), flush=True)
     for rate in map(float, _RATES.value):
         print(json.dumps(_arriving(engine, _jobs(generator), rate)), flush=True)
+
+
+def _peers(folder: pathlib.Path, jobs: Sequence[Job], stack: contextlib.ExitStack) -> dict[str, Callable[[], float]]:
+    """transformers on the model in `folder`, until `stack` is closed."""
+    requests = folder / "requests.json"
+    requests.write_text(json.dumps([(list(job.prompt), job.sampling.max_tokens) for job in jobs]))
+    given = "benchmarks.peers.requests", str(folder / "model"), str(requests), str(_BATCH.value)
+    workers = {way: Worker(_HF_PYTHON.value, *given, way) for way in ("continuous", "static")}
+    for worker in workers.values():
+        stack.callback(worker.close)
+    return {f"transformers, {way}": worker for way, worker in workers.items()}
 
 
 def _jobs(generator: Generator) -> list[Job]:

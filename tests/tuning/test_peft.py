@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from interchange.tools import our_logits
+from interchange.tools import MODELS, our_logits
 from model.tools import on_mesh, random_model, random_tokens, tiny
 
 from bigmac_jax.config import Config, TuningConfig
-from bigmac_jax.interchange import export_model
+from bigmac_jax.interchange import choose, export_model
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.training.checkpoint import Restored
 from bigmac_jax.training.step import split
@@ -22,20 +22,26 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft", minversion="0.21")
 
 BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "post_combine"}
-# Fields of the model, what is adapted, the mesh.
 ALL = "attention,projections,shared,experts"
+# The class that it is exported as, fields of the model, what is adapted, the mesh.
 CASES = {
-    "bigmac": (BIGMAC, ALL, (1, 1, 1)),
-    "bigmac, gated, on a mesh": (BIGMAC | {"gated": True, "num_kv_heads": 2}, ALL, (2, 1, 2)),
-    "nemotron": (BIGMAC | {"latent_norm": "none"}, "attention,projections,shared", (1, 1, 1)),
-    "qwen": ({"structure": "fine_grained", "gated": True, "num_layers": 2, "num_kv_heads": 2}, "attention", (1, 1, 1)),
-}  # fmt: skip
+    "bigmac": ("bigmac", BIGMAC, ALL, (1, 1, 1)),
+    "bigmac, gated, on a mesh": ("bigmac", BIGMAC | {"gated": True, "num_kv_heads": 2}, ALL, (2, 1, 2)),
+    "nemotron": (
+        "nemotron_h",
+        MODELS["bigmac"] | {"balance_bias_rate": 0.0},
+        "attention,projections,shared",
+        (1, 1, 1),
+    ),
+    "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
-    fields, targets, mesh = CASES[name]
+    kind, fields, targets, mesh = CASES[name]
     plain: Config = tiny(mesh, **fields)
+    assert choose(plain) == kind
     tuning = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets)
     train = dataclasses.replace(plain.train, init_from=str(tmp_path / "base"))
     config = dataclasses.replace(plain, tuning=tuning, train=train)
