@@ -81,6 +81,8 @@ def _adapted(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]
 def _module(tensor: Tensor) -> tuple[str, str]:
     """The module of a tensor, and the name of its parameter where that is no `weight` of a Linear."""
     module, _, name = tensor.name.rpartition(".")
+    if module.startswith("backbone."):  # as files of NemotronH have it; its class has `model`, and renames
+        module = module.replace("backbone", "model", 1)
     return module, "" if name == "weight" else name
 
 
