@@ -1,4 +1,4 @@
-"""python -m benchmarks.distributions [--studies=transfer,shift --seeds=1,2,3 --jobs=2 --folder=runs/distributions]
+"""python -m benchmarks.distributions [--studies=shift,transfer --seeds=1,2,3 --jobs=2 --folder=runs/distributions]
 
 Trains what the studies of `benchmarks.distributions.grid` compare. Each run is a process of its own and is written down
 when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what

@@ -58,12 +58,19 @@ class Condition:
 
 
 ALL = tuple(ABOUT)
+
+
+def _alone(*domains: str) -> list[Condition]:
+    return [Condition(structure, (name,)) for structure in STRUCTURES for name in domains]
+
+
 # Study → conditions, in the order in which they answer.
 STUDIES: dict[str, list[Condition]] = {
-    "transfer": [Condition(s, trained) for s in STRUCTURES for trained in (*((name,) for name in ALL), ALL)],
     "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
     + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")]
     + [Condition("recipe", ("old",), ("new",))],
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES],
+    "transfer": _alone("old", "code") + [Condition(s, ALL) for s in STRUCTURES],
+    "transfer, the others": _alone("new", "languages"),
 }
 __all__ = ["ALL", "SEEDS", "STUDIES", "Condition"]

@@ -43,8 +43,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _found(study: str, runs: list[Run]) -> list[tuple[Condition, list[Run]]]:
-    return [(condition, seeds) for condition in STUDIES[study] if (seeds := of(condition, runs))]
+def _found(runs: list[Run], *studies: str) -> list[tuple[Condition, list[Run]]]:
+    conditions = [condition for name in studies for condition in STUDIES[name]]
+    return [(condition, seeds) for condition in conditions if (seeds := of(condition, runs))]
 
 
 def told(run: Run) -> float:
@@ -53,7 +54,7 @@ def told(run: Run) -> float:
 
 
 def transfer(runs: list[Run]) -> str:
-    found = _found("transfer", runs)
+    found = _found(runs, "transfer", "transfer, the others")
     if not found:
         return ""
     head = ["trained on", "seeds", *(f"read in {name}" for name in ALL)]
@@ -72,7 +73,7 @@ def transfer(runs: list[Run]) -> str:
 
 
 def balance(runs: list[Run]) -> str:
-    found = _found("balance", runs)
+    found = _found(runs, "balance")
     if not found:
         return ""
     rows = [
@@ -91,7 +92,7 @@ def balance(runs: list[Run]) -> str:
 
 def shift(runs: list[Run]) -> str:
     """Around the middle of a run, where the domain changes."""
-    found = _found("shift", runs)
+    found = _found(runs, "shift")
     if not found:
         return ""
     rows = []
@@ -125,7 +126,7 @@ def _after(run: Run, domain: str) -> float:
 
 def curves(images: pathlib.Path, runs: list[Run]) -> str:
     """Drops, load and losses over the steps of shifting runs, the mean of their seeds."""
-    found = [(c, seeds) for c, seeds in _found("shift", runs) if c.structure == "recipe"]
+    found = [(c, seeds) for c, seeds in _found(runs, "shift") if c.structure == "recipe"]
     if not found:
         return ""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
