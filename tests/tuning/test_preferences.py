@@ -127,13 +127,13 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
     from bigmac_jax.model import moe
 
     config = tuned(MESHES[name], length=32, num_layers=2)
-    chosen: list[np.ndarray] = []
+    routed: list[tuple[np.ndarray, np.ndarray]] = []  # rows that a router read, and the experts it chose
     route = moe.route
 
-    def recorded(*arguments: Any, **named: Any) -> Any:
-        routing = route(*arguments, **named)
-        whole = jax.sharding.reshard(routing.experts_BLK, jax.sharding.PartitionSpec(None, None, None))
-        jax.debug.callback(lambda v: chosen.append(np.asarray(v)), whole, ordered=False)
+    def recorded(m: Any, x_BLD: jax.Array, *arguments: Any) -> Any:
+        routing = route(m, x_BLD, *arguments)
+        whole = jax.sharding.reshard((x_BLD, routing.experts_BLK), jax.sharding.PartitionSpec(None, None, None))
+        jax.debug.callback(lambda x, experts: routed.append((np.asarray(x), np.asarray(experts))), *whole)
         return routing
 
     prompts = [tuple(range(40 + i, 45 + 2 * i)) for i in range(4)]
@@ -155,14 +155,21 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
             np.testing.assert_allclose(ours, completion.logprobs, atol=1e-5)
         # The experts of a prompt and its completion: read at once, and read from the cache token by token.
         monkeypatch.setattr(moe, "route", recorded)
+        jax.clear_caches()  # programs that were traced before do not record
         jax.block_until_ready(jax.jit(lambda m, b: token_nll(m, b)[0])(model, batch))
         jax.effects_barrier()
-        of_training = {v.tobytes(): v[0] for v in chosen}.values()
+        length = len(prompts[0]) + 7
+        of_training = {x.tobytes(): (x[0, :length], experts[0, :length]) for x, experts in routed}.values()
         assert len(of_training) == config.model.num_layers
-        chosen.clear()
+        routed.clear()
         alone = Generator(config, model, batch_size=1, tokenizer=ByteTokenizer())
         assert alone.generate(prompts[:1], max_tokens=8, temperature=1.0, ignore_eos=True)[0].tokens == done[0].tokens
         jax.effects_barrier()
-        of_decoding = {tuple(row) for v in chosen for row in v.reshape(-1, v.shape[-1]).tolist()}
-        length = len(prompts[0]) + 7
-        assert all(tuple(row) in of_decoding for layer in of_training for row in layer[:length].tolist())
+        # Callbacks come in any order: a row is known by what the router read.
+        x_TD = np.concatenate([x.reshape(-1, x.shape[-1]) for x, _ in routed])
+        experts_TK = np.concatenate([experts.reshape(-1, experts.shape[-1]) for _, experts in routed])
+        for x_LD, experts_LK in of_training:
+            distance_LT = np.abs(x_LD[:, None] - x_TD).max(-1)
+            assert distance_LT.min(-1).max() < 1e-4
+            np.testing.assert_array_equal(experts_TK[distance_LT.argmin(-1)], experts_LK)
+    jax.clear_caches()
