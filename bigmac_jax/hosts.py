@@ -240,6 +240,13 @@ def first(value: Any) -> Any:
     return json.loads(gather(json.dumps(value))[0])
 
 
+def on_first(find: Callable[[], Any]) -> Any:
+    """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
+    with together():
+        found = find() if is_first() else None
+    return first(found)
+
+
 def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
     """Those of a global batch's rows that this process' devices hold, in order."""
     held = sharding.addressable_devices_indices_map((rows,)).values()

@@ -18,7 +18,7 @@ from training.tools import ROOT, read_records, write_config
 from bigmac_jax import environment
 from bigmac_jax.config import STRUCTURES, load_config
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import restore
+from bigmac_jax.training.restored import restore
 from bigmac_jax.training.workdir import read_config
 
 COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"

@@ -4,7 +4,8 @@
     python -m benchmarks.speculate
 
 Of a trained model with experts (--run). First the share of drafted tokens that is accepted, by draft length, ranks
-(and so experts of a rank) and stand-ins, on simulated devices; every completion is compared with plain decoding's.
+(and so experts of a rank) and stand-ins, on simulated devices; every completion is compared with plain decoding's. The
+first case, four ranks and the nearest stand-ins, has all --prompts, the others an eighth of them.
 Then tokens a second on four hosts with shaped links (benchmarks.cluster; root and iproute2), plain and with drafts by
 turns, by prompts at a time. JSON lines, and a table. What has been measured is read again from --folder, so that an
 interrupted run goes on; empty it after a change of the program. --quick: minutes, to see that it runs.
@@ -41,7 +42,7 @@ def main() -> int:
         "--rates", default="26.56mbit", help="of the links, some; the default is docs/reproduction.md's"
     )
     parser.add_argument("--exchange", default="auto", help="as of generate.py")
-    parser.add_argument("--prompts", type=int, default=1000, help="for the acceptance")
+    parser.add_argument("--prompts", type=int, default=1000, help="for the first acceptance")
     parser.add_argument("--rounds", type=int, default=5, help="for tokens a second")
     parser.add_argument("--quick", action="store_true", help="few prompts, one round: shows that it runs")
     given = parser.parse_args()
@@ -63,9 +64,11 @@ def main() -> int:
 
 
 def _acceptance(given: argparse.Namespace, folder: pathlib.Path) -> None:
-    prompts, new, lengths = (16, 16, "2,4") if given.quick else (given.prompts, 128, "1,2,4,8")
-    for ranks in (4,) if given.quick else (2, 4, 8):
+    new, lengths = (16, "2,4") if given.quick else (128, "1,2,4,8")
+    for ranks in (4,) if given.quick else (4, 2, 8):
         for stand_ins in ("nearest", "none"):
+            prompts = given.prompts if (ranks, stand_ins) == (4, "nearest") else given.prompts // 8
+            prompts = 16 if given.quick else prompts
             arguments = [f"--drafts={lengths}", f"--stand_ins={stand_ins}", "--batches=64", f"--prompts={prompts}",
                          f"--new={new}", "--nowarm", f"--cpu_devices={ranks}", "--config.mesh.data=1",
                          f"--config.mesh.expert={ranks}"]  # fmt: skip

@@ -27,7 +27,7 @@ from bigmac_jax.inference import Completion, Generator, Speculation  # noqa: E40
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.phases import NOW  # noqa: E402
 from bigmac_jax.programs import Drafting  # noqa: E402
-from bigmac_jax.training.checkpoint import restore  # noqa: E402
+from bigmac_jax.training.restored import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
 
 _RUN = flags.DEFINE_string("run", "runs/tiny", "A run of train.py.")

@@ -18,8 +18,8 @@ from bigmac_jax.conversion import runs
 from bigmac_jax.data.chat import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
-from bigmac_jax.training.checkpoint import restore_parts
 from bigmac_jax.training.fresh import refuse_a_run
+from bigmac_jax.training.restored import restore_parts
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
 from bigmac_jax.tuning import restore_step
 from bigmac_jax.tuning.peft import export_adapters

@@ -17,7 +17,7 @@ from bigmac_jax.evaluation.sources import open_sources, report
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
-from bigmac_jax.training.checkpoint import find_checkpoint
+from bigmac_jax.training.restored import find_checkpoint
 from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer, with_own_template
 from bigmac_jax.tuning import restore
 

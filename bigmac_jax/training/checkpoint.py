@@ -8,7 +8,6 @@ damaged one is named and passed over.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -16,24 +15,20 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
-from flax import nnx
 from orbax.checkpoint.path import atomicity
 
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import make_mesh, placed
-from bigmac_jax.model.adapters import make_adapters
-from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, read_arrays
 from bigmac_jax.training.completion import completed
-from bigmac_jax.training.step import TrainState, evaluated, split
-from bigmac_jax.training.workdir import changes_of_edition, read_config, run_of, with_own_tokenizer
+from bigmac_jax.training.step import TrainState, evaluated
+from bigmac_jax.training.workdir import run_of
 
 _T = TypeVar("_T")
 _METRIC = "eval/loss"
@@ -56,7 +51,7 @@ class Checkpoints:
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
         if keep is not None:
-            _on_first(self._tidy)
+            hosts.on_first(self._tidy)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -160,18 +155,18 @@ class Checkpoints:
         def newest() -> int | None:
             return max(manifest.steps(self._directory.parent), default=None)
 
-        while (step := _on_first(newest)) is not None:
+        while (step := hosts.on_first(newest)) is not None:
             try:
                 self._check(step)
                 break
             except DamagedError as error:
                 self._damaged(step, error)
-        _on_first(functools.partial(self._refuse_to_start_over, step))
+        hosts.on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
 
     def _damaged(self, step: int, error: DamagedError) -> None:
-        _on_first(functools.partial(self._set_aside, step, str(error)))
+        hosts.on_first(functools.partial(self._set_aside, step, str(error)))
 
     def _refuse_to_start_over(self, step: int | None) -> None:
         if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
@@ -219,7 +214,7 @@ class Checkpoints:
         """The first intact of the checkpoints that `step` may mean, and what `read` makes of it."""
         damaged: list[int] = []
         while True:
-            number: int = _on_first(functools.partial(self._candidate, step, damaged))
+            number: int = hosts.on_first(functools.partial(self._candidate, step, damaged))
             try:
                 self._check(number, without="optimizer")
                 return number, read(number)
@@ -307,7 +302,7 @@ class Checkpoints:
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
-        return state, _on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
+        return state, hosts.on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def close(self) -> None:
         """Waits, too."""
@@ -324,89 +319,3 @@ def _optimizer_of(state: TrainState) -> dict[str, Any]:
     """What a resumed run needs besides."""
     own = {} if state.average is None else {"params": state.params}
     return {"opt_state": state.opt_state, "step": state.step} | own
-
-
-def _on_first(find: Callable[[], Any]) -> Any:
-    """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
-    with hosts.together():
-        found = find() if hosts.is_first() else None
-    return hosts.first(found)
-
-
-def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
-    """The number of the checkpoint that `restore` would take if its arrays are intact, and a digest of what it holds;
-    ConfigError likewise."""
-    checkpoints = Checkpoints(workdir)
-    try:
-        number = checkpoints.resolve(step)
-    finally:
-        checkpoints.close()
-    file = workdir / "checkpoints" / str(number) / manifest.NAME  # names its files, as no other does
-    return number, _on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
-
-
-def restore(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
-) -> tuple[Config, Transformer]:
-    """The config and the model of a training run.
-
-    Args:
-      step: "latest", "best" (by eval/loss) or a number.
-      config: the run's config with another mesh; by default as it was saved.
-
-    The config that is returned names the run's own copy of its tokenizer. The model is
-    sharded on the current mesh; without one, the config's mesh becomes current.
-
-    Raises:
-      ConfigError: no such run or checkpoint.
-    """
-    return restore_step(workdir, step, config)[:2]
-
-
-def restore_step(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
-) -> tuple[Config, Transformer, int, float | None]:
-    """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-    found = restore_parts(workdir, step, config)
-    if found.config.tuning.lora_rank:
-        raise ConfigError(f"{workdir} holds adapters, and no whole model; use bigmac_jax.restore")
-    model = nnx.merge(found.graphdef, found.params, found.rest)
-    return found.config, model, found.step, found.loss
-
-
-class Restored(NamedTuple):
-    """Attributes:
-    params: the model's; of a run that trains adapters, these, and `base` has the shapes of the model's.
-    """
-
-    config: Config
-    graphdef: Any
-    params: nnx.State
-    rest: nnx.State
-    base: nnx.State
-    step: int
-    loss: float | None
-
-
-def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None) -> Restored:
-    """What a checkpoint holds; arguments and errors as for `restore`."""
-    workdir = storage.locate(workdir, "workdir")
-    if hosts.is_first():
-        for line in changes_of_edition(workdir):
-            _log.warning("%s", line)
-    config = with_own_tokenizer(workdir, config or read_config(workdir))
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        mesh = make_mesh(config, fit_batch=False)
-        jax.set_mesh(mesh)
-    checkpoints = Checkpoints(workdir)
-    try:
-        graphdef, base, rest = split(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)))
-        params = base
-        if config.tuning.lora_rank:
-            params = jax.eval_shape(lambda key: make_adapters(config, base, key), jax.random.key(0))
-        number, tree = checkpoints.restore_model(str(step), placed({"params": params, "rest": rest}, mesh))
-        loss = _on_first(lambda: checkpoints.loss(number))
-        return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)
-    finally:
-        checkpoints.close()

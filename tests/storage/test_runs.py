@@ -27,7 +27,8 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.interchange import export_model
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.restored import restore
 
 from .conftest import entered
 

@@ -28,9 +28,10 @@ from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import DamagedError
-from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.metrics import MetricsWriter
+from bigmac_jax.training.restored import restore
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config, write_config
 

@@ -17,8 +17,9 @@ from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.loop import Result, train
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import MetricsWriter, _truncate
+from bigmac_jax.training.restored import restore
 from bigmac_jax.training.workdir import read_config, run_tokenizer
 
 from .tools import quick, read_records, small

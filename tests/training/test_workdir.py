@@ -21,7 +21,8 @@ from bigmac_jax.interchange import export_model
 from bigmac_jax.loop import train
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.training import workdir as workdir_module
-from bigmac_jax.training.checkpoint import Checkpoints, restore
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.restored import restore
 from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_config, write_run
 
 from .tools import quick, small

@@ -20,7 +20,7 @@ from bigmac_jax.config.reading import overridden
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.mesh import make_mesh
-from bigmac_jax.training.checkpoint import restore as restore_whole
+from bigmac_jax.training.restored import restore as restore_whole
 from bigmac_jax.training.workdir import run_tokenizer, write_run
 from bigmac_jax.tuning import origin as origins
 from bigmac_jax.tuning import restore
