@@ -14,7 +14,7 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import local, shards, workers
-from bigmac_jax.data.pipeline import open_stream
+from bigmac_jax.data.pipeline import open_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -161,3 +161,12 @@ def test_ten_thousand_shards_are_opened_lazily(make_config, tmp_path, monkeypatc
         expected = np.arange(at, at + 300) % 128
         np.testing.assert_array_equal(stream.tokens(at, at + 300), expected)
     assert len(stream._files) <= 65
+    # Three epochs of training read every shard; memory stays what it was after the first tenth of one.
+    batches = train_iterator(config, stream)
+    epoch = stream.num_tokens // (config.data.batch_size * config.data.sequence_length)
+    used = []
+    for step in range(3 * epoch):
+        next(batches)
+        if step % (epoch // 10) == 0:
+            used.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert max(used[1:]) - used[1] < 20e6, [f"{size / 1e6:.0f} MB" for size in used]
