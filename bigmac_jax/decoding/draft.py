@@ -1,8 +1,8 @@
 """Drafts that send nothing: the model itself, but of its experts only those that a token's own rank holds.
 
-Attention, dense layers and shared experts are the model's. A gate's choice of an expert of another rank goes to the one
-here whose outputs are nearest, or is left out; the table of nearest experts is made once, from the weights. (After
-SpecMoE, arXiv 2604.10152.) D hidden, R row width, E experts, e of a rank, S ranks, Y layers.
+Attention, dense layers and shared experts are the model's. A gate's choice of an expert of another rank is left
+out, or goes to the one here whose outputs are nearest, by a table that is made once, from the weights. (After SpecMoE,
+arXiv 2604.10152.) D hidden, R row width, E experts, e of a rank, S ranks, Y layers.
 """
 
 import copy
@@ -34,7 +34,7 @@ from bigmac_jax.model.parameters import weight
 from bigmac_jax.model.transformer import Block
 
 NEAREST, NONE = "nearest", "none"
-STAND_INS = (NEAREST, NONE)
+STAND_INS = (NONE, NEAREST)
 _PROBES = 64  # rows by which experts are compared
 
 
@@ -45,8 +45,8 @@ class Speculation:
     Attributes:
       tokens: of a draft; 0 drafts none.
       local_experts: of each rank that a draft may use; 0 = all that it holds. Fewer are for study.
-      stand_ins: what is computed for an expert that is not among them: `nearest`, the one of them whose outputs are
-        nearest, or `none`.
+      stand_ins: what is computed for an expert that is not among them: `none`, or `nearest`, the one of them whose
+        outputs are nearest; docs/serving.md measures both.
       least: drafting pauses while a smaller share of the drafted tokens is accepted.
 
     Raises:
@@ -55,7 +55,7 @@ class Speculation:
 
     tokens: int = 0
     local_experts: int = 0
-    stand_ins: str = NEAREST
+    stand_ins: str = NONE
     least: float = 0.25
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Speculation:
         if self.local_experts < 0:
             raise ConfigError(f"local_experts={self.local_experts} must be at least 0 (all that a rank holds)")
         if self.stand_ins not in STAND_INS:
-            raise ConfigError(f"stand_ins={self.stand_ins!r} must be {NEAREST} or {NONE}")
+            raise ConfigError(f"stand_ins={self.stand_ins!r} must be {NONE} or {NEAREST}")
         if not 0 <= self.least <= 1:
             raise ConfigError(f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
 

@@ -59,7 +59,7 @@ def in_pairs(config: Config) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mesh", [(1, 1, 2), (1, 2, 1, 2, False, True), (2, 1, 2, 1, True)])
 def test_the_nearest_stands_in(mesh: tuple) -> None:
     config = config_on(mesh)
-    found = tables(config, Speculation(2), in_pairs(config))
+    found = tables(config, Speculation(2, stand_ins=NEAREST), in_pairs(config))
     ranks = math.prod(int(size) for size in mesh[:4])
     assert found.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * ranks
 
@@ -76,7 +76,7 @@ def test_the_nearest_is_that_of_the_outputs() -> None:
     x = np.asarray(jax.random.normal(jax.random.key(0), (1, 64, config.model.hidden_size)))[0].astype(np.float64)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.model.norm_eps) * scale @ w_down
     y = [np.maximum(x @ p["w_in_eRF"][i], 0) ** 2 @ p["w_out_eFR"][i] for i in range(EXPERTS)]
-    found = tables(config, Speculation(2))
+    found = tables(config, Speculation(2, stand_ins=NEAREST))
     for rank in range(4):
         here = [2 * rank, 2 * rank + 1]
         expected = [min((0, 1), key=lambda j: ((y[i] - y[here[j]]) ** 2).sum()) for i in range(EXPERTS)]
@@ -159,7 +159,7 @@ def test_what_saves_nothing_is_refused(mesh: tuple, fields: dict, how: dict, mes
     [
         ({"tokens": 33}, r"speculate=33 must lie in \[0, 32\]"),
         ({"local_experts": -1}, "local_experts=-1 must be at least 0"),
-        ({"stand_ins": "best"}, "stand_ins='best' must be nearest or none"),
+        ({"stand_ins": "best"}, "stand_ins='best' must be none or nearest"),
         ({"least": 2.0}, r"least_acceptance=2.0 must lie in \[0, 1\]"),
     ],
 )

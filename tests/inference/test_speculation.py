@@ -12,7 +12,7 @@ from model.tools import abstract_model, leaf_name, on_mesh, random_model
 from training.tools import quick
 
 from bigmac_jax.config import Config
-from bigmac_jax.decoding.draft import NONE
+from bigmac_jax.decoding.draft import NEAREST, NONE, STAND_INS
 from bigmac_jax.inference import Generator, Request, Sampling, Speculation
 from bigmac_jax.inference import drafts as drafting
 from bigmac_jax.inference.engine import Engine
@@ -79,7 +79,7 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
     with quick(), on_mesh(config):
         model = random_model(config)
         plain, drafts = (
-            Generator(config, model, speculate=how) for how in (None, Speculation(tokens, local, least=0.0))
+            Generator(config, model, speculate=how) for how in (None, Speculation(tokens, local, STAND_INS[tokens % 2], least=0.0))
         )
         positions = max(POSITIONS, LENGTH * int(np.prod(mesh[:4])))
         alone = Alone(plain, plain.engine(SLOTS, (), positions, reuse=False, **SIZES))
@@ -109,7 +109,7 @@ def test_all_is_accepted_where_the_stand_ins_are_the_experts(twins: tuple[Config
     """Drawn tokens, too; a request of sixteen takes the step of its prompt and three of five."""
     config, model = twins
     with quick(), on_mesh(config):
-        generator = Generator(config, model, speculate=Speculation(4))
+        generator = Generator(config, model, speculate=Speculation(4, stand_ins=NEAREST))
         drafts, generator.drafts = generator.drafts, None
         expected, _ = complete(generator, generator.engine(SLOTS, (), POSITIONS, **SIZES), mixed())
         generator.drafts = drafts
@@ -133,7 +133,7 @@ def test_the_most_likely_tokens_are_those_of_each_position(twins: tuple[Config, 
     config, model = twins
     likely = []
     with quick(), on_mesh(config):
-        for how in (None, Speculation(4)):
+        for how in (None, Speculation(4, stand_ins=NEAREST)):
             generator = Generator(config, model, speculate=how)
             engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
             engine.submit(generator.job((5, 6, 7), Sampling(9, ignore_eos=True, logprobs=3)))
