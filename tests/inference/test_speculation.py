@@ -79,7 +79,8 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
     with quick(), on_mesh(config):
         model = random_model(config)
         plain, drafts = (
-            Generator(config, model, speculate=how) for how in (None, Speculation(tokens, local, STAND_INS[tokens % 2], least=0.0))
+            Generator(config, model, speculate=how)
+            for how in (None, Speculation(tokens, local, STAND_INS[tokens % 2], least=0.0))
         )
         positions = max(POSITIONS, LENGTH * int(np.prod(mesh[:4])))
         alone = Alone(plain, plain.engine(SLOTS, (), positions, reuse=False, **SIZES))
