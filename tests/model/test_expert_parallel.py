@@ -59,10 +59,10 @@ BACKBONES = {
 # The capacity layout with room for every choice (f·T·K/E >= T) drops nothing either.
 LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}
 
-# Half of what has every pair of levels of the main ones, and what does not meet the exchange once each; the product is
-# for `-m full`.
+# A third of what has every pair of levels of the main ones, and what does not meet the exchange once each; the product
+# is for `-m full`.
 COVERING = [
-    *pairwise(MESHES, ["vanilla", "fine_grained", "bigmac"], ["softmax", "sigmoid", "groups"], BACKBONES, LAYOUTS)[::2],
+    *pairwise(MESHES, ["vanilla", "fine_grained", "bigmac"], ["softmax", "sigmoid", "groups"], BACKBONES, LAYOUTS)[::3],
     ((2, 1, 4), "both", "unbalanced", "gated", "dropless"),
     ((1, 2, 4), "paper", "softmax", "paper", "dropless"),
     ((2, 1, 2), "scale", "sigmoid", "present", "capacity"),

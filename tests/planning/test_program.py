@@ -55,7 +55,7 @@ CASES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("exchange", "mesh", "model", "parts"), [*PRODUCT, *some(CASES, 4)])
+@pytest.mark.parametrize(("exchange", "mesh", "model", "parts"), [*PRODUCT, *some(CASES, 8)])
 def test_exchange_bytes_are_the_counted_ones(exchange: str, mesh: str, model: dict[str, Any], parts: int) -> None:
     made = config(MESHES[mesh], exchange, parts, **model)
     found = compiled(made)
