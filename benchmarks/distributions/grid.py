@@ -60,17 +60,20 @@ class Condition:
 ALL = tuple(ABOUT)
 
 
-def _alone(*domains: str) -> list[Condition]:
-    return [Condition(structure, (name,)) for structure in STRUCTURES for name in domains]
+def _alone(structures: tuple[str, ...], *domains: str) -> list[Condition]:
+    return [Condition(structure, (name,)) for structure in structures for name in domains]
 
 
 # Study → conditions, in the order in which they answer.
 STUDIES: dict[str, list[Condition]] = {
     "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
-    + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")]
-    + [Condition("recipe", ("old",), ("new",))],
+    + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")],
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES],
-    "transfer": _alone("old", "code") + [Condition(s, ALL) for s in STRUCTURES],
-    "transfer, the others": _alone("new", "languages"),
+    "transfer": _alone(("recipe", "fine_grained"), "old", "code") + [Condition(s, ALL) for s in STRUCTURES],
+    "more": [
+        *_alone(("bigmac",), "old", "code"),
+        Condition("recipe", ("old",), ("new",)),
+        *_alone(("recipe", "fine_grained", "bigmac"), "new", "languages"),
+    ],
 }
-__all__ = ["ALL", "SEEDS", "STUDIES", "Condition"]
+__all__ = ["ALL", "SEEDS", "STRUCTURES", "STUDIES", "Condition"]

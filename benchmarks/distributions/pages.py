@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -10,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.distributions.grid import ALL, STUDIES, Condition
+from benchmarks.distributions.grid import ALL, STRUCTURES, STUDIES, Condition
 from benchmarks.quality.pages import BEGIN, END, mean
 
 PAGE, IMAGES = "distributions.md", "images/distributions"
@@ -43,9 +44,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _found(runs: list[Run], *studies: str) -> list[tuple[Condition, list[Run]]]:
-    conditions = [condition for name in studies for condition in STUDIES[name]]
-    return [(condition, seeds) for condition in conditions if (seeds := of(condition, runs))]
+def _found(runs: list[Run], part: Callable[[Condition], bool]) -> list[tuple[Condition, list[Run]]]:
+    """What was run of the conditions of which `part` holds, in the order of the structures."""
+    found = [c for c in dict.fromkeys(c for study in STUDIES.values() for c in study) if part(c)]
+    found.sort(key=lambda c: (len(c.trained), ALL.index(c.trained[0]), list(STRUCTURES).index(c.structure)))
+    return [(condition, seeds) for condition in found if (seeds := of(condition, runs))]
 
 
 def told(run: Run) -> float:
@@ -54,7 +57,7 @@ def told(run: Run) -> float:
 
 
 def transfer(runs: list[Run]) -> str:
-    found = _found(runs, "transfer", "transfer, the others")
+    found = _found(runs, lambda c: not c.then and c.balance == "aux_loss")
     if not found:
         return ""
     head = ["trained on", "seeds", *(f"read in {name}" for name in ALL)]
@@ -73,7 +76,7 @@ def transfer(runs: list[Run]) -> str:
 
 
 def balance(runs: list[Run]) -> str:
-    found = _found(runs, "balance")
+    found = _found(runs, lambda c: c in STUDIES["balance"])
     if not found:
         return ""
     rows = [
@@ -92,7 +95,7 @@ def balance(runs: list[Run]) -> str:
 
 def shift(runs: list[Run]) -> str:
     """Around the middle of a run, where the domain changes."""
-    found = _found(runs, "shift")
+    found = _found(runs, lambda c: bool(c.then))
     if not found:
         return ""
     rows = []
@@ -126,7 +129,7 @@ def _after(run: Run, domain: str) -> float:
 
 def curves(images: pathlib.Path, runs: list[Run]) -> str:
     """Drops, load and losses over the steps of shifting runs, the mean of their seeds."""
-    found = [(c, seeds) for c, seeds in _found(runs, "shift") if c.structure == "recipe"]
+    found = _found(runs, lambda c: bool(c.then) and c.structure == "recipe")
     if not found:
         return ""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
