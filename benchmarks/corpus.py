@@ -1,8 +1,9 @@
 """How fast a corpus is tokenised, by cores, and in how much memory: python -m benchmarks.corpus [--megabytes=2000]
 
-Writes JSON lines made of the embedded speeches, then runs `python -m bigmac_jax.data prepare` on one core and on all of
-them, each with an empty cache, and on all of them as two processes that share a cache like two hosts. Memory is that of
-all processes together, shared pages counted once. Prints a JSON line a run.
+Writes JSON lines made of the embedded speeches, or with --form=txt one document of them, then runs
+`python -m bigmac_jax.data prepare` on one core and on all of them, each with an empty cache, and on all of them as two
+processes that share a cache like two hosts. Memory is that of all processes together, shared pages counted once. Prints
+a JSON line a run.
 """
 
 import json
@@ -21,6 +22,7 @@ from bigmac_jax.data.sotu import speech_files
 from bigmac_jax.data.tokenizer import load_tokenizer
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 2000, "Of the corpus.", lower_bound=1)
+_FORM = flags.DEFINE_enum("form", "jsonl", ["jsonl", "txt"], "JSON lines of 100 MB a file, or one .txt.")
 _TOKENIZERS = flags.DEFINE_list("tokenizers", ["bytes", "bpe"], "Which.")
 _FOLDER = flags.DEFINE_string("folder", "runs/corpus", "Of the corpus and the cache.")
 _FILE = 100_000_000  # bytes of a file
@@ -28,7 +30,7 @@ _FILE = 100_000_000  # bytes of a file
 
 def main(_: list[str]) -> None:
     folder = pathlib.Path(_FOLDER.value)
-    write(folder / "text", _MEGABYTES.value * 10**6)
+    {"jsonl": write, "txt": write_one}[_FORM.value](folder / "text", _MEGABYTES.value * 10**6)
     config = Config()
     (folder / "bpe.json").write_bytes(load_tokenizer(config).content)
     cores = sorted(os.sched_getaffinity(0))
@@ -41,10 +43,8 @@ def main(_: list[str]) -> None:
 
 def write(folder: pathlib.Path, size: int) -> None:
     """Documents of 100 to 8,000 characters, drawn from the speeches."""
-    if folder.exists() and sum(file.stat().st_size for file in folder.iterdir()) == size:
+    if made(folder, size, ".jsonl"):
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     texts, generator, left = [path.read_text() for _, path in speech_files()], random.Random(0), size
     for number in range(-(-size // _FILE)):
         with (folder / f"{number:04}.jsonl").open("wb") as file:
@@ -57,6 +57,26 @@ def write(folder: pathlib.Path, size: int) -> None:
                 row = row if len(row) <= room - 30 else b'{"text": "the end"}'.ljust(room - 1) + b"\n"
                 file.write(row)
                 room -= len(row)
+
+
+def write_one(folder: pathlib.Path, size: int) -> None:
+    """The speeches, one after the other and again from the first, as one document."""
+    if made(folder, size, ".txt"):
+        return
+    text = "\n".join(path.read_text() for _, path in speech_files()).encode()
+    with (folder / "document.txt").open("wb") as file:
+        while size:
+            size -= file.write(text[:size])
+
+
+def made(folder: pathlib.Path, size: int, suffix: str) -> bool:
+    """Whether it is there; else an empty folder is."""
+    files = list(folder.iterdir()) if folder.exists() else []
+    if files and sum(file.stat().st_size for file in files) == size and files[0].suffix == suffix:
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return False
 
 
 def measure(folder: pathlib.Path, tokenizer: str, sets: list[list[int]]) -> dict[str, float]:
