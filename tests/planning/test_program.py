@@ -43,7 +43,7 @@ PRODUCT = [
     for name, mesh, structure in itertools.product(STRATEGIES, ("1x4", "2x4", "1x8"), ("fine_grained", "bigmac"))
     for case in [(name, mesh, {"structure": structure}, 1)]
 ]
-CASES: list[Any] = [
+CASES: list[tuple[Any, ...]] = [
     # The rows that come back are not asked for again.
     ("dedup", "2x4", {"remat": "layer", "structure": "fine_grained"}, 1),
     ("all_to_all", "2x4", {"capacity_factor": float("inf"), "wire_dtype": "int8"}, 1),
@@ -53,9 +53,10 @@ CASES: list[Any] = [
     ("hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1),
     ("dedup", "1x4", {"remat": "layer"}, 2),
 ]
+FULL = [pytest.param(*case, marks=pytest.mark.full) for case in CASES[1:]]
 
 
-@pytest.mark.parametrize(("exchange", "mesh", "model", "parts"), [*PRODUCT, *some(CASES, 8)])
+@pytest.mark.parametrize(("exchange", "mesh", "model", "parts"), [*PRODUCT, CASES[0], *FULL])
 def test_exchange_bytes_are_the_counted_ones(exchange: str, mesh: str, model: dict[str, Any], parts: int) -> None:
     made = config(MESHES[mesh], exchange, parts, **model)
     found = compiled(made)
