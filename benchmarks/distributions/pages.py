@@ -23,7 +23,8 @@ def write(docs: pathlib.Path, runs: list[Run]) -> None:
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     page = docs / PAGE
     text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
-    parts = [transfer(runs), balance(runs), shift(runs), curves(docs / IMAGES, runs)]
+    parts = [shift(runs), curves(docs / IMAGES, runs), balance(runs), layers(docs / IMAGES, runs), transfer(runs),
+             bars(docs / IMAGES, runs)]  # fmt: skip
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     page.write_text(f"{before}{BEGIN}\n{''.join(parts)}\n{END}{after}")
 
@@ -56,68 +57,46 @@ def told(run: Run) -> float:
     return float(np.mean(run["specialisation"])) / math.log(len(run["read"]))
 
 
-def transfer(runs: list[Run]) -> str:
-    found = _found(runs, lambda c: not c.then and c.balance == "aux_loss")
-    if not found:
-        return ""
-    head = ["trained on", "seeds", *(f"read in {name}" for name in ALL)]
-    bits, loads = [], []
-    for condition, seeds in found:
-        first = [condition.name, str(len(seeds))]
-        bits.append(first + [within([r["read"][name]["bits_per_byte"] for r in seeds]) for name in ALL])
-        busiest = [within([max(r["read"][name]["max_load_by_layer"]) for r in seeds], 2) for name in ALL]
-        loads.append([*first, *busiest, f"{mean([told(r) for r in seeds])[0]:.1%}"])
-    return (
-        "\n## One domain, read in another\n\nBits a byte of held-out text.\n\n"
-        + _table(head, bits)
-        + "\nThe busiest expert of the fullest layer, times the mean, and what an expert tells of the domain.\n\n"
-        + _table([*head, "told of the domain"], loads)
-    )
+def busiest(run: Run, domain: str) -> float:
+    """The busiest expert over the mean, of the fullest layer."""
+    return float(max(run["read"][domain]["max_load_by_layer"]))
 
 
-def balance(runs: list[Run]) -> str:
-    found = _found(runs, lambda c: c in STUDIES["balance"])
-    if not found:
-        return ""
-    rows = [
-        [
-            condition.balance, str(len(seeds)),
-            within([float(np.mean([r["read"][name]["bits_per_byte"] for name in ALL])) for r in seeds]),
-            within([100 * r["drop_rate"] for r in seeds], 2),
-            within([float(np.mean([max(r["read"][n]["max_load_by_layer"]) for n in ALL])) for r in seeds], 2),
-            within([100 * told(r) for r in seeds], 1),
-        ]
-        for condition, seeds in found
-    ]  # fmt: skip
-    head = ["balance", "seeds", "bits a byte", "drops in training, %", "busiest expert", "told of the domain, %"]
-    return "\n## All domains, by what keeps the loads even\n\n" + _table(head, rows)
+def alone(condition: Condition) -> bool:
+    """Whether it is of the comparison of what is trained on."""
+    return not condition.then and condition.balance == "aux_loss"
 
 
 def shift(runs: list[Run]) -> str:
     """Around the middle of a run, where the domain changes."""
-    found = _found(runs, lambda c: bool(c.then))
-    if not found:
-        return ""
     rows = []
-    for condition, seeds in found:
-        before, behind, end = zip(*(_drops(run) for run in seeds), strict=True)
+    for condition, seeds in _found(runs, lambda c: bool(c.then)):
+        before, behind, end = zip(*(drops(run) for run in seeds), strict=True)
         lost = [_after(run, run["trained"][0]) for run in seeds]
         won = [run["read"][run["then"][0]]["loss"] for run in seeds]
-        rows.append([condition.name, str(len(seeds)), within(list(before), 2), within(list(behind), 2),
-                     within(list(end), 2), within(lost), within(won)])  # fmt: skip
-    head = ["", "seeds", "drops before, %", "at most after", "at the end", "nats lost on the old", "loss on the new"]
-    return "\n## A shift in the middle of a run\n\n" + _table(head, rows)
+        most = [max(run["series"]["max_load"][_middle(run) :]) for run in seeds]
+        columns = [within(list(values), 1) for values in (before, behind, end, most)]
+        rows.append([condition.name, str(len(seeds)), *columns, within(lost), within(won)])
+    head = ["", "seeds", "drops before, %", "at most after", "at the end", "busiest expert, at most after",
+            "nats lost on the old", "loss on the new"]  # fmt: skip
+    return "\n## A shift in the middle of a run\n\n" + _table(head, rows) if rows else ""
 
 
-def _drops(run: Run) -> tuple[float, float, float]:
+def _middle(run: Run) -> int:
+    """Which of the run's records is the first with the new domain."""
+    return next(i for i, step in enumerate(run["step"]) if step > run["steps"] // 2)
+
+
+def drops(run: Run) -> tuple[float, float, float]:
     """Per cent: the mean of the tenth of the run before the shift, the largest of the tenth after it, and the mean of
     the last tenth."""
-    step, rate = np.asarray(run["step"]), 100 * np.asarray(run["series"]["drop_rate"])
-    middle, tenth = run["steps"] // 2, max(1, run["steps"] // 10)
-    parts = [rate[(step > a) & (step <= a + tenth)] for a in (middle - tenth, middle, run["steps"] - tenth)]
-    return tuple(
-        float(f(part)) if part.size else math.nan for f, part in zip((np.mean, np.max, np.mean), parts, strict=True)
-    )  # type: ignore[return-value]
+    rate = 100 * np.asarray(run["series"]["drop_rate"])
+    middle, tenth = _middle(run), len(rate) // 10
+    return (
+        float(rate[middle - tenth : middle].mean()),
+        float(rate[middle : middle + tenth].max()),
+        float(rate[-tenth:].mean()),
+    )
 
 
 def _after(run: Run, domain: str) -> float:
@@ -127,27 +106,108 @@ def _after(run: Run, domain: str) -> float:
     return losses[max(losses)] - losses[middle]
 
 
-def curves(images: pathlib.Path, runs: list[Run]) -> str:
-    """Drops, load and losses over the steps of shifting runs, the mean of their seeds."""
-    found = _found(runs, lambda c: bool(c.then) and c.structure == "recipe")
+def balance(runs: list[Run]) -> str:
+    rows = [
+        [
+            condition.balance, str(len(seeds)),
+            within([float(np.mean([r["read"][name]["bits_per_byte"] for name in ALL])) for r in seeds]),
+            within([100 * r["drop_rate"] for r in seeds], 2),
+            within([float(np.mean([busiest(r, name) for name in ALL])) for r in seeds], 2),
+            within([float(np.mean(r["series"]["router_entropy"][-10:])) for r in seeds], 2),
+            within([100 * told(r) for r in seeds], 1),
+        ]
+        for condition, seeds in _found(runs, lambda c: c in STUDIES["balance"])
+    ]  # fmt: skip
+    head = ["balance", "seeds", "bits a byte", "drops in training, %", "busiest expert", "router entropy, nats",
+            "told of the domain, %"]  # fmt: skip
+    return "\n## All domains, by what keeps the loads even\n\n" + _table(head, rows) if rows else ""
+
+
+def transfer(runs: list[Run]) -> str:
+    found = _found(runs, alone)
     if not found:
         return ""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    head = ["trained on", "seeds", *(f"read in {name}" for name in ALL)]
+    bits, loads = [], []
     for condition, seeds in found:
-        label = f"{condition.then[0]}, {condition.balance}"
+        first = [condition.name, str(len(seeds))]
+        bits.append(first + [within([r["read"][name]["bits_per_byte"] for r in seeds]) for name in ALL])
+        most = [within([busiest(r, name) for r in seeds], 2) for name in ALL]
+        loads.append([*first, *most, within([100 * told(r) for r in seeds], 1)])
+    return (
+        "\n## One domain, read in another\n\nBits a byte of held-out text.\n\n"
+        + _table(head, bits)
+        + "\nThe busiest expert of the fullest layer, times the mean, and what an expert tells of the domain.\n\n"
+        + _table([*head, "told of the domain, %"], loads)
+    )
+
+
+def curves(images: pathlib.Path, runs: list[Run]) -> str:
+    """Drops and load over the steps of shifting runs by what keeps loads even, losses by structure; means of seeds."""
+    found = _found(runs, lambda c: c.then == ("code",))
+    if not found:
+        return ""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for condition, seeds in found:
         steps = seeds[0]["step"]
-        for axis, name, factor in ((axes[0], "drop_rate", 100), (axes[1], "max_load", 1)):
-            mean_n = np.mean([run["series"][name] for run in seeds if run["step"] == steps], axis=0)
-            axis.plot(steps, factor * mean_n, lw=1, label=label)
-        for domain, style in ((condition.trained[0], "-"), (condition.then[0], "--")):
+        if condition.structure == "recipe":
+            for axis, name, factor in ((axes[0], "drop_rate", 100), (axes[1], "max_load", 1)):
+                mean_n = np.mean([run["series"][name] for run in seeds], axis=0)
+                axis.plot(steps, factor * mean_n, lw=1, label=condition.balance)
+        if condition.balance == "aux_loss":
             at = [step for step, _ in seeds[0]["evaluations"]]
-            loss = np.mean([[losses[domain] for _, losses in run["evaluations"]] for run in seeds], axis=0)
-            axes[2].plot(at, loss, style, lw=1, label=f"{label}: read in {domain}")
+            for domain, style in ((condition.trained[0], "-"), (condition.then[0], "--")):
+                loss = np.mean([[losses[domain] for _, losses in run["evaluations"]] for run in seeds], axis=0)
+                axes[2].plot(at, loss, style, lw=1, label=f"{condition.structure}, read in {domain}")
     for axis, name in zip(axes, ("dropped choices, %", "busiest expert, times the mean", "loss, nats"), strict=True):
-        axis.set(xlabel="step", ylabel=name)
+        axis.set(xlabel="step; dotted: the text changes", ylabel=name)
+        axis.axvline(found[0][1][0]["steps"] // 2, color="grey", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    axes[2].legend(fontsize=6)
-    figure.savefig(images / "shift.png", dpi=110)
+        axis.legend(fontsize=8)
+    axes[0].set_yscale("log")
+    return _saved(figure, images, "shift", "Dropped choices, the busiest expert and losses around a shift")
+
+
+def layers(images: pathlib.Path, runs: list[Run]) -> str:
+    """What an expert tells of the domain, layer by layer, of runs on all domains."""
+    found = _found(runs, lambda c: c.trained == ALL)
+    if not found:
+        return ""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, (condition, seeds) in enumerate(found):
+        told_sl = 100 * np.asarray([run["specialisation"] for run in seeds]) / math.log(len(ALL))
+        error = told_sl.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else None
+        at = np.arange(1, told_sl.shape[1] + 1) + 0.03 * number
+        axis.errorbar(at, told_sl.mean(0), error, marker="o", ms=4, lw=1, capsize=2,
+                      label=f"{condition.structure}, {condition.balance}")  # fmt: skip
+    axis.set(xlabel="layer", ylabel="told of the domain, %", xticks=range(1, told_sl.shape[1] + 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _saved(figure, images, "layers", "What an expert tells of the domain, layer by layer")
+
+
+def bars(images: pathlib.Path, runs: list[Run]) -> str:
+    """Bits a byte by what was trained on and read in, a bar a structure."""
+    found = {(c.trained, c.structure): seeds for c, seeds in _found(runs, alone)}
+    if not found:
+        return ""
+    groups = list(dict.fromkeys(trained for trained, _ in found))
+    figure, axes = plt.subplots(1, len(ALL), figsize=(15, 3.6), layout="constrained")
+    for axis, domain in zip(axes, ALL, strict=True):
+        for number, structure in enumerate(STRUCTURES):
+            at = [i for i, trained in enumerate(groups) if (trained, structure) in found]
+            values = [mean([r["read"][domain]["bits_per_byte"] for r in found[groups[i], structure]]) for i in at]
+            axis.bar([i + 0.27 * (number - 1) for i in at], [v for v, _ in values], 0.25, capsize=2,
+                     yerr=[0 if math.isnan(e) else e for _, e in values], label=structure)  # fmt: skip
+        axis.set(title=f"read in {domain}", xticks=range(len(groups)), ylabel="bits a byte")
+        axis.set_xticklabels(["all" if trained == ALL else trained[0] for trained in groups], fontsize=8)
+        axis.set_xlabel("trained on")
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].legend(fontsize=8)
+    return _saved(figure, images, "transfer", "Bits a byte by what was trained on and what is read")
+
+
+def _saved(figure: plt.Figure, images: pathlib.Path, name: str, what: str) -> str:
+    figure.savefig(images / f"{name}.png", dpi=110)
     plt.close(figure)
-    return f"\n![Dropped choices, the busiest expert and losses around a shift]({IMAGES}/shift.png)\n"
+    return f"\n![{what}]({IMAGES}/{name}.png)\n"
