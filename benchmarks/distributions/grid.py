@@ -52,7 +52,7 @@ class Condition:
             "model.capacity_factor": CAPACITY, "optimizer.learning_rate": RATES[WIDTH],
             "data.mixture": mixture, "data.curriculum": f"{steps // 2}:{then}" if then else "",
             "data.tokenizer": folder / "tokenizer.json", "train.steps": steps, "train.seed": seed,
-            "train.log_every": max(1, steps // 100), "train.eval_every": steps // (10 if then and steps > 100 else 2),
+            "train.log_every": max(1, steps // 100), "train.eval_every": steps // (4 if then else 1),
         }  # fmt: skip
         return [f"{name}={value}" for name, value in fields.items()]
 
@@ -68,9 +68,11 @@ def _alone(structures: tuple[str, ...], *domains: str) -> list[Condition]:
 STUDIES: dict[str, list[Condition]] = {
     "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
     + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")],
-    "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES],
-    "transfer": _alone(("recipe", "fine_grained"), "old", "code") + [Condition(s, ALL) for s in STRUCTURES],
+    "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES[:3]],
+    "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)],
     "more": [
+        Condition("recipe", ALL, balance="none"),
+        Condition("bigmac", ALL),
         *_alone(("bigmac",), "old", "code"),
         Condition("recipe", ("old",), ("new",)),
         *_alone(("recipe", "fine_grained", "bigmac"), "new", "languages"),

@@ -116,7 +116,7 @@ def balance(runs: list[Run]) -> str:
             within([float(np.mean(r["series"]["router_entropy"][-10:])) for r in seeds], 2),
             within([100 * told(r) for r in seeds], 1),
         ]
-        for condition, seeds in _found(runs, lambda c: c in STUDIES["balance"])
+        for condition, seeds in _found(runs, lambda c: c.structure == "recipe" and c.trained == ALL)
     ]  # fmt: skip
     head = ["balance", "seeds", "bits a byte", "drops in training, %", "busiest expert", "router entropy, nats",
             "told of the domain, %"]  # fmt: skip
@@ -155,9 +155,11 @@ def curves(images: pathlib.Path, runs: list[Run]) -> str:
                 mean_n = np.mean([run["series"][name] for run in seeds], axis=0)
                 axis.plot(steps, factor * mean_n, lw=1, label=condition.balance)
         if condition.balance == "aux_loss":
-            at = [step for step, _ in seeds[0]["evaluations"]]
+            # The first runs were evaluated more often.
+            at = sorted(set.intersection(*({step for step, _ in run["evaluations"]} for run in seeds)))
             for domain, style in ((condition.trained[0], "-"), (condition.then[0], "--")):
-                loss = np.mean([[losses[domain] for _, losses in run["evaluations"]] for run in seeds], axis=0)
+                evaluated = [dict(run["evaluations"]) for run in seeds]
+                loss = [np.mean([losses[step][domain] for losses in evaluated]) for step in at]
                 axes[2].plot(at, loss, style, lw=1, label=f"{condition.structure}, read in {domain}")
     for axis, name in zip(axes, ("dropped choices, %", "busiest expert, times the mean", "loss, nats"), strict=True):
         axis.set(xlabel="step; dotted: the text changes", ylabel=name)
