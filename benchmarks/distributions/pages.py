@@ -143,7 +143,8 @@ def transfer(runs: list[Run]) -> str:
 
 
 def curves(images: pathlib.Path, runs: list[Run]) -> str:
-    """Drops and load over the steps of shifting runs by what keeps loads even, losses by structure; means of seeds."""
+    """Over the steps of shifting runs: drops and load by what keeps loads even, means of seeds; losses by structure, a
+    line a seed."""
     found = _found(runs, lambda c: c.then == ("code",))
     if not found:
         return ""
@@ -155,12 +156,13 @@ def curves(images: pathlib.Path, runs: list[Run]) -> str:
                 mean_n = np.mean([run["series"][name] for run in seeds], axis=0)
                 axis.plot(steps, factor * mean_n, lw=1, label=condition.balance)
         if condition.balance == "aux_loss":
-            # The first runs were evaluated more often.
-            at = sorted(set.intersection(*({step for step, _ in run["evaluations"]} for run in seeds)))
-            for domain, style in ((condition.trained[0], "-"), (condition.then[0], "--")):
-                evaluated = [dict(run["evaluations"]) for run in seeds]
-                loss = [np.mean([losses[step][domain] for losses in evaluated]) for step in at]
-                axes[2].plot(at, loss, style, lw=1, label=f"{condition.structure}, read in {domain}")
+            colour = f"C{list(STRUCTURES).index(condition.structure)}"
+            for run in seeds:
+                at = [step for step, _ in run["evaluations"]]
+                for domain, style in ((condition.trained[0], "-"), (condition.then[0], "--")):
+                    label = f"{condition.structure}, read in {domain}" if run is seeds[0] else None
+                    losses = [loss[domain] for _, loss in run["evaluations"]]
+                    axes[2].plot(at, losses, style, color=colour, lw=0.8, label=label)
     for axis, name in zip(axes, ("dropped choices, %", "busiest expert, times the mean", "loss, nats"), strict=True):
         axis.set(xlabel="step; dotted: the text changes", ylabel=name)
         axis.axvline(found[0][1][0]["steps"] // 2, color="grey", lw=0.8, ls=":")

@@ -16,6 +16,7 @@ from bigmac_jax.planning import paper, program, search, sweep, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
+from bigmac_jax.planning.drops import drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 
 
@@ -68,6 +69,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if place.hardware:
         result["memory_available"] = place.hardware.memory_bytes
         result["fits"] = result["headroom"] >= 0
+    if dropped := drops(config):
+        result["drops"] = dropped
     if place.hardware and config.model.is_moe:
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
     if request.paper:

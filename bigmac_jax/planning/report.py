@@ -26,6 +26,8 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
             console.print(f"{name}: {column['error']}")
     if "exchanges" in plan:
         console.print(_exchanges(plan))
+    if "drops" in plan:
+        console.print(_drops(plan["drops"]))
     if "recomputation" in plan:
         console.print(_recomputation(plan["recomputation"]))
     tables: dict[str, Callable[[Any], Table]] = {
@@ -113,6 +115,17 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
         cells = (sent["payload"], sent["padded_fast"], sent["padded_slow"], metadata)
         table.add_row(name + (" (configured)" if name == plan["exchange"] else ""), *map(size, cells))
     return table
+
+
+def _drops(drops: Mapping[str, Any]) -> str:
+    measured = "; ".join(
+        f"with balance={name} {percent(shares['steady'])}, or {percent(shares['shifted'])} just after the text changes"
+        for name, shares in drops["by_balance"].items()
+    )
+    return (
+        f"A finite capacity factor drops choices. Measured at {drops['at_factor']:g} of 64 small experts "
+        f"(docs/distributions.md): {measured}. --config.model.capacity_factor=inf drops none.\n"
+    )
 
 
 def _recomputation(rows: list[Mapping[str, Any]]) -> Table:
