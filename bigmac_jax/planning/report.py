@@ -117,15 +117,14 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-def _drops(drops: Mapping[str, Any]) -> str:
-    measured = "; ".join(
-        f"with balance={name} {percent(shares['steady'])}, or {percent(shares['shifted'])} just after the text changes"
-        for name, shares in drops["by_balance"].items()
-    )
-    return (
-        f"A finite capacity factor drops choices. Measured at {drops['at_factor']:g} of 64 small experts "
-        f"(docs/distributions.md): {measured}. --config.model.capacity_factor=inf drops none.\n"
-    )
+def _drops(drops: Mapping[str, Any]) -> Table:
+    title = f"Choices that a capacity factor of {drops['at_factor']:g} dropped (docs/distributions.md)"
+    table = _table(title, "model.balance", "one domain", "four mixed", "just after a change")
+    for name, shares in drops["measured"].items():
+        cells = [shares[key] for key in ("one", "mixed", "shifted")]
+        configured = " (configured)" if name == drops["balance"] else ""
+        table.add_row(name + configured, *("" if share is None else percent(share) for share in cells))
+    return table
 
 
 def _recomputation(rows: list[Mapping[str, Any]]) -> Table:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.distributions import pages
-from benchmarks.distributions.grid import CAPACITY, STUDIES
+from benchmarks.distributions.grid import ALL, CAPACITY, Condition
 from bigmac_jax.config import load_config
 from bigmac_jax.planning import drops, report
 from bigmac_jax.planning.plan import Request, make_plan
@@ -20,13 +20,17 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_the_figures_are_those_of_the_study() -> None:
     runs = json.loads((ROOT / "docs/results/distributions.json").read_text())["runs"]
     assert drops.FACTOR == CAPACITY
-    conditions = [c for c in STUDIES["shift"] if c.structure == "recipe" and c.then == ("code",)]
-    assert set(drops.MEASURED) == {condition.balance for condition in conditions}
-    for condition in conditions:
-        seeds = pages.of(condition, runs)
-        assert len(seeds) == 3
-        _, shifted, steady = np.mean([pages.drops(run) for run in seeds], axis=0) / 100
-        assert drops.MEASURED[condition.balance] == pytest.approx((steady, shifted), abs=0.0006)
+    for balance, said in drops.MEASURED.items():
+        shifting = pages.of(Condition("recipe", ("old",), ("code",), balance), runs)
+        mixed = pages.of(Condition("recipe", ALL, balance=balance), runs)
+        assert len(shifting) == 3
+        _, shifted, one = np.mean([pages.drops(run) for run in shifting], axis=0) / 100
+        assert (said.one, said.shifted) == pytest.approx((one, shifted), abs=0.0006)
+        if said.mixed is None:
+            assert len(mixed) < 3
+        else:
+            assert len(mixed) == 3
+            assert said.mixed == pytest.approx(np.mean([run["drop_rate"] for run in mixed]), abs=0.0006)
 
 
 def test_drops_around_a_shift_by_hand() -> None:
@@ -39,12 +43,13 @@ def test_drops_around_a_shift_by_hand() -> None:
 def test_where_nothing_is_dropped_nothing_is_said() -> None:
     config = load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", "model.balance=bias"))
     found = drops.drops(config)
-    assert found is not None and list(found["by_balance"]) == ["bias", "quantile"] and found["at_factor"] == 1.25
+    assert found is not None and found["balance"] == "bias" and list(found["measured"]) == list(drops.MEASURED)
     made = make_plan(config, Request(devices=1))
     assert made["drops"] == found
-    console = Console(file=io.StringIO(), width=400, highlight=False)
-    report.show(made, console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "with balance=bias 2.1 %, or 54.8 % just after the text changes; with balance=quantile 1.2 %, or" in said
+    output = io.StringIO()
+    report.show(made, Console(file=output, width=200, highlight=False))
+    rows = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
+    assert ["bias", "(configured)", "2.1", "%", "5.3", "%", "54.8", "%"] in rows
+    assert ["none", "26.0", "%", "60.8", "%"] in rows
     for field in ("model.capacity_factor=inf", "execution.exchange=ragged", "model.structure=dense"):
         assert drops.drops(load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", field))) is None
