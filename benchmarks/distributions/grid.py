@@ -71,9 +71,9 @@ STUDIES: dict[str, list[Condition]] = {
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES[:3]],
     "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)],
     "more": [
-        Condition("recipe", ALL, balance="none"),
-        Condition("bigmac", ALL),
         *_alone(("bigmac",), "old", "code"),
+        Condition("bigmac", ALL),
+        Condition("recipe", ALL, balance="none"),
         Condition("recipe", ("old",), ("new",)),
         *_alone(("recipe", "fine_grained", "bigmac"), "new", "languages"),
     ],

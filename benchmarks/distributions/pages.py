@@ -198,7 +198,7 @@ def bars(images: pathlib.Path, runs: list[Run]) -> str:
     groups = list(dict.fromkeys(trained for trained, _ in found))
     figure, axes = plt.subplots(1, len(ALL), figsize=(15, 3.6), layout="constrained")
     for axis, domain in zip(axes, ALL, strict=True):
-        for number, structure in enumerate(STRUCTURES):
+        for number, structure in enumerate(s for s in STRUCTURES if any(s == name for _, name in found)):
             at = [i for i, trained in enumerate(groups) if (trained, structure) in found]
             values = [mean([r["read"][domain]["bits_per_byte"] for r in found[groups[i], structure]]) for i in at]
             axis.bar([i + 0.27 * (number - 1) for i in at], [v for v, _ in values], 0.25, capsize=2,
