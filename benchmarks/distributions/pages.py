@@ -74,17 +74,26 @@ def shift(runs: list[Run]) -> str:
         before, behind, end = zip(*(drops(run) for run in seeds), strict=True)
         lost = [_after(run, run["trained"][0]) for run in seeds]
         won = [run["read"][run["then"][0]]["loss"] for run in seeds]
+        back = [steps_back(run, 2 * was) for run, was in zip(seeds, before, strict=True)]
         most = [max(run["series"]["max_load"][_middle(run) :]) for run in seeds]
         columns = [within(list(values), 1) for values in (before, behind, end, most)]
+        columns[2:2] = [within(back, 0)]
         rows.append([condition.name, str(len(seeds)), *columns, within(lost), within(won)])
-    head = ["", "seeds", "drops before, %", "at most after", "at the end", "busiest expert, at most after",
-            "nats lost on the old", "loss on the new"]  # fmt: skip
+    head = ["", "seeds", "drops before, %", "at most after", "steps until twice before", "at the end",
+            "busiest expert, at most after", "nats lost on the old", "loss on the new"]  # fmt: skip
     return "\n## A shift in the middle of a run\n\n" + _table(head, rows) if rows else ""
 
 
 def _middle(run: Run) -> int:
     """Which of the run's records is the first with the new domain."""
     return next(i for i, step in enumerate(run["step"]) if step > run["steps"] // 2)
+
+
+def steps_back(run: Run, rate: float) -> float:
+    """Steps after the shift until at most so many per cent are dropped; NaN if that never comes."""
+    middle = _middle(run)
+    rates = [100 * share for share in run["series"]["drop_rate"][middle:]]
+    return next((run["step"][middle + i] - run["steps"] / 2 for i, r in enumerate(rates) if r <= rate), math.nan)
 
 
 def drops(run: Run) -> tuple[float, float, float]:

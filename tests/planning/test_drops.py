@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -38,6 +39,8 @@ def test_drops_around_a_shift_by_hand() -> None:
     rates = [0.5] * 8 + [0.02, 0.04] + [0.3, 0.6] + [0.9] * 6 + [0.01, 0.03]
     run = {"steps": 100, "step": list(range(5, 101, 5)), "series": {"drop_rate": rates}}
     assert pages.drops(run) == pytest.approx((3.0, 60.0, 2.0))
+    assert pages.steps_back(run, 30.0) == 5 and pages.steps_back(run, 29.0) == 45
+    assert math.isnan(pages.steps_back(run, 0.5))
 
 
 def test_where_nothing_is_dropped_nothing_is_said() -> None:
