@@ -68,7 +68,7 @@ def _alone(structures: tuple[str, ...], *domains: str) -> list[Condition]:
 STUDIES: dict[str, list[Condition]] = {
     "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
     + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")],
-    "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES[:3]],
+    "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES if balance != "none"],
     "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)],
     "more": [
         *_alone(("bigmac",), "old", "code"),

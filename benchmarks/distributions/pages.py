@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.distributions.grid import ALL, STRUCTURES, STUDIES, Condition
-from benchmarks.quality.pages import BEGIN, END, mean
+from benchmarks.markers import put
+from benchmarks.quality.pages import mean
 
 PAGE, IMAGES = "distributions.md", "images/distributions"
 Run = dict[str, Any]
@@ -21,12 +22,9 @@ Run = dict[str, Any]
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
     """Replaces what stands between the markers of the page, which is made if it is not there."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    page = docs / PAGE
-    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     parts = [shift(runs), curves(docs / IMAGES, runs), balance(runs), layers(docs / IMAGES, runs), transfer(runs),
              bars(docs / IMAGES, runs)]  # fmt: skip
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{''.join(parts)}\n{END}{after}")
+    put(docs / PAGE, parts)
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
@@ -93,7 +91,7 @@ def steps_back(run: Run, rate: float) -> float:
     """Steps after the shift until at most so many per cent are dropped; NaN if that never comes."""
     middle = _middle(run)
     rates = [100 * share for share in run["series"]["drop_rate"][middle:]]
-    return next((run["step"][middle + i] - run["steps"] / 2 for i, r in enumerate(rates) if r <= rate), math.nan)
+    return next((run["step"][middle + i] - run["steps"] // 2 for i, r in enumerate(rates) if r <= rate), math.nan)
 
 
 def drops(run: Run) -> tuple[float, float, float]:

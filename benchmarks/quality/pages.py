@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.markers import put
 from benchmarks.quality.grid import STUDIES, Condition
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
     "norms": "h = 128, latent 32, 1,000 steps of 2,048 tokens: which norm on the latent, and the control.",
@@ -32,10 +32,7 @@ def write(docs: pathlib.Path, runs: list[Run]) -> None:
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     drawn = [draw(docs / IMAGES, runs) for draw in (pareto, widths)]
     parts = [section(name, runs) for name in STUDIES] + [picture for picture in drawn if picture]
-    page = docs / PAGE
-    text = page.read_text()
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{''.join(parts)}\n{END}{after}")
+    put(docs / PAGE, parts)
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:

@@ -4,9 +4,9 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks.markers import put
 from benchmarks.reproduce import plots
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE, IMAGES = "reproduction.md", "images/reproduction"
 UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "of none": (".2f", " of `none`"), "": (".3f", "")}  # digits and sign
 ORDER = (
@@ -30,10 +30,7 @@ def write(docs: pathlib.Path) -> None:
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     for result in results:
         plots.draw(result, docs / IMAGES / f"{result['name']}.png")
-    page = docs / PAGE
-    text = page.read_text() if page.exists() else f"# The paper, measured again\n\n{BEGIN}\n{END}\n"
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{''.join(section(result) for result in results)}\n{END}{after}")
+    put(docs / PAGE, map(section, results), "# The paper, measured again\n\n")
 
 
 def read(docs: pathlib.Path) -> list[dict[str, Any]]:

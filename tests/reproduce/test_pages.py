@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.markers import BEGIN, END
 from benchmarks.reproduce import pages
 from benchmarks.reproduce.calibrate import SHARE, CalibrationError, rate_of
 from benchmarks.reproduce.experiments import EXPERIMENTS
@@ -28,7 +29,7 @@ def check(docs: pathlib.Path) -> None:
         return
     text = (docs / pages.PAGE).read_text()
     assert set(re.findall(rf"{pages.IMAGES}/(\w+)\.png", text)) == names
-    between = text.partition(pages.BEGIN)[2].partition(pages.END)[0]
+    between = text.partition(BEGIN)[2].partition(END)[0]
     assert between.strip() == "".join(map(pages.section, results)).strip(), "the page was not made from docs/results"
 
 
@@ -51,7 +52,7 @@ def docs(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "results").mkdir()
     for name in ("figure3", "table1"):
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(result(name)))
-    (tmp_path / pages.PAGE).write_text(f"# Before\n\n{pages.BEGIN}\nold\n{pages.END}\n\nAfter\n")
+    (tmp_path / pages.PAGE).write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter\n")
     pages.write(tmp_path)
     return tmp_path
 
