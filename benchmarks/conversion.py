@@ -59,7 +59,8 @@ def _narrow(folder: pathlib.Path) -> Any:
         yield f"narrow, {name}", _train(run, MORE, {}, run / "config.json") | {
             "untrained": report["loss_after"], "experts": report["experts"], "layers": report["layers"],
         }  # fmt: skip
-    yield "bigmac", _train(folder / "scratch", STEPS + MORE, {"model.num_shared_experts": 0})
+    start = {"model.num_shared_experts": 0, "model.latent_norm": "post_combine"}
+    yield "bigmac", _train(folder / "scratch", STEPS + MORE, start)
 
 
 def _upcycled(folder: pathlib.Path) -> Any:

@@ -284,7 +284,7 @@ def test_json_round_trip(tmp_path: pathlib.Path) -> None:
     text = config.to_json()
     assert json.loads(text)["model"]["capacity_factor"] == "inf"  # JSON has no infinity
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert Config.from_json(text) == config
+    assert Config.from_json(text) == config.resolved
     (tmp_path / "config.json").write_text(text)
     assert load_config(tmp_path / "config.json", ["train.steps=7"]).train.steps == 7
     with pytest.raises(ConfigError, match=r"there\.json is not valid JSON"):
@@ -325,6 +325,9 @@ BOUND = ("model.top_groups", "data.packing", "data.curriculum", "train.tasks_eve
          "tuning.lora_rank")  # fmt: skip
 
 
+BEFORE = flat(dataclasses.asdict(Config().resolved))
+
+
 @pytest.mark.parametrize("name", [name for name in FIELDS if name not in BOUND])
 def test_check_resume(name: str) -> None:
     """How a run is executed may change, and where its data lies; what is computed may not, and is refused by name."""
@@ -340,7 +343,7 @@ def test_check_resume(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_resume(Config(), changed(name))
     message = str(error.value)
-    assert message.startswith(name + "=") and "\n" not in message and repr(FIELDS[name]) in message
+    assert message.startswith(name + "=") and "\n" not in message and repr(BEFORE[name]) in message
 
 
 @pytest.mark.parametrize(
@@ -386,7 +389,22 @@ def test_a_config_of_the_first_edition_is_read() -> None:
     assert config.model == ModelConfig("fine_grained", num_layers=3) and config.train.steps == 7
     assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup")
     assert Config.from_json(json.dumps({"model": {"remat": False}})).execution.remat == "none"
-    assert Config.from_json(config.to_json()) == config
+    assert Config.from_json(config.to_json()) == config.resolved
+
+
+def test_auto_is_saved_as_what_it_is() -> None:
+    """A default may change: an earlier edition wrote `auto`, which was post_combine then."""
+    for structure, norm in {"bigmac": "skip", "fine_grained": "none", "dense": "none"}.items():
+        config = Config(model=ModelConfig(structure))
+        assert json.loads(config.to_json())["model"]["latent_norm"] == norm
+        check_resume(Config.from_json(config.to_json()), config)
+    saved = json.loads(Config().to_json())
+    for structure, norm in {"bigmac": "post_combine", "vanilla": "none"}.items():
+        before = saved | {"model": saved["model"] | {"structure": structure, "latent_norm": "auto"}}
+        assert Config.from_json(json.dumps(before)).model.latent_norm == norm
+    before = Config(model=ModelConfig(latent_norm="post_combine"))
+    with pytest.raises(ConfigError, match=r"model\.latent_norm='skip' differs from 'post_combine', "):
+        check_resume(before, Config())
 
 
 def test_check_resume_lists_fields_that_exist() -> None:
@@ -420,7 +438,7 @@ def test_resolved_sizes() -> None:
 def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
     execution = ExecutionConfig(exchange=fields.pop("exchange", "all_to_all"))
     described = Config(model=ModelConfig(**fields), execution=execution).describe()
-    assert described.endswith(f"64 of 256 wide rows on the wire, {end}")
+    assert described.endswith(f"64 of 256 wide rows on the wire, latent norm skip, {end}")
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:

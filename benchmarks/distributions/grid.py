@@ -16,6 +16,7 @@ STRUCTURES = {
     "fine_grained": normed("fine_grained", fine_grained(), "none").fields,
     "bigmac": normed("bigmac 1/4", bigmac(4, WIDTH), "none").fields,
     "recipe": normed("bigmac 1/4", bigmac(4, WIDTH), "post_combine").fields,  # docs/quality.md
+    "skip": normed("bigmac 1/4", bigmac(4, WIDTH), "skip").fields,
 }
 BALANCES = ("aux_loss", "bias", "quantile", "none")
 
@@ -69,7 +70,8 @@ STUDIES: dict[str, list[Condition]] = {
     "shift": [Condition("recipe", ("old",), ("code",), balance) for balance in BALANCES]
     + [Condition(s, ("old",), ("code",)) for s in ("fine_grained", "bigmac")],
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES if balance != "none"],
-    "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)],
+    "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)]
+    + [Condition("skip", ("old",))],
     "more": [
         *_alone(("bigmac",), "old", "code"),
         Condition("bigmac", ALL),

@@ -30,7 +30,13 @@ def main(_: list[str]) -> None:
     if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
         raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
     # A whole study with one seed says little: all seeds of one before the next.
-    runs = [(condition, int(seed)) for name in _STUDIES.value for seed in _SEEDS.value for condition in STUDIES[name]]
+    runs = [
+        (condition, seed)
+        for name in _STUDIES.value
+        for seed in map(int, _SEEDS.value)
+        for condition in STUDIES[name]
+        if seed in condition.seeds
+    ]
     missing = {condition.key(seed) for condition, seed in runs} - known.keys()
     if _JOBS.value:
         start = time.monotonic()

@@ -26,12 +26,14 @@ class Condition:
     """Attributes:
     name: in tables: structure, then what is said of its norm, its rate and so on.
     fields: of the config, beside BASE.
+    seeds: the first where a rate is looked for, all where structures are compared.
     """
 
     name: str
     fields: Fields = field(hash=False)
     width: int = 128  # h
     steps: int = 1000
+    seeds: tuple[int, ...] = SEEDS
 
     def overrides(self, seed: int) -> list[str]:
         of_width = {"model.hidden_size": self.width, "model.num_heads": self.width // 64}
@@ -85,29 +87,25 @@ def structures(width: int) -> dict[str, Fields]:
 
 def normed(name: str, fields: Fields, norm: str, **more: object) -> Condition:
     label = {"none": "", "pre_dispatch": ", norm before", "post_combine": ", norm", "both": ", both norms",
-             "scale": ", learned factor"}[norm]  # fmt: skip
+             "skip": ", skip", "scale": ", learned factor"}[norm]  # fmt: skip
     return Condition(name + label, fields | {"model.latent_norm": norm}, **more)  # type: ignore[arg-type]
 
 
-def norms_of(name: str) -> tuple[str, ...]:
-    if name == "fine_grained":
-        return "none", "post_combine"
-    return "none", "post_combine", "pre_dispatch", "both"
+CONTROLS = ("none", "post_combine", "skip")  # what fine_grained can have, too
 
 
 def _quarter(norms: tuple[str, ...], **more: int) -> list[Condition]:
-    width = more.get("width", 128)
-    fine = [normed("fine_grained", fine_grained(), norm, **more) for norm in norms_of("fine_grained")]
-    return fine + [normed("bigmac 1/4", bigmac(4, width), norm, **more) for norm in norms]
+    fine = [normed("fine_grained", fine_grained(), norm, **more) for norm in CONTROLS]
+    return fine + [normed("bigmac 1/4", bigmac(4, 128), norm, **more) for norm in norms]
 
 
 def _rates(width: int, steps: int) -> list[Condition]:
     """Half and twice the rate, of the two that are compared."""
     pairs = {"fine_grained": normed("fine_grained", fine_grained(), "none"),
-             "bigmac 1/4, norm": normed("bigmac 1/4", bigmac(4, width), "post_combine")}  # fmt: skip
+             "bigmac 1/4, skip": normed("bigmac 1/4", bigmac(4, width), "skip")}  # fmt: skip
     changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
     return [
-        Condition(f"{name}, rate × {factor:g}", c.fields | rate, width, steps)
+        Condition(f"{name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
         for factor, rate in changed.items()
         for name, c in pairs.items()
     ]
@@ -116,8 +114,9 @@ def _rates(width: int, steps: int) -> list[Condition]:
 def _of_width(width: int, steps: int) -> list[Condition]:
     return [
         normed(name, structures(width)[name], norm, width=width, steps=steps)
-        for norm in ("none", "post_combine")
+        for norm in CONTROLS
         for name in ("fine_grained", "bigmac 1/4", "bigmac 1/2")
+        if name == "fine_grained" or norm != "post_combine"
     ]
 
 
@@ -137,31 +136,28 @@ def _balances() -> list[Condition]:
 
 
 def _optimizers() -> list[Condition]:
-    """Muon in as many steps as AdamW, and in three quarters of them, at several rates."""
+    """Muon in as many steps as AdamW, and in three quarters of them, there at several rates."""
     muon: Fields = TINY | {"optimizer.name": "muon"}
     rates = {factor: muon | {"optimizer.learning_rate": RATES[128] * factor} for factor in (0.5, 2.0)}
     return [
         Condition("tiny, AdamW", TINY, steps=2400),
         Condition("tiny, Muon", muon, steps=1800),
-        *(Condition(f"tiny, Muon, rate × {factor:g}", fields, steps=1800) for factor, fields in rates.items()),
+        *(
+            Condition(f"tiny, Muon, rate × {factor:g}", fields, 128, 1800, SEEDS[:1])
+            for factor, fields in rates.items()
+        ),
         Condition("tiny, Muon", muon, steps=2400),
     ]
 
 
 # Study → conditions, in the order in which they answer: what was run for one study is not run again for another.
 STUDIES: dict[str, list[Condition]] = {
-    "norms": _quarter(("none", "post_combine", "pre_dispatch", "both", "scale")),
+    "norms": _quarter(("none", "post_combine", "pre_dispatch", "both", "scale", "skip")),
     "rates": _rates(128, 1000) + _rates(64, 1000),
     "balance": _balances(),
-    "longer": _quarter(("post_combine",), steps=2400),
+    "longer": _quarter(("post_combine", "skip"), steps=2400),
     "width 64": _of_width(64, 1000),
-    "ratios": [
-        normed(name, fields, norm)
-        for norms in (("none", "post_combine"), ("pre_dispatch", "both"))
-        for name, fields in structures(128).items()
-        for norm in norms
-        if norm in norms_of(name)
-    ],
+    "ratios": [normed(name, fields, norm) for name, fields in structures(128).items() for norm in ("none", "skip")],
     "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),
     "width 256": _of_width(256, 2500),

@@ -80,7 +80,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     if len(found) < 2:
         return ""
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    filled = {"none": "white", "post_combine": "black", "pre_dispatch": "0.75", "pre_dispatch+post_combine": "0.45"}
+    filled = {"none": "white", "skip+post_combine": "black"}
     markers = dict(zip(("fine_grained", "bigmac 1/2", "bigmac 1/4", "bigmac 1/8", "eff 1/4", "acc 1/4",
                         "bigmac 1/2, twice"), "soDv<P*", strict=True))  # fmt: skip
     for condition, seeds in found:
@@ -93,7 +93,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
-    axes.set_title("less is better on both axes; white: no norm, black: behind the combine, grey: before, both")
+    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=skip")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(images / "pareto.png", dpi=110)
@@ -102,11 +102,12 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
 
 
 def widths(images: pathlib.Path, runs: list[Run]) -> str:
-    """How far bigmac at r = 1/4 is behind fine_grained, by width, with and without the norm."""
+    """How far bigmac at r = 1/4 is behind fine_grained, by width, with and without the recipe; and the control."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     drawn = False
     longest = {"width 64": 1000, "norms": 1000, "width 256": 2500}
-    for name, style in (("bigmac 1/4", "k--o"), ("bigmac 1/4, norm", "k-D")):
+    styles = {"bigmac 1/4": "k--o", "bigmac 1/4, skip": "k-D", "fine_grained, skip": "k:s"}
+    for name, style in styles.items():
         points = []
         for study, steps in longest.items():
             same = {c.name: of(c, runs) for c in STUDIES[study] if c.steps == steps}

@@ -49,9 +49,10 @@ class ModelConfig:
     expert_hidden_size: int = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
     num_shared_experts: int = 0  # experts that every token passes, at full width
     shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
-    # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both; scale:
-    # a learned factor on the sums instead. auto: post_combine for bigmac (docs/quality.md), none for the others.
-    latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale
+    # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both. skip:
+    # post_combine, of the sum and a learned share of the row that went out. scale: no norm, a learned factor.
+    # auto: skip for bigmac (docs/quality.md), none for the others.
+    latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | skip | scale
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
@@ -98,12 +99,16 @@ class ModelConfig:
         return self.latent_size if self.structure == "bigmac" else self.hidden_size
 
     @property
+    def latent_norm_kind(self) -> str:
+        """`latent_norm`, of which `auto` is one of the others."""
+        auto = "skip" if self.structure == "bigmac" else "none"
+        return auto if self.latent_norm == "auto" else self.latent_norm
+
+    @property
     def latent_norms(self) -> tuple[str, ...]:
-        """What stands on the exchanged rows: of pre_dispatch, post_combine and scale."""
-        kind = self.latent_norm
-        if kind == "auto":
-            kind = "post_combine" if self.structure == "bigmac" else "none"
-        return {"none": (), "both": ("pre_dispatch", "post_combine")}.get(kind, (kind,))
+        """What stands on the exchanged rows: of pre_dispatch, skip, post_combine and scale."""
+        several = {"none": (), "both": ("pre_dispatch", "post_combine"), "skip": ("skip", "post_combine")}
+        return several.get(self.latent_norm_kind, (self.latent_norm_kind,))
 
     @property
     def expert_count(self) -> int:
@@ -300,13 +305,20 @@ class Config:
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
         capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
+        norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         return (
             f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
-            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{shared}{first}, {capacity}"
+            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{norm}{shared}{first}, {capacity}"
         )
 
+    @property
+    def resolved(self) -> "Config":
+        """With what `auto` is today: what is saved stays what it was."""
+        model = dataclasses.replace(self.model, latent_norm=self.model.latent_norm_kind)
+        return dataclasses.replace(self, model=model)
+
     def to_json(self) -> str:
-        return json.dumps(_spell_inf(dataclasses.asdict(self)), indent=2) + "\n"
+        return json.dumps(_spell_inf(dataclasses.asdict(self.resolved)), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str = "config.json") -> "Config":
@@ -334,13 +346,19 @@ _NEVER_MODEL = {"gather_dtype", "reduce_dtype"}
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """As `from_dict`, of what `to_json` wrote, now or in the first edition."""
+    """As `from_dict`, of what `to_json` wrote, now or in an earlier edition."""
     return from_dict(second_edition(values))
 
 
 def second_edition(values: Any) -> Any:
-    """A config.json of the first edition, whose `model` held what `execution` does, as it would be written now."""
-    if not isinstance(values, dict) or "execution" in values or not isinstance(values.get("model"), dict):
+    """A config.json of an earlier edition as it would be written now: latent_norm=auto was post_combine for bigmac, and
+    in the first edition `model` held what `execution` does."""
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        return values
+    if values["model"].get("latent_norm") == "auto":
+        was = "post_combine" if values["model"].get("structure", ModelConfig.structure) == "bigmac" else "none"
+        values = values | {"model": values["model"] | {"latent_norm": was}}
+    if "execution" in values:
         return values
     model = {name: value for name, value in values["model"].items() if not moved(f"model.{name}")}
     execution = {name: value for name, value in values["model"].items() if moved(f"model.{name}")}

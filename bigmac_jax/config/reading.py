@@ -32,7 +32,7 @@ _MODELS = ("train.init_from", "tuning.teacher")
 
 def check_resume(saved: Config, new: Config) -> None:
     """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
-    before, after = dict(field_values(dataclasses.asdict(saved))), dict(field_values(dataclasses.asdict(new)))
+    before, after = (dict(field_values(dataclasses.asdict(config.resolved))) for config in (saved, new))
     for name, value in after.items():
         may = name.startswith(MAY_CHANGE) or (name in _MODELS and before[name] and value)
         if before[name] != value and not may:

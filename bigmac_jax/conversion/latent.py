@@ -156,6 +156,8 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
         y_TR[t_N] += gate_N1 * _outputs(found, e, after_NF)
     leaves = {f"experts.{name}": value for name, value in found.items()}
     leaves |= {"down.w_DF": down_DR, "up.w_DF": kept_DR.T}
+    if "skip" in m.latent_norms:
+        leaves["skip_1"] = np.zeros(1)  # as what is converted has none
     if "post_combine" in m.latent_norms:
         n_TR = _normalised(y_TR, m)
         scale_R = (n_TR * y_TR).sum(0) / np.square(n_TR).sum(0)

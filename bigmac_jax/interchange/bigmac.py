@@ -73,6 +73,7 @@ _MOE = {
     "combine_norm.scale_D": "combine_norm.weight",
     "combine_norm.bias_D": "combine_norm.bias",
     "factor_1": "combine_factor",
+    "skip_1": "skip_factor",
 } | {f"shared.{ours}": f"shared_experts.{theirs}" for ours, theirs in _MLP.items()}
 
 

@@ -115,8 +115,9 @@ class MoE(nnx.Module):
         # Behind it, bigmac's W↑ carries the scaling with depth; where there is none, the norm does.
         gain = 1.0 if bigmac else scale
         self.combine_norm = Norm(config, R, gain=gain) if "post_combine" in m.latent_norms else None
-        factor = Declaration("D", "norms", 1, constant=True, decays=False, small=True)
+        factor = Declaration("1", "norms", 1, constant=True, decays=False, small=True)
         self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
+        self.skip_1 = parameter(config, None, (1,), factor) if "skip" in m.latent_norms else None
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 
     def __call__(
@@ -167,8 +168,8 @@ class MoE(nnx.Module):
         of_experts = {name: weight(config, value) for name, value in self.experts.weights().items()}
         parts = {"down": self.down, "up": self.up, "pre": self.dispatch_norm, "post": self.combine_norm}
         weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
-        if self.factor_1 is not None:
-            weights["factor"] = [weight(config, self.factor_1)]
+        of_one = {"factor": self.factor_1, "skip": self.skip_1}
+        weights |= {name: [weight(config, value)] for name, value in of_one.items() if value is not None}
         if self.stand_ins is not None:
             weights["stand_ins"] = [self.stand_ins.weight()]
 
@@ -180,7 +181,8 @@ class MoE(nnx.Module):
                 x_CR = product(x_CD, *w["down"]) if "down" in w else x_CD
                 return normalised(m, x_CR, *w["pre"]) if "pre" in w else x_CR
 
-            def widen(y_CR: Array) -> Array:
+            def widen(x_CR: Array, y_CR: Array) -> Array:
+                y_CR = y_CR + x_CR * last_axes(w["skip"][0], x_CR) if "skip" in w else y_CR
                 y_CR = normalised(m, y_CR, *w["post"]) if "post" in w else y_CR
                 y_CR = y_CR * last_axes(w["factor"][0], y_CR) if "factor" in w else y_CR
                 return product(y_CR, *w["up"]) if "up" in w else y_CR
@@ -211,7 +213,7 @@ class MoE(nnx.Module):
                 x_TR = jnp.concatenate(narrowed)
                 more_TR = further_rounds(exchange, in_round, AXES, left_TK, x_TR, gates_TK, *w_experts)
                 combined = [y + more for y, more in zip(combined, jnp.split(more_TR, chunks), strict=True)]
-            y_TD = jnp.concatenate([widen(y_CR) for y_CR in combined])
+            y_TD = jnp.concatenate([widen(*part) for part in zip(narrowed, combined, strict=True)])
             counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
             dropped = jnp.stack([plan.dropped for plan in plans]).sum()
             return y_TD.reshape(x_BLD.shape), counts_E[None], dropped[None]

@@ -89,7 +89,7 @@ def test_positions_begin_anew() -> None:
 @pytest.mark.parametrize("mesh", [(1, 1, 4), pytest.param((1, 1, 2, 2), marks=pytest.mark.full)])
 def test_padding_crowds_no_expert(mesh: tuple[int, ...]) -> None:
     """Its choices are dealt out evenly, it gets nothing from them, and the router's losses don't count it."""
-    config = tiny(mesh, batch=B, length=L, z_loss_coefficient=0.1)
+    config = tiny(mesh, batch=B, length=L, z_loss_coefficient=0.1, latent_norm="post_combine")
     x_BLD = np.random.default_rng(0).standard_normal((B, L, 16)).astype(np.float32)
     padding_BL = np.zeros((B, L), bool)
     padding_BL[:, 4:] = True

@@ -36,6 +36,7 @@ STRUCTURES = {
     "paper": {"structure": "bigmac", "latent_norm": "none"},
     "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
     "scale": {"structure": "bigmac", "latent_norm": "scale"},
+    "normed": {"structure": "bigmac", "latent_norm": "post_combine"},
     "control": {
         "structure": "fine_grained",
         "latent_norm": "post_combine",

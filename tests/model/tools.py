@@ -70,7 +70,7 @@ def random_like(abstract: Any, config: Config, given: dict[str, np.ndarray] | No
             value = np.broadcast_to(given[name], leaf.shape)
         elif "embedding" in name or "positions" in name:
             value *= 0.3
-        elif "scale" in name:
+        elif "scale" in name or "skip" in name:
             value = 1 + 0.1 * value
         elif "bias" in name or ".b_" in name:
             value *= 0.1

@@ -92,7 +92,7 @@ def test_restore_gives_config_and_model(saved: dict[str, Any]) -> None:
             assert isinstance(model, Transformer)
             chex.assert_trees_all_equal(leaves(model), leaves(saved["state"].average))
         other, _ = restore(saved["workdir"], config=config)
-        assert other == config
+        assert other == config.resolved
 
 
 def test_reading_changes_nothing(tmp_path: pathlib.Path) -> None:

@@ -58,7 +58,7 @@ def overridden(config: Config, folder: pathlib.Path, *overrides: str) -> Config:
 def test_result_and_config(finished: Any) -> None:
     config, workdir, result = finished
     assert (result.step, result.finished) == (6, True)
-    assert read_config(workdir) == config
+    assert read_config(workdir) == config.resolved
     last = [record for record in read_records(workdir) if "eval/loss" in record][-1]
     assert last == {"step": 6, "eval/loss": result.score.loss, "eval/perplexity": result.score.perplexity,
                     "eval/bits_per_byte": result.score.bits_per_byte}  # fmt: skip

@@ -193,6 +193,7 @@ class MoE(nn.Module):
         self.dispatch_norm = Norm(config, R) if "pre_dispatch" in norms else None
         self.combine_norm = Norm(config, R) if "post_combine" in norms else None
         self.combine_factor = nn.Parameter(torch.ones(1)) if "scale" in norms else None
+        self.skip_factor = nn.Parameter(torch.ones(1)) if "skip" in norms else None
         self.shared_experts = MLP(config, shared) if shared else None
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -202,6 +203,7 @@ class MoE(nn.Module):
         x_TR = x_TD if self.latent_down is None else self.latent_down(x_TD)
         x_TR = x_TR if self.dispatch_norm is None else self.dispatch_norm(x_TR)
         y_TR = self.experts(x_TR, gates_TK, experts_TK)
+        y_TR = y_TR if self.skip_factor is None else y_TR + x_TR * self.skip_factor
         y_TR = y_TR if self.combine_norm is None else self.combine_norm(y_TR)
         y_TR = y_TR if self.combine_factor is None else y_TR * self.combine_factor
         y_TD = y_TR if self.latent_up is None else self.latent_up(y_TR)
