@@ -392,12 +392,14 @@ def test_a_config_of_the_first_edition_is_read() -> None:
     assert Config.from_json(config.to_json()) == config.resolved
 
 
-def test_auto_is_saved_as_what_it_is() -> None:
+def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
     """A default may change: an earlier edition wrote `auto`, which was post_combine then."""
     for structure, norm in {"bigmac": "skip", "fine_grained": "none", "dense": "none"}.items():
         config = Config(model=ModelConfig(structure))
         assert json.loads(config.to_json())["model"]["latent_norm"] == norm
         check_resume(Config.from_json(config.to_json()), config)
+    (tmp_path / "config.json").write_text(Config().to_json())  # of which the structure can still be changed alone
+    assert load_config(tmp_path / "config.json", ["model.structure=fine_grained"]).model.latent_norms == ()
     saved = json.loads(Config().to_json())
     for structure, norm in {"bigmac": "post_combine", "vanilla": "none"}.items():
         before = saved | {"model": saved["model"] | {"structure": structure, "latent_norm": "auto"}}

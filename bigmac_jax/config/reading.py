@@ -144,7 +144,7 @@ def _read(path: str) -> dict[str, Any]:
     with _one_line(f"--config={path!r} could not be read"):
         file = _find(name)
         if file.suffix == ".json":
-            return dataclasses.asdict(Config.from_json(file.read_text(), name))
+            return dataclasses.asdict(_free(Config.from_json(file.read_text(), name)))
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
         assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
         module = importlib.util.module_from_spec(spec)
@@ -155,6 +155,12 @@ def _read(path: str) -> dict[str, Any]:
         if not isinstance(config, Config):
             raise TypeError(f"get_config() returned {type(config).__name__}, not a Config")
     return dataclasses.asdict(config)
+
+
+def _free(config: Config) -> Config:
+    """With latent_norm=auto where that is what was saved, so that model.structure can be changed alone."""
+    model = dataclasses.replace(config.model, latent_norm="auto")
+    return dataclasses.replace(config, model=model) if model.latent_norms == config.model.latent_norms else config
 
 
 def _apply(values: ConfigDict, override: str) -> None:
