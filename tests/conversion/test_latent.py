@@ -72,6 +72,8 @@ def outputs(m: ModelConfig, leaves: dict[str, np.ndarray], seen: Seen) -> np.nda
             if m.gated:  # relu2 of the gate
                 h_F = np.maximum(z_R @ w["w_gate_eRF"][e], 0) ** 2 * (z_R @ w["w_in_eRF"][e])
             y_R += gate * (h_F @ w["w_out_eFR"][e])
+        if not wide and "skip" in m.latent_norms:
+            y_R = y_R + leaves["skip_1"] * z_R
         if not wide and "combine_norm.scale_D" in leaves:
             y_R = y_R / np.sqrt(np.mean(y_R**2) + m.norm_eps) * leaves["combine_norm.scale_D"]
         y_TD.append(y_R if wide else y_R @ leaves["up.w_DF"])
@@ -90,7 +92,7 @@ def test_what_lies_in_few_dimensions_is_kept(gated: bool) -> None:
     assert fit_layer(m, experts, seen)[1].total > 0.01
 
 
-@pytest.mark.parametrize("norm", ["none", "pre_dispatch", "post_combine", "both"])
+@pytest.mark.parametrize("norm", ["none", "pre_dispatch", "post_combine", "both", "skip"])
 def test_the_error_is_that_of_the_layer(norm: str) -> None:
     m, experts, seen = layer(12, 0.5, norm)
     leaves, error = fit_layer(m, experts, seen)

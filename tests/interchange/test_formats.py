@@ -204,7 +204,7 @@ def test_our_own_class_comes_back(name: str, tmp_path: pathlib.Path) -> None:
         assert f"class {name}(" in (out / f"{module}.py").read_text()
     tensors = load_file(out / "model.safetensors")
     last = values["num_hidden_layers"] - 1
-    query = leaves(model)["layers.attention.query.w_DF"][last]
+    query = leaves(model)["layers.attention.query.w_DF"][-1]
     np.testing.assert_array_equal(tensors[f"model.layers.{last}.self_attn.q_proj.weight"], query.T)
 
 
