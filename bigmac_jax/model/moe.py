@@ -95,7 +95,11 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """y = (Σ_{i∈T} p_i(x) E_i(x W↓)) W↑ + shared(x); without W↓, W↑ for fine_grained and vanilla."""
+    """y = n(Σ_{i∈T} p_i(x) E_i(x') + α x') W↑ + shared(x), where x' = x W↓.
+
+    W↓ and W↑ are the identity for fine_grained and vanilla; the norm n and the skip α x' are there where
+    model.latent_norm says so, which for the paper's layer is neither.
+    """
 
     def __init__(self, config: Config, key: Array):
         self.config = config
