@@ -131,9 +131,10 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
         x_BLR = norm(config, config.norm, part(p, "dispatch_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
-    if config.latent_norm == "skip" or (config.latent_norm, bigmac) == ("auto", True):
+    skip = config.latent_norm == "skip" or (config.latent_norm, bigmac) == ("auto", True)
+    if skip:
         y_BLR = y_BLR + p["skip_1"] * x_BLR
-    if config.latent_norm in ("post_combine", "both", "skip") or (config.latent_norm, bigmac) == ("auto", True):
+    if skip or config.latent_norm in ("post_combine", "both"):
         y_BLR = norm(config, config.norm, part(p, "combine_norm"), y_BLR)
     if config.latent_norm == "scale":
         y_BLR = y_BLR * p["factor_1"]

@@ -39,7 +39,7 @@ STRUCTURES = {
     "normed": {"structure": "bigmac", "latent_norm": "post_combine"},
     "control": {
         "structure": "fine_grained",
-        "latent_norm": "post_combine",
+        "latent_norm": "skip",
         "num_layers": 3,
         "first_dense_layers": 2,
         "dense_hidden_size": 24,
