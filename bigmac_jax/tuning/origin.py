@@ -175,7 +175,7 @@ def differences(origin: Origin, config: Config) -> list[str]:
     Raises:
       ConfigError: a difference that the parameters do not bear.
     """
-    before, now = origin.config.model, config.model
+    before, now = origin.config.resolved.model, config.resolved.model
     told = []
     for field in dataclasses.fields(ModelConfig):
         old, new = getattr(before, field.name), getattr(now, field.name)

@@ -133,7 +133,7 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
     changed = overridden(config, tmp_path, *changes)
     assert run(changed, workdir, profile=(6, 7)).step == 8  # of a trace of steps 6 and 7, step 7 is left
     assert sum(path.stat().st_size for path in (workdir / "profile").rglob("*.xplane.pb")) > 1000
-    assert read_config(workdir) == changed
+    assert read_config(workdir) == changed.resolved
     records = read_records(workdir)
     assert records[: len(before)] == before
     assert [record["step"] for record in records[len(before) :]] == [6, 7, 8, 8, 8]  # its start, …, its end
@@ -159,7 +159,7 @@ def test_execution_and_where_data_lies_may_change(copied: Any, tmp_path: pathlib
     (said,) = [record.message for record in caplog.records if "which choices" in record.message]
     for part in ("train.accumulate_steps 1 → 2", "execution.exchange all_to_all → dedup", "capacity_factor=1"):
         assert part in said
-    assert read_config(workdir) == changed
+    assert read_config(workdir) == changed.resolved
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -152,10 +152,10 @@ def test_no_model_there(base: tuple[Config, pathlib.Path], place: str) -> None:
 def test_the_config_of_a_run_that_names_none(base: tuple[Config, pathlib.Path]) -> None:
     """The other's, but what was held out of its data goes with them, and it is not tuned as that was."""
     config = config_of(open_origin(str(base[1] / "run")), {"data.source": "sotu"})
-    assert config.model == base[0].model and config.train.init_from == str(base[1] / "run")
+    assert config.model == base[0].resolved.model and config.train.init_from == str(base[1] / "run")
     assert config.data.validation_source == "" and config.tuning == TuningConfig()
     of_export = config_of(open_origin(str(base[1] / "export")), {"data.source": "sotu"})
-    assert of_export.model == base[0].model and of_export.data.tokenizer.endswith("export/tokenizer.json")
+    assert of_export.model == base[0].resolved.model and of_export.data.tokenizer.endswith("export/tokenizer.json")
 
 
 @pytest.mark.parametrize(
