@@ -71,12 +71,13 @@ def flops(config: Config) -> dict[str, float]:
         "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * length * q),
         "output": h * m.vocab_size,
     }
+    between, gate = 2 * (m.structure == "bigmac"), "gate" in m.latent_norms
     if m.is_moe:
         per_token |= {
             "router": m.moe_layers * h * m.expert_count,
             "experts": m.moe_layers * matrices * m.choices * m.wire_size * m.expert_width,
             "shared": m.moe_layers * matrices * h * m.shared_width,
-            "projections": m.moe_layers * 2 * h * m.latent_size if m.structure == "bigmac" else 0,
+            "projections": m.moe_layers * (between * h * m.latent_size + gate * h * h),
         }
     per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
@@ -229,7 +230,8 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bo
     tokens = tokens_at_a_time(config, ranks)
     exchange = strategy(config, m.capacity_factor, tokens, group)
     rows = received_rows(exchange, tokens, m.choices) / tokens
-    kept += m.hidden_size + matrices * m.shared_width + 2 * m.expert_count
+    gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
+    kept += m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
     return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
 
 

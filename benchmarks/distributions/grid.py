@@ -8,15 +8,15 @@ import pathlib
 from dataclasses import dataclass
 
 from benchmarks.distributions.domains import ABOUT
-from benchmarks.quality.grid import BASE, RATES, SEEDS, bigmac, fine_grained, normed
+from benchmarks.quality.grid import BASE, RATES, SEEDS, bigmac, fine_grained
 
 WIDTH = 128
 CAPACITY = 1.25
 STRUCTURES = {
-    "fine_grained": normed("fine_grained", fine_grained(), "none").fields,
-    "bigmac": normed("bigmac 1/4", bigmac(4, WIDTH), "none").fields,
-    "recipe": normed("bigmac 1/4", bigmac(4, WIDTH), "post_combine").fields,  # docs/quality.md
-    "skip": normed("bigmac 1/4", bigmac(4, WIDTH), "skip").fields,
+    "fine_grained": fine_grained(WIDTH),
+    "bigmac": bigmac(4, WIDTH),
+    "recipe": bigmac(4, WIDTH, "post_combine"),  # docs/quality.md
+    "skip": bigmac(4, WIDTH, "skip"),
 }
 BALANCES = ("aux_loss", "bias", "quantile", "none")
 

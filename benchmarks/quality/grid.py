@@ -2,9 +2,12 @@
 
 All runs are `configs/tiny.py` without shared experts, as in the paper: 64 experts, K = 8, dropless, as many tokens.
 What all routed experts and projections of a layer have as parameters is equal, to the last one, where a condition does
-not say otherwise: an expert of bigmac is a little narrower than the paper's, so that W↓ and W↑ are paid for.
+not say otherwise: an expert of bigmac is a little narrower than the paper's, so that W↓ and W↑ are paid for, and where
+outputs are gated, W_g is.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 SEEDS = (1, 2, 3)
@@ -47,77 +50,76 @@ class Condition:
         return f"{name}-h{self.width}-{self.steps}-seed{seed}"
 
 
-def fine_grained() -> Fields:
-    return {"model.structure": "fine_grained", "model.down_ratio": 0.25}
+def fine_grained(width: int, norm: str = "none") -> Fields:
+    """Experts of h → h/4 → h; a gate is paid for as bigmac's is."""
+    fields: Fields = {"model.structure": "fine_grained", "model.down_ratio": 0.25, "model.latent_norm": norm}
+    return fields | ({"model.expert_hidden_size": width // 4 - width // (2 * EXPERTS)} if norm == "gate" else {})
 
 
-def bigmac(parts: int, width: int, more: int = 1) -> Fields:
+def bigmac(parts: int, width: int, norm: str = "none", more: int = 1) -> Fields:
     """r = 1/parts. `more` times as many experts and choices, each so much smaller.
 
-    Experts of R → F → R, with F so that E·2·R·F + 2·R·h is fine_grained's E·2·h·h/4.
+    Experts of R → F → R, with F so that E·2·R·F + 2·R·h, and h·h of a gate, is fine_grained's E·2·h·h/4.
     """
-    experts = EXPERTS * more
-    inner = width * (EXPERTS * parts // 4 - 1) // experts
+    experts, gate = EXPERTS * more, norm == "gate"
+    inner = width * (EXPERTS * parts // 4 - 1 - gate * parts // 2) // experts
     return {
         "model.structure": "bigmac",
         "model.down_ratio": 1 / parts,
         "model.expert_hidden_size": inner,
         "model.num_experts": experts,
         "model.top_k": CHOICES * more,
+        "model.latent_norm": norm,
     }
 
 
-def latent_moe(parts: int, more: int, width: int) -> Fields:
+def latent_moe(parts: int, width: int, norm: str = "none", more: int = 1) -> Fields:
     """LatentMoE (arXiv 2601.18089): experts keep fine_grained's inner width. `eff` is more = 1, `acc` more = parts."""
-    return bigmac(parts, width, more) | {"model.expert_hidden_size": width // 4}
+    return bigmac(parts, width, norm, more) | {"model.expert_hidden_size": width // 4}
 
 
-def structures(width: int) -> dict[str, Fields]:
-    """All of a width whose wire and experts differ."""
-    return {
-        "fine_grained": fine_grained(),
-        "bigmac 1/2": bigmac(2, width),
-        "bigmac 1/4": bigmac(4, width),
-        "bigmac 1/8": bigmac(8, width),
-        "eff 1/4": latent_moe(4, 1, width),
-        "acc 1/4": latent_moe(4, 4, width),
-        "bigmac 1/2, twice": bigmac(2, width, 2),
-    }
+# All of a width whose wire and experts differ.
+STRUCTURES: dict[str, Callable[[int, str], Fields]] = {
+    "fine_grained": fine_grained,
+    "bigmac 1/2": functools.partial(bigmac, 2),
+    "bigmac 1/4": functools.partial(bigmac, 4),
+    "bigmac 1/8": functools.partial(bigmac, 8),
+    "eff 1/4": functools.partial(latent_moe, 4),
+    "acc 1/4": functools.partial(latent_moe, 4, more=4),
+    "bigmac 1/2, twice": functools.partial(bigmac, 2, more=2),
+}
+NORMS = {"none": "", "pre_dispatch": ", norm before", "post_combine": ", norm", "both": ", both norms",
+         "scale": ", learned factor", "skip": ", skip", "gate": ", gate"}  # fmt: skip
 
 
-def normed(name: str, fields: Fields, norm: str, **more: object) -> Condition:
-    label = {"none": "", "pre_dispatch": ", norm before", "post_combine": ", norm", "both": ", both norms",
-             "skip": ", skip", "scale": ", learned factor"}[norm]  # fmt: skip
-    return Condition(name + label, fields | {"model.latent_norm": norm}, **more)  # type: ignore[arg-type]
-
-
-CONTROLS = ("none", "post_combine", "skip")  # what fine_grained can have, too
-
-
-def _quarter(norms: tuple[str, ...], **more: int) -> list[Condition]:
-    fine = [normed("fine_grained", fine_grained(), norm, **more) for norm in CONTROLS]
-    return fine + [normed("bigmac 1/4", bigmac(4, 128), norm, **more) for norm in norms]
+def normed(name: str, norm: str, width: int = 128, steps: int = 1000, seeds: tuple[int, ...] = SEEDS) -> Condition:
+    return Condition(name + NORMS[norm], STRUCTURES[name](width, norm), width, steps, seeds)
 
 
 def _rates(width: int, steps: int) -> list[Condition]:
     """Half and twice the rate, of the two that are compared."""
-    pairs = {"fine_grained": normed("fine_grained", fine_grained(), "none"),
-             "bigmac 1/4, skip": normed("bigmac 1/4", bigmac(4, width), "skip")}  # fmt: skip
+    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "gate", width)]
     changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
     return [
-        Condition(f"{name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
+        Condition(f"{c.name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
         for factor, rate in changed.items()
-        for name, c in pairs.items()
+        for c in pairs
+    ]
+
+
+def _longer() -> list[Condition]:
+    """Parts of the recipe with one seed, what is compared with all."""
+    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate")]
+    parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/4", "skip")]
+    return [normed(*pair, steps=2400) for pair in compared] + [
+        normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts
     ]
 
 
 def _of_width(width: int, steps: int) -> list[Condition]:
-    return [
-        normed(name, structures(width)[name], norm, width=width, steps=steps)
-        for norm in CONTROLS
-        for name in ("fine_grained", "bigmac 1/4", "bigmac 1/2")
-        if name == "fine_grained" or norm != "post_combine"
-    ]
+    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate"),
+                ("bigmac 1/4", "none"), ("bigmac 1/2", "gate"), ("bigmac 1/2", "none")]  # fmt: skip
+    return [normed(*pair, width, steps) for pair in compared]
 
 
 # configs/tiny.py as it is.
@@ -152,12 +154,13 @@ def _optimizers() -> list[Condition]:
 
 # Study → conditions, in the order in which they answer: what was run for one study is not run again for another.
 STUDIES: dict[str, list[Condition]] = {
-    "norms": _quarter(("none", "post_combine", "pre_dispatch", "both", "scale", "skip")),
+    "norms": [normed("fine_grained", norm) for norm in ("none", "post_combine", "skip", "gate")]
+    + [normed("bigmac 1/4", norm) for norm in NORMS],
     "rates": _rates(128, 1000) + _rates(64, 1000),
     "balance": _balances(),
-    "longer": _quarter(("post_combine", "skip"), steps=2400),
+    "longer": _longer(),
     "width 64": _of_width(64, 1000),
-    "ratios": [normed(name, fields, norm) for name, fields in structures(128).items() for norm in ("none", "skip")],
+    "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "gate")],
     "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),
     "width 256": _of_width(256, 2500),

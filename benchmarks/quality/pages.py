@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.markers import put
-from benchmarks.quality.grid import STUDIES, Condition
+from benchmarks.quality.grid import STRUCTURES, STUDIES, Condition
 
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
@@ -80,9 +80,8 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     if len(found) < 2:
         return ""
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    filled = {"none": "white", "skip+post_combine": "black"}
-    markers = dict(zip(("fine_grained", "bigmac 1/2", "bigmac 1/4", "bigmac 1/8", "eff 1/4", "acc 1/4",
-                        "bigmac 1/2, twice"), "soDv<P*", strict=True))  # fmt: skip
+    filled = {"none": "white", "skip+post_combine+gate": "black"}
+    markers = dict(zip(STRUCTURES, "soDv<P*", strict=True))
     for condition, seeds in found:
         kind = next(name for name in sorted(markers, key=len, reverse=True) if condition.name.startswith(name))
         bits, error = mean([run["bits_per_byte"] for run in seeds])
@@ -93,7 +92,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
-    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=skip")
+    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=gate")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(images / "pareto.png", dpi=110)
@@ -106,7 +105,7 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     drawn = False
     longest = {"width 64": 1000, "norms": 1000, "width 256": 2500}
-    styles = {"bigmac 1/4": "k--o", "bigmac 1/4, skip": "k-D", "fine_grained, skip": "k:s"}
+    styles = {"bigmac 1/4": "k--o", "bigmac 1/4, gate": "k-D", "fine_grained, norm": "k:s"}
     for name, style in styles.items():
         points = []
         for study, steps in longest.items():

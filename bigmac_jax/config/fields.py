@@ -52,7 +52,7 @@ class ModelConfig:
     # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both. skip:
     # post_combine, of the sum and a learned share of the row that went out. scale: no norm, a learned factor.
     # auto: skip for bigmac (docs/quality.md), none for the others.
-    latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | skip | scale
+    latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale | skip | gate
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
@@ -101,13 +101,18 @@ class ModelConfig:
     @property
     def latent_norm_kind(self) -> str:
         """`latent_norm`, of which `auto` is one of the others."""
-        auto = "skip" if self.structure == "bigmac" else "none"
+        auto = "gate" if self.structure == "bigmac" else "none"
         return auto if self.latent_norm == "auto" else self.latent_norm
 
     @property
     def latent_norms(self) -> tuple[str, ...]:
-        """What stands on the exchanged rows: of pre_dispatch, skip, post_combine and scale."""
-        several = {"none": (), "both": ("pre_dispatch", "post_combine"), "skip": ("skip", "post_combine")}
+        """What stands on the exchanged rows: of pre_dispatch, skip, post_combine, scale and gate."""
+        several = {
+            "none": (),
+            "both": ("pre_dispatch", "post_combine"),
+            "skip": ("skip", "post_combine"),
+            "gate": ("skip", "post_combine", "gate"),
+        }
         return several.get(self.latent_norm_kind, (self.latent_norm_kind,))
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical")  # that take a finite execution.buffer_factor
-LATENT_NORMS = ("auto", "none", "pre_dispatch", "post_combine", "both", "skip", "scale")
+LATENT_NORMS = ("auto", "none", "pre_dispatch", "post_combine", "both", "scale", "skip", "gate")
 WIRE_FORMATS = ("float32", "bfloat16", "float8_e4m3", "int8")
 STORES = ("gs", "s3")  # schemes that `storage` reads and writes
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
@@ -242,5 +242,5 @@ def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:
     require(model.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not {names[1]}={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
     require(model.capacity_factor > 0, f"model.capacity_factor={model.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
     # What stands behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
-    narrow = model.structure == "bigmac" or set(model.latent_norms) <= {"post_combine", "skip"}
-    require(narrow, f"model.latent_norm={model.latent_norm} needs structure=bigmac, not {model.structure}; use latent_norm=none, post_combine or skip")  # fmt: skip
+    narrow = model.structure == "bigmac" or set(model.latent_norms) <= {"post_combine", "skip", "gate"}
+    require(narrow, f"model.latent_norm={model.latent_norm} needs structure=bigmac, not {model.structure}; use latent_norm=none, post_combine, skip or gate")  # fmt: skip

@@ -157,7 +157,7 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
     leaves = {f"experts.{name}": value for name, value in found.items()}
     leaves |= {"down.w_DF": down_DR, "up.w_DF": kept_DR.T}
     if "skip" in m.latent_norms:
-        leaves["skip_1"] = np.zeros(1)  # as what is converted has none
+        leaves["skip_1"] = np.zeros(1)  # as what is converted has none; a gate starts with zeros anyway
     if "post_combine" in m.latent_norms:
         n_TR = _normalised(y_TR, m)
         scale_R = (n_TR * y_TR).sum(0) / np.square(n_TR).sum(0)

@@ -95,10 +95,10 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """y = n(Σ_{i∈T} p_i(x) E_i(x') + α x') W↑ + shared(x), where x' = x W↓.
+    """y = (1 + x W_g) ⊙ (n(Σ_{i∈T} p_i(x) E_i(x') + α x') W↑) + shared(x), where x' = x W↓.
 
-    W↓ and W↑ are the identity for fine_grained and vanilla; the norm n and the skip α x' are there where
-    model.latent_norm says so, which for the paper's layer is neither.
+    W↓ and W↑ are the identity for fine_grained and vanilla; the norm n, the skip α x' and the gate 1 + x W_g are there
+    where model.latent_norm says so, which for the paper's layer is nowhere.
     """
 
     def __init__(self, config: Config, key: Array):
@@ -122,6 +122,7 @@ class MoE(nnx.Module):
         factor = Declaration("1", "norms", 1, constant=True, decays=False, small=True)
         self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
         self.skip_1 = parameter(config, None, (1,), factor) if "skip" in m.latent_norms else None
+        self.gate = Linear(config, keys[4], D, D, part, bias=False, scale=0.0) if "gate" in m.latent_norms else None
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 
     def __call__(
@@ -139,6 +140,8 @@ class MoE(nnx.Module):
         y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
             math.inf if dropless else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
         )
+        if self.gate is not None:
+            y_BLD = y_BLD * (1 + self.gate(x_BLD))
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         own_load_E = counts_SE.sum(0) / routing.experts_BLK.size

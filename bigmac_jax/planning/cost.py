@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bigmac_jax import counts
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.counts import Parameters, Sizes, parameters
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
@@ -127,7 +127,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     recomputed = dict.fromkeys(flops, 1.0) | {"output": 0.0}
     if again and not counts.exchanges_again(config):
         matrices = 3 if m.gated else 2
-        recomputed |= {"experts": (matrices - 1) / matrices, "projections": 0.5 * ("pre_dispatch" in m.latent_norms)}
+        recomputed |= {"experts": (matrices - 1) / matrices, "projections": _of_projections(m)}
     done = {
         part: count * (1 + (first * (part != "output") + again * recomputed[part]) / 3) for part, count in flops.items()
     }
@@ -136,6 +136,14 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
         exchange = strategy(config, m.capacity_factor, tokens, group)
         done["experts"] *= counts.computed_rows(exchange, tokens, m.choices) / m.choices
     return done
+
+
+def _of_projections(m: ModelConfig) -> float:
+    """The share of the projections' forward pass that gradients need again where what the experts gave is kept: x W↓ if
+    a norm stands on it or on a sum that it is part of, and both factors of a gated output."""
+    matrix, gate = m.latent_size * (m.structure == "bigmac"), "gate" in m.latent_norms
+    again = matrix * bool({"pre_dispatch", "skip"} & set(m.latent_norms)) + gate * (matrix + m.hidden_size)
+    return again / max(1, 2 * matrix + gate * m.hidden_size)
 
 
 def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:

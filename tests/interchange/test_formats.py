@@ -154,7 +154,7 @@ NEMOTRON_HAS_NO = {
     "use_bias=True": {"use_bias": True},
     "qk_norm=True": {"qk_norm": True},
     "latent_norm=pre_dispatch": {"latent_norm": "pre_dispatch"},
-    "latent_norm=auto": {"latent_norm": "auto"},  # which is skip
+    "latent_norm=auto": {"latent_norm": "auto"},  # which is gate
     "router_scores=softmax": {"router_scores": "softmax"},
     "group_scores=top_k": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
     "first_dense_layers=1": {"first_dense_layers": 1},
@@ -233,7 +233,7 @@ def test_own_models_cover_every_value() -> None:
     )  # fmt: skip
     found = {name: {getattr(model, name) for model in models} for name in computed}
     assert {name: len(values) for name, values in found.items()} == {
-        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 6, "balance": 4, "router_scores": 2,
+        "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 7, "balance": 4, "router_scores": 2,
         "group_scores": 2,
         **dict.fromkeys(("gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding", "router_renormalize"), 2),
     }  # fmt: skip

@@ -131,7 +131,8 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
         x_BLR = norm(config, config.norm, part(p, "dispatch_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
-    skip = config.latent_norm == "skip" or (config.latent_norm, bigmac) == ("auto", True)
+    gate = config.latent_norm == "gate" or (config.latent_norm, bigmac) == ("auto", True)
+    skip = gate or config.latent_norm == "skip"
     if skip:
         y_BLR = y_BLR + p["skip_1"] * x_BLR
     if skip or config.latent_norm in ("post_combine", "both"):
@@ -139,6 +140,8 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     if config.latent_norm == "scale":
         y_BLR = y_BLR * p["factor_1"]
     y_BLD = linear(part(p, "up"), y_BLR) if bigmac else y_BLR
+    if gate:
+        y_BLD = y_BLD * (1 + linear(part(p, "gate"), x_BLD))
     return y_BLD + (mlp(config, part(p, "shared"), x_BLD) if config.num_shared_experts else 0.0), report
 
 

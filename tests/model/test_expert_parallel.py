@@ -37,9 +37,10 @@ STRUCTURES = {
     "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
     "scale": {"structure": "bigmac", "latent_norm": "scale"},
     "normed": {"structure": "bigmac", "latent_norm": "post_combine"},
+    "skip": {"structure": "bigmac", "latent_norm": "skip"},
     "control": {
         "structure": "fine_grained",
-        "latent_norm": "skip",
+        "latent_norm": "gate",
         "num_layers": 3,
         "first_dense_layers": 2,
         "dense_hidden_size": 24,

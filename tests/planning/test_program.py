@@ -10,11 +10,13 @@ import pytest
 from model.tools import some, tiny
 
 from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config
+from bigmac_jax.config.rules import LATENT_NORMS
 from bigmac_jax.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
 from bigmac_jax.mesh import ExpertGroup
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
 from bigmac_jax.planning import program, topologies
+from bigmac_jax.planning.cost import matmul_flops
 
 MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
 
@@ -132,6 +134,21 @@ def test_flops_are_the_programs(structure: str) -> None:
     assert found["flops_per_step"] == sum(flops(made).values())
 
 
+RECOMPUTED = [*(("bigmac", norm) for norm in LATENT_NORMS), ("fine_grained", "skip"), ("fine_grained", "gate")]
+
+
+@pytest.mark.parametrize(
+    ("structure", "norm"),
+    [case if case == ("bigmac", "auto") else pytest.param(*case, marks=pytest.mark.full) for case in RECOMPUTED],
+)
+def test_flops_of_what_is_recomputed(structure: str, norm: str) -> None:
+    """Where all is recomputed but what was exchanged, it depends on the norm which products a gradient needs again."""
+    made = tiny((1, 1, 4), structure=structure, latent_norm=norm, capacity_factor=1.0, num_experts=8, top_k=2,
+                attention="xla", remat="exchange")  # fmt: skip
+    found = compiled(made)["flops_per_step"]
+    assert found == sum(matmul_flops(made, 4, ExpertGroup((1, 4), "cpu", "")).values())
+
+
 def test_parameters_are_the_models() -> None:
     made = tiny((1, 1, 4), balance="bias", num_shared_experts=1, latent_norm="pre_dispatch", positions="learned")
     count = parameters(made, {"data": 1, "node": 1, "expert": 4})
@@ -142,6 +159,8 @@ def test_parameters_are_the_models() -> None:
     assert count.active == count.total - experts * 5 // 8
     assert count.of_a_rank == count.total - experts * 3 // 4
     assert sum(count.parts.values()) == count.total
+    gated = dataclasses.replace(made, model=dataclasses.replace(made.model, latent_norm="gate"))
+    assert parameters(gated, {"expert": 4}).parts["projections"] == 2 * (2 * 16 * 4 + 16 * 16)
 
 
 def test_first_dense_layers_are_counted() -> None:

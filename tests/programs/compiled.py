@@ -36,7 +36,7 @@ def small() -> Config:
     return Config(
         ModelConfig(
             num_layers=2, hidden_size=256, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=VOCAB,
-            num_experts=EXPERTS, top_k=4, num_shared_experts=1, latent_norm="skip", capacity_factor=1.25,
+            num_experts=EXPERTS, top_k=4, num_shared_experts=1, latent_norm="gate", capacity_factor=1.25,
         ),
         ExecutionConfig(dtype="bfloat16"),
         MeshConfig(expert=32),

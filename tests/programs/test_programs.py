@@ -78,7 +78,7 @@ def test_decoding_in_bfloat16_reads_half_the_weights() -> None:
 def test_every_parameter_declares_itself() -> None:
     """The letters of its name are the dimensions it declares, and mesh.fsdp leaves nothing whole but what is small."""
     config = tiny((2, 1, 2, 2, True, True), use_bias=True, gated=True, norm="layernorm", positions="learned",
-                  latent_norm="skip", num_shared_experts=1, tie_embeddings=False, balance="bias")  # fmt: skip
+                  latent_norm="gate", num_shared_experts=1, tie_embeddings=False, balance="bias")  # fmt: skip
     with on_mesh(config):
         model = jax.jit(lambda key: init_model(config, key), compiler_options=QUICK)(jax.random.key(0))
         dims = leaves(map_declared(lambda of, _: np.asarray(of.dims), model))

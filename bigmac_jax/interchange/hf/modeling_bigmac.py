@@ -180,7 +180,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = (Σ_{i ∈ top-K} p_i(x) E_i(x W↓)) W↑ + shared(x); without W↓ and W↑ where moe_latent_size is None."""
+    """y = (1 + x W_g) ⊙ (n(Σ_{i ∈ top-K} p_i(x) E_i(x') + α x') W↑) + shared(x), x' = x W↓.
+
+    Without W↓ and W↑ where moe_latent_size is None; n, α and W_g are there where latent_norms says so.
+    """
 
     def __init__(self, config: BigMacConfig):
         super().__init__()
@@ -194,6 +197,7 @@ class MoE(nn.Module):
         self.combine_norm = Norm(config, R) if "post_combine" in norms else None
         self.combine_factor = nn.Parameter(torch.ones(1)) if "scale" in norms else None
         self.skip_factor = nn.Parameter(torch.ones(1)) if "skip" in norms else None
+        self.output_gate = nn.Linear(D, D, bias=False) if "gate" in norms else None
         self.shared_experts = MLP(config, shared) if shared else None
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -207,6 +211,7 @@ class MoE(nn.Module):
         y_TR = y_TR if self.combine_norm is None else self.combine_norm(y_TR)
         y_TR = y_TR if self.combine_factor is None else y_TR * self.combine_factor
         y_TD = y_TR if self.latent_up is None else self.latent_up(y_TR)
+        y_TD = y_TD if self.output_gate is None else y_TD * (1 + self.output_gate(x_TD))
 
         y_TD = y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BLD)
