@@ -24,7 +24,13 @@ ABOUT = {
     "rates 256": "h = 256, 1,000 steps: half and twice the learning rate.",
     "width 256": "h = 256, 2,500 steps (5.1 M tokens).",
 }
+# Beside fine_grained at its width, and their marks.
+APART = {"bigmac 1/4": "k--o", "bigmac 1/4, gate": "k-D", "bigmac 1/2": "k--<", "bigmac 1/2, gate": "k->",
+         "fine_grained, norm": "k:s"}  # fmt: skip
+OF_WIDTHS = ("width 64", "norms", "longer", "width 256")  # studies that have these
+FAR = 2048  # h that the gap is extrapolated to
 Run = dict[str, Any]
+Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its standard error
 
 
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
@@ -100,30 +106,65 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     return f"\n![bits a byte against wire bytes]({IMAGES}/pareto.png)\n"
 
 
-def widths(images: pathlib.Path, runs: list[Run]) -> str:
-    """How far bigmac at r = 1/4 is behind fine_grained, by width, with and without the recipe; and the control."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    drawn = False
-    longest = {"width 64": 1000, "norms": 1000, "width 256": 2500}
-    styles = {"bigmac 1/4": "k--o", "bigmac 1/4, gate": "k-D", "fine_grained, norm": "k:s"}
-    for name, style in styles.items():
-        points = []
-        for study, steps in longest.items():
-            same = {c.name: of(c, runs) for c in STUDIES[study] if c.steps == steps}
-            ours, base = same.get(name, []), same.get("fine_grained", [])
-            if len(ours) > 1 and len(base) > 1:
+def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
+    """By condition, of at least two seeds each."""
+    found: dict[str, list[Gap]] = {name: [] for name in APART}
+    for study in OF_WIDTHS:
+        same = {c.name: (c, of(c, runs)) for c in STUDIES[study]}
+        base = same["fine_grained"][1]
+        for name, (condition, ours) in same.items():
+            if name in found and len(ours) > 1 and len(base) > 1:
                 (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, base))
-                points.append((ours[0]["width"], loss - other, float(np.hypot(error, of_other))))
-        if points:
-            h, gap, error = zip(*points, strict=True)
-            axes.errorbar(h, gap, error, fmt=style, capsize=3, label=name)
-            drawn = True
+                gap = (condition.width, condition.steps, loss - other, float(np.hypot(error, of_other)))
+                found[name].append(gap)
+    return found
+
+
+def longest(of_name: list[Gap]) -> dict[int, tuple[float, float]]:
+    """h → gap and its error, of the longest runs."""
+    return {h: (gap, error) for h, _, gap, error in sorted(of_name)}
+
+
+def widths(images: pathlib.Path, runs: list[Run]) -> str:
+    """How far bigmac is behind fine_grained, by width, with the recipe and without; and the control."""
+    found = {name: of_name for name, of_name in gaps(runs).items() if of_name}
+    if not found:
+        return ""
+    about = "Loss over that of fine_grained without a norm, of the same width and length; below 0 is better than it."
+    columns = ["h", "steps", *found]
+    lines = ["", "## Gap against width", "", about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    cells = {(h, steps, name): _within(*gap, "+") for name in found for h, steps, *gap in found[name]}
+    for h, steps in sorted({key[:2] for key in cells}):
+        lines.append(f"| {h} | {steps:,} | {' | '.join(cells.get((h, steps, name), '') for name in found)} |")
+    for name, of_name in found.items():
+        if len({h for h, *_ in of_name}) > 2:
+            lines += ["", extrapolated(name, of_name)]
+    _draw_widths(images / "widths.png", found)
+    return "\n".join([*lines, "", f"![the gap against the width]({IMAGES}/widths.png)", ""])
+
+
+def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, of_name in found.items():
+        gap, error = zip(*longest(of_name).values(), strict=True)
+        axes.errorbar(list(longest(of_name)), gap, error, fmt=APART[name], capsize=3, label=name)
     axes.axhline(0, color="0.5", lw=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="h", ylabel="loss over fine_grained's")
     axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend()
-        figure.savefig(images / "widths.png", dpi=110)
+    axes.legend()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return f"\n![the gap against the width]({IMAGES}/widths.png)\n" if drawn else ""
+
+
+def extrapolated(name: str, of_name: list[Gap]) -> str:
+    """A straight line in log h through the longest run of each width, weighted by their errors, at h = 2,048."""
+    points = longest(of_name)
+    gap, error = np.array(list(points.values())).T
+    weighted = np.stack([np.ones(len(gap)), np.log2(list(points)) - np.log2(FAR)], 1) / error[:, None]
+    line = np.linalg.lstsq(weighted, gap / error)[0]
+    at, slope = (float(np.sqrt(v)) for v in np.diag(np.linalg.inv(weighted.T @ weighted)))
+    return (
+        f"Extrapolated, not measured: {name} at h = {FAR:,} is {line[0]:+.3f} ± {at:.3f} from fine_grained, by the "
+        f"line through the longest run of each width, which changes {line[1]:+.3f} ± {slope:.3f} with each doubling of h."
+    )
