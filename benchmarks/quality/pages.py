@@ -166,5 +166,5 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
     at, slope = (float(np.sqrt(v)) for v in np.diag(np.linalg.inv(weighted.T @ weighted)))
     return (
         f"Extrapolated, not measured: {name} at h = {FAR:,} is {line[0]:+.3f} ± {at:.3f} from fine_grained, by the "
-        f"line through the longest run of each width, which changes {line[1]:+.3f} ± {slope:.3f} with each doubling of h."
+        f"line through the longest run of each width, which changes {line[1]:+.3f} ± {slope:.3f} a doubling of h."
     )
