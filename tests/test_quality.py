@@ -1,0 +1,41 @@
+"""What docs/quality.md compares, and the line that it draws through gaps."""
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import pages
+from benchmarks.quality.grid import STUDIES
+from benchmarks.quality.runs import describe
+
+COMPARED = {c for study in ("norms", "longer", "ratios", "width 64", "width 256") for c in STUDIES[study]}
+OTHER_SIZES = ("eff 1/4", "acc 1/4")  # LatentMoE's own
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_moe_parameters_are_equal(width: int) -> None:
+    """To the last one: W↓, W↑ and W_g are paid for by narrower experts."""
+    same = [c for c in COMPARED if c.width == width and not c.name.startswith(OTHER_SIZES)]
+    assert len(same) > 5
+    assert {describe(c, 1)["moe_parameters"] for c in same} == {3 * 64 * 2 * width * width // 4}
+
+
+def test_a_run_belongs_to_one_condition() -> None:
+    for study, conditions in STUDIES.items():
+        keys = [c.key(seed) for c in conditions for seed in c.seeds]
+        assert len(keys) == len(set(keys)), study
+
+
+def test_the_gap_at_another_width() -> None:
+    """Of gaps that lie on a line, that line; shorter runs of a width don't count."""
+    conditions = {c for study in pages.OF_WIDTHS for c in STUDIES[study]}
+    losses = {"fine_grained": lambda h: 4.0, "bigmac 1/4, gate": lambda h: 4.5 - 0.01 * np.log2(h)}
+    runs = [
+        {"name": c.name, "width": c.width, "steps": c.steps, "loss": losses[c.name](c.width) + noise}
+        for c in conditions
+        if c.name in losses
+        for noise in (-0.001, 0.001)
+    ]
+    gaps = pages.gaps(runs)["bigmac 1/4, gate"]
+    assert [gap[:2] for gap in gaps] == [(64, 1000), (128, 1000), (128, 2400), (256, 2500)]
+    said = pages.extrapolated("x", [*gaps, (128, 100, 9.0, 0.1)])
+    assert "at h = 2,048 is +0.390 ± 0.00" in said and "changes -0.010 ± 0.00" in said
