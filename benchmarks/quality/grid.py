@@ -109,7 +109,8 @@ def _rates(width: int, steps: int) -> list[Condition]:
 
 def _longer() -> list[Condition]:
     """Parts of the recipe with one seed, what is compared with all."""
-    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate")]
+    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate"),
+                ("bigmac 1/2", "gate")]  # fmt: skip
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/4", "skip")]
     return [normed(*pair, steps=2400) for pair in compared] + [
         normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts

@@ -17,7 +17,7 @@ ABOUT = {
     "norms": "h = 128, latent 32, 1,000 steps of 2,048 tokens: which norm on the latent, and the control.",
     "rates": "Half and twice the learning rate that all other runs have.",
     "balance": "`configs/tiny.py`, 1,000 steps: what keeps the loads even.",
-    "longer": "h = 128, latent 32, 2,400 steps.",
+    "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
     "width 64": "h = 64, 1,000 steps.",
     "ratios": "h = 128, 1,000 steps: ratios of the latent, LatentMoE's two ways to spend it, and norms.",
     "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters of them.",
