@@ -394,7 +394,7 @@ def test_a_config_of_the_first_edition_is_read() -> None:
 
 def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
     """A default may change: an earlier edition wrote `auto`, which was post_combine then."""
-    for structure, norm in {"bigmac": "gate", "fine_grained": "none", "dense": "none"}.items():
+    for structure, norm in {"bigmac": "skip", "fine_grained": "none", "dense": "none"}.items():
         config = Config(model=ModelConfig(structure))
         assert json.loads(config.to_json())["model"]["latent_norm"] == norm
         check_resume(Config.from_json(config.to_json()), config)
@@ -405,7 +405,7 @@ def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
         before = saved | {"model": saved["model"] | {"structure": structure, "latent_norm": "auto"}}
         assert Config.from_json(json.dumps(before)).model.latent_norm == norm
     before = Config(model=ModelConfig(latent_norm="post_combine"))
-    with pytest.raises(ConfigError, match=r"model\.latent_norm='gate' differs from 'post_combine', "):
+    with pytest.raises(ConfigError, match=r"model\.latent_norm='skip' differs from 'post_combine', "):
         check_resume(before, Config())
 
 
@@ -440,7 +440,7 @@ def test_resolved_sizes() -> None:
 def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
     execution = ExecutionConfig(exchange=fields.pop("exchange", "all_to_all"))
     described = Config(model=ModelConfig(**fields), execution=execution).describe()
-    assert described.endswith(f"64 of 256 wide rows on the wire, latent norm gate, {end}")
+    assert described.endswith(f"64 of 256 wide rows on the wire, latent norm skip, {end}")
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:

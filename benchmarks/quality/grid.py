@@ -98,7 +98,7 @@ def normed(name: str, norm: str, width: int = 128, steps: int = 1000, seeds: tup
 
 def _rates(width: int, steps: int) -> list[Condition]:
     """Half and twice the rate, of the two that are compared."""
-    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "gate", width)]
+    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "skip", width)]
     changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
     return [
         Condition(f"{c.name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
@@ -109,17 +109,18 @@ def _rates(width: int, steps: int) -> list[Condition]:
 
 def _longer() -> list[Condition]:
     """Parts of the recipe with one seed, what is compared with all."""
-    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate"),
-                ("bigmac 1/2", "gate")]  # fmt: skip
-    parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/4", "skip")]
+    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
+                ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
+    parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
     return [normed(*pair, steps=2400) for pair in compared] + [
         normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts
     ]
 
 
 def _of_width(width: int, steps: int) -> list[Condition]:
-    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "gate"),
-                ("bigmac 1/4", "none"), ("bigmac 1/2", "gate"), ("bigmac 1/2", "none")]  # fmt: skip
+    compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
+                ("bigmac 1/4", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/2", "skip"),
+                ("bigmac 1/2", "none")]  # fmt: skip
     return [normed(*pair, width, steps) for pair in compared]
 
 
@@ -161,7 +162,7 @@ STUDIES: dict[str, list[Condition]] = {
     "balance": _balances(),
     "longer": _longer(),
     "width 64": _of_width(64, 1000),
-    "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "gate")],
+    "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")],
     "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),
     "width 256": _of_width(256, 2500),

@@ -25,8 +25,14 @@ ABOUT = {
     "width 256": "h = 256, 2,500 steps (5.1 M tokens).",
 }
 # Beside fine_grained at its width, and their marks.
-APART = {"bigmac 1/4": "k--o", "bigmac 1/4, gate": "k-D", "bigmac 1/2": "k--<", "bigmac 1/2, gate": "k->",
-         "fine_grained, norm": "k:s"}  # fmt: skip
+APART = {
+    "bigmac 1/4": "k--o",
+    "bigmac 1/4, skip": "k-o",
+    "bigmac 1/4, gate": "k-D",
+    "bigmac 1/2": "k--<",
+    "bigmac 1/2, skip": "k-<",
+    "fine_grained, norm": "k:s",
+}
 OF_WIDTHS = ("width 64", "norms", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
 Run = dict[str, Any]
@@ -86,7 +92,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     if len(found) < 2:
         return ""
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    filled = {"none": "white", "skip+post_combine+gate": "black"}
+    filled = {"none": "white", "skip+post_combine": "black"}
     markers = dict(zip(STRUCTURES, "soDv<P*", strict=True))
     for condition, seeds in found:
         kind = next(name for name in sorted(markers, key=len, reverse=True) if condition.name.startswith(name))
@@ -98,7 +104,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
-    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=gate")
+    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=skip")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(images / "pareto.png", dpi=110)

@@ -101,7 +101,7 @@ class ModelConfig:
     @property
     def latent_norm_kind(self) -> str:
         """`latent_norm`, of which `auto` is one of the others."""
-        auto = "gate" if self.structure == "bigmac" else "none"
+        auto = "skip" if self.structure == "bigmac" else "none"
         return auto if self.latent_norm == "auto" else self.latent_norm
 
     @property

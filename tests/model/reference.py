@@ -131,8 +131,8 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
         x_BLR = norm(config, config.norm, part(p, "dispatch_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
-    gate = config.latent_norm == "gate" or (config.latent_norm, bigmac) == ("auto", True)
-    skip = gate or config.latent_norm == "skip"
+    gate = config.latent_norm == "gate"
+    skip = gate or config.latent_norm == "skip" or (config.latent_norm, bigmac) == ("auto", True)
     if skip:
         y_BLR = y_BLR + p["skip_1"] * x_BLR
     if skip or config.latent_norm in ("post_combine", "both"):

@@ -37,7 +37,7 @@ STRUCTURES = {
     "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
     "scale": {"structure": "bigmac", "latent_norm": "scale"},
     "normed": {"structure": "bigmac", "latent_norm": "post_combine"},
-    "skip": {"structure": "bigmac", "latent_norm": "skip"},
+    "gate": {"structure": "bigmac", "latent_norm": "gate"},
     "control": {
         "structure": "fine_grained",
         "latent_norm": "gate",

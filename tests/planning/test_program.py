@@ -139,7 +139,7 @@ RECOMPUTED = [*(("bigmac", norm) for norm in LATENT_NORMS), ("fine_grained", "sk
 
 @pytest.mark.parametrize(
     ("structure", "norm"),
-    [case if case == ("bigmac", "auto") else pytest.param(*case, marks=pytest.mark.full) for case in RECOMPUTED],
+    [case if case == ("bigmac", "gate") else pytest.param(*case, marks=pytest.mark.full) for case in RECOMPUTED],
 )
 def test_flops_of_what_is_recomputed(structure: str, norm: str) -> None:
     """Where all is recomputed but what was exchanged, it depends on the norm which products a gradient needs again."""

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft", minversion="0.21")
 
-BIGMAC = {"num_layers": 2, "num_shared_experts": 1}
+BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "gate"}
 ALL = "attention,projections,shared,experts"
 # The class that it is exported as, fields of the model, what is adapted, the mesh.
 CASES = {
