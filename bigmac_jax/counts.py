@@ -71,17 +71,23 @@ def flops(config: Config) -> dict[str, float]:
         "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * length * q),
         "output": h * m.vocab_size,
     }
-    between, gate = 2 * (m.structure == "bigmac"), "gate" in m.latent_norms
     if m.is_moe:
         per_token |= {
             "router": m.moe_layers * h * m.expert_count,
             "experts": m.moe_layers * matrices * m.choices * m.wire_size * m.expert_width,
             "shared": m.moe_layers * matrices * h * m.shared_width,
-            "projections": m.moe_layers * (between * h * m.latent_size + gate * h * h),
+            "projections": m.moe_layers * sum(projections(m).values()),
         }
     per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
     return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+
+
+def projections(m: ModelConfig) -> dict[str, int]:
+    """Entries of the matrices between a layer's tokens and its rows, of those that it has: W↓, W↑ and W_g."""
+    h, of_latent = m.hidden_size, m.hidden_size * m.latent_size
+    found = {"down": of_latent, "up": of_latent} if m.structure == "bigmac" else {}
+    return found | ({"gate": h * h} if "gate" in m.latent_norms else {})
 
 
 def forward_passes(config: Config) -> int:

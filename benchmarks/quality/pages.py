@@ -152,8 +152,9 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
 def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, of_name in found.items():
-        gap, error = zip(*longest(of_name).values(), strict=True)
-        axes.errorbar(list(longest(of_name)), gap, error, fmt=APART[name], capsize=3, label=name)
+        points = longest(of_name)
+        gap, error = zip(*points.values(), strict=True)
+        axes.errorbar(list(points), gap, error, fmt=APART[name], capsize=3, label=name)
     axes.axhline(0, color="0.5", lw=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="h", ylabel="loss over fine_grained's")

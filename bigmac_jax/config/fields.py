@@ -50,7 +50,8 @@ class ModelConfig:
     num_shared_experts: int = 0  # experts that every token passes, at full width
     shared_expert_hidden_size: int = 0  # 0 = r·h: as many parameters as a routed expert
     # A norm on the rows as they go out (pre_dispatch), on their sums as they come back (post_combine), or both. skip:
-    # post_combine, of the sum and a learned share of the row that went out. scale: no norm, a learned factor.
+    # post_combine, of the sum and a learned share of the row that went out. gate: skip, and the layer's output gated by
+    # the token. scale: no norm, a learned factor.
     # auto: skip for bigmac (docs/quality.md), none for the others.
     latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale | skip | gate
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless

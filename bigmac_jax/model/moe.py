@@ -122,6 +122,7 @@ class MoE(nnx.Module):
         factor = Declaration("1", "norms", 1, constant=True, decays=False, small=True)
         self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
         self.skip_1 = parameter(config, None, (1,), factor) if "skip" in m.latent_norms else None
+        # Zero at first, whatever the key.
         self.gate = Linear(config, keys[4], D, D, part, bias=False, scale=0.0) if "gate" in m.latent_norms else None
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 

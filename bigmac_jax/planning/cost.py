@@ -141,9 +141,9 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
 def _of_projections(m: ModelConfig) -> float:
     """The share of the projections' forward pass that gradients need again where what the experts gave is kept: x W↓ if
     a norm stands on it or on a sum that it is part of, and both factors of a gated output."""
-    matrix, gate = m.latent_size * (m.structure == "bigmac"), "gate" in m.latent_norms
-    again = matrix * bool({"pre_dispatch", "skip"} & set(m.latent_norms)) + gate * (matrix + m.hidden_size)
-    return again / max(1, 2 * matrix + gate * m.hidden_size)
+    sizes, gate = counts.projections(m), "gate" in m.latent_norms
+    needed = {"down": bool({"pre_dispatch", "skip"} & set(m.latent_norms)), "up": gate, "gate": gate}
+    return sum(size for name, size in sizes.items() if needed[name]) / max(1, sum(sizes.values()))
 
 
 def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
