@@ -124,6 +124,13 @@ def _of_width(width: int, steps: int) -> list[Condition]:
     return [normed(*pair, width, steps) for pair in compared]
 
 
+def _muon() -> list[Condition]:
+    """Does an optimizer that makes W↓'s and W↑'s updates orthogonal change what the latent costs?"""
+    muon: Fields = {"optimizer.name": "muon"}
+    compared = [normed(*pair, steps=2400) for pair in (("fine_grained", "none"), ("bigmac 1/4", "skip"))]
+    return [Condition(f"{c.name}, Muon", c.fields | muon, c.width, c.steps) for c in compared]
+
+
 # configs/tiny.py as it is.
 TINY: Fields = {
     "model.num_shared_experts": 1,
@@ -161,6 +168,7 @@ STUDIES: dict[str, list[Condition]] = {
     "rates": _rates(128, 1000) + _rates(64, 1000),
     "balance": _balances(),
     "longer": _longer(),
+    "muon": _muon(),
     "width 64": _of_width(64, 1000),
     "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")],
     "optimizers": _optimizers(),

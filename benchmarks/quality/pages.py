@@ -18,6 +18,7 @@ ABOUT = {
     "rates": "Half and twice the learning rate that all other runs have.",
     "balance": "`configs/tiny.py`, 1,000 steps: what keeps the loads even.",
     "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
+    "muon": "h = 128, 2,400 steps, with Muon instead of AdamW.",
     "width 64": "h = 64, 1,000 steps.",
     "ratios": "h = 128, 1,000 steps: ratios of the latent, LatentMoE's two ways to spend it, and norms.",
     "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters of them.",
