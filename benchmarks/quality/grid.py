@@ -127,7 +127,8 @@ def _of_width(width: int, steps: int) -> list[Condition]:
 def _muon() -> list[Condition]:
     """Does an optimizer that makes W↓'s and W↑'s updates orthogonal change what the latent costs?"""
     muon: Fields = {"optimizer.name": "muon"}
-    compared = [normed(*pair, steps=2400) for pair in (("fine_grained", "none"), ("bigmac 1/4", "skip"))]
+    pairs = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"), ("bigmac 1/4", "gate")]
+    compared = [normed(*pair, steps=2400) for pair in pairs]
     return [Condition(f"{c.name}, Muon", c.fields | muon, c.width, c.steps) for c in compared]
 
 
