@@ -10,7 +10,7 @@ from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, M
 
 HOSTS = 4
 # h, sequence length, sequences of a rank
-SIZES = {"tiny": (32, 256, 4), "small": (64, 1536, 1), "medium": (96, 1536, 1)}
+SIZES = {"tiny": (32, 256, 4), "small": (64, 1536, 1), "medium": (96, 1536, 1), "large": (128, 1536, 1)}
 
 
 def get_config(size: str = "small") -> Config:

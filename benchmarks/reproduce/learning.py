@@ -6,8 +6,8 @@ import pathlib
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.cluster import Cluster, Network
 from benchmarks.reproduce.lab import (
@@ -28,17 +28,15 @@ TAIL = 20  # steps whose mean loss is the run's
 
 @dataclass(frozen=True)
 class Course:
-    """A run that learns.
+    """A run that learns, in one process of four simulated devices: what it learns does not depend on time.
 
     Attributes:
-      rate: of the hosts' links; 0 = one process of four simulated devices, for what does not depend on time.
       evaluations: checkpoints that are scored, the last one included.
     """
 
     size: str
     overrides: tuple[str, ...]
     steps: int
-    rate: float = 0
     evaluations: int = 10
     seed: int = 1234
 
@@ -48,15 +46,13 @@ class Course:
 
 
 def learn(lab: Lab, course: Course) -> Record:
-    """Runs or resumes a course → losses by step, and of each checkpoint its perplexity on the validation split and the
-    seconds of training until then."""
+    """Runs or resumes a course → losses by step, and of each checkpoint its perplexity on the validation split."""
     if lab.toy:
         course = dataclasses.replace(course, size="tiny", evaluations=min(2, course.evaluations))
     path = lab.folder / "cases" / f"{course.key}.json"
     if not path.exists():
-        where = f"{course.rate / 1e6:.4g} Mbit/s" if course.rate else "unshaped"
         what = " ".join((course.size, *course.overrides))
-        print(f"  {what}: {course.steps} steps, seed {course.seed}, {where}", flush=True)
+        print(f"  {what}: {course.steps} steps, seed {course.seed}", flush=True)
         write_json(path, _learn(lab, course))
     record: Record = json.loads(path.read_text())
     return record
@@ -73,23 +69,15 @@ def _learn(lab: Lab, course: Course) -> Record:
     )  # fmt: skip
     command = [sys.executable, "train.py", f"--config={BASE}:{course.size}", f"--workdir={workdir}"]
     command += [f"--config.{field}" for field in fields]
-    network = Network(lab.hosts if course.rate else 1, course.rate)
-    with Cluster(network, pin=bool(course.rate)) as cluster:
-        alone = not course.rate
-        code = cluster.run(
-            [*command, f"--cpu_devices={lab.hosts}"] if alone else command,
-            logs,
-            {"PYTHONPATH": str(ROOT)},
-            join=not alone,
-            limit=24 * 3600,
-        )
+    command.append(f"--cpu_devices={lab.hosts}")
+    with Cluster(Network(1), pin=False) as cluster:
+        code = cluster.run(command, logs, {"PYTHONPATH": str(ROOT)}, join=False, limit=24 * 3600)
     if cluster.interrupted:  # train.py has saved
         raise KeyboardInterrupt
     records = step_records(workdir / "metrics.jsonl")
     if code or len(records) != course.steps:  # what there is stays, and the next call goes on from it
         what = " ".join(course.overrides)
         raise CaseError(f"{what}: ended with {code} after {len(records)} steps; see {logs}/host0.log")
-    seconds = [record["step_time_s"] for record in records]
     losses = [record["loss"] for record in records]
     scored = [n for n in range(1, course.steps + 1) if course.evaluations and (n % every == 0 or n == course.steps)]
     result: Record = {
@@ -98,15 +86,8 @@ def _learn(lab: Lab, course: Course) -> Record:
         "losses": [round(loss, 5) for loss in losses],
         "final_loss": statistics.fmean(losses[-TAIL:]),
         "drop_rate": statistics.fmean(record.get("moe/drop_rate", 0.0) for record in records[-TAIL:]),
-        "seconds": [round(s, 4) for s in seconds],
         "evaluations": [
-            {
-                "step": n,
-                "tokens": records[n - 1]["tokens"],
-                "seconds": sum(seconds[:n]),
-                "perplexity": _score(workdir, n),
-            }
-            for n in scored
+            {"step": n, "tokens": records[n - 1]["tokens"], "perplexity": _score(workdir, n)} for n in scored
         ],
     }
     shutil.rmtree(workdir)
@@ -120,14 +101,14 @@ def _score(workdir: pathlib.Path, step: int) -> float:
     return float(answer(command)["perplexity"])
 
 
-def time_to(record: Record, perplexity: float) -> float | None:
-    """Seconds of training until the validation perplexity was reached, between two checkpoints by interpolation."""
-    before: dict[str, Any] | None = None
-    for point in record["evaluations"]:
+def steps_to(evaluations: Sequence[Record], perplexity: float) -> float | None:
+    """Steps until the validation perplexity was reached, between two checkpoints by interpolation."""
+    before: Record | None = None
+    for point in evaluations:
         if point["perplexity"] <= perplexity:
             if before is None:
-                return float(point["seconds"])
+                return float(point["step"])
             share = (before["perplexity"] - perplexity) / (before["perplexity"] - point["perplexity"])
-            return float(before["seconds"] + share * (point["seconds"] - before["seconds"]))
+            return float(before["step"] + share * (point["step"] - before["step"]))
         before = point
     return None

@@ -52,16 +52,13 @@ def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for name, style in zip(dict.fromkeys(course["name"] for course in courses), STYLES, strict=False):
         ours = [course for course in courses if course["name"] == name]
-        for course in (c for c in ours if c["course"]["rate"]):
-            points = course["evaluations"]
-            minutes = [p["seconds"] / 60 for p in points]
-            left.plot(minutes, [p["perplexity"] for p in points], style, ms=4, label=name)
-        seeds = [c["evaluations"] for c in ours if not c["course"]["rate"]]
-        if seeds:
-            tokens = [p["tokens"] / 1e6 for p in seeds[0]]
-            values = [[run[n]["perplexity"] for run in seeds] for n in range(len(tokens))]
-            right.plot(tokens, [sum(v) / len(v) for v in values], style, ms=4, label=name)
-            right.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color="#808080", alpha=0.3)
+        evaluations = list(zip(*(course["evaluations"] for course in ours), strict=True))
+        values = [[seed["perplexity"] for seed in at] for at in evaluations]
+        minutes = [at[0]["step"] * ours[0]["step_s"] / 60 for at in evaluations]
+        tokens = [at[0]["tokens"] / 1e6 for at in evaluations]
+        for axes, along in ((left, minutes), (right, tokens)):
+            axes.plot(along, [sum(v) / len(v) for v in values], style, ms=4, label=name)
+            axes.fill_between(along, [min(v) for v in values], [max(v) for v in values], color="#808080", alpha=0.3)
     left.set(xlabel="minutes of training steps on the cluster", ylabel="validation perplexity", yscale="log")
     right.set(xlabel="million tokens (mean and range of the seeds)")
     left.legend()

@@ -100,23 +100,31 @@ def test_losses_are_compared_seed_by_seed(experiment: Callable[..., Result], mon
 def test_a_perplexity_is_compared_by_time_and_by_seed(
     experiment: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the cluster fine_grained ends at 8 after 100 s, bigmac is there after 25, vanilla never. Without it they end
-    at 8, 9, 10 (fine_grained), half of that (bigmac) and twice that."""
+    """A step takes fine_grained 8 s, the others 2. Of 300 steps bigmac needs 150 for what fine_grained ends at, and
+    ends at half of it; vanilla never comes there. Seeds end at 8, 9, 10 (fine_grained)."""
 
     def learn(lab: Lab, course: Course) -> Record:
         big, vanilla = BIGMAC in course.overrides, "model.structure=vanilla" in course.overrides
-        if course.rate:
-            points = [(20.0, 9.0), (30.0, 7.0)] if big else [(50.0, 10.0), (100.0, 9.0 if vanilla else 8.0)]
-        else:
-            points = [(0.0, (8 + course.seed - 1234) * (0.5 if big else 2 if vanilla else 1))]
-        return {"evaluations": [{"seconds": seconds, "perplexity": value} for seconds, value in points]}
+        end = 8 + course.seed - 1234
+        points = {100: 4 * end, 150: end, 300: end / 2} if big else {100: 4 * end, 300: end * (2 if vanilla else 1)}
+        return {"evaluations": [{"step": step, "perplexity": value} for step, value in points.items()]}
 
     monkeypatch.setattr(perplexity, "learn", learn)
-    rows = experiment("figure1", lambda _: 0.0).rows
-    assert [row["here"] for row in rows[:3]] == [4, 4, None]
-    assert [row["here"] for row in rows[3:10]] == [9, 4.5, 4.5, 18, 9, 8, 4]
-    assert (rows[3]["lowest"], rows[3]["highest"]) == (8, 10)
-    assert [row["here"] for row in rows[10:]] == [0.5, 0.5, round(1 + 1 / 3**0.5 / 9, 4)]
+    big_or_vanilla = (BIGMAC, "model.structure=vanilla")
+    result = experiment("figure1", lambda case: 2.0 if set(big_or_vanilla) & set(case.overrides) else 8.0)
+    rows = result.rows
+    assert [row["here"] for row in rows[:6]] == [4, 4, 4, 8, 8, None]
+    assert rows[3]["lowest"] == rows[3]["highest"] == 8
+    assert [row["here"] for row in rows[6:15]] == [9, 4.5, 4.5, 16, 8, 8, 4, 9, 4.5]
+    assert (rows[6]["lowest"], rows[6]["highest"]) == (8, 10)
+    error = round(0.5 * (2 * (1 / 3**0.5 / 9) ** 2) ** 0.5, 4)
+    assert [row["here"] for row in rows[15:]] == [0.5, error] * 3
+    assert {record["step_s"] for record in result.records if record.get("name") == "bigmac"} == {2.0}
+
+
+def test_seeds_are_averaged_before_a_perplexity_is_looked_for() -> None:
+    runs = [{"evaluations": [{"step": 100, "perplexity": p}, {"step": 200, "perplexity": 2.0}]} for p in (4.0, 8.0)]
+    assert perplexity.mean_curve(runs) == [{"step": 100, "perplexity": 6.0}, {"step": 200, "perplexity": 2.0}]
 
 
 def test_the_links_of_two_machines() -> None:

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from benchmarks.reproduce.lab import WARM, Case, CaseError, Lab, exchange_share, median
-from benchmarks.reproduce.learning import time_to
+from benchmarks.reproduce.learning import steps_to
 
 
 def test_every_field_of_a_case_is_in_its_key() -> None:
@@ -69,9 +69,8 @@ def test_shares_and_medians() -> None:
 
 
 def test_a_perplexity_is_reached_between_two_checkpoints() -> None:
-    points = [(10.0, 100.0), (20.0, 60.0), (30.0, 50.0)]
-    record = {"evaluations": [{"seconds": s, "perplexity": p} for s, p in points]}
-    assert time_to(record, 80.0) == pytest.approx(15.0)
-    assert time_to(record, 50.0) == pytest.approx(30.0)
-    assert time_to(record, 120.0) == 10.0
-    assert time_to(record, 49.0) is None
+    points = [{"step": n, "perplexity": p} for n, p in ((10, 100.0), (20, 60.0), (30, 50.0))]
+    assert steps_to(points, 80.0) == pytest.approx(15.0)
+    assert steps_to(points, 50.0) == pytest.approx(30.0)
+    assert steps_to(points, 120.0) == 10.0
+    assert steps_to(points, 49.0) is None
