@@ -7,7 +7,7 @@ from benchmarks.reproduce.lab import Lab, Record, median
 from benchmarks.reproduce.learning import Course, learn, steps_to
 from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, Result
 
-SIZE = "large"  # h = 128: the smallest width, by doubling, at which the recipe closes the gap
+SIZE = "large"  # h = 128: the smallest width, by doubling, at which docs/quality.md finds that the recipe closes the gap
 
 
 def _equal(width: int) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ LEARNERS: dict[str, tuple[str, ...]] = {
     "bigmac, shared experts": (*_equal(128), RECIPE, SHARED),
 }
 COMPARED, TIMED = tuple(LEARNERS)[:3], tuple(LEARNERS)[:4]
-# The width of the other experiments, where the gap stays open.
+# The width of the other experiments.
 NARROW: dict[str, tuple[str, ...]] = {
     "fine_grained, h = 64": (),
     "bigmac, h = 64": (*_equal(64), RECIPE),
@@ -45,7 +45,7 @@ def figure1(lab: Lab, rate: float, quick: bool) -> Result:
         "one process, and time is their steps times the median step on the shaped cluster. Time to a perplexity is of "
         "the seeds' mean; in brackets each seed to its own fine_grained's. One seed: vanilla; fine_grained with the "
         "recipe; and with four shared experts, at full width and together as wide as the model. Beside it h = 64 with "
-        "a latent of 16, where the gap stays open. Perplexities are a byte's.",
+        "a latent of 16. Perplexities are a byte's.",
     )
     steps = 20 if lab.toy else 300
     seconds = dict(zip(TIMED, lab.runs(*(lab.case(SIZE, *LEARNERS[name], rate=rate) for name in TIMED)), strict=True))
