@@ -7,7 +7,7 @@ from benchmarks.reproduce.lab import Lab, Record, median
 from benchmarks.reproduce.learning import Course, learn, steps_to
 from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, Result
 
-SIZE = "large"  # h = 128: the smallest width, by doubling, at which docs/quality.md finds that the recipe closes the gap
+SIZE = "large"  # h = 128: the smallest width, by doubling, at which the recipe closes docs/quality.md's gap
 
 
 def _equal(width: int) -> tuple[str, ...]:
