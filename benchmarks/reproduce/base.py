@@ -1,7 +1,7 @@
 """The models of docs/reproduction.md: --config=benchmarks/reproduce/base.py:SIZE, one rank a host.
 
 Small models with many tokens a step, so that the gradients of the dense parameters, summed over the hosts, stay near
-the paper's share of the bytes that fine_grained exchanges at K = 8 (about 4 %; here 4 to 5 %): hence bytes as tokens,
+the paper's share of the bytes that fine_grained exchanges at K = 8 (about 4 %; here 4 to 6 %): hence bytes as tokens,
 since an embedding's gradient is as large as its vocabulary. What does not grow with K outweighs the experts, as in the
 paper's Table 1, whose steps without their exchange take as long at K = 1 as at K = 8.
 """

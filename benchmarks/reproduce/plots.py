@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
 HERE = {"color": "#404040", "edgecolor": "black"}
-STYLES = ("k--s", "k-o", "k:^")  # of the first courses; the table has the others
+STYLES = ("k--s", "k-o", "k:^", "k-.D")  # of the first courses; the table has the others
 AXES = {"%": "%", "×": "times faster", "": "ratio", "of none": "step over the one with none"}
 
 
@@ -64,4 +64,6 @@ def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
     left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
     return figure
