@@ -1,11 +1,14 @@
-"""What docs/quality.md compares, and the line that it draws through gaps."""
+"""What docs/quality.md compares, what is read of a run, and the line that is drawn through gaps."""
+
+import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from benchmarks.quality import pages
 from benchmarks.quality.grid import STUDIES
-from benchmarks.quality.runs import describe
+from benchmarks.quality.runs import describe, read
 
 COMPARED = {c for study in ("norms", "longer", "ratios", "width 64", "width 256") for c in STUDIES[study]}
 OTHER_SIZES = ("eff 1/4", "acc 1/4")  # LatentMoE's own
@@ -39,3 +42,20 @@ def test_the_gap_at_another_width() -> None:
     assert [gap[:2] for gap in gaps] == [(64, 1000), (128, 1000), (128, 2400), (256, 2500)]
     said = pages.extrapolated("x", [*gaps, (128, 100, 9.0, 0.1)])
     assert "at h = 2,048 is +0.390 ± 0.00" in said and "changes -0.010 ± 0.00" in said
+
+
+def test_what_is_read_of_a_run(tmp_path: pathlib.Path) -> None:
+    """Loads of every step that was logged, their mean over the last hundred; losses where it was evaluated."""
+    logged = [{"step": step, "moe/load_cv": step / 1000, "moe/max_load": 2.0, "moe/drop_rate": 0.0}
+              for step in range(100, 301, 50)]  # fmt: skip
+    evaluated = [{"step": step, "eval/loss": 900 / step, "eval/bits_per_byte": 300 / step} for step in (150, 300)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*logged, *evaluated]))
+    assert read(tmp_path) == {
+        "loss": 3.0,
+        "bits_per_byte": 1.0,
+        "evaluations": [[150, 6.0], [300, 3.0]],
+        "load_cv": 0.275,
+        "max_load": 2.0,
+        "loads": [[100, 0.1], [150, 0.15], [200, 0.2], [250, 0.25], [300, 0.3]],
+        "drop_rate": 0.0,
+    }

@@ -43,7 +43,7 @@ Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its s
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
     """Replaces what stands between the markers of the page, and draws what there are runs for."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    drawn = [draw(docs / IMAGES, runs) for draw in (pareto, widths)]
+    drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)]
     parts = [section(name, runs) for name in STUDIES] + [picture for picture in drawn if picture]
     put(docs / PAGE, parts)
 
@@ -84,6 +84,27 @@ def section(study: str, runs: list[Run]) -> str:
 
 def _within(value: float, error: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if np.isnan(error) else f" ± {error:.3f}")
+
+
+def balances(images: pathlib.Path, runs: list[Run]) -> str:
+    """How uneven the loads are from step to step, by what keeps them even: the seeds' mean."""
+    found = [(condition, of(condition, runs)) for condition in STUDIES["balance"]]
+    if not any(seeds for _, seeds in found):
+        return ""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (condition, seeds), style in zip(found, ("k:", "k--", "k-", "k-."), strict=True):
+        if seeds:
+            steps = [step for step, _ in seeds[0]["loads"]]
+            loads = np.mean([[cv for _, cv in run["loads"]] for run in seeds], 0)
+            axes.plot(steps, loads, style, label=f"{condition.name.split()[-1]}, seeds: {len(seeds)}")
+    axes.set(xlabel="step", ylabel="loads: standard deviation over mean", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(images / "balance.png", dpi=110)
+    plt.close(figure)
+    return f"\n![how uneven the loads of each step are]({IMAGES}/balance.png)\n"
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:

@@ -92,7 +92,7 @@ def describe(condition: Condition, seed: int) -> dict[str, Any]:
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:
-    """Losses at the evaluations, and of the last hundred steps what the router did."""
+    """Losses at the evaluations, how uneven loads were at each logged step, what the router did in the last hundred."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluations = [record for record in records if "eval/loss" in record]
     steps = [record for record in records if "moe/load_cv" in record]
@@ -103,6 +103,7 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
         "evaluations": [[record["step"], record["eval/loss"]] for record in evaluations],
         "load_cv": round(float(np.mean([record["moe/load_cv"] for record in last])), 4),
         "max_load": round(float(np.mean([record["moe/max_load"] for record in last])), 4),
+        "loads": [[record["step"], round(record["moe/load_cv"], 3)] for record in steps],
         "drop_rate": max(record["moe/drop_rate"] for record in steps),
     }
 
