@@ -7,7 +7,7 @@ from benchmarks.reproduce.lab import Lab, Record, median
 from benchmarks.reproduce.learning import Course, learn, steps_to
 from benchmarks.reproduce.result import BIGMAC, SEEDS, SHARED, Result
 
-SIZE = "large"  # h = 128: the smallest width, by doubling, at which the recipe closes docs/quality.md's gap
+SIZE = "large"  # h = 128: the smallest width, by doubling, at which docs/quality.md has bigmac ahead
 
 
 def _equal(width: int) -> tuple[str, ...]:
