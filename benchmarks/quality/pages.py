@@ -91,12 +91,26 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
     found = [(condition, of(condition, runs)) for condition in STUDIES["balance"]]
     if not any(seeds for _, seeds in found):
         return ""
+    windows = [(1, 100), (101, 200), (901, 1000)]
+    head = ["", "seeds", *(f"steps {first} to {last}" for first, last in windows), "loss"]
+    lines = [
+        "",
+        "## Loads by step",
+        "",
+        "Standard deviation of the experts' loads over their mean, of `balance`'s runs.",
+        "",
+    ]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (condition, seeds), style in zip(found, ("k:", "k--", "k-", "k-."), strict=True):
         if seeds:
-            steps = [step for step, _ in seeds[0]["loads"]]
-            loads = np.mean([[cv for _, cv in run["loads"]] for run in seeds], 0)
-            axes.plot(steps, loads, style, label=f"{condition.name.split()[-1]}, seeds: {len(seeds)}")
+            kind = condition.name.split()[-1]
+            steps = np.array([step for step, _ in seeds[0]["loads"]])
+            loads = np.array([[cv for _, cv in run["loads"]] for run in seeds])
+            axes.plot(steps, loads.mean(0), style, label=f"{kind}, seeds: {len(seeds)}")
+            within = [list(loads[:, (first <= steps) & (steps <= last)].mean(1)) for first, last in windows]
+            cells = [_within(*mean(values)) for values in (*within, [run["loss"] for run in seeds])]
+            lines.append(f"| `{kind}` | {len(seeds)} | {' | '.join(cells)} |")
     axes.set(xlabel="step", ylabel="loads: standard deviation over mean", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
@@ -104,7 +118,7 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
     axes.legend()
     figure.savefig(images / "balance.png", dpi=110)
     plt.close(figure)
-    return f"\n![how uneven the loads of each step are]({IMAGES}/balance.png)\n"
+    return "\n".join([*lines, "", f"![how uneven the loads of each step are]({IMAGES}/balance.png)", ""])
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:

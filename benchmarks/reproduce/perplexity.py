@@ -43,9 +43,9 @@ def figure1(lab: Lab, rate: float, quick: bool) -> Result:
         "a skip and a norm behind the combine, and without them, as the paper has it. What is learned does not depend "
         "on time, and a step's time not on what was learned, since buffers are static: runs of three seeds learn in "
         "one process, and time is their steps times the median step on the shaped cluster. Time to a perplexity is of "
-        "the seeds' mean; in brackets each seed to its own fine_grained's. One seed: vanilla; fine_grained with the "
-        "recipe; and with four shared experts, at full width and together as wide as the model. Beside it h = 64 with "
-        "a latent of 16. Perplexities are a byte's.",
+        "the seeds' mean; in brackets each seed to its own fine_grained's, where all come there. One seed: vanilla; "
+        "fine_grained with the recipe; and with four shared experts, at full width and together as wide as the model. "
+        "Beside it h = 64 with a latent of 16. Perplexities are a byte's.",
     )
     steps = 20 if lab.toy else 300
     seconds = dict(zip(TIMED, lab.runs(*(lab.case(SIZE, *LEARNERS[name], rate=rate) for name in TIMED)), strict=True))

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
 HERE = {"color": "#404040", "edgecolor": "black"}
-STYLES = ("k--s", "k-o", "k:^", "k-.D")  # of the first courses; the table has the others
+STYLES = ("k--s", "k-o", "k:^", "k-.D")  # of the courses that were timed; the table has the others
 AXES = {"%": "%", "×": "times faster", "": "ratio", "of none": "step over the one with none"}
 
 
@@ -50,8 +50,9 @@ def _bars(result: dict[str, Any]) -> plt.Figure:
 def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
     """Validation perplexity over minutes on the cluster, and over tokens with the seeds' spread."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
-    for name, style in zip(dict.fromkeys(course["name"] for course in courses), STYLES, strict=False):
-        ours = [course for course in courses if course["name"] == name]
+    timed = [course for course in courses if "step_s" in course]
+    for name, style in zip(dict.fromkeys(course["name"] for course in timed), STYLES, strict=True):
+        ours = [course for course in timed if course["name"] == name]
         evaluations = list(zip(*(course["evaluations"] for course in ours), strict=True))
         values = [[seed["perplexity"] for seed in at] for at in evaluations]
         minutes = [at[0]["step"] * ours[0]["step_s"] / 60 for at in evaluations]
