@@ -99,7 +99,7 @@ def _recomputed(model: Transformer, tokens_BP: np.ndarray) -> Callable[[], float
 
     @jax.jit
     def next_token(model: Transformer, tokens_BL: Array, length: Array) -> Array:
-        x_BLD, _ = model.features(tokens_BL, dropless=True)
+        x_BLD, _ = model.features(tokens_BL, evaluating=True)
         x_B1D = jax.lax.dynamic_slice_in_dim(x_BLD, length - 1, 1, axis=1)
         return model.logits(x_B1D).argmax(-1)[:, 0]
 

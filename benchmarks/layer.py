@@ -36,8 +36,6 @@ from bigmac_jax.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
-from bigmac_jax.model.parameters import weight  # noqa: E402
-from bigmac_jax.model.router import route  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
@@ -138,7 +136,7 @@ def _routing(config: Config) -> Callable[[], float]:
         return jax.tree.map(lambda value: value[None], made)
 
     def routing(layer: MoE, x_BLD: Array) -> Any:
-        experts_BLK = route(m, x_BLD, weight(config, layer.router_DE), None).experts_BLK
+        experts_BLK = layer.routing(x_BLD, True)[0].experts_BLK
         return jax.shard_map(on_rank, in_specs=token_spec(3), out_specs=rank_spec(1), axis_names=set(AXES))(experts_BLK)
 
     return _timed(routing, layer, x_BLD)[1]

@@ -42,7 +42,7 @@ class Plain(BigMacLM):
     """One request at a time, as its texts are split by hand; logits to log-likelihoods in float64."""
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        forward = jax.jit(lambda model, tokens_BL: model(tokens_BL, dropless=True)[0])
+        forward = jax.jit(lambda model, tokens_BL: model(tokens_BL, evaluating=True)[0])
         scores = []
         for context, continuation in (request.args for request in requests):
             spaces = context[len(context.rstrip()) :]

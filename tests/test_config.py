@@ -163,6 +163,7 @@ INVALID = {  # overrides: what the line must contain
     "model.structure=fine_grained model.latent_norm=pre_dispatch": ("latent_norm=pre_dispatch", "structure=bigmac"),
     "model.structure=dense model.latent_norm=both": ("latent_norm=both", "not structure=dense"),
     "model.balance=quantile model.num_expert_groups=2 model.top_groups=1": ("balance=quantile", "use balance=bias"),
+    "model.balance=bias model.balance_step=same": ("balance_step=same is for balance=quantile", "not bias"),
     "model.balance=quantile model.top_k=32": ("balance=quantile", "model.top_k=32 of 32"),
     "model.group_scores=best": ("'best'", "top_k, top_2"),
     "optimizer.name=sgd": ("'sgd'", "adamw, muon"),
@@ -322,7 +323,7 @@ def changed(name: str) -> Config:
 
 # Fields that have no other valid value while the rest is as it is.
 BOUND = ("model.top_groups", "data.packing", "data.curriculum", "train.tasks_every", "tuning.objective",
-         "tuning.lora_rank")  # fmt: skip
+         "tuning.lora_rank", "model.balance_step")  # fmt: skip
 
 
 BEFORE = flat(dataclasses.asdict(Config().resolved))
@@ -357,6 +358,8 @@ def test_check_resume(name: str) -> None:
         ({"capacity_factor": math.inf}, {"accumulate_steps": 2}, []),
         ({"capacity_factor": math.inf, "balance_scope": "part", "dropout": 0.1}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_scope=part", "model.dropout draws other entries"]),
+        ({"capacity_factor": math.inf, "balance": "quantile", "balance_step": "same"}, {"accumulate_steps": 2},
+         ["train.accumulate_steps 1 → 2: with model.balance_step=same"]),
         ({}, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
     ],
 )  # fmt: skip

@@ -143,8 +143,9 @@ TINY: Fields = {
 
 
 def _balances() -> list[Condition]:
-    kinds = ("aux_loss", "bias", "quantile", "none")
-    return [Condition(f"tiny, balance {kind}", TINY | {"model.balance": kind}) for kind in kinds]
+    kinds: dict[str, Fields] = {kind: {"model.balance": kind} for kind in ("aux_loss", "bias", "quantile", "none")}
+    kinds["quantile of the same step"] = kinds["quantile"] | {"model.balance_step": "same"}
+    return [Condition(f"tiny, balance {kind}", TINY | fields) for kind, fields in kinds.items()]
 
 
 def _optimizers() -> list[Condition]:

@@ -102,15 +102,15 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
     ]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (condition, seeds), style in zip(found, ("k:", "k--", "k-", "k-."), strict=True):
+    for (condition, seeds), style in zip(found, ("k:", "k--", "k-", "k-.", "b-"), strict=True):
         if seeds:
-            kind = condition.name.split()[-1]
+            kind = condition.name.removeprefix("tiny, balance ")
             steps = np.array([step for step, _ in seeds[0]["loads"]])
             loads = np.array([[cv for _, cv in run["loads"]] for run in seeds])
             axes.plot(steps, loads.mean(0), style, label=f"{kind}, seeds: {len(seeds)}")
             within = [list(loads[:, (first <= steps) & (steps <= last)].mean(1)) for first, last in windows]
             cells = [_within(*mean(values)) for values in (*within, [run["loss"] for run in seeds])]
-            lines.append(f"| `{kind}` | {len(seeds)} | {' | '.join(cells)} |")
+            lines.append(f"| {kind} | {len(seeds)} | {' | '.join(cells)} |")
     axes.set(xlabel="step", ylabel="loads: standard deviation over mean", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -61,6 +61,7 @@ class ModelConfig:
     router_scale: float = 1.0  # gates are multiplied by it
     balance: str = "aux_loss"  # aux_loss | bias (DeepSeek-V3, no loss) | quantile (Kimi K3, no loss) | none
     balance_coefficient: float = 0.001  # weight of the auxiliary loss
+    balance_step: str = "next"  # for which step quantiles are solved: next (by this one's scores) | same (by its own)
     balance_scope: str = "step"  # whose load it sees: step | part (of a batch in accumulate_steps parts; Megatron's)
     balance_bias_rate: float = 0.001  # step of the bias
     z_loss_coefficient: float = 0.0

@@ -70,6 +70,8 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
         of_parts = f"train.accumulate_steps {parts[1]} → {parts[2]}: "
         if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
             notes.append(of_parts + "with model.balance_scope=part the balance loss is of other parts from here on")
+        if model.is_moe and model.balance_step == "same":
+            notes.append(of_parts + "with model.balance_step=same quantiles are of other parts from here on")
         if new.tuning.teacher and new.tuning.hidden_weight:
             notes.append(of_parts + "with tuning.hidden_weight the teacher's distance is of other parts from here on")
         if model.dropout:

@@ -103,6 +103,7 @@ def validate(config: Config) -> None:
     one_of("model.latent_norm", model.latent_norm, LATENT_NORMS)
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "quantile", "none"))
+    one_of("model.balance_step", model.balance_step, ("next", "same"))
     one_of("model.group_scores", model.group_scores, ("top_k", "top_2"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
     one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn", "splash", "triton"))
@@ -240,6 +241,7 @@ def _validate_moe(model: ModelConfig, mesh: MeshConfig, require: Any) -> None:
     require(best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}")
     require(k <= best * (experts // groups), f"{names[1]}={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
     require(model.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not {names[1]}={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
+    require(model.balance == "quantile" or model.balance_step == "next", f"model.balance_step={model.balance_step} is for balance=quantile, not {model.balance}; use balance=quantile, or balance_step=next")  # fmt: skip
     require(model.capacity_factor > 0, f"model.capacity_factor={model.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
     # What stands behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
     narrow = model.structure == "bigmac" or set(model.latent_norms) <= {"post_combine", "skip", "gate"}

@@ -45,6 +45,7 @@ def validate_tuning(config: "Config", require: Any) -> None:
     if tuning.objective == "dpo":
         require(bool(train.init_from), "tuning.objective=dpo compares with the model that it begins with; give train.init_from")  # fmt: skip
         require(config.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip
+        require(model.balance_step == "next", "model.balance_step=same sends an answer to other experts in training than its reference does; use balance_step=next with tuning.objective=dpo")  # fmt: skip
         require(tuning.dpo_beta > 0, f"tuning.dpo_beta={tuning.dpo_beta:g} must be above 0; 0.1 is usual")
 
 

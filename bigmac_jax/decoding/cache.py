@@ -167,7 +167,7 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
         layer = widened(layer, dtype)
         y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
         x_STD = x_STD + y_STD
-        return (x_STD + layer.feed_forward(x_STD, None, dropless=True)[0], past), None
+        return (x_STD + layer.feed_forward(x_STD, None, evaluating=True)[0], past), None
 
     dtype = model.ends.config.execution.dtype
     x_STD, groups = widened(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []

@@ -24,7 +24,8 @@ EXPRESSED = {
     "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
 }  # fmt: skip
 TRAINING = {
-    "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
+    "dropout", "capacity_factor", "balance_coefficient", "balance_step", "balance_scope", "balance_bias_rate",
+    "z_loss_coefficient",
 }  # fmt: skip
 _ENDS = {
     "embedding_VD": "model.embed_tokens.weight",

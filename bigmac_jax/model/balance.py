@@ -3,6 +3,8 @@
 T tokens of the step, E experts, K top-k.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -12,6 +14,8 @@ from bigmac_jax.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
 _MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every rank
+# Of `evened`: steps of the dual, and how each finds its quantiles, by 16 parts of a range five times, to 2e-6 of it.
+_DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
 
 
 def balance_loss(shares_E: Array, load_E: Array) -> Array:
@@ -33,16 +37,14 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding_BL: 
     scores_BLE = jax.lax.stop_gradient(scores_BLE)
     edges = bias_E.min() - 1 + jnp.linspace(0.0, 1.0, _BINS + 1) * (bias_E.max() - bias_E.min() + 2)
 
-    def required(scores_BLE: Array, bias_E: Array) -> Array:
-        """[T, E]"""
-        cut_BL1 = jax.lax.top_k(scores_BLE + bias_E.reshape(1, 1, -1), m.choices + 1)[0][..., -1:]
-        return (cut_BL1 - scores_BLE).reshape(-1, m.expert_count)
-
+    required = functools.partial(_required, m)
     if sorts(config):
-        return jnp.sort(required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E).T)
+        required_BLE = required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E)
+        return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)
 
     def counted(scores_BLE: Array, bias_E: Array, edges: Array, *padding: Array) -> Array:
-        within_TEb = required(scores_BLE, bias_E)[..., None] <= edges.reshape(1, 1, -1)
+        required_TE = required(scores_BLE, bias_E).reshape(-1, m.expert_count)
+        within_TEb = required_TE[..., None] <= edges.reshape(1, 1, -1)
         if padding:
             within_TEb &= ~padding[0].reshape(-1, 1, 1)
         return within_TEb.sum(0, dtype=jnp.float32)[None]
@@ -51,6 +53,42 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding_BL: 
     if padding_BL is not None:
         given, specs = [*given, padding_BL], [*specs, token_spec(2)]
     return on_each_rank(counted, given, in_spec=specs, out_specs=rank_spec(3)).sum(0)
+
+
+def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
+    """[B, L, E], on one rank."""
+    best_BLK1 = jax.lax.top_k(scores_BLE + bias_E.reshape(1, 1, -1), m.choices + 1)[0]
+    # Not its last column: of a slice of a top-k XLA makes a sort, which takes six times as long on CPU.
+    return best_BLK1.min(-1, keepdims=True) - scores_BLE
+
+
+def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding_BL: Array | None) -> Array:
+    """The bias with which these very tokens share the experts evenly, nearly: `_DUAL_STEPS` from `bias_E` on.
+
+    Each does what `solved` does, by a search: counts are all that ranks exchange.
+    """
+    scores_BLE, required = jax.lax.stop_gradient(scores_BLE), functools.partial(_required, m)
+    specs = [token_spec(3), replicated_spec(1)]
+    tokens = jnp.float32(scores_BLE.size // m.expert_count) if padding_BL is None else jnp.sum(~padding_BL)
+    wanted = tokens * (m.choices / m.expert_count) + 0.5  # the nearest whole number
+
+    def dual_step(_: int, bias_E: Array) -> Array:
+        required_BLE = on_each_rank(required, (scores_BLE, bias_E), in_spec=specs, out_specs=token_spec(3))
+        if padding_BL is not None:
+            required_BLE = jnp.where(padding_BL[..., None], jnp.inf, required_BLE)
+        required_E1BL = jnp.moveaxis(required_BLE, -1, 0)[:, None]
+        width = bias_E.max() - bias_E.min() + 2
+
+        def searched(i: int, low_E: Array) -> Array:
+            part = width / jnp.float32(_PARTS) ** (i + 1)
+            edges_Ep = low_E[:, None] + part * jnp.arange(1.0, _PARTS)[None]
+            within_EpBL = required_E1BL <= edges_Ep[..., None, None]
+            return low_E + part * (within_EpBL.sum((2, 3), dtype=jnp.float32) < wanted).sum(-1)
+
+        low_E = jax.lax.fori_loop(0, _SEARCHES, searched, jnp.full_like(bias_E, bias_E.min() - 1))
+        return low_E - low_E.mean()
+
+    return jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E)
 
 
 def sorts(config: Config) -> bool:
@@ -85,9 +123,13 @@ def _quantile(cumulative: Array, share: float, bias_E: Array) -> Array:
     return (bias_E.min(-1, keepdims=True) - 1 + width * (last - 1 + inside)[..., 0]).astype(jnp.float32)
 
 
-def updated_bias(config: Config, bias_YE: Array, load_YE: Array, required: Array) -> Array:
-    """After a step. balance=bias is DeepSeek-V3's: experts with more than the mean load become less attractive."""
+def updated_bias(config: Config, bias_YE: Array, load_YE: Array, moves_bias: Array) -> Array:
+    """After a step. balance=bias is DeepSeek-V3's: experts with more than the mean load become less attractive.
+
+    Args:
+      moves_bias: of quantiles, what `required_bias` gave, or with balance_step=same `evened`, in means over the parts.
+    """
     m: ModelConfig = config.model
     if m.balance == "quantile":
-        return solved(config, required, bias_YE)
+        return moves_bias if m.balance_step == "same" else solved(config, moves_bias, bias_YE)
     return bias_YE + m.balance_bias_rate * jnp.sign(1 / m.expert_count - load_YE)

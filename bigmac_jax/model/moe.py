@@ -28,12 +28,12 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.balance import balance_loss, required_bias
+from bigmac_jax.model.balance import balance_loss, evened, required_bias
 from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
-from bigmac_jax.model.router import Routing, route
+from bigmac_jax.model.router import Routing, chosen, scored
 
 
 class Aux(NamedTuple):
@@ -44,7 +44,7 @@ class Aux(NamedTuple):
     load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included
     drop_rate: Array  # share of the pairs that found their expert full
     router_entropy: Array  # nats
-    required: Array  # `balance.required_bias`; of other balancing than by quantiles, empty
+    moves_bias: Array  # what `balance.updated_bias` takes beside the load; of other balancing than by quantiles, empty
 
 
 def empty_aux() -> Aux:
@@ -127,41 +127,45 @@ class MoE(nnx.Module):
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 
     def __call__(
-        self, x_BLD: Array, load_E: Array | None = None, dropless: bool = False, padding_BL: Array | None = None
+        self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding_BL: Array | None = None
     ) -> tuple[Array, Aux]:
         """Applies the layer to a whole step's tokens.
 
         Args:
           load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
-          dropless: ignore the capacity factor.
+          evaluating: no choice is dropped, and none depends on another token.
           padding_BL: where tokens are of no document.
         """
-        config, m = self.config, self.config.model
-        routing = self.routing(x_BLD, padding_BL)
+        m = self.config.model
+        routing, moves_bias = self.routing(x_BLD, evaluating, padding_BL)
         y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
-            math.inf if dropless else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
+            math.inf if evaluating else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
         )
         if self.gate is not None:
             y_BLD = y_BLD * (1 + self.gate(x_BLD))
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
-        required = jnp.zeros((0,))
-        if m.balance == "quantile" and self.router_bias_E is not None:
-            required = required_bias(config, routing.scores_BLE, self.router_bias_E[...], padding_BL)
         return y_BLD, Aux(
             balance_loss(routing.shares_E, own_load_E if load_E is None else load_E),
             routing.z_loss,
             own_load_E,
             dropped_S.sum() / routing.experts_BLK.size,
             routing.entropy,
-            required,
+            moves_bias,
         )
 
-    def routing(self, x_BLD: Array, padding_BL: Array | None = None) -> Routing:
-        """Which experts each token goes to, and with what weight."""
+    def routing(self, x_BLD: Array, evaluating: bool, padding_BL: Array | None = None) -> tuple[Routing, Array]:
+        """Which experts each token goes to, with what weight, and `Aux.moves_bias`."""
+        m, moves_bias = self.config.model, jnp.zeros((0,))
+        scores = scored(m, x_BLD, weight(self.config, self.router_DE))
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        return route(self.config.model, x_BLD, weight(self.config, self.router_DE), bias_E, padding_BL)
+        if bias_E is not None and m.balance == "quantile" and not evaluating:
+            if m.balance_step == "same":
+                bias_E = moves_bias = evened(m, scores.scores_BLE, bias_E, padding_BL)
+            else:
+                moves_bias = required_bias(self.config, scores.scores_BLE, bias_E, padding_BL)
+        return chosen(m, scores, bias_E, padding_BL), moves_bias
 
     def _exchange_and_compute(
         self, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array

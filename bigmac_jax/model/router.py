@@ -1,5 +1,7 @@
 """The router: which experts a token goes to, and with what weight. Float32, full width.
 
+`scored`, then `chosen`: between the two a bias may be made of the scores (`balance.evened`).
+
 D hidden, E experts, K top-k, G expert groups; leading dimensions (B, L) are the tokens of the whole step.
 """
 
@@ -23,28 +25,38 @@ class Routing(NamedTuple):
     shares_E: Array  # mean over tokens of the normalised scores: P_e of the balance loss
     z_loss: Array  # mean over tokens of logsumexp(logits)² (ST-MoE, equation 5)
     entropy: Array  # mean over tokens, nats, of the normalised scores
+
+
+class Scores(NamedTuple):
+    """Of every expert, float32."""
+
+    logits_BLE: Array
     scores_BLE: Array
 
 
 @jax.named_scope("router")
-def route(
-    config: ModelConfig, x_BLD: Array, w_DE: Weight, bias_E: Array | None, padding_BL: Array | None = None
-) -> Routing:
-    """Scores every expert and chooses top-k.
+def scored(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
+    """What every expert is to every token."""
+    # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
+    # changes which experts 1 to 2 % of the tokens are sent to.
+    exact = functools.partial(product, precision=jax.lax.Precision.HIGHEST)
+    logits_BLE = on_each_rank(exact, (x_BLD.astype(jnp.float32),), (w_DE,))
+    softmax = config.router_scores == "softmax"
+    return Scores(logits_BLE, jax.nn.softmax(logits_BLE) if softmax else jax.nn.sigmoid(logits_BLE))
+
+
+@jax.named_scope("router")
+def chosen(config: ModelConfig, scores: Scores, bias_E: Array | None, padding_BL: Array | None = None) -> Routing:
+    """The K best experts of each token.
 
     Args:
       bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
       padding_BL: where tokens are of no document. Being all alike they would crowd the same experts: they are dealt out
         to all of them in turn, with gates of zero, and count in no mean.
     """
-    # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
-    # changes which experts 1 to 2 % of the tokens are sent to.
-    exact = functools.partial(product, precision=jax.lax.Precision.HIGHEST)
-    logits_BLE = on_each_rank(exact, (x_BLD.astype(jnp.float32),), (w_DE,))
+    logits_BLE, scores_BLE = scores
     softmax = config.router_scores == "softmax"
-    scores_BLE = jax.nn.softmax(logits_BLE) if softmax else jax.nn.sigmoid(logits_BLE)
     shares_BLE = scores_BLE if softmax else scores_BLE / scores_BLE.sum(-1, keepdims=True)
-
     ranking_BLE = jax.lax.stop_gradient(scores_BLE)
     if bias_E is not None:
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
@@ -79,7 +91,6 @@ def route(
         mean(shares_BLE),
         mean(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))),
         mean(-(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1)),
-        scores_BLE,
     )
 
 

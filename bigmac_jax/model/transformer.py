@@ -33,22 +33,22 @@ class Block(nnx.Module):
         self.mlp = MoE(config, feed_forward) if experts else MLP(config, feed_forward, m.mlp_width)
 
     def __call__(
-        self, x_BLD: Array, key: Array | None, load_E: Array | None, dropless: bool, documents: Documents | None
+        self, x_BLD: Array, key: Array | None, load_E: Array | None, evaluating: bool, documents: Documents | None
     ) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
         y_BLD = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, aux = self.feed_forward(x_BLD, load_E, dropless, documents)
+        y_BLD, aux = self.feed_forward(x_BLD, load_E, evaluating, documents)
         return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux
 
     def feed_forward(
-        self, x_BLD: Array, load_E: Array | None, dropless: bool, documents: Documents | None = None
+        self, x_BLD: Array, load_E: Array | None, evaluating: bool, documents: Documents | None = None
     ) -> tuple[Array, Aux]:
         """What the second branch adds to x."""
         h_BLD = self.mlp_norm(x_BLD)
         if not isinstance(self.mlp, MoE):
             return self.mlp(h_BLD), empty_aux()
-        return self.mlp(h_BLD, load_E, dropless, None if documents is None else documents.padding_BL)
+        return self.mlp(h_BLD, load_E, evaluating, None if documents is None else documents.padding_BL)
 
 
 class Transformer(nnx.Module):
@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
-        dropless: bool = False,
+        evaluating: bool = False,
     ) -> tuple[Array, Aux]:
         """Logits of the next token.
 
@@ -91,12 +91,14 @@ class Transformer(nnx.Module):
           segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
           load_YE: loads for the balance loss, where the step is larger than this batch.
-          dropless: ignore model.capacity_factor, as evaluation does.
+          evaluating: no choice is dropped, and none depends on another token.
 
         Returns:
           (logits_BLV in float32, aux with a leading dimension of layers with experts)
         """
-        x_BLD, aux = self.features(tokens_BL, segments_BL, dropout_key=dropout_key, load_YE=load_YE, dropless=dropless)
+        x_BLD, aux = self.features(
+            tokens_BL, segments_BL, dropout_key=dropout_key, load_YE=load_YE, evaluating=evaluating
+        )
         return self.logits(x_BLD), aux
 
     def features(
@@ -106,7 +108,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
-        dropless: bool = False,
+        evaluating: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
         documents = None if segments_BL is None else documents_of(segments_BL)
@@ -114,7 +116,7 @@ class Transformer(nnx.Module):
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
-            return layer(x_BLD, key, load_E, dropless, documents)
+            return layer(x_BLD, key, load_E, evaluating, documents)
 
         x_BLD, aux = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y, load_YE)
         return self.final_norm(x_BLD), aux

@@ -31,7 +31,9 @@ MEASURED = {
 
 def drops(config: Config) -> dict[str, Any] | None:
     """The measurements, and which is the config's; None where nothing is dropped."""
-    if not config.model.is_moe or config.dropless:
+    m = config.model
+    if not m.is_moe or config.dropless:
         return None
     measured = {name: found._asdict() for name, found in MEASURED.items()}
-    return {"balance": config.model.balance, "at_factor": FACTOR, "measured": measured}
+    balance = m.balance if m.balance_step == "next" else f"{m.balance}, balance_step={m.balance_step}"
+    return {"balance": balance, "at_factor": FACTOR, "measured": measured}

@@ -124,6 +124,8 @@ def _drops(drops: Mapping[str, Any]) -> Table:
         cells = [shares[key] for key in ("one", "mixed", "shifted")]
         configured = " (configured)" if name == drops["balance"] else ""
         table.add_row(name + configured, *("" if share is None else percent(share) for share in cells))
+    if drops["balance"] not in drops["measured"]:
+        table.add_row(f"{drops['balance']} (configured)", *["not measured"] * 3)
     return table
 
 

@@ -123,7 +123,7 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
         return nll_BL, likeliest_BL
 
-    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropless=True)
+    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, evaluating=True)
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     specs = token_spec(2), token_spec(2)
     nll_BL, likeliest_BL = on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs)

@@ -147,8 +147,8 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         rest = state.rest
         if config.model.is_moe and config.model.has_router_bias:
             aux = parts.aux
-            rest = jax.tree.map(lambda bias_YE: updated_bias(config, bias_YE, aux.load, aux.required), rest)
-            parts = parts._replace(aux=aux._replace(required=aux.load[:, :0]))  # large, and of no use to anyone else
+            rest = jax.tree.map(lambda bias_YE: updated_bias(config, bias_YE, aux.load, aux.moves_bias), rest)
+            parts = parts._replace(aux=aux._replace(moves_bias=aux.load[:, :0]))  # large, and of no use to anyone else
         grad_norm, losses, average = optax.tree.norm(grads), state.losses, state.average
         if average is not None:
             average = averaged(config, average, params, state.step + 1)

@@ -59,7 +59,7 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         shards = batch_ranks()
         B = ROWS // shards
         model = random_model(config)
-        full = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        full = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
         full_NLV = np.asarray(full(model, split_tokens(tokens_NL)))
         decoder = make_decoder(config, model, exchange)
         pages = LENGTH // PAGE

@@ -134,7 +134,7 @@ def test_a_layer_computes_its_stand_ins(stand_ins: str, mesh: tuple) -> None:
 @functools.partial(jax.jit, compiler_options=QUICK)
 def _layer(drafter: Decoder, x_BLD: jax.Array) -> jax.Array:
     layer = jax.tree.map(lambda leaf: leaf[0], drafter.groups[0])
-    return layer.mlp(x_BLD, dropless=True)[0]
+    return layer.mlp(x_BLD, evaluating=True)[0]
 
 
 @pytest.mark.parametrize(

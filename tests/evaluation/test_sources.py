@@ -41,7 +41,7 @@ def test_loads_by_hand(mesh: tuple[int, int, int]) -> None:
     tokens = stream.tokens(0, 3 * 8 * LENGTH).reshape(3, 8, LENGTH)
     with quick(), on_mesh(config):
         model = random_model(config)
-        call = jax.jit(lambda model, tokens: model(tokens, dropless=True)[1], compiler_options=QUICK)
+        call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[1], compiler_options=QUICK)
         auxes = [call(model, split_tokens(part)) for part in tokens]
         reading = read(model, stream, LENGTH, 8)
     load_YE = np.mean([np.asarray(aux.load, np.float64) for aux in auxes], axis=0)

@@ -45,7 +45,7 @@ def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -
     config, tokenizer = config_on((1, 1, 1)), ByteTokenizer()
     with on_mesh(config):
         model = random_model(config)
-        forward = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
         tokens_NL = np.zeros((16, LENGTH), np.int32)
         length_N = np.array([len(p) for p in PROMPTS])
         for row, prompt in enumerate(PROMPTS):
@@ -165,7 +165,7 @@ def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
         long, beside = generator.generate([Request(prompt, Sampling(max_tokens=1)), short])
         (alone,) = generator.generate([short])
         tokens = np.asarray([ByteTokenizer().encode(prompt)], np.int32)
-        logits_BLV, _ = jax.jit(lambda model, tokens: model(tokens, dropless=True))(model, split_tokens(tokens))
+        logits_BLV, _ = jax.jit(lambda model, tokens: model(tokens, evaluating=True))(model, split_tokens(tokens))
     assert long.tokens == (int(np.asarray(logits_BLV)[0, -1].argmax()),)
     assert beside.tokens == alone.tokens
 
@@ -280,7 +280,7 @@ def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
         tokens_NL[:, 0] = tokenizer.eos_id
         for row, score in enumerate(scored):
             tokens_NL[row, 1 : 1 + len(score.tokens)] = score.tokens
-        forward = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
         logprobs_NLV = np.asarray(jax.nn.log_softmax(forward(model, split_tokens(tokens_NL))))
     assert [score.tokens for score in scored[:5]] == [tuple(tokenizer.encode(text)) for text in texts[:5]]
     assert [score.bytes for score in scored] == [*(len(p) for p in PROMPTS[:4]), 2, len(PROMPTS[5])]

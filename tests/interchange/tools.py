@@ -55,5 +55,5 @@ def tokens_of(config: Config) -> np.ndarray:
 
 def our_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
     """On the current mesh."""
-    call = jax.jit(lambda model, tokens_BL: model(tokens_BL, dropless=True)[0], compiler_options=QUICK)
+    call = jax.jit(lambda model, tokens_BL: model(tokens_BL, evaluating=True)[0], compiler_options=QUICK)
     return np.asarray(call(model, split_tokens(tokens_BL)))

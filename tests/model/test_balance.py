@@ -13,7 +13,7 @@ from bigmac_jax.config import Config, ModelConfig, TrainConfig
 from bigmac_jax.data.batch import PADDING, Batch
 from bigmac_jax.mesh import place, token_spec
 from bigmac_jax.model import balance
-from bigmac_jax.model.balance import balance_loss, required_bias, solved, sorts, updated_bias
+from bigmac_jax.model.balance import balance_loss, evened, required_bias, solved, sorts, updated_bias
 
 from .test_router import LOG, choices, routed
 from .tools import on_mesh, random_model, tiny
@@ -172,11 +172,11 @@ def test_a_layer_reports_what_its_tokens_require() -> None:
         bias_E = np.linspace(-0.1, 0.1, 8).astype(np.float32)
         model = random_model(config, {"layers.mlp.router_bias_E": bias_E})
         _, aux = jax.jit(lambda model, tokens: model(tokens))(model, place(tokens, token_spec(2)))
-        moved = updated_bias(config, model.layers.mlp.router_bias_E[...], aux.load, aux.required)
-    assert aux.required.shape == (1, 8, 64)
+        moved = updated_bias(config, model.layers.mlp.router_bias_E[...], aux.load, aux.moves_bias)
+    assert aux.moves_bias.shape == (1, 8, 64)
     chosen = np.asarray(aux.load)[0] * 64 * 3
     # An expert is chosen where its bias exceeds what the token requires.
-    np.testing.assert_allclose(chosen, (np.asarray(aux.required)[0] < bias_E[:, None] - 1e-6).sum(1))
+    np.testing.assert_allclose(chosen, (np.asarray(aux.moves_bias)[0] < bias_E[:, None] - 1e-6).sum(1))
     assert np.asarray(moved)[0] @ (chosen - 24) < bias_E @ (chosen - 24)
 
 
@@ -187,7 +187,79 @@ def test_batches_with_padding_come_to_the_layer() -> None:
     segments = np.where(np.arange(8) < 5, 0, PADDING)[None].repeat(8, 0).astype(np.int32)
     with on_mesh(config):
         batch = jax.tree.map(lambda v: place(v, token_spec(2)), Batch(tokens, tokens, segments))
-        run = jax.jit(lambda model, batch: model(batch.inputs_BL, batch.segments_BL)[1].required)
+        run = jax.jit(lambda model, batch: model(batch.inputs_BL, batch.segments_BL)[1].moves_bias)
         counts = np.asarray(run(random_model(config), batch))
     assert counts.shape == (1, 8, 1001)
     np.testing.assert_array_equal(counts[0, :, -1], 40)
+
+
+def expected_even(scores_TE: np.ndarray, bias_E: np.ndarray, top_k: int) -> np.ndarray:
+    """Four dual steps, in float64: below each bias lie what round(T·K/E) tokens require."""
+    T, E = scores_TE.shape
+    for _ in range(4):
+        bias_E = np.sort(required(scores_TE, bias_E, top_k), axis=0)[round(T * top_k / E)]
+        bias_E = bias_E - bias_E.mean()
+    return bias_E
+
+
+def even(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL: Any = None) -> np.ndarray:
+    """On the current mesh."""
+    B, L = config.data.batch_size, config.data.sequence_length
+    scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
+    padding_BL = None if padding_BL is None else place(padding_BL, token_spec(2))
+    return np.asarray(_even(config.model, scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
+
+
+_even = jax.jit(evened, static_argnums=0)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), SHAPES)
+def test_the_bias_that_evens_a_step(experts: int, top_k: int) -> None:
+    """Against NumPy, from biases of zero and from random ones; and what it is for."""
+    config = quantile(experts, top_k)
+    with on_mesh(config):
+        for seed in range(1, 40, 2):  # without ties: what falls between two of them is nobody's
+            scores_TE = random_scores(experts, 320, seed)
+            bias_E = np.random.default_rng(seed).standard_normal(experts).astype(np.float32) * (seed % 4 == 1) / 4
+            found = even(config, scores_TE, bias_E)
+            np.testing.assert_allclose(found, expected_even(np.float64(scores_TE), bias_E, top_k), atol=3e-5)
+            chosen_TK = np.argsort(-(scores_TE + found), axis=1)[:, :top_k]
+            loads_E = np.bincount(chosen_TK.ravel(), minlength=experts) / (320 * top_k / experts)
+            assert loads_E.std() < 0.25
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 2), (1, 2, 2, 2)], ids=str)
+def test_every_mesh_evens_a_step_alike(mesh: tuple[int, ...]) -> None:
+    """With padding, which counts for nothing."""
+    scores_TE, bias_E = random_scores(12, 320, 1), np.linspace(-0.25, 0.25, 12).astype(np.float32)
+    padding_BL = np.zeros((8, 40), bool)
+    padding_BL[:, 25:] = True
+    expected = expected_even(np.float64(scores_TE[~padding_BL.ravel()]), bias_E, 4)
+    scores_TE[padding_BL.ravel()] = 0.9 * (np.arange(12) == 3)  # all would crowd one expert
+    config = quantile(12, 4, mesh)
+    with on_mesh(config):
+        np.testing.assert_allclose(even(config, scores_TE, bias_E, padding_BL), expected, atol=3e-5)
+
+
+def test_a_layer_balances_its_own_step() -> None:
+    """In training it chooses by the bias that it solves, and reports it; evaluation has the one of the last step."""
+    config = tiny((2, 1, 2), balance="quantile", balance_step="same", router_scores="sigmoid", num_layers=1)
+    before = dataclasses.replace(config, model=dataclasses.replace(config.model, balance_step="next"))
+    tokens = np.random.default_rng(0).integers(264, size=(8, 8), dtype=np.int32)
+    run = jax.jit(lambda model, tokens, evaluating: model(tokens, evaluating=evaluating), static_argnums=2)
+
+    def applied(config: Config, bias_E: np.ndarray, evaluating: bool) -> tuple[Any, Any]:
+        model = random_model(config, {"layers.mlp.router_bias_E": np.float32(bias_E)})
+        return jax.tree.map(np.asarray, run(model, place(tokens, token_spec(2)), evaluating))
+
+    with on_mesh(config):
+        bias_E = np.linspace(-0.3, 0.3, 8)
+        logits_BLV, aux = applied(config, bias_E, False)
+        solved_E = aux.moves_bias[0]
+        (expected_BLV, expected), (other_BLV, other) = (applied(before, b_E, False) for b_E in (solved_E, bias_E))
+        np.testing.assert_array_equal(logits_BLV, expected_BLV)
+        np.testing.assert_array_equal(aux.load, expected.load)
+        assert aux.load.std() < other.load.std() / 2 and np.abs(logits_BLV - other_BLV).max() > 1e-3
+        moved = updated_bias(config, jnp.asarray(bias_E)[None], aux.load, aux.moves_bias)
+        np.testing.assert_array_equal(moved[0], solved_E)
+        np.testing.assert_array_equal(applied(config, bias_E, True)[0], applied(before, bias_E, True)[0])

@@ -124,7 +124,7 @@ def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5
         patch.setattr(Norm, "__call__", lambda self, x: x)
         key = None if seed is None else jax.random.key(seed)
         run = jax.jit(
-            lambda m, t: m.features(t, dropout_key=key, load_YE=None, dropless=False)[0], compiler_options=QUICK
+            lambda m, t: m.features(t, dropout_key=key, load_YE=None, evaluating=False)[0], compiler_options=QUICK
         )
         return np.asarray(run(random_model(config, given), split_tokens(random_tokens(config)[:, :-1])))
 

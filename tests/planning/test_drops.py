@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -54,5 +55,9 @@ def test_where_nothing_is_dropped_nothing_is_said() -> None:
     rows = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
     assert ["bias", "(configured)", "2.1", "%", "5.3", "%", "54.8", "%"] in rows
     assert ["none", "26.0", "%", "60.8", "%"] in rows
+    fields = ("model.capacity_factor=1.5", "model.balance=quantile", "model.balance_step=same")
+    same = load_config(f"{ROOT}/configs/tiny.py", fields)
+    report.show(make_plan(same, Request(devices=1)), Console(file=output, width=200, highlight=False))
+    assert re.search(r"quantile, balance_step=same \(configured\) +│ +not measured ", output.getvalue())
     for field in ("model.capacity_factor=inf", "execution.exchange=ragged", "model.structure=dense"):
         assert drops.drops(load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", field))) is None

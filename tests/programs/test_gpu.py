@@ -15,6 +15,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "tensor": ("mesh.expert=4", "mesh.tensor=2"),
     "remat": ("execution.remat=layer",),
     "dropless": ("model.capacity_factor=inf",),
+    "by quantiles of its own": ("model.balance=quantile", "model.balance_step=same"),
 }
 EXCHANGES = ("all_to_all", "ragged", "hierarchical")
 CASES = sorted(pairwise(["h100:1x8", "b200:1x8"], *[[False, True]] * len(FEATURES), EXCHANGES))

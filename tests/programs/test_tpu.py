@@ -29,6 +29,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "tensor": ("mesh.expert=8", "mesh.tensor=4"),  # of more ranks than key-value heads
     "remat": ("execution.remat=layer",),
     "dropless, by quantiles": ("model.capacity_factor=inf", *QUANTILES),
+    "by quantiles of its own": ("model.balance_step=same", *QUANTILES),
 }
 CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
 

@@ -127,7 +127,7 @@ def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) ->
     windows = random_tokens(config)
     with on_mesh(config):
         model = random_model(config)
-        whole = jax.jit(lambda model, tokens: model(tokens, dropless=True)[0], compiler_options=QUICK)
+        whole = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
         logits_BLV = np.asarray(whole(model, split_tokens(windows[:, :-1])), np.float64)
         windows[::2, -1] = logits_BLV[::2, -1].argmax(-1)  # a target that changes no input
         scores = jax.jit(loss.token_scores, compiler_options=QUICK)(

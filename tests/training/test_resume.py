@@ -45,7 +45,8 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base, config_file = load_config(write_config(folder)), folder / "config.json"
     overrides = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=4", "train.eval_every=28",
                  "model.num_layers=2",
-                 "model.dropout=0.1", "model.balance=quantile", "model.first_dense_layers=1",
+                 "model.dropout=0.1", "model.balance=quantile",
+                 f"model.balance_step={'next' if len(request.param) == 1 else 'same'}", "model.first_dense_layers=1",
                  "optimizer.name=muon", "optimizer.schedule=wsd",
                  "optimizer.moment_dtype=bfloat16", "optimizer.average_decay=0.9",
                  f"cache_dir={base.cache_dir}"]  # fmt: skip

@@ -89,6 +89,28 @@ def test_balance_by_part_is_the_mean_of_the_parts_alone() -> None:
     assert abs(balance_and_loss(whole_step, tokens) - alone).min() > 1e-4
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 1, 2)], ids=str)
+def test_parts_that_solve_quantiles_for_themselves(mesh: tuple[int, int, int]) -> None:
+    """Of the halves of a batch: loss and gradients are the mean of theirs, and so is the bias that the step leaves."""
+    config = tiny(mesh, num_layers=1, balance="quantile", balance_step="same")
+    config = with_parts(config, optimizer=LINEAR, train=TrainConfig(accumulate_steps=2))
+    tokens = random_tokens(config)
+
+    def stepped(config: Config, tokens: np.ndarray) -> tuple[Any, np.ndarray]:
+        with session(config) as run:
+            metrics = run.step(tokens)
+            return (metrics.loss, metrics.parts.aux.load), leaves(run.state)["rest.layers.mlp.router_bias_E"]
+
+    half = with_parts(config, data=dataclasses.replace(config.data, batch_size=len(tokens) // 2), train=TrainConfig())
+    (found, bias_YE), *halves = stepped(config, tokens), *(stepped(half, tokens[m::2]) for m in range(2))
+    (first, first_YE), (second, second_YE) = halves
+    for value, of_first, of_second in zip(found, first, second, strict=True):
+        np.testing.assert_allclose(value, (of_first + of_second) / 2, rtol=2e-6)
+    np.testing.assert_allclose(bias_YE, (first_YE + second_YE) / 2, atol=1e-6)
+    assert np.abs(first_YE - second_YE).max() > 1e-3
+
+
 def test_the_loss_is_the_sum_of_its_parts(whole: Any) -> None:
     metrics, _ = whole
     aux = metrics.parts.aux
