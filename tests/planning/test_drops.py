@@ -55,6 +55,7 @@ def test_where_nothing_is_dropped_nothing_is_said() -> None:
     rows = [line.replace("│", " ").split() for line in output.getvalue().splitlines()]
     assert ["bias", "(configured)", "2.1", "%", "5.3", "%", "54.8", "%"] in rows
     assert ["none", "26.0", "%", "60.8", "%"] in rows
+    assert "not measured" not in output.getvalue()
     fields = ("model.capacity_factor=1.5", "model.balance=quantile", "model.balance_step=same")
     same = load_config(f"{ROOT}/configs/tiny.py", fields)
     report.show(make_plan(same, Request(devices=1)), Console(file=output, width=200, highlight=False))
