@@ -165,7 +165,8 @@ INVALID = {  # overrides: what the line must contain
     "model.balance=quantile model.num_expert_groups=2 model.top_groups=1": ("balance=quantile", "use balance=bias"),
     "model.balance=bias model.balance_step=same": ("balance_step=same is for balance=quantile", "not bias"),
     "tuning.objective=dpo train.init_from=a data.source=a.jsonl data.validation_source=a.jsonl "
-    "model.capacity_factor=inf model.balance=quantile model.balance_step=same": ("balance_step=same sends an answer", "balance_step=next"),
+    "model.capacity_factor=inf model.balance=quantile model.balance_step=same":
+        ("balance_step=same sends an answer", "balance_step=next"),
     "model.balance=quantile model.top_k=32": ("balance=quantile", "model.top_k=32 of 32"),
     "model.group_scores=best": ("'best'", "top_k, top_2"),
     "optimizer.name=sgd": ("'sgd'", "adamw, muon"),
