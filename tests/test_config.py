@@ -350,6 +350,12 @@ def test_check_resume(name: str) -> None:
     assert message.startswith(name + "=") and "\n" not in message and repr(BEFORE[name]) in message
 
 
+def test_the_step_that_quantiles_are_of_stays() -> None:
+    next_, same = (Config(model=ModelConfig(balance="quantile", balance_step=step)) for step in ("next", "same"))
+    with pytest.raises(ConfigError, match=r"model\.balance_step='same' differs from 'next'"):
+        check_resume(next_, same)
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [

@@ -66,17 +66,26 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
             f"{changed}: which choices find their expert full (model.capacity_factor={model.capacity_factor:g}) "
             f"depends on it; from here on the run drops others"
         )
-    if parts[1] != parts[2]:
-        of_parts = f"train.accumulate_steps {parts[1]} → {parts[2]}: "
-        if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
-            notes.append(of_parts + "with model.balance_scope=part the balance loss is of other parts from here on")
-        if model.is_moe and model.balance_step == "same":
-            notes.append(of_parts + "with model.balance_step=same quantiles are of other parts from here on")
-        if new.tuning.teacher and new.tuning.hidden_weight:
-            notes.append(of_parts + "with tuning.hidden_weight the teacher's distance is of other parts from here on")
-        if model.dropout:
-            notes.append(of_parts + "model.dropout draws other entries from here on")
-    return notes
+    of_parts = notes_of_parts(saved, new)
+    if parts[1] != parts[2] and model.dropout:
+        of_parts.append(f"train.accumulate_steps {parts[1]} → {parts[2]}: model.dropout draws other entries")
+    return notes + [f"{note} from here on" for note in of_parts]
+
+
+def notes_of_parts(before: Config, after: Config) -> list[str]:
+    """A line for each way in which another number of parts of a batch is another computation."""
+    model, tuning = after.model, after.tuning
+    steps = before.train.accumulate_steps, after.train.accumulate_steps
+    if steps[0] == steps[1]:
+        return []
+    found = []
+    if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
+        found.append("model.balance_scope=part the balance loss is")
+    if model.is_moe and model.balance_step == "same":
+        found.append("model.balance_step=same quantiles are")
+    if tuning.teacher and tuning.hidden_weight:
+        found.append("tuning.hidden_weight the teacher's distance is")
+    return [f"train.accumulate_steps {steps[0]} → {steps[1]}: with {what} of other parts" for what in found]
 
 
 def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:

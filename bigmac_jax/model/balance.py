@@ -8,13 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
 _MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every rank
-# Of `evened`: steps of the dual, and how each finds its quantiles, by 16 parts of a range five times, to 2e-6 of it.
+EVENED = "evened"  # what `evened` gives: execution.remat keeps it, whatever else it computes again
+# Of `evened`: steps of the dual, and how each finds its quantiles, by 16 parts of a range five times, to 1e-6 of it.
 _DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
 
 
@@ -65,7 +67,8 @@ def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
 def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding_BL: Array | None) -> Array:
     """The bias with which these very tokens share the experts evenly, nearly: `_DUAL_STEPS` from `bias_E` on.
 
-    Each does what `solved` does, by a search: counts are all that ranks exchange.
+    Each finds the quantiles of `solved` by a search, for which ranks exchange counts alone, and takes the bias just
+    below what the next token requires.
     """
     scores_BLE, required = jax.lax.stop_gradient(scores_BLE), functools.partial(_required, m)
     specs = [token_spec(3), replicated_spec(1)]
@@ -77,18 +80,18 @@ def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding_BL: Array |
         if padding_BL is not None:
             required_BLE = jnp.where(padding_BL[..., None], jnp.inf, required_BLE)
         required_E1BL = jnp.moveaxis(required_BLE, -1, 0)[:, None]
-        width = bias_E.max() - bias_E.min() + 2
 
-        def searched(i: int, low_E: Array) -> Array:
-            part = width / jnp.float32(_PARTS) ** (i + 1)
+        def searched(_: int, at: tuple[Array, Array]) -> tuple[Array, Array]:
+            low_E, part = at[0], at[1] / _PARTS
             edges_Ep = low_E[:, None] + part * jnp.arange(1.0, _PARTS)[None]
             within_EpBL = required_E1BL <= edges_Ep[..., None, None]
-            return low_E + part * (within_EpBL.sum((2, 3), dtype=jnp.float32) < wanted).sum(-1)
+            return low_E + part * (within_EpBL.sum((2, 3), dtype=jnp.float32) < wanted).sum(-1), part
 
-        low_E = jax.lax.fori_loop(0, _SEARCHES, searched, jnp.full_like(bias_E, bias_E.min() - 1))
+        whole = jnp.full_like(bias_E, bias_E.min() - 1), bias_E.max() - bias_E.min() + 2
+        low_E, _ = jax.lax.fori_loop(0, _SEARCHES, searched, whole)
         return low_E - low_E.mean()
 
-    return jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E)
+    return checkpoint_name(jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E), EVENED)
 
 
 def sorts(config: Config) -> bool:

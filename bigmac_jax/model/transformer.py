@@ -14,6 +14,7 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
 from bigmac_jax.model.attention import Attention, Documents, documents_of
+from bigmac_jax.model.balance import EVENED
 from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
@@ -218,9 +219,9 @@ def through_layers(
     """
     execution, m = config.execution, config.model
     if execution.remat == "exchange":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED, EVENED))
     elif execution.remat == "layer":
-        step = jax.checkpoint(step)
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EVENED))
     elif config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
         step = jax.checkpoint(step, policy=all_but_gathered)
     # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.

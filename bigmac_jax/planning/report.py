@@ -67,6 +67,8 @@ def _best(console: Console, plan: Mapping[str, Any]) -> None:
             f"takes {have}. Would fit: {others}. The nearest is", soft_wrap=True,
         )  # fmt: skip
     console.print(" ".join(best["flags"]) or "the config as it is", soft_wrap=True)
+    for note in best["notes"]:
+        console.print(f"this changes what is computed: {note}", soft_wrap=True)
     console.print()
 
 

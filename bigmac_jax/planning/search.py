@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
-from bigmac_jax.config.reading import field_values, overridden
+from bigmac_jax.config.reading import field_values, notes_of_parts, overridden
 from bigmac_jax.planning.candidates import Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
 
@@ -31,8 +31,9 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
     don't, by memory.
 
     They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps, none of which
-    changes what is computed but for drops: a full expert drops others where rows are counted by rank. Of those that
-    differ in accumulate_steps alone there is the one with the fewest parts that fit: more are slower.
+    changes what is computed but for drops (a full expert drops others where rows are counted by rank) and for what
+    `notes_of_parts` names. Of those that differ in accumulate_steps alone there is the one with the fewest parts that
+    fit: more are slower.
 
     Raises:
       ConfigError: no mesh of so many devices is valid.
@@ -108,6 +109,7 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
         "best": {
             "fits": best.fits,
             "flags": flags(config, best.config),
+            "notes": notes_of_parts(config, best.config),
             "tokens_per_s": best.times.tokens_per_s,
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,

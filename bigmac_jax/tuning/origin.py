@@ -30,11 +30,10 @@ from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_t
 
 # What a run may set anew without a word: how it is trained. What else may differ is told (`_NAMED`).
 _FREE = (
-    "dropout", "capacity_factor", "balance_coefficient", "balance_step", "balance_scope", "balance_bias_rate",
-    "z_loss_coefficient",
+    "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
 )  # fmt: skip
 ORIGIN = "init_from"  # under which run.json has a run's `identity`
-_NAMED = ("vocab_size", "rope_theta", "balance")
+_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step")
 
 
 class Origin(NamedTuple):

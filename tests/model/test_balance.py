@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ModelConfig, TrainConfig
-from bigmac_jax.data.batch import PADDING, Batch
+from bigmac_jax.data.batch import PADDING
 from bigmac_jax.mesh import place, token_spec
 from bigmac_jax.model import balance
 from bigmac_jax.model.balance import balance_loss, evened, required_bias, solved, sorts, updated_bias
@@ -180,17 +180,24 @@ def test_a_layer_reports_what_its_tokens_require() -> None:
     assert np.asarray(moved)[0] @ (chosen - 24) < bias_E @ (chosen - 24)
 
 
-def test_batches_with_padding_come_to_the_layer() -> None:
-    config = tiny(balance="quantile", num_layers=1)
+@pytest.mark.parametrize("step", ["next", "same"])
+def test_batches_with_padding_come_to_the_layer(step: str) -> None:
+    """What stands in the padding moves no bias."""
+    config = tiny(balance="quantile", balance_step=step, num_layers=1)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, documents="masked"))
     tokens = np.random.default_rng(0).integers(264, size=(8, 8), dtype=np.int32)
     segments = np.where(np.arange(8) < 5, 0, PADDING)[None].repeat(8, 0).astype(np.int32)
     with on_mesh(config):
-        batch = jax.tree.map(lambda v: place(v, token_spec(2)), Batch(tokens, tokens, segments))
-        run = jax.jit(lambda model, batch: model(batch.inputs_BL, batch.segments_BL)[1].moves_bias)
-        counts = np.asarray(run(random_model(config), batch))
-    assert counts.shape == (1, 8, 1001)
-    np.testing.assert_array_equal(counts[0, :, -1], 40)
+        run, model = jax.jit(lambda model, tokens, of: model(tokens, of)[1].moves_bias), random_model(config)
+        one, other, changed = (
+            np.asarray(run(model, *(place(v, token_spec(2)) for v in (there, segments))))
+            for there in (tokens, np.where(segments == PADDING, 7, tokens), 263 - tokens)
+        )
+    np.testing.assert_array_equal(one, other)
+    assert (one != changed).any()
+    if step == "next":
+        assert one.shape == (1, 8, 1001)
+        np.testing.assert_array_equal(one[0, :, -1], 40)
 
 
 def expected_even(scores_TE: np.ndarray, bias_E: np.ndarray, top_k: int) -> np.ndarray:

@@ -313,7 +313,7 @@ def test_aux_reports_each_layers_drops(mesh: tuple[int, int, int]) -> None:
         model = random_model(config, {"layers.mlp.router_bias_E": bias})
         values = leaves(model)
         run = jax.jit(lambda m, t, evaluating: m(t, evaluating=evaluating)[1], static_argnums=2, compiler_options=QUICK)
-        aux, free = (jax.tree.map(np.asarray, run(model, split_batch(tokens), dropless)) for dropless in (False, True))
+        aux, free = (jax.tree.map(np.asarray, run(model, split_batch(tokens), freely)) for freely in (False, True))
 
     layers = reference(config.model, {name: jnp.asarray(value) for name, value in values.items()}, tokens)[1]
     capacity = {64: 20, 16: 5, 8: 3}[64 // math.prod(mesh)]  # ceil(0.8 · T · 3 / 8)

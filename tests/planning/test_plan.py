@@ -162,11 +162,12 @@ def test_the_best_is_what_its_flags_give() -> None:
     )
     first, second = text.splitlines()[:2]
     assert first.startswith("Fits best, of ") and f"{100 * best['headroom']:.1f} % left" in first
-    assert second == " ".join(best["flags"]) and "The fastest that fit" in text
+    assert second == " ".join(best["flags"]) and not best["notes"] and "The fastest that fit" in text
 
 
 def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
-    made = plan("configs/paper/gpt3_6_7b.py", ("mesh.expert=2",), devices=2, hardware="h100", search=True)
+    overrides = ("mesh.expert=2", "model.balance_scope=part")
+    made = plan("configs/paper/gpt3_6_7b.py", overrides, devices=2, hardware="h100", search=True)
     best, text = made["best"], shown(made)
     assert not best["fits"] and best["headroom"] < 0 and not made["fits"]
     assert (
@@ -178,6 +179,9 @@ def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
     assert text.startswith("Nothing fits with 15.0 % of the memory left; the nearest takes ")
     assert " of a device's 74.51 GiB. Would fit: --devices=8" in text and "The nearest to fit" in text
     assert " ".join(best["flags"]) in text.splitlines()
+    (note,) = best["notes"]
+    assert "with model.balance_scope=part the balance loss is of other parts" in note
+    assert f"this changes what is computed: {note}" in text.splitlines()
 
 
 def test_more_devices_in_the_words_of_the_topology() -> None:

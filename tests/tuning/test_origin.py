@@ -138,9 +138,13 @@ def test_differences_that_are_refused(
 
 
 def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
-    config = tuned(base, model={"rope_theta": 5e5, "dropout": 0.1}, data={"sequence_length": 32})
+    config = tuned(base, model={"rope_theta": 5e5, "dropout": 0.1, "balance": "none"}, data={"sequence_length": 32})
     told = differences(open_origin(config.train.init_from), config)
-    assert told == ["model.rope_theta 10000.0 → 500000.0", "data.sequence_length 16 → 32"]
+    assert told == [
+        "model.rope_theta 10000.0 → 500000.0",
+        "model.balance aux_loss → none",
+        "data.sequence_length 16 → 32",
+    ]
 
 
 @pytest.mark.parametrize("place", ["nothing", "run/checkpoints/3", "export/hf"])
