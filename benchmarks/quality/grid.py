@@ -172,6 +172,7 @@ STUDIES: dict[str, list[Condition]] = {
     "longer": _longer(),
     "muon": _muon(),
     "width 64": _of_width(64, 1000),
+    "width 64, longer": [normed(*pair, 64, 2400) for pair in (("fine_grained", "none"), ("bigmac 1/4", "skip"))],
     "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")],
     "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),

@@ -20,6 +20,7 @@ ABOUT = {
     "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
     "muon": "h = 128, 2,400 steps, with Muon instead of AdamW.",
     "width 64": "h = 64, 1,000 steps.",
+    "width 64, longer": "h = 64, 2,400 steps.",
     "ratios": "h = 128, 1,000 steps: ratios of the latent, LatentMoE's two ways to spend it, and norms.",
     "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters of them.",
     "rates 256": "h = 256, 1,000 steps: half and twice the learning rate.",
@@ -34,7 +35,7 @@ APART = {
     "bigmac 1/2, skip": "k-<",
     "fine_grained, norm": "k:s",
 }
-OF_WIDTHS = ("width 64", "norms", "longer", "width 256")  # studies that have these
+OF_WIDTHS = ("width 64", "width 64, longer", "norms", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
 Run = dict[str, Any]
 Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its standard error
@@ -163,8 +164,9 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
 
 
 def longest(of_name: list[Gap]) -> dict[int, tuple[float, float]]:
-    """h → gap and its error, of the longest runs."""
-    return {h: (gap, error) for h, _, gap, error in sorted(of_name)}
+    """h → gap and its error, of runs nearly as long as the longest of any width: a gap grows with the length."""
+    least = 0.9 * max(steps for _, steps, *_ in of_name)
+    return {h: (gap, error) for h, steps, gap, error in sorted(of_name) if steps >= least}
 
 
 def widths(images: pathlib.Path, runs: list[Run]) -> str:
@@ -179,7 +181,7 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     for h, steps in sorted({key[:2] for key in cells}):
         lines.append(f"| {h} | {steps:,} | {' | '.join(cells.get((h, steps, name), '') for name in found)} |")
     for name, of_name in found.items():
-        if len({h for h, *_ in of_name}) > 2:
+        if len(longest(of_name)) > 2:
             lines += ["", extrapolated(name, of_name)]
     _draw_widths(images / "widths.png", found)
     return "\n".join([*lines, "", f"![the gap against the width]({IMAGES}/widths.png)", ""])
@@ -201,7 +203,7 @@ def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
 
 
 def extrapolated(name: str, of_name: list[Gap]) -> str:
-    """A straight line in log h through the longest run of each width, weighted by their errors, at h = 2,048."""
+    """A straight line in log h through the longest runs, weighted by their errors, at h = 2,048."""
     points = longest(of_name)
     gap, error = np.array(list(points.values())).T
     weighted = np.stack([np.ones(len(gap)), np.log2(list(points)) - np.log2(FAR)], 1) / error[:, None]
@@ -209,5 +211,5 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
     at, slope = (float(np.sqrt(v)) for v in np.diag(np.linalg.inv(weighted.T @ weighted)))
     return (
         f"Extrapolated, not measured: {name} at h = {FAR:,} is {line[0]:+.3f} ± {at:.3f} from fine_grained, by the "
-        f"line through the longest run of each width, which changes {line[1]:+.3f} ± {slope:.3f} a doubling of h."
+        f"line through the longest runs, which changes {line[1]:+.3f} ± {slope:.3f} a doubling of h."
     )
