@@ -101,7 +101,7 @@ def test_parts_that_solve_quantiles_for_themselves(mesh: tuple[int, int, int]) -
         with session(config) as run:
             metrics = run.step(tokens)
             state = leaves(run.state)
-        gradients = [value for name, value in state.items() if ".mu." in name]  # the first moment
+        gradients = [leaf for name, leaf in state.items() if ".mu." in name]  # the first moment
         return [metrics.loss, metrics.parts.aux.load, *gradients], state["rest.layers.mlp.router_bias_E"]
 
     half = with_parts(config, data=dataclasses.replace(config.data, batch_size=len(tokens) // 2), train=TrainConfig())
