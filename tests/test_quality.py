@@ -44,6 +44,25 @@ def test_the_gap_at_another_width() -> None:
     assert "at h = 2,048 is +0.390 ± 0.00" in said and "changes -0.010 ± 0.00" in said
 
 
+def test_what_a_gap_is_worth() -> None:
+    """A quarter more tokens are a fifth of the time, which three quarters of an exchange of 26.7 % are."""
+    assert pages.break_even(np.log(1.25), 0.25) == pytest.approx((0.25, 0.2 / 0.75))
+    assert pages.break_even(np.log(0.8), 0.25)[1] < 0
+    off = {"fine_grained": 0.0, "bigmac 1/4, skip": np.log(1.25), "bigmac 1/2": -0.1, "fine_grained, norm": 0.0}
+    runs = [
+        {"name": name, "width": 128, "steps": steps, "loss": 9.0 - np.log(steps) + more + noise}
+        for name, more in off.items()
+        for steps in (1000, 2400)
+        for noise in (-0.01, 0.01)[: 1 if "norm" in name else 2]  # of one seed no error is known
+    ]
+    rows = [line for line in pages.worth(runs).splitlines() if line.startswith("| bigmac")]
+    assert rows == [
+        "| bigmac 1/4, skip | fine_grained | 128 | 1,000 | +0.223 ± 0.014 | +25 % | 27 % |",
+        "| bigmac 1/2 | fine_grained | 128 | 1,000 | -0.100 ± 0.014 | -10 % | always |",
+        "| bigmac 1/4, skip | fine_grained | 128 | 2,400 | +0.223 ± 0.014 | +25 % | 27 % |",
+    ]
+
+
 def test_what_is_read_of_a_run(tmp_path: pathlib.Path) -> None:
     """Loads of every step that was logged, their mean over the last hundred; losses where it was evaluated."""
     logged = [{"step": step, "moe/load_cv": step / 1000, "moe/max_load": 2.0, "moe/drop_rate": 0.0}

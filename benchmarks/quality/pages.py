@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.markers import put
-from benchmarks.quality.grid import STRUCTURES, STUDIES, Condition
+from benchmarks.quality.grid import STRUCTURES, STUDIES, Condition, normed
 
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
@@ -35,6 +35,7 @@ APART = {
     "bigmac 1/2, skip": "k-<",
     "fine_grained, norm": "k:s",
 }
+WORTH = {name + norm for name in STRUCTURES if name != "fine_grained" for norm in ("", ", skip", ", gate")}
 OF_WIDTHS = ("width 64", "width 64, longer", "norms", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
 Run = dict[str, Any]
@@ -44,7 +45,7 @@ Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its s
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
     """Replaces what stands between the markers of the page, and draws what there are runs for."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)]
+    drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)] + [worth(runs)]
     parts = [section(name, runs) for name in STUDIES] + [picture for picture in drawn if picture]
     put(docs / PAGE, parts)
 
@@ -213,3 +214,43 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
         f"Extrapolated, not measured: {name} at h = {FAR:,} is {line[0]:+.3f} ± {at:.3f} from fine_grained, by the "
         f"line through the longest runs, which changes {line[1]:+.3f} ± {slope:.3f} a doubling of h."
     )
+
+
+def worth(runs: list[Run]) -> str:
+    """What a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay."""
+    short, long = (of(normed("fine_grained", "none", steps=steps), runs) for steps in (1000, 2400))
+    if not (short and long):
+        return ""
+    less = mean([run["loss"] for run in short])[0] - mean([run["loss"] for run in long])[0]
+    columns = ["", "instead of", "h", "steps", "behind", "tokens more", "pays above"]
+    lines = [
+        "",
+        "## What the gap is worth",
+        "",
+        f"Of fine_grained at h = 128, 2.4 times the steps take {less:.3f} off the loss. By that, so many tokens more make up "
+        "for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of fine_grained's step than the "
+        "last column says, bigmac\nreaches a loss first. What a gate computes is not counted.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in WORTH}
+    for condition in sorted(all_, key=lambda c: (c.width, c.steps)):
+        for norm in ("none", "post_combine"):
+            base = normed("fine_grained", norm, condition.width, condition.steps)
+            ours, theirs = (mean([run["loss"] for run in of(c, runs)] or [np.nan]) for c in (condition, base))
+            gap, error = ours[0] - theirs[0], float(np.hypot(ours[1], theirs[1]))
+            if np.isnan(error):
+                continue
+            more, share = break_even(gap / (less / np.log(2.4)), condition.fields["model.down_ratio"])
+            pays = f"{100 * share:.0f} %" if share > 0 else "always"
+            cells = [condition.name, base.name, condition.width, f"{condition.steps:,}", _within(gap, error, "+")]
+            lines.append(f"| {' | '.join(map(str, cells))} | {100 * more:+.0f} % | {pays} |")
+    return "\n".join([*lines, ""])
+
+
+def break_even(e_folds: float, ratio: float) -> tuple[float, float]:
+    """Of e^e_folds times the tokens: how many more those are, as a share, and the share x of the exchange in a step
+    at which a run of them takes no longer, (1 + more) · (1 - (1 - r) · x) = 1."""
+    more = float(np.expm1(e_folds))
+    return more, more / (1 + more) / (1 - ratio)
