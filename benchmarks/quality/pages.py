@@ -227,9 +227,9 @@ def worth(runs: list[Run]) -> str:
         "",
         "## What the gap is worth",
         "",
-        f"Of fine_grained at h = 128, 2.4 times the steps take {less:.3f} off the loss. By that, so many tokens more make "
-        "up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of fine_grained's step than "
-        "the last column says, bigmac\nreaches a loss first. What a gate computes is not counted.",
+        f"Of fine_grained at h = 128, 2.4 times the steps take {less:.3f} off the loss. By that, so many tokens more "
+        "make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of fine_grained's "
+        "step than the last column says, bigmac\nreaches a loss first. What a gate computes is not counted.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
