@@ -35,9 +35,11 @@ APART = {
     "bigmac 1/2, skip": "k-<",
     "fine_grained, norm": "k:s",
 }
-WORTH = {name + norm for name in STRUCTURES if name != "fine_grained" for norm in ("", ", skip", ", gate")}
 OF_WIDTHS = ("width 64", "width 64, longer", "norms", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
+# Whose gaps are told in tokens, and between which lengths fine_grained says what tokens are worth.
+WORTH = {name + norm for name in STRUCTURES if name != "fine_grained" for norm in ("", ", skip", ", gate")}
+LENGTHS = (1000, 2400)
 Run = dict[str, Any]
 Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its standard error
 
@@ -218,17 +220,18 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
 
 def worth(runs: list[Run]) -> str:
     """What a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay."""
-    short, long = (of(normed("fine_grained", "none", steps=steps), runs) for steps in (1000, 2400))
+    short, long = (of(normed("fine_grained", "none", steps=steps), runs) for steps in LENGTHS)
     if not (short and long):
         return ""
     less = mean([run["loss"] for run in short])[0] - mean([run["loss"] for run in long])[0]
+    times = LENGTHS[1] / LENGTHS[0]
     columns = ["", "instead of", "h", "steps", "behind", "tokens more", "pays above"]
     lines = [
         "",
         "## What the gap is worth",
         "",
-        f"Of fine_grained at h = 128, 2.4 times the steps take {less:.3f} off the loss. By that, so many tokens more "
-        "make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of fine_grained's "
+        f"Of fine_grained at h = 128, {times:g} times the steps take {less:.3f} off the loss. By that, so many tokens "
+        "more make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of fine_grained's "
         "step than the last column says, bigmac\nreaches a loss first. What a gate computes is not counted.",
         "",
         f"| {' | '.join(columns)} |",
@@ -242,7 +245,7 @@ def worth(runs: list[Run]) -> str:
             gap, error = ours[0] - theirs[0], float(np.hypot(ours[1], theirs[1]))
             if np.isnan(error):
                 continue
-            more, share = break_even(gap / (less / np.log(2.4)), condition.fields["model.down_ratio"])
+            more, share = break_even(gap / less * np.log(times), condition.fields["model.down_ratio"])
             pays = f"{100 * share:.0f} %" if share > 0 else "always"
             cells = [condition.name, base.name, condition.width, f"{condition.steps:,}", _within(gap, error, "+")]
             lines.append(f"| {' | '.join(map(str, cells))} | {100 * more:+.0f} % | {pays} |")
