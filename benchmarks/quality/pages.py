@@ -232,7 +232,8 @@ def worth(runs: list[Run]) -> str:
         "",
         f"Of fine_grained at h = 128, {times:g} times the steps take {less:.3f} off the loss. By that, so many tokens "
         "more make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of "
-        "fine_grained's step than the last column says, bigmac\nreaches a loss first. What a gate computes is not counted.",
+        "fine_grained's step than the last column says, bigmac\nreaches a loss first. What a gate "
+        "computes is not counted.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
