@@ -63,6 +63,11 @@ def test_what_a_gap_is_worth() -> None:
     ]
 
 
+def test_what_nothing_beats() -> None:
+    points = {"wide": (4.0, 1.0), "as wide": (4.0, 1.5), "cheap": (1.0, 2.0), "beaten": (2.0, 2.1), "half": (2.0, 1.2)}
+    assert pages.front(points) == ["cheap", "half", "wide"]
+
+
 def test_what_is_read_of_a_run(tmp_path: pathlib.Path) -> None:
     """Loads of every step that was logged, their mean over the last hundred; losses where it was evaluated."""
     logged = [{"step": step, "moe/load_cv": step / 1000, "moe/max_load": 2.0, "moe/drop_rate": 0.0}

@@ -126,30 +126,53 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:
-    """Bits a byte against wire bytes a token, of the ratios."""
-    found = [(condition, of(condition, runs)) for condition in STUDIES["ratios"]]
-    found = [(condition, seeds) for condition, seeds in found if len(seeds) > 1]
+    """Bits a byte against wire bytes a token, of the ratios and of the norms that compete, and what nothing beats."""
+    conditions = STUDIES["ratios"] + [c for c in STUDIES["norms"] if c.name.endswith((", norm", ", gate"))]
+    found = [(c.name, seeds) for c in conditions if len(seeds := of(c, runs)) > 1]
     if len(found) < 2:
         return ""
+    points = {name: (seeds[0]["wire_bytes"], *mean([run["bits_per_byte"] for run in seeds])) for name, seeds in found}
+    best = front({name: (wire, bits) for name, (wire, bits, _) in points.items()})
+    about = f"{len(points)} conditions of at least two seeds. No other has as few bytes and is better: "
+    told = (f"{name} ({points[name][0]:,.0f} bytes, {points[name][1]:.4f} bits)" for name in best)
+    lines = ["", "## Bits a byte against wire bytes", "", about + ", ".join(told) + "."]
+    _draw_pareto(images / "pareto.png", points, best)
+    return "\n".join([*lines, "", f"![bits a byte against wire bytes]({IMAGES}/pareto.png)", ""])
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """Of name → (cost, loss): the names that each lower the loss of all that cost as much or less, cheapest first."""
+    best: list[str] = []
+    for name in sorted(points, key=points.__getitem__):
+        if not best or points[name][1] < points[best[-1]][1]:
+            best.append(name)
+    return best
+
+
+def _draw_pareto(path: pathlib.Path, points: dict[str, tuple[float, float, float]], best: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    filled = {"none": "white", "skip+post_combine": "black"}
-    markers = dict(zip(STRUCTURES, "soDv<P*", strict=True))
-    for condition, seeds in found:
-        kind = next(name for name in sorted(markers, key=len, reverse=True) if condition.name.startswith(name))
-        bits, error = mean([run["bits_per_byte"] for run in seeds])
-        label = kind if seeds[0]["norm"] == "none" else None
-        axes.errorbar(
-            seeds[0]["wire_bytes"], bits, error, fmt=markers[kind], color="black", capsize=3, ms=8, label=label,
-            markerfacecolor=filled[seeds[0]["norm"]],
-        )  # fmt: skip
+    marks = dict(zip(STRUCTURES, "soDv<P*", strict=True))
+    fills = {"": "white", ", norm": "0.7", ", skip": "black", ", gate": "tab:orange"}
+    for place, (kind, mark) in enumerate(marks.items()):
+        for norm, fill in fills.items():
+            if kind + norm in points:
+                wire, bits, error = points[kind + norm]
+                aside = 2 ** ((place - 3) * 0.025)  # of the same bytes, so that error bars can be told apart
+                axes.errorbar(wire * aside, bits, error, fmt=mark, color="black", markerfacecolor=fill, capsize=3, ms=8)
+        axes.plot([], [], mark, color="black", markerfacecolor="white", label=kind)
+    for norm, fill in fills.items():
+        axes.fill_between([], [], color=fill, ec="black", label=norm.removeprefix(", ") or "no norm")
+    wires, bits = zip(*(points[name][:2] for name in best), strict=True)
+    axes.step(wires, bits, "k:", where="post", lw=1)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({wire for wire, *_ in points.values()}), minor=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
-    axes.set_title("less is better on both axes; white: no norm, black: latent_norm=skip")
+    axes.set_title("less is better on both axes; dotted: what nothing beats")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(images / "pareto.png", dpi=110)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return f"\n![bits a byte against wire bytes]({IMAGES}/pareto.png)\n"
 
 
 def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
