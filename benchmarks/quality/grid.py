@@ -19,6 +19,8 @@ BASE: Fields = {
     "model.top_k": CHOICES,
     "model.router_scale": 1.0,
     "train.checkpoint_every": 0,
+    "model.projection_init": "random",
+    "optimizer.projection_rate": 1.0,
 }
 # Of tiny's own, tried at 1/2, 1 and 2 times it (the study `rates`).
 RATES = {64: 6e-3, 128: 6e-3, 256: 6e-3}
@@ -78,6 +80,9 @@ def latent_moe(parts: int, width: int, norm: str = "none", more: int = 1) -> Fie
     return bigmac(parts, width, norm, more) | {"model.expert_hidden_size": width // 4}
 
 
+SELECTS: Fields = {"model.projection_init": "selection", "optimizer.projection_rate": 1 / 8}
+SELECTED = ", selected"
+
 # All of a width whose wire and experts differ.
 STRUCTURES: dict[str, Callable[[int, str], Fields]] = {
     "fine_grained": fine_grained,
@@ -92,8 +97,26 @@ NORMS = {"none": "", "pre_dispatch": ", norm before", "post_combine": ", norm", 
          "scale": ", learned factor", "skip": ", skip", "gate": ", gate"}  # fmt: skip
 
 
-def normed(name: str, norm: str, width: int = 128, steps: int = 1000, seeds: tuple[int, ...] = SEEDS) -> Condition:
-    return Condition(name + NORMS[norm], STRUCTURES[name](width, norm), width, steps, seeds)
+def normed(
+    name: str, norm: str, width: int = 128, steps: int = 1000, seeds: tuple[int, ...] = SEEDS, selects: bool = False
+) -> Condition:
+    """`selects`: W↓ and W↑ start as a selection and are trained slowly."""
+    fields = STRUCTURES[name](width, norm) | (SELECTS if selects else {})
+    return Condition(name + NORMS[norm] + SELECTED * selects, fields, width, steps, seeds)
+
+
+def _projections() -> list[Condition]:
+    """What W↓ and W↑ start as, and how fast they are trained: each alone, and both at several rates."""
+    fields = STRUCTURES["bigmac 1/4"](128, "skip")
+    rates = {rate: {"optimizer.projection_rate": rate} for rate in (1, 1 / 2, 1 / 4, 1 / 16)}
+    others = {f"selected, rate × {rate:g}": SELECTS | of_rate for rate, of_rate in rates.items()}
+    others |= {"random, rate × 0.125": {"optimizer.projection_rate": 1 / 8}}
+    return [
+        normed("fine_grained", "none"),
+        normed("bigmac 1/4", "skip"),
+        *(normed("bigmac 1/4", norm, selects=True) for norm in ("skip", "gate", "none")),
+        *(Condition(f"bigmac 1/4, skip, {name}", fields | more, seeds=SEEDS[:1]) for name, more in others.items()),
+    ]
 
 
 def _rates(width: int, steps: int) -> list[Condition]:
@@ -111,9 +134,12 @@ def _longer() -> list[Condition]:
     """Parts of the recipe with one seed, what is compared with all."""
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
+    selected = [("bigmac 1/4", "skip"), ("bigmac 1/2", "skip"), ("bigmac 1/4", "gate")]
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
-    return [normed(*pair, steps=2400) for pair in compared] + [
-        normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts
+    return [
+        *(normed(*pair, steps=2400) for pair in compared),
+        *(normed(*pair, steps=2400, selects=True) for pair in selected),
+        *(normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts),
     ]
 
 
@@ -121,7 +147,10 @@ def _of_width(width: int, steps: int) -> list[Condition]:
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/2", "skip"),
                 ("bigmac 1/2", "none")]  # fmt: skip
-    return [normed(*pair, width, steps) for pair in compared]
+    selected = [("bigmac 1/4", "skip"), ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]
+    return [normed(*pair, width, steps) for pair in compared] + [
+        normed(*pair, width, steps, selects=True) for pair in selected
+    ]
 
 
 def _muon() -> list[Condition]:
@@ -167,13 +196,16 @@ def _optimizers() -> list[Condition]:
 STUDIES: dict[str, list[Condition]] = {
     "norms": [normed("fine_grained", norm) for norm in ("none", "post_combine", "skip", "gate")]
     + [normed("bigmac 1/4", norm) for norm in NORMS],
+    "projections": _projections(),
     "rates": _rates(128, 1000) + _rates(64, 1000),
     "balance": _balances(),
     "longer": _longer(),
     "muon": _muon(),
     "width 64": _of_width(64, 1000),
-    "width 64, longer": [normed(*pair, 64, 2400) for pair in (("fine_grained", "none"), ("bigmac 1/4", "skip"))],
-    "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")],
+    "width 64, longer": [normed("fine_grained", "none", 64, 2400)]
+    + [normed("bigmac 1/4", "skip", 64, 2400, selects=selects) for selects in (False, True)],
+    "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")]
+    + [normed(name, "skip", selects=True) for name in STRUCTURES if name != "fine_grained"],
     "optimizers": _optimizers(),
     "rates 256": _rates(256, 1000),
     "width 256": _of_width(256, 2500),

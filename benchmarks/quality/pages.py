@@ -15,6 +15,8 @@ from benchmarks.quality.grid import STRUCTURES, STUDIES, Condition, normed
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
     "norms": "h = 128, latent 32, 1,000 steps of 2,048 tokens: which norm on the latent, and the control.",
+    "projections": "h = 128, 1,000 steps: what W↓ and W↑ start as, and their rate over that of all else. `selected`: "
+    "a selection and an eighth.",
     "rates": "Half and twice the learning rate that all other runs have.",
     "balance": "`configs/tiny.py`, 1,000 steps: what keeps the loads even.",
     "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
@@ -31,6 +33,9 @@ APART = {
     "bigmac 1/4": "k--o",
     "bigmac 1/4, skip": "k-o",
     "bigmac 1/4, gate": "k-D",
+    "bigmac 1/4, skip, selected": "C1-o",
+    "bigmac 1/4, gate, selected": "C1-D",
+    "bigmac 1/2, skip, selected": "C1-<",
     "bigmac 1/2": "k--<",
     "bigmac 1/2, skip": "k-<",
     "fine_grained, norm": "k:s",

@@ -54,6 +54,9 @@ class ModelConfig:
     # the token. scale: no norm, a learned factor.
     # auto: skip for bigmac (docs/quality.md), none for the others.
     latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale | skip | gate
+    # What bigmac's W↓ and W↑ start as: N(0, 1 / rows) | selection: r·h coordinates of h, each layer its own
+    # (docs/quality.md); optimizer.projection_rate belongs to it.
+    projection_init: str = "random"  # random | selection
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
@@ -242,6 +245,7 @@ class OptimizerConfig:
     schedule: str = "cosine"  # cosine | linear | constant | wsd (warm-up, stable, decay)
     learning_rate: float = 3e-4
     final_learning_rate: float = 3e-5
+    projection_rate: float = 1.0  # of bigmac's W↓ and W↑, which all experts of a layer share, over learning_rate
     warmup_steps: int = 100
     decay_steps: int = 0  # to the final rate: after the warm-up, 0 = to train.steps; of wsd the last ones, 0 = a fifth
     b1: float = 0.9

@@ -104,6 +104,7 @@ def validate(config: Config) -> None:
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "quantile", "none"))
     one_of("model.balance_step", model.balance_step, ("next", "same"))
+    one_of("model.projection_init", model.projection_init, ("random", "selection"))
     one_of("model.group_scores", model.group_scores, ("top_k", "top_2"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
     one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn", "splash", "triton"))
@@ -135,7 +136,7 @@ def validate(config: Config) -> None:
     at_least("mesh", 1, "node", "expert", "tensor")
     at_least("data", 1, "sequence_length", "batch_size")
     at_least("data", 0, "num_workers")
-    at_least("optimizer", 0, "learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "b1", "b2",
+    at_least("optimizer", 0, "learning_rate", "final_learning_rate", "projection_rate", "warmup_steps", "decay_steps", "b1", "b2",
              "momentum", "average_decay", "weight_decay", "clip_norm")  # fmt: skip
     at_least("train", 1, "steps", "accumulate_steps", "keep_checkpoints", "max_bad_steps")
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed", "tasks_every", "tasks_limit")

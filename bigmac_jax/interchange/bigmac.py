@@ -25,7 +25,7 @@ EXPRESSED = {
 }  # fmt: skip
 TRAINING = {
     "dropout", "capacity_factor", "balance_coefficient", "balance_step", "balance_scope", "balance_bias_rate",
-    "z_loss_coefficient",
+    "z_loss_coefficient", "projection_init",
 }  # fmt: skip
 _ENDS = {
     "embedding_VD": "model.embed_tokens.weight",

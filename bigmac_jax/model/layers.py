@@ -127,6 +127,7 @@ class Linear(nnx.Module):
 
     Args:
       part: of the model, for counts.
+      latent: W↓ or W↑, which start as model.projection_init says and are trained at optimizer.projection_rate.
       split: "outputs" or "inputs" of the matrix over `tensor`, "" for neither.
       heads: of the outputs, if they are fewer than the ranks of `tensor`: each rank takes one of them.
     """
@@ -142,11 +143,13 @@ class Linear(nnx.Module):
         scale: float = 1.0,
         split: str = "",
         heads: int = 0,
+        latent: bool = False,
     ):
         self.config, self.split, self.heads = config, split, heads
         outputs = TENSOR if split == "outputs" and not heads else None
         axes = (TENSOR, None) if split == "inputs" else (None, outputs)
-        matrix = Declaration("DF", part, scale / math.sqrt(fan_in), axes=axes)
+        selects = latent and config.model.projection_init == "selection"
+        matrix = Declaration("DF", part, scale / math.sqrt(fan_in), axes=axes, selects=selects, slow=latent)
         self.w_DF = parameter(config, key, (fan_in, fan_out), matrix)
         zero = Declaration("F", part, 0, constant=True, axes=axes[1:], decays=False, small=True)
         self.b_F = parameter(config, None, (fan_out,), zero) if bias else None

@@ -113,8 +113,8 @@ class MoE(nnx.Module):
         self.experts = Experts(config, keys[1])
         self.shared = MLP(config, keys[2], m.shared_width, shared=True) if m.shared_width else None
         bigmac, part, scale = m.structure == "bigmac", "projections", residual_scale(config)
-        self.down = Linear(config, keys[3], D, R, part, bias=False) if bigmac else None
-        self.up = Linear(config, keys[4], R, D, part, bias=False, scale=scale) if bigmac else None
+        self.down = Linear(config, keys[3], D, R, part, bias=False, latent=True) if bigmac else None
+        self.up = Linear(config, keys[4], R, D, part, bias=False, scale=scale, latent=True) if bigmac else None
         self.dispatch_norm = Norm(config, R) if "pre_dispatch" in m.latent_norms else None
         # Behind it, bigmac's W↑ carries the scaling with depth; where there is none, the norm does.
         gain = 1.0 if bigmac else scale

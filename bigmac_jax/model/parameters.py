@@ -5,6 +5,7 @@ The declaration stands on the variable. Initialisation, the optimizer, the count
 parameters between ranks ask it; none of them reads a name.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ class Declaration:
       axes: of the mesh, that each dimension is split over, whatever mesh.fsdp is.
       decays: whether weight decay makes it smaller: matrices and tables of tokens, not norms, biases and positions.
       small: too small to be worth a gather: mesh.fsdp leaves it whole.
+      selects: starts as a choice of coordinates instead: orthonormal, of the same mean square.
+      slow: trained at optimizer.projection_rate.
       exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
       rows_first: mesh.fsdp splits the first dimension if it can (a table's rows), not the largest.
     """
@@ -41,6 +44,8 @@ class Declaration:
     axes: tuple[Entry, ...] = ()
     decays: bool = True
     small: bool = False
+    selects: bool = False
+    slow: bool = False
     exact: bool = False
     rows_first: bool = False
 
@@ -87,8 +92,18 @@ def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declara
         value = jnp.full(shape, declaration.value, jnp.float32, out_sharding=spec)
     else:
         assert key is not None, declaration
-        value = declaration.value * jax.random.normal(key, shape, out_sharding=spec)
+        draw = _selection if declaration.selects else jax.random.normal
+        value = declaration.value * draw(key, shape, out_sharding=spec)
     return nnx.Param(value, declaration=declaration)
+
+
+def _selection(key: Array, shape: tuple[int, ...], out_sharding: P) -> Array:
+    """A matrix that takes as many of the longer side's coordinates as the shorter has, in any order and each once; its
+    mean square is one."""
+    longer = shape.index(max(shape))
+    taken = jax.random.permutation(key, max(shape))[: min(shape)]
+    at = jax.lax.broadcasted_iota(taken.dtype, shape, longer, out_sharding=out_sharding)
+    return math.sqrt(max(shape)) * (at == jnp.expand_dims(taken, longer)).astype(jnp.float32)
 
 
 def declared(variable: nnx.Variable) -> Declaration:

@@ -62,11 +62,19 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    if optimizer.projection_rate != 1:
+        rule = optax.chain(rule, _projections_times(optimizer.projection_rate))
     if optimizer.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
     if config.tuning.train_router:
         return rule
     return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _frozen)  # nor does it decay
+
+
+def _projections_times(rate: float) -> optax.GradientTransformation:
+    """Updates of W↓ and W↑, decay included: every token's gradient is theirs, so that they would turn over while the
+    experts behind them see a few tokens each."""
+    return optax.stateless(lambda updates, _: map_declared(lambda of, u: rate * u if of.slow else u, updates))
 
 
 def _frozen(params: Any) -> Any:

@@ -200,6 +200,24 @@ def test_initial_std_of_every_parameter() -> None:
     assert not expected
 
 
+def test_projections_that_start_as_a_selection() -> None:
+    """W↓ keeps R of h coordinates as they are, W↑ writes to R of h, each layer to its own; as large as random ones."""
+    model = EVERYTHING | {"projection_init": "selection"}
+    one, many = initial((1, 1, 1), **model), initial((1, 2, 4), **model)
+    down_YDR, up_YRD = (one[f"layers.mlp.{name}.w_DF"] for name in ("down", "up"))
+    for layer in range(8):
+        taken, written = down_YDR[layer].T, up_YRD[layer] / (0.25 * (64 / 16) ** 0.5)
+        for rows_RD in (taken, written):
+            assert set(np.unique(rows_RD.round(6))) == {0.0, 1.0}
+            np.testing.assert_allclose(rows_RD @ rows_RD.T, np.eye(16), atol=1e-6)
+    chosen = {matrix.tobytes() for matrix in (*down_YDR, *up_YRD.swapaxes(1, 2))}
+    assert len(chosen) == 16
+    for name, value in one.items():
+        np.testing.assert_array_equal(many[name], value, err_msg=name)
+    other = initial((1, 1, 1), **EVERYTHING)
+    assert [name for name in one if (one[name] != other[name]).any()] == ["layers.mlp.down.w_DF", "layers.mlp.up.w_DF"]
+
+
 @pytest.mark.parametrize("structure", ["fine_grained", "dense"])
 def test_residual_scaling_where_the_branch_ends(structure: str) -> None:
     """Without W↑ the experts' (or the MLP's) second matrix ends the branch."""

@@ -62,6 +62,24 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
     assert matrices <= {name.split(".")[-1] for name in leaves(params)}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rate_of_the_projections(name: str) -> None:
+    """W↓ and W↑ move an eighth as far, decay included; all else, the gate's W_g too, moves as it did."""
+    config, updates = tiny(latent_norm="gate"), {}
+    with on_mesh(config):
+        _, abstract, _ = split(abstract_model(config))
+        draw = np.random.default_rng(0)
+        params, grads = (jax.tree.map(lambda v: draw.normal(size=v.shape).astype(v.dtype), abstract) for _ in range(2))
+        for rate in (1.0, 0.125):
+            optimizer = make_optimizer(with_optimizer(config, name=name, warmup_steps=0, projection_rate=rate))
+            update = jax.jit(optimizer.update, compiler_options=QUICK)
+            updates[rate] = leaves(update(grads, optimizer.init(params), params)[0])
+    slow = {"layers.mlp.down.w_DF", "layers.mlp.up.w_DF"}
+    assert slow < updates[1.0].keys()
+    for leaf, update in updates[1.0].items():
+        np.testing.assert_array_equal(updates[0.125][leaf], update * (0.125 if leaf in slow else 1), err_msg=leaf)
+
+
 @pytest.mark.parametrize(("clip_norm", "norm"), [(2.0, 2.0), (100.0, 13.0), (0.0, 13.0)])
 def test_clipping(clip_norm: float, norm: float) -> None:
     """Gradients (3, 4) and 12 have norm 13 together."""
