@@ -8,11 +8,12 @@ from .running import case_name, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
+SELECTION = ("model.projection_init=selection", "optimizer.projection_rate=0.125")
 # What makes a program another one: overrides where it is on. Of eight ranks.
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp, by Muon": ("mesh.fsdp=True", "optimizer.name=muon", "optimizer.moment_dtype=bfloat16"),
     "accumulate": ("train.accumulate_steps=2",),
-    "tensor": ("mesh.expert=4", "mesh.tensor=2"),
+    "tensor": ("mesh.expert=4", "mesh.tensor=2", *SELECTION),
     "remat": ("execution.remat=layer",),
     "dropless": ("model.capacity_factor=inf",),
     "by quantiles of its own": ("model.balance=quantile", "model.balance_step=same"),

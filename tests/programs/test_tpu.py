@@ -21,12 +21,13 @@ QUANTILES = (
     "model.first_dense_layers=1",
     "model.num_layers=3",
 )
+SELECTION = ("model.projection_init=selection", "optimizer.projection_rate=0.125")
 # What makes a program another one: overrides where it is on.
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp": ("mesh.fsdp=True",),
     "accumulate": ("train.accumulate_steps=2",),
     "untied, by Muon": ("model.tie_embeddings=False", "optimizer.name=muon", "optimizer.average_decay=0.99"),
-    "tensor": ("mesh.expert=8", "mesh.tensor=4"),  # of more ranks than key-value heads
+    "tensor": ("mesh.expert=8", "mesh.tensor=4", *SELECTION),  # of more ranks than key-value heads
     "remat": ("execution.remat=layer",),
     "dropless, by quantiles": ("model.capacity_factor=inf", *QUANTILES),
     "by quantiles of its own": ("model.balance_step=same", *QUANTILES),
