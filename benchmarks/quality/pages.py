@@ -40,10 +40,19 @@ APART = {
     "bigmac 1/2, skip": "k-<",
     "fine_grained, norm": "k:s",
 }
+# What competes at one width and length, and its colour.
+FILLS = {
+    "": "white",
+    ", norm": "0.7",
+    ", skip": "black",
+    ", gate": "tab:orange",
+    ", skip, selected": "tab:blue",
+    ", gate, selected": "tab:red",
+}
 OF_WIDTHS = ("width 64", "width 64, longer", "norms", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
 # Whose gaps are told in tokens, and between which lengths fine_grained says what tokens are worth.
-WORTH = {name + norm for name in STRUCTURES if name != "fine_grained" for norm in ("", ", skip", ", gate")}
+WORTH = {name + recipe for name in STRUCTURES if name != "fine_grained" for recipe in FILLS if recipe != ", norm"}
 LENGTHS = (1000, 2400)
 Run = dict[str, Any]
 Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its standard error
@@ -132,8 +141,8 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     """Bits a byte against wire bytes a token, of the ratios and of the norms that compete, and what nothing beats."""
-    conditions = STUDIES["ratios"] + [c for c in STUDIES["norms"] if c.name.endswith((", norm", ", gate"))]
-    found = [(c.name, seeds) for c in conditions if len(seeds := of(c, runs)) > 1]
+    competing = {c.name: c for study in ("norms", "projections", "ratios") for c in STUDIES[study]}
+    found = [(name, seeds) for name, c in competing.items() if _parts(name) and len(seeds := of(c, runs)) > 1]
     if len(found) < 2:
         return ""
     points = {name: (seeds[0]["wire_bytes"], *mean([run["bits_per_byte"] for run in seeds])) for name, seeds in found}
@@ -154,18 +163,24 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     return best
 
 
+def _parts(name: str) -> tuple[str, ...]:
+    """Structure and recipe of a condition; () of one that is there to explain another."""
+    kind = max((kind for kind in STRUCTURES if name.startswith(kind)), key=len)
+    recipe = name.removeprefix(kind)
+    return (kind, recipe) if recipe in FILLS else ()
+
+
 def _draw_pareto(path: pathlib.Path, points: dict[str, tuple[float, float, float]], best: list[str]) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     marks = dict(zip(STRUCTURES, "soDv<P*", strict=True))
-    fills = {"": "white", ", norm": "0.7", ", skip": "black", ", gate": "tab:orange"}
-    for place, (kind, mark) in enumerate(marks.items()):
-        for norm, fill in fills.items():
-            if kind + norm in points:
-                wire, bits, error = points[kind + norm]
-                aside = 2 ** ((place - 3) * 0.025)  # of the same bytes, so that error bars can be told apart
-                axes.errorbar(wire * aside, bits, error, fmt=mark, color="black", markerfacecolor=fill, capsize=3, ms=8)
+    for name, (wire, bits, error) in points.items():
+        kind, norm = _parts(name)
+        aside = 2 ** ((list(marks).index(kind) - 3) * 0.025)  # of the same bytes, so that error bars can be told apart
+        style: dict[str, Any] = {"color": "black", "markerfacecolor": FILLS[norm], "capsize": 3, "ms": 8}
+        axes.errorbar(wire * aside, bits, error, fmt=marks[kind], **style)
+    for kind, mark in marks.items():
         axes.plot([], [], mark, color="black", markerfacecolor="white", label=kind)
-    for norm, fill in fills.items():
+    for norm, fill in FILLS.items():
         axes.fill_between([], [], color=fill, ec="black", label=norm.removeprefix(", ") or "no norm")
     wires, bits = zip(*(points[name][:2] for name in best), strict=True)
     axes.step(wires, bits, "k:", where="post", lw=1)
@@ -175,7 +190,7 @@ def _draw_pareto(path: pathlib.Path, points: dict[str, tuple[float, float, float
     axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
     axes.set_title("less is better on both axes; dotted: what nothing beats")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
