@@ -49,7 +49,7 @@ FILLS = {
     ", skip, selected": "tab:blue",
     ", gate, selected": "tab:red",
 }
-OF_WIDTHS = ("width 64", "width 64, longer", "norms", "longer", "width 256")  # studies that have these
+OF_WIDTHS = ("width 64", "width 64, longer", "norms", "projections", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
 # Whose gaps are told in tokens, and between which lengths fine_grained says what tokens are worth.
 WORTH = {name + recipe for name in STRUCTURES if name != "fine_grained" for recipe in FILLS if recipe != ", norm"}
@@ -205,7 +205,7 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
             if name in found and len(ours) > 1 and len(base) > 1:
                 (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, base))
                 gap = (condition.width, condition.steps, loss - other, float(np.hypot(error, of_other)))
-                found[name].append(gap)
+                found[name] += [gap] * (gap not in found[name])  # of two studies
     return found
 
 
