@@ -45,12 +45,24 @@ def test_the_gap_at_another_width() -> None:
 
 
 def test_what_a_gap_is_worth() -> None:
-    """A quarter more tokens are a fifth of the time, which three quarters of an exchange of 26.7 % are."""
+    """A quarter more tokens are a fifth of the time, which three quarters of an exchange of 26.7 % are.
+
+    Against half of the bytes: 1.25 · (1 - 3/4 x) = 1 - 1/2 x at x = 4/7.
+    """
     assert pages.break_even(np.log(1.25), 0.25) == pytest.approx((0.25, 0.2 / 0.75))
+    assert pages.break_even(np.log(1.25), 0.25, 0.5)[1] == pytest.approx(4 / 7)
+    assert pages.break_even(np.log(2.5), 0.25, 0.5)[1] > 1  # whatever the network
     assert pages.break_even(np.log(0.8), 0.25)[1] < 0
-    off = {"fine_grained": 0.0, "bigmac 1/4, skip": np.log(1.25), "bigmac 1/2": -0.1, "fine_grained, norm": 0.0}
+    wire = {"fine_grained": 8, "bigmac 1/4, skip": 2, "bigmac 1/2": 4, "fine_grained, norm": 8, "acc 1/4, skip": 8}
+    off = dict.fromkeys(wire, 0.0) | {"bigmac 1/4, skip": np.log(1.25), "bigmac 1/2": -0.1}
     runs = [
-        {"name": name, "width": 128, "steps": steps, "loss": 9.0 - np.log(steps) + more + noise}
+        {
+            "name": name,
+            "width": 128,
+            "steps": steps,
+            "loss": 9.0 - np.log(steps) + more + noise,
+            "wire_bytes": wire[name],
+        }
         for name, more in off.items()
         for steps in (1000, 2400)
         for noise in (-0.01, 0.01)[: 1 if "norm" in name else 2]  # of one seed no error is known

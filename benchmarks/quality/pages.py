@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.markers import put
-from benchmarks.quality.grid import STRUCTURES, STUDIES, Condition, normed
+from benchmarks.quality.grid import SELECTED, STRUCTURES, STUDIES, Condition, normed
 
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
@@ -275,7 +275,7 @@ def worth(runs: list[Run]) -> str:
         "",
         f"Of fine_grained at h = 128, {times:g} times the steps take {less:.3f} off the loss. By that, so many tokens "
         "more make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of "
-        "fine_grained's step than the last column says, bigmac\nreaches a loss first. What a gate "
+        "fine_grained's step than the last column says, the\nfirst reaches a loss before the second. What a gate "
         "computes is not counted.",
         "",
         f"| {' | '.join(columns)} |",
@@ -283,21 +283,32 @@ def worth(runs: list[Run]) -> str:
     ]
     all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in WORTH}
     for condition in sorted(all_, key=lambda c: (c.width, c.steps)):
-        for norm in ("none", "post_combine"):
-            base = normed("fine_grained", norm, condition.width, condition.steps)
-            ours, theirs = (mean([run["loss"] for run in of(c, runs)] or [np.nan]) for c in (condition, base))
-            gap, error = ours[0] - theirs[0], float(np.hypot(ours[1], theirs[1]))
-            if np.isnan(error):
+        same = (condition.width, condition.steps)
+        bases = [normed("fine_grained", norm, *same) for norm in ("none", "post_combine")]
+        bases += [normed("bigmac 1/2", "skip", *same, selects=True)] * condition.name.endswith(SELECTED)
+        for base in bases:
+            found = [of(c, runs) for c in (condition, base, bases[0])]
+            if min(map(len, found)) < 2:
                 continue
-            more, share = break_even(gap / less * np.log(times), condition.fields["model.down_ratio"])
-            pays = f"{100 * share:.0f} %" if share > 0 else "always"
+            ours, theirs, _ = (mean([run["loss"] for run in seeds]) for seeds in found)
+            gap, error = ours[0] - theirs[0], float(np.hypot(ours[1], theirs[1]))
+            wire, base_wire, whole = (seeds[0]["wire_bytes"] for seeds in found)
+            if wire >= base_wire:
+                continue
+            more, share = break_even(gap / less * np.log(times), wire / whole, base_wire / whole)
+            pays = "always" if share <= 0 else f"{100 * share:.0f} %" if share < 1 else "never"
             cells = [condition.name, base.name, condition.width, f"{condition.steps:,}", _within(gap, error, "+")]
             lines.append(f"| {' | '.join(map(str, cells))} | {100 * more:+.0f} % | {pays} |")
     return "\n".join([*lines, ""])
 
 
-def break_even(e_folds: float, ratio: float) -> tuple[float, float]:
-    """Of e^e_folds times the tokens: how many more those are, as a share, and the share x of the exchange in a step
-    at which a run of them takes no longer, (1 + more) · (1 - (1 - r) · x) = 1."""
+def break_even(e_folds: float, wire: float, base: float = 1.0) -> tuple[float, float]:
+    """Of e^e_folds times the tokens: how many more those are, as a share, and the share x of the exchange in
+    fine_grained's step at which a run of them takes no longer, (1 + more) · (1 - (1 - wire) · x) = 1 - (1 - base) · x.
+
+    Args:
+      wire, base: bytes of a token, and of one of what it is compared with, over fine_grained's.
+    """
     more = float(np.expm1(e_folds))
-    return more, more / (1 + more) / (1 - ratio)
+    saved = (1 + more) * (1 - wire) - (1 - base)
+    return more, more / saved if saved > 0 else 0.0  # fewer bytes, and far fewer tokens
