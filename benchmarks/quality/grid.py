@@ -19,6 +19,7 @@ BASE: Fields = {
     "model.top_k": CHOICES,
     "model.router_scale": 1.0,
     "train.checkpoint_every": 0,
+    # As all but `selected` were run, whatever the defaults become.
     "model.projection_init": "random",
     "optimizer.projection_rate": 1.0,
 }
@@ -105,6 +106,11 @@ def normed(
     return Condition(name + NORMS[norm] + SELECTED * selects, fields, width, steps, seeds)
 
 
+def _selected(width: int, steps: int) -> list[Condition]:
+    pairs = [("bigmac 1/4", "skip"), ("bigmac 1/2", "skip"), ("bigmac 1/4", "gate")]
+    return [normed(*pair, width, steps, selects=True) for pair in pairs]
+
+
 def _projections() -> list[Condition]:
     """What W↓ and W↑ start as, and how fast they are trained: each alone, and both at several rates."""
     fields = STRUCTURES["bigmac 1/4"](128, "skip")
@@ -134,11 +140,10 @@ def _longer() -> list[Condition]:
     """Parts of the recipe with one seed, what is compared with all."""
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
-    selected = [("bigmac 1/4", "skip"), ("bigmac 1/2", "skip"), ("bigmac 1/4", "gate")]
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
     return [
         *(normed(*pair, steps=2400) for pair in compared),
-        *(normed(*pair, steps=2400, selects=True) for pair in selected),
+        *_selected(128, 2400),
         *(normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts),
     ]
 
@@ -147,10 +152,7 @@ def _of_width(width: int, steps: int) -> list[Condition]:
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/2", "skip"),
                 ("bigmac 1/2", "none")]  # fmt: skip
-    selected = [("bigmac 1/4", "skip"), ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]
-    return [normed(*pair, width, steps) for pair in compared] + [
-        normed(*pair, width, steps, selects=True) for pair in selected
-    ]
+    return [normed(*pair, width, steps) for pair in compared] + _selected(width, steps)
 
 
 def _muon() -> list[Condition]:

@@ -205,7 +205,8 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
             if name in found and len(ours) > 1 and len(base) > 1:
                 (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, base))
                 gap = (condition.width, condition.steps, loss - other, float(np.hypot(error, of_other)))
-                found[name] += [gap] * (gap not in found[name])  # of two studies
+                if gap not in found[name]:  # a condition may be of two studies
+                    found[name].append(gap)
     return found
 
 

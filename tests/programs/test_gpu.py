@@ -4,11 +4,10 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS
-from .running import case_name, compiled, planned
+from .running import SELECTION, case_name, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
-SELECTION = ("model.projection_init=selection", "optimizer.projection_rate=0.125")
 # What makes a program another one: overrides where it is on. Of eight ranks.
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp, by Muon": ("mesh.fsdp=True", "optimizer.name=muon", "optimizer.moment_dtype=bfloat16"),

@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, VOCAB
-from .running import case_name, compiled
+from .running import SELECTION, case_name, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -21,7 +21,6 @@ QUANTILES = (
     "model.first_dense_layers=1",
     "model.num_layers=3",
 )
-SELECTION = ("model.projection_init=selection", "optimizer.projection_rate=0.125")
 # What makes a program another one: overrides where it is on.
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp": ("mesh.fsdp=True",),
