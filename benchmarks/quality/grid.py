@@ -141,10 +141,17 @@ def _longer() -> list[Condition]:
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
+    selected = normed("bigmac 1/4", "skip", steps=2400, selects=True)
+    slower = {"rate × 0.667": {"optimizer.learning_rate": RATES[128] * 2 / 3},
+              "projections × 0.0625": {"optimizer.projection_rate": 1 / 16}}  # fmt: skip
     return [
         *(normed(*pair, steps=2400) for pair in compared),
         *_selected(128, 2400),
         *(normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts),
+        *(
+            Condition(f"{selected.name}, {name}", selected.fields | fields, steps=2400, seeds=SEEDS[:1])
+            for name, fields in slower.items()
+        ),
     ]
 
 
@@ -159,7 +166,7 @@ def _muon() -> list[Condition]:
     """Does an optimizer that makes W↓'s and W↑'s updates orthogonal change what the latent costs?"""
     muon: Fields = {"optimizer.name": "muon"}
     pairs = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"), ("bigmac 1/4", "gate")]
-    compared = [normed(*pair, steps=2400) for pair in pairs]
+    compared = [normed(*pair, steps=2400) for pair in pairs] + _selected(128, 2400)
     return [Condition(f"{c.name}, Muon", c.fields | muon, c.width, c.steps) for c in compared]
 
 
