@@ -59,7 +59,7 @@ def _narrow(folder: pathlib.Path) -> Any:
         yield f"narrow, {name}", _train(run, MORE, {}, run / "config.json") | {
             "untrained": report["loss_after"], "experts": report["experts"], "layers": report["layers"],
         }  # fmt: skip
-    start = {"model.num_shared_experts": 0, "model.latent_norm": "post_combine"}
+    start = {"model.num_shared_experts": 0, "model.latent_norm": "post_combine", "model.projection_init": "random"}
     yield "bigmac", _train(folder / "scratch", STEPS + MORE, start)
 
 

@@ -27,6 +27,7 @@ def get_config() -> Config:
             top_k=4,
             down_ratio=0.25,
             latent_norm="none",  # NemotronH has none; configs/tiny.py learns better with it (docs/quality.md)
+            projection_init="random",  # how W↓ and W↑ start without a norm was not tried
             num_shared_experts=1,
             shared_expert_hidden_size=256,
             router_scores="sigmoid",

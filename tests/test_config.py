@@ -16,6 +16,7 @@ from bigmac_jax.config import (
     DataConfig,
     ExecutionConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
     check_resume,
     from_dict,
@@ -169,7 +170,7 @@ INVALID = {  # overrides: what the line must contain
         ("balance_step=same sends an answer", "balance_step=next"),
     "model.balance=quantile model.top_k=32": ("balance=quantile", "model.top_k=32 of 32"),
     "model.group_scores=best": ("'best'", "top_k, top_2"),
-    "model.projection_init=ones": ("'ones'", "random, selection"),
+    "model.projection_init=ones": ("'ones'", "selection, random"),
     "optimizer.projection_rate=-1": ("-1", "at least 0"),
     "optimizer.name=sgd": ("'sgd'", "adamw, muon"),
     "optimizer.schedule=step": ("'step'", "cosine, linear, constant, wsd"),
@@ -310,7 +311,7 @@ def changed(name: str) -> Config:
         "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
         "mesh.node": 2, "mesh.expert": 2,
         "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
-        "model.projection_init": "selection",
+        "model.projection_init": "random", "optimizer.projection_rate": 0.5,
         "model.group_scores": "top_2", "optimizer.name": "muon", "optimizer.schedule": "wsd", "optimizer.momentum": 0.9,
         "optimizer.moment_dtype": "bfloat16", "optimizer.average_decay": 0.9,
         "data.mixture": "x=1", "train.on_bad_step": "skip", "train.spike_factor": 2.0, "data.documents": "masked",
@@ -424,6 +425,30 @@ def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
         check_resume(before, Config())
 
 
+def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
+    """From a selection they move slowly, unless a rate is given; an earlier edition had none, and they started at
+    random."""
+    random, given = ModelConfig(projection_init="random"), OptimizerConfig(projection_rate=0.5)
+    for config, rate in (Config(), 0.125), (Config(random), 1.0), (Config(random, optimizer=given), 0.5):
+        assert config.projection_rate == rate
+        assert json.loads(config.to_json())["optimizer"]["projection_rate"] == rate
+        check_resume(Config.from_json(config.to_json()), config)
+    (tmp_path / "config.json").write_text(Config().to_json())
+    config = load_config(tmp_path / "config.json", ["model.projection_init=random"])  # which takes the rate along
+    assert config.projection_rate == 1.0
+    (tmp_path / "config.json").write_text(Config(optimizer=given).to_json())
+    config = load_config(tmp_path / "config.json", ["model.projection_init=random"])
+    assert config.projection_rate == 0.5
+    saved = json.loads(Config().to_json())
+    del saved["model"]["projection_init"], saved["optimizer"]["projection_rate"]
+    before = Config.from_json(json.dumps(saved))
+    assert (before.model.projection_init, before.projection_rate) == ("random", 1.0)
+    with pytest.raises(ConfigError, match=r"model\.projection_init='selection' differs from 'random', "):
+        check_resume(before, Config())
+    saved["model"] |= {"structure": "fine_grained", "latent_norm": "none"}  # which has neither
+    check_resume(Config.from_json(json.dumps(saved)), Config(ModelConfig("fine_grained")))
+
+
 def test_check_resume_lists_fields_that_exist() -> None:
     for prefix in MAY_CHANGE:
         assert any(name.startswith(prefix) for name in FIELDS), prefix
@@ -455,7 +480,9 @@ def test_resolved_sizes() -> None:
 def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
     execution = ExecutionConfig(exchange=fields.pop("exchange", "all_to_all"))
     described = Config(model=ModelConfig(**fields), execution=execution).describe()
-    assert described.endswith(f"64 of 256 wide rows on the wire, latent norm skip, {end}")
+    assert described.endswith(
+        f"64 of 256 wide rows on the wire, latent norm skip, projection init selection, projection rate 0.125, {end}"
+    )
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:

@@ -41,6 +41,7 @@ def config_like_peer(structure: str) -> Config:
         capacity_factor=float("inf"),
         balance="none",
         latent_norm="none",
+        projection_init="random",
         **LIKE_PEER[structure],
     )
     optimizer = OptimizerConfig(

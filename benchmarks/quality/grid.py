@@ -125,9 +125,9 @@ def _projections() -> list[Condition]:
     ]
 
 
-def _rates(width: int, steps: int) -> list[Condition]:
+def _rates(width: int, steps: int, selects: bool = False) -> list[Condition]:
     """Half and twice the rate, of the two that are compared."""
-    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "skip", width)]
+    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "skip", width, selects=selects)]
     changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
     return [
         Condition(f"{c.name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
@@ -198,6 +198,7 @@ def _optimizers() -> list[Condition]:
             for factor, fields in rates.items()
         ),
         Condition("tiny, Muon", muon, steps=2400),
+        Condition("tiny, AdamW" + SELECTED, TINY | SELECTS, steps=2400),
     ]
 
 
@@ -216,6 +217,6 @@ STUDIES: dict[str, list[Condition]] = {
     "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")]
     + [normed(name, "skip", selects=True) for name in STRUCTURES if name != "fine_grained"],
     "optimizers": _optimizers(),
-    "rates 256": _rates(256, 1000),
+    "rates 256": _rates(256, 2500, selects=True),
     "width 256": _of_width(256, 2500),
 }

@@ -25,7 +25,7 @@ ABOUT = {
     "width 64, longer": "h = 64, 2,400 steps.",
     "ratios": "h = 128, 1,000 steps: ratios of the latent, LatentMoE's two ways to spend it, and norms.",
     "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters of them.",
-    "rates 256": "h = 256, 1,000 steps: half and twice the learning rate.",
+    "rates 256": "h = 256, 2,500 steps: half and twice the learning rate that all other runs have.",
     "width 256": "h = 256, 2,500 steps (5.1 M tokens).",
 }
 # Beside fine_grained at its width, and their marks.

@@ -26,6 +26,7 @@ def get_config(size: str = "small") -> Config:
             top_k=8,
             down_ratio=0.25,
             latent_norm="none",
+            projection_init="random",
             capacity_factor=1.2,
             balance_coefficient=0.01,  # in 150 steps 0.001 leaves a quarter of the choices without room
         ),

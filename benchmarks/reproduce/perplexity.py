@@ -15,7 +15,7 @@ def _equal(width: int) -> tuple[str, ...]:
     return BIGMAC, f"model.expert_hidden_size={width - width // 64}"
 
 
-RECIPE = "model.latent_norm=skip"  # as bigmac ships (docs/quality.md)
+RECIPE = "model.latent_norm=skip"  # as bigmac shipped when it was run; W↓ and W↑ start at random (docs/quality.md)
 # Figure 1: name → fields. The first four are timed, and the first three learn with every seed.
 LEARNERS: dict[str, tuple[str, ...]] = {
     "fine_grained": (),
@@ -39,10 +39,11 @@ def figure1(lab: Lab, rate: float, quick: bool) -> Result:
     result = Result(
         "Figure 1: perplexity over time",
         "bigmac, fine_grained and vanilla with equal MoE parameters on the embedded corpus, h = 128, K = 8 (vanilla: "
-        "1), no shared expert: all that a layer adds comes through bigmac's latent of 32. bigmac is as it ships, with "
-        "a skip and a norm behind the combine, and without them, as the paper has it. What is learned does not depend "
-        "on time, and a step's time not on what was learned, since buffers are static: runs of three seeds learn in "
-        "one process, and time is their steps times the median step on the shaped cluster. Time to a perplexity is of "
+        "1), no shared expert: all that a layer adds comes through bigmac's latent of 32. bigmac has a skip "
+        "and a norm behind the combine, or neither, as the paper has it; W↓ and W↑ start at random. What is learned "
+        "does not depend on time, and a step's time not on what was learned, since buffers are static: runs of three "
+        "seeds learn in one process, and time is their steps times the median step on the shaped cluster. Time to a "
+        "perplexity is of "
         "the seeds' mean; in brackets each seed to its own fine_grained's, where all come there. One seed: vanilla; "
         "fine_grained with the recipe; and with four shared experts, at full width and together as wide as the model. "
         "Beside it h = 64 with a latent of 16. Perplexities are a byte's.",

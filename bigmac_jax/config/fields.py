@@ -54,9 +54,9 @@ class ModelConfig:
     # the token. scale: no norm, a learned factor.
     # auto: skip for bigmac (docs/quality.md), none for the others.
     latent_norm: str = "auto"  # auto | none | pre_dispatch | post_combine | both | scale | skip | gate
-    # What bigmac's W↓ and W↑ start as: N(0, 1 / rows) | selection: r·h coordinates of h, each layer its own
-    # (docs/quality.md); optimizer.projection_rate belongs to it.
-    projection_init: str = "random"  # random | selection
+    # What bigmac's W↓ and W↑ start as: r·h coordinates of h, each layer its own, which are then trained slowly
+    # (optimizer.projection_rate; docs/quality.md), or N(0, 1 / rows).
+    projection_init: str = "selection"  # selection | random
     capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
@@ -245,7 +245,8 @@ class OptimizerConfig:
     schedule: str = "cosine"  # cosine | linear | constant | wsd (warm-up, stable, decay)
     learning_rate: float = 3e-4
     final_learning_rate: float = 3e-5
-    projection_rate: float = 1.0  # of bigmac's W↓ and W↑, which all experts of a layer share, over learning_rate
+    # Of bigmac's W↓ and W↑, which all experts of a layer share, over learning_rate; 0 = 1/8 for a selection, else 1.
+    projection_rate: float = 0.0
     warmup_steps: int = 100
     decay_steps: int = 0  # to the final rate: after the warm-up, 0 = to train.steps; of wsd the last ones, 0 = a fifth
     b1: float = 0.9
@@ -308,6 +309,11 @@ class Config:
         """Whether a token sees its own document alone; conversations never see each other."""
         return self.data.documents == "masked" or self.tuning.objective != "pretrain"
 
+    @property
+    def projection_rate(self) -> float:
+        """Of W↓ and W↑, over the learning rate of all else."""
+        return self.optimizer.projection_rate or (1 / 8 if self.model.projection_init == "selection" else 1.0)
+
     def describe(self) -> str:
         """One line that says what the structure resolved to."""
         m = self.model
@@ -317,16 +323,20 @@ class Config:
         capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
+        how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
+        how = how if m.structure == "bigmac" else ""
         return (
             f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
-            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{norm}{shared}{first}, {capacity}"
+            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{norm}{how}{shared}{first}, {capacity}"
         )
 
     @property
     def resolved(self) -> "Config":
         """With what `auto` is today: what is saved stays what it was."""
         model = dataclasses.replace(self.model, latent_norm=self.model.latent_norm_kind)
-        return dataclasses.replace(self, model=model)
+        rate = self.projection_rate if model.structure == "bigmac" else self.optimizer.projection_rate
+        optimizer = dataclasses.replace(self.optimizer, projection_rate=rate)
+        return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     def to_json(self) -> str:
         return json.dumps(_spell_inf(dataclasses.asdict(self.resolved)), indent=2) + "\n"
@@ -362,12 +372,15 @@ def from_saved(values: dict[str, Any]) -> Config:
 
 
 def second_edition(values: Any) -> Any:
-    """A config.json of an earlier edition as it would be written now: latent_norm=auto was post_combine for bigmac, and
-    in the first edition `model` held what `execution` does."""
+    """A config.json of an earlier edition as it would be written now: W↓ and W↑ started at random, latent_norm=auto was
+    post_combine for bigmac, and in the first edition `model` held what `execution` does."""
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         return values
+    bigmac = values["model"].get("structure", ModelConfig.structure) == "bigmac"
+    if bigmac:
+        values = values | {"model": {"projection_init": "random"} | values["model"]}
     if values["model"].get("latent_norm") == "auto":
-        was = "post_combine" if values["model"].get("structure", ModelConfig.structure) == "bigmac" else "none"
+        was = "post_combine" if bigmac else "none"
         values = values | {"model": values["model"] | {"latent_norm": was}}
     if "execution" in values:
         return values

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bigmac_jax.config.fields import Config, from_dict, moved
+from bigmac_jax.config.fields import Config, ModelConfig, OptimizerConfig, from_dict, moved
 from bigmac_jax.config.names import field_names, nearest, question, unknown_field
 from bigmac_jax.config.rules import ConfigError, check_batch
 
@@ -169,9 +169,14 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _free(config: Config) -> Config:
-    """With latent_norm=auto where that is what was saved, so that model.structure can be changed alone."""
-    model = dataclasses.replace(config.model, latent_norm="auto")
-    return dataclasses.replace(config, model=model) if model.latent_norms == config.model.latent_norms else config
+    """With what is saved as it was resolved back at its default where that is the same, so that model.structure and
+    model.projection_init can be changed alone."""
+    model = dataclasses.replace(config.model, latent_norm=ModelConfig.latent_norm)
+    optimizer = dataclasses.replace(config.optimizer, projection_rate=OptimizerConfig.projection_rate)
+    if model.latent_norms == config.model.latent_norms:
+        config = dataclasses.replace(config, model=model)
+    free = dataclasses.replace(config, optimizer=optimizer)
+    return free if free.projection_rate == config.projection_rate else config
 
 
 def _apply(values: ConfigDict, override: str) -> None:

@@ -34,6 +34,7 @@ def paper(structure: str, num_layers: int, hidden_size: int, num_heads: int) -> 
             top_k=8,
             down_ratio=0.25,
             latent_norm="none",
+            projection_init="random",
             router_renormalize=False,
             capacity_factor=1.2,
             balance_coefficient=0.001,

@@ -104,7 +104,7 @@ def validate(config: Config) -> None:
     one_of("model.router_scores", model.router_scores, ("softmax", "sigmoid"))
     one_of("model.balance", model.balance, ("aux_loss", "bias", "quantile", "none"))
     one_of("model.balance_step", model.balance_step, ("next", "same"))
-    one_of("model.projection_init", model.projection_init, ("random", "selection"))
+    one_of("model.projection_init", model.projection_init, ("selection", "random"))
     one_of("model.group_scores", model.group_scores, ("top_k", "top_2"))
     one_of("model.balance_scope", model.balance_scope, ("step", "part"))
     one_of("execution.attention", execution.attention, ("auto", "blocks", "xla", "cudnn", "splash", "triton"))

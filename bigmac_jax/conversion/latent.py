@@ -82,6 +82,7 @@ def narrow(
         structure="bigmac",
         down_ratio=ratio,
         latent_norm=latent_norm,
+        projection_init="random",  # fitted to what was trained, and so not held still
         expert_hidden_size=m.expert_width,
         shared_expert_hidden_size=m.shared_expert_hidden_size or (m.latent_size if m.num_shared_experts else 0),
         dense_hidden_size=m.mlp_width if m.first_dense_layers else m.dense_hidden_size,

@@ -139,6 +139,7 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
             top_k=v["num_experts_per_tok"],
             expert_hidden_size=v["moe_intermediate_size"],
             latent_norm="none",
+            projection_init="random",  # nor were they trained slowly
             router_renormalize=v["norm_topk_prob"],
             capacity_factor=math.inf,
             **model,

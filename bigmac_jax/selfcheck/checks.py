@@ -344,6 +344,7 @@ def _config(devices: int, nodes: int = 1, ranks: int = 0, use_bias: bool = False
             top_k=3,
             expert_hidden_size=32,
             latent_norm="none",  # as in the reference
+            projection_init="random",
             capacity_factor=math.inf,
             use_bias=use_bias,
         ),

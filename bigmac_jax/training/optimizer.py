@@ -62,8 +62,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-    if optimizer.projection_rate != 1:
-        rule = optax.chain(rule, _projections_times(optimizer.projection_rate))
+    if config.model.structure == "bigmac" and config.projection_rate != 1:
+        rule = optax.chain(rule, _projections_times(config.projection_rate))
     if optimizer.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
     if config.tuning.train_router:

@@ -33,7 +33,7 @@ _FREE = (
     "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
 )  # fmt: skip
 ORIGIN = "init_from"  # under which run.json has a run's `identity`
-_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step")
+_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step", "projection_init")
 
 
 class Origin(NamedTuple):

@@ -155,6 +155,7 @@ def test_dropout_masks_are_the_same_on_every_mesh(mesh: tuple[int, int, int]) ->
 EVERYTHING = PAPER | {
     "gated": True, "num_shared_experts": 2, "tie_embeddings": False, "qk_norm": True, "balance": "bias",
     "latent_norm": "pre_dispatch", "num_layers": 8, "hidden_size": 64, "expert_hidden_size": 48,
+    "projection_init": "random",
 }  # fmt: skip
 
 

@@ -11,9 +11,6 @@ from typing import Any
 
 TESTS = pathlib.Path(__file__).parents[1]
 
-# How W↓ and W↑ start and move in the cases of both compilers that have a `tensor` axis.
-SELECTION = ("model.projection_init=selection", "optimizer.projection_rate=0.125")
-
 
 def planned(config: str, topology: str, *overrides: str) -> dict[str, Any]:
     """What `plan.py --compile --json` says of a config file."""

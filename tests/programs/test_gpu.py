@@ -4,7 +4,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS
-from .running import SELECTION, case_name, compiled, planned
+from .running import case_name, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.gpu
 FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp, by Muon": ("mesh.fsdp=True", "optimizer.name=muon", "optimizer.moment_dtype=bfloat16"),
     "accumulate": ("train.accumulate_steps=2",),
-    "tensor": ("mesh.expert=4", "mesh.tensor=2", *SELECTION),
-    "remat": ("execution.remat=layer",),
+    "tensor": ("mesh.expert=4", "mesh.tensor=2"),
+    "remat, from a random start": ("execution.remat=layer", "model.projection_init=random"),
     "dropless": ("model.capacity_factor=inf",),
     "by quantiles of its own": ("model.balance=quantile", "model.balance_step=same"),
 }

@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, VOCAB
-from .running import SELECTION, case_name, compiled
+from .running import case_name, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -26,8 +26,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "fsdp": ("mesh.fsdp=True",),
     "accumulate": ("train.accumulate_steps=2",),
     "untied, by Muon": ("model.tie_embeddings=False", "optimizer.name=muon", "optimizer.average_decay=0.99"),
-    "tensor": ("mesh.expert=8", "mesh.tensor=4", *SELECTION),  # of more ranks than key-value heads
-    "remat": ("execution.remat=layer",),
+    "tensor": ("mesh.expert=8", "mesh.tensor=4"),  # of more ranks than key-value heads
+    "remat, from a random start": ("execution.remat=layer", "model.projection_init=random"),
     "dropless, by quantiles": ("model.capacity_factor=inf", *QUANTILES),
     "by quantiles of its own": ("model.balance_step=same", *QUANTILES),
 }

@@ -138,10 +138,12 @@ def test_differences_that_are_refused(
 
 
 def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
-    config = tuned(base, model={"rope_theta": 5e5, "dropout": 0.1, "balance": "none"}, data={"sequence_length": 32})
+    model = {"rope_theta": 5e5, "dropout": 0.1, "projection_init": "random", "balance": "none"}
+    config = tuned(base, model=model, data={"sequence_length": 32})
     told = differences(open_origin(config.train.init_from), config)
     assert told == [
         "model.rope_theta 10000.0 → 500000.0",
+        "model.projection_init selection → random",
         "model.balance aux_loss → none",
         "data.sequence_length 16 → 32",
     ]
