@@ -3,11 +3,15 @@
 import pathlib
 from collections.abc import Iterable
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
-def put(page: pathlib.Path, parts: Iterable[str], title: str = "") -> None:
-    """Writes them in place of what stands between the markers; a page that is not there begins with its title."""
-    text = page.read_text() if page.exists() else f"{title}{BEGIN}\n{END}\n"
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{''.join(parts)}\n{END}{after}")
+def put(page: pathlib.Path, parts: Iterable[str], title: str = "", name: str = "results") -> None:
+    """Writes them in place of what stands between the markers of that name; a page that is not there begins with its
+    title."""
+    begin, end = markers(name)
+    text = page.read_text() if page.exists() else f"{title}{begin}\n{end}\n"
+    before, after = text.partition(begin)[0], text.partition(end)[2]
+    page.write_text(f"{before}{begin}\n{''.join(parts)}\n{end}{after}")

@@ -75,6 +75,32 @@ def test_what_a_gap_is_worth() -> None:
     ]
 
 
+def test_the_tables_of_what_is_shipped() -> None:
+    """Losses 4 ± 0.1 and 3.8 ± 0.1, each of two seeds, are 0.2 ± 0.14 apart; what was not run is left empty."""
+    losses = {
+        ("fine_grained", 128, 1000): [3.9, 4.1],
+        ("bigmac 1/4, skip, selected", 128, 1000): [3.7, 3.9],
+        ("bigmac 1/4, skip", 128, 2400): [3.0],
+        ("fine_grained", 128, 2400): [3.5],
+        ("fine_grained, norm", 256, 2500): [2.0],
+        ("bigmac 1/2, skip, selected", 256, 2500): [2.25],
+    }
+    runs = [
+        {"name": name, "width": width, "steps": steps, "loss": loss}
+        for (name, width, steps), seeds in losses.items()
+        for loss in seeds
+    ]
+    assert pages.shipped(runs).splitlines() == [
+        "| h | steps | r = 1/4, over fine_grained | r = 1/4, over the control | r = 1/2, over fine_grained "
+        "| r = 1/2, over the control |",
+        "|---|---|---|---|---|---|",
+        "| 128 | 1,000 | -0.200 ± 0.141 |  |  |  |",
+        "| 256 | 2,500 |  |  |  | +0.250 |",
+    ]
+    rows = [line.split(" | ")[1:] for line in pages.recipe(runs).splitlines() if "skip" in line or "selection" in line]
+    assert rows[:2] == [["", "-0.500 |"], ["-0.200 ± 0.141", " |"]]
+
+
 def test_what_nothing_beats() -> None:
     points = {"wide": (4.0, 1.0), "as wide": (4.0, 1.5), "cheap": (1.0, 2.0), "beaten": (2.0, 2.1), "half": (2.0, 1.2)}
     assert pages.front(points) == ["cheap", "half", "wide"]

@@ -51,6 +51,19 @@ FILLS = {
 }
 OF_WIDTHS = ("width 64", "width 64, longer", "norms", "projections", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
+# What bigmac ships with, at two ratios, and what fine_grained could have of it.
+SHIPPED = {ratio: f"bigmac {ratio}, skip{SELECTED}" for ratio in ("1/4", "1/2")}
+CONTROL = "fine_grained, norm"
+# One after another added to the paper's bigmac, or instead of it; over fine_grained.
+PARTS = {
+    "bigmac 1/4": "bigmac as the paper has it",
+    "bigmac 1/4, norm": "with a norm behind the combine",
+    "bigmac 1/4, skip": "and the skip in front of it",
+    SHIPPED["1/4"]: "and W↓ and W↑ from a selection, at an eighth of the rate: **as it ships**",
+    "bigmac 1/4, gate": "norm, skip and a gate on the outputs, from a random start",
+    "bigmac 1/4, gate" + SELECTED: "all of them",
+    CONTROL: "the control",
+}
 # Whose gaps are told in tokens, and between which lengths fine_grained says what tokens are worth.
 WORTH = {name + recipe for name in STRUCTURES if name != "fine_grained" for recipe in FILLS if recipe != ", norm"}
 LENGTHS = (1000, 2400)
@@ -64,6 +77,8 @@ def write(docs: pathlib.Path, runs: list[Run]) -> None:
     drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)] + [worth(runs)]
     parts = [section(name, runs) for name in STUDIES] + [picture for picture in drawn if picture]
     put(docs / PAGE, parts)
+    put(docs / PAGE, [shipped(runs)], name="shipped")
+    put(docs / PAGE, [recipe(runs)], name="recipe")
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
@@ -78,20 +93,53 @@ def mean(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
+def over(ours: list[Run], theirs: list[Run]) -> tuple[float, float]:
+    """The difference of two conditions' losses and its standard error; NaN of one seed."""
+    (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, theirs))
+    return loss - other, float(np.hypot(error, of_other))
+
+
+def shipped(runs: list[Run]) -> str:
+    """By width and length: what bigmac ships with over fine_grained, and over the control."""
+    bases = {"fine_grained": "fine_grained", "the control": CONTROL}
+    columns = ["h", "steps", *(f"r = {ratio}, over {base}" for ratio in SHIPPED for base in bases)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for width, steps in sorted({(c.width, c.steps) for study in OF_WIDTHS for c in STUDIES[study]}):
+        cells = [_apart(name, base, width, steps, runs) for name in SHIPPED.values() for base in bases.values()]
+        if any(cells):
+            lines.append(f"| {width} | {steps:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recipe(runs: list[Run]) -> str:
+    """Part by part, at h = 128 and two lengths, over fine_grained."""
+    lines = [f"| | {' | '.join(f'after {steps:,}' for steps in LENGTHS)} |", "|---" * (1 + len(LENGTHS)) + "|"]
+    for name, said in PARTS.items():
+        cells = [_apart(name, "fine_grained", 128, steps, runs) for steps in LENGTHS]
+        if any(cells):
+            lines.append(f"| {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _apart(name: str, base: str, width: int, steps: int, runs: list[Run]) -> str:
+    """One's loss over the other's, or "" of what was not run."""
+    ours, theirs = (of(Condition(kind, {}, width, steps), runs) for kind in (name, base))
+    return _within(*over(ours, theirs), "+") if ours and theirs else ""
+
+
 def section(study: str, runs: list[Run]) -> str:
     """A study's table. Differences are to its first condition."""
     found = [(condition, of(condition, runs)) for condition in STUDIES[study]]
     found = [(condition, seeds) for condition, seeds in found if seeds]
     if not found:
         return ""
-    base, base_error = mean([run["loss"] for run in found[0][1]])
     columns = ["", "seeds", "loss", "less than the first", "bits a byte", "wire bytes a token", "MFLOPs a token",
                "MoE parameters", "load"]  # fmt: skip
     head = f"| {' | '.join(columns)} |"
     lines = ["", f"## {study.capitalize()}", "", ABOUT[study], "", head, "|---" * len(columns) + "|"]
     for condition, seeds in found:
         loss, error = mean([run["loss"] for run in seeds])
-        apart = "" if seeds is found[0][1] else _within(base - loss, float(np.hypot(error, base_error)), "+")
+        apart = "" if seeds is found[0][1] else _within(*over(found[0][1], seeds), "+")
         one = seeds[0]
         bits, load = (mean([run[name] for run in seeds])[0] for name in ("bits_per_byte", "load_cv"))
         cells = [condition.name, len(seeds), _within(loss, error), apart, f"{bits:.4f}", f"{one['wire_bytes']:,.0f}"]
@@ -203,8 +251,7 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
         base = same["fine_grained"][1]
         for name, (condition, ours) in same.items():
             if name in found and len(ours) > 1 and len(base) > 1:
-                (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, base))
-                gap = (condition.width, condition.steps, loss - other, float(np.hypot(error, of_other)))
+                gap = (condition.width, condition.steps, *over(ours, base))
                 if gap not in found[name]:  # a condition may be of two studies
                     found[name].append(gap)
     return found
@@ -239,9 +286,11 @@ def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
     for name, of_name in found.items():
         points = longest(of_name)
         gap, error = zip(*points.values(), strict=True)
-        axes.errorbar(list(points), gap, error, fmt=APART[name], capsize=3, label=name)
+        label = f"{name}, {max(steps for _, steps, *_ in of_name):,} steps"
+        axes.errorbar(list(points), gap, error, fmt=APART[name], capsize=3, label=label)
     axes.axhline(0, color="0.5", lw=1)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="h", ylabel="loss over fine_grained's")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -291,8 +340,7 @@ def worth(runs: list[Run]) -> str:
             found = [of(c, runs) for c in (condition, base, bases[0])]
             if min(map(len, found)) < 2:
                 continue
-            ours, theirs, _ = (mean([run["loss"] for run in seeds]) for seeds in found)
-            gap, error = ours[0] - theirs[0], float(np.hypot(ours[1], theirs[1]))
+            gap, error = over(*found[:2])
             wire, base_wire, whole = (seeds[0]["wire_bytes"] for seeds in found)
             if wire >= base_wire:
                 continue

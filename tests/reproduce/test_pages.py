@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.markers import BEGIN, END
+from benchmarks.markers import markers
 from benchmarks.reproduce import pages
 from benchmarks.reproduce.calibrate import SHARE, CalibrationError, rate_of
 from benchmarks.reproduce.experiments import EXPERIMENTS
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
+BEGIN, END = markers("results")
 
 
 def images(docs: pathlib.Path) -> set[str]:
