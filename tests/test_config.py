@@ -402,7 +402,8 @@ def test_a_config_of_the_first_edition_is_read() -> None:
     """What train.py wrote before `execution` was."""
     model = {"structure": "fine_grained", "num_layers": 3, "dtype": "bfloat16", "remat": True, "exchange": "dedup"}
     config = Config.from_json(json.dumps({"model": model, "train": {"steps": 7}}))
-    assert config.model == ModelConfig("fine_grained", num_layers=3) and config.train.steps == 7
+    assert config.model == ModelConfig("fine_grained", num_layers=3, projection_init="random")
+    assert config.train.steps == 7
     assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup")
     assert Config.from_json(json.dumps({"model": {"remat": False}})).execution.remat == "none"
     assert Config.from_json(config.to_json()) == config.resolved
@@ -445,8 +446,17 @@ def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
     assert (before.model.projection_init, before.projection_rate) == ("random", 1.0)
     with pytest.raises(ConfigError, match=r"model\.projection_init='selection' differs from 'random', "):
         check_resume(before, Config())
-    saved["model"] |= {"structure": "fine_grained", "latent_norm": "none"}  # which has neither
-    check_resume(Config.from_json(json.dumps(saved)), Config(ModelConfig("fine_grained")))
+    # Other structures have neither, whatever an edition wrote.
+    saved["model"] |= {"structure": "fine_grained", "latent_norm": "none"}
+    for optimizer, model in ({}, {}), ({"projection_rate": 1.0}, {"projection_init": "random"}):
+        sections = saved | {"optimizer": saved["optimizer"] | optimizer, "model": saved["model"] | model}
+        for init in ("random", "selection"):
+            now = Config(ModelConfig("fine_grained", projection_init=init))
+            assert now.projection_rate == 1.0
+            check_resume(Config.from_json(json.dumps(sections)), now)
+    # Nor was bigmac trained so when they were trained.
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load_config(tmp_path / "config.json", ["model.structure=bigmac"]).model.projection_init == "random"
 
 
 def test_check_resume_lists_fields_that_exist() -> None:

@@ -23,7 +23,7 @@ BASE: Fields = {
     "model.projection_init": "random",
     "optimizer.projection_rate": 1.0,
 }
-# Of tiny's own, tried at 1/2, 1 and 2 times it (the study `rates`).
+# Of tiny's own; the studies `rates` and `rates 256` try a half and twice as much.
 RATES = {64: 6e-3, 128: 6e-3, 256: 6e-3}
 
 
@@ -170,7 +170,7 @@ def _muon() -> list[Condition]:
     return [Condition(f"{c.name}, Muon", c.fields | muon, c.width, c.steps) for c in compared]
 
 
-# configs/tiny.py as it is.
+# configs/tiny.py as it is, but for how W↓ and W↑ start (BASE).
 TINY: Fields = {
     "model.num_shared_experts": 1,
     "model.num_experts": 32,

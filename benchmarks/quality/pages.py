@@ -18,13 +18,13 @@ ABOUT = {
     "projections": "h = 128, 1,000 steps: what W↓ and W↑ start as, and their rate over that of all else. `selected`: "
     "a selection and an eighth.",
     "rates": "Half and twice the learning rate that all other runs have.",
-    "balance": "`configs/tiny.py`, 1,000 steps: what keeps the loads even.",
+    "balance": "`configs/tiny.py` from a random start, 1,000 steps: what keeps the loads even.",
     "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
     "muon": "h = 128, 2,400 steps, with Muon instead of AdamW.",
     "width 64": "h = 64, 1,000 steps.",
     "width 64, longer": "h = 64, 2,400 steps.",
     "ratios": "h = 128, 1,000 steps: ratios of the latent, LatentMoE's two ways to spend it, and norms.",
-    "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters of them.",
+    "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters. `selected`: as it ships.",
     "rates 256": "h = 256, 2,500 steps: half and twice the learning rate that all other runs have.",
     "width 256": "h = 256, 2,500 steps (5.1 M tokens).",
 }
@@ -257,10 +257,10 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
     return found
 
 
-def longest(of_name: list[Gap]) -> dict[int, tuple[float, float]]:
-    """h → gap and its error, of runs nearly as long as the longest of any width: a gap grows with the length."""
+def longest(of_name: list[Gap]) -> list[Gap]:
+    """By width, of runs nearly as long as the longest of any: a gap grows with the length."""
     least = 0.9 * max(steps for _, steps, *_ in of_name)
-    return {h: (gap, error) for h, steps, gap, error in sorted(of_name) if steps >= least}
+    return sorted(gap for gap in of_name if gap[1] >= least)
 
 
 def widths(images: pathlib.Path, runs: list[Run]) -> str:
@@ -282,27 +282,26 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
 
 
 def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for name, of_name in found.items():
-        points = longest(of_name)
-        gap, error = zip(*points.values(), strict=True)
-        label = f"{name}, {max(steps for _, steps, *_ in of_name):,} steps"
-        axes.errorbar(list(points), gap, error, fmt=APART[name], capsize=3, label=label)
+        width, steps, gap, error = zip(*longest(of_name), strict=True)
+        lengths = "–".join(f"{length:,}" for length in sorted({min(steps), max(steps)}))
+        label = f"{name.replace(', skip' + SELECTED, ', as it ships')}, {lengths} steps"
+        axes.errorbar(width, gap, error, fmt=APART[name], capsize=3, label=label)
     axes.axhline(0, color="0.5", lw=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="h", ylabel="loss over fine_grained's")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def extrapolated(name: str, of_name: list[Gap]) -> str:
     """A straight line in log h through the longest runs, weighted by their errors, at h = 2,048."""
-    points = longest(of_name)
-    gap, error = np.array(list(points.values())).T
-    weighted = np.stack([np.ones(len(gap)), np.log2(list(points)) - np.log2(FAR)], 1) / error[:, None]
+    width, _, gap, error = np.array(longest(of_name)).T
+    weighted = np.stack([np.ones(len(gap)), np.log2(width) - np.log2(FAR)], 1) / error[:, None]
     line = np.linalg.lstsq(weighted, gap / error)[0]
     at, slope = (float(np.sqrt(v)) for v in np.diag(np.linalg.inv(weighted.T @ weighted)))
     return (

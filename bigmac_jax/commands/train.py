@@ -8,7 +8,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import Config, ConfigError, check_batch, load_config
-from bigmac_jax.config.reading import overridden
+from bigmac_jax.config.reading import freed, overridden
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.workdir import has_run, read_config, run_folder
@@ -54,7 +54,7 @@ def _config(workdir: pathlib.Path) -> Config:
         base = read_config(workdir) if has_run(workdir) else None
     base = base or config_of(open_origin(str(place)), given)
     with hosts.together():
-        config = overridden(dataclasses.asdict(base), cli.OVERRIDES)
+        config = overridden(dataclasses.asdict(freed(base)), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config
 

@@ -312,7 +312,8 @@ class Config:
     @property
     def projection_rate(self) -> float:
         """Of W↓ and W↑, over the learning rate of all else."""
-        return self.optimizer.projection_rate or (1 / 8 if self.model.projection_init == "selection" else 1.0)
+        slow = self.model.structure == "bigmac" and self.model.projection_init == "selection"
+        return self.optimizer.projection_rate or (1 / 8 if slow else 1.0)
 
     def describe(self) -> str:
         """One line that says what the structure resolved to."""
@@ -334,8 +335,7 @@ class Config:
     def resolved(self) -> "Config":
         """With what `auto` is today: what is saved stays what it was."""
         model = dataclasses.replace(self.model, latent_norm=self.model.latent_norm_kind)
-        rate = self.projection_rate if model.structure == "bigmac" else self.optimizer.projection_rate
-        optimizer = dataclasses.replace(self.optimizer, projection_rate=rate)
+        optimizer = dataclasses.replace(self.optimizer, projection_rate=self.projection_rate)
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     def to_json(self) -> str:
@@ -376,12 +376,10 @@ def second_edition(values: Any) -> Any:
     post_combine for bigmac, and in the first edition `model` held what `execution` does."""
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         return values
-    bigmac = values["model"].get("structure", ModelConfig.structure) == "bigmac"
-    if bigmac:
-        values = values | {"model": {"projection_init": "random"} | values["model"]}
+    values = values | {"model": {"projection_init": "random"} | values["model"]}
     if values["model"].get("latent_norm") == "auto":
-        was = "post_combine" if bigmac else "none"
-        values = values | {"model": values["model"] | {"latent_norm": was}}
+        was = "post_combine" if values["model"].get("structure", ModelConfig.structure) == "bigmac" else "none"
+        values["model"] |= {"latent_norm": was}
     if "execution" in values:
         return values
     model = {name: value for name, value in values["model"].items() if not moved(f"model.{name}")}

@@ -26,6 +26,8 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
               "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
               "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
               "data.num_workers", "cache_dir")  # fmt: skip
+# Of bigmac alone.
+_OF_PROJECTIONS = ("model.projection_init", "optimizer.projection_rate")
 # What they name may be moved; that it is the same model is checked where it is opened (`tuning.origin.open_origin`).
 _MODELS = ("train.init_from", "tuning.teacher")
 
@@ -33,8 +35,9 @@ _MODELS = ("train.init_from", "tuning.teacher")
 def check_resume(saved: Config, new: Config) -> None:
     """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
     before, after = (dict(field_values(dataclasses.asdict(config.resolved))) for config in (saved, new))
+    without = () if "bigmac" in (saved.model.structure, new.model.structure) else _OF_PROJECTIONS
     for name, value in after.items():
-        may = name.startswith(MAY_CHANGE) or (name in _MODELS and before[name] and value)
+        may = name.startswith((*MAY_CHANGE, *without)) or (name in _MODELS and before[name] and value)
         if before[name] != value and not may:
             raise ConfigError(
                 f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; "
@@ -155,7 +158,7 @@ def _read(path: str) -> dict[str, Any]:
     with _one_line(f"--config={path!r} could not be read"):
         file = _find(name)
         if file.suffix == ".json":
-            return dataclasses.asdict(_free(Config.from_json(file.read_text(), name)))
+            return dataclasses.asdict(freed(Config.from_json(file.read_text(), name)))
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
         assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
         module = importlib.util.module_from_spec(spec)
@@ -168,7 +171,7 @@ def _read(path: str) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _free(config: Config) -> Config:
+def freed(config: Config) -> Config:
     """With what is saved as it was resolved back at its default where that is the same, so that model.structure and
     model.projection_init can be changed alone."""
     model = dataclasses.replace(config.model, latent_norm=ModelConfig.latent_norm)

@@ -62,7 +62,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-    if config.model.structure == "bigmac" and config.projection_rate != 1:
+    if config.projection_rate != 1:
         rule = optax.chain(rule, _projections_times(config.projection_rate))
     if optimizer.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)

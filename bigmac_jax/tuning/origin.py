@@ -31,9 +31,10 @@ from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_t
 # What a run may set anew without a word: how it is trained. What else may differ is told (`_NAMED`).
 _FREE = (
     "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
+    "projection_init",
 )  # fmt: skip
 ORIGIN = "init_from"  # under which run.json has a run's `identity`
-_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step", "projection_init")
+_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step")
 
 
 class Origin(NamedTuple):
@@ -205,6 +206,9 @@ def differences(origin: Origin, config: Config) -> list[str]:
         )
     if length != longest:
         told.append(f"data.sequence_length {longest} → {length}")
+    rate_before, rate = origin.config.projection_rate, config.projection_rate
+    if now.structure == "bigmac" and rate_before != rate:
+        told.append(f"optimizer.projection_rate {rate_before:g} → {rate:g}")
     return told
 
 

@@ -143,9 +143,9 @@ def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
     told = differences(open_origin(config.train.init_from), config)
     assert told == [
         "model.rope_theta 10000.0 → 500000.0",
-        "model.projection_init selection → random",
         "model.balance aux_loss → none",
         "data.sequence_length 16 → 32",
+        "optimizer.projection_rate 0.125 → 1",
     ]
 
 
