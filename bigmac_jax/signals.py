@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM from a command's first line on: one line, and the exit code that shells have for them.
+"""SIGINT and SIGTERM from a command's first line on: one line, and the exit code that shells have for them; and readers
+of a command's lines that leave.
 
 Nothing is imported here that takes time.
 """
@@ -9,13 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PATIENCE = 0.3  # seconds for the main thread to come back from C
 _half_way: list[Callable[[], object]] = []
 _spared: set[int] = set()  # whose next one is `stop_signals`'
 _ending = threading.Lock()
+_loops: list[list[int]] = []  # what those inside `stop_signals` were given
 
 
 def take() -> None:
@@ -58,12 +60,27 @@ def stop_signals() -> Iterator[list[int]]:
         for number in WORDS:
             _spared.add(number)
             previous[number] = signal.signal(number, stop)
+        _loops.append(received)
         yield received
     finally:
+        _loops[:] = [loop for loop in _loops if loop is not received]
         for number, handler in previous.items():
             signal.signal(number, handler)
             if number not in received:
                 _spared.discard(number)
+
+
+@contextlib.contextmanager
+def read_by(stream: TextIO) -> Iterator[None]:
+    """For lines to a reader that may have left: head, or tee at a ctrl-C that was for both. The loop inside
+    `stop_signals` then saves and ends as for a signal, and further lines go nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _loops:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _loops[-1].append(signal.SIGPIPE)
 
 
 @contextlib.contextmanager

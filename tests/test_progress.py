@@ -1,10 +1,12 @@
 """Without a terminal there are plain lines, and only now and then."""
 
+import os
 import pathlib
+import signal
 
 import pytest
 
-from bigmac_jax import progress
+from bigmac_jax import progress, signals
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.metrics import MetricsWriter
 
@@ -49,3 +51,18 @@ def test_steps_of_a_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     assert (
         shown.err == "step 20 of 40: loss 7.100, 100 tokens/s\n" and shown.out == "step 20: validation perplexity 9\n"
     )
+
+
+def test_a_run_whose_readers_left_is_to_stop(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And to save: `loop` asks the list. Both its streams may be pipes."""
+    for name in ("stdout", "stderr"):
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr(f"sys.{name}", os.fdopen(write, "w"))
+    writer = MetricsWriter(tmp_path, 0, 40)
+    with signals.stop_signals() as stopped:
+        for step in (20, 40):
+            writer.progress(step, "loss 7.100")
+            writer.print(f"step {step}: validation perplexity 9")
+    assert stopped == [signal.SIGPIPE, signal.SIGPIPE]
+    writer.close()

@@ -81,6 +81,23 @@ time.sleep(10)
     assert ended(program) == (130, "[2, 15]\n", "interrupted\n")
 
 
+def test_a_reader_that_leaves() -> None:
+    """The loop is told once, and goes on to save; elsewhere it is an error."""
+    program = """
+for inside in True, False:
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w")
+    with signals.stop_signals() if inside else signals.undone(print) as stopped:
+        for _ in range(3):
+            with signals.read_by(stream):
+                print("line", file=stream, flush=True)
+    print(stopped == [signal.SIGPIPE], flush=True)
+"""
+    code, said, error = ended(program)
+    assert code == 1 and said == "True\n" and "BrokenPipeError" in error
+
+
 def test_a_main_thread_that_does_not_come_back() -> None:
     """As in a compilation, or waiting for another process."""
     program = """

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from bigmac_jax import signals
 from bigmac_jax.config import Config
 from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
@@ -54,12 +55,15 @@ class MetricsWriter:
         """`line` is of a step that is logged."""
         self._bar.update(step - self._bar.n)
         if line is not None and self._bar.disable:
-            print(f"step {step} of {self._steps}: {line}", file=sys.stderr, flush=True)
+            with signals.read_by(sys.stderr):
+                print(f"step {step} of {self._steps}: {line}", file=sys.stderr, flush=True)
         elif line is not None:
             self._bar.set_postfix_str(line)
 
     def print(self, line: str) -> None:
-        self._bar.write(line)
+        with signals.read_by(sys.stdout):
+            self._bar.write(line)
+            sys.stdout.flush()
 
     def close(self) -> None:
         self._bar.close()
