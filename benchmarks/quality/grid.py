@@ -23,8 +23,8 @@ BASE: Fields = {
     "model.projection_init": "random",
     "optimizer.projection_rate": 1.0,
 }
-# Of tiny's own; the studies `rates` and `rates 256` try a half and twice as much.
-RATES = {64: 6e-3, 128: 6e-3, 256: 6e-3}
+# The best of those tried for fine_grained (the studies `rates` and `rates 256`); 6e-3 is tiny's own.
+RATES = {64: 6e-3, 128: 6e-3, 256: 3e-3}
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,35 @@ def _projections() -> list[Condition]:
     ]
 
 
-def _rates(width: int, steps: int, selects: bool = False) -> list[Condition]:
-    """Half and twice the rate, of the two that are compared."""
-    pairs = [normed("fine_grained", "none", width), normed("bigmac 1/4", "skip", width, selects=selects)]
-    changed = {factor: {"optimizer.learning_rate": RATES[width] * factor} for factor in (0.5, 2.0)}
+def _at_rates(
+    conditions: list[Condition], factors: tuple[float, ...] = (0.5, 2.0), seeds: tuple[int, ...] = SEEDS[:1]
+) -> list[Condition]:
+    """At other learning rates than that of their width."""
     return [
-        Condition(f"{c.name}, rate × {factor:g}", c.fields | rate, width, steps, SEEDS[:1])
-        for factor, rate in changed.items()
-        for c in pairs
+        Condition(
+            f"{c.name}, rate × {factor:g}",
+            c.fields | {"optimizer.learning_rate": RATES[c.width] * factor},
+            c.width,
+            c.steps,
+            seeds,
+        )
+        for factor in factors
+        for c in conditions
     ]
+
+
+def _rates(width: int) -> list[Condition]:
+    return _at_rates([normed("fine_grained", "none", width), normed("bigmac 1/4", "skip", width)])
+
+
+def _rates_256() -> list[Condition]:
+    """Twice the rate, that of narrower models, with all seeds: it was run first, and is too much."""
+    fine = normed("fine_grained", "none", 256, 2500)
+    skip, quarter, half = (
+        normed(name, "skip", 256, 2500, selects=selects)
+        for name, selects in (("bigmac 1/4", False), ("bigmac 1/4", True), ("bigmac 1/2", True))
+    )
+    return [fine, quarter, *_at_rates([fine, skip, quarter, half], (2.0,), SEEDS), *_at_rates([fine, quarter], (0.5,))]
 
 
 def _longer() -> list[Condition]:
@@ -142,16 +162,18 @@ def _longer() -> list[Condition]:
                 ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
     selected = normed("bigmac 1/4", "skip", steps=2400, selects=True)
-    slower = {"rate × 0.667": {"optimizer.learning_rate": RATES[128] * 2 / 3},
-              "projections × 0.0625": {"optimizer.projection_rate": 1 / 16}}  # fmt: skip
+    slower = Condition(
+        f"{selected.name}, projections × 0.0625",
+        selected.fields | {"optimizer.projection_rate": 1 / 16},
+        steps=2400,
+        seeds=SEEDS[:1],
+    )
     return [
         *(normed(*pair, steps=2400) for pair in compared),
         *_selected(128, 2400),
         *(normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts),
-        *(
-            Condition(f"{selected.name}, {name}", selected.fields | fields, steps=2400, seeds=SEEDS[:1])
-            for name, fields in slower.items()
-        ),
+        *_at_rates([selected], (2 / 3,)),
+        slower,
     ]
 
 
@@ -207,7 +229,7 @@ STUDIES: dict[str, list[Condition]] = {
     "norms": [normed("fine_grained", norm) for norm in ("none", "post_combine", "skip", "gate")]
     + [normed("bigmac 1/4", norm) for norm in NORMS],
     "projections": _projections(),
-    "rates": _rates(128, 1000) + _rates(64, 1000),
+    "rates": _rates(128) + _rates(64),
     "balance": _balances(),
     "longer": _longer(),
     "muon": _muon(),
@@ -217,6 +239,6 @@ STUDIES: dict[str, list[Condition]] = {
     "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")]
     + [normed(name, "skip", selects=True) for name in STRUCTURES if name != "fine_grained"],
     "optimizers": _optimizers(),
-    "rates 256": _rates(256, 2500, selects=True),
+    "rates 256": _rates_256(),
     "width 256": _of_width(256, 2500),
 }
