@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from bigmac_jax import environment, hosts, storage, watch
+from bigmac_jax import environment, hosts, signals, storage, watch
 from bigmac_jax.config import Config, ConfigError, reference
 from bigmac_jax.config.names import field_names, nearest, question
 from bigmac_jax.config.reading import field_values
@@ -220,7 +219,7 @@ def _show(text: str) -> NoReturn:
 
 def _reader_left() -> int:
     """The exit code where the reader of standard output has seen enough: as a shell counts SIGPIPE."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signals.unread(sys.stdout)
     return 141
 
 

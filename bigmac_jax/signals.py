@@ -56,14 +56,14 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
+    _loops.append(received)
     try:
         for number in WORDS:
             _spared.add(number)
             previous[number] = signal.signal(number, stop)
-        _loops.append(received)
         yield received
     finally:
-        _loops[:] = [loop for loop in _loops if loop is not received]
+        _loops.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
             if number not in received:
@@ -79,8 +79,14 @@ def read_by(stream: TextIO) -> Iterator[None]:
     except BrokenPipeError:
         if not _loops:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        unread(stream)
         _loops[-1].append(signal.SIGPIPE)
+
+
+def unread(stream: TextIO) -> None:
+    """Its reader has left: what else is written to it goes nowhere."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
