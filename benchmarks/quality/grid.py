@@ -157,10 +157,11 @@ def _rates_256() -> list[Condition]:
 
 
 def _longer() -> list[Condition]:
-    """Parts of the recipe with one seed, what is compared with all."""
+    """Parts of the recipe and rates with one seed, what is compared with all."""
     compared = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"),
                 ("bigmac 1/4", "gate"), ("bigmac 1/2", "skip")]  # fmt: skip
     parts = [("fine_grained", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/4", "post_combine"), ("bigmac 1/2", "gate")]
+    fine = normed("fine_grained", "none", steps=2400)
     selected = normed("bigmac 1/4", "skip", steps=2400, selects=True)
     slower = Condition(
         f"{selected.name}, projections × 0.0625",
@@ -172,7 +173,7 @@ def _longer() -> list[Condition]:
         *(normed(*pair, steps=2400) for pair in compared),
         *_selected(128, 2400),
         *(normed(*pair, steps=2400, seeds=SEEDS[:1]) for pair in parts),
-        *_at_rates([selected], (2 / 3,)),
+        *_at_rates([selected, fine], (2 / 3, 1.5)),
         slower,
     ]
 
@@ -182,6 +183,12 @@ def _of_width(width: int, steps: int) -> list[Condition]:
                 ("bigmac 1/4", "gate"), ("bigmac 1/4", "none"), ("bigmac 1/2", "skip"),
                 ("bigmac 1/2", "none")]  # fmt: skip
     return [normed(*pair, width, steps) for pair in compared] + _selected(width, steps)
+
+
+def _longer_64() -> list[Condition]:
+    fine = normed("fine_grained", "none", 64, 2400)
+    skip, selected = (normed("bigmac 1/4", "skip", 64, 2400, selects=selects) for selects in (False, True))
+    return [fine, skip, selected, *_at_rates([fine, selected], (2.0,))]
 
 
 def _muon() -> list[Condition]:
@@ -234,8 +241,7 @@ STUDIES: dict[str, list[Condition]] = {
     "longer": _longer(),
     "muon": _muon(),
     "width 64": _of_width(64, 1000),
-    "width 64, longer": [normed("fine_grained", "none", 64, 2400)]
-    + [normed("bigmac 1/4", "skip", 64, 2400, selects=selects) for selects in (False, True)],
+    "width 64, longer": _longer_64(),
     "ratios": [normed(name, norm) for name in STRUCTURES for norm in ("none", "skip")]
     + [normed(name, "skip", selects=True) for name in STRUCTURES if name != "fine_grained"],
     "optimizers": _optimizers(),

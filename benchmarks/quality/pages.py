@@ -19,7 +19,7 @@ ABOUT = {
     "a selection and an eighth.",
     "rates": "Half and twice the learning rate that all other runs have.",
     "balance": "`configs/tiny.py` from a random start, 1,000 steps: what keeps the loads even.",
-    "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe.",
+    "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe and other rates.",
     "muon": "h = 128, 2,400 steps, with Muon instead of AdamW.",
     "width 64": "h = 64, 1,000 steps.",
     "width 64, longer": "h = 64, 2,400 steps.",
