@@ -1,16 +1,14 @@
-"""The tables and pictures of docs/quality.md, from docs/results/quality.json and nothing else."""
+"""The tables of docs/quality.md, from docs/results/quality.json and nothing else; `pictures` draws what is in them."""
 
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.markers import put
+from benchmarks.quality import pictures
 from benchmarks.quality.grid import SELECTED, STRUCTURES, STUDIES, Condition, normed
+from benchmarks.quality.pictures import APART, FILLS
 
 PAGE, IMAGES = "quality.md", "images/quality"
 ABOUT = {
@@ -27,27 +25,6 @@ ABOUT = {
     "optimizers": "`configs/tiny.py`: AdamW's 2,400 steps, and Muon in three quarters. `selected`: as it ships.",
     "rates 256": "h = 256, 2,500 steps: half and twice the learning rate that all other runs have.",
     "width 256": "h = 256, 2,500 steps (5.1 M tokens).",
-}
-# Beside fine_grained at its width, and their marks.
-APART = {
-    "bigmac 1/4": "k--o",
-    "bigmac 1/4, skip": "k-o",
-    "bigmac 1/4, gate": "k-D",
-    "bigmac 1/4, skip, selected": "C1-o",
-    "bigmac 1/4, gate, selected": "C1-D",
-    "bigmac 1/2, skip, selected": "C1-<",
-    "bigmac 1/2": "k--<",
-    "bigmac 1/2, skip": "k-<",
-    "fine_grained, norm": "k:s",
-}
-# What competes at one width and length, and its colour.
-FILLS = {
-    "": "white",
-    ", norm": "0.7",
-    ", skip": "black",
-    ", gate": "tab:orange",
-    ", skip, selected": "tab:blue",
-    ", gate, selected": "tab:red",
 }
 OF_WIDTHS = ("width 64", "width 64, longer", "norms", "projections", "longer", "width 256")  # studies that have these
 FAR = 2048  # h that the gap is extrapolated to
@@ -167,30 +144,28 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
         "",
     ]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (condition, seeds), style in zip(found, ("k:", "k--", "k-", "k-.", "b-"), strict=True):
+    series = {}
+    for condition, seeds in found:
         if seeds:
             kind = condition.name.removeprefix("tiny, balance ")
             steps = np.array([step for step, _ in seeds[0]["loads"]])
             loads = np.array([[cv for _, cv in run["loads"]] for run in seeds])
-            axes.plot(steps, loads.mean(0), style, label=f"{kind}, seeds: {len(seeds)}")
+            series[f"{kind}, seeds: {len(seeds)}"] = (steps, loads.mean(0))
             within = [list(loads[:, (first <= steps) & (steps <= last)].mean(1)) for first, last in windows]
             cells = [_within(*mean(values)) for values in (*within, [run["loss"] for run in seeds])]
             lines.append(f"| {kind} | {len(seeds)} | {' | '.join(cells)} |")
-    axes.set(xlabel="step", ylabel="loads: standard deviation over mean", yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(images / "balance.png", dpi=110)
-    plt.close(figure)
+    pictures.balances(images / "balance.png", series)
     return "\n".join([*lines, "", f"![how uneven the loads of each step are]({IMAGES}/balance.png)", ""])
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     """Bits a byte against wire bytes a token, of the ratios and of the norms that compete, and what nothing beats."""
     competing = {c.name: c for study in ("norms", "projections", "ratios") for c in STUDIES[study]}
-    found = [(name, seeds) for name, c in competing.items() if _parts(name) and len(seeds := of(c, runs)) > 1]
+    found = [
+        (name, seeds)
+        for name, c in competing.items()
+        if pictures.structure_and_recipe(name) and len(seeds := of(c, runs)) > 1
+    ]
     if len(found) < 2:
         return ""
     points = {name: (seeds[0]["wire_bytes"], *mean([run["bits_per_byte"] for run in seeds])) for name, seeds in found}
@@ -198,7 +173,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     about = f"{len(points)} conditions of at least two seeds. No other has as few bytes and is better: "
     told = (f"{name} ({points[name][0]:,.0f} bytes, {points[name][1]:.4f} bits)" for name in best)
     lines = ["", "## Bits a byte against wire bytes", "", about + ", ".join(told) + "."]
-    _draw_pareto(images / "pareto.png", points, best)
+    pictures.pareto(images / "pareto.png", points, best)
     return "\n".join([*lines, "", f"![bits a byte against wire bytes]({IMAGES}/pareto.png)", ""])
 
 
@@ -209,38 +184,6 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
         if not best or points[name][1] < points[best[-1]][1]:
             best.append(name)
     return best
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """Structure and recipe of a condition; () of one that is there to explain another."""
-    kind = max((kind for kind in STRUCTURES if name.startswith(kind)), key=len)
-    recipe = name.removeprefix(kind)
-    return (kind, recipe) if recipe in FILLS else ()
-
-
-def _draw_pareto(path: pathlib.Path, points: dict[str, tuple[float, float, float]], best: list[str]) -> None:
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    marks = dict(zip(STRUCTURES, "soDv<P*", strict=True))
-    for name, (wire, bits, error) in points.items():
-        kind, norm = _parts(name)
-        aside = 2 ** ((list(marks).index(kind) - 3) * 0.025)  # of the same bytes, so that error bars can be told apart
-        style: dict[str, Any] = {"color": "black", "markerfacecolor": FILLS[norm], "capsize": 3, "ms": 8}
-        axes.errorbar(wire * aside, bits, error, fmt=marks[kind], **style)
-    for kind, mark in marks.items():
-        axes.plot([], [], mark, color="black", markerfacecolor="white", label=kind)
-    for norm, fill in FILLS.items():
-        axes.fill_between([], [], color=fill, ec="black", label=norm.removeprefix(", ") or "no norm")
-    wires, bits = zip(*(points[name][:2] for name in best), strict=True)
-    axes.step(wires, bits, "k:", where="post", lw=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({wire for wire, *_ in points.values()}), minor=False)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="bytes a token on the wire, forward and backward, 8 ranks", ylabel="validation, bits a byte")
-    axes.set_title("less is better on both axes; dotted: what nothing beats")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
@@ -277,25 +220,8 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     for name, of_name in found.items():
         if len(longest(of_name)) > 2:
             lines += ["", extrapolated(name, of_name)]
-    _draw_widths(images / "widths.png", found)
+    pictures.widths(images / "widths.png", {name: longest(of_name) for name, of_name in found.items()})
     return "\n".join([*lines, "", f"![the gap against the width]({IMAGES}/widths.png)", ""])
-
-
-def _draw_widths(path: pathlib.Path, found: dict[str, list[Gap]]) -> None:
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for name, of_name in found.items():
-        width, steps, gap, error = zip(*longest(of_name), strict=True)
-        lengths = "–".join(f"{length:,}" for length in sorted({min(steps), max(steps)}))
-        label = f"{name.replace(', skip' + SELECTED, ', as it ships')}, {lengths} steps"
-        axes.errorbar(width, gap, error, fmt=APART[name], capsize=3, label=label)
-    axes.axhline(0, color="0.5", lw=1)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="h", ylabel="loss over fine_grained's")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def extrapolated(name: str, of_name: list[Gap]) -> str:
