@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import pages
-from benchmarks.quality.grid import STUDIES
+from benchmarks.quality.grid import STUDIES, Condition
 from benchmarks.quality.runs import describe, read
 
 COMPARED = {c for study in ("norms", "longer", "ratios", "width 64", "width 256") for c in STUDIES[study]}
@@ -99,6 +99,18 @@ def test_the_tables_of_what_is_shipped() -> None:
     ]
     rows = [line.split(" | ")[1:] for line in pages.recipe(runs).splitlines() if "skip" in line or "selection" in line]
     assert rows[:2] == [["", "-0.500 |"], ["-0.200 ± 0.141", " |"]]
+
+
+def test_each_at_its_best_rate() -> None:
+    """But not at one of fewer seeds, nor of what was not run at its width's own."""
+    condition = Condition("x", {}, 256, 2500)
+    losses = {"x": [3.0, 3.2], "x, rate × 2": [2.9, 3.1], "x, rate × 0.5": [2.0], "x, norm, rate × 2": [1.0, 1.0]}
+    runs = [
+        {"name": name, "width": 256, "steps": 2500, "loss": loss} for name, seeds in losses.items() for loss in seeds
+    ]
+    assert [run["loss"] for run in pages.tuned(condition, runs)] == [2.9, 3.1]
+    assert [run["loss"] for run in pages.tuned(condition, runs[:2])] == [3.0, 3.2]
+    assert pages.tuned(condition, runs[2:]) == []
 
 
 def test_what_nothing_beats() -> None:

@@ -1,5 +1,6 @@
 """The tables of docs/quality.md, from docs/results/quality.json and nothing else; `pictures` draws what is in them."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -64,6 +65,15 @@ def of(condition: Condition, runs: list[Run]) -> list[Run]:
     return [run for run in runs if (run["name"], run["width"], run["steps"]) == same]
 
 
+def tuned(condition: Condition, runs: list[Run]) -> list[Run]:
+    """The seeds of the learning rate that is best of those with at least as many seeds as its width's own."""
+    own = of(condition, runs)
+    rates = {run["name"] for run in runs if run["name"].split(", rate × ")[0] == condition.name}
+    others = [of(dataclasses.replace(condition, name=name), runs) for name in sorted(rates)]
+    enough = [seeds for seeds in others if len(seeds) >= len(own) > 0]
+    return min(enough, key=lambda seeds: mean([run["loss"] for run in seeds])[0], default=[])
+
+
 def mean(values: list[float]) -> tuple[float, float]:
     """Mean and its standard error; NaN of one."""
     error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -100,7 +110,7 @@ def recipe(runs: list[Run]) -> str:
 
 def _apart(name: str, base: str, width: int, steps: int, runs: list[Run]) -> str:
     """One's loss over the other's, or "" of what was not run."""
-    ours, theirs = (of(Condition(kind, {}, width, steps), runs) for kind in (name, base))
+    ours, theirs = (tuned(Condition(kind, {}, width, steps), runs) for kind in (name, base))
     return _within(*over(ours, theirs), "+") if ours and theirs else ""
 
 
@@ -190,7 +200,7 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
     """By condition, of at least two seeds each."""
     found: dict[str, list[Gap]] = {name: [] for name in APART}
     for study in OF_WIDTHS:
-        same = {c.name: (c, of(c, runs)) for c in STUDIES[study]}
+        same = {c.name: (c, tuned(c, runs)) for c in STUDIES[study]}
         base = same["fine_grained"][1]
         for name, (condition, ours) in same.items():
             if name in found and len(ours) > 1 and len(base) > 1:
@@ -211,7 +221,8 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     found = {name: of_name for name, of_name in gaps(runs).items() if of_name}
     if not found:
         return ""
-    about = "Loss over that of fine_grained without a norm, of the same width and length; below 0 is better than it."
+    about = "Loss over that of fine_grained without a norm, of the same width and length; below 0 is better than it. "
+    about += "Each at its best learning rate, of those tried with as many seeds."
     columns = ["h", "steps", *found]
     lines = ["", "## Gap against width", "", about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cells = {(h, steps, name): _within(*gap, "+") for name in found for h, steps, *gap in found[name]}
@@ -262,7 +273,7 @@ def worth(runs: list[Run]) -> str:
         bases = [normed("fine_grained", norm, *same) for norm in ("none", "post_combine")]
         bases += [normed("bigmac 1/2", "skip", *same, selects=True)] * condition.name.endswith(SELECTED)
         for base in bases:
-            found = [of(c, runs) for c in (condition, base, bases[0])]
+            found = [tuned(c, runs) for c in (condition, base, bases[0])]
             if min(map(len, found)) < 2:
                 continue
             gap, error = over(*found[:2])
