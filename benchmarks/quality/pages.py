@@ -81,7 +81,13 @@ def mean(values: list[float]) -> tuple[float, float]:
 
 
 def over(ours: list[Run], theirs: list[Run]) -> tuple[float, float]:
-    """The difference of two conditions' losses and its standard error; NaN of one seed."""
+    """The difference of two conditions' losses and its standard error.
+
+    Where one has a single seed, the difference is of that seed, and the error NaN.
+    """
+    if min(len(ours), len(theirs)) == 1:
+        shared = {run["seed"] for run in ours} & {run["seed"] for run in theirs}
+        ours, theirs = ([run for run in seeds if run["seed"] in shared] for seeds in (ours, theirs))
     (loss, error), (other, of_other) = (mean([run["loss"] for run in seeds]) for seeds in (ours, theirs))
     return loss - other, float(np.hypot(error, of_other))
 
