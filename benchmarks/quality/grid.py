@@ -198,6 +198,8 @@ def _muon() -> list[Condition]:
     muon: Fields = {"optimizer.name": "muon"}
     pairs = [("fine_grained", "none"), ("fine_grained", "post_combine"), ("bigmac 1/4", "skip"), ("bigmac 1/4", "gate")]
     compared = [normed(*pair, steps=2400) for pair in pairs] + _selected(128, 2400)
+    whole = compared[4].fields | {"optimizer.projection_rate": 1}
+    compared.append(Condition(f"{compared[4].name}, projections × 1", whole, steps=2400))
     return [Condition(f"{c.name}, Muon", c.fields | muon, c.width, c.steps) for c in compared]
 
 
