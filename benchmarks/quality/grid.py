@@ -190,7 +190,7 @@ def _of_width(width: int, steps: int) -> list[Condition]:
 def _longer_64() -> list[Condition]:
     fine = normed("fine_grained", "none", 64, 2400)
     skip, selected = (normed("bigmac 1/4", "skip", 64, 2400, selects=selects) for selects in (False, True))
-    return [fine, skip, selected, *_at_rates([fine, selected], (2.0,))]
+    return [fine, skip, selected, *_at_rates([fine, selected], (2.0,), SEEDS)]
 
 
 def _muon() -> list[Condition]:
