@@ -115,6 +115,12 @@ def test_each_at_its_best_rate() -> None:
     assert [run["loss"] for run in pages.tuned(condition, runs)] == [2.9, 3.1]
     assert [run["loss"] for run in pages.tuned(condition, runs[:2])] == [3.0, 3.2]
     assert pages.tuned(condition, runs[2:]) == []
+    # Beside what was tried at one rate, it is at that.
+    once = {"name": "y", "width": 256, "steps": 2500, "loss": 3.0}
+    other = Condition("y", {}, 256, 2500)
+    for ours, theirs, loss in (condition, other, 2.9), (other, condition, 3.0):
+        seeds = pages.compared(ours, theirs, [*runs, once])
+        assert [seeds[0][0]["loss"], seeds[1][0]["loss"]] == [loss, 3.0]
 
 
 def test_what_nothing_beats() -> None:

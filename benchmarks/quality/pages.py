@@ -68,10 +68,22 @@ def of(condition: Condition, runs: list[Run]) -> list[Run]:
 def tuned(condition: Condition, runs: list[Run]) -> list[Run]:
     """The seeds of the learning rate that is best of those with at least as many seeds as its width's own."""
     own = of(condition, runs)
-    rates = {run["name"] for run in runs if run["name"].split(", rate × ")[0] == condition.name}
-    others = [of(dataclasses.replace(condition, name=name), runs) for name in sorted(rates)]
-    enough = [seeds for seeds in others if len(seeds) >= len(own) > 0]
+    enough = [seeds for seeds in _by_rate(condition, runs) if len(seeds) >= len(own) > 0]
     return min(enough, key=lambda seeds: mean([run["loss"] for run in seeds])[0], default=[])
+
+
+def _by_rate(condition: Condition, runs: list[Run]) -> list[list[Run]]:
+    names = {run["name"] for run in runs if run["name"].split(", rate × ")[0] == condition.name}
+    return list(filter(None, (of(dataclasses.replace(condition, name=name), runs) for name in sorted(names))))
+
+
+def compared(condition: Condition, base: Condition, runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The seeds of both: each at its best learning rate, or at their width's own where the first was tried at no other.
+
+    What was tried at one rate alone would seem worse than it is beside the best of several.
+    """
+    choose = tuned if len(_by_rate(condition, runs)) > 1 else of
+    return choose(condition, runs), choose(base, runs)
 
 
 def mean(values: list[float]) -> tuple[float, float]:
@@ -116,7 +128,7 @@ def recipe(runs: list[Run]) -> str:
 
 def _apart(name: str, base: str, width: int, steps: int, runs: list[Run]) -> str:
     """One's loss over the other's, or "" of what was not run."""
-    ours, theirs = (tuned(Condition(kind, {}, width, steps), runs) for kind in (name, base))
+    ours, theirs = compared(*(Condition(kind, {}, width, steps) for kind in (name, base)), runs)
     return _within(*over(ours, theirs), "+") if ours and theirs else ""
 
 
@@ -206,9 +218,9 @@ def gaps(runs: list[Run]) -> dict[str, list[Gap]]:
     """By condition, of at least two seeds each."""
     found: dict[str, list[Gap]] = {name: [] for name in APART}
     for study in OF_WIDTHS:
-        same = {c.name: (c, tuned(c, runs)) for c in STUDIES[study]}
-        base = same["fine_grained"][1]
-        for name, (condition, ours) in same.items():
+        fine = next(c for c in STUDIES[study] if c.name == "fine_grained")
+        for condition in STUDIES[study]:
+            name, (ours, base) = condition.name, compared(condition, fine, runs)
             if name in found and len(ours) > 1 and len(base) > 1:
                 gap = (condition.width, condition.steps, *over(ours, base))
                 if gap not in found[name]:  # a condition may be of two studies
@@ -228,7 +240,8 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     if not found:
         return ""
     about = "Loss over that of fine_grained without a norm, of the same width and length; below 0 is better than it. "
-    about += "Each at its best learning rate, of those tried with as many seeds."
+    about += "Each at its best\nlearning rate, of those tried with as many seeds; both at that of their width where the first "
+    about += "was tried at no other."
     columns = ["h", "steps", *found]
     lines = ["", "## Gap against width", "", about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cells = {(h, steps, name): _within(*gap, "+") for name in found for h, steps, *gap in found[name]}
@@ -279,7 +292,7 @@ def worth(runs: list[Run]) -> str:
         bases = [normed("fine_grained", norm, *same) for norm in ("none", "post_combine")]
         bases += [normed("bigmac 1/2", "skip", *same, selects=True)] * condition.name.endswith(SELECTED)
         for base in bases:
-            found = [tuned(c, runs) for c in (condition, base, bases[0])]
+            found = [*compared(condition, base, runs), of(bases[0], runs)]
             if min(map(len, found)) < 2:
                 continue
             gap, error = over(*found[:2])
