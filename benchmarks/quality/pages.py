@@ -240,8 +240,8 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     if not found:
         return ""
     about = "Loss over that of fine_grained without a norm, of the same width and length; below 0 is better than it. "
-    about += "Each at its best\nlearning rate, of those tried with as many seeds; both at that of their width where the first "
-    about += "was tried at no other."
+    about += "Each at its best\nlearning rate, of those tried with as many seeds; "
+    about += "both at that of their width where the first was tried at no other."
     columns = ["h", "steps", *found]
     lines = ["", "## Gap against width", "", about, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cells = {(h, steps, name): _within(*gap, "+") for name in found for h, steps, *gap in found[name]}
