@@ -1,6 +1,5 @@
 """The tables of docs/quality.md, from docs/results/quality.json and nothing else; `pictures` draws what is in them."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from benchmarks.markers import put
 from benchmarks.quality import pictures
-from benchmarks.quality.grid import SELECTED, STRUCTURES, STUDIES, Condition, normed
+from benchmarks.quality.grid import RATE, SELECTED, STRUCTURES, STUDIES, Condition, normed
 from benchmarks.quality.pictures import APART, FILLS
 
 PAGE, IMAGES = "quality.md", "images/quality"
@@ -18,7 +17,7 @@ ABOUT = {
     "a selection and an eighth.",
     "rates": "Half and twice the learning rate that all other runs have.",
     "balance": "`configs/tiny.py` from a random start, 1,000 steps: what keeps the loads even.",
-    "longer": "h = 128, 2,400 steps: what is compared, and with one seed each the parts of the recipe and other rates.",
+    "longer": "h = 128, 2,400 steps: what is compared, and with fewer seeds the parts of the recipe and other rates.",
     "muon": "h = 128, 2,400 steps, with Muon instead of AdamW.",
     "width 64": "h = 64, 1,000 steps.",
     "width 64, longer": "h = 64, 2,400 steps.",
@@ -68,13 +67,18 @@ def of(condition: Condition, runs: list[Run]) -> list[Run]:
 def tuned(condition: Condition, runs: list[Run]) -> list[Run]:
     """The seeds of the learning rate that is best of those with at least as many seeds as its width's own."""
     own = of(condition, runs)
-    enough = [seeds for seeds in _by_rate(condition, runs) if len(seeds) >= len(own) > 0]
+    enough = [seeds for seeds in _by_rate(condition, runs).values() if len(seeds) >= len(own) > 0]
     return min(enough, key=lambda seeds: mean([run["loss"] for run in seeds])[0], default=[])
 
 
-def _by_rate(condition: Condition, runs: list[Run]) -> list[list[Run]]:
-    names = {run["name"] for run in runs if run["name"].split(", rate × ")[0] == condition.name}
-    return list(filter(None, (of(dataclasses.replace(condition, name=name), runs) for name in sorted(names))))
+def _by_rate(condition: Condition, runs: list[Run]) -> dict[str, list[Run]]:
+    """Its seeds at each learning rate, by the names that those have."""
+    found: dict[str, list[Run]] = {}
+    same = (condition.name, condition.width, condition.steps)
+    for run in runs:
+        if (run["name"].partition(RATE)[0], run["width"], run["steps"]) == same:
+            found.setdefault(run["name"], []).append(run)
+    return found
 
 
 def compared(condition: Condition, base: Condition, runs: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -178,7 +182,7 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
             kind = condition.name.removeprefix("tiny, balance ")
             steps = np.array([step for step, _ in seeds[0]["loads"]])
             loads = np.array([[cv for _, cv in run["loads"]] for run in seeds])
-            series[f"{kind}, seeds: {len(seeds)}"] = (steps, loads.mean(0))
+            series[kind] = (steps, loads.mean(0), len(seeds))
             within = [list(loads[:, (first <= steps) & (steps <= last)].mean(1)) for first, last in windows]
             cells = [_within(*mean(values)) for values in (*within, [run["loss"] for run in seeds])]
             lines.append(f"| {kind} | {len(seeds)} | {' | '.join(cells)} |")
@@ -247,10 +251,9 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     cells = {(h, steps, name): _within(*gap, "+") for name in found for h, steps, *gap in found[name]}
     for h, steps in sorted({key[:2] for key in cells}):
         lines.append(f"| {h} | {steps:,} | {' | '.join(cells.get((h, steps, name), '') for name in found)} |")
-    for name, of_name in found.items():
-        if len(longest(of_name)) > 2:
-            lines += ["", extrapolated(name, of_name)]
-    pictures.widths(images / "widths.png", {name: longest(of_name) for name, of_name in found.items()})
+    drawn = {name: longest(of_name) for name, of_name in found.items()}
+    lines += [line for name, ends in drawn.items() if len(ends) > 2 for line in ("", extrapolated(name, ends))]
+    pictures.widths(images / "widths.png", drawn)
     return "\n".join([*lines, "", f"![the gap against the width]({IMAGES}/widths.png)", ""])
 
 

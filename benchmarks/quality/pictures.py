@@ -32,6 +32,8 @@ FILLS = {
     ", skip, selected": "tab:blue",
     ", gate, selected": "tab:red",
 }
+# What keeps loads even, and its line.
+BALANCES = {"aux_loss": "k:", "bias": "k--", "quantile": "k-", "none": "k-.", "quantile of the same step": "b-"}
 
 
 def structure_and_recipe(name: str) -> tuple[str, ...]:
@@ -41,11 +43,11 @@ def structure_and_recipe(name: str) -> tuple[str, ...]:
     return (kind, recipe) if recipe in FILLS else ()
 
 
-def balances(path: pathlib.Path, series: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """How uneven loads are by step: steps and the seeds' mean, of each kind."""
+def balances(path: pathlib.Path, series: dict[str, tuple[np.ndarray, np.ndarray, int]]) -> None:
+    """How uneven loads are by step, of each kind: steps, the seeds' mean, how many seeds."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (label, points), style in zip(series.items(), ("k:", "k--", "k-", "k-.", "b-"), strict=False):
-        axes.plot(*points, style, label=label)
+    for kind, (steps, loads, seeds) in series.items():
+        axes.plot(steps, loads, BALANCES[kind], label=f"{kind}, seeds: {seeds}")
     axes.set(xlabel="step", ylabel="loads: standard deviation over mean", yscale="log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
