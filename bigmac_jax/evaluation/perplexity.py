@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigmac_jax import programs
-from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.pipeline import eval_batches, padded, parts_of_stream
 from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training.loss import TokenScores
 
 
 class Score(NamedTuple):
@@ -63,23 +64,17 @@ class Reading(NamedTuple):
 
 
 class _Routers:
-    """Means of what the routers did, over tokens that are of a text: choices of padding in packed windows are dealt out
-    evenly, and taken off; batches with other padding are left out where there are others."""
+    """Means of what the routers did, over the tokens of a text."""
 
     def __init__(self) -> None:
         self._load: Any = 0.0
         self._entropy: Any = 0.0
-        self._tokens = 0.0
+        self._tokens = 0
 
-    def add(self, batch: Batch, load_YE: np.ndarray, entropy_Y: np.ndarray) -> None:
-        size, padding = batch.inputs_BL.size, 0
-        if batch.segments_BL is not None:
-            padding = int((batch.segments_BL == PADDING).sum())
-        elif self._tokens and (batch.targets_BL[:, -1] == NO_TARGET).any():
-            return
-        tokens = size - padding
-        self._load = self._load + load_YE * size - padding / max(1, load_YE.shape[1])
-        self._entropy = self._entropy + entropy_Y * tokens
+    def add(self, scores: TokenScores) -> None:
+        tokens = int(scores.tokens)
+        self._load = self._load + np.asarray(scores.load_YE, np.float64) * tokens
+        self._entropy = self._entropy + np.asarray(scores.entropy_Y, np.float64) * tokens
         self._tokens += tokens
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,12 +118,11 @@ def read(
     total, count, routers = 0.0, 0, _Routers()
     documents = documents or model.config.data.documents
     for batch in eval_batches(stream, sequence_length, batch_size, stride, documents):
-        whole = padded(batch, rows)
-        scores = programs.evaluate(model, place(whole, batch_spec(2)))
+        scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
         counts_BL = batch.targets_BL != NO_TARGET
         nll_BL = np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)]
         total += float(nll_BL[counts_BL].sum())
         count += int(counts_BL.sum())
-        routers.add(whole, np.asarray(scores.load_YE, np.float64), np.asarray(scores.entropy_Y, np.float64))
+        routers.add(scores)
         on_batch(int(counts_BL.sum()))
     return Reading(Score.of(total, count, stream.num_words, stream.num_bytes), *routers.means())

@@ -15,7 +15,6 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.data.batch import PADDING
 from bigmac_jax.mesh import (
     batch_spec,
     cache_spec,
@@ -24,7 +23,6 @@ from bigmac_jax.mesh import (
     replicated_spec,
     split_spec,
     tensor_ranks,
-    token_spec,
 )
 from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
@@ -36,11 +34,10 @@ class Documents(NamedTuple):
 
     segment_BL: Array  # int32, one number a document
     position_BL: Array  # int32, within the document
-    padding_BL: Array  # bool, of the tokens of each rank: of no document
 
 
 def documents_of(segments_BL: Array) -> Documents:
-    """Where documents begin and what belongs to none; segments as `data.batch.Batch` has them."""
+    """Where documents begin; segments as `data.batch.Batch` has them."""
 
     def positions(segments_BL: Array) -> Array:
         place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
@@ -49,7 +46,7 @@ def documents_of(segments_BL: Array) -> Documents:
 
     segments_BL = jax.sharding.reshard(segments_BL, batch_spec(2))
     position_BL = on_each_rank(positions, (segments_BL,), in_spec=batch_spec, out_specs=batch_spec(2))
-    return Documents(segments_BL, position_BL, jax.sharding.reshard(segments_BL == PADDING, token_spec(2)))
+    return Documents(segments_BL, position_BL)
 
 
 @jax.named_scope("rotary")

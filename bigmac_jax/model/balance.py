@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
+from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
 _MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every rank
@@ -28,7 +29,7 @@ def balance_loss(shares_E: Array, load_E: Array) -> Array:
     return shares_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * shares_E)
 
 
-def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding_BL: Array | None) -> Array:
+def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
     """What `solved` takes: of each expert and token the bias with which the token would choose the expert, counted.
 
     A token chooses an expert whose score and bias exceed its cut, the K+1st best of all experts, so that the bias that
@@ -44,16 +45,16 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding_BL: 
         required_BLE = required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E)
         return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)
 
-    def counted(scores_BLE: Array, bias_E: Array, edges: Array, *padding: Array) -> Array:
+    def counted(scores_BLE: Array, bias_E: Array, edges: Array, *mask: Array) -> Array:
         required_TE = required(scores_BLE, bias_E).reshape(-1, m.expert_count)
         within_TEb = required_TE[..., None] <= edges.reshape(1, 1, -1)
-        if padding:
-            within_TEb &= ~padding[0].reshape(-1, 1, 1)
+        if mask:
+            within_TEb &= ~mask[0].reshape(-1, 1, 1)
         return within_TEb.sum(0, dtype=jnp.float32)[None]
 
     given, specs = [scores_BLE, bias_E, edges], [token_spec(3), replicated_spec(1), replicated_spec(1)]
-    if padding_BL is not None:
-        given, specs = [*given, padding_BL], [*specs, token_spec(2)]
+    if padding is not None:
+        given, specs = [*given, padding.mask_BL], [*specs, token_spec(2)]
     return on_each_rank(counted, given, in_spec=specs, out_specs=rank_spec(3)).sum(0)
 
 
@@ -64,7 +65,7 @@ def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
     return best_BLK1.min(-1, keepdims=True) - scores_BLE
 
 
-def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding_BL: Array | None) -> Array:
+def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
     """The bias with which these very tokens share the experts evenly, nearly: `_DUAL_STEPS` from `bias_E` on.
 
     Each finds the quantiles of `solved` by a search, for which ranks exchange counts alone, and takes the bias just
@@ -72,13 +73,13 @@ def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding_BL: Array |
     """
     scores_BLE, required = jax.lax.stop_gradient(scores_BLE), functools.partial(_required, m)
     specs = [token_spec(3), replicated_spec(1)]
-    tokens = jnp.float32(scores_BLE.size // m.expert_count) if padding_BL is None else jnp.sum(~padding_BL)
+    tokens = jnp.float32(scores_BLE.size // m.expert_count) if padding is None else jnp.sum(~padding.mask_BL)
     wanted = tokens * (m.choices / m.expert_count) + 0.5  # the nearest whole number
 
     def dual_step(_: int, bias_E: Array) -> Array:
         required_BLE = on_each_rank(required, (scores_BLE, bias_E), in_spec=specs, out_specs=token_spec(3))
-        if padding_BL is not None:
-            required_BLE = jnp.where(padding_BL[..., None], jnp.inf, required_BLE)
+        if padding is not None:
+            required_BLE = jnp.where(padding.mask_BL[..., None], jnp.inf, required_BLE)
         required_E1BL = jnp.moveaxis(required_BLE, -1, 0)[:, None]
 
         def searched(_: int, at: tuple[Array, Array]) -> tuple[Array, Array]:

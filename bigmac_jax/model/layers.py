@@ -83,6 +83,11 @@ def last_axes(v: Array, like: Array) -> Array:
     return v.reshape((1,) * (like.ndim - v.ndim) + v.shape)
 
 
+def divisor(count: Array) -> Array:
+    """What a sum is divided by for a mean: the count, which may be a fraction (of a step's, per part); 1 for none."""
+    return jnp.where(count > 0, count, 1)
+
+
 # Entries of a matrix up to which a transposed copy of it costs less than it saves.
 _COPIED = 2**21
 

@@ -31,9 +31,9 @@ from bigmac_jax.mesh import (
 from bigmac_jax.model.balance import balance_loss, evened, required_bias
 from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, last_axes, normalised, product, residual_scale
+from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
-from bigmac_jax.model.router import Routing, chosen, scored
+from bigmac_jax.model.router import Padding, Routing, chosen, scored
 
 
 class Aux(NamedTuple):
@@ -41,7 +41,9 @@ class Aux(NamedTuple):
 
     balance_loss: Array  # E · Σ_e f_e P_e over the whole step; enters the loss with model.balance_coefficient
     z_loss: Array
-    load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included
+    # Padding enters none of these.
+    shares: Array  # [E] mean over the tokens of the router's normalised scores: P_e
+    load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included: f_e
     drop_rate: Array  # share of the pairs that found their expert full
     router_entropy: Array  # nats
     moves_bias: Array  # what `balance.updated_bias` takes beside the load; of other balancing than by quantiles, empty
@@ -50,7 +52,7 @@ class Aux(NamedTuple):
 def empty_aux() -> Aux:
     """Of a layer without experts."""
     zero = jnp.zeros(())
-    return Aux(zero, zero, jnp.zeros((0,)), zero, zero, jnp.zeros((0,)))
+    return Aux(zero, zero, jnp.zeros((0,)), jnp.zeros((0,)), zero, zero, jnp.zeros((0,)))
 
 
 class RouterBias(nnx.Variable):
@@ -127,17 +129,17 @@ class MoE(nnx.Module):
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
 
     def __call__(
-        self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding_BL: Array | None = None
+        self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding: Padding | None = None
     ) -> tuple[Array, Aux]:
         """Applies the layer to a whole step's tokens.
 
         Args:
           load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
           evaluating: no choice is dropped, and none depends on another token.
-          padding_BL: where tokens are of no document.
+          padding: tokens of no document, which no expert sees and no statistic counts.
         """
         m = self.config.model
-        routing, moves_bias = self.routing(x_BLD, evaluating, padding_BL)
+        routing, moves_bias = self.routing(x_BLD, evaluating, padding)
         y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
             math.inf if evaluating else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
         )
@@ -145,27 +147,35 @@ class MoE(nnx.Module):
             y_BLD = y_BLD * (1 + self.gate(x_BLD))
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
-        own_load_E = counts_SE.sum(0) / routing.experts_BLK.size
+        counts_E, shares_E = counts_SE.sum(0), routing.shares_E
+        choices = routing.experts_BLK.size if padding is None else divisor(padding.tokens) * m.choices
+        own_load_E = counts_E / choices
+        if load_E is None:
+            load_E = own_load_E
+            if padding is not None:  # both over these tokens, whatever the step's other parts hold
+                here = choices / divisor(counts_E.sum())
+                load_E, shares_E = load_E * here, shares_E * here
         return y_BLD, Aux(
-            balance_loss(routing.shares_E, own_load_E if load_E is None else load_E),
+            balance_loss(shares_E, load_E),
             routing.z_loss,
+            routing.shares_E,
             own_load_E,
-            dropped_S.sum() / routing.experts_BLK.size,
+            dropped_S.sum() / choices,
             routing.entropy,
             moves_bias,
         )
 
-    def routing(self, x_BLD: Array, evaluating: bool, padding_BL: Array | None = None) -> tuple[Routing, Array]:
+    def routing(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Routing, Array]:
         """Which experts each token goes to, with what weight, and `Aux.moves_bias`."""
         m, moves_bias = self.config.model, jnp.zeros((0,))
         scores = scored(m, x_BLD, weight(self.config, self.router_DE))
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
         if bias_E is not None and m.balance == "quantile" and not evaluating:
             if m.balance_step == "same":
-                bias_E = moves_bias = evened(m, scores.scores_BLE, bias_E, padding_BL)
+                bias_E = moves_bias = evened(m, scores.scores_BLE, bias_E, padding)
             else:
-                moves_bias = required_bias(self.config, scores.scores_BLE, bias_E, padding_BL)
-        return chosen(m, scores, bias_E, padding_BL), moves_bias
+                moves_bias = required_bias(self.config, scores.scores_BLE, bias_E, padding)
+        return chosen(m, scores, bias_E, padding), moves_bias
 
     def _exchange_and_compute(
         self, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array

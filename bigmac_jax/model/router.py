@@ -14,17 +14,30 @@ from jax import Array
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.mesh import Weight, on_each_rank, token_spec
-from bigmac_jax.model.layers import product
+from bigmac_jax.model.layers import divisor, product
 
 
 class Routing(NamedTuple):
     """The choice of each token, first choice first, and what the losses need."""
 
     gates_BLK: Array  # float32; the weight of each chosen expert's output
-    experts_BLK: Array  # int32
+    experts_BLK: Array  # int32; E: none, of padding
     shares_E: Array  # mean over tokens of the normalised scores: P_e of the balance loss
     z_loss: Array  # mean over tokens of logsumexp(logits)² (ST-MoE, equation 5)
     entropy: Array  # mean over tokens, nats, of the normalised scores
+
+
+class Padding(NamedTuple):
+    """Tokens of no document: they go to no expert and enter no statistic."""
+
+    mask_BL: Array  # bool, on each rank its own tokens
+    tokens: Array  # how many other tokens means are of: of a batch in parts, those of the whole step over its parts
+
+    @classmethod
+    def of(cls, mask_BL: Array, tokens: Array | None = None) -> "Padding":
+        """From a mask that stands in any way; `tokens` by default those that it leaves."""
+        mask_BL = jax.sharding.reshard(mask_BL, token_spec(2))
+        return cls(mask_BL, jnp.sum(~mask_BL) if tokens is None else tokens)
 
 
 class Scores(NamedTuple):
@@ -46,13 +59,11 @@ def scored(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
 
 
 @jax.named_scope("router")
-def chosen(config: ModelConfig, scores: Scores, bias_E: Array | None, padding_BL: Array | None = None) -> Routing:
-    """The K best experts of each token.
+def chosen(config: ModelConfig, scores: Scores, bias_E: Array | None, padding: Padding | None = None) -> Routing:
+    """The K best experts of each token; none of padding, with gates of zero.
 
     Args:
       bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
-      padding_BL: where tokens are of no document. Being all alike they would crowd the same experts: they are dealt out
-        to all of them in turn, with gates of zero, and count in no mean.
     """
     logits_BLE, scores_BLE = scores
     softmax = config.router_scores == "softmax"
@@ -67,20 +78,17 @@ def chosen(config: ModelConfig, scores: Scores, bias_E: Array | None, padding_BL
         gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
         if not padding:
             return experts_BLK, gates_BLK
-        padding_BL1 = padding[0][..., None]
-        number_BL1 = jnp.cumsum(padding_BL1, dtype=jnp.int32).reshape(padding_BL1.shape)
-        choice_K = jnp.arange(config.choices, dtype=jnp.int32).reshape(1, 1, -1)
-        dealt_BLK = (number_BL1 * config.choices + choice_K) % config.expert_count
-        return jnp.where(padding_BL1, dealt_BLK, experts_BLK), jnp.where(padding_BL1, 0, gates_BLK)
+        mask_BL1 = padding[0][..., None]
+        return jnp.where(mask_BL1, config.expert_count, experts_BLK), jnp.where(mask_BL1, 0, gates_BLK)
 
     def mean(of_tokens: Array) -> Array:
-        if padding_BL is None:
+        if padding is None:
             return of_tokens.mean((0, 1))
-        real = ~padding_BL.reshape(padding_BL.shape + (1,) * (of_tokens.ndim - 2))
-        return (of_tokens * real).sum((0, 1)) / jnp.maximum(real.sum(), 1)
+        mask = padding.mask_BL.reshape(padding.mask_BL.shape + (1,) * (of_tokens.ndim - 2))
+        return jnp.where(mask, 0, of_tokens).sum((0, 1)) / divisor(padding.tokens)
 
     specs = token_spec(3), token_spec(3)
-    given = (ranking_BLE, scores_BLE) if padding_BL is None else (ranking_BLE, scores_BLE, padding_BL)
+    given = (ranking_BLE, scores_BLE) if padding is None else (ranking_BLE, scores_BLE, padding.mask_BL)
     experts_BLK, gates_BLK = on_each_rank(choose, given, out_specs=specs)
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config
+from bigmac_jax.data.batch import PADDING
 from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
 from bigmac_jax.model.attention import Attention, Documents, documents_of
 from bigmac_jax.model.balance import EVENED
@@ -19,6 +20,7 @@ from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
+from bigmac_jax.model.router import Padding
 
 
 class Block(nnx.Module):
@@ -34,22 +36,28 @@ class Block(nnx.Module):
         self.mlp = MoE(config, feed_forward) if experts else MLP(config, feed_forward, m.mlp_width)
 
     def __call__(
-        self, x_BLD: Array, key: Array | None, load_E: Array | None, evaluating: bool, documents: Documents | None
+        self,
+        x_BLD: Array,
+        key: Array | None,
+        load_E: Array | None,
+        evaluating: bool,
+        documents: Documents | None,
+        padding: Padding | None = None,
     ) -> tuple[Array, Aux]:
         keys = (None, None) if key is None else jax.random.split(key)
         y_BLD = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, aux = self.feed_forward(x_BLD, load_E, evaluating, documents)
+        y_BLD, aux = self.feed_forward(x_BLD, load_E, evaluating, padding)
         return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux
 
     def feed_forward(
-        self, x_BLD: Array, load_E: Array | None, evaluating: bool, documents: Documents | None = None
+        self, x_BLD: Array, load_E: Array | None, evaluating: bool, padding: Padding | None = None
     ) -> tuple[Array, Aux]:
         """What the second branch adds to x."""
         h_BLD = self.mlp_norm(x_BLD)
         if not isinstance(self.mlp, MoE):
             return self.mlp(h_BLD), empty_aux()
-        return self.mlp(h_BLD, load_E, evaluating, None if documents is None else documents.padding_BL)
+        return self.mlp(h_BLD, load_E, evaluating, padding)
 
 
 class Transformer(nnx.Module):
@@ -83,6 +91,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
+        padding: Padding | None = None,
         evaluating: bool = False,
     ) -> tuple[Array, Aux]:
         """Logits of the next token.
@@ -92,13 +101,19 @@ class Transformer(nnx.Module):
           segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
           load_YE: loads for the balance loss, where the step is larger than this batch.
+          padding: what no expert sees and aux does not count; by default what is of no document.
           evaluating: no choice is dropped, and none depends on another token.
 
         Returns:
           (logits_BLV in float32, aux with a leading dimension of layers with experts)
         """
         x_BLD, aux = self.features(
-            tokens_BL, segments_BL, dropout_key=dropout_key, load_YE=load_YE, evaluating=evaluating
+            tokens_BL,
+            segments_BL,
+            dropout_key=dropout_key,
+            load_YE=load_YE,
+            padding=padding,
+            evaluating=evaluating,
         )
         return self.logits(x_BLD), aux
 
@@ -109,15 +124,18 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
         load_YE: Array | None = None,
+        padding: Padding | None = None,
         evaluating: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
         documents = None if segments_BL is None else documents_of(segments_BL)
+        if padding is None and segments_BL is not None:
+            padding = Padding.of(segments_BL == PADDING)
         x_BLD, keys_Y = self.embedded(tokens_BL, None if documents is None else documents.position_BL, dropout_key)
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
             layer, key, load_E = xs
-            return layer(x_BLD, key, load_E, evaluating, documents)
+            return layer(x_BLD, key, load_E, evaluating, documents, padding)
 
         x_BLD, aux = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y, load_YE)
         return self.final_norm(x_BLD), aux

@@ -19,9 +19,12 @@ from jax import Array
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.attention import documents_of
+from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.transformer import Transformer, through_layers
 from bigmac_jax.training.loss import (
+    WHOLE,
     LossParts,
+    Share,
     chunks_of,
     linear_cross_entropy,
     of_tensor_ranks,
@@ -42,32 +45,32 @@ def distilled_loss(
     teacher: Transformer,
     batch: Batch,
     dropout_key: Array | None = None,
-    load_YE: Array | None = None,
-    targets: Array | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Array, LossParts]:
     """Arguments and result as of `loss.loss_fn`; no gradient goes to the teacher."""
     tuning = model.config.tuning
-    x_BLD, teacher_BLD, hidden_Y, aux = _side_by_side(model, teacher, batch, dropout_key, load_YE)
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, targets)
+    x_BLD, teacher_BLD, hidden_Y, aux = _side_by_side(model, teacher, batch, dropout_key, share)
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
     tables = model.unembedding(), teacher.unembedding()
-    kl = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, targets)
+    kl = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, share.targets)
     loss = (1 - tuning.teacher_weight) * ce + tuning.teacher_weight * kl + tuning.hidden_weight * hidden_Y.mean()
     return with_router_losses(model.config.model, loss, aux), LossParts(ce, aux, gaps=Gaps(kl, hidden_Y))
 
 
 def _side_by_side(
-    model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, load_YE: Array | None
+    model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, share: Share
 ) -> tuple[Array, Array, Array, Any]:
     """Features of both, gaps of the layers, and the student's aux."""
     documents = None if batch.segments_BL is None else documents_of(batch.segments_BL)
+    padding = share.padding(batch)
     position_BL = None if documents is None else documents.position_BL
     real_BL1 = (batch.targets_BL != NO_TARGET)[..., None]
 
     def step(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
         x_BLD, t_BLD = carry
         (layer, of_teacher), key, load_E = xs
-        x_BLD, aux = layer(x_BLD, key, load_E, False, documents)
-        t_BLD, _ = of_teacher(t_BLD, None, None, True, documents)
+        x_BLD, aux = layer(x_BLD, key, load_E, False, documents, padding)
+        t_BLD, _ = of_teacher(t_BLD, None, None, True, documents, padding)
         t_BLD = jax.lax.stop_gradient(t_BLD)
         ours, theirs = (v.astype(jnp.float32) for v in (x_BLD, t_BLD))
         squares = [(jnp.square(v) * real_BL1).sum() for v in (ours - theirs, theirs)]
@@ -76,7 +79,7 @@ def _side_by_side(
     x_BLD, keys_Y = model.embedded(batch.inputs_BL, position_BL, dropout_key)
     carry = x_BLD, jax.lax.stop_gradient(teacher.embed(batch.inputs_BL, position_BL))
     stacks = (model.first, teacher.first), (model.layers, teacher.layers)
-    (x_BLD, t_BLD), (aux, hidden_Y) = through_layers(model.config, step, carry, stacks, keys_Y, load_YE)
+    (x_BLD, t_BLD), (aux, hidden_Y) = through_layers(model.config, step, carry, stacks, keys_Y, share.load_YE)
     return model.final_norm(x_BLD), jax.lax.stop_gradient(teacher.final_norm(t_BLD)), hidden_Y, aux
 
 
@@ -107,7 +110,7 @@ def divergence(
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     frozen = teacher_VD._replace(value=jax.lax.stop_gradient(teacher_VD.value))
     sums = on_each_rank(on_rank, (x_BLD, teacher_BLD, targets_BL), (w_VD, frozen), out_specs=rank_spec(1))
-    return sums.sum() / jnp.maximum(targets, 1)
+    return sums.sum() / divisor(targets)
 
 
 def _log_softmax(x_CD: Array, w_vD: Array) -> Array:

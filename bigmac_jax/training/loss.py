@@ -12,9 +12,21 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.mesh import AXES, TENSOR, Weight, on_each_rank, platform, rank_spec, tensor_ranks, token_spec
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.mesh import (
+    AXES,
+    TENSOR,
+    Weight,
+    batch_spec,
+    on_each_rank,
+    platform,
+    rank_spec,
+    tensor_ranks,
+    token_spec,
+)
+from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.moe import Aux
+from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Transformer, own_rows
 
 # Logits held at once by `linear_cross_entropy`, in entries: on CPU a chunk that stays in the last-level cache.
@@ -31,22 +43,35 @@ class LossParts(NamedTuple):
     gaps: Any = None  # `distillation.Gaps` of a run with a teacher
 
 
-def loss_fn(
-    model: Transformer,
-    batch: Batch,
-    dropout_key: Array | None = None,
-    load_YE: Array | None = None,
-    targets: Array | None = None,
-) -> tuple[Array, LossParts]:
-    """Cross-entropy of the targets, plus the router's losses, summed over layers.
+class Share(NamedTuple):
+    """What a part of a step's batch is told of the whole. Counts are the step's over its parts, by which sums are
+    divided, so that the mean over the parts is the mean over the step; by default all is this batch's own."""
 
-    Args:
-      load_YE: loads of the whole step for the balance loss, if this batch is a part of it.
-      targets: by how many the sum of -log p is divided; by default those of this batch.
-    """
+    targets: Array | None = None  # of DPO pairs
+    tokens: Array | None = None  # but padding
+    load_YE: Array | None = None  # for the balance loss
+
+    def padding(self, batch: Batch) -> Padding | None:
+        """What of a batch belongs to no document."""
+        return None if batch.segments_BL is None else Padding.of(batch.segments_BL == PADDING, self.tokens)
+
+
+WHOLE = Share()  # a batch that is no part of another
+
+
+def loss_fn(
+    model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
+) -> tuple[Array, LossParts]:
+    """Cross-entropy of the targets, plus the router's losses, summed over layers."""
     config = model.config.model
-    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropout_key=dropout_key, load_YE=load_YE)
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, targets)
+    x_BLD, aux = model.features(
+        batch.inputs_BL,
+        batch.segments_BL,
+        dropout_key=dropout_key,
+        load_YE=share.load_YE,
+        padding=share.padding(batch),
+    )
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
     return with_router_losses(config, ce, aux), LossParts(ce, aux)
 
 
@@ -59,12 +84,13 @@ def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
 
 
 class TokenScores(NamedTuple):
-    """Of each position, in evaluation."""
+    """What evaluation finds: of each position, and of the routers over all tokens but padding's."""
 
     nll_BL: Array  # -log p(target), nats, float32
     likeliest_BL: Array  # whether no token has a larger logit; of equals the first counts
-    load_YE: Array  # share of the choices that went to each expert, padding's among them
-    entropy_Y: Array  # of the router's scores, mean over tokens but padding's, nats
+    load_YE: Array  # share of the choices that went to each expert
+    entropy_Y: Array  # of the router's scores, mean over tokens, nats
+    tokens: Array  # how many that are
 
 
 @jax.named_scope("loss")
@@ -87,7 +113,7 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets:
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     x_BLD, value = _table_first(x_BLD, w_VD.value)
     weights = (w_VD._replace(value=value),)
-    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / jnp.maximum(targets, 1)
+    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / divisor(targets)
 
 
 @jax.custom_vjp
@@ -101,7 +127,10 @@ _table_first.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.opt
 
 
 def token_scores(model: Transformer, batch: Batch) -> TokenScores:
-    """Scores the targets, dropless; logits are never held whole. Of NO_TARGET it is any number."""
+    """Scores the targets, dropless; logits are never held whole. Of NO_TARGET it is any number.
+
+    Padding is what belongs to no document; of rows that are no documents, what stands behind the last target.
+    """
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> tuple[Array, Array]:
         x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
@@ -123,15 +152,29 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
         return nll_BL, likeliest_BL
 
-    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, evaluating=True)
+    if batch.segments_BL is None:
+        padding = Padding.of(_behind_targets(batch.targets_BL))
+    else:
+        padding = Padding.of(batch.segments_BL == PADDING)
+    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, padding=padding, evaluating=True)
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     specs = token_spec(2), token_spec(2)
     nll_BL, likeliest_BL = on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs)
-    return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy)
+    return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy, padding.tokens)
+
+
+def _behind_targets(targets_BL: Array) -> Array:
+    """Which positions have no target at or behind them."""
+
+    def behind(targets_BL: Array) -> Array:
+        return jax.lax.cummax(targets_BL, axis=1, reverse=True) == NO_TARGET
+
+    targets_BL = jax.sharding.reshard(targets_BL, batch_spec(2))
+    return on_each_rank(behind, (targets_BL,), in_spec=batch_spec, out_specs=batch_spec(2))
 
 
 def token_nll(
-    model: Transformer, batch: Batch, dropout_key: Array | None = None, load_YE: Array | None = None
+    model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
 ) -> tuple[Array, Aux]:
     """-log p of each target as training computes it, nats, and the layers' aux; to be differentiated. Of NO_TARGET it
     is any number. A chunk's logits are computed again for the backward pass."""
@@ -151,7 +194,13 @@ def token_nll(
         nll_T = jax.lax.scan(body, None, xs)[1]
         return _own_part(nll_T.reshape(x_BLD.shape[0], -1), targets_BL.shape[1])
 
-    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, dropout_key=dropout_key, load_YE=load_YE)
+    x_BLD, aux = model.features(
+        batch.inputs_BL,
+        batch.segments_BL,
+        dropout_key=dropout_key,
+        load_YE=share.load_YE,
+        padding=share.padding(batch),
+    )
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2)), aux
 

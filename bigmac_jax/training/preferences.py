@@ -13,8 +13,9 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.mesh import batch_spec, on_each_rank
+from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import LossParts, token_nll, with_router_losses
+from bigmac_jax.training.loss import WHOLE, LossParts, Share, token_nll, with_router_losses
 
 
 class Preferences(NamedTuple):
@@ -33,24 +34,21 @@ def dpo_loss(
     model: Transformer,
     batch: Batch,
     dropout_key: Array | None = None,
-    load_YE: Array | None = None,
-    count: Array | None = None,
+    share: Share = WHOLE,
 ) -> tuple[Array, LossParts]:
     """Mean over pairs of -log sigmoid(beta · ((log p - log p_ref of the chosen) - (the same of the other))), plus the
     router's losses.
 
     Args:
       batch: with reference_BL, -log p_ref of each target.
-      load_YE: as for `loss_fn`.
-      count: pairs that the mean is of; by default those of this batch.
     """
     config = model.config
-    nll_BL, aux = token_nll(model, batch, dropout_key, load_YE)
+    nll_BL, aux = token_nll(model, batch, dropout_key, share)
     counts_BL = batch.targets_BL != NO_TARGET
     gain_BL = jnp.where(counts_BL, batch.reference_BL - jax.sharding.reshard(nll_BL, batch_spec(2)), 0)
     rows = margins(config, gain_BL, batch.segments_BL)
-    count = pairs(batch) if count is None else count
-    loss, right, margin = (of_rows.sum() / jnp.maximum(count, 1) for of_rows in rows)
+    count = divisor(pairs(batch) if share.targets is None else share.targets)
+    loss, right, margin = (of_rows.sum() / count for of_rows in rows)
     return with_router_losses(config.model, loss, aux), LossParts(loss, aux, Preferences(right, margin))
 
 

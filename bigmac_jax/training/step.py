@@ -1,9 +1,10 @@
 """The training step: one jitted function from state and batch to state and metrics.
 
-B batch, L length, M parts of the batch (gradient accumulation), Y layers, E experts.
+B batch, L length, Y layers, E experts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,16 +18,17 @@ from jax.sharding import Mesh
 
 from bigmac_jax import environment
 from bigmac_jax.config import Config
-from bigmac_jax.data.batch import NO_TARGET, Batch
+from bigmac_jax.data.batch import Batch
 from bigmac_jax.mesh import batch_spec, placed, platform
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.distillation import distilled_loss
-from bigmac_jax.training.loss import LossParts, loss_fn, token_nll
+from bigmac_jax.training.loss import LossParts, Share, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
-from bigmac_jax.training.preferences import dpo_loss, pairs
+from bigmac_jax.training.parts import accumulate
+from bigmac_jax.training.preferences import dpo_loss
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -64,6 +66,7 @@ class Trainer(NamedTuple):
     init: Callable[[Array], TrainState]
     begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
+    gradient: Any  # of a step, to be traced: (state, Batch) → ((loss, LossParts), gradients as params)
     abstract_state: TrainState  # shapes and shardings, of what a step is given
     config: Config
 
@@ -137,10 +140,12 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average, base)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def gradient(state: TrainState, batch: Batch) -> tuple[tuple[Array, LossParts], nnx.State]:
         dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        gradient = jax.value_and_grad(loss_of_params, has_aux=True)
-        (loss, parts), grads = accumulate(gradient, state, batch, dropout_key)
+        return accumulate(config, functools.partial(loss_of_params, state), state.params, batch, dropout_key)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        (loss, parts), grads = gradient(state, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -163,46 +168,17 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher), metrics
 
     def loss_of_params(
-        params: nnx.State, state: TrainState, batch: Batch, key: Array, load_YE: Array | None, count: Array
+        state: TrainState, params: nnx.State, batch: Batch, key: Array, share: Share
     ) -> tuple[Array, LossParts]:
         model = whole_model(config, graphdef, params, state, key)
         if state.teacher is not None:
-            return distilled_loss(model, state.teacher, batch, key, load_YE, count)
+            return distilled_loss(model, state.teacher, batch, key, share)
         if not preferred:
-            return loss_fn(model, batch, key, load_YE, count)
+            return loss_fn(model, batch, key, share)
         if state.base is not None:  # the model without its adapters is the reference
             reference_BL, _ = token_nll(nnx.merge(graphdef, state.base, state.rest), batch)
             batch = batch._replace(reference_BL=jax.sharding.reshard(reference_BL, batch_spec(2)))
-        return dpo_loss(model, batch, key, load_YE, count)
-
-    def accumulate(gradient: Callable, state: TrainState, batch: Batch, key: Array) -> Any:
-        """Loss, its parts and gradients of the whole batch, computed in M parts."""
-        parts = config.train.accumulate_steps
-        # Parts may have different numbers of targets: the mean over the parts is that over all targets.
-        count = (pairs(batch) if preferred else jnp.sum(batch.targets_BL != NO_TARGET)) / parts
-        if parts == 1:
-            return gradient(state.params, state, batch, key, None, count)
-        # Part m takes rows m, M + m, …: whatever rank a row is on, it stays there.
-        batch_MBL = jax.tree.map(lambda v_BL: v_BL.reshape(-1, parts, v_BL.shape[1]).swapaxes(0, 1), batch)
-        keys_M = jax.random.split(key, parts)
-
-        load_YE = None
-        if config.model.counts_loads_first:
-            # The balance loss is a product of two means over the whole step, so its gradient in one part needs the
-            # load of all parts: a first forward pass counts it.
-            def loads(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
-                return None, loss_of_params(state.params, state, *xs, None, count)[1].aux.load
-
-            load_YE = jax.lax.scan(loads, None, (batch_MBL, keys_M))[1].mean(0)
-
-        def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
-            part = gradient(state.params, state, *xs, load_YE, count)
-            return jax.tree.map(jnp.add, total, part), None
-
-        first = jax.tree.map(lambda v_MBL: v_MBL[0], (batch_MBL, keys_M))
-        part = jax.eval_shape(gradient, state.params, state, *first, load_YE, count)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), part)
-        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, (batch_MBL, keys_M))[0])
+        return dpo_loss(model, batch, key, share)
 
     # No array is made here: the mesh may be of devices that are only compiled for.
     graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
@@ -228,6 +204,7 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
                 mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
             ),
         ),
+        gradient,
         abstract,
         config,
     )

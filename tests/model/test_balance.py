@@ -14,6 +14,7 @@ from bigmac_jax.data.batch import PADDING
 from bigmac_jax.mesh import place, token_spec
 from bigmac_jax.model import balance
 from bigmac_jax.model.balance import balance_loss, evened, required_bias, solved, sorts, updated_bias
+from bigmac_jax.model.router import Padding
 
 from .test_router import LOG, choices, routed
 from .tools import on_mesh, random_model, tiny
@@ -81,8 +82,8 @@ def quantile(experts: int, top_k: int, mesh: tuple[int, ...] = (1, 1, 1), batch:
 def compiled(config: Config, sorting: bool) -> Any:
     """One update, on the current mesh. `sorting` tells programs apart where a test has changed the limit."""
 
-    def both(scores_BLE: Any, bias_E: Any, padding_BL: Any) -> Any:
-        return solved(config, required_bias(config, scores_BLE, bias_E, padding_BL), bias_E)
+    def both(scores_BLE: Any, bias_E: Any, padding: Any) -> Any:
+        return solved(config, required_bias(config, scores_BLE, bias_E, padding), bias_E)
 
     return jax.jit(both)
 
@@ -91,8 +92,8 @@ def update(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL
     """On the current mesh."""
     B, L = config.data.batch_size, config.data.sequence_length
     scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
-    padding_BL = None if padding_BL is None else place(padding_BL, token_spec(2))
-    return np.asarray(compiled(config, sorts(config))(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
+    padding = None if padding_BL is None else Padding.of(place(padding_BL, token_spec(2)))
+    return np.asarray(compiled(config, sorts(config))(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding))
 
 
 SHAPES = ((64, 8), (40, 8), (12, 4))
@@ -213,8 +214,8 @@ def even(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL: 
     """On the current mesh."""
     B, L = config.data.batch_size, config.data.sequence_length
     scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
-    padding_BL = None if padding_BL is None else place(padding_BL, token_spec(2))
-    return np.asarray(_even(config.model, scores_BLE, jnp.asarray(bias_E, jnp.float32), padding_BL))
+    padding = None if padding_BL is None else Padding.of(place(padding_BL, token_spec(2)))
+    return np.asarray(_even(config.model, scores_BLE, jnp.asarray(bias_E, jnp.float32), padding))
 
 
 _even = jax.jit(evened, static_argnums=0)

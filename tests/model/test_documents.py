@@ -12,12 +12,16 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.attention import documents_of
+from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.router import Padding
 from bigmac_jax.training.loss import loss_fn, token_scores
 from bigmac_jax.training.step import make_trainer
 
 from .tools import PAPER, PRESENT, QUICK, assert_close, leaves, on_mesh, random_model, split_batch, split_tokens, tiny
 
 B, L = 8, 16
+EXCHANGES = ["all_to_all", *(pytest.param(name, marks=pytest.mark.full) for name in STRATEGIES if name != "all_to_all"),
+             "capacity"]  # fmt: skip
 NUMBERS = np.array([0] * 5 + [1] + [2] * 7 + [PADDING] * 3, np.int32)  # one of them is a single token
 OWN = slice(6, 13)  # the document that is looked at
 
@@ -83,18 +87,20 @@ def test_positions_begin_anew() -> None:
     with on_mesh(tiny(batch=B, length=L)):
         documents = documents_of(split_batch(np.broadcast_to(NUMBERS, (B, L))))
     assert np.asarray(documents.position_BL)[3].tolist() == [*range(5), 0, *range(7), *range(3)]
-    assert np.asarray(documents.padding_BL)[3].tolist() == [False] * 13 + [True] * 3
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 4), pytest.param((1, 1, 2, 2), marks=pytest.mark.full)])
-def test_padding_crowds_no_expert(mesh: tuple[int, ...]) -> None:
-    """Its choices are dealt out evenly, it gets nothing from them, and the router's losses don't count it."""
-    config = tiny(mesh, batch=B, length=L, z_loss_coefficient=0.1, latent_norm="post_combine")
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_padding_goes_to_no_expert(mesh: tuple[int, ...], exchange: str) -> None:
+    """It takes no room, gets nothing, and the router's losses and loads don't count it."""
+    execution = {"exchange": exchange} if exchange != "capacity" else {"capacity_factor": 1.0}
+    config = tiny(mesh, batch=B, length=L, z_loss_coefficient=0.1, latent_norm="post_combine", **execution)
     x_BLD = np.random.default_rng(0).standard_normal((B, L, 16)).astype(np.float32)
     padding_BL = np.zeros((B, L), bool)
     padding_BL[:, 4:] = True
     x_BLD[padding_BL] = x_BLD[0, 5]  # all alike
-    call = jax.jit(lambda layer, x, padding: layer(x, None, True, padding), compiler_options=QUICK)
+    evaluating = exchange != "capacity"  # a real token loses no choice to padding: three quarters of the room are free
+    call = jax.jit(lambda layer, x, mask: layer(x, None, evaluating, Padding.of(mask)), compiler_options=QUICK)
     with on_mesh(config):
         layer = jax.tree.map(lambda leaf: leaf[0], random_model(config).layers.mlp)
         y_BLD, aux = call(layer, split_tokens(x_BLD), split_tokens(padding_BL))
@@ -108,7 +114,8 @@ def test_padding_crowds_no_expert(mesh: tuple[int, ...]) -> None:
     assert (y_BLD[padding_BL] == 0).all()
     np.testing.assert_allclose(aux.z_loss, real.z_loss, rtol=1e-5)
     np.testing.assert_allclose(aux.router_entropy, real.router_entropy, rtol=1e-5)
-    np.testing.assert_allclose(np.asarray(aux.load) - np.asarray(real.load) / 4, 0.75 / 8, atol=0.002)
+    np.testing.assert_allclose(aux.load, real.load, rtol=1e-6)
+    assert aux.drop_rate == 0
 
 
 def masked_batch(config: Config, rows_without: int) -> Batch:

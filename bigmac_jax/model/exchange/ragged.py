@@ -77,7 +77,8 @@ class Ragged(Strategy):
         sorted_N, order_N = sorted_by(experts_TK, E)
         counts_E = jnp.diff(bounds_of(sorted_N, E))
         positions = jnp.arange(T * K, dtype=jnp.int32)
-        slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(positions, unique_indices=True).reshape(T, K)
+        slot_N = jnp.where(sorted_N < E, positions, T * K)
+        slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
 
         # How many rows every rank sends to every expert tells all the offsets.
         counts_SE = self.wire.gather_metadata(counts_E)

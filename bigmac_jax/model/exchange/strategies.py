@@ -127,7 +127,7 @@ class Strategy:
         return Wire(self.axis, self.forward, self.backward)
 
     def plan(self, experts_TK: Array) -> Plan:
-        """Of one round; experts are E where a choice was sent in an earlier one."""
+        """Decides one round. An expert E is none: padding's, or a choice that an earlier round sent."""
         raise NotImplementedError
 
     def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
@@ -219,9 +219,9 @@ class AllToAll(Strategy):
         sorted_KT, order_KT = sorted_by(experts_TK.T, E)
         bounds_E = bounds_of(sorted_KT, E)
         rank_KT = jnp.arange(T * K, dtype=jnp.int32) - bounds_E[sorted_KT]  # place among the choices of its expert
-        slot_KT = jnp.where(rank_KT < C, sorted_KT * C + rank_KT, E * C)
+        slot_KT = jnp.where((sorted_KT < E) & (rank_KT < C), sorted_KT * C + rank_KT, E * C)
         slot_TK = jnp.zeros((K * T,), jnp.int32).at[order_KT].set(slot_KT, unique_indices=True).reshape(K, T).T
-        dropped = jnp.sum(slot_TK == E * C, dtype=jnp.int32)
+        dropped = jnp.sum((slot_TK == E * C) & (experts_TK < E), dtype=jnp.int32)
         return Plan((Slots(slot_TK, inverse(slot_TK, E * C)),), None, jnp.diff(bounds_E), dropped)
 
     def _dropless_plan(self, experts_TK: Array) -> Plan:
@@ -232,8 +232,7 @@ class AllToAll(Strategy):
         # A destination's rows stand behind each other, sorted by expert.
         shift_S = P * jnp.arange(S, dtype=jnp.int32) - bounds_E[:-1:e]
         slot_N = jnp.arange(T * K, dtype=jnp.int32) + shift_S[sorted_N // e]
-        if self.in_rounds:
-            slot_N = jnp.where((sorted_N < E) & (slot_N < P * (sorted_N // e + 1)), slot_N, S * P)
+        slot_N = jnp.where((sorted_N < E) & (slot_N < P * (sorted_N // e + 1)), slot_N, S * P)
         slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
         counts_E = jnp.diff(bounds_E)
         # Each source says how many rows of each expert it has; those behind them are empty.
@@ -456,5 +455,5 @@ def buffer(factor: float, expected: float, worst: int) -> int:
 
 
 def counts(experts_TK: Array, experts: int) -> Array:
-    """counts_E: how many choices fell on each expert."""
-    return jnp.zeros_like(experts_TK, shape=(experts,)).at[experts_TK.reshape(-1)].add(1)
+    """counts_E: how many choices fell on each expert; those of expert E, which is none, are left out."""
+    return jnp.zeros_like(experts_TK, shape=(experts,)).at[experts_TK.reshape(-1)].add(1, mode="drop")

@@ -1,0 +1,73 @@
+"""A step's gradient, computed in parts where its activations don't fit at once.
+
+B batch, L length, M parts of the batch, S ranks that split it, Y layers, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bigmac_jax.config import Config
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.mesh import batch_spec, replicated_spec
+from bigmac_jax.model.balance import balance_loss
+from bigmac_jax.training.loss import WHOLE, LossParts, Share
+from bigmac_jax.training.preferences import pairs
+
+Loss = Callable[[Any, Batch, Array, Share], tuple[Array, LossParts]]  # of parameters, rows, a key, and their share
+
+
+def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array) -> tuple[Any, Any]:
+    """((loss, its parts), gradients) of a batch, computed in train.accumulate_steps parts: those of it in one part."""
+    gradient, parts = jax.value_and_grad(loss, has_aux=True), config.train.accumulate_steps
+    if parts == 1:
+        return gradient(params, batch, key, WHOLE)
+    xs, share = (split_rows(batch, parts), jax.random.split(key, parts)), share_of(config, batch)
+    if config.model.counts_loads_first:
+        # The balance loss is a product of two means over the whole step, so its gradient in one part needs the load of
+        # all parts: a first forward pass counts it.
+        def load(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
+            return None, loss(params, *xs, share)[1].aux.load
+
+        share = share._replace(load_YE=jax.lax.scan(load, None, xs)[1].mean(0))
+
+    def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *xs, share)), None
+
+    first = jax.tree.map(lambda v_M: v_M[0], xs)
+    zeros = jax.tree.map(_zeros, jax.eval_shape(gradient, params, *first, share))
+    total = jax.lax.scan(add, zeros, xs)[0]
+    (mean, of_loss), gradients = jax.tree.map(lambda total: total / parts, total)
+    aux = of_loss.aux
+    if config.model.is_moe and config.model.balance != "aux_loss":  # of no loss, and known without a first pass
+        aux = aux._replace(balance_loss=jax.vmap(balance_loss)(aux.shares, aux.load))
+    return (mean, of_loss._replace(aux=aux)), gradients
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """[M, B/M, L] of each array. Part m takes rows m, M + m, …: whatever rank a row is on, it stays there."""
+
+    def split(v_BL: Array) -> Array:
+        B, L = v_BL.shape
+        # Without a word on it, axes of size 1 would stand on the dimension of the parts, which a scan goes through.
+        rows_BML = v_BL.reshape(B // parts, parts, L, out_sharding=batch_spec(3))
+        return rows_BML.swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def share_of(config: Config, batch: Batch) -> Share:
+    """What each part is told of the batch. Parts may have different numbers of targets, pairs and tokens."""
+    parts = config.train.accumulate_steps
+    counted = pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
+    tokens = None if batch.segments_BL is None else jnp.sum(batch.segments_BL != PADDING) / parts
+    return Share(counted / parts, tokens)
+
+
+def _zeros(of: jax.ShapeDtypeStruct) -> Array:
+    # What does not depend on an input has no sharding.
+    spec = of.sharding.spec if of.sharding else replicated_spec(of.ndim)
+    return jnp.zeros(of.shape, of.dtype, out_sharding=spec)
