@@ -72,8 +72,10 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         raise ConfigError(f"--copies={copies} must be at least 2")
     if m.top_k == 1 and m.router_renormalize:  # its gate was not divided by itself; the copies' are, by their sum
         raise ConfigError("model.top_k=1 with router_renormalize=True can't be widened: gates of several are divided")
-    # A softmax over c copies divides by c itself, and so does the sum of the chosen gates.
-    divides = m.router_scores == "softmax" or m.router_renormalize
+    # A softmax over c copies divides by c itself, and so does the sum of the chosen gates. What is added to its scores
+    # is divided like them.
+    softmax = m.router_scores == "softmax"
+    divides = softmax or m.router_renormalize
     target = with_model(
         config, num_experts=copies * m.num_experts, top_k=copies * m.top_k, expert_hidden_size=m.expert_width,
         router_scale=m.router_scale if divides else m.router_scale / copies,
@@ -88,5 +90,5 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         value = np.repeat(np.asarray(leaf, np.float32), copies, axis=axis)
         if part == "router_DE" or ".w_" in part:
             value += noise * np.sqrt(np.square(value).mean()) * draw(value.shape).astype(np.float32)
-        given[name] = value
+        given[name] = value / copies if softmax and part == "router_bias_E" else value
     return target, rebuilt(target, model, given)

@@ -1,11 +1,13 @@
 """Experts that are copies compute what the model did."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 from interchange.tools import our_logits, tokens_of
-from model.tools import on_mesh, random_model, tiny
+from model.tools import on_mesh, random_model, some, tiny
+from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.conversion import upcycle, widen
@@ -15,16 +17,22 @@ DENSE: dict[str, dict[str, Any]] = {
     "gated": {"gated": True},
     "biases": {"use_bias": True, "norm": "layernorm", "positions": "learned"},
 }
+# Scores × gates × balance: every router that there is.
 SPARSE: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "sigmoid": {"router_scores": "sigmoid", "balance": "bias", "num_shared_experts": 1},
-    "softmax as it is": {"router_renormalize": False, "structure": "fine_grained"},
-    "sigmoid as it is": {"router_scores": "sigmoid", "router_renormalize": False, "router_scale": 2.0},
-}
+    f"{scores}, {'renormalised' if renormalised else 'as it is'}, {balance}": {
+        "router_scores": scores, "router_renormalize": renormalised, "balance": balance,
+        "router_scale": 2.0, "num_shared_experts": int(renormalised),
+        "structure": "bigmac" if balance == "bias" else "fine_grained",
+    }
+    for scores, renormalised, balance in itertools.product(
+        ("softmax", "sigmoid"), (True, False), ("aux_loss", "bias", "quantile")
+    )
+}  # fmt: skip
+CHEAP = ("softmax, renormalised, bias", "softmax, as it is, quantile", "sigmoid, as it is, aux_loss")
 
 
 def _same(config: Config, change: Any) -> Any:
-    with on_mesh(config):
+    with quick(), on_mesh(config):
         model, tokens_BL = random_model(config), tokens_of(config)
         before = our_logits(model, tokens_BL)
         target, result = change(config, model)
@@ -32,17 +40,21 @@ def _same(config: Config, change: Any) -> Any:
         return target, result
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), (2, 1, 2, 2)])
+@pytest.mark.parametrize("name", some(DENSE))
+@pytest.mark.parametrize(("mesh",), some([((1, 1, 1),), ((1, 2, 2),), ((2, 1, 2, 2),)], 3))
 def test_an_upcycled_model_is_the_dense_one(name: str, mesh: tuple[int, ...]) -> None:
     target, _ = _same(tiny(mesh, structure="dense", **DENSE[name]), lambda *of: upcycle(*of, 8, 2))
     assert target.model.structure == "fine_grained" and target.model.num_experts == 8
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", SPARSE)
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        *((name, (1, 1, 1)) for name in CHEAP),
+        *(pytest.param(name, (1, 1, 1), marks=pytest.mark.full) for name in SPARSE if name not in CHEAP),
+        *(pytest.param(name, (1, 2, 2), marks=pytest.mark.full) for name in SPARSE),
+    ],
+)
 def test_a_widened_model_is_the_one_that_it_was(name: str, mesh: tuple[int, ...]) -> None:
     target, _ = _same(tiny(mesh, **SPARSE[name]), lambda *of: widen(*of, 2, 0.0))
     assert (target.model.num_experts, target.model.top_k) == (16, 6)
