@@ -50,9 +50,8 @@ class Case(NamedTuple):
             said += [f"{f.name}={getattr(own, f.name)}" for f in dataclasses.fields(own)
                      if getattr(own, f.name) != getattr(default, f.name)]  # fmt: skip
         if self.teacher is not None:
-            said.append(
-                f"of a teacher structure={self.teacher.model.structure} router={self.teacher.model.router_scores}"
-            )
+            of = self.teacher.model
+            said.append(f"taught by structure={of.structure} router_scores={of.router_scores}")
         return " ".join(said)
 
 
@@ -157,14 +156,15 @@ def _attempt(seed: int, draw: random.Random) -> Case:
         tuning |= {"teacher": "teacher", "teacher_weight": one_of(0.3, 1.0), "hidden_weight": one_of(0.0, 0.2)}
         other = {"structure": "fine_grained", "router_scores": one_of("softmax", "sigmoid"), "latent_norm": "none"}
         teacher = {} if structure == "dense" else other
+    exchange = one_of("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
     execution = {
-        "exchange": one_of("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged"),
+        "exchange": exchange,
         "overlap_chunks": one_of(1, 1, 2),
         "attention": one_of("auto", "blocks", "xla"),
         "grouped_matmul": one_of("auto", "batched", "blocks", "kernel"),
         "remat": one_of("none", "layer", "exchange"),
-        "unroll_layers": one_of(0, 1),
-        "buffer_factor": one_of(math.inf, math.inf, 1.5),
+        "unroll_layers": one_of(0, 1, 1, 1),  # all at once take twice as long to compile
+        "buffer_factor": math.inf if exchange in ("gather", "ragged") else one_of(math.inf, math.inf, 1.5),
     }
     return made(
         seed,
@@ -188,6 +188,8 @@ def _of_experts(draw: random.Random, structure: str) -> dict[str, Any]:
     ratio = one_of(0.25, 0.5)
     experts = one_of(4, 8)
     balance = draw.choices(("aux_loss", "bias", "quantile", "none"), (5, 2, 3, 1))[0]
+    norms = ["auto", "none", "post_combine", "skip", "gate"]
+    norms += ["pre_dispatch", "both", "scale"] if structure == "bigmac" else []
     groups, top_groups = (1, 1) if balance == "quantile" else one_of((1, 1), (1, 1), (2, 1), (4, 2))
     return {
         "num_experts": round(experts * 4 / ratio) if structure == "vanilla" else experts,
@@ -198,7 +200,7 @@ def _of_experts(draw: random.Random, structure: str) -> dict[str, Any]:
         "dense_hidden_size": one_of(0, 24),
         "num_shared_experts": one_of(0, 1, 2),
         "shared_expert_hidden_size": one_of(0, 12),
-        "latent_norm": one_of("auto", "none", "pre_dispatch", "post_combine", "both", "scale", "skip", "gate"),
+        "latent_norm": one_of(*norms),
         "router_scores": one_of("softmax", "sigmoid"),
         "router_renormalize": one_of(True, True, False),
         "router_scale": one_of(1.0, 2.5),

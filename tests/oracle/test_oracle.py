@@ -178,11 +178,11 @@ def _difference(case: Case, name: str, a: Any, b: Any, expected: Expected) -> tu
 
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_experts": 4, "top_k": 2, "expert_hidden_size": 8, "norm_eps": 1e-2}
-QUICKLY = {"unroll_layers": 1}
+QUICKLY = {"unroll_layers": 1, "exchange": "gather", "attention": "xla", "grouped_matmul": "blocks"}
 FIXED = {
     "padding, parts of one row, two ranks": made(
         1,
-        SMALL | {"balance_coefficient": 0.05, "z_loss_coefficient": 0.01, "down_ratio": 0.5},
+        SMALL | {"num_layers": 1, "balance_coefficient": 0.05, "z_loss_coefficient": 0.01, "down_ratio": 0.5},
         (1, 1, 2, 1),
         parts=2,
         documents="masked",
