@@ -34,6 +34,7 @@ class Given(NamedTuple):
     """Values of a step that no gradient is taken of."""
 
     rest: Values  # the routers' biases
+    solved: Values  # with balance_step=same: those that the program chose by
     base: Values  # of adapters: the model's own parameters
     teacher: Values
     teacher_rest: Values
@@ -46,7 +47,7 @@ class Layers(NamedTuple):
     z_Y: Any
     load_YE: Any
     entropy_Y: Any
-    bias_YE: Any  # by which tokens chose; of balance_step=same the mean of the parts' own
+    bias_YE: Any  # with balance_step=same: what the bias should be
     margin: Any  # the least distance between a score that was chosen by and the next one, of real tokens
 
 
@@ -72,7 +73,7 @@ class Routed(NamedTuple):
     chosen_BLE: Any
     shares_BLE: Any  # scores that sum to one
     logits_BLE: Any
-    bias_MBE: Any  # by which rows of part m would choose
+    bias_E: Any  # with balance_step=same: what the bias should be
     margin_BL: Any
 
 
@@ -101,10 +102,11 @@ class Oracle:
 def loss(config: Config, teacher: Config | None, trained: Values, given: Given, sample: Sample) -> tuple[Any, Report]:
     """What the gradient is taken of, of the whole step."""
     m, tuning = config.model, config.tuning
+    biases = {**given.rest, **{f"{name}.solved": value for name, value in given.solved.items()}}
     p = with_adapters(config, given.base, trained) if tuning.lora_rank else trained
     if not tuning.train_router:
         p = {name: jax.lax.stop_gradient(v) if is_router(name) else v for name, v in p.items()}
-    x_BLD, streams, layers = through(config, p, given.rest, sample)
+    x_BLD, streams, layers = through(config, p, biases, sample)
     log_p_BLV = log_softmax(x_BLD @ table(m, p).T)
     nll_BL = picked(log_p_BLV, sample.targets_BL)
     counts_BL = sample.targets_BL >= 0
@@ -112,7 +114,7 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
     if tuning.objective == "dpo":
         reference_BL = sample.reference_BL
         if tuning.lora_rank:  # the model without its adapters
-            base_BLD, _, of_base = through(config, given.base, given.rest, sample)
+            base_BLD, _, of_base = through(config, given.base, biases, sample)
             reference_BL = picked(log_softmax(base_BLD @ table(m, given.base).T), sample.targets_BL)
             reference_BL = jax.lax.stop_gradient(reference_BL)
             layers = layers._replace(margin=jnp.minimum(layers.margin, of_base.margin))
@@ -122,7 +124,7 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
         text = jnp.where(counts_BL, nll_BL, 0.0).sum() / counts_BL.sum()
     total = text
     if teacher is not None:
-        t_BLD, of_teacher, taught = through(teacher, given.teacher, given.teacher_rest, sample, evaluating=True)
+        t_BLD, of_teacher, taught = through(teacher, given.teacher, given.teacher_rest, sample)
         log_q_BLV = log_softmax(t_BLD @ table(teacher.model, given.teacher).T)
         kl_BL = (jnp.exp(log_q_BLV) * (log_q_BLV - log_p_BLV)).sum(-1)
         divergence = jnp.where(counts_BL, kl_BL, 0.0).sum() / counts_BL.sum()
@@ -189,9 +191,7 @@ def table(m: ModelConfig, p: Values) -> Any:
     return p["embedding_VD"] if m.tie_embeddings else p["unembedding_VD"]
 
 
-def through(
-    config: Config, p: Values, rest: Values, sample: Sample, evaluating: bool = False
-) -> tuple[Any, list[Any], Layers]:
+def through(config: Config, p: Values, rest: Values, sample: Sample) -> tuple[Any, list[Any], Layers]:
     """The normalised features, the residual stream behind each layer, and what the routers report."""
     m = config.model
     same_BLL = sample.segments_BL[:, :, None] == sample.segments_BL[:, None, :]
@@ -216,7 +216,7 @@ def through(
         if stack == "first" or m.structure == "dense":
             x_BLD = x_BLD + mlp(m, given, h_BLD)
         else:
-            routed = router(config, given, state.get("mlp.router_bias_E"), h_BLD, real_BL, evaluating)
+            routed = router(m, given, under(state, "mlp"), h_BLD, real_BL)
             x_BLD = x_BLD + experts(m, given, routed.gates_BLE, h_BLD)
             found.append(statistics(config, routed, real_BL))
         streams.append(x_BLD)
@@ -307,8 +307,7 @@ def experts(m: ModelConfig, p: Values, gates_BLE: Any, x_BLD: Any) -> Any:
     return y_BLD + mlp(m, under(p, "shared"), x_BLD) if m.num_shared_experts else y_BLD
 
 
-def router(config: Config, p: Values, bias_E: Any, x_BLD: Any, real_BL: Any, evaluating: bool) -> Routed:
-    m, M = config.model, config.train.accumulate_steps
+def router(m: ModelConfig, p: Values, biases: Values, x_BLD: Any, real_BL: Any) -> Routed:
     E, K = p["router_DE"].shape[-1], m.vanilla_top_k if m.structure == "vanilla" else m.top_k
     logits_BLE = x_BLD @ p["router_DE"]
     if m.router_scores == "softmax":
@@ -316,18 +315,20 @@ def router(config: Config, p: Values, bias_E: Any, x_BLD: Any, real_BL: Any, eva
     else:
         scores_BLE = 1 / (1 + jnp.exp(-logits_BLE))
         shares_BLE = scores_BLE / scores_BLE.sum(-1, keepdims=True)
-    fixed_BLE = jax.lax.stop_gradient(scores_BLE)
-    bias_M1E = jnp.broadcast_to(jnp.zeros(E) if bias_E is None else bias_E, (M, 1, E))
-    if m.balance == "quantile" and m.balance_step == "same" and not evaluating:
-        assert bias_E is not None
-        bias_M1E = jnp.stack([evened(K, fixed_BLE[i::M], bias_E, real_BL[i::M]) for i in range(M)])[:, None]
-    part_B = jnp.arange(x_BLD.shape[0]) % M
-    chosen_BLE, margin_BL = best(m, K, fixed_BLE + bias_M1E[part_B])
+    fixed_BLE, bias_E, wanted_E = (
+        jax.lax.stop_gradient(scores_BLE),
+        biases.get("router_bias_E", jnp.zeros(E)),
+        jnp.zeros(E),
+    )
+    if "router_bias_E.solved" in biases:
+        # What is solved puts a token of each expert on the very edge, on which side is a matter of rounding.
+        wanted_E, bias_E = evened(K, fixed_BLE, bias_E, real_BL), biases["router_bias_E.solved"]
+    chosen_BLE, margin_BL = best(m, K, fixed_BLE + bias_E)
     gates_BLE = jnp.where(chosen_BLE & real_BL[..., None], scores_BLE, 0.0)
     if m.router_renormalize and K > 1:
         sums_BL1 = gates_BLE.sum(-1, keepdims=True)
         gates_BLE = gates_BLE / jnp.where(sums_BL1 > 0, sums_BL1, 1.0)
-    return Routed(m.router_scale * gates_BLE, chosen_BLE, shares_BLE, logits_BLE, bias_M1E[:, 0], margin_BL)
+    return Routed(m.router_scale * gates_BLE, chosen_BLE, shares_BLE, logits_BLE, wanted_E, margin_BL)
 
 
 def best(m: ModelConfig, K: int, ranking_BLE: Any) -> tuple[Any, Any]:
@@ -386,7 +387,7 @@ def statistics(config: Config, routed: Routed, real_BL: Any) -> tuple[Any, ...]:
         mean(z_BL, real_BL),
         mean(chosen_BLE / chosen_BLE.sum(-1, keepdims=True), real_BL),
         mean(-(shares_BLE * jnp.log(shares_BLE)).sum(-1), real_BL),
-        routed.bias_MBE.mean(0),
+        routed.bias_E,
         jnp.where(real_BL, routed.margin_BL, jnp.inf).min(),
     )
 
