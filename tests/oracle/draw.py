@@ -153,7 +153,7 @@ def _attempt(seed: int, draw: random.Random) -> Case:
     if lora:
         everything = "attention,projections,shared,experts,mlp,router"
         targets = one_of(everything, TuningConfig.lora_targets)
-        tuning |= {"lora_rank": one_of(1, 3), "lora_alpha": one_of(2.0, 5.0), "lora_targets": targets}
+        tuning |= {"lora_rank": one_of(1, 3), "lora_alpha": one_of(2.0, 4.0), "lora_targets": targets}
     if objective == "dpo":
         tuning |= {"dpo_beta": one_of(0.1, 0.5)}
     teacher = None
@@ -232,6 +232,8 @@ def value(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> np.nd
         v = 1 + 0.2 * v
     elif "bias" in name or ".b_" in name:
         v = 0.1 * v
+    elif name.endswith(".b"):
+        v = 0.2 * v  # W + (alpha / rank) A B is of the size of W
     else:
         v = v / math.sqrt(shape[-2])
     return v.astype(np.float32)
