@@ -17,7 +17,6 @@ environment.prepare()
 
 import dataclasses  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
@@ -58,7 +57,7 @@ def main() -> None:
         rows = train_iterator(
             dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=_ROWS.value)), stream
         )
-        texts = [next(rows).inputs_BL for _ in range(1)][0]
+        texts = next(rows).inputs_BL
     for step in range(max(at) + 1):
         batch = place(next(batches), batch_spec(2))
         if step in at and timed:
@@ -80,11 +79,7 @@ def _loads(step: int, config: Config, own: np.ndarray, length: int) -> None:
             continue
         pairs = own.reshape(ranks, rows // ranks, layers, ranks, experts // ranks).sum((1, 4))  # source, layer, target
         expected = rows // ranks * length * config.model.choices / ranks
-        worst = (
-            min(ranks, ranks * experts // ranks / config.model.choices)
-            if experts // ranks < config.model.choices
-            else ranks
-        )
+        worst = ranks * min(1, experts // ranks / config.model.choices)
         most = pairs.max((0, 2)) / expected  # by layer
         of = {"busiest_pair": [round(float(most.mean()), 2), round(float(most.max()), 2)]}
         for factor in map(float, _FACTORS.value):

@@ -34,7 +34,7 @@ class DropNotice:
             return ""
         self._next = 2 * self._steps
         return (
-            f"step {step}: of the last {_STEPS} steps' choices {mean:.1%} were dropped, because their experts were full "
-            f"(model.capacity_factor={self._factor:g}); a new run with model.capacity_factor=inf drops none, and "
+            f"step {step}: of the last {_STEPS} steps' choices {mean:.1%} were dropped, because their experts were "
+            f"full (model.capacity_factor={self._factor:g}); a new run with model.capacity_factor=inf drops none, and "
             f"execution.buffer_factor=auto bounds its memory"
         )
