@@ -26,6 +26,7 @@ from .tools import (
     QUICK,
     abstract_layer,
     assert_close,
+    loss_and_gradients,
     on_mesh,
     random_model,
     random_tokens,
@@ -76,6 +77,25 @@ def test_equals_the_reference_everywhere(
     exchange: str, mesh: tuple, factor: float, chunks: int, skew: str, matmul: str
 ) -> None:
     run(exchange, mesh, factor, chunks, skew)
+
+
+@pytest.mark.parametrize(
+    ("remat", "chunks"),
+    [("exchange", 2), *(pytest.param(remat, 1, marks=pytest.mark.full) for remat in ("none", "layer", "exchange"))],
+)
+def test_layers_that_are_computed_again(remat: str, chunks: int) -> None:
+    """Of a whole model, whose first layer takes further rounds: its loss and gradients are those without rounds."""
+    bias_LE = np.zeros((2, 8), np.float32)
+    bias_LE[0, :4] = 30.0, 20.0, 10.0, 5.0
+    found = []
+    for fields in ({"buffer_factor": 1.0, "remat": remat, "overlap_chunks": chunks}, {}):
+        config = tiny((1, 1, 4), length=32, balance="bias", **fields)
+        found.append(loss_and_gradients(config, random_tokens(config), {"layers.mlp.router_bias_E": bias_LE}))
+    with on_mesh(config):
+        assert strategy(tiny((1, 1, 4), buffer_factor=1.0), math.inf, 64).most_rounds(64, 3) > 1
+    (loss, gradients, _), (expected, of_one_round, _) = found
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert_close(gradients, of_one_round)
 
 
 def taken(exchange: Strategy, experts: Any) -> int:
