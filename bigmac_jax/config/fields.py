@@ -163,8 +163,8 @@ class ModelConfig:
         return self.num_shared_experts * (self.shared_expert_hidden_size or self.latent_size)
 
 
-# Measured (docs/exchange.md): from the hundredth step on one round sends nearly everything, and a first step, whose
-# loads are uneven, takes two or three.
+# Measured (docs/exchange.md): with four experts or more on a rank it takes two or three rounds in the first hundreds
+# of steps, and one from then on.
 AUTO_BUFFER_FACTOR = 1.5
 
 
@@ -193,12 +193,12 @@ class ExecutionConfig:
 
     @property
     def room_factor(self) -> float:
-        """`buffer_factor`, of which `auto` is one; what sends no rounds does not look at it."""
+        """`buffer_factor` as a number; an exchange that does not send in rounds has no use for it."""
         return AUTO_BUFFER_FACTOR if isinstance(self.buffer_factor, str) else self.buffer_factor
 
     @property
     def asks_for_rounds(self) -> bool:
-        """Whether `buffer_factor` can be held by no exchange but one that sends in rounds."""
+        """Whether only an exchange that sends in rounds can have this `buffer_factor`."""
         return isinstance(self.buffer_factor, float) and math.isfinite(self.buffer_factor)
 
     @property
