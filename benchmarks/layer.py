@@ -1,6 +1,7 @@
 """One MoE layer, forward and backward: python -m benchmarks.layer [--cpu_devices=8 --ranks=8] [--cases=…].
 
 A case is STRUCTURE[:EXCHANGE[:CAPACITY_FACTOR[:GROUPED_MATMUL[:WIRE_DTYPE]]]]; all run in one process, alternating.
+Dropless exchanges have room for their worst case (execution.buffer_factor=inf).
 JSON lines: tokens_per_s; useful_gflops (experts, router and projections, no padding) and their share of the rate of a
 2048³ float32 matmul in the same run; routing_share, the time of the router, the plan and the grouping alone over the
 layer's; wire_bytes (payload of one rank, forward and backward); exchange_s, the time less that of the same program with
@@ -16,6 +17,7 @@ from bigmac_jax import environment
 environment.prepare()
 
 import json  # noqa: E402
+import math  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -103,7 +105,9 @@ def _config(case: str) -> Config:
         top_k=_TOP_K.value,
         capacity_factor=float(factor),
     )
-    execution = ExecutionConfig(exchange=exchange, overlap_chunks=_CHUNKS.value, grouped_matmul=matmul, wire_dtype=wire)
+    execution = ExecutionConfig(
+        exchange=exchange, overlap_chunks=_CHUNKS.value, grouped_matmul=matmul, wire_dtype=wire, buffer_factor=math.inf
+    )
     ranks = _NODES.value * _RANKS.value
     data = DataConfig(batch_size=ranks, sequence_length=_TOKENS.value // ranks)
     return Config(model, execution, MeshConfig(node=_NODES.value, expert=_RANKS.value), data)

@@ -22,6 +22,7 @@ from bigmac_jax.phases import NOW
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.start import Start, Step, restored, start
 from bigmac_jax.training import guard
+from bigmac_jax.training.dropped import DropNotice
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import (
@@ -92,6 +93,7 @@ class _Run:
         self.goodput = Goodput(read_records(self.mirror.folder), started.step)
         self.writer = self._writer()
         self.timer = StepTimer()
+        self.drops = DropNotice(config)
 
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
@@ -193,6 +195,8 @@ class _Run:
             self.writer.write(start_record(step - 1))
             NOW.turn("steps")
         self.timer.step_done()
+        if line := self.drops.line(step, metrics):
+            self.writer.print(line)
         due = train.log_every and step % train.log_every == 0
         if not due and step != train.steps:
             self.writer.progress(step)

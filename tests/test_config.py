@@ -64,6 +64,8 @@ def test_defaults_load(config_file: pathlib.Path) -> None:
         ("model.capacity_factor=inf", math.inf),
         ("model.capacity_factor=2", 2.0),
         ("execution.buffer_factor=1.5", 1.5),
+        ("execution.buffer_factor=inf", math.inf),
+        ("execution.buffer_factor=auto", "auto"),
         ("optimizer.learning_rate=1e-3", 1e-3),
         ("execution.remat=layer", "layer"),
         ("mesh.fsdp=true", True),
@@ -102,7 +104,9 @@ INVALID = {  # overrides: what the line must contain
     "model.capacity_factor=0": ("model.capacity_factor=0", "above 0", "inf"),
     "execution.buffer_factor=0.9": ("execution.buffer_factor=0.9", "at least 1"),
     "execution.buffer_factor=nan": ("execution.buffer_factor=nan", "finite"),
-    "execution.buffer_factor=2 execution.exchange=ragged": ("buffer_factor=2", "exchange=ragged", "buffer_factor=inf"),
+    "execution.buffer_factor=2 execution.exchange=ragged": ("buffer_factor=2", "exchange=ragged", "buffer_factor=auto"),
+    "execution.buffer_factor=two": ("execution.buffer_factor='two'", "type float or auto"),
+    "execution.buffer_factor=": ("execution.buffer_factor=''", "type float or auto"),
     "model.z_loss_coefficient=-1": ("z_loss_coefficient=-1.0", "at least 0"),
     "mesh.expert=0": ("mesh.expert=0", "at least 1"),
     "mesh.data=-1": ("mesh.data=-1", "at least 0"),
@@ -307,6 +311,7 @@ def changed(name: str) -> Config:
         "execution.wire_dtype_backward": "int8", "execution.grouped_matmul": "blocks", "execution.attention": "xla",
         "execution.gather_dtype": "float32",
         "execution.reduce_dtype": "bfloat16", "execution.remat": "layer",
+        "execution.buffer_factor": 2.0, "model.capacity_factor": 2.0,
         "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
         "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
         "mesh.node": 2, "mesh.expert": 2,
@@ -360,20 +365,23 @@ def test_the_step_that_quantiles_are_of_stays() -> None:
         check_resume(next_, same)
 
 
+FULL = {"capacity_factor": 1.25}
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
         ({}, {"remat": "layer", "attention": "xla", "dtype": "bfloat16"}, []),
-        ({}, {"overlap_chunks": 2}, ["execution.overlap_chunks 1 → 2: which choices find their expert full"]),
-        ({}, {"exchange": "gather"}, ["execution.exchange all_to_all → gather: which choices"]),
-        ({"capacity_factor": math.inf}, {"exchange": "dedup", "overlap_chunks": 2}, []),
-        ({"structure": "dense"}, {"overlap_chunks": 2}, []),
-        ({"capacity_factor": math.inf}, {"accumulate_steps": 2}, []),
-        ({"capacity_factor": math.inf, "balance_scope": "part", "dropout": 0.1}, {"accumulate_steps": 2},
+        (FULL, {"overlap_chunks": 2}, ["execution.overlap_chunks 1 → 2: which choices find their expert full"]),
+        (FULL, {"exchange": "gather"}, ["execution.exchange all_to_all → gather: which choices"]),
+        ({}, {"exchange": "dedup", "overlap_chunks": 2, "buffer_factor": 2.0}, []),
+        (FULL | {"structure": "dense"}, {"overlap_chunks": 2}, []),
+        ({}, {"accumulate_steps": 2}, []),
+        ({"balance_scope": "part", "dropout": 0.1}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_scope=part", "model.dropout draws other entries"]),
-        ({"capacity_factor": math.inf, "balance": "quantile", "balance_step": "same"}, {"accumulate_steps": 2},
+        ({"balance": "quantile", "balance_step": "same"}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_step=same"]),
-        ({}, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
+        (FULL, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
     ],
 )  # fmt: skip
 def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
@@ -404,9 +412,34 @@ def test_a_config_of_the_first_edition_is_read() -> None:
     config = Config.from_json(json.dumps({"model": model, "train": {"steps": 7}}))
     assert config.model == ModelConfig("fine_grained", num_layers=3, projection_init="random")
     assert config.train.steps == 7
-    assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup")
+    assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup", buffer_factor=math.inf)
     assert Config.from_json(json.dumps({"model": {"remat": False}})).execution.remat == "none"
     assert Config.from_json(config.to_json()) == config.resolved
+
+
+def test_a_config_with_the_defaults_of_its_time_is_read_as_it_was_written() -> None:
+    """When a capacity of 1.25, with buffers of the worst case, was what a config had that said nothing of either."""
+    saved = json.loads(Config().to_json())
+    assert (saved["model"]["capacity_factor"], saved["execution"]["buffer_factor"]) == ("inf", "auto")
+    saved["model"]["capacity_factor"], saved["execution"]["buffer_factor"] = 1.25, "inf"
+    before = Config.from_json(json.dumps(saved))
+    assert (before.model.capacity_factor, before.execution.buffer_factor) == (1.25, math.inf)
+    assert Config.from_json(before.to_json()) == before
+    with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):
+        check_resume(before, Config())
+    check_resume(before, dataclasses.replace(Config(), model=before.model))  # with other buffers
+    del saved["execution"]["buffer_factor"]  # the field is younger
+    assert Config.from_json(json.dumps(saved)) == before
+
+
+def test_numbers_or_auto_change_to_each_other(tmp_path: pathlib.Path) -> None:
+    for value, execution in (("auto", ExecutionConfig()), ("2.0", ExecutionConfig(buffer_factor=2))):
+        (tmp_path / "config.json").write_text(Config(execution=execution).to_json())
+        for new in ("auto", "inf", "1.5", value):
+            field = f"execution.buffer_factor={new}"
+            found = load_config(tmp_path / "config.json", [field]).execution.buffer_factor
+            assert str(found) == new
+            assert with_mesh(Config(execution=execution), [field]).execution.buffer_factor == found
 
 
 def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
@@ -481,15 +514,16 @@ def test_resolved_sizes() -> None:
 @pytest.mark.parametrize(
     ("fields", "end"),
     [
-        ({}, "capacity factor 1.25"),
-        ({"capacity_factor": math.inf}, "dropless"),
-        ({"exchange": "gather"}, "dropless"),  # whatever the factor says
-        ({"exchange": "ragged"}, "dropless"),
+        (FULL, "capacity factor 1.25"),
+        ({}, "dropless"),
+        (FULL | {"exchange": "gather"}, "dropless"),  # whatever the factor says
+        (FULL | {"exchange": "ragged"}, "dropless"),
     ],
 )
 def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
-    execution = ExecutionConfig(exchange=fields.pop("exchange", "all_to_all"))
-    described = Config(model=ModelConfig(**fields), execution=execution).describe()
+    execution = ExecutionConfig(exchange=fields.get("exchange", "all_to_all"))
+    model = ModelConfig(**{name: value for name, value in fields.items() if name != "exchange"})
+    described = Config(model=model, execution=execution).describe()
     assert described.endswith(
         f"64 of 256 wide rows on the wire, latent norm skip, projection init selection, projection rate 0.125, {end}"
     )

@@ -57,7 +57,7 @@ class ModelConfig:
     # What bigmac's W↓ and W↑ start as: r·h coordinates of h, each layer its own, which are then trained slowly
     # (optimizer.projection_rate; docs/quality.md), or N(0, 1 / rows).
     projection_init: str = "selection"  # selection | random
-    capacity_factor: float = 1.25  # rows an expert takes per rank: ceil(f·T·K/E); inf = dropless
+    capacity_factor: float = math.inf  # rows an expert takes per rank, ceil(f·T·K/E), and drops the rest; inf = all
     # The router (always float32, full width).
     router_scores: str = "softmax"  # softmax | sigmoid
     router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
@@ -163,6 +163,11 @@ class ModelConfig:
         return self.num_shared_experts * (self.shared_expert_hidden_size or self.latent_size)
 
 
+# Measured (docs/exchange.md): with four experts or more on a rank it takes two or three rounds in the first hundreds
+# of steps, and one from then on.
+AUTO_BUFFER_FACTOR = 1.5
+
+
 @dataclass(frozen=True)
 class ExecutionConfig:
     """How the model is executed. In exact arithmetic none of it changes the loss, but for the choices that a finite
@@ -177,12 +182,24 @@ class ExecutionConfig:
     exchange: str = "all_to_all"  # auto | all_to_all | dedup | hierarchical | gather | ragged (docs/exchange.md)
     wire_dtype: str = ""  # of rows between ranks: float32 | bfloat16 | float8_e4m3 | int8; "" = dtype
     wire_dtype_backward: str = ""  # of their gradients; "" = wire_dtype
-    buffer_factor: float = math.inf  # room of a dropless exchange over the rows expected; the rest goes in more rounds
+    # Room of a dropless exchange over the rows expected; the rest goes in more rounds. auto: 1.5 for an exchange that
+    # sends in rounds. inf: the worst case, in one round.
+    buffer_factor: float | str = "auto"
     overlap_chunks: int = 1  # parts of a rank's tokens, one computed while the next is on the wire
     attention: str = "auto"  # blocks (CPU) | xla (any) | splash (TPU) | cudnn, triton (GPU); auto takes the fastest
     grouped_matmul: str = "auto"  # batched | blocks | kernel (docs/exchange.md); auto takes the backend's best
     remat: str = "none"  # layer: recompute each layer in the backward pass | exchange: all of it but the exchange
     unroll_layers: int = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
+
+    @property
+    def room_factor(self) -> float:
+        """`buffer_factor` as a number; an exchange that does not send in rounds has no use for it."""
+        return AUTO_BUFFER_FACTOR if isinstance(self.buffer_factor, str) else self.buffer_factor
+
+    @property
+    def asks_for_rounds(self) -> bool:
+        """Whether only an exchange that sends in rounds can have this `buffer_factor`."""
+        return isinstance(self.buffer_factor, float) and math.isfinite(self.buffer_factor)
 
     @property
     def dtype_bytes(self) -> int:
@@ -364,6 +381,7 @@ def moved(name: str) -> str:
 
 
 _NEVER_MODEL = {"gather_dtype", "reduce_dtype"}
+_WORST_CASE: dict[str, Any] = {"buffer_factor": "inf"}  # of editions without the field
 
 
 def from_saved(values: dict[str, Any]) -> Config:
@@ -373,7 +391,8 @@ def from_saved(values: dict[str, Any]) -> Config:
 
 def second_edition(values: Any) -> Any:
     """A config.json of an earlier edition as it would be written now: W↓ and W↑ started at random, latent_norm=auto was
-    post_combine for bigmac, and in the first edition `model` held what `execution` does."""
+    post_combine for bigmac, every buffer was of the worst case, and in the first edition `model` held what `execution`
+    does."""
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         return values
     values = values | {"model": {"projection_init": "random"} | values["model"]}
@@ -381,9 +400,10 @@ def second_edition(values: Any) -> Any:
         was = "post_combine" if values["model"].get("structure", ModelConfig.structure) == "bigmac" else "none"
         values["model"] |= {"latent_norm": was}
     if "execution" in values:
-        return values
+        execution = values["execution"]
+        return values | {"execution": _WORST_CASE | execution if isinstance(execution, dict) else execution}
     model = {name: value for name, value in values["model"].items() if not moved(f"model.{name}")}
-    execution = {name: value for name, value in values["model"].items() if moved(f"model.{name}")}
+    execution = _WORST_CASE | {name: value for name, value in values["model"].items() if moved(f"model.{name}")}
     if type(remat := execution.get("remat")) is bool:
         execution["remat"] = "layer" if remat else "none"
     return values | {"model": model, "execution": execution}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bigmac_jax.config.fields import Config, ModelConfig, OptimizerConfig, from_dict, moved
 from bigmac_jax.config.names import field_names, nearest, question, unknown_field
-from bigmac_jax.config.rules import ConfigError, check_batch
+from bigmac_jax.config.rules import OR_AUTO, ConfigError, check_batch
 
 # What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
 # lies, as long as that is the same (`training.workdir.check_data`).
@@ -192,6 +192,11 @@ def _apply(values: ConfigDict, override: str) -> None:
         raise ConfigError(unknown_field(name, field_names(Config)))
     if not equals:
         raise ConfigError(f"{name} needs a value: --config.{name}={known[name]}")
+    if name in OR_AUTO:  # a flag of ml_collections keeps its value's type
+        section, _, field = name.partition(".")
+        with values.ignore_type():
+            values[section][field] = _number(text)
+        return
     kind = type(known[name]).__name__
     # The flags of ml_collections write to sys.stderr or raise several kinds of error on a value of the wrong type.
     try:
@@ -201,6 +206,13 @@ def _apply(values: ConfigDict, override: str) -> None:
         holder(["", argument])
     except Exception:
         raise ConfigError(f"{name}={text!r} must be of type {kind}, as in --config.{name}={known[name]}") from None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

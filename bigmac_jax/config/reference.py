@@ -79,7 +79,8 @@ def _group_doc(group: str) -> str:
 
 def _field(prefix: str, field: Any, comments: dict[str, str], allowed: dict[str, tuple[str, ...]]) -> Field:
     name = prefix + field.name
-    return Field(name, field.type.__name__, str(field.default), comments.get(field.name, ""), allowed.get(name, ()))
+    kind = "float or auto" if name in rules.OR_AUTO else field.type.__name__
+    return Field(name, kind, str(field.default), comments.get(field.name, ""), allowed.get(name, ()))
 
 
 def _comments(cls: Any) -> dict[str, str]:

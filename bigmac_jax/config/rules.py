@@ -22,6 +22,7 @@ STORES = ("gs", "s3")  # schemes that `storage` reads and writes
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 _MAY_BE_INF = ("model.capacity_factor", "execution.buffer_factor")
+OR_AUTO = ("execution.buffer_factor",)  # numbers, or the word
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
 _LARGEST_FLOAT = 10**300  # that an integer may stand for
 _SLOWEST_BFLOAT16 = 0.99
@@ -70,18 +71,22 @@ def check_types(config: Config) -> None:
                 bits = entry.bit_length()  # Python refuses to print very large ones
                 shown = f"{str(entry)[:20]}… ({len(str(abs(entry)))} digits)" if bits < 4096 else f"({bits} bits)"
                 raise ConfigError(f"{name}={shown} must be at most {_LARGEST_INT}")
-            if f.type is float and (type(entry) is int or entry == "inf"):
+            kind = float if name in OR_AUTO else f.type
+            if kind is float and (type(entry) is int or entry == "inf"):
                 entry = float(entry)
                 object.__setattr__(value, f.name, entry)  # 1 is a fine way to write 1.0, and JSON has no infinity
-            if type(entry) is not f.type:
-                raise ConfigError(f"{name}={entry!r} must be of type {f.type.__name__}")  # type: ignore[union-attr]
-            if f.type is float and (math.isnan(entry) or (math.isinf(entry) and name not in _MAY_BE_INF)):
+            if name in OR_AUTO and entry == "auto":
+                continue
+            if type(entry) is not kind:
+                or_auto = " or auto" if name in OR_AUTO else ""
+                raise ConfigError(f"{name}={entry!r} must be of type {kind.__name__}{or_auto}")  # type: ignore[union-attr]
+            if kind is float and (math.isnan(entry) or (math.isinf(entry) and name not in _MAY_BE_INF)):
                 raise ConfigError(f"{name}={entry} must be a finite number")
 
 
 def validate(config: Config) -> None:
     model, execution, mesh, data = config.model, config.execution, config.mesh, config.data
-    optimizer, train, tuning = config.optimizer, config.train, config.tuning
+    optimizer, train, tuning, factor = config.optimizer, config.train, config.tuning, execution.room_factor
 
     def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         if value not in allowed:
@@ -127,7 +132,7 @@ def validate(config: Config) -> None:
 
     at_least("model", 1, "num_layers", "hidden_size", "num_heads", "vocab_size", "num_experts", "top_k",
              "vanilla_top_k", "num_expert_groups", "top_groups")  # fmt: skip
-    at_least("execution", 1, "overlap_chunks", "buffer_factor")
+    at_least("execution", 1, "overlap_chunks")
     at_least("execution", 0, "unroll_layers")
     at_least("model", 0, "num_kv_heads", "head_dim", "expert_hidden_size", "num_shared_experts", "shared_expert_hidden_size",
              "first_dense_layers", "dense_hidden_size",
@@ -142,8 +147,8 @@ def validate(config: Config) -> None:
     at_least("train", 0, "log_every", "eval_every", "checkpoint_every", "seed", "tasks_every", "tasks_limit")
     at_least("tuning", 0, "teacher_weight", "hidden_weight", "lora_rank", "lora_alpha", "lora_dropout", "dpo_beta")
 
-    factor = execution.buffer_factor
-    require(math.isinf(factor) or execution.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={execution.exchange}; use buffer_factor=inf")  # fmt: skip
+    require(factor >= 1, f"execution.buffer_factor={factor:g} must be at least 1")
+    require(not execution.asks_for_rounds or execution.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={execution.exchange}; use buffer_factor=auto")  # fmt: skip
 
     h, heads, kv = model.hidden_size, model.num_heads, model.kv_heads
     require(model.dropout < 1, f"model.dropout={model.dropout} must be below 1")

@@ -275,7 +275,7 @@ def predicted_seconds(
     group, m = group or current_group(), config.model
     # The emulation of the ragged exchange on CPU is there to be tested.
     names = [name for name in exchanges_of(group.device_kind) if name != "ragged" or group.platform != "cpu"]
-    if math.isfinite(config.execution.buffer_factor):
+    if config.execution.asks_for_rounds:
         names = [name for name in names if STRATEGIES[name].takes_rounds]
     return {
         name: make_strategy(name, config, capacity_factor, group).seconds(tokens, m.choices, m.wire_size)
@@ -294,7 +294,7 @@ def make_strategy(name: str, config: Config, capacity_factor: float, group: Expe
         forward,
         execution.wire_dtype_backward or forward,
         emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
-        buffer_factor=execution.buffer_factor,
+        buffer_factor=execution.room_factor,
     )
 
 

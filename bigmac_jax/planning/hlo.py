@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigmac_jax.model.exchange.rounds import FURTHER
 from bigmac_jax.model.exchange.wire import METADATA, PAYLOAD
 
 KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
@@ -177,7 +178,12 @@ class Module:
         return [i.name for c, _, i in self.run() if i.opcode == "while" and self.trips(c.name, i) is None]
 
     def trips(self, computation: str, loop: Instruction) -> int | None:
-        """How often a `while` runs its body; None where the program doesn't say."""
+        """How often a `while` runs its body; None where the program doesn't say.
+
+        An exchange's further rounds are none, as in every count: at uniform routing the first one sends everything.
+        """
+        if FURTHER in loop.op_name:
+            return 0
         if count := loop.backend_config.get("known_trip_count"):
             return int(count["n"])
         # TPU programs don't keep it: for (i = start; i < limit; i += step), i an element of the state.
@@ -327,7 +333,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     found = []
     for computation, use, instruction in module.run():
         kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in KINDS or not use.times:
             continue
         if _keeps_a_part(computation, instruction):
             kind = "reduce-scatter"

@@ -10,6 +10,7 @@ from bigmac_jax.config import ConfigError, from_dict
 from bigmac_jax.counts import parameters
 from bigmac_jax.report.runs import Run
 from bigmac_jax.report.series import clock
+from bigmac_jax.training.dropped import MOST
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NONE = "–"
@@ -44,12 +45,16 @@ def facts(run: Run) -> dict[str, str]:
         ),
         "tokens a second, median": _of(_median(run, "tokens_per_s"), "{:,.0f}".format),
         "MFU, median": _of(_median(run, "mfu"), "{:.1%}".format),
-        "dropped choices, mean": _of(_mean(run, "moe/drop_rate"), "{:.2%}".format),
+        "dropped choices, mean": _of(_mean(run, "moe/drop_rate"), _dropped),
         "exchange a step": _of(last.get("moe/wire_bytes"), size),
         "device memory, peak": _of(_largest(run, "memory/device_peak_bytes"), size),
         "host memory, most": _of(_largest(run, "memory/host_bytes"), size),
         "bad steps": ", ".join(f"{events.count(e)} {e}" for e in sorted(set(events))) or "none",
     }
+
+
+def _dropped(rate: float) -> str:
+    return f"{rate:.2%}" + (" (model.capacity_factor=inf drops none)" if rate > MOST else "")
 
 
 def summary(runs: Sequence[Run]) -> str:

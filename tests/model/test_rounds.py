@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from bigmac_jax.config.fields import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
@@ -25,6 +26,7 @@ from .tools import (
     QUICK,
     abstract_layer,
     assert_close,
+    loss_and_gradients,
     on_mesh,
     random_model,
     random_tokens,
@@ -75,6 +77,24 @@ def test_equals_the_reference_everywhere(
     exchange: str, mesh: tuple, factor: float, chunks: int, skew: str, matmul: str
 ) -> None:
     run(exchange, mesh, factor, chunks, skew)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("remat", "chunks"), [("none", 1), ("layer", 1), ("exchange", 1), ("exchange", 2)])
+def test_layers_that_are_computed_again(remat: str, chunks: int) -> None:
+    """Of a whole model, whose first layer takes further rounds: its loss and gradients are those without rounds."""
+    bias_LE = np.zeros((2, 8), np.float32)
+    bias_LE[0, :4] = 30.0, 20.0, 10.0, 5.0
+    found = []
+    for fields in ({"buffer_factor": 1.0, "remat": remat, "overlap_chunks": chunks}, {}):
+        config = tiny((1, 1, 4), length=32, balance="bias", **fields)
+        found.append(loss_and_gradients(config, random_tokens(config), {"layers.mlp.router_bias_E": bias_LE}))
+    with on_mesh(config):
+        assert strategy(tiny((1, 1, 4), buffer_factor=1.0), math.inf, 64).most_rounds(64, 3) > 1
+    (loss, gradients, _), (expected, of_one_round, _) = found
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert not gradients.pop("layers.mlp.router_bias_E").any() and of_one_round.pop("layers.mlp.router_bias_E").size
+    assert_close(gradients, of_one_round)
 
 
 def taken(exchange: Strategy, experts: Any) -> int:
@@ -141,16 +161,17 @@ def test_gradients_of_weights_are_summed_in_float32() -> None:
     np.testing.assert_array_equal(gradient.astype(np.float32), 1 + 2**-7)
 
 
+def program(mesh: tuple = (1, 2, 2), **fields: Any) -> str:
+    """Of a layer's forward pass."""
+    config = tiny(mesh, length=32, **fields)
+    with on_mesh(config):
+        x_BLD = jax.ShapeDtypeStruct((8, 32, 16), np.float32, sharding=split_tokens(np.zeros((8, 32, 16))).sharding)
+        layer = placed(abstract_layer(config), make_mesh(config))
+        return str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
+
+
 def test_without_a_factor_there_are_no_rounds() -> None:
     """Neither the loop nor what the ranks agree with is in the program; nor where the worst case has room."""
-
-    def program(**fields: Any) -> str:
-        config = tiny((1, 2, 2), length=32, **fields)
-        with on_mesh(config):
-            x_BLD = jax.ShapeDtypeStruct((8, 32, 16), np.float32, sharding=split_tokens(np.zeros((8, 32, 16))).sharding)
-            layer = placed(abstract_layer(config), make_mesh(config))
-            return str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
-
     for exchange in EXCHANGES:
         assert "pmax" in program(exchange=exchange, buffer_factor=1.0)
         assert "pmax" not in program(exchange=exchange)
@@ -159,10 +180,29 @@ def test_without_a_factor_there_are_no_rounds() -> None:
         )
 
 
-def test_auto_takes_one_that_sends_in_rounds() -> None:
-    config = tiny((1, 1, 4), exchange="auto", buffer_factor=1.5)
-    with on_mesh(config):
-        assert predicted_seconds(config, math.inf, 64).keys() == set(EXCHANGES)
+def test_auto_is_a_number_for_what_sends_in_rounds_and_nothing_to_the_others() -> None:
+    number = AUTO_BUFFER_FACTOR
+    for exchange in EXCHANGES:
+        assert program(exchange=exchange, buffer_factor="auto") == program(exchange=exchange, buffer_factor=number)
+    for exchange in ("gather", "ragged"):
+        assert program(exchange=exchange, buffer_factor="auto") == program(exchange=exchange)
+    one_rank = (2, 1, 1)
+    assert program(one_rank, buffer_factor="auto") == program(one_rank)
+
+
+def test_an_exchange_that_auto_takes_has_what_was_asked() -> None:
+    """A factor is for those that send in rounds; with buffer_factor=auto the others stand beside them."""
+    asked = {}
+    for factor in (1.5, "auto", math.inf):
+        config = tiny((1, 1, 4), exchange="auto", buffer_factor=factor)
+        with on_mesh(config):
+            asked[factor] = predicted_seconds(config, math.inf, 64)
+    assert asked[1.5].keys() == set(EXCHANGES) and asked["auto"].keys() == asked[math.inf].keys() == {
+        *EXCHANGES,
+        "gather",
+    }
+    assert asked["auto"]["gather"] == asked[math.inf]["gather"]
+    assert asked["auto"]["all_to_all"] < asked[math.inf]["all_to_all"]
 
 
 @pytest.mark.parametrize(

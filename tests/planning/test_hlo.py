@@ -178,6 +178,18 @@ def test_collectives_in_loops() -> None:
     assert (permute.times, permute.dynamic, permute.asynchronous) == (1, False, True)
 
 
+def test_further_rounds_of_an_exchange_are_none() -> None:
+    """As in the counts: at uniform routing its first round sends everything."""
+    module = program(
+        "%p.0 = (s32[]) parameter(0)",
+        "ROOT %rounds = (s32[]) while(%p.0), condition=%condition, body=%inner.body, "
+        'metadata={op_name="jit(step)/shard_map/further_rounds/while"}',
+        before=LOOPS,
+    )
+    assert module.uses["inner.body"].times == 0 and module.dynamic_loops == []
+    assert collectives(module, {"x": 2}) == []
+
+
 def counted(limit: str = "24", start: str = "3", step: str = "7", direction: str = "LT") -> hlo.Module:
     """A loop as TPU programs have it: its trip count stands nowhere."""
     return program(

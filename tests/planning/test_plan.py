@@ -287,8 +287,9 @@ def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
 
 def test_rounds_at_worst() -> None:
     """Two experts a rank: all tokens to one rank are 2 rows each, of 8 · 1.5 / 32 that there is room for."""
-    made = plan(overrides=(*EP32, "model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf"))
+    fields = (*EP32, "model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf")
+    made = plan(overrides=(*fields, "execution.buffer_factor=inf"))
     assert made["most_rounds"] == 1 and "rounds" not in shown(made)
-    fields = ("model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf", "execution.buffer_factor=1.5")
-    made = plan(overrides=(*EP32, *fields))
+    made = plan(overrides=(*fields, "execution.buffer_factor=1.5"))
     assert made["most_rounds"] == 6 and "(of one round; at worst 6 rounds)" in shown(made)
+    assert plan(overrides=fields)["exchanges"] == made["exchanges"]  # as auto is

@@ -50,6 +50,7 @@ CASES: list[tuple[Any, ...]] = [
     ("dedup", "2x4", {"remat": "layer", "structure": "fine_grained"}, 1),
     ("all_to_all", "2x4", {"capacity_factor": float("inf"), "wire_dtype": "int8"}, 1),
     ("gather", "2x4", {"remat": "layer", "wire_dtype": "bfloat16"}, 1),
+    ("all_to_all", "2x4", {"capacity_factor": float("inf"), "buffer_factor": "auto", "remat": "layer"}, 1),
     ("hierarchical", "two machines", {"capacity_factor": float("inf"), "overlap_chunks": 2}, 1),
     ("all_to_all", "2x4", {"balance_scope": "part", "remat": "layer"}, 2),
     ("hierarchical", "2x4", {"wire_dtype": "bfloat16", "wire_dtype_backward": "float32"}, 1),

@@ -126,7 +126,8 @@ def test_tables(runs: list[Run]) -> None:
     routed_facts, dense_facts = facts(runs[0]), facts(runs[1])
     assert routed_facts["validation perplexity, last"] == "70.00"
     assert routed_facts["validation perplexity, best"] == "40.00 at step 10"
-    assert routed_facts["dropped choices, mean"] == "25.00%" and routed_facts["exchange a step"] == "3 MiB"
+    assert routed_facts["dropped choices, mean"] == "25.00% (model.capacity_factor=inf drops none)"
+    assert routed_facts["exchange a step"] == "3 MiB"
     assert routed_facts["experts a layer, top-k"] == "4, top-2" and dense_facts["experts a layer, top-k"] == "dense"
     assert routed_facts["hours of training"] == "1" and dense_facts["validation perplexity, last"] == "–"
     different, equal = differences(runs)

@@ -14,6 +14,8 @@ from jax import Array
 
 from bigmac_jax.model.exchange.strategies import Plan, Strategy
 
+FURTHER = "further_rounds"  # the scope of the loops, by which compiled programs tell them from others
+
 
 def further_rounds(
     exchange: Strategy,
@@ -43,7 +45,8 @@ def further_rounds(
             return plan.left_TK, anything(plan.left_TK), total
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), like)
-        total = jax.lax.while_loop(lambda carry: carry[1] > 0, trip, (left_TK, anything(left_TK), zeros))[2]
+        with jax.named_scope(FURTHER):
+            total = jax.lax.while_loop(lambda carry: carry[1] > 0, trip, (left_TK, anything(left_TK), zeros))[2]
         return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, like)
 
     @jax.custom_vjp
