@@ -137,13 +137,12 @@ def _attempt(seed: int, draw: random.Random) -> Case:
         "expert_hidden_size": one_of(8, 16, 24),
         "latent_norm": "none",
     }
+    frozen = False
     if structure != "dense":
         model |= _of_experts(draw, structure)
         frozen = not lora and objective == "sft" and maybe(0.3)
         if (lora or frozen) and model["balance"] == "bias":
             model["balance_bias_rate"] = 0.0
-    else:
-        frozen = False
     # Each part solves a bias of its own, of which the step leaves only the mean. And an oracle can't know on which side
     # of an edge rounding puts a token, so that there should be few (`oracle.router`).
     solves = model.get("balance_step") == "same"
@@ -159,8 +158,9 @@ def _attempt(seed: int, draw: random.Random) -> Case:
     teacher = None
     if distilled:
         tuning |= {"teacher": "teacher", "teacher_weight": one_of(0.3, 1.0), "hidden_weight": one_of(0.0, 0.2)}
-        other = {"structure": "fine_grained", "router_scores": one_of("softmax", "sigmoid"), "latent_norm": "none"}
-        teacher = {} if structure == "dense" else other
+        teacher = {"router_scores": one_of("softmax", "sigmoid")}
+        if structure == "bigmac":
+            teacher |= {"structure": "fine_grained", "latent_norm": "none"}
     exchange = one_of("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")
     execution = {
         "exchange": exchange,
