@@ -218,6 +218,7 @@ class TrainIterator(Iterator[Batch]):
         """Goes on from there.
 
         Args:
+          state: of `get_state`; a mixture's weights may be missing: they are those that this run had until there.
           step: of the run, which is behind its batches by those that rewinding has left out; by default there are none.
 
         Raises:
@@ -227,10 +228,10 @@ class TrainIterator(Iterator[Batch]):
         self._given = int(state["batches"])
         if self._mixture is None:
             return
-        if "mixture" in state:
-            self._mixture = self._mixture.resumed(state["mixture"], self._given)
-        epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
         done = self._given if step is None else step
+        weights = state["mixture"] if "mixture" in state else self._mixture.state(self._given)
+        self._mixture = self._mixture.resumed(weights, self._given, done)
+        epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
         for line in self._mixture.check(epochs, max(done, self._config.train.steps), self._given - done):
             once(logging.INFO, f"data.mixture: {line}")
 
