@@ -39,7 +39,8 @@ OTHER = {
     "tuning.dpo_beta": 0.3,
 }  # fmt: skip
 # Read by the host alone.
-HOST = {"data.curriculum", "data.text_field", "data.packing", "train.max_bad_steps", "train.tasks", "train.tasks_limit",
+HOST = {"data.curriculum", "data.text_field", "data.null_rows", "data.packing", "train.max_bad_steps", "train.tasks",
+        "train.tasks_limit",
         "tuning.bad_rows"}  # fmt: skip
 # Refused, not named, where they are not read.
 REFUSED = {"model.first_dense_layers", "model.latent_norm", "model.balance_step"}

@@ -150,6 +150,7 @@ READ: dict[str, Unread] = {
     "mesh.split_experts": _all(_MOE, _without("mesh.tensor", 1)),
     "data.curriculum": _without("data.mixture", ""),
     "data.text_field": _all(_TEXTS, _named_texts),
+    "data.null_rows": _TEXTS,
     "data.packing": _TEXTS,
     "optimizer.final_learning_rate": _DECAYS,
     "optimizer.projection_rate": _all(_BIGMAC, _with("tuning.lora_rank", 0)),
