@@ -104,8 +104,8 @@ def _is_module(name: str) -> bool:
 ROOMS = (
     "signals", "environment", "phases", "config", "storage", "rendezvous", "stderr", "hosts", "progress", "mesh",
     "watch", "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange",
-    "tuning", "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck", "cli",
-    "commands",
+    "tuning", "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck",
+    "cli", "commands",
 )  # fmt: skip
 
 
