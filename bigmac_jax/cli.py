@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -22,6 +22,7 @@ from bigmac_jax.phases import NOW, process_start
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
 ARGUMENTS: list[str] = []  # and what was no flag, of a command that takes such
+_log = logging.getLogger(__name__)
 
 
 def run(main: Callable[[], int | None], arguments: bool = False, distributed: bool = False) -> None:
@@ -90,6 +91,17 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
             return 1
 
     app.run(guarded, flags_parser=parse)
+
+
+def given_fields() -> list[str]:
+    """Names of the fields that the command line gave."""
+    return list(dict.fromkeys(override.partition("=")[0] for override in OVERRIDES))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Logs lines once, whatever the number of processes."""
+    for line in lines if hosts.is_first() else ():
+        _log.warning("%s", line)
 
 
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:

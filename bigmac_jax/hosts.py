@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax import rendezvous
+from bigmac_jax import rendezvous, stderr
 from bigmac_jax.config import ConfigError
 
 EXIT_CODE = 3  # of a process that ends because of another
@@ -87,6 +87,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
     me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
     fix = "start all of them, or raise --peer_timeout"
     on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
+    stderr.begin()
     try:
         if not detect:
             rendezvous.meet(coordinator, num_processes, process_id, seconds)
@@ -108,7 +109,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
         raise PeerError(
             f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
         ) from None
-    on_abort(lambda: _end(f"process {jax.process_index()} aborted; the lines above say why, or which task was lost"))
+    on_abort(lambda: _end(f"process {jax.process_index()} aborted: another one is gone, or the lines above say why"))
     atexit.register(on_abort, None)  # before jax's own, which leaves the others
     if jax.process_index():
         logging.getLogger("bigmac_jax").setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """What train.py and plan.py do, in one call each, and what a run has logged, as columns: for notebooks and scripts."""
 
+import logging
 import os
 from typing import Any
 
@@ -8,21 +9,27 @@ import numpy as np
 
 from bigmac_jax import loop
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.reads import notes
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.planning.plan import Request, make_plan
 from bigmac_jax.storage import locate
 from bigmac_jax.training.records import read_records
 
+_log = logging.getLogger(__name__)
+
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
     """Trains in `workdir` on the config's mesh, as train.py does: a run that has begun goes on where it stands.
 
-    It has to be called from the main thread, where signals arrive: an interrupt saves the run and ends it.
+    It has to be called from the main thread, where signals arrive: an interrupt saves the run and ends it. Fields that
+    are set and not read are named in a warning of the logger `bigmac_jax`.
 
     Raises:
       ConfigError, RunError: as `bigmac_jax.loop.train`.
     """
-    with jax.set_mesh(make_mesh(config)):
+    with jax.set_mesh(mesh := make_mesh(config)):
+        for line in notes(config, ranks=mesh.shape["data"]):
+            _log.warning("%s", line)
         return loop.train(config, locate(workdir, "workdir"))
 
 

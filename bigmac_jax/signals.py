@@ -7,6 +7,7 @@ Nothing is imported here that takes time.
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,6 @@ def _end(number: int, _: Any) -> None:
     for undo in reversed(_half_way):
         with contextlib.suppress(Exception):
             undo()
-    with contextlib.suppress(OSError):
-        os.write(2, f"{WORDS[number]}\n".encode())  # a stream's lock may be held
+    with contextlib.suppress(Exception):
+        os.write(sys.stderr.fileno(), f"{WORDS[number]}\n".encode())  # a stream's lock may be held
     os._exit(128 + number)

@@ -105,7 +105,7 @@ class Watch:
         self.beat = max(1.0, min(5.0, timeout / 20), count / 64)
         self._silence = max(timeout - self.beat - _LOOK, 2 * self.beat, _LEAST)
         self._peers = [_Peer(i) for i in range(count)]
-        self._beats, self._error, self._failed = 0, "", 0.0
+        self._beats, self._error, self._trace, self._failed = 0, "", "", 0.0
         self._verdict, self._lost, self._ended = "", 0, False
         self._closing, self._ending, self._hurry = threading.Event(), threading.Lock(), threading.Event()
         self._busy = self._moved = 0.0
@@ -124,7 +124,7 @@ class Watch:
         if isinstance(error, KeyboardInterrupt):
             self.blame("it was interrupted")
         if isinstance(error, Exception) and not isinstance(error, (ConfigError, hosts.PeerError)):
-            traceback.print_exception(error)
+            self._trace = "".join(traceback.format_exception(error))
             self.blame(" ".join(f"{type(error).__name__}: {error}".split())[:500])
         self._ended = True
         self._closing.set()
@@ -256,7 +256,9 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             time.sleep(3600)  # the other thread is ending the process
         sys.stdout.flush()
-        bar = "" if self._me else "\n"  # of progress, which stands in the line
+        if line.startswith(f"process {self._me} failed: "):  # of an error that another one caused, it says nothing
+            print(self._trace, end="", file=sys.stderr)
+        bar = "" if self._me or not sys.stderr.isatty() else "\n"  # of progress, which stands in the line
         print(f"{bar}error: {line}", file=sys.stderr, flush=True)
         if self._me == 0:
             self._verdict = line

@@ -320,7 +320,7 @@ def changed(name: str) -> Config:
         "model.group_scores": "top_2", "optimizer.name": "muon", "optimizer.schedule": "wsd", "optimizer.momentum": 0.9,
         "optimizer.moment_dtype": "bfloat16", "optimizer.average_decay": 0.9,
         "data.mixture": "x=1", "train.on_bad_step": "skip", "train.spike_factor": 2.0, "data.documents": "masked",
-        "tuning.bad_rows": "skip", "tuning.teacher_weight": 0.7,
+        "tuning.bad_rows": "skip", "data.null_rows": "skip", "tuning.teacher_weight": 0.7,
     }  # fmt: skip
     value = FIELDS[name]
     if name in special:

@@ -102,10 +102,10 @@ def _is_module(name: str) -> bool:
 # A room imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, which names what a notebook
 # imports, stands outside.
 ROOMS = (
-    "signals", "environment", "phases", "config", "storage", "rendezvous", "hosts", "progress", "mesh", "watch",
-    "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange", "tuning",
-    "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck", "cli",
-    "commands",
+    "signals", "environment", "phases", "config", "storage", "rendezvous", "stderr", "hosts", "progress", "mesh",
+    "watch", "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange",
+    "tuning", "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck",
+    "cli", "commands",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What the watch concludes from what processes tell: a store in memory, and clocks that are set."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -229,3 +230,19 @@ def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_process_started_before_its_modules() -> None:
     assert 0 < time.monotonic() - process_start() < 24 * 3600
     assert isinstance(NOW, Phases)
+
+
+def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A collective that breaks because another process has died is one line."""
+    monkeypatch.setattr("os._exit", lambda _: None)
+    for line in ("process 0 (4711 on here, step 7) has died", "process 1 failed: ValueError: Gloo AllGather failed"):
+        watch = Watch(TIMEOUT, job.store, 1, 2, job.doing[1])
+        monkeypatch.setattr(watch, "blame", sys.exit)
+        with pytest.raises(SystemExit, match="ValueError: Gloo AllGather failed"):
+            watch.__exit__(ValueError, ValueError("Gloo AllGather failed"), None)
+        assert capsys.readouterr().err == ""
+        watch._end(line)
+        told = capsys.readouterr().err
+        assert told.endswith(f"error: {line}\n") and told.count("\n") == (1 if "died" in line else 2)

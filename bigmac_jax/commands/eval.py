@@ -8,6 +8,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts, storage
 from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config.reads import notes_of_evaluation
 from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
@@ -78,7 +79,8 @@ def main() -> None:
             else:
                 streams = {_SPLIT.value: run_stream(workdir, config, _SPLIT.value, tokenizer)}
     cli.agree(config, __name__)
-    cli.enter_mesh(config, fit_batch=False)
+    mesh = cli.enter_mesh(config, fit_batch=False)
+    cli.warn(notes_of_evaluation(config, cli.given_fields(), mesh.shape["data"]))
     quiet = _JSON.value or not hosts.is_first()
     size = _BATCH_SIZE.value or evaluation_rows(saved)
     step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")

@@ -14,6 +14,7 @@ from absl import flags
 
 from bigmac_jax import cli, storage
 from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config.reads import notes
 from bigmac_jax.planning import pictures, plan, report
 from bigmac_jax.planning.candidates import HEADROOM
 
@@ -40,6 +41,7 @@ def main() -> None:
     if _PLOT.value and plot.suffix != ".png":
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
     config = load_config(_CONFIG.value, cli.OVERRIDES)
+    cli.warn(notes(config, cli.given_fields()))
     request = plan.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,

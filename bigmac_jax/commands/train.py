@@ -9,6 +9,7 @@ from absl import flags
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import Config, ConfigError, check_batch, load_config
 from bigmac_jax.config.reading import freed, overridden
+from bigmac_jax.config.reads import notes
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.workdir import has_run, read_config, run_folder
@@ -30,7 +31,8 @@ def main() -> int:
         profile = _steps(_PROFILE.value)
     config = _config(workdir)
     cli.agree(config, __name__)
-    cli.enter_mesh(config)
+    mesh = cli.enter_mesh(config)
+    cli.warn(notes(config, cli.given_fields(), mesh.shape["data"]))
     try:
         result = train(config, workdir, profile)
     except RunError as error:

@@ -246,6 +246,7 @@ class DataConfig:
     mixture: str = ""  # instead of source: SOURCE=WEIGHT,SOURCE=WEIGHTxEPOCHS (which it is read at most), …
     curriculum: str = ""  # other weights from a step on: STEP:NAME=WEIGHT,NAME=WEIGHT;STEP:…
     text_field: str = "text"  # of rows: TFDS examples, JSON, columns
+    null_rows: str = "stop"  # where that is null or missing: stop | skip (such rows are left out, and counted)
     tokenizer: str = "bpe"  # bpe (trained on the training split) | bytes | gpt2 | tokenizer.json | sentencepiece .model
     sequence_length: int = 256
     documents: str = "stream"  # stream: a token sees all before it in its window | masked: its own document alone

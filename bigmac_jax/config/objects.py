@@ -14,7 +14,7 @@ _SEAL = "seal"
 
 def parse_object(content: str | bytes) -> dict[str, Any]:
     """Raises ValueError, with one line, for all that is no JSON object of a sane depth, and integers above 64 bits."""
-    text = content.decode() if isinstance(content, bytes) else content
+    text = (content.decode() if isinstance(content, bytes) else content).removeprefix("\ufeff")
     try:
         values = json.loads(text, parse_int=_integer)
     except RecursionError:

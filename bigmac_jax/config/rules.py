@@ -121,6 +121,7 @@ def validate(config: Config) -> None:
     one_of("execution.grouped_matmul", execution.grouped_matmul, ("auto", "batched", "blocks", "kernel"))
     one_of("data.documents", data.documents, ("stream", "masked"))
     one_of("data.packing", data.packing, ("stream", "best_fit"))
+    one_of("data.null_rows", data.null_rows, ("stop", "skip"))
     one_of("optimizer.name", optimizer.name, ("adamw", "muon"))
     one_of("optimizer.schedule", optimizer.schedule, ("cosine", "linear", "constant", "wsd"))
     one_of("optimizer.moment_dtype", optimizer.moment_dtype, ("float32", "bfloat16"))

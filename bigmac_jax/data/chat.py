@@ -288,7 +288,7 @@ def load_chat(
 
 def _text(file: pathlib.Path, name: str) -> str:
     try:
-        return file.read_text()
+        return file.read_text().removeprefix("\ufeff")
     except errors(UnicodeDecodeError) as error:
         raise ConfigError(f"{name} cannot be read ({reason(error)}); give a Jinja file") from None
 

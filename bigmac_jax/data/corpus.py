@@ -11,6 +11,7 @@ from bigmac_jax.data.datasets import DATASET, TfdsDocuments
 from bigmac_jax.data.documents import Content, Documents, Seen, Unit
 from bigmac_jax.data.hub import HUB, hub_documents
 from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.readers import Wanted
 from bigmac_jax.data.splits import SPLITS
 
 MIXTURE = "data.mixture"
@@ -41,11 +42,12 @@ def documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data
     if source == "sotu" or source.startswith(DATASET):
         return TfdsDocuments(source, setting, split, data.text_field, cache_dir)
     held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)
+    wanted = Wanted(data.text_field, data.null_rows == "skip")
     if source.startswith(HUB):
         # A source of its own is read as a whole: its training split.
         its = "train" if own.get(split) else split
-        return hub_documents(source, setting, data.text_field, its, cache_dir, held_out)
-    return LocalDocuments(source, setting, data.text_field, split, cache_dir, held_out)
+        return hub_documents(source, setting, wanted, its, cache_dir, held_out)
+    return LocalDocuments(source, setting, wanted, split, cache_dir, held_out)
 
 
 def has_splits(source: str) -> bool:

@@ -35,11 +35,12 @@ Unit = tuple[Slice, ...]  # what one process reads at a time: they depend on the
 
 @dataclasses.dataclass
 class Seen:
-    """What was found in a part of a corpus. `source` counts bytes of the source, `files` names those that were not
-    UTF-8."""
+    """What was found in a part of a corpus. `null` counts rows without a text, `source` bytes of the source, `files`
+    names those that were not UTF-8."""
 
     found: int = 0
     empty: int = 0
+    null: int = 0
     broken: int = 0
     source: int = 0
     files: list[str] = dataclasses.field(default_factory=list)
@@ -47,6 +48,7 @@ class Seen:
     def add(self, other: "Seen") -> None:
         self.found += other.found
         self.empty += other.empty
+        self.null += other.null
         self.broken += other.broken
         self.source += other.source
         self.files += [file for file in other.files if file not in self.files]
@@ -151,8 +153,11 @@ class Documents(abc.ABC):
             )
         if seen.empty:
             once(logging.INFO, f"{self.name}: {seen.empty} empty documents skipped")
+        null = f", {seen.null} rows without data.text_field" if seen.null else ""
         if not seen.found:
-            raise ConfigError(f"{self.name} has 0 documents with text ({seen.empty} empty); {self.fix}")
+            raise ConfigError(f"{self.name} has 0 documents with text ({seen.empty} empty{null}); {self.fix}")
+        if seen.null:
+            once(logging.WARNING, f"{self.name}: {seen.null:,} rows left out, whose data.text_field is null or missing")
 
 
 class _Text:

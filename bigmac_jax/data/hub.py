@@ -9,12 +9,13 @@ from typing import Any
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import one_line
 from bigmac_jax.data.local import FileDocuments
+from bigmac_jax.data.readers import Wanted
 
 HUB = "hf:"
 
 
 def hub_documents(
-    source: str, setting: str, text_field: str, split: str, cache_dir: str, held_out: tuple[str, ...]
+    source: str, setting: str, wanted: Wanted, split: str, cache_dir: str, held_out: tuple[str, ...]
 ) -> FileDocuments:
     """The documents of a split of `hf:NAME[/CONFIG]`. NAME is that of the hub, with or without an owner, or a folder.
     A split that the data set has is its own; what it has not is held out of its training split.
@@ -30,7 +31,7 @@ def hub_documents(
     has_own = split in splits and (split == "train" or split not in missing)
     files = splits[split if has_own else "train"]
     cut = missing if not has_own or split == "train" else ()
-    return FileDocuments(source, setting, files, text_field, split, cache_dir, cut)
+    return FileDocuments(source, setting, files, wanted, split, cache_dir, cut)
 
 
 def _prepared(rest: str, name: str) -> dict[str, dict[pathlib.Path, int]]:

@@ -1,5 +1,6 @@
 """What a file is: its kind by its name, and what it seems to be by its first bytes."""
 
+import codecs
 import gzip
 import io
 import pathlib
@@ -99,13 +100,14 @@ def check_content(path: pathlib.Path, kind: Kind, head: bytes) -> None:
     Raises:
       ConfigError: it is something else.
     """
-    wanted = "arrow" if kind.name == "feather" else kind.name
+    wanted, head = "arrow" if kind.name == "feather" else kind.name, head[:_HEAD]
     for magic, what, of in _MAGIC:
         # A text may begin with the letters of some of them, and 4 bytes of 255 are an Arrow stream.
         if head.startswith(magic) and of != wanted:
             if magic.isascii() and magic.decode().isprintable() and b"\0" not in head and _seems_text(head):
                 continue
-            raise ConfigError(f"{path} seems to be {what}, not .{kind.name}; give it the ending of what it is")
+            fix = "save it as UTF-8" if "UTF-16" in what else "give it the ending of what it is"
+            raise ConfigError(f"{path} seems to be {what}, not .{kind.name}; {fix}")
     if kind.name in TABLES and head and not any(head.startswith(magic) for magic, _, of in _MAGIC if of == wanted):
         raise ConfigError(f"{path} seems to be {_seems(head)}, not .{kind.name}; give it the ending of what it is")
 
@@ -140,7 +142,8 @@ class _Counting(io.RawIOBase):
 
 
 def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> Any:
-    """A file's bytes, decompressed, from byte `start` of the file on; `check_content` has seen the first of them.
+    """A file's bytes, decompressed, from byte `start` of the file on; `check_content` has seen the first of them. What
+    is text begins behind its byte order mark.
 
     Raises:
       ConfigError: it is something else than its name says. And what `broken` is for.
@@ -153,7 +156,10 @@ def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> 
         inside: Any = gzip.GzipFile(fileobj=raw) if kind.compression == "gz" else _Zstandard(raw)
         raw = io.BufferedReader(inside, _BLOCK)
     if not start:
-        check_content(path, kind, raw.peek(_HEAD)[:_HEAD])
+        check_content(path, kind, raw.peek(_HEAD))
+        # Lines have theirs taken off one by one: what a slice begins with is counted in bytes of the file.
+        if kind.name not in (*TABLES, "jsonl") and raw.peek(3).startswith(codecs.BOM_UTF8):
+            raw.read(3)
     return raw
 
 

@@ -13,7 +13,7 @@ from bigmac_jax.data import kinds
 from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, Seen, Unit, once
 from bigmac_jax.data.files import Digests
 from bigmac_jax.data.kinds import Kind
-from bigmac_jax.data.readers import read_slice, slices
+from bigmac_jax.data.readers import Wanted, read_slice, slices
 from bigmac_jax.data.splits import RULE, Held, hold_out, key_of
 
 UNIT = 1 << 26  # bytes of files that one process reads at a time
@@ -25,7 +25,7 @@ class FileDocuments(Documents):
     Args:
       source: what the user named; `setting` is the config field it came from, for messages.
       files: → bytes.
-      text_field: of rows.
+      wanted: of rows.
       cache_dir: where digests of the files are kept.
       split: the split asked for; with `held_out`, the splits that are cut out of this source (`splits`). What belongs
         to a split that is not held out here is for training.
@@ -36,7 +36,7 @@ class FileDocuments(Documents):
         source: str,
         setting: str,
         files: dict[pathlib.Path, int],
-        text_field: str,
+        wanted: Wanted,
         split: str,
         cache_dir: str,
         held_out: tuple[str, ...] = (),
@@ -44,7 +44,7 @@ class FileDocuments(Documents):
         self.setting = f"{setting}={source}"
         self.name = f"{split} split of {self.setting}"
         self.fix = f"set data.{split}_source to a path of its own" if split in held_out else "give a path with text"
-        self.text_field, self.split, self.held_out = text_field, split, held_out
+        self.wanted, self.split, self.held_out = wanted, split, held_out
         self.files = files
         self._digests = Digests(cache_dir, source)
         self.size = sum(files.values())
@@ -58,7 +58,8 @@ class FileDocuments(Documents):
             what = getattr(error, "filename", None) or self.name
             raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
-        key = [parts, self.text_field, [RULE, self.split] if self.held_out else "", self.held_out]
+        key = [parts, self.wanted.field, [RULE, self.split] if self.held_out else "", self.held_out]
+        key += ["skips null"] if self.wanted.skips_null else []
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     @functools.cached_property
@@ -83,7 +84,7 @@ class FileDocuments(Documents):
         paths = list(self.files)
         for part in unit:
             path = paths[part.file]
-            yield from read_slice(path, self._kinds[path], part, self.text_field, seen)
+            yield from read_slice(path, self._kinds[path], part, self.wanted, seen)
 
     @functools.cached_property
     def held(self) -> Held:
@@ -116,9 +117,9 @@ class LocalDocuments(FileDocuments):
     """
 
     def __init__(
-        self, source: str, setting: str, text_field: str, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
+        self, source: str, setting: str, wanted: Wanted, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
     ):
-        super().__init__(source, setting, find_files(source, setting), text_field, split, cache_dir, held_out)
+        super().__init__(source, setting, find_files(source, setting), wanted, split, cache_dir, held_out)
 
 
 def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:

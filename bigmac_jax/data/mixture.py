@@ -71,13 +71,22 @@ class Mixture:
     """The schedule of a run.
 
     Args:
-      stages: [(batch, weights)] from batch 0 on.
+      curriculum: [(step, weights)] from step 0 on.
+      stages: [(batch, weights)] from batch 0 on, where rewinding has left out batches; without them a step is a batch.
     """
 
-    def __init__(self, parts: Sequence[Part], stages: Sequence[tuple[int, Weights]], batch_size: int):
-        self.parts, self._batch_size = tuple(parts), batch_size
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        curriculum: Sequence[tuple[int, Weights]],
+        batch_size: int,
+        stages: Sequence[tuple[int, Weights]] = (),
+    ):
+        self.parts, self._curriculum, self._batch_size = tuple(parts), tuple(curriculum), batch_size
         self._stages: list[_Stage] = []
-        for batch, weights in stages:
+        for batch, weights in stages or curriculum:
+            if self._stages and weights == self._stages[-1].weights:
+                continue  # as a resumed run, which knows no border between them
             before = self.counts(batch) if self._stages else (0,) * len(parts)
             self._stages.append(_Stage(batch, weights, _order(weights), before))
 
@@ -110,9 +119,13 @@ class Mixture:
             if stage.batch < batches
         ]
 
-    def resumed(self, saved: Sequence[Sequence[Any]], batches: int) -> "Mixture":
+    def resumed(self, saved: Sequence[Sequence[Any]], batches: int, step: int) -> "Mixture":
         """As it goes on behind a checkpoint: the weights until there are those that were, from there on these; each
         source goes on where it was.
+
+        Args:
+          saved: the weights of the first batches, as `state` has them.
+          step: that goes on with the next batch, whose number is above it by the batches that rewinding has left out.
 
         Raises:
           ConfigError: the run has other sources.
@@ -126,11 +139,9 @@ class Mixture:
                     f"{', '.join(weights)}; keep those, their weights may change, or use a new --workdir"
                 )
             stages.append((int(batch), tuple(Fraction(weights[name]) for name in names)))
-        now = self._stage(batches).weights
-        if not stages or stages[-1][1] != now:
-            stages.append((batches, now))
-        stages += [(stage.batch, stage.weights) for stage in self._stages if stage.batch > batches]
-        return Mixture(self.parts, stages, self._batch_size)
+        stages.append((batches, next(weights for at, weights in reversed(self._curriculum) if at <= step)))
+        stages += [(at + batches - step, weights) for at, weights in self._curriculum if at > step]
+        return Mixture(self.parts, self._curriculum, self._batch_size, stages)
 
     def check(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
         """A line for each source, of a run of so many steps.

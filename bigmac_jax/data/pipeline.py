@@ -1,5 +1,6 @@
 """From the token stream to batches: shuffled windows for training, every token once for evaluation."""
 
+import codecs
 import logging
 import pathlib
 import sys
@@ -19,6 +20,7 @@ from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import MIXTURE, documents, parts_of
 from bigmac_jax.data.documents import decode, once
 from bigmac_jax.data.encoding import Counts, encode_stream
+from bigmac_jax.data.kinds import Kind, check_content
 from bigmac_jax.data.mixture import Mixture
 from bigmac_jax.data.packing import Packed
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -77,18 +79,20 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
     """The tokens of one document: a `str` is the text itself, a `Path` a file of text.
 
     Raises:
-      ConfigError: a file that is not there or cannot be read, or a text without a word.
+      ConfigError: a file that is not there, cannot be read or holds something else, or a text without a word.
     """
     name = "the text"
     text, whole = "", True
     if not isinstance(text_or_path, str):
         name = str(text_or_path)
         try:
-            text, whole = decode(storage.locate(name, "text").read_bytes())
+            content = storage.locate(name, "text").read_bytes()
         except storage.errors() as error:
             raise ConfigError(
                 f"{name} cannot be read ({storage.reason(error)}); give the path of a text file"
             ) from None
+        check_content(pathlib.Path(name), Kind("txt"), content)
+        text, whole = decode(content.removeprefix(codecs.BOM_UTF8))
     else:
         text, whole = decode(text_or_path)
     if not whole:
@@ -218,6 +222,7 @@ class TrainIterator(Iterator[Batch]):
         """Goes on from there.
 
         Args:
+          state: of `get_state`; a mixture's weights may be missing: they are those that this run had until there.
           step: of the run, which is behind its batches by those that rewinding has left out; by default there are none.
 
         Raises:
@@ -227,10 +232,10 @@ class TrainIterator(Iterator[Batch]):
         self._given = int(state["batches"])
         if self._mixture is None:
             return
-        if "mixture" in state:
-            self._mixture = self._mixture.resumed(state["mixture"], self._given)
-        epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
         done = self._given if step is None else step
+        weights = state["mixture"] if "mixture" in state else self._mixture.state(self._given)
+        self._mixture = self._mixture.resumed(weights, self._given, done)
+        epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
         for line in self._mixture.check(epochs, max(done, self._config.train.steps), self._given - done):
             once(logging.INFO, f"data.mixture: {line}")
 

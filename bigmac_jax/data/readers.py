@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,21 +21,29 @@ from bigmac_jax.data.kinds import Kind, open_content
 # Bytes of a document that is not a file of its own: what is read of it must be in memory as a whole.
 LONGEST = 1 << 26
 _TOO_LONG = f"is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own"
+_SKIP = "leave such rows out with data.null_rows=skip"
 _BLOCK = 1 << 20
 _ROWS = 64  # of a table that are in memory at a time; each may have LONGEST bytes
 _SPLIT = ("jsonl", "parquet", "arrow", "feather")  # kinds of which parts are read by themselves, uncompressed
 Found = Iterator[tuple[str, Content, bool]]
 
 
-def read_slice(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+class Wanted(NamedTuple):
+    """Of rows: the field that holds their text, and whether those where it is null or missing are left out."""
+
+    field: str
+    skips_null: bool = False
+
+
+def read_slice(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     """Yields (file, content, whether undecodable bytes were replaced already).
 
     Raises:
-      ConfigError: a file that is damaged, or another kind than its name says; a row that has no text in `field`.
+      ConfigError: a file that is damaged, or another kind than its name says; a row without the text that is wanted.
     """
     before = seen.source
     try:
-        yield from _READERS[kind.name](path, kind, part, field, seen)
+        yield from _READERS[kind.name](path, kind, part, wanted, seen)
     except kinds.errors() as error:
         raise kinds.broken(path, error) from None
     seen.source = before + part.size  # tables do not say what they read
@@ -59,12 +67,12 @@ def slices(number: int, path: pathlib.Path, kind: Kind, size: int, unit: int) ->
     return [Slice(number, a, b, size // parts + (size % parts if a == 0 else 0)) for a, b in itertools.pairwise(edges)]
 
 
-def _txt(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+def _txt(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     with open_content(path, kind, seen) as file:
         yield str(path), iter(lambda: file.read(_BLOCK), b""), False
 
 
-def _jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+def _jsonl(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     """Lines that begin in the slice."""
     at = max(0, part.start - 1)  # a line that begins right at its start has a line's end before it
     with open_content(path, kind, seen, at) as file:
@@ -88,7 +96,8 @@ def _jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) 
                 raise ConfigError(f"{where()} is not valid JSON ({error}); each line must be one JSON object") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{where()} is a JSON {type(row).__name__}; each line must be one JSON object")
-            yield str(path), _of_row(row, field, where), not whole
+            if (content := _of_row(row, wanted, where, seen)) is not None:
+                yield str(path), content, not whole
 
 
 def _skip_line(file: io.BufferedReader) -> int:
@@ -112,14 +121,16 @@ def _line(path: pathlib.Path, kind: Kind, start: int, at: int, number: int) -> s
     return f"{path} line {number}"
 
 
-def _json(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+def _json(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     """An array of objects, or objects one after the other, such as lines."""
     with open_content(path, kind, seen) as file:
         for number, (row, whole) in enumerate(_values(file, str(path)), 1):
             place = f"{path} entry {number}"
             if not isinstance(row, dict):
                 raise ConfigError(f"{place} is a JSON {type(row).__name__}; entries must be JSON objects")
-            yield str(path), _of_row(row, field, lambda place=place: place), not whole  # type: ignore[misc]
+            content = _of_row(row, wanted, lambda place=place: place, seen)  # type: ignore[misc]
+            if content is not None:
+                yield str(path), content, not whole
 
 
 def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
@@ -146,7 +157,6 @@ def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
             more(_BLOCK)
 
     more(_BLOCK)
-    text = text.removeprefix("\ufeff")
     if next_character() == "[":
         in_array, at = True, at + 1
     while True:
@@ -186,7 +196,7 @@ def _values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool]]:
         whole = True
 
 
-def _csv(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+def _csv(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     """The first row names the columns."""
     csv.field_size_limit(LONGEST)
     with open_content(path, kind, seen) as file:
@@ -196,7 +206,6 @@ def _csv(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) ->
             names = next(rows, None)
             if names is None:
                 return
-            names[0] = names[0].removeprefix("\ufeff")
             for row in rows:
                 if not row:
                     continue
@@ -206,7 +215,9 @@ def _csv(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) ->
                     )
                 place = f"{path} line {rows.line_num}"
                 values = dict(zip(names, row, strict=True))
-                yield str(path), _of_row(values, field, lambda place=place: place), bool(flags)  # type: ignore[misc]
+                if wanted.field not in values:
+                    raise ConfigError(_no_text(place, wanted.field, "is missing", names))
+                yield str(path), values[wanted.field], bool(flags)
                 flags.clear()
         except csv.Error as error:
             raise ConfigError(f"{path} line {rows.line_num} is not valid CSV ({error}); check the file") from None
@@ -223,14 +234,14 @@ def _lines(file: io.BufferedReader, flags: list[bool], name: str) -> Iterator[st
         yield text
 
 
-def _table(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) -> Found:
+def _table(path: pathlib.Path, kind: Kind, part: Slice, wanted: Wanted, seen: Seen) -> Found:
     """Row by row of Parquet, and of Arrow as a file (also called Feather) or as a stream."""
     with storage.local_file(path) as file:
         if kind.compression:
             with open_content(path, kind, seen) as content:
                 if kind.name == "parquet":
                     raise ConfigError(f"{path}: Parquet is compressed inside; decompress the file")
-                yield from _rows(path, field, _stream(content), 0)
+                yield from _rows(path, wanted, _stream(content), 0, seen)
             return
         with file.open("rb") as opened:
             kinds.check_content(path, kind, opened.read(8))
@@ -238,12 +249,12 @@ def _table(path: pathlib.Path, kind: Kind, part: Slice, field: str, seen: Seen) 
             # A buffer: or a row group's whole column would be in memory.
             table = pq.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
             groups = range(part.start, table.num_row_groups if part.stop < 0 else part.stop)
-            _check_field(path, field, table.schema_arrow)
+            _check_field(path, wanted, table.schema_arrow)
             first = sum(table.metadata.row_group(g).num_rows for g in range(part.start))
-            batches = table.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=[field])
-            yield from _rows(path, field, batches, first)
+            batches = table.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=[wanted.field])
+            yield from _rows(path, wanted, batches, first, seen)
         else:
-            yield from _rows(path, field, *_mapped(file, part))
+            yield from _rows(path, wanted, *_mapped(file, part), seen)
 
 
 def _mapped(file: pathlib.Path, part: Slice) -> tuple[Iterable[Any], int]:
@@ -278,16 +289,21 @@ def _batches(path: pathlib.Path) -> int:
     return sum(1 for _ in reader)
 
 
-def _rows(path: pathlib.Path, field: str, batches: Iterable[Any], first: int) -> Found:
-    number = first
+def _rows(path: pathlib.Path, wanted: Wanted, batches: Iterable[Any], first: int, seen: Seen) -> Found:
+    number, field = first, wanted.field
     for batch in batches:
-        _check_field(path, field, batch.schema)
+        _check_field(path, wanted, batch.schema)
         column = batch.column(batch.schema.get_field_index(field))
         for start in range(0, len(column), _ROWS):
             for entry in column[start : start + _ROWS]:
                 number += 1
+                if isinstance(entry, pa.DictionaryScalar):  # one by one: a batch that is decoded may be large
+                    entry = entry.value
                 if not entry.is_valid:
-                    raise ConfigError(f"{path} row {number}: data.text_field={field!r} is null; take the row out")
+                    if not wanted.skips_null:
+                        raise ConfigError(f"{_null(f'{path} row {number}', field)}, or {_SKIP}")
+                    seen.null += 1
+                    continue
                 # Bytes, which are decoded like those of every other kind.
                 content = entry.as_buffer()
                 if content.size > LONGEST:
@@ -295,25 +311,39 @@ def _rows(path: pathlib.Path, field: str, batches: Iterable[Any], first: int) ->
                 yield str(path), content.to_pybytes(), False
 
 
-def _check_field(path: pathlib.Path, field: str, schema: Any) -> None:
-    texts = [f.name for f in schema if _is_text(f.type)]
-    if field not in texts:
+def _check_field(path: pathlib.Path, wanted: Wanted, schema: Any) -> None:
+    field, texts = wanted.field, [f.name for f in schema if _is_text(f.type)]
+    no_text = wanted.skips_null and field in schema.names and pa.types.is_null(schema.field(field).type)
+    if field not in texts and not no_text:
         held = f"holds {schema.field(field).type}" if field in schema.names else "is missing"
         raise ConfigError(_no_text(str(path), field, held, texts))
 
 
 def _is_text(kind: Any) -> bool:
-    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(check(kind) for check in checks)
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    of_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(check(kind) for check in (*of_text, *of_bytes))
 
 
-def _of_row(row: dict[str, Any], field: str, where: Callable[[], str]) -> str:
-    """Its text."""
-    text = row.get(field)
-    if not isinstance(text, str):
-        held = f"holds {type(row[field]).__name__}" if field in row else "is missing"
-        raise ConfigError(_no_text(where(), field, held, [n for n, value in row.items() if isinstance(value, str)]))
-    return text
+def _of_row(row: dict[str, Any], wanted: Wanted, where: Callable[[], str], seen: Seen) -> str | None:
+    """Its text; None of a row that is left out."""
+    field, text = wanted.field, row.get(wanted.field)
+    if isinstance(text, str):
+        return text
+    others = [name for name, value in row.items() if isinstance(value, str)]
+    if text is not None:
+        raise ConfigError(_no_text(where(), field, f"holds {type(text).__name__}", others))
+    if not wanted.skips_null:
+        null = field in row and _null(where(), field)
+        raise ConfigError(f"{null or _no_text(where(), field, 'is missing', others)}, or {_SKIP}")
+    seen.null += 1
+    return None
+
+
+def _null(place: str, field: str) -> str:
+    return f"{place}: data.text_field={field!r} is null; mend the row"
 
 
 def _no_text(place: str, field: str, held: str, others: list[str]) -> str:
@@ -323,7 +353,7 @@ def _no_text(place: str, field: str, held: str, others: list[str]) -> str:
     )
 
 
-_READERS: dict[str, Callable[[pathlib.Path, Kind, Slice, str, Seen], Found]] = {
+_READERS: dict[str, Callable[[pathlib.Path, Kind, Slice, Wanted, Seen], Found]] = {
     "txt": _txt,
     "jsonl": _jsonl,
     "json": _json,

@@ -77,7 +77,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(_existing(name))
     else:
         try:
-            tokenizer = JsonTokenizer(_existing(name).read_bytes().decode())
+            tokenizer = JsonTokenizer(_existing(name).read_bytes().decode("utf-8-sig"))
         except ConfigError:
             raise
         except Exception as error:  # tokenizers raises plain Exceptions

@@ -77,6 +77,8 @@ def loss_fn(
 
 def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
     """`loss` plus the router's, summed over layers."""
+    if not config.is_moe:
+        return loss
     loss = loss + config.z_loss_coefficient * aux.z_loss.sum()
     if config.balance == "aux_loss":
         loss = loss + config.balance_coefficient * aux.balance_loss.sum()

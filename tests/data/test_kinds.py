@@ -1,6 +1,8 @@
 """The same documents give the same tokens whatever holds them; what is broken is one line with its place."""
 
+import codecs
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -15,9 +17,13 @@ from conftest import SAMPLE
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data import documents, local, readers
+from bigmac_jax.data.chat import read_chat
 from bigmac_jax.data.kinds import kind_of
-from bigmac_jax.data.pipeline import open_stream
-from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.data.pipeline import open_stream, text_stream
+from bigmac_jax.data.readers import Wanted
+from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from bigmac_jax.evaluation.tasks import load_task
+from bigmac_jax.planning.hardware import load_hardware
 
 TEXTS = [f"{i}: {SAMPLE}" + "words and\n" * (i % 7 * 40) for i in range(90)] + ["x" * 400_000, "tail"]
 OWN = {"validation_source": "-", "test_source": "-"}
@@ -44,8 +50,8 @@ def parquet(texts: list[str], kind: Any = None) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def arrow(texts: list[str], new: Any = pa.ipc.new_file) -> bytes:
-    table, sink = pa.table({"text": texts}), pa.BufferOutputStream()
+def arrow(texts: list[str], new: Any = pa.ipc.new_file, kind: Any = None) -> bytes:
+    table, sink = pa.table({"text": pa.array(texts, kind)}), pa.BufferOutputStream()
     with new(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=17)
     return sink.getvalue().to_pybytes()
@@ -65,12 +71,17 @@ CONTAINERS: dict[str, Callable[[list[str]], bytes]] = {
     "a.csv": comma,
     "a.parquet": parquet,
     "large.parquet": lambda texts: parquet(texts, pa.large_string()),
+    "dictionary.parquet": lambda texts: parquet(texts, pa.dictionary(pa.int32(), pa.string())),
+    "view.parquet": lambda texts: parquet(texts, pa.string_view()),
+    "dictionary.arrow": lambda texts: arrow(texts, kind=pa.dictionary(pa.int8(), pa.large_string())),
+    "view.arrow": lambda texts: arrow(texts, pa.ipc.new_stream, pa.string_view()),
     "a.arrow": arrow,
     "stream.arrow": lambda texts: arrow(texts, pa.ipc.new_stream),
     "a.feather": arrow,
 }
 WAYS = [*CONTAINERS, *(f"{name}{end}" for name in CONTAINERS for end in (".gz", ".zst") if "parquet" not in name)]
-FAST = ("a.jsonl", "a.json.gz", "a.csv.zst", "a.parquet", "a.arrow.gz", "stream.arrow", "a.feather")
+FAST = ("a.jsonl", "a.json.gz", "a.csv.zst", "a.parquet", "a.arrow.gz", "stream.arrow", "a.feather",
+        "dictionary.parquet", "view.parquet", "dictionary.arrow", "view.arrow")  # fmt: skip
 
 
 def content_of(name: str, texts: list[str]) -> bytes:
@@ -119,7 +130,7 @@ def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch
     path.write_bytes(lines(["one", "two", "three ü", "four"]).replace(b"\n", b"\n\n", 1))
     for unit in (1, 2, 3, 7, 19, 20, 21, 50):
         monkeypatch.setattr(local, "UNIT", unit)
-        docs = local.LocalDocuments(str(path), "data.source", "text", "train", str(tmp_path / "cache"))
+        docs = local.LocalDocuments(str(path), "data.source", Wanted("text"), "train", str(tmp_path / "cache"))
         assert list(docs) == ["one", "two", "three ü", "four"], unit
         assert len(docs.units) == -(-path.stat().st_size // unit)
 
@@ -151,7 +162,11 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("a.txt", parquet(["a"]), r"a\.txt seems to be Parquet, not \.txt; give it the ending of what it is"),
     ("a.jsonl.gz", gzip.compress(arrow(["a"])), r"a\.jsonl\.gz seems to be Arrow, not \.jsonl"),
     ("a.parquet", b"text", r"a\.parquet seems to be text, not \.parquet"),
-    ("a.txt", "text".encode("utf-16"), r"a\.txt seems to be text as UTF-16, not \.txt"),
+    ("a.txt", "text".encode("utf-16"), r"a\.txt seems to be text as UTF-16, not \.txt; save it as UTF-8"),
+    ("a.jsonl.gz", gzip.compress("{}".encode("utf-16")), r"a\.jsonl\.gz seems to be text as UTF-16, not \.jsonl; save"),
+    ("a.csv", "text\n".encode("utf-16"), r"a\.csv seems to be text as UTF-16"),
+    ("a.jsonl", b'{"text": null}', r"a\.jsonl line 1: data\.text_field='text' is null; .* data\.null_rows=skip"),
+    ("a.jsonl", b'{"body": "a"}', r"a\.jsonl line 1: data\.text_field='text' is missing; .*one of body, or leave such"),
     ("a.parquet", parquet(["a" * 99] * 99)[:-9], r"a\.parquet is damaged or cut off \(ArrowInvalid"),
     ("a.parquet.gz", gzip.compress(parquet(["a"])), r"Parquet is compressed inside; decompress the file"),
     ("a.arrow", arrow(["a" * 99] * 99, pa.ipc.new_stream)[:-200], r"a\.arrow (is damaged or cut off|cannot be read)"),
@@ -191,7 +206,7 @@ def table_of(column: Any, name: str = "text") -> bytes:
 BROKEN += [
     ("a.parquet", table_of(["a"], "body"), r"a\.parquet: data\.text_field='text' is missing; .*one of body, other"),
     ("a.parquet", table_of([1]), r"a\.parquet: data\.text_field='text' holds int64; set .*one of other"),
-    ("a.parquet", table_of(["a", None]), r"a\.parquet row 2: data\.text_field='text' is null"),
+    ("a.parquet", table_of(["a", None]), r"a\.parquet row 2: data\.text_field='text' is null; mend the row, or leave"),
     ("a.parquet", table_of([["a"]]), r"data\.text_field='text' holds list"),
 ]
 
@@ -204,6 +219,67 @@ def test_what_is_broken_is_one_line(case, tmp_path, make_config, monkeypatch):
     with pytest.raises(ConfigError, match=message) as error:
         tokens(make_config, tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def with_mark(name: str, content: bytes) -> bytes:
+    """Behind a byte order mark."""
+    for end, compress, decompress in ((".gz", gzip.compress, gzip.decompress), (".zst", zstandard, None)):
+        if name.endswith(end):
+            plain = decompress(content) if decompress else pa.input_stream(pa.py_buffer(content), "zstd").read()
+            return compress(codecs.BOM_UTF8 + plain)
+    return codecs.BOM_UTF8 + content
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.csv.zst"]
+)
+def test_a_byte_order_mark_is_no_text(name, tmp_path, make_config, monkeypatch):
+    """Nor does a part of a file of lines begin later for it."""
+    monkeypatch.setattr(local, "UNIT", 40)
+    texts = ["one", "two and three", "four"]
+    content = b"four" if ".txt" in name else content_of(name.removesuffix(".gz").removesuffix(".zst"), texts)
+    if ".csv" in name:
+        content = b'"text","n"\r\none,1\r\n"two and three",2\r\nfour,3\r\n'  # the first name in quotes
+    compress = gzip.compress if name.endswith(".gz") else zstandard if name.endswith(".zst") else bytes
+    (tmp_path / name).write_bytes(with_mark(name, compress(content)))
+    expected = [256, *b"four", 256] if ".txt" in name else [256, *(i for text in texts for i in [*text.encode(), 256])]
+    assert tokens(make_config, tmp_path / name)[0] == expected
+
+
+def test_a_text_to_score_begins_behind_its_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + b"four")
+    assert text_stream(tmp_path / "a.txt", ByteTokenizer()).tokens(0, 6).tolist() == [256, *b"four", 256]
+    (tmp_path / "a.txt").write_bytes("four".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.txt seems to be text as UTF-16, not \.txt; save it as UTF-8"):
+        text_stream(tmp_path / "a.txt", ByteTokenizer())
+
+
+def test_whatever_else_is_text_may_have_a_mark(tmp_path, sotu):
+    """A config, a tokenizer, a chat template, a machine, a task."""
+    config, tokenizer, _ = sotu
+    assert Config.from_json(codecs.BOM_UTF8 + config.to_json().encode()) == config.resolved
+    (tmp_path / "tokenizer.json").write_bytes(codecs.BOM_UTF8 + tokenizer.json_text.encode())
+    data = dataclasses.replace(config.data, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(dataclasses.replace(config, data=data)).encode("the union") == tokenizer.encode("the union")
+    (tmp_path / "chat.jinja").write_bytes(codecs.BOM_UTF8 + b"{{ messages }}")
+    assert read_chat(str(tmp_path / "chat.jinja"), "", "--chat_template").template == "{{ messages }}"
+    package = pathlib.Path(local.__file__).parents[1]
+    for name, read in (("planning/hardware/v5e.toml", load_hardware), ("evaluation/tasks/piqa.toml", load_task)):
+        (file := tmp_path / pathlib.Path(name).name).write_bytes(codecs.BOM_UTF8 + (package / name).read_bytes())
+        assert read(str(file)) == read(file.stem)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "dictionary.parquet", "a.arrow.gz", "stream.arrow"])
+def test_rows_without_a_text_are_left_out_and_counted(name, tmp_path, make_config, caplog):
+    (tmp_path / name).write_bytes(content_of(name, ["one", None, "two", None]))
+    found, counts = tokens(make_config, tmp_path / name, null_rows="skip")
+    assert found == [256, *b"one", 256, *b"two", 256] and counts.documents == 2
+    assert f"{name}: 2 rows left out, whose data.text_field is null or missing" in caplog.text
+    with pytest.raises(ConfigError, match=r" 2: data\.text_field='text' is null; mend the row, or leave such rows out"):
+        tokens(make_config, tmp_path / name)  # though its tokens are in the cache
+    (tmp_path / name).write_bytes(content_of(name, [None]))
+    with pytest.raises(ConfigError, match=r"0 documents with text \(0 empty, 1 rows without data\.text_field\)"):
+        tokens(make_config, tmp_path / name, null_rows="skip")
 
 
 def test_a_line_of_a_part_is_counted_from_the_files_start(tmp_path, make_config, monkeypatch):

@@ -105,10 +105,10 @@ def test_changed_weights_go_on_where_each_source_was():
     first = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH)
     saved = json.loads(json.dumps(first.state(9)))
     assert saved == [[0, {"a": "3", "b": "1", "c": "2"}], [7, {"a": "0", "b": "1", "c": "1"}]]
-    again = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH).resumed(saved, 9)
+    again = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH).resumed(saved, 9, 9)
     assert [first.place(i) for i in range(200)] == [again.place(i) for i in range(200)]
     other = parse_mixture("c=1,a=9,b=0.5")  # in another order, too
-    changed = Mixture(other, parse_curriculum("12:a=1", other), BATCH).resumed(saved, 9)
+    changed = Mixture(other, parse_curriculum("12:a=1", other), BATCH).resumed(saved, 9, 9)
     assert [first.place(i) for i in range(9 * BATCH)] == [changed.place(i) for i in range(9 * BATCH)]
     assert changed.counts(9) == first.counts(9)
     seen = [changed.place(i) for i in range(30 * BATCH)]
@@ -116,7 +116,7 @@ def test_changed_weights_go_on_where_each_source_was():
     assert {part for part, _ in seen[12 * BATCH :]} == {0}
     assert [stage[0] for stage in changed.state(20)] == [0, 7, 9, 12]
     with pytest.raises(ConfigError, match=r"data\.mixture has the sources a, d, and .* started with a, b, c"):
-        Mixture(parse_mixture("a=1,d=1"), [(0, (Fraction(1), Fraction(1)))], BATCH).resumed(saved, 9)
+        Mixture(parse_mixture("a=1,d=1"), [(0, (Fraction(1), Fraction(1)))], BATCH).resumed(saved, 9, 9)
 
 
 @pytest.fixture
@@ -201,6 +201,40 @@ def test_resumed_exactly_and_with_other_weights(mixed):
         got = np.stack([row for row, its in zip(rows, letters, strict=True) if its == letter])
         np.testing.assert_array_equal(got, plain[: len(got)])
     assert letters[8 * BATCH :].count("c") == pytest.approx(12 * BATCH * 3 / 5, abs=1)
+
+
+def test_a_curriculum_switches_at_its_step_whatever_was_left_out(mixed):
+    """Rewinds from step 7 to 4, over the switch at 5, and from 9 to 8: its batches are two, then three behind."""
+    config = mixed("a=1,b=0,c=0", "5:a=1,b=3;10:b=1,c=3")
+    stream = open_stream(config, "train", ByteTokenizer())
+    iterator = train_iterator(config, stream)
+    states, letters = {}, []
+
+    def go(step: int, stop: int) -> None:
+        del letters[step:]
+        for now in range(step, stop):
+            letters.append("".join(sorted(set(letters_of(take(iterator, 1))))))
+            states[now + 1] = json.loads(json.dumps(iterator.get_state()))
+
+    go(0, 8)  # the bad step 7 is seen while step 8 runs
+    iterator.set_state({"batches": 7}, 4)
+    go(4, 9)
+    iterator.set_state({"batches": 12}, 8)
+    go(8, 14)
+    assert letters == ["a"] * 5 + ["ab"] * 5 + ["bc"] * 4
+    rest = take(iterator, 4)
+    for step in (9, 10, 13):  # bit for bit, from a checkpoint behind a rewind
+        again = train_iterator(config, stream)
+        again.set_state(states[step], step)
+        np.testing.assert_array_equal(take(again, 18 - step)[-4:], rest, err_msg=str(step))
+
+
+def test_weights_that_stay_are_one_stage():
+    """A border between them would begin their order anew, and only in a run that was not resumed."""
+    parts = parse_mixture("a=3,b=4")
+    whole = Mixture(parts, parse_curriculum("5:a=3,b=4", parts), BATCH)
+    again = whole.resumed(whole.state(5), 5, 5)
+    assert [whole.place(i) for i in range(200)] == [again.place(i) for i in range(200)]
 
 
 def test_a_source_that_is_used_up(mixed, caplog):

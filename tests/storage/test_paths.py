@@ -14,6 +14,7 @@ from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.cache import cached_stream
 from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.readers import Wanted
 from bigmac_jax.data.shards import Store
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.storage import paths
@@ -80,7 +81,7 @@ def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_pa
         file = storage.locate(f"{scheme}://{BUCKET}/text.jsonl", "data.source")
         rows = [json.dumps({"text": f"row {i} " + "word " * 2000}) for i in range(7000)]
         file.write_bytes("\n".join(rows).encode())  # 70 MB: s3fs asks for 50 at a time
-        documents = iter(LocalDocuments(str(file), "data.source", "text", "train", str(tmp_path)))
+        documents = iter(LocalDocuments(str(file), "data.source", Wanted("text"), "train", str(tmp_path)))
         found = [next(documents)]
         proxy.disturb(mode)
         timer = threading.Timer(10, proxy.disturb, ("pass",))
@@ -163,7 +164,9 @@ def test_tokens_are_made_once_and_fetched_by_others(
     monkeypatch.setattr(Store, "_make", lambda store, unit, report: (made.append(unit), make(store, unit, report))[1])
 
     def read() -> bytes:
-        docs = LocalDocuments(str(tmp_path / "a.txt"), "data.source", "text", "train", str(tmp_path / "digests"))
+        docs = LocalDocuments(
+            str(tmp_path / "a.txt"), "data.source", Wanted("text"), "train", str(tmp_path / "digests")
+        )
         stream = cached_stream(docs, "train", ByteTokenizer(), place)
         return bytes(stream.tokens(1, stream.num_tokens - 1).astype(np.uint8))
 

@@ -51,6 +51,23 @@ def test_a_process_that_is_stopped_in_a_long_phase_is_named(tmp_path: pathlib.Pa
         assert re.search(line, job.outputs[1 - victim]), job.outputs
 
 
+@pytest.mark.parametrize("doing", ["step", "save", "evaluate"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_of_a_killed_process_the_others_say_one_line(tmp_path: pathlib.Path, victim: int, doing: str) -> None:
+    """Whatever breaks in them."""
+    flags = {"save": "checkpoint_every=1", "evaluate": "eval_every=1"}
+    more = [f"--config.train.{flags[doing]}"] if doing in flags else []
+    with Job(2, write_config(tmp_path), tmp_path / "run", "--peer_timeout=10", *SHORT, "--config.train.steps=100000",
+             "--config.train.checkpoint_every=0", *more) as job:  # fmt: skip
+        job.until(5)
+        before = len(job.outputs[1 - victim])
+        job.processes[victim].kill()
+        assert job.wait()[1 - victim] == 3
+        said = job.outputs[1 - victim][before:].splitlines()
+    told = [line for line in said if not re.match(r"step \d+", line)]  # what process 0 logs of its steps
+    assert len(told) == 1 and re.match(rf"error: process {victim} \(\d+ on \S+, .*\) has died$", told[0]), said
+
+
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path: pathlib.Path) -> None:
     script = ("tests/training/elsewhere.py", str(tmp_path))
     with Job(2, write_config(tmp_path), tmp_path / "run", *SHORT, script=script) as job:

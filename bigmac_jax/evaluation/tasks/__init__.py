@@ -128,7 +128,7 @@ def load_task(name_or_path: str) -> Task | Needle:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """The file's fields, on top of those of the task that its `like` names."""
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except storage.errors() as error:
         raise ConfigError(f"{path} cannot be read ({storage.reason(error)}); give the path of a .toml file") from None
     except UnicodeDecodeError:

@@ -1,5 +1,6 @@
 """Rows of a task: from TFDS, or from a local file of JSON lines, Arrow, Parquet or plain text."""
 
+import codecs
 import itertools
 import json
 import pathlib
@@ -54,7 +55,7 @@ def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
         raise ConfigError(f"{setting} {what}; give rows as JSON lines, Arrow, Parquet or, for perplexity, plain text")
     try:
         if suffix in TEXT_FILES:
-            yield str(path), {"text": path.read_bytes()}
+            yield str(path), {"text": path.read_bytes().removeprefix(codecs.BOM_UTF8)}
         elif suffix == ".jsonl":
             yield from _json_lines(path)
         else:

@@ -72,7 +72,7 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
     text = str(name_or_path)
     try:
         path = _FOLDER / f"{text}.toml" if text in HARDWARE else storage.locate(text, "hardware")
-        values = tomllib.loads(path.read_bytes().decode())
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except storage.errors(UnicodeDecodeError):
         raise ConfigError(
             f"hardware={text!r} can't be read as a file; use one of {', '.join(HARDWARE)}, or a path to a .toml file"
