@@ -22,8 +22,7 @@ import tokenizers
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import once
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError
-from bigmac_jax.data.tokenizer import encode_at_most
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.storage import errors, locate, reason
 
 FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run
@@ -207,7 +206,9 @@ class Chat:
             )
         cuts = [0]
         for start, stop in answers:
-            marks = [text.rfind(name, start, stop) + len(name) for name in self._names if text.find(name, start, stop) >= 0]
+            marks = [
+                text.rfind(name, start, stop) + len(name) for name in self._names if text.find(name, start, stop) >= 0
+            ]
             cuts += [start, max(marks, default=stop)]
         cuts.append(len(text))
         parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]

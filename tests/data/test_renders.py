@@ -24,7 +24,8 @@ TEMPLATES = {
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
     "trimmed": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<' + "
     "message['role'] + '>\n\n' + message['content'] | trim + eos_token %}{% if loop.index0 == 0 %}{% set content = "
-    "'^' + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>\n\n' }}{% endif %}",
+    "'^' + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<assistant>\n\n' }}{% endif %}",
     "without the first": "{% if messages[0]['role'] == 'system' %}{% set system = messages[0].content %}{% set rest = "
     "messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}{% for message in rest %}"
     "{% if message['role'] == 'user' %}[INST] {% if loop.first and system %}<<{{ system }}>> {% endif %}"
