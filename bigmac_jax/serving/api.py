@@ -102,7 +102,7 @@ def asked(
         if name in given and not _same(given[name], only):
             raise ApiError(400, f"{name} must be {json.dumps(only)}: nothing else is supported here", name)
     n = _integer(given, "n", 1, 1, limits.choices)
-    if not _same(given.get("best_of", n), n):
+    if type(given.get("best_of", n)) is not int or given.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")
     stream, usage, echo = _boolean(given, "stream"), _usage(given), _boolean(given, "echo")
     tokens = _integer(given, "max_tokens", 0 if chat else _DEFAULT_TOKENS, 1, longest)
