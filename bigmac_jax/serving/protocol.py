@@ -7,29 +7,37 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bigmac_jax.serving.limits import ApiError
+from bigmac_jax.serving.limits import ApiError, Limits
+
+_READ = 1 << 14  # bytes that are taken from a connection at a time: of the shortest chunks they take 15 ms
+_BESIDE = 1 << 17  # bytes of a request in chunks that are not of its body: its head, their sizes, what nobody takes
 
 
-def protocol(seconds: float, taking: float) -> type[H11Protocol]:
-    """Connections that are closed where a request does not arrive in time. uvicorn bounds what lies between two alone.
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """Connections that are closed where a request does not arrive in time, or nobody takes the answer; uvicorn bounds
+    what lies between two requests alone. So are those whose body comes in chunks of a few bytes.
 
-    Args:
-      seconds: for the head of a request, of the first from the beginning, of others from their first byte; and for the
-        rest of a body once its request was answered.
-      taking: for a client to take something of an answer that is longer than buffers hold.
+    The head of a request has `arrival` seconds, of the first from the beginning, of others from their first byte; so
+    has the rest of a body whose request was answered before.
     """
+    seconds = limits.arrival
 
     class Timed(H11Protocol):
         _late: asyncio.TimerHandle | None = None
         _full: asyncio.TimerHandle | None = None
+        _beside = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.max_size = _READ
             self._wait()
 
         def data_received(self, data: bytes) -> None:
-            of_last = self._answered
+            of_last, cycle, before = self._answered, self.cycle, self._arrived
             super().data_received(data)
+            self._beside += len(data) - self._arrived + (before if self.cycle is cycle else 0)
+            if self._beside > _BESIDE and any(name == b"transfer-encoding" for name, _ in self.headers or ()):
+                self.transport.abort()
             begun = self.conn.their_state is h11.IDLE and (not of_last or bool(self.conn.trailing_data[0]))
             if begun or self._answered:
                 self._wait()
@@ -38,13 +46,14 @@ def protocol(seconds: float, taking: float) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            self._beside = 0
             # The beginning of the next request may have come with the last one.
             if self._answered or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
                 self._wait()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._full = self.loop.call_later(taking, self.transport.abort)
+            self._full = self.loop.call_later(limits.seconds, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -56,6 +65,11 @@ def protocol(seconds: float, taking: float) -> type[H11Protocol]:
             if self._full is not None:
                 self._full.cancel()
             super().connection_lost(exc)
+
+        @property
+        def _arrived(self) -> int:
+            """Bytes of the body that nobody has taken yet."""
+            return len(self.cycle.body) if self.cycle else 0
 
         @property
         def _answered(self) -> bool:

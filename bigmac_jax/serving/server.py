@@ -59,7 +59,7 @@ async def serve(
     server = _Server(
         uvicorn.Config(
             service.app(),
-            http=protocol(limits.arrival, limits.seconds),
+            http=protocol(limits),
             log_config=None,
             access_log=False,
             lifespan="off",
