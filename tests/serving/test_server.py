@@ -369,6 +369,8 @@ def test_the_page_in_a_browser(server: Server) -> None:
     assert [kind for kind, _ in seen["answered"]] == ["turn user", "turn assistant"] and seen["answered"][1][1]
     assert [kind for kind, _ in seen["stopped"]][2:] == ["turn user", "turn assistant"]
     assert 3 < len(seen["stopped"][-1][1]) < 400
+    assert (seen["under way"], seen["sends"]) == ("Stop", "Send")
+    assert seen["new"] == [[], []] and seen["anew"] == ["user", "assistant"]
     kind, text = seen["refused"][-1]
     assert kind == "turn error" and "wants its key" in text and seen["refused"][-2] == ["turn user", "<b>Hello</b>"]
     assert seen["bold"] == 0
