@@ -218,7 +218,7 @@ class Service:
 
         def written(check: Check) -> bytes:
             whole = answer.whole(steps, _used(answer.asked, ticket))
-            return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+            return json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
         return await self._within(ticket.started, self.readers.do(size, written))
 

@@ -9,8 +9,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bigmac_jax.serving.limits import ApiError, Limits
 
-_READ = 1 << 14  # bytes that are taken from a connection at a time: of the shortest chunks they take 15 ms
-_BESIDE = 1 << 17  # bytes of a request in chunks that are not of its body: its head, their sizes, what nobody takes
+# Bytes that are taken from a connection at a time: where they may be many chunks, of which each takes 10 µs, and else.
+_FEW, _MANY = 1 << 11, 1 << 16
+# Bytes between the chunks of a body, and a quarter as many as it has itself; and all, where nobody reads it any more.
+_BETWEEN, _BEHIND = 1 << 10, 1 << 17
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
@@ -25,19 +27,24 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     class Timed(H11Protocol):
         _late: asyncio.TimerHandle | None = None
         _full: asyncio.TimerHandle | None = None
-        _beside = 0
+        _own = _between = 0  # bytes of a body, and of its chunks' sizes
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            transport.max_size = _READ
+            self._take(_FEW)
             self._wait()
 
         def data_received(self, data: bytes) -> None:
             of_last, cycle, before = self._answered, self.cycle, self._arrived
             super().data_received(data)
-            self._beside += len(data) - self._arrived + (before if self.cycle is cycle else 0)
-            if self._beside > _BESIDE and any(name == b"transfer-encoding" for name, _ in self.headers or ()):
-                self.transport.abort()
+            if self.cycle is cycle and self._chunked:
+                self._own += self._arrived - before
+                self._between += len(data) - self._arrived + before
+                if self._between > (_BEHIND if of_last else _BETWEEN + self._own // 4):
+                    return self._refuse(
+                        ApiError(400, "the body's chunks have a few bytes each; send it in longer ones")
+                    )
+            self._take(_FEW if self._chunked or self.conn.their_state is h11.IDLE else _MANY)
             begun = self.conn.their_state is h11.IDLE and (not of_last or bool(self.conn.trailing_data[0]))
             if begun or self._answered:
                 self._wait()
@@ -46,7 +53,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._beside = 0
+            self._own = self._between = 0
             # The beginning of the next request may have come with the last one.
             if self._answered or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
                 self._wait()
@@ -66,10 +73,18 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self._full.cancel()
             super().connection_lost(exc)
 
+        def _take(self, most: int) -> None:
+            transport: Any = self.transport
+            transport.max_size = most
+
         @property
         def _arrived(self) -> int:
             """Bytes of the body that nobody has taken yet."""
             return len(self.cycle.body) if self.cycle else 0
+
+        @property
+        def _chunked(self) -> bool:
+            return any(name == b"transfer-encoding" for name, _ in self.headers or ())
 
         @property
         def _answered(self) -> bool:
@@ -86,18 +101,21 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self._late = None
 
         def _end(self) -> None:
+            self._refuse(ApiError(408, f"the request did not arrive within {seconds:g} s"))
+
+        def _refuse(self, error: ApiError) -> None:
+            """Instead of what the application would answer, and the last answer of the connection."""
             if self.transport.is_closing():
                 return
-            if self._answered:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 return self.transport.abort()
-            error = ApiError(408, f"the request did not arrive within {seconds:g} s")
             body = json.dumps(error.body).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("connection", "close"),
                 ("content-length", str(len(body))),
             ]
-            events = h11.Response(status_code=408, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+            events = h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             self.transport.close()
 
