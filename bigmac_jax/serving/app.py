@@ -27,7 +27,7 @@ from bigmac_jax.serving.answers import Answer
 from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.metrics import Metrics
-from bigmac_jax.serving.reading import SHORT, Check, Readers
+from bigmac_jax.serving.reading import SHORT, Check, Readers, forget_frames
 from bigmac_jax.serving.worker import Ticket, Worker
 
 _log = logging.getLogger(__name__)
@@ -93,8 +93,10 @@ class Service:
                 response = await handler(request)
             except ApiError as error:
                 response = _failed(error)
-            except ClientDisconnect:
+                forget_frames(error)
+            except ClientDisconnect as error:
                 response = Response(status_code=_GONE)
+                forget_frames(error)
             except Exception as error:
                 _log.error("%s failed: %s: %s", path, type(error).__name__, " ".join(str(error).split())[:500])
                 response = _failed(ApiError(500, "the server failed at this request; its log says more"))

@@ -22,6 +22,14 @@ class LeftError(Exception):
     """Nobody waits for the work any more."""
 
 
+def forget_frames(error: BaseException | None) -> None:
+    """Frees what was on the way of an exception: a request's body, and all that was made of it, would stay until
+    Python's collector comes round."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 class Readers:
     """The two threads. To be made inside the event loop that the work comes from."""
 
@@ -107,5 +115,6 @@ class _Lane:
             result = work.do(work.check)
         except BaseException as raised:
             error = raised
+            forget_frames(error)
         self._since = 0.0
         self._loop.call_soon_threadsafe(work.end, result, error)

@@ -68,7 +68,8 @@ async def serve(
             timeout_graceful_shutdown=max(1, round(limits.drain)),
         )
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for library in ("uvicorn.error", "asyncio"):  # they warn of every client that has left
+        logging.getLogger(library).setLevel(logging.ERROR)
     host, port = listening.getsockname()[:2]
     if not (key or ipaddress.ip_address(host).is_loopback):
         _log.warning("whoever reaches %s may use this server; --api_key_file asks for a key", host)

@@ -404,5 +404,8 @@ def test_bad_flags_are_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigError, match="is empty; write a key into it"):
         serve._key(str(tmp_path / "empty"))
+    (tmp_path / "two").write_text("one\nanother\n")
+    with pytest.raises(ConfigError, match="must hold one line that a header can carry"):
+        serve._key(str(tmp_path / "two"))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another"):
         serve._listen("127.0.0.1", taken.getsockname()[1])

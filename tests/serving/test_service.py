@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import http.client
 import json
 import pathlib
@@ -10,18 +11,21 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 from training.runs import LIMIT
 
+from bigmac_jax.serving import api
 from bigmac_jax.serving.limits import Limits
 
 from .fakes import LONGEST, Served, held
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SHORT = {"prompt": "a", "max_tokens": 2}
+MESSAGES = [{"role": "user", "content": "a"}]
 LONG = {"prompt": "a", "max_tokens": 2, "user": "u" * 100_000}
 
 
@@ -146,6 +150,31 @@ async def test_a_full_queue_is_told_before_anything_is_read() -> None:
 
 
 @alone
+async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not until Python's collector comes round, either."""
+    served, kept, parse = Served(), [], api.parse
+
+    class Fields(dict[str, Any]):
+        """That can be watched."""
+
+    def parsed(body: bytes) -> Fields:
+        fields = Fields(parse(body))
+        kept.append(weakref.ref(fields))
+        return fields
+
+    monkeypatch.setattr(api, "parse", parsed)
+    gc.disable()
+    try:
+        assert (await served.ask(COMPLETIONS, {"prompt": "a" * 1000}))[0] == 400
+        assert (await served.ask(CHAT, {"messages": MESSAGES, "top_k": -1}))[0] == 400
+        assert (await served.ask(COMPLETIONS, SHORT))[0] == 200
+        await asyncio.sleep(0.1)
+        assert [fields() for fields in kept] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@alone
 async def test_health_looks_at_what_serves() -> None:
     served = Served(Limits(silence=0.2))
     assert await served.ask("/health") == (200, {"status": "ok"})
@@ -190,7 +219,6 @@ async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None
         assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + other}))[0] == 401
 
 
-MESSAGES = [{"role": "user", "content": "a"}]
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"stream_options": {"include_usage": "no"}}, "stream_options"),
     (CHAT, {"stream_options": {"include_obfuscation": 1}}, "stream_options"),
