@@ -48,20 +48,29 @@ def blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual."""
+def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual.
+
+    Args:
+      told: called at the first one, whichever it is, after which either acts as usual.
+    """
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in WORDS}
 
     def stop(number: int, _: Any) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        for ended in WORDS if told else (number,):
+            signal.signal(ended, previous[ended])
+            if ended != number:
+                _spared.discard(ended)
+        if told:
+            told()
 
     _loops.append(received)
     try:
         for number in WORDS:
             _spared.add(number)
-            previous[number] = signal.signal(number, stop)
+            signal.signal(number, stop)
         yield received
     finally:
         _loops.pop()

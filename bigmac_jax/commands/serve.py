@@ -30,6 +30,9 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.
 _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535)
 _MODEL_NAME = flags.DEFINE_string("model_name", "", "What requests call the model; by default the workdir's name.")
 _API_KEY_FILE = flags.DEFINE_string("api_key_file", "", "A file with the key that requests must bring.")
+_ALLOW_HOST = flags.DEFINE_list(
+    "allow_host", [], "Without a key: names that it may be called by, beside addresses, localhost and this machine's."
+)
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file that makes a prompt of messages.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Prompt and completion; 0 = the run's sequence length.", 0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
@@ -74,7 +77,7 @@ def main() -> int:
     if not hosts.is_first():
         return follow(generator, engine)
     name = _MODEL_NAME.value or absolute(workdir).name
-    return asyncio.run(serve(generator, engine, chat, name, limits, listening, key))
+    return asyncio.run(serve(generator, engine, chat, name, limits, listening, key, [*_ALLOW_HOST.value, _HOST.value]))
 
 
 def _key(file: str) -> str:
@@ -86,6 +89,8 @@ def _key(file: str) -> str:
         raise ConfigError(f"--api_key_file={file} cannot be read ({error}); give a file with the key") from None
     if not key:
         raise ConfigError(f"--api_key_file={file} is empty; write a key into it")
+    if not key.isprintable():
+        raise ConfigError(f"--api_key_file={file} must hold one line that a header can carry; write one key into it")
     return key
 
 

@@ -22,11 +22,12 @@ import tokenizers
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import once
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.storage import errors, locate, reason
 
 FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run
 SETTINGS = "tokenizer_config.json"  # likewise; there it has special tokens' names, and the date of a run's rows
+_NUMBER = "_number_of"  # what a template's loops call where they begin with a message
 _SPECIAL, _DATE = ("bos_token", "eos_token", "pad_token", "unk_token"), "strftime_now"
 # Of a model that was tuned without a template of its own.
 DEFAULT = (
@@ -40,7 +41,10 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 ROLES = ("system", "developer", "user", "assistant")
-_BEGIN, _END = "\ufdd0", "\ufdd1"  # no characters, by Unicode's own word: they mark answers in what is rendered
+# No characters, by Unicode's own word: they mark answers in what is rendered, or the number of a message.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+_PLACE = re.compile(f"{_BEGIN}([0-9]+){_END}")
+_CHECKED = 1024  # messages that are rendered again, turn by turn, before most turns are only found
 _ANSWER = "\ufdd2"  # of the same kind: stands for an answer
 Messages = Sequence[dict[str, str]]
 
@@ -51,6 +55,22 @@ class ChatError(ValueError):
     def __init__(self, message: str, index: int | None = None):
         super().__init__(" ".join(message.split()))
         self.index = index
+
+
+def _nothing() -> None:
+    pass
+
+
+class Room(NamedTuple):
+    """What a prompt may take.
+
+    Attributes:
+      tokens: at most. A message is one at least.
+      check: called between parts of the work, which end where it raises.
+    """
+
+    tokens: int
+    check: Callable[[], object] = _nothing
 
 
 class Piece(NamedTuple):
@@ -88,6 +108,14 @@ class _Generation(jinja2.ext.Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+class _Numbered(dict[str, str]):
+    """A message that knows its place among others."""
+
+    def __init__(self, message: dict[str, str], number: int):
+        super().__init__(message)
+        self._number = number  # which no template can read
+
+
 class Chat:
     """A template with a tokenizer.
 
@@ -108,15 +136,18 @@ class Chat:
         self.template, self.files = template, ChatFiles(template, special or {}, date=date)
         self._encode_batch, self._names = _encoder(tokenizer)
         self.end = self._names[0]
+        names = [len(name.encode()) for name in self._names]
+        self._token_bytes = max(tokenizer.token_bytes, *names) if tokenizer.token_bytes else 0
         known = {name: value for name, value in (special or {}).items() if self.knows(value)}
         self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | known
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-        environment.globals |= {"raise_exception": _refuse, _DATE: self._date}
+        environment.globals |= {"raise_exception": _refuse, _DATE: self._date, _NUMBER: _number}
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(template)
+            self._numbered = environment.from_string(_numbering(environment.parse(template)))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
@@ -130,12 +161,21 @@ class Chat:
         """Tokens of texts in which special tokens stand by their names."""
         return self._encode_batch(texts)
 
-    def prompt(self, messages: Messages) -> list[int]:
-        """The tokens that an answer follows; raises ChatError."""
-        pieces = self.pieces(messages, prompt=True)
-        return [token for ids in self.encode_batch([piece.text for piece in pieces]) for token in ids]
+    def prompt(self, messages: Messages, room: Room | None = None) -> list[int]:
+        """The tokens that an answer follows.
 
-    def pieces(self, messages: Messages, prompt: bool = False) -> list[Piece]:
+        Raises:
+          ChatError: as of `pieces`.
+          TooLongError: they are more than there is room for, which is found as early as it can be.
+        """
+        if room and len(messages) > room.tokens:
+            raise TooLongError(room.tokens)
+        texts = [piece.text for piece in self.pieces(messages, prompt=True, room=room)]
+        if not room:
+            return [token for ids in self.encode_batch(texts) for token in ids]
+        return encode_at_most(self.encode_batch, texts, room.tokens, self._token_bytes, room.check)
+
+    def pieces(self, messages: Messages, prompt: bool = False, room: Room | None = None) -> list[Piece]:
         """The text of messages, cut where answers begin and end.
 
         An answer is what the template's generation tags enclose. Without them it is what a message of the assistant
@@ -143,32 +183,82 @@ class Chat:
 
         Args:
           prompt: the beginning of a further answer stands at the end.
+          room: for the tokens of all pieces.
 
         Raises:
           ChatError: an unknown role, a special token in a message, or messages that the template does not take.
+          TooLongError: so long a text has more tokens than there is room for.
         """
         self._check(messages)
         text = self._render(messages, prompt)
         if self._marks:
             parts = re.split(f"[{_BEGIN}{_END}]", text)
             return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+        if room and self._token_bytes and len(text) > room.tokens * self._token_bytes:
+            raise TooLongError(room.tokens)
+        answers = self._answers(messages, text, prompt, room.check if room else _nothing)
+        if answers is None:
+            if prompt:  # who asks wants an answer, however the turns before it were cut
+                return [Piece(text, False)]
+            raise ChatError(
+                "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
+                "{% endgeneration %} around answers"
+            )
         cuts = [0]
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
-            if not (after.startswith(before) and text.startswith(after)):
-                if prompt:  # who asks wants an answer, however the turns before it were cut
-                    return [Piece(text, False)]
-                raise ChatError(
-                    "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
-                    "{% endgeneration %} around answers"
-                )
-            marks = [after.rfind(name) + len(name) for name in self._names if name in after[len(before) :]]
-            cuts += [len(before), max(marks, default=len(after))]
+        for start, stop in answers:
+            marks = [
+                text.rfind(name, start, stop) + len(name) for name in self._names if text.find(name, start, stop) >= 0
+            ]
+            cuts += [start, max(marks, default=stop)]
         cuts.append(len(text))
         parts = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
         return [Piece(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+
+    def _answers(
+        self, messages: Messages, text: str, prompt: bool, check: Callable[[], object]
+    ) -> list[tuple[int, int]] | None:
+        """Where what the assistant's messages add to the prompts for them begins and ends in the text; None if one is
+        written otherwise when others follow it.
+
+        To render the messages before each answer takes the square of their number. So that is done for the first ones,
+        for those at twice the place of the last one, and at the end. Between them an answer begins where the template's
+        loop comes to its message, behind the same words, which must be true of all that were rendered.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        rendered, last, found = 0, 0, {}
+        for i in turns:
+            if rendered + 2 * i >= _CHECKED and i < 2 * last and i < len(messages) - 1:
+                continue
+            rendered, last = rendered + 2 * i + 1, i
+            check()
+            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
+            if not (after.startswith(before) and text.startswith(after)):
+                return None
+            found[i] = len(before), len(after)
+        if len(found) == len(turns):
+            return list(found.values())
+        check()
+        places = self._places(messages, text, prompt) | {len(messages): found.get(len(messages) - 1, (0, 0))[1]}
+        if not {place for i in turns for place in (i, i + 1)} <= set(places):
+            return None
+        # What a template writes behind the messages before an answer, and behind the answer.
+        opening, closing = (text[places[turns[0] + n] : found[turns[0]][n]] for n in (0, 1))
+        for i in turns:
+            start, stop = places[i] + len(opening), places[i + 1] + (len(closing) if i + 1 < len(messages) else 0)
+            if not (text.startswith(opening, places[i]) and text.startswith(closing, stop - len(closing))):
+                return None
+            if found.setdefault(i, (start, stop)) != (start, stop):
+                return None
+        return [found[i] for i in turns]
+
+    def _places(self, messages: Messages, text: str, prompt: bool) -> dict[int, int]:
+        """Where in the text the template's last loop over messages comes to each; of some, or none, if it has none."""
+        numbered = self._render([_Numbered(message, i) for i, message in enumerate(messages)], prompt, self._numbered)
+        parts = _PLACE.split(numbered)
+        if "".join(parts[::2]) != text:
+            return {}
+        at = itertools.accumulate(map(len, parts[::2]))
+        return {int(number): place for number, place in zip(parts[1::2], at, strict=False)}
 
     def _date(self, form: str) -> str:
         date = datetime.datetime.fromisoformat(self.files.date) if self.files.date else datetime.datetime.now()
@@ -195,11 +285,16 @@ class Chat:
         for i, message in enumerate(messages):
             if message["role"] not in ROLES:
                 raise ChatError(f"messages[{i}] has the unknown role {message['role']!r}; use {', '.join(ROLES)}", i)
-            self.check_text(message["content"], f"messages[{i}]", i)
+        # Once for all of them: a tokenizer may have thousands of special tokens.
+        everything = "\n".join(message["content"] for message in messages)
+        if any(name in everything for name in (*self._names, _BEGIN, _END)):
+            for i, message in enumerate(messages):
+                self.check_text(message["content"], f"messages[{i}]", i)
 
-    def _render(self, messages: Messages, prompt: bool) -> str:
+    def _render(self, messages: Messages, prompt: bool, template: jinja2.Template | None = None) -> str:
+        template = template or self._template
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
+            return template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
         except Exception as error:  # a template may do anything that Jinja lets it
             raise ChatError(f"the chat template does not take these messages: {error}") from None
 
@@ -314,6 +409,20 @@ def _encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[list[
         return tokenizer.encode(first) + [i for part in others for i in (tokenizer.eos_id, *tokenizer.encode(part))]
 
     return lambda texts: [encode(text) for text in texts], [end]
+
+
+def _numbering(template: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """Has each loop write the number of the message that it comes to, where it is one."""
+    for loop in template.find_all(jinja2.nodes.For):
+        if isinstance(loop.target, jinja2.nodes.Name):
+            name = jinja2.nodes.Name(loop.target.name, "load")
+            call = jinja2.nodes.Call(jinja2.nodes.Name(_NUMBER, "load"), [name], [], None, None)
+            loop.body.insert(0, jinja2.nodes.Output([call]).set_lineno(loop.lineno))
+    return template
+
+
+def _number(value: Any) -> str:
+    return f"{_BEGIN}{value._number}{_END}" if isinstance(value, _Numbered) else ""
 
 
 def _refuse(message: str) -> None:

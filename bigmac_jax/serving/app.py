@@ -4,11 +4,14 @@ import asyncio
 import functools
 import hmac
 import importlib.resources
+import ipaddress
 import json
 import logging
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,11 +27,13 @@ from bigmac_jax.serving.answers import Answer
 from bigmac_jax.serving.chat import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.metrics import Metrics
+from bigmac_jax.serving.reading import SHORT, Check, Readers, forget_frames
 from bigmac_jax.serving.worker import Ticket, Worker
 
 _log = logging.getLogger(__name__)
 _GONE = 499  # nobody reads it: the client has closed the connection
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 class Service:
@@ -37,6 +42,7 @@ class Service:
     Args:
       model: the name that requests call it by.
       key: what /v1 and /metrics ask for as a bearer token; "" asks for nothing.
+      hosts: names that the server may be called by, if it has no key, beside addresses, localhost and this machine's.
     """
 
     def __init__(
@@ -48,9 +54,14 @@ class Service:
         limits: Limits,
         metrics: Metrics,
         key: str = "",
+        hosts: Sequence[str] = (),
     ):
         self._generator, self._worker, self._chat, self._model = generator, worker, chat, model
-        self._limits, self._metrics, self._key = limits, metrics, key
+        self._limits, self._metrics = limits, metrics
+        # A header has bytes, and of what is not ASCII some clients make UTF-8, others Latin-1.
+        self._keys = _as_bytes(key)
+        self._hosts = {"", "localhost", socket.gethostname().lower(), *map(str.lower, hosts)}
+        self.readers, self._long = Readers(), 0  # how many long requests have not been read
         self._created = int(time.time())
         self._show = functools.lru_cache(1 << 16)(lambda token: generator.tokenizer.decode([token]))
 
@@ -76,13 +87,16 @@ class Service:
 
         async def guarded(request: Request) -> Response:
             try:
+                self._check_host(request, path)
                 if not open_to_all:
                     self._check_key(request)
                 response = await handler(request)
             except ApiError as error:
                 response = _failed(error)
-            except ClientDisconnect:
+                forget_frames(error)
+            except ClientDisconnect as error:
                 response = Response(status_code=_GONE)
+                forget_frames(error)
             except Exception as error:
                 _log.error("%s failed: %s: %s", path, type(error).__name__, " ".join(str(error).split())[:500])
                 response = _failed(ApiError(500, "the server failed at this request; its log says more"))
@@ -98,38 +112,86 @@ class Service:
 
     def _check_key(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if self._key and not (kind.lower() == "bearer" and hmac.compare_digest(given.encode(), self._key.encode())):
+        found = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
+        if self._keys and not (kind.lower() == "bearer" and any(found)):
             raise ApiError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
 
-    async def _complete(self, request: Request, chat: bool) -> Response:
-        fields = api.parse(await self._body(request))
-        if (name := fields.get("model")) is not None and name != self._model:
+    def _check_host(self, request: Request, path: str) -> None:
+        """Without a key: a page of another site may give its own name this address (DNS rebinding), and the browser
+        then lets it read what the server answers. It can't do that with an address, or with a name of this machine."""
+        if self._keys or path == "/health":
+            return
+        given = request.headers.get("host", "")
+        try:
+            name = urllib.parse.urlsplit(f"//{given}").hostname or ""
+        except ValueError:
+            name = given
+        if name not in self._hosts and not name.endswith(".localhost") and not _is_address(name):
             raise ApiError(
-                404, f"there is no model {str(name)[:80]!r}, but {self._model!r}", "model", "model_not_found"
+                403, f"this server does not go by {name[:80]!r}; --allow_host={name[:80]} lets it", code="unknown_host"
             )
-        engine = self._worker.engine
-        asked = await asyncio.to_thread(
-            api.asked,
-            fields,
-            self._chat if chat else None,
-            self._generator.tokenizer.encode,
-            self._generator.vocab_size,
-            engine.longest,
-            self._limits,
-        )
+
+    async def _complete(self, request: Request, chat: bool) -> Response:
+        arrived = time.monotonic()
+        self._worker.check_queue(1)
+        asked = await self._within(arrived, self._asked(request, chat))
         jobs = [
             self._generator.job(prompt, asked.sampling, number) for prompt in asked.prompts for number in range(asked.n)
         ]
-        answer, ticket = Answer(asked, self._model, self._show), self._worker.submit(jobs)
+        answer, ticket = Answer(asked, self._model, self._show), self._worker.submit(jobs, arrived)
         if asked.stream:
             return _Events(self._events(answer, ticket), lambda: self._end(ticket))
         try:
-            steps = await _unless_gone(request, self._all(ticket))
-            return JSONResponse(answer.whole(steps, _used(asked, ticket)))
+            return Response(await _unless_gone(request, self._whole(answer, ticket)), media_type="application/json")
         finally:
             self._end(ticket)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _within(self, arrived: float, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, if it is there in the time of a request; raises ApiError."""
+        try:
+            async with asyncio.timeout(arrived + self._limits.seconds - time.monotonic()):
+                return await work
+        except TimeoutError:
+            raise ApiError(
+                504, f"the request took longer than {self._limits.seconds:g} s", code="request_timeout"
+            ) from None
+
+    async def _asked(self, request: Request, chat: bool) -> api.Asked:
+        """What a request asks for, read beside the event loop, unless the client leaves."""
+        long = 0
+
+        def grown() -> None:
+            nonlocal long
+            if self._long >= self._limits.long:
+                raise self._worker.full(f"{self._long} long requests are being read")
+            self._long, long = self._long + 1, 1
+
+        try:
+            body = await self._body(request, grown)
+            if self.readers.waiting >= self._worker.room:
+                raise self._worker.full(f"{self.readers.waiting} requests wait to be read")
+            work = functools.partial(self._read, body, chat)
+            return await _unless_gone(request, self.readers.do(len(body), work))
+        finally:
+            self._long -= long
+
+    def _read(self, body: bytes, chat: bool, check: Check) -> api.Asked:
+        fields = api.parse(body)
+        if (name := fields.get("model")) is not None and name != self._model:
+            raise self._no_model(name if isinstance(name, str) else json.dumps(name))
+        generator, longest = self._generator, self._worker.engine.longest
+        return api.asked(
+            fields,
+            self._chat if chat else None,
+            generator.tokenizer,
+            generator.vocab_size,
+            longest,
+            self._limits,
+            check,
+        )
+
+    async def _body(self, request: Request, grown: Callable[[], None]) -> bytes:
+        """Args: what is called when it is longer than `SHORT`."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what another site's page can't send here unasked
             raise ApiError(415, f"the body's content-type must be application/json, not {kind[:80]!r}")
@@ -141,12 +203,26 @@ class Service:
         try:
             async with asyncio.timeout(self._limits.arrival):
                 async for part in request.stream():
+                    before = len(body)
                     body += part
                     if len(body) > self._limits.body:
                         raise most
+                    if before <= SHORT < len(body):
+                        grown()
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)
+
+    async def _whole(self, answer: Answer, ticket: Ticket) -> bytes:
+        steps = await self._all(ticket)
+        tokens = sum(map(len, steps))
+        size = 100 * tokens * (1 + answer.asked.sampling.logprobs)
+
+        def written(check: Check) -> bytes:
+            whole = answer.whole(steps, _used(answer.asked, ticket))
+            return json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+        return await self._within(ticket.started, self.readers.do(size, written))
 
     async def _all(self, ticket: Ticket) -> list[list[Step]]:
         found: list[list[Step]] = [[] for _ in ticket.jobs]
@@ -162,13 +238,7 @@ class Service:
         """
         left = len(ticket.jobs)
         while left:
-            try:
-                async with asyncio.timeout(ticket.started + self._limits.seconds - time.monotonic()):
-                    got = await ticket.steps.get()
-            except TimeoutError:
-                raise ApiError(
-                    504, f"the request took longer than {self._limits.seconds:g} s", code="request_timeout"
-                ) from None
+            got = await self._within(ticket.started, ticket.steps.get())
             if got is None:
                 raise ApiError(500, "the engine has failed; the server's log says why")
             left -= bool(got[1].reason)
@@ -219,8 +289,12 @@ class Service:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _health(self, request: Request) -> Response:
+        """Whether requests are served: also if the event loop answers, what it hands them to may not go on."""
         if self._worker.failed:
             raise ApiError(503, "the engine has failed")
+        for what, silence in (("engine", self._worker.silence), ("reading of a request", self.readers.silence)):
+            if silence > self._limits.silence:
+                raise ApiError(503, f"the {what} has not come to an end of its step for {silence:.0f} s")
         return JSONResponse({"status": "ok"})
 
     async def _page(self, request: Request) -> Response:
@@ -243,22 +317,39 @@ class _Events(StreamingResponse):
             self._end()
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`; raises ClientDisconnect as soon as the client has closed the connection."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientDisconnect
-        return tasks[0].result()
+        return working.result()
     finally:
-        for task in tasks:
-            task.cancel()
+        working.cancel()
+        leaving.cancel()
+
+
+def _as_bytes(key: str) -> list[bytes]:
+    if not key:
+        return []
+    try:
+        return [key.encode(), key.encode("latin-1")]
+    except UnicodeEncodeError:
+        return [key.encode()]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _used(asked: api.Asked, ticket: Ticket) -> api.Fields:

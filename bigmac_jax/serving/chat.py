@@ -2,9 +2,11 @@
 
 import pathlib
 
-from bigmac_jax.data.chat import FILE, PLAIN, Chat, ChatError, Messages, load_chat
+from bigmac_jax.data.chat import FILE, PLAIN, Chat, ChatError, Messages, Room, load_chat
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.serving.limits import ApiError
+
+_SAID = 500  # characters of what a template says, which may be all that it was given
 
 
 class Dialogue:
@@ -18,12 +20,12 @@ class Dialogue:
         self._chat = chat
         self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
-    def prompt(self, messages: Messages) -> list[int]:
-        """Raises ApiError for messages that the template does not take."""
+    def prompt(self, messages: Messages, room: Room | None = None) -> list[int]:
+        """Raises ApiError for messages that the template does not take, and as `Chat.prompt`."""
         try:
-            return self._chat.prompt(messages)
+            return self._chat.prompt(messages, room)
         except ChatError as error:
-            raise ApiError(400, str(error), "messages") from None
+            raise ApiError(400, str(error)[:_SAID], "messages") from None
 
 
 def load_dialogue(tokenizer: Tokenizer, file: str, tokenizer_file: str, workdir: pathlib.Path) -> Dialogue:

@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import signal
+import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 
@@ -18,7 +19,9 @@ from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.metrics import Metrics
 from bigmac_jax.serving.protocol import protocol
 from bigmac_jax.serving.worker import Worker
+from bigmac_jax.signals import stop_signals
 
+_GRACE = 5.0  # seconds for the engine's step to end when nobody waits for it any more
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +41,7 @@ async def serve(
     limits: Limits,
     listening: socket.socket,
     key: str = "",
+    hosts: Sequence[str] = (),
 ) -> int:
     """Answers requests until SIGTERM or SIGINT, and then those that run; a second signal ends it at once.
 
@@ -48,16 +52,14 @@ async def serve(
     server: _Server
 
     def end() -> None:
-        if server.should_exit:
-            server.force_exit = True
         server.should_exit = True
 
     worker = Worker(engine, limits, metrics, end)
-    app = Service(generator, worker, chat, name, limits, metrics, key).app()
+    service = Service(generator, worker, chat, name, limits, metrics, key, hosts)
     server = _Server(
         uvicorn.Config(
-            app,
-            http=protocol(limits.arrival),
+            service.app(),
+            http=protocol(limits),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -66,13 +68,20 @@ async def serve(
             timeout_graceful_shutdown=max(1, round(limits.drain)),
         )
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end)
+    for library in ("uvicorn.error", "asyncio"):  # they warn of every client that has left
+        logging.getLogger(library).setLevel(logging.ERROR)
     host, port = listening.getsockname()[:2]
     if not (key or ipaddress.ip_address(host).is_loopback):
         _log.warning("whoever reaches %s may use this server; --api_key_file asks for a key", host)
-    print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    await server.serve(sockets=[listening])
-    await worker.stop()
-    return int(worker.failed)
+    loop = asyncio.get_running_loop()
+    with stop_signals(lambda: loop.call_soon_threadsafe(end)):
+        print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        await server.serve(sockets=[listening])
+        ended = await worker.stop(_GRACE)
+    code = int(worker.failed or not ended)
+    if not ended:
+        _log.error("the engine's last step did not end within %g s", _GRACE)
+    if not ended or service.readers.silence:
+        sys.stdout.flush()
+        os._exit(code)  # what is stuck in a library can't be waited for, and breaks where Python takes it down
+    return code

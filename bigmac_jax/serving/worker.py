@@ -27,14 +27,14 @@ class Ticket:
 
     Attributes:
       steps: each with the number of its completion; None where the engine has failed.
-      started: seconds of the monotonic clock.
+      started: when the request arrived, in seconds of the monotonic clock.
     """
 
-    def __init__(self, jobs: Sequence[Job]):
+    def __init__(self, jobs: Sequence[Job], started: float):
         self.jobs = list(jobs)
         self.number = {job: i for i, job in enumerate(jobs)}
         self.steps: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
-        self.started = time.monotonic()
+        self.started = started
         self.last = [0.0] * len(self.jobs)  # when each had its last token
 
 
@@ -62,22 +62,34 @@ class Worker:
         self._numbers: dict[Job, int] = {}  # of the thread: jobs that have not ended, as other processes know them
         self._tickets: dict[Job, Ticket] = {}  # of the event loop: completions that have not ended
         self._waiting = 0  # completions that have no token yet
+        self._seen = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job]) -> Ticket:
-        """Raises ApiError: the queue is full, or the engine has failed."""
+    @property
+    def room(self) -> int:
+        """Completions that may wait for their first token."""
+        return self.limits.queue + self.engine.shards * self.engine.slots
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine's thread has last come round, which it does with every step, or every `TICK`."""
+        return time.monotonic() - self._seen
+
+    def full(self, why: str) -> ApiError:
+        return ApiError(429, f"{why}; come again later", code="queue_full", retry=self.metrics.seconds_to_wait())
+
+    def check_queue(self, jobs: int) -> None:
+        """Raises ApiError: the queue has no place for so many, or the engine has failed."""
         if self.failed:
             raise ApiError(500, "the engine has failed; the server's log says why")
-        slots = self.engine.shards * self.engine.slots
-        if self._waiting + len(jobs) > self.limits.queue + slots:
-            raise ApiError(
-                429,
-                f"{self._waiting} completions are waiting, and {self.limits.queue} may; come again later",
-                code="queue_full",
-                retry=self.metrics.seconds_to_wait(),
-            )
-        ticket = Ticket(jobs)
+        if self._waiting + jobs > self.room:
+            raise self.full(f"{self._waiting} completions are waiting, and {self.limits.queue} may")
+
+    def submit(self, jobs: Sequence[Job], arrived: float) -> Ticket:
+        """As `check_queue`. `arrived`: when their request did, in seconds of the monotonic clock."""
+        self.check_queue(len(jobs))
+        ticket = Ticket(jobs, arrived)
         for job in jobs:
             self._tickets[job] = ticket
             self._waiting += 1
@@ -90,9 +102,13 @@ class Worker:
             if self._forget(job):
                 self._inbox.put(_Command(job, cancel=True))
 
-    async def stop(self) -> None:
+    async def stop(self, seconds: float) -> bool:
+        """Whether the engine's thread has ended by then."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return not self._thread.is_alive()
 
     def _forget(self, job: Job) -> bool:
         ticket = self._tickets.pop(job, None)
@@ -120,6 +136,7 @@ class Worker:
         """What has come in; waits while there is nothing to do. False: stop."""
         commands: list[_Command] = []
         while True:
+            self._seen = time.monotonic()
             try:
                 command = self._inbox.get(block=not (commands or self.engine.busy), timeout=TICK)
             except queue.Empty:

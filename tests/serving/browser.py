@@ -1,7 +1,8 @@
 """Chats in Chromium, without a screen: python -m serving.browser URL KEY, in tests/.
 
 Prints one JSON object: messages of the console, the turns that stand on the page after a question, after one that was
-stopped, and after one with a wrong key, and its width at 400 pixels.
+stopped, and after one with a wrong key, what a new chat begins with that was asked for during an answer, and the page's
+width at 400 pixels.
 """
 
 import json
@@ -14,6 +15,7 @@ from PySide6.QtCore import QUrl
 
 TURNS = '[...document.querySelectorAll(".turn")].map((turn) => [turn.className, turn.textContent])'
 SEND = 'document.getElementById("send")'
+CLEAR = 'document.getElementById("clear").click()'
 
 
 def main(url: str, key: str) -> None:
@@ -33,6 +35,18 @@ def main(url: str, key: str) -> None:
     browser.evaluate(f"{SEND}.click()")
     until(browser, f'{SEND}.textContent === "Send"')
     seen["stopped"] = browser.evaluate(TURNS)
+    browser.evaluate(CLEAR)
+    ask(browser, "And after it?")
+    until(browser, f"({TURNS}).at(-1)[1].length > 3")
+    seen["under way"] = browser.evaluate(f"{SEND}.textContent")
+    browser.evaluate(CLEAR)
+    seen["sends"] = browser.evaluate(f"{SEND}.textContent")
+    pause(500)  # the answer has ended
+    seen["new"] = browser.evaluate(f"[messages, {TURNS}]")
+    write(browser, "tokens", "5")
+    ask(browser, "Anew")
+    until(browser, f'{SEND}.textContent === "Send"')
+    seen["anew"] = browser.evaluate("messages.map((message) => message.role)")
     seen["messages"] = browser.page.messages[:]
     write(browser, "key", "wrong")
     ask(browser, "<b>Hello</b>")

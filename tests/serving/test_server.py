@@ -217,6 +217,16 @@ def test_a_body_without_end_is_cut(server: Server) -> None:
             assert raw.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(("size", "status"), [(1, b"400"), (100, b"413")])
+def test_a_body_of_small_chunks_is_cut(server: Server, size: int, status: bytes) -> None:
+    """Each of them costs more than its bytes; larger ones are read as far as a body goes."""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as raw:
+        given = "\r\n".join(f"{name}: {value}" for name, value in HEADERS.items())
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\n{given}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode() + (f"{size:x}\r\n".encode() + b" " * size + b"\r\n") * (BODY // max(10, size) + 9))
+        assert raw.recv(100).startswith(b"HTTP/1.1 " + status)
+
+
 def test_what_is_no_http(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 30) as raw:
         raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")
@@ -358,6 +368,8 @@ def test_the_page_in_a_browser(server: Server) -> None:
     assert [kind for kind, _ in seen["answered"]] == ["turn user", "turn assistant"] and seen["answered"][1][1]
     assert [kind for kind, _ in seen["stopped"]][2:] == ["turn user", "turn assistant"]
     assert 3 < len(seen["stopped"][-1][1]) < 400
+    assert (seen["under way"], seen["sends"]) == ("Stop", "Send")
+    assert seen["new"] == [[], []] and seen["anew"] == ["user", "assistant"]
     kind, text = seen["refused"][-1]
     assert kind == "turn error" and "wants its key" in text and seen["refused"][-2] == ["turn user", "<b>Hello</b>"]
     assert seen["bold"] == 0
@@ -392,5 +404,8 @@ def test_bad_flags_are_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ConfigError, match="is empty; write a key into it"):
         serve._key(str(tmp_path / "empty"))
+    (tmp_path / "two").write_text("one\nanother\n")
+    with pytest.raises(ConfigError, match="must hold one line that a header can carry"):
+        serve._key(str(tmp_path / "two"))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another"):
         serve._listen("127.0.0.1", taken.getsockname()[1])

@@ -1,0 +1,289 @@
+"""Who waits for whom in a server, and who is let in: without a model."""
+
+import asyncio
+import functools
+import gc
+import http.client
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from training.runs import LIMIT
+
+from bigmac_jax.serving import api
+from bigmac_jax.serving.limits import Limits
+
+from .fakes import LONGEST, Served, held
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SHORT = {"prompt": "a", "max_tokens": 2}
+MESSAGES = [{"role": "user", "content": "a"}]
+LONG = {"prompt": "a", "max_tokens": 2, "user": "u" * 100_000}
+
+
+def alone(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """In an event loop of its own; a test that hangs fails."""
+
+    @functools.wraps(test)
+    def run(**given: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**given), 30))
+
+    return run
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@alone
+async def test_an_answer() -> None:
+    status, answer = await Served().ask(COMPLETIONS, SHORT)
+    assert (status, answer["choices"][0]["text"], answer["usage"]["total_tokens"]) == (200, "aa", 3)
+
+
+@alone
+async def test_what_is_too_long_is_refused_before_it_is_rendered_or_encoded() -> None:
+    served, done = Served(), []
+    served.chat._render = lambda *given: done.append(given) or ""  # type: ignore[func-returns-value,method-assign]
+    served.generator.tokenizer.encode_batch = done.append  # type: ignore[assignment,method-assign]
+    many = [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(LONGEST + 1)]
+    for path, body in (
+        (CHAT, {"messages": many}),
+        (COMPLETIONS, {"prompt": "a" * (LONGEST + 1)}),
+        (COMPLETIONS, {"prompt": ["a", "a" * 100_000][::-1]}),
+        (COMPLETIONS, {"prompt": [1] * 100_000}),
+        (COMPLETIONS, {"prompt": "a", "max_tokens": 2, "top_k": "3"}),
+    ):
+        status, answer = await served.ask(path, body)
+        assert status == 400 and not done, answer
+        code = None if "top_k" in body else "context_length_exceeded"
+        assert answer["error"]["code"] == code
+
+
+@alone
+async def test_the_clock_runs_from_arrival() -> None:
+    served = Served(Limits(seconds=0.2))
+    with held(served.chat, "_render"):
+        status, answer = await served.ask(CHAT, {"messages": [{"role": "user", "content": "a"}]})
+        assert (status, answer["error"]["code"]) == (504, "request_timeout")
+
+
+@alone
+async def test_a_client_that_leaves_ends_what_is_done_for_it() -> None:
+    """Work that is under way ends at its next part, and what waits does not begin."""
+    served, left = Served(), asyncio.Event()
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
+
+    async def request() -> None:
+        parts = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for part in parts:
+                return part
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        await served.app(scope, receive, send)
+
+    with held(served.chat, "_render") as (release, renders):
+        requests = [asyncio.create_task(request()) for _ in range(3)]
+        await until(lambda: renders and served.service.readers.waiting == 2)
+        left.set()
+        await asyncio.gather(*requests)
+        release.set()
+        await until(lambda: not served.service.readers.waiting)
+        assert (await served.ask(COMPLETIONS, SHORT))[0] == 200  # behind them
+    assert len(renders) == 1 and served.engine.steps == 2
+
+
+@alone
+async def test_short_requests_do_not_wait_for_long_ones() -> None:
+    served = Served(Limits(long=2))
+    with held(served.service, "_read") as (release, _):
+        first, second = (asyncio.create_task(served.ask(COMPLETIONS, LONG)) for _ in range(2))
+        await until(lambda: served.service.readers.waiting)
+        status, answer = await served.ask(COMPLETIONS, LONG)
+        assert status == 429 and "2 long requests" in answer["error"]["message"]
+        short = asyncio.create_task(served.ask(COMPLETIONS, SHORT))
+        await until(lambda: served.service.readers._lanes[0].silence)
+        release.set()
+        assert [(await answer)[0] for answer in (short, first, second)] == [200] * 3
+    assert (await served.ask(COMPLETIONS, LONG))[0] == 200
+
+
+@alone
+async def test_the_shortest_is_read_first() -> None:
+    served, order = Served(), []
+    readers = served.service.readers
+    block = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    first = asyncio.create_task(readers.do(1, lambda _: asyncio.run_coroutine_threadsafe(block.wait(), loop).result()))
+    await asyncio.sleep(0)
+    later = [asyncio.create_task(readers.do(size, lambda _, size=size: order.append(size))) for size in (9, 5, 7)]
+    await until(lambda: readers.waiting == 3)
+    block.set()
+    await asyncio.gather(first, *later)
+    assert order == [5, 7, 9]
+
+
+@alone
+async def test_a_full_queue_is_told_before_anything_is_read() -> None:
+    served = Served(Limits(queue=0))
+    served.worker._waiting = 2
+    with held(served.service, "_read") as (_, calls):
+        status, answer = await served.ask(COMPLETIONS, b"{" * 1000)
+    assert (status, answer["error"]["code"], calls) == (429, "queue_full", [])
+
+
+@alone
+async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not until Python's collector comes round, either."""
+    served, kept, parse = Served(), [], api.parse
+
+    class Fields(dict[str, Any]):
+        """That can be watched."""
+
+    def parsed(body: bytes) -> Fields:
+        fields = Fields(parse(body))
+        kept.append(weakref.ref(fields))
+        return fields
+
+    monkeypatch.setattr(api, "parse", parsed)
+    gc.disable()
+    try:
+        assert (await served.ask(COMPLETIONS, {"prompt": "a" * 1000}))[0] == 400
+        assert (await served.ask(CHAT, {"messages": MESSAGES, "top_k": -1}))[0] == 400
+        assert (await served.ask(COMPLETIONS, SHORT))[0] == 200
+        await asyncio.sleep(0.1)
+        assert [fields() for fields in kept] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@alone
+async def test_health_looks_at_what_serves() -> None:
+    served = Served(Limits(silence=0.2))
+    assert await served.ask("/health") == (200, {"status": "ok"})
+    served.worker._seen -= 10
+    status, answer = await served.ask("/health")
+    assert status == 503 and "the engine has not" in answer["error"]["message"]
+    served.worker._seen = time.monotonic() + 10
+    with held(served.chat, "_render") as (_, calls):
+        chat = asyncio.create_task(served.ask(CHAT, {"messages": [{"role": "user", "content": "a"}]}))
+        await until(lambda: calls and served.service.readers.silence > 0.2)
+        status, answer = await served.ask("/health")
+        assert status == 503 and "reading of a request" in answer["error"]["message"]
+    assert (await chat)[0] == 200 and (await served.ask("/health"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200), ("[::1]:8000", 200), ("localhost", 200), ("LOCALHOST:80", 200), ("a.localhost", 200),
+        (socket.gethostname(), 200), ("chat.example", 200), ("evil.example:8000", 403), ("localhost.evil.example", 403),
+        ("[", 403),
+    ],
+)  # fmt: skip
+@alone
+async def test_a_page_that_gives_its_own_name_to_this_address_is_refused(host: str, status: int) -> None:
+    """DNS rebinding: without a key nothing else would keep it out."""
+    served = Served(hosts=["Chat.Example"])
+    for path, body in (("/v1/models", None), (COMPLETIONS, SHORT)):
+        found, answer = await served.ask(path, body, {"host": host})
+        assert found == status and (status == 200 or answer["error"]["code"] == "unknown_host")
+    assert (await served.ask("/health", headers={"host": host}))[0] == 200
+    assert (await Served(key="key").ask("/v1/models", headers={"host": host, "authorization": "Bearer key"}))[0] == 200
+
+
+@pytest.mark.parametrize(("key", "codings"), [("clé", ("utf-8", "latin-1")), ("ключ", ("utf-8",)), ("key", ("ascii",))])
+@alone
+async def test_a_key_may_be_any_text(key: str, codings: tuple[str, ...]) -> None:
+    served = Served(key=key)
+    for coding in codings:
+        assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + key.encode(coding)}))[0] == 200
+    for other in (b"", b"cl", "clè".encode(), b"cl\xe8"):
+        assert (await served.ask("/v1/models", headers={"authorization": b"Bearer " + other}))[0] == 401
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETIONS, {"stream_options": {"include_usage": "no"}}, "stream_options"),
+    (CHAT, {"stream_options": {"include_obfuscation": 1}}, "stream_options"),
+    (COMPLETIONS, {"presence_penalty": False}, "presence_penalty"),
+    (COMPLETIONS, {"best_of": True}, "best_of"),
+    (COMPLETIONS, {"best_of": 1.0}, "best_of"),
+    (CHAT, {"max_tokens": "9", "max_completion_tokens": 2}, "max_tokens"),
+    (COMPLETIONS, {"stop": "a" * 257}, "stop"),
+    (COMPLETIONS, {"model": ["a"]}, "model"),
+    (COMPLETIONS, {"ignore_eos": 1}, "ignore_eos"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), BAD)
+@alone
+async def test_values_of_another_type_are_refused(path: str, fields: dict[str, Any], param: str) -> None:
+    body = {"prompt": "a"} if path == COMPLETIONS else {"messages": MESSAGES}
+    status, answer = await Served().ask(path, body | fields)
+    assert status in (400, 404) and answer["error"]["param"] == param, answer
+
+
+class Fake:
+    """`serving.fakes` as a process, inside a `with`."""
+
+    def __init__(self, what: str):
+        command = [sys.executable, "-m", "serving.fakes", what]
+        self.process = subprocess.Popen(
+            command, cwd=pathlib.Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> "Fake":
+        assert self.process.stdout
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def send(self, path: str, body: dict[str, Any]) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return connection
+
+
+@pytest.mark.parametrize(("what", "code"), [("template", 0), ("engine", 1)])
+def test_a_drained_server_ends_whatever_is_stuck(what: str, code: int) -> None:
+    """In a time that is known: that of --drain, and a few seconds of grace; 30 in all by default."""
+    with Fake(what) as fake:
+        connection = fake.send(CHAT, {"messages": [{"role": "user", "content": "stuck"}], "max_tokens": 20})
+        time.sleep(0.5)
+        fake.process.send_signal(signal.SIGTERM)
+        assert fake.process.wait(30) == code
+        connection.close()
+    assert Limits.drain + 5 < 30
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(second: signal.Signals) -> None:
+    with Fake("engine") as fake:
+        connection = fake.send(COMPLETIONS, SHORT | {"max_tokens": 20})
+        time.sleep(0.5)
+        fake.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        fake.process.send_signal(second)
+        _, said = fake.process.communicate(timeout=LIMIT)
+        assert fake.process.returncode == 128 + second and said.endswith("ted\n"), said
+        connection.close()
