@@ -61,7 +61,7 @@ class Service:
         # A header has bytes, and of what is not ASCII some clients make UTF-8, others Latin-1.
         self._keys = _as_bytes(key)
         self._hosts = {"", "localhost", socket.gethostname().lower(), *map(str.lower, hosts)}
-        self.readers, self._long = Readers(), 0  # how many long requests have not been read
+        self.readers, self._long = Readers(), 0  # bytes of long requests that have not been read
         self._created = int(time.time())
         self._show = functools.lru_cache(1 << 16)(lambda token: generator.tokenizer.decode([token]))
 
@@ -100,6 +100,7 @@ class Service:
             except Exception as error:
                 _log.error("%s failed: %s: %s", path, type(error).__name__, " ".join(str(error).split())[:500])
                 response = _failed(ApiError(500, "the server failed at this request; its log says more"))
+                forget_frames(error)
             self._metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
@@ -160,14 +161,14 @@ class Service:
         """What a request asks for, read beside the event loop, unless the client leaves."""
         long = 0
 
-        def grown() -> None:
+        def took(more: int) -> None:
             nonlocal long
-            if self._long >= self._limits.long:
-                raise self._worker.full(f"{self._long} long requests are being read")
-            self._long, long = self._long + 1, 1
+            if self._long + more > self._limits.long * self._limits.body:
+                raise self._worker.full(f"{self._long} bytes of long requests are being read")
+            self._long, long = self._long + more, long + more
 
         try:
-            body = await self._body(request, grown)
+            body = await self._body(request, took)
             if self.readers.waiting >= self._worker.room:
                 raise self._worker.full(f"{self.readers.waiting} requests wait to be read")
             work = functools.partial(self._read, body, chat)
@@ -178,7 +179,7 @@ class Service:
     def _read(self, body: bytes, chat: bool, check: Check) -> api.Asked:
         fields = api.parse(body)
         if (name := fields.get("model")) is not None and name != self._model:
-            raise self._no_model(name if isinstance(name, str) else json.dumps(name))
+            raise self._no_model(name) if isinstance(name, str) else ApiError(400, "model must be a text", "model")
         generator, longest = self._generator, self._worker.engine.longest
         return api.asked(
             fields,
@@ -190,8 +191,8 @@ class Service:
             check,
         )
 
-    async def _body(self, request: Request, grown: Callable[[], None]) -> bytes:
-        """Args: what is called when it is longer than `SHORT`."""
+    async def _body(self, request: Request, took: Callable[[int], None]) -> bytes:
+        """Args: what is told how many bytes there are more, beyond the first `SHORT`."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what another site's page can't send here unasked
             raise ApiError(415, f"the body's content-type must be application/json, not {kind[:80]!r}")
@@ -203,12 +204,11 @@ class Service:
         try:
             async with asyncio.timeout(self._limits.arrival):
                 async for part in request.stream():
-                    before = len(body)
                     body += part
                     if len(body) > self._limits.body:
                         raise most
-                    if before <= SHORT < len(body):
-                        grown()
+                    if len(body) > SHORT:
+                        took(min(len(part), len(body) - SHORT))
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)

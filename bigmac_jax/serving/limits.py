@@ -13,7 +13,7 @@ class Limits:
     seconds: float = 600.0  # from a request's arrival to its last token
     arrival: float = 30.0  # for its head to arrive, and for its body
     drain: float = 20.0  # seconds that running requests get when the server is told to end
-    long: int = 16  # requests longer than `reading.SHORT` at a time, until they are read; one more is answered 429
+    long: int = 16  # bodies' worth of bytes of requests longer than `reading.SHORT` that wait to be read, at most
     silence: float = 60.0  # seconds without a step of the engine, or at reading one request, until /health says so
 
 

@@ -112,16 +112,16 @@ async def test_a_client_that_leaves_ends_what_is_done_for_it() -> None:
 
 @alone
 async def test_short_requests_do_not_wait_for_long_ones() -> None:
-    served = Served(Limits(long=2))
+    served = Served(Limits(long=2, body=101_000))  # of a request 34 kB are beyond 64 KiB
     with held(served.service, "_read") as (release, _):
-        first, second = (asyncio.create_task(served.ask(COMPLETIONS, LONG)) for _ in range(2))
-        await until(lambda: served.service.readers.waiting)
+        long = [asyncio.create_task(served.ask(COMPLETIONS, LONG)) for _ in range(5)]
+        await until(lambda: served.service.readers.waiting == 4)
         status, answer = await served.ask(COMPLETIONS, LONG)
-        assert status == 429 and "2 long requests" in answer["error"]["message"]
+        assert status == 429 and "bytes of long requests" in answer["error"]["message"]
         short = asyncio.create_task(served.ask(COMPLETIONS, SHORT))
         await until(lambda: served.service.readers._lanes[0].silence)
         release.set()
-        assert [(await answer)[0] for answer in (short, first, second)] == [200] * 3
+        assert [(await answer)[0] for answer in (short, *long)] == [200] * 6
     assert (await served.ask(COMPLETIONS, LONG))[0] == 200
 
 
