@@ -51,6 +51,8 @@ def test_the_command_gives_the_papers_digits() -> None:
         paper = made["paper"]
         digits = (paper["parameters"] / 1e9, paper["flops_per_step"] / 1e12, paper["all_to_all_bytes_per_step"] / 2**30)
         assert tuple(f"{value:.2f}" for value in digits) == expected
+        unread = "set, but not read: model.projection_init=random (model.structure=fine_grained)\n"
+        assert done.stderr.count("not read") == done.stderr.count(unread) == (structure == "fine_grained")
         assert made["parameters_total"] == pytest.approx(paper["parameters"], rel=0.005)
         assert made["flops_per_step"] == pytest.approx(paper["flops_per_step"], rel=0.03)
         assert made["exchanges"]["all_to_all"]["payload"] == paper["all_to_all_bytes_per_step"]

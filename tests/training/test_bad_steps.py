@@ -221,6 +221,23 @@ def test_a_rewind_reads_no_source_too_often(tmp_path: pathlib.Path, feed: Any) -
         run(config, tmp_path / "run")
 
 
+@pytest.mark.full
+def test_a_curriculum_goes_by_steps_behind_a_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
+    """Batch 6 is bad at step 6, the first of the other source: back to 4, whose next step is of the first one still."""
+    (tmp_path / "b.txt").write_text("another text " * 120)
+    mixture = (f"data.mixture={tmp_path}/train.jsonl=1,{tmp_path}/b.txt=0", "data.curriculum=5:b=1")
+    config = bad_config(tmp_path, "rewind", "data.source=sotu", *mixture)
+    feed({6: NAN})
+    run(config, tmp_path / "run")
+    tokens = {r["step"]: (r["tokens/train"], r["tokens/b"]) for r in read_records(tmp_path / "run") if "loss" in r}
+    # Six batches were given by then, one of them of b.
+    assert [tokens[step] for step in (4, 5, 6, 8)] == [(128 * a, 128 * b) for a, b in ((4, 0), (6, 1), (6, 2), (6, 4))]
+    for killed_after in (6, 4):
+        again = resumed_from(killed_after, tmp_path / "run", tmp_path / f"from {killed_after}")
+        run(config, again)
+        chex.assert_trees_all_equal(final(config, again), final(config, tmp_path / "run"))
+
+
 def test_rewind_to_the_beginning_and_past_damage(
     tmp_path: pathlib.Path, feed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
