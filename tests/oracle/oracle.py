@@ -58,6 +58,7 @@ class Report(NamedTuple):
     hidden_Y: Any
     accuracy: Any
     reward_margin: Any
+    reward_size: Any  # mean over pairs of |margin|
 
 
 class Expected(NamedTuple):
@@ -110,7 +111,8 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
     log_p_BLV = log_softmax(x_BLD @ table(m, p).T)
     nll_BL = picked(log_p_BLV, sample.targets_BL)
     counts_BL = sample.targets_BL >= 0
-    divergence = hidden_Y = accuracy = reward_margin = jnp.zeros(())
+    divergence = hidden_Y = jnp.zeros(())
+    rewards = [jnp.zeros(())] * 3
     if tuning.objective == "dpo":
         reference_BL = sample.reference_BL
         if tuning.lora_rank:  # the model without its adapters
@@ -119,7 +121,7 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
             reference_BL = jax.lax.stop_gradient(reference_BL)
             layers = layers._replace(margin=jnp.minimum(layers.margin, of_base.margin))
         gain_BL = jnp.where(counts_BL, reference_BL - nll_BL, 0.0)  # log p - log p of the reference
-        text, accuracy, reward_margin = preferences(tuning.dpo_beta, gain_BL, sample.segments_BL)
+        text, *rewards = preferences(tuning.dpo_beta, gain_BL, sample.segments_BL)
     else:
         text = jnp.where(counts_BL, nll_BL, 0.0).sum() / counts_BL.sum()
     total = text
@@ -137,7 +139,7 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
     total = total + m.z_loss_coefficient * jnp.sum(layers.z_Y)
     if m.balance == "aux_loss":
         total = total + m.balance_coefficient * jnp.sum(layers.balance_Y)
-    return total, Report(text, layers, divergence, hidden_Y, accuracy, reward_margin)
+    return total, Report(text, layers, divergence, hidden_Y, *rewards)
 
 
 def gap(config: Config, x_BLD: Any, t_BLD: Any, counts_BL: Any) -> Any:
@@ -151,9 +153,9 @@ def gap(config: Config, x_BLD: Any, t_BLD: Any, counts_BL: Any) -> Any:
     return sum(parts) / M
 
 
-def preferences(beta: float, gain_BL: Any, segments_BL: Any) -> tuple[Any, Any, Any]:
-    """DPO's loss, the share of the pairs in order, and the mean difference of the rewards; over all pairs."""
-    losses, right, margins, count = 0.0, 0.0, 0.0, 0.0
+def preferences(beta: float, gain_BL: Any, segments_BL: Any) -> tuple[Any, Any, Any, Any]:
+    """Means over all pairs: DPO's loss, whether they are in order, the difference of the rewards, and its size."""
+    losses, right, margins, sizes, count = 0.0, 0.0, 0.0, 0.0, 0.0
     for pair in range((gain_BL.shape[1] + 1) // 2):
         chosen_B, other_B = (
             jnp.where(segments_BL == segment, gain_BL, 0.0).sum(1) for segment in (2 * pair, 2 * pair + 1)
@@ -163,8 +165,9 @@ def preferences(beta: float, gain_BL: Any, segments_BL: Any) -> tuple[Any, Any, 
         losses += jnp.where(there_B, jnp.log1p(jnp.exp(-margin_B)), 0.0).sum()  # -log sigmoid
         right += (there_B & (margin_B > 0)).sum()
         margins += jnp.where(there_B, margin_B, 0.0).sum()
+        sizes += jnp.where(there_B, abs(margin_B), 0.0).sum()
         count += there_B.sum()
-    return losses / count, right / count, margins / count
+    return losses / count, right / count, margins / count, sizes / count
 
 
 # The model.
