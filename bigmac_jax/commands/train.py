@@ -8,7 +8,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import Config, ConfigError, check_batch, load_config
-from bigmac_jax.config.reading import freed, overridden
+from bigmac_jax.config.reading import freed, of_saved, overridden, places_of
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.workdir import has_run, read_config, run_folder
@@ -48,14 +48,26 @@ def _config(workdir: pathlib.Path) -> Config:
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
     own = not place or bool(flags.FLAGS["config"].present)
+    file = _CONFIG.value.partition(":")[0] if own else str(place)
     with hosts.together():
         if own:
-            return load_config(_CONFIG.value, cli.OVERRIDES)
+            config = load_config(_CONFIG.value, cli.OVERRIDES)
+            return _told(config, file) if file.endswith(".json") else config
         base = read_config(workdir) if has_run(workdir) else None
-    base = base or config_of(open_origin(str(place)), given)
+    if base:
+        file = str(workdir)
+    else:
+        base = config_of(open_origin(str(place)), given)
     with hosts.together():
-        config = overridden(dataclasses.asdict(freed(base)), cli.OVERRIDES)
+        config = overridden(dataclasses.asdict(of_saved(freed(base), file, cli.OVERRIDES)), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
+    return _told(config, file)
+
+
+def _told(config: Config, file: str) -> Config:
+    """The config, with a line for each place that the run reads because a saved config, `file`, names it."""
+    for place in places_of(config, cli.OVERRIDES):
+        hosts.say(f"reads {place}, which {file} names")
     return config
 
 

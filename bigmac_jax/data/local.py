@@ -59,7 +59,7 @@ class FileDocuments(Documents):
             raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
         key = [parts, self.text_field, [RULE, self.split] if self.held_out else "", self.held_out]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
 
     @functools.cached_property
     def units(self) -> list[Unit]:

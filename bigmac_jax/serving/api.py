@@ -58,7 +58,7 @@ def parse(body: bytes) -> Fields:
     """The object of a request's body."""
     try:
         fields = json.loads(body.decode(), parse_constant=_no_constant)
-        json.dumps(fields, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half of a surrogate pair is no text
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid UTF-8 (byte {error.start + 1})") from None
     except UnicodeEncodeError:
@@ -94,7 +94,9 @@ def asked(
             raise ApiError(400, f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
     for name, only in _ONLY.items():
         if name in given and given[name] != only:
-            raise ApiError(400, f"{name} must be {json.dumps(only)}: nothing else is supported here", name)
+            raise ApiError(
+                400, f"{name} must be {json.dumps(only, allow_nan=False)}: nothing else is supported here", name
+            )
     n = _integer(given, "n", 1, 1, limits.choices)
     if given.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")

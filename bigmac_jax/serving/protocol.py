@@ -51,7 +51,7 @@ def protocol(seconds: float) -> type[H11Protocol]:
             if self.transport.is_closing():
                 return
             error = ApiError(408, f"the request did not arrive within {seconds:g} s")
-            body = json.dumps(error.body).encode()
+            body = json.dumps(error.body, allow_nan=False).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("connection", "close"),
