@@ -210,6 +210,7 @@ def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     assert code == 0, err
     assert "bigmac: 8 experts of width 16 a layer, top-2, 4 of 16 wide rows" in out
     assert "mesh data 1 × node 1 × expert 2" in out
+    assert f"reads data.source={folder}/train.jsonl, which {folder}/config.json names" in out.splitlines()
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("step 3 of 3: loss ")] and "\r" not in err  # a file, no terminal
     assert not [line for line in lines if line.startswith("W") or "tracked_metric" in line]

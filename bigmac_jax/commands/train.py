@@ -28,11 +28,12 @@ def main() -> int:
     with hosts.together():
         workdir = run_folder(_WORKDIR.value)
         profile = _steps(_PROFILE.value)
-    config = _config(workdir)
+    config, named_by = _config(workdir)
     cli.agree(config, __name__)
     cli.enter_mesh(config)
     try:
-        result = train(config, workdir, profile)
+        places = places_of(config, cli.OVERRIDES) if named_by else []
+        result = train(config, workdir, profile, [f"reads {place}, which {named_by} names" for place in places])
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1
@@ -43,8 +44,9 @@ def main() -> int:
     return 0
 
 
-def _config(workdir: pathlib.Path) -> Config:
-    """What --config says; without it, of a run that begins with a trained model, that model's."""
+def _config(workdir: pathlib.Path) -> tuple[Config, str]:
+    """What --config says; without it, of a run that begins with a trained model, that model's. And the saved config
+    that this is, if it is one."""
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
     own = not place or bool(flags.FLAGS["config"].present)
@@ -52,7 +54,7 @@ def _config(workdir: pathlib.Path) -> Config:
     with hosts.together():
         if own:
             config = load_config(_CONFIG.value, cli.OVERRIDES)
-            return _told(config, file) if file.endswith(".json") else config
+            return config, file if file.endswith(".json") else ""
         base = read_config(workdir) if has_run(workdir) else None
     if base:
         file = str(workdir)
@@ -61,14 +63,7 @@ def _config(workdir: pathlib.Path) -> Config:
     with hosts.together():
         config = overridden(dataclasses.asdict(of_saved(freed(base), file, cli.OVERRIDES)), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
-    return _told(config, file)
-
-
-def _told(config: Config, file: str) -> Config:
-    """The config, with a line for each place that the run reads because a saved config, `file`, names it."""
-    for place in places_of(config, cli.OVERRIDES):
-        hosts.say(f"reads {place}, which {file} names")
-    return config
+    return config, file
 
 
 def _finished(steps: int, step: int) -> str:
