@@ -238,7 +238,7 @@ def together() -> Iterator[None]:
 
 def first(value: Any) -> Any:
     """Process 0's value (of JSON), in all: what was read from files that another process may see later."""
-    return json.loads(gather(json.dumps(value))[0])
+    return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # between processes, a loss may be anything
 
 
 def on_first(find: Callable[[], Any]) -> Any:

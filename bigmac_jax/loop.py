@@ -48,11 +48,14 @@ class Result(NamedTuple):
     first_step: int = 0  # that this start went on from
 
 
-def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None) -> Result:
+def train(
+    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, notes: Sequence[str] = ()
+) -> Result:
     """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
 
     Args:
       profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
+      notes: lines to say before anything is read.
 
     Raises:
       ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
@@ -62,6 +65,8 @@ def train(config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None
     try:
         config = with_places(config)
         with held(workdir):
+            for note in notes:
+                hosts.say(note)
             started = start(config, workdir)
             run = _Run(config, workdir, started)
             try:

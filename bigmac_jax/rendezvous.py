@@ -37,7 +37,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, seconds: float) 
             for connection in heard:
                 with contextlib.suppress(OSError):
                     connection.settimeout(_HELLO)
-                    connection.sendall(json.dumps(answer).encode() + b"\n")
+                    connection.sendall(json.dumps(answer, allow_nan=False).encode() + b"\n")
                     connection.recv(1)  # it closes first, which leaves the port free
     if wrong := answer.get("wrong"):
         raise ConfigError(wrong)
@@ -97,7 +97,7 @@ def _gathered(
 
 def _report(host: str, port: int, num_processes: int, process_id: int, end: float) -> dict[str, str]:
     """What process 0 answers, once it has heard of all."""
-    hello = json.dumps({"process": process_id, "processes": num_processes}).encode() + b"\n"
+    hello = json.dumps({"process": process_id, "processes": num_processes}, allow_nan=False).encode() + b"\n"
     strangers_until = None
     while (left := end - time.monotonic()) > 0:
         try:

@@ -97,11 +97,17 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     teacher = teacher_of(workdir, config) if config.tuning.teacher else None
     with NOW.doing("data"), hosts.together():
         if resumed:
-            tokenizer = run_tokenizer(workdir, config)
+            tokenizer = run_tokenizer(workdir, config, of_user=True)
         else:
             tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
         changed = differences(origin, config) if origin else []
-        read = with_own_template(workdir, config) if resumed else with_chat_of(origin, config) if origin else config
+        read = (
+            with_own_template(workdir, config, of_user=True)
+            if resumed
+            else with_chat_of(origin, config)
+            if origin
+            else config
+        )
         train_stream = open_stream(read, "train", tokenizer)
         validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
         chat = run_chat(read, train_stream)

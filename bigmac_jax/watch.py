@@ -174,7 +174,7 @@ class Watch:
             for key, text in self._store.key_value_dir_get(f"{_KEY}of/"):
                 self._peers[int(key.rpartition("/")[2])].hear(text)
             found = {"line": self._verdict, "state": self._peers[0].text}
-            self._store.key_value_set(f"{_KEY}verdict", json.dumps(found), allow_overwrite=True)
+            self._store.key_value_set(f"{_KEY}verdict", json.dumps(found, allow_nan=False), allow_overwrite=True)
 
     def _state(self) -> str:
         doing = self._doing
@@ -188,7 +188,7 @@ class Watch:
         state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "step": doing.step,
                  "started": doing.started, "phase": doing.name, "idle": round(idle, 1), "beat": self._beats,
                  "ended": self._ended, "error": self._error}  # fmt: skip
-        return json.dumps(state)
+        return json.dumps(state, allow_nan=False)
 
     def _patience(self, phase: str) -> float:
         return self._timeout if phase in STEPPING else max(_SLOW * self._timeout, _LONG)

@@ -73,7 +73,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "no run": (("eval.py", "--workdir={folder}/nothing"), ("holds no config.json",)),
     "no checkpoint": (("eval.py", "--workdir={folder}/empty", "--cpu_devices=1"), ("holds no checkpoint",)),
     "broken config.json": (("eval.py", "--workdir={folder}/broken"), ("not valid JSON",)),
-    "model field": ((*EVAL, "--config.model.top_k=1"), ("config.model.top_k=1", "only mesh and execution")),
+    "model field": ((*EVAL, "--config.model.top_k=1"), ("config.model.top_k=1", "only mesh, execution and cache_dir")),
     "unknown split": ((*EVAL, "--split=nonsense"), ("--split=nonsense must be train, validation or test",)),
     "text that is not there": ((*EVAL, "--text_file={folder}/no.txt"), ("no.txt", "No such file")),
     "empty text": ((*EVAL, "--text_file={folder}/empty.txt"), ("empty.txt is empty",)),
@@ -210,6 +210,7 @@ def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     assert code == 0, err
     assert "bigmac: 8 experts of width 16 a layer, top-2, 4 of 16 wide rows" in out
     assert "mesh data 1 × node 1 × expert 2" in out
+    assert f"reads data.source={folder}/train.jsonl, which {folder}/config.json names" in out.splitlines()
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("step 3 of 3: loss ")] and "\r" not in err  # a file, no terminal
     assert not [line for line in lines if line.startswith("W") or "tracked_metric" in line]
@@ -272,7 +273,7 @@ def test_export_and_import(outcomes: dict[str, Outcome], folder: pathlib.Path) -
     with jax.set_mesh(make_mesh(read_config(folder / "run"))):
         (before, model), (after, copy) = restore(folder / "run"), restore(folder / "imported")
         jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
-    assert after.model == before.model and after.data.batch_size == before.data.batch_size
+    assert after.model == before.model
 
 
 def test_restore_without_a_mesh(outcomes: dict[str, Outcome]) -> None:

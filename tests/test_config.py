@@ -22,6 +22,7 @@ from bigmac_jax.config import (
     from_dict,
     load_config,
     resume_notes,
+    strict_json,
     with_mesh,
 )
 
@@ -542,3 +543,9 @@ def test_evaluation_on_a_tensor_axis_is_not_held_to_the_training_batch() -> None
     assert with_mesh(trained, ["mesh.tensor=2"]).mesh.tensor == 2
     with pytest.raises(ConfigError, match=r"data\.sequence_length=20 must be a multiple of mesh\.tensor=3"):
         with_mesh(trained, ["mesh.tensor=3"])
+
+
+def test_results_have_no_nan() -> None:
+    values = {"loss": math.nan, "by": [{"a": (math.inf, 1.5)}, -math.inf], "n": 3, "word": "NaN", "none": None}
+    read = json.loads(strict_json(values), parse_constant=pytest.fail)
+    assert read == {"loss": None, "by": [{"a": [None, 1.5]}, None], "n": 3, "word": "NaN", "none": None}

@@ -133,3 +133,16 @@ def test_imports_run_one_way() -> None:
         behind = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
         assert not behind, f"{path.relative_to(ROOT)} imports from {sorted(behind)}"
     assert seen == set(ROOMS)
+
+
+def test_json_says_whether_it_may_hold_nan() -> None:
+    """`json.dumps` writes NaN where it isn't told, which no other reader of JSON takes; results go by `strict_json`."""
+    silent = [
+        f"{path}:{node.lineno}"
+        for path in (ROOT / "bigmac_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("dump", "dumps")
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "json"
+        if "allow_nan" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert silent == []

@@ -20,7 +20,7 @@ from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.training.fresh import refuse_a_run
 from bigmac_jax.training.restored import restore_parts
-from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer
 from bigmac_jax.tuning import restore_step
 from bigmac_jax.tuning.peft import export_adapters
 
@@ -101,7 +101,9 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     if hosts.several():
         raise ConfigError(f"{action} is done by one process, which may have many devices; start it alone")
     refuse_a_run(output, "--output")
-    saved = with_mesh(read_config(workdir), [given for given in cli.OVERRIDES if given.startswith("mesh.")])
+    saved = with_mesh(
+        read_config(workdir), [given for given in cli.OVERRIDES if given.startswith(("mesh.", "cache_dir="))]
+    )
     runs.set_anew(saved, cli.OVERRIDES)  # before the work
     tokenizer = run_tokenizer(workdir, saved)
     train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
@@ -110,6 +112,8 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     cli.enter_mesh(saved, fit_batch=False)
     _, model, _, _ = restore_step(workdir, _STEP.value, saved)
 
+    for split in ("train", "validation"):
+        name_data(workdir, saved, split)
     layers: list[conversion.LayerError] = []
     if action == "latent":
         batches = runs.windows(saved, train, _TOKENS.value)

@@ -1,25 +1,24 @@
 """Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH | --tasks=A]."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
 from bigmac_jax import cli, hosts, storage
-from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.config.reads import notes_of_evaluation
 from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate, read
-from bigmac_jax.evaluation.sources import open_sources, report
+from bigmac_jax.evaluation.sources import open_sources, own_sources, report
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.programs import evaluation_rows
 from bigmac_jax.progress import Progress
 from bigmac_jax.training.restored import find_checkpoint
-from bigmac_jax.training.workdir import read_config, run_folder, run_stream, run_tokenizer, with_own_template
+from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer, with_own_template
 from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
@@ -85,6 +84,8 @@ def main() -> None:
     size = _BATCH_SIZE.value or evaluation_rows(saved)
     step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
     _, model = restore(workdir, str(step), config)
+    if not (_TASKS.value or text_file or _SOURCES.value) or own_sources(config, _SOURCES.value):
+        name_data(workdir, config, _SPLIT.value)
     result: dict[str, Any]
     if _TASKS.value:
         folder = workdir / "tasks" / str(step)
@@ -108,7 +109,7 @@ def main() -> None:
         result |= {"documents": documents}
     if not _JSON.value:
         hosts.say("\n".join(lines))
-    hosts.say(json.dumps(result))
+    hosts.say(strict_json(result))
 
 
 def run() -> None:

@@ -5,7 +5,6 @@ top_p, stop, ignore_eos and seed for itself; --prompts=- reads them from standar
 or --output, a JSON object a line, in the order of the prompts.
 """
 
-import json
 import os
 import sys
 import time
@@ -14,7 +13,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.commands import speculation
-from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
@@ -108,7 +107,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
             tokens += len(completion.tokens)
             while written in there:
                 line = answer(*requests[written], there.pop(written))
-                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+                print(strict_json(line, ensure_ascii=False), file=file, flush=True)
                 written += 1
 
         generator.generate([request for _, request in requests], done)

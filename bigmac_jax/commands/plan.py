@@ -7,13 +7,11 @@ r"""Says what a configuration costs before it runs: python plan.py --config=PATH
     python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
-import json
-
 import jax
 from absl import flags
 
 from bigmac_jax import cli, storage
-from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config import ConfigError, load_config, strict_json
 from bigmac_jax.config.reads import notes
 from bigmac_jax.planning import pictures, plan, report
 from bigmac_jax.planning.candidates import HEADROOM
@@ -58,7 +56,7 @@ def main() -> None:
     if _PLOT.value:
         pictures.draw(result, plot)
     if _JSON.value:
-        print(json.dumps(result))
+        print(strict_json(result))
 
 
 def run() -> None:

@@ -8,7 +8,7 @@ from absl import flags
 
 from bigmac_jax import cli, hosts
 from bigmac_jax.config import Config, ConfigError, check_batch, load_config
-from bigmac_jax.config.reading import freed, overridden
+from bigmac_jax.config.reading import freed, of_saved, overridden, places_of
 from bigmac_jax.config.reads import notes
 from bigmac_jax.loop import train
 from bigmac_jax.training.guard import RunError
@@ -29,12 +29,13 @@ def main() -> int:
     with hosts.together():
         workdir = run_folder(_WORKDIR.value)
         profile = _steps(_PROFILE.value)
-    config = _config(workdir)
+    config, named_by = _config(workdir)
     cli.agree(config, __name__)
     mesh = cli.enter_mesh(config)
     cli.warn(notes(config, cli.given_fields(), mesh.shape["data"]))
     try:
-        result = train(config, workdir, profile)
+        places = places_of(config, cli.OVERRIDES) if named_by else []
+        result = train(config, workdir, profile, [f"reads {place}, which {named_by} names" for place in places])
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,20 +46,26 @@ def main() -> int:
     return 0
 
 
-def _config(workdir: pathlib.Path) -> Config:
-    """What --config says; without it, of a run that begins with a trained model, that model's."""
+def _config(workdir: pathlib.Path) -> tuple[Config, str]:
+    """What --config says; without it, of a run that begins with a trained model, that model's. And the saved config
+    that this is, if it is one."""
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
     own = not place or bool(flags.FLAGS["config"].present)
+    file = _CONFIG.value.partition(":")[0] if own else str(place)
     with hosts.together():
         if own:
-            return load_config(_CONFIG.value, cli.OVERRIDES)
+            config = load_config(_CONFIG.value, cli.OVERRIDES)
+            return config, file if file.endswith(".json") else ""
         base = read_config(workdir) if has_run(workdir) else None
-    base = base or config_of(open_origin(str(place)), given)
+    if base:
+        file = str(workdir)
+    else:
+        base = config_of(open_origin(str(place)), given)
     with hosts.together():
-        config = overridden(dataclasses.asdict(freed(base)), cli.OVERRIDES)
+        config = overridden(dataclasses.asdict(of_saved(freed(base), file, cli.OVERRIDES)), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
-    return config
+    return config, file
 
 
 def _finished(steps: int, step: int) -> str:

@@ -9,10 +9,9 @@ from bigmac_jax.config.fields import (
     OptimizerConfig,
     TrainConfig,
     from_dict,
-    from_saved,
     second_edition,
 )
-from bigmac_jax.config.objects import parse_object, read_object, sealed, unsealed
+from bigmac_jax.config.objects import parse_object, read_object, sealed, strict_json, unsealed
 from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
 from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
 from bigmac_jax.config.tuning import LORA_TARGETS, TuningConfig
@@ -35,13 +34,13 @@ __all__ = [
     "check_place",
     "check_resume",
     "from_dict",
-    "from_saved",
     "load_config",
     "parse_object",
     "read_object",
     "resume_notes",
     "sealed",
     "second_edition",
+    "strict_json",
     "unsealed",
     "with_mesh",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -310,7 +311,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
-    cache_dir: str = "~/.cache/bigmac_jax"  # tokenised corpora and compiled programs
+    # Of tokenised corpora and compiled programs. No saved config has it: native code is loaded from there.
+    cache_dir: str = os.environ.get("BIGMAC_CACHE_DIR") or "~/.cache/bigmac_jax"  # $BIGMAC_CACHE_DIR, if that is set
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -357,7 +359,9 @@ class Config:
         return dataclasses.replace(self, model=model, optimizer=optimizer)
 
     def to_json(self) -> str:
-        return json.dumps(_spell_inf(dataclasses.asdict(self.resolved)), indent=2) + "\n"
+        values = dataclasses.asdict(self.resolved)
+        del values["cache_dir"]
+        return json.dumps(_spell_inf(values), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str = "config.json") -> "Config":
@@ -386,8 +390,11 @@ _WORST_CASE: dict[str, Any] = {"buffer_factor": "inf"}  # of editions without th
 
 
 def from_saved(values: dict[str, Any]) -> Config:
-    """As `from_dict`, of what `to_json` wrote, now or in an earlier edition."""
-    return from_dict(second_edition(values))
+    """As `from_dict`, of what `to_json` wrote, now or in an earlier edition, whose `cache_dir` is not taken."""
+    values = second_edition(values)
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if name != "cache_dir"}
+    return from_dict(values)
 
 
 def second_edition(values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -40,6 +41,19 @@ def read_object(file: pathlib.Path, fix: str) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read ({error}); {fix}") from None
 
 
+def strict_json(values: Any, **how: Any) -> str:
+    """The JSON of results: it has neither NaN nor infinity, in whose places stands null. `how`: as of `json.dumps`."""
+    return json.dumps(_finite(values), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """With a digest of the others among them."""
     return values | {_SEAL: _digest(values)}
@@ -54,7 +68,7 @@ def unsealed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _integer(text: str) -> int:

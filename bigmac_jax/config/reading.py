@@ -7,6 +7,7 @@ the form `model.top_k=8` to it (ml_collections flags parse the values). Every er
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bigmac_jax.config.fields import Config, ModelConfig, OptimizerConfig, from_dict, moved
 from bigmac_jax.config.names import field_names, nearest, question, unknown_field
-from bigmac_jax.config.rules import OR_AUTO, ConfigError, check_batch
+from bigmac_jax.config.rules import OR_AUTO, TOKENIZER_SIZES, ConfigError, check_batch
 
 # What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
 # lies, as long as that is the same (`training.workdir.check_data`).
@@ -30,6 +31,11 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
 _OF_PROJECTIONS = ("model.projection_init", "optimizer.projection_rate")
 # What they name may be moved; that it is the same model is checked where it is opened (`tuning.origin.open_origin`).
 _MODELS = ("train.init_from", "tuning.teacher")
+# What a saved config may name, for train.py to read it: data and models.
+_PLACES = ("data.source", "data.validation_source", "data.test_source", "data.mixture", "data.tokenizer", *_MODELS)
+# What it may not: what is rendered or run beside the model, and where metrics go. Somebody else may have written it.
+_OF_USER = ("tuning.chat_template", "train.wandb", "train.tasks", "train.tasks_every")
+_log = logging.getLogger(__name__)
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -102,7 +108,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     Raises:
       ConfigError: one line, whatever the input.
     """
-    config = overridden(_read(str(path)), overrides)
+    config = overridden(_read(str(path), overrides), overrides)
     check_batch(config, max(1, config.mesh.data))
     return config
 
@@ -116,16 +122,18 @@ def overridden(values: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 
 def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
-    """The config of a trained model on another mesh or executed otherwise, for evaluation, which pads batches to
-    whatever the mesh needs.
+    """The config of a trained model on another mesh, executed otherwise or with another cache, for evaluation, which
+    pads batches to whatever the mesh needs.
 
     Raises:
       ConfigError: an override is of something else, or is invalid.
     """
     values = ConfigDict(dataclasses.asdict(config))
     for override in overrides:
-        if not (override.startswith(("mesh.", "execution.")) or moved(override.partition("=")[0])):
-            raise ConfigError(f"--config.{override}: only mesh and execution can change after training; drop it")
+        if not (override.startswith(("mesh.", "execution.", "cache_dir=")) or moved(override.partition("=")[0])):
+            raise ConfigError(
+                f"--config.{override}: only mesh, execution and cache_dir can change after training; drop it"
+            )
         _apply(values, override)
     return from_dict(values.to_dict())
 
@@ -153,12 +161,37 @@ def _find(name: str) -> pathlib.Path:
     raise ConfigError(f"--config={name!r} is not a file; {fix}")
 
 
-def _read(path: str) -> dict[str, Any]:
+def of_saved(config: Config, file: str, overrides: Sequence[str]) -> Config:
+    """What a run takes of a saved config, with a line for each field that it does not take and nobody gave."""
+    values, defaults = dataclasses.asdict(config), dict(field_values(dataclasses.asdict(Config())))
+    given = {override.partition("=")[0] for override in overrides}
+    for name in _OF_USER:
+        section, _, field = name.partition(".")
+        value, values[section][field] = values[section][field], defaults[name]
+        if value != defaults[name] and name not in given:
+            _log.warning("%s has %s=%s, which only you may say: give --config.%s=%s", file, name, value, name, value)
+    return from_dict(values)
+
+
+def places_of(config: Config, overrides: Sequence[str]) -> list[str]:
+    """What lies elsewhere and is named by a saved config that a run has taken, and not by the overrides."""
+    values, defaults = (dict(field_values(dataclasses.asdict(of))) for of in (config, Config()))
+    given = {override.partition("=")[0] for override in overrides}
+    own = {"", *TOKENIZER_SIZES}
+    return [
+        f"{name}={values[name]}"
+        for name in _PLACES
+        if name not in given and values[name] != defaults[name] and values[name] not in own
+    ]
+
+
+def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     name, _, argument = path.partition(":")
     with _one_line(f"--config={path!r} could not be read"):
         file = _find(name)
         if file.suffix == ".json":
-            return dataclasses.asdict(freed(Config.from_json(file.read_text(), name)))
+            saved = freed(Config.from_json(file.read_text(), name))
+            return dataclasses.asdict(of_saved(saved, name, overrides))
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
         assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
         module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,6 @@
 """From a run of train.py to the run, at step 0, of the model that it was converted to."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +8,17 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax import programs, storage
-from bigmac_jax.config import Config, ConfigError, TuningConfig
+from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.conversion.latent import LayerError
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
 from bigmac_jax.data.cache import TokenStream
-from bigmac_jax.data.chat import chat_contents, chat_in
+from bigmac_jax.data.chat import chat_in
 from bigmac_jax.data.pipeline import padded
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange.importing import FREE
 from bigmac_jax.interchange.layout import named_leaves
+from bigmac_jax.interchange.tokens import keep_tokenizer
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
@@ -100,15 +100,9 @@ def write_run(
     """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
     narrow exchange, the picture of the error by layer."""
     with held(output):
-        if tokenizer.file:
-            storage.write_whole(output / tokenizer.file, tokenizer.content)
-            own = str(storage.absolute(output) / tokenizer.file)
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
-        for name, content in chat_contents(chat_in(source)).items():
-            storage.write_whole(output / name, content)
-        config = set_anew(config, overrides)
+        config = set_anew(keep_tokenizer(output, config, tokenizer, chat_in(source)), overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
-        storage.write_whole(output / "conversion.json", (json.dumps(values, indent=2) + "\n").encode())
+        storage.write_whole(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
         if report.layers:
             _draw(report, output / "conversion.png")
         write_fresh_run(output, config, model)

@@ -179,7 +179,9 @@ def cached_stream(
     Args:
       processes: that tokenise on this machine, at most; 0: as many as there are cores.
     """
-    key = hashlib.sha256(json.dumps([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint], allow_nan=False).encode()
+    ).hexdigest()
     kept = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     store, digests = Store(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
     storage.make_folder(store.folder)

@@ -23,7 +23,7 @@ import tokenizers
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import once
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, encode_at_most
-from bigmac_jax.storage import errors, locate, reason
+from bigmac_jax.storage import errors, locate, reason, within
 
 FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run
 SETTINGS = "tokenizer_config.json"  # likewise; there it has special tokens' names, and the date of a run's rows
@@ -303,13 +303,17 @@ def chat_in(folder: pathlib.Path) -> ChatFiles:
     """Of chat_template.jinja and tokenizer_config.json, which may be missing.
 
     Raises:
-      ConfigError: a template that cannot be read.
+      ConfigError: one of them cannot be read, or is a link to something outside of the folder.
     """
-    try:
-        settings = json.loads((folder / SETTINGS).read_bytes())
-    except errors(ValueError):
-        settings = {}
-    settings = settings if isinstance(settings, dict) else {}
+    settings = {}
+    if (folder / SETTINGS).is_file():
+        file = within(folder, SETTINGS)
+        try:
+            settings = json.loads(file.read_bytes())
+        except errors(ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} cannot be read ({reason(error)}); mend it, or remove it") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{folder / SETTINGS} holds no JSON object; mend it, or remove it")
     special = {}
     for name in _SPECIAL:
         value = settings.get(name)
@@ -323,7 +327,7 @@ def chat_in(folder: pathlib.Path) -> ChatFiles:
         )
     template, place = (found, folder / SETTINGS) if isinstance(found, str) and found else ("", "")
     if (folder / FILE).is_file():  # transformers, too, takes it first
-        template, place = _text(folder / FILE, str(folder / FILE)), folder / FILE
+        template, place = _text(within(folder, FILE), str(folder / FILE)), folder / FILE
     return ChatFiles(template, special, str(place), str(settings.get(_DATE, "")))
 
 
@@ -357,7 +361,7 @@ def chat_contents(files: ChatFiles) -> dict[str, bytes]:
     if not (files.template or files.special):
         return {}
     values = files.special | ({_DATE: files.date} if files.date else {})
-    settings = {SETTINGS: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
+    settings = {SETTINGS: (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     return settings | ({FILE: files.template.encode()} if files.template else {})
 
 
@@ -431,4 +435,4 @@ def _refuse(message: str) -> None:
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
     """As transformers has it: Jinja's own escapes what HTML would not take."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)

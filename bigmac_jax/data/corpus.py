@@ -66,7 +66,7 @@ def joined(fingerprints: Mapping[str, str]) -> str:
     """One for all, by name; which is whose counts, as a run has read so much of each name."""
     if len(fingerprints) == 1:
         return next(iter(fingerprints.values()))
-    return hashlib.sha256(json.dumps(sorted(fingerprints.items())).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(fingerprints.items()), allow_nan=False).encode()).hexdigest()
 
 
 class JoinedDocuments(Documents):

@@ -10,6 +10,7 @@ import json
 import logging
 import pathlib
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -77,7 +78,7 @@ class TfdsDocuments(Documents):
         split = info.splits[self.split]
         where = pathlib.Path(self.builder.data_path).parent.parent.name if info.name == "bigmac_sotu" else ""
         key = [info.full_name, where, self.split, list(split.shard_lengths), int(split.num_bytes), self.text_field]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
 
     def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
         try:
@@ -121,6 +122,12 @@ def _sotu(cache_dir: str) -> Any:
 def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
     """The builder of a TFDS dataset by its name, prepared; call it inside `quiet`. ConfigError as for the class."""
     import tensorflow_datasets as tfds
+
+    namespace, colon, _ = dataset.partition(":")
+    if colon and not re.fullmatch(r"[^:]*:[\d.*]+", dataset):
+        raise ConfigError(
+            f"{setting}: TFDS runs code of others for the namespace {namespace}; give a data set of its own"
+        )
 
     def builder(**where: Any) -> Any:
         try:
@@ -207,7 +214,7 @@ def _digest(version: pathlib.Path) -> bytes:
     """Of the index files of a prepared dataset, and of the others' sizes: their records have checksums."""
     files = sorted(path for path in version.rglob("*") if path.is_file())
     parts = [[path.name, path.stat().st_size, path.suffix == ".json" and path.read_bytes().hex()] for path in files]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest().encode()
+    return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest().encode()
 
 
 def _check_network(builder: Any, setting: str) -> None:

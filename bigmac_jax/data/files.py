@@ -133,7 +133,7 @@ class Digests:
     def _write(self, files: dict[str, Any]) -> None:
         part = self._path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk: all is read again next time
-            part.write_text(json.dumps(sealed({"files": files})))
+            part.write_text(json.dumps(sealed({"files": files}), allow_nan=False))
             part.replace(self._path)
 
 

@@ -60,7 +60,7 @@ class FileDocuments(Documents):
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
         key = [parts, self.wanted.field, [RULE, self.split] if self.held_out else "", self.held_out]
         key += ["skips null"] if self.wanted.skips_null else []
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
 
     @functools.cached_property
     def units(self) -> list[Unit]:

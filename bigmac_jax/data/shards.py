@@ -213,7 +213,7 @@ def _put(path: pathlib.Path, record: bytes) -> None:
 
 
 def _seal(record: Record) -> bytes:
-    return (json.dumps(sealed(record), separators=(",", ":")) + "\n").encode()
+    return (json.dumps(sealed(record), separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 
 def _read(path: pathlib.Path) -> Record | None:

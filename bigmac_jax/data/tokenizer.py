@@ -279,7 +279,8 @@ def _existing(name: str) -> pathlib.Path:
     path = locate(name, "data.tokenizer")
     if not path.is_file():
         raise ConfigError(
-            f"data.tokenizer={name!r} must be bpe, bytes, gpt2, or the path of a tokenizer.json or .model file"
+            f"data.tokenizer={name!r} is no file; it must be bpe, bytes, gpt2, or the path of a tokenizer.json or "
+            f".model file"
         )
     return path
 

@@ -122,12 +122,12 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def report(unit: int, count: int) -> None:
-        print(json.dumps({"unit": unit, "bytes": count}), flush=True)
+        print(json.dumps({"unit": unit, "bytes": count}, allow_nan=False), flush=True)
 
     try:
         store.work(units, report)
     except ConfigError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        print(json.dumps({"error": str(error)}, allow_nan=False), flush=True)
     sys.stdout.flush()
     os._exit(0)  # the thread reads stdin, which the interpreter would wait for
 

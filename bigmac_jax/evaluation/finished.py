@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -71,8 +72,12 @@ class Finished:
         if not hosts.is_first():
             return
         lines = [
-            json.dumps(sealed({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model})) + "\n"
+            json.dumps(
+                sealed({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}), allow_nan=False
+            )
+            + "\n"
             for key, (score, greedy) in scores.items()
+            if math.isfinite(score)  # or it would be scored again, as one that is not known
         ]
         try:
             with self._path.open("a") as file:

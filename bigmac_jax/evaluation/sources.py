@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.config.mixture import short_name
 from bigmac_jax.data.corpus import has_splits, parts_of
 from bigmac_jax.data.pipeline import open_stream
@@ -32,10 +32,10 @@ def open_sources(
     """
     config = with_own_template(workdir, config)
     data = config.data
-    mixed = {name: part for name, part in parts_of(data, "train").items() if name}
+    mixed = _mixed(config)
     if "all" in names and not mixed:
         raise ConfigError("--sources=all is of a run with data.mixture, which this is not; name sources")
-    if "all" in names or not mixed.keys().isdisjoint(names):
+    if own_sources(config, names):
         if own := getattr(data, f"{split}_source", ""):
             raise ConfigError(f"data.{split}_source={own} is the {split} text of all sources; leave --sources out")
         check_split(workdir, config, split)
@@ -50,6 +50,15 @@ def open_sources(
         setting = "data.mixture" if name in mixed else "--sources"
         streams[label] = open_stream(dataclasses.replace(config, data=part), its, tokenizer, setting=setting)
     return streams
+
+
+def own_sources(config: Config, names: Sequence[str]) -> bool:
+    """Whether some of the names are of the run's own mixture."""
+    return "all" in names or not _mixed(config).keys().isdisjoint(names)
+
+
+def _mixed(config: Config) -> dict[str, DataConfig]:
+    return {name: part for name, part in parts_of(config.data, "train").items() if name}
 
 
 class Load(NamedTuple):

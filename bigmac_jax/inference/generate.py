@@ -16,8 +16,8 @@ from bigmac_jax.decoding.draft import Speculation, make_drafter
 from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.engine import Engine
-from bigmac_jax.inference.jobs import Job
-from bigmac_jax.inference.text import Text
+from bigmac_jax.inference.jobs import Job, Step
+from bigmac_jax.inference.text import BROKEN, Text
 from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.programs import PROMPTS, bucket, evaluate, make_decoding, make_drafting, slots_of
@@ -133,7 +133,8 @@ class Generator:
           **sampling: fields of `Sampling`, for prompts that are no `Request`.
 
         Raises:
-          ConfigError: a prompt that is empty, broken text, or too long with its max_tokens.
+          ConfigError: a prompt that is empty, broken text, or too long with its max_tokens; or the model's activations
+            overflow.
         """
         requests = _requests(prompts, sampling)
         jobs = self._jobs(requests, first)
@@ -145,6 +146,7 @@ class Generator:
             engine.submit(job)
         while engine.busy:
             for step in engine.step():
+                _check_step(step)
                 if step.reason and on_done:
                     on_done(step.job.number, _completion(step.job))
         return list(map(_completion, jobs))
@@ -156,6 +158,7 @@ class Generator:
         engine.submit(job)
         while engine.busy:
             for step in engine.step():
+                _check_step(step)
                 yield step.piece
 
     def score(self, texts: Sequence[Prompt]) -> list[Scored]:
@@ -256,6 +259,14 @@ class Generator:
             if not ids:
                 raise ConfigError(f"{what} {number} has no tokens; give text that the tokenizer keeps")
         return token_ids
+
+
+def _check_step(step: Step) -> None:
+    if step.reason == BROKEN:
+        raise ConfigError(
+            f"prompt {step.job.number + 1}: the model gives NaN for token {len(step.job.text.tokens) + 1}, for its "
+            f"activations overflow; use --weights=float32 with execution.dtype=float32, or another checkpoint"
+        )
 
 
 def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> list[Request]:

@@ -46,4 +46,4 @@ class Step(NamedTuple):
     token: int
     logprob: float
     likely: tuple[tuple[int, float], ...]  # the most likely tokens, as many as sampling.logprobs
-    reason: str  # why the request ends with it: stop or length; "" if it goes on
+    reason: str  # why the request ends with it: stop, length or BROKEN; "" if it goes on

@@ -38,7 +38,7 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
             continue
         try:
             row = json.loads(line.decode())
-            json.dumps(row, ensure_ascii=False).encode()  # what is written in the end
+            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # what is written in the end
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1}); fix it") from None
         except UnicodeEncodeError:

@@ -1,8 +1,11 @@
 """Tokens as they come, to text as it can be shown."""
 
+import math
+
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.decoding.sampling import Sampling
 
+BROKEN = "broken"  # the model gave no numbers to choose a token by: NaN, or infinity
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 # A character of UTF-8 has four bytes at most: after as many tokens, what looks unfinished is broken.
 _LONGEST_CHARACTER = 4
@@ -14,7 +17,7 @@ class Text:
     Attributes:
       text: what has been given out.
       tokens, logprobs: all so far.
-      finish_reason: "" until it ends, then stop or length.
+      finish_reason: "" until it ends, then stop, length or BROKEN.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling):
@@ -28,6 +31,8 @@ class Text:
 
     def add(self, token: int, logprob: float) -> str:
         """The text that this token makes certain."""
+        if not math.isfinite(logprob):
+            return self._finish(BROKEN, last=len(self.tokens))
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if token == self._tokenizer.eos_id and not self._sampling.ignore_eos:

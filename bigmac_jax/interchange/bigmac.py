@@ -1,17 +1,17 @@
 """Our own class in transformers, for any config: its code, `hf/`, is written beside the weights.
 
 Names are transformers' where it has some. A layer's experts are one tensor, [E, inputs, outputs]; other matrices are
-torch's, [outputs, inputs]. config.json has what the class computes, and under `bigmac_jax` the whole config.
+torch's, [outputs, inputs]. config.json has what the class computes, and under `bigmac_jax` what our own config says of
+the model.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, ModelConfig, from_saved
-from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, must, stack_of, with_tokenizer
+from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, described, description, must, stack_of
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
 CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
@@ -110,7 +110,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_bigmac.BigMacForCausalLM",
         },
         **_computed(config),
-        "bigmac_jax": json.loads(config.to_json()),
+        "bigmac_jax": description(config),
     }
 
 
@@ -159,14 +159,14 @@ def _computed(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    config = from_saved(values["bigmac_jax"])
+    config = described(values["bigmac_jax"], checkpoint)
     for name, value in _computed(config).items():
         if values.get(name, value) != value:
             raise ConfigError(
                 f"{checkpoint.directory / 'config.json'}: {name}={values[name]} must be {value}, as its bigmac_jax "
                 f"section has it; change both, or neither"
             )
-    return with_tokenizer(config, checkpoint)
+    return config
 
 
 def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:

@@ -146,4 +146,4 @@ def _layer(leaf: Array, layer: int) -> Array:
 
 
 def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
+    file.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")

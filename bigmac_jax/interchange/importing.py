@@ -16,9 +16,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax import hosts, storage
-from bigmac_jax.config import Config, ConfigError, read_object
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object
 from bigmac_jax.config.fields import moved
 from bigmac_jax.config.reading import overridden
+from bigmac_jax.data.chat import ChatFiles
+from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, leaf_name, named_leaves
@@ -26,6 +28,7 @@ from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.arrays import nonfinite
 from bigmac_jax.training.fresh import check_fresh, refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
@@ -60,9 +63,14 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     parts: dict[str, dict[int | None, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for tensor in tensors:
         parts[tensor.leaf][tensor.layer].append(tensor)
-    return config, jax.tree_util.tree_map_with_path(
+    model = jax.tree_util.tree_map_with_path(
         lambda path, leaf: _read(leaf, parts[leaf_name(path)], checkpoint), abstract
     )
+    if leaf := nonfinite(model):
+        of_leaf = (tensor.name for tensors in parts[leaf].values() for tensor in tensors)
+        bad = next((name for name in of_leaf if not np.isfinite(checkpoint.read(name)).all()), leaf)
+        raise ConfigError(f"{bad} of {directory} holds NaN or infinity; get a good copy")
+    return config, model
 
 
 def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
@@ -73,23 +81,41 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     """
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
     refuse_a_run(workdir, "--workdir")
+    with hosts.together():
+        config = check_fresh(open_checkpoint(directory, overrides)[0])
+        found = find_tokenizer(directory, config, overrides)
     config, model = import_model(directory, overrides)
-    check_fresh(config)
     with held(workdir):
-        given = any(override.startswith("data.tokenizer=") for override in overrides)
-        own = "" if given else hosts.first(tokens.copy_tokenizer(directory, workdir) if hosts.is_first() else "")
-        if own:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
-        elif not given and config.data.tokenizer.startswith(str(directory.absolute())) and hosts.is_first():
-            _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
+        if found:
+            config = tokens.keep_tokenizer(workdir, config, *found)
         write_fresh_run(workdir, config, model)
     return config
+
+
+def find_tokenizer(
+    directory: pathlib.Path, config: Config, overrides: Sequence[str]
+) -> tuple[Tokenizer, ChatFiles] | None:
+    """The one that is given, or lies beside a checkpoint; None, and a line, if there is none."""
+    given = any(override.startswith("data.tokenizer=") for override in overrides)
+    name = config.data.tokenizer
+    if not (given or name in TOKENIZER_SIZES or pathlib.Path(name).is_file()):
+        if hosts.is_first():
+            _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
+        return None
+    try:
+        if not given and name not in TOKENIZER_SIZES:
+            storage.within(directory, pathlib.Path(name).name)
+        return tokens.read_tokenizer(config)
+    except ConfigError as error:
+        if given:
+            raise
+        raise ConfigError(f"{directory} can't be imported with its tokenizer: {error}") from None
 
 
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:
     """The config of a checkpoint, how it is written, and its tensors, none of which is read yet; arguments and errors
     as for `import_model`."""
-    file = directory / "config.json"
+    file = storage.within(directory, "config.json")
     values = read_object(file, "give the directory of a checkpoint, or copy it again")
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FORMATS:

@@ -3,15 +3,24 @@
 Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint has a tensor a layer, and one an expert.
 """
 
-import dataclasses
+import json
 import math
+import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 
-from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
+from bigmac_jax.config import (
+    TOKENIZER_SIZES,
+    Config,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    from_dict,
+    second_edition,
+)
 from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.interchange.tokens import NAMES
 
@@ -114,19 +123,40 @@ def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str
             yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
 
 
-def with_tokenizer(config: Config, checkpoint: Checkpoint) -> Config:
-    """The config with the tokenizer that lies beside a checkpoint, if there is one."""
-    for name in NAMES:
-        if (file := checkpoint.directory.absolute() / name).exists():
-            return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
-    return config
+# What of a config describes a model, beside `model`: the windows that it was trained on, and what it is computed in.
+_DESCRIBING = {"data": ("sequence_length", "documents"), "execution": ("dtype",)}
+_NO_FILE = tuple(TOKENIZER_SIZES)  # of tokenizers that are no file
+
+
+def description(config: Config) -> dict[str, Any]:
+    """What an export's config.json holds of a config, and `described` reads."""
+    values = json.loads(config.to_json())
+    parts = {section: {name: values[section][name] for name in names} for section, names in _DESCRIBING.items()}
+    if config.data.tokenizer in _NO_FILE:
+        parts["data"]["tokenizer"] = config.data.tokenizer
+    return {"model": values["model"]} | parts
+
+
+def described(values: Any, checkpoint: Checkpoint) -> Config:
+    """The config of an export, with the tokenizer that lies beside it. What else its config.json may say, as those of
+    earlier editions do, is of the machine, the data and the paths of whoever wrote it, and is left out."""
+    values = second_edition(values)
+    parts = {section: {name: values[section][name] for name in names if name in values.get(section, {})}
+             for section, names in _DESCRIBING.items()}  # fmt: skip
+    named = values.get("data", {}).get("tokenizer")
+    beside = tokenizer_beside(checkpoint)
+    parts["data"]["tokenizer"] = named if named in _NO_FILE and not beside.is_file() else str(beside)
+    return from_dict({"model": values["model"]} | parts)
+
+
+def tokenizer_beside(checkpoint: Checkpoint) -> pathlib.Path:
+    """Where the tokenizer of a checkpoint lies, or should."""
+    folder = checkpoint.directory.absolute()
+    return next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
 
 
 def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
     """The config of a checkpoint, from fields that all classes have (`v`) and those of one class."""
-    tokenizer = checkpoint.directory.absolute() / "tokenizer.json"
-    if not tokenizer.exists() and tokenizer.with_suffix(".model").exists():
-        tokenizer = tokenizer.with_suffix(".model")
     heads, size = v["num_attention_heads"], v["head_dim"]
     return Config(
         ModelConfig(
@@ -145,5 +175,7 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
             **model,
         ),
         ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32"),
-        data=DataConfig(tokenizer=str(tokenizer), sequence_length=min(v["max_position_embeddings"], _LONGEST)),
+        data=DataConfig(
+            tokenizer=str(tokenizer_beside(checkpoint)), sequence_length=min(v["max_position_embeddings"], _LONGEST)
+        ),
     )

@@ -1,14 +1,13 @@
-"""Our own names, for any config: config.json holds the config and says of each tensor its shape and its dimensions.
+"""Our own names, for any config: config.json holds the model's, and says of each tensor its shape and its dimensions.
 
 A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import Config, ModelConfig, from_saved
-from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, stack_of, with_tokenizer
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, described, description, stack_of
 from bigmac_jax.interchange.shards import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -40,7 +39,7 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     return {
         "model_type": "bigmac_jax",
-        "config": json.loads(config.to_json()),
+        "config": description(config),
         "dimensions": _DIMENSIONS,
         "tensors": {
             tensor.name: {"dims": tensor.name.rpartition("_")[2], "shape": tensor.shape_in(leaves)}
@@ -50,7 +49,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    return with_tokenizer(from_saved(values["config"]), checkpoint)
+    return described(values["config"], checkpoint)
 
 
 def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:

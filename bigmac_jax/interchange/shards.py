@@ -79,7 +79,7 @@ def write(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: It
     if len(shards) > 1:
         total = sum(spec.bytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
 
 
 def check_new(output: pathlib.Path) -> None:
@@ -145,15 +145,15 @@ class Checkpoint:
         if not index.is_file():
             if not (self.directory / _SINGLE).is_file():
                 raise ConfigError(f"{self.directory} holds neither {_SINGLE} nor {INDEX}; give another --checkpoint")
-            return [self.directory / _SINGLE]
-        weight_map = read_object(index, "copy it again").get("weight_map")
+            return [storage.within(self.directory, _SINGLE)]
+        weight_map = read_object(storage.within(self.directory, INDEX), "copy it again").get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if not names:
             raise ConfigError(f"{index} has no weight_map; copy it again")
         there = {path.name for path in self.directory.iterdir() if path.is_file()}
         if missing := sorted(names - there):
             raise ConfigError(f"{self.directory} lacks {missing[0]}, which {INDEX} names; copy it again")
-        return [self.directory / name for name in sorted(names)]
+        return [storage.within(self.directory, name) for name in sorted(names)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

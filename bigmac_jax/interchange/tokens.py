@@ -1,5 +1,6 @@
 """The tokenizer beside a model: tokenizer.json and tokenizer_config.json, as transformers reads them, or a .model."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -9,10 +10,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from bigmac_jax import storage
-from bigmac_jax.config import Config
-from bigmac_jax.data.chat import chat_contents, chat_in
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax import hosts, storage
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.chat import Chat, ChatFiles, chat_contents, read_chat
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 
@@ -67,7 +68,7 @@ def _bytes() -> str:
 
 
 def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]:
@@ -79,13 +80,28 @@ def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]
     return tokenizer.eos_id
 
 
-def copy_tokenizer(source: pathlib.Path, workdir: pathlib.Path) -> str:
-    """Copies the tokenizer beside a checkpoint, its special tokens' names and its chat template → data.tokenizer of the
-    workdir; "" if there is none."""
-    for name in NAMES:
-        if (source / name).is_file():
-            for kept, content in chat_contents(chat_in(source)).items():
-                storage.write_whole(workdir / kept, content)
-            storage.write_whole(workdir / name, (source / name).read_bytes())
-            return str(storage.absolute(workdir) / name)
-    return ""
+def read_tokenizer(config: Config) -> tuple[Tokenizer, ChatFiles]:
+    """The tokenizer that data.tokenizer names, with its special tokens' names and its chat template, which lie beside
+    it.
+
+    Raises:
+      ConfigError: one of these files can't be read, or the tokenizer does not fit the model.
+    """
+    tokenizer, chat = load_tokenizer(config), read_chat("", config.data.tokenizer, "data.tokenizer")
+    if chat.template:
+        try:
+            Chat(tokenizer, chat.template, chat.special)
+        except ConfigError as error:
+            raise ConfigError(f"{chat.place}: {error}") from None
+    return tokenizer, chat
+
+
+def keep_tokenizer(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles) -> Config:
+    """Writes what `read_tokenizer` gave → the config that names it."""
+    files = chat_contents(chat) | ({tokenizer.file: tokenizer.content} if tokenizer.file else {})
+    for name, content in files.items() if hosts.is_first() else ():
+        storage.write_whole(workdir / name, content)
+    if not tokenizer.file:
+        return config
+    own = str(storage.absolute(workdir) / tokenizer.file)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))

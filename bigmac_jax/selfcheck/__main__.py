@@ -8,7 +8,6 @@ from bigmac_jax import environment
 environment.prepare()
 
 import importlib.metadata  # noqa: E402
-import json  # noqa: E402
 import platform  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Mapping, Sequence  # noqa: E402
@@ -21,7 +20,7 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bigmac_jax import cli, hosts  # noqa: E402
-from bigmac_jax.config import ConfigError  # noqa: E402
+from bigmac_jax.config import ConfigError, strict_json  # noqa: E402
 from bigmac_jax.planning.hardware import load_hardware  # noqa: E402
 from bigmac_jax.selfcheck import checks  # noqa: E402
 from bigmac_jax.selfcheck.rates import Rate, all_rates, hardware_of  # noqa: E402
@@ -54,7 +53,7 @@ def main() -> int:
     report["ok"] = all(r.ok for r in results)
     report["advice"] = checks.advice(results)
     if _JSON.value:
-        hosts.say(json.dumps(report))
+        hosts.say(strict_json(report))
     elif hosts.is_first():
         _show(report, results)
     return 0 if report["ok"] else 1

@@ -62,7 +62,7 @@ def parse(body: bytes) -> Fields:
     try:
         fields = json.loads(body.decode(), parse_constant=_no_constant)
         if b"\\ud" in body.lower():
-            json.dumps(fields, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # half of a surrogate pair is no text
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid UTF-8 (byte {error.start + 1})") from None
     except UnicodeEncodeError:
@@ -100,7 +100,8 @@ def asked(
             raise ApiError(400, f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
     for name, only in _ONLY.items():
         if name in given and not _same(given[name], only):
-            raise ApiError(400, f"{name} must be {json.dumps(only)}: nothing else is supported here", name)
+            known_as = json.dumps(only, allow_nan=False)
+            raise ApiError(400, f"{name} must be {known_as}: nothing else is supported here", name)
     n = _integer(given, "n", 1, 1, limits.choices)
     if type(given.get("best_of", n)) is not int or given.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")

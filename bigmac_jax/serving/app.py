@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.jobs import Step
+from bigmac_jax.inference.text import BROKEN
 from bigmac_jax.serving import api
 from bigmac_jax.serving.answers import Answer
 from bigmac_jax.serving.chat import Dialogue
@@ -234,13 +235,15 @@ class Service:
         """Until the last completion ends.
 
         Raises:
-          ApiError: the time is over, or the engine has failed.
+          ApiError: the time is over, the engine has failed, or the model gives no numbers.
         """
         left = len(ticket.jobs)
         while left:
             got = await self._within(ticket.started, ticket.steps.get())
             if got is None:
                 raise ApiError(500, "the engine has failed; the server's log says why")
+            if got[1].reason == BROKEN:
+                raise ApiError(500, "the model gives no numbers for this prompt: its activations overflow")
             left -= bool(got[1].reason)
             yield got
 
@@ -359,7 +362,7 @@ def _used(asked: api.Asked, ticket: Ticket) -> api.Fields:
 
 
 def _event(piece: dict[str, Any]) -> str:
-    return f"data: {json.dumps(piece, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(piece, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 def _failed(error: ApiError) -> Response:

@@ -109,7 +109,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 return
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 return self.transport.abort()
-            body = json.dumps(error.body).encode()
+            body = json.dumps(error.body, allow_nan=False).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("connection", "close"),

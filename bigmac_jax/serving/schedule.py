@@ -57,7 +57,7 @@ class Schedule:
         if self._store is None:
             return
         NOW.go_on()
-        text = json.dumps(message)
+        text = json.dumps(message, allow_nan=False)
         parts = [text[start : start + _PART] for start in range(0, len(text), _PART)]
         for number, part in enumerate(parts):
             self._store.key_value_set(f"{_KEY}{self._told}", f"{number} {len(parts) - number - 1} {part}")

@@ -30,6 +30,7 @@ from bigmac_jax.storage.paths import (
     send_tree,
     size_of,
     version_of,
+    within,
     write_whole,
 )
 
@@ -61,5 +62,6 @@ __all__ = [
     "send_tree",
     "size_of",
     "version_of",
+    "within",
     "write_whole",
 ]

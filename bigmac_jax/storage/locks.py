@@ -181,7 +181,7 @@ class Lease:
 
     def _body(self, ended: bool) -> bytes:
         state = {"id": self._id, "holder": me(), "seconds": self._seconds, "beat": self._beat, "ended": ended}
-        return json.dumps(state).encode()
+        return json.dumps(state, allow_nan=False).encode()
 
     def _name(self, number: int) -> str:
         return f"{self._folder}/{number:08d}"

@@ -99,6 +99,23 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
+def within(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of a file of a folder that somebody else may have filled. Of a folder in the cache of Hugging Face's
+    hub, which is made of links, the files are elsewhere in that cache.
+
+    Raises:
+      ConfigError: it is a link to something outside of the folder.
+    """
+    path = folder / name
+    if is_store(path):
+        return path
+    root, target = folder.resolve(), path.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise ConfigError(f"{path} is a link to {target}, outside of its folder; copy that file there if you trust it")
+    return path
+
+
 def make_folder(path: pathlib.Path) -> None:
     """A store has no folders, and its mkdir would make a bucket of a name that is misspelled."""
     if not is_store(path):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -74,6 +75,23 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
     return found
 
 
+def nonfinite(tree: Any) -> str:
+    """The name of the first array that holds NaN or infinity; "" if none does. Each is looked at where it lies; all
+    processes must call it."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    finite = jax.device_get(_finite([leaf for _, leaf in paths]))
+    return next((_name(path) for (path, _), good in zip(paths, finite, strict=True) if not good), "")
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
 def _damage(error: BaseException, store: bool) -> str:
     """What TensorStore says of contents that it could not read; "" if the error is another."""
     for cause in _causes(error):
@@ -109,8 +127,7 @@ def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        named = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf.shape for keys, leaf in paths}
-        return {key.split(".", 1)[1].removesuffix(".value"): shape for key, shape in named.items()}
+        return {_name(keys).split(".", 1)[1]: leaf.shape for keys, leaf in paths}
 
     path = directory / str(step) / "model"
     saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)

@@ -25,7 +25,7 @@ from orbax.checkpoint.path import atomicity
 from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.training import manifest
-from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, read_arrays
+from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, nonfinite, read_arrays
 from bigmac_jax.training.completion import completed
 from bigmac_jax.training.step import TrainState, evaluated
 from bigmac_jax.training.workdir import run_of
@@ -206,13 +206,13 @@ class Checkpoints:
 
         def read(number: int) -> dict[str, Any]:
             check_shapes(self._directory, number, abstract)
-            return read_arrays(self._directory / str(number), {"model": abstract})["model"]
+            return _finite(read_arrays(self._directory / str(number), {"model": abstract})["model"])
 
         return self._choose(step, read)
 
     def _choose(self, step: str, read: Callable[[int], _T]) -> tuple[int, _T]:
         """The first intact of the checkpoints that `step` may mean, and what `read` makes of it."""
-        damaged: list[int] = []
+        damaged: dict[int, str] = {}
         while True:
             number: int = hosts.on_first(functools.partial(self._candidate, step, damaged))
             try:
@@ -225,11 +225,11 @@ class Checkpoints:
                         f"step={step} of {self._directory} is damaged: {error}; use another one"
                         + (f" of {others}" if others else "")
                     ) from None
-                damaged.append(number)
+                damaged[number] = str(error)
                 if hosts.is_first():
                     self._name(number, str(error))
 
-    def _candidate(self, step: str, damaged: list[int]) -> int:
+    def _candidate(self, step: str, damaged: dict[int, str]) -> int:
         """What `step` asks for, on process 0; of `damaged`, to which it adds what it finds, it takes none."""
         steps = sorted(self._manager.all_steps())
         if not steps:
@@ -243,19 +243,22 @@ class Checkpoints:
         candidates = [number for number in steps[::-1] if number not in damaged]
         if step == "best":
             # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
-            damaged += [number for number in candidates if self._damaged_at_a_glance(number)]
+            damaged |= {number: damage for number in candidates if (damage := self._damaged_at_a_glance(number))}
             candidates = [number for number in candidates if number not in damaged]
             candidates.sort(key=lambda number: math.inf if (loss := self.loss(number)) is None else loss)
         if not candidates:
-            raise ConfigError(f"no checkpoint of {self._directory} is intact, of {steps}; bring back a good copy")
+            raise ConfigError(
+                f"no checkpoint of {self._directory} is intact, of {steps} ({max(damaged)}: {damaged[max(damaged)]}); "
+                f"bring back a good copy"
+            )
         return candidates[0]
 
-    def _damaged_at_a_glance(self, step: int) -> bool:
-        """By sizes and small files, its loss among them; with a line that says how."""
+    def _damaged_at_a_glance(self, step: int) -> str | None:
+        """How, by sizes and small files, its loss among them; with a line that says so."""
         damage = manifest.damage(self._directory / str(step), thorough=False)
         if damage:
             self._name(step, damage)
-        return damage is not None
+        return damage
 
     def _name(self, step: int, damage: str) -> None:
         _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
@@ -292,22 +295,30 @@ class Checkpoints:
         """The state, sharded as `abstract`, and the data position.
 
         Raises:
-          DamagedError: an array differs from its checksums.
+          DamagedError: an array differs from its checksums, or the model holds NaN or infinity.
           ConfigError: the checkpoint is of a model of another shape.
         """
         directory = self._directory / str(step)
         check_shapes(self._directory, step, _model_of(abstract))
         items = read_arrays(directory, {"model": _model_of(abstract), "optimizer": _optimizer_of(abstract)})
-        model, optimizer = items["model"], items["optimizer"]
+        model, optimizer = _finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
-            state = dataclasses.replace(state, params=optimizer["params"], average=model["params"])
+            params = _finite({"params": optimizer["params"]})["params"]
+            state = dataclasses.replace(state, params=params, average=model["params"])
         return state, hosts.on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def close(self) -> None:
         """Waits, too."""
         self.wait()
         self._manager.close()
+
+
+def _finite(model: dict[str, Any]) -> dict[str, Any]:
+    """The model, of which no step could go on, and no answer be had, if it held NaN or infinity: then DamagedError."""
+    if name := nonfinite(model):
+        raise DamagedError(f"{name.partition('.')[2]} holds NaN or infinity")
+    return model
 
 
 def _model_of(state: TrainState) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _size_and_digest(entry: Mapping[str, object]) -> tuple[int, str | None]:
 
 
 def _text(entries: object) -> str:
-    return json.dumps(entries, indent=0) + "\n"
+    return json.dumps(entries, indent=0, allow_nan=False) + "\n"
 
 
 def _digest(path: pathlib.Path) -> str:

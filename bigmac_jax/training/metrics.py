@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, boards, a progress line; FLOPs and the rate that MFU is measured against."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import tqdm
 
 from bigmac_jax import signals
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, strict_json
 from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
@@ -45,7 +44,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """One JSON object a line, flushed; it also goes to the boards. `record` holds "step"."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.write(strict_json(record) + "\n")
         with contextlib.suppress(OSError):
             self._file.flush()
         for board in self._boards:
@@ -190,11 +189,6 @@ def describe_auto(config: Config) -> str:
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
         f"{name} {1e6 * seconds[name]:.3g}" for name in ordered
     )
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN; a strict reader gets null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:

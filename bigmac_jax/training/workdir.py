@@ -11,14 +11,24 @@ import time
 from typing import Any
 
 from bigmac_jax import hosts
-from bigmac_jax.config import Config, ConfigError, parse_object, resume_notes, sealed, unsealed
+from bigmac_jax.config import (
+    TOKENIZER_SIZES,
+    Config,
+    ConfigError,
+    DataConfig,
+    parse_object,
+    resume_notes,
+    sealed,
+    unsealed,
+)
 from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
 from bigmac_jax.data.chat import NO_CHAT, SETTINGS, ChatFiles, chat_contents, read_chat
 from bigmac_jax.data.corpus import fingerprint, has_splits
+from bigmac_jax.data.documents import once
 from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.environment import edition
-from bigmac_jax.storage import errors, is_store, locate, write_whole
+from bigmac_jax.storage import errors, is_store, locate, within, write_whole
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)
@@ -126,51 +136,70 @@ def check_shared(workdir: pathlib.Path) -> None:
         )  # fmt: skip
 
 
-def with_own_tokenizer(workdir: pathlib.Path, config: Config) -> Config:
+def with_own_tokenizer(workdir: pathlib.Path, config: Config, of_user: bool = False) -> Config:
     """The config with the workdir's copy of the tokenizer, which stays what it was whatever becomes of the corpus that
     it was trained on, or of the file or package that it came from. As it is where it names another one than the run's,
-    or there is no copy: of bytes, and of earlier editions.
+    or needs no file. Without a copy it names the place of one: what a saved config names is not looked for elsewhere.
+
+    Args:
+      of_user: the config is the user's, and not what the workdir has saved: without a copy, as of an earlier edition,
+        it says where the tokenizer comes from.
 
     Raises:
-      ConfigError: the copy has changed, or is gone and can't be made again.
+      ConfigError: the copy has changed, or is a link to something outside of the workdir; or, of the user's config,
+        there is none, and it can't be made again.
     """
-    if read_config(workdir).data.tokenizer != config.data.tokenizer:
+    name = config.data.tokenizer
+    if read_config(workdir).data.tokenizer != name:
         return config
-    kept = next((workdir / name for name in _TOKENIZERS if (workdir / name).is_file()), None)
-    wanted = _fingerprint(workdir)
-    if kept is None:
-        if wanted and wanted != load_tokenizer(config).fingerprint:
-            raise ConfigError(
-                f"data.tokenizer={config.data.tokenizer} is not the one that {workdir} was trained with, of which "
-                f"there is no copy: what it is made from has changed; bring that back"
-            )
-        return config
-    if wanted not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
+    file = next((file for file in _TOKENIZERS if (workdir / file).is_file()), "")
+    wanted, kept = _fingerprint(workdir), within(workdir, file or _TOKENIZERS[0])
+    if file and wanted not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
         raise ConfigError(f"{kept} is not the tokenizer that the run was trained with; bring back a good copy")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
+    if file or not (of_user or name in TOKENIZER_SIZES):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(kept)))
+    if wanted and wanted != load_tokenizer(config).fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={name} is not the one that {workdir} was trained with, of which there is no copy: what it "
+            f"is made from has changed; bring that back"
+        )
+    return config
 
 
-def with_own_template(workdir: pathlib.Path, config: Config) -> Config:
+def with_own_template(workdir: pathlib.Path, config: Config, of_user: bool = False) -> Config:
     """The config with the workdir's copies of the chat template and of special tokens' names, if there are any, and it
-    doesn't name another template."""
+    doesn't name another template.
+
+    Args:
+      of_user: the config is the user's, and not what the workdir has saved: without a copy, its template is read.
+    """
     own, given = workdir / CHAT_TEMPLATE, config.tuning.chat_template
     if (workdir / SETTINGS).is_file():
-        config = with_own_tokenizer(workdir, config)
+        config = with_own_tokenizer(workdir, config, of_user)
     if not own.is_file():
-        return config
-    known = ("", read_config(workdir).tuning.chat_template)
-    if given not in known and read_chat(given, "", "tuning.chat_template").template != own.read_text():
-        return config
-    return dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(own)))
+        if given and not of_user:
+            line = (
+                f"tuning.chat_template={given} of the config of {workdir} is not read; copy it to {own} if it should be"
+            )
+            once(logging.WARNING, line)
+            given = ""
+    elif given in ("", read_config(workdir).tuning.chat_template) or (
+        read_chat(given, "", "tuning.chat_template").template == within(workdir, CHAT_TEMPLATE).read_text()
+    ):
+        given = str(within(workdir, CHAT_TEMPLATE))
+    return dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=given))
 
 
-def run_tokenizer(workdir: pathlib.Path, config: Config) -> Tokenizer:
-    """The tokenizer that the run was trained with, or that the config names instead.
-
-    Raises:
-      ConfigError: it is not there any more, or is another one.
-    """
-    return load_tokenizer(with_own_tokenizer(workdir, config))
+def run_tokenizer(workdir: pathlib.Path, config: Config, of_user: bool = False) -> Tokenizer:
+    """The tokenizer that the run was trained with, or that the config names instead; arguments and errors as for
+    `with_own_tokenizer`, and it must be there."""
+    own = with_own_tokenizer(workdir, config, of_user)
+    if own.data.tokenizer == str(workdir / _TOKENIZERS[0]) and not (workdir / _TOKENIZERS[0]).is_file():
+        raise ConfigError(
+            f"{workdir} holds no {' or '.join(_TOKENIZERS)}, and data.tokenizer={config.data.tokenizer} of its config "
+            f"is not looked for elsewhere; copy it there, or resume the run once with train.py, which keeps a copy"
+        )
+    return load_tokenizer(own)
 
 
 def _fingerprint(workdir: pathlib.Path) -> str:
@@ -186,7 +215,7 @@ def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
     content = config.to_json().encode()
     values = _read_run(workdir) | of_run | {"config": hashlib.sha256(content).hexdigest()}
     _write(workdir / _CONFIG, content)
-    _write(workdir / _RUN, (json.dumps(sealed(values), indent=2) + "\n").encode())
+    _write(workdir / _RUN, (json.dumps(sealed(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_run(
@@ -254,6 +283,14 @@ def run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tok
     """
     check_split(workdir, config, split)
     return open_stream(with_own_template(workdir, config), split, tokenizer)
+
+
+def name_data(workdir: pathlib.Path, config: Config, split: str) -> None:
+    """Says in a line where a split of the run's data is read, which the workdir's config names."""
+    data, own = config.data, f"{split}_source"
+    field = own if getattr(data, own, "") else "mixture" if data.mixture else "source"
+    if (place := getattr(data, field)) != DataConfig.source and hosts.is_first():
+        _log.info("the %s split is read from data.%s=%s, which the config of %s names", split, field, place, workdir)
 
 
 def check_split(workdir: pathlib.Path, config: Config, split: str) -> None:

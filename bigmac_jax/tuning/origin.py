@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ _FREE = (
 )  # fmt: skip
 ORIGIN = "init_from"  # under which run.json has a run's `identity`
 _NAMED = ("vocab_size", "rope_theta", "balance", "balance_step")
+_log = logging.getLogger(__name__)
 
 
 class Origin(NamedTuple):
@@ -71,7 +73,9 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
         path = storage.locate(place, name)
         if path.parent.name == "checkpoints":
             step, path = path.name, path.parent.parent
-        if (path / "config.json").is_file() and "model_type" in read_object(path / "config.json", "copy it again"):
+        if (path / "config.json").is_file() and "model_type" in read_object(
+            storage.within(path, "config.json"), "copy it again"
+        ):
             with storage.local_folder(path) as directory:
                 origin = Origin(place, "", _digest(directory), open_checkpoint(directory)[0])
         elif not has_run(path):
@@ -261,7 +265,9 @@ def _with_rows(table: Array, like: Any) -> Array:
 def _digest(directory: pathlib.Path) -> str:
     """Of config.json and the tensors' files; of a file above 1 GiB its ends count."""
     files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
-    return hashlib.sha256(" ".join(f"{file.name} {file_digest(file)}" for file in files).encode()).hexdigest()
+    return hashlib.sha256(
+        " ".join(f"{file.name} {file_digest(storage.within(directory, file.name))}" for file in files).encode()
+    ).hexdigest()
 
 
 def restore(
@@ -283,6 +289,8 @@ def restore_step(
     found = restored.restore_parts(workdir, step, config)
     config, params = found.config, found.params
     if config.tuning.lora_rank:
+        if hosts.is_first():
+            _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
         base, _ = load(origin_of(storage.locate(workdir, "workdir"), config), config)
         whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
         params = whole(base, params)

@@ -58,7 +58,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     if hosts.is_first():
         with shards.whole_or_nothing(output) as directory:
             save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-            settings = json.dumps(_settings(config, tensors), indent=2)
+            settings = json.dumps(_settings(config, tensors), indent=2, allow_nan=False)
             (directory / "adapter_config.json").write_text(settings + "\n")
     return sum(value.size for value in values.values())
 

@@ -3,6 +3,7 @@
 500 mutations in this process, of which `make test` takes a third; `test_programs` takes some through the programs.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -18,7 +19,7 @@ from interchange.tools import config_of
 from model.tools import on_mesh, random_model
 from training.tools import ROOT, quick, small
 
-from bigmac_jax.config import ConfigError, DataConfig, load_config
+from bigmac_jax.config import Config, ConfigError, DataConfig, load_config
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
@@ -75,9 +76,13 @@ def config_of_run(scene: pathlib.Path) -> Any:
     return read_config(scene / "run")
 
 
+def config_with_cache(scene: pathlib.Path) -> Config:
+    return dataclasses.replace(read_config(scene / "run"), cache_dir=str(scene / "cache"))
+
+
 def rest_of_run(scene: pathlib.Path) -> Any:
     workdir = scene / "run"
-    config = read_config(workdir)
+    config = config_with_cache(scene)
     check_data(workdir, config, {"tokenizer": load_tokenizer(config).fingerprint})
     return changes_of_loss(workdir, config, {"data": 1}), run_tokenizer(workdir, config).encode(TEXT)
 
@@ -87,11 +92,11 @@ def tokenizer_of_run(scene: pathlib.Path) -> Any:
 
 
 def cached_tokenizer(scene: pathlib.Path) -> Any:
-    return load_tokenizer(read_config(scene / "run")).encode(TEXT)
+    return load_tokenizer(config_with_cache(scene)).encode(TEXT)
 
 
 def cached_tokens(scene: pathlib.Path) -> Any:
-    config = read_config(scene / "run")
+    config = config_with_cache(scene)
     stream = open_stream(config, "train", run_tokenizer(scene / "run", config))
     return stream.counts, stream.tokens(0, stream.num_tokens).tobytes()
 

@@ -304,3 +304,13 @@ def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
         consumed = Generator(config := config_on((1, 1, 1)), random_model(config), consume=True)
         with pytest.raises(ConfigError, match="consume=False"):
             consumed.score(PROMPTS[:1])
+
+
+def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
+    """Of parameters that are all finite."""
+    config = config_on((1, 1, 1))
+    with quick(), on_mesh(config):
+        huge = Generator(config, random_model(config, {"final_norm.scale_D": np.float32(3e38)}))
+        for complete in (huge.generate, lambda prompts, **given: list(huge.stream(*prompts, **given))):
+            with pytest.raises(ConfigError, match="prompt 1: the model gives NaN for token 1, for its activations"):
+                complete(["the"], max_tokens=4)

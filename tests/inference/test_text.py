@@ -4,7 +4,7 @@ import pytest
 
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.decoding.sampling import Sampling
-from bigmac_jax.inference.text import Text
+from bigmac_jax.inference.text import BROKEN, Text
 
 
 def pieces(content: bytes, **sampling: object) -> tuple[list[str], Text]:
@@ -80,3 +80,11 @@ class Spaces:
 def test_a_tokenizer_that_drops_the_first_space() -> None:
     text = Text(Spaces(), Sampling(max_tokens=4))  # type: ignore[arg-type]
     assert [text.add(i, 0.0) for i in (1, 2, 3, 1)] == ["a", " b", " c", " a"]
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("inf"), float("-inf")])
+def test_a_token_of_no_number_ends_it(logprob: float) -> None:
+    text = Text(ByteTokenizer(), Sampling(max_tokens=9))
+    assert text.add(ord("a"), -0.5) == "a"
+    assert text.add(256, logprob) == ""
+    assert (text.finish_reason, text.text, text.tokens, text.logprobs) == (BROKEN, "a", [97], [-0.5])

@@ -55,7 +55,21 @@ def cut(folder: pathlib.Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def spoilt(name: str, value: float) -> Callable[[pathlib.Path], None]:
+    """With one such number in a tensor."""
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[-1] = value
+
+    return with_tensors(change)
+
+
 NORM = "backbone.norm_f.weight"
+EXPERT, BIAS = (
+    "backbone.layers.3.mixer.experts.5.up_proj.weight",
+    "backbone.layers.1.mixer.gate.e_score_correction_bias",
+)
 BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
@@ -83,6 +97,9 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "missing tensor": (with_tensors(lambda t: t.pop(NORM)), f"lacks {NORM}"),
     "stray tensor": (with_tensors(lambda t: t.update(stray=t[NORM])), "holds stray, which"),
     "integers": (with_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int32)})), f"{NORM} is I32; only F32"),
+    "NaN": (spoilt(NORM, np.nan), f"{NORM} of .* holds NaN or infinity"),
+    "NaN in an expert": (spoilt(EXPERT, np.nan), f"{EXPERT} of .* holds NaN or infinity"),
+    "infinity in a router": (spoilt(BIAS, -np.inf), f"{BIAS} of .* holds NaN or infinity"),
 }
 
 

@@ -49,6 +49,12 @@ def config_of(name: str, mesh: tuple[Any, ...] = (1, 1, 1)) -> Config:
     return tiny(mesh, batch=4, **(MODELS | OWN)[name])
 
 
+def of_model(config: Config) -> tuple[Any, ...]:
+    """What an export says of a config, and an import takes."""
+    data = config.data
+    return config.resolved.model, data.sequence_length, data.documents, data.tokenizer, config.execution.dtype
+
+
 def tokens_of(config: Config) -> np.ndarray:
     return random_tokens(config)[:, :-1]
 

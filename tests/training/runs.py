@@ -28,7 +28,11 @@ class Process:
         command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", "--cpu_devices=2"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [*command, "--config.mesh.expert=2", *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
+                [*command, "--config.mesh.expert=2", f"--config.cache_dir={config.parent / 'cache'}", *arguments],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=log,
             )
 
     def wait(self) -> int:
@@ -88,7 +92,7 @@ class Job:
         self.processes = []
         for i, path in enumerate(self._logs):
             command = [sys.executable, *script, f"--workdir={workdir}", *arguments, *(own[i] if own else ())]
-            command += [f"--config={config}"] if config else []
+            command += [f"--config={config}", f"--config.cache_dir={config.parent / 'cache'}"] if config else []
             if environments:
                 environment, command = ENVIRONMENT | environments[i], [*command, "--distributed"]
             else:

@@ -37,7 +37,7 @@ from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config, write_config
 
 from .test_checkpoint import trivial
-from .tools import leaves_of, quick, read_records, small
+from .tools import as_saved, leaves_of, quick, read_records, small
 
 INSTANCES = [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 20))]
 
@@ -403,6 +403,33 @@ def test_none_is_intact(workdir: pathlib.Path) -> None:
     assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("part", ["params", "rest", "average"])
+def test_a_model_that_holds_nan_is_passed_over(tmp_path: pathlib.Path, part: str, caplog: Any) -> None:
+    """Its files are as they were written, and no step could go on from them; the same of a router's bias."""
+    good = dataclasses.replace(trivial(1), average={"w": jnp.ones(3)})
+    bad = dataclasses.replace(good, **{part: {"bias" if part == "rest" else "w": jnp.array([1.0, jnp.inf, jnp.nan])}})
+    named = "bias" if part == "rest" else "w"
+    writer = Checkpoints(tmp_path, keep=2)
+    for step, state in enumerate((good, bad), 1):
+        writer.save(state, {"batches": step}, Config(), step, None)
+    writer.wait()
+    if part != "params":  # what is evaluated is the average
+        reader = Checkpoints(tmp_path)
+        abstract = {"params": {"w": jnp.ones(3)}, "rest": {"bias": jnp.ones(3)}}
+        assert reader.restore_model("latest", abstract)[0] == 1
+        with pytest.raises(ConfigError, match=f"step=2 of .* is damaged: {named} holds NaN or infinity; use another"):
+            reader.restore_model("2", abstract)
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
+        shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "alone" / "checkpoints" / "2")
+        alone = Checkpoints(tmp_path / "alone")
+        line = rf"no checkpoint of .* is intact, of \[2\] \(2: {named} holds NaN or infinity\); bring back"
+        with pytest.raises(ConfigError, match=line):
+            alone.restore_model("latest", abstract)
+    else:
+        assert writer.restore_newest(good)[0] == 1
+        assert f"checkpoint 2 is damaged: {named} holds NaN or infinity; it is passed over" in caplog.text
+
+
 def test_a_checkpoint_from_before_manifests(workdir: pathlib.Path) -> None:
     (workdir / "checkpoints" / "3" / manifest.NAME).unlink()
     assert manifest.damage(workdir / "checkpoints" / "3") == "manifest.json is missing"
@@ -575,12 +602,12 @@ def test_without_its_config(undisturbed: Any, tmp_path: pathlib.Path, caplog: py
         run(small(tmp_path, "optimizer.learning_rate=0.5"), workdir)
     assert "holds no config.json; the config of checkpoint 6 is taken" in caplog.text
     with jax.set_mesh(make_mesh(config)):
-        assert restore(workdir)[0] == config.resolved
+        assert restore(workdir)[0] == as_saved(config)
     run(config, workdir)
     assert (workdir / "config.json").read_text() == kept
     (workdir / "config.json").write_text(kept.replace('"top_k": 2', '"top_k": 3'))
     caplog.clear()
-    assert read_config(workdir) == config.resolved
+    assert read_config(workdir) == as_saved(config)
     assert "config.json has changed since the run wrote it; the config of checkpoint 6 is taken" in caplog.text
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "config.json").unlink()

@@ -22,7 +22,7 @@ from bigmac_jax.training.metrics import MetricsWriter, _truncate
 from bigmac_jax.training.restored import restore
 from bigmac_jax.training.workdir import read_config, run_tokenizer
 
-from .tools import quick, read_records, small
+from .tools import as_saved, quick, read_records, small
 
 TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s", "mfu"}
 MOE = {"moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/load_cv", "moe/max_load", "moe/router_entropy",
@@ -52,13 +52,13 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> tuple[Config, pathlib.Path]
 
 def overridden(config: Config, folder: pathlib.Path, *overrides: str) -> Config:
     (folder / "changed.json").write_text(config.to_json())
-    return load_config(folder / "changed.json", overrides)
+    return load_config(folder / "changed.json", (f"cache_dir={config.cache_dir}", *overrides))
 
 
 def test_result_and_config(finished: Any) -> None:
     config, workdir, result = finished
     assert (result.step, result.finished) == (6, True)
-    assert read_config(workdir) == config.resolved
+    assert read_config(workdir) == as_saved(config)
     last = [record for record in read_records(workdir) if "eval/loss" in record][-1]
     assert last == {"step": 6, "eval/loss": result.score.loss, "eval/perplexity": result.score.perplexity,
                     "eval/bits_per_byte": result.score.bits_per_byte}  # fmt: skip
@@ -133,7 +133,7 @@ def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) 
     changed = overridden(config, tmp_path, *changes)
     assert run(changed, workdir, profile=(6, 7)).step == 8  # of a trace of steps 6 and 7, step 7 is left
     assert sum(path.stat().st_size for path in (workdir / "profile").rglob("*.xplane.pb")) > 1000
-    assert read_config(workdir) == changed.resolved
+    assert read_config(workdir) == as_saved(changed)
     records = read_records(workdir)
     assert records[: len(before)] == before
     assert [record["step"] for record in records[len(before) :]] == [6, 7, 8, 8, 8]  # its start, …, its end
@@ -159,7 +159,7 @@ def test_execution_and_where_data_lies_may_change(copied: Any, tmp_path: pathlib
     (said,) = [record.message for record in caplog.records if "which choices" in record.message]
     for part in ("train.accumulate_steps 1 → 2", "execution.exchange all_to_all → dedup", "capacity_factor=1"):
         assert part in said
-    assert read_config(workdir) == changed.resolved
+    assert read_config(workdir) == as_saved(changed)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -246,5 +246,7 @@ def test_a_run_keeps_its_tokenizer(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that the run was trained with; bring"):
         run_tokenizer(workdir, config)
     copy.unlink()
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* of which there is no copy"):
+    with pytest.raises(ConfigError, match=r"run holds no tokenizer\.json .*, or resume the run once with train\.py"):
         run_tokenizer(workdir, config)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* of which there is no copy"):
+        run_tokenizer(workdir, config, of_user=True)

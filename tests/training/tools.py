@@ -1,6 +1,7 @@
 """Small runs: a few thousand bytes of text, a model of width 16, and compiled pieces of a trainer."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -48,7 +49,6 @@ def write_config(folder: pathlib.Path) -> pathlib.Path:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=2),
         train=TrainConfig(steps=6, log_every=1, eval_every=3, checkpoint_every=2),
-        cache_dir=str(folder / "cache"),
     )
     path = folder / "config.json"
     path.write_text(config.to_json())
@@ -57,7 +57,12 @@ def write_config(folder: pathlib.Path) -> pathlib.Path:
 
 def small(folder: pathlib.Path, *overrides: str) -> Config:
     """The config of `write_config`, on one device unless the overrides say more."""
-    return load_config(write_config(folder), ("mesh.data=1", *overrides))
+    return load_config(write_config(folder), ("mesh.data=1", f"cache_dir={folder / 'cache'}", *overrides))
+
+
+def as_saved(config: Config) -> Config:
+    """What is read of a workdir: where caches lie is of the reader."""
+    return dataclasses.replace(config.resolved, cache_dir=Config().cache_dir)
 
 
 def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:

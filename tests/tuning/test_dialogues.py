@@ -17,7 +17,7 @@ from bigmac_jax.data.chat import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
-from bigmac_jax.interchange.tokens import copy_tokenizer, end_ids, write_tokenizer
+from bigmac_jax.interchange.tokens import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
 from bigmac_jax.mesh import make_mesh
 from bigmac_jax.serving.chat import load_dialogue
 from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
@@ -185,7 +185,10 @@ def test_another_template_is_refused_before_anything_compiles(
 def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "out").mkdir()
-    copy_tokenizer(model, tmp_path / "run")
+    config = config_of(tmp_path)
+    data = dataclasses.replace(config.data, tokenizer=str(model / "tokenizer.json"))
+    kept = keep_tokenizer(tmp_path / "run", config, *read_tokenizer(dataclasses.replace(config, data=data)))
+    assert kept.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     chat = chat_in(tmp_path / "run")
     assert (chat.template, chat.special) == (TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"})
     tokenizer = bpe()

@@ -1,14 +1,13 @@
 """Scores a model on tasks: rows → examples → requests → log-likelihoods → figures."""
 
 import hashlib
-import json
 import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigmac_jax import hosts, storage
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
 from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, loglikelihoods
@@ -174,7 +173,7 @@ def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: p
         return
     try:
         storage.make_folder(folder)
-        lines = (json.dumps({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
+        lines = (strict_json({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
         (folder / f"{job.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
         if job.kind == "needle":
             from bigmac_jax.evaluation.tasks.needle import draw_needles
