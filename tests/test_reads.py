@@ -220,7 +220,7 @@ def test_the_command_names_what_it_was_given(
     monkeypatch.setattr(cli, "agree", lambda *_: None)
     monkeypatch.setattr(cli, "enter_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1]))
     monkeypatch.setattr(command, "run_folder", lambda _: tmp_path)
-    monkeypatch.setattr(command, "_config", lambda _: load_config("tiny", cli.OVERRIDES))
+    monkeypatch.setattr(command, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
     monkeypatch.setattr(command, "train", lambda *_: loop.Result(7, True, None))
     for flag in (command._WORKDIR, command._PROFILE):
         monkeypatch.setattr(type(flag), "value", "")
