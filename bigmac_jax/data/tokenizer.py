@@ -259,7 +259,7 @@ def encode_at_most(
 
 
 def _token_bytes(values: dict[str, Any]) -> int:
-    """Of a tokenizer.json: the longest token if it is a byte-level BPE, which leaves nothing out; else 0."""
+    """The longest token of a tokenizer.json in bytes, if it is a byte-level BPE, which leaves nothing out; else 0."""
     model, before, added = values["model"], values.get("pre_tokenizer") or {}, values.get("added_tokens") or []
     steps = before.get("pretokenizers", [before])
     whole = (

@@ -29,7 +29,7 @@ ASKED: dict[str, Any] = {"prompt": "the state of", "max_tokens": 12, "temperatur
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serving")
     limits = (f"--queue={QUEUE}", f"--max_choices={CHOICES}", f"--max_body={BODY}", "--timeout=20", "--arrival=8")
-    sizes = (f"--max_length={LONGEST}", "--batch_size=4", "--cache_tokens=1536", "--chunk=64")
+    sizes = (f"--max_length={LONGEST}", "--batch_size=4", "--cache_tokens=1536", "--chunk=64", "--drain=60")
     with Server(trained(folder), *limits, *sizes) as running:
         yield running
 

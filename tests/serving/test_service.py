@@ -155,7 +155,7 @@ async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatc
     served, kept, parse = Served(), [], api.parse
 
     class Fields(dict[str, Any]):
-        """That can be watched."""
+        """A dictionary that can be watched."""
 
     def parsed(body: bytes) -> Fields:
         fields = Fields(parse(body))
