@@ -37,7 +37,7 @@ class Gaps(NamedTuple):
     """How far the student is from its teacher."""
 
     divergence: Array  # KL(teacher ‖ student), nats a target
-    hidden_Y: Array  # |x - x'|² / |x'|² of each layer with experts, of the last one where there are none
+    hidden_Y: Array  # |x - x'|² / |x'|² of each layer behind model.first_dense_layers
 
 
 def distilled_loss(
