@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SAMPLE
+from training.tools import as_saved
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data import documents, local, readers
@@ -257,7 +258,7 @@ def test_a_text_to_score_begins_behind_its_mark(tmp_path):
 def test_whatever_else_is_text_may_have_a_mark(tmp_path, sotu):
     """A config, a tokenizer, a chat template, a machine, a task."""
     config, tokenizer, _ = sotu
-    assert Config.from_json(codecs.BOM_UTF8 + config.to_json().encode()) == config.resolved
+    assert Config.from_json(codecs.BOM_UTF8 + config.to_json().encode()) == as_saved(config)
     (tmp_path / "tokenizer.json").write_bytes(codecs.BOM_UTF8 + tokenizer.json_text.encode())
     data = dataclasses.replace(config.data, tokenizer=str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(dataclasses.replace(config, data=data)).encode("the union") == tokenizer.encode("the union")
