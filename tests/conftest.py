@@ -1,11 +1,16 @@
 """Eight simulated CPU devices, strict rank promotion, exact matmuls."""
 
 import gc
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 import jax
 import pytest
+from absl import flags
 
 if jax.__version_info__[:2] == (0, 10):
     # These programs take seconds to compile and milliseconds to run; without the fusion emitters it is half as long.
@@ -18,6 +23,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # What jax traces and compiles stays, and looking through it again and again was 8 % of the time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[[str], Any]]:
+    """Imports a program of `bigmac_jax.commands`; its flags, which others have as well, are gone behind the test."""
+    before, loaded = set(flags.FLAGS), set(sys.modules)
+    yield lambda name: importlib.import_module(f"bigmac_jax.commands.{name}")
+    for flag in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, flag)
+    for module in set(sys.modules) - loaded:
+        if module.startswith("bigmac_jax.commands."):
+            del sys.modules[module]
 
 
 @pytest.fixture(scope="session", autouse=True)

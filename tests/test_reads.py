@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from bigmac_jax import cli, loop, notebook
-from bigmac_jax.commands import train as command
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
 from bigmac_jax.config.names import field_names
 from bigmac_jax.config.reading import shipped
@@ -213,18 +212,19 @@ def test_a_notebook_sees_them_in_a_warning(
 
 
 def test_the_command_names_what_it_was_given(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: Any
 ) -> None:
     """Also what the default is; and a mesh that has one rank because there is one device."""
+    program = command("train")
     monkeypatch.setattr(cli, "OVERRIDES", ["optimizer.momentum=0.95", "mesh.fsdp=true"])
     monkeypatch.setattr(cli, "agree", lambda *_: None)
     monkeypatch.setattr(cli, "enter_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1]))
-    monkeypatch.setattr(command, "run_folder", lambda _: tmp_path)
-    monkeypatch.setattr(command, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
-    monkeypatch.setattr(command, "train", lambda *_: loop.Result(7, True, None))
-    for flag in (command._WORKDIR, command._PROFILE):
+    monkeypatch.setattr(program, "run_folder", lambda _: tmp_path)
+    monkeypatch.setattr(program, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
+    monkeypatch.setattr(program, "train", lambda *_: loop.Result(7, True, None))
+    for flag in (program._WORKDIR, program._PROFILE):
         monkeypatch.setattr(type(flag), "value", "")
-    assert command.main() == 0
+    assert program.main() == 0
     assert caplog.messages == [
         "set, but not read: mesh.fsdp=True (a mesh of one rank); optimizer.momentum=0.95 (optimizer.name=adamw)"
     ]

@@ -32,7 +32,7 @@ def main(topology: str, exchange: str, factor: str, chunks: str, sequences: str)
         structure="bigmac", hidden_size=WIDTH, num_heads=16, num_layers=1, num_experts=EXPERTS, top_k=TOP_K,
         capacity_factor=float(factor),
     )  # fmt: skip
-    execution = ExecutionConfig("bfloat16", exchange=exchange, overlap_chunks=int(chunks))
+    execution = ExecutionConfig("bfloat16", exchange=exchange, buffer_factor=math.inf, overlap_chunks=int(chunks))
     data = DataConfig(batch_size=devices.size * int(sequences), sequence_length=LENGTH)
     config = Config(model=model, execution=execution, mesh=MeshConfig(expert=devices.size), data=data)
     lowered = program.layer(config, gradients=True, mesh=mesh).lower()

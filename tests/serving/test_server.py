@@ -17,6 +17,8 @@ from typing import Any
 import openai
 import pytest
 
+from bigmac_jax.config import ConfigError
+
 from .running import KEY, Server, trained
 
 LONGEST, QUEUE, CHOICES, BODY = 512, 6, 4, 20_000
@@ -395,10 +397,8 @@ def test_sigterm_lets_running_requests_end(server: Server) -> None:
         server.ask("/health")
 
 
-def test_bad_flags_are_one_line(tmp_path: pathlib.Path) -> None:
-    from bigmac_jax.commands import serve  # its flags are defined once a process
-    from bigmac_jax.config import ConfigError
-
+def test_bad_flags_are_one_line(tmp_path: pathlib.Path, command: Any) -> None:
+    serve = command("serve")
     with pytest.raises(ConfigError, match=r"api_key_file=.* cannot be read"):
         serve._key(str(tmp_path / "none"))
     (tmp_path / "empty").touch()

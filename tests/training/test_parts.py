@@ -24,19 +24,22 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "bigmac": {"z_loss_coefficient": 0.1},
     "dense": {"structure": "dense"},
     "fine_grained": {"structure": "fine_grained", "router_scores": "sigmoid", "balance": "bias"},
+}
+OTHER_STRUCTURES: dict[str, dict[str, Any]] = {
     "vanilla": {"structure": "vanilla", "num_experts": 64, "vanilla_top_k": 2},
+    "control": {"structure": "fine_grained", "latent_norm": "skip", "balance": "quantile", "norm": "layernorm"},
 }
 OBJECTIVES = ("pretrain", "sft", "dpo", "distilled")
 DOCUMENTS = ("stream", "masked", "best_fit")
 # data, node, expert, tensor, fsdp. Behind the axes that split the batch stand some of size one.
-MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1, True)]
-OTHER_MESHES = [(2, 1, 1), (1, 1, 2), (1, 2, 2)]
+MESHES = [(1, 1, 1), (4, 2, 1), (2, 1, 1, 2)]
+OTHER_MESHES = [(4, 1, 1, 1, True), (2, 1, 1), (1, 1, 2), (1, 2, 2)]
 ROWS, PARTS = (1, 2, 3), (2, 4)
 L = 8
 
 
 def config_of(structure: str, objective: str, documents: str, mesh: tuple[Any, ...], batch: int, parts: int) -> Config:
-    given = {"num_layers": 1, "balance_coefficient": 0.5} | STRUCTURES[structure]
+    given = {"num_layers": 1, "balance_coefficient": 0.5} | (STRUCTURES | OTHER_STRUCTURES)[structure]
     config = tiny(mesh, batch=batch, length=L, **given)
     tuning = TuningConfig(objective=objective if objective in ("sft", "dpo") else "pretrain")
     if objective == "distilled":
@@ -94,7 +97,7 @@ def gradients(config: Config, batch: Batch) -> dict[str, np.ndarray]:
 
 FACTORS = (STRUCTURES, OBJECTIVES, DOCUMENTS, MESHES, ROWS, PARTS)
 COVERING = pairwise(*FACTORS)
-EVERY = itertools.product(STRUCTURES, OBJECTIVES, DOCUMENTS, MESHES + OTHER_MESHES, ROWS, PARTS)
+EVERY = itertools.product([*STRUCTURES, *OTHER_STRUCTURES], OBJECTIVES, DOCUMENTS, MESHES + OTHER_MESHES, ROWS, PARTS)
 CASES = [*COVERING, *(pytest.param(*case, marks=pytest.mark.full) for case in EVERY if case not in set(COVERING))]
 
 
@@ -114,9 +117,8 @@ def test_parts_meshes_and_rows_change_nothing(
         np.testing.assert_allclose(*skip, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "parts"), [((2, 1, 1), 2), *(pytest.param(mesh, 4, marks=pytest.mark.full) for mesh in MESHES)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("mesh", "parts"), [((2, 1, 1), 2), *((mesh, 4) for mesh in MESHES + OTHER_MESHES)])
 def test_balance_by_part_is_the_mean_of_the_parts_alone(mesh: tuple[Any, ...], parts: int) -> None:
     """balance_scope=part: each part has its own f and P, over the tokens that it has; all else is of the whole step."""
     fields = ("fine_grained", "pretrain", "best_fit")
