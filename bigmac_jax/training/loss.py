@@ -64,15 +64,19 @@ def loss_fn(
 ) -> tuple[Array, LossParts]:
     """Cross-entropy of the targets, plus the router's losses, summed over layers."""
     config = model.config.model
-    x_BLD, aux = model.features(
+    x_BLD, aux = _features(model, batch, dropout_key, share)
+    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
+    return with_router_losses(config, ce, aux), LossParts(ce, aux)
+
+
+def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, Aux]:
+    return model.features(
         batch.inputs_BL,
         batch.segments_BL,
         dropout_key=dropout_key,
         load_YE=share.load_YE,
         padding=share.padding(batch),
     )
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
-    return with_router_losses(config, ce, aux), LossParts(ce, aux)
 
 
 def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
@@ -196,13 +200,7 @@ def token_nll(
         nll_T = jax.lax.scan(body, None, xs)[1]
         return _own_part(nll_T.reshape(x_BLD.shape[0], -1), targets_BL.shape[1])
 
-    x_BLD, aux = model.features(
-        batch.inputs_BL,
-        batch.segments_BL,
-        dropout_key=dropout_key,
-        load_YE=share.load_YE,
-        padding=share.padding(batch),
-    )
+    x_BLD, aux = _features(model, batch, dropout_key, share)
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2)), aux
 
