@@ -23,10 +23,11 @@ from bigmac_jax.data.chat import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
-from bigmac_jax.interchange.layout import Format, Leaves, Tensor, leaf_name, named_leaves
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
 from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.locks import held
 from bigmac_jax.mesh import make_mesh, placed
+from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.arrays import nonfinite
 from bigmac_jax.training.fresh import check_fresh, refuse_a_run, write_fresh_run

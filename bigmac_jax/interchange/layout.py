@@ -23,6 +23,7 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.interchange.shards import Checkpoint, Index
 from bigmac_jax.interchange.tokens import NAMES
+from bigmac_jax.model.parameters import leaf_name
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
@@ -97,11 +98,6 @@ class Format(Protocol):
 def must(**conditions: tuple[Any, bool, str]) -> list[str]:
     """The conditions, field=(value, holds, what it must be), that don't hold, as text."""
     return [f"{field}={value} must be {wanted}" for field, (value, holds, wanted) in conditions.items() if not holds]
-
-
-def leaf_name(path: Any) -> str:
-    """A parameter's name from its path in the model."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def named_leaves(model: Any) -> Leaves:

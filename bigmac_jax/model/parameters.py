@@ -20,6 +20,11 @@ from bigmac_jax.config import Config, ExecutionConfig
 from bigmac_jax.mesh import Crossing, Entry, Weight, fully_sharded, names
 
 
+def leaf_name(path: Any) -> str:
+    """A parameter's name from its path in the model."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
 @dataclass(frozen=True)
 class Declaration:
     """A parameter.

@@ -15,6 +15,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
+from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.storage import is_store
 
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
@@ -80,16 +81,12 @@ def nonfinite(tree: Any) -> str:
     processes must call it."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     finite = jax.device_get(_finite([leaf for _, leaf in paths]))
-    return next((_name(path) for (path, _), good in zip(paths, finite, strict=True) if not good), "")
+    return next((leaf_name(path) for (path, _), good in zip(paths, finite, strict=True) if not good), "")
 
 
 @jax.jit
 def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _damage(error: BaseException, store: bool) -> str:
@@ -127,7 +124,7 @@ def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {_name(keys).split(".", 1)[1]: leaf.shape for keys, leaf in paths}
+        return {leaf_name(keys).split(".", 1)[1]: leaf.shape for keys, leaf in paths}
 
     path = directory / str(step) / "model"
     saved, wanted = shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree), shapes(abstract)

@@ -158,10 +158,9 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
         nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
         return nll_BL, likeliest_BL
 
-    if batch.segments_BL is None:
+    padding = WHOLE.padding(batch)
+    if padding is None:
         padding = Padding.of(_behind_targets(batch.targets_BL))
-    else:
-        padding = Padding.of(batch.segments_BL == PADDING)
     x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, padding=padding, evaluating=True)
     targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
     specs = token_spec(2), token_spec(2)

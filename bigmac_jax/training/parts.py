@@ -1,6 +1,6 @@
 """A step's gradient, computed in parts where its activations don't fit at once.
 
-B batch, L length, M parts of the batch, S ranks that split it, Y layers, E experts.
+B batch, L length, M parts of the batch, Y layers, E experts.
 """
 
 from collections.abc import Callable
