@@ -18,8 +18,8 @@ import numpy as np
 from absl import app, flags
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, split_spec
-from bigmac_jax.model.attention_kernels import causal_attention
+from bigmac_jax.model.kernels.flash_attention import causal_attention
+from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, split_spec
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
 

@@ -12,7 +12,7 @@ last of which the run is trained with.
     python -m benchmarks.buffers --cpu_devices=8 --config.mesh.expert=8
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -27,11 +27,11 @@ import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, from_dict, load_config  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from bigmac_jax.mesh import batch_spec, place  # noqa: E402
+from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags
 
-from bigmac_jax.storage import write_whole
+from bigmac_jax.runtime.storage import write_whole
 
 _FOLDER = flags.DEFINE_string("folder", "runs/conversion", "Of the runs.")
 _SEEDS = flags.DEFINE_list("seeds", ["1234", "1", "2"], "Of the upcycled runs.")

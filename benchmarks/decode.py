@@ -9,7 +9,7 @@ each step and memory, by the number of tokens that have been generated.
     python -m benchmarks.decode
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -31,12 +31,12 @@ from jax import Array  # noqa: E402
 
 from benchmarks.peers.worker import Worker  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402
 from bigmac_jax.interchange import export_model  # noqa: E402
-from bigmac_jax.mesh import token_spec  # noqa: E402
+from bigmac_jax.model.mesh import token_spec  # noqa: E402
 from bigmac_jax.model.transformer import Transformer, init_model  # noqa: E402
 
 matplotlib.use("Agg")

@@ -5,7 +5,7 @@ that are not there, bigmac and fine_grained, and reads what stands between the s
 libtpu (the extra `tpu`); one to three minutes a program. JSON lines; a picture.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -16,9 +16,9 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.planning.plan import Request, make_plan  # noqa: E402
+from bigmac_jax.planning.planner import Request, make_plan  # noqa: E402
 
 _CONFIG = flags.DEFINE_string(
     "config", "configs/paper/gpt3_xl.py", "Config file; --config.a.b=value overrides a field."

@@ -10,7 +10,7 @@ speed-up, the median over rounds of fine_grained's time over its own.
     python -m benchmarks.inference --cpu_devices=8 --ranks=8
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -26,7 +26,7 @@ from absl import flags  # noqa: E402
 
 from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig  # noqa: E402
 from bigmac_jax.inference import Generator  # noqa: E402
 from bigmac_jax.model.transformer import init_model  # noqa: E402

@@ -12,7 +12,7 @@ the compiled program.
     python -m benchmarks.layer --cpu_devices=8 --ranks=8 --cases=bigmac:all_to_all:1.25,fine_grained:all_to_all:1.25
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -31,12 +31,12 @@ from jax import Array  # noqa: E402
 
 from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig  # noqa: E402
-from bigmac_jax.counts import tokens_at_a_time  # noqa: E402
-from bigmac_jax.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
+from bigmac_jax.model.counts import tokens_at_a_time  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
+from bigmac_jax.model.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 

@@ -4,7 +4,7 @@ Prints JSON lines: tokens a second of the jitted step in a bare loop on one resi
 the input pipeline alone, and their ratios.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -19,13 +19,13 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.data.batch import Batch  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from bigmac_jax.loop import train  # noqa: E402
-from bigmac_jax.mesh import batch_spec, place  # noqa: E402
+from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
+from bigmac_jax.run.loop import train  # noqa: E402
 from bigmac_jax.training.records import read_records  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 

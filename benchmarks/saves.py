@@ -26,8 +26,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.ports import free_port
-from bigmac_jax import hosts
 from bigmac_jax.config import Config
+from bigmac_jax.runtime import hosts
 from bigmac_jax.training import arrays, manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import TrainState

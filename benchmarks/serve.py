@@ -12,7 +12,7 @@ model: its continuous batching, and `generate` on one batch after the other.
     python -m benchmarks.serve --peers
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -30,7 +30,7 @@ from absl import flags  # noqa: E402
 
 from benchmarks.peers.worker import Worker  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator, Sampling  # noqa: E402

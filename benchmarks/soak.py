@@ -28,8 +28,8 @@ from absl import app, flags, logging
 from benchmarks import stores
 from benchmarks.ports import free_port
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from bigmac_jax.mesh import make_mesh
-from bigmac_jax.storage import locate
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.runtime.storage import locate
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 

@@ -6,7 +6,7 @@ matmul rate, and the ratio to the first case (below 1 is faster).
     python -m benchmarks.step --cases=fine_grained,bigmac,dense,bigmac:bfloat16
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -18,9 +18,9 @@ from absl import flags  # noqa: E402
 
 from benchmarks.stepper import Stepper  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
-from bigmac_jax.counts import flops  # noqa: E402
+from bigmac_jax.model.counts import flops  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")

@@ -7,7 +7,7 @@ import numpy as np
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import batch_spec, place
+from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.step import make_trainer
 
 

@@ -22,8 +22,8 @@ from bigmac_jax import restore
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.harness import BigMacLM
 from bigmac_jax.evaluation.loglikelihood import loglikelihoods
-from bigmac_jax.evaluation.tasks.metrics import judge, summarise
 from bigmac_jax.evaluation.tasks.run import open_jobs
+from bigmac_jax.evaluation.tasks.scores import judge, summarise
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _ROWS = flags.DEFINE_string("rows", None, "The folder of rows.", required=True)

@@ -11,9 +11,9 @@ import pathlib
 import matplotlib
 from absl import app, flags
 
-from bigmac_jax.mesh import EXPERT_GROUP
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import row_bytes
+from bigmac_jax.model.mesh import EXPERT_GROUP
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

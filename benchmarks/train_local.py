@@ -4,13 +4,12 @@ The rows of the MoE layers stay on their rank (`benchmarks.local`); gradients ar
 time of a step, not for what it learns.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
 from benchmarks.local import local_exchange  # noqa: E402
-from bigmac_jax import cli  # noqa: E402
-from bigmac_jax.commands import train  # noqa: E402
+from bigmac_jax.commands import cli, train  # noqa: E402
 
 if __name__ == "__main__":
     with local_exchange():

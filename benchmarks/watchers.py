@@ -1,7 +1,7 @@
 """What it costs to watch a large job: python -m benchmarks.watchers [--counts=8,32,128,256 --seconds=20].
 
 Two processes with jax's coordination service between them: one is process 0 of a job of N, the other simulates the
-N − 1 others, each with the threads, states and requests of `watch.Watch`. After `seconds` one of those falls silent.
+N − 1 others, each with the threads, states and requests of `watchdog.Watch`. After `seconds` one of those falls silent.
 A JSON line a count: requests a second of a process, processor time of process 0 as a share of a core, and the seconds
 until the silent one is named.
 """
@@ -21,8 +21,8 @@ from absl import app, flags
 from jax._src import distributed
 
 from benchmarks.ports import free_port
-from bigmac_jax.phases import Phases
-from bigmac_jax.watch import Watch
+from bigmac_jax.runtime.clock import Phases
+from bigmac_jax.runtime.watchdog import Watch
 
 _COUNTS = flags.DEFINE_list("counts", ["8", "32", "128", "256"], "Processes of the job.")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Before one falls silent.")

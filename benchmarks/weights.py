@@ -1,7 +1,7 @@
 """What weights of fewer bits cost: python -m benchmarks.weights --workdir=DIR. Perplexity of the run's validation split
 and bytes of the weights, in float32, bfloat16 and int8 (JSON lines)."""
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -15,14 +15,14 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 from jax import Array  # noqa: E402
 
-from bigmac_jax import cli  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import with_mesh  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream  # noqa: E402
-from bigmac_jax.decoding.cache import make_decoder  # noqa: E402
-from bigmac_jax.decoding.weights import fits, quantized, widened  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
+from bigmac_jax.inference.int8_weights import fits, quantized, widened  # noqa: E402
+from bigmac_jax.inference.kv_cache import make_decoder  # noqa: E402
 from bigmac_jax.model.parameters import Declaration, map_declared  # noqa: E402
-from bigmac_jax.programs import evaluation_rows  # noqa: E402
+from bigmac_jax.training.programs import evaluation_rows  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_tokenizer  # noqa: E402
 from bigmac_jax.tuning import restore  # noqa: E402
 

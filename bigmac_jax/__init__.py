@@ -7,10 +7,10 @@ if TYPE_CHECKING:
     from bigmac_jax.config import Config, ConfigError, load_config
     from bigmac_jax.inference import Generator, Sampling
     from bigmac_jax.interchange import export_model, import_model
-    from bigmac_jax.mesh import make_mesh
     from bigmac_jax.model import exchange
+    from bigmac_jax.model.mesh import make_mesh
     from bigmac_jax.model.transformer import init_model
-    from bigmac_jax.notebook import metrics, plan, train
+    from bigmac_jax.run.notebook import metrics, plan, train
     from bigmac_jax.tuning import restore
 
 __version__ = "0.1.0"
@@ -44,11 +44,11 @@ _HOME = {
     "import_model": "interchange",
     "init_model": "model.transformer",
     "load_config": "config",
-    "make_mesh": "mesh",
-    "metrics": "notebook",
-    "plan": "notebook",
+    "make_mesh": "model.mesh",
+    "metrics": "run.notebook",
+    "plan": "run.notebook",
     "restore": "tuning",
-    "train": "notebook",
+    "train": "run.notebook",
 }
 
 

@@ -28,6 +28,7 @@ gc.set_threshold(50_000, 20, 50)
 @pytest.fixture
 def command() -> Iterator[Callable[[str], Any]]:
     """Imports a program of `bigmac_jax.commands`; its flags, which others have as well, are gone behind the test."""
+    importlib.import_module("bigmac_jax.commands.cli")  # what all share stays
     before, loaded = set(flags.FLAGS), set(sys.modules)
     yield lambda name: importlib.import_module(f"bigmac_jax.commands.{name}")
     for flag in set(flags.FLAGS) - before:

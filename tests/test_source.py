@@ -99,17 +99,15 @@ def _is_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-# A room imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, which names what a notebook
-# imports, stands outside.
-ROOMS = (
-    "signals", "environment", "phases", "config", "storage", "rendezvous", "stderr", "hosts", "progress", "mesh",
-    "watch", "locks", "data", "model", "counts", "training", "decoding", "programs", "inference", "interchange",
-    "tuning", "conversion", "evaluation", "planning", "report", "start", "loop", "notebook", "serving", "selfcheck",
-    "cli", "commands",
+# A package imports only from those left of it (docs/structure.md). `bigmac_jax/__init__.py`, what a notebook imports,
+# stands outside.
+PACKAGES = (
+    "config", "runtime", "data", "model", "training", "inference", "interchange", "tuning", "evaluation", "planning",
+    "report", "run", "serving", "selfcheck", "commands",
 )  # fmt: skip
 
 
-def imported_rooms(path: pathlib.Path) -> set[str]:
+def imported_packages(path: pathlib.Path) -> set[str]:
     """Those of bigmac_jax that a file imports from, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -124,15 +122,21 @@ def imported_rooms(path: pathlib.Path) -> set[str]:
 def test_imports_run_one_way() -> None:
     package, seen = ROOT / "bigmac_jax", set()
     for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
-        if room == "__init__":
+        name, *inner = path.relative_to(package).parts
+        if not inner:
+            assert name in ("__init__.py", "__main__.py"), f"{name} is in no package"
             continue
-        room = "commands" if path.name == "__main__.py" else room
-        seen.add(room)
-        assert room in ROOMS, f"{room} has no place in ROOMS"
-        behind = {other for other in imported_rooms(path) if ROOMS.index(other) > ROOMS.index(room)}
-        assert not behind, f"{path.relative_to(ROOT)} imports from {sorted(behind)}"
-    assert seen == set(ROOMS)
+        seen.add(name)
+        position = PACKAGES.index("commands" if path.name == "__main__.py" else name)
+        later = {other for other in imported_packages(path) if PACKAGES.index(other) > position}
+        assert not later, f"{path.relative_to(ROOT)} imports from {sorted(later)}"
+    assert seen == set(PACKAGES)
+
+
+def test_a_file_is_known_by_its_name() -> None:
+    """A command is named as the package that does its work; else no two files have one name."""
+    names = [path.name for path in (ROOT / "bigmac_jax").rglob("*.py") if path.parent.name != "commands"]
+    assert {n for n in names if names.count(n) > 1} == {"__init__.py", "__main__.py"}
 
 
 def test_json_says_whether_it_may_hold_nan() -> None:

@@ -11,7 +11,7 @@ its tokens a second over each peer's, the median over rounds.
 A peer that is not installed is left out, with one line that says so.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()  # for the workers too, which inherit it: the peers gain from it as well
 

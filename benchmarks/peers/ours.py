@@ -10,7 +10,7 @@ import jax
 
 from benchmarks.peers import B1, B2, LEARNING_RATE, SHAPE, WEIGHT_DECAY, serve
 from benchmarks.stepper import Stepper
-from bigmac_jax import cli
+from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.training.step import make_trainer
 

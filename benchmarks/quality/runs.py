@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.quality.grid import Condition
 from bigmac_jax.config import load_config
-from bigmac_jax.counts import flops, parameters
-from bigmac_jax.storage import write_whole
+from bigmac_jax.model.counts import flops, parameters
+from bigmac_jax.runtime.storage import write_whole
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/tiny.py"

@@ -4,7 +4,7 @@ One process of several, as train.py. WORKDIR/metrics.jsonl gets a line a pass: s
 exchange (`benchmarks.local`). The capacity factor is the config's.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -17,10 +17,11 @@ from absl import flags  # noqa: E402
 
 from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.reproduce.timed import log_steps  # noqa: E402
-from bigmac_jax import cli, hosts  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.mesh import batch_spec, place  # noqa: E402
+from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.model.transformer import init_model  # noqa: E402
+from bigmac_jax.runtime import hosts  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/forward", "Where metrics.jsonl is written.")

@@ -4,7 +4,7 @@ One process of several, as train.py. Through `Generator`, dropless. WORKDIR/metr
 step_time_s, from the prompts' ids to the last token. Several --new are taken by turns, a batch each.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -16,11 +16,12 @@ import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.reproduce.timed import log_steps  # noqa: E402
-from bigmac_jax import cli, hosts  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.inference import Generator  # noqa: E402
 from bigmac_jax.model.transformer import init_model  # noqa: E402
+from bigmac_jax.runtime import hosts  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file; --config.a.b=value overrides a field.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/generation", "Where metrics.jsonl is written.")

@@ -5,7 +5,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from bigmac_jax import hosts
+from bigmac_jax.runtime import hosts
 
 
 def log_steps(folder: pathlib.Path, steps: int, once: Callable[[], object]) -> None:

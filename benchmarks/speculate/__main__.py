@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 from benchmarks.cluster import Cluster, ClusterError, Network, bits_per_second
 from benchmarks.reproduce.lab import ROOT
 from benchmarks.reproduce.machine import commit, describe_machine
-from bigmac_jax.storage import write_whole
+from bigmac_jax.runtime.storage import write_whole
 
 HOSTS = 4
 OUTPUT, PICTURE = "docs/results/speculation.json", "docs/images/speculation.png"

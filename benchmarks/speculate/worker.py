@@ -5,7 +5,7 @@ OUTPUT gets JSON lines, one for each batch size and draft length (0: plain): sec
 tokens, and how many completions differ from plain decoding's, of those how many first where two tokens are as likely.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -20,13 +20,14 @@ from typing import Any  # noqa: E402
 from absl import flags  # noqa: E402
 
 from benchmarks.timing import alternate  # noqa: E402
-from bigmac_jax import cli, hosts  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import with_mesh  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream  # noqa: E402
 from bigmac_jax.inference import Completion, Generator, Speculation  # noqa: E402
+from bigmac_jax.inference.decoding import Drafting  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
-from bigmac_jax.phases import NOW  # noqa: E402
-from bigmac_jax.programs import Drafting  # noqa: E402
+from bigmac_jax.runtime import hosts  # noqa: E402
+from bigmac_jax.runtime.clock import NOW  # noqa: E402
 from bigmac_jax.training.restored import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
 

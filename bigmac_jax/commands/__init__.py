@@ -9,7 +9,8 @@ import pathlib
 import sys
 from typing import NoReturn
 
-from bigmac_jax import __version__, environment, signals
+from bigmac_jax import __version__
+from bigmac_jax.runtime import environment, signals
 
 # name → (module with `run()`, what it does)
 COMMANDS = {

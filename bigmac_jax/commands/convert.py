@@ -12,16 +12,17 @@ import pathlib
 
 from absl import flags
 
-from bigmac_jax import cli, conversion, hosts, storage
+from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, with_mesh
-from bigmac_jax.conversion import runs
-from bigmac_jax.data.chat import chat_in
+from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.fresh import refuse_a_run
 from bigmac_jax.training.restored import restore_parts
 from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer
-from bigmac_jax.tuning import restore_step
+from bigmac_jax.tuning import conversion, restore_step
+from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.peft import export_adapters
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is converted, or what import writes.")
@@ -104,7 +105,7 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     saved = with_mesh(
         read_config(workdir), [given for given in cli.OVERRIDES if given.startswith(("mesh.", "cache_dir="))]
     )
-    runs.set_anew(saved, cli.OVERRIDES)  # before the work
+    converted_run.set_anew(saved, cli.OVERRIDES)  # before the work
     tokenizer = run_tokenizer(workdir, saved)
     train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
     if isinstance(train, Conversations) or isinstance(validation, Conversations):
@@ -116,14 +117,16 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
         name_data(workdir, saved, split)
     layers: list[conversion.LayerError] = []
     if action == "latent":
-        batches = runs.windows(saved, train, _TOKENS.value)
+        batches = converted_run.windows(saved, train, _TOKENS.value)
         config, result, layers = conversion.narrow(saved, model, batches, _RATIO.value, _LATENT_NORM.value)
     elif action == "upcycle":
         config, result = conversion.upcycle(saved, model, _EXPERTS.value, _TOP_K.value)
     else:
         config, result = conversion.widen(saved, model, _COPIES.value, _NOISE.value)
-    report = runs.report(action, model, result, layers, runs.windows(saved, validation, _TOKENS.value))
-    config = runs.write_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
+    report = converted_run.report(
+        action, model, result, layers, converted_run.windows(saved, validation, _TOKENS.value)
+    )
+    config = converted_run.write_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")
 

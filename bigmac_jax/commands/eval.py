@@ -5,18 +5,19 @@ from typing import Any
 
 from absl import flags
 
-from bigmac_jax import cli, hosts, storage
+from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.config.reads import notes_of_evaluation
-from bigmac_jax.data.cache import TokenStream
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate, read
 from bigmac_jax.evaluation.sources import open_sources, own_sources, report
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
-from bigmac_jax.programs import evaluation_rows
-from bigmac_jax.progress import Progress
+from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.restored import find_checkpoint
 from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer, with_own_template
 from bigmac_jax.tuning import restore

@@ -1,11 +1,11 @@
 """Lists the config's fields with their defaults, meaning and choices: bigmac fields [GROUP | GROUP.FIELD …]."""
 
-from bigmac_jax import cli
-from bigmac_jax.config import reference
+from bigmac_jax.commands import cli
+from bigmac_jax.config import field_docs
 
 
 def main() -> None:
-    print(reference.describe(cli.ARGUMENTS))
+    print(field_docs.describe(cli.ARGUMENTS))
 
 
 def run() -> None:

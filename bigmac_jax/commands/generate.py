@@ -11,14 +11,14 @@ import time
 
 from absl import flags
 
-from bigmac_jax import cli, hosts
-from bigmac_jax.commands import speculation
+from bigmac_jax.commands import cli, speculation
 from bigmac_jax.config import ConfigError, strict_json, with_mesh
-from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
-from bigmac_jax.phases import NOW
-from bigmac_jax.progress import Progress
+from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.workdir import read_config, run_folder
 from bigmac_jax.tuning import restore
 

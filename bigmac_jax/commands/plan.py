@@ -1,20 +1,21 @@
-r"""Says what a configuration costs before it runs: python plan.py --config=PATH [--config.a.b=value …].
+r"""Says what a configuration costs before it runs: python planner.py --config=PATH [--config.a.b=value …].
 
-    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
-    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
-    python plan.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
+    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
+    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
+    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
         --sweep structure=fine_grained,bigmac top_k=1,2,4,8
-    python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
+    python planner.py --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
 import jax
 from absl import flags
 
-from bigmac_jax import cli, storage
+from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, load_config, strict_json
 from bigmac_jax.config.reads import notes
-from bigmac_jax.planning import pictures, plan, report
+from bigmac_jax.planning import pictures, planner, report
 from bigmac_jax.planning.candidates import HEADROOM
+from bigmac_jax.runtime import storage
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
@@ -40,7 +41,7 @@ def main() -> None:
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
     config = load_config(_CONFIG.value, cli.OVERRIDES)
     cli.warn(notes(config, cli.given_fields()))
-    request = plan.Request(
+    request = planner.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,
         hardware=_HARDWARE.value,
@@ -50,7 +51,7 @@ def main() -> None:
         search=_SEARCH.value,
         headroom=_HEADROOM.value,
     )
-    result = plan.make_plan(config, request)
+    result = planner.make_plan(config, request)
     if not _JSON.value:
         report.show(result)
     if _PLOT.value:

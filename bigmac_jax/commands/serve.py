@@ -11,16 +11,16 @@ import socket
 
 from absl import flags
 
-from bigmac_jax import cli, hosts
-from bigmac_jax.commands import speculation
+from bigmac_jax.commands import cli, speculation
 from bigmac_jax.config import ConfigError, with_mesh
-from bigmac_jax.decoding.cache import WEIGHTS
 from bigmac_jax.inference import Generator
-from bigmac_jax.serving.chat import load_dialogue
+from bigmac_jax.inference.kv_cache import WEIGHTS
+from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.storage import absolute
+from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits
-from bigmac_jax.serving.schedule import follow
+from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import serve
-from bigmac_jax.storage import absolute
 from bigmac_jax.training.workdir import read_config, run_folder
 from bigmac_jax.tuning import restore
 

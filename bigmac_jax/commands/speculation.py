@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from bigmac_jax.decoding.draft import STAND_INS, Speculation
+from bigmac_jax.inference.drafter import STAND_INS, Speculation
 
 
 def define(module: str) -> Callable[[], Speculation]:

@@ -6,11 +6,12 @@ import sys
 
 from absl import flags
 
-from bigmac_jax import cli, hosts
+from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, check_batch, load_config
 from bigmac_jax.config.reading import freed, of_saved, overridden, places_of
 from bigmac_jax.config.reads import notes
-from bigmac_jax.loop import train
+from bigmac_jax.run.loop import train
+from bigmac_jax.runtime import hosts
 from bigmac_jax.training.guard import RunError
 from bigmac_jax.training.workdir import has_run, read_config, run_folder
 from bigmac_jax.tuning.origin import config_of, open_origin

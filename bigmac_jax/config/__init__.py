@@ -1,6 +1,9 @@
 """The configuration: frozen dataclasses, resolved and validated once."""
 
-from bigmac_jax.config.fields import (
+from bigmac_jax.config.objects import parse_object, read_object, sealed, strict_json, unsealed
+from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
+from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
+from bigmac_jax.config.sections import (
     Config,
     DataConfig,
     ExecutionConfig,
@@ -11,9 +14,6 @@ from bigmac_jax.config.fields import (
     from_dict,
     second_edition,
 )
-from bigmac_jax.config.objects import parse_object, read_object, sealed, strict_json, unsealed
-from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
 from bigmac_jax.config.tuning import LORA_TARGETS, TuningConfig
 
 __all__ = [

@@ -16,9 +16,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bigmac_jax.config.fields import Config, ModelConfig, OptimizerConfig, from_dict, moved
 from bigmac_jax.config.names import field_names, nearest, question, unknown_field
 from bigmac_jax.config.rules import OR_AUTO, TOKENIZER_SIZES, ConfigError, check_batch
+from bigmac_jax.config.sections import Config, ModelConfig, OptimizerConfig, from_dict, moved
 
 # What a resumed run may change (docs/training.md, "Resuming"): how it is executed, periodic actions, and where its data
 # lies, as long as that is the same (`training.workdir.check_data`).

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bigmac_jax.config.fields import Config
+from bigmac_jax.config.sections import Config
 
 # The setting for which a field is not read; "" where it is read.
 Unread = Callable[[Config], str]
@@ -112,7 +112,7 @@ _WHATEVER = {
     "tuning": "objective chat_template lora_rank teacher",
     "": "cache_dir",
 }
-# field: condition under which it is read. Every field stands here (tests/test_reads.py).
+# field: condition under which it is read. Every field stands here (tests/config/test_reads.py).
 READ: dict[str, Unread] = {
     **{f"{group}.{name}".lstrip("."): _always for group, names in _WHATEVER.items() for name in names.split()},
     "model.rope_theta": _with("model.positions", "rope"),

@@ -1,6 +1,6 @@
 """Settings that several config files share."""
 
-from bigmac_jax.config.fields import (
+from bigmac_jax.config.sections import (
     Config,
     DataConfig,
     ExecutionConfig,

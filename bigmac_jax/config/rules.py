@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigmac_jax.config.tuning import validate_tuning
 
 if TYPE_CHECKING:
-    from bigmac_jax.config.fields import Config, MeshConfig, ModelConfig
+    from bigmac_jax.config.sections import Config, MeshConfig, ModelConfig
 
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
 EXCHANGES = ("auto", "all_to_all", "dedup", "hierarchical", "gather", "ragged")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigmac_jax.config.fields import Config
+    from bigmac_jax.config.sections import Config
 
 # Parts of the model that adapters can stand on, as their parameters declare them.
 LORA_TARGETS = ("attention", "projections", "shared", "experts", "mlp", "router")

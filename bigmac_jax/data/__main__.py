@@ -3,7 +3,7 @@ there are. No device is touched."""
 
 from absl import flags
 
-from bigmac_jax import cli
+from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.data.pipeline import prepare
 

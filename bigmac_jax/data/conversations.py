@@ -18,12 +18,12 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING
-from bigmac_jax.data.chat import ChatError, Piece, load_chat
+from bigmac_jax.data.chat_template import ChatError, Piece, load_chat
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import Seen, decode, once
 from bigmac_jax.data.kinds import broken, kind_of, open_content
 from bigmac_jax.data.kinds import errors as kind_errors
-from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.local_files import LocalDocuments
 from bigmac_jax.data.packing import best_fit
 from bigmac_jax.data.splits import Held, hold_out, key_of
 from bigmac_jax.data.tokenizer import Tokenizer

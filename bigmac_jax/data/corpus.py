@@ -10,7 +10,7 @@ from bigmac_jax.config.mixture import parse_mixture
 from bigmac_jax.data.datasets import DATASET, TfdsDocuments
 from bigmac_jax.data.documents import Content, Documents, Seen, Unit
 from bigmac_jax.data.hub import HUB, hub_documents
-from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.local_files import LocalDocuments
 from bigmac_jax.data.readers import Wanted
 from bigmac_jax.data.splits import SPLITS
 

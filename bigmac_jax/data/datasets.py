@@ -21,10 +21,10 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Content, Documents, Seen, Unit, one_line
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
+from bigmac_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 DATASET = "tfds:"

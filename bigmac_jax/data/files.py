@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
+from bigmac_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
@@ -48,7 +48,7 @@ def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of `path` (`storage.locks`), and waits for whoever holds it."""
+    """Holds the lock of `path` (`storage.leases`), and waits for whoever holds it."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(storage.locked(path.with_name(f".{path.name}.lock"), say=_log.warning))

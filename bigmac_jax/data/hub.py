@@ -8,7 +8,7 @@ from typing import Any
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import one_line
-from bigmac_jax.data.local import FileDocuments
+from bigmac_jax.data.local_files import FileDocuments
 from bigmac_jax.data.readers import Wanted
 
 HUB = "hf:"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Seen, one_line
+from bigmac_jax.runtime import storage
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")

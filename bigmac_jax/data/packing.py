@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax.data.batch import NO_TARGET, PADDING
-from bigmac_jax.data.cache import TokenStream
+from bigmac_jax.data.token_cache import TokenStream
 
 _SCANNED = 1 << 22  # tokens that are looked through at a time
 

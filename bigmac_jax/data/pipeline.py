@@ -12,18 +12,18 @@ import grain
 import numpy as np
 from absl import flags
 
-from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
-from bigmac_jax.data.cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import MIXTURE, documents, parts_of
 from bigmac_jax.data.documents import decode, once
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.kinds import Kind, check_content
-from bigmac_jax.data.mixture import Mixture
+from bigmac_jax.data.mixed_stream import Mixture
 from bigmac_jax.data.packing import Packed
+from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bigmac_jax.runtime import storage
 
 _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import kinds
 from bigmac_jax.data.documents import Content, Seen, Slice, decode, whole_characters
 from bigmac_jax.data.kinds import Kind, open_content
+from bigmac_jax.runtime import storage
 
 # Bytes of a document that is not a file of its own: what is read of it must be in memory as a whole.
 LONGEST = 1 << 26

@@ -19,8 +19,8 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import PIECE, decode, one_line, pieces
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
-from bigmac_jax.phases import NOW
-from bigmac_jax.storage import errors, locate, reason, write_whole
+from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.storage import errors, locate, reason, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.

@@ -17,9 +17,9 @@ import threading
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.shards import Store
-from bigmac_jax.phases import NOW
-from bigmac_jax.progress import Progress
+from bigmac_jax.data.token_shards import Store
+from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.progress import Progress
 
 _ALONE = 1 << 25  # bytes of source that other processes are not started for
 _ROOT = pathlib.Path(__file__).parents[2]

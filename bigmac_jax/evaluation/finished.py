@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import parse_object, sealed, unsealed
+from bigmac_jax.runtime import hosts, storage
 
 Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding would give it
 _log = logging.getLogger(__name__)

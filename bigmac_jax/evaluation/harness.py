@@ -5,7 +5,7 @@
 is `python -m lm_eval` with this model known to it. B batch, L length.
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 if __name__ == "__main__":
     environment.prepare()
@@ -18,19 +18,13 @@ import jax
 
 from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.evaluation.loglikelihood import (
-    Request,
-    Result,
-    check_windows,
-    encode_pairs,
-    loglikelihoods,
-)
+from bigmac_jax.evaluation.loglikelihood import Request, Result, check_windows, encode_pairs, loglikelihoods
 from bigmac_jax.inference import Generator, Sampling
-from bigmac_jax.inference.generate import Request as Prompt
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.inference.generator import Request as Prompt
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.programs import evaluation_rows
-from bigmac_jax.progress import Progress
+from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.workdir import read_config, run_folder
 from bigmac_jax.tuning import restore
 

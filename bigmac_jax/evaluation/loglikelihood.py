@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmac_jax import programs
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.progress import Progress
+from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.training import programs
 
 _SHORTEST = 16  # inputs of the smallest bucket
 

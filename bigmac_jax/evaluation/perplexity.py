@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigmac_jax import programs
 from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.pipeline import eval_batches, padded, parts_of_stream
-from bigmac_jax.mesh import batch_ranks, batch_spec, place
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.training import programs
 from bigmac_jax.training.loss import TokenScores
 
 

@@ -1,7 +1,7 @@
 """Text from a trained model."""
 
-from bigmac_jax.decoding.draft import Speculation
-from bigmac_jax.decoding.sampling import Sampling
-from bigmac_jax.inference.generate import Completion, Generator, Request, Scored
+from bigmac_jax.inference.drafter import Speculation
+from bigmac_jax.inference.generator import Completion, Generator, Request, Scored
+from bigmac_jax.inference.sampling import Sampling
 
 __all__ = ["Completion", "Generator", "Request", "Sampling", "Scored", "Speculation"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from bigmac_jax.decoding.draft import Speculation
-from bigmac_jax.programs import Decoding, Drafting, State
+from bigmac_jax.inference.decoding import Decoding, Drafting, State
+from bigmac_jax.inference.drafter import Speculation
 
 _log = logging.getLogger(__name__)
 _WINDOW = 512  # drafted tokens after which it is decided

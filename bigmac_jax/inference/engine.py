@@ -15,13 +15,7 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.decoding.cache import Decoder
-from bigmac_jax.decoding.sampling import draws_of
-from bigmac_jax.inference.drafts import Drafts
-from bigmac_jax.inference.jobs import CANCELLED, Job, Step
-from bigmac_jax.inference.pages import Pages
-from bigmac_jax.mesh import batch_ranks, batch_spec, place, tensor_ranks
-from bigmac_jax.programs import (
+from bigmac_jax.inference.decoding import (
     IDLE,
     PAGE_SIZE,
     ROW_PAGES,
@@ -33,6 +27,12 @@ from bigmac_jax.programs import (
     read,
     slots_of,
 )
+from bigmac_jax.inference.drafts import Drafts
+from bigmac_jax.inference.jobs import CANCELLED, Job, Step
+from bigmac_jax.inference.kv_cache import Decoder
+from bigmac_jax.inference.pages import Pages
+from bigmac_jax.inference.sampling import draws_of
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
 
 CHUNK = 512  # tokens
 

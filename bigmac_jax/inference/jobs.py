@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.pages import Lease
+from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import Text
 
 CANCELLED = "cancelled"

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
-from bigmac_jax.decoding.sampling import Sampling
-from bigmac_jax.inference.generate import Completion, Request
+from bigmac_jax.inference.generator import Completion, Request
+from bigmac_jax.inference.sampling import Sampling
+from bigmac_jax.runtime import storage
 
 Row = dict[str, Any]
 # An answer has log-probabilities of its own tokens alone.

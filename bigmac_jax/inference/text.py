@@ -3,7 +3,7 @@
 import math
 
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.decoding.sampling import Sampling
+from bigmac_jax.inference.sampling import Sampling
 
 BROKEN = "broken"  # the model gave no numbers to choose a token by: NaN, or infinity
 _BROKEN = "\N{REPLACEMENT CHARACTER}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, described, description, must, stack_of
-from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
 # What the class computes with, and what it needs not know: how a model is trained.

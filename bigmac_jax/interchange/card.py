@@ -8,7 +8,7 @@ import jax
 
 from bigmac_jax.config import Config
 from bigmac_jax.config.mixture import parse_mixture
-from bigmac_jax.counts import parameters
+from bigmac_jax.model.counts import parameters
 
 
 class Trained(NamedTuple):

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 from jax import Array
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
-from bigmac_jax.data.chat import NO_CHAT, ChatFiles
+from bigmac_jax.data.chat_template import FILE as CHAT_TEMPLATE
+from bigmac_jax.data.chat_template import NO_CHAT, ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, shards, tokens
+from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, tensor_files, tokens
 from bigmac_jax.interchange.card import Trained
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
-from bigmac_jax.mesh import replicated_spec
+from bigmac_jax.model.mesh import replicated_spec
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.runtime import hosts, storage
 
 FORMATS: dict[str, Format] = {
     "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac": bigmac, "bigmac_jax": plain,
@@ -77,24 +77,26 @@ def export_model(
       ConfigError: no equivalent, or `output` is there already or cannot be written.
     """
     output = storage.absolute(storage.locate(output, "--output"))
-    if dtype not in shards.DTYPES:
-        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(shards.DTYPES)}")
-    size = shards.byte_size(max_shard_size)
+    if dtype not in tensor_files.DTYPES:
+        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(tensor_files.DTYPES)}")
+    size = tensor_files.byte_size(max_shard_size)
     name = choose(config, format)
     with hosts.together():  # now: later the other processes would wait for this one
         if hosts.is_first():
-            shards.check_new(output)
+            tensor_files.check_new(output)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
-    exact = shards.DTYPES["float32"]
-    specs = [shards.Spec(t.name, t.shape_in(leaves), exact if t.exact else shards.DTYPES[dtype]) for t in tensors]
+    exact = tensor_files.DTYPES["float32"]
+    specs = [
+        tensor_files.Spec(t.name, t.shape_in(leaves), exact if t.exact else tensor_files.DTYPES[dtype]) for t in tensors
+    ]
     values = _values(tensors, leaves)
     if not hosts.is_first():
         for _ in values:  # takes part in gathering
             pass
         return name
-    with shards.whole_or_nothing(output) as directory:
-        shards.write(directory, shards.divide(specs, size), values)
+    with tensor_files.whole_or_nothing(output) as directory:
+        tensor_files.write(directory, tensor_files.divide(specs, size), values)
         ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
         head = layout.to_json(config, leaves) | {"dtype": dtype}
         _write(directory / "config.json", head if layout is plain else head | ids | {"pad_token_id": None})

@@ -15,20 +15,20 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object
-from bigmac_jax.config.fields import moved
 from bigmac_jax.config.reading import overridden
-from bigmac_jax.data.chat import ChatFiles
+from bigmac_jax.config.sections import moved
+from bigmac_jax.data.chat_template import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokens
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
-from bigmac_jax.interchange.shards import Checkpoint, Index
-from bigmac_jax.locks import held
-from bigmac_jax.mesh import make_mesh, placed
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
+from bigmac_jax.model.mesh import make_mesh, placed
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.runtime.workdir_lock import held
 from bigmac_jax.training.arrays import nonfinite
 from bigmac_jax.training.fresh import check_fresh, refuse_a_run, write_fresh_run
 

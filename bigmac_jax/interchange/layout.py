@@ -21,7 +21,7 @@ from bigmac_jax.config import (
     from_dict,
     second_edition,
 )
-from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.interchange.tokens import NAMES
 from bigmac_jax.model.parameters import leaf_name
 

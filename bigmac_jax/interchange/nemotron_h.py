@@ -12,7 +12,7 @@ from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, imported, must
-from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _ZERO_WIDTH = 64  # of the shared expert that stands for none; small, and a multiple of what tensor parallelism splits
 # The class's own, of fields that a config.json may leave out.

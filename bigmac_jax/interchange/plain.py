@@ -8,7 +8,7 @@ from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, described, description, stack_of
-from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _DIMENSIONS = {
     "D": "inputs of a matrix or width of a norm; the hidden size of embeddings and the router",

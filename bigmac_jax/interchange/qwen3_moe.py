@@ -7,7 +7,7 @@ from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, attention_tensors, expert_tensors, imported, must
-from bigmac_jax.interchange.shards import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 # The class's own, of fields that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {

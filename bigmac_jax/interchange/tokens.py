@@ -10,10 +10,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat import Chat, ChatFiles, chat_contents, read_chat
+from bigmac_jax.data.chat_template import Chat, ChatFiles, chat_contents, read_chat
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.runtime import hosts, storage
 
 NAMES = ("tokenizer.json", "tokenizer.model")
 

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import spec_of
+from bigmac_jax.model.mesh import spec_of
 from bigmac_jax.model.parameters import Adapted, Declaration, declared
 
 Path = tuple[Any, ...]  # of a parameter in the model

@@ -15,7 +15,10 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.mesh import (
+from bigmac_jax.model.kernels.flash_attention import causal_attention
+from bigmac_jax.model.kernels.paged_attention import paged_attention, write
+from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
+from bigmac_jax.model.mesh import (
     batch_spec,
     cache_spec,
     on_each_rank,
@@ -24,9 +27,6 @@ from bigmac_jax.mesh import (
     split_spec,
     tensor_ranks,
 )
-from bigmac_jax.model.attention_kernels import causal_attention
-from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
-from bigmac_jax.model.paged import paged_attention, write
 
 
 class Documents(NamedTuple):

@@ -11,7 +11,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
+from bigmac_jax.model.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)

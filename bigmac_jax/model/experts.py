@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import platform
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
-from bigmac_jax.model.kernels import grouped_matmul, row_tile
+from bigmac_jax.model.kernels.grouped_matmul import grouped_matmul, row_tile
 from bigmac_jax.model.layers import activate, product
+from bigmac_jax.model.mesh import platform
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
 # Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on

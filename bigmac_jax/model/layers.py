@@ -13,15 +13,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.mesh import (
-    TENSOR,
-    Weight,
-    on_each_rank,
-    platform,
-    split_spec,
-    tensor_ranks,
-    token_spec,
-)
+from bigmac_jax.model.mesh import TENSOR, Weight, on_each_rank, platform, split_spec, tensor_ranks, token_spec
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 

@@ -14,7 +14,11 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import (
+from bigmac_jax.model.balance import balance_loss, evened, required_bias
+from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
+from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalised, product, residual_scale
+from bigmac_jax.model.mesh import (
     AXES,
     EXPERT_GROUP,
     TENSOR,
@@ -28,10 +32,6 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.balance import balance_loss, evened, required_bias
-from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
-from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalised, product, residual_scale
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding, Routing, chosen, scored
 
@@ -126,7 +126,7 @@ class MoE(nnx.Module):
         self.skip_1 = parameter(config, None, (1,), factor) if "skip" in m.latent_norms else None
         # Zero at first, whatever the key.
         self.gate = Linear(config, keys[4], D, D, part, bias=False, scale=0.0) if "gate" in m.latent_norms else None
-        self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`decoding.draft`)
+        self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`inference.drafter`)
 
     def __call__(
         self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding: Padding | None = None

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ExecutionConfig
-from bigmac_jax.mesh import Crossing, Entry, Weight, fully_sharded, names
+from bigmac_jax.model.mesh import Crossing, Entry, Weight, fully_sharded, names
 
 
 def leaf_name(path: Any) -> str:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import Weight, on_each_rank, token_spec
 from bigmac_jax.model.layers import divisor, product
+from bigmac_jax.model.mesh import Weight, on_each_rank, token_spec
 
 
 class Routing(NamedTuple):

@@ -13,11 +13,11 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import PADDING
-from bigmac_jax.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
 from bigmac_jax.model.attention import Attention, Documents, documents_of
 from bigmac_jax.model.balance import EVENED
 from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Norm, dropout
+from bigmac_jax.model.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding

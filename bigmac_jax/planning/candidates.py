@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from bigmac_jax import counts
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
-from bigmac_jax.counts import Parameters, Sizes
-from bigmac_jax.mesh import axis_sizes
+from bigmac_jax.model import counts
+from bigmac_jax.model.counts import Parameters, Sizes
+from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.model.moe import exchanges_of
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware

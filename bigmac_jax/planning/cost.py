@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from bigmac_jax import counts
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.counts import Parameters, Sizes, parameters
-from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model import counts
+from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
+from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware

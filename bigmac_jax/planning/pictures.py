@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
+from bigmac_jax.runtime import storage
 
 PALETTE = ("#1f4e79", "#c0504d", "#9bbb59", "#8064a2", "#4bacc6", "#f79646", "#7f7f7f", "#bfbfbf")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")  # for black and white

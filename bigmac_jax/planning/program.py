@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.exchange.strategies import Sent
-from bigmac_jax.planning import hlo, schedule
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.planning import hlo, hlo_schedule
+from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.topologies import first_line
-from bigmac_jax.programs import NAMES, make_program
+from bigmac_jax.runtime import environment
 
 
 class Compiled(NamedTuple):
@@ -208,8 +208,8 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
         return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
     rates = hardware.clock_hz or math.inf, hardware.peak_flops, hardware.memory_bandwidth
-    found = schedule.overlap(module, compiled.mesh, seconds, *rates)
-    work = schedule.work_seconds(module, *rates)
+    found = hlo_schedule.overlap(module, compiled.mesh, seconds, *rates)
+    work = hlo_schedule.work_seconds(module, *rates)
     return {
         "work_seconds": work,
         "estimated_step_seconds": work + found.exchange_seconds - found.busy_seconds,

@@ -3,9 +3,10 @@
 import jax
 from absl import flags
 
-from bigmac_jax import cli, storage
+from bigmac_jax.commands import cli
 from bigmac_jax.report.page import write_page
 from bigmac_jax.report.runs import read_runs
+from bigmac_jax.runtime import storage
 
 _OUTPUT = flags.DEFINE_string("output", "report.html", "Where the page is written.", short_name="o")
 

@@ -5,11 +5,11 @@ import pathlib
 from collections.abc import Sequence
 from html import escape
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
 from bigmac_jax.report import tables
 from bigmac_jax.report.runs import Run
 from bigmac_jax.report.series import drawn
+from bigmac_jax.runtime import storage
 
 _WEB = pathlib.Path(__file__).parent / "web"
 

@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax import storage
 from bigmac_jax.config import Config, ConfigError, parse_object, second_edition
 from bigmac_jax.config.reading import field_values
+from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
 from bigmac_jax.training.records import Record, read_records
 

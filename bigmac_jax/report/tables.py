@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from bigmac_jax.config import ConfigError, from_dict
-from bigmac_jax.counts import parameters
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.report.runs import Run
 from bigmac_jax.report.series import clock
 from bigmac_jax.training.dropped import MOST

@@ -3,7 +3,7 @@
 python -m bigmac_jax.selfcheck --cpu_devices=2 --quick
 """
 
-from bigmac_jax import environment
+from bigmac_jax.runtime import environment
 
 environment.prepare()
 
@@ -19,9 +19,10 @@ from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bigmac_jax import cli, hosts  # noqa: E402
+from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import ConfigError, strict_json  # noqa: E402
 from bigmac_jax.planning.hardware import load_hardware  # noqa: E402
+from bigmac_jax.runtime import hosts  # noqa: E402
 from bigmac_jax.selfcheck import checks  # noqa: E402
 from bigmac_jax.selfcheck.rates import Rate, all_rates, hardware_of  # noqa: E402
 

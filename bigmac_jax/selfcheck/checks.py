@@ -17,17 +17,17 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from bigmac_jax import environment, hosts
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
-from bigmac_jax.model.attention_kernels import causal_attention
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.kernels.flash_attention import causal_attention
+from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.moe import MoE, exchanges_of
 from bigmac_jax.planning.topologies import first_line
-from bigmac_jax.selfcheck import reference
-from bigmac_jax.selfcheck.reference import Arrays
+from bigmac_jax.runtime import environment, hosts
+from bigmac_jax.selfcheck import numpy_reference
+from bigmac_jax.selfcheck.numpy_reference import Arrays
 from bigmac_jax.training.step import make_trainer
 
 # Of max|a - b| over max|b|, array by array. Float32 is multiplied in float32 (precision highest), bfloat16 as it is in
@@ -159,7 +159,7 @@ def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
         return gradients | ({"d_gate": d_gate} if dropless else {})
 
     actual = _on_all(make_mesh(config, devices=devices), dtype, on_rank, arrays, expert_NK)
-    expected = reference.experts(
+    expected = numpy_reference.experts(
         {name: arrays[name] for name in w}, arrays["x"], arrays["gate"], expert_NK, arrays["dy"]
     )
     return compare(actual, {name: expected[name] for name in actual}, BOUNDS[dtype])
@@ -178,7 +178,9 @@ def check_attention(devices: Sequence[Any], implementation: str, dtype: str) -> 
         return {"y": y} | dict(zip(("dq", "dk", "dv"), pull(values["dy"]), strict=True))
 
     actual = _on_all(make_mesh(_config(len(devices)), devices=devices), dtype, on_rank, arrays)
-    return compare(actual, reference.attention(**{f"{n}_{_DIMS[n]}": v for n, v in arrays.items()}), BOUNDS[dtype])
+    return compare(
+        actual, numpy_reference.attention(**{f"{n}_{_DIMS[n]}": v for n, v in arrays.items()}), BOUNDS[dtype]
+    )
 
 
 _DIMS = {"q": "BLNH", "k": "BMGH", "v": "BMGH", "dy": "BLNH"}
@@ -211,7 +213,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
     T = shape[0] * shape[1]
     # Tokens whose choice no rounding changes.
     x_TD = draw.standard_normal((2 * T, m.hidden_size)).astype(np.float32)
-    x_TD = x_TD[np.argsort(-reference.margin(w["router_DE"], x_TD, m.choices))[:T]]
+    x_TD = x_TD[np.argsort(-numpy_reference.margin(w["router_DE"], x_TD, m.choices))[:T]]
     dy_TD = draw.standard_normal(x_TD.shape).astype(np.float32)
 
     def values_and_gradients(layer: MoE, x_BLD: Array, dy_BLD: Array) -> dict[str, Array]:
@@ -225,7 +227,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
     if drops := float(actual.pop("drops")):
         raise MismatchError(f"{drops:.1%} of the choices were dropped, none should be")
     actual = {name: value.reshape(T, -1) for name, value in actual.items()}
-    return compare(actual, reference.moe(w, x_TD, dy_TD, m.choices), BOUNDS["float32"])
+    return compare(actual, numpy_reference.moe(w, x_TD, dy_TD, m.choices), BOUNDS["float32"])
 
 
 def check_training(devices: Sequence[Any]) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
 from bigmac_jax.model.exchange.strategies import Sent
 from bigmac_jax.model.exchange.wire import Wire
+from bigmac_jax.model.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
 from bigmac_jax.planning import cluster, cost
 from bigmac_jax.planning.hardware import HARDWARE, Hardware, load_hardware
 from bigmac_jax.training.metrics import dense_matmul_rate

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.chat import Room
+from bigmac_jax.data.chat_template import Room
 from bigmac_jax.data.tokenizer import Tokenizer, TooLongError, encode_at_most
-from bigmac_jax.decoding.sampling import ALTERNATIVES, Sampling
-from bigmac_jax.serving.chat import Dialogue
+from bigmac_jax.inference.sampling import ALTERNATIVES, Sampling
+from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
 
 Fields = dict[str, Any]

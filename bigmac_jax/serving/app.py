@@ -25,10 +25,10 @@ from bigmac_jax.inference.jobs import Step
 from bigmac_jax.inference.text import BROKEN
 from bigmac_jax.serving import api
 from bigmac_jax.serving.answers import Answer
-from bigmac_jax.serving.chat import Dialogue
+from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import ApiError, Limits
-from bigmac_jax.serving.metrics import Metrics
-from bigmac_jax.serving.reading import SHORT, Check, Readers, forget_frames
+from bigmac_jax.serving.prometheus import Metrics
+from bigmac_jax.serving.work_threads import SHORT, Check, Readers, forget_frames
 from bigmac_jax.serving.worker import Ticket, Worker
 
 _log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ import uvicorn
 
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.engine import Engine
+from bigmac_jax.runtime.signals import stop_signals
 from bigmac_jax.serving.app import Service
-from bigmac_jax.serving.chat import Dialogue
+from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import Limits
-from bigmac_jax.serving.metrics import Metrics
+from bigmac_jax.serving.prometheus import Metrics
 from bigmac_jax.serving.protocol import protocol
 from bigmac_jax.serving.worker import Worker
-from bigmac_jax.signals import stop_signals
 
 _GRACE = 5.0  # seconds for the engine's step to end when nobody waits for it any more
 _log = logging.getLogger(__name__)

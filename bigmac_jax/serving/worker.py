@@ -16,8 +16,8 @@ from typing import NamedTuple
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.serving.limits import ApiError, Limits
-from bigmac_jax.serving.metrics import Metrics
-from bigmac_jax.serving.schedule import TICK, Schedule
+from bigmac_jax.serving.lockstep import TICK, Schedule
+from bigmac_jax.serving.prometheus import Metrics
 
 _log = logging.getLogger(__name__)
 

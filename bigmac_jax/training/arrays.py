@@ -13,10 +13,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from bigmac_jax import hosts
 from bigmac_jax.config import ConfigError
 from bigmac_jax.model.parameters import leaf_name
-from bigmac_jax.storage import is_store
+from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.storage import is_store
 
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
 

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, nonfinite, read_arrays
 from bigmac_jax.training.completion import completed

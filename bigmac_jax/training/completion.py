@@ -7,7 +7,7 @@ from typing import Any
 
 from orbax.checkpoint.path import atomicity
 
-from bigmac_jax.storage import is_store
+from bigmac_jax.runtime.storage import is_store
 from bigmac_jax.training import manifest
 
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat import FILE, SETTINGS, ChatFiles, read_chat
+from bigmac_jax.data.chat_template import FILE, SETTINGS, ChatFiles, read_chat
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream
 from bigmac_jax.training.workdir import run_of

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.attention import documents_of
 from bigmac_jax.model.layers import divisor
+from bigmac_jax.model.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer, through_layers
 from bigmac_jax.training.loss import (
     WHOLE,

@@ -5,9 +5,9 @@ import pathlib
 import jax
 import numpy as np
 
-from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.runtime import hosts
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.optimizer import make_optimizer
 from bigmac_jax.training.step import TrainState, make_trainer, split

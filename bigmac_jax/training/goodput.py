@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.phases import NOW
+from bigmac_jax.runtime.clock import NOW
 
 PARTS = ("steps", "data_wait", "compile", "save", "evaluate", "start", "restart", "lost")
 _WALL, _SINCE = "goodput/wall_s", "goodput/since_unix_s"

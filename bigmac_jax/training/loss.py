@@ -13,7 +13,8 @@ from jax import Array
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.mesh import (
+from bigmac_jax.model.layers import divisor
+from bigmac_jax.model.mesh import (
     AXES,
     TENSOR,
     Weight,
@@ -24,7 +25,6 @@ from bigmac_jax.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Transformer, own_rows

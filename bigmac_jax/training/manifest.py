@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from bigmac_jax.storage import children, files_below, is_store, locate, reason, size_of, write_whole
+from bigmac_jax.runtime.storage import children, files_below, is_store, locate, reason, size_of, write_whole
 
 NAME = "manifest.json"
 STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from bigmac_jax import signals
 from bigmac_jax.config import Config, strict_json
-from bigmac_jax.counts import exchange_traffic, flops, tokens_at_a_time
-from bigmac_jax.mesh import current_group, ranks
+from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
+from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
+from bigmac_jax.runtime import signals
 from bigmac_jax.training.boards import open_boards
 from bigmac_jax.training.records import NAME, as_record, read_lines
 from bigmac_jax.training.step import StepMetrics

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import AXES, axes_of, names, spec_of
+from bigmac_jax.model.mesh import AXES, axes_of, names, spec_of
 from bigmac_jax.model.parameters import map_declared
 
 # An orthogonal matrix times this × √(the longer side) has entries as large as AdamW's updates, so that one learning

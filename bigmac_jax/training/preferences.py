@@ -12,8 +12,8 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.mesh import batch_spec, on_each_rank
 from bigmac_jax.model.layers import divisor
+from bigmac_jax.model.mesh import batch_spec, on_each_rank
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.loss import WHOLE, LossParts, Share, token_nll, with_router_losses
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import make_mesh, placed
 from bigmac_jax.model.adapters import make_adapters
+from bigmac_jax.model.mesh import make_mesh, placed
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import split

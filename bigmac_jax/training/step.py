@@ -16,14 +16,14 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from bigmac_jax import environment
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.mesh import batch_spec, placed, platform
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import updated_bias
+from bigmac_jax.model.mesh import batch_spec, placed, platform
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.runtime import environment
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import LossParts, Share, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer

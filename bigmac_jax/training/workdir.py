@@ -10,7 +10,6 @@ import secrets
 import time
 from typing import Any
 
-from bigmac_jax import hosts
 from bigmac_jax.config import (
     TOKENIZER_SIZES,
     Config,
@@ -21,14 +20,15 @@ from bigmac_jax.config import (
     sealed,
     unsealed,
 )
-from bigmac_jax.data.chat import FILE as CHAT_TEMPLATE
-from bigmac_jax.data.chat import NO_CHAT, SETTINGS, ChatFiles, chat_contents, read_chat
+from bigmac_jax.data.chat_template import FILE as CHAT_TEMPLATE
+from bigmac_jax.data.chat_template import NO_CHAT, SETTINGS, ChatFiles, chat_contents, read_chat
 from bigmac_jax.data.corpus import fingerprint, has_splits
 from bigmac_jax.data.documents import once
 from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.environment import edition
-from bigmac_jax.storage import errors, is_store, locate, within, write_whole
+from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.environment import edition
+from bigmac_jax.runtime.storage import errors, is_store, locate, within, write_whole
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)

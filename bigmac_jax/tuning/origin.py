@@ -14,18 +14,18 @@ import tokenizers
 from flax import nnx
 from jax import Array
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig, read_object
-from bigmac_jax.data.chat import chat_in, read_chat
+from bigmac_jax.data.chat_template import chat_in, read_chat
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
 from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.interchange.tokens import NAMES
-from bigmac_jax.mesh import placed, replicated_spec
 from bigmac_jax.model.adapters import attached, merged
+from bigmac_jax.model.mesh import placed, replicated_spec
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import restored
 from bigmac_jax.training.step import split
 from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_tokenizer

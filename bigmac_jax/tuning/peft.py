@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.interchange import choose, shards
+from bigmac_jax.interchange import choose, tensor_files
 from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Leaves, Tensor, named_leaves
-from bigmac_jax.mesh import replicated_spec
+from bigmac_jax.model.mesh import replicated_spec
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restored import Restored
 
 _PREFIX = "base_model.model."
@@ -41,7 +41,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     tensors = list(_adapted(config, adapters, named_leaves(run.base)))
     with hosts.together():
         if hosts.is_first():
-            shards.check_new(output)
+            tensor_files.check_new(output)
     values: dict[str, np.ndarray] = {}
     for tensor in tensors:
         module, parameter = _module(tensor)
@@ -56,7 +56,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
         for name, value in (("A", rows), ("B", columns)):
             values[f"{_PREFIX}{module}{inside}.lora_{name}.weight"] = np.ascontiguousarray(value)
     if hosts.is_first():
-        with shards.whole_or_nothing(output) as directory:
+        with tensor_files.whole_or_nothing(output) as directory:
             save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})
             settings = json.dumps(_settings(config, tensors), indent=2, allow_nan=False)
             (directory / "adapter_config.json").write_text(settings + "\n")

@@ -12,7 +12,7 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING
-from bigmac_jax.data.chat import DEFAULT, Chat, ChatError
+from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import eval_batches, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe

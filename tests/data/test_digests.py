@@ -11,7 +11,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.data import files
 from bigmac_jax.data.documents import WHOLE
 from bigmac_jax.data.files import Digests
-from bigmac_jax.data.local import LocalDocuments
+from bigmac_jax.data.local_files import LocalDocuments
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 

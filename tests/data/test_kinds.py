@@ -17,8 +17,8 @@ from conftest import SAMPLE
 from training.tools import as_saved
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data import documents, local, readers
-from bigmac_jax.data.chat import read_chat
+from bigmac_jax.data import documents, local_files, readers
+from bigmac_jax.data.chat_template import read_chat
 from bigmac_jax.data.kinds import kind_of
 from bigmac_jax.data.pipeline import open_stream, text_stream
 from bigmac_jax.data.readers import Wanted
@@ -100,7 +100,7 @@ def tokens(make_config: Make, source: object, **data: Any) -> tuple[list[int], A
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.full) for n in WAYS])
 def test_the_same_tokens(name, tmp_path, make_config, monkeypatch):
     """As one file or as several, read whole or in parts, and as text files."""
-    monkeypatch.setattr(local, "UNIT", 60_000)
+    monkeypatch.setattr(local_files, "UNIT", 60_000)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / name).write_bytes(content_of(name, TEXTS))
     (tmp_path / "many").mkdir()
@@ -130,8 +130,8 @@ def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(["one", "two", "three ü", "four"]).replace(b"\n", b"\n\n", 1))
     for unit in (1, 2, 3, 7, 19, 20, 21, 50):
-        monkeypatch.setattr(local, "UNIT", unit)
-        docs = local.LocalDocuments(str(path), "data.source", Wanted("text"), "train", str(tmp_path / "cache"))
+        monkeypatch.setattr(local_files, "UNIT", unit)
+        docs = local_files.LocalDocuments(str(path), "data.source", Wanted("text"), "train", str(tmp_path / "cache"))
         assert list(docs) == ["one", "two", "three ü", "four"], unit
         assert len(docs.units) == -(-path.stat().st_size // unit)
 
@@ -236,7 +236,7 @@ def with_mark(name: str, content: bytes) -> bytes:
 )
 def test_a_byte_order_mark_is_no_text(name, tmp_path, make_config, monkeypatch):
     """Nor does a part of a file of lines begin later for it."""
-    monkeypatch.setattr(local, "UNIT", 40)
+    monkeypatch.setattr(local_files, "UNIT", 40)
     texts = ["one", "two and three", "four"]
     content = b"four" if ".txt" in name else content_of(name.removesuffix(".gz").removesuffix(".zst"), texts)
     if ".csv" in name:
@@ -264,7 +264,7 @@ def test_whatever_else_is_text_may_have_a_mark(tmp_path, sotu):
     assert load_tokenizer(dataclasses.replace(config, data=data)).encode("the union") == tokenizer.encode("the union")
     (tmp_path / "chat.jinja").write_bytes(codecs.BOM_UTF8 + b"{{ messages }}")
     assert read_chat(str(tmp_path / "chat.jinja"), "", "--chat_template").template == "{{ messages }}"
-    package = pathlib.Path(local.__file__).parents[1]
+    package = pathlib.Path(local_files.__file__).parents[1]
     for name, read in (("planning/hardware/v5e.toml", load_hardware), ("evaluation/tasks/piqa.toml", load_task)):
         (file := tmp_path / pathlib.Path(name).name).write_bytes(codecs.BOM_UTF8 + (package / name).read_bytes())
         assert read(str(file)) == read(file.stem)
@@ -284,7 +284,7 @@ def test_rows_without_a_text_are_left_out_and_counted(name, tmp_path, make_confi
 
 
 def test_a_line_of_a_part_is_counted_from_the_files_start(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr(local, "UNIT", 1000)
+    monkeypatch.setattr(local_files, "UNIT", 1000)
     (tmp_path / "a.jsonl").write_bytes(lines(["fine"] * 500) + b'{"text": 7}\n')
     with pytest.raises(ConfigError, match=r"a\.jsonl line 501: data\.text_field='text' holds int"):
         tokens(make_config, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.config.mixture import parse_curriculum, parse_mixture, short_name
 from bigmac_jax.data.corpus import fingerprint
-from bigmac_jax.data.mixture import Mixture
+from bigmac_jax.data.mixed_stream import Mixture
 from bigmac_jax.data.pipeline import JoinedStream, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer
 

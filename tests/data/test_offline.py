@@ -10,8 +10,8 @@ import requests
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import datasets
 from bigmac_jax.data.files import disk_full
-from bigmac_jax.data.shards import written
-from bigmac_jax.evaluation.tasks.rows import read_rows
+from bigmac_jax.data.token_shards import written
+from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 
 @pytest.mark.parametrize("hangs", [False, True])

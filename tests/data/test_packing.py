@@ -9,9 +9,9 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.batch import NO_TARGET, PADDING, segments
-from bigmac_jax.data.cache import Counts, MemoryStream
 from bigmac_jax.data.packing import Packed, best_fit, pieces
 from bigmac_jax.data.pipeline import eval_batches, open_stream, train_iterator
+from bigmac_jax.data.token_cache import Counts, MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 END = 9

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bigmac_jax.data import chat as module
-from bigmac_jax.data.chat import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, Room
+from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, Room
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most, train_bpe
 
 # In the manner of models that are in use; none is a copy.

@@ -16,7 +16,7 @@ import tiny_dataset  # noqa: F401  registers the datasets
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import cache, encoding, files, local, shards
+from bigmac_jax.data import encoding, files, local_files, token_cache, token_shards
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.pipeline import open_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -58,8 +58,8 @@ def test_convention_and_counts(rows, make_config, tmp_path):
 def test_random_access(rows, make_config, monkeypatch):
     """Across shards, of which few are open at a time, and in a copy for another process."""
     monkeypatch.setattr(encoding, "_BATCH", 1000)
-    monkeypatch.setattr(shards, "SHARD", 4096)
-    monkeypatch.setattr(cache, "_OPEN", 2)
+    monkeypatch.setattr(token_shards, "SHARD", 4096)
+    monkeypatch.setattr(token_cache, "_OPEN", 2)
     stream = open_stream(make_config(rows[0]), "train", ByteTokenizer())
     whole = stream.tokens(0, stream.num_tokens)
     assert whole.dtype == np.int32
@@ -86,8 +86,8 @@ def test_large_vocabularies_keep_their_ids(text_file, make_config):
 
 def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, tmp_path, monkeypatch):
     config, made = make_config(text_file), []
-    make = shards.Store._make
-    monkeypatch.setattr(shards.Store, "_make", lambda *a: (made.append(1), make(*a))[1])
+    make = token_shards.Store._make
+    monkeypatch.setattr(token_shards.Store, "_make", lambda *a: (made.append(1), make(*a))[1])
     first = open_stream(config, "train", ByteTokenizer())
     assert open_stream(config, "train", ByteTokenizer()).num_tokens == first.num_tokens
     assert len(made) == 1
@@ -104,14 +104,16 @@ def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "index", "fewer tokens", "gone", "unit"])
 def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, monkeypatch, damage):
     """Of what is damaged alone: other units are not made again."""
-    monkeypatch.setattr(local, "UNIT", 20_000)
+    monkeypatch.setattr(local_files, "UNIT", 20_000)
     config, made = make_config(rows[0]), []
     expected = open_stream(config, "train", ByteTokenizer()).tokens(0, 20_000)
     folder = next(tmp_path.glob("cache/tokens/train-*"))
     file, index = sorted(folder.glob("*.bin"))[1], folder / "index.json"
     content = file.read_bytes()
-    make = shards.Store._make
-    monkeypatch.setattr(shards.Store, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1])
+    make = token_shards.Store._make
+    monkeypatch.setattr(
+        token_shards.Store, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1]
+    )
     if damage == "truncated":
         file.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
@@ -148,8 +150,8 @@ def test_killed_half_way(make_config, tmp_path):
                                                           "00000-001.json"]  # fmt: skip
     made = (folder / "00000-000.bin").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD", 1 << 20)
-        patch.setattr(cache, "SHARD", 1 << 20)
+        patch.setattr(token_shards, "SHARD", 1 << 20)
+        patch.setattr(token_cache, "SHARD", 1 << 20)
         stream = open_stream(config, "train", ByteTokenizer())
     found = stream.tokens(0, stream.num_tokens)
     assert found[1:-1].astype(np.uint8).tobytes() == path.read_bytes() and found[0] == found[-1] == EOS

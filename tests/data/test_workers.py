@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import local, shards, workers
+from bigmac_jax.data import local_files, token_shards, workers
 from bigmac_jax.data.pipeline import open_stream, train_iterator
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
@@ -47,7 +47,7 @@ def contents(cache: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    monkeypatch.setattr(local_files, "UNIT", 1 << 18)
     own = {"validation_source": "-", "test_source": "-"}
     alone = open_stream(make_config(corpus, **own), "train", ByteTokenizer())
     monkeypatch.setattr(workers, "_ALONE", 0)
@@ -62,7 +62,7 @@ def test_as_many_as_there_are_make_the_same(corpus, make_config, monkeypatch, tm
 
 
 def test_an_error_of_one_ends_all(corpus, make_config, monkeypatch):
-    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    monkeypatch.setattr(local_files, "UNIT", 1 << 18)
     monkeypatch.setattr(workers, "_ALONE", 0)
     with (corpus / "a.jsonl").open("a") as file:
         file.write('{"text": 7}\n')
@@ -71,7 +71,7 @@ def test_an_error_of_one_ends_all(corpus, make_config, monkeypatch):
 
 
 def test_one_that_is_killed_is_named(corpus, make_config, monkeypatch):
-    monkeypatch.setattr(local, "UNIT", 1 << 18)
+    monkeypatch.setattr(local_files, "UNIT", 1 << 18)
     monkeypatch.setattr(workers, "_ALONE", 0)
     popen = subprocess.Popen
 
@@ -146,12 +146,12 @@ def test_ten_thousand_shards_are_opened_lazily(make_config, tmp_path, monkeypatc
     shard = np.arange(128, dtype=np.uint16).tobytes()
     for i in range(10_000):
         (folder / f"{i:05}-000.bin").write_bytes(shard)
-    digest = shards.file_digest(folder / "00000-000.bin")
+    digest = token_shards.file_digest(folder / "00000-000.bin")
     index = json.loads((folder / "index.json").read_text())
     del index["seal"]
     index["shards"] = [[f"{i:05}-000", 128, digest] for i in range(10_000)]
     index["counts"]["tokens"] = 1_280_000
-    (folder / "index.json").write_bytes(shards._seal(index))
+    (folder / "index.json").write_bytes(token_shards._seal(index))
     time.sleep(2.1)  # files that were just written are read each time
     open_stream(config, "train", ByteTokenizer())
     start = time.perf_counter()

@@ -7,7 +7,7 @@ import time
 import tiny_dataset  # noqa: F401  registers the datasets
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig
-from bigmac_jax.data import cache, shards
+from bigmac_jax.data import token_cache, token_shards
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)  # absl may hold the root logger
     source, folder, name, *stop = sys.argv[1:]
     if stop:  # in the third batch, behind the first shard
-        shards.SHARD = cache.SHARD = 1 << 20
+        token_shards.SHARD = token_cache.SHARD = 1 << 20
     field = "body" if source.startswith("tfds:") else "text"
     own = {"validation_source": "-", "test_source": "-"} if stop else {}
     data = DataConfig(source=source, text_field=field, tokenizer=name, **own)

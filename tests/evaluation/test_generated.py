@@ -13,9 +13,9 @@ from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.generated import METRIC, METRICS, summarise
-from bigmac_jax.evaluation.tasks.metrics import judge, macro_f1
-from bigmac_jax.evaluation.tasks.metrics import summarise as summarise_scores
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs
+from bigmac_jax.evaluation.tasks.scores import judge, macro_f1
+from bigmac_jax.evaluation.tasks.scores import summarise as summarise_scores
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
 

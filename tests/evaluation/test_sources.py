@@ -13,7 +13,7 @@ from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
-from bigmac_jax.data.chat import FILE
+from bigmac_jax.data.chat_template import FILE
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer

@@ -16,10 +16,10 @@ from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
-from bigmac_jax.evaluation.tasks.metrics import judge, summarise
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
-from bigmac_jax.evaluation.tasks.rows import read_rows
 from bigmac_jax.evaluation.tasks.run import describe, open_jobs
+from bigmac_jax.evaluation.tasks.scores import judge, summarise
+from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes"))
 ARTICLE = {"article": "It rained. Ann stayed in."}
@@ -148,7 +148,7 @@ def test_files_of_rows(tmp_path: pathlib.Path, name: str) -> None:
 
 def test_rows_of_tfds_are_plain(tmp_path: pathlib.Path) -> None:
     """Numpy's arrays, numbers and bytes, as TFDS gives them."""
-    from bigmac_jax.evaluation.tasks.rows import _plain
+    from bigmac_jax.evaluation.tasks.task_rows import _plain
 
     row = {"a": "é".encode(), "b": np.array([b"x", "é".encode()], object), "c": np.int64(1), "d": [np.array([b"y"])]}
     assert _plain(row, "") == {"a": "é", "b": ["x", "é"], "c": 1, "d": [["y"]]}

@@ -26,12 +26,12 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.finished import Finished
 from bigmac_jax.interchange import export_model, importing
 from bigmac_jax.interchange.layout import named_leaves
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.report.page import page
 from bigmac_jax.report.plots import write_report
 from bigmac_jax.report.runs import read_runs
+from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.metrics import _truncate
 from bigmac_jax.training.records import read_records

@@ -8,8 +8,8 @@ import pytest
 from training.runs import Job
 from training.tools import quick, small, text
 
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 
 
 @pytest.mark.full

@@ -12,24 +12,12 @@ from model.tools import abstract_model, leaf_name, on_mesh, random_model
 from training.tools import quick
 
 from bigmac_jax.config import Config
-from bigmac_jax.decoding.draft import NEAREST, NONE, STAND_INS
 from bigmac_jax.inference import Generator, Request, Sampling, Speculation
 from bigmac_jax.inference import drafts as drafting
+from bigmac_jax.inference.drafter import NEAREST, NONE, STAND_INS
 from bigmac_jax.inference.engine import Engine
 
-from .test_engine import (
-    CHUNK,
-    LENGTH,
-    PAGE,
-    POSITIONS,
-    SLOTS,
-    WORDS,
-    Alone,
-    assert_as_alone,
-    config_on,
-    play,
-    schedule,
-)
+from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, WORDS, Alone, assert_as_alone, config_on, play, schedule
 
 SIZES: dict[str, Any] = {"chunk": CHUNK, "page_size": PAGE}
 PROMPTS = [WORDS[3 * i : 4 * i + 5] for i in range(8)]

@@ -3,7 +3,7 @@
 import pytest
 
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.decoding.sampling import Sampling
+from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 
 

@@ -11,7 +11,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import batch_spec, token_spec
+from bigmac_jax.model.mesh import batch_spec, token_spec
 
 from .tools import QUICK, abstract_layer, abstract_model, on_mesh
 

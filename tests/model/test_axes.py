@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.mesh import batch_spec, token_spec
+from bigmac_jax.model.mesh import batch_spec, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning import hlo, program
 

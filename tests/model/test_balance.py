@@ -11,9 +11,9 @@ import pytest
 
 from bigmac_jax.config import Config, ModelConfig, TrainConfig
 from bigmac_jax.data.batch import PADDING
-from bigmac_jax.mesh import place, token_spec
 from bigmac_jax.model import balance
 from bigmac_jax.model.balance import balance_loss, evened, required_bias, solved, sorts, updated_bias
+from bigmac_jax.model.mesh import place, token_spec
 from bigmac_jax.model.router import Padding
 
 from .test_router import LOG, choices, routed

@@ -10,9 +10,9 @@ import pytest
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.mesh import make_mesh
 from bigmac_jax.model.attention import documents_of
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.router import Padding
 from bigmac_jax.training.loss import loss_fn, token_scores
 from bigmac_jax.training.step import make_trainer

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.mesh import EXPERT_GROUP
 from bigmac_jax.model.exchange import STRATEGIES, AllToAll, Plan, Strategy
 from bigmac_jax.model.exchange.hop import expected_rows
 from bigmac_jax.model.exchange.rows import sorted_by
+from bigmac_jax.model.mesh import EXPERT_GROUP
 
 from .reference import reference
 from .tools import QUICK, assert_close, leaves, on_mesh, random_model, random_tokens, split_batch, tiny

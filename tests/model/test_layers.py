@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.model.attention import rotate
-from bigmac_jax.model.attention_kernels import causal_attention
+from bigmac_jax.model.kernels.flash_attention import causal_attention
 
 from .tools import QUICK, assert_close, on_mesh, split_batch, tiny
 

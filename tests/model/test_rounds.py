@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bigmac_jax.config.fields import AUTO_BUFFER_FACTOR
+from bigmac_jax.config.sections import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.exchange.strategies import FEW_ROWS
+from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed
 from bigmac_jax.model.moe import predicted_seconds, strategy
 from bigmac_jax.training.loss import token_scores
 

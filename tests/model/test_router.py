@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.mesh import Crossing, Weight
+from bigmac_jax.model.mesh import Crossing, Weight
 from bigmac_jax.model.router import Routing, chosen, scored
 
 LOG = [math.log(v) for v in (4, 3, 2, 1)]  # softmax: 0.4, 0.3, 0.2, 0.1

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
-from bigmac_jax.counts import tokens_at_a_time
-from bigmac_jax.mesh import EXPERT_GROUP, make_mesh, placed, ranks
+from bigmac_jax.model.counts import tokens_at_a_time
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed, ranks
 from bigmac_jax.model.moe import strategy
 from bigmac_jax.training.metrics import describe_auto
 

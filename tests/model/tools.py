@@ -14,7 +14,7 @@ import pytest
 from jax import Array
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
-from bigmac_jax.mesh import batch_spec, make_mesh, placed, token_spec
+from bigmac_jax.model.mesh import batch_spec, make_mesh, placed, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Transformer, init_model
 

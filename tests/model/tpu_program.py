@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from bigmac_jax import environment
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
-from bigmac_jax.mesh import AXES
+from bigmac_jax.model.mesh import AXES
+from bigmac_jax.runtime import environment
 
 from . import program
 

@@ -17,7 +17,7 @@ import pytest
 from model.tools import QUICK, leaf_name, leaves
 
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.mesh import batch_spec, make_mesh, place
+from bigmac_jax.model.mesh import batch_spec, make_mesh, place
 from bigmac_jax.training.step import make_trainer
 
 from .draw import Case, drawn, made, sample, value

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from bigmac_jax import counts
 from bigmac_jax.config import Config, ExecutionConfig, load_config
-from bigmac_jax.mesh import ExpertGroup, axis_sizes
+from bigmac_jax.model import counts
+from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.planning.cluster import mesh_group
 from bigmac_jax.planning.hardware import load_hardware
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from bigmac_jax import counts
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig
-from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model import counts
+from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.paper import (
     FIGURE_4,

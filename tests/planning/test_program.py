@@ -11,10 +11,10 @@ from model.tools import some, tiny
 
 from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.config.rules import LATENT_NORMS
-from bigmac_jax.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
-from bigmac_jax.mesh import ExpertGroup
+from bigmac_jax.model.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
+from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning import program, topologies
 from bigmac_jax.planning.cost import matmul_flops
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from bigmac_jax import counts
 from bigmac_jax.config import (
     Config,
     ConfigError,
@@ -20,7 +19,8 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.config.rules import check_batch
-from bigmac_jax.mesh import axis_sizes
+from bigmac_jax.model import counts
+from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.planning import search as searching
 from bigmac_jax.planning.candidates import REMAT, Machine, variants
 from bigmac_jax.planning.cluster import mesh_group

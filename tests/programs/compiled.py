@@ -16,13 +16,13 @@ import jax
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.config.reading import field_values, overridden
-from bigmac_jax.counts import parameters
-from bigmac_jax.mesh import AXES
-from bigmac_jax.planning import hlo, schedule
+from bigmac_jax.model.counts import parameters
+from bigmac_jax.model.mesh import AXES
+from bigmac_jax.planning import hlo, hlo_schedule
+from bigmac_jax.planning.abstract_programs import NAMES
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.program import Compiled, compile_program
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
-from bigmac_jax.programs import NAMES
 from bigmac_jax.training import loss
 
 # A vocabulary that, whole or split over `tensor`, is the size of nothing else.
@@ -81,7 +81,7 @@ def _overlap(module: hlo.Module, compiled: Compiled) -> list[tuple[bool, int]]:
     """Of each payload exchange: whether it is asynchronous, and how many products run beside it."""
     if not module.scheduled:
         return []
-    found = schedule.overlap(module, compiled.mesh, lambda collective: 1.0, 1e9, 1e15).exchanges
+    found = hlo_schedule.overlap(module, compiled.mesh, lambda collective: 1.0, 1e9, 1e15).exchanges
     return [(exchange.collective.asynchronous, len(exchange.matmuls)) for exchange in found]
 
 

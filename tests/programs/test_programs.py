@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from model.tools import QUICK, leaves, on_mesh, tiny
 
-from bigmac_jax import environment
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning import hlo
+from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.program import DoesNotCompileError, compile_program
-from bigmac_jax.programs import NAMES, make_program
+from bigmac_jax.runtime import environment
 
 
 def nbytes(tree: object) -> int:

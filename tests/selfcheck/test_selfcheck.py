@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from bigmac_jax.mesh import ranks
 from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
+from bigmac_jax.model.mesh import ranks
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.selfcheck import checks
 from bigmac_jax.selfcheck.rates import all_rates, hardware_of

@@ -15,17 +15,17 @@ from typing import Any
 
 import httpx
 
-from bigmac_jax import signals
-from bigmac_jax.data.chat import PLAIN, Chat
+from bigmac_jax.data.chat_template import PLAIN, Chat
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.inference.jobs import CANCELLED, Job, Step
+from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import Text
+from bigmac_jax.runtime import signals
 from bigmac_jax.serving import server
 from bigmac_jax.serving.app import Service
-from bigmac_jax.serving.chat import Dialogue
+from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import Limits
-from bigmac_jax.serving.metrics import Metrics
+from bigmac_jax.serving.prometheus import Metrics
 from bigmac_jax.serving.worker import Worker
 
 LONGEST = 64

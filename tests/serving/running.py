@@ -13,8 +13,8 @@ import jax
 from training.runs import ENVIRONMENT, LIMIT
 from training.tools import ROOT, quick, small
 
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 
 KEY = "a-key-for-tests"
 

@@ -11,11 +11,6 @@ import runpy
 import sys
 import time
 
-import bigmac_jax.cli
-import bigmac_jax.evaluation.tasks.run
-import bigmac_jax.interchange
-import bigmac_jax.loop  # noqa: F401
-
 
 def become(argv: list[str], out: pathlib.Path) -> None:
     """Makes this process the command `argv`, as if Python had been started with it."""

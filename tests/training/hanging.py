@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax import loop
+from bigmac_jax.run import loop
 
 _, process, last, *arguments = sys.argv
 _on_device = loop._on_device

@@ -12,7 +12,7 @@ import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from bigmac_jax import hosts  # noqa: E402
+from bigmac_jax.runtime import hosts  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 1)
 hosts.start(options["coordinator"], int(options["num_processes"]), int(options["process_id"]), False, 120)

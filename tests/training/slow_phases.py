@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bigmac_jax.data.shards import Store
+from bigmac_jax.data.token_shards import Store
 from bigmac_jax.training.checkpoint import Checkpoints
 
 _, phases, *arguments = sys.argv

@@ -17,12 +17,12 @@ import pytest
 from model.tools import leaves
 
 import bigmac_jax.training.step
-from bigmac_jax import loop, start
 from bigmac_jax.config import Config, ConfigError, check_resume
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run import loop, start
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.guard import NonFiniteLossError
 from bigmac_jax.training.step import make_trainer

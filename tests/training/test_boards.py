@@ -12,8 +12,8 @@ import jax
 import pytest
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 from bigmac_jax.training.metrics import MetricsWriter
 
 from .tools import quick, read_records, small

@@ -14,7 +14,7 @@ from model.tools import leaves, random_tokens
 import bigmac_jax
 from bigmac_jax import tuning
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.restored import restore

@@ -25,8 +25,8 @@ import pytest
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.arrays import DamagedError
 from bigmac_jax.training.checkpoint import Checkpoints

@@ -12,7 +12,7 @@ from model.tools import QUICK, abstract_model, leaves, on_mesh, random_like, ran
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows
-from bigmac_jax.mesh import batch_spec, place
+from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.step import split

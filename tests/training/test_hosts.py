@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from model.tools import assert_close, leaves
 
-from bigmac_jax import hosts
 from bigmac_jax.config import Config, ConfigError, load_config
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
+from bigmac_jax.runtime import hosts
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import load_config
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 
 from .runs import ENVIRONMENT, LIMIT, Job, last_step
 from .tools import ROOT, quick, read_records, write_config

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
 
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
+from bigmac_jax.model.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
 

@@ -7,8 +7,8 @@ import chex
 import pytest
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
 
 from .tools import leaves_of, of_training, quick, read_records, small, text
 

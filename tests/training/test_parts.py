@@ -17,7 +17,7 @@ from model.tools import QUICK, assert_close, leaves, on_mesh, pairwise, random_m
 
 from bigmac_jax.config import Config, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.step import TrainState, make_trainer, split
 
 STRUCTURES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import pytest
 from model.tools import leaves
 
 from bigmac_jax.config import Config, load_config
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 

@@ -7,20 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import (
-    assert_close,
-    leaf_name,
-    leaves,
-    on_mesh,
-    random_tokens,
-    split_batch,
-    tiny,
-)
+from model.tools import assert_close, leaf_name, leaves, on_mesh, random_tokens, split_batch, tiny
 
-from bigmac_jax import environment
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.runtime import environment
 from bigmac_jax.training.step import make_trainer
 
 from .tools import host, session

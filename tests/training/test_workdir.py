@@ -14,12 +14,12 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, sealed
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from bigmac_jax.environment import edition
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.inference import Generator
 from bigmac_jax.interchange import export_model
-from bigmac_jax.loop import train
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.loop import train
+from bigmac_jax.runtime.environment import edition
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.restored import restore

@@ -16,7 +16,7 @@ from model.tools import QUICK, leaves, random_model, split_batch
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split
 

@@ -11,15 +11,16 @@ from typing import Any
 import jax
 import pytest
 
-from bigmac_jax import hosts, start
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
-from bigmac_jax.data.chat import chat_in
+from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange.tokens import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
-from bigmac_jax.mesh import make_mesh
-from bigmac_jax.serving.chat import load_dialogue
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run import start
+from bigmac_jax.runtime import hosts
+from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
 from bigmac_jax.training.workdir import with_own_template, write_run
 from bigmac_jax.tuning.origin import Origin, with_chat_of

@@ -14,12 +14,13 @@ import pytest
 from model.tools import leaves
 from training.tools import quick, read_records, small
 
-from bigmac_jax import hosts, loop, storage
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config
 from bigmac_jax.config.reading import overridden
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
-from bigmac_jax.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run import loop
+from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restored import restore as restore_whole
 from bigmac_jax.training.workdir import run_tokenizer, write_run
 from bigmac_jax.tuning import origin as origins

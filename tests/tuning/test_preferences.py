@@ -12,7 +12,7 @@ from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, spli
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.inference.generate import Generator
+from bigmac_jax.inference.generator import Generator
 from bigmac_jax.training.loss import loss_fn, token_nll
 from bigmac_jax.training.preferences import dpo_loss, margins
 

@@ -7,8 +7,8 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-from bigmac_jax import storage
 from bigmac_jax.config import ConfigError
+from bigmac_jax.runtime import storage
 
 _FOLDER = pathlib.Path(__file__).parent
 TASKS = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))

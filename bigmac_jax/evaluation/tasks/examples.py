@@ -9,7 +9,7 @@ from typing import Any
 from bigmac_jax.config import ConfigError
 from bigmac_jax.evaluation.tasks import Task
 from bigmac_jax.evaluation.tasks.prepare import FUNCTIONS
-from bigmac_jax.evaluation.tasks.rows import Row
+from bigmac_jax.evaluation.tasks.task_rows import Row
 
 _DELIMITER = " "  # between a prompt and an answer
 

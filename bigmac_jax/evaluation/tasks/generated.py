@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat import ChatError, load_chat
+from bigmac_jax.data.chat_template import ChatError, load_chat
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.decoding.sampling import Sampling
 from bigmac_jax.evaluation.tasks import Task
 from bigmac_jax.evaluation.tasks.examples import Example
-from bigmac_jax.inference.generate import Generator
-from bigmac_jax.inference.generate import Request as Prompt
+from bigmac_jax.inference.generator import Generator
+from bigmac_jax.inference.generator import Request as Prompt
+from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.progress import Progress
+from bigmac_jax.runtime.progress import Progress
 
 Summary = dict[str, Any]
 # What a metric is called, for people.

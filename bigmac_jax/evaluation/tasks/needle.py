@@ -18,7 +18,7 @@ from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.tasks import Needle
 from bigmac_jax.evaluation.tasks.examples import Example
-from bigmac_jax.storage import save_figure
+from bigmac_jax.runtime.storage import save_figure
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bigmac_jax import hosts, storage
 from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.finished import Finished
@@ -14,10 +13,11 @@ from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, loglikeli
 from bigmac_jax.evaluation.tasks import Needle, Task, generated, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.generated import Prompt, encode_prompts, write_answers
-from bigmac_jax.evaluation.tasks.metrics import Summary, judge, summarise
-from bigmac_jax.evaluation.tasks.rows import read_rows
-from bigmac_jax.mesh import platform
+from bigmac_jax.evaluation.tasks.scores import Summary, judge, summarise
+from bigmac_jax.evaluation.tasks.task_rows import read_rows
+from bigmac_jax.model.mesh import platform
 from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.runtime import hosts, storage
 
 _VERSION = 1  # of what a window's score means; a new one makes old files unused
 _WORDS = {

@@ -1,6 +1,6 @@
 """No exchange: a rank computes what its own experts make of its tokens, and leaves it at that.
 
-For drafts (`decoding.draft`): an expert of another rank is replaced by one that is here, or left out. T tokens and K
+For drafts (`inference.drafter`): an expert of another rank is replaced by one that is here, or left out. T tokens and K
 choices on this rank, E experts, e of them here.
 """
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from bigmac_jax.mesh import platform
+from bigmac_jax.model.mesh import platform
 
 PAYLOAD, METADATA = "exchange_payload", "exchange_metadata"
 EXCHANGED = "exchanged"  # what came over a link: execution.remat=exchange keeps it

@@ -1,0 +1,242 @@
+"""What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+from bigmac_jax.config import Config, ConfigError, field_docs
+from bigmac_jax.config.names import field_names, nearest, question
+from bigmac_jax.config.reading import field_values
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
+from bigmac_jax.runtime.clock import NOW, process_start
+
+CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
+OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
+ARGUMENTS: list[str] = []  # and what was no flag, of a command that takes such
+_log = logging.getLogger(__name__)
+
+
+def run(main: Callable[[], int | None], arguments: bool = False, distributed: bool = False) -> None:
+    """Parses the command line and calls `main`; never returns.
+
+    Args:
+      arguments: whether the command takes some that are no flags.
+      distributed: whether it may run as several processes.
+    """
+    if distributed:
+        _define_host_flags()
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        names = [flag.name for flag in _flags(main.__module__, sys.argv[0], __name__)]
+        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+            _show(_help(main))
+        try:
+            rest = _take_overrides(list(argv))
+            extra = flags.FLAGS(rest)[1:]
+        except ConfigError as error:
+            _fail(str(error))
+        except flags.UnrecognizedFlagError as error:
+            _fail(unknown_flag(error.flagname, names))
+        except flags.Error as error:
+            _fail(" ".join(str(error).split()))
+        if arguments:
+            ARGUMENTS.extend(extra)
+        elif extra:
+            _fail(f"{extra[0]!r} is not a flag; {_meant(extra[0], names)}")
+        return rest[:1]
+
+    def guarded(_: Sequence[str]) -> int | None:
+        NOW.begin("imports", process_start())
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
+        logging.getLogger("bigmac_jax").setLevel(logging.INFO)
+        if CPU_DEVICES.value:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+        try:
+            NOW.turn("devices")
+            if distributed:
+                given = flags.FLAGS
+                hosts.start(
+                    given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
+                )
+            NOW.turn("start")
+            with watchdog.of_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
+                return main()
+        except ConfigError as error:
+            _fail(str(error) if hosts.is_first() else "")
+        except hosts.PeerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return hosts.EXIT_CODE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130  # as a shell counts SIGINT
+        except BrokenPipeError:  # the reader of standard output has seen enough
+            return _reader_left()
+        except storage.errors() as error:
+            if not storage.is_of_store(error):
+                raise
+            why = storage.reason(error)
+            print(
+                f"error: a store can't be read or written now ({why}); run it again later", file=sys.stderr, flush=True
+            )
+            return 1
+
+    app.run(guarded, flags_parser=parse)
+
+
+def given_fields() -> list[str]:
+    """Names of the fields that the command line gave."""
+    return list(dict.fromkeys(override.partition("=")[0] for override in OVERRIDES))
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Logs lines once, whatever the number of processes."""
+    for line in lines if hosts.is_first() else ():
+        _log.warning("%s", line)
+
+
+def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
+    """Makes the mesh current for the process, and compiled programs kept between runs."""
+    jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
+    with NOW.doing("devices"):
+        mesh = make_mesh(config, fit_batch)
+    idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise ConfigError(
+            f"the mesh's {mesh.size} ranks leave process {min(idle)} of {jax.process_count()} without a device; "
+            f"use all {jax.device_count()} devices, or fewer processes"
+        )
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def agree(config: Config | None, command: str) -> None:
+    """Waits for all processes, and compares: the config, the flags of a command (its module), versions and code.
+
+    Where a machine keeps its cache, and a file of the same config, is its own affair.
+
+    Raises:
+      ConfigError: on all processes, where one was started with something else.
+    """
+    names = [flag.name for flag in _flags(command) if flag.name != "config"] + ["num_processes", "peer_timeout"]
+    fields: dict[str, Any] = environment.edition() | {f"--{name}": flags.FLAGS[name].value for name in names}
+    if config is None:
+        fields |= {"overrides": OVERRIDES}
+    else:
+        values = {name: value for name, value in dataclasses.asdict(config).items() if name != "cache_dir"}
+        fields |= dict(field_values(values))
+    hosts.same(fields)
+
+
+def _define_host_flags() -> None:
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for a job of several processes (docs/hosts.md).")
+    flags.DEFINE_integer("num_processes", 0, "Of the job.", lower_bound=0)
+    flags.DEFINE_integer("process_id", -1, "Of this process, from 0.", lower_bound=-1)
+    flags.DEFINE_bool("distributed", False, "Take these from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.")
+    flags.DEFINE_integer(
+        "peer_timeout", 120, "Seconds after which a process that is silent, or hangs, ends the job; 0 = never.", 0
+    )
+
+
+def unknown_flag(name: str, known: Sequence[str]) -> str:
+    """The line for a flag that is none of `known`."""
+    return f"--{name} is not a flag; {_meant(name, known)}"
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """What a name that is no flag may be: a flag, or a field of the config without its --config."""
+    name = name.lstrip("-").partition("=")[0]
+    if near := nearest(name, known):
+        return question(near, "--")
+    inner = name.partition(".")[2]  # of a misspelled config
+    near = nearest(inner if "." in inner else name, field_names(Config))
+    return question(near, "--config.") or "see --help"
+
+
+def _flags(*modules: str) -> list[flags.Flag]:
+    """Those that modules define; libraries define some, too, that are nobody's concern."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return sorted(
+        (flag for module in dict.fromkeys(modules) for flag in by_module.get(module, ())), key=lambda f: f.name
+    )
+
+
+def _help(main: Callable[[], int | None]) -> str:
+    def described(flag: flags.Flag) -> str:
+        shown = str(flag.default).lower() if flag.boolean else flag.default
+        return f"  --{flag.name}" + (f"={shown}" if shown not in (None, "", []) else "") + f"\n      {flag.help}"
+
+    return "\n".join(
+        [
+            (sys.modules[main.__module__].__doc__ or "").strip(),
+            *("", "Flags:", *map(described, _flags(main.__module__, sys.argv[0]))),
+            *("", "Flags of other commands, too:", *map(described, _flags(__name__)), ""),
+            "Fields of a config: --config.GROUP.FIELD=VALUE, as in --config.model.top_k=8 or --config.mesh.fsdp=true.",
+            "`bigmac fields` or --config.help lists them, --config.model.help those of a group.",
+        ]
+    )
+
+
+def _take_overrides(argv: list[str]) -> list[str]:
+    """Moves --config.a.b=value and --config.a.b value from argv to OVERRIDES; --config.help ends here."""
+    rest, queue = argv[:1], argv[1:]
+    while queue:
+        argument = queue.pop(0)
+        name = argument.lstrip("-")
+        if not (argument.startswith("-") and name.startswith("config.")):
+            rest.append(argument)
+            continue
+        name = name.removeprefix("config.")
+        if name == "help" or name.endswith(".help"):
+            _show(field_docs.describe([name.removesuffix("help").rstrip(".")]))
+        if "=" not in name and queue and not queue[0].startswith("--"):
+            name += "=" + queue.pop(0)
+        OVERRIDES.append(name)
+    return rest
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    """Turns the pages that XLA prints where memory does not suffice into one line."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = re.search(r"allocat\w* ([\d.]+ ?\w+)", str(error))
+        what = f" (an array of {size[1]})" if size else ""
+        _fail(
+            f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
+            f"execution.remat (plan.py says what a config takes)"
+        )
+
+
+def _show(text: str) -> NoReturn:
+    """What was asked for instead of the command."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.exit(_reader_left())
+    sys.exit(0)
+
+
+def _reader_left() -> int:
+    """The exit code where the reader of standard output has seen enough: as a shell counts SIGPIPE."""
+    signals.unread(sys.stdout)
+    return 141
+
+
+def _fail(message: str) -> NoReturn:
+    """`message` is empty where another process has printed it."""
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

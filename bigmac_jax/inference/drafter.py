@@ -1,0 +1,155 @@
+"""Drafts that send nothing: the model itself, but of its experts only those that a token's own rank holds.
+
+Attention, dense layers and shared experts are the model's. A gate's choice of an expert of another rank is left
+out, or goes to the one here whose outputs are nearest, by a table that is made once, from the weights. (After SpecMoE,
+arXiv 2604.10152.) D hidden, R row width, E experts, e of a rank, S ranks, Y layers.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.inference.int8_weights import widened
+from bigmac_jax.inference.kv_cache import Decoder
+from bigmac_jax.model.layers import normalised, product
+from bigmac_jax.model.mesh import (
+    EXPERT_GROUP,
+    batch_ranks,
+    current_group,
+    on_each_rank,
+    rank_spec,
+    tensor_ranks,
+    token_spec,
+)
+from bigmac_jax.model.moe import MoE, StandIns, apply_experts
+from bigmac_jax.model.parameters import weight
+from bigmac_jax.model.transformer import Block
+
+NEAREST, NONE = "nearest", "none"
+STAND_INS = (NONE, NEAREST)
+_PROBES = 64  # rows by which experts are compared
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How tokens are drafted.
+
+    Attributes:
+      tokens: of a draft; 0 drafts none.
+      local_experts: of each rank that a draft may use; 0 = all that it holds. Fewer are for study.
+      stand_ins: what is computed for an expert that is not among them: `none`, or `nearest`, the one of them whose
+        outputs are nearest; docs/serving.md measures both.
+      least: drafting pauses while a smaller share of the drafted tokens is accepted.
+
+    Raises:
+      ConfigError: a value out of its range.
+    """
+
+    tokens: int = 0
+    local_experts: int = 0
+    stand_ins: str = NONE
+    least: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tokens <= 32:
+            raise ConfigError(f"speculate={self.tokens} must lie in [0, 32]; 0 drafts nothing")
+        if self.local_experts < 0:
+            raise ConfigError(f"local_experts={self.local_experts} must be at least 0 (all that a rank holds)")
+        if self.stand_ins not in STAND_INS:
+            raise ConfigError(f"stand_ins={self.stand_ins!r} must be {NONE} or {NEAREST}")
+        if not 0 <= self.least <= 1:
+            raise ConfigError(f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError where a model on the current mesh has nothing to save."""
+        if not self.tokens:
+            return
+        m, ranks = config.model, math.prod(current_group().sizes)
+        if not m.is_moe:
+            raise ConfigError(
+                f"speculate={self.tokens} drafts with the experts that a rank holds, and model.structure={m.structure} "
+                f"has no experts; use speculate=0"
+            )
+        held = m.expert_count // ranks
+        if self.local_experts > held:
+            raise ConfigError(f"local_experts={self.local_experts} must be at most the {held} that a rank holds")
+        if ranks == 1 and self.local_experts in (0, held):
+            raise ConfigError(
+                f"speculate={self.tokens} saves exchanges, and on one rank of experts there are none: a draft would be "
+                f"the model itself; use speculate=0, mesh.expert > 1, or fewer local_experts to study acceptance"
+            )
+
+
+def make_drafter(config: Config, decoder: Decoder, how: Speculation) -> Decoder:
+    """The decoder that drafts: the same arrays, with a table of stand-ins in each layer that has experts.
+
+    Args:
+      config: the decoder's, as of `inference.kv_cache.decoding`.
+    """
+    tables = jax.jit(functools.partial(_tables, config, how))
+
+    def with_stand_ins(group: Block) -> Block:
+        if not isinstance(group.mlp, MoE):
+            return group
+        drafting = copy.copy(group)
+        drafting.mlp = copy.copy(group.mlp)
+        drafting.mlp.stand_ins = nnx.data(StandIns(tables(group)))
+        return drafting
+
+    return dataclasses.replace(decoder, groups=tuple(map(with_stand_ins, decoder.groups)))
+
+
+def _tables(config: Config, how: Speculation, group: Block) -> Array:
+    """Of a group of layers, [Y, S, E]."""
+
+    def table(_: None, layer: Block) -> tuple[None, Array]:
+        layer = widened(layer, config.execution.dtype)
+        assert isinstance(layer.mlp, MoE)
+        return None, _table(config, how, layer.mlp, _probes(config, layer))
+
+    return jax.lax.scan(table, None, group)[1]
+
+
+def _probes(config: Config, layer: Block) -> Array:
+    """Random rows as experts' layers are given them, the same on each rank."""
+    x_1ND = jax.random.normal(jax.random.key(0), (1, _PROBES, config.model.hidden_size))
+    x_BND = jnp.tile(x_1ND.astype(config.execution.dtype), (batch_ranks(), tensor_ranks(), 1))
+    return layer.mlp_norm(jax.sharding.reshard(x_BND, token_spec(3)))
+
+
+def _table(config: Config, how: Speculation, mlp: MoE, x_BND: Array) -> Array:
+    """Each rank's row of [S, E]."""
+    names = list(mlp.experts.weights())
+    weights = [weight(config, value) for value in mlp.experts.weights().values()]
+    down = [] if mlp.down is None else mlp.down.weights()
+    norm = [] if mlp.dispatch_norm is None else mlp.dispatch_norm.weights()
+
+    def on_rank(x_1ND: Array, *given: Array) -> Array:
+        w = dict(zip(names, given, strict=False))
+        of_down, of_norm = given[len(names) : len(names) + len(down)], given[len(names) + len(down) :]
+        e, E = w["w_in_eRF"].shape[0], config.model.expert_count
+        first, n = e * jax.lax.axis_index(EXPERT_GROUP), how.local_experts or e
+        own_E = jnp.arange(E, dtype=jnp.int32) - first
+        is_own_E = (own_E >= 0) & (own_E < n)
+        if how.stand_ins == NONE:
+            return jnp.where(is_own_E, own_E, e)[None]
+        x_NR = x_1ND[0]
+        x_NR = product(x_NR, *of_down) if of_down else x_NR
+        x_NR = normalised(config.model, x_NR, *of_norm) if of_norm else x_NR
+        N = x_NR.shape[0]
+        y_eX = apply_experts(config, w, jnp.tile(x_NR, (e, 1)), None, None, N).reshape(e, -1).astype(jnp.float32)
+        y_EX = jax.lax.all_gather(y_eX, EXPERT_GROUP, tiled=True)
+        # |a - b|² but for |a|², which is the same for all b.
+        square_n = jnp.square(y_eX[:n]).sum(-1)
+        distance_En = square_n[None] - 2 * jnp.matmul(y_EX, y_eX[:n].T, precision=jax.lax.Precision.HIGHEST)
+        return jnp.where(is_own_E, own_E, distance_En.argmin(-1).astype(jnp.int32))[None]
+
+    return on_each_rank(on_rank, (x_BND,), [*weights, *down, *norm], out_specs=rank_spec(2))

@@ -1,0 +1,215 @@
+"""The model over a cache of keys and values that stand in pages.
+
+A step reads some tokens of many sequences: of each of the S shards of the batch W rows of C tokens, side by side,
+[S, T] with T = W · C, as if they were the tokens of one sequence. So every layer that takes each token by itself splits
+them over `tensor` as in training. D hidden, G key-value heads, H head size, V vocabulary, Y layers of a group, n pages
+of p positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.inference.int8_weights import fits, quantized, widened
+from bigmac_jax.model.attention import KeyValues, Rows
+from bigmac_jax.model.mesh import (
+    TENSOR,
+    batch_ranks,
+    batch_spec,
+    cache_spec,
+    on_each_rank,
+    platform,
+    tensor_ranks,
+    token_spec,
+)
+from bigmac_jax.model.parameters import Declaration, map_declared
+from bigmac_jax.model.transformer import Block, Transformer, init_model
+from bigmac_jax.training.step import split
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoder:
+    """A model for decoding: in the dtype of the computation or in eight bits (`int8_weights`), its layers in
+    groups, each stacked and scanned.
+
+    A group is all layers of a kind, so that compilation does not take longer the more there are; on CPU it is one
+    layer, because there a step that reads one of stacked layers copies it first.
+    """
+
+    ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
+    groups: tuple[Block, ...]
+
+
+class Cache(NamedTuple):
+    """What the layers have seen, in pages."""
+
+    groups: tuple[KeyValues, ...]
+
+
+WEIGHTS = ("", "float32", "bfloat16", "int8")
+
+
+def decoding(config: Config, exchange: str = "auto", weights: str = "") -> Config:
+    """The config that a decoder computes with.
+
+    Args:
+      exchange: the strategy, instead of the one that suited training; `auto` takes the one that is fastest for the few
+        rows of a decode step, and for the many of a prefill.
+      weights: float32 or bfloat16 is the dtype of the computation, too; int8 and "" leave that as it was in training.
+
+    Raises:
+      ConfigError: weights of another name.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
+    dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
+    execution = dataclasses.replace(config.execution, exchange=exchange, overlap_chunks=1, remat="none", dtype=dtype)
+    return dataclasses.replace(config, execution=execution)
+
+
+def make_decoder(
+    config: Config, model: Transformer, exchange: str = "auto", consume: bool = False, weights: str = ""
+) -> Decoder:
+    """The decoder of a model, which computes dropless.
+
+    Args:
+      config, exchange, weights: as for `decoding`.
+      consume: frees the model's arrays on the way; the model can't be used any more.
+    """
+    config = decoding(config, exchange, weights)
+    # No array is made here: the mesh may be of devices that are only compiled for.
+    abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
+    stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
+    ends.first = ends.layers = None
+
+    def cast(of: Declaration, w: Array) -> Any:
+        (done,) = _cast(w, of, of.crossing(config.execution).compute, weights == "int8", 0)
+        if consume and w is not done:
+            jax.block_until_ready(done)
+            w.delete()
+        return done
+
+    ends = map_declared(cast, ends)
+    groups = tuple(group for stack in stacks for group in _groups(config, stack, consume, weights == "int8"))
+    return Decoder(ends, groups)
+
+
+def _groups(config: Config, stack: Block, consume: bool, narrow: bool) -> Iterator[Block]:
+    """Of a stack of layers. Leaf by leaf, so that memory for one more leaf is enough."""
+    one_by_one = platform() == "cpu" and not config.execution.unroll_layers
+    leaves, treedef = jax.tree.flatten(stack)
+    declarations = jax.tree.leaves(map_declared(lambda of, _: _Leaf(of), stack))
+    parts = []
+    for leaf, declaration in zip(leaves, declarations, strict=True):
+        of = declaration.of if isinstance(declaration, _Leaf) else None
+        dtype = of.crossing(config.execution).compute if of else str(leaf.dtype)
+        parts.append(_cast(leaf, of, dtype, narrow, leaf.shape[0] if one_by_one else 0))
+        if consume:
+            jax.block_until_ready(parts[-1])
+            leaf.delete()
+    return (jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True))
+
+
+class _Leaf:
+    """A declaration in the place of its array."""
+
+    def __init__(self, of: Declaration):
+        self.of = of
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _cast(w: Array, of: Declaration | None, dtype: str, narrow: bool, layers: int) -> tuple[Any, ...]:
+    """Weights as they are kept; of a stack of `layers` each by itself."""
+    done = quantized(of, w) if of is not None and narrow and fits(of) else w.astype(dtype)
+    if not layers:
+        return (done,)
+    parts, tree = jax.tree.flatten(done)
+    return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
+
+
+def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:
+    """An empty one, of `pages` for each shard of the batch and layer; of a key-value head that several ranks of
+    `tensor` read, each has its own copy."""
+    heads = max(config.model.kv_heads, tensor_ranks())
+
+    def empty(group: Block) -> KeyValues:
+        shape = heads, batch_ranks() * depth(group) * pages, page_size, config.model.head_size
+        dtype = config.execution.dtype
+        return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
+
+    return Cache(tuple(map(empty, decoder.groups)))
+
+
+def depth(group: Block) -> int:
+    """Layers of a group."""
+    return jax.tree.leaves(group)[0].shape[0]
+
+
+def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
+    """Reads the next tokens of sequences → x_STD behind the last layer, the cache with them.
+
+    Decoding is this with one token a row; a prompt is read in rows of some pages. What stands behind a row's count
+    may be any token.
+    """
+
+    def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
+        (x_STD, past), (layer, first) = carry, xs
+        layer = widened(layer, dtype)
+        y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
+        x_STD = x_STD + y_STD
+        return (x_STD + layer.feed_forward(x_STD, None, evaluating=True)[0], past), None
+
+    dtype = model.ends.config.execution.dtype
+    x_STD, groups = widened(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
+    for group, past in zip(model.groups, cache.groups, strict=True):
+        of_rank = past.keys.shape[1] // batch_ranks()
+        first_Y = jnp.arange(0, of_rank, of_rank // depth(group), dtype=jnp.int32)
+        (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, first_Y))
+        groups.append(past)
+    return x_STD, Cache(tuple(groups))
+
+
+def logits_of_last(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
+    """Float32 logits_SWV of the token behind each row's last."""
+    if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
+        specs = token_spec(3), batch_spec(2)
+        x_STD = on_each_rank(_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
+    return logits_of_each(model, x_STD)
+
+
+def logits_of_each(model: Decoder, x_STD: Array) -> Array:
+    """Float32 logits_STV of the token behind each."""
+    ends = widened(model.ends, model.ends.config.execution.dtype)
+    return ends.logits(ends.final_norm(x_STD))
+
+
+def _positions(rows: Rows, tokens: int) -> Array:
+    """position_ST of the rows' tokens, side by side; of those behind a row's count, its first one's."""
+
+    def on_rank(position_SW: Array, count_SW: Array) -> Array:
+        step_C = jnp.arange(tokens // position_SW.shape[1], dtype=jnp.int32)[None, None]
+        step_SWC = jnp.where(step_C < count_SW[..., None], step_C, 0)
+        return (position_SW[..., None] + step_SWC).reshape(1, -1)
+
+    return on_each_rank(on_rank, (rows.position_SW, rows.count_SW), in_spec=batch_spec, out_specs=batch_spec(2))
+
+
+def _last(x_STD: Array, count_SW: Array) -> Array:
+    """On one rank, which has a part of its shard's tokens: the features of the last token of its part of the rows,
+    [1, w, D]."""
+    (_, T, _), W = x_STD.shape, count_SW.shape[1]
+    C = T * tensor_ranks() // W
+    place_W = jnp.arange(W, dtype=jnp.int32) * C + jnp.maximum(count_SW[0] - 1, 0) - jax.lax.axis_index(TENSOR) * T
+    here_W = (place_W >= 0) & (place_W < T)
+    x_WD = jnp.where(here_W[:, None], x_STD[0, jnp.clip(place_W, 0, T - 1)], 0)
+    return jax.lax.psum_scatter(x_WD, TENSOR, scatter_dimension=0, tiled=True)[None]

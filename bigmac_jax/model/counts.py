@@ -1,0 +1,272 @@
+"""Counts that need no device: parameters, FLOPs, bytes of the exchange, memory.
+
+Of the model that is trained, term by term; `paper` has the paper's own formulas. B batch, L length, D hidden, R row
+width, F expert hidden, E experts, K top-k.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
+from bigmac_jax.model.exchange.wire import row_bytes
+from bigmac_jax.model.mesh import AXES, ExpertGroup, axes_of
+from bigmac_jax.model.moe import make_strategy, strategy
+from bigmac_jax.model.parameters import Declaration, declared
+from bigmac_jax.model.transformer import init_model
+
+Sizes = dict[str, int]  # ranks by axis of the mesh
+
+
+class Parameters(NamedTuple):
+    """`active`: those that a token meets, all of its top-k experts included. Parts sum to `total`."""
+
+    total: int
+    active: int
+    parts: dict[str, int]
+    of_a_rank: int
+    moments_of_a_rank: int  # numbers that the optimizer keeps
+
+
+def parameters(config: Config, sizes: Sizes) -> Parameters:
+    """Of a model that is traced once, whatever the mesh: a search asks for hundreds of meshes."""
+    m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
+    ranks = {axis: sizes.get(axis, 1) for axis in AXES}
+    for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+        layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
+        parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
+        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, config.mesh.fsdp, ranks)))
+        here = math.prod(layers) * math.prod(own) // split
+        of_rank += here
+        moments += here * (1 if config.optimizer.name == "muon" and of.hidden_matrix else 2)
+    total = sum(parts.values())
+    idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
+    return Parameters(total, total - idle, parts, of_rank, moments)
+
+
+@functools.lru_cache(maxsize=64)
+def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[tuple[Declaration, tuple[int, ...]]]:
+    """What each parameter is, and its shape; from the abstract model, which takes no memory."""
+    data = DataConfig(tokenizer="", sequence_length=length)
+    config = Config(model=model, mesh=MeshConfig(split_experts=split_experts), data=data)
+    one = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    none = AbstractMesh((), ())  # jax lets no mesh be changed for one of another size
+    with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(one):
+        traced = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    leaves = jax.tree.leaves(nnx.state(traced, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param))
+    return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
+
+
+def flops(config: Config) -> dict[str, float]:
+    """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention without credit for
+    causality; no padding, no rematerialisation."""
+    m, length = config.model, config.data.sequence_length
+    h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
+    per_token: dict[str, int] = {
+        "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * length * q),
+        "output": h * m.vocab_size,
+    }
+    if m.is_moe:
+        per_token |= {
+            "router": m.moe_layers * h * m.expert_count,
+            "experts": m.moe_layers * matrices * m.choices * m.wire_size * m.expert_width,
+            "shared": m.moe_layers * matrices * h * m.shared_width,
+            "projections": m.moe_layers * sum(projections(m).values()),
+        }
+    per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
+    tokens = config.data.batch_size * length
+    return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+
+
+def projections(m: ModelConfig) -> dict[str, int]:
+    """Entries of the matrices between a layer's tokens and its rows, of those that it has: W↓, W↑ and W_g."""
+    h, of_latent = m.hidden_size, m.hidden_size * m.latent_size
+    found = {"down": of_latent, "up": of_latent} if m.structure == "bigmac" else {}
+    return found | ({"gate": h * h} if "gate" in m.latent_norms else {})
+
+
+def forward_passes(config: Config) -> int:
+    """Of a part of the batch, recomputation left out; one more where the loads of all parts are counted first."""
+    return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
+
+
+def recomputes(config: Config) -> bool:
+    """Whether a layer's forward pass runs again in its backward pass, with its exchange or without."""
+    return config.execution.remat != "none"
+
+
+def exchanges_again(config: Config) -> bool:
+    """Whether that pass exchanges rows again."""
+    return config.execution.remat == "layer"
+
+
+def tensor_bytes(config: Config, sizes: Sizes) -> float:
+    """Bytes that a rank sends to its `tensor` ranks in a training step.
+
+    A layer's attention gathers its input and scatters its output, and their gradients the other way round; so does a
+    dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide. Of the tables of tokens each
+    rank has some rows: it reads them for all ranks' tokens and scatters the sums, and for the loss gathers tokens.
+    """
+    m, t, again = config.model, sizes.get("tensor", 1), recomputes(config)
+    if t == 1:
+        return 0.0
+    ranks = math.prod(sizes.values())
+    passes = forward_passes(config)
+    tokens = config.data.batch_size * config.data.sequence_length / ranks
+    # What a recomputed layer ends in is not summed again.
+    moved = m.num_layers * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
+    moved += (m.num_layers - m.moe_layers) * tokens * m.hidden_size * (2 * passes + 2 + again)
+    if m.is_moe and config.mesh.split_experts:
+        at_a_time = tokens_at_a_time(config, ranks)
+        group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
+        exchange = strategy(config, m.capacity_factor, at_a_time, group)
+        rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
+        # Sums that an exchange brings back are needed again with the exchange alone.
+        repeated = again + (exchanges_again(config) and _back_again(config, exchange))
+        moved += m.moe_layers * rows * m.wire_size * (2 * passes + 2 + repeated)
+    tables = tokens * m.hidden_size * (passes + 3)
+    ids = 4 * tokens * (passes + 1)
+    return (t - 1) * (config.execution.dtype_bytes * (moved + tables) + ids)
+
+
+class Traffic(NamedTuple):
+    """Bytes that all ranks together send to other ranks in the exchanges of a training step, and how often."""
+
+    payload: Sent  # rows that hold a token, at uniform routing
+    padded: Sent  # rows with the room around them
+    metadata: Sent  # experts, counts, gates
+    exchanges: int  # payload exchanges that one rank takes part in
+
+
+def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str = "") -> Traffic:
+    """Of the strategy `name`, by default the configured one."""
+    m, tokens = config.model, tokens_at_a_time(config, ranks)
+    if not m.is_moe:
+        return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
+    if name:
+        exchange = make_strategy(name, config, m.capacity_factor, group)
+    else:
+        exchange = strategy(config, m.capacity_factor, tokens, group)
+    forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
+    # The forward pass runs again where loads are counted first, and where it is rematerialised with its exchange.
+    passes, again = forward_passes(config), exchanges_again(config)
+    dispatches = passes + again
+    combines = passes + (again and _back_again(config, exchange))
+
+    def rows(dispatch: Sent, combine: Sent) -> Sent:
+        there = dispatch.times(dispatches * forward + backward)
+        return there.plus(combine.times(combines * forward + backward))
+
+    useful = exchange.useful(tokens, m.choices)
+    metadata, gradient = exchange.metadata(tokens, m.choices)
+    here = m.moe_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
+    return Traffic(
+        rows(useful, useful).times(here * ranks),
+        rows(*exchange.sent(tokens, m.choices)).times(here * ranks),
+        metadata.times(dispatches).plus(gradient).times(here * ranks),
+        (dispatches + combines + 2) * here,
+    )
+
+
+def tokens_at_a_time(config: Config, ranks: int) -> int:
+    """Tokens of a rank that one exchange carries in training."""
+    parts = ranks * config.train.accumulate_steps * config.execution.overlap_chunks
+    return config.data.batch_size * config.data.sequence_length // parts
+
+
+def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
+    """Bytes on one rank, by part. Activations and temporaries are an estimate; the compiled program has what is really
+    allocated."""
+    m, data = config.model, config.data
+    moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
+    size = config.execution.dtype_bytes
+    dense = m.num_layers - m.moe_layers
+    kept = [_kept_by_a_layer(config, ranks, group, experts) for experts in (m.is_moe, False)]
+    # Rematerialised layers keep what enters them, and one at a time all that it computes.
+    largest = max(kept[: 1 + bool(dense)])
+    layers = largest if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
+    activations = tokens * size * (m.num_layers * m.hidden_size + layers)
+    if config.execution.remat == "exchange":
+        activations += m.moe_layers * exchanged_bytes(config, ranks, group)
+    return {
+        "parameters": 4 * count.of_a_rank,
+        "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
+        "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
+        "activations": round(activations),
+        "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group, count)),
+    }
+
+
+def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, count: Parameters) -> float:
+    """Bytes beside activations at the worse of two moments: a layer's backward pass, whose gradients are as large as
+    what it keeps, and the loss, with a chunk of logits and its softmax. Each holds its parameters as they are computed
+    with, and where mesh.fsdp gathered them, their whole gradients."""
+    m, mesh, execution = config.model, config.mesh, config.execution
+    summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
+    experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
+    shared = count.total - experts - table * (1 if m.tie_embeddings else 2)
+    of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
+    of_layer += shared / m.num_layers
+    # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
+    # of a sequence's first 4,096 tokens, however long it is and however many there are.
+    pairs = min(tokens, 4096) * min(config.data.sequence_length, 4096)
+    rest = 4 * m.num_heads * pairs * execution.dtype_bytes
+    backward = layer + of_layer * (execution.dtype_bytes + summed) + rest
+    logits = 2 * 4 * min(tokens * m.vocab_size, 2**27)
+    loss = logits + table / mesh.tensor * (execution.dtype_bytes + summed)
+    # What rematerialised layers keep of one at a time, which `activations` has, is not there yet at the loss.
+    return max(backward, loss - (layer if recomputes(config) else 0))
+
+
+def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bool) -> float:
+    """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
+    m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
+    matrices = 3 if m.gated else 2
+    scores = 2 * m.num_heads * config.data.sequence_length if config.execution.attention == "xla" else 0  # of no kernel
+    heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
+    kept = 2.0 * m.hidden_size + heads + gathered
+    if not experts:
+        return kept + m.hidden_size + matrices * m.mlp_width + gathered
+    tokens = tokens_at_a_time(config, ranks)
+    exchange = strategy(config, m.capacity_factor, tokens, group)
+    rows = received_rows(exchange, tokens, m.choices) / tokens
+    gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
+    kept += m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
+    return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+
+
+def _back_again(config: Config, exchange: Strategy) -> bool:
+    """Whether a backward pass needs what came back: not where nothing but sums follows on it."""
+    m = config.model
+    return m.structure == "bigmac" or bool(m.latent_norms) or not exchange.sums_at_experts
+
+
+def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
+    """That come to a rank in the exchanges of one layer's forward pass: rows, and rows back. execution.remat=exchange
+    keeps them."""
+    m, tokens = config.model, tokens_at_a_time(config, ranks)
+    if not m.is_moe or math.prod(group.sizes) == 1:
+        return 0.0
+    exchange = strategy(config, m.capacity_factor, tokens, group)
+    rows = received_rows(exchange, tokens, m.choices) * config.execution.overlap_chunks
+    ways = 1 + _back_again(config, exchange)
+    return ways * rows * m.wire_size * config.execution.dtype_bytes
+
+
+def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
+    """That a rank gets in one exchange, room and its own included."""
+    sent = sum(exchange.sent(tokens, choices)[0])
+    return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
+
+
+def computed_rows(exchange: Strategy, tokens: int, choices: int) -> float:
+    """Rows a token that experts multiply: with a capacity they stand by expert, full or not."""
+    if isinstance(exchange, AllToAll) and not exchange.dropless:
+        return exchange.rows(tokens, choices) * exchange.ranks / tokens
+    return choices

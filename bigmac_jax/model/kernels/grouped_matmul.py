@@ -1,0 +1,113 @@
+"""The grouped matmul of accelerators: M rows sorted by group, e groups with a matrix X × Y each."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.model.exchange.rows import bin_of
+from bigmac_jax.model.kernels import grouped_matmul_gpu
+from bigmac_jax.model.mesh import AXES, platform
+
+# Tiles of the TPU kernel: rows, and elements of a matrix. In bfloat16 a step of 256 rows of a 512 × 2048 matrix takes
+# 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
+_ROW_TILE = 256
+_MATRIX_TILE = 2**20
+
+
+def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    """Rows of group i times matrix i; rows behind the last group are undefined.
+
+    On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
+    v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`gpu_kernels`).
+    """
+    if platform() in ("tpu", "gpu"):
+        return _kernel(x_MX, w_eXY, sizes_e)
+    return _every_group(x_MX, w_eXY, sizes_e)
+
+
+def _every_group(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    """A product over every group, of which each row keeps that of its own; zeros behind the last group.
+
+    It is what `jax.lax.ragged_dot` does on CPU, without it: inside the loops of a step in parts, chunks and rounds
+    XLA:CPU (jaxlib 0.10.2) computes that wrongly at times, or aborts.
+    """
+    group_M1 = bin_of(jnp.arange(x_MX.shape[0], dtype=jnp.int32), jnp.cumsum(sizes_e)).reshape(-1, 1)
+    return functools.reduce(jnp.add, [jnp.where(group_M1 == i, x_MX @ w_XY, 0) for i, w_XY in enumerate(w_eXY)])
+
+
+@jax.custom_vjp
+def _kernel(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+    return on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e)
+
+
+def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
+    return _kernel(x_MX, w_eXY, sizes_e), (x_MX, w_eXY, sizes_e)
+
+
+def _kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
+    x_MX, w_eXY, sizes_e = saved
+    dx_MX = on_this_rank(partial(_gmm, transpose_rhs=True), dy_MY, w_eXY, sizes_e)
+    return dx_MX, on_this_rank(partial(_tgmm, dtype=w_eXY.dtype), x_MX, dy_MY, sizes_e), None
+
+
+_kernel.defvjp(_kernel_fwd, _kernel_bwd)
+
+
+def _gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, transpose_rhs: bool) -> Array:
+    if platform() == "gpu":
+        return grouped_matmul_gpu.gmm(x_MX, w_eXY, sizes_e, transpose_rhs=transpose_rhs)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    return gmm(x_MX, w_eXY, sizes_e, preferred_element_type=x_MX.dtype, tiling=_tiling, transpose_rhs=transpose_rhs)
+
+
+def _tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, dtype: Any) -> Array:
+    """Σ x ⊗ dy over the rows of each group."""
+    if platform() == "gpu":
+        return grouped_matmul_gpu.tgmm(x_MX, dy_MY, sizes_e, dtype=dtype)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    return tgmm(x_MX.T, dy_MY, sizes_e, preferred_element_type=dtype, tiling=_tiling)
+
+
+def row_tile(rows: int) -> int:
+    """Rows of a tile; where they don't divide `rows`, these must be padded, which copies them."""
+    if platform() != "tpu":
+        return 1  # other kernels take any number of rows
+    tile = math.gcd(rows, _ROW_TILE)
+    return tile if tile >= _ROW_TILE // 2 else _ROW_TILE
+
+
+def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
+    """Tiles of the Pallas kernel for [M, X] times [X, Y]; the gradients ask for theirs.
+
+    An expert's whole matrix is one tile where it fits: it stays in fast memory while all rows of the expert pass.
+    """
+    return row_tile(M), *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
+
+
+def on_this_rank(kernel: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a kernel that doesn't say, as shard_map's check asks, that its results differ from rank to rank.
+
+    Inputs and results are trees of arrays. Without a mesh it is a plain call.
+    """
+    # Products of 16-bit numbers have one precision: Mosaic refuses another that JAX_DEFAULT_MATMUL_PRECISION asks for.
+    narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(inputs))
+    with jax.default_matmul_precision("default") if narrow else contextlib.nullcontext():
+        if jax.sharding.get_abstract_mesh().empty:
+            return kernel(*inputs)
+        result = jax.shard_map(kernel, in_specs=(P(),) * len(inputs), out_specs=P(), check_vma=False)(*inputs)
+    return jax.tree.map(_varying, result)
+
+
+def _varying(x: Array) -> Array:
+    axes = tuple(axis for axis in AXES if axis not in jax.typeof(x).mat.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x

@@ -1,0 +1,120 @@
+"""Attention to keys and values that stand in pages, on one rank.
+
+W rows of X queries each (the tokens of a row, times the query heads of a key-value head), w of them that are read at a
+time, G key-value heads, H head size, n pages of p positions, K pages of a sequence, M positions that are read at once,
+T tokens that are written.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu import paged_attention as tpu
+
+from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
+from bigmac_jax.model.mesh import platform
+
+_POSITIONS = 128  # M
+_LANES = 128  # of a TPU: the heads of its kernel are a multiple
+
+
+class _Sums(NamedTuple):
+    """Over the positions that were read."""
+
+    most_GwX: Array  # the largest score
+    sum_GwX: Array  # of exp(score - the largest)
+    y_GwXH: Array  # of the values, weighed like that
+
+
+def write(pages_GnpH: Array, page_T: Array, place_T: Array, fresh_TGH: Array) -> Array:
+    """Puts tokens to their places in pages; those of page n nowhere.
+
+    By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first.
+    """
+    G, n, p, H = pages_GnpH.shape
+    row_TG = (jnp.arange(G, dtype=jnp.int32)[None] * n + page_T[:, None]) * p + place_T[:, None]
+    row_TG = jnp.where(page_T[:, None] < n, row_TG, G * n * p)
+    rows = pages_GnpH.reshape(-1, H).at[row_TG.reshape(-1)].set(fresh_TGH.reshape(-1, H), mode="drop")
+    return rows.reshape(pages_GnpH.shape)
+
+
+@jax.named_scope("attention")
+def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array, position_WC: Array) -> Array:
+    """softmax(q kᵀ) v over the positions up to each query's own → [G, W, X, H], in the dtype of q.
+
+    Pages are read a few at a time, up to the last that a row needs, and what they give is put together by the running
+    maximum of the scores (FlashAttention): time and memory follow the sequences that there are, not the longest that
+    may be, and what a row gets does not depend on how many others read. On TPU jax's kernel does that for rows of one
+    token, where it takes the heads.
+
+    Args:
+      table_WK: int32, pages of each row's sequence, in order.
+      position_WC: int32, of each row's C tokens, whose query heads stand together in X.
+    """
+    (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
+    if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0:
+        return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
+    pages = min(K, max(1, _POSITIONS // p))
+    M = pages * p
+    last_W = position_WC.max(1)
+    # The longest first: those that have more to read are the first so many.
+    order_W = jnp.argsort(-last_W)
+    q_GWXH, last_W, position_WC = q_GWXH[:, order_W], last_W[order_W], position_WC[order_W]
+    table_WK = jnp.pad(table_WK[order_W], ((0, 0), (0, -K % pages)))
+    position_WX = jnp.repeat(position_WC, X // position_WC.shape[1], axis=1)
+
+    def read(w: int, i: Array | int, before: _Sums | None) -> _Sums:
+        """The i-th M positions of the first w rows."""
+        page_wk = jax.lax.dynamic_slice(table_WK, (0, i * pages), (w, pages))
+        page_Gwk = jnp.arange(G, dtype=jnp.int32)[:, None, None] * n + page_wk[None]
+        k_GwMH, v_GwMH = (v.reshape(G * n, p, H)[page_Gwk].reshape(G, w, M, H) for v in (keys_GnpH, values_GnpH))
+        scores_GwXM = jnp.einsum("GwXH,GwMH->GwXM", q_GWXH[:, :w], k_GwMH, preferred_element_type=jnp.float32)
+        seen_wXM = i * M + jnp.arange(M, dtype=jnp.int32)[None, None] <= position_WX[:w, :, None]
+        scores_GwXM = jnp.where(seen_wXM[None], scores_GwXM, -jnp.inf)
+        most_GwX = scores_GwXM.max(-1)
+        if before is not None:
+            most_GwX = jnp.maximum(most_GwX, before.most_GwX)
+        share_GwXM = jnp.exp(scores_GwXM - most_GwX[..., None])
+        y_GwXH = jnp.einsum(
+            "GwXM,GwMH->GwXH", share_GwXM.astype(v_GwMH.dtype), v_GwMH, preferred_element_type=jnp.float32
+        )
+        if before is None:
+            return _Sums(most_GwX, share_GwXM.sum(-1), y_GwXH)
+        kept_GwX = jnp.exp(before.most_GwX - most_GwX)
+        sum_GwX = kept_GwX * before.sum_GwX + share_GwXM.sum(-1)
+        return _Sums(most_GwX, sum_GwX, kept_GwX[..., None] * before.y_GwXH + y_GwXH)
+
+    def read_more(w: int, i: Array, sums: _Sums) -> _Sums:
+        first = read(w, i, _Sums(*(v[:, :w] for v in sums)))
+        return _Sums(*(v.at[:, :w].set(new) for v, new in zip(sums, first, strict=True)))
+
+    # On accelerators a branch costs more than the rows that it saves.
+    sizes = sorted({-(-W // 2**halved) for halved in range(5)}) if platform() == "cpu" else [W]
+    reads = [functools.partial(read_more, w) for w in sizes]
+
+    def more(i: Array, sums: _Sums) -> _Sums:
+        needed = (last_W >= i * M).sum(dtype=jnp.int32)
+        return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes, jnp.int32), needed), reads, i, sums)
+
+    sums = read(W, 0, None)  # every query sees position 0, so that the largest score is finite
+    if pages < K:
+        sums = jax.lax.fori_loop(1, last_W[0] // M + 1, more, sums)
+    y_GWXH = (sums.y_GwXH / sums.sum_GwX[..., None]).astype(q_GWXH.dtype)
+    return jnp.zeros_like(y_GWXH).at[:, order_W].set(y_GWXH, unique_indices=True)
+
+
+def kernel(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array, position_W: Array) -> Array:
+    """`paged_attention` of rows of one token, by jax's Pallas kernel of TPUs."""
+    (G, W, X, H), (_, _, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
+    pages = min(K, max(1, _POSITIONS // p))
+    y_WNH = tpu.paged_attention(
+        q_GWXH.swapaxes(0, 1).reshape(W, G * X, H),
+        keys_GnpH,
+        values_GnpH,
+        position_W + 1,
+        jnp.pad(table_WK, ((0, 0), (0, -K % pages))),
+        pages_per_compute_block=pages,
+    )
+    return y_WNH.reshape(W, G, X, H).swapaxes(0, 1)

@@ -1,0 +1,122 @@
+"""Every program of a config with abstract arguments, on a mesh that may be of devices that are only compiled for.
+
+init      → the state a run begins with
+step      → the next state
+evaluate  → scores of tokens, beside the optimizer's state of a run that goes on
+prefill   → parts of prompts read into the cache, and the token behind each that ends
+decode    → one more token of every slot
+draft     → some tokens of every slot, by what each rank holds: nothing is sent
+verify    → those of them that decode would have chosen, and one more
+"""
+
+import functools
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.inference.decoding import (
+    DRAFTED,
+    PAGE_SIZE,
+    PROMPTS,
+    ROW_PAGES,
+    Decoding,
+    State,
+    make_decoding,
+    make_drafting,
+    make_state,
+    packed_size,
+    slots_of,
+)
+from bigmac_jax.inference.drafter import Speculation, make_drafter
+from bigmac_jax.inference.kv_cache import Decoder, decoding, make_decoder
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, placed
+from bigmac_jax.model.transformer import Transformer, init_model
+from bigmac_jax.training.programs import Program, abstract, abstract_batch, evaluate, evaluation_rows, step_program
+from bigmac_jax.training.step import make_trainer
+
+
+def make_program(name: str, config: Config, mesh: Mesh) -> Program:
+    """One of `NAMES`, draft or verify on the current mesh, which may be of devices that are only compiled for.
+
+    Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, as
+    generate.py has them by default.
+    """
+    return _MAKERS[name](config, mesh)
+
+
+def _init_program(config: Config, mesh: Mesh) -> Program:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Program("init", make_trainer(config, mesh).init, (key,), {})
+
+
+def _step_program(config: Config, mesh: Mesh) -> Program:
+    if config.tuning.teacher:
+        raise ConfigError(
+            f"tuning.teacher={config.tuning.teacher} is a second model, which is not planned; drop it, and leave room "
+            f"for its parameters and for a second forward pass"
+        )
+    return step_program(config, mesh, make_trainer(config, mesh))
+
+
+def _evaluate_program(config: Config, mesh: Mesh) -> Program:
+    trainer = make_trainer(config, mesh)
+    state, batch = trainer.abstract_state, abstract_batch(evaluation_rows(config), config, mesh)
+    beside = (state.opt_state, None if state.average is None else state.params)
+    return Program("evaluate", evaluate, (trainer.model(state), batch), {}, beside)
+
+
+def _prefill_program(config: Config, mesh: Mesh) -> Program:
+    """Of `PROMPTS` prompts at once."""
+    made, state, pages = _serving(config, mesh)
+    rows, row_size = slots_of(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
+    packed = abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
+    return Program("prefill", made.prefill, (made.weights, state, packed), {"row_size": row_size})
+
+
+def _decode_program(config: Config, mesh: Mesh) -> Program:
+    made, state, pages = _serving(config, mesh)
+    packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    return Program("decode", made.decode, (made.weights, state, packed), {})
+
+
+def _draft_program(config: Config, mesh: Mesh) -> Program:
+    """Of `DRAFTED` tokens."""
+    _, state, pages = _serving(config, mesh)
+    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+
+    def drafter(model: Transformer) -> Decoder:
+        return make_drafter(decoding(config), make_decoder(config, model), Speculation(DRAFTED))
+
+    made = make_drafting(placed(jax.eval_shape(drafter, model), mesh))
+    packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
+
+
+def _verify_program(config: Config, mesh: Mesh) -> Program:
+    made, state, pages = _serving(config, mesh)
+    packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    drafted = abstract(mesh, P(None, *batch_spec(2)), DRAFTED, *state.token_SB.shape)
+    return Program("verify", made.verify, (made.weights, state, drafted, packed), {})
+
+
+def _serving(config: Config, mesh: Mesh) -> tuple[Decoding, State, int]:
+    """The programs, the state of `PROMPTS` slots that hold data.sequence_length each, and a slot's pages."""
+    model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
+    slots, pages = slots_of(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
+    state = jax.eval_shape(lambda: make_state(config, decoder, slots, slots * pages, PAGE_SIZE))
+    return make_decoding(decoder), placed(state, mesh), pages
+
+
+_MAKERS = {
+    "init": _init_program,
+    "step": _step_program,
+    "evaluate": _evaluate_program,
+    "prefill": _prefill_program,
+    "decode": _decode_program,
+    "draft": _draft_program,
+    "verify": _verify_program,
+}
+NAMES = ("init", "step", "evaluate", "prefill", "decode")  # that every run has

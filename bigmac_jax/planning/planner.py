@@ -1,0 +1,273 @@
+"""From a configuration to what it costs: the object that plan.py prints."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from bigmac_jax.config import STRUCTURES, Config, ConfigError
+from bigmac_jax.model.counts import (
+    Sizes,
+    exchange_traffic,
+    exchanged_bytes,
+    flops,
+    memory,
+    parameters,
+    tokens_at_a_time,
+)
+from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
+from bigmac_jax.model.moe import strategy
+from bigmac_jax.planning import paper, program, search, sweep, topologies
+from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
+from bigmac_jax.planning.cluster import mesh_group, physical_group
+from bigmac_jax.planning.cost import step_time
+from bigmac_jax.planning.drops import drops
+from bigmac_jax.planning.hardware import Hardware, load_hardware
+
+
+class Request(NamedTuple):
+    """What is asked beside the counts; as the flags of plan.py."""
+
+    devices: int = 0
+    topology: str = ""
+    hardware: str = ""
+    compile: bool = False
+    paper: bool = False
+    sweep: tuple[str, ...] = ()
+    search: bool = False
+    headroom: float = HEADROOM  # the share of memory that a search leaves free
+
+
+class Place(NamedTuple):
+    """What a plan is for."""
+
+    devices: int
+    topology: topologies.Topology | None
+    hardware: Hardware | None
+    simulated: bool  # the program of CPU devices is looked at, and their exchanges are what is counted
+
+
+def make_plan(config: Config, request: Request) -> dict[str, Any]:
+    """Everything that was asked, ready for JSON; bytes, seconds, FLOPs of a training step over all ranks unless a key
+    says otherwise.
+
+    Raises:
+      ConfigError: one line, for whatever cannot be planned.
+    """
+    place = _place(config, request)
+    searched: dict[str, Any] = {}
+    if request.search:
+        config, searched = _search(config, place, request.headroom)  # everything else is said of the best
+    sizes = _sizes(config, place)
+    result = {
+        **searched,
+        "devices": place.devices,
+        "topology": request.topology,
+        "hardware": request.hardware or (place.topology.kind if place.topology else ""),
+        "mesh": sizes,
+        "structure": config.model.structure,
+        "description": config.describe(),
+        "tokens_per_step": config.data.batch_size * config.data.sequence_length,
+        **_costs(config, sizes, place),
+        "baselines": _baselines(config, place),
+    }
+    if place.hardware:
+        result["memory_available"] = place.hardware.memory_bytes
+        result["fits"] = result["headroom"] >= 0
+    if dropped := drops(config):
+        result["drops"] = dropped
+    if place.hardware and config.model.is_moe:
+        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
+    if request.paper:
+        result["paper"] = _paper(config)
+        if request.hardware == "paper":
+            result["paper_comparison"] = [row._asdict() for row in paper.comparison(place.hardware)]
+    if request.compile:
+        programs = result["programs"] = _programs(config, place)
+        result["program"] = programs["step"]
+        result["restore"] = _restore(4 * result["parameters_per_rank"], programs, place)
+        if place.hardware:
+            result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
+    if request.sweep:
+        axes = _axes(request.sweep)
+        fields = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        result["sweep"] = [
+            {"fields": values, **_costs(swept, _sizes(swept, place), place)}
+            for values, swept in zip(fields, sweep.sweep(config, axes), strict=True)
+        ]
+    return result
+
+
+def _place(config: Config, request: Request) -> Place:
+    topology = topologies.parse_topology(request.topology) if request.topology else None
+    name = request.hardware or (topology.kind if topology else "")
+    hardware = load_hardware(name) if name else None
+    devices = request.devices or max(1, config.mesh.data) * config.mesh.model_ranks
+    if topology:
+        devices = math.prod(topology.shape)
+        if request.devices not in (0, devices):
+            raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
+        if hardware and hardware.device_kind != (of := load_hardware(topology.kind)).device_kind:
+            raise ConfigError(
+                f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
+                f"{of.device_kind}; leave --hardware out"
+            )
+    if topology and hardware and topology.torus is None:
+        hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
+    return Place(devices, topology, hardware, request.compile and topology is None)
+
+
+def _sizes(config: Config, place: Place) -> Sizes:
+    """Ranks by axis: of all devices, none of which is idle."""
+    mesh, devices = config.mesh, place.devices
+    data = mesh.data or max(1, devices // mesh.model_ranks)
+    if (ranks := data * mesh.model_ranks) != devices:
+        other = "another mesh or --topology" if place.topology else f"another mesh, or --devices={ranks}"
+        raise ConfigError(
+            f"{mesh.describe(data)} = {ranks} must be the {devices} devices that are planned for; use {other}"
+        )
+    return axis_sizes(config, devices)
+
+
+def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
+    """The expert group as the program sees it, and as its links do."""
+    shape = sizes["node"], sizes["expert"]
+    group = ExpertGroup(shape, "gpu", "")
+    physical = physical_group(sizes, place.hardware) if place.hardware else group
+    if place.simulated:  # the program is the CPU's, which emulates the ragged exchange
+        return ExpertGroup(shape, "cpu", "cpu"), physical
+    return mesh_group(sizes, place.hardware) if place.hardware else group, physical
+
+
+def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
+    """Counts, and where the hardware is known times."""
+    m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
+    count, work = parameters(config, sizes), flops(config)
+    parts = memory(config, ranks, group, count)
+    result: dict[str, Any] = {
+        "parameters_total": count.total,
+        "parameters_active": count.active,
+        "parameters": count.parts,
+        "parameters_per_rank": count.of_a_rank,
+        "flops_per_step": sum(work.values()),
+        "flops": work,
+        "all_to_all_bytes_per_step": round(sum(exchange_traffic(config, ranks, group).padded)),
+        "memory": parts | {"total": sum(parts.values())},
+    }
+    if place.hardware:
+        result["headroom"] = 1 - sum(parts.values()) / place.hardware.memory_bytes
+    if m.is_moe:
+        chosen = strategy(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
+        result["most_rounds"] = chosen.most_rounds(tokens_at_a_time(config, ranks), m.choices)
+        two_levels = min(group.sizes) > 1
+        result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)
+        # Which bytes take slow links is the machines' matter, but the hops of a hierarchical exchange are the mesh's,
+        # and what a simulated program sends is the program's.
+        of_the_program = {"hierarchical", result["exchange"]} if place.simulated else {"hierarchical"}
+        result["exchanges"] = {
+            name: _traffic(config, ranks, group if name in of_the_program else physical, name)
+            for name in STRATEGIES
+            if name != "hierarchical" or two_levels
+        }
+        if result["exchange"] not in result["exchanges"]:
+            result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
+    if place.hardware:
+        topology = place.topology.torus if place.topology else None
+        result["time"] = step_time(config, sizes, place.hardware, topology).as_dict()
+    return result
+
+
+def _recomputation(config: Config, remat: str, sizes: Sizes, place: Place) -> dict[str, Any]:
+    """What a rank keeps for the backward pass with this execution.remat, and what that takes."""
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
+    costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)
+    return {
+        "remat": remat,
+        "activations": costs["memory"]["activations"],
+        "exchanged": round(config.model.moe_layers * exchanged_bytes(config, place.devices, group)),
+        "exchange": costs["time"]["exchange"],
+        "total": costs["time"]["total"],
+    }
+
+
+def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[str, int]:
+    traffic = exchange_traffic(config, ranks, group, name)
+    return {
+        "payload": round(sum(traffic.payload)),
+        "padded_fast": round(traffic.padded.fast),
+        "padded_slow": round(traffic.padded.slow),
+        "metadata_fast": round(traffic.metadata.fast),
+        "metadata_slow": round(traffic.metadata.slow),
+    }
+
+
+def _paper(config: Config) -> dict[str, Any]:
+    model = paper.paper_model(config)
+    return {
+        "parameters": paper.paper_parameters(model),
+        "flops_per_step": paper.paper_flops(model),
+        "all_to_all_bytes_per_step": paper.paper_all_to_all_bytes(model),
+        "left_out": paper.left_out(config),
+    }
+
+
+def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
+    """top_k=1,2 structure=bigmac → values by field."""
+    axes: dict[str, list[str]] = {}
+    for argument in " ".join(arguments).split() or arguments:
+        name, equals, values = argument.removeprefix("--").removeprefix("config.").partition("=")
+        if not (equals and all(values.split(","))):
+            raise ConfigError(f"--sweep {argument!r} must be FIELD=a,b,…, as in --sweep top_k=1,2,4,8")
+        axes[name] = axes.get(name, []) + values.split(",")
+    return axes
+
+
+def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict[str, Any]]:
+    """The best config, or where nothing fits the nearest, and what is said of the search."""
+    if place.hardware is None:
+        raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
+    topology = place.topology
+    machine = Machine(place.devices, place.hardware, topology.torus if topology else None, headroom)
+    best, described = search.describe(config, machine)
+    if topology:  # more devices, in the words that were asked in
+        would_fit = described["best"]["would_fit"]
+        described["best"]["would_fit"] = [topologies.enlarged(topology, flag) for flag in would_fit]
+    return best, described
+
+
+def _baselines(config: Config, place: Place) -> dict[str, Any]:
+    """The other structures with the same fields, experts of the width that the paper gives them; for one that cannot
+    be, why."""
+    found: dict[str, Any] = {}
+    for structure in reversed(STRUCTURES):
+        if structure != config.model.structure:
+            try:
+                latent = config.model.latent_norm if structure == "bigmac" else "none"
+                fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": 0}
+                model = dataclasses.replace(config.model, **fields)
+                other = dataclasses.replace(config, model=model)
+                found[structure] = _costs(other, _sizes(other, place), place)
+            except ConfigError as error:
+                found[structure] = {"error": str(error)}
+    return found
+
+
+def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
+    if place.topology:
+        devices = topologies.absent_devices(place.topology)
+        return program.describe_programs(config, devices, place.hardware, place.topology.torus)
+    jax.config.update("jax_num_cpu_devices", place.devices)
+    return program.describe_programs(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
+
+
+def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+    """What reading a checkpoint takes on one rank, bytes: the state that train.py goes on with; and the parameters that
+    generate.py casts, leaf by leaf, beside the weights that it made of them."""
+    need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
+    if "memory" in programs.get("decode", {}):
+        need["generate"] += programs["decode"]["memory"]["arguments"]
+    fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}
+    return need | fits

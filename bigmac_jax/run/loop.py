@@ -1,0 +1,330 @@
+"""The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
+
+import functools
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from bigmac_jax.config import Config
+from bigmac_jax.data.batch import Batch
+from bigmac_jax.data.pipeline import TrainIterator, parts_of_stream
+from bigmac_jax.evaluation.perplexity import Score, evaluate
+from bigmac_jax.evaluation.tasks.run import describe, figures, score_jobs
+from bigmac_jax.model.mesh import batch_spec
+from bigmac_jax.run.start import Start, Step, restored, start
+from bigmac_jax.runtime import hosts, signals, storage
+from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.workdir_lock import held
+from bigmac_jax.training import guard
+from bigmac_jax.training.dropped import DropNotice
+from bigmac_jax.training.goodput import Goodput, describe_start, start_record
+from bigmac_jax.training.guard import NonFiniteLossError, RunError
+from bigmac_jax.training.metrics import MetricsWriter, RunConstants, SilentWriter, StepTimer, step_record
+from bigmac_jax.training.programs import evaluation_rows
+from bigmac_jax.training.records import read_records
+from bigmac_jax.training.step import StepMetrics, TrainState
+from bigmac_jax.tuning.origin import with_places
+
+_log = logging.getLogger(__name__)
+
+
+class Result(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    finished: bool  # False: stopped by SIGTERM or SIGINT, saved, to be resumed
+    score: Score | None  # of the validation split at the last evaluation
+    first_step: int = 0  # that this start went on from
+
+
+def train(
+    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, notes: Sequence[str] = ()
+) -> Result:
+    """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
+
+    Args:
+      profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
+      notes: lines to say before anything is read.
+
+    Raises:
+      ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
+      RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
+    """
+    NOW.begin("start")
+    try:
+        config = with_places(config)
+        with held(workdir):
+            for note in notes:
+                hosts.say(note)
+            started = start(config, workdir)
+            run = _Run(config, workdir, started)
+            try:
+                return run.loop(started.state, profile)
+            finally:
+                started.data.close()
+                run.close()
+    finally:
+        NOW.end()
+
+
+class _Run:
+    """What one pass through the loop carries from step to step."""
+
+    def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
+        self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
+        self.checkpoints, self.data, self.first_step = started.checkpoints, started.data, started.step
+        self.rows, self.validation, self.models = started.rows, started.validation, (started.origin, started.teacher)
+        self.jobs, self.tokenizer = started.jobs, started.tokenizer
+        self.bad_steps = started.position.get("bad_steps", 0)
+        self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
+        self.best = hosts.first(started.checkpoints.best_loss())
+        self.score: Score | None = None
+        self.tracing = False
+        self.mirror = storage.Mirror(workdir)  # of what grows: metrics, events, traces
+        if hosts.is_first():
+            self.mirror.fetch("metrics.jsonl")
+            self.mirror.fetch("wandb/id")
+        self.goodput = Goodput(read_records(self.mirror.folder), started.step)
+        self.writer = self._writer()
+        self.timer = StepTimer()
+        self.drops = DropNotice(config)
+
+    def _writer(self) -> MetricsWriter | SilentWriter:
+        if not hosts.is_first():
+            return SilentWriter()
+        train = self.config.train
+        return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb)
+
+    def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
+        """The remaining steps, again from a checkpoint where a bad step rewinds."""
+        with NOW.doing("compile"):
+            train_step = self._compiled()
+            self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        with signals.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
+            NOW.turn("first step")
+            while True:
+                try:
+                    return self._steps(train_step, state, stopped, profile)
+                except NonFiniteLossError as error:
+                    if self.config.train.on_bad_step != "rewind" or self.bad_steps >= self.config.train.max_bad_steps:
+                        raise
+                    bad = error.with_traceback(None)  # which holds the bad state
+                state, profile = self._rewind(bad), None  # a trace is of the first pass
+
+    def _steps(
+        self, train_step: Step, state: TrainState, stopped: list[int], profile: tuple[int, int] | None
+    ) -> Result:
+        """One pass over the remaining steps."""
+        train, step = self.config.train, self.first_step
+        batches = _on_device(self.data, self.rows, self.config.data.batch_size)
+        self.timer.restart()
+        pending: tuple[int, StepMetrics] | None = None
+        vote = hosts.StopVote(stopped)
+        while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
+            if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
+                jax.profiler.start_trace(str(self.mirror.folder / "profile"))
+                self.tracing = True
+            with NOW.doing("data wait"):
+                batch = next(batches)
+            NOW.start_step(step + 1)
+            state, metrics = train_step(state, batch)
+            vote.cast()
+            self._finish(pending)
+            step += 1
+            pending = step, metrics
+            if profile and step == min(profile[1], train.steps):
+                jax.block_until_ready(metrics)
+                self._stop_trace()
+            score = None
+            if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
+                self._finish(pending)
+                pending = None
+                score = self._evaluate(step, state)
+            if train.tasks_every and (step % train.tasks_every == 0 or step == train.steps):
+                self._finish(pending)
+                pending = None
+                self._score_tasks(step, state)
+            # Process 0's say: the others' sums may differ in the last bit.
+            new_best = score is not None and train.checkpoint_every > 0 and hosts.first(score.loss < self.best)
+            if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
+                self._finish(pending)  # only a state whose loss is known to be finite is kept
+                pending = None
+                self._save(step, state, score)
+        self._finish(pending)
+        if step > self.first_step:
+            self._save(step, state, None)
+        with NOW.doing("save"):
+            self.checkpoints.wait()
+        if step > self.first_step:
+            self.writer.write({"step": step} | self.goodput.record(step))
+            if hosts.first(self.checkpoints.latest()) != step:
+                raise RunError(
+                    f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the "
+                    f"same command again"
+                )
+        return Result(step, step >= train.steps, self.score, self.first_step)
+
+    def _compiled(self) -> Step:
+        """The step, once it is compiled."""
+        if self.compiling is None:
+            return self.trainer.step
+        compiled, seconds = self.compiling.result()
+        # The step's first collectives connect groups of processes, for which gloo waits 30 s: process 0, which alone
+        # finds its program in the cache, waits here for those that compile theirs.
+        hosts.gather("")
+        self.writer.print(f"step compiled in {seconds:.1f} s")
+        return compiled
+
+    def _finish(self, pending: tuple[int, StepMetrics] | None) -> None:
+        """Waits for a dispatched step, checks its loss, and logs it if it is due."""
+        if pending is None:
+            return
+        step, metrics = pending
+        train = self.config.train
+        if bool(metrics.bad):
+            self._bad(step, metrics)
+            return
+        if NOW.name == "first step":
+            self.writer.print(describe_start())
+            self.writer.write(start_record(step - 1))
+            NOW.turn("steps")
+        self.timer.step_done()
+        if line := self.drops.line(step, metrics):
+            self.writer.print(line)
+        due = train.log_every and step % train.log_every == 0
+        if not due and step != train.steps:
+            self.writer.progress(step)
+            return
+        record = step_record(step, metrics, self.timer.read(), self.constants) | self.goodput.record(step)
+        by_source = self.data.tokens_by_source(step + self.batches_ahead)
+        record |= {f"tokens/{name}": tokens for name, tokens in by_source.items()}
+        self.writer.write(record)
+        self.mirror.copy_sometimes()
+        drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
+        self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
+
+    def _bad(self, step: int, metrics: StepMetrics) -> None:
+        """Logs a step whose update was skipped, or raises NonFiniteLossError."""
+        train = self.config.train
+        end = f" (bad steps before it: {self.bad_steps})" if self.bad_steps else ""
+        end += f"; {self._kept()}; lower optimizer.learning_rate or optimizer.clip_norm"
+        end += ", or use train.on_bad_step=skip or rewind" if train.on_bad_step == "stop" else ""
+        bad = NonFiniteLossError(step, metrics, train, end)
+        if train.on_bad_step != "skip" or self.bad_steps >= train.max_bad_steps:
+            raise bad
+        self.bad_steps += 1
+        self.timer.step_done()
+        self._report("skip", step, bad)
+
+    def _rewind(self, bad: NonFiniteLossError) -> TrainState:
+        """Back to the newest checkpoint; the data goes on with the batch after the bad one."""
+        self._stop_trace()
+        self.bad_steps += 1
+        given = bad.step + self.batches_ahead
+        with NOW.doing("restore"):
+            self.checkpoints.wait()
+            self.first_step, state, _ = restored(self.config, self.trainer, self.checkpoints, *self.models)
+        self.batches_ahead = given - self.first_step
+        self.goodput.go_back(self.first_step)
+        self.data.set_state({"batches": given}, self.first_step)
+        self.writer.close()
+        self.writer = self._writer()
+        self._report("rewind", self.first_step, bad, **{"from": bad.step})
+        return state
+
+    def _report(self, event: str, step: int, bad: NonFiniteLossError, **more: int) -> None:
+        """To stderr and metrics.jsonl."""
+        most = self.config.train.max_bad_steps
+        if hosts.is_first():
+            _log.warning("%s; %s, %d of at most %d (train.max_bad_steps)", bad.what, event, self.bad_steps, most)
+        figures = {"bad/loss": bad.loss, "bad/grad_norm": bad.grad_norm}
+        self.writer.write({"step": step, "event": event, **more, **figures})
+
+    def _kept(self) -> str:
+        kept = self.checkpoints.latest()
+        return f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written"
+
+    def _evaluate(self, step: int, state: TrainState) -> Score:
+        start, config = time.perf_counter(), self.config
+        model = self.trainer.model(state)
+        with NOW.doing("evaluate"):
+            length, rows = config.data.sequence_length, evaluation_rows(config)
+            scores = {
+                name: evaluate(model, part, length, rows, lambda tokens: NOW.go_on())
+                for name, part in parts_of_stream(self.validation).items()
+            }
+        self.score = scores[""] if "" in scores else Score.of_all(scores.values())
+        self.writer.write(
+            {
+                "step": step,
+                "eval/loss": self.score.loss,
+                "eval/perplexity": self.score.perplexity,
+                "eval/bits_per_byte": self.score.bits_per_byte,
+            }
+            | {f"eval/loss/{name}": score.loss for name, score in scores.items() if name}
+        )
+        self.writer.print(
+            f"step {step}: validation perplexity {self.score.perplexity:.2f}, "
+            f"{self.score.bits_per_byte:.4f} bits per byte"
+        )
+        self.timer.skip(time.perf_counter() - start)
+        return self.score
+
+    def _score_tasks(self, step: int, state: TrainState) -> None:
+        start, config = time.perf_counter(), self.config
+        with NOW.doing("evaluate"):
+            summaries = score_jobs(
+                self.jobs,
+                self.trainer.plain_model(state),
+                self.tokenizer,
+                self.workdir / "tasks" / str(step),
+                hosts.first(f"training at {time.time_ns()}"),  # a step that is rewound is of another model
+                config.data.sequence_length,
+                evaluation_rows(config),
+            )
+        self.writer.write({"step": step} | figures(summaries))
+        for line in describe(summaries):
+            self.writer.print(f"step {step}: {line}")
+        self.timer.skip(time.perf_counter() - start)
+
+    def _save(self, step: int, state: TrainState, score: Score | None) -> None:
+        start = time.perf_counter()
+        loss = None if score is None else score.loss
+        position = guard.position(self.data.get_state(), self.bad_steps, state)
+        with NOW.doing("save"):
+            self.mirror.copy()  # a checkpoint's records are there before it is
+            self.checkpoints.save(state, position, self.config, step, loss)
+        self.best = min(self.best, math.inf if loss is None else loss)
+        self.timer.skip(time.perf_counter() - start)
+
+    def _stop_trace(self) -> None:
+        if self.tracing:
+            jax.profiler.stop_trace()
+        self.tracing = False
+
+    def close(self) -> None:
+        self._stop_trace()
+        self.writer.close()
+        self.mirror.close()
+        self.checkpoints.close()
+        if not hosts.is_first():
+            return
+        from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
+
+        try:
+            with NOW.doing("report"):
+                write_report(self.workdir)
+        except storage.errors(ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
+            _log.warning("report.png is not drawn (%s)", error)
+
+
+def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
+    """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
+    on_device = functools.partial(hosts.global_array, sharding, rows, size=batch_size)
+    return (jax.tree.map(on_device, batch) for batch in data)

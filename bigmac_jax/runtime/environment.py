@@ -1,0 +1,124 @@
+"""What makes the backend fast and must be set from outside the program, in one place.
+
+The entry points call `prepare()` first; it re-executes the program once with SETTINGS in its environment. The training
+step is compiled with COMPILER_OPTIONS, which need no variable: a wrong or unfit flag in XLA_FLAGS or LIBTPU_INIT_ARGS
+ends the process, and which TPU there is, is known only once jax runs. BIGMAC_KEEP_ENV=1 turns both off, and a variable
+that is already set is left as it is.
+"""
+
+import functools
+import glob
+import os
+import pathlib
+import sys
+from typing import Any
+
+# variable → (value, where, reason with its figure)
+SETTINGS = {
+    "GLIBC_TUNABLES": (
+        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736",
+        "linux",
+        "Huge pages for malloc, and freed memory kept: XLA:CPU allocates its buffers anew in every step, and fresh "
+        "pages fault one by one. 3 to 4 % of a step of configs/tiny.py (docs/performance.md). Never measured beside an "
+        "accelerator, and so left out there.",
+    ),
+}
+
+# Of Nvidia's GPUs, and of TPUs with older and newer drivers.
+_DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+# option → (value, kinds of device (platform, or device_kind), reason with its figure)
+COMPILER_OPTIONS = {
+    "xla_tpu_enable_async_all_to_all": (
+        True,
+        ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"),
+        "Without it no all-to-all overlaps with anything. With it and overlap_chunks=4, 8 or more of a layer's 16 run "
+        "beside expert kernels (docs/exchange.md). Not on v5e ('TPU v5 lite'), where a group of 32 fails to compile: "
+        "'Async all-to-all not supported on limited ICI'.",
+    ),
+    "xla_gpu_enable_latency_hiding_scheduler": (
+        True,
+        ("gpu",),
+        "Collectives on GPU are asynchronous by default; this schedules computation between their start and end. "
+        "Nvidia's JAX images set it; not measured here.",
+    ),
+}
+
+# Options that are left out where the exchange is ragged: a JAX trainer on GB200 found a backward pass with ragged
+# exchanges corrupted by the latency-hiding schedule (marin#8077); not seen here, where no GPU was.
+RAGGED_UNSAFE = ("xla_gpu_enable_latency_hiding_scheduler",)
+
+# As COMPILER_OPTIONS, for a step whose exchange goes in chunks (execution.overlap_chunks).
+OVERLAP_OPTIONS = {
+    "xla_tpu_multi_output_fusion_limit": (
+        3,
+        ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"),
+        "Or XLA makes one fusion of four chunks' activations, which share the experts' biases, and every chunk waits "
+        "for all. GPT3-XL on v6e:4x8: 24 of 24 exchanges asynchronous instead of 20, 14 % of their time hidden behind "
+        "matmuls instead of 10 %; by the compiler's estimates the rest of the step pays that back (docs/planning.md).",
+    ),
+    "xla_gpu_dot_merger_threshold_mb": (
+        0,
+        ("gpu",),
+        "Or XLA joins the products of four chunks that meet the same experts into one of up to 32 MB, which waits for "
+        "all. Two layers, h 2,048, 64 experts, 8 × 1,024 tokens of an H100: 13 of 16 exchanges have products beside "
+        "them, instead of 5 (tests/programs/test_gpu.py).",
+    ),
+    "xla_disable_hlo_passes": (
+        "multi_output_fusion",
+        ("gpu",),
+        "Or XLA makes one fusion of the chunks' activations, as on TPU. GPT3-XL, two layers, 16,384 tokens of an H100 "
+        "at a time, remat=layer: 20 of 24 exchanges have products beside them, instead of 15; 4 % more temporaries.",
+    ),
+}
+
+
+def prepare() -> None:
+    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or an accelerator."""
+    if accelerated():
+        return
+    missing = {
+        name: value
+        for name, (value, platform, _) in SETTINGS.items()
+        if sys.platform == platform and name not in os.environ
+    }
+    if missing and not {"BIGMAC_KEEP_ENV", "BIGMAC_PREPARED"} & os.environ.keys():
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing, "BIGMAC_PREPARED": "1"}
+        )
+
+
+@functools.cache
+def edition() -> dict[str, str]:
+    """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
+    import hashlib  # here, so that a command has its signal handlers soon
+    import importlib.metadata
+    import platform
+
+    code = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "grain")}
+    return {"Python": platform.python_version()} | versions | {"bigmac_jax's code": code.hexdigest()[:12]}
+
+
+def accelerated() -> bool:
+    """Whether jax will run on a GPU or a TPU, as far as can be seen before it is loaded."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] != "cpu"
+    return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
+
+
+def compiler_options(device: Any, overlap: bool = False, ragged: bool = False) -> dict[str, Any]:
+    """The COMPILER_OPTIONS for a `jax.Device`.
+
+    Args:
+      overlap: with the OVERLAP_OPTIONS.
+      ragged: for a step with ragged exchanges, without the RAGGED_UNSAFE ones.
+    """
+    if "BIGMAC_KEEP_ENV" in os.environ:
+        return {}
+    kinds = {device.platform, device.device_kind}
+    options = COMPILER_OPTIONS | (OVERLAP_OPTIONS if overlap else {})
+    found = {name: value for name, (value, where, _) in options.items() if kinds & set(where)}
+    return {name: value for name, value in found.items() if not (ragged and name in RAGGED_UNSAFE)}

@@ -1,0 +1,289 @@
+"""Several processes as one job: how they start, who writes, how they agree.
+
+One process is the case of a job without others: everything here works in it and costs nothing.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import hashlib
+import inspect
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.runtime import rendezvous, stderr
+
+EXIT_CODE = 3  # of a process that ends because of another
+_MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
+_LEAST = 30  # seconds; importing takes its time, and jax's verdict says less than the watch's, which is to come first
+_FIELDS = 512  # that processes compare at most
+_abort_handler: Any = None
+
+
+class PeerError(RuntimeError):
+    """Another process of the job failed; the message names it."""
+
+
+def start(coordinator: str, num_processes: int, process_id: int, detect: bool, peer_timeout: int) -> None:
+    """Joins the processes of the job; without arguments it has one. To be called before any device is touched.
+
+    Args:
+      coordinator: HOST:PORT of process 0; with num_processes and process_id.
+      process_id: of this process, from 0; -1 = not given.
+      detect: take the three from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.
+      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds,
+        and not before half a minute (`watchdog.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
+
+    Raises:
+      ConfigError: arguments that are incomplete or contradict each other or those of another process, a port in use, or
+        no cluster to detect.
+      PeerError: processes are missing.
+    """
+    given = {"--coordinator": bool(coordinator), "--num_processes": num_processes > 0, "--process_id": process_id >= 0}
+    if not any(given.values()) and not detect:
+        return
+    missing = [name for name, there in given.items() if not there]
+    if detect and any(given.values()):
+        raise ConfigError("--distributed takes the processes from the cluster; drop it, or --coordinator and the rest")
+    if not detect and missing:
+        raise ConfigError(
+            f"{', '.join(missing)} missing: a process of several needs --coordinator=HOST:PORT, --num_processes=N and "
+            f"--process_id=I; give all three, or --distributed to take them from the cluster"
+        )
+    if not detect and not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}; count from 0")
+    if not detect and not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as in --coordinator=10.0.0.1:1234")
+    # Its own handler would hide SIGTERM from the loop, and knows nothing of SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    explicit: dict[str, Any] = {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": max(2 * peer_timeout, _LEAST),
+        "heartbeat_timeout_seconds": max(2 * peer_timeout, _LEAST),
+        "shutdown_timeout_seconds": max(60, 2 * peer_timeout),  # process 0 draws the report
+    }
+    seconds = max(2 * peer_timeout, _LEAST) if peer_timeout else 300
+    me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
+    fix = "start all of them, or raise --peer_timeout"
+    on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
+    stderr.begin()
+    try:
+        if not detect:
+            rendezvous.meet(coordinator, num_processes, process_id, seconds)
+        jax.distributed.initialize(**({} if detect else explicit), **(timeouts if peer_timeout else {}))
+    except ValueError:
+        if not detect:
+            raise
+        raise ConfigError(
+            "--distributed found no cluster (SLURM, Open MPI, Cloud TPU or GKE) in the environment; give "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I instead"
+        ) from None
+    except rendezvous.MissingError as error:
+        raise PeerError(f"{error}, {seconds} s; {fix}") from None
+    except RuntimeError as error:
+        if "Failed to start RPC server" in str(error):
+            raise ConfigError(
+                f"the coordinator's port cannot be used on {socket.gethostname()}; end what uses it"
+            ) from None
+        raise PeerError(
+            f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
+        ) from None
+    on_abort(lambda: _end(f"process {jax.process_index()} aborted: another one is gone, or the lines above say why"))
+    atexit.register(on_abort, None)  # before jax's own, which leaves the others
+    if jax.process_index():
+        logging.getLogger("bigmac_jax").setLevel(logging.WARNING)
+
+
+def on_abort(handler: Callable[[], object] | None) -> None:
+    """Calls `handler` where jax ends this process by abort(), as it does from a thread of its own when one is lost.
+
+    Set in C: Python's handlers run after the signal, and here nothing comes after. None before the interpreter ends:
+    it would wait for that thread, and the thread for it.
+    """
+    global _abort_handler  # as long as C may call it
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handler()) if handler else None
+    function = ctypes.CDLL(None).signal
+    function.argtypes, function.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    function(signal.SIGABRT, ctypes.cast(_abort_handler, ctypes.c_void_p))
+
+
+def _end(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints a line once, whatever the number of processes."""
+    if is_first():
+        print(line, file=file, flush=True)
+
+
+def several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def gather(message: str) -> list[str]:
+    """The message of every process, in all of them; waits for the last."""
+    if not several():
+        return [message]
+    text = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text)]
+
+
+def same(fields: Mapping[str, Any]) -> None:
+    """Whether every process was given the same; waits for the last.
+
+    Raises:
+      ConfigError: on all of them, which process has another value of what.
+    """
+    if not several():
+        return
+    of_names = hashlib.sha256("\n".join(fields).encode()).digest()[:4]
+    # All at once, of a fixed size: the names, which another edition may have more of, and one number for each value.
+    values = np.zeros(_FIELDS, np.uint32)
+    values[0] = int.from_bytes(of_names)
+    values[1 : 1 + len(fields)] = [zlib.crc32(repr(value).encode()) for value in fields.values()]
+    values_PF = np.asarray(multihost_utils.process_allgather(values))
+    differs_F = (values_PF != values_PF[0]).any(0)
+    if not differs_F.any():
+        return
+    names = [] if differs_F[0] else [name for name, differs in zip(fields, differs_F[1:], strict=False) if differs]
+    told = gather(", ".join(f"{name}={fields[name]}" for name in names) or "another edition of the program")
+    other = next(process for process in range(len(told)) if (values_PF[process] != values_PF[0]).any())
+    raise ConfigError(
+        f"process {other} was started with {told[other]}, process 0 with {told[0]}; start all with the same command, "
+        f"files and packages"
+    )
+
+
+class Jit:
+    """`jax.jit` for programs with collectives: all processes have compiled one before any of them runs it.
+
+    Its first collectives connect groups of processes, for which gloo waits 30 s: too short where one process finds the
+    program in the cache and another compiles a large one. Keyword arguments are static. A decorator, too.
+    """
+
+    def __init__(self, function: Callable[..., Any], donate_argnames: str | None = None):
+        keywords = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        self.function = function
+        self._jitted = jax.jit(function, static_argnames=keywords, donate_argnames=donate_argnames)
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    def lower(self, *arguments: Any, **static: Any) -> Any:
+        """As of `jax.jit`."""
+        return self._jitted.lower(*arguments, **static)
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        if not several():
+            return self._jitted(*arguments, **static)
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves), tuple(sorted(static.items()))
+        if key not in self._programs:
+            self._programs[key] = self._jitted.lower(*arguments, **static).compile()
+            gather("")
+        return self._programs[key](*arguments)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong for one process inside goes wrong for all at its end; no collective may run inside.
+
+    Raises:
+      ConfigError: of this process or of another one.
+      PeerError: another process raised something else.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        if not several():
+            raise
+        error = caught
+    kind = "" if error is None else "config" if isinstance(error, ConfigError) else type(error).__name__
+    for process, line in enumerate(gather(f"{kind}\n{error}" if kind else "")):
+        if line and (error is None or isinstance(error, ConfigError)):
+            kind, _, text = line.partition("\n")
+            if kind == "config":
+                raise ConfigError(text if process == 0 else f"process {process}: {text}")
+            raise PeerError(f"process {process} failed: {kind}: {' '.join(text.split())}")
+    if error is not None:
+        raise error
+
+
+def first(value: Any) -> Any:
+    """Process 0's value (of JSON), in all: what was read from files that another process may see later."""
+    return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # between processes, a loss may be anything
+
+
+def on_first(find: Callable[[], Any]) -> Any:
+    """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
+    with together():
+        found = find() if is_first() else None
+    return first(found)
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """Those of a global batch's rows that this process' devices hold, in order."""
+    held = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index for row in range(rows)[index[0]]})
+
+
+def global_array(sharding: NamedSharding, rows: Sequence[int], local: np.ndarray, size: int) -> jax.Array:
+    """The array of `size` rows of which `local` is this process' `rows`."""
+
+    def shard(index: Any) -> np.ndarray:
+        start = rows.index(index[0].start or 0)  # a device's rows are contiguous, and all here
+        return local[start : start + len(range(size)[index[0]]), *index[1:]]
+
+    return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
+
+
+class StopVote:
+    """Whether a process wants to stop, known to all at the same step.
+
+    A flag per device is reduced beside each step and read one step later, when it has long arrived.
+    """
+
+    def __init__(self, wanted: list[int]):
+        self._wanted = wanted
+        self._last: jax.Array | None = None
+        self._known: jax.Array | None = None
+        mesh = jax.sharding.get_mesh()
+        self._sharding = NamedSharding(mesh, P(mesh.axis_names))
+        self._any = jax.jit(jnp.max)
+
+    def cast(self) -> None:
+        """To be called after each step was dispatched."""
+        if several():
+            flags = np.full(self._sharding.mesh.size, bool(self._wanted), np.int32)
+            votes = jax.make_array_from_callback(flags.shape, self._sharding, flags.__getitem__)
+            self._known, self._last = self._last, self._any(votes)
+
+    def passed(self) -> bool:
+        return bool(self._known) if several() else bool(self._wanted)

@@ -1,0 +1,192 @@
+"""Locks: of the kernel on a disk, a lease on a store.
+
+A lease is a folder of numbered objects. Whoever makes the next number, which a store lets only one do, holds it, and
+renews its object from a thread; the highest number counts. Another one takes over, by making the next number, when the
+object says that its holder has ended, or has not been renewed for as long as it promises. No clock is compared with
+another: the age is that between two times of the server.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from bigmac_jax.runtime.storage.paths import AWAY, errors, filesystem, is_store, make_folder, reason
+
+SECONDS = 30.0  # that a lease lasts without being renewed
+_PARTS = 6  # of these, each with a renewal
+
+
+class HeldError(RuntimeError):
+    """Someone else holds the lock; the message says who."""
+
+
+def me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
+    """Holds the lock `path`. It ends with this process, however that ends: on a disk at once, on a store after SECONDS.
+
+    Args:
+      wait: for whoever holds it; otherwise HeldError.
+      say: is given a line when a lease is waited for, and when it is taken over.
+
+    Raises:
+      HeldError, and errors() where the lock can't be made.
+    """
+    if is_store(path):
+        with Lease(path, say=say).held(wait):
+            yield
+        return
+    make_folder(path.parent)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise HeldError(path.read_text().strip() or "another process") from None
+        with contextlib.suppress(OSError):  # of a full disk: this is for whoever is refused
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{me()}\n".encode())
+        yield
+
+
+class Lease:
+    """Of one holder at a time.
+
+    Args:
+      folder: of its objects.
+      seconds: that it lasts without being renewed.
+      lost: is called in a thread, with a line, when another one has it, or the store has not answered for AWAY seconds.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        seconds: float = SECONDS,
+        lost: Callable[[str], object] | None = None,
+        say: Callable[[str], object] = lambda line: None,
+    ):
+        self._folder, self._seconds, self._say = folder, seconds, say
+        self._lost = lost or _end
+        self._files = filesystem(folder)
+        self._id, self._number, self._beat = uuid.uuid4().hex, 0, 0
+        self._closing = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self, wait: bool = True) -> Iterator[None]:
+        """HeldError if another one renews it, unless `wait`."""
+        while not self._take(wait):
+            pass
+        thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._closing.set()
+            thread.join()
+            with contextlib.suppress(*errors()):
+                self._write(ended=True, timeout=self._seconds)
+
+    def _take(self, wait: bool) -> bool:
+        """Whether it is this one's now; False: another one was faster."""
+        numbers = self._numbers()
+        current = numbers[-1] if numbers else 0
+        if current:
+            self._until_free(current, wait)
+        try:
+            self._files.pipe_file(self._name(current + 1), self._body(ended=False), mode="create")
+        except FileExistsError:  # made by another one; or here, in a first try whose answer was lost
+            if (self._read(current + 1) or {}).get("id") != self._id:
+                return False
+        self._number = current + 1
+        for old in numbers:
+            with contextlib.suppress(*errors()):
+                self._files.rm_file(self._name(old))
+        return True
+
+    def _until_free(self, number: int, wait: bool) -> None:
+        """Returns when object `number` is ended, not renewed any more, or gone."""
+        first, told = self._read(number), False
+        while True:
+            state = self._read(number)
+            if state is None or state.get("ended"):
+                return
+            holder, seconds = state.get("holder", "another process"), float(state.get("seconds", SECONDS))
+            if not wait and state != first:
+                raise HeldError(holder)
+            try:
+                age = self._age(number)
+            except FileNotFoundError:
+                return
+            if age > seconds:
+                self._say(f"{self._folder} was held by {holder}, which has not renewed it for {age:.0f} s; taken over")
+                return
+            if not told:
+                self._say(f"{self._folder} is held by {holder}; waiting until it is renewed, or {seconds:g} s old")
+                told = True
+            time.sleep(min(1.0, seconds / 20))
+
+    def _age(self, number: int) -> float:
+        """Seconds since the last renewal, by the server's clock: that of an object made now."""
+        probe = f"{self._folder}/probe-{uuid.uuid4().hex}"
+        self._files.pipe_file(probe, b"")
+        try:
+            return (self._files.modified(probe) - self._files.modified(self._name(number))).total_seconds()
+        finally:
+            self._files.rm_file(probe)
+
+    def _renew(self) -> None:
+        every = self._seconds / _PARTS
+        renewed = time.monotonic()
+        while not self._closing.wait(every):
+            try:
+                numbers = self._numbers(timeout=self._seconds)
+                if numbers and numbers[-1] > self._number:
+                    other = (self._read(numbers[-1]) or {}).get("holder", "another process")
+                    self._lost(f"{self._folder} was not renewed in time, and {other} has taken it over")
+                    return
+                self._write(ended=False, timeout=self._seconds)
+                renewed = time.monotonic()
+            except errors() as error:
+                if time.monotonic() - renewed > AWAY:
+                    self._lost(f"{self._folder} could not be renewed for {AWAY:.0f} s ({reason(error)})")
+                    return
+
+    def _numbers(self, timeout: float | None = None) -> list[int]:
+        try:
+            names = self._files.ls(str(self._folder), detail=False, timeout=timeout)
+        except FileNotFoundError:
+            return []
+        return sorted(int(last) for name in names if (last := name.rpartition("/")[2]).isdecimal())
+
+    def _read(self, number: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._files.cat_file(self._name(number)))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, ended: bool, timeout: float | None = None) -> None:
+        self._beat += 1
+        self._files.pipe_file(self._name(self._number), self._body(ended), timeout=timeout)
+
+    def _body(self, ended: bool) -> bytes:
+        state = {"id": self._id, "holder": me(), "seconds": self._seconds, "beat": self._beat, "ended": ended}
+        return json.dumps(state, allow_nan=False).encode()
+
+    def _name(self, number: int) -> str:
+        return f"{self._folder}/{number:08d}"
+
+
+def _end(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(3)

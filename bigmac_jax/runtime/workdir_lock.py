@@ -1,0 +1,35 @@
+"""Who holds a workdir: one job at a time."""
+
+import contextlib
+import logging
+import pathlib
+from collections.abc import Iterator
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.runtime import hosts, storage
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this job. When process 0 ends, however it ends, the kernel lets it go at once, a store
+    after half a minute (`storage.leases`).
+
+    Raises:
+      ConfigError: another job trains there, or the workdir cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            if hosts.is_first():
+                try:
+                    stack.enter_context(storage.locked(workdir / ".lock", wait=False, say=_log.warning))
+                except storage.HeldError as holder:
+                    raise ConfigError(
+                        f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or give another --workdir"
+                    ) from None
+                except storage.errors() as error:
+                    raise ConfigError(
+                        f"--workdir={workdir} cannot be written ({storage.reason(error)}); give another one"
+                    ) from None
+        yield

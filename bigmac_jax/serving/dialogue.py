@@ -1,0 +1,41 @@
+"""Messages of a chat to the tokens of a prompt."""
+
+import pathlib
+
+from bigmac_jax.data.chat_template import FILE, PLAIN, Chat, ChatError, Messages, Room, load_chat
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.serving.limits import ApiError
+
+_SAID = 500  # characters of what a template says, which may be all that it was given
+
+
+class Dialogue:
+    """How a server speaks with a model.
+
+    Attributes:
+      stop: texts that end an answer, beside those that a request names.
+    """
+
+    def __init__(self, chat: Chat):
+        self._chat = chat
+        self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
+
+    def prompt(self, messages: Messages, room: Room | None = None) -> list[int]:
+        """Raises ApiError for messages that the template does not take, and as `Chat.prompt`."""
+        try:
+            return self._chat.prompt(messages, room)
+        except ChatError as error:
+            raise ApiError(400, str(error)[:_SAID], "messages") from None
+
+
+def load_dialogue(tokenizer: Tokenizer, file: str, tokenizer_file: str, workdir: pathlib.Path) -> Dialogue:
+    """The template of --chat_template; without one that of the run, or the one beside the tokenizer; without these a
+    plain dialogue.
+
+    Raises:
+      ConfigError: a file that cannot be read, or is no template.
+    """
+    own = workdir / FILE
+    if not file and own.is_file():
+        file = str(own)
+    return Dialogue(load_chat(tokenizer, file, tokenizer_file, "--chat_template", PLAIN))

@@ -1,0 +1,73 @@
+"""What each layer's experts are given by a text: a model is walked through layer by layer.
+
+B batch, L length, T tokens of the text, D hidden, K top-k.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from bigmac_jax.data.batch import NO_TARGET, Batch
+from bigmac_jax.model.attention import Documents, documents_of
+from bigmac_jax.model.mesh import batch_spec, place
+from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.transformer import Block, Transformer
+
+
+class Seen(NamedTuple):
+    """What a layer's experts are given by T tokens, on the host."""
+
+    inputs_TD: np.ndarray
+    gates_TK: np.ndarray
+    experts_TK: np.ndarray
+
+
+def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Block, Seen], None]) -> None:
+    """Calls `visit` with the number of each layer with experts, the layer, and what its experts are given; dropless.
+
+    The text's activations are on the devices for one layer at a time, what a layer is given on the host.
+    """
+    on_mesh = [place(batch, batch_spec(2)) for batch in batches]
+    documents = [None if b.segments_BL is None else documents_of(b.segments_BL) for b in on_mesh]
+    counts = np.concatenate([(batch.targets_BL != NO_TARGET).reshape(-1) for batch in batches])
+    xs = [
+        model.embed(b.inputs_BL, None if of is None else of.position_BL)
+        for b, of in zip(on_mesh, documents, strict=True)
+    ]
+    for layer in _layers(model.first):
+        xs = [_through(layer, x, of)[0] for x, of in zip(xs, documents, strict=True)]
+    for number, layer in enumerate(_layers(model.layers)):
+        outputs = [_through(layer, x, of) for x, of in zip(xs, documents, strict=True)]
+        xs = [x for x, *_ in outputs]
+        seen = (
+            np.concatenate([np.asarray(of[i]).reshape(-1, of[i].shape[-1]) for of in outputs])[counts]
+            for i in (1, 2, 3)
+        )
+        visit(number, layer, Seen(*seen))
+
+
+def _layers(stack: Block | None) -> Iterator[Block]:
+    """The layers of a stack, one by one."""
+    if stack is not None:
+        for number in range(len(jax.tree.leaves(stack)[0])):
+            yield _layer(stack, number)
+
+
+@jax.jit(static_argnums=1)
+def _layer(stack: Block, number: int) -> Block:
+    return jax.tree.map(lambda leaf: leaf[number], stack)
+
+
+@jax.jit
+def _through(layer: Block, x_BLD: Array, documents: Documents | None) -> tuple[Array, ...]:
+    """x_BLD behind the layer; of one with experts also what these are given, and the router's gates and choices."""
+    x_BLD = x_BLD + layer.attention(layer.attention_norm(x_BLD), documents)
+    h_BLD = layer.mlp_norm(x_BLD)
+    y_BLD, _ = layer.feed_forward(x_BLD, None, True)
+    if not isinstance(layer.mlp, MoE):
+        return (x_BLD + y_BLD,)
+    routing, _ = layer.mlp.routing(h_BLD, True)
+    return x_BLD + y_BLD, h_BLD, routing.gates_BLK, routing.experts_BLK

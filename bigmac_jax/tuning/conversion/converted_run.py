@@ -1,0 +1,142 @@
+"""From a run of train.py to the run, at step 0, of the model that it was converted to."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json
+from bigmac_jax.config.reading import overridden
+from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
+from bigmac_jax.data.chat_template import chat_in
+from bigmac_jax.data.pipeline import padded
+from bigmac_jax.data.token_cache import TokenStream
+from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.interchange.importing import FREE
+from bigmac_jax.interchange.layout import named_leaves
+from bigmac_jax.interchange.tokens import keep_tokenizer
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
+from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.runtime import storage
+from bigmac_jax.runtime.workdir_lock import held
+from bigmac_jax.training import programs
+from bigmac_jax.training.fresh import check_fresh, write_fresh_run
+from bigmac_jax.tuning.conversion.latent import LayerError
+
+
+class Report(NamedTuple):
+    """Losses are nats a token of windows of the validation split.
+
+    experts: parameters of all routed experts, before and after; of a dense model its MLPs'.
+    """
+
+    action: str
+    loss_before: float
+    loss_after: float
+    experts: tuple[int, int]
+    layers: list[LayerError]
+
+    def lines(self) -> list[str]:
+        before, after = self.experts
+        lines = [
+            f"layer {layer}: {total:.1%} of what the experts put out is lost ({inputs:.1%} of their hidden units' "
+            f"squares by W↓, {outputs:.1%} of the output's by W↑)"
+            for layer, total, inputs, outputs in self.layers
+        ]
+        lines.append(f"experts' parameters {before:,} → {after:,} ({after / before:.3g} of them)")
+        lines.append(f"validation loss {self.loss_before:.4f} → {self.loss_after:.4f} nats a token, untrained")
+        return lines
+
+
+def set_anew(config: Config, overrides: Sequence[str]) -> Config:
+    """How the new run is trained: what the old one was tuned by does not go on unasked.
+
+    Raises:
+      ConfigError: a field of the model, or of what a run at step 0 can't be.
+    """
+    for override in overrides:
+        if not override.startswith(FREE):
+            raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
+    train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
+    fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
+    return check_fresh(overridden(dataclasses.asdict(fresh), overrides))
+
+
+def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
+    """So many tokens in windows that stand evenly over the stream, as the model is trained on it."""
+    L, rows = config.data.sequence_length, -(-config.data.batch_size // batch_ranks()) * batch_ranks()
+    there = (stream.num_tokens - 1) // L
+    if not there:
+        raise ConfigError(f"data.source={config.data.source} has fewer tokens than a window of {L}; use more text")
+    count = min(there, -(-tokens // L))
+    starts = np.linspace(0, there - 1, count).round().astype(int) * L
+    batches = []
+    for first in range(0, count, rows):
+        batch = of_windows(np.stack([stream.tokens(start, start + L + 1) for start in starts[first : first + rows]]))
+        if config.data.documents == "masked":
+            batch = batch._replace(segments_BL=segments(batch.inputs_BL, stream.eos_id))
+        batches.append(padded(batch, rows))
+    return batches
+
+
+def report(
+    action: str, before: Transformer, after: Transformer, layers: list[LayerError], validation: Sequence[Batch]
+) -> Report:
+    """What a conversion did."""
+    losses = [_loss(model, validation) for model in (before, after)]
+    return Report(action, losses[0], losses[1], (_experts(before), _experts(after)), layers)
+
+
+def write_run(
+    source: pathlib.Path,
+    output: pathlib.Path,
+    config: Config,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    report: Report,
+    overrides: Sequence[str],
+) -> Config:
+    """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
+    narrow exchange, the picture of the error by layer."""
+    with held(output):
+        config = set_anew(keep_tokenizer(output, config, tokenizer, chat_in(source)), overrides)
+        values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
+        storage.write_whole(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
+        if report.layers:
+            _draw(report, output / "conversion.png")
+        write_fresh_run(output, config, model)
+    return config
+
+
+def _loss(model: Transformer, batches: Sequence[Batch]) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        counts_BL = batch.targets_BL != NO_TARGET
+        nll_BL = np.asarray(programs.evaluate(model, place(batch, batch_spec(2))).nll_BL, np.float64)
+        total, count = total + nll_BL[counts_BL].sum(), count + counts_BL.sum()
+    return float(total / count)
+
+
+def _experts(model: Transformer) -> int:
+    part = "layers.mlp.experts." if model.config.model.is_moe else "layers.mlp."
+    return sum(leaf.size for name, leaf in named_leaves(model).items() if name.startswith(part))
+
+
+def _draw(report: Report, file: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    names = {"total": "experts' output", "inputs": "hidden units, by W↓", "outputs": "output, by W↑"}
+    for name, label in names.items():
+        axis.plot([of.layer for of in report.layers], [getattr(of, name) for of in report.layers], "o-", label=label)
+    axis.set(xlabel="layer", ylabel="share of squares lost", ylim=(0, None), title="What a narrow exchange cuts off")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    storage.save_figure(figure, file)
+    plt.close(figure)

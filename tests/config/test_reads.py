@@ -1,0 +1,231 @@
+"""Fields that a config does not read change no program; those that are set all the same are named, in one line."""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bigmac_jax.commands import cli
+from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
+from bigmac_jax.config.names import field_names
+from bigmac_jax.config.reading import shipped
+from bigmac_jax.config.reads import _WHATEVER, READ, notes, notes_of_evaluation
+from bigmac_jax.data.batch import Batch
+from bigmac_jax.model.mesh import batch_spec, make_mesh
+from bigmac_jax.run import loop, notebook
+from bigmac_jax.training.optimizer import learning_rate
+from bigmac_jax.training.step import make_trainer
+
+SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "model.vocab_size=264",
+         "model.num_experts=16", "data.tokenizer=bytes", "data.sequence_length=16", "data.batch_size=8",
+         "mesh.data=1")  # fmt: skip
+# Another value of each field that is not always read.
+OTHER = {
+    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.vanilla_top_k": 2,
+    "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
+    "model.shared_expert_hidden_size": 24, "model.latent_norm": "post_combine", "model.projection_init": "random",
+    "model.capacity_factor": 1.5, "model.router_scores": "sigmoid", "model.router_renormalize": False,
+    "model.router_scale": 3, "model.balance": "bias", "model.balance_coefficient": 0.3, "model.balance_step": "same",
+    "model.balance_scope": "part", "model.balance_bias_rate": 0.2, "model.z_loss_coefficient": 0.1,
+    "model.num_expert_groups": 2, "model.top_groups": 2, "model.group_scores": "top_2",
+    "execution.gather_dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
+    "execution.wire_dtype_backward": "int8", "execution.buffer_factor": 1.1, "execution.overlap_chunks": 2,
+    "execution.grouped_matmul": "batched", "mesh.fsdp": True, "mesh.split_experts": True,
+    "optimizer.final_learning_rate": 2e-4, "optimizer.projection_rate": 0.5, "optimizer.decay_steps": 7,
+    "optimizer.momentum": 0.5, "tuning.train_router": False, "tuning.lora_alpha": 2, "tuning.lora_dropout": 0.5,
+    "tuning.lora_targets": "attention", "tuning.teacher_weight": 0.1, "tuning.hidden_weight": 0.2,
+    "tuning.dpo_beta": 0.3,
+}  # fmt: skip
+# Read by the host alone.
+HOST = {"data.curriculum", "data.text_field", "data.null_rows", "data.packing", "train.max_bad_steps", "train.tasks",
+        "train.tasks_limit",
+        "tuning.bad_rows"}  # fmt: skip
+# Refused, not named, where they are not read.
+REFUSED = {"model.first_dense_layers", "model.latent_norm", "model.balance_step"}
+# Read by types alone: over which axes of one rank an array stands.
+TYPES = {"mesh.fsdp", "mesh.split_experts"}
+# A config, and some of the fields that it does not read.
+CONFIGS = {
+    "model.structure=dense": ("model.num_experts", "model.num_shared_experts", "model.router_scale", "model.balance"),
+    "model.structure=vanilla model.num_experts=64 execution.exchange=gather mesh.expert=2": (
+        "model.top_k", "model.capacity_factor", "model.router_renormalize", "mesh.split_experts"),
+    "model.structure=fine_grained model.expert_hidden_size=8 model.balance=none execution.exchange=dedup "
+    "model.capacity_factor=1.25": (
+        "model.down_ratio", "model.capacity_factor", "model.balance_coefficient", "mesh.fsdp", "execution.wire_dtype",
+        "execution.buffer_factor"),
+    "model.balance=quantile model.capacity_factor=inf execution.dtype=bfloat16 optimizer.schedule=constant": (
+        "execution.exchange", "execution.gather_dtype", "optimizer.decay_steps", "optimizer.final_learning_rate"),
+    "model.balance=bias model.balance_bias_rate=0 model.positions=none train.init_from=x tuning.lora_rank=2 "
+    "mesh.data=2": (
+        "model.rope_theta", "optimizer.projection_rate", "model.balance_scope"),
+}  # fmt: skip
+
+
+def value(config: Config, name: str) -> Any:
+    group, _, field = name.rpartition(".")
+    return getattr(getattr(config, group) if group else config, field)
+
+
+def programs(config: Config) -> tuple[str, str, list[bytes], list[float]]:
+    """What a run computes: its first state, its step, its learning rates."""
+    with jax.set_mesh(mesh := make_mesh(config)):
+        trainer = make_trainer(config, mesh)
+        tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=jax.NamedSharding(mesh, batch_spec(2)))
+        step = trainer.step.trace(trainer.abstract_state, Batch(tokens, tokens, None))
+        first = trainer.init.trace(jax.random.key(0))
+        rates = [float(learning_rate(config)(step)) for step in (0, 50, 200, 2000)]
+        numbers = [np.asarray(number).tobytes() for traced in (first, step) for number in traced.jaxpr.consts]
+        return str(first.jaxpr), str(step.jaxpr), numbers, rates
+
+
+def test_every_field_stands_in_the_table() -> None:
+    """A new one needs a line there: whether it is always read, or under which condition."""
+    assert list(READ) == list(dict.fromkeys(READ)) and set(READ) == set(field_names(Config))
+    always = {f"{group}.{name}".lstrip(".") for group, names in _WHATEVER.items() for name in names.split()}
+    assert set(OTHER) | HOST == set(READ) - always and not set(OTHER) & HOST
+
+
+@pytest.mark.parametrize("overrides", CONFIGS, ids=lambda overrides: overrides.split()[0])
+def test_what_is_not_read_changes_no_program(overrides: str) -> None:
+    base = (*SMALL, *overrides.split())
+    config = load_config("tiny", base)
+    unread = [name for name in OTHER if READ[name](config) and name not in REFUSED]
+    assert set(CONFIGS[overrides]) <= set(unread)
+    changes = [f"{name}={OTHER[name]}" for name in unread]
+    (line, *_) = notes(load_config("tiny", (*base, *changes)))
+    assert line.startswith("set, but not read: ") and all(f"{name}=" in line for name in unread)
+    changed = load_config("tiny", (*base, *(change for change in changes if change.partition("=")[0] not in TYPES)))
+    assert all(value(config, name) != value(changed, name) for name in set(unread) - TYPES)
+    assert programs(config) == programs(changed)
+
+
+# A config for which a field is read.
+READING = {
+    "model.top_k": "", "model.vanilla_top_k": "model.structure=vanilla model.num_experts=32",
+    "model.capacity_factor": "", "model.down_ratio": "",
+    "model.balance_coefficient": "", "execution.wire_dtype": "mesh.expert=2",
+    "optimizer.momentum": "optimizer.name=muon",
+    "optimizer.decay_steps": "", "mesh.fsdp": "mesh.data=2",
+}  # fmt: skip
+MORE_READING = {
+    "model.rope_theta": "", "model.num_experts": "", "model.dense_hidden_size": "model.first_dense_layers=1",
+    "model.first_dense_layers": "", "model.num_shared_experts": "model.num_shared_experts=0",
+    "model.shared_expert_hidden_size": "", "model.latent_norm": "", "model.projection_init": "",
+    "model.router_scores": "", "model.router_renormalize": "", "model.router_scale": "", "model.balance": "",
+    "model.balance_step": "model.balance=quantile", "model.balance_scope": "train.accumulate_steps=2",
+    "model.balance_bias_rate": "model.balance=bias", "model.z_loss_coefficient": "",
+    "model.num_expert_groups": "model.num_expert_groups=8 model.top_groups=1 model.top_k=2",
+    "model.top_groups": "model.num_expert_groups=8 model.top_groups=4",
+    "model.group_scores": "model.num_expert_groups=4 model.top_groups=3", "execution.gather_dtype": "",
+    "execution.exchange": "mesh.expert=2", "execution.wire_dtype_backward": "mesh.expert=2",
+    "execution.buffer_factor": "mesh.expert=2", "execution.overlap_chunks": "",
+    "execution.grouped_matmul": "execution.grouped_matmul=blocks",
+    "optimizer.final_learning_rate": "", "optimizer.projection_rate": "", "tuning.train_router": "",
+    "mesh.split_experts": "mesh.tensor=2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*READING, *(pytest.param(name, marks=pytest.mark.full) for name in MORE_READING)]
+)  # fmt: skip
+def test_what_is_read_changes_a_program(name: str) -> None:
+    base = (*SMALL, *(READING | MORE_READING)[name].split())
+    before, after = load_config("tiny", base), load_config("tiny", (*base, f"{name}={OTHER[name]}"))
+    assert not READ[name](before) and not READ[name](after) and value(before, name) != value(after, name)
+    assert programs(before) != programs(after)
+
+
+def test_the_line_is_short_and_one() -> None:
+    config = Config(
+        model=ModelConfig("dense", top_k=8, router_scale=2.0),
+        optimizer=OptimizerConfig(momentum=0.9),
+        tuning=TuningConfig(lora_alpha=8.0),
+    )
+    assert notes(config) == [
+        "set, but not read: model.top_k=8, model.router_scale=2 (model.structure=dense); optimizer.momentum=0.9 "
+        "(optimizer.name=adamw); tuning.lora_alpha=8 (tuning.lora_rank=0)"
+    ]
+
+
+def test_a_field_that_was_given_is_set_whatever_its_value() -> None:
+    config = Config()
+    assert notes(config) == []
+    (line,) = notes(config, ["optimizer.momentum", "model.top_k"])
+    assert line == "set, but not read: optimizer.momentum=0.95 (optimizer.name=adamw)"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_shipped_sets_nothing_that_it_does_not_read(name: str) -> None:
+    assert notes(load_config(name)) == []
+
+
+def test_a_saved_config_says_what_its_own_said(tmp_path: pathlib.Path) -> None:
+    """`auto` is saved as what it was, which nobody has set."""
+    for structure in ("bigmac", "fine_grained", "vanilla"):
+        config = load_config("tiny", [f"model.structure={structure}"])
+        (tmp_path / "config.json").write_text(config.to_json())
+        assert notes(load_config(tmp_path / "config.json")) == notes(config)
+
+
+def test_an_evaluation_names_what_it_is_given() -> None:
+    config = load_config("tiny", ["model.structure=dense", "optimizer.momentum=0.9"])
+    assert notes_of_evaluation(config, []) == []
+    given = ["execution.overlap_chunks", "execution.remat", "execution.dtype"]
+    assert notes_of_evaluation(config, given) == [
+        "set, but not read: execution.overlap_chunks=1 (model.structure=dense); execution.remat=none (no training)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ("learning_rate=1e-5",
+         "optimizer.final_learning_rate=0.0001 is above learning_rate=1e-05: the rate rises to it"),
+        ("decay_steps=5000",
+         "optimizer.decay_steps=5000 behind a warm-up of 100 of train.steps=2400: the rate does not reach 0.0001"),
+        ("decay_steps=2301", "does not reach 0.0001"),
+        ("decay_steps=2300", ""),
+        ("schedule=wsd optimizer.decay_steps=2301", "the rate falls from the warm-up on"),
+        ("warmup_steps=2400",
+         "optimizer.warmup_steps=2400 of train.steps=2400: the rate does not reach learning_rate=0.006"),
+        ("warmup_steps=2399", ""),
+        ("schedule=constant optimizer.learning_rate=1e-5", "optimizer.final_learning_rate=0.0001 (optimizer.schedule="),
+    ],
+)  # fmt: skip
+def test_a_rate_that_does_what_nobody_expects(overrides: str, line: str) -> None:
+    found = notes(load_config("tiny", f"optimizer.{overrides}".split()))
+    assert line in found[0] and len(found) == 1 if line else not found
+
+
+def test_a_notebook_sees_them_in_a_warning(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A config alone is silent."""
+    monkeypatch.setattr(notebook.loop, "train", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        config = load_config("tiny", ["optimizer.momentum=0.9", "mesh.data=1"])
+        assert not caplog.messages
+        notebook.train(config, tmp_path)
+    assert caplog.messages == ["set, but not read: optimizer.momentum=0.9 (optimizer.name=adamw)"]
+
+
+def test_the_command_names_what_it_was_given(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: Any
+) -> None:
+    """Also what the default is; and a mesh that has one rank because there is one device."""
+    program = command("train")
+    monkeypatch.setattr(cli, "OVERRIDES", ["optimizer.momentum=0.95", "mesh.fsdp=true"])
+    monkeypatch.setattr(cli, "agree", lambda *_: None)
+    monkeypatch.setattr(cli, "enter_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1]))
+    monkeypatch.setattr(program, "run_folder", lambda _: tmp_path)
+    monkeypatch.setattr(program, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
+    monkeypatch.setattr(program, "train", lambda *_: loop.Result(7, True, None))
+    for flag in (program._WORKDIR, program._PROFILE):
+        monkeypatch.setattr(type(flag), "value", "")
+    assert program.main() == 0
+    assert caplog.messages == [
+        "set, but not read: mesh.fsdp=True (a mesh of one rank); optimizer.momentum=0.95 (optimizer.name=adamw)"
+    ]

@@ -1,0 +1,316 @@
+"""Greedy completions are those of recomputing the prefix, the same for every batch size and mesh."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import QUICK, abstract_model, on_mesh, random_model, split_tokens, tiny
+from training.tools import quick, text
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.inference import Completion, Generator, Request, Sampling
+from bigmac_jax.inference.decoding import Decoding, make_decoding
+from bigmac_jax.inference.kv_cache import make_decoder
+from bigmac_jax.inference.requests import answer, answers_to, check_answers_to, read_requests
+
+LENGTH, NEW = 48, 12
+WORDS = text(1, seed=2)[0]
+PROMPTS = [WORDS[3 * i : 4 * i + 5] for i in range(16)]  # 5 to 20 bytes
+
+
+def config_on(mesh: tuple[int, ...]) -> Config:
+    return tiny(mesh, length=LENGTH, num_layers=1, structure="bigmac", num_shared_experts=1)
+
+
+@pytest.fixture(scope="module")
+def generator() -> Iterator[Generator]:
+    config = config_on((1, 1, 1))
+    with quick(), on_mesh(config):
+        yield Generator(config, random_model(config))
+
+
+@pytest.fixture(scope="module")
+def greedy(generator: Generator) -> list[Completion]:
+    with quick():
+        return generator.generate(PROMPTS, max_tokens=NEW, ignore_eos=True)
+
+
+def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -> None:
+    config, tokenizer = config_on((1, 1, 1)), ByteTokenizer()
+    with on_mesh(config):
+        model = random_model(config)
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        tokens_NL = np.zeros((16, LENGTH), np.int32)
+        length_N = np.array([len(p) for p in PROMPTS])
+        for row, prompt in enumerate(PROMPTS):
+            tokens_NL[row, : length_N[row]] = tokenizer.encode(prompt)
+        logprobs_NT = []
+        for _ in range(NEW):
+            logits_NV = np.asarray(forward(model, split_tokens(tokens_NL)))[np.arange(16), length_N - 1]
+            best_N = logits_NV.argmax(-1)
+            logprobs_NT.append(logits_NV.max(-1) - np.log(np.exp(logits_NV.astype(np.float64)).sum(-1)))
+            tokens_NL[np.arange(16), length_N] = best_N
+            length_N = length_N + 1
+    for row, completion in enumerate(greedy):
+        assert completion.tokens == tuple(tokens_NL[row, len(PROMPTS[row]) : length_N[row]])
+        np.testing.assert_allclose(completion.logprobs, [step[row] for step in logprobs_NT], atol=2e-5)
+        assert completion.finish_reason == "length" and completion.prompt_tokens == len(PROMPTS[row])
+        assert completion.text == tokenizer.decode(completion.tokens)
+    assert len({completion.text for completion in greedy}) > 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size"),
+    [
+        ((1, 1, 1), 1),
+        pytest.param((2, 1, 2), 16, marks=pytest.mark.full),
+        ((1, 1, 8), 16),
+        pytest.param((1, 1, 1), 5, marks=pytest.mark.full),
+        pytest.param((1, 1, 8), 1, marks=pytest.mark.full),
+        pytest.param((1, 2, 1, 2, True, True), 3, marks=pytest.mark.full),
+    ],
+)
+def test_every_batch_size_and_mesh(greedy: list[Completion], mesh: tuple[int, ...], batch_size: int) -> None:
+    config = config_on(mesh)
+    with quick(), on_mesh(config):
+        generator = Generator(config, random_model(config), batch_size=batch_size, consume=True)
+        done: list[int] = []
+        found = generator.generate(PROMPTS, lambda number, _: done.append(number), max_tokens=NEW, ignore_eos=True)
+    assert [c.tokens for c in found] == [c.tokens for c in greedy]
+    assert [c.text for c in found] == [c.text for c in greedy]
+    assert sorted(done) == list(range(16))
+
+
+def test_decoders_of_a_kind_share_programs() -> None:
+    def made(**model: Any) -> Decoding:
+        config = tiny(length=LENGTH, **model)
+        with on_mesh(config):
+            return make_decoding(jax.eval_shape(partial(make_decoder, config), abstract_model(config)))
+
+    first, again, other = made(), made(), made(activation="silu")
+    assert first[1:] == again[1:] and not {*first[1:]} & {*other[1:]}
+    assert len({*first[1:]}) == 3
+
+
+@pytest.mark.full
+def test_other_weights_are_not_compiled_again() -> None:
+    """As a run's at each evaluation of its tasks; what is written is the new model's."""
+    config, asked = config_on((1, 1, 1)), [tuple(prompt.encode()) for prompt in PROMPTS]
+    prompts = [(ByteTokenizer().eos_id, *prompt) for prompt in asked]
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        first, second = Generator(config, model), Generator(config, jax.tree.map(lambda w: -w, model))
+        before = first.generate(prompts, max_tokens=NEW, ignore_eos=True)
+        programs = first._programs.prefill, first._programs.decode
+        sizes = [program._jitted._cache_size() for program in programs]
+        found = second.generate(prompts, max_tokens=NEW, ignore_eos=True)
+        scored = second.score([(*prompt, *c.tokens) for prompt, c in zip(asked, found, strict=True)])
+    assert [program._jitted._cache_size() for program in programs] == sizes and min(sizes) > 0
+    assert (second._programs.prefill, second._programs.decode) == programs
+    assert [c.tokens for c in found] != [c.tokens for c in before]
+    for ours, completion in zip(scored, found, strict=True):  # a score is another program's
+        np.testing.assert_allclose(completion.logprobs, ours.logprobs[-NEW:], atol=2e-5)
+
+
+def test_settings_of_each_request(generator: Generator, greedy: list[Completion]) -> None:
+    """Different lengths and stops in one batch."""
+    hot = Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True, seed=1)
+    stop = greedy[2].text[4:6]
+    requests = [
+        Request(PROMPTS[0], hot),
+        Request(PROMPTS[1], Sampling(max_tokens=3, ignore_eos=True)),
+        Request(PROMPTS[2], Sampling(max_tokens=NEW, stop=(stop,), ignore_eos=True)),
+        Request(PROMPTS[0], hot),
+    ]
+    with quick():
+        drawn, short, stopped, again = generator.generate(requests)
+    assert drawn.tokens != again.tokens  # the seed is of the call, the number tells its requests apart
+    assert short.tokens == greedy[1].tokens[:3] and short.finish_reason == "length"
+    assert stopped.text == greedy[2].text[: greedy[2].text.index(stop)] and stopped.finish_reason == "stop"
+
+
+def test_streaming_gives_the_same_in_pieces(generator: Generator, greedy: list[Completion]) -> None:
+    with quick():
+        pieces = list(generator.stream(PROMPTS[3], max_tokens=NEW, ignore_eos=True))
+        tokens = tuple(ByteTokenizer().encode(PROMPTS[3]))
+        assert list(generator.stream(tokens, max_tokens=NEW, ignore_eos=True)) == pieces
+    assert "".join(pieces) == greedy[3].text and len(pieces) == NEW
+
+
+def test_parts_of_a_list_give_what_the_whole_list_gives(generator: Generator) -> None:
+    requests = [Request(PROMPTS[0], Sampling(max_tokens=NEW, temperature=3.0, ignore_eos=True))] * 2
+    numbers: list[int] = []
+    with quick():
+        whole = generator.generate(requests)
+        later = generator.generate(requests[1:], lambda number, _: numbers.append(number), first=1)
+    assert later[0].tokens == whole[1].tokens != whole[0].tokens and numbers == [1]
+    with pytest.raises(ConfigError, match="prompt 8 is empty"):
+        generator.generate([""], first=7)
+
+
+@pytest.mark.full
+def test_a_prompt_whose_bucket_exceeds_the_learned_positions() -> None:
+    """And rows that go on behind the last one, because others are not done, disturb nobody."""
+    config = tiny(length=40, num_layers=1, positions="learned")
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        generator = Generator(config, model)
+        prompt, short = WORDS[:35], Request(WORDS[:2], Sampling(max_tokens=38, ignore_eos=True))
+        long, beside = generator.generate([Request(prompt, Sampling(max_tokens=1)), short])
+        (alone,) = generator.generate([short])
+        tokens = np.asarray([ByteTokenizer().encode(prompt)], np.int32)
+        logits_BLV, _ = jax.jit(lambda model, tokens: model(tokens, evaluating=True))(model, split_tokens(tokens))
+    assert long.tokens == (int(np.asarray(logits_BLV)[0, -1].argmax()),)
+    assert beside.tokens == alone.tokens
+
+
+def test_each_is_done_once(generator: Generator, greedy: list[Completion]) -> None:
+    """Its first token and its second may be looked at together."""
+    done: list[tuple[int, Completion]] = []
+    with quick():
+        generator.generate(PROMPTS, lambda *of: done.append(of), max_tokens=2, ignore_eos=True)
+    assert sorted(number for number, _ in done) == list(range(16))
+    assert all(completion.tokens == greedy[number].tokens[:2] for number, completion in done)
+
+
+def test_nothing_asked(generator: Generator) -> None:
+    assert generator.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "message"),
+    [
+        (["fine", ""], {}, "prompt 2 is empty"),
+        (["a\udcff"], {}, "prompt 1 is not valid UTF-8"),
+        (["a" * 40], {"max_tokens": 9}, "prompt 1 has 40 tokens, .* are 49, and must be at most max_length=48"),
+        ([(5, 264)], {}, r"prompt 1 has the token 264, which must lie in \[0, 264\)"),
+        (["a"], {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
+        ("abc", {}, "prompts must be a list"),
+    ],
+)
+def test_bad_prompts(generator: Generator, prompts: list[Any], sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generator.generate(prompts, **sampling)
+    with pytest.raises(ConfigError, match=message):
+        generator.check(prompts, **sampling)
+
+
+def test_a_prompt_that_the_tokenizer_drops(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator.tokenizer, "encode_batch", lambda texts: [[] for _ in texts])
+    with pytest.raises(ConfigError, match="prompt 1 has no tokens"):
+        generator.generate([" "])
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"max_length": -1}])
+def test_sizes_out_of_range(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(sizes))}={next(iter(sizes.values()))} must be at least"):
+        Generator(tiny(), None, **sizes)  # type: ignore[arg-type]
+
+
+def test_learned_positions_end() -> None:
+    config = tiny(length=LENGTH, positions="learned")
+    with on_mesh(config), pytest.raises(ConfigError, match="max_length=49 must be at most the 48 learned positions"):
+        Generator(config, None, max_length=49)  # type: ignore[arg-type]
+
+
+def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff{"prompt": "é", "id": 7, "top_k": 3}\n\n{"prompt": "b", "stop": ["x"], "max_tokens": 2}\n')
+    (row, first), (_, second) = read_requests(str(file), Sampling(temperature=0.5))
+    assert first == Request("é", Sampling(temperature=0.5, top_k=3))
+    assert second == Request("b", Sampling(max_tokens=2, temperature=0.5, stop=("x",)))
+    completion = Completion("t", (1,), (-0.5,), "length", 2)
+    assert answer(row, first, completion) == {**row, **dataclasses.asdict(completion)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n\xff\n', "line 2 is not valid UTF-8"),
+        (b'{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+        (b'["a"]\n', "line 1 must be an object with a text"),
+        (b'{"prompt": 3}\n', "line 1 must be an object with a text"),
+        (b'{"prompt": "a", "top_p": 2}\n', r"line 1: top_p=2 must lie in \(0, 1\]"),
+        (b"\n", "holds no prompt"),
+        (b'{"prompt": "a", "id": "\\ud800"}\n', "line 1 holds half of a surrogate pair"),
+        (b'{"prompt": "a", "max_tokens": ' + b"1" * 5000 + b"}", "line 1 is not JSON"),
+        (b'{"prompt": "a", "id": ' + b"[" * 200_000, "line 1 is not JSON"),
+    ],
+)
+def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_requests(str(file), Sampling())
+
+
+def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_requests(str(tmp_path / "none"), Sampling())
+    with pytest.raises(ConfigError, match="cannot be written"), answers_to(str(tmp_path / "none" / "out")):
+        pass
+
+
+def test_nothing_is_lost_before_work_begins(tmp_path: pathlib.Path) -> None:
+    prompts, answers = tmp_path / "prompts", tmp_path / "answers"
+    prompts.write_text("precious"), answers.write_text("old")
+    check_answers_to(str(answers), str(prompts))
+    assert answers.read_text() == "old"
+    with pytest.raises(ConfigError, match="is the file of prompts, which would be lost"):
+        check_answers_to(str(prompts), str(prompts))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_answers_to(str(tmp_path), str(prompts))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((2, 1, 2), marks=pytest.mark.full)])
+def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
+    """Of texts of several lengths, in batches that don't divide them; token ids count as the text that they are."""
+    config, tokenizer = config_on(mesh), ByteTokenizer()
+    texts = [*PROMPTS[:4], "é", tuple(tokenizer.encode(PROMPTS[5]))]
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        scored = Generator(config, model, batch_size=4).score(texts)
+        tokens_NL = np.zeros((8, LENGTH), np.int32)
+        tokens_NL[:, 0] = tokenizer.eos_id
+        for row, score in enumerate(scored):
+            tokens_NL[row, 1 : 1 + len(score.tokens)] = score.tokens
+        forward = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        logprobs_NLV = np.asarray(jax.nn.log_softmax(forward(model, split_tokens(tokens_NL))))
+    assert [score.tokens for score in scored[:5]] == [tuple(tokenizer.encode(text)) for text in texts[:5]]
+    assert [score.bytes for score in scored] == [*(len(p) for p in PROMPTS[:4]), 2, len(PROMPTS[5])]
+    for row, score in enumerate(scored):
+        expected_L = logprobs_NLV[row, np.arange(len(score.tokens)), list(score.tokens)]
+        np.testing.assert_allclose(score.logprobs, expected_L, atol=2e-5)
+        assert np.isclose(score.bits_per_byte, -expected_L.sum() / np.log(2) / score.bytes)
+
+
+def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
+    with quick():
+        assert generator.score([]) == []
+        for texts, message in (
+            ("one text", "put the one text into brackets"),
+            ([PROMPTS[0], ""], "text 2 is empty"),
+            (["x" * (LENGTH + 1)], f"text 1 has {LENGTH + 1} tokens, which must be at most max_length={LENGTH}"),
+            ([(1, 9999)], "text 1 has the token 9999"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                generator.score(texts)
+        consumed = Generator(config := config_on((1, 1, 1)), random_model(config), consume=True)
+        with pytest.raises(ConfigError, match="consume=False"):
+            consumed.score(PROMPTS[:1])
+
+
+def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
+    """Of parameters that are all finite."""
+    config = config_on((1, 1, 1))
+    with quick(), on_mesh(config):
+        huge = Generator(config, random_model(config, {"final_norm.scale_D": np.float32(3e38)}))
+        for complete in (huge.generate, lambda prompts, **given: list(huge.stream(*prompts, **given))):
+            with pytest.raises(ConfigError, match="prompt 1: the model gives NaN for token 1, for its activations"):
+                complete(["the"], max_tokens=4)

@@ -1,0 +1,106 @@
+"""Weights of eight bits: how many bytes they take, what they cost in quality, that decoding computes with them."""
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import QUICK, abstract_model, on_mesh, random_model, split_batch, tiny
+from training.tools import quick, small, text
+
+from bigmac_jax import restore
+from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.inference import Generator
+from bigmac_jax.inference.int8_weights import Int8, fits, quantized, widened
+from bigmac_jax.inference.kv_cache import make_decoder
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.run.loop import train
+from bigmac_jax.training.loss import token_scores
+
+
+def in_eight_bits(model: Any) -> Any:
+    """The model with every weight as eight bits have it."""
+
+    def narrow(of: Any, w: Any) -> Any:
+        return widened(quantized(of, w), "float32") if fits(of) else w
+
+    return jax.jit(functools.partial(map_declared, narrow), compiler_options=QUICK)(model)
+
+
+FSDP = (1, 1, 2, 2, True, True)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "unroll"),
+    [pytest.param(*case, marks=pytest.mark.full) for case in ((FSDP, 1), (FSDP, 0), ((1, 1, 1), 0))] + [((1, 1, 1), 1)],
+)
+def test_decoding_computes_with_them(mesh: tuple[int, ...], unroll: int) -> None:
+    """As with the model whose weights were rounded; layers each by itself, and in one loop."""
+    config = tiny(mesh, length=32, structure="bigmac", num_shared_experts=1, unroll_layers=unroll, num_kv_heads=2)
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        prompts = [tuple(range(60 + i, 66 + i)) for i in range(3)]
+        given: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
+        found = Generator(config, model, weights="int8").generate(prompts, **given)
+        expected = Generator(config, in_eight_bits(model)).generate(prompts, **given)
+    for a, b in zip(found, expected, strict=True):
+        assert a.tokens == b.tokens
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def nbytes(config: Config, weights: str) -> int:
+    with on_mesh(config):
+        decoder = jax.eval_shape(functools.partial(make_decoder, config, weights=weights), abstract_model(config))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "nemotron"])
+def test_bytes(name: str) -> None:
+    config = load_config(f"configs/{name}.py", ("mesh.data=1",))
+    half, whole = nbytes(config, "bfloat16"), nbytes(config, "float32")
+    assert half <= 0.55 * whole
+    assert nbytes(config, "int8") <= 0.53 * half
+
+
+def test_the_largest_of_a_channel_is_exact() -> None:
+    config = tiny()
+    with on_mesh(config):
+        model = random_model(config)
+        eight = jax.tree.leaves(
+            map_declared(lambda of, w: quantized(of, w) if fits(of) else w, model),
+            is_leaf=lambda v: isinstance(v, Int8),
+        )
+    matrices = [(w, v) for w, v in zip(jax.tree.leaves(model), eight, strict=True) if isinstance(v, Int8)]
+    assert len(matrices) > 5
+    for w, v in matrices:
+        error = np.abs(np.asarray(w) - np.asarray(v.values) * np.asarray(v.scale))
+        assert (error <= np.asarray(v.scale) * 0.5001).all()
+        assert v.values.dtype == np.int8 and np.abs(np.asarray(v.values)).max() == 127
+
+
+@pytest.mark.full
+def test_perplexity_stays(tmp_path: pathlib.Path) -> None:
+    """Of a model that has learnt something: within half a percent."""
+    config = small(tmp_path, "train.steps=60", "train.eval_every=0", "train.checkpoint_every=0", "train.log_every=20")
+    with quick(), jax.set_mesh(make_mesh(config)):
+        train(config, tmp_path / "run")
+        _, model = restore(tmp_path / "run")
+        ids = ByteTokenizer().encode("".join(text(30, seed=5)))
+        windows = np.asarray(ids[: len(ids) // 17 * 17], np.int32).reshape(-1, 17)
+        batch = jax.tree.map(split_batch, of_windows(windows))
+        score = jax.jit(lambda model, batch: token_scores(model, batch).nll_BL.mean(), compiler_options=QUICK)
+        before, after = (float(score(m, batch)) for m in (model, in_eight_bits(model)))
+    assert before < 3.5 and before != after
+    assert abs(math.exp(after - before) - 1) <= 0.005
+
+
+def test_other_weights_are_refused() -> None:
+    config = tiny()
+    with on_mesh(config), pytest.raises(ConfigError, match="weights='int4' must be float32, bfloat16 or int8"):
+        make_decoder(config, abstract_model(config), weights="int4")

@@ -1,0 +1,106 @@
+"""Steps over the paged cache give the logits of the full forward pass, at every position, however the pages stand."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batch, split_tokens, tiny
+
+from bigmac_jax.config import Config
+from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
+from bigmac_jax.model.attention import Rows
+from bigmac_jax.model.mesh import batch_ranks
+
+ROWS, LENGTH, PAGE = 8, 20, 4
+STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
+MESHES = {"1x1": (1, 1, 1), "2x2": (2, 1, 2), "1x8": (1, 1, 8), "tensor": (1, 1, 2, 2, True, True), "node": (1, 2, 2),
+          "heads": (1, 1, 2, 4)}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "present": {**PRESENT, "num_kv_heads": 2, "num_shared_experts": 1},
+    "paper": PAPER,
+    "gated": {**PRESENT, "gated": True, "activation": "silu", "positions": "none", "tie_embeddings": False},
+}
+QUICK_CASES = [
+    ("dense", "2x2", "present"),
+    ("fine_grained", "1x1", "gated"),
+    ("fine_grained", "tensor", "paper"),
+    ("bigmac", "1x8", "present"),
+    ("bigmac", "2x2", "gated"),
+    ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
+]
+
+
+def cases() -> list[Any]:
+    product = [(s, m, b) for s in STRUCTURES for m in MESHES for b in MODELS]
+    return [pytest.param(*case, marks=[] if case in QUICK_CASES else pytest.mark.full) for case in product]
+
+
+def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
+    experts = 64 if structure == "vanilla" and mesh == "1x8" else 32 if structure == "vanilla" else 8
+    values = {"num_experts": experts, "down_ratio": 0.5, "capacity_factor": 0.5, **MODELS[backbone], **model}
+    if backbone == "gated" and structure != "dense":
+        values |= {"num_layers": 3, "first_dense_layers": 1}
+    return tiny(MESHES[mesh], batch=ROWS, length=LENGTH, structure=structure, **values)
+
+
+def step(decoder: Decoder, cache: Cache, tokens_ST: jax.Array, rows: Rows) -> tuple[jax.Array, Cache]:
+    x_STD, cache = advance(decoder, cache, tokens_ST, rows)
+    return logits_of_last(decoder, x_STD, rows.count_SW), cache
+
+
+def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarray]:
+    """The logits of every position that a step ends at, [positions, V] each: prompts in rows of a page, then token by
+    token."""
+    draw = np.random.default_rng(1)
+    tokens_NL = draw.integers(config.model.vocab_size, size=(ROWS, LENGTH)).astype(np.int32)
+    length_N = np.array([1, 12, 3, 7, 2, 11, 5, 12], np.int32)
+    with on_mesh(config):
+        shards = batch_ranks()
+        B = ROWS // shards
+        model = random_model(config)
+        full = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0], compiler_options=QUICK)
+        full_NLV = np.asarray(full(model, split_tokens(tokens_NL)))
+        decoder = make_decoder(config, model, exchange)
+        pages = LENGTH // PAGE
+        # Any order of pages, one that belongs to nobody among them.
+        order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
+        table_NK = np.concatenate(order).astype(np.int32)
+        cache = jax.jit(lambda: make_cache(config, decoder, B * pages + 1, PAGE))()
+        run = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
+        found, expected = [], []
+
+        def take(tokens_NC: np.ndarray, position_N: np.ndarray, count_N: np.ndarray) -> None:
+            nonlocal cache
+            rows = Rows(*(split_batch(v.reshape(shards, B, *v.shape[1:])) for v in (table_NK, position_N, count_N)))
+            logits, cache = run(decoder, cache, split_batch(tokens_NC.reshape(shards, -1)), rows)
+            there = count_N > 0
+            found.append(np.asarray(logits).reshape(ROWS, -1)[there])
+            expected.append(full_NLV[there, (position_N + count_N - 1)[there]])
+
+        for start in range(0, length_N.max(), PAGE):
+            count_N = np.clip(length_N - start, 0, PAGE).astype(np.int32)
+            tokens_NC = tokens_NL[:, start : start + PAGE].copy()
+            tokens_NC[np.arange(PAGE) >= count_N[:, None]] = draw.integers(config.model.vocab_size)  # is not read
+            take(tokens_NC, np.full(ROWS, start, np.int32), count_N)
+        for at_N in length_N + np.arange(LENGTH, dtype=np.int32)[:, None]:
+            there = (at_N < LENGTH).astype(np.int32)
+            if not there.any():
+                break
+            at_N = np.minimum(at_N, LENGTH - 1)
+            take(tokens_NL[np.arange(ROWS), at_N], at_N, there)
+    return np.concatenate(found), np.concatenate(expected)
+
+
+@pytest.mark.parametrize(("structure", "mesh", "backbone"), cases())
+def test_steps_equal_the_full_forward_pass(structure: str, mesh: str, backbone: str) -> None:
+    found, expected = paged_and_full(config_of(structure, mesh, backbone), "auto")
+    assert len(found) == 8 * LENGTH - 53 + 16  # of a prompt every page's last
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exchange", ["all_to_all", "dedup", "hierarchical", "gather", "ragged"])
+def test_every_exchange(exchange: str) -> None:
+    found, expected = paged_and_full(config_of("bigmac", "node", "present"), exchange)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

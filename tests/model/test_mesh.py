@@ -1,0 +1,136 @@
+"""The mesh: axes, order of the devices, and what does not fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
+from bigmac_jax.model.mesh import make_mesh
+
+
+def config(
+    *mesh: int, batch: int = 16, accumulate: int = 1, length: int = 256, chunks: int = 1, heads: int = 4
+) -> Config:
+    return Config(
+        execution=ExecutionConfig(overlap_chunks=chunks),
+        model=ModelConfig(vocab_size=8448, num_experts=192, num_heads=heads, hidden_size=16 * heads),
+        mesh=MeshConfig(*mesh),
+        data=DataConfig(batch_size=batch, sequence_length=length),
+        train=TrainConfig(accumulate_steps=accumulate),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape"),
+    [
+        ((1, 1, 1), (1, 1, 1, 1)),
+        ((2, 1, 2), (2, 1, 2, 1)),
+        ((1, 2, 4), (1, 2, 4, 1)),
+        ((0, 1, 1), (8, 1, 1, 1)),  # 0 takes what is left
+        ((0, 2, 2), (2, 2, 2, 1)),
+        ((0, 1, 8), (1, 1, 8, 1)),
+        ((0, 1, 2, 2), (2, 1, 2, 2)),
+        ((1, 2, 1, 4), (1, 2, 1, 4)),
+    ],
+)
+def test_axes(mesh: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    made = make_mesh(config(*mesh))
+    assert made.axis_names == ("data", "node", "expert", "tensor")
+    assert made.devices.shape == shape
+    assert made.axis_types == (AxisType.Explicit,) * 4
+    # Neighbours share a sequence, then a set of experts, its node axis outside.
+    assert [d.id for d in made.devices.flat] == [d.id for d in jax.devices()[: np.prod(shape)]]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        ((4, 1, 4), ("4 × 1 × 4 = 16 ranks", "8 devices", "--cpu_devices=16")),
+        ((1, 2, 8), ("1 × 2 × 8 = 16 ranks", "8 devices")),
+        ((0, 1, 16), ("1 × 1 × 16 = 16 ranks", "8 devices")),  # not even one replica
+    ],
+)
+def test_more_ranks_than_devices(mesh: tuple[int, ...], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_mesh(config(*mesh))
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    slice_index: int | None = 0
+
+
+def shuffled(hosts: int, size: int, process: Callable[[int, int], int] = lambda host, i: host) -> list[Any]:
+    """GPUs in the order that a runtime might name them in: not by host."""
+    devices = [
+        Device(size * host + i, process(host, i), slice_index=host) for host in range(hosts) for i in range(size)
+    ]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 8, 1), (2, 2, 4, 2), (4, 1, 8, 1), (1, 4, 2, 4), (2, 4, 2, 2)], ids=str)
+def test_experts_and_tensors_stay_inside_a_host(sizes: tuple[int, ...]) -> None:
+    made = make_mesh(config(*sizes, batch=64), devices=shuffled(4, 8)).devices
+    assert made.shape == sizes
+    hosts = np.vectorize(lambda device: device.slice_index)(made)
+    assert (hosts.reshape(-1, sizes[2] * sizes[3]) == hosts[..., :1, :1].reshape(-1, 1)).all()
+    if sizes[0] * sizes[1] == 4:  # then each is a host of its own
+        assert sorted(hosts[..., 0, 0].flat) == [0, 1, 2, 3]
+
+
+def test_a_process_for_every_gpu() -> None:
+    """What is near is the host's matter, not the process'."""
+    devices = shuffled(2, 4, lambda host, i: 4 * host + i)
+    assert [d.id for d in make_mesh(config(1, 2, 4), devices=devices).devices.flat] == list(range(8))
+    # Where the runtime doesn't know of hosts, as on CPU, nothing is refused.
+    unknown = [Device(i, i, "cpu", None) for i in range(4)]
+    assert [d.id for d in make_mesh(config(1, 2, 2), devices=unknown[::-1]).devices.flat] == list(range(4))
+
+
+def test_a_slice_of_tpus_is_near_whatever_its_hosts() -> None:
+    """Two slices of two hosts: `expert` may cross hosts, `node` crosses slices."""
+    devices = [Device(i, i // 4, "tpu", i // 8) for i in range(16)]
+    slices = np.vectorize(lambda d: d.slice_index)(make_mesh(config(1, 2, 8), devices=devices[::-1]).devices)
+    assert (slices == np.array([0, 1]).reshape(1, 2, 1, 1)).all()
+
+
+def test_an_expert_axis_that_would_cross_hosts() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.expert × mesh\.tensor = 4 × 3 must divide the 8 devices of a host"):
+        make_mesh(config(1, 2, 4, 3, batch=64, length=255, heads=3), devices=shuffled(4, 8))
+    # Without a node axis a flat group may cross them.
+    assert make_mesh(config(1, 1, 16, batch=64), devices=shuffled(2, 8)).devices.shape == (1, 1, 16, 1)
+
+
+def test_devices_left_that_make_no_whole_group() -> None:
+    with pytest.raises(
+        ConfigError, match=r"the 8 devices must be a multiple of .* = 3, .* use mesh.data=2 to leave 2 idle"
+    ):
+        make_mesh(config(0, 1, 3, batch=18))
+
+
+@pytest.mark.parametrize(
+    ("made", "parts"),
+    [
+        (config(0, 1, 1, batch=12), ("batch_size=12", "= 8", "took 8 of 8 devices", "use 16")),
+        (config(0, 1, 2, batch=12, accumulate=2), ("batch_size=12", "= 16", "took 4 of 8 devices", "use 16")),
+        # All 128 tokens would do, but not the 16 of a rank.
+        (config(0, 1, 1, length=8, chunks=32), ("overlap_chunks=32", "16 tokens", "took 8 of 8 devices", "use 16")),
+    ],
+)
+def test_a_batch_that_the_devices_left_do_not_divide(made: Config, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_mesh(made)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)

@@ -1,0 +1,246 @@
+"""What a schedule hides, on hand-written programs with hand-worked seconds: a cycle is a second here, and so is a FLOP.
+
+On the wire every exchange takes ten seconds.
+"""
+
+import dataclasses
+import json
+import textwrap
+
+import pytest
+
+from bigmac_jax.planning.hlo import Module, parse
+from bigmac_jax.planning.hlo_schedule import Overlap, overlap
+
+MESH = {"expert": 2}
+WIRE = 10.0
+
+
+def start(name: str, operand: str) -> str:
+    return (
+        f"%{name} = ((u16[8]{{0}}), u16[8]{{0}}, u32[]{{:S(2)}}) all-to-all-start(%{operand}), "
+        'replica_groups={{0,1}}, metadata={op_name="jit(step)/exchange_payload/all_to_all"}'
+    )
+
+
+def done(name: str, started: str) -> str:
+    return f"%{name} = u16[8]{{0}} all-to-all-done(%{started})"
+
+
+def synchronous(name: str, operand: str) -> str:
+    return (
+        f"%{name} = u16[8]{{0}} all-to-all(%{operand}), replica_groups={{{{0,1}}}}, "
+        'metadata={op_name="jit(step)/exchange_payload/all_to_all"}'
+    )
+
+
+def matmul(name: str, cycles: int, *operands: str) -> str:
+    arguments = ", ".join(f"%{operand}" for operand in operands)
+    return f"%{name} = u16[8]{{0}} fusion({arguments}), kind=kOutput, calls=%dot.in, {estimate(cycles)}"
+
+
+def other(name: str, cycles: int, *operands: str) -> str:
+    arguments = ", ".join(f"%{operand}" for operand in operands)
+    return f"%{name} = u16[8]{{0}} add({arguments}), {estimate(cycles)}"
+
+
+def kernel(name: str, flops: int, *operands: str) -> str:
+    arguments = ", ".join(f"%{operand}" for operand in operands)
+    config = json.dumps({"custom_call_config": {"cost_estimate": {"flops": str(flops)}}})
+    return (
+        f'%{name} = u16[8]{{0}} custom-call({arguments}), custom_call_target="tpu_custom_call", backend_config={config}'
+    )
+
+
+def estimate(cycles: int) -> str:
+    return f"backend_config={json.dumps({'window_config': {'estimated_cycles': str(cycles)}})}"
+
+
+DOT = """%dot.in (p: u16[8]) -> u16[2,2] {
+  %p = u16[8]{0} parameter(0)
+  %a = u16[2,2]{1,0} bitcast(%p)
+  ROOT %d = u16[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def program(*lines: str, before: str = "", header: str = "is_scheduled=true") -> Module:
+    body = textwrap.indent("\n".join(("%x = u16[8]{0} parameter(0)", *lines)), "  ")
+    return parse(f"HloModule test, {header}\n\n{DOT}\n{before}\nENTRY %main (x: u16[8]) -> u16[8] {{\n{body}\n}}\n")
+
+
+def measured(module: Module) -> Overlap:
+    return overlap(module, MESH, lambda collective: WIRE, clock=1.0, peak_flops=1.0)
+
+
+def test_one_exchange() -> None:
+    """Between start and done: products of 4 and a kernel of 3, and 5 of other work."""
+    found = measured(
+        program(
+            matmul("before", 100, "x"),
+            start("s", "before"),
+            matmul("m", 4, "x"),
+            other("o", 5, "m", "x"),
+            kernel("k", 3, "o"),
+            done("d", "s"),
+            matmul("after", 100, "d"),
+        )
+    )
+    (exchange,) = found.exchanges
+    assert exchange.matmuls == (("m", 4), ("k", 3))
+    assert (exchange.seconds, exchange.matmul_seconds, exchange.other_seconds, exchange.hidden_seconds) == (10, 7, 5, 7)
+    assert (found.count, found.asynchronous, found.exchange_seconds, found.hidden_seconds) == (1, 1, 10, 7)
+    # `before` feeds the exchange and `after` needs it: 7 are all that could ever hide.
+    assert (found.hidden, found.ceiling, found.reached) == (0.7, 0.7, 1.0)
+
+
+def test_no_more_is_hidden_than_there_is() -> None:
+    found = measured(program(start("s", "x"), matmul("m", 7, "x"), matmul("n", 33, "x"), done("d", "s")))
+    assert (found.exchanges[0].matmul_seconds, found.hidden_seconds, found.covered_seconds) == (40, 10, 10)
+    assert (found.hidden, found.ceiling, found.reached) == (1, 1, 1)
+
+
+def test_a_product_hides_one_exchange_at_a_time() -> None:
+    """s2 ends first and takes 10 of the 14 seconds of m; s1 had 3 of its own before, and gets the other 4."""
+    found = measured(
+        program(
+            start("s1", "x"),
+            matmul("m0", 3, "x"),
+            start("s2", "x"),
+            matmul("m", 14, "x"),
+            done("d2", "s2"),
+            done("d1", "s1"),
+        )
+    )
+    assert [e.collective.name for e in found.exchanges] == ["s2", "s1"]
+    assert [e.hidden_seconds for e in found.exchanges] == [10, 3 + 4]
+    assert [e.matmul_seconds for e in found.exchanges] == [14, 17]
+    assert (found.hidden_seconds, found.covered_seconds) == (17, 20)
+    assert found.possible_seconds == 17
+
+
+def test_a_better_schedule_is_possible() -> None:
+    """Two chunks, nothing scheduled well: each one's product could run beside the other's exchange."""
+    found = measured(
+        program(
+            start("s1", "x"),
+            done("d1", "s1"),
+            start("s2", "x"),
+            matmul("small", 1, "x"),
+            done("d2", "s2"),
+            matmul("m1", 6, "d1"),
+            matmul("m2", 8, "d2"),
+            matmul("both", 50, "m1", "m2"),
+        )
+    )
+    assert found.hidden_seconds == 1
+    assert found.possible_seconds == 1 + 6 + 8  # not `both`, which needs the two
+    assert found.ceiling == 15 / 20
+    assert found.reached == pytest.approx(1 / 15)
+
+
+def test_dependences_are_followed_through_other_instructions() -> None:
+    """m feeds s2 through o, and needs s1 through d1: it hides neither."""
+    found = measured(
+        program(
+            start("s1", "x"),
+            done("d1", "s1"),
+            other("p", 1, "d1", "x"),
+            matmul("m", 6, "p"),
+            other("o", 1, "m", "x"),
+            start("s2", "o"),
+            done("d2", "s2"),
+        )
+    )
+    assert (found.possible_seconds, found.ceiling, found.reached) == (0, 0, 0)
+
+
+def test_synchronous_exchanges_hide_nothing_but_could() -> None:
+    found = measured(program(synchronous("a", "x"), matmul("m", 4, "x"), synchronous("b", "m")))
+    assert (found.count, found.asynchronous, found.exchange_seconds, found.hidden_seconds) == (2, 0, 20, 0)
+    assert found.possible_seconds == 4  # beside a
+
+
+def test_loops_weigh() -> None:
+    """Three layers forward hide 4 of 10 seconds each; an exchange outside hides 2, and the loops can't help it."""
+    body = "\n  ".join((start("s", "q"), matmul("m", 4, "q"), done("d", "s"), matmul("n", 1, "d")))
+    layers = f"""%body (q: u16[8]) -> u16[8] {{
+  %q = u16[8]{{0}} parameter(0)
+  {body}
+}}
+
+%condition (r: u16[8]) -> pred[] {{
+  %r = u16[8]{{0}} parameter(0)
+  ROOT %less = pred[] custom-call(%r)
+}}
+"""
+    loop = (
+        '%loop = u16[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    )
+    found = measured(program(loop, start("t", "loop"), matmul("u", 2, "x"), done("v", "t"), before=layers))
+    assert (found.count, found.asynchronous, found.exchange_seconds) == (4, 4, 40)
+    assert found.hidden_seconds == 3 * 4 + 2
+    assert found.possible_seconds == 3 * 4 + 2
+    assert found.busy_seconds == 3 * 4 + 2
+
+
+def test_a_loop_of_products_hides_as_long_as_it_runs() -> None:
+    inner = f"""%body (q: u16[8]) -> u16[8] {{
+  %q = u16[8]{{0}} parameter(0)
+  {matmul("m", 2, "q")}
+}}
+
+%condition (r: u16[8]) -> pred[] {{
+  %r = u16[8]{{0}} parameter(0)
+  ROOT %less = pred[] custom-call(%r)
+}}
+"""
+    loop = '%l = u16[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    assert measured(program(start("s", "x"), loop, done("d", "s"), before=inner)).hidden_seconds == 6
+
+
+def test_wrapped_exchanges() -> None:
+    """async-start calls a computation that holds the exchange."""
+    wrapped = f"%wrapped (q: u16[8]) -> u16[8] {{\n  %q = u16[8]{{0}} parameter(0)\n  {synchronous('a', 'q')}\n}}\n"
+    found = measured(
+        program(
+            "%s = ((u16[8]{0}), u16[8]{0}, u32[]) async-start(%x), calls=%wrapped",
+            matmul("m", 4, "x"),
+            "%u = ((u16[8]{0}), u16[8]{0}, u32[]) async-update(%s)",
+            matmul("n", 1, "x"),
+            "%d = u16[8]{0} async-done(%u)",
+            before=wrapped,
+        )
+    )
+    assert (found.count, found.asynchronous, found.hidden_seconds, found.possible_seconds) == (1, 1, 5, 5)
+
+
+def test_what_the_compiler_does_not_estimate() -> None:
+    """Its largest integer stands for an unknown number; a product then takes its FLOPs, 2·2·2·2 of a second each."""
+    unknown = 2**63 - 1
+    found = measured(program(start("s", "x"), other("o", unknown, "x"), matmul("m", unknown, "x"), done("d", "s")))
+    (exchange,) = found.exchanges
+    assert (exchange.other_seconds, exchange.matmul_seconds) == (0, 16)
+
+
+def test_only_payload_counts() -> None:
+    module = program(start("s", "x").replace("exchange_payload", "exchange_metadata"), done("d", "s"))
+    found = measured(module)
+    assert (found.exchanges, found.hidden, found.ceiling, found.reached) == ((), 0, 0, 0)
+
+
+def test_an_unscheduled_program() -> None:
+    with pytest.raises(ValueError, match="is_scheduled=true"):
+        measured(dataclasses.replace(program(start("s", "x"), done("d", "s")), header="HloModule test"))
+
+
+@pytest.mark.parametrize(("bandwidth", "seconds"), [(1e9, 2 * (2 * 8 * 8 * 4)), (1 / 16, 16 * (2 * 64))])
+def test_attention_takes_time(bandwidth: float, seconds: float) -> None:
+    """Its kernels carry no cycles: at half the peak, or as fast as what they read and write passes."""
+    call = (
+        '%k = bf16[1,1,8,4] custom-call(%q), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}, backend_config={"custom_call_config":{}}'
+    )
+    module = program("%q = bf16[1,1,8,4] parameter(1)", start("s", "x"), call, done("d", "s"))
+    (exchange,) = overlap(module, MESH, lambda _: WIRE, 1.0, 1.0, bandwidth).exchanges
+    assert exchange.matmuls == (("k", seconds),)

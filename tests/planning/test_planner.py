@@ -1,0 +1,297 @@
+"""plan.py from a request to its tables: the paper's digits, side by side structures, sweeps, nonsense in one line."""
+
+import io
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.planning import pictures, program, report, topologies, units
+from bigmac_jax.planning.hardware import HARDWARE
+from bigmac_jax.planning.planner import Place, Request, _costs, make_plan
+
+ROOT = pathlib.Path(__file__).parents[2]
+XL = "configs/paper/gpt3_xl.py"
+EP32 = ("mesh.expert=32",)
+
+
+def plan(path: str = XL, overrides: tuple[str, ...] = EP32, **request: Any) -> dict[str, Any]:
+    return make_plan(load_config(f"{ROOT}/{path}", overrides), Request(**request))
+
+
+def shown(made: dict[str, Any]) -> str:
+    output = io.StringIO()
+    report.show(made, Console(file=output, width=200, highlight=False))
+    return output.getvalue()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_gives_the_papers_digits() -> None:
+    """Tables 3 and 4, and the model's own counts beside them: 0.5 % in parameters, 3 % in FLOPs."""
+    for structure, expected in {
+        "bigmac": ("3.78", "3649.00", "372.00"),
+        "fine_grained": ("3.73", "3490.67", "1488.00"),
+    }.items():
+        arguments = (f"--config={XL}", f"--config.model.structure={structure}", "--config.mesh.expert=32")
+        done = run(*arguments, "--devices=32", "--paper", "--json")
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout.splitlines()[-1])
+        paper = made["paper"]
+        digits = (paper["parameters"] / 1e9, paper["flops_per_step"] / 1e12, paper["all_to_all_bytes_per_step"] / 2**30)
+        assert tuple(f"{value:.2f}" for value in digits) == expected
+        unread = "set, but not read: model.projection_init=random (model.structure=fine_grained)\n"
+        assert done.stderr.count("not read") == done.stderr.count(unread) == (structure == "fine_grained")
+        assert made["parameters_total"] == pytest.approx(paper["parameters"], rel=0.005)
+        assert made["flops_per_step"] == pytest.approx(paper["flops_per_step"], rel=0.03)
+        assert made["exchanges"]["all_to_all"]["payload"] == paper["all_to_all_bytes_per_step"]
+
+
+def test_formulas_say_what_they_leave_out() -> None:
+    assert plan(devices=32, paper=True)["paper"]["left_out"] == []
+    acc = plan("configs/latent_moe.py:acc", devices=32, paper=True)
+    assert acc["paper"]["left_out"] == ["model.expert_hidden_size"] and "model.expert_hidden_size" in shown(acc)
+    modern = plan("configs/modern.py", devices=32, paper=True)
+    assert modern["paper"]["left_out"] == ["model.num_kv_heads", "model.tie_embeddings", "model.num_shared_experts"]
+
+
+def test_baselines_stand_beside_and_say_why_not() -> None:
+    made = plan(devices=32)
+    assert set(made["baselines"]) == {"fine_grained", "vanilla", "dense"}
+    assert "32, or 4 ranks" in made["baselines"]["vanilla"]["error"]
+    fine = made["baselines"]["fine_grained"]
+    assert 4 * made["exchanges"]["all_to_all"]["padded_fast"] == fine["exchanges"]["all_to_all"]["padded_fast"]
+    alone = plan(overrides=(*EP32, "model.structure=fine_grained"), devices=32)
+    assert fine["flops_per_step"] == alone["flops_per_step"] and fine["memory"] == alone["memory"]
+    vanilla = plan(overrides=("mesh.expert=4", "model.structure=vanilla"))
+    assert vanilla["devices"] == 4 and vanilla["parameters"]["experts"] > 3.2e9
+
+
+def test_devices_follow_the_mesh() -> None:
+    assert plan(overrides=("mesh.expert=8", "mesh.data=2"))["mesh"] == {"data": 2, "node": 1, "expert": 8, "tensor": 1}
+    assert plan(overrides=("mesh.expert=8",), devices=32)["mesh"] == {"data": 4, "node": 1, "expert": 8, "tensor": 1}
+    assert plan(topology="v6e:4x8")["devices"] == 32
+
+
+def test_exchanges_by_link() -> None:
+    """Machines of eight: 24 of 31 peers are remote. A mesh with nodes adds the hierarchical exchange."""
+    made = plan(devices=32, hardware="paper")
+    sent = made["exchanges"]["all_to_all"]
+    assert sent["padded_slow"] / (sent["padded_slow"] + sent["padded_fast"]) == pytest.approx(24 / 31)
+    assert "hierarchical" not in made["exchanges"]
+    # On one level it is listed where it is configured.
+    one_level = plan(overrides=(*EP32, "execution.exchange=hierarchical"), hardware="paper")
+    assert one_level["exchanges"]["hierarchical"] == one_level["exchanges"]["dedup"]
+    nodes = plan(overrides=("mesh.node=4", "mesh.expert=8"), devices=32, hardware="paper")
+    assert nodes["exchanges"]["hierarchical"]["padded_slow"] < nodes["exchanges"]["dedup"]["padded_slow"]
+
+
+def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: Any, devices: Any, name: str) -> None:
+        if name != "step":
+            raise program.DoesNotCompileError(f"the program {name!r} does not compile")
+        raise program.DoesNotFitError("step: Ran out of memory in memory space hbm")
+
+    monkeypatch.setattr(program, "compile_program", refuse)
+    monkeypatch.setattr(
+        topologies, "absent_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
+    )
+    made = plan(topology="v5e:4x8", compile=True)
+    assert made["program"]["fits"] is False and made["program"]["change"] == "--config.execution.remat=layer"
+    assert made["fits"] is False and not any(made["programs"][name]["fits"] for name in made["programs"])
+    said = shown(made)
+    assert "step does not fit or compile: step: Ran out of memory" in said and "--config.execution.remat=layer" in said
+    assert "decode does not fit or compile: the program 'decode' does not compile" in said
+
+
+def test_a_simulated_program_leaves_the_table_as_it_is() -> None:
+    """The emulated ragged exchange is the CPU's matter, unless it is what is compiled."""
+    place = Place(32, None, None, simulated=True)
+    config = load_config(ROOT / XL, EP32)
+    costs = _costs(config, {"data": 1, "node": 1, "expert": 32}, place)
+    assert costs["exchanges"]["ragged"] == plan(devices=32)["exchanges"]["ragged"]
+    ragged = load_config(ROOT / XL, (*EP32, "execution.exchange=ragged"))
+    emulated = _costs(ragged, {"data": 1, "node": 1, "expert": 32}, place)["exchanges"]["ragged"]
+    assert emulated["padded_fast"] > 10 * costs["exchanges"]["ragged"]["padded_fast"]
+
+
+def test_a_sweep_is_the_product_of_its_values() -> None:
+    made = plan(devices=32, hardware="paper", sweep=("top_k=1,8", "structure=fine_grained,bigmac"))
+    assert [tuple(row["fields"].values()) for row in made["sweep"]] == [
+        ("1", "fine_grained"), ("1", "bigmac"), ("8", "fine_grained"), ("8", "bigmac"),
+    ]  # fmt: skip
+    times = [row["time"]["total"] for row in made["sweep"]]
+    assert times[2] > times[0] and times[2] > times[3]
+    assert "fine_grained" in shown(made)
+    again = plan(devices=32, sweep=("top_k=1", "top_k=8"))  # a field that is named twice has all of the values
+    assert [row["fields"]["top_k"] for row in again["sweep"]] == ["1", "8"]
+
+
+def test_a_search_puts_what_fits_first() -> None:
+    made = plan(devices=32, hardware="h100", search=True)
+    found = made["search"]
+    fits = [candidate["fits"] for candidate in found]
+    assert fits == sorted(fits, reverse=True) and any(fits)
+    fitting = [candidate["time"]["tokens_per_s"] for candidate in found if candidate["fits"]]
+    assert fitting == sorted(fitting, reverse=True)
+    assert json.loads(json.dumps(made))["search"] == found
+
+
+def test_the_best_is_what_its_flags_give() -> None:
+    """plan.py says of the best mesh what it says of the config with the flags pasted."""
+    made = plan(devices=32, hardware="h100", search=True)
+    best, text = made["best"], shown(made)
+    assert (
+        best["fits"]
+        and best["tokens_per_s"] == made["time"]["tokens_per_s"] == made["search"][0]["time"]["tokens_per_s"]
+    )
+    again = plan(overrides=(*EP32, *(f.removeprefix("--config.") for f in best["flags"])), devices=32, hardware="h100")
+    for key, value in again.items():
+        assert made[key] == value, key
+    assert (
+        again["fits"] and again["memory"]["total"] == best["memory"] and again["headroom"] == best["headroom"] >= 0.15
+    )
+    first, second = text.splitlines()[:2]
+    assert first.startswith("Fits best, of ") and f"{100 * best['headroom']:.1f} % left" in first
+    assert second == " ".join(best["flags"]) and not best["notes"] and "The fastest that fit" in text
+
+
+def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
+    overrides = ("mesh.expert=2", "model.balance_scope=part")
+    made = plan("configs/paper/gpt3_6_7b.py", overrides, devices=2, hardware="h100", search=True)
+    best, text = made["best"], shown(made)
+    assert not best["fits"] and best["headroom"] < 0 and not made["fits"]
+    assert (
+        "--devices=8" in best["would_fit"]
+        and plan("configs/paper/gpt3_6_7b.py", ("mesh.expert=2",), devices=8, hardware="h100", search=True)["best"][
+            "fits"
+        ]
+    )
+    assert text.startswith("Nothing fits with 15.0 % of the memory left; the nearest takes ")
+    assert " of a device's 74.51 GiB. Would fit: --devices=8" in text and "The nearest to fit" in text
+    assert " ".join(best["flags"]) in text.splitlines()
+    (note,) = best["notes"]
+    assert "with model.balance_scope=part the balance loss is of other parts" in note
+    assert f"this changes what is computed: {note}" in text.splitlines()
+
+
+def test_more_devices_in_the_words_of_the_topology() -> None:
+    gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
+    assert topologies.enlarged(gpus, "--devices=64") == "--topology=h100:8x8"
+    assert topologies.enlarged(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
+    assert topologies.enlarged(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
+
+
+@pytest.mark.full
+def test_a_model_of_258_billion_on_512_gpus() -> None:
+    """As a user asks it: an answer in a minute of one core, whose flags fit."""
+    arguments = ("--config=configs/large.py:258b", "--topology=h100:64x8", "--json")
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # whatever else the machine does
+    done = run(*arguments, "--search")
+    assert done.returncode == 0, done.stderr
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start
+    made = json.loads(done.stdout.splitlines()[-1])
+    assert made["best"]["fits"] and made["devices"] == 512 and seconds < 60
+    pasted = json.loads(run(*arguments, *made["best"]["flags"]).stdout.splitlines()[-1])
+    assert pasted["fits"] and pasted["memory"] == made["memory"] and pasted["time"] == made["time"]
+    assert pasted["time"]["total"] == made["search"][0]["time"]["total"] and pasted["mesh"] == made["search"][0]["mesh"]
+
+
+def test_numbers_as_people_read_them() -> None:
+    """The paper's tables keep their digits; what is larger takes the next unit."""
+    assert [units.work(n * 1e12) for n in (0.5, 3649, 9999, 569670.17, 3_780_279.31, 2e7)] == [
+        "0.50 T", "3,649.00 T", "9,999.00 T", "569.67 P", "3,780.28 P", "20.00 E",
+    ]  # fmt: skip
+    assert [units.size(n * 2**30) for n in (2**-30, 0.5, 1488, 686_070, 2e7)] == [
+        "1 B", "512.00 MiB", "1,488.00 GiB", "669.99 TiB", "19.07 PiB",
+    ]  # fmt: skip
+
+
+def test_tables_show_everything_that_was_asked() -> None:
+    text = shown(plan(devices=32, hardware="paper", paper=True, sweep=("top_k=4,8",)))
+    for part in ("3,649.00 T", "372.00 GiB", "fine_grained", "dense", "Table 1, K=8", "Sweep",
+                 "slow links", "predicted: optimizer", "predicted: MFU"):  # fmt: skip
+        assert part in text, part
+
+
+@pytest.mark.parametrize("name", [n for n in HARDWARE if n.startswith("v")])
+def test_topologies_bring_their_hardware(name: str) -> None:
+    shape = "2x4x4" if name == "v5p" else "4x8"
+    made = plan(topology=f"{name}:{shape}")
+    assert made["hardware"] == name and made["time"]["total"] > 0
+
+
+def test_pictures(tmp_path: pathlib.Path) -> None:
+    import matplotlib.image
+
+    for name, request in {"costs": {}, "sweep": {"sweep": ("top_k=1,2,4", "structure=bigmac,fine_grained")}}.items():
+        path = tmp_path / f"{name}.png"
+        pictures.draw(plan(devices=32, hardware="paper", **request), path)
+        assert len({tuple(pixel) for row in matplotlib.image.imread(path)[::9, ::9] for pixel in row}) > 5
+    with pytest.raises(ConfigError, match=r"use a \.png in a folder that exists"):
+        pictures.draw(plan(devices=32), tmp_path / "none" / "x.png")
+
+
+NONSENSE = {
+    "unknown topology": ({"topology": "v9:4x8"}, EP32, "v5e, v5p, v6e"),
+    "devices of another number": ({"topology": "v6e:4x8", "devices": 16}, EP32, "must be the 32"),
+    "seven devices": ({"devices": 7}, ("mesh.expert=4",), "= 4 must be the 7 devices .* --devices=4"),
+    "devices left over": ({"devices": 8}, ("mesh.expert=4", "mesh.data=1"), "= 4 must be the 8 devices"),
+    "too few devices": ({"devices": 4}, EP32, "= 32 must be the 4 devices .* --devices=32"),
+    "too small a slice": ({"topology": "v5e:4x4"}, EP32, "= 32 must be the 16 devices .* another mesh or --topology"),
+    "hardware of another chip": ({"topology": "v5e:4x8", "hardware": "v6e"}, EP32, "leave --hardware out"),
+    "unknown hardware": ({"hardware": "abacus"}, EP32, "b200, h100, h200, paper, v5e"),
+    "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
+    "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
+    "sweep of nothing": ({"sweep": (" ",)}, EP32, "FIELD=a,b"),
+    "sweep of one field under two names": ({"sweep": ("top_k=1", "model.top_k=2")}, EP32, "swept twice"),
+    "sweep of no field": ({"sweep": ("top_q=1,2",)}, EP32, "did you mean"),
+    "sweep of nonsense": ({"sweep": ("top_k=1,two",)}, EP32, "must be of type int"),
+    "formulas of vanilla": ({"paper": True}, ("mesh.expert=4", "model.structure=vanilla"), "not for structure="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_one_line(name: str) -> None:
+    request, overrides, part = NONSENSE[name]
+    with pytest.raises(ConfigError, match=part) as error:
+        plan(overrides=overrides, **request)
+    assert "\n" not in str(error.value)
+
+
+def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
+    """A hardware file with a missing field; an argument that belongs to nothing; names of files that cannot be."""
+    text = (ROOT / "bigmac_jax/planning/hardware/h100.toml").read_text()
+    file = tmp_path / "mine.toml"
+    file.write_text("\n".join(line for line in text.splitlines() if not line.startswith("memory_bytes")))
+    done = run(f"--config={XL}", f"--hardware={file}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "memory_bytes" in done.stderr and "mine.toml" in done.stderr
+    for argument, part in {
+        "top_k=1,2": "--sweep",
+        "--plot=folder": ".png",
+        "--hardware=~nobody/x.toml": "h100",
+    }.items():
+        done = run(f"--config={XL}", argument)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and part in done.stderr, done.stderr
+
+
+def test_rounds_at_worst() -> None:
+    """Two experts a rank: all tokens to one rank are 2 rows each, of 8 · 1.5 / 32 that there is room for."""
+    fields = (*EP32, "model.num_experts=64", "model.top_k=8", "model.capacity_factor=inf")
+    made = plan(overrides=(*fields, "execution.buffer_factor=inf"))
+    assert made["most_rounds"] == 1 and "rounds" not in shown(made)
+    made = plan(overrides=(*fields, "execution.buffer_factor=1.5"))
+    assert made["most_rounds"] == 6 and "(of one round; at worst 6 rounds)" in shown(made)
+    assert plan(overrides=fields)["exchanges"] == made["exchanges"]  # as auto is

@@ -1,0 +1,58 @@
+"""What a notebook calls: a run in one call, and its record as columns."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from training.tools import quick, small
+
+import bigmac_jax
+from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.planner import Request, make_plan
+
+
+@pytest.mark.full
+def test_a_run_and_its_record(tmp_path: pathlib.Path) -> None:
+    config = small(tmp_path, "train.steps=4", "train.log_every=2", "train.eval_every=3")
+    before = jax.sharding.get_mesh()
+    with quick():
+        first = bigmac_jax.train(config, tmp_path / "run")
+        again = bigmac_jax.train(config, str(tmp_path / "run"))
+    assert (first.step, first.finished, again.first_step) == (4, True, 4)
+    assert jax.sharding.get_mesh() == before  # of the run alone
+    columns = bigmac_jax.metrics(tmp_path / "run")
+    assert columns["step"].tolist() == [2, 3, 4] and columns["step"].dtype.kind == "i"
+    assert np.isnan(columns["loss"]).tolist() == [False, True, False]
+    assert np.isnan(columns["eval/loss"]).tolist() == [True, False, False]
+    assert columns["moe/load"].shape == (3, 1, 8) and np.isnan(columns["moe/load"][1]).all()
+    np.testing.assert_allclose(columns["moe/load"][0].mean(), 1, rtol=1e-3)
+
+
+def test_columns_of_a_record(tmp_path: pathlib.Path) -> None:
+    """Events are no rows, what is not finite is NaN, a step's two records are one row."""
+    with pytest.raises(ConfigError, match=r"has logged no step in metrics\.jsonl"):
+        bigmac_jax.metrics(tmp_path)
+    records = [
+        {"step": 1, "loss": float("nan")},
+        {"step": 1, "event": "skip", "bad/loss": 9.0},
+        {"step": 2, "loss": 1},
+        {"step": 2, "eval/loss": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + '{"step": 3, "lo'
+    )
+    columns = bigmac_jax.metrics(tmp_path)
+    assert list(columns) == ["step", "loss", "eval/loss"]
+    np.testing.assert_array_equal(columns["step"], [1, 2])
+    np.testing.assert_array_equal(columns["loss"], [np.nan, 1])
+    np.testing.assert_array_equal(columns["eval/loss"], [np.nan, 3])
+
+
+def test_a_plan_is_that_of_the_command() -> None:
+    config = bigmac_jax.load_config("tiny")
+    asked = bigmac_jax.plan(config, topology="h100:1x8")
+    assert asked == make_plan(config, Request(topology="h100:1x8")) and asked["fits"]
+    with pytest.raises(ConfigError, match=r"plan\(topologie=…\) is not known; use devices, topology"):
+        bigmac_jax.plan(config, topologie="h100:1x8")

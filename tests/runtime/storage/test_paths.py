@@ -1,0 +1,208 @@
+"""Paths, whole writes, local copies and leases, each against a real server."""
+
+import contextlib
+import json
+import pathlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
+from bigmac_jax.config import ConfigError
+from bigmac_jax.data.local_files import LocalDocuments
+from bigmac_jax.data.readers import Wanted
+from bigmac_jax.data.token_cache import cached_stream
+from bigmac_jax.data.token_shards import Store
+from bigmac_jax.data.tokenizer import ByteTokenizer
+from bigmac_jax.runtime import storage
+from bigmac_jax.runtime.storage import paths
+from bigmac_jax.runtime.storage.leases import HeldError, Lease
+from bigmac_jax.training import manifest
+from bigmac_jax.training.checkpoint import Checkpoints
+
+from .conftest import entered
+
+
+def test_a_path(place: str) -> None:
+    folder = storage.locate(place, "workdir")
+    assert storage.is_store(folder) and str(folder / "a") == f"{place}/a" and not folder.exists()
+    storage.write_whole(folder / "b" / "c.txt", b"one")
+    storage.write_whole(folder / "b-d.txt", b"three")
+    before = storage.version_of(folder / "b" / "c.txt")
+    storage.write_whole(folder / "b" / "c.txt", b"four")
+    assert (folder / "b" / "c.txt").read_bytes() == b"four" and storage.version_of(folder / "b" / "c.txt") != before
+    # In the order of paths, which is not that of their texts: a corpus has one order wherever it lies.
+    assert storage.files_below(folder) == {folder / "b" / "c.txt": 4, folder / "b-d.txt": 5}
+    assert list(storage.files_below(folder)) == [folder / "b" / "c.txt", folder / "b-d.txt"]
+    assert list(storage.matches(folder / "**" / "*.txt")) == [folder / "b" / "c.txt", folder / "b-d.txt"]
+    storage.move(folder / "b", folder / "e")
+    assert list(storage.files_below(folder)) == [folder / "b-d.txt", folder / "e" / "c.txt"]
+    storage.remove_tree(folder)
+    storage.remove_tree(folder)
+    assert not storage.files_below(folder)
+
+
+def test_what_other_processes_write_is_seen(place: str) -> None:
+    """fsspec keeps listings; here another instance of it writes."""
+    folder = storage.locate(place, "workdir")
+    storage.write_whole(folder / "a", b"")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    type(paths.filesystem(folder))(skip_instance_cache=True).pipe_file(str(folder / "b"), b"")
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"] and (folder / "b").exists()
+
+
+def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPatch, gs_server: Server) -> None:
+    """Or a run would begin anew, or its checkpoints be taken for unfinished ones."""
+    workdir = storage.locate(f"gs://{BUCKET}/none", "workdir")
+    checkpoints = Checkpoints(workdir)
+    assert manifest.steps(workdir) == []
+
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(paths.filesystem(checkpoints._directory), "ls", refused)
+    for read in (lambda: manifest.steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
+        with pytest.raises(ConnectionResetError):
+            read()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("mode", ["503", "reset"])
+def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_path: pathlib.Path) -> None:
+    """For ten seconds, in the middle of a file."""
+    with contextlib.ExitStack() as stack:
+        proxy = stack.enter_context(Proxy())
+        server = stack.enter_context(gcs(tmp_path, proxy.port) if scheme == "gs" else s3(proxy.port))
+        proxy.target = server.port
+        stack.enter_context(entered(server))
+        file = storage.locate(f"{scheme}://{BUCKET}/text.jsonl", "data.source")
+        rows = [json.dumps({"text": f"row {i} " + "word " * 2000}) for i in range(7000)]
+        file.write_bytes("\n".join(rows).encode())  # 70 MB: s3fs asks for 50 at a time
+        documents = iter(LocalDocuments(str(file), "data.source", Wanted("text"), "train", str(tmp_path)))
+        found = [next(documents)]
+        proxy.disturb(mode)
+        timer = threading.Timer(10, proxy.disturb, ("pass",))
+        timer.start()
+        found += documents
+        timer.join()
+        assert proxy.refused > 0 and found == [json.loads(row)["text"] for row in rows]
+
+
+def test_a_bucket_that_is_not_there_is_not_made(place: str) -> None:
+    wrong = storage.locate(place.replace("bucket", "buket"), "workdir")
+    storage.make_folder(wrong)
+    with pytest.raises(storage.errors()) as error:
+        storage.write_whole(wrong / "a", b"")
+    assert storage.is_of_store(error.value) and not wrong.parent.exists()
+
+
+def test_missing_packages_and_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    for place, extra in (("gs://a/b", "gcs"), ("s3://a/b", "s3")):
+        with pytest.raises(ConfigError, match=rf"--workdir={place} needs .*; pip install 'bigmac-jax\[{extra}\]'$"):
+            storage.locate(place, "--workdir")
+    with pytest.raises(ConfigError, match=r"must be a local path, or begin with gs:// or s3://"):
+        storage.locate("hdfs://a/b", "--workdir")
+    assert storage.locate("a/b", "--workdir") == pathlib.Path("a/b")
+
+
+def test_a_lease(place: str) -> None:
+    """Held once; refused while it is renewed; free at once when it was let go, after its time when it was not."""
+    folder, said = storage.locate(place, "workdir") / ".lock", list[str]()
+    with Lease(folder, seconds=1, say=said.append).held():
+        start = time.monotonic()
+        with pytest.raises(HeldError, match=r"process .* on "), Lease(folder, seconds=1).held(wait=False):
+            pass
+        assert time.monotonic() - start < 1
+    start = time.monotonic()
+    with Lease(folder, seconds=1).held(wait=False):
+        assert time.monotonic() - start < 0.5 and not said
+    dead = Lease(folder, seconds=2)
+    assert dead._take(wait=False)  # and never renews
+    start = time.monotonic()
+    with Lease(folder, seconds=1, say=said.append).held(wait=False):
+        assert 1 <= time.monotonic() - start < 5
+    assert "waiting until it is renewed, or 2 s old" in said[0] and said[1].endswith("taken over"), said
+    assert [path.name for path in folder.iterdir()] == ["00000004"]
+
+
+def test_who_lost_the_lease_is_told(place: str) -> None:
+    folder, lost = storage.locate(place, "workdir") / ".lock", list[str]()
+    with Lease(folder, seconds=1, lost=lost.append).held():
+        (folder / "00000002").write_bytes(json.dumps({"holder": "process 7 on node9"}).encode())
+        time.sleep(1)
+    assert lost == [f"{folder} was not renewed in time, and process 7 on node9 has taken it over"]
+
+
+def test_only_one_of_many_gets_it(place: str) -> None:
+    folder, inside, most = storage.locate(place, "workdir") / ".lock", [0], [0]
+
+    def work() -> None:
+        with Lease(folder, seconds=5).held():
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.05)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [1]
+    assert [path.name for path in folder.iterdir()] == ["00000005"]
+
+
+def test_tokens_are_made_once_and_fetched_by_others(
+    place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    made, make = list[int](), Store._make
+    monkeypatch.setattr(Store, "_make", lambda store, unit, report: (made.append(unit), make(store, unit, report))[1])
+
+    def read() -> bytes:
+        docs = LocalDocuments(
+            str(tmp_path / "a.txt"), "data.source", Wanted("text"), "train", str(tmp_path / "digests")
+        )
+        stream = cached_stream(docs, "train", ByteTokenizer(), place)
+        return bytes(stream.tokens(1, stream.num_tokens - 1).astype(np.uint8))
+
+    text = (tmp_path / "a.txt").read_bytes()
+    assert read() == read() == text and made == [0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert read() == text and made == [0]
+    (copy,) = (tmp_path / "another machine").rglob("*.bin")
+    copy.write_bytes(b"123")  # damaged: fetched again
+    assert read() == text and made == [0]
+    kept = next(path for path in storage.files_below(storage.locate(place, "cache_dir")) if path.suffix == ".bin")
+    storage.write_whole(kept, b"123")  # damaged on the store: whoever has no copy is told
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third"))
+    with pytest.raises(ConfigError, match=r"00000-000\.bin is damaged; remove .*, and the text is tokenised again"):
+        read()
+    storage.remove_tree(kept.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a fourth"))
+    assert read() == text and made == [0, 0]
+
+
+def test_a_mirror(place: str) -> None:
+    folder = storage.locate(place, "workdir")
+    mirror = storage.Mirror(folder)
+    with (mirror.folder / "metrics.jsonl").open("a") as file:
+        file.write("1\n")
+        file.flush()
+        mirror.copy()
+        assert (folder / "metrics.jsonl").read_bytes() == b"1\n"
+        file.write("2\n")
+        file.flush()
+        mirror.copy_sometimes()  # not yet
+        assert (folder / "metrics.jsonl").read_bytes() == b"1\n"
+    mirror.close()
+    assert not mirror.folder.exists()
+    again = storage.Mirror(folder)
+    again.fetch("metrics.jsonl")
+    again.fetch("nothing")
+    assert (again.folder / "metrics.jsonl").read_bytes() == b"1\n2\n"
+    again.close()

@@ -1,0 +1,68 @@
+"""Without a terminal there are plain lines, and only now and then."""
+
+import os
+import pathlib
+import signal
+
+import pytest
+
+from bigmac_jax.runtime import progress, signals
+from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.training.metrics import MetricsWriter
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Progress("piqa", 4, "window", initial=1) as bar:
+        bar.update(1)
+        assert capsys.readouterr().err == ""  # not every update
+        monkeypatch.setattr(progress, "_EVERY", -1.0)
+        bar.update(1)
+        assert capsys.readouterr().err == "piqa: 75% of 4 windows, 0 s\n"
+        monkeypatch.undo()
+        bar.update(1)
+    assert capsys.readouterr().err == "piqa: 100% of 4 windows, 0 s\n"
+
+
+def test_short_and_silent_jobs_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for bar in (Progress("tokenising", 2, "byte", delay=2), Progress("piqa", 2, "window", silent=True)):
+        with bar:
+            bar.update(2)
+    with pytest.raises(KeyError), Progress("piqa", 2, "window") as bar:
+        raise KeyError  # what was not finished is not said to be
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("piqa", 2, "window") as bar:
+        bar.update(2)
+    shown = capsys.readouterr().err
+    assert "piqa: 100%|" in shown and "2/2" in shown and " of 2 windows" not in shown
+
+
+def test_steps_of_a_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each step that is logged, as with train.log_every."""
+    writer = MetricsWriter(tmp_path, 0, 40)
+    writer.progress(19)
+    writer.progress(20, "loss 7.100, 100 tokens/s")
+    writer.print("step 20: validation perplexity 9")
+    writer.close()
+    shown = capsys.readouterr()
+    assert (
+        shown.err == "step 20 of 40: loss 7.100, 100 tokens/s\n" and shown.out == "step 20: validation perplexity 9\n"
+    )
+
+
+def test_a_run_whose_readers_left_is_to_stop(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And to save: `loop` asks the list. Both its streams may be pipes."""
+    for name in ("stdout", "stderr"):
+        read, write = os.pipe()
+        os.close(read)
+        monkeypatch.setattr(f"sys.{name}", os.fdopen(write, "w"))
+    writer = MetricsWriter(tmp_path, 0, 40)
+    with signals.stop_signals() as stopped:
+        for step in (20, 40):
+            writer.progress(step, "loss 7.100")
+            writer.print(f"step {step}: validation perplexity 9")
+    assert stopped == [signal.SIGPIPE, signal.SIGPIPE]
+    writer.close()

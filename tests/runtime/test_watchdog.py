@@ -1,0 +1,248 @@
+"""What the watch concludes from what processes tell: a store in memory, and clocks that are set."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from bigmac_jax.runtime.clock import NOW, Phases, process_start
+from bigmac_jax.runtime.watchdog import Watch
+
+TIMEOUT = 100.0
+
+
+class Store:
+    """jax's, for as many processes as there are."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self.requests = 0
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        self.requests += 1
+        assert allow_overwrite
+        self.values[key] = value
+
+    def key_value_try_get(self, key: str) -> str:
+        self.requests += 1
+        return self.values[key]
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        self.requests += 1
+        return [(name, value) for name, value in self.values.items() if name.startswith(key)]
+
+
+class Job:
+    """Processes of which each steps."""
+
+    def __init__(self, count: int = 3) -> None:
+        self.store = Store()
+        self.doing = [Phases() for _ in range(count)]
+        self.watches = [Watch(TIMEOUT, self.store, me, count, doing) for me, doing in enumerate(self.doing)]
+        for doing in self.doing:
+            doing.begin("steps")
+            doing.start_step(7)
+
+    def tell(self, *silent: int) -> None:
+        """Beats of all but the silent ones, until process 0 has heard them and they have heard it."""
+        for watch in (self.watches[0], *self.watches[1:], self.watches[0], *self.watches[1:]):
+            if watch._me not in silent:
+                watch._exchange()
+
+    def idle(self, seconds: float, *processes: int) -> None:
+        for process in processes or range(len(self.doing)):
+            self.doing[process].moved -= seconds
+
+    def line(self, me: int = 0) -> str:
+        return self.watches[me]._found()
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)  # none of them computes
+    made = Job()
+    made.tell()
+    return made
+
+
+def test_two_requests_a_beat(job: Job) -> None:
+    before = job.store.requests
+    for watch in job.watches:
+        watch._exchange()
+    assert job.store.requests - before == 2 * len(job.watches)
+
+
+def test_all_is_well(job: Job) -> None:
+    assert [job.line(me) for me in range(3)] == ["", "", ""]
+
+
+def test_a_silent_process_is_named(job: Job) -> None:
+    job.tell(2)
+    job.watches[0]._peers[2].seen -= TIMEOUT
+    assert "process 2 (" in job.line() and "step 7) has given no sign of life for 100 s" in job.line()
+
+
+def test_process_0_is_missed_by_the_others(job: Job) -> None:
+    job.watches[1]._peers[0].seen -= TIMEOUT
+    assert "process 0 (" in job.line(1) and "no sign of life for 100 s" in job.line(1)
+
+
+def test_a_lost_store_is_the_death_of_process_0(job: Job) -> None:
+    job.watches[1]._lost = 2
+    assert "process 0 (" in job.line(1) and job.line(1).endswith("has died")
+
+
+def test_process_0_is_seen_to_have_died_beside_this_one_or_behind_an_error(job: Job) -> None:
+    first = job.watches[1]._peers[0]
+    first.state = first.state | {"pid": 1 << 22 | 1}  # above pid_max
+    assert "process 0 (" in job.line(1) and job.line(1).endswith("has died")
+    job.watches[2]._error = "JaxRuntimeError: connection closed"
+    assert job.line(2) == ""
+    job.watches[2]._peers[0].seen -= 20
+    assert "process 0 (" in job.line(2) and job.line(2).endswith("has died")
+
+
+def test_a_process_beside_this_one_is_seen_to_have_died(job: Job) -> None:
+    state = json.loads(job.store.values["bigmac/watch/of/2"]) | {"pid": 1 << 22 | 1, "beat": 99}  # above pid_max
+    job.store.values["bigmac/watch/of/2"] = json.dumps(state)
+    job.tell(2)
+    assert job.line().startswith("process 2 (") and job.line().endswith("step 7) has died")
+
+
+def test_who_did_not_start_the_step_holds_it_up(job: Job) -> None:
+    for process in (0, 2):
+        job.doing[process].start_step(8)
+    job.tell()
+    assert job.line() == ""
+    job.idle(TIMEOUT + 1)
+    job.tell()
+    assert job.line().startswith("no step has ended for 101 s: process 1 (")
+    assert job.line().endswith("step 7) did not start step 8")
+
+
+def test_one_that_still_moves_is_waited_for(job: Job) -> None:
+    """Where it computes alone for the others, too."""
+    job.idle(TIMEOUT + 1, 0, 1)
+    job.tell()
+    assert job.line() == ""
+
+
+@pytest.mark.parametrize(
+    ("phase", "patience"), [("steps", 100), ("data wait", 100), ("save", 1000), ("tokenise", 1000)]
+)
+def test_what_is_no_step_may_take_longer(job: Job, phase: str, patience: float) -> None:
+    for doing in job.doing:
+        doing.turn(phase)
+    job.idle(patience - 1)
+    job.tell()
+    assert job.line() == ""
+    job.idle(2)
+    job.tell()
+    told = "no step has ended for" if patience == TIMEOUT else "nothing has moved for 1001 s: process 0 ("
+    assert job.line().startswith(told) and (patience == TIMEOUT or f", {phase})" in job.line()), job.line()
+
+
+def test_a_busy_processor_is_movement_but_not_for_ever(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for doing in job.doing:
+        doing.turn("compile")
+    job.idle(5000)
+    job.tell()
+    assert job.line() != ""
+    busy = iter(range(0, 10**6, 10**3))
+    monkeypatch.setattr(time, "process_time", lambda: float(next(busy)))
+    job.tell()
+    assert job.line() == ""
+    job.idle(2000)  # six times the patience of a thousand seconds
+    job.tell()
+    assert "nothing has moved for 7000 s" in job.line()
+
+
+def test_behind_an_error_stands_the_process_that_is_silent(job: Job) -> None:
+    job.watches[1]._error = "JaxRuntimeError: connection closed"
+    job.tell(2)
+    job.watches[0]._peers[2].seen -= 20
+    assert job.line().startswith("process 2 (") and job.line().endswith("has died")
+
+
+def test_an_error_of_its_own_is_told_after_a_while(job: Job) -> None:
+    job.watches[1]._error = "ValueError: no"
+    job.tell()
+    assert job.line() == ""
+    job.watches[0]._failed -= 60
+    assert job.line() == "process 1 failed: ValueError: no"
+
+
+def test_an_error_while_another_is_behind_is_that_ones(job: Job) -> None:
+    for process in (0, 1):
+        job.doing[process].start_step(8)
+    job.watches[1]._error = "timeout"
+    job.tell()
+    assert job.line() == ""
+    job.watches[0]._failed -= 60
+    assert "process 2 (" in job.line() and "did not start step 8: timeout" in job.line()
+
+
+def test_the_verdict_reaches_all(job: Job) -> None:
+    job.watches[0]._verdict = "process 2 has died"
+    job.tell()
+    assert [job.line(me) for me in range(3)] == ["process 2 has died"] * 3
+
+
+def test_who_has_ended_is_not_missed(job: Job) -> None:
+    job.watches[2]._ended = True
+    job.tell()
+    job.watches[0]._peers[2].seen -= 10 * TIMEOUT
+    assert job.line() == ""
+
+
+def test_a_large_job_beats_slowly() -> None:
+    assert [Watch(timeout, Store(), 0, count).beat for timeout, count in ((2, 2), (120, 2), (20, 256), (600, 8))] == [
+        1.0, 5.0, 4.0, 5.0,
+    ]  # fmt: skip
+
+
+def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    doing = Phases()
+
+    def passes(seconds: float) -> None:
+        clock[0] += seconds
+
+    passes(5)
+    doing.begin("start", since=2)
+    passes(1)
+    with doing.doing("data"):
+        passes(10)
+        with doing.doing("tokenise"):
+            passes(100)
+        passes(20)
+    doing.begin("again")
+    doing.turn("steps")
+    passes(1000)
+    assert doing.seconds() == {"tokenise": 100, "data": 30, "start": 4, "steps": 1000}
+    assert doing.seconds() == doing.seconds() and sum(doing.seconds().values()) == clock[0] - 2
+    doing.end()
+    assert doing.seconds() == {} and doing.name == ""
+
+
+def test_the_process_started_before_its_modules() -> None:
+    assert 0 < time.monotonic() - process_start() < 24 * 3600
+    assert isinstance(NOW, Phases)
+
+
+def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A collective that breaks because another process has died is one line."""
+    monkeypatch.setattr("os._exit", lambda _: None)
+    for line in ("process 0 (4711 on here, step 7) has died", "process 1 failed: ValueError: Gloo AllGather failed"):
+        watch = Watch(TIMEOUT, job.store, 1, 2, job.doing[1])
+        monkeypatch.setattr(watch, "blame", sys.exit)
+        with pytest.raises(SystemExit, match="ValueError: Gloo AllGather failed"):
+            watch.__exit__(ValueError, ValueError("Gloo AllGather failed"), None)
+        assert capsys.readouterr().err == ""
+        watch._end(line)
+        told = capsys.readouterr().err
+        assert told.endswith(f"error: {line}\n") and told.count("\n") == (1 if "died" in line else 2)

@@ -1,0 +1,136 @@
+"""A narrow exchange for a trained model, against the model itself and against a torch-like reference of the algebra."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from interchange.tools import our_logits
+from model.tools import on_mesh, random_model, tiny
+
+from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.data.batch import Batch, of_windows
+from bigmac_jax.tuning.conversion import narrow
+from bigmac_jax.tuning.conversion.calibration import Seen
+from bigmac_jax.tuning.conversion.latent import fit_layer
+
+FINE = {"structure": "fine_grained"}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": FINE,
+    "gated, shared": FINE | {"gated": True, "activation": "silu", "num_shared_experts": 1},
+    "biases, dense first": FINE
+    | {"use_bias": True, "norm": "layernorm", "num_layers": 3, "first_dense_layers": 1, "dense_hidden_size": 24},
+}
+
+
+def text(config: Config, batches: int = 4) -> list[Batch]:
+    draw = np.random.default_rng(1).integers
+    shape = config.data.batch_size, config.data.sequence_length + 1
+    return [of_windows(draw(0, 256, shape).astype(np.int32)) for _ in range(batches)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), (1, 1, 2, 2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
+    config = tiny(mesh, length=16, **MODELS[name])
+    with on_mesh(config):
+        model, batches = random_model(config), text(config)
+        target, result, errors = narrow(config, model, batches, 1.0)
+        assert target.model.structure == "bigmac" and target.model.wire_size == config.model.hidden_size
+        tokens_BL = batches[0].inputs_BL
+        np.testing.assert_allclose(our_logits(result, tokens_BL), our_logits(model, tokens_BL), atol=1e-4)
+        assert all(error.total < 1e-9 for error in errors)
+
+
+def layer(rank: int, ratio: float, norm: str = "none", **fields: Any) -> tuple[ModelConfig, dict[str, Any], Seen]:
+    """Random experts and tokens, whose inputs and outputs lie in `rank` of 12 dimensions."""
+    draw = np.random.default_rng(0).standard_normal
+    D, F, E, T = 12, 10, 4, 400
+    m = ModelConfig(structure="bigmac", hidden_size=D, num_heads=2, num_experts=E, top_k=2, down_ratio=ratio,
+                    expert_hidden_size=F, latent_norm=norm, **fields)  # fmt: skip
+    subspace = np.linalg.qr(draw((D, rank)))[0]
+    experts = {"w_in_eRF": draw((E, D, F)), "w_out_eFR": draw((E, F, rank)) @ subspace.T}
+    if m.gated:
+        experts["w_gate_eRF"] = draw((E, D, F))
+    gates = np.abs(draw((T, 2))).astype(np.float32)
+    chosen = np.argsort(draw((T, E)), axis=1)[:, :2]
+    return m, experts, Seen((draw((T, rank)) @ subspace.T).astype(np.float32), gates, chosen)
+
+
+def outputs(m: ModelConfig, leaves: dict[str, np.ndarray], seen: Seen) -> np.ndarray:
+    """Of a layer, written out token by token."""
+    wide = "down.w_DF" not in leaves
+    w = leaves if wide else {name.removeprefix("experts."): value for name, value in leaves.items()}
+    y_TD = []
+    for x_D, gates_K, chosen_K in zip(*seen, strict=True):
+        z_R = x_D if wide else x_D @ leaves["down.w_DF"]
+        if not wide and "pre_dispatch" in m.latent_norms:
+            z_R = z_R / np.sqrt(np.mean(z_R**2) + m.norm_eps)
+        y_R = np.zeros(w["w_out_eFR"].shape[2])
+        for gate, e in zip(gates_K, chosen_K, strict=True):
+            h_F = np.maximum(z_R @ w["w_in_eRF"][e], 0) ** 2
+            if m.gated:  # relu2 of the gate
+                h_F = np.maximum(z_R @ w["w_gate_eRF"][e], 0) ** 2 * (z_R @ w["w_in_eRF"][e])
+            y_R += gate * (h_F @ w["w_out_eFR"][e])
+        if not wide and "skip" in m.latent_norms:
+            y_R = y_R + leaves["skip_1"] * z_R
+        if not wide and "combine_norm.scale_D" in leaves:
+            y_R = y_R / np.sqrt(np.mean(y_R**2) + m.norm_eps) * leaves["combine_norm.scale_D"]
+        y_TD.append(y_R if wide else y_R @ leaves["up.w_DF"])
+    return np.array(y_TD)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_lies_in_few_dimensions_is_kept(gated: bool) -> None:
+    """Inputs and outputs in 3 of 12 dimensions: a latent of 3 loses nothing, one of 2 does."""
+    m, experts, seen = layer(3, 0.25, gated=gated)
+    leaves, error = fit_layer(m, experts, seen)
+    before = outputs(m, experts, seen)
+    assert np.abs(outputs(m, leaves, seen) - before).max() < 1e-3 * np.abs(before).max()
+    assert error.total < 1e-6 and error.inputs < 1e-6 and error.outputs < 1e-6
+    m, experts, seen = layer(3, 2 / 12, gated=gated)
+    assert fit_layer(m, experts, seen)[1].total > 0.01
+
+
+@pytest.mark.parametrize("norm", ["none", "pre_dispatch", "post_combine", "both", "skip", "gate"])
+def test_the_error_is_that_of_the_layer(norm: str) -> None:
+    m, experts, seen = layer(12, 0.5, norm)
+    leaves, error = fit_layer(m, experts, seen)
+    before, after = outputs(m, experts, seen), outputs(m, leaves, seen)
+    np.testing.assert_allclose(error.total, np.square(after - before).sum() / np.square(before).sum(), rtol=1e-4)
+    assert 0 < error.outputs < error.total < 1
+
+
+def test_it_is_better_than_cutting_matrices() -> None:
+    """Inputs of very different sizes by direction, which the weights' own singular vectors don't know of."""
+    m, experts, seen = layer(12, 0.5)
+    sizes = np.logspace(1, -1, 12)
+    seen = seen._replace(inputs_TD=(seen.inputs_TD * sizes).astype(np.float32))
+    _, error = fit_layer(m, experts, seen)
+    u = np.linalg.svd(np.concatenate(list(experts["w_in_eRF"]), axis=1))[0][:, :6]
+    v = np.linalg.svd(np.concatenate(list(experts["w_out_eFR"])))[2][:6].T
+    cut = {"down.w_DF": u, "up.w_DF": v.T, "experts.w_in_eRF": u.T @ experts["w_in_eRF"],
+           "experts.w_out_eFR": experts["w_out_eFR"] @ v}  # fmt: skip
+    before = outputs(m, experts, seen)
+    worse = np.square(outputs(m, cut, seen) - before).sum() / np.square(before).sum()
+    assert error.total < 0.5 * worse, (error, worse)
+
+
+def test_an_expert_without_tokens_keeps_the_layers_solution() -> None:
+    m, experts, seen = layer(12, 0.5)
+    leaves, _ = fit_layer(m, experts, seen._replace(experts_TK=np.where(seen.experts_TK == 3, 0, seen.experts_TK)))
+    assert np.isfinite(leaves["experts.w_in_eRF"]).all() and np.abs(leaves["experts.w_in_eRF"][3]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("fields", "ratio", "match"),
+    [
+        ({}, 0.5, "structure=bigmac"),
+        (FINE | {"latent_norm": "post_combine"}, 0.5, "latent_norm=post_combine"),
+        (FINE, 1.5, "--ratio=1.5"),
+        (FINE, 0.01, "--ratio=0.01"),
+    ],
+)
+def test_refusals(fields: dict[str, Any], ratio: float, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        narrow(tiny(**fields), None, [], ratio)  # type: ignore[arg-type]
