@@ -21,7 +21,7 @@ from absl import app, flags
 from jax._src import distributed
 
 from benchmarks.ports import free_port
-from bigmac_jax.runtime.clock import Phases
+from bigmac_jax.runtime.clock import Clock
 from bigmac_jax.runtime.watchdog import Watch
 
 _COUNTS = flags.DEFINE_list("counts", ["8", "32", "128", "256"], "Processes of the job.")
@@ -65,14 +65,14 @@ class _Watcher(Watch):
 
 def simulate(count: int, me: int) -> None:
     """Either of the two processes."""
-    store, seconds, doing = _Counting(), _SECONDS.value, Phases()
-    doing.begin("steps")
+    store, seconds, clock = _Counting(), _SECONDS.value, Clock()
+    clock.begin("steps")
     numbers = [0] if me == 0 else range(1, count)
-    watchers = [_Watcher(_PEER_TIMEOUT.value, store, number, count, doing) for number in numbers]
+    watchers = [_Watcher(_PEER_TIMEOUT.value, store, number, count, clock) for number in numbers]
     for watcher in watchers:
         watcher.__enter__()
     stepping = threading.Event()
-    threading.Thread(target=_step, args=(doing, stepping), daemon=True).start()
+    threading.Thread(target=_step, args=(clock, stepping), daemon=True).start()
     time.sleep(2 * watchers[0].beat)
     start, busy, asked = time.monotonic(), time.process_time(), store.requests
     time.sleep(seconds)
@@ -91,10 +91,10 @@ def simulate(count: int, me: int) -> None:
     print(json.dumps(record), flush=True)
 
 
-def _step(doing: Phases, stop: threading.Event) -> None:
+def _step(clock: Clock, stop: threading.Event) -> None:
     step = 0
     while not stop.wait(0.5):
-        doing.start_step(step := step + 1)
+        clock.start_step(step := step + 1)
 
 
 def measure(count: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from bigmac_jax.inference import Completion, Generator, Speculation  # noqa: E40
 from bigmac_jax.inference.decoding import Drafting  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.runtime import hosts  # noqa: E402
-from bigmac_jax.runtime.clock import NOW  # noqa: E402
+from bigmac_jax.runtime.clock import clock  # noqa: E402
 from bigmac_jax.training.restored import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
 
@@ -88,7 +88,7 @@ def _measured(
         generator.batch_size, generator.drafts = batch, drafts.get(tokens)
         start = time.perf_counter()
         completed[tokens] = generator.generate(prompts, max_tokens=_NEW.value, ignore_eos=True)
-        NOW.go_on()
+        clock.tick()
         return time.perf_counter() - start
 
     cases: dict[str, Callable[[], float]] = {str(tokens): functools.partial(once, tokens) for tokens in (0, *ways)}

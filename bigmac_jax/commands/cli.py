@@ -17,7 +17,7 @@ from bigmac_jax.config.names import field_names, nearest, question
 from bigmac_jax.config.reading import field_values
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
-from bigmac_jax.runtime.clock import NOW, process_start
+from bigmac_jax.runtime.clock import clock, process_start
 
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
@@ -55,20 +55,20 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         return rest[:1]
 
     def guarded(_: Sequence[str]) -> int | None:
-        NOW.begin("imports", process_start())
+        clock.begin("imports", process_start())
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
         logging.getLogger("bigmac_jax").setLevel(logging.INFO)
         if CPU_DEVICES.value:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         try:
-            NOW.turn("devices")
+            clock.switch("devices")
             if distributed:
                 given = flags.FLAGS
                 hosts.start(
                     given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
                 )
-            NOW.turn("start")
+            clock.switch("start")
             with watchdog.of_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
                 return main()
         except ConfigError as error:
@@ -107,7 +107,7 @@ def warn(lines: Iterable[str]) -> None:
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
     """Makes the mesh current for the process, and compiled programs kept between runs."""
     jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
-    with NOW.doing("devices"):
+    with clock.timed("devices"):
         mesh = make_mesh(config, fit_batch)
     idle = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if idle:

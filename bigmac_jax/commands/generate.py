@@ -17,7 +17,7 @@ from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.workdir import read_config, run_folder
 from bigmac_jax.tuning import restore
@@ -87,7 +87,7 @@ def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
         if hosts.is_first():
             print(shown + piece, end="", flush=True)
         shown = ""
-        NOW.go_on()
+        clock.tick()
     hosts.say("")
 
 

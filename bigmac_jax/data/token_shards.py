@@ -28,7 +28,7 @@ from bigmac_jax.data.encoding import Counts, Words, encode
 from bigmac_jax.data.files import disk_full, file_digest, locked, remove
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.runtime import storage
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 
 SHARD = 1 << 25  # tokens after which the next shard begins
 INDEX = "index.json"
@@ -90,7 +90,7 @@ class Store:
                 except storage.HeldError:
                     waiting.append(unit)
             if len(waiting) == len(held):
-                NOW.go_on()  # whoever makes them is watched itself
+                clock.tick()  # whoever makes them is watched itself
                 time.sleep(_POLL)
             held = waiting
 

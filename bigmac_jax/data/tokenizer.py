@@ -19,7 +19,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import PIECE, decode, one_line, pieces
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.storage import errors, locate, reason, write_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -333,7 +333,7 @@ def _trained(config: Config) -> Tokenizer:
         if path.exists():
             _log.warning("%s is damaged; training the tokenizer again", path)
         _log.info("training a BPE of %d tokens on the %s", size, train.name)
-        with NOW.doing("train tokenizer"):
+        with clock.timed("train tokenizer"):
             text = train_bpe((piece for piece, _ in train.all_pieces()), size)
         try:
             for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):

@@ -18,7 +18,7 @@ from typing import Any
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.token_shards import Store
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
 
 _ALONE = 1 << 25  # bytes of source that other processes are not started for
@@ -40,7 +40,7 @@ def fill(store: Store, processes: int = 0) -> None:
       ConfigError: what is wrong with the source, or how a process ended.
     """
     units = list(range(len(store.docs.units)))
-    with NOW.doing("tokenise"):
+    with clock.timed("tokenise"):
         done = {unit: store.size_of(unit) for unit in units if store.finished(unit) is not None}
         left = [unit for unit in units if unit not in done]
         title, start = f"tokenising {store.split}", sum(done.values())

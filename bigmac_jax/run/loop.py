@@ -18,7 +18,7 @@ from bigmac_jax.evaluation.tasks.run import describe, figures, score_jobs
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.run.start import Start, Step, restored, start
 from bigmac_jax.runtime import hosts, signals, storage
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.workdir_lock import held
 from bigmac_jax.training import guard
 from bigmac_jax.training.dropped import DropNotice
@@ -55,7 +55,7 @@ def train(
       ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
       RunError: a loss that train.on_bad_step does not get over, or a last checkpoint that could not be written.
     """
-    NOW.begin("start")
+    clock.begin("start")
     try:
         config = with_places(config)
         with held(workdir):
@@ -69,7 +69,7 @@ def train(
                 started.data.close()
                 run.close()
     finally:
-        NOW.end()
+        clock.reset()
 
 
 class _Run:
@@ -102,11 +102,11 @@ class _Run:
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """The remaining steps, again from a checkpoint where a bad step rewinds."""
-        with NOW.doing("compile"):
+        with clock.timed("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
         with signals.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
-            NOW.turn("first step")
+            clock.switch("first step")
             while True:
                 try:
                     return self._steps(train_step, state, stopped, profile)
@@ -129,9 +129,9 @@ class _Run:
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.mirror.folder / "profile"))
                 self.tracing = True
-            with NOW.doing("data wait"):
+            with clock.timed("data wait"):
                 batch = next(batches)
-            NOW.start_step(step + 1)
+            clock.start_step(step + 1)
             state, metrics = train_step(state, batch)
             vote.cast()
             self._finish(pending)
@@ -158,7 +158,7 @@ class _Run:
         self._finish(pending)
         if step > self.first_step:
             self._save(step, state, None)
-        with NOW.doing("save"):
+        with clock.timed("save"):
             self.checkpoints.wait()
         if step > self.first_step:
             self.writer.write({"step": step} | self.goodput.record(step))
@@ -189,10 +189,10 @@ class _Run:
         if bool(metrics.bad):
             self._bad(step, metrics)
             return
-        if NOW.name == "first step":
+        if clock.phase == "first step":
             self.writer.print(describe_start())
             self.writer.write(start_record(step - 1))
-            NOW.turn("steps")
+            clock.switch("steps")
         self.timer.step_done()
         if line := self.drops.line(step, metrics):
             self.writer.print(line)
@@ -226,7 +226,7 @@ class _Run:
         self._stop_trace()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
-        with NOW.doing("restore"):
+        with clock.timed("restore"):
             self.checkpoints.wait()
             self.first_step, state, _ = restored(self.config, self.trainer, self.checkpoints, *self.models)
         self.batches_ahead = given - self.first_step
@@ -252,10 +252,10 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> Score:
         start, config = time.perf_counter(), self.config
         model = self.trainer.model(state)
-        with NOW.doing("evaluate"):
+        with clock.timed("evaluate"):
             length, rows = config.data.sequence_length, evaluation_rows(config)
             scores = {
-                name: evaluate(model, part, length, rows, lambda tokens: NOW.go_on())
+                name: evaluate(model, part, length, rows, lambda tokens: clock.tick())
                 for name, part in parts_of_stream(self.validation).items()
             }
         self.score = scores[""] if "" in scores else Score.of_all(scores.values())
@@ -277,7 +277,7 @@ class _Run:
 
     def _score_tasks(self, step: int, state: TrainState) -> None:
         start, config = time.perf_counter(), self.config
-        with NOW.doing("evaluate"):
+        with clock.timed("evaluate"):
             summaries = score_jobs(
                 self.jobs,
                 self.trainer.plain_model(state),
@@ -296,7 +296,7 @@ class _Run:
         start = time.perf_counter()
         loss = None if score is None else score.loss
         position = guard.position(self.data.get_state(), self.bad_steps, state)
-        with NOW.doing("save"):
+        with clock.timed("save"):
             self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
@@ -317,7 +317,7 @@ class _Run:
         from bigmac_jax.report.plots import write_report  # matplotlib's import would hold up the first step
 
         try:
-            with NOW.doing("report"):
+            with clock.timed("report"):
                 write_report(self.workdir)
         except storage.errors(ValueError) as error:  # of a full disk, which also cuts lines of metrics.jsonl
             _log.warning("report.png is not drawn (%s)", error)

@@ -19,7 +19,7 @@ from bigmac_jax.evaluation.tasks.run import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_of
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import guard, manifest
 from bigmac_jax.training.boards import check_boards
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         begins = config.tuning.lora_rank or preferred or moved or not manifest.steps(workdir)
     origin = origin_of(workdir, config) if config.train.init_from and begins else None
     teacher = teacher_of(workdir, config) if config.tuning.teacher else None
-    with NOW.doing("data"), hosts.together():
+    with clock.timed("data"), hosts.together():
         if resumed:
             tokenizer = run_tokenizer(workdir, config, of_user=True)
         else:
@@ -132,7 +132,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
     newest, state, position = restored(config, trainer, checkpoints, origin, teacher)
     if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
-        with NOW.doing("data"):
+        with clock.timed("data"):
             model = nnx.merge(trainer.graphdef, *load(origin, config))
             windows = train_stream.packed(config.data.sequence_length)
             windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
@@ -181,7 +181,7 @@ def restored(
     config: Config, trainer: Trainer, checkpoints: Checkpoints, origin: Origin | None, teacher: Origin | None
 ) -> tuple[int, TrainState, dict[str, Any]]:
     """Step, state and data position of the newest intact checkpoint; or 0 and those that a run begins with."""
-    with NOW.doing("restore"):
+    with clock.timed("restore"):
         found = checkpoints.restore_newest(trainer.abstract_state)
         if found:
             step, state, position = found
@@ -190,7 +190,7 @@ def restored(
                 state = dataclasses.replace(state, base=load(origin, config)[0])
             state = guard.with_losses(state, trainer.abstract_state, position)
     if not found:
-        with NOW.doing("initialise"):
+        with clock.timed("initialise"):
             key = jax.random.key(config.train.seed)
             state = trainer.begin(*load(origin, config), key) if origin else trainer.init(key)
             step, position = 0, {"batches": 0}

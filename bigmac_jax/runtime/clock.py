@@ -1,7 +1,6 @@
-"""What this process is doing: every second belongs to one phase, so that the parts add up to the whole.
+"""Where this process spends its time: every second belongs to one phase, and the phases add up to the whole.
 
-The watch (`watchdog.Watch`) reads which phase it is and since when nothing has moved; metrics.jsonl gets the seconds.
-Phases are entered by the main thread alone.
+`watchdog.Watch` reads the current phase and when it last made progress; metrics.jsonl gets the seconds per phase.
 """
 
 import contextlib
@@ -11,72 +10,71 @@ import threading
 import time
 from collections.abc import Iterator
 
-# Of a run that steps, these are bound by the length of a step. Others may take as long as they go on.
+# Phases of a training loop that last as long as a step. The others may take as long as they make progress.
 STEPPING = ("steps", "data wait")
 
 
-class Phases:
-    """A clock with a hand for each phase.
+class Clock:
+    """Counts the seconds spent in each phase; only the main thread changes the phase.
 
     Attributes:
-      name: of the phase that runs; "" before `begin`.
-      moved: when something last went on, by `time.monotonic`.
-      step: that was started last.
-      started: steps, those that a rewind has undone included: it only grows.
+      phase: the current phase; "" before `begin`.
+      last_tick: when work last made progress, by `time.monotonic`.
+      step: the training step started last.
+      started: number of steps started, including those that a rewind repeats.
     """
 
     def __init__(self) -> None:
-        self.name, self.step, self.started = "", 0, 0
-        self.moved = self._since = time.monotonic()
+        self.reset()
+
+    def reset(self) -> None:
+        """Stops the clock and forgets all phases."""
+        self.phase, self.step, self.started = "", 0, 0
+        self.last_tick = self._since = time.monotonic()
         self._seconds: dict[str, float] = {}
 
-    def begin(self, name: str, since: float | None = None) -> None:
-        """Starts the clock, by `time.monotonic` at `since`; one that runs goes on."""
-        if not self.name:
-            self.name, self._since = name, time.monotonic() if since is None else since
-            self.moved = time.monotonic()
+    def begin(self, phase: str, since: float | None = None) -> None:
+        """Starts the clock in `phase`, as of `since` (`time.monotonic`; None = now); a running clock just goes on."""
+        if not self.phase:
+            self.phase, self._since = phase, time.monotonic() if since is None else since
+            self.last_tick = time.monotonic()
 
     @contextlib.contextmanager
-    def doing(self, name: str) -> Iterator[None]:
-        """Time inside belongs to `name`, but for phases inside it; in another thread than the main one, nothing is
-        changed."""
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts the time inside as `phase`, except for phases nested in it. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        outer = self.turn(name)
+        outer = self.switch(phase)
         try:
             yield
         finally:
-            self.turn(outer)
+            self.switch(outer)
 
-    def turn(self, name: str) -> str:
-        """Ends the phase that runs and begins another → the one that ran."""
-        before, now = self.name, time.monotonic()
+    def switch(self, phase: str) -> str:
+        """Ends the current phase, begins another, and returns the one that ended."""
+        before, now = self.phase, time.monotonic()
         if before:
             self._seconds[before] = self._seconds.get(before, 0.0) + now - self._since
-        self.name, self._since, self.moved = name, now, now
+        self.phase, self._since, self.last_tick = phase, now, now
         return before
 
-    def go_on(self) -> None:
-        """A long piece of work goes on."""
-        self.moved = time.monotonic()
+    def tick(self) -> None:
+        """Notes that a long piece of work makes progress."""
+        self.last_tick = time.monotonic()
 
     def start_step(self, step: int) -> None:
-        """A step is started, and the one before the last has ended."""
-        self.step, self.started, self.moved = step, self.started + 1, time.monotonic()
+        """Notes that training step `step` was started."""
+        self.step, self.started, self.last_tick = step, self.started + 1, time.monotonic()
 
     def seconds(self) -> dict[str, float]:
-        """By phase, in the order in which they first ended, up to now; their sum is the time since `begin`."""
-        running = {self.name: time.monotonic() - self._since} if self.name else {}
-        return {name: self._seconds.get(name, 0) + running.get(name, 0) for name in self._seconds | running}
-
-    def end(self) -> None:
-        """Stops the clock and forgets."""
-        self.__init__()  # type: ignore[misc]
+        """Seconds per phase so far, in the order in which phases first ended; they sum to the time since `begin`."""
+        running = {self.phase: time.monotonic() - self._since} if self.phase else {}
+        return {phase: self._seconds.get(phase, 0) + running.get(phase, 0) for phase in self._seconds | running}
 
 
-# One, as there is one main thread.
-NOW = Phases()
+# One clock, as there is one main thread.
+clock = Clock()
 
 
 def process_start() -> float:

@@ -6,7 +6,7 @@ from types import TracebackType
 
 import tqdm
 
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 
 _EVERY = 30.0  # seconds between plain lines
 
@@ -47,7 +47,7 @@ class Progress:
 
     def update(self, count: int = 1) -> None:
         self._done += count
-        NOW.go_on()
+        clock.tick()
         self._bar.update(count)
         if self._plain and time.monotonic() - self._said > _EVERY:
             self._say()

@@ -25,7 +25,7 @@ from jax._src import distributed  # its store has no public name yet
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.clock import NOW, STEPPING, Phases
+from bigmac_jax.runtime.clock import STEPPING, Clock, clock
 
 _GRACE = 10.0  # seconds to find out which process an error comes from
 _LEAST = 5.0  # seconds for which a live process may be silent, on a machine that has too much to do
@@ -96,11 +96,11 @@ class Watch:
     Args:
       timeout: seconds.
       store, me, count: of the job, this process' number, and how many there are.
-      doing: what this process does.
+      clock: tells which phase this process is in, and since when.
     """
 
-    def __init__(self, timeout: float, store: Store, me: int, count: int, doing: Phases = NOW) -> None:
-        self._timeout, self._store, self._me, self._doing = timeout, store, me, doing
+    def __init__(self, timeout: float, store: Store, me: int, count: int, clock: Clock = clock) -> None:
+        self._timeout, self._store, self._me, self._clock = timeout, store, me, clock
         # Two requests each; process 0 answers all, and shall not notice it.
         self.beat = max(1.0, min(5.0, timeout / 20), count / 64)
         self._silence = max(timeout - self.beat - _LOOK, 2 * self.beat, _LEAST)
@@ -177,16 +177,16 @@ class Watch:
             self._store.key_value_set(f"{_KEY}verdict", json.dumps(found, allow_nan=False), allow_overwrite=True)
 
     def _state(self) -> str:
-        doing = self._doing
+        clock = self._clock
         busy, now = time.process_time(), time.monotonic()
         if busy - self._busy > 0.2 * self.beat:
             self._moved = now
         self._busy = busy
-        idle = now - doing.moved
-        if doing.name not in STEPPING and idle < _MOST * self._patience(doing.name):
+        idle = now - clock.last_tick
+        if clock.phase not in STEPPING and idle < _MOST * self._patience(clock.phase):
             idle = min(idle, now - self._moved)
-        state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "step": doing.step,
-                 "started": doing.started, "phase": doing.name, "idle": round(idle, 1), "beat": self._beats,
+        state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "step": clock.step,
+                 "started": clock.started, "phase": clock.phase, "idle": round(idle, 1), "beat": self._beats,
                  "ended": self._ended, "error": self._error}  # fmt: skip
         return json.dumps(state, allow_nan=False)
 

@@ -17,7 +17,7 @@ from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import Job
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.signals import stop_signals
 
 TICK = 5.0  # seconds after which an idle process 0 says that it is there
@@ -56,7 +56,7 @@ class Schedule:
     def _tell(self, *message: Any) -> None:
         if self._store is None:
             return
-        NOW.go_on()
+        clock.tick()
         text = json.dumps(message, allow_nan=False)
         parts = [text[start : start + _PART] for start in range(0, len(text), _PART)]
         for number, part in enumerate(parts):
@@ -78,7 +78,7 @@ def follow(generator: Generator, engine: Engine) -> int:
     # Whoever ends a job tells all of its processes: process 0 lets requests end, and needs these until then.
     with stop_signals():
         for kind, *message in _messages():
-            NOW.go_on()
+            clock.tick()
             if kind == _END:
                 break
             if kind == _ABORT:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 
 PARTS = ("steps", "data_wait", "compile", "save", "evaluate", "start", "restart", "lost")
 _WALL, _SINCE = "goodput/wall_s", "goodput/since_unix_s"
@@ -24,7 +24,7 @@ class Goodput:
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], first_step: int):
-        own, now = NOW.seconds(), time.time()
+        own, now = clock.seconds(), time.time()
         self._base = dict.fromkeys(PARTS, 0.0)
         self._since, self._later = now - sum(own.values()), False
         self._kept: list[tuple[int, float]] = [(0, 0.0)]  # steps and the seconds that they took
@@ -47,7 +47,7 @@ class Goodput:
     def record(self, step: int) -> dict[str, float]:
         """For metrics.jsonl: seconds of each part so far."""
         parts, rest = self._base.copy(), "restart" if self._later else "start"
-        for phase, seconds in NOW.seconds().items():
+        for phase, seconds in clock.seconds().items():
             part = phase.replace(" ", "_")
             parts[part if part in PARTS else rest] += seconds
         self._kept.append((step, parts["steps"]))
@@ -56,7 +56,7 @@ class Goodput:
         return record | {_WALL: round(wall, 3), _SINCE: self._since, "goodput/share": round(parts["steps"] / wall, 4)}
 
     def _steps(self) -> float:
-        return self._base["steps"] + NOW.seconds().get("steps", 0.0)
+        return self._base["steps"] + clock.seconds().get("steps", 0.0)
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
@@ -66,10 +66,10 @@ def _is_whole(record: dict[str, Any]) -> bool:
 def start_record(step: int) -> dict[str, float]:
     """For metrics.jsonl: seconds of each phase of this start, up to the end of its first step."""
     return {"step": step} | {
-        f"start/{name.replace(' ', '_')}_s": round(value, 3) for name, value in NOW.seconds().items()
+        f"start/{name.replace(' ', '_')}_s": round(value, 3) for name, value in clock.seconds().items()
     }
 
 
 def describe_start() -> str:
     """The same as a line for people."""
-    return "start: " + ", ".join(f"{name} {value:.1f} s" for name, value in NOW.seconds().items() if value >= 0.05)
+    return "start: " + ", ".join(f"{name} {value:.1f} s" for name, value in clock.seconds().items() if value >= 0.05)

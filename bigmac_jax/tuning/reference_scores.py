@@ -7,7 +7,7 @@ from bigmac_jax.data.conversations import Windows
 from bigmac_jax.data.pipeline import padded
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.runtime.clock import NOW
+from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training import programs
 
@@ -25,5 +25,5 @@ def reference_nll(model: Transformer, windows: Windows, batch_size: int, quiet: 
             scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
             found.append(np.asarray(scores.nll_BL, np.float32)[: len(batch.inputs_BL)])
             bar.update(len(found[-1]))
-            NOW.go_on()
+            clock.tick()
     return np.concatenate(found)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from bigmac_jax.runtime.clock import NOW, Phases, process_start
+from bigmac_jax.runtime.clock import Clock, process_start
 from bigmac_jax.runtime.watchdog import Watch
 
 TIMEOUT = 100.0
@@ -38,11 +38,11 @@ class Job:
 
     def __init__(self, count: int = 3) -> None:
         self.store = Store()
-        self.doing = [Phases() for _ in range(count)]
-        self.watches = [Watch(TIMEOUT, self.store, me, count, doing) for me, doing in enumerate(self.doing)]
-        for doing in self.doing:
-            doing.begin("steps")
-            doing.start_step(7)
+        self.clocks = [Clock() for _ in range(count)]
+        self.watches = [Watch(TIMEOUT, self.store, me, count, clock) for me, clock in enumerate(self.clocks)]
+        for clock in self.clocks:
+            clock.begin("steps")
+            clock.start_step(7)
 
     def tell(self, *silent: int) -> None:
         """Beats of all but the silent ones, until process 0 has heard them and they have heard it."""
@@ -51,8 +51,8 @@ class Job:
                 watch._exchange()
 
     def idle(self, seconds: float, *processes: int) -> None:
-        for process in processes or range(len(self.doing)):
-            self.doing[process].moved -= seconds
+        for process in processes or range(len(self.clocks)):
+            self.clocks[process].last_tick -= seconds
 
     def line(self, me: int = 0) -> str:
         return self.watches[me]._found()
@@ -112,7 +112,7 @@ def test_a_process_beside_this_one_is_seen_to_have_died(job: Job) -> None:
 
 def test_who_did_not_start_the_step_holds_it_up(job: Job) -> None:
     for process in (0, 2):
-        job.doing[process].start_step(8)
+        job.clocks[process].start_step(8)
     job.tell()
     assert job.line() == ""
     job.idle(TIMEOUT + 1)
@@ -132,8 +132,8 @@ def test_one_that_still_moves_is_waited_for(job: Job) -> None:
     ("phase", "patience"), [("steps", 100), ("data wait", 100), ("save", 1000), ("tokenise", 1000)]
 )
 def test_what_is_no_step_may_take_longer(job: Job, phase: str, patience: float) -> None:
-    for doing in job.doing:
-        doing.turn(phase)
+    for clock in job.clocks:
+        clock.switch(phase)
     job.idle(patience - 1)
     job.tell()
     assert job.line() == ""
@@ -144,8 +144,8 @@ def test_what_is_no_step_may_take_longer(job: Job, phase: str, patience: float) 
 
 
 def test_a_busy_processor_is_movement_but_not_for_ever(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    for doing in job.doing:
-        doing.turn("compile")
+    for clock in job.clocks:
+        clock.switch("compile")
     job.idle(5000)
     job.tell()
     assert job.line() != ""
@@ -175,7 +175,7 @@ def test_an_error_of_its_own_is_told_after_a_while(job: Job) -> None:
 
 def test_an_error_while_another_is_behind_is_that_ones(job: Job) -> None:
     for process in (0, 1):
-        job.doing[process].start_step(8)
+        job.clocks[process].start_step(8)
     job.watches[1]._error = "timeout"
     job.tell()
     assert job.line() == ""
@@ -203,33 +203,32 @@ def test_a_large_job_beats_slowly() -> None:
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    doing = Phases()
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock()
 
     def passes(seconds: float) -> None:
-        clock[0] += seconds
+        now[0] += seconds
 
     passes(5)
-    doing.begin("start", since=2)
+    clock.begin("start", since=2)
     passes(1)
-    with doing.doing("data"):
+    with clock.timed("data"):
         passes(10)
-        with doing.doing("tokenise"):
+        with clock.timed("tokenise"):
             passes(100)
         passes(20)
-    doing.begin("again")
-    doing.turn("steps")
+    clock.begin("again")
+    clock.switch("steps")
     passes(1000)
-    assert doing.seconds() == {"tokenise": 100, "data": 30, "start": 4, "steps": 1000}
-    assert doing.seconds() == doing.seconds() and sum(doing.seconds().values()) == clock[0] - 2
-    doing.end()
-    assert doing.seconds() == {} and doing.name == ""
+    assert clock.seconds() == {"tokenise": 100, "data": 30, "start": 4, "steps": 1000}
+    assert clock.seconds() == clock.seconds() and sum(clock.seconds().values()) == now[0] - 2
+    clock.reset()
+    assert clock.seconds() == {} and clock.phase == ""
 
 
 def test_the_process_started_before_its_modules() -> None:
     assert 0 < time.monotonic() - process_start() < 24 * 3600
-    assert isinstance(NOW, Phases)
 
 
 def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
@@ -238,7 +237,7 @@ def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
     """A collective that breaks because another process has died is one line."""
     monkeypatch.setattr("os._exit", lambda _: None)
     for line in ("process 0 (4711 on here, step 7) has died", "process 1 failed: ValueError: Gloo AllGather failed"):
-        watch = Watch(TIMEOUT, job.store, 1, 2, job.doing[1])
+        watch = Watch(TIMEOUT, job.store, 1, 2, job.clocks[1])
         monkeypatch.setattr(watch, "blame", sys.exit)
         with pytest.raises(SystemExit, match="ValueError: Gloo AllGather failed"):
             watch.__exit__(ValueError, ValueError("Gloo AllGather failed"), None)
