@@ -26,7 +26,7 @@ from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.run.loop import train  # noqa: E402
-from bigmac_jax.training.records import read_records  # noqa: E402
+from bigmac_jax.training.metrics_file import read_records  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
 
 _CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "Config file.")

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.ports import free_port
 from bigmac_jax.config import Config
 from bigmac_jax.runtime import hosts
-from bigmac_jax.training import arrays, manifest
+from bigmac_jax.training import checkpoint_arrays, manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import TrainState
 
@@ -141,7 +141,7 @@ def _without(kind: str) -> Iterator[None]:
         if kind != "whole":
             stack.enter_context(mock.patch.object(manifest, "write"))
         if kind == "plain":
-            stack.enter_context(mock.patch.object(arrays, "CHECKSUM", []))
+            stack.enter_context(mock.patch.object(checkpoint_arrays, "CHECKSUM", []))
         yield
 
 

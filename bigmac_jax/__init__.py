@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bigmac_jax.model import exchange
     from bigmac_jax.model.mesh import make_mesh
     from bigmac_jax.model.transformer import init_model
-    from bigmac_jax.run.notebook import metrics, plan, train
+    from bigmac_jax.run.python_api import metrics, plan, train
     from bigmac_jax.tuning import restore
 
 __version__ = "0.1.0"
@@ -45,10 +45,10 @@ _HOME = {
     "init_model": "model.transformer",
     "load_config": "config",
     "make_mesh": "model.mesh",
-    "metrics": "run.notebook",
-    "plan": "run.notebook",
+    "metrics": "run.python_api",
+    "plan": "run.python_api",
     "restore": "tuning",
-    "train": "run.notebook",
+    "train": "run.python_api",
 }
 
 

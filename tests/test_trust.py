@@ -24,7 +24,7 @@ from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_run, importing, open_checkpoint
 from bigmac_jax.training.workdir import name_data, run_tokenizer, with_own_template, with_own_tokenizer
 from bigmac_jax.training.workdir import write_config as write_config_of_run
-from bigmac_jax.tuning.origin import open_origin
+from bigmac_jax.tuning.pretrained import open_origin
 
 COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
 # As serve.py, but for the network: it ends where requests would be answered.

@@ -28,7 +28,7 @@ from bigmac_jax.inference.decoding import Drafting  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.runtime import hosts  # noqa: E402
 from bigmac_jax.runtime.clock import clock  # noqa: E402
-from bigmac_jax.training.restored import restore  # noqa: E402
+from bigmac_jax.training.restore import restore  # noqa: E402
 from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
 
 _RUN = flags.DEFINE_string("run", "runs/tiny", "A run of train.py.")

@@ -18,8 +18,8 @@ from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose, export_model, import_run
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.fresh import refuse_a_run
-from bigmac_jax.training.restored import restore_parts
+from bigmac_jax.training.new_run import refuse_a_run
+from bigmac_jax.training.restore import restore_parts
 from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer
 from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run

@@ -18,7 +18,7 @@ from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.programs import evaluation_rows
-from bigmac_jax.training.restored import find_checkpoint
+from bigmac_jax.training.restore import find_checkpoint
 from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer, with_own_template
 from bigmac_jax.tuning import restore
 

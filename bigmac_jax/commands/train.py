@@ -12,9 +12,9 @@ from bigmac_jax.config.reading import freed, of_saved, overridden, places_of
 from bigmac_jax.config.reads import notes
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
-from bigmac_jax.training.guard import RunError
+from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.workdir import has_run, read_config, run_folder
-from bigmac_jax.tuning.origin import config_of, open_origin
+from bigmac_jax.tuning.pretrained import config_of, open_origin
 
 _CONFIG = flags.DEFINE_string(
     "config",

@@ -29,7 +29,7 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
               "data.num_workers", "cache_dir")  # fmt: skip
 # Of bigmac alone.
 _OF_PROJECTIONS = ("model.projection_init", "optimizer.projection_rate")
-# What they name may be moved; that it is the same model is checked where it is opened (`tuning.origin.open_origin`).
+# What they name may be moved; that it is the same model is checked where it is opened (`tuning.pretrained`).
 _MODELS = ("train.init_from", "tuning.teacher")
 # What a saved config may name, for train.py to read it: data and models.
 _PLACES = ("data.source", "data.validation_source", "data.test_source", "data.mixture", "data.tokenizer", *_MODELS)

@@ -29,8 +29,8 @@ from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.workdir_lock import held
-from bigmac_jax.training.arrays import nonfinite
-from bigmac_jax.training.fresh import check_fresh, refuse_a_run, write_fresh_run
+from bigmac_jax.training.checkpoint_arrays import nonfinite
+from bigmac_jax.training.new_run import check_fresh, refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
 FREE = (

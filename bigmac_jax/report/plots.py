@@ -12,7 +12,7 @@ import numpy as np
 from bigmac_jax.config import Config
 from bigmac_jax.report.runs import Records
 from bigmac_jax.runtime.storage import save_figure
-from bigmac_jax.training.records import read_records
+from bigmac_jax.training.metrics_file import read_records
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path | None:

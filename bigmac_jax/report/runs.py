@@ -9,7 +9,7 @@ from bigmac_jax.config import Config, ConfigError, parse_object, second_edition
 from bigmac_jax.config.reading import field_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
-from bigmac_jax.training.records import Record, read_records
+from bigmac_jax.training.metrics_file import Record, read_records
 
 Records = list[Record]
 _GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]

@@ -10,7 +10,7 @@ from bigmac_jax.config import ConfigError, from_dict
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.report.runs import Run
 from bigmac_jax.report.series import clock
-from bigmac_jax.training.dropped import MOST
+from bigmac_jax.training.drop_notice import MOST
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NONE = "–"

@@ -20,15 +20,15 @@ from bigmac_jax.run.start import Start, Step, restored, start
 from bigmac_jax.runtime import hosts, signals, storage
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.workdir_lock import held
-from bigmac_jax.training import guard
-from bigmac_jax.training.dropped import DropNotice
+from bigmac_jax.training import bad_steps
+from bigmac_jax.training.bad_steps import NonFiniteLossError, RunError
+from bigmac_jax.training.drop_notice import DropNotice
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
-from bigmac_jax.training.guard import NonFiniteLossError, RunError
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, SilentWriter, StepTimer, step_record
+from bigmac_jax.training.metrics_file import read_records
 from bigmac_jax.training.programs import evaluation_rows
-from bigmac_jax.training.records import read_records
 from bigmac_jax.training.step import StepMetrics, TrainState
-from bigmac_jax.tuning.origin import with_places
+from bigmac_jax.tuning.pretrained import with_places
 
 _log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ class _Run:
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
         start = time.perf_counter()
         loss = None if score is None else score.loss
-        position = guard.position(self.data.get_state(), self.bad_steps, state)
+        position = bad_steps.position(self.data.get_state(), self.bad_steps, state)
         with clock.timed("save"):
             self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)

@@ -20,9 +20,9 @@ from bigmac_jax.model.kernels.flash_attention import attention_of
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.training import guard, manifest
-from bigmac_jax.training.boards import check_boards
+from bigmac_jax.training import bad_steps, manifest
 from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.dashboards import check_boards
 from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
 from bigmac_jax.training.metrics import describe_auto
 from bigmac_jax.training.programs import evaluation_rows, step_program
@@ -37,7 +37,7 @@ from bigmac_jax.training.workdir import (
     with_own_template,
     write_run,
 )
-from bigmac_jax.tuning.origin import (
+from bigmac_jax.tuning.pretrained import (
     ORIGIN,
     Origin,
     differences,
@@ -188,7 +188,7 @@ def restored(
             if config.tuning.lora_rank:
                 assert origin is not None, config.train
                 state = dataclasses.replace(state, base=load(origin, config)[0])
-            state = guard.with_losses(state, trainer.abstract_state, position)
+            state = bad_steps.with_losses(state, trainer.abstract_state, position)
     if not found:
         with clock.timed("initialise"):
             key = jax.random.key(config.train.seed)

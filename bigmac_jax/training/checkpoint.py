@@ -25,8 +25,8 @@ from orbax.checkpoint.path import atomicity
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
-from bigmac_jax.training.arrays import DamagedError, arrays_of, check_shapes, nonfinite, read_arrays
-from bigmac_jax.training.completion import completed
+from bigmac_jax.training.atomic_save import completed
+from bigmac_jax.training.checkpoint_arrays import DamagedError, arrays_of, check_shapes, nonfinite, read_arrays
 from bigmac_jax.training.step import TrainState, evaluated
 from bigmac_jax.training.workdir import run_of
 

@@ -19,8 +19,8 @@ from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux, predicted_seconds
 from bigmac_jax.runtime import signals
-from bigmac_jax.training.boards import open_boards
-from bigmac_jax.training.records import NAME, as_record, read_lines
+from bigmac_jax.training.dashboards import open_boards
+from bigmac_jax.training.metrics_file import NAME, as_record, read_lines
 from bigmac_jax.training.step import StepMetrics
 
 _log = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from bigmac_jax.model.mesh import batch_spec, placed, platform
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import environment
+from bigmac_jax.training.accumulation import accumulate
 from bigmac_jax.training.distillation import distilled_loss
+from bigmac_jax.training.dpo import dpo_loss
 from bigmac_jax.training.loss import LossParts, Share, loss_fn, token_nll
 from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
-from bigmac_jax.training.parts import accumulate
-from bigmac_jax.training.preferences import dpo_loss
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 

@@ -21,7 +21,7 @@ from bigmac_jax.interchange.exporting import FORMATS
 from bigmac_jax.interchange.layout import Leaves, Tensor, named_leaves
 from bigmac_jax.model.mesh import replicated_spec
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.restored import Restored
+from bigmac_jax.training.restore import Restored
 
 _PREFIX = "base_model.model."
 _ORDER = ["", "up_proj", "gate_proj", "down_proj"]  # of the parameters of our class' experts

@@ -6,7 +6,7 @@ import pathlib
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.tuning.origin import Origin, open_recorded, read_model, tokenizer_of
+from bigmac_jax.tuning.pretrained import Origin, open_recorded, read_model, tokenizer_of
 
 TEACHER = "teacher"  # under which run.json has its identity
 

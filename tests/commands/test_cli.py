@@ -18,7 +18,7 @@ from training.tools import ROOT, read_records, write_config
 from bigmac_jax.config import STRUCTURES, load_config
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment
-from bigmac_jax.training.restored import restore
+from bigmac_jax.training.restore import restore
 from bigmac_jax.training.workdir import read_config
 
 COMMANDS = pathlib.Path(__file__).parents[1] / "training" / "commands.py"

@@ -15,7 +15,7 @@ from bigmac_jax.config.reading import shipped
 from bigmac_jax.config.reads import _WHATEVER, READ, notes, notes_of_evaluation
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.mesh import batch_spec, make_mesh
-from bigmac_jax.run import loop, notebook
+from bigmac_jax.run import loop, python_api
 from bigmac_jax.training.optimizer import learning_rate
 from bigmac_jax.training.step import make_trainer
 
@@ -204,11 +204,11 @@ def test_a_notebook_sees_them_in_a_warning(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A config alone is silent."""
-    monkeypatch.setattr(notebook.loop, "train", lambda *_: None)
+    monkeypatch.setattr(python_api.loop, "train", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         config = load_config("tiny", ["optimizer.momentum=0.9", "mesh.data=1"])
         assert not caplog.messages
-        notebook.train(config, tmp_path)
+        python_api.train(config, tmp_path)
     assert caplog.messages == ["set, but not read: optimizer.momentum=0.9 (optimizer.name=adamw)"]
 
 

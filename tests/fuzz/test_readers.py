@@ -34,7 +34,7 @@ from bigmac_jax.report.runs import read_runs
 from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.metrics import _truncate
-from bigmac_jax.training.records import read_records
+from bigmac_jax.training.metrics_file import read_records
 from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer
 
 from .mutations import damage, restored

@@ -12,7 +12,7 @@ from bigmac_jax.report.page import page
 from bigmac_jax.report.plots import write_report
 from bigmac_jax.report.runs import read_runs
 from bigmac_jax.training.metrics import _truncate
-from bigmac_jax.training.records import read_records
+from bigmac_jax.training.metrics_file import read_records
 
 
 def training(number: int, **more: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import Result, train
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.metrics import MetricsWriter, _truncate
-from bigmac_jax.training.restored import restore
+from bigmac_jax.training.restore import restore
 from bigmac_jax.training.workdir import read_config, run_tokenizer
 
 TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s", "mfu"}

@@ -23,8 +23,8 @@ from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop, start
+from bigmac_jax.training.bad_steps import NonFiniteLossError
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.guard import NonFiniteLossError
 from bigmac_jax.training.step import make_trainer
 
 from .tools import host, leaves_of, quick, read_records, small

@@ -28,11 +28,11 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
-from bigmac_jax.training.arrays import DamagedError
+from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.guard import RunError
+from bigmac_jax.training.checkpoint_arrays import DamagedError
 from bigmac_jax.training.metrics import MetricsWriter
-from bigmac_jax.training.restored import restore
+from bigmac_jax.training.restore import restore
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config, write_config
 

@@ -22,7 +22,7 @@ from bigmac_jax.run.loop import train
 from bigmac_jax.runtime.environment import edition
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.restored import restore
+from bigmac_jax.training.restore import restore
 from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_config, write_run
 
 from .tools import quick, small

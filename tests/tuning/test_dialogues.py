@@ -23,7 +23,7 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
 from bigmac_jax.training.workdir import with_own_template, write_run
-from bigmac_jax.tuning.origin import Origin, with_chat_of
+from bigmac_jax.tuning.pretrained import Origin, with_chat_of
 
 TURNS = [{"role": "user", "content": "four?"}, {"role": "assistant", "content": "two and two"}]
 TEMPLATE = (

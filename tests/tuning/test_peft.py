@@ -13,7 +13,7 @@ from model.tools import on_mesh, random_model, random_tokens, tiny
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.interchange import choose, export_model
 from bigmac_jax.model.adapters import attached, make_adapters, merged
-from bigmac_jax.training.restored import Restored
+from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split
 from bigmac_jax.tuning.peft import export_adapters
 

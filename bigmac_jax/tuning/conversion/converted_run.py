@@ -22,7 +22,7 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import storage
 from bigmac_jax.runtime.workdir_lock import held
 from bigmac_jax.training import programs
-from bigmac_jax.training.fresh import check_fresh, write_fresh_run
+from bigmac_jax.training.new_run import check_fresh, write_fresh_run
 from bigmac_jax.tuning.conversion.latent import LayerError
 
 

@@ -29,7 +29,7 @@ from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Block, Transformer
 from bigmac_jax.tuning.conversion.calibration import Seen, walk
-from bigmac_jax.tuning.conversion.rebuilt import rebuilt, with_model
+from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model
 
 # Of the mean square: what is added to squares that are divided by. Directions in which a text says less than this are
 # noise; all of it is exact whatever it is, where nothing is cut off.

@@ -10,7 +10,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.tuning.conversion.rebuilt import rebuilt, with_model
+from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model
 
 # A dense layer's matrices → those of each of its experts.
 _MLP = {

@@ -26,7 +26,7 @@ from bigmac_jax.model.mesh import placed, replicated_spec
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training import restored
+from bigmac_jax.training.restore import find_checkpoint, restore_parts
 from bigmac_jax.training.step import split
 from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_tokenizer
 
@@ -84,7 +84,7 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
                 f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
             )
     if origin is None:
-        number, digest = restored.find_checkpoint(path, pinned or step)
+        number, digest = find_checkpoint(path, pinned or step)
         with hosts.together():
             origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
     if identity and origin.identity != identity:
@@ -274,7 +274,7 @@ def _digest(directory: pathlib.Path) -> str:
 def restore(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer]:
-    """As `training.restored.restore`; of a run that trained adapters, the model that they were trained on and they
+    """As `training.restore.restore`; of a run that trained adapters, the model that they were trained on and they
     are one.
 
     Raises:
@@ -287,7 +287,7 @@ def restore_step(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-    found = restored.restore_parts(workdir, step, config)
+    found = restore_parts(workdir, step, config)
     config, params = found.config, found.params
     if config.tuning.lora_rank:
         if hosts.is_first():

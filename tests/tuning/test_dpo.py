@@ -13,8 +13,8 @@ from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference.generator import Generator
+from bigmac_jax.training.dpo import dpo_loss, margins
 from bigmac_jax.training.loss import loss_fn, token_nll
-from bigmac_jax.training.preferences import dpo_loss, margins
 
 BETA = 0.3
 MESHES = {"1x1": (1, 1, 1, 1), "ep 2 x tensor 2": (1, 1, 2, 2), "2x2": (2, 1, 2, 1), "ep 8": (1, 1, 8, 1)}

@@ -13,7 +13,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.planning.planner import Request, make_plan
 from bigmac_jax.run import loop
 from bigmac_jax.runtime.storage import locate
-from bigmac_jax.training.records import read_records
+from bigmac_jax.training.metrics_file import read_records
 
 _log = logging.getLogger(__name__)
 

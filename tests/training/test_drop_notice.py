@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config, ExecutionConfig, ModelConfig
-from bigmac_jax.training import dropped
-from bigmac_jax.training.dropped import DropNotice
+from bigmac_jax.training import drop_notice
+from bigmac_jax.training.drop_notice import DropNotice
 
 from .test_loop import run
 from .tools import small
@@ -65,8 +65,8 @@ def test_where_nothing_can_be_dropped_nothing_is_read(config: Config) -> None:
 def test_training_says_it_without_logging(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dropped, "_STEPS", 4)
-    monkeypatch.setattr(dropped, "_EVERY", 2)
+    monkeypatch.setattr(drop_notice, "_STEPS", 4)
+    monkeypatch.setattr(drop_notice, "_EVERY", 2)
     run(small(tmp_path, "model.capacity_factor=0.5", "train.log_every=0", "train.eval_every=0"), tmp_path / "run")
     lines = [line for line in capsys.readouterr().out.splitlines() if "dropped" in line]
     assert len(lines) == 1 and lines[0].startswith("step 4: of the last 4 steps' choices ")

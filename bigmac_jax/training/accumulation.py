@@ -14,8 +14,8 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.model.balance import balance_loss
 from bigmac_jax.model.mesh import batch_spec, replicated_spec
+from bigmac_jax.training.dpo import pairs
 from bigmac_jax.training.loss import WHOLE, LossParts, Share
-from bigmac_jax.training.preferences import pairs
 
 Loss = Callable[[Any, Batch, Array, Share], tuple[Array, LossParts]]  # of parameters, rows, a key, and their share
 

@@ -21,11 +21,11 @@ from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.restored import restore as restore_whole
+from bigmac_jax.training.restore import restore as restore_whole
 from bigmac_jax.training.workdir import run_tokenizer, write_run
-from bigmac_jax.tuning import origin as origins
+from bigmac_jax.tuning import pretrained as origins
 from bigmac_jax.tuning import restore
-from bigmac_jax.tuning.origin import (
+from bigmac_jax.tuning.pretrained import (
     ORIGIN,
     Origin,
     config_of,
