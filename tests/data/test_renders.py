@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bigmac_jax.data import chat as module
+from bigmac_jax.data import chat_template as module
 from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, Room
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most, train_bpe
 
