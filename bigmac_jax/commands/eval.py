@@ -1,20 +1,23 @@
 """Scores a trained model: python eval.py --workdir=DIR [--step=best] [--split=test | --text_file=PATH | --tasks=A]."""
 
+import functools
+import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import ConfigError, strict_json, with_mesh
+from bigmac_jax.config import Config, ConfigError, strict_json, with_mesh
 from bigmac_jax.config.reads import notes_of_evaluation
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.token_cache import TokenStream
+from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate, read
 from bigmac_jax.evaluation.sources import open_sources, own_sources, report
-from bigmac_jax.evaluation.tasks.run import describe, open_jobs, score_jobs
+from bigmac_jax.evaluation.tasks.run import Job, describe, open_jobs, score_jobs
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.programs import evaluation_rows
@@ -46,71 +49,108 @@ _BATCH_SIZE = flags.DEFINE_integer(
 _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
 
+Outcome = tuple[list[str], dict[str, Any]]  # lines for people, and the JSON object
+Streams = dict[str, TokenStream | Conversations]  # by name
+
+
+class Trained(NamedTuple):
+    """The run that is scored, and what its model is given."""
+
+    workdir: pathlib.Path
+    config: Config
+    tokenizer: Tokenizer
+    length: int  # tokens of a window
+    rows: int  # windows at a time
+
+
 def main() -> None:
-    workdir = run_folder(_WORKDIR.value)
     with hosts.together():
-        saved = read_config(workdir)
-        config = with_mesh(saved, cli.OVERRIDES)
-        if _SPLIT.value not in ("train", "validation", "test"):
-            raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
-        length = check_windows(config, _LENGTH.value, _STRIDE.value)
-        tokenizer = run_tokenizer(workdir, config)
-        text_file = _TEXT_FILE.value and storage.locate(_TEXT_FILE.value, "--text_file")
-        if _TASKS.value:
-            if _SOURCES.value:
-                raise ConfigError("--tasks and --sources are two things to score; give one")
-            if _DOCUMENTS.value:
-                raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
-            if text_file:
-                raise ConfigError(f"--tasks and --text_file={text_file} are two things to score; give one")
-            own = with_own_template(workdir, config)
-            template = own.tuning.chat_template
-            jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, own, tokenizer, length, template)
-        else:
-            if _TASK_DATA.value or _LIMIT.value:
-                raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
-            if text_file and _SOURCES.value:
-                raise ConfigError(f"--sources and --text_file={text_file} are two things to score; give one")
-            streams: dict[str, TokenStream | Conversations]
-            if _SOURCES.value:
-                streams = open_sources(workdir, config, _SOURCES.value, _SPLIT.value, tokenizer)
-            elif text_file:
-                streams = {str(text_file): text_stream(text_file, tokenizer)}
-            else:
-                streams = {_SPLIT.value: run_stream(workdir, config, _SPLIT.value, tokenizer)}
-    cli.agree(config, __name__)
-    mesh = cli.enter_mesh(config, fit_batch=False)
-    cli.warn(notes_of_evaluation(config, cli.given_fields(), mesh.shape["data"]))
-    quiet = _JSON.value or not hosts.is_first()
-    size = _BATCH_SIZE.value or evaluation_rows(saved)
-    step, identity = find_checkpoint(workdir, _STEP.value) if _TASKS.value else (_STEP.value, "")
-    _, model = restore(workdir, str(step), config)
-    if not (_TASKS.value or text_file or _SOURCES.value) or own_sources(config, _SOURCES.value):
-        name_data(workdir, config, _SPLIT.value)
-    result: dict[str, Any]
-    if _TASKS.value:
-        folder = workdir / "tasks" / str(step)
-        summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, size, _STRIDE.value, quiet)
-        lines, result = describe(summaries), {"step": step, "tasks": summaries}
-    else:
-        documents = _DOCUMENTS.value or config.data.documents
-        readings: dict[str, Any] = {}
-        reader: Callable[..., Any] = read if _SOURCES.value else evaluate
-        for title, stream in streams.items():
-            with Progress(title, stream.num_tokens - 1, "token", scaled=True, silent=quiet) as bar:
-                readings[title] = reader(model, stream, length, size, bar.update, _STRIDE.value, documents)
-        how = "each document by itself" if documents == "masked" else "windows of the stream"
-        if any(isinstance(stream, Conversations) for stream in streams.values()):
-            how = "answers alone"
-        if _SOURCES.value:
-            lines, result = report(readings)
-        else:
-            ((title, score),) = readings.items()
-            lines, result = [f"{title}, {how}: {score.describe()}"], score._asdict()
-        result |= {"documents": documents}
+        trained = _read_run()
+        score = _choose(trained)
+    cli.agree(trained.config, __name__)
+    mesh = cli.enter_mesh(trained.config, fit_batch=False)
+    cli.warn(notes_of_evaluation(trained.config, cli.given_fields(), mesh.shape["data"]))
+    lines, result = score()
     if not _JSON.value:
         hosts.say("\n".join(lines))
     hosts.say(strict_json(result))
+
+
+def _read_run() -> Trained:
+    workdir = run_folder(_WORKDIR.value)
+    saved = read_config(workdir)
+    config = with_mesh(saved, cli.OVERRIDES)
+    if _SPLIT.value not in ("train", "validation", "test"):
+        raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
+    length = check_windows(config, _LENGTH.value, _STRIDE.value)
+    rows = _BATCH_SIZE.value or evaluation_rows(saved)
+    return Trained(workdir, config, run_tokenizer(workdir, config), length, rows)
+
+
+def _choose(trained: Trained) -> Callable[[], Outcome]:
+    """Opens the tasks or texts that the flags name, and returns the function that scores them."""
+    choices = {
+        "--tasks": _TASKS.value,
+        "--sources": _SOURCES.value,
+        f"--text_file={_TEXT_FILE.value}": _TEXT_FILE.value,
+    }
+    given = [flag for flag, value in choices.items() if value]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are two things to score; give one")
+    if not _TASKS.value:
+        if _TASK_DATA.value or _LIMIT.value:
+            raise ConfigError("--task_data and --limit are of tasks; give --tasks=NAME,… too")
+        return functools.partial(_score_texts, trained, _open_texts(trained))
+    if _DOCUMENTS.value:
+        raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
+    config = with_own_template(trained.workdir, trained.config)
+    template = config.tuning.chat_template
+    jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, trained.tokenizer, trained.length, template)
+    return functools.partial(_score_tasks, trained, jobs)
+
+
+def _open_texts(trained: Trained) -> Streams:
+    """The tokens of each source, or of the file, or of the split."""
+    workdir, config, tokenizer = trained.workdir, trained.config, trained.tokenizer
+    if _SOURCES.value:
+        return open_sources(workdir, config, _SOURCES.value, _SPLIT.value, tokenizer)
+    if _TEXT_FILE.value:
+        file = storage.locate(_TEXT_FILE.value, "--text_file")
+        return {str(file): text_stream(file, tokenizer)}
+    return {_SPLIT.value: run_stream(workdir, config, _SPLIT.value, tokenizer)}
+
+
+def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
+    workdir, config, tokenizer, length, rows = trained
+    step, identity = find_checkpoint(workdir, _STEP.value)
+    _, model = restore(workdir, str(step), config)
+    folder = workdir / "tasks" / str(step)
+    summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, rows, _STRIDE.value, _is_quiet())
+    return describe(summaries), {"step": step, "tasks": summaries}
+
+
+def _score_texts(trained: Trained, streams: Streams) -> Outcome:
+    workdir, config, _, length, rows = trained
+    _, model = restore(workdir, _STEP.value, config)
+    if own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
+        name_data(workdir, config, _SPLIT.value)
+    documents = _DOCUMENTS.value or config.data.documents
+    reader: Callable[..., Any] = read if _SOURCES.value else evaluate
+    readings: dict[str, Any] = {}
+    for name, stream in streams.items():
+        with Progress(name, stream.num_tokens - 1, "token", scaled=True, silent=_is_quiet()) as bar:
+            readings[name] = reader(model, stream, length, rows, bar.update, _STRIDE.value, documents)
+    if _SOURCES.value:
+        lines, result = report(readings)
+        return lines, result | {"documents": documents}
+    ((name, score),) = readings.items()
+    how = "each document by itself" if documents == "masked" else "windows of the stream"
+    how = "answers alone" if isinstance(streams[name], Conversations) else how
+    return [f"{name}, {how}: {score.describe()}"], score._asdict() | {"documents": documents}
+
+
+def _is_quiet() -> bool:
+    return _JSON.value or not hosts.is_first()
 
 
 def run() -> None:
