@@ -9,8 +9,8 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def put(page: pathlib.Path, parts: Iterable[str], title: str = "", name: str = "results") -> None:
-    """Writes them in place of what stands between the markers of that name; a page that is not there begins with its
-    title."""
+    """Replaces what stands between the markers of that name; a missing page is made and begins with the title."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     begin, end = markers(name)
     text = page.read_text() if page.exists() else f"{title}{begin}\n{end}\n"
     before, after = text.partition(begin)[0], text.partition(end)[2]

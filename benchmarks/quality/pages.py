@@ -1,6 +1,10 @@
-"""The tables of docs/quality.md, from docs/results/quality.json and nothing else; `pictures` draws what is in them."""
+"""The tables of docs/quality.md and docs/notes/quality.md, made from docs/results/quality.json alone.
+
+The page has the tables that decide between structures, the notes have every study; `pictures` draws them.
+"""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,7 @@ from benchmarks.quality import pictures
 from benchmarks.quality.grid import RATE, SELECTED, STRUCTURES, STUDIES, Condition, normed
 from benchmarks.quality.pictures import APART, FILLS
 
-PAGE, IMAGES = "quality.md", "images/quality"
+PAGE, NOTES, IMAGES = "quality.md", "notes/quality.md", "images/quality"
 ABOUT = {
     "norms": "h = 128, latent 32, 1,000 steps of 2,048 tokens: which norm on the latent, and the control.",
     "projections": "h = 128, 1,000 steps: what W↓ and W↑ start as, and their rate over that of all else. `selected`: "
@@ -49,13 +53,16 @@ Gap = tuple[int, int, float, float]  # h, steps, loss over fine_grained's, its s
 
 
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
-    """Replaces what stands between the markers of the page, and draws what there are runs for."""
+    """Replaces what stands between the markers of the page and of its notes, and draws what there are runs for."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)] + [worth(runs)]
+    drawn = [draw(docs / IMAGES, runs) for draw in (balances, pareto, widths)]
     parts = [section(name, runs) for name in STUDIES] + [picture for picture in drawn if picture]
-    put(docs / PAGE, parts)
+    if every := worth(runs):
+        parts.append(f"\n## What the gap is worth\n\n{every}\n")
+    put(docs / NOTES, parts)
     put(docs / PAGE, [shipped(runs)], name="shipped")
     put(docs / PAGE, [recipe(runs)], name="recipe")
+    put(docs / PAGE, [worth(runs, set(SHIPPED.values()))], name="worth")
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
@@ -187,7 +194,7 @@ def balances(images: pathlib.Path, runs: list[Run]) -> str:
             cells = [_within(*mean(values)) for values in (*within, [run["loss"] for run in seeds])]
             lines.append(f"| {kind} | {len(seeds)} | {' | '.join(cells)} |")
     pictures.balances(images / "balance.png", series)
-    return "\n".join([*lines, "", f"![how uneven the loads of each step are]({IMAGES}/balance.png)", ""])
+    return "\n".join([*lines, "", f"![how uneven the loads of each step are](../{IMAGES}/balance.png)", ""])
 
 
 def pareto(images: pathlib.Path, runs: list[Run]) -> str:
@@ -206,7 +213,7 @@ def pareto(images: pathlib.Path, runs: list[Run]) -> str:
     told = (f"{name} ({points[name][0]:,.0f} bytes, {points[name][1]:.4f} bits)" for name in best)
     lines = ["", "## Bits a byte against wire bytes", "", about + ", ".join(told) + "."]
     pictures.pareto(images / "pareto.png", points, best)
-    return "\n".join([*lines, "", f"![bits a byte against wire bytes]({IMAGES}/pareto.png)", ""])
+    return "\n".join([*lines, "", f"![bits a byte against wire bytes](../{IMAGES}/pareto.png)", ""])
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -254,7 +261,7 @@ def widths(images: pathlib.Path, runs: list[Run]) -> str:
     drawn = {name: longest(of_name) for name, of_name in found.items()}
     lines += [line for name, ends in drawn.items() if len(ends) > 2 for line in ("", extrapolated(name, ends))]
     pictures.widths(images / "widths.png", drawn)
-    return "\n".join([*lines, "", f"![the gap against the width]({IMAGES}/widths.png)", ""])
+    return "\n".join([*lines, "", f"![the gap against the width](../{IMAGES}/widths.png)", ""])
 
 
 def extrapolated(name: str, of_name: list[Gap]) -> str:
@@ -269,8 +276,12 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
     )
 
 
-def worth(runs: list[Run]) -> str:
-    """What a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay."""
+def worth(runs: list[Run], names: Collection[str] = WORTH) -> str:
+    """Table of what a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay.
+
+    Args:
+      names: the conditions that are compared with fine_grained, its control and the wider latent.
+    """
     short, long = (of(normed("fine_grained", "none", steps=steps), runs) for steps in LENGTHS)
     if not (short and long):
         return ""
@@ -278,18 +289,14 @@ def worth(runs: list[Run]) -> str:
     times = LENGTHS[1] / LENGTHS[0]
     columns = ["", "instead of", "h", "steps", "behind", "tokens more", "pays above"]
     lines = [
-        "",
-        "## What the gap is worth",
-        "",
-        f"Of fine_grained at h = 128, {times:g} times the steps take {less:.3f} off the loss. By that, so many tokens "
-        "more make up for a gap, at any\nwidth; and if the exchange, as far as nothing hides it, is more of "
-        "fine_grained's step than the last column says, the\nfirst reaches a loss before the second. What a gate "
-        "computes is not counted.",
+        f"{times:g} times the steps take {less:.3f} off fine_grained's loss at h = 128. By that, \"tokens more\" make up "
+        "for the gap, at any width.\n\"Pays above\" is the share of fine_grained's step that its exchange must take, "
+        "where nothing hides it, for the first to\nreach a loss before the second. What a gate computes is not counted.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in WORTH}
+    all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in names}
     for condition in sorted(all_, key=lambda c: (c.width, c.steps)):
         same = (condition.width, condition.steps)
         bases = [normed("fine_grained", norm, *same) for norm in ("none", "post_combine")]
@@ -306,7 +313,7 @@ def worth(runs: list[Run]) -> str:
             pays = "always" if share <= 0 else f"{100 * share:.0f} %" if share < 1 else "never"
             cells = [condition.name, base.name, condition.width, f"{condition.steps:,}", _within(gap, error, "+")]
             lines.append(f"| {' | '.join(map(str, cells))} | {100 * more:+.0f} % | {pays} |")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def break_even(e_folds: float, wire: float, base: float = 1.0) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The pictures of docs/quality.md, of what `pages` has in its tables."""
+"""The pictures of docs/notes/quality.md, of what `pages` has in its tables."""
 
 import pathlib
 from typing import Any

@@ -3,8 +3,8 @@
 Four hosts on this machine, each a network namespace and a process of train.py; the links are so slow that fine_grained
 at K = 8 spends the paper's 91.8 % of a training step in its exchange (calibrated first). Needs root and iproute2. What
 has been measured is kept in --folder, so the same command goes on where it was interrupted; without other work beside
-it, since computation is measured, too. Writes docs/results/NAME.json, docs/reproduction.md and its pictures; --quick
-and --toy write theirs into --folder.
+it, since computation is measured, too. Writes docs/results/NAME.json, docs/reproduction.md, docs/notes/reproduction.md
+and their pictures; --quick and --toy write theirs into --folder.
 """
 
 import argparse

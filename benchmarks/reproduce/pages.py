@@ -1,57 +1,75 @@
-"""docs/reproduction.md and its pictures, from docs/results/*.json and nothing else."""
+"""The tables of docs/reproduction.md and docs/notes/reproduction.md and their pictures, from docs/results/*.json alone.
+
+The page has the rows that decide (`HEADLINES`), the notes have every row, the bytes and the origin of each experiment.
+"""
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from benchmarks.markers import put
 from benchmarks.reproduce import plots
 
-PAGE, IMAGES = "reproduction.md", "images/reproduction"
+PAGE, NOTES, IMAGES = "reproduction.md", "notes/reproduction.md", "images/reproduction"
 UNITS = {"%": (".1f", " %"), "×": (".2f", "×"), "of none": (".2f", " of `none`"), "": (".3f", "")}  # digits and sign
-ORDER = (
-    "figure1",
-    "table1",
-    "figure3",
-    "figure4",
-    "figure5",
-    "table9",
-    "figure6",
-    "figure7",
-    "ratios",
-    "strategies",
-    "remat",
-)
+# Experiments in the order of the pages → which of their rows stand in docs/reproduction.md.
+HEADLINES = {
+    "figure1": r"step, .* over bigmac's|time to .* over bigmac's|bigmac: mean over .*",
+    "table1": r"training, K = [14]|inference, .*, K = [14]",
+    "figure3": r"small, .*",
+    "figure4": r".*K = 8, .*",
+    "figure5": r"prompts of (128|1024), .*",
+    "table9": r"all_to_all, K = 8, tokens generated: (1|10)",
+    "figure6": r"f = 1\.2, .*",
+    "figure7": r".*",
+    "ratios": r".*",
+    "strategies": r"(dedup|hierarchical|gather), .*|loss after .* 2e-3: hierarchical, int8 over all_to_all, bfloat16",
+    "remat": r".*, (exchange|layer)",
+}
+HEAD = ["| | paper | here | here / paper |", "|---|---|---|---|"]
 
 
 def write(docs: pathlib.Path) -> None:
-    """Draws the pictures and replaces what stands between the markers of the page."""
+    """Draws the pictures and replaces what stands between the markers of the page and of its notes."""
     results = read(docs)
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     for result in results:
         plots.draw(result, docs / IMAGES / f"{result['name']}.png")
-    put(docs / PAGE, map(section, results), "# The paper, measured again\n\n")
+    put(docs / PAGE, [summary(results)], "# The paper, measured again\n\n")
+    put(docs / NOTES, map(section, results), "# The paper, measured again: every table\n\n")
 
 
 def read(docs: pathlib.Path) -> list[dict[str, Any]]:
     results = [json.loads(path.read_text()) for path in sorted((docs / "results").glob("*.json"))]
-    known = [result for result in results if result["name"] in ORDER]
-    return sorted(known, key=lambda result: ORDER.index(result["name"]))
+    known = [result for result in results if result["name"] in HEADLINES]
+    return sorted(known, key=lambda result: list(HEADLINES).index(result["name"]))
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """The rows that decide, experiment by experiment, in Markdown."""
+    lines = list(HEAD)
+    for result in results:
+        anchor = re.sub(r"[^\w -]", "", result["title"].lower()).replace(" ", "-")
+        lines.append(f"| **[{result['title']}]({NOTES}#{anchor})** | | | |")
+        lines += [_row(row) for row in result["rows"] if re.fullmatch(HEADLINES[result["name"]], row["what"])]
+    return "\n".join(lines)
 
 
 def section(result: dict[str, Any]) -> str:
     """A result's table, picture and origin, in Markdown."""
-    lines = ["", f"## {result['title']}", "", result["about"], ""]
-    lines += ["| | paper | here | here / paper |", "|---|---|---|---|"]
-    for row in result["rows"]:
-        digits, unit = UNITS[row["unit"]]
-        paper = "" if row["paper"] is None else f"{row['paper']:{digits}}{unit}"
-        here = "not reached" if row["here"] is None else f"{row['here']:{digits}}{unit}"
-        between = f" ({row['lowest']:{digits}}–{row['highest']:{digits}})" if "lowest" in row else ""
-        ratio = f"{row['here'] / row['paper']:.2f}" if row["paper"] and row["here"] is not None else ""
-        lines.append(f"| {row['what']} | {paper} | {here}{between} | {ratio} |")
-    lines += ["", f"![{result['title']}]({IMAGES}/{result['name']}.png)", ""]
+    lines = ["", f"## {result['title']}", "", result["about"], "", *HEAD, *map(_row, result["rows"])]
+    lines += ["", f"![{result['title']}](../{IMAGES}/{result['name']}.png)", ""]
     return "\n".join([*lines, *(_sent(result) or _left(result)), origin(result)]) + "\n"
+
+
+def _row(row: dict[str, Any]) -> str:
+    digits, unit = UNITS[row["unit"]]
+    paper = "" if row["paper"] is None else f"{row['paper']:{digits}}{unit}"
+    here = "not reached" if row["here"] is None else f"{row['here']:{digits}}{unit}"
+    between = f" ({row['lowest']:{digits}}–{row['highest']:{digits}})" if "lowest" in row else ""
+    ratio = f"{row['here'] / row['paper']:.2f}" if row["paper"] and row["here"] is not None else ""
+    return f"| {row['what']} | {paper} | {here}{between} | {ratio} |"
 
 
 def _sent(result: dict[str, Any]) -> list[str]:
@@ -95,5 +113,5 @@ def origin(result: dict[str, Any]) -> str:
         f"{result['date']}, {machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB, {versions}, "
         f"commit {', '.join(commits) or machine['commit']}; {'; '.join(often)}; links of "
         f"{calibration['rate'] / 1e6:.4g} Mbit/s{fitted}. Raw: [`{result['name']}.json`]"
-        f"(results/{result['name']}.json)."
+        f"(../results/{result['name']}.json)."
     )

@@ -67,7 +67,7 @@ class Block(NamedTuple):
 
 def pages(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
     """README.md first: it makes what the others use."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def read(page: pathlib.Path, root: pathlib.Path = ROOT) -> list[Block]:
@@ -99,6 +99,40 @@ def read(page: pathlib.Path, root: pathlib.Path = ROOT) -> list[Block]:
     if words and not words.endswith(" rest"):
         raise PageError(f"{name}:{marked}: the mark {words!r} stands before no block")
     return blocks
+
+
+def broken_links(page: pathlib.Path) -> list[str]:
+    """The relative links of a page whose file, anchor or line is not there, as "target (why)"."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", _without_blocks(page.read_text())):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        if not path.exists():
+            broken.append(f"{target} (no such file)")
+        elif lines := re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor):
+            last = int(lines[2] or lines[1])
+            if not int(lines[1]) <= last <= len(path.read_text().splitlines()):
+                broken.append(f"{target} (no such lines)")
+        elif anchor and anchor not in anchors(path.read_text()):
+            broken.append(f"{target} (no such heading)")
+    return broken
+
+
+def anchors(text: str) -> list[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", _without_blocks(text), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-") for title in titles]
+
+
+def _without_blocks(text: str) -> str:
+    lines, number, kept = text.splitlines(), 0, []
+    while number < len(lines):
+        end = _end(lines, number)
+        kept += lines[number : number + (end == number)]
+        number = max(end, number + 1)
+    return "\n".join(kept)
 
 
 def commands(code: str) -> list[str]:

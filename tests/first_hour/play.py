@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from first_hour.pages import ROOT, Block, commands, few_steps, pages, planned, read, shortened
 
 LIMIT = 600  # seconds of a block: two minutes on a machine that does nothing else
-MODEL = Block("before", 0, "python train.py --workdir=runs/tiny\n", steps=20)  # that pages find there
+MODEL = Block("before", 0, "bigmac train --workdir=runs/tiny\n", steps=20)  # that pages find there
 _SHORT = "first_hour_config.py"
 _CONFIG = """from bigmac_jax.config import Config, load_config
 

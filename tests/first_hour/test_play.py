@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from first_hour.pages import Block, pages, read
+from first_hour.pages import ROOT, Block, pages, read
 from first_hour.play import MODEL, copy, play, script
 
 
@@ -38,7 +38,7 @@ def test_a_script_is_what_the_mark_says(repository: pathlib.Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("page", pages(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", pages(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_page_says_runs(repository: pathlib.Path, page: pathlib.Path) -> None:
     blocks = read(page)
     if not (repository / "runs" / "tiny").exists():

@@ -1,4 +1,4 @@
-"""docs/reproduction.md holds what docs/results holds, and nothing else."""
+"""docs/reproduction.md and its notes hold what docs/results holds, and nothing else."""
 
 import json
 import pathlib
@@ -21,17 +21,18 @@ def images(docs: pathlib.Path) -> set[str]:
 
 
 def check(docs: pathlib.Path) -> None:
-    """Every picture and every section has its raw file, and the page is the one that they make."""
+    """Every picture and every section has its raw file, and page and notes are those that they make."""
     results = pages.read(docs)
     names = {result["name"] for result in results}
     assert images(docs) == names, "a picture without a raw file, or a raw file without its picture"
-    if not (docs / pages.PAGE).exists():
+    if not (docs / pages.NOTES).exists():
         assert not names
         return
-    text = (docs / pages.PAGE).read_text()
+    text = (docs / pages.NOTES).read_text()
     assert set(re.findall(rf"{pages.IMAGES}/(\w+)\.png", text)) == names
-    between = text.partition(BEGIN)[2].partition(END)[0]
-    assert between.strip() == "".join(map(pages.section, results)).strip(), "the page was not made from docs/results"
+    for page, made in ((pages.NOTES, "".join(map(pages.section, results))), (pages.PAGE, pages.summary(results))):
+        between = (docs / page).read_text().partition(BEGIN)[2].partition(END)[0]
+        assert between.strip() == made.strip(), f"{page} was not made from docs/results"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def docs(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "results").mkdir()
     for name in ("figure3", "table1"):
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(result(name)))
-    (tmp_path / pages.PAGE).write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter\n")
+    (tmp_path / pages.NOTES).parent.mkdir()
+    (tmp_path / pages.NOTES).write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter\n")
     pages.write(tmp_path)
     return tmp_path
 
@@ -62,8 +64,8 @@ def test_the_page_in_this_repository_is_made_from_its_raw_files() -> None:
     check(DOCS)
 
 
-def test_a_page_says_paper_here_ratio_and_origin(docs: pathlib.Path) -> None:
-    text = (docs / pages.PAGE).read_text()
+def test_notes_say_paper_here_ratio_and_origin(docs: pathlib.Path) -> None:
+    text = (docs / pages.NOTES).read_text()
     check(docs)
     assert text.startswith("# Before\n") and text.endswith("\nAfter\n") and "old" not in text
     assert "| a | 2.00× | 3.00× (2.50–3.50) | 1.50 |" in text
@@ -82,6 +84,17 @@ def test_a_page_says_paper_here_ratio_and_origin(docs: pathlib.Path) -> None:
     assert text.index("table1.png") < text.index("figure3.png")
 
 
+def test_the_page_has_the_rows_that_decide(docs: pathlib.Path) -> None:
+    rows = [{"what": what, "paper": 2.0, "here": 3.0, "unit": "×"} for what in ("small, K = 4", "medium, K = 4")]
+    path = docs / "results/figure3.json"
+    path.write_text(json.dumps(result("figure3") | {"title": "Figure 3: it", "rows": rows}))
+    pages.write(docs)
+    check(docs)
+    text = (docs / pages.PAGE).read_text()
+    assert "| **[Figure 3: it](notes/reproduction.md#figure-3-it)** | | | |\n| small, K = 4 | 2.00× | 3.00× | 1.50 |" in text
+    assert "medium" not in text and "medium" in (docs / pages.NOTES).read_text()
+
+
 def test_without_gradients_a_page_has_what_left_the_hosts(docs: pathlib.Path) -> None:
     def record(*overrides: str, repeat: int = 0) -> dict[str, Any]:
         return {"case": {"overrides": [*overrides, "a.b=1"], "repeat": repeat}, "link_bytes_a_step": [1e6, 5e5]}
@@ -92,7 +105,7 @@ def test_without_gradients_a_page_has_what_left_the_hosts(docs: pathlib.Path) ->
     path.write_text(json.dumps(result("table1") | {"traffic": {}, "records": records}))
     pages.write(docs)
     check(docs)
-    text = (docs / pages.PAGE).read_text()
+    text = (docs / pages.NOTES).read_text()
     assert "|---|---|\n|  | 1.50 |\n| structure = bigmac | 1.50 |\n" in text
 
 
@@ -106,14 +119,14 @@ def test_a_figure_without_its_raw_file_is_found(docs: pathlib.Path) -> None:
 
 
 def test_a_number_changed_by_hand_is_found(docs: pathlib.Path) -> None:
-    page = docs / pages.PAGE
+    page = docs / pages.NOTES
     page.write_text(page.read_text().replace("3.00×", "3.10×"))
     with pytest.raises(AssertionError, match="was not made from"):
         check(docs)
 
 
 def test_every_experiment_has_a_place_on_the_page() -> None:
-    assert set(pages.ORDER) == set(EXPERIMENTS)
+    assert set(pages.HEADLINES) == set(EXPERIMENTS)
 
 
 def test_the_rate_solves_the_model_of_a_step() -> None:
