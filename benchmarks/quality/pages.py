@@ -289,9 +289,10 @@ def worth(runs: list[Run], names: Collection[str] = WORTH) -> str:
     times = LENGTHS[1] / LENGTHS[0]
     columns = ["", "instead of", "h", "steps", "behind", "tokens more", "pays above"]
     lines = [
-        f"{times:g} times the steps take {less:.3f} off fine_grained's loss at h = 128. By that, \"tokens more\" make up "
-        "for the gap, at any width.\n\"Pays above\" is the share of fine_grained's step that its exchange must take, "
-        "where nothing hides it, for the first to\nreach a loss before the second. What a gate computes is not counted.",
+        f'{times:g} times the steps take {less:.3f} off fine_grained\'s loss at h = 128. By that, "tokens more" make '
+        'up for the gap, at any width.\n"Pays above" is the share of fine_grained\'s step that its exchange must take, '
+        "where nothing hides it, for the first to\nreach a loss before the second. What a gate computes is not "
+        "counted.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
