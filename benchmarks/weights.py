@@ -19,7 +19,7 @@ from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import with_mesh  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream  # noqa: E402
 from bigmac_jax.evaluation.perplexity import evaluate  # noqa: E402
-from bigmac_jax.inference.int8_weights import fits, quantized, widened  # noqa: E402
+from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize  # noqa: E402
 from bigmac_jax.inference.kv_cache import make_decoder  # noqa: E402
 from bigmac_jax.model.parameters import Declaration, map_declared  # noqa: E402
 from bigmac_jax.training.programs import evaluation_rows  # noqa: E402
@@ -48,10 +48,10 @@ def _rounded(model: Any, weights: str) -> Any:
     """The model, computed in its own dtype, with weights as they would be kept."""
 
     def narrow(of: Declaration, w: Array) -> Array:
-        if weights == "float32" or not fits(of):
+        if weights == "float32" or not should_quantize(of):
             return w
         return (
-            w.astype("bfloat16").astype(w.dtype) if weights == "bfloat16" else widened(quantized(of, w), w.dtype.name)
+            w.astype("bfloat16").astype(w.dtype) if weights == "bfloat16" else dequantize(quantize(of, w), w.dtype.name)
         )
 
     return jax.jit(functools.partial(map_declared, narrow))(model)

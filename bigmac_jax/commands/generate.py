@@ -15,7 +15,7 @@ from bigmac_jax.commands import cli, speculation
 from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.kv_cache import WEIGHTS
-from bigmac_jax.inference.requests import Row, answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
@@ -65,7 +65,7 @@ def main() -> None:
         if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
             raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
         if hosts.is_first():
-            check_answers_to(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
+            check_output(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     speculate.check(config)
@@ -98,7 +98,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
     quiet = _JSON.value or not hosts.is_first()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
     there: dict[int, Completion] = {}
-    with answers_to(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
+    with open_output(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
 
         def done(number: int, completion: Completion) -> None:
             nonlocal tokens, written
@@ -106,7 +106,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
             there[number] = completion
             tokens += len(completion.tokens)
             while written in there:
-                line = answer(*requests[written], there.pop(written))
+                line = make_answer(*requests[written], there.pop(written))
                 print(strict_json(line, ensure_ascii=False), file=file, flush=True)
                 written += 1
 

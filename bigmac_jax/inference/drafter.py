@@ -1,8 +1,9 @@
-"""Drafts that send nothing: the model itself, but of its experts only those that a token's own rank holds.
+"""The draft model of speculative decoding, which exchanges nothing: the model itself with only the experts of a token's
+own rank.
 
-Attention, dense layers and shared experts are the model's. A gate's choice of an expert of another rank is left
-out, or goes to the one here whose outputs are nearest, by a table that is made once, from the weights. (After SpecMoE,
-arXiv 2604.10152.) D hidden, R row width, E experts, e of a rank, S ranks, Y layers.
+Attention, dense layers and shared experts are the model's. A chosen expert of another rank is left out, or replaced by
+its stand-in: the expert here whose outputs are nearest, by a table made once from the weights. (After SpecMoE, arXiv
+2604.10152.) D hidden, R row width, N probes, E experts, e of them on a rank, S ranks, Y layers.
 """
 
 import copy
@@ -17,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.inference.int8_weights import widened
+from bigmac_jax.inference.int8_weights import dequantize
 from bigmac_jax.inference.kv_cache import Decoder
 from bigmac_jax.model.layers import normalised, product
 from bigmac_jax.model.mesh import (
@@ -35,18 +36,18 @@ from bigmac_jax.model.transformer import Block
 
 NEAREST, NONE = "nearest", "none"
 STAND_INS = (NONE, NEAREST)
-_PROBES = 64  # rows by which experts are compared
+_PROBES = 64  # random rows on which experts are compared
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How tokens are drafted.
+    """Settings of speculative decoding.
 
     Attributes:
-      tokens: of a draft; 0 drafts none.
-      local_experts: of each rank that a draft may use; 0 = all that it holds. Fewer are for study.
-      stand_ins: what is computed for an expert that is not among them: `none`, or `nearest`, the one of them whose
-        outputs are nearest; docs/serving.md measures both.
+      tokens: of a draft; 0 turns drafting off.
+      local_experts: how many experts of each rank a draft may use; 0 = all that it holds. Fewer are for study.
+      stand_ins: what replaces an expert that is not among them: `none`, or `nearest`, the one of them whose outputs are
+        nearest; docs/serving.md measures both.
       least: drafting pauses while a smaller share of the drafted tokens is accepted.
 
     Raises:
@@ -69,7 +70,7 @@ class Speculation:
             raise ConfigError(f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError where a model on the current mesh has nothing to save."""
+        """Raises ConfigError if drafts would save a model on the current mesh nothing."""
         if not self.tokens:
             return
         m, ranks = config.model, math.prod(current_group().sizes)
@@ -88,15 +89,15 @@ class Speculation:
             )
 
 
-def make_drafter(config: Config, decoder: Decoder, how: Speculation) -> Decoder:
-    """The decoder that drafts: the same arrays, with a table of stand-ins in each layer that has experts.
+def make_drafter(config: Config, decoder: Decoder, speculation: Speculation) -> Decoder:
+    """Makes the draft model: the decoder's arrays, with a table of stand-ins in each layer that has experts.
 
     Args:
-      config: the decoder's, as of `inference.kv_cache.decoding`.
+      config: the decoder's, from `kv_cache.decoding_config`.
     """
-    tables = jax.jit(functools.partial(_tables, config, how))
+    tables = jax.jit(functools.partial(_tables, config, speculation))
 
-    def with_stand_ins(group: Block) -> Block:
+    def add_stand_ins(group: Block) -> Block:
         if not isinstance(group.mlp, MoE):
             return group
         drafting = copy.copy(group)
@@ -104,29 +105,29 @@ def make_drafter(config: Config, decoder: Decoder, how: Speculation) -> Decoder:
         drafting.mlp.stand_ins = nnx.data(StandIns(tables(group)))
         return drafting
 
-    return dataclasses.replace(decoder, groups=tuple(map(with_stand_ins, decoder.groups)))
+    return dataclasses.replace(decoder, groups=tuple(map(add_stand_ins, decoder.groups)))
 
 
-def _tables(config: Config, how: Speculation, group: Block) -> Array:
-    """Of a group of layers, [Y, S, E]."""
+def _tables(config: Config, speculation: Speculation, group: Block) -> Array:
+    """The tables of a group of layers, [Y, S, E]."""
 
-    def table(_: None, layer: Block) -> tuple[None, Array]:
-        layer = widened(layer, config.execution.dtype)
+    def make_table(_: None, layer: Block) -> tuple[None, Array]:
+        layer = dequantize(layer, config.execution.dtype)
         assert isinstance(layer.mlp, MoE)
-        return None, _table(config, how, layer.mlp, _probes(config, layer))
+        return None, _table(config, speculation, layer.mlp, _probes(config, layer))
 
-    return jax.lax.scan(table, None, group)[1]
+    return jax.lax.scan(make_table, None, group)[1]
 
 
 def _probes(config: Config, layer: Block) -> Array:
-    """Random rows as experts' layers are given them, the same on each rank."""
+    """Random inputs of the layer's MoE, the same on each rank."""
     x_1ND = jax.random.normal(jax.random.key(0), (1, _PROBES, config.model.hidden_size))
     x_BND = jnp.tile(x_1ND.astype(config.execution.dtype), (batch_ranks(), tensor_ranks(), 1))
     return layer.mlp_norm(jax.sharding.reshard(x_BND, token_spec(3)))
 
 
-def _table(config: Config, how: Speculation, mlp: MoE, x_BND: Array) -> Array:
-    """Each rank's row of [S, E]."""
+def _table(config: Config, speculation: Speculation, mlp: MoE, x_BND: Array) -> Array:
+    """A layer's table [S, E]: the local index of the expert that each rank computes for each of all; e for none."""
     names = list(mlp.experts.weights())
     weights = [weight(config, value) for value in mlp.experts.weights().values()]
     down = [] if mlp.down is None else mlp.down.weights()
@@ -136,10 +137,10 @@ def _table(config: Config, how: Speculation, mlp: MoE, x_BND: Array) -> Array:
         w = dict(zip(names, given, strict=False))
         of_down, of_norm = given[len(names) : len(names) + len(down)], given[len(names) + len(down) :]
         e, E = w["w_in_eRF"].shape[0], config.model.expert_count
-        first, n = e * jax.lax.axis_index(EXPERT_GROUP), how.local_experts or e
+        first, n = e * jax.lax.axis_index(EXPERT_GROUP), speculation.local_experts or e
         own_E = jnp.arange(E, dtype=jnp.int32) - first
         is_own_E = (own_E >= 0) & (own_E < n)
-        if how.stand_ins == NONE:
+        if speculation.stand_ins == NONE:
             return jnp.where(is_own_E, own_E, e)[None]
         x_NR = x_1ND[0]
         x_NR = product(x_NR, *of_down) if of_down else x_NR

@@ -1,54 +1,55 @@
-"""Drafts of an engine: when they are made, and what of them is accepted."""
+"""Speculative decoding: when an engine drafts, and how many drafted tokens are accepted."""
 
 import logging
 from typing import Any
 
 import jax
 
-from bigmac_jax.inference.decoding import Decoding, Drafting, State
+from bigmac_jax.inference.decoding import DecodePrograms, DraftProgram, State
 from bigmac_jax.inference.drafter import Speculation
 
 _log = logging.getLogger(__name__)
-_WINDOW = 512  # drafted tokens after which it is decided
-_PAUSE = 512  # steps without drafts, before they are tried again
+_WINDOW = 512  # drafted tokens over which acceptance is measured
+_PAUSE = 512  # steps without drafts after a window of too low acceptance
 
 
 class Drafts:
-    """Attributes:
-    programs: of the drafter.
-    tokens: of a draft.
-    drafted, accepted: tokens so far.
+    """Drafts and verifies for an engine, and pauses while too few drafted tokens are accepted.
+
+    Attributes:
+      program: of the draft model.
+      tokens: of a draft.
+      drafted, accepted: tokens so far.
     """
 
-    def __init__(self, programs: Drafting, how: Speculation):
-        self.programs, self._least = programs, how.least
-        self.tokens = how.tokens
+    def __init__(self, program: DraftProgram, speculation: Speculation):
+        self.program, self.tokens, self._least = program, speculation.tokens, speculation.least
         self.drafted = self.accepted = 0
-        self._since = 0, 0  # of the two, when the window began
-        self._pause = 0
+        self._at_window_start = 0, 0  # the two
+        self._pause = 0  # steps that remain
 
-    def due(self) -> bool:
-        """Whether the next step drafts; to be asked once for each. It follows from tokens, so all processes agree."""
+    def should_draft(self) -> bool:
+        """Whether the next step drafts; to be called once a step. It follows from tokens, so all processes agree."""
         self._pause = max(0, self._pause - 1)
         return not self._pause
 
-    def step(self, verifying: Decoding, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
-        """Drafts and verifies, as `Decoding.verify`; the state is donated."""
-        state, drafted_GSB = self.programs.draft(self.programs.weights, state, slots_SBX, tokens=self.tokens)
-        result: Any = verifying.verify(verifying.weights, state, drafted_GSB, slots_SBX)
+    def step(self, programs: DecodePrograms, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
+        """Drafts and verifies → the state and what was sampled, like `DecodePrograms.verify`; donates the state."""
+        state, drafted_GSB = self.program.draft(self.program.weights, state, slots_SBX, tokens=self.tokens)
+        result: Any = programs.verify(programs.weights, state, drafted_GSB, slots_SBX)
         return result
 
-    def count(self, accepted: int, room: int) -> None:
-        """What became of a slot's draft, of which `room` tokens could have been used."""
-        self.drafted += min(self.tokens, room)
+    def count(self, accepted: int, usable: int) -> None:
+        """Counts the accepted tokens of one slot's draft, of which the request could use at most `usable`."""
+        self.drafted += min(self.tokens, usable)
         self.accepted += accepted
-        drafted, of_these = self.drafted - self._since[0], self.accepted - self._since[1]
+        drafted, accepted = self.drafted - self._at_window_start[0], self.accepted - self._at_window_start[1]
         if drafted < _WINDOW:
             return
-        self._since = self.drafted, self.accepted
-        if of_these < self._least * drafted:
+        self._at_window_start = self.drafted, self.accepted
+        if accepted < self._least * drafted:
             self._pause = _PAUSE + 1
             _log.info(
                 "of %d drafted tokens %.1f %% were accepted, fewer than %.1f %%: no drafts for the next %d steps",
-                drafted, 100 * of_these / drafted, 100 * self._least, _PAUSE,
+                drafted, 100 * accepted / drafted, 100 * self._least, _PAUSE,
             )  # fmt: skip

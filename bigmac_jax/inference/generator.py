@@ -1,4 +1,4 @@
-"""Completions of prompts, and scores of texts. B texts of L tokens."""
+"""Completes prompts and scores texts with a model. B texts of L tokens."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +11,18 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.inference.decoding import PROMPTS, bucket, make_decoding, make_drafting, slots_of
+from bigmac_jax.inference.decoding import (
+    PROMPTS,
+    make_decode_programs,
+    make_draft_program,
+    round_up_length,
+    slots_per_shard,
+)
 from bigmac_jax.inference.drafter import Speculation, make_drafter
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import Job, Step
-from bigmac_jax.inference.kv_cache import decoding, make_decoder
+from bigmac_jax.inference.kv_cache import decoding_config, make_decoder
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
@@ -24,12 +30,12 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.programs import evaluate
 
 Prompt = str | tuple[int, ...]  # text, or token ids
-_CHUNK = 8192  # tokens of prompts that a step reads, where nobody waits for the next token
+_CHUNK = 8192  # tokens of prompts in a step of `generate`, where nobody waits for the next token
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what is to follow it."""
+    """A prompt, and how its completion is sampled."""
 
     prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
@@ -37,44 +43,45 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt."""
+    """The completion of a prompt."""
 
     text: str
-    tokens: tuple[int, ...]  # the end-of-text token and those of a stop text included
-    logprobs: tuple[float, ...]  # of each token, nats, at temperature 1
+    tokens: tuple[int, ...]  # with the end-of-text token, or those of a stop text
+    logprobs: tuple[float, ...]  # of each token, in nats, at temperature 1
     finish_reason: str  # stop (end of text, or a stop text) | length (max_tokens)
     prompt_tokens: int
 
 
 @dataclass(frozen=True)
-class Scored:
-    """How likely a text is, as the beginning of a document."""
+class Score:
+    """How likely a text is as the beginning of a document."""
 
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of each token behind those before it, nats
-    bytes: int  # of the text in UTF-8
+    logprobs: tuple[float, ...]  # of each token given those before it, in nats
+    bytes: int  # length of the text in UTF-8
 
     @property
     def bits_per_byte(self) -> float:
+        """Negative log-likelihood in bits, per byte of the text."""
         return -math.fsum(self.logprobs) / math.log(2) / max(1, self.bytes)
 
 
 class Generator:
-    """Completes and scores texts with a model on the current mesh: prompts as places in the batch become free.
+    """Completes and scores texts with a model on the current mesh; completions run in a continuous batch.
 
     Args:
-      config, model: as `bigmac_jax.restore` gives them.
-      max_length: prompt and completion together; 0 = data.sequence_length. More needs positions that aren't learned.
+      config, model: from `bigmac_jax.restore`.
+      max_length: tokens of prompt and completion together; 0 = data.sequence_length. Learned positions allow no more.
       batch_size: prompts at a time.
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
-      consume: frees the model on the way, where memory is too short for both; then nothing can be scored.
-      weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores are of the
-        model as it is.
-      speculate: how tokens are drafted, where the model's experts are on several ranks; by default they are not.
+      consume: frees the model on the way, where memory is too short for two copies; then nothing can be scored.
+      weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores always use
+        the model as it is.
+      speculate: settings of speculative decoding, for experts on several ranks; by default there are no drafts.
 
     Attributes:
-      drafts: how many tokens were drafted and accepted; None where they are not.
+      drafts: counts drafted and accepted tokens; None without drafts.
 
     Raises:
       ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded;
@@ -105,19 +112,19 @@ class Generator:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
         self.max_length = max_length or trained
-        self._longest_prefill = trained if config.model.positions == "learned" else math.inf
+        self._longest_score = trained if config.model.positions == "learned" else math.inf
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._config = decoding(config, exchange, weights)
+        self._config = decoding_config(config, exchange, weights)
         self._decoder = make_decoder(config, model, exchange, consume, weights)
-        self._programs = make_decoding(self._decoder)
+        self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
         if speculate.tokens:
             drafter = make_drafter(self._config, self._decoder, speculate)
-            self.drafts = Drafts(make_drafting(drafter), speculate)
+            self.drafts = Drafts(make_draft_program(drafter), speculate)
 
     def generate(
         self,
@@ -126,55 +133,42 @@ class Generator:
         first: int = 0,
         **sampling: Any,
     ) -> list[Completion]:
-        """The completion of each prompt.
+        """Completes each prompt.
 
         Args:
-          on_done: called with the number of a prompt and its completion as soon as that is there.
-          first: number of the first prompt, where others went before it in another call; draws depend on numbers.
+          on_done: called with the number of a prompt and its completion as soon as that has ended.
+          first: number of the first prompt, if earlier calls had those before it; random draws depend on numbers.
           **sampling: fields of `Sampling`, for prompts that are no `Request`.
 
         Raises:
-          ConfigError: a prompt that is empty, broken text, or too long with its max_tokens; or the model's activations
+          ConfigError: a prompt is empty, broken text, or too long with its max_tokens; or the model's activations
             overflow.
         """
-        requests = _requests(prompts, sampling)
-        jobs = self._jobs(requests, first)
-        if not jobs:
-            return []
-        # The longest first, so that none is left alone at the end.
-        engine = self.engine(self.batch_size, jobs)
-        for job in sorted(jobs, key=lambda job: -job.positions):
-            engine.submit(job)
-        while engine.busy:
-            for step in engine.step():
-                _check_step(step)
-                if step.reason and on_done:
-                    on_done(step.job.number, _completion(step.job))
+        jobs = self._make_jobs(prompts, sampling, first)
+        for step in self._run(jobs):
+            if step.reason and on_done:
+                on_done(step.job.number, _completion(step.job))
         return list(map(_completion, jobs))
 
     def stream(self, prompt: Prompt | Request, **sampling: Any) -> Iterator[str]:
-        """The completion of one prompt, piece by piece as it is made; arguments and errors as for `generate`."""
-        (job,) = self._jobs(_requests([prompt], sampling))
-        engine = self.engine(1, [job])
-        engine.submit(job)
-        while engine.busy:
-            for step in engine.step():
-                _check_step(step)
-                yield step.piece
+        """Completes one prompt and yields the text piece by piece; arguments and errors as for `generate`."""
+        for step in self._run(self._make_jobs([prompt], sampling)):
+            yield step.piece
 
-    def score(self, texts: Sequence[Prompt]) -> list[Scored]:
-        """The log-probability of each token of each text, which stands behind an end-of-text token.
+    def score(self, texts: Sequence[Prompt]) -> list[Score]:
+        """Computes the log-probability of each token of each text, after an end-of-text token. Dropless, as evaluation.
 
-        Dropless, as evaluation is. A text may be token ids.
+        Args:
+          texts: texts, or their token ids.
 
         Raises:
-          ConfigError: a text that is empty, broken, or longer than max_length; or the model was consumed.
+          ConfigError: a text is empty, broken, or longer than max_length; or the model was consumed.
         """
         if self._model is None:
             raise ConfigError("Generator(consume=True) has freed the model that scores; make it with consume=False")
         if isinstance(texts, str):
             raise ConfigError("texts must be a list; put the one text into brackets")
-        token_ids = self._token_ids(texts, "text", 1)
+        token_ids = self._encode(texts, "text")
         for number, ids in enumerate(token_ids, 1):
             if len(ids) > self.max_length:
                 raise ConfigError(
@@ -182,12 +176,12 @@ class Generator:
                     f"it in parts, or with a longer max_length"
                 )
         order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))
-        scored: dict[int, Scored] = {}
+        scores: dict[int, Score] = {}
         with jax.set_mesh(self.mesh):
             rows = -(-min(self.batch_size, len(texts)) // batch_ranks()) * batch_ranks()
             for start in range(0, len(order), rows or 1):
                 batch = order[start : start + rows]
-                padded = int(min(bucket(len(token_ids[batch[0]]), tensor_ranks()), self._longest_prefill))
+                padded = int(min(round_up_length(len(token_ids[batch[0]]), tensor_ranks()), self._longest_score))
                 tokens_BL = np.zeros((rows, padded + 1), np.int32)
                 tokens_BL[:, 0] = self.tokenizer.eos_id
                 for row, i in enumerate(batch):
@@ -196,84 +190,86 @@ class Generator:
                 for nll_L, i in zip(nll_BL, batch, strict=False):
                     ids, text = token_ids[i], texts[i]
                     size = len((text if isinstance(text, str) else self.tokenizer.decode(ids)).encode())
-                    scored[i] = Scored(tuple(ids), tuple((-nll_L[: len(ids)]).tolist()), size)
-        return [scored[i] for i in range(len(texts))]
+                    scores[i] = Score(tuple(ids), tuple((-nll_L[: len(ids)]).tolist()), size)
+        return [scores[i] for i in range(len(texts))]
 
     def check(self, prompts: Sequence[Prompt | Request], **sampling: Any) -> None:
-        """Raises what `generate` would, before anything is made."""
-        self._encoded(_requests(prompts, sampling))
+        """Raises the ConfigError that `generate` would raise for these prompts, without computing anything."""
+        self._make_jobs(prompts, sampling)
 
     def engine(self, slots: int, jobs: Sequence[Job] = (), positions: int = 0, **sizes: Any) -> Engine:
-        """An engine of this model.
+        """Makes an engine of this model.
 
         Args:
           slots: requests at a time.
-          jobs: all that there will be, if that is known: it becomes as large as they need.
-          positions: of the cache; by default as many as so many of the longest requests take.
+          jobs: all that there will be, if known: slots and cache are no larger than they need.
+          positions: of the cache; by default enough for so many of the longest requests.
           **sizes: `chunk`, `page_size` and `reuse` of `Engine`.
         """
         with jax.set_mesh(self.mesh):
             longest = self.max_length
             if jobs:
                 slots = min(slots, len(jobs))
-                longest = bucket(max(job.positions for job in jobs) + 1, 1)
-                # Few sizes, few programs.
-                most, unit = sorted(bucket(job.positions, 1) for job in jobs)[-slots:], batch_ranks() * longest
+                longest = round_up_length(max(job.positions for job in jobs) + 1)
+                # Rounded up, so that few programs are compiled.
+                most, unit = sorted(round_up_length(job.positions) for job in jobs)[-slots:], batch_ranks() * longest
                 positions = -(-sum(most) // unit) * unit
                 sizes = {"chunk": _CHUNK} | sizes
-            positions = positions or slots_of(slots) * batch_ranks() * longest
+            positions = positions or slots_per_shard(slots) * batch_ranks() * longest
             return Engine(
                 self._config, self._decoder, self._programs, slots, positions, longest, drafts=self.drafts, **sizes
             )
 
     def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
-        """A request for an engine; its prompt is not checked."""
+        """Makes a request for an engine, without checking its tokens."""
         return Job(prompt, sampling, Text(self.tokenizer, sampling), number)
 
-    def _jobs(self, requests: Sequence[Request], first: int = 0) -> list[Job]:
-        encoded = self._encoded(requests, first)
-        return [
-            self.job(ids, request.sampling, number)
-            for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first)
+    def _make_jobs(self, prompts: Sequence[Prompt | Request], sampling: dict[str, Any], first: int = 0) -> list[Job]:
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a list; put the one text into brackets")
+        requests = [
+            prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts
         ]
-
-    def _encoded(self, requests: Sequence[Request], first: int = 0) -> list[list[int]]:
-        """The token ids of each prompt, checked."""
-        encoded = self._token_ids([request.prompt for request in requests], "prompt", first + 1)
-        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first + 1):
-            wanted = len(ids) + request.sampling.max_tokens
-            if wanted > self.max_length:
+        encoded = self._encode([request.prompt for request in requests], "prompt", first)
+        jobs = []
+        for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first):
+            new = request.sampling.max_tokens
+            if len(ids) + new > self.max_length:
                 raise ConfigError(
-                    f"prompt {number} has {len(ids)} tokens, which with max_tokens={request.sampling.max_tokens} are "
-                    f"{wanted}, and must be at most max_length={self.max_length}; use a shorter prompt, fewer "
-                    f"max_tokens, or a longer max_length"
+                    f"prompt {number + 1} has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and "
+                    f"must be at most max_length={self.max_length}; use a shorter prompt, fewer max_tokens, or a "
+                    f"longer max_length"
                 )
-        return encoded
+            jobs.append(self.job(ids, request.sampling, number))
+        return jobs
 
-    def _token_ids(self, texts: Sequence[Prompt], what: str, first: int) -> list[list[int]]:
-        """Those of each text, at least one, all of the vocabulary."""
-        for number, text in enumerate(texts, first):
+    def _run(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        if not jobs:
+            return
+        engine = self.engine(self.batch_size, jobs)
+        # The longest first, so that none runs alone at the end.
+        for job in sorted(jobs, key=lambda job: -job.positions):
+            engine.submit(job)
+        while engine.busy:
+            for step in engine.step():
+                if step.reason == BROKEN:
+                    raise ConfigError(
+                        f"prompt {step.job.number + 1}: the model gives NaN for token "
+                        f"{len(step.job.text.tokens) + 1}, for its activations overflow; use --weights=float32 with "
+                        f"execution.dtype=float32, or another checkpoint"
+                    )
+                yield step
+
+    def _encode(self, texts: Sequence[Prompt], what: str, first: int = 0) -> list[list[int]]:
+        """The token ids of each text, at least one, all in the vocabulary; errors count texts from first + 1."""
+        for number, text in enumerate(texts, first + 1):
             _check_text(f"{what} {number}", text, self.vocab_size)
         encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
-        for number, ids in enumerate(token_ids, first):
+        for number, ids in enumerate(token_ids, first + 1):
             if not ids:
                 raise ConfigError(f"{what} {number} has no tokens; give text that the tokenizer keeps")
         return token_ids
-
-
-def _check_step(step: Step) -> None:
-    if step.reason == BROKEN:
-        raise ConfigError(
-            f"prompt {step.job.number + 1}: the model gives NaN for token {len(step.job.text.tokens) + 1}, for its "
-            f"activations overflow; use --weights=float32 with execution.dtype=float32, or another checkpoint"
-        )
-
-
-def _requests(prompts: Sequence[Prompt | Request], sampling: dict[str, Any]) -> list[Request]:
-    if isinstance(prompts, str):
-        raise ConfigError("prompts must be a list; put the one text into brackets")
-    return [prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts]
 
 
 def _check_text(name: str, text: Prompt, vocab_size: int) -> None:

@@ -1,7 +1,8 @@
 """Weights of eight bits: integers, and a scale for every channel.
 
-Matrices and tables of tokens; norms, biases, positions and the router stay. Products are computed in the dtype of the
-computation: a layer's weights are widened where it is computed, which an accelerator's compiler fuses into the product.
+Matrices and tables of tokens are quantized; norms, biases, positions and the router are not. Products are computed in
+execution.dtype: a layer's weights are dequantized where it is computed, which an accelerator's compiler fuses into the
+product.
 """
 
 from typing import Any, NamedTuple
@@ -16,32 +17,32 @@ LEVELS = 127
 
 
 class Int8(NamedTuple):
-    """Stands where an array stood: w ≈ values · scale."""
+    """A quantized array, in the place of the array w ≈ values · scale."""
 
     values: Array  # int8 [..., X, Y]
     scale: Array  # float32 [..., X, 1] or [..., 1, Y]
 
 
-def fits(of: Declaration) -> bool:
-    """Whether a parameter is kept in eight bits."""
-    return of.decays and not (of.exact or of.small)
+def should_quantize(declaration: Declaration) -> bool:
+    """Whether int8 weights keep this parameter in eight bits."""
+    return declaration.decays and not (declaration.exact or declaration.small)
 
 
-def quantized(of: Declaration, w: Array) -> Int8:
-    """Rounded to the nearest of 255 levels; the largest of a channel is exact.
+def quantize(declaration: Declaration, w: Array) -> Int8:
+    """Rounds a parameter to the nearest of 255 levels; the largest value of each channel is exact.
 
     A channel is a token's row of a table; of a matrix [X, Y] what belongs to one index of the shorter dimension, so
     that there are fewer scales, or one output where it is square.
     """
     X, Y = w.shape[-2:]
-    axis = -1 if of.rows_first or X < Y else -2
+    axis = -1 if declaration.rows_first or X < Y else -2
     w = w.astype(jnp.float32)
     scale = jnp.max(jnp.abs(w), axis=axis, keepdims=True) / LEVELS
     return Int8(jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
 
-def widened(tree: Any, dtype: str) -> Any:
-    """A tree with arrays of `dtype` where it has weights of eight bits."""
+def dequantize(tree: Any, dtype: str) -> Any:
+    """The tree with every `Int8` replaced by its array, in `dtype`."""
 
     def widen(leaf: Any) -> Any:
         return (leaf.values * leaf.scale).astype(dtype) if isinstance(leaf, Int8) else leaf

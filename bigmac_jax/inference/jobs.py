@@ -1,10 +1,9 @@
-"""Requests of an engine, and what it says of them."""
+"""What goes into an engine and comes out of it: requests, and their tokens one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bigmac_jax.inference.pages import Lease
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import Text
 
@@ -13,12 +12,12 @@ CANCELLED = "cancelled"
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way.
+    """A request to an engine, and its completion so far.
 
     Attributes:
-      number: of the request; with the seed it makes its random numbers.
-      text: what follows the prompt, as it grows.
-      reused: tokens of the prompt that were in the cache when it began.
+      text: the completion, which grows with every step.
+      number: of the request; random numbers follow from it and the seed.
+      reused: tokens of the prompt that the cache held when it began.
     """
 
     prompt: Sequence[int]
@@ -26,15 +25,10 @@ class Job:
     text: Text
     number: int = 0
     reused: int = 0
-    _shard: int = -1
-    _slot: int = -1
-    _lease: Lease | None = None
-    _read: int = 0  # tokens of the prompt, of steps that were dispatched
-    _asked: int = 0  # tokens that follow, of the same; of drafts, how many there are at least
 
     @property
     def positions(self) -> int:
-        """That it takes in the cache: the last token is not read."""
+        """Positions that it takes in the cache; its last token is never read."""
         return len(self.prompt) + self.sampling.max_tokens - 1
 
 
@@ -42,8 +36,8 @@ class Step(NamedTuple):
     """One more token of a request."""
 
     job: Job
-    piece: str  # the text that it makes certain
+    piece: str  # text that this token completes; "" while that is uncertain
     token: int
     logprob: float
-    likely: tuple[tuple[int, float], ...]  # the most likely tokens, as many as sampling.logprobs
+    alternatives: tuple[tuple[int, float], ...]  # the most likely tokens and their logprobs, sampling.logprobs of them
     reason: str  # why the request ends with it: stop, length or BROKEN; "" if it goes on

@@ -1,4 +1,4 @@
-"""The model over a cache of keys and values that stand in pages.
+"""A model that decodes with its keys and values cached in pages.
 
 A step reads some tokens of many sequences: of each of the S shards of the batch W rows of C tokens, side by side,
 [S, T] with T = W · C, as if they were the tokens of one sequence. So every layer that takes each token by itself splits
@@ -8,7 +8,6 @@ of p positions.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.inference.int8_weights import fits, quantized, widened
+from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
 from bigmac_jax.model.attention import KeyValues, Rows
 from bigmac_jax.model.mesh import (
     TENSOR,
@@ -34,15 +33,16 @@ from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
 
+WEIGHTS = ("", "float32", "bfloat16", "int8")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoder:
-    """A model for decoding: in the dtype of the computation or in eight bits (`int8_weights`), its layers in
-    groups, each stacked and scanned.
+    """A model for decoding: weights in execution.dtype or int8, its layers in stacked groups that are scanned.
 
-    A group is all layers of a kind, so that compilation does not take longer the more there are; on CPU it is one
-    layer, because there a step that reads one of stacked layers copies it first.
+    A group is all layers of a kind, so that compilation does not take longer the more there are. On CPU it is one
+    layer, because there a step that reads one of several stacked layers copies it first.
     """
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
@@ -50,21 +50,18 @@ class Decoder:
 
 
 class Cache(NamedTuple):
-    """What the layers have seen, in pages."""
+    """The keys and values of every group of layers, in pages."""
 
     groups: tuple[KeyValues, ...]
 
 
-WEIGHTS = ("", "float32", "bfloat16", "int8")
-
-
-def decoding(config: Config, exchange: str = "auto", weights: str = "") -> Config:
+def decoding_config(config: Config, exchange: str = "auto", weights: str = "") -> Config:
     """The config that a decoder computes with.
 
     Args:
-      exchange: the strategy, instead of the one that suited training; `auto` takes the one that is fastest for the few
-        rows of a decode step, and for the many of a prefill.
-      weights: float32 or bfloat16 is the dtype of the computation, too; int8 and "" leave that as it was in training.
+      exchange: the strategy, instead of the one that suited training; `auto` takes the fastest one for the few rows of
+        a decode step, and for the many of a prefill.
+      weights: float32 or bfloat16 becomes execution.dtype, too; int8 and "" leave that as it was in training.
 
     Raises:
       ConfigError: weights of another name.
@@ -79,122 +76,109 @@ def decoding(config: Config, exchange: str = "auto", weights: str = "") -> Confi
 def make_decoder(
     config: Config, model: Transformer, exchange: str = "auto", consume: bool = False, weights: str = ""
 ) -> Decoder:
-    """The decoder of a model, which computes dropless.
+    """Makes the decoder of a model; it never drops tokens.
 
     Args:
-      config, exchange, weights: as for `decoding`.
-      consume: frees the model's arrays on the way; the model can't be used any more.
+      config, exchange, weights: as for `decoding_config`.
+      consume: frees the model's arrays on the way, so that memory for one more of them is enough; the model can't be
+        used any more.
     """
-    config = decoding(config, exchange, weights)
+    config = decoding_config(config, exchange, weights)
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
     stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
     ends.first = ends.layers = None
-
-    def cast(of: Declaration, w: Array) -> Any:
-        (done,) = _cast(w, of, of.crossing(config.execution).compute, weights == "int8", 0)
-        if consume and w is not done:
-            jax.block_until_ready(done)
-            w.delete()
-        return done
-
-    ends = map_declared(cast, ends)
-    groups = tuple(group for stack in stacks for group in _groups(config, stack, consume, weights == "int8"))
-    return Decoder(ends, groups)
-
-
-def _groups(config: Config, stack: Block, consume: bool, narrow: bool) -> Iterator[Block]:
-    """Of a stack of layers. Leaf by leaf, so that memory for one more leaf is enough."""
     one_by_one = platform() == "cpu" and not config.execution.unroll_layers
-    leaves, treedef = jax.tree.flatten(stack)
-    declarations = jax.tree.leaves(map_declared(lambda of, _: _Leaf(of), stack))
-    parts = []
-    for leaf, declaration in zip(leaves, declarations, strict=True):
-        of = declaration.of if isinstance(declaration, _Leaf) else None
-        dtype = of.crossing(config.execution).compute if of else str(leaf.dtype)
-        parts.append(_cast(leaf, of, dtype, narrow, leaf.shape[0] if one_by_one else 0))
+    groups = [
+        group for stack in stacks for group in _convert(config, stack, consume, weights, depth(stack) * one_by_one)
+    ]
+    return Decoder(_convert(config, ends, consume, weights)[0], tuple(groups))
+
+
+def _convert(config: Config, tree: Any, consume: bool, weights: str, layers: int = 0) -> list[Any]:
+    """The tree with weights as the decoder keeps them, once, or once for each of its stacked layers."""
+    leaves, treedef = jax.tree.flatten(tree)
+    declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, tree))
+    converted = []
+    for w, declaration in zip(leaves, declarations, strict=True):
+        if not isinstance(declaration, Declaration):
+            declaration = None  # a variable that is no parameter
+        dtype = declaration.crossing(config.execution).compute if declaration else str(w.dtype)
+        converted.append(_convert_leaf(w, declaration, dtype, weights == "int8", layers))
         if consume:
-            jax.block_until_ready(parts[-1])
-            leaf.delete()
-    return (jax.tree.unflatten(treedef, group) for group in zip(*parts, strict=True))
-
-
-class _Leaf:
-    """A declaration in the place of its array."""
-
-    def __init__(self, of: Declaration):
-        self.of = of
+            jax.block_until_ready(converted[-1])
+            w.delete()
+    return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _cast(w: Array, of: Declaration | None, dtype: str, narrow: bool, layers: int) -> tuple[Any, ...]:
-    """Weights as they are kept; of a stack of `layers` each by itself."""
-    done = quantized(of, w) if of is not None and narrow and fits(of) else w.astype(dtype)
+def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: bool, layers: int) -> tuple[Any, ...]:
+    converted = quantize(declaration, w) if declaration and int8 and should_quantize(declaration) else w.astype(dtype)
     if not layers:
-        return (done,)
-    parts, tree = jax.tree.flatten(done)
+        return (converted,)
+    parts, tree = jax.tree.flatten(converted)
     return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
 
 
 def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:
-    """An empty one, of `pages` for each shard of the batch and layer; of a key-value head that several ranks of
-    `tensor` read, each has its own copy."""
+    """An empty cache with so many pages for each batch shard and layer. A key-value head that several ranks of `tensor`
+    read is there once for each of them."""
     heads = max(config.model.kv_heads, tensor_ranks())
 
-    def empty(group: Block) -> KeyValues:
+    def make_group(group: Block) -> KeyValues:
         shape = heads, batch_ranks() * depth(group) * pages, page_size, config.model.head_size
         dtype = config.execution.dtype
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
-    return Cache(tuple(map(empty, decoder.groups)))
+    return Cache(tuple(map(make_group, decoder.groups)))
 
 
 def depth(group: Block) -> int:
-    """Layers of a group."""
+    """Number of layers of a group."""
     return jax.tree.leaves(group)[0].shape[0]
 
 
 def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
-    """Reads the next tokens of sequences → x_STD behind the last layer, the cache with them.
+    """Reads the next tokens of sequences → features x_STD after the last layer, the cache with these tokens.
 
-    Decoding is this with one token a row; a prompt is read in rows of some pages. What stands behind a row's count
-    may be any token.
+    Decoding is this with one token a row; a prompt is read in rows of some pages. Tokens of a row beyond its count may
+    be any.
     """
 
     def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
         (x_STD, past), (layer, first) = carry, xs
-        layer = widened(layer, dtype)
+        layer = dequantize(layer, dtype)
         y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
         x_STD = x_STD + y_STD
         return (x_STD + layer.feed_forward(x_STD, None, evaluating=True)[0], past), None
 
     dtype = model.ends.config.execution.dtype
-    x_STD, groups = widened(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
+    x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
     for group, past in zip(model.groups, cache.groups, strict=True):
-        of_rank = past.keys.shape[1] // batch_ranks()
-        first_Y = jnp.arange(0, of_rank, of_rank // depth(group), dtype=jnp.int32)
+        pages = past.keys.shape[1] // batch_ranks()
+        first_Y = jnp.arange(0, pages, pages // depth(group), dtype=jnp.int32)
         (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, first_Y))
         groups.append(past)
     return x_STD, Cache(tuple(groups))
 
 
-def logits_of_last(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
-    """Float32 logits_SWV of the token behind each row's last."""
+def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
+    """Float32 logits_SWV for the token after each row's last."""
     if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
         specs = token_spec(3), batch_spec(2)
-        x_STD = on_each_rank(_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
-    return logits_of_each(model, x_STD)
+        x_STD = on_each_rank(_take_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
+    return compute_logits(model, x_STD)
 
 
-def logits_of_each(model: Decoder, x_STD: Array) -> Array:
-    """Float32 logits_STV of the token behind each."""
-    ends = widened(model.ends, model.ends.config.execution.dtype)
+def compute_logits(model: Decoder, x_STD: Array) -> Array:
+    """Float32 logits_STV for the token after each token."""
+    ends = dequantize(model.ends, model.ends.config.execution.dtype)
     return ends.logits(ends.final_norm(x_STD))
 
 
 def _positions(rows: Rows, tokens: int) -> Array:
-    """position_ST of the rows' tokens, side by side; of those behind a row's count, its first one's."""
+    """position_ST of the rows' tokens, side by side; tokens beyond a row's count get the position of its first."""
 
     def on_rank(position_SW: Array, count_SW: Array) -> Array:
         step_C = jnp.arange(tokens // position_SW.shape[1], dtype=jnp.int32)[None, None]
@@ -204,9 +188,9 @@ def _positions(rows: Rows, tokens: int) -> Array:
     return on_each_rank(on_rank, (rows.position_SW, rows.count_SW), in_spec=batch_spec, out_specs=batch_spec(2))
 
 
-def _last(x_STD: Array, count_SW: Array) -> Array:
-    """On one rank, which has a part of its shard's tokens: the features of the last token of its part of the rows,
-    [1, w, D]."""
+def _take_last(x_STD: Array, count_SW: Array) -> Array:
+    """On one rank, which has a part of its shard's tokens: the features [1, w, D] of the last tokens of its part of the
+    rows."""
     (_, T, _), W = x_STD.shape, count_SW.shape[1]
     C = T * tensor_ranks() // W
     place_W = jnp.arange(W, dtype=jnp.int32) * C + jnp.maximum(count_SW[0] - 1, 0) - jax.lax.axis_index(TENSOR) * T

@@ -1,4 +1,4 @@
-"""Which pages of the cache belong to which sequence, on one shard of the batch. On the host; it knows no arrays."""
+"""Which pages of the cache belong to which sequence, on one batch shard. Bookkeeping on the host, without arrays."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Lease:
+class Allocation:
     """The pages of a sequence, in order."""
 
     pages: list[int]
-    ready: int  # tokens at its beginning that were there when it began
-    known: int  # pages at its beginning that others can find
-    alone: bool = False  # another sequence with this beginning is known; what follows here is not
+    cached: int  # tokens at its beginning that the cache already held
+    shared: int  # pages at its beginning that other sequences can find
+    duplicate: bool = False  # another sequence shares the same tokens from other pages; what follows here is not shared
 
 
-class Pages:
-    """The pages of a shard: given out for a whole sequence at once, so that none has to end for lack of them, and
-    shared by sequences that begin alike.
+class PageAllocator:
+    """Allocates the pages of one batch shard: all pages of a sequence at once, so that none has to end for lack of
+    them, and shared by sequences that begin alike.
 
-    A full page is known by its tokens and the page before it. A known page that nobody uses stays until its place is
-    needed; the one that was used longest ago goes first. A sequence that uses a page uses those before it, and gives
-    them back after it: so a page goes before the one it is known by.
+    A full page is found by its tokens and the page before it. One that no sequence uses stays until its place is
+    needed; the least recently used goes first. A sequence uses a page after those before it, and frees it before them:
+    so a page never outlives the one that it is found by.
 
     Args:
+      number: pages of the shard.
       size: positions of a page.
-      reuse: whether to share pages.
+      reuse: whether sequences share pages.
     """
 
     def __init__(self, number: int, size: int, reuse: bool = True):
@@ -34,36 +35,36 @@ class Pages:
         self._users = [0] * number
         self._by_key: dict[tuple[int, tuple[int, ...]], int] = {}  # (the page before it or -1, its tokens) → page
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # known pages without a user, the oldest first
+        self._unused: OrderedDict[int, None] = OrderedDict()  # pages with a key and without a user, the oldest first
 
     @property
     def in_use(self) -> int:
-        """Pages that sequences hold."""
+        """Number of pages that sequences hold."""
         return self.number - self.available
 
     @property
     def available(self) -> int:
+        """Number of pages that no sequence holds."""
         return len(self._free) + len(self._unused)
 
-    def needed(self, positions: int) -> int:
-        return -(-positions // self.size)
+    def allocate(self, tokens: Sequence[int], positions: int) -> Allocation | None:
+        """Allocates pages for a sequence that begins with `tokens` and grows to so many positions; None while too few
+        are available.
 
-    def begin(self, tokens: Sequence[int], positions: int) -> Lease | None:
-        """Pages for a sequence that begins with `tokens` and grows to so many positions; None while there are too few.
-
-        The last of `tokens` is never ready: what follows it has to be computed.
+        The last of `tokens` is never cached: the token after it has to be computed.
         """
-        shared = self.matching(tokens)
-        fresh = self.needed(positions) - len(shared)
+        shared = self.find_prefix(tokens)
+        fresh = -(-positions // self.size) - len(shared)
         if fresh > self.available - sum(self._users[page] == 0 for page in shared):
             return None
         for page in shared:
-            self._use(page)
+            self._users[page] += 1
+            self._unused.pop(page, None)
         taken = [self._take() for _ in range(fresh)]
-        return Lease(shared + taken, len(shared) * self.size, len(shared))
+        return Allocation(shared + taken, len(shared) * self.size, len(shared))
 
-    def matching(self, tokens: Sequence[int]) -> list[int]:
-        """Known pages that hold the beginning of `tokens`, all but the last one."""
+    def find_prefix(self, tokens: Sequence[int]) -> list[int]:
+        """The pages in the cache that hold the beginning of `tokens`, without the last token."""
         found: list[int] = []
         while (stop := (len(found) + 1) * self.size) < len(tokens):
             page = self._by_key.get((found[-1] if found else -1, tuple(tokens[stop - self.size : stop])))
@@ -72,31 +73,28 @@ class Pages:
             found.append(page)
         return found
 
-    def filled(self, lease: Lease, tokens: Sequence[int]) -> None:
-        """Makes known the pages of a sequence that hold `tokens`, its beginning."""
-        while self._reuse and not lease.alone and (stop := (lease.known + 1) * self.size) <= len(tokens):
-            page = lease.pages[lease.known]
-            key = lease.pages[lease.known - 1] if lease.known else -1, tuple(tokens[stop - self.size : stop])
+    def share(self, allocation: Allocation, tokens: Sequence[int]) -> None:
+        """Lets other sequences find the full pages of a sequence that hold `tokens`, its beginning."""
+        a = allocation
+        while self._reuse and not a.duplicate and (stop := (a.shared + 1) * self.size) <= len(tokens):
+            page = a.pages[a.shared]
+            key = a.pages[a.shared - 1] if a.shared else -1, tuple(tokens[stop - self.size : stop])
             if key in self._by_key:
-                lease.alone = True
+                a.duplicate = True
             else:
                 self._by_key[key], self._key_of[page] = page, key
-                lease.known += 1
+                a.shared += 1
 
-    def end(self, lease: Lease) -> None:
-        """Gives the pages back."""
-        for page in reversed(lease.pages):
+    def free(self, allocation: Allocation) -> None:
+        """Frees the pages of a sequence that has ended."""
+        for page in reversed(allocation.pages):
             self._users[page] -= 1
             if not self._users[page]:
                 if page in self._key_of:
                     self._unused[page] = None
                 else:
                     self._free.append(page)
-        lease.pages = []
-
-    def _use(self, page: int) -> None:
-        self._users[page] += 1
-        self._unused.pop(page, None)
+        allocation.pages = []
 
     def _take(self) -> int:
         if self._free:

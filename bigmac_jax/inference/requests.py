@@ -1,4 +1,4 @@
-"""Prompts and completions as JSON lines."""
+"""Requests and completions as JSON lines."""
 
 import codecs
 import contextlib
@@ -14,15 +14,38 @@ from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.runtime import storage
 
 Row = dict[str, Any]
-# An answer has log-probabilities of its own tokens alone.
+# A line's answer has log-probabilities of its own tokens alone.
 _FIELDS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "logprobs")
 
 
+def parse_json(content: bytes) -> Any:
+    """Parses JSON from untrusted bytes: no NaN, and texts that are valid UTF-8 when they are written again.
+
+    Raises:
+      ValueError: what is wrong, as a predicate: "is not JSON: …".
+    """
+    try:
+        value = json.loads(content.decode(), parse_constant=_refuse_constant)
+        if b"\\ud" in content.lower():
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid UTF-8 (byte {error.start + 1})") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {' '.join(str(error).split())[:200]}") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
-    """The lines of a file, or of standard input (`-`), each with its request.
+    """Reads a file of JSON lines, or standard input (`-`) → each line's object and its request.
 
     Args:
-      sampling: what a line does not say for itself.
+      sampling: settings where a line has none of its own.
 
     Raises:
       ConfigError: no such file, or a line that is no request; the message names it.
@@ -37,16 +60,9 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # what is written in the end
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{name}, line {number} is not valid UTF-8 (byte {error.start + 1}); fix it") from None
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{name}, line {number} holds half of a surrogate pair, which is no text; fix it"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{name}, line {number} is not JSON ({error}); fix it") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise ConfigError(f"{name}, line {number} {error}; fix it") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ConfigError(f'{name}, line {number} must be an object with a text "prompt"; fix it')
         try:
@@ -59,13 +75,13 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
     return requests
 
 
-def answer(row: Row, request: Request, completion: Completion) -> Row:
-    """What is written for a request: its own fields, and those of the completion."""
+def make_answer(row: Row, request: Request, completion: Completion) -> Row:
+    """The answer to a request: the fields of its own line, and those of the completion."""
     return {**row, "prompt": request.prompt, **dataclasses.asdict(completion)}
 
 
-def check_answers_to(target: str, source: str) -> None:
-    """Before work begins: raises ConfigError where `target` cannot be written, or is the file of prompts."""
+def check_output(target: str, source: str) -> None:
+    """Raises ConfigError, before work begins, if answers cannot be written to `target` or would overwrite `source`."""
     if target == "-":
         return
     path = storage.locate(target, "--output")
@@ -74,31 +90,26 @@ def check_answers_to(target: str, source: str) -> None:
     if source != "-" and (path.is_file() and path.samefile(prompts) if on_disk else path == prompts):
         raise ConfigError(f"--output={target} is the file of prompts, which would be lost; choose another path")
     if not storage.is_store(path):  # to which nothing can be appended
-        with _opened(target, "a"):
+        with _open(target, "a"):
             pass
 
 
 @contextlib.contextmanager
-def answers_to(target: str) -> Iterator[TextIO]:
-    """The file that answers are written to; standard output for `-`.
-
-    Raises:
-      ConfigError: it cannot be written.
-    """
+def open_output(target: str) -> Iterator[TextIO]:
+    """Opens the file that answers are written to, or standard output (`-`); raises ConfigError if it can't be."""
     if target == "-":
         yield sys.stdout
-        return
-    with _opened(target, "w") as file:
-        yield file
+    else:
+        with _open(target, "w") as file:
+            yield file
 
 
-def _opened(target: str, mode: str) -> TextIO:
+def _open(target: str, mode: str) -> TextIO:
     try:
         path = storage.locate(target, "--output")
-        if storage.is_store(path):
-            return path.open(mode, encoding="utf-8")  # type: ignore[return-value]
-        # By lines: whoever is interrupted leaves whole ones.
-        return path.open(mode, buffering=1, encoding="utf-8")  # type: ignore[return-value]
+        # Line by line on a disk: whoever is interrupted leaves whole lines.
+        buffering = {} if storage.is_store(path) else {"buffering": 1}
+        return path.open(mode, encoding="utf-8", **buffering)  # type: ignore[call-overload]
     except storage.errors() as error:
         raise ConfigError(
             f"--output={target} cannot be written ({storage.reason(error)}); choose another path"

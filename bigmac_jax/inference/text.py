@@ -1,21 +1,21 @@
-"""Tokens as they come, to text as it can be shown."""
+"""Turns tokens into text as they arrive (incremental detokenization), and finds where it ends."""
 
 import math
 
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.inference.sampling import Sampling
 
-BROKEN = "broken"  # the model gave no numbers to choose a token by: NaN, or infinity
+BROKEN = "broken"  # finish reason: the logits were NaN or infinite
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-# A character of UTF-8 has four bytes at most: after as many tokens, what looks unfinished is broken.
+# A UTF-8 character has at most four bytes: what looks unfinished after as many tokens is broken.
 _LONGEST_CHARACTER = 4
 
 
 class Text:
-    """One completion while it grows.
+    """The text of one completion, which grows token by token.
 
     Attributes:
-      text: what has been given out.
+      text: what is certain so far: whole characters, and no beginning of a stop text.
       tokens, logprobs: all so far.
       finish_reason: "" until it ends, then stop, length or BROKEN.
     """
@@ -25,12 +25,12 @@ class Text:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self._tokenizer, self._sampling = tokenizer, sampling
-        self._held = ""  # decoded, but maybe the beginning of a stop text
-        # Tokens are decoded behind some that have been: a tokenizer may drop the space before the first one.
+        self._held = ""  # decoded, but perhaps the beginning of a stop text
+        # Tokens are decoded together with some before them: a tokenizer may drop the space before the first one.
         self._context, self._decoded = 0, 0
 
     def add(self, token: int, logprob: float) -> str:
-        """The text that this token makes certain."""
+        """Appends a token and returns the text that it makes certain; may set `finish_reason`."""
         if not math.isfinite(logprob):
             return self._finish(BROKEN, last=len(self.tokens))
         self.tokens.append(token)
@@ -56,7 +56,11 @@ class Text:
         return piece
 
     def _decode(self, stop: int, whole: bool) -> str:
-        """Text of the tokens up to `stop` that were not decoded yet; nothing while it ends inside a character."""
+        """Decodes the tokens up to `stop` that were not decoded yet.
+
+        Args:
+          whole: also if they end inside a character; else that gives "".
+        """
         if stop <= self._decoded:
             return ""
         before = self._tokenizer.decode(self.tokens[self._context : self._decoded])
@@ -64,7 +68,7 @@ class Text:
         if text.endswith(_BROKEN) and not whole:
             if stop - self._decoded < _LONGEST_CHARACTER:
                 return ""
-            # Broken, but its end may yet be the beginning of a whole character.
+            # Broken, but the end may be the beginning of a whole character.
             for cut in range(self._decoded + 1, stop):
                 head, tail = self._tokenizer.decode(self.tokens[self._context : cut]), self.tokens[cut:stop]
                 if self._tokenizer.decode(tail) == _BROKEN and head + _BROKEN == text:
@@ -75,5 +79,5 @@ class Text:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
+    """How many characters at the end of `text` are the beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

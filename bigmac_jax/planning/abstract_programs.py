@@ -21,16 +21,16 @@ from bigmac_jax.inference.decoding import (
     PAGE_SIZE,
     PROMPTS,
     ROW_PAGES,
-    Decoding,
+    DecodePrograms,
     State,
-    make_decoding,
-    make_drafting,
+    make_decode_programs,
+    make_draft_program,
     make_state,
-    packed_size,
-    slots_of,
+    slots_per_shard,
 )
 from bigmac_jax.inference.drafter import Speculation, make_drafter
-from bigmac_jax.inference.kv_cache import Decoder, decoding, make_decoder
+from bigmac_jax.inference.kv_cache import Decoder, decoding_config, make_decoder
+from bigmac_jax.inference.packed_rows import packed_size
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, placed
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.programs import Program, abstract, abstract_batch, evaluate, evaluation_rows, step_program
@@ -70,7 +70,7 @@ def _evaluate_program(config: Config, mesh: Mesh) -> Program:
 def _prefill_program(config: Config, mesh: Mesh) -> Program:
     """Of `PROMPTS` prompts at once."""
     made, state, pages = _serving(config, mesh)
-    rows, row_size = slots_of(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
+    rows, row_size = slots_per_shard(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
     packed = abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
     return Program("prefill", made.prefill, (made.weights, state, packed), {"row_size": row_size})
 
@@ -87,9 +87,9 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
 
     def drafter(model: Transformer) -> Decoder:
-        return make_drafter(decoding(config), make_decoder(config, model), Speculation(DRAFTED))
+        return make_drafter(decoding_config(config), make_decoder(config, model), Speculation(DRAFTED))
 
-    made = make_drafting(placed(jax.eval_shape(drafter, model), mesh))
+    made = make_draft_program(placed(jax.eval_shape(drafter, model), mesh))
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
     return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
 
@@ -101,13 +101,13 @@ def _verify_program(config: Config, mesh: Mesh) -> Program:
     return Program("verify", made.verify, (made.weights, state, drafted, packed), {})
 
 
-def _serving(config: Config, mesh: Mesh) -> tuple[Decoding, State, int]:
+def _serving(config: Config, mesh: Mesh) -> tuple[DecodePrograms, State, int]:
     """The programs, the state of `PROMPTS` slots that hold data.sequence_length each, and a slot's pages."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
-    slots, pages = slots_of(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
+    slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
     state = jax.eval_shape(lambda: make_state(config, decoder, slots, slots * pages, PAGE_SIZE))
-    return make_decoding(decoder), placed(state, mesh), pages
+    return make_decode_programs(decoder), placed(state, mesh), pages
 
 
 _MAKERS = {

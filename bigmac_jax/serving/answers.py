@@ -81,7 +81,7 @@ class Answer:
         return {
             "tokens": [self._show(step.token) for step in steps],
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [{self._show(token): value for token, value in step.likely} for step in steps],
+            "top_logprobs": [{self._show(token): value for token, value in step.alternatives} for step in steps],
             "text_offset": offsets,
         }
 
@@ -90,5 +90,5 @@ class Answer:
             text = self._show(token)
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        likely = [described(*pair) for pair in step.likely]
+        likely = [described(*pair) for pair in step.alternatives]
         return {**described(step.token, step.logprob), "top_logprobs": likely}

@@ -15,9 +15,9 @@ from training.tools import quick, text
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
-from bigmac_jax.inference.decoding import Decoding, make_decoding
+from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs
 from bigmac_jax.inference.kv_cache import make_decoder
-from bigmac_jax.inference.requests import answer, answers_to, check_answers_to, read_requests
+from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests
 
 LENGTH, NEW = 48, 12
 WORDS = text(1, seed=2)[0]
@@ -88,10 +88,10 @@ def test_every_batch_size_and_mesh(greedy: list[Completion], mesh: tuple[int, ..
 
 
 def test_decoders_of_a_kind_share_programs() -> None:
-    def made(**model: Any) -> Decoding:
+    def made(**model: Any) -> DecodePrograms:
         config = tiny(length=LENGTH, **model)
         with on_mesh(config):
-            return make_decoding(jax.eval_shape(partial(make_decoder, config), abstract_model(config)))
+            return make_decode_programs(jax.eval_shape(partial(make_decoder, config), abstract_model(config)))
 
     first, again, other = made(), made(), made(activation="silu")
     assert first[1:] == again[1:] and not {*first[1:]} & {*other[1:]}
@@ -226,7 +226,7 @@ def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
     assert first == Request("é", Sampling(temperature=0.5, top_k=3))
     assert second == Request("b", Sampling(max_tokens=2, temperature=0.5, stop=("x",)))
     completion = Completion("t", (1,), (-0.5,), "length", 2)
-    assert answer(row, first, completion) == {**row, **dataclasses.asdict(completion)}
+    assert make_answer(row, first, completion) == {**row, **dataclasses.asdict(completion)}
 
 
 @pytest.mark.parametrize(
@@ -253,19 +253,19 @@ def test_bad_requests_of_a_file(tmp_path: pathlib.Path, content: bytes, message:
 def test_files_that_are_not_there(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_requests(str(tmp_path / "none"), Sampling())
-    with pytest.raises(ConfigError, match="cannot be written"), answers_to(str(tmp_path / "none" / "out")):
+    with pytest.raises(ConfigError, match="cannot be written"), open_output(str(tmp_path / "none" / "out")):
         pass
 
 
 def test_nothing_is_lost_before_work_begins(tmp_path: pathlib.Path) -> None:
     prompts, answers = tmp_path / "prompts", tmp_path / "answers"
     prompts.write_text("precious"), answers.write_text("old")
-    check_answers_to(str(answers), str(prompts))
+    check_output(str(answers), str(prompts))
     assert answers.read_text() == "old"
     with pytest.raises(ConfigError, match="is the file of prompts, which would be lost"):
-        check_answers_to(str(prompts), str(prompts))
+        check_output(str(prompts), str(prompts))
     with pytest.raises(ConfigError, match="cannot be written"):
-        check_answers_to(str(tmp_path), str(prompts))
+        check_output(str(tmp_path), str(prompts))
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((2, 1, 2), marks=pytest.mark.full)])

@@ -16,7 +16,7 @@ from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Generator
-from bigmac_jax.inference.int8_weights import Int8, fits, quantized, widened
+from bigmac_jax.inference.int8_weights import Int8, dequantize, quantize, should_quantize
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.parameters import map_declared
@@ -28,7 +28,7 @@ def in_eight_bits(model: Any) -> Any:
     """The model with every weight as eight bits have it."""
 
     def narrow(of: Any, w: Any) -> Any:
-        return widened(quantized(of, w), "float32") if fits(of) else w
+        return dequantize(quantize(of, w), "float32") if should_quantize(of) else w
 
     return jax.jit(functools.partial(map_declared, narrow), compiler_options=QUICK)(model)
 
@@ -73,7 +73,7 @@ def test_the_largest_of_a_channel_is_exact() -> None:
     with on_mesh(config):
         model = random_model(config)
         eight = jax.tree.leaves(
-            map_declared(lambda of, w: quantized(of, w) if fits(of) else w, model),
+            map_declared(lambda of, w: quantize(of, w) if should_quantize(of) else w, model),
             is_leaf=lambda v: isinstance(v, Int8),
         )
     matrices = [(w, v) for w, v in zip(jax.tree.leaves(model), eight, strict=True) if isinstance(v, Int8)]

@@ -8,7 +8,7 @@ import pytest
 from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import Config
-from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, logits_of_last, make_cache, make_decoder
+from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
 from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.mesh import batch_ranks
 
@@ -46,7 +46,7 @@ def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
 
 def step(decoder: Decoder, cache: Cache, tokens_ST: jax.Array, rows: Rows) -> tuple[jax.Array, Cache]:
     x_STD, cache = advance(decoder, cache, tokens_ST, rows)
-    return logits_of_last(decoder, x_STD, rows.count_SW), cache
+    return compute_last_logits(decoder, x_STD, rows.count_SW), cache
 
 
 def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 from model.tools import QUICK, on_mesh, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.inference.sampling import Chosen, Draws, Sampling, draws_of, sample
+from bigmac_jax.inference.sampling import RowSampling, Sampled, Sampling, sample
 
 SHARES = np.array([0.1, 0.5, 0.05, 0.3, 0.05])  # by token; sorted: 1, 3, 0, then two alike
 N = 4000
@@ -17,14 +17,18 @@ N = 4000
 RUN = jax.jit(sample, compiler_options=QUICK)
 
 
-def chosen(samplings: list[Sampling], requests: list[int], positions: np.ndarray, logits_V: np.ndarray) -> Chosen:
+def chosen(samplings: list[Sampling], requests: list[int], positions: np.ndarray, logits_V: np.ndarray) -> Sampled:
     """A row each, all with the same logits."""
     with on_mesh(tiny()):
         logits = split_tokens(np.broadcast_to(logits_V.astype(np.float32), (1, len(samplings), len(logits_V))))
-        columns = zip(*map(draws_of, samplings, requests), strict=True)
+        rows = [
+            (s.temperature, s.top_k, s.top_p, s.seed, request, s.logprobs)
+            for s, request in zip(samplings, requests, strict=True)
+        ]
         dtypes = (np.float32, np.int32, np.float32, np.uint32, np.int32, np.int32)
-        settings = Draws(*(split_batch(np.array([v], t)) for v, t in zip(columns, dtypes, strict=True)))
-        return Chosen(*(np.asarray(v)[0] for v in RUN(logits, settings, split_batch(positions.reshape(1, -1)))))
+        columns = zip(*rows, strict=True)
+        settings = RowSampling(*(split_batch(np.array([v], t)) for v, t in zip(columns, dtypes, strict=True)))
+        return Sampled(*(np.asarray(v)[0] for v in RUN(logits, settings, split_batch(positions.reshape(1, -1)))))
 
 
 def drawn(
@@ -114,9 +118,9 @@ def test_the_most_likely_tokens() -> None:
     asked = [Sampling(logprobs=3), Sampling()]
     out = chosen(asked, [0, 0], np.zeros(2, np.int32), logits_V := np.random.default_rng(0).standard_normal(200))
     best = np.argsort(-logits_V)[:3]
-    assert (out.likely[0, :3] == best).all()
-    np.testing.assert_allclose(out.likely_logprob[0, :3], (logits_V - np.log(np.exp(logits_V).sum()))[best], rtol=1e-5)
-    assert not chosen(asked[1:], [0], np.zeros(1, np.int32), logits_V).likely.any()
+    assert (out.top_tokens[0, :3] == best).all()
+    np.testing.assert_allclose(out.top_logprobs[0, :3], (logits_V - np.log(np.exp(logits_V).sum()))[best], rtol=1e-5)
+    assert not chosen(asked[1:], [0], np.zeros(1, np.int32), logits_V).top_tokens.any()
 
 
 @pytest.mark.parametrize(

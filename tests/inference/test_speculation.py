@@ -128,7 +128,7 @@ def test_the_most_likely_tokens_are_those_of_each_position(twins: tuple[Config, 
             engine.submit(generator.job((5, 6, 7), Sampling(9, ignore_eos=True, logprobs=3)))
             found = []
             while engine.busy:
-                found += [(step.token, step.likely) for step in engine.step()]
+                found += [(step.token, step.alternatives) for step in engine.step()]
             likely.append(found)
     plain, drafts = likely
     assert len(plain) == len(drafts) == 9
