@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
-from jax._src import distributed
 
 from benchmarks.ports import free_port
 from bigmac_jax.runtime.clock import Clock
+from bigmac_jax.runtime.hosts import coordination_store
 from bigmac_jax.runtime.watchdog import Watch
 
 _COUNTS = flags.DEFINE_list("counts", ["8", "32", "128", "256"], "Processes of the job.")
@@ -38,7 +38,7 @@ class _Counting:
         self.requests = 0
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(distributed.global_state.client, name)
+        method = getattr(coordination_store(), name)
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             self.requests += 1

@@ -31,7 +31,8 @@ def adapted(config: Config, params: nnx.State) -> dict[Path, nnx.Param]:
     tuning = config.tuning
     if not tuning.lora_rank:
         return {}
-    matrices = {path: param for path, param in nnx.to_flat_state(params) if len(declared(param).dims) > 1}
+    # Biases and norms, which do not decay either, are no matrices: experts' biases have two dimensions as well.
+    matrices = {path: param for path, param in nnx.to_flat_state(params) if declared(param).decays}
     parts = {declared(param).part for param in matrices.values()}
     wanted = set(tuning.lora_targets.split(","))
     if not wanted & parts:

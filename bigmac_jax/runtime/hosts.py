@@ -148,6 +148,16 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def coordination_store() -> Any:
+    """The key-value store of jax's coordination service, which the processes of a job share; None in a job of one.
+
+    It has no public name. tests/runtime/test_coordination_store.py says what broke when another jax has it elsewhere.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 def gather(message: str) -> list[str]:
     """The message of every process, in all of them; waits for the last."""
     if not several():

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import jax
-from jax._src import distributed  # its store has no public name yet
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import hosts
@@ -297,6 +296,4 @@ def of_job(timeout: float) -> contextlib.AbstractContextManager[Any]:
     """The watch of this process; none of a job of one, or where timeout is 0."""
     if not hosts.several() or timeout <= 0:
         return contextlib.nullcontext()
-    store = distributed.global_state.client
-    assert store is not None
-    return Watch(timeout, store, jax.process_index(), jax.process_count())
+    return Watch(timeout, hosts.coordination_store(), jax.process_index(), jax.process_count())

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax._src import distributed  # its store has no public name yet
 from jax.errors import JaxRuntimeError
 
 from bigmac_jax.inference import Generator
@@ -32,7 +31,7 @@ class Schedule:
     """What process 0 tells; a job of one process has nobody to tell."""
 
     def __init__(self) -> None:
-        self._store: Any = distributed.global_state.client if hosts.several() else None
+        self._store = hosts.coordination_store() if hosts.several() else None
         self._told = 0
 
     def step(self, submitted: Sequence[tuple[int, Job]], cancelled: Sequence[int]) -> None:
@@ -97,7 +96,7 @@ def follow(generator: Generator, engine: Engine) -> int:
 
 
 def _messages() -> Iterator[list[Any]]:
-    store: Any = distributed.global_state.client
+    store = hosts.coordination_store()
     heard, text = 0, ""
     while True:
         try:

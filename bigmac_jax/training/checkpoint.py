@@ -26,7 +26,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
 from bigmac_jax.training.atomic_save import completed
-from bigmac_jax.training.checkpoint_arrays import DamagedError, arrays_of, check_shapes, nonfinite, read_arrays
+from bigmac_jax.training.checkpoint_arrays import DamagedError, array_handlers, check_shapes, nonfinite, read_arrays
 from bigmac_jax.training.step import TrainState, evaluated
 from bigmac_jax.training.workdir import run_of
 
@@ -57,7 +57,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self._directory,
-            handler_registry=arrays_of("model", "optimizer"),
+            handler_registry=array_handlers("model", "optimizer"),
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[_METRIC],
                 best_mode="min",

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.model.parameters import leaf_name
@@ -19,19 +18,6 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.storage import is_store
 
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
-
-
-def _zarr(global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool) -> dict[str, Any]:
-    """Zarr 3's description of an array with the format's own checksum, for which Orbax has no option."""
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    codecs += [{"name": "zstd", "configuration": {"level": 1}}] if use_compression else []
-    codecs += CHECKSUM  # of what the others made, so of every byte that is written
-    grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
-    return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
-
-
-tensorstore_utils._build_zarr3_metadata = _zarr
-
 # What TensorStore says of contents; of a store, others may be its own trouble, which passes.
 _OF_CONTENTS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 _STATUS = re.compile(r"([A-Z_]{5,}): ")
@@ -41,13 +27,36 @@ class DamagedError(Exception):
     """What is wrong with a checkpoint, in a few words."""
 
 
-def arrays_of(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """The handlers of a checkpoint's items that hold arrays; those of others are Orbax's."""
+def write_checksums() -> None:
+    """Makes Orbax write arrays with Zarr's own checksums, for which it has no option: one of its private functions is
+    replaced, here alone.
+
+    Raises:
+      RuntimeError: this Orbax describes the arrays that it writes by another function.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    def describe(global_shape: tuple[int, ...], chunk_shape: tuple[int, ...], use_compression: bool) -> dict[str, Any]:
+        codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        codecs += [{"name": "zstd", "configuration": {"level": 1}}] if use_compression else []
+        codecs += CHECKSUM  # of what the others made, so of every byte that is written
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk_shape}}
+        return {"shape": global_shape, "chunk_grid": grid, "codecs": codecs}
+
+    tensorstore_utils._build_zarr3_metadata = describe
     written = tensorstore_utils.ArrayWriteSpec(
         "/", "w", global_shape=(1,), write_shape=(1,), dtype=np.dtype("float32"), use_zarr3=True, use_ocdbt=True
     ).json
-    if written["metadata"]["codecs"][-len(CHECKSUM) :] != CHECKSUM:
-        raise RuntimeError("this Orbax would write arrays without checksums; pyproject.toml says which are known")
+    if written["metadata"] != describe((1,), (1,), use_compression=True):
+        raise RuntimeError(
+            f"Orbax {ocp.__version__} would write arrays without checksums: it does not describe them by "
+            f"tensorstore_utils._build_zarr3_metadata any more; install one that pyproject.toml names"
+        )
+
+
+def array_handlers(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """Handlers of the items of a checkpoint that hold arrays; those of others are Orbax's."""
+    write_checksums()
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in items:
         registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_zarr3=True))

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from jax._src import distributed
 
 from bigmac_jax.inference.jobs import Job
 from bigmac_jax.inference.sampling import Sampling
@@ -47,7 +46,7 @@ class Followed:
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store()
     monkeypatch.setattr(hosts, "several", lambda: True)
-    monkeypatch.setattr(distributed.global_state, "client", made)
+    monkeypatch.setattr(hosts, "coordination_store", lambda: made)
     monkeypatch.setattr(lockstep, "_PART", 20)
     return made
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import open_stream
@@ -30,7 +31,7 @@ from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.checkpoint_arrays import DamagedError
+from bigmac_jax.training.checkpoint_arrays import DamagedError, write_checksums
 from bigmac_jax.training.metrics import MetricsWriter
 from bigmac_jax.training.restore import restore
 from bigmac_jax.training.step import TrainState
@@ -310,6 +311,14 @@ def test_a_flipped_bit_of_an_array_is_found_when_it_is_read(large_run: pathlib.P
         data.write_bytes(content)
     assert found > 0.9 * instances
     reader.close()
+
+
+def test_an_orbax_that_writes_no_checksums_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red without the patch: Orbax describes arrays by another function now, which `write_checksums` is to replace."""
+    write_checksums()
+    monkeypatch.setattr(tensorstore_utils, "_build_zarr_shard_and_chunk_metadata", lambda **_: ({}, "", None))
+    with pytest.raises(RuntimeError, match=r"without checksums: .*_build_zarr3_metadata any more; install"):
+        write_checksums()
 
 
 def test_damaged_arrays_are_passed_over(large_run: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:

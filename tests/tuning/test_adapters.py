@@ -1,6 +1,7 @@
 """Adapters: their gradients against those of the whole matrices on one device, and what is trained, kept and merged."""
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -19,13 +20,16 @@ from model.tools import (
     split_batch,
     tiny,
 )
+from safetensors.numpy import load_file
 from training.tools import session
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
+from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import plain, split
+from bigmac_jax.tuning.peft import export_adapters
 
 ALL = "attention,projections,shared,experts,router"
 # data, node, expert, tensor, fsdp, split_experts
@@ -39,8 +43,8 @@ MESHES = {
 FULL = ("1x1", "ep 2 x tensor 2, experts split", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
 
 
-def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, **tuning: Any) -> Config:
-    config = tiny(mesh, num_layers=1, num_shared_experts=1, gated=True, num_kv_heads=2)
+def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, use_bias: bool = False, **tuning: Any) -> Config:
+    config = tiny(mesh, num_layers=1, num_shared_experts=1, gated=True, num_kv_heads=2, use_bias=use_bias)
     tuned = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets, **tuning)
     return dataclasses.replace(config, tuning=tuned, train=dataclasses.replace(config.train, init_from="some"))
 
@@ -101,6 +105,23 @@ def test_what_is_adapted() -> None:
     assert shapes["layers.mlp.experts.w_in_eRF.b"] == (1, 8, 2, 16)
     with pytest.raises(ConfigError, match=r"tuning\.lora_targets=mlp are not in the model"), on_mesh(config):
         adapted(with_adapters(targets="mlp"), params)
+
+
+def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
+    """Experts' biases have two dimensions, as matrices do; PEFT, too, gets the matrices' adapters alone."""
+    config = with_adapters(targets="attention,experts", use_bias=True)
+    with on_mesh(config):
+        graphdef, params, rest = split(jax.eval_shape(lambda: random_model(config)))
+        shapes = jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0)))
+        adapters = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, np.float32)), shapes)
+        names = {name.removesuffix(".a").removesuffix(".b") for name in leaves(adapters)}
+        assert {name for name in names if "experts" in name} == {
+            f"layers.mlp.experts.{name}" for name in ("w_in_eRF", "w_gate_eRF", "w_out_eFR")
+        }
+        assert not any("b_" in name for name in names)
+        export_adapters(Restored(config, graphdef, adapters, rest, params, 1, None), tmp_path / "adapters")
+    exported = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert len(exported) == 2 * len(names)
 
 
 @pytest.mark.full
