@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/distributions.md, from docs/results/distributions.json and nothing else."""
+"""The tables and pictures of docs/distributions.md and its notes, from docs/results/distributions.json alone."""
 
 import math
 import pathlib
@@ -15,16 +15,17 @@ from benchmarks.distributions.grid import ALL, STRUCTURES, STUDIES, Condition
 from benchmarks.markers import put
 from benchmarks.quality.pages import mean
 
-PAGE, IMAGES = "distributions.md", "images/distributions"
+PAGE, NOTES, IMAGES = "distributions.md", "notes/distributions.md", "images/distributions"
 Run = dict[str, Any]
 
 
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
-    """Replaces what stands between the markers of the page, which is made if it is not there."""
+    """Replaces what stands between the markers of the page and its notes, which are made if they are not there."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     parts = [shift(runs), curves(docs / IMAGES, runs), balance(runs), layers(docs / IMAGES, runs), transfer(runs),
              bars(docs / IMAGES, runs)]  # fmt: skip
     put(docs / PAGE, parts)
+    put(docs / NOTES, [loads_by_domain(runs)], "# Notes on distributions\n\n")
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
@@ -131,22 +132,24 @@ def balance(runs: list[Run]) -> str:
 
 
 def transfer(runs: list[Run]) -> str:
-    found = _found(runs, alone)
-    if not found:
-        return ""
+    """Table of bits a byte by what was trained on and what is read."""
     head = ["trained on", "seeds", *(f"read in {name}" for name in ALL)]
-    bits, loads = [], []
-    for condition, seeds in found:
-        first = [condition.name, str(len(seeds))]
-        bits.append(first + [within([r["read"][name]["bits_per_byte"] for r in seeds]) for name in ALL])
+    rows = [
+        [c.name, str(len(seeds)), *(within([r["read"][name]["bits_per_byte"] for r in seeds]) for name in ALL)]
+        for c, seeds in _found(runs, alone)
+    ]
+    return "\n## One domain, read in another\n\nBits a byte of held-out text.\n\n" + _table(head, rows) if rows else ""
+
+
+def loads_by_domain(runs: list[Run]) -> str:
+    """Table of the busiest expert by what was trained on and what is read, and of what an expert tells."""
+    rows = []
+    for condition, seeds in _found(runs, alone):
         most = [within([busiest(r, name) for r in seeds], 2) for name in ALL]
-        loads.append([*first, *most, within([100 * told(r) for r in seeds], 1)])
-    return (
-        "\n## One domain, read in another\n\nBits a byte of held-out text.\n\n"
-        + _table(head, bits)
-        + "\nThe busiest expert of the fullest layer, times the mean, and what an expert tells of the domain.\n\n"
-        + _table([*head, "told of the domain, %"], loads)
-    )
+        rows.append([condition.name, str(len(seeds)), *most, within([100 * told(r) for r in seeds], 1)])
+    about = "The busiest expert of the fullest layer, times the mean, and what an expert tells of the domain.\n\n"
+    head = ["trained on", "seeds", *(f"read in {name}" for name in ALL), "told of the domain, %"]
+    return about + _table(head, rows) if rows else ""
 
 
 def curves(images: pathlib.Path, runs: list[Run]) -> str:
