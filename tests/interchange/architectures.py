@@ -1,4 +1,4 @@
-"""NemotronH and Qwen3Moe in numpy, from what the classes are defined to compute: the judge of what an export holds.
+"""NemotronH, Qwen3Moe and BigMac in numpy, from what the classes are defined to compute: the judge of an export.
 
 They read config.json and the safetensors files and know nothing of our model: every token is taken through its own
 loop over heads and experts, in float64.
@@ -33,7 +33,9 @@ def logits(directory: pathlib.Path, tokens_BL: np.ndarray) -> np.ndarray:
     """[B, L, V]: of the class that config.json names."""
     config, w = load(directory)
     (architecture,) = config["architectures"]
-    model = {"NemotronHForCausalLM": nemotron_h, "Qwen3MoeForCausalLM": qwen3_moe}[architecture]
+    model = {"NemotronHForCausalLM": nemotron_h, "Qwen3MoeForCausalLM": qwen3_moe, "BigMacForCausalLM": bigmac}[
+        architecture
+    ]
     return np.stack([model(config, w, tokens_L) for tokens_L in tokens_BL])
 
 
@@ -55,12 +57,7 @@ def nemotron_h(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.nd
 
 def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x_D: np.ndarray) -> np.ndarray:
     scores = 1 / (1 + np.exp(-w[f"{moe}.gate.weight"] @ x_D))
-    ranking = scores + w[f"{moe}.gate.e_score_correction_bias"]
-    groups = ranking.reshape(config["n_group"], -1)
-    strength = np.sort(groups, axis=1)[:, -2:].sum(1)  # a group is as good as its two best experts
-    outside = np.argsort(-strength, kind="stable")[config["topk_group"] :]
-    groups[outside] = -np.inf
-    chosen = np.argsort(-groups.reshape(-1), kind="stable")[: config["num_experts_per_tok"]]
+    chosen = choose(config, scores + w[f"{moe}.gate.e_score_correction_bias"], group_best=2)
     gates = scores[chosen]
     if config["norm_topk_prob"]:
         gates = gates / gates.sum()
@@ -76,14 +73,20 @@ def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str,
     return y_D + mlp(f"{moe}.shared_experts", x_D)
 
 
+def choose(config: dict[str, Any], ranking_E: np.ndarray, group_best: int) -> np.ndarray:
+    """The best experts of the best groups; a group is as good as its `group_best` best experts together."""
+    groups = ranking_E.reshape(config["n_group"], -1)
+    strength = np.sort(groups, axis=1)[:, -group_best:].sum(1)
+    outside = np.argsort(-strength, kind="stable")[config["topk_group"] :]
+    groups[outside] = -np.inf
+    return np.argsort(-groups.reshape(-1), kind="stable")[: config["num_experts_per_tok"]]
+
+
 def qwen3_moe(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.ndarray) -> np.ndarray:
-    eps, H = config["rms_norm_eps"], config["head_dim"]
-    angle_LH = np.outer(np.arange(len(tokens_L)), config["rope_parameters"]["rope_theta"] ** (-np.arange(0, H, 2) / H))
-    cos_LH, sin_LH = (np.tile(f(angle_LH), 2) for f in (np.cos, np.sin))
+    eps, theta = config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]
 
     def turned(x_LH: np.ndarray, scale_H: np.ndarray) -> np.ndarray:
-        y_LH = rms(x_LH, scale_H, eps)
-        return y_LH * cos_LH + np.concatenate([-y_LH[:, H // 2 :], y_LH[:, : H // 2]], -1) * sin_LH
+        return rotate(rms(x_LH, scale_H, eps), theta)
 
     x_LD = w["model.embed_tokens.weight"][tokens_L]
     for i in range(config["num_hidden_layers"]):
@@ -113,20 +116,111 @@ def qwen_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x_D
     return y_D
 
 
+def bigmac(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.ndarray) -> np.ndarray:
+    x_LD = w["model.embed_tokens.weight"][tokens_L]
+    if config["positions"] == "learned":
+        x_LD = x_LD + w["model.embed_positions.weight"][: len(tokens_L)]
+    if config["scale_embedding"]:
+        x_LD = x_LD * np.sqrt(config["hidden_size"])
+    for i, kind in enumerate(config["mlp_layer_types"]):
+        layer = f"model.layers.{i}"
+
+        def turned(x_LH: np.ndarray, name: str, prefix: str = f"{layer}.self_attn") -> np.ndarray:
+            x_LH = rms(x_LH, w[f"{prefix}.{name}_norm.weight"], config["norm_eps"]) if config["qk_norm"] else x_LH
+            return rotate(x_LH, config["rope_theta"]) if config["positions"] == "rope" else x_LH
+
+        h_LD = normed(config, w, f"{layer}.input_layernorm", x_LD)
+        x_LD = x_LD + attention(
+            config, w, f"{layer}.self_attn", h_LD, lambda q, f=turned: f(q, "q"), lambda k, f=turned: f(k, "k")
+        )
+        h_LD = normed(config, w, f"{layer}.post_attention_layernorm", x_LD)
+        feed_forward = {"dense": bigmac_mlp, "sparse": bigmac_experts}[kind]
+        x_LD = x_LD + np.stack([feed_forward(config, w, f"{layer}.mlp", h_D) for h_D in h_LD])
+    tied = config["tie_word_embeddings"]
+    assert tied == ("lm_head.weight" not in w)
+    h_LD = normed(config, w, "model.norm", x_LD)
+    return h_LD @ w["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+
+
+def bigmac_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x_D: np.ndarray) -> np.ndarray:
+    """Experts between W↓ and W↑, around which stand what `latent_norms` names."""
+    norms = config["latent_norms"]
+    logits_E = w[f"{moe}.router.weight"] @ x_D
+    scores = softmax(logits_E) if config["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits_E))
+    bias_E = w[f"{moe}.router.e_score_correction_bias"] if config["router_bias"] else 0
+    chosen = choose(config, scores + bias_E, config["group_score_topk"])
+    alone = len(chosen) == 1  # and keeps its gate
+    gates = scores[chosen] / (scores[chosen].sum() if config["norm_topk_prob"] and not alone else 1)
+    gates = gates * config["routed_scaling_factor"]
+
+    latent = config["moe_latent_size"] is not None
+    x_R = w[f"{moe}.latent_down.weight"] @ x_D if latent else x_D
+    x_R = normed(config, w, f"{moe}.dispatch_norm", x_R) if "pre_dispatch" in norms else x_R
+    y_R = np.zeros_like(x_R)
+    for gate, e in zip(gates, chosen, strict=True):
+        parts = {}
+        for name in _parts(config):
+            bias = f"{moe}.experts.{name}_bias"
+            parts[name] = w[f"{moe}.experts.{name}_proj"][e].T, w[bias][e] if bias in w else 0
+        y_R += gate * gated_mlp(config, x_R, parts)
+    y_R = y_R + w[f"{moe}.skip_factor"] * x_R if "skip" in norms else y_R
+    y_R = normed(config, w, f"{moe}.combine_norm", y_R) if "post_combine" in norms else y_R
+    y_R = y_R * w[f"{moe}.combine_factor"] if "scale" in norms else y_R
+    y_D = w[f"{moe}.latent_up.weight"] @ y_R if latent else y_R
+    y_D = y_D * (1 + w[f"{moe}.output_gate.weight"] @ x_D) if "gate" in norms else y_D
+    shared = config["shared_expert_intermediate_size"]
+    return y_D + bigmac_mlp(config, w, f"{moe}.shared_experts", x_D) if shared else y_D
+
+
+def bigmac_mlp(config: dict[str, Any], w: dict[str, np.ndarray], name: str, x_D: np.ndarray) -> np.ndarray:
+    parts = {n: (w[f"{name}.{n}_proj.weight"], w.get(f"{name}.{n}_proj.bias", 0)) for n in _parts(config)}
+    return gated_mlp(config, x_D, parts)
+
+
+def _parts(config: dict[str, Any]) -> tuple[str, ...]:
+    return ("up", "down", "gate") if config["gated"] else ("up", "down")
+
+
+def gated_mlp(config: dict[str, Any], x: np.ndarray, parts: dict[str, Any]) -> np.ndarray:
+    """`parts`: the matrix [outputs, inputs] and the bias of up, down and gate."""
+    activation = {
+        "relu2": lambda v: np.maximum(v, 0) ** 2,
+        "silu": lambda v: v / (1 + np.exp(-v)),
+        "gelu_pytorch_tanh": lambda v: v / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))),
+    }[config["hidden_act"]]
+    lines = {name: (lambda v, m=matrix, b=bias: m @ v + b) for name, (matrix, bias) in parts.items()}
+    up = lines["up"](x)
+    return lines["down"](activation(lines["gate"](x)) * up if config["gated"] else activation(up))
+
+
 def attention(
     config: dict[str, Any], w: dict[str, np.ndarray], prefix: str, x_LD: np.ndarray, of_query: Any, of_key: Any
 ) -> np.ndarray:
     """Causal, query heads in groups that share a key-value head."""
     heads, H = config["num_attention_heads"], config["head_dim"]
     sharing = heads // config["num_key_value_heads"]
-    q, k, v = (x_LD @ w[f"{prefix}.{name}_proj.weight"].T for name in "qkv")
+    q, k, v = (x_LD @ w[f"{prefix}.{name}_proj.weight"].T + w.get(f"{prefix}.{name}_proj.bias", 0) for name in "qkv")
     outputs = []
     for n in range(heads):
         g = n // sharing
         q_LH, k_LH = of_query(q[:, n * H : (n + 1) * H]), of_key(k[:, g * H : (g + 1) * H])
         scores_LL = np.where(np.tri(len(x_LD), dtype=bool), q_LH @ k_LH.T / np.sqrt(H), -np.inf)
         outputs.append(softmax(scores_LL) @ v[:, g * H : (g + 1) * H])
-    return np.concatenate(outputs, -1) @ w[f"{prefix}.o_proj.weight"].T
+    return np.concatenate(outputs, -1) @ w[f"{prefix}.o_proj.weight"].T + w.get(f"{prefix}.o_proj.bias", 0)
+
+
+def rotate(x_LH: np.ndarray, theta: float) -> np.ndarray:
+    """Rotary positions from 0 on."""
+    L, H = x_LH.shape
+    angle_LH = np.outer(np.arange(L), theta ** (-np.arange(0, H, 2) / H))
+    cos_LH, sin_LH = (np.tile(f(angle_LH), 2) for f in (np.cos, np.sin))
+    return x_LH * cos_LH + np.concatenate([-x_LH[:, H // 2 :], x_LH[:, : H // 2]], -1) * sin_LH
+
+
+def normed(config: dict[str, Any], w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    if config["norm"] == "rmsnorm":
+        return rms(x, w[f"{name}.weight"], config["norm_eps"])
+    return rms(x - x.mean(-1, keepdims=True), w[f"{name}.weight"], config["norm_eps"]) + w[f"{name}.bias"]
 
 
 def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
