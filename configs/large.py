@@ -2,8 +2,8 @@
 layers and 258 B of which 20 B; latent 1024 of 4096, 512 experts, K = 22, one shared expert; a step of 4 M tokens on
 512 TPU v5p.
 
-    python plan.py --config=configs/large.py --topology=v5p:8x8x8 --compile
-    python plan.py --config=configs/large.py:258b --topology=h100:64x8 --search
+    bigmac plan --config=configs/large.py --topology=v5p:8x8x8 --compile
+    bigmac plan --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
 from bigmac_jax.config import (

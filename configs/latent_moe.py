@@ -4,7 +4,7 @@ Both keep the width of fine_grained's experts, r·h, where BigMac widens them to
 and top-k as well, and so has a quarter of the bytes, parameters and FLOPs in its experts. `:acc` multiplies both by
 1/r: the bytes, parameters and FLOPs of fine_grained, spent on four times as many choices.
 
-    python plan.py --config=configs/latent_moe.py:acc --config.mesh.expert=32 --devices=32
+    bigmac plan --config=configs/latent_moe.py:acc --config.mesh.expert=32 --devices=32
 """
 
 import dataclasses

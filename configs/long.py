@@ -4,9 +4,9 @@ share heads and sequence.
 The base of the rotary positions is 1e7: a model that is to tell its own tokens apart at distance L needs a base of at
 least 0.0424 · L^1.628 (Men et al. 2024, "Base of RoPE Bounds Context Length", figure 1), 9.1e6 for this L.
 
-    python plan.py --config=configs/long.py --topology=v5p:4x4x4 --compile
-    python plan.py --config=configs/long.py --topology=h100:4x8 --compile
-    python eval.py --workdir=runs/long --tasks=needle
+    bigmac plan --config=configs/long.py --topology=v5p:4x4x4 --compile
+    bigmac plan --config=configs/long.py --topology=h100:4x8 --compile
+    bigmac eval --workdir=runs/long --tasks=needle
 """
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

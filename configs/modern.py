@@ -1,7 +1,7 @@
 """A present-day BigMac model at GPT3-XL's size: RMSNorm, rotary positions, grouped-query attention, relu² experts, a
 sigmoid router balanced by its bias, one shared expert.
 
-    python plan.py --config=configs/modern.py --config.mesh.expert=32 --devices=32
+    bigmac plan --config=configs/modern.py --config.mesh.expert=32 --devices=32
 """
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig

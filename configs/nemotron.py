@@ -2,8 +2,8 @@
 without positions, query-key norm and the norm of the latent, with a sigmoid router that its bias balances and an
 embedding of its own.
 
-    python train.py --config=configs/nemotron.py --workdir=runs/nemotron
-    python convert.py export --workdir=runs/nemotron --step=best --output=exported
+    bigmac train --config=configs/nemotron.py --workdir=runs/nemotron
+    bigmac convert export --workdir=runs/nemotron --step=best --output=exported
 
 As many parameters in a layer and as many tokens as `configs/tiny.py`.
 """

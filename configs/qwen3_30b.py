@@ -2,8 +2,8 @@
 
 A checkpoint in the published layout (transformers' Qwen3Moe) becomes a run of this model, or a model in a notebook:
 
-    python convert.py import --input=FOLDER --workdir=runs/qwen3 --config.mesh.expert=32 --config.mesh.fsdp=True
-    python plan.py --config=configs/qwen3_30b.py --topology=v6e:4x8 --compile
+    bigmac convert import --checkpoint=FOLDER --workdir=runs/qwen3 --config.mesh.expert=32 --config.mesh.fsdp=True
+    bigmac plan --config=configs/qwen3_30b.py --topology=v6e:4x8 --compile
 
 `--config=configs/qwen3_30b.py:bigmac` is the same model with a narrow exchange: r = 1/4, experts of the same FLOPs.
 """

@@ -4,7 +4,7 @@ Each host is a network namespace with its own address and host name, its link sh
 runs once in each and gets --coordinator, --num_processes and --process_id, as train.py and eval.py take them:
 
     python -m benchmarks.cluster --hosts=4 --rate=100mbit -- \\
-        python train.py --config=configs/tiny.py --workdir=runs/four --config.mesh.expert=4
+        bigmac train --config=configs/tiny.py --workdir=runs/four --config.mesh.expert=4
 
 --machine=2 --fast_rate=1gbit makes pairs with fast links, of which each has one link of --rate to the others. Ctrl-C
 ends all with SIGTERM, so train.py saves; a second one kills. Needs root and iproute2; --unshaped does without both.

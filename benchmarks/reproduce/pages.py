@@ -24,8 +24,8 @@ HEADLINES = {
     "figure6": r"f = 1\.2, .*",
     "figure7": r".*",
     "ratios": r".*",
-    "strategies": r"(dedup|hierarchical|gather), .*|loss after .* 2e-3: hierarchical, int8 over all_to_all, bfloat16",
-    "remat": r".*, (exchange|layer)",
+    "strategies": r"hierarchical, .*|loss after .* 2e-3: hierarchical, int8 over all_to_all, bfloat16",
+    "remat": r"(fine_grained|bigmac), (exchange|layer)",
 }
 HEAD = ["| | paper | here | here / paper |", "|---|---|---|---|"]
 

@@ -1,6 +1,6 @@
 """GPT3-2.7B with experts, as in the paper (Table 5). An argument changes the structure: gpt3_2_7b.py:vanilla.
 
-python plan.py --config=configs/paper/gpt3_2_7b.py --config.mesh.expert=32 --devices=32 --paper
+bigmac plan --config=configs/paper/gpt3_2_7b.py --config.mesh.expert=32 --devices=32 --paper
 """
 
 from bigmac_jax.config import Config
