@@ -234,7 +234,7 @@ def test_a_saved_config_says_what_is_trained_and_on_what(
         f"give --config.tuning.chat_template={traps}/template.jinja",
         f"give --config.train.tasks={traps}/task.toml",
     ]
-    assert reading.places_of(config, ["data.source=/mine"]) == [
+    assert reading.saved_places(config, ["data.source=/mine"]) == [
         f"data.validation_source={traps}/validation.jsonl",
         f"data.test_source={traps}/test.jsonl",
         f"data.tokenizer={traps}/tokenizer.json",

@@ -1,7 +1,6 @@
 """What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
 
 import contextlib
-import dataclasses
 import logging
 import re
 import sys
@@ -13,8 +12,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from bigmac_jax.config import Config, ConfigError, field_docs
-from bigmac_jax.config.names import field_names, nearest, question
-from bigmac_jax.config.reading import field_values
+from bigmac_jax.config.names import nearest, question
+from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
 from bigmac_jax.runtime.clock import clock, process_start
@@ -132,8 +131,7 @@ def agree(config: Config | None, command: str) -> None:
     if config is None:
         fields |= {"overrides": OVERRIDES}
     else:
-        values = {name: value for name, value in dataclasses.asdict(config).items() if name != "cache_dir"}
-        fields |= dict(field_values(values))
+        fields |= {name: value for name, value in flat_values(config).items() if name != "cache_dir"}
     hosts.same(fields)
 
 
@@ -158,7 +156,7 @@ def _meant(name: str, known: Sequence[str]) -> str:
     if near := nearest(name, known):
         return question(near, "--")
     inner = name.partition(".")[2]  # of a misspelled config
-    near = nearest(inner if "." in inner else name, field_names(Config))
+    near = nearest(inner if "." in inner else name, all_field_types(Config))
     return question(near, "--config.") or "see --help"
 
 

@@ -1,14 +1,13 @@
 """Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
 
-import dataclasses
 import pathlib
 import sys
 
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, check_batch, load_config
-from bigmac_jax.config.reading import freed, of_saved, overridden, places_of
+from bigmac_jax.config import Config, ConfigError, check_batch, load_config, with_overrides
+from bigmac_jax.config.reading import drop_user_fields, saved_places, unresolve
 from bigmac_jax.config.reads import notes
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
@@ -35,7 +34,7 @@ def main() -> int:
     mesh = cli.enter_mesh(config)
     cli.warn(notes(config, cli.given_fields(), mesh.shape["data"]))
     try:
-        places = places_of(config, cli.OVERRIDES) if named_by else []
+        places = saved_places(config, cli.OVERRIDES) if named_by else []
         result = train(config, workdir, profile, [f"reads {place}, which {named_by} names" for place in places])
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
@@ -64,7 +63,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     else:
         base = config_of(open_origin(str(place)), given)
     with hosts.together():
-        config = overridden(dataclasses.asdict(of_saved(freed(base), file, cli.OVERRIDES)), cli.OVERRIDES)
+        config = with_overrides(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config, file
 

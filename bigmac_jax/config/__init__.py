@@ -1,19 +1,14 @@
 """The configuration: frozen dataclasses, resolved and validated once."""
 
+from bigmac_jax.config.errors import ConfigError
+from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
+from bigmac_jax.config.model import STRUCTURES, ModelConfig
 from bigmac_jax.config.objects import parse_object, read_object, sealed, strict_json, unsealed
-from bigmac_jax.config.reading import MAY_CHANGE, check_resume, load_config, resume_notes, with_mesh
-from bigmac_jax.config.rules import STRUCTURES, TOKENIZER_SIZES, ConfigError, check_batch, check_place
-from bigmac_jax.config.sections import (
-    Config,
-    DataConfig,
-    ExecutionConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-    from_dict,
-    second_edition,
-)
+from bigmac_jax.config.places import check_place
+from bigmac_jax.config.reading import load_config, with_mesh, with_overrides
+from bigmac_jax.config.resuming import MAY_CHANGE, check_resume, resume_notes
+from bigmac_jax.config.root import TOKENIZER_SIZES, Config, check_batch, from_dict
+from bigmac_jax.config.training import DataConfig, OptimizerConfig, TrainConfig
 from bigmac_jax.config.tuning import LORA_TARGETS, TuningConfig
 
 __all__ = [
@@ -39,8 +34,8 @@ __all__ = [
     "read_object",
     "resume_notes",
     "sealed",
-    "second_edition",
     "strict_json",
     "unsealed",
     "with_mesh",
+    "with_overrides",
 ]

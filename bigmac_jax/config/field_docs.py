@@ -1,24 +1,29 @@
-"""The reference of the config's fields: their comments in sections.py, and the choices that rules.py allows."""
+"""`bigmac fields`: every field with its type, default, choices, and the comments that stand at it in the source."""
 
-import ast
-import dataclasses
 import inspect
-import io
 import re
 import textwrap
-import tokenize
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bigmac_jax.config import rules, sections
+from bigmac_jax.config.errors import ConfigError
 from bigmac_jax.config.names import unknown_field
-from bigmac_jax.config.rules import ConfigError
+from bigmac_jax.config.root import Config
+from bigmac_jax.config.section import Section
 
 _INDENTED = textwrap.TextWrapper(width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 class Field(NamedTuple):
-    """A field: its full name, its type, its default as a command line spells it, its comments, and allowed values."""
+    """One field of the config.
+
+    Attributes:
+      name: in full, as model.top_k.
+      type: as `int, at least 1`.
+      default: as a command line spells it.
+      meaning: its comments.
+      choices: the values that it may have; () are all of its type.
+    """
 
     name: str
     type: str
@@ -29,14 +34,7 @@ class Field(NamedTuple):
 
 def reference() -> list[Field]:
     """All fields, in their order."""
-    allowed, found = _choices(), []
-    for group in dataclasses.fields(sections.Config):
-        if not dataclasses.is_dataclass(group.type):
-            found.append(_field("", group, _comments(sections.Config), allowed))
-            continue
-        comments = _comments(group.type)
-        found += [_field(f"{group.name}.", field, comments, allowed) for field in dataclasses.fields(group.type)]
-    return found
+    return [field for group, section in _sections().items() for field in _fields(section, f"{group}.".lstrip("."))]
 
 
 def describe(names: Sequence[str] = ()) -> str:
@@ -48,7 +46,7 @@ def describe(names: Sequence[str] = ()) -> str:
     Raises:
       ConfigError: there is no such group or field.
     """
-    all_fields = reference()
+    all_fields, sections = reference(), _sections()
     chosen: list[Field] = []
     for name in names or [""]:
         part = [field for field in all_fields if name in ("", field.name) or field.name.startswith(f"{name}.")]
@@ -59,57 +57,36 @@ def describe(names: Sequence[str] = ()) -> str:
     for field in chosen:
         if "." in field.name and field.name.partition(".")[0] != group:
             group = field.name.partition(".")[0]
-            lines += ["", f"{group}: {_group_doc(group)}", ""]
-        lines += [f"  --config.{field.name}={field.default}  ({field.type})", *_wrapped(field)]
+            summary = (inspect.getdoc(sections[group]) or "").split("\n\n")[0]
+            lines += ["", f"{group}: {' '.join(summary.split())}", ""]
+        lines += [f"  --config.{field.name}={field.default}  ({field.type})", *_wrap(field)]
     return "\n".join(lines).strip("\n")
 
 
-def _wrapped(field: Field) -> list[str]:
+def _sections() -> dict[str, type[Section]]:
+    """The sections by name, and under "" the config's own fields."""
+    kinds = {name: of.kind for name, of in Config.field_types.items()}
+    return {name: kind for name, kind in kinds.items() if issubclass(kind, Section)} | {"": Config}
+
+
+def _fields(section: type[Section], prefix: str) -> list[Field]:
+    found: list[Field] = []
+    above: list[str] = []  # comments that wait for their field
+    kinds = section.field_types
+    for line in inspect.getsource(section).splitlines():
+        code, _, comment = line.partition("# ")
+        name = (re.match(r"    (\w+): ", code) or ["", ""])[1]
+        if name in kinds and not issubclass((kind := kinds[name]).kind, Section):
+            bounds = f", {kind.range}" if str(kind.range) else ""
+            meaning = " ".join(filter(None, [*above, comment]))
+            default = str(getattr(section, name))
+            found.append(Field(f"{prefix}{name}", f"{kind}{bounds}", default, meaning, kind.choices))
+        above = [*above, comment] if comment and not code.strip() else []
+    return found
+
+
+def _wrap(field: Field) -> list[str]:
     told = re.findall(r"\w+", field.meaning)
     listed = ", ".join(choice or '""' for choice in field.choices)
     values = "" if set(field.choices) <= {"", *told} else f"One of {listed}."
     return [line for part in (field.meaning, values) for line in _INDENTED.wrap(part)]
-
-
-def _group_doc(group: str) -> str:
-    """The first paragraph of a group's docstring."""
-    cls = next(field.type for field in dataclasses.fields(sections.Config) if field.name == group)
-    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-
-
-def _field(prefix: str, field: Any, comments: dict[str, str], allowed: dict[str, tuple[str, ...]]) -> Field:
-    name = prefix + field.name
-    kind = "float or auto" if name in rules.OR_AUTO else field.type.__name__
-    return Field(name, kind, str(field.default), comments.get(field.name, ""), allowed.get(name, ()))
-
-
-def _comments(cls: Any) -> dict[str, str]:
-    """Of each field of a dataclass: the comment lines right above it, then the one behind it."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    comments = {
-        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }  # line → (text, whether it stands alone)
-    found = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            above: list[str] = []
-            line = node.lineno - 1
-            while comments.get(line, ("", False))[1]:
-                above.insert(0, comments[line][0])
-                line -= 1
-            behind = comments.get(node.end_lineno or 0, ("", False))[0]
-            found[node.target.id] = " ".join(filter(None, [" ".join(above), behind]))
-    return found
-
-
-def _choices() -> dict[str, tuple[str, ...]]:
-    """What each `one_of(name, value, allowed)` of rules.py allows, by name."""
-    found = {}
-    for node in ast.walk(ast.parse(inspect.getsource(rules))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "one_of":
-            name, _, allowed = node.args
-            value = eval(compile(ast.Expression(allowed), "rules.py", "eval"), vars(rules))
-            found[ast.literal_eval(name)] = tuple(value)
-    return found

@@ -6,7 +6,8 @@ import pathlib
 from fractions import Fraction
 from typing import NamedTuple
 
-from bigmac_jax.config.rules import ConfigError, check_place
+from bigmac_jax.config.errors import ConfigError
+from bigmac_jax.config.places import check_place
 
 Weights = tuple[Fraction, ...]  # of the parts, in their order; they need not add up to 1
 
@@ -87,13 +88,11 @@ def parse_curriculum(text: str, parts: tuple[Part, ...]) -> list[tuple[int, Weig
     return stages
 
 
-def check_mixture(mixture: str, curriculum: str, source: str, default: str) -> None:
-    """Raises ConfigError where they cannot be read, or contradict data.source."""
+def check_mixture(mixture: str, curriculum: str) -> None:
+    """Raises ConfigError where one of them cannot be read, or the curriculum has no mixture."""
     parts = parse_mixture(mixture)
     if curriculum and not parts:
         raise ConfigError(f"data.curriculum={curriculum} needs data.mixture, whose weights it changes; set it")
-    if parts and source != default:
-        raise ConfigError(f"data.source={source} and data.mixture are two; name it in the mixture, and leave it out")
     parse_curriculum(curriculum, parts)
 
 

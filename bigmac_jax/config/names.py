@@ -1,50 +1,24 @@
 """What a misspelled name may have been meant to be. Every answer is a question: it is a guess."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from difflib import SequenceMatcher
 
-_LONGEST = 100  # characters of a name that something is looked for; it takes their product
-
-
-def distance(a: str, b: str) -> int:
-    """Edits between two words: insert, delete, replace, swap neighbours (optimal string alignment)."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        older, before, row = before, row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[j] = min(row[j], older[j - 2] + 1)
-    return row[-1]
+_ALIKE = 0.7  # of difflib's ratio, from which on a name is suggested
+_SAME_GROUP = 0.2  # that a field of the group that was named is preferred by
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Those of `known` that are the fewest edits away, if that is near; of dotted names the last part alone may be."""
-    if len(name) > _LONGEST:
-        return []
-    last = _last(name)
-
-    def edits(candidate: str) -> float:
-        return min(distance(name, candidate), distance(last, _last(candidate)) + (1.5 if "." in name else 0))
-
-    edit = {candidate: edits(candidate) for candidate in known}
-    least = min(edit.values(), default=len(name))
-    if last and least <= max(1.5, len(last) / 3):
-        return [candidate for candidate, count in edit.items() if count == least]
-    # model.experts for model.num_experts: words that are all there.
-    group, words = name.rpartition(".")[0], set(last.split("_"))
-    return [found for found in edit if found.startswith(group) and words <= set(_last(found).split("_"))]
-
-
-def field_names(group: Any, prefix: str = "") -> list[str]:
-    """Full names, as model.top_k, of the fields of a dataclass of dataclasses."""
-    names = []
-    for field in dataclasses.fields(group):
-        inside = dataclasses.is_dataclass(field.type)
-        names += field_names(field.type, f"{prefix}{field.name}.") if inside else [prefix + field.name]
-    return names
+    """The entries of `known` that are most like `name`, or none; of dotted names the last parts are compared."""
+    group, _, last = name.rpartition(".")
+    matcher, likeness = SequenceMatcher(b=last), {}
+    for candidate in known:
+        matcher.set_seq1(_last(candidate))
+        likeness[candidate] = matcher.ratio() + _SAME_GROUP * (group != "" and candidate.startswith(f"{group}."))
+    if (most := max(likeness.values(), default=0)) >= _ALIKE:
+        return [candidate for candidate, value in likeness.items() if value == most]
+    # model.layers for model.num_layers: words that are all there.
+    words = set(last.split("_"))
+    return [found for found in likeness if found.startswith(group) and words <= set(_last(found).split("_"))]
 
 
 def question(names: Sequence[str], prefix: str = "") -> str:

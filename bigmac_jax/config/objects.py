@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import Any
 
-from bigmac_jax.config.rules import ConfigError
+from bigmac_jax.config.errors import ConfigError
 
 _DEEPEST = 64  # levels; beyond some hundred, whatever looks at a value or prints it raises RecursionError
 _DIGITS = 20  # of an integer: 64 bits

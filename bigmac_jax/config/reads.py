@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bigmac_jax.config.sections import Config
+from bigmac_jax.config.root import Config
 
 # The setting for which a field is not read; "" where it is read.
 Unread = Callable[[Config], str]
@@ -40,8 +40,9 @@ def _all(*conditions: Unread) -> Unread:
 
 
 def _several_choices(config: Config) -> str:
-    name = "model.vanilla_top_k" if config.model.structure == "vanilla" else "model.top_k"
-    return "" if config.model.choices > 1 else _shown(config, name)
+    if config.model.structure == "vanilla":
+        return _shown(config, "model.structure")
+    return "" if config.model.top_k > 1 else _shown(config, "model.top_k")
 
 
 def _some_groups(config: Config) -> str:
@@ -118,7 +119,6 @@ READ: dict[str, Unread] = {
     "model.rope_theta": _with("model.positions", "rope"),
     "model.num_experts": _MOE,
     "model.top_k": _all(_MOE, _without("model.structure", "vanilla")),
-    "model.vanilla_top_k": _with("model.structure", "vanilla"),
     "model.first_dense_layers": _MOE,
     "model.dense_hidden_size": _all(_MOE, _without("model.first_dense_layers", 0)),
     "model.down_ratio": _all(_MOE, _ratio),

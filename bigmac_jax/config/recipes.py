@@ -1,17 +1,12 @@
 """Settings that several config files share."""
 
-from bigmac_jax.config.sections import (
-    Config,
-    DataConfig,
-    ExecutionConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
+from bigmac_jax.config.model import ModelConfig, Structure
+from bigmac_jax.config.root import Config
+from bigmac_jax.config.training import DataConfig, OptimizerConfig, TrainConfig
 
 
-def paper(structure: str, num_layers: int, hidden_size: int, num_heads: int) -> Config:
+def paper(structure: Structure, num_layers: int, hidden_size: int, num_heads: int) -> Config:
     """A base model with the hyper-parameters of the paper's Table 5: GPT-2's backbone, 64 experts, K = 8, r = 1/4.
 
     Its tensor parallelism of 4 is left out; a step has 0.5 M tokens.

@@ -68,9 +68,10 @@ def decoding_config(config: Config, exchange: str = "auto", weights: str = "") -
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
-    dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
-    execution = dataclasses.replace(config.execution, exchange=exchange, overlap_chunks=1, remat="none", dtype=dtype)
-    return dataclasses.replace(config, execution=execution)
+    fields: dict[str, Any] = {"exchange": exchange, "overlap_chunks": 1, "remat": "none"}
+    if weights in ("float32", "bfloat16"):
+        fields["dtype"] = weights
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **fields))
 
 
 def make_decoder(

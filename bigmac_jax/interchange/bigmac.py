@@ -19,7 +19,7 @@ CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
 EXPRESSED = {
     "structure", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "norm", "norm_eps",
     "positions", "rope_theta", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding",
-    "num_experts", "top_k", "vanilla_top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
+    "num_experts", "top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
     "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
     "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
 }  # fmt: skip

@@ -1,6 +1,5 @@
 """A directory of safetensors → a model, and a workdir that eval.py, generate.py and train.py take."""
 
-import dataclasses
 import logging
 import math
 import pathlib
@@ -15,9 +14,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object
-from bigmac_jax.config.reading import overridden
-from bigmac_jax.config.sections import moved
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object, with_overrides
+from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_template import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokens
@@ -122,7 +120,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
     for override in overrides:
-        if not (override.startswith(FREE) or moved(override.partition("=")[0])):
+        if not (override.startswith(FREE) or is_moved(override.partition("=")[0])):
             raise ConfigError(f"--config.{override}: the checkpoint says what the model is; drop it")
     layout = FORMATS[kind]
     checkpoint = Checkpoint(directory, layout.held_in)
@@ -141,7 +139,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
             f"{file}: {model.num_layers} layers with {model.expert_count} experts need more than the {count} tensors "
             f"of {directory}"
         )
-    return overridden(dataclasses.asdict(config), overrides), layout, checkpoint
+    return with_overrides(config, overrides), layout, checkpoint
 
 
 def _fitting(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:

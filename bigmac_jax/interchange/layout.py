@@ -19,7 +19,6 @@ from bigmac_jax.config import (
     ExecutionConfig,
     ModelConfig,
     from_dict,
-    second_edition,
 )
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.interchange.tokens import NAMES
@@ -136,7 +135,6 @@ def description(config: Config) -> dict[str, Any]:
 def described(values: Any, checkpoint: Checkpoint) -> Config:
     """The config of an export, with the tokenizer that lies beside it. What else its config.json may say, as those of
     earlier editions do, is of the machine, the data and the paths of whoever wrote it, and is left out."""
-    values = second_edition(values)
     parts = {section: {name: values[section][name] for name in names if name in values.get(section, {})}
              for section, names in _DESCRIBING.items()}  # fmt: skip
     named = values.get("data", {}).get("tokenizer")

@@ -251,7 +251,7 @@ class MoE(nnx.Module):
 def strategy(config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None) -> Strategy:
     """The exchange of `config` for `tokens` of a rank at a time, by default in the current mesh's group."""
     group = group or current_group()
-    name = config.execution.exchange
+    name: str = config.execution.exchange
     if name == "auto":
         seconds = predicted_seconds(config, capacity_factor, tokens, group)
         name = min(seconds, key=seconds.__getitem__)

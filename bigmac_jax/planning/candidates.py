@@ -3,8 +3,10 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
+from bigmac_jax.config.execution import Remat
 from bigmac_jax.model import counts
 from bigmac_jax.model.counts import Parameters, Sizes
 from bigmac_jax.model.mesh import axis_sizes
@@ -14,7 +16,7 @@ from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
 
 OVERLAP_CHUNKS = (1, 2, 4, 8)
-REMAT = ("none", "exchange", "layer")
+REMAT: tuple[Remat, ...] = ("none", "exchange", "layer")
 # The estimate of memory is off by -13 to +22 % (docs/planning.md).
 HEADROOM = 0.15
 
@@ -60,8 +62,9 @@ def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[V
     for mesh, sizes in _meshes(config, machine, lean):
         count = counts.parameters(replace(config, mesh=mesh), sizes)
         for (name, n), remat in itertools.product(_exchanges(config, mesh, machine, chunks), remats):
-            execution = replace(config.execution, exchange=name, overlap_chunks=n, remat=remat)
+            fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
             try:
+                execution = replace(config.execution, **fields)
                 executed = replace(config, mesh=mesh, execution=execution)
             except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
                 continue

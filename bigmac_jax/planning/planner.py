@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError
+from bigmac_jax.config.execution import Remat
 from bigmac_jax.model.counts import (
     Sizes,
     exchange_traffic,
@@ -180,7 +181,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     return result
 
 
-def _recomputation(config: Config, remat: str, sizes: Sizes, place: Place) -> dict[str, Any]:
+def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> dict[str, Any]:
     """What a rank keeps for the backward pass with this execution.remat, and what that takes."""
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
     costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)

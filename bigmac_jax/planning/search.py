@@ -1,15 +1,15 @@
 """What is fastest on so many devices, by the cost model; and where nothing fits, what would make something fit."""
 
 import contextlib
-import dataclasses
 import heapq
 import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
-from bigmac_jax.config.reading import field_values, notes_of_parts, overridden
+from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch, with_overrides
+from bigmac_jax.config.resuming import part_notes
+from bigmac_jax.config.section import flat_values
 from bigmac_jax.planning.candidates import Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
 
@@ -32,7 +32,7 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
 
     They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps, none of which
     changes what is computed but for drops (a full expert drops others where rows are counted by rank) and for what
-    `notes_of_parts` names. Of those that differ in accumulate_steps alone there is the one with the fewest parts that
+    `part_notes` names. Of those that differ in accumulate_steps alone there is the one with the fewest parts that
     fit: more are slower.
 
     Raises:
@@ -52,9 +52,8 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
 
 def flags(before: Config, after: Config) -> list[str]:
     """What turns one config into the other on a command line."""
-    old = dict(field_values(dataclasses.asdict(before)))
-    new = field_values(dataclasses.asdict(after))
-    return [f"--config.{name}={value}" for name, value in new if old[name] != value]
+    old = flat_values(before)
+    return [f"--config.{name}={value}" for name, value in flat_values(after).items() if old[name] != value]
 
 
 def what_would_fit(config: Config, machine: Machine) -> list[str]:
@@ -74,7 +73,7 @@ def what_would_fit(config: Config, machine: Machine) -> list[str]:
     ):
         for override in kind:
             with contextlib.suppress(ConfigError):  # a value that the config's other fields don't allow
-                other = overridden(dataclasses.asdict(config), [override])
+                other = with_overrides(config, [override])
                 if other != config and fits(other):
                     found.append(f"--config.{override}")
                     break
@@ -109,7 +108,7 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
         "best": {
             "fits": best.fits,
             "flags": flags(config, best.config),
-            "notes": notes_of_parts(config, best.config),
+            "notes": part_notes(config, best.config),
             "tokens_per_s": best.times.tokens_per_s,
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,

@@ -1,11 +1,10 @@
 """The configurations of a sweep: every combination of some fields' values."""
 
-import dataclasses
 import difflib
 import itertools
 
-from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.config.reading import field_values, overridden
+from bigmac_jax.config import Config, ConfigError, with_overrides
+from bigmac_jax.config.section import flat_values
 
 
 def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
@@ -21,14 +20,14 @@ def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
     return [
-        overridden(dataclasses.asdict(config), [f"{name}={value}" for name, value in zip(names, values, strict=True)])
+        with_overrides(config, [f"{name}={value}" for name, value in zip(names, values, strict=True)])
         for values in itertools.product(*axes.values())
     ]
 
 
 def _field(config: Config, name: str) -> str:
     """The full name, as model.top_k for top_k."""
-    known = [full for full, _ in field_values(dataclasses.asdict(config))]
+    known = list(flat_values(config))
     if name in known:
         return name
     meant = [full for full in known if full.rpartition(".")[2] == name]

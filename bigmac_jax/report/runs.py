@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, parse_object, second_edition
-from bigmac_jax.config.reading import field_values
+from bigmac_jax.config import Config, ConfigError, parse_object
+from bigmac_jax.config.section import field_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
 from bigmac_jax.training.metrics_file import Record, read_records
@@ -51,7 +51,7 @@ def _read_run(workdir: str, name: str) -> Run:
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
-        config = second_edition(parse_object((path / "config.json").read_bytes()))
+        config = parse_object((path / "config.json").read_bytes())
         if wrong := [name for name in _GROUPS if not isinstance(config.get(name, {}), dict)]:
             raise ValueError(f"{wrong[0]} of config.json is no group of fields")
         records = read_records(path)

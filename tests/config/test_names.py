@@ -15,9 +15,10 @@ from training.tools import ROOT
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, ExecutionConfig, from_dict, load_config
 from bigmac_jax.config.field_docs import describe, reference
-from bigmac_jax.config.names import distance, field_names, nearest
+from bigmac_jax.config.names import nearest
+from bigmac_jax.config.section import all_field_types
 
-FIELDS = field_names(Config)
+FIELDS = list(all_field_types(Config))
 TINY = ROOT / "configs" / "tiny.py"
 
 
@@ -82,7 +83,8 @@ def test_of_200_misspelled_names_95_percent_are_understood() -> None:
         ("learning_rate", ("did you mean optimizer.learning_rate?",)),
         ("batch_sise", ("did you mean data.batch_size?",)),
         ("modle.top_k", ("did you mean model.top_k?",)),
-        ("model.experts", ("did you mean model.num_experts or model.num_shared_experts?",)),  # all of its words
+        ("model.experts", ("did you mean model.num_experts?",)),
+        ("model.layers", ("did you mean model.num_layers?",)),
         ("optimizer.b3", ("did you mean optimizer.b1 or optimizer.b2?",)),
         ("optimizer.nesterov", ("; optimizer has ", "learning_rate, final_learning_rate")),  # nothing is near
         ("optimizr", ("did you mean a field of optimizer? It has ", "learning_rate, ")),
@@ -116,19 +118,11 @@ def test_flags(wrong: str, said: str) -> None:
     assert cli.unknown_flag(wrong, FLAGS["train"]) == f"--{wrong} is not a flag; {said}"
 
 
-def test_distance() -> None:
-    """By hand; a swap is one edit."""
-    cases = {
-        ("", ""): 0,
-        ("", "ab"): 2,
-        ("abc", "abc"): 0,
-        ("abc", "acb"): 1,
-        ("kitten", "sitting"): 3,
-        ("ab", "ba"): 1,
-    }
-    assert {pair: distance(*pair) for pair in cases} == cases
-    assert {pair: distance(*pair[::-1]) for pair in cases} == cases
+def test_nearest() -> None:
     assert nearest("trian", ["train", "trains", "plan"]) == ["train"] and nearest("xyz", ["train"]) == []
+    assert nearest("model.kind", ["model.kinds", "train.kind"]) == ["model.kinds"]  # in the group that was named
+    assert nearest("layers", ["model.num_layers", "model.depth"]) == ["model.num_layers"]
+    assert nearest("a" * 100_000, FIELDS) == []
 
 
 def test_experts_are_checked_before_the_batch() -> None:
@@ -154,16 +148,18 @@ def test_places() -> None:
 
 
 def test_the_reference_has_every_field(tmp_path: pathlib.Path) -> None:
-    """With its default as a command line spells it, and all choices of rules.py."""
+    """With its default as a command line spells it, and all choices of its type."""
     fields = {field.name: field for field in reference()}
     assert list(fields) == FIELDS
     (tmp_path / "config.json").write_text(Config().to_json())
     assert load_config(tmp_path / "config.json", [f"{field.name}={field.default}" for field in reference()]) == Config()
     assert fields["model.norm"].choices == ("rmsnorm", "layernorm")
     assert fields["execution.wire_dtype"].choices == ("", "float32", "bfloat16", "float8_e4m3", "int8")
-    assert fields["train.on_bad_step"].meaning.startswith("A bad step: its loss")  # above and behind the field
-    assert fields["train.on_bad_step"].meaning.endswith("then past its data)")
-    assert fields["model.top_k"] == ("model.top_k", "int", "4", "K", ())
+    assert fields["model.num_experts"].meaning.startswith("The feed-forward layer. ")  # above and behind the field
+    assert fields["model.num_experts"].meaning.endswith(" e")
+    assert fields["model.top_k"] == ("model.top_k", "int, at least 1", "4", "K", ())
+    assert fields["execution.buffer_factor"].type == "float or auto, at least 1"
+    assert fields["optimizer.b1"].type == "float, at least 0 and below 1"
     chosen = {name for name, field in fields.items() if field.choices}
     assert {f"execution.{f.name}" for f in dataclasses.fields(ExecutionConfig) if f.name.endswith("dtype")} <= chosen
 
@@ -172,7 +168,7 @@ def test_describe() -> None:
     text = describe(["mesh"])
     assert text.startswith("mesh: Devices by axis") and "--config.mesh.fsdp=False  (bool)\n      parameters and" in text
     assert "model." not in text
-    assert "One of float32, bfloat16" not in describe(["execution.dtype"])  # its comment lists them
+    assert "One of" not in describe(["data.documents"])  # its comment lists them
     assert 'One of "", float32, bfloat16.' in describe(["execution.gather_dtype"])
     assert len(re.findall(r"^  --config\.", describe(), re.MULTILINE)) == len(FIELDS)
     with pytest.raises(ConfigError, match="did you mean a field of optimizer"):

@@ -10,9 +10,9 @@ import pytest
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
-from bigmac_jax.config.names import field_names
 from bigmac_jax.config.reading import shipped
 from bigmac_jax.config.reads import _WHATEVER, READ, notes, notes_of_evaluation
+from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.mesh import batch_spec, make_mesh
 from bigmac_jax.run import loop, python_api
@@ -24,7 +24,7 @@ SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "mod
          "mesh.data=1")  # fmt: skip
 # Another value of each field that is not always read.
 OTHER = {
-    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.vanilla_top_k": 2,
+    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3,
     "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
     "model.shared_expert_hidden_size": 24, "model.latent_norm": "post_combine", "model.projection_init": "random",
     "model.capacity_factor": 1.5, "model.router_scores": "sigmoid", "model.router_renormalize": False,
@@ -83,7 +83,7 @@ def programs(config: Config) -> tuple[str, str, list[bytes], list[float]]:
 
 def test_every_field_stands_in_the_table() -> None:
     """A new one needs a line there: whether it is always read, or under which condition."""
-    assert list(READ) == list(dict.fromkeys(READ)) and set(READ) == set(field_names(Config))
+    assert list(READ) == list(dict.fromkeys(READ)) and set(READ) == set(all_field_types(Config))
     always = {f"{group}.{name}".lstrip(".") for group, names in _WHATEVER.items() for name in names.split()}
     assert set(OTHER) | HOST == set(READ) - always and not set(OTHER) & HOST
 
@@ -104,7 +104,7 @@ def test_what_is_not_read_changes_no_program(overrides: str) -> None:
 
 # A config for which a field is read.
 READING = {
-    "model.top_k": "", "model.vanilla_top_k": "model.structure=vanilla model.num_experts=32",
+    "model.top_k": "",
     "model.capacity_factor": "", "model.down_ratio": "",
     "model.balance_coefficient": "", "execution.wire_dtype": "mesh.expert=2",
     "optimizer.momentum": "optimizer.name=muon",

@@ -30,7 +30,7 @@ from .tools import (  # fmt: skip
 MESHES = ((1, 1, 1), (2, 1, 2), (2, 1, 4), (1, 1, 8), (1, 2, 4))  # data, node, expert; test_axes.py has more
 MORE_MESHES = ((1, 1, 2), (1, 1, 4), (1, 2, 2))
 STRUCTURES = {
-    "vanilla": {"structure": "vanilla", "num_experts": 128, "vanilla_top_k": 2},
+    "vanilla": {"structure": "vanilla", "num_experts": 128},
     "fine_grained": {"structure": "fine_grained", "num_shared_experts": 2},
     "bigmac": {"structure": "bigmac"},
     "paper": {"structure": "bigmac", "latent_norm": "none"},

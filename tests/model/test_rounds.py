@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bigmac_jax.config.sections import AUTO_BUFFER_FACTOR
+from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.exchange.strategies import FEW_ROWS

@@ -19,8 +19,8 @@ from bigmac_jax.config import (
     OptimizerConfig,
     TrainConfig,
     TuningConfig,
+    check_batch,
 )
-from bigmac_jax.config.rules import check_batch
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 
 VOCABULARY = 64
@@ -201,7 +201,6 @@ def _of_experts(draw: random.Random, structure: str) -> dict[str, Any]:
     return {
         "num_experts": round(experts * 4 / ratio) if structure == "vanilla" else experts,
         "top_k": one_of(1, 2, 3),
-        "vanilla_top_k": one_of(1, 2),
         "down_ratio": ratio,
         "first_dense_layers": one_of(0, 0, 1),
         "dense_hidden_size": one_of(0, 24),

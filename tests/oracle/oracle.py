@@ -311,7 +311,7 @@ def experts(m: ModelConfig, p: Values, gates_BLE: Any, x_BLD: Any) -> Any:
 
 
 def router(m: ModelConfig, p: Values, biases: Values, x_BLD: Any, real_BL: Any) -> Routed:
-    E, K = p["router_DE"].shape[-1], m.vanilla_top_k if m.structure == "vanilla" else m.top_k
+    E, K = p["router_DE"].shape[-1], 1 if m.structure == "vanilla" else m.top_k
     logits_BLE = x_BLD @ p["router_DE"]
     if m.router_scores == "softmax":
         scores_BLE = shares_BLE = jnp.exp(log_softmax(logits_BLE))

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import json
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import pytest
 from model.tools import some, tiny
 
 from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config
-from bigmac_jax.config.rules import LATENT_NORMS
+from bigmac_jax.config.model import LatentNorm
 from bigmac_jax.model.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
@@ -135,7 +135,7 @@ def test_flops_are_the_programs(structure: str) -> None:
     assert found["flops_per_step"] == sum(flops(made).values())
 
 
-RECOMPUTED = [*(("bigmac", norm) for norm in LATENT_NORMS), ("fine_grained", "skip"), ("fine_grained", "gate")]
+RECOMPUTED = [*(("bigmac", norm) for norm in get_args(LatentNorm)), ("fine_grained", "skip"), ("fine_grained", "gate")]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The search over meshes and settings: what it tries is valid, what it skips is slower, what it says is so."""
 
-import dataclasses
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,9 @@ from bigmac_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    check_batch,
+    with_overrides,
 )
-from bigmac_jax.config.reading import overridden
-from bigmac_jax.config.rules import check_batch
 from bigmac_jax.model import counts
 from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.planning import search as searching
@@ -152,7 +151,7 @@ def test_flags_turn_one_into_the_other() -> None:
     for config in (CONFIG, of_its_own):
         best = search(config, four)[0].config
         pasted = [flag.removeprefix("--config.") for flag in flags(config, best)]
-        assert pasted and overridden(dataclasses.asdict(config), pasted) == best
+        assert pasted and with_overrides(config, pasted) == best
         again = search(best, four)[0].config
         assert flags(best, again) == [] and again == best
     assert not any("mesh.data" in flag for flag in flags(CONFIG, search(CONFIG, four)[0].config))  # 0: all there are
@@ -173,7 +172,7 @@ def test_what_would_fit() -> None:
     assert not search(config, replace(machine, devices=more // 2))[0].fits
     for name, value in said.items():
         override = f"{name.removeprefix('--config.')}={value}"
-        assert search(overridden(dataclasses.asdict(config), [override]), machine)[0].fits
+        assert search(with_overrides(config, [override]), machine)[0].fits
     assert describe(config, with_memory(least, 2))[1]["best"]["would_fit"] == []
     # A tenth is free, where 15 % were to be.
     free = describe(config, replace(with_memory(least / 0.895, 2), headroom=0.15))[1]["best"]

@@ -39,7 +39,7 @@ def test_what_a_sweep_refuses(axes: dict[str, list[str]], message: str) -> None:
 def test_a_name_of_two_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     """No two fields share a name today."""
     monkeypatch.setattr(
-        "bigmac_jax.planning.sweep.field_values", lambda values: [("train.steps", 1), ("optimizer.steps", 2)]
+        "bigmac_jax.planning.sweep.flat_values", lambda config: {"train.steps": 1, "optimizer.steps": 2}
     )
     with pytest.raises(ConfigError, match=r"^'steps' may be train\.steps or optimizer\.steps; use the full name$"):
         sweep(CONFIG, {"steps": ["1"]})

@@ -26,7 +26,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "fine_grained": {"structure": "fine_grained", "router_scores": "sigmoid", "balance": "bias"},
 }
 OTHER_STRUCTURES: dict[str, dict[str, Any]] = {
-    "vanilla": {"structure": "vanilla", "num_experts": 64, "vanilla_top_k": 2},
+    "vanilla": {"structure": "vanilla", "num_experts": 64},
     "control": {"structure": "fine_grained", "latent_norm": "skip", "balance": "quantile", "norm": "layernorm"},
 }
 OBJECTIVES = ("pretrain", "sft", "dpo", "distilled")

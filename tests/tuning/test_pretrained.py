@@ -14,8 +14,7 @@ import pytest
 from model.tools import leaves
 from training.tools import quick, read_records, small
 
-from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config
-from bigmac_jax.config.reading import overridden
+from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
@@ -181,7 +180,7 @@ def test_data_of_its_own(
     """They replace all of the other's: a source its mixture, a mixture its source."""
     there = with_fields(small(tmp_path), data={"source": "sotu", "validation_source": "", "test_source": ""} | before)
     made = config_of(Origin("there", "4", "", there), dict(field.split("=", 1) for field in given))
-    data = overridden(dataclasses.asdict(made), given).data
+    data = with_overrides(made, given).data
     fields = ("source", "mixture", "curriculum", "validation_source", "test_source")
     found = {name: getattr(data, name) for name in fields}
     assert found == {"source": "sotu"} | dict.fromkeys(fields[1:], "") | expected

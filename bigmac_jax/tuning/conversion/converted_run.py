@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json
-from bigmac_jax.config.reading import overridden
+from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json, with_overrides
 from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
 from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.pipeline import padded
@@ -61,7 +60,7 @@ def set_anew(config: Config, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
     train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
     fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
-    return check_fresh(overridden(dataclasses.asdict(fresh), overrides))
+    return check_fresh(with_overrides(fresh, overrides))
 
 
 def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:

@@ -1,0 +1,201 @@
+"""`model`: what is computed."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from bigmac_jax.config.errors import require
+from bigmac_jax.config.section import Amount, Count, Positive, Range, Section, Share, Size
+
+Structure = Literal["dense", "vanilla", "fine_grained", "bigmac"]
+LatentNorm = Literal["auto", "none", "pre_dispatch", "post_combine", "both", "scale", "skip", "gate"]
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The decoder-only transformer and its feed-forward structure: what is computed.
+
+    The defaults are the present day's backbone. The paper's is norm=layernorm, positions=learned, activation=gelu,
+    use_bias=True, dropout=0.1, tie_embeddings=True.
+    """
+
+    structure: Structure = "bigmac"
+    num_layers: Count = 4
+    hidden_size: Count = 256  # h
+    num_heads: Count = 4
+    num_kv_heads: Size = 0  # 0 = num_heads; fewer is grouped-query attention
+    head_dim: Size = 0  # 0 = hidden_size / num_heads
+    vocab_size: Count = 8192
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Positive = 1e-6
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: Positive = 10_000.0
+    activation: Literal["relu2", "gelu", "silu"] = "relu2"
+    gated: bool = False  # experts and dense MLPs multiply by a second, linear branch
+    use_bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    scale_embedding: bool = True  # what is read of the embedding is multiplied by √h
+    dropout: Share = 0.0  # of the embedding and of each residual branch
+    # The feed-forward layer. `vanilla` turns num_experts into e·r/4 experts of width 4h, and sends a token to one.
+    num_experts: Count = 32  # e
+    top_k: Count = 4  # K
+    first_dense_layers: Size = 0  # the first layers have an MLP in the experts' place (DeepSeek-V3)
+    dense_hidden_size: Size = 0  # width of those MLPs; 0 = 4h
+    down_ratio: float = 0.25  # r: wire width of bigmac and expert width of fine_grained, as a share of h
+    expert_hidden_size: Size = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
+    num_shared_experts: Size = 0  # experts that every token passes, at full width
+    shared_expert_hidden_size: Size = 0  # 0 = r·h: as many parameters as a routed expert
+    # Norms around the exchange: of the rows before they are sent (pre_dispatch), of the sums that come back
+    # (post_combine), or both. skip: post_combine of the sum plus a learned share of the row that was sent. gate: skip,
+    # with the layer's output gated by the token. scale: no norm, a learned factor. auto: skip for bigmac
+    # (docs/quality.md), none for the others.
+    latent_norm: LatentNorm = "auto"
+    # How bigmac's W↓ and W↑ start. selection: each layer takes its own r·h of the h coordinates, and they are trained
+    # slowly (optimizer.projection_rate; docs/quality.md). random: N(0, 1 / rows).
+    projection_init: Literal["selection", "random"] = "selection"
+    # An expert takes at most ceil(f·T·K/E) rows of a rank and drops the rest; inf = takes all.
+    capacity_factor: Annotated[float, Range(may_be_inf=True)] = math.inf
+    # The router (always float32, full width).
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
+    router_scale: float = 1.0  # gates are multiplied by it
+    # How experts are kept equally busy: by a loss (aux_loss), by a bias on the choice that moves by a step (bias,
+    # DeepSeek-V3) or to the scores' quantiles (quantile, Kimi K3), or not at all.
+    balance: Literal["aux_loss", "bias", "quantile", "none"] = "aux_loss"
+    balance_coefficient: Amount = 0.001  # weight of the auxiliary loss
+    balance_step: Literal["next", "same"] = "next"  # quantiles of this step's scores serve the next step, or this one
+    balance_scope: Literal["step", "part"] = "step"  # the loss sees the whole step's load, or a part's (Megatron's)
+    balance_bias_rate: Amount = 0.001  # step of the bias
+    z_loss_coefficient: Amount = 0.0
+    num_expert_groups: Count = 1  # experts are chosen from the best top_groups of these groups (node-limited routing)
+    top_groups: Count = 1
+    # A group is as good as its K / top_groups best experts (top_k, DeepSeek-V3's report), or its two best (top_2).
+    group_scores: Literal["top_k", "top_2"] = "top_k"
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def is_moe(self) -> bool:
+        return self.structure != "dense"
+
+    @property
+    def moe_layers(self) -> int:
+        return self.num_layers - self.first_dense_layers if self.is_moe else 0
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP of a layer without experts."""
+        return (self.dense_hidden_size or 4 * self.hidden_size) if self.is_moe else self.expert_width
+
+    @property
+    def latent_size(self) -> int:
+        """R = r·h."""
+        return round(self.down_ratio * self.hidden_size)
+
+    @property
+    def wire_size(self) -> int:
+        """Width of the rows that cross the exchange: r·h for bigmac, h for the others."""
+        return self.latent_size if self.structure == "bigmac" else self.hidden_size
+
+    @property
+    def latent_norm_kind(self) -> LatentNorm:
+        """`latent_norm`, with `auto` resolved."""
+        auto: LatentNorm = "skip" if self.structure == "bigmac" else "none"
+        return auto if self.latent_norm == "auto" else self.latent_norm
+
+    @property
+    def latent_norms(self) -> tuple[str, ...]:
+        """What acts on the exchanged rows: of pre_dispatch, skip, post_combine, scale and gate."""
+        several = {
+            "none": (),
+            "both": ("pre_dispatch", "post_combine"),
+            "skip": ("skip", "post_combine"),
+            "gate": ("skip", "post_combine", "gate"),
+        }
+        return several.get(self.latent_norm_kind, (self.latent_norm_kind,))
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a layer; `vanilla` has e·r/4, which gives it the same MoE parameters."""
+        if self.structure == "vanilla":
+            return round(self.num_experts * self.down_ratio / 4)
+        return self.num_experts if self.is_moe else 0
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token is sent to."""
+        return {"dense": 0, "vanilla": 1}.get(self.structure, self.top_k)
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of an expert (of the MLP for `dense`)."""
+        if self.expert_hidden_size:
+            return self.expert_hidden_size
+        return {"fine_grained": self.latent_size, "bigmac": self.hidden_size}.get(self.structure, 4 * self.hidden_size)
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether a bias, moved by the load, shifts the choice."""
+        return self.balance in ("bias", "quantile")
+
+    @property
+    def group_best(self) -> int:
+        """Experts of a group whose scores are summed to say how good it is."""
+        best = 2 if self.group_scores == "top_2" else self.choices // self.top_groups
+        return max(1, min(best, self.expert_count // self.num_expert_groups))
+
+    @property
+    def counts_loads_first(self) -> bool:
+        """Whether a batch in parts needs the load of all parts before the gradient of the first."""
+        return self.is_moe and self.balance == "aux_loss" and self.balance_scope == "step"
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of all shared experts together."""
+        return self.num_shared_experts * (self.shared_expert_hidden_size or self.latent_size)
+
+    @property
+    def count_name(self) -> str:
+        """What an error calls the number of experts."""
+        return "vanilla's num_experts" if self.structure == "vanilla" else "model.num_experts"
+
+    def check(self) -> None:
+        h, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
+        first, layers = self.first_dense_layers, self.num_layers
+        require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {h // heads * heads or heads}, or {math.gcd(h, heads)} heads")  # fmt: skip
+        require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
+        require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
+        require(first == 0 or (self.is_moe and first < layers), f"model.first_dense_layers={first} must be below model.num_layers={layers} of a structure with experts, not {self.structure}; use 0")  # fmt: skip
+        require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
+        if self.is_moe:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices
+        require(0 < r <= 1, f"model.down_ratio={r:g} must lie in (0, 1]")
+        # A decimal spelling such as 0.3333 is not held against a width that it can only mean.
+        require(abs(r * h - round(r * h)) < 1e-6 and round(r * h) >= 1, f"model.down_ratio × model.hidden_size = {r:g} × {h} = {r * h:g} must be a whole number; use {max(1, round(r * h)) / h:g}")  # fmt: skip
+        if self.structure == "vanilla":
+            share = self.num_experts * r / 4
+            require(abs(share - round(share)) < 1e-6 and share >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {self.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={max(2, math.ceil(share)) * math.ceil(4 / r)}")  # fmt: skip
+        require(k <= experts, f"model.top_k={k} must be at most {self.count_name}={experts}; use {experts}")
+        groups, best = self.num_expert_groups, self.top_groups
+        require(experts % groups == 0, f"{self.count_name}={experts} must be a multiple of model.num_expert_groups={groups}; use {math.gcd(experts, groups)} groups")  # fmt: skip
+        require(
+            best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}"
+        )
+        require(k <= best * (experts // groups), f"model.top_k={k} must be at most the {best * (experts // groups)} experts of model.top_groups={best} groups; use more groups")  # fmt: skip
+        require(self.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not model.top_k={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
+        require(self.balance == "quantile" or self.balance_step == "next", f"model.balance_step={self.balance_step} is for balance=quantile, not {self.balance}; use balance=quantile, or balance_step=next")  # fmt: skip
+        require(self.capacity_factor > 0, f"model.capacity_factor={self.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
+        # What stands behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
+        narrow = self.structure == "bigmac" or set(self.latent_norms) <= {"post_combine", "skip", "gate"}
+        require(narrow, f"model.latent_norm={self.latent_norm} needs structure=bigmac, not {self.structure}; use latent_norm=none, post_combine, skip or gate")  # fmt: skip

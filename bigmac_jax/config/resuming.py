@@ -1,0 +1,73 @@
+"""What a resumed run may change, and what that changes of its result."""
+
+from bigmac_jax.config.errors import require
+from bigmac_jax.config.root import Config
+from bigmac_jax.config.section import flat_values
+
+# How it is executed, periodic actions, and where its data lies, as long as that is the same
+# (docs/training.md, "Resuming"; `training.workdir.check_data`).
+MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every",
+              "train.checkpoint_every", "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps",
+              "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
+              "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
+              "data.num_workers", "cache_dir")  # fmt: skip
+_BIGMAC_ALONE = ("model.projection_init", "optimizer.projection_rate")
+# The models may be moved; that they are the same is checked where they are opened (`tuning.origin.open_origin`).
+_MODELS = ("train.init_from", "tuning.teacher")
+
+
+def check_resume(saved: Config, new: Config) -> None:
+    """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
+    before, after = flat_values(saved.resolved), flat_values(new.resolved)
+    unread = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
+    for name, value in after.items():
+        may = name.startswith((*MAY_CHANGE, *unread)) or (name in _MODELS and before[name] and value)
+        require(before[name] == value or may, f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; keep {before[name]!r}, or use a new --workdir")  # fmt: skip
+
+
+def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_after: dict[str, int]) -> list[str]:
+    """A line for each way in which a resumed run differs by more than rounding from one that was not changed.
+
+    Args:
+      mesh_before, mesh_after: ranks by axis.
+    """
+    before, after = flat_values(saved), flat_values(new)
+    before |= {f"mesh.{axis}": mesh_before.get(axis) for axis in mesh_after}
+    after |= {f"mesh.{axis}": size for axis, size in mesh_after.items()}
+    splits = ("train.accumulate_steps", *(f"mesh.{axis}" for axis in mesh_after), "execution.exchange",
+              "execution.overlap_chunks")  # fmt: skip
+    changed = ", ".join(f"{name} {before[name]} → {after[name]}" for name in splits if before[name] != after[name])
+    notes = [
+        f"{name} {before[name] or 'none'} → {after[name] or 'none'}: windows come in another order from here on, and "
+        f"each source goes on where it was"
+        for name in ("data.mixture", "data.curriculum")
+        if before[name] != after[name]
+    ]
+    if new.model.is_moe and changed and not (saved.dropless and new.dropless):
+        notes.append(
+            f"{changed}: which choices find their expert full (model.capacity_factor={new.model.capacity_factor:g}) "
+            f"depends on it; from here on the run drops others"
+        )
+    return notes + [f"{note} from here on" for note in part_notes(saved, new, dropout=True)]
+
+
+def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str]:
+    """A line for each way in which another number of parts of a batch is another computation.
+
+    Args:
+      dropout: whether other draws of dropout count.
+    """
+    model, tuning = after.model, after.tuning
+    steps = before.train.accumulate_steps, after.train.accumulate_steps
+    if steps[0] == steps[1]:
+        return []
+    found = []
+    if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
+        found.append("with model.balance_scope=part the balance loss is of other parts")
+    if model.is_moe and model.balance_step == "same":
+        found.append("with model.balance_step=same quantiles are of other parts")
+    if tuning.teacher and tuning.hidden_weight:
+        found.append("with tuning.hidden_weight the teacher's distance is of other parts")
+    if dropout and model.dropout:
+        found.append("model.dropout draws other entries")
+    return [f"train.accumulate_steps {steps[0]} → {steps[1]}: {what}" for what in found]

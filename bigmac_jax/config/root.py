@@ -1,0 +1,210 @@
+"""The whole config: its sections, the rules between them, and how it is saved and read back."""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigmac_jax.config.errors import ConfigError, require
+from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
+from bigmac_jax.config.model import ModelConfig
+from bigmac_jax.config.names import unknown_field
+from bigmac_jax.config.objects import parse_object
+from bigmac_jax.config.places import check_place
+from bigmac_jax.config.section import Section, all_field_types
+from bigmac_jax.config.training import DataConfig, OptimizerConfig, TrainConfig
+from bigmac_jax.config.tuning import TuningConfig
+
+# Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
+TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
+_MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
+# Fields that were the model's, and are execution's now.
+_MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - {"gather_dtype", "reduce_dtype"}
+# Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
+_REMOVED = {"model.vanilla_top_k": 1}
+_LAST_COMMIT = "d8fd857"
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    # Of tokenised corpora and compiled programs. No saved config has it: native code is loaded from there.
+    cache_dir: str = os.environ.get("BIGMAC_CACHE_DIR") or "~/.cache/bigmac_jax"  # $BIGMAC_CACHE_DIR, if that is set
+
+    @property
+    def dropless(self) -> bool:
+        """Whether no expert is ever full in training."""
+        return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether a token attends to its own document alone; conversations never see each other."""
+        return self.data.documents == "masked" or self.tuning.objective != "pretrain"
+
+    @property
+    def projection_rate(self) -> float:
+        """The learning rate of W↓ and W↑ over that of all else."""
+        slow = self.model.structure == "bigmac" and self.model.projection_init == "selection"
+        return self.optimizer.projection_rate or (1 / 8 if slow else 1.0)
+
+    def describe(self) -> str:
+        """One line that says what the structure resolved to."""
+        m = self.model
+        if not m.is_moe:
+            return f"dense: one MLP of width {m.expert_width} a layer"
+        shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
+        capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
+        first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
+        norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
+        how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
+        how = how if m.structure == "bigmac" else ""
+        return (
+            f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
+            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{norm}{how}{shared}{first}, {capacity}"
+        )
+
+    @property
+    def resolved(self) -> "Config":
+        """The config with `auto` as what it is today: what is saved stays what it was."""
+        model = dataclasses.replace(self.model, latent_norm=self.model.latent_norm_kind)
+        optimizer = dataclasses.replace(self.optimizer, projection_rate=self.projection_rate)
+        return dataclasses.replace(self, model=model, optimizer=optimizer)
+
+    def to_json(self) -> str:
+        """The text of config.json, without cache_dir."""
+        values = dataclasses.asdict(self.resolved)
+        del values["cache_dir"]
+        return json.dumps(_spell_inf(values), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str = "config.json") -> "Config":
+        """Reads what `to_json` wrote; raises ConfigError naming the file `name`."""
+        try:
+            values = parse_object(text)
+        except ValueError as error:
+            raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
+        values.pop("cache_dir", None)
+        return from_dict(values)
+
+    def check(self) -> None:
+        """The rules between sections; each section has checked itself."""
+        model, data = self.model, self.data
+        check_place(self.cache_dir, "cache_dir")
+        size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
+        require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
+        self._check_tuning()
+        if self.mesh.tensor > 1:
+            self._check_tensor()
+        if model.is_moe:
+            name, experts, ranks = model.count_name, model.expert_count, self.mesh.expert_ranks
+            require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {math.gcd(experts, ranks)} ranks")  # fmt: skip
+
+    def _check_tuning(self) -> None:
+        """What is trained needs a model to begin with, and what is left alone must stay."""
+        model, tuning, data, begins = self.model, self.tuning, self.data, bool(self.train.init_from)
+        if tuning.objective != "pretrain":
+            texts = any(place == "sotu" or place.startswith("tfds:") for place in (data.source, data.validation_source))
+            require(not texts, f"data.source={data.source} has texts, and tuning.objective={tuning.objective} needs conversations; give a .jsonl file")  # fmt: skip
+            require(not data.mixture, f"data.mixture is of texts, and tuning.objective={tuning.objective} reads one source of rows; use data.source")  # fmt: skip
+        if frozen := tuning.frozen_router:
+            require(model.balance != "quantile", f"model.balance=quantile moves the router's bias, and {frozen} leaves the router alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
+            require(not (model.is_moe and model.balance == "bias" and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {frozen} leaves the router alone; use balance_bias_rate=0")  # fmt: skip
+        if rank := tuning.lora_rank:
+            require(begins, f"tuning.lora_rank={rank} adapts a model; say which: train.init_from")
+            smallest = min(model.wire_size, model.hidden_size)
+            require(rank <= smallest, f"tuning.lora_rank={rank} must be at most {smallest}, the smallest width of the model; use fewer, or train the model itself (0)")  # fmt: skip
+        if tuning.objective == "dpo":
+            require(begins, "tuning.objective=dpo compares with the model that it begins with; give train.init_from")
+            require(self.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip
+            require(model.balance_step == "next", "model.balance_step=same sends an answer to other experts in training than its reference does; use balance_step=next with tuning.objective=dpo")  # fmt: skip
+
+    def _check_tensor(self) -> None:
+        """What is split over mesh.tensor is a multiple of it."""
+        model, tensor = self.model, self.mesh.tensor
+
+        def divides(name: str, value: int) -> None:
+            require(value % tensor == 0, f"{name}={value} must be a multiple of mesh.tensor={tensor}; use mesh.tensor={math.gcd(value, tensor)}")  # fmt: skip
+
+        divides("data.sequence_length", self.data.sequence_length)
+        divides("model.num_heads", model.num_heads)
+        kv = model.kv_heads
+        require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={math.gcd(kv, tensor)}")  # fmt: skip
+        require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={math.gcd(model.vocab_size, tensor)}")  # fmt: skip
+        if model.first_dense_layers:
+            divides("the first MLPs' width (model.dense_hidden_size)", model.mlp_width)
+        if not model.is_moe or self.mesh.split_experts:
+            width = "the experts' width" if model.is_moe else "the MLP's width"
+            divides(f"{width} (model.expert_hidden_size)", model.expert_width)
+
+
+def check_batch(config: Config, data: int, taken: str = "") -> None:
+    """Checks that a step's batch divides over `data` ranks of the data axis, as training needs.
+
+    Args:
+      taken: says how `data` was found, if the config does not have it.
+
+    Raises:
+      ConfigError: it does not, or overlap_chunks doesn't divide a rank's tokens.
+    """
+    batch_size, mesh, chunks = config.data.batch_size, config.mesh, config.execution.overlap_chunks
+    shards = data * mesh.expert_ranks * config.train.accumulate_steps
+    fix = ", or set mesh.data" if taken else ""
+    require(batch_size % shards == 0, f"data.batch_size={batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}{fix}")  # fmt: skip
+    tokens = batch_size * config.data.sequence_length // (shards * mesh.tensor)
+    require(tokens % chunks == 0, f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {math.gcd(chunks, tokens)}")  # fmt: skip
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Builds a Config from nested dictionaries; raises ConfigError for unknown fields and wrong types."""
+    return _build(Config, values, "")
+
+
+def check_name(name: str, value: str = "") -> None:
+    """Raises ConfigError if `name` is no full name of a field, as model.top_k; it says where a moved field is now.
+
+    Args:
+      value: what follows the name on a command line, as `=4`.
+    """
+    if is_moved(name):
+        new = f"execution.{name.removeprefix('model.')}"
+        raise ConfigError(f"{name} is {new} now; use {f'--config.{new}{value}' if value else 'that'}")
+    if name in _REMOVED:
+        raise ConfigError(f"{name} is always {_REMOVED[name]} now; commit {_LAST_COMMIT} has the field")
+    if name not in (known := list(all_field_types(Config))):
+        raise ConfigError(unknown_field(name, known))
+
+
+def is_moved(name: str) -> bool:
+    """Whether the field `name` was the model's and is execution's now."""
+    return name.startswith("model.") and name.removeprefix("model.") in _MOVED
+
+
+def _build(cls: type[Section], values: Any, prefix: str) -> Any:
+    where = prefix.rstrip(".") or "the config"
+    require(isinstance(values, dict), f"{where}={values!r} must be a group of fields")
+    kinds, parts = cls.field_types, {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if full in _REMOVED and value == _REMOVED[full]:
+            continue
+        if name not in kinds:
+            check_name(full)
+        nested = issubclass(kinds[name].kind, Section)
+        parts[name] = _build(kinds[name].kind, value, f"{full}.") if nested else value
+    return cls(**parts)
+
+
+def _spell_inf(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _spell_inf(entry) for name, entry in value.items()}
+    return "inf" if value == math.inf else value
