@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags
 
-from bigmac_jax.runtime.storage import write_whole
+from bigmac_jax.runtime.storage import write_atomically
 
 _FOLDER = flags.DEFINE_string("folder", "runs/conversion", "Of the runs.")
 _SEEDS = flags.DEFINE_list("seeds", ["1234", "1", "2"], "Of the upcycled runs.")
@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
     for name in _ONLY.value:
         for key, figures in {"narrow": _narrow, "upcycled": _upcycled}[name](folder):
             found.setdefault(name, {})[key] = figures
-            write_whole(output, (json.dumps(found, indent=1) + "\n").encode())
+            write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
             print(f"{name}, {key}: {figures}", flush=True)
 
 

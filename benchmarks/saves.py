@@ -61,7 +61,7 @@ def _member(port: int, index: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
     if _PROCESSES.value > 1:
-        hosts.start(f"127.0.0.1:{port}", _PROCESSES.value, index, False, 0)
+        hosts.connect(f"127.0.0.1:{port}", _PROCESSES.value, index, False, 0)
     workdir = pathlib.Path(_FOLDER.value)
     state = _state()
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}

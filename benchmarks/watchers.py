@@ -1,9 +1,9 @@
 """What it costs to watch a large job: python -m benchmarks.watchers [--counts=8,32,128,256 --seconds=20].
 
 Two processes with jax's coordination service between them: one is process 0 of a job of N, the other simulates the
-N − 1 others, each with the threads, states and requests of `watchdog.Watch`. After `seconds` one of those falls silent.
-A JSON line a count: requests a second of a process, processor time of process 0 as a share of a core, and the seconds
-until the silent one is named.
+N − 1 others, each with the threads, states and requests of `watchdog.Watchdog`. After `seconds` one of those falls
+silent. A JSON line a count: requests a second of a process, processor time of process 0 as a share of a core, and the
+seconds until the silent one is named.
 """
 
 import json
@@ -22,7 +22,7 @@ from absl import app, flags
 from benchmarks.ports import free_port
 from bigmac_jax.runtime.clock import Clock
 from bigmac_jax.runtime.hosts import coordination_store
-from bigmac_jax.runtime.watchdog import Watch
+from bigmac_jax.runtime.watchdog import Watchdog
 
 _COUNTS = flags.DEFINE_list("counts", ["8", "32", "128", "256"], "Processes of the job.")
 _SECONDS = flags.DEFINE_float("seconds", 20.0, "Before one falls silent.")
@@ -47,7 +47,7 @@ class _Counting:
         return call
 
 
-class _Watcher(Watch):
+class _Watcher(Watchdog):
     """One that does not end its process, which others share, and starts at its own moment."""
 
     line, end = "", 0.0

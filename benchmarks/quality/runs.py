@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.quality.grid import Condition
 from bigmac_jax.config import load_config
 from bigmac_jax.model.counts import flops, parameters
-from bigmac_jax.runtime.storage import write_whole
+from bigmac_jax.runtime.storage import write_atomically
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/tiny.py"
@@ -111,4 +111,4 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
 def write(path: pathlib.Path, name: str, runs: Sequence[dict[str, Any]]) -> None:
     """Appears whole: what is there already is hours of work."""
     lines = ",\n".join(" " + json.dumps(run) for run in runs)
-    write_whole(path, f'{{"name": "{name}", "runs": [\n{lines}\n]}}\n'.encode())
+    write_atomically(path, f'{{"name": "{name}", "runs": [\n{lines}\n]}}\n'.encode())

@@ -29,7 +29,7 @@ _LOCAL = flags.DEFINE_bool("local", False, "Leave the exchange out.")
 
 
 def main() -> None:
-    with hosts.together():
+    with hosts.raise_together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
     cli.enter_mesh(config)
     model = init_model(config, jax.random.key(config.train.seed))

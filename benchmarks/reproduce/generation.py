@@ -31,7 +31,7 @@ _NEW = flags.DEFINE_list("new", "1", "Tokens to generate; a list is taken by tur
 
 
 def main() -> None:
-    with hosts.together():
+    with hosts.raise_together():
         config = load_config(_CONFIG.value, cli.OVERRIDES)
     cli.enter_mesh(config)
     model = init_model(config, jax.random.key(config.train.seed))

@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 from benchmarks.cluster import Cluster, ClusterError, Network, bits_per_second
 from benchmarks.reproduce.lab import ROOT
 from benchmarks.reproduce.machine import commit, describe_machine
-from bigmac_jax.runtime.storage import write_whole
+from bigmac_jax.runtime.storage import write_atomically
 
 HOSTS = 4
 OUTPUT, PICTURE = "docs/results/speculation.json", "docs/images/speculation.png"
@@ -72,7 +72,9 @@ def main() -> int:
     if not given.quick:
         rows = ",\n".join(" " + json.dumps(line) for line in lines)
         described = json.dumps({"machine": describe_machine(), "commit": commit()})
-        write_whole(given.output, f'{{"name": "speculation", "of": {described}, "lines": [\n{rows}\n]}}\n'.encode())
+        write_atomically(
+            given.output, f'{{"name": "speculation", "of": {described}, "lines": [\n{rows}\n]}}\n'.encode()
+        )
         draw(lines, ROOT / PICTURE)
     return 0
 

@@ -47,7 +47,7 @@ _TIE = 1e-5  # nats
 
 
 def main() -> None:
-    with hosts.together():
+    with hosts.raise_together():
         workdir = run_folder(_RUN.value)
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         most, lengths = max(map(int, _BATCHES.value)), [int(tokens) for tokens in _DRAFTS.value]

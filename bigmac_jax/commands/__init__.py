@@ -32,8 +32,8 @@ def start(name: str) -> None:
     """Runs a command with the arguments in sys.argv; does not return."""
     if sys.version_info < (3, 11):  # noqa: UP036  whoever runs a script with another Python is told
         _fail(f"this is Python {sys.version.split()[0]}, and 3.11, 3.12 or 3.13 is needed; {_advice()}")
-    signals.take()
-    with signals.blocked():  # until the program that takes its place has its handlers
+    signals.install()
+    with signals.block():  # until the program that takes its place has its handlers
         environment.prepare()
     try:
         module = importlib.import_module(f"bigmac_jax.{COMMANDS[name][0]}")

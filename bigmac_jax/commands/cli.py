@@ -64,11 +64,11 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
             clock.switch("devices")
             if distributed:
                 given = flags.FLAGS
-                hosts.start(
+                hosts.connect(
                     given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
                 )
             clock.switch("start")
-            with watchdog.of_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
+            with watchdog.watch_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
                 return main()
         except ConfigError as error:
             _fail(str(error) if hosts.is_first() else "")
@@ -81,7 +81,7 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
         except BrokenPipeError:  # the reader of standard output has seen enough
             return _reader_left()
         except storage.errors() as error:
-            if not storage.is_of_store(error):
+            if not storage.is_store_error(error):
                 raise
             why = storage.reason(error)
             print(
@@ -127,12 +127,12 @@ def agree(config: Config | None, command: str) -> None:
       ConfigError: on all processes, where one was started with something else.
     """
     names = [flag.name for flag in _flags(command) if flag.name != "config"] + ["num_processes", "peer_timeout"]
-    fields: dict[str, Any] = environment.edition() | {f"--{name}": flags.FLAGS[name].value for name in names}
+    fields: dict[str, Any] = environment.software_versions() | {f"--{name}": flags.FLAGS[name].value for name in names}
     if config is None:
         fields |= {"overrides": OVERRIDES}
     else:
         fields |= {name: value for name, value in flat_values(config).items() if name != "cache_dir"}
-    hosts.same(fields)
+    hosts.check_same(fields)
 
 
 def _define_host_flags() -> None:
@@ -229,7 +229,7 @@ def _show(text: str) -> NoReturn:
 
 def _reader_left() -> int:
     """The exit code where the reader of standard output has seen enough: as a shell counts SIGPIPE."""
-    signals.unread(sys.stdout)
+    signals.discard_output(sys.stdout)
     return 141
 
 

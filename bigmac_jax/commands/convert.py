@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _export(workdir: pathlib.Path) -> None:
-    with hosts.together():
+    with hosts.raise_together():
         saved = read_config(workdir)
         meshed = with_mesh(saved, cli.OVERRIDES)
         peft = _FORMAT.value == "peft"
@@ -91,7 +91,7 @@ def _export(workdir: pathlib.Path) -> None:
 def _import(workdir: pathlib.Path) -> None:
     cli.agree(None, __name__)
     with contextlib.ExitStack() as stack:
-        with hosts.together():
+        with hosts.raise_together():
             place = storage.locate(_CHECKPOINT.value, "--checkpoint")
             directory = stack.enter_context(storage.local_folder(place))
         config = import_run(directory, workdir, cli.OVERRIDES)
@@ -99,7 +99,7 @@ def _import(workdir: pathlib.Path) -> None:
 
 
 def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
-    if hosts.several():
+    if hosts.is_distributed():
         raise ConfigError(f"{action} is done by one process, which may have many devices; start it alone")
     refuse_a_run(output, "--output")
     saved = with_mesh(

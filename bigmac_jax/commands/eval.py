@@ -64,7 +64,7 @@ class Trained(NamedTuple):
 
 
 def main() -> None:
-    with hosts.together():
+    with hosts.raise_together():
         trained = _read_run()
         score = _choose(trained)
     cli.agree(trained.config, __name__)

@@ -48,7 +48,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 def main() -> None:
     workdir = run_folder(_WORKDIR.value)
-    with hosts.together():
+    with hosts.raise_together():
         for override in cli.OVERRIDES:
             if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
                 raise ConfigError(f"--config.{override} is of training; completions take --exchange, drop it")

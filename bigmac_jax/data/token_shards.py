@@ -27,7 +27,7 @@ from bigmac_jax.data.documents import Documents, Seen
 from bigmac_jax.data.encoding import Counts, Words, encode
 from bigmac_jax.data.files import disk_full, file_digest, locked, remove
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.runtime import storage
+from bigmac_jax.runtime import leases, storage
 from bigmac_jax.runtime.clock import clock
 
 SHARD = 1 << 25  # tokens after which the next shard begins
@@ -46,7 +46,7 @@ class Store:
 
     def __init__(self, kept: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer):
         self.kept, self.key, self.docs, self.split, self.tokenizer = kept, key, docs, split, tokenizer
-        self.folder = storage.local_copies(kept.parent) / kept.name if storage.is_store(kept) else kept
+        self.folder = storage.local_copy_path(kept.parent) / kept.name if storage.is_store(kept) else kept
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
     def index(self) -> Record | None:
@@ -87,7 +87,7 @@ class Store:
                         if self.finished(unit) is None:
                             self._make(unit, report)
                     report(unit, self.size_of(unit))
-                except storage.HeldError:
+                except leases.HeldError:
                     waiting.append(unit)
             if len(waiting) == len(held):
                 clock.tick()  # whoever makes them is watched itself
@@ -185,7 +185,7 @@ def unit_of(shard: str) -> int:
 
 
 def _held(path: pathlib.Path) -> Any:
-    return storage.locked(path.with_name(f".{path.name}.lock"), wait=False)
+    return leases.lock(path.with_name(f".{path.name}.lock"), wait=False)
 
 
 @contextlib.contextmanager
@@ -205,7 +205,7 @@ def _put(path: pathlib.Path, record: bytes) -> None:
     if not storage.is_store(path) and path.is_dir():  # whatever damage left there
         remove(path)
     try:
-        storage.write_whole(path, record)
+        storage.write_atomically(path, record)
     except OSError as error:
         if fix := disk_full(error, path):
             raise ConfigError(f"{path} cannot be written: {fix}") from None

@@ -20,7 +20,7 @@ from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.documents import PIECE, decode, one_line, pieces
 from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.runtime.storage import errors, locate, reason, write_whole
+from bigmac_jax.runtime.storage import errors, locate, reason, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
@@ -339,7 +339,7 @@ def _trained(config: Config) -> Tokenizer:
             for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
                 if file.is_dir():
                     remove(file)
-                write_whole(file, content)
+                write_atomically(file, content)
         except errors() as error:
             fix = disk_full(error, path) or "set a cache_dir you may write to"
             raise ConfigError(f"{path} cannot be written ({reason(error)}): {fix}") from None

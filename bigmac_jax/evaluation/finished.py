@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from bigmac_jax.config import parse_object, sealed, unsealed
 from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.runtime.mirror import Mirror
 
 Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding would give it
 _log = logging.getLogger(__name__)
@@ -28,12 +29,12 @@ class Finished:
     def __init__(self, path: pathlib.Path, model: str):
         self._path, self._model = path, model
         self._known: dict[str, Score] = {}
-        self._mirror = storage.Mirror(pathlib.Path())
+        self._mirror = Mirror(pathlib.Path())
         if not hosts.is_first():
             return
         try:
             storage.make_folder(path.parent)
-            self._mirror = storage.Mirror(path.parent)
+            self._mirror = Mirror(path.parent)
             self._mirror.fetch(path.name)
             self._path = self._mirror.folder / path.name
             with self._path.open("ab+") as file:

@@ -81,7 +81,7 @@ def export_model(
         raise ConfigError(f"--dtype={dtype} must be one of {', '.join(tensor_files.DTYPES)}")
     size = tensor_files.byte_size(max_shard_size)
     name = choose(config, format)
-    with hosts.together():  # now: later the other processes would wait for this one
+    with hosts.raise_together():  # now: later the other processes would wait for this one
         if hosts.is_first():
             tensor_files.check_new(output)
     layout, leaves = FORMATS[name], named_leaves(model)

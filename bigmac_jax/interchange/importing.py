@@ -26,7 +26,7 @@ from bigmac_jax.model.mesh import make_mesh, placed
 from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.runtime.workdir_lock import held
+from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training.checkpoint_arrays import nonfinite
 from bigmac_jax.training.new_run import check_fresh, refuse_a_run, write_fresh_run
 
@@ -50,14 +50,14 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     Raises:
       ConfigError: a model that has no equivalent here, tensors that don't fit its config.json, or damaged files.
     """
-    with hosts.together():
+    with hosts.raise_together():
         config, layout, checkpoint = open_checkpoint(pathlib.Path(directory), overrides)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         mesh = make_mesh(config, fit_batch=False)
         jax.set_mesh(mesh)
     abstract = placed(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)), mesh)
-    with hosts.together():
+    with hosts.raise_together():
         tensors = _fitting(layout, config, named_leaves(abstract), checkpoint)
     parts: dict[str, dict[int | None, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for tensor in tensors:
@@ -80,11 +80,11 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     """
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
     refuse_a_run(workdir, "--workdir")
-    with hosts.together():
+    with hosts.raise_together():
         config = check_fresh(open_checkpoint(directory, overrides)[0])
         found = find_tokenizer(directory, config, overrides)
     config, model = import_model(directory, overrides)
-    with held(workdir):
+    with lock_workdir(workdir):
         if found:
             config = tokens.keep_tokenizer(workdir, config, *found)
         write_fresh_run(workdir, config, model)
@@ -103,7 +103,7 @@ def find_tokenizer(
         return None
     try:
         if not given and name not in TOKENIZER_SIZES:
-            storage.within(directory, pathlib.Path(name).name)
+            storage.check_inside(directory, pathlib.Path(name).name)
         return tokens.read_tokenizer(config)
     except ConfigError as error:
         if given:
@@ -114,7 +114,7 @@ def find_tokenizer(
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:
     """The config of a checkpoint, how it is written, and its tensors, none of which is read yet; arguments and errors
     as for `import_model`."""
-    file = storage.within(directory, "config.json")
+    file = storage.check_inside(directory, "config.json")
     values = read_object(file, "give the directory of a checkpoint, or copy it again")
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FORMATS:

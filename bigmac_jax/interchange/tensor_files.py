@@ -109,7 +109,7 @@ def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
         return
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
-        with signals.undone(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+        with signals.undo_on_signal(lambda: shutil.rmtree(temporary, ignore_errors=True)):
             temporary.mkdir(parents=True)
             yield temporary
             os.replace(temporary, output)
@@ -145,15 +145,15 @@ class Checkpoint:
         if not index.is_file():
             if not (self.directory / _SINGLE).is_file():
                 raise ConfigError(f"{self.directory} holds neither {_SINGLE} nor {INDEX}; give another --checkpoint")
-            return [storage.within(self.directory, _SINGLE)]
-        weight_map = read_object(storage.within(self.directory, INDEX), "copy it again").get("weight_map")
+            return [storage.check_inside(self.directory, _SINGLE)]
+        weight_map = read_object(storage.check_inside(self.directory, INDEX), "copy it again").get("weight_map")
         names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
         if not names:
             raise ConfigError(f"{index} has no weight_map; copy it again")
         there = {path.name for path in self.directory.iterdir() if path.is_file()}
         if missing := sorted(names - there):
             raise ConfigError(f"{self.directory} lacks {missing[0]}, which {INDEX} names; copy it again")
-        return [storage.within(self.directory, name) for name in sorted(names)]
+        return [storage.check_inside(self.directory, name) for name in sorted(names)]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where

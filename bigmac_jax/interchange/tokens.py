@@ -100,7 +100,7 @@ def keep_tokenizer(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, 
     """Writes what `read_tokenizer` gave → the config that names it."""
     files = chat_contents(chat) | ({tokenizer.file: tokenizer.content} if tokenizer.file else {})
     for name, content in files.items() if hosts.is_first() else ():
-        storage.write_whole(workdir / name, content)
+        storage.write_atomically(workdir / name, content)
     if not tokenizer.file:
         return config
     own = str(storage.absolute(workdir) / tokenizer.file)

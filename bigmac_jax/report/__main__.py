@@ -16,7 +16,7 @@ def main() -> None:
     path = storage.locate(_OUTPUT.value, "--output")
     runs = read_runs(cli.ARGUMENTS)
     write_page(runs, path)
-    print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {storage.size_of(path) / 1e6:.2f} MB")
+    print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {storage.file_size(path) / 1e6:.2f} MB")
 
 
 def run() -> None:

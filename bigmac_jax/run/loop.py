@@ -19,7 +19,8 @@ from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.run.start import Start, Step, restored, start
 from bigmac_jax.runtime import hosts, signals, storage
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.runtime.workdir_lock import held
+from bigmac_jax.runtime.mirror import Mirror
+from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training import bad_steps
 from bigmac_jax.training.bad_steps import NonFiniteLossError, RunError
 from bigmac_jax.training.drop_notice import DropNotice
@@ -58,7 +59,7 @@ def train(
     clock.begin("start")
     try:
         config = with_places(config)
-        with held(workdir):
+        with lock_workdir(workdir):
             for note in notes:
                 hosts.say(note)
             started = start(config, workdir)
@@ -82,10 +83,10 @@ class _Run:
         self.jobs, self.tokenizer = started.jobs, started.tokenizer
         self.bad_steps = started.position.get("bad_steps", 0)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
-        self.best = hosts.first(started.checkpoints.best_loss())
+        self.best = hosts.broadcast(started.checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
-        self.mirror = storage.Mirror(workdir)  # of what grows: metrics, events, traces
+        self.mirror = Mirror(workdir)  # of what grows: metrics, events, traces
         if hosts.is_first():
             self.mirror.fetch("metrics.jsonl")
             self.mirror.fetch("wandb/id")
@@ -150,7 +151,7 @@ class _Run:
                 pending = None
                 self._score_tasks(step, state)
             # Process 0's say: the others' sums may differ in the last bit.
-            new_best = score is not None and train.checkpoint_every > 0 and hosts.first(score.loss < self.best)
+            new_best = score is not None and train.checkpoint_every > 0 and hosts.broadcast(score.loss < self.best)
             if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
                 self._finish(pending)  # only a state whose loss is known to be finite is kept
                 pending = None
@@ -162,7 +163,7 @@ class _Run:
             self.checkpoints.wait()
         if step > self.first_step:
             self.writer.write({"step": step} | self.goodput.record(step))
-            if hosts.first(self.checkpoints.latest()) != step:
+            if hosts.broadcast(self.checkpoints.latest()) != step:
                 raise RunError(
                     f"step {step} is not saved (see above), {self._kept()}; free space in {self.workdir} and run the "
                     f"same command again"
@@ -283,7 +284,7 @@ class _Run:
                 self.trainer.plain_model(state),
                 self.tokenizer,
                 self.workdir / "tasks" / str(step),
-                hosts.first(f"training at {time.time_ns()}"),  # a step that is rewound is of another model
+                hosts.broadcast(f"training at {time.time_ns()}"),  # a step that is rewound is of another model
                 config.data.sequence_length,
                 evaluation_rows(config),
             )
@@ -326,5 +327,5 @@ class _Run:
 def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
-    on_device = functools.partial(hosts.global_array, sharding, rows, size=batch_size)
+    on_device = functools.partial(hosts.make_global_array, sharding, rows, size=batch_size)
     return (jax.tree.map(on_device, batch) for batch in data)

@@ -84,7 +84,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     """
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
-    with hosts.together():
+    with hosts.raise_together():
         check_boards(config.train.wandb)
         resumed = has_run(workdir)
         saved = read_config(workdir) if resumed else config
@@ -95,7 +95,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         begins = config.tuning.lora_rank or preferred or moved or not manifest.steps(workdir)
     origin = origin_of(workdir, config) if config.train.init_from and begins else None
     teacher = teacher_of(workdir, config) if config.tuning.teacher else None
-    with clock.timed("data"), hosts.together():
+    with clock.timed("data"), hosts.raise_together():
         if resumed:
             tokenizer = run_tokenizer(workdir, config, of_user=True)
         else:
@@ -125,11 +125,11 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
         data = train_iterator(config, train_stream, rows)
-    hosts.same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
+    hosts.check_same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
     trainer = make_trainer(config, mesh, teacher and teacher.config)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
     # Everything else that a start needs happens while the step compiles.
-    compiling = _compile(trainer, config) if (hosts.first(checkpoints.latest()) or 0) < config.train.steps else None
+    compiling = _compile(trainer, config) if (hosts.broadcast(checkpoints.latest()) or 0) < config.train.steps else None
     newest, state, position = restored(config, trainer, checkpoints, origin, teacher)
     if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
         with clock.timed("data"):
@@ -171,7 +171,7 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int) -> No
     hosts.say(
         f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
-        + (f", {jax.process_count()} processes" if hosts.several() else "")
+        + (f", {jax.process_count()} processes" if hosts.is_distributed() else "")
         + f", attention by {attention_of(config)}"
         + (f", resumed at step {newest}" if newest else "")
     )

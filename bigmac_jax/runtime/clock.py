@@ -1,6 +1,6 @@
 """Where this process spends its time: every second belongs to one phase, and the phases add up to the whole.
 
-`watchdog.Watch` reads the current phase and when it last made progress; metrics.jsonl gets the seconds per phase.
+`watchdog.Watchdog` reads the current phase and when it last made progress; metrics.jsonl gets the seconds per phase.
 """
 
 import contextlib

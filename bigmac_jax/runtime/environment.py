@@ -75,7 +75,7 @@ OVERLAP_OPTIONS = {
 
 def prepare() -> None:
     """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or an accelerator."""
-    if accelerated():
+    if has_accelerator():
         return
     missing = {
         name: value
@@ -89,7 +89,7 @@ def prepare() -> None:
 
 
 @functools.cache
-def edition() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
     import hashlib  # here, so that a command has its signal handlers soon
     import importlib.metadata
@@ -102,7 +102,7 @@ def edition() -> dict[str, str]:
     return {"Python": platform.python_version()} | versions | {"bigmac_jax's code": code.hexdigest()[:12]}
 
 
-def accelerated() -> bool:
+def has_accelerator() -> bool:
     """Whether jax will run on a GPU or a TPU, as far as can be seen before it is loaded."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms.split(",")[0] != "cpu"

@@ -39,15 +39,15 @@ class PeerError(RuntimeError):
     """Another process of the job failed; the message names it."""
 
 
-def start(coordinator: str, num_processes: int, process_id: int, detect: bool, peer_timeout: int) -> None:
+def connect(coordinator: str, num_processes: int, process_id: int, detect: bool, peer_timeout: int) -> None:
     """Joins the processes of the job; without arguments it has one. To be called before any device is touched.
 
     Args:
       coordinator: HOST:PORT of process 0; with num_processes and process_id.
       process_id: of this process, from 0; -1 = not given.
       detect: take the three from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.
-      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds,
-        and not before half a minute (`watchdog.Watch`, once it runs, is there first and says more); 0 = jax's defaults.
+      peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds, and not
+        before half a minute; `watchdog.Watchdog`, once it runs, acts sooner and says more. 0 = jax's defaults.
 
     Raises:
       ConfigError: arguments that are incomplete or contradict each other or those of another process, a port in use, or
@@ -87,7 +87,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, p
     me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
     fix = "start all of them, or raise --peer_timeout"
     on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
-    stderr.begin()
+    stderr.start_filter()
     try:
         if not detect:
             rendezvous.meet(coordinator, num_processes, process_id, seconds)
@@ -144,7 +144,7 @@ def say(line: str, file: TextIO | None = None) -> None:
         print(line, file=file, flush=True)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -160,19 +160,19 @@ def coordination_store() -> Any:
 
 def gather(message: str) -> list[str]:
     """The message of every process, in all of them; waits for the last."""
-    if not several():
+    if not is_distributed():
         return [message]
     text = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(text)]
 
 
-def same(fields: Mapping[str, Any]) -> None:
+def check_same(fields: Mapping[str, Any]) -> None:
     """Whether every process was given the same; waits for the last.
 
     Raises:
       ConfigError: on all of them, which process has another value of what.
     """
-    if not several():
+    if not is_distributed():
         return
     of_names = hashlib.sha256("\n".join(fields).encode()).digest()[:4]
     # All at once, of a fixed size: the names, which another edition may have more of, and one number for each value.
@@ -210,7 +210,7 @@ class Jit:
         return self._jitted.lower(*arguments, **static)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
-        if not several():
+        if not is_distributed():
             return self._jitted(*arguments, **static)
         leaves, tree = jax.tree.flatten(arguments)
         key = tree, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves), tuple(sorted(static.items()))
@@ -221,7 +221,7 @@ class Jit:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """What goes wrong for one process inside goes wrong for all at its end; no collective may run inside.
 
     Raises:
@@ -232,7 +232,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as caught:
-        if not several():
+        if not is_distributed():
             raise
         error = caught
     kind = "" if error is None else "config" if isinstance(error, ConfigError) else type(error).__name__
@@ -246,16 +246,16 @@ def together() -> Iterator[None]:
         raise error
 
 
-def first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Process 0's value (of JSON), in all: what was read from files that another process may see later."""
     return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # between processes, a loss may be anything
 
 
-def on_first(find: Callable[[], Any]) -> Any:
+def run_on_first(find: Callable[[], Any]) -> Any:
     """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
-    with together():
+    with raise_together():
         found = find() if is_first() else None
-    return first(found)
+    return broadcast(found)
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
@@ -264,7 +264,7 @@ def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
     return sorted({row for index in held if index for row in range(rows)[index[0]]})
 
 
-def global_array(sharding: NamedSharding, rows: Sequence[int], local: np.ndarray, size: int) -> jax.Array:
+def make_global_array(sharding: NamedSharding, rows: Sequence[int], local: np.ndarray, size: int) -> jax.Array:
     """The array of `size` rows of which `local` is this process' `rows`."""
 
     def shard(index: Any) -> np.ndarray:
@@ -290,10 +290,10 @@ class StopVote:
 
     def cast(self) -> None:
         """To be called after each step was dispatched."""
-        if several():
+        if is_distributed():
             flags = np.full(self._sharding.mesh.size, bool(self._wanted), np.int32)
             votes = jax.make_array_from_callback(flags.shape, self._sharding, flags.__getitem__)
             self._known, self._last = self._last, self._any(votes)
 
     def passed(self) -> bool:
-        return bool(self._known) if several() else bool(self._wanted)
+        return bool(self._known) if is_distributed() else bool(self._wanted)

@@ -21,7 +21,7 @@ _ending = threading.Lock()
 _loops: list[list[int]] = []  # what those inside `stop_signals` were given
 
 
-def take() -> None:
+def install() -> None:
     """From here on both signals end the process, but for one inside `stop_signals`.
 
     Python's own way is an exception in the main thread: swallowed where C++ called back, a traceback where a library
@@ -33,13 +33,13 @@ def take() -> None:
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    with blocked():  # in the thread, which inherits it: a signal that it took would be lost where `blocked` holds them
+    with block():  # in the thread, which inherits it: a signal that it took would be lost where `block` holds them
         threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
 
 
 @contextlib.contextmanager
-def blocked() -> Iterator[None]:
-    """Both wait; also where the program is replaced inside, until the new one calls `take`."""
+def block() -> Iterator[None]:
+    """Both wait; also where the program is replaced inside, until the new one calls `install`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)
     try:
         yield
@@ -81,7 +81,7 @@ def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]
 
 
 @contextlib.contextmanager
-def read_by(stream: TextIO) -> Iterator[None]:
+def tolerate_closed_pipe(stream: TextIO) -> Iterator[None]:
     """For lines to a reader that may have left: head, or tee at a ctrl-C that was for both. The loop inside
     `stop_signals` then saves and ends as for a signal, and further lines go nowhere."""
     try:
@@ -89,18 +89,18 @@ def read_by(stream: TextIO) -> Iterator[None]:
     except BrokenPipeError:
         if not _loops:
             raise
-        unread(stream)
+        discard_output(stream)
         _loops[-1].append(signal.SIGPIPE)
 
 
-def unread(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Its reader has left: what else is written to it goes nowhere."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
-def undone(undo: Callable[[], object]) -> Iterator[None]:
+def undo_on_signal(undo: Callable[[], object]) -> Iterator[None]:
     """A signal that ends the process inside calls `undo` first, as a `finally` would be for an exception."""
     _half_way.append(undo)
     try:

@@ -1,7 +1,7 @@
-"""Standard error of a process of several, without what jax's threads print where another one is lost.
+"""Filters from standard error what jax's threads print when another process of the job is lost.
 
-They print half a page and call abort() before anyone else can say anything; `watch` has a line for it. As a program,
-this file is the filter, a process of its own: nothing is lost or held up, whatever happens to the one that it serves.
+They print half a page and call abort() before anything else can be said; the watchdog says it in one line. Run as a
+program, this file is the filter: a process of its own, so that no line is lost or held up when the other one dies.
 """
 
 import os
@@ -15,7 +15,7 @@ _OF_ANOTHER = (b"coordination_service", b"JAX distributed service")
 _filter: subprocess.Popen[bytes] | None = None  # as long as this process lives
 
 
-def begin() -> None:
+def start_filter() -> None:
     """From now on what is written to descriptor 2 goes through the filter; what Python writes does not."""
     global _filter
     if _filter is not None:

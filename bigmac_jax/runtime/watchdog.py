@@ -85,7 +85,7 @@ class _Peer:
         return f"process {self.index} ({self.state['pid']} on {self.state['host']}, {', '.join(at) or 'start'})"
 
 
-class Watch:
+class Watchdog:
     """Inside it, this process ends with one line and exit code 3 if the job cannot go on.
 
     The line names the process that died, is silent (nothing heard of it for `timeout` seconds) or hangs (it started
@@ -110,9 +110,11 @@ class Watch:
         self._busy = self._moved = 0.0
         self._judged = time.monotonic()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         hosts.on_abort(lambda: self.blame("aborted; its output says why"))
-        self._threads = [threading.Thread(target=run, name="watch", daemon=True) for run in (self._talk, self._judge)]
+        self._threads = [
+            threading.Thread(target=run, name="watchdog", daemon=True) for run in (self._talk, self._judge)
+        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -292,8 +294,8 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def of_job(timeout: float) -> contextlib.AbstractContextManager[Any]:
+def watch_job(timeout: float) -> contextlib.AbstractContextManager[Any]:
     """The watch of this process; none of a job of one, or where timeout is 0."""
-    if not hosts.several() or timeout <= 0:
+    if not hosts.is_distributed() or timeout <= 0:
         return contextlib.nullcontext()
-    return Watch(timeout, hosts.coordination_store(), jax.process_index(), jax.process_count())
+    return Watchdog(timeout, hosts.coordination_store(), jax.process_index(), jax.process_count())

@@ -6,25 +6,25 @@ import pathlib
 from collections.abc import Iterator
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.runtime import hosts, leases, storage
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this job. When process 0 ends, however it ends, the kernel lets it go at once, a store
-    after half a minute (`storage.leases`).
+    after half a minute (`leases`).
 
     Raises:
       ConfigError: another job trains there, or the workdir cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        with hosts.together():
+        with hosts.raise_together():
             if hosts.is_first():
                 try:
-                    stack.enter_context(storage.locked(workdir / ".lock", wait=False, say=_log.warning))
-                except storage.HeldError as holder:
+                    stack.enter_context(leases.lock(workdir / ".lock", wait=False, say=_log.warning))
+                except leases.HeldError as holder:
                     raise ConfigError(
                         f"--workdir={workdir} is in use by {holder}; wait for it, stop it, or give another --workdir"
                     ) from None

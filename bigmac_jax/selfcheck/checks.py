@@ -309,7 +309,7 @@ def compiled(mesh: Mesh, lowered: Any, ragged: bool = False) -> Any:
     device = mesh.devices.flat[0]
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
     options |= environment.compiler_options(device, ragged=ragged)
-    with hosts.together():  # all have compiled before one of them waits for the others
+    with hosts.raise_together():  # all have compiled before one of them waits for the others
         return lowered.compile(compiler_options=options)
 
 

@@ -31,7 +31,7 @@ class Schedule:
     """What process 0 tells; a job of one process has nobody to tell."""
 
     def __init__(self) -> None:
-        self._store = hosts.coordination_store() if hosts.several() else None
+        self._store = hosts.coordination_store() if hosts.is_distributed() else None
         self._told = 0
 
     def step(self, submitted: Sequence[tuple[int, Job]], cancelled: Sequence[int]) -> None:

@@ -51,7 +51,7 @@ class Checkpoints:
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
         if keep is not None:
-            hosts.on_first(self._tidy)
+            hosts.run_on_first(self._tidy)
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -82,7 +82,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, data_state: Any, config: Config, step: int, eval_loss: float | None) -> None:
         """Copies the state to the host, returns, and writes in the background. A failure is logged, not raised."""
-        if hosts.first(step in self._manager.all_steps()):  # a save is of all processes
+        if hosts.broadcast(step in self._manager.all_steps()):  # a save is of all processes
             return
         self.wait()
         self._remove_unfinished()
@@ -110,7 +110,7 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        if hosts.several():
+        if hosts.is_distributed():
             raise error  # the others wait for this process inside Orbax: better that the job ends and is restarted
         code = re.search(r"os_error_code='(\d+)'", str(error))  # of TensorStore, at the end of a long line
         cause = os.strerror(int(code[1])) if code else f"{type(error).__name__}: {error}"[:300]
@@ -127,7 +127,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
         if hosts.is_first():
-            for path in storage.children(self._directory):
+            for path in storage.list_folder(self._directory):
                 if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not manifest.is_whole(path)):
                     storage.remove_tree(path)
 
@@ -155,18 +155,18 @@ class Checkpoints:
         def newest() -> int | None:
             return max(manifest.steps(self._directory.parent), default=None)
 
-        while (step := hosts.on_first(newest)) is not None:
+        while (step := hosts.run_on_first(newest)) is not None:
             try:
                 self._check(step)
                 break
             except DamagedError as error:
                 self._damaged(step, error)
-        hosts.on_first(functools.partial(self._refuse_to_start_over, step))
+        hosts.run_on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
 
     def _damaged(self, step: int, error: DamagedError) -> None:
-        hosts.on_first(functools.partial(self._set_aside, step, str(error)))
+        hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
 
     def _refuse_to_start_over(self, step: int | None) -> None:
         if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
@@ -177,8 +177,8 @@ class Checkpoints:
 
     def _check(self, step: int, without: str = "") -> None:
         """Of a checkpoint all processes read files, each a part; raises DamagedError, as `manifest.damage` says it."""
-        with hosts.together():
-            share = (jax.process_index(), jax.process_count()) if hosts.several() else (0, 1)
+        with hosts.raise_together():
+            share = (jax.process_index(), jax.process_count()) if hosts.is_distributed() else (0, 1)
             damage = manifest.damage(self._directory / str(step), without=without, share=share)
         if damage := next(filter(None, hosts.gather(damage or "")), ""):
             raise DamagedError(damage)
@@ -214,7 +214,7 @@ class Checkpoints:
         """The first intact of the checkpoints that `step` may mean, and what `read` makes of it."""
         damaged: dict[int, str] = {}
         while True:
-            number: int = hosts.on_first(functools.partial(self._candidate, step, damaged))
+            number: int = hosts.run_on_first(functools.partial(self._candidate, step, damaged))
             try:
                 self._check(number, without="optimizer")
                 return number, read(number)
@@ -285,7 +285,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, damage: str) -> None:
         storage.make_folder(self._aside)
-        there = len(storage.children(self._aside))
+        there = len(storage.list_folder(self._aside))
         names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + there))]
         target = next(self._aside / name for name in names if not (self._aside / name).exists())
         storage.move(self._directory / str(step), target)
@@ -306,7 +306,7 @@ class Checkpoints:
         if abstract.average is not None:
             params = _finite({"params": optimizer["params"]})["params"]
             state = dataclasses.replace(state, params=params, average=model["params"])
-        return state, hosts.on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
+        return state, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def close(self) -> None:
         """Waits, too."""

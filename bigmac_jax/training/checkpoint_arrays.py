@@ -70,7 +70,7 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
       DamagedError: in all processes, if one of them found chunks that differ from their checksums, or are gone.
     """
     found, damage = {}, ""
-    with hosts.together():
+    with hosts.raise_together():
         try:
             for item, tree in abstract.items():
                 how = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))

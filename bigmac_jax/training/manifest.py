@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from bigmac_jax.runtime.storage import children, files_below, is_store, locate, reason, size_of, write_whole
+from bigmac_jax.runtime.storage import file_size, is_store, list_files, list_folder, locate, reason, write_atomically
 
 NAME = "manifest.json"
 STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`
@@ -29,7 +29,7 @@ def write(directory: pathlib.Path, checked: bool = True) -> None:
     Args:
       checked: whether arrays carry checksums of their own.
     """
-    found = {path: size for path, size in files_below(directory).items() if path != directory / NAME}
+    found = {path: size for path, size in list_files(directory).items() if path != directory / NAME}
     read = [path for path, size in found.items() if size <= _SMALL or path.parent.name != _ARRAYS or not checked]
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
         digests = dict(zip(read, pool.map(_digest, read), strict=True))
@@ -37,7 +37,7 @@ def write(directory: pathlib.Path, checked: bool = True) -> None:
         path.relative_to(directory).as_posix(): {"size": size} | ({"sha256": digests[path]} if path in digests else {})
         for path, size in sorted(found.items())
     }
-    write_whole(directory / NAME, _text(entries).encode())
+    write_atomically(directory / NAME, _text(entries).encode())
 
 
 def damage(
@@ -76,7 +76,7 @@ def damage(
     def differs(name: str) -> str | None:
         path, (size, digest) = directory / name, wanted[name]
         try:
-            found = size_of(path)
+            found = file_size(path)
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
             if to_read(name) and _digest(path) != digest:
@@ -96,7 +96,7 @@ def damage(
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Of a workdir's checkpoints, whatever their state, in order."""
-    found = (path for path in children(workdir / "checkpoints") if path.name.isdecimal() and is_whole(path))
+    found = (path for path in list_folder(workdir / "checkpoints") if path.name.isdecimal() and is_whole(path))
     return sorted(int(path.name) for path in found)
 
 

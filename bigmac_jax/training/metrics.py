@@ -54,13 +54,13 @@ class MetricsWriter:
         """`line` is of a step that is logged."""
         self._bar.update(step - self._bar.n)
         if line is not None and self._bar.disable:
-            with signals.read_by(sys.stderr):
+            with signals.tolerate_closed_pipe(sys.stderr):
                 print(f"step {step} of {self._steps}: {line}", file=sys.stderr, flush=True)
         elif line is not None:
             self._bar.set_postfix_str(line)
 
     def print(self, line: str) -> None:
-        with signals.read_by(sys.stdout):
+        with signals.tolerate_closed_pipe(sys.stdout):
             self._bar.write(line)
             sys.stdout.flush()
 

@@ -16,7 +16,7 @@ from bigmac_jax.training.workdir import write_config
 
 def refuse_a_run(workdir: pathlib.Path, flag: str) -> None:
     """Raises ConfigError if a run is there, which `flag` named."""
-    with hosts.together():
+    with hosts.raise_together():
         if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
             raise ConfigError(f"{flag}={workdir} holds a run; give another one")
 
@@ -44,7 +44,7 @@ def write_fresh_run(workdir: pathlib.Path, config: Config, model: Transformer) -
     average = params if config.optimizer.average_decay else None
     checkpoints.save(TrainState(step, params, rest, opt_state, None, average), {"batches": 0}, config, 0, None)
     checkpoints.wait()
-    saved = hosts.first(checkpoints.latest())
+    saved = hosts.broadcast(checkpoints.latest())
     checkpoints.close()
     if saved is None:
         raise ConfigError(f"{workdir} cannot be written (see above); free space, or give another folder")

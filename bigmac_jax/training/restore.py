@@ -30,7 +30,7 @@ def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
     finally:
         checkpoints.close()
     file = workdir / "checkpoints" / str(number) / manifest.NAME  # names its files, as no other does
-    return number, hosts.on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
+    return number, hosts.run_on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def restore(
@@ -94,7 +94,7 @@ def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Con
         if config.tuning.lora_rank:
             params = jax.eval_shape(lambda key: make_adapters(config, base, key), jax.random.key(0))
         number, tree = checkpoints.restore_model(str(step), placed({"params": params, "rest": rest}, mesh))
-        loss = hosts.on_first(lambda: checkpoints.loss(number))
+        loss = hosts.run_on_first(lambda: checkpoints.loss(number))
         return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)
     finally:
         checkpoints.close()

@@ -27,8 +27,8 @@ from bigmac_jax.data.documents import once
 from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.runtime import hosts
-from bigmac_jax.runtime.environment import edition
-from bigmac_jax.runtime.storage import errors, is_store, locate, within, write_whole
+from bigmac_jax.runtime.environment import software_versions
+from bigmac_jax.runtime.storage import check_inside, errors, is_store, locate, write_atomically
 from bigmac_jax.training import manifest
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def read_config(workdir: pathlib.Path) -> Config:
             continue
         try:
             saved = Config.from_json((checkpoint / "config" / "metadata").read_bytes())
-        except (OSError, ConfigError):  # of an earlier edition
+        except (OSError, ConfigError):  # of an earlier version
             continue
         if (workdir, problem) not in _said:
             _said.add((workdir, problem))
@@ -106,14 +106,14 @@ def check_shared(workdir: pathlib.Path) -> None:
     Raises:
       ConfigError: on all of them, which process does not.
     """
-    if not hosts.several():
+    if not hosts.is_distributed():
         return
     note = workdir / ".seen"
-    with hosts.together():
+    with hosts.raise_together():
         word = secrets.token_hex(8) if hosts.is_first() else ""
         if hosts.is_first():
             note.write_text(word)
-    word = hosts.first(word)
+    word = hosts.broadcast(word)
     seen, end = False, time.monotonic() + _LATE
     while not seen and time.monotonic() < end:
         with contextlib.suppress(*errors()):
@@ -142,7 +142,7 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config, of_user: bool = Fa
     or needs no file. Without a copy it names the place of one: what a saved config names is not looked for elsewhere.
 
     Args:
-      of_user: the config is the user's, and not what the workdir has saved: without a copy, as of an earlier edition,
+      of_user: the config is the user's, and not what the workdir has saved: without a copy, as of an earlier version,
         it says where the tokenizer comes from.
 
     Raises:
@@ -153,7 +153,7 @@ def with_own_tokenizer(workdir: pathlib.Path, config: Config, of_user: bool = Fa
     if read_config(workdir).data.tokenizer != name:
         return config
     file = next((file for file in _TOKENIZERS if (workdir / file).is_file()), "")
-    wanted, kept = _fingerprint(workdir), within(workdir, file or _TOKENIZERS[0])
+    wanted, kept = _fingerprint(workdir), check_inside(workdir, file or _TOKENIZERS[0])
     if file and wanted not in ("", hashlib.sha256(kept.read_bytes()).hexdigest()):
         raise ConfigError(f"{kept} is not the tokenizer that the run was trained with; bring back a good copy")
     if file or not (of_user or name in TOKENIZER_SIZES):
@@ -184,9 +184,9 @@ def with_own_template(workdir: pathlib.Path, config: Config, of_user: bool = Fal
             once(logging.WARNING, line)
             given = ""
     elif given in ("", read_config(workdir).tuning.chat_template) or (
-        read_chat(given, "", "tuning.chat_template").template == within(workdir, CHAT_TEMPLATE).read_text()
+        read_chat(given, "", "tuning.chat_template").template == check_inside(workdir, CHAT_TEMPLATE).read_text()
     ):
-        given = str(within(workdir, CHAT_TEMPLATE))
+        given = str(check_inside(workdir, CHAT_TEMPLATE))
     return dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=given))
 
 
@@ -239,14 +239,14 @@ def write_run(
         _write(workdir / tokenizer.file, tokenizer.content)
     for name, content in chat_contents(chat).items():
         _write(workdir / name, content)
-    write_config(config, workdir, data=known | data, mesh=mesh, edition=edition())
+    write_config(config, workdir, data=known | data, mesh=mesh, edition=software_versions())
 
 
 def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> None:
     """Whether a run goes on with the data that it was started with, wherever that lies now.
 
     Raises:
-      ConfigError: it would not, or can't be told because an earlier edition started it.
+      ConfigError: it would not, or can't be told because an earlier version started it.
     """
     saved, known = read_config(workdir).data, run_of(workdir)["data"]
     for place in ("validation_source", "test_source"):
@@ -311,13 +311,13 @@ def check_split(workdir: pathlib.Path, config: Config, split: str) -> None:
 def changes_of_loss(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:
     """A line for each way in which the rest of a run may differ by more than rounding from what it would have been."""
     saved, known = read_config(workdir), run_of(workdir)["mesh"]
-    if not known:  # of an earlier edition
+    if not known:  # of an earlier version
         known = mesh | {axis: getattr(saved.mesh, axis) for axis in mesh if getattr(saved.mesh, axis)}
     return resume_notes(saved, config, known, mesh) + changes_of_edition(workdir)
 
 
 def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
-    """{} of an earlier edition, which had none; its first ones have no seal."""
+    """{} of an earlier version, which had none; its first ones have no seal."""
     file = workdir / _RUN
     try:
         found = parse_object(file.read_bytes())
@@ -335,7 +335,7 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def changes_of_edition(workdir: pathlib.Path) -> list[str]:
     """A line if this is other code, or these are other packages, than what last trained the run."""
-    before, now = run_of(workdir)["edition"], edition()
+    before, now = run_of(workdir)["edition"], software_versions()
     changed = [
         f"{name} {before[name]} → {now.get(name, 'none')}" for name in before if before[name] != now.get(name, "none")
     ]
@@ -370,7 +370,7 @@ def _of_own_files(config: Config) -> dict[str, str]:
 def _write(file: pathlib.Path, content: bytes) -> None:
     """Whole or not at all."""
     try:
-        write_whole(file, content)
+        write_atomically(file, content)
     except OSError as error:
         if is_store(file):
             raise

@@ -39,7 +39,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     output = storage.absolute(storage.locate(output, "--output"))
     adapters = named_leaves(run.params)
     tensors = list(_adapted(config, adapters, named_leaves(run.base)))
-    with hosts.together():
+    with hosts.raise_together():
         if hosts.is_first():
             tensor_files.check_new(output)
     values: dict[str, np.ndarray] = {}

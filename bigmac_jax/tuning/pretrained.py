@@ -70,12 +70,12 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
       ConfigError: there is no model, or another one.
     """
     step, pinned, origin = "latest", identity.partition(":")[0], None
-    with hosts.together():
+    with hosts.raise_together():
         path = storage.locate(place, name)
         if path.parent.name == "checkpoints":
             step, path = path.name, path.parent.parent
         if (path / "config.json").is_file() and "model_type" in read_object(
-            storage.within(path, "config.json"), "copy it again"
+            storage.check_inside(path, "config.json"), "copy it again"
         ):
             with storage.local_folder(path) as directory:
                 origin = Origin(place, "", _digest(directory), open_checkpoint(directory)[0])
@@ -85,7 +85,7 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
             )
     if origin is None:
         number, digest = find_checkpoint(path, pinned or step)
-        with hosts.together():
+        with hosts.raise_together():
             origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
     if identity and origin.identity != identity:
         raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
@@ -244,7 +244,7 @@ def read_model(origin: Origin, source: Config) -> Transformer:
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
     with contextlib.ExitStack() as stack:
-        with hosts.together():  # a store may fail for one process alone
+        with hosts.raise_together():  # a store may fail for one process alone
             directory = stack.enter_context(storage.local_folder(_folder(origin)))
         return import_model(directory, overrides)[1]
 
@@ -267,7 +267,7 @@ def _digest(directory: pathlib.Path) -> str:
     """Of config.json and the tensors' files; of a file above 1 GiB its ends count."""
     files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
     return hashlib.sha256(
-        " ".join(f"{file.name} {file_digest(storage.within(directory, file.name))}" for file in files).encode()
+        " ".join(f"{file.name} {file_digest(storage.check_inside(directory, file.name))}" for file in files).encode()
     ).hexdigest()
 
 

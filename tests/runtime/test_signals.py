@@ -62,7 +62,7 @@ def test_at_any_moment(number: signal.Signals, tmp_path: pathlib.Path) -> None:
 
 
 def ended(program: str) -> tuple[int, str, str]:
-    start = "import ctypes, os, signal, time\nfrom bigmac_jax.runtime import signals\nsignals.take()\n"
+    start = "import ctypes, os, signal, time\nfrom bigmac_jax.runtime import signals\nsignals.install()\n"
     done = subprocess.run([sys.executable, "-c", start + program], cwd=ROOT, capture_output=True, text=True, timeout=20)
     return done.returncode, done.stdout, done.stderr
 
@@ -88,9 +88,9 @@ for inside in True, False:
     read, write = os.pipe()
     os.close(read)
     stream = os.fdopen(write, "w")
-    with signals.stop_signals() if inside else signals.undone(print) as stopped:
+    with signals.stop_signals() if inside else signals.undo_on_signal(print) as stopped:
         for _ in range(3):
-            with signals.read_by(stream):
+            with signals.tolerate_closed_pipe(stream):
                 print("line", file=stream, flush=True)
     print(stopped == [signal.SIGPIPE], flush=True)
 """
@@ -103,7 +103,7 @@ def test_a_main_thread_that_does_not_come_back() -> None:
     program = """
 c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 c.alarm(10)
-with signals.undone(lambda: os.write(1, b"undone")):
+with signals.undo_on_signal(lambda: os.write(1, b"undone")):
     os.posix_spawnp("sh", ["sh", "-c", f"sleep 0.5; kill -TERM {os.getpid()}"], os.environ)
     c.pthread_mutex_lock(mutex)
     c.pthread_mutex_lock(mutex)
@@ -115,7 +115,7 @@ def test_a_signal_waits_for_the_program_that_takes_this_ones_place() -> None:
     program = """
 import sys
 if len(sys.argv) == 1:
-    with signals.blocked():
+    with signals.block():
         os.kill(os.getpid(), signal.SIGINT)
         os.execv(sys.executable, [*sys.orig_argv, "again"])
 """

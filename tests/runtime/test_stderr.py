@@ -20,7 +20,7 @@ import os, signal, sys
 from absl import logging
 from bigmac_jax.runtime import stderr
 before = sys.stderr
-stderr.begin()
+stderr.start_filter()
 os.write(2, sys.stdin.buffer.read())
 print("from Python", file=sys.stderr)
 assert logging.get_absl_handler().python_handler.stream is sys.stderr is not before

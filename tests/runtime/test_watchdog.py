@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bigmac_jax.runtime.clock import Clock, process_start
-from bigmac_jax.runtime.watchdog import Watch
+from bigmac_jax.runtime.watchdog import Watchdog
 
 TIMEOUT = 100.0
 
@@ -39,7 +39,7 @@ class Job:
     def __init__(self, count: int = 3) -> None:
         self.store = Store()
         self.clocks = [Clock() for _ in range(count)]
-        self.watches = [Watch(TIMEOUT, self.store, me, count, clock) for me, clock in enumerate(self.clocks)]
+        self.watches = [Watchdog(TIMEOUT, self.store, me, count, clock) for me, clock in enumerate(self.clocks)]
         for clock in self.clocks:
             clock.begin("steps")
             clock.start_step(7)
@@ -197,9 +197,8 @@ def test_who_has_ended_is_not_missed(job: Job) -> None:
 
 
 def test_a_large_job_beats_slowly() -> None:
-    assert [Watch(timeout, Store(), 0, count).beat for timeout, count in ((2, 2), (120, 2), (20, 256), (600, 8))] == [
-        1.0, 5.0, 4.0, 5.0,
-    ]  # fmt: skip
+    jobs = ((2, 2), (120, 2), (20, 256), (600, 8))
+    assert [Watchdog(timeout, Store(), 0, count).beat for timeout, count in jobs] == [1.0, 5.0, 4.0, 5.0]
 
 
 def test_seconds_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +236,7 @@ def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
     """A collective that breaks because another process has died is one line."""
     monkeypatch.setattr("os._exit", lambda _: None)
     for line in ("process 0 (4711 on here, step 7) has died", "process 1 failed: ValueError: Gloo AllGather failed"):
-        watch = Watch(TIMEOUT, job.store, 1, 2, job.clocks[1])
+        watch = Watchdog(TIMEOUT, job.store, 1, 2, job.clocks[1])
         monkeypatch.setattr(watch, "blame", sys.exit)
         with pytest.raises(SystemExit, match="ValueError: Gloo AllGather failed"):
             watch.__exit__(ValueError, ValueError("Gloo AllGather failed"), None)

@@ -118,7 +118,7 @@ def held(of: Any, name: str) -> Iterator[tuple[threading.Event, list[Any]]]:
 
 
 def main(what: str) -> int:
-    signals.take()
+    signals.install()
     server._GRACE = 0.5
     engine: Any = Engine(stuck=what == "engine")
     generator: Any = Generator()

@@ -45,7 +45,7 @@ class Followed:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store()
-    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
     monkeypatch.setattr(hosts, "coordination_store", lambda: made)
     monkeypatch.setattr(lockstep, "_PART", 20)
     return made

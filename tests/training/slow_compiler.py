@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from bigmac_jax.runtime import hosts  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 1)
-hosts.start(options["coordinator"], int(options["num_processes"]), int(options["process_id"]), False, 120)
+hosts.connect(options["coordinator"], int(options["num_processes"]), int(options["process_id"]), False, 120)
 hosts.gather("")
 mesh = jax.make_mesh((2, 2), ("group", "rank"), (AxisType.Auto,) * 2)
 compile_ = jax.stages.Lowered.compile

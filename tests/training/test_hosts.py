@@ -244,7 +244,7 @@ def test_incomplete_arguments_are_one_line(
 ) -> None:
     monkeypatch.setattr(jax._src.distributed.xla_bridge, "backends_are_initialized", lambda: False)
     with pytest.raises(ConfigError, match=message) as error:
-        hosts.start(*arguments, 1)
+        hosts.connect(*arguments, 1)
     assert "\n" not in str(error.value)
     assert not jax.distributed.is_initialized()
 
@@ -272,7 +272,7 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
 
     assert hosts.local_rows(OfProcess1(), 16) == list(expected)
     batch = np.arange(16 * 3).reshape(16, 3)
-    np.testing.assert_array_equal(hosts.global_array(sharding, range(16), batch, 16), batch)
+    np.testing.assert_array_equal(hosts.make_global_array(sharding, range(16), batch, 16), batch)
 
 
 def test_a_program_waits_once_until_all_have_compiled_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_a_program_waits_once_until_all_have_compiled_it(monkeypatch: pytest.Mon
         return compile_(lowered)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiles)
-    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
     monkeypatch.setattr(hosts, "gather", lambda message: events.append("waited"))
 
     @hosts.Jit

@@ -19,7 +19,7 @@ from bigmac_jax.inference import Generator
 from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
-from bigmac_jax.runtime.environment import edition
+from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.restore import restore
@@ -54,7 +54,7 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, path
 def test_a_run_and_its_checkpoints_name_their_data_code_and_packages(finished: Any) -> None:
     _, workdir = finished
     found = run_of(workdir)
-    assert found["edition"] == edition() and {"jax", "Python", "bigmac_jax's code"} <= found["edition"].keys()
+    assert found["edition"] == software_versions() and {"jax", "Python", "bigmac_jax's code"} <= found["edition"].keys()
     assert found["data"].keys() == {"tokenizer", "train", "validation", "test"}
     for step in (1, 2):
         item = workdir / "checkpoints" / str(step) / "run" / "metadata"
@@ -66,8 +66,8 @@ def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.Monk
     restore(workdir)
     assert not caplog.records
 
-    now = edition() | {"jax": "9.9.9", "bigmac_jax's code": "0" * 12}
-    monkeypatch.setattr(workdir_module, "edition", lambda: now)
+    now = software_versions() | {"jax": "9.9.9", "bigmac_jax's code": "0" * 12}
+    monkeypatch.setattr(workdir_module, "software_versions", lambda: now)
     line = f"{workdir} was trained with other software (jax {jax.__version__} → 9.9.9, bigmac_jax's code "
     for use in (lambda: restore(workdir), lambda: train(config, workdir)):
         caplog.clear()
@@ -79,7 +79,7 @@ def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.Monk
     restore(workdir)
     assert not caplog.records
 
-    (workdir / "run.json").unlink()  # of an earlier edition
+    (workdir / "run.json").unlink()  # of an earlier version
     restore(workdir)
     assert not caplog.records
 
@@ -94,7 +94,7 @@ def test_what_run_json_does_not_say_is_not_known(values: dict[str, Any] | None, 
 
 
 def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any) -> None:
-    """Two directories that were swapped; one of an earlier edition does not say what it is of."""
+    """Two directories that were swapped; one of an earlier version does not say what it is of."""
     _, workdir = copied
     folder = workdir / "checkpoints"
     for old, new in (("1", "other"), ("2", "1"), ("other", "2")):
@@ -121,7 +121,7 @@ def test_evaluation_refuses_data_that_changed(copied: Any, split: str) -> None:
     assert "\n" not in str(error.value) and "--text_file" in str(error.value)
     for other in {"train", "validation", "test"} - {split}:
         run_stream(workdir, config, other, ByteTokenizer())
-    (workdir / "run.json").unlink()  # of an earlier edition: there is nothing to compare with
+    (workdir / "run.json").unlink()  # of an earlier version: there is nothing to compare with
     assert run_stream(workdir, config, split, ByteTokenizer()).num_tokens > before
 
 

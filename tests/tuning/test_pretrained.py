@@ -303,7 +303,7 @@ def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch:
         yield path
         entered.append("removed")
 
-    monkeypatch.setattr(hosts, "together", together)
+    monkeypatch.setattr(hosts, "raise_together", together)
     monkeypatch.setattr(storage, "local_folder", fetched)
     monkeypatch.setattr(origins, "import_model", lambda directory, overrides: (directory, entered.append("read")))
     read_model(Origin(str(tmp_path), "", "digest", Config()), Config())

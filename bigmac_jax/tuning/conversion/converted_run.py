@@ -19,7 +19,7 @@ from bigmac_jax.interchange.tokens import keep_tokenizer
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import storage
-from bigmac_jax.runtime.workdir_lock import held
+from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training import programs
 from bigmac_jax.training.new_run import check_fresh, write_fresh_run
 from bigmac_jax.tuning.conversion.latent import LayerError
@@ -99,10 +99,10 @@ def write_run(
 ) -> Config:
     """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
     narrow exchange, the picture of the error by layer."""
-    with held(output):
+    with lock_workdir(output):
         config = set_anew(keep_tokenizer(output, config, tokenizer, chat_in(source)), overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
-        storage.write_whole(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
+        storage.write_atomically(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
         if report.layers:
             _draw(report, output / "conversion.png")
         write_fresh_run(output, config, model)

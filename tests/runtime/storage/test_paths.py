@@ -17,8 +17,8 @@ from bigmac_jax.data.token_cache import cached_stream
 from bigmac_jax.data.token_shards import Store
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.runtime import storage
-from bigmac_jax.runtime.storage import paths
-from bigmac_jax.runtime.storage.leases import HeldError, Lease
+from bigmac_jax.runtime.leases import HeldError, Lease
+from bigmac_jax.runtime.mirror import Mirror
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 
@@ -28,28 +28,28 @@ from .conftest import entered
 def test_a_path(place: str) -> None:
     folder = storage.locate(place, "workdir")
     assert storage.is_store(folder) and str(folder / "a") == f"{place}/a" and not folder.exists()
-    storage.write_whole(folder / "b" / "c.txt", b"one")
-    storage.write_whole(folder / "b-d.txt", b"three")
-    before = storage.version_of(folder / "b" / "c.txt")
-    storage.write_whole(folder / "b" / "c.txt", b"four")
-    assert (folder / "b" / "c.txt").read_bytes() == b"four" and storage.version_of(folder / "b" / "c.txt") != before
+    storage.write_atomically(folder / "b" / "c.txt", b"one")
+    storage.write_atomically(folder / "b-d.txt", b"three")
+    before = storage.file_version(folder / "b" / "c.txt")
+    storage.write_atomically(folder / "b" / "c.txt", b"four")
+    assert (folder / "b" / "c.txt").read_bytes() == b"four" and storage.file_version(folder / "b" / "c.txt") != before
     # In the order of paths, which is not that of their texts: a corpus has one order wherever it lies.
-    assert storage.files_below(folder) == {folder / "b" / "c.txt": 4, folder / "b-d.txt": 5}
-    assert list(storage.files_below(folder)) == [folder / "b" / "c.txt", folder / "b-d.txt"]
-    assert list(storage.matches(folder / "**" / "*.txt")) == [folder / "b" / "c.txt", folder / "b-d.txt"]
+    assert storage.list_files(folder) == {folder / "b" / "c.txt": 4, folder / "b-d.txt": 5}
+    assert list(storage.list_files(folder)) == [folder / "b" / "c.txt", folder / "b-d.txt"]
+    assert list(storage.find_files(folder / "**" / "*.txt")) == [folder / "b" / "c.txt", folder / "b-d.txt"]
     storage.move(folder / "b", folder / "e")
-    assert list(storage.files_below(folder)) == [folder / "b-d.txt", folder / "e" / "c.txt"]
+    assert list(storage.list_files(folder)) == [folder / "b-d.txt", folder / "e" / "c.txt"]
     storage.remove_tree(folder)
     storage.remove_tree(folder)
-    assert not storage.files_below(folder)
+    assert not storage.list_files(folder)
 
 
 def test_what_other_processes_write_is_seen(place: str) -> None:
     """fsspec keeps listings; here another instance of it writes."""
     folder = storage.locate(place, "workdir")
-    storage.write_whole(folder / "a", b"")
+    storage.write_atomically(folder / "a", b"")
     assert [path.name for path in folder.iterdir()] == ["a"]
-    type(paths.filesystem(folder))(skip_instance_cache=True).pipe_file(str(folder / "b"), b"")
+    type(storage.filesystem(folder))(skip_instance_cache=True).pipe_file(str(folder / "b"), b"")
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"] and (folder / "b").exists()
 
 
@@ -62,7 +62,7 @@ def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPat
     def refused(*_: object, **__: object) -> None:
         raise ConnectionResetError
 
-    monkeypatch.setattr(paths.filesystem(checkpoints._directory), "ls", refused)
+    monkeypatch.setattr(storage.filesystem(checkpoints._directory), "ls", refused)
     for read in (lambda: manifest.steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
         with pytest.raises(ConnectionResetError):
             read()
@@ -95,12 +95,12 @@ def test_a_bucket_that_is_not_there_is_not_made(place: str) -> None:
     wrong = storage.locate(place.replace("bucket", "buket"), "workdir")
     storage.make_folder(wrong)
     with pytest.raises(storage.errors()) as error:
-        storage.write_whole(wrong / "a", b"")
-    assert storage.is_of_store(error.value) and not wrong.parent.exists()
+        storage.write_atomically(wrong / "a", b"")
+    assert storage.is_store_error(error.value) and not wrong.parent.exists()
 
 
 def test_missing_packages_and_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
     for place, extra in (("gs://a/b", "gcs"), ("s3://a/b", "s3")):
         with pytest.raises(ConfigError, match=rf"--workdir={place} needs .*; pip install 'bigmac-jax\[{extra}\]'$"):
             storage.locate(place, "--workdir")
@@ -112,18 +112,18 @@ def test_missing_packages_and_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lease(place: str) -> None:
     """Held once; refused while it is renewed; free at once when it was let go, after its time when it was not."""
     folder, said = storage.locate(place, "workdir") / ".lock", list[str]()
-    with Lease(folder, seconds=1, say=said.append).held():
+    with Lease(folder, seconds=1, say=said.append).hold():
         start = time.monotonic()
-        with pytest.raises(HeldError, match=r"process .* on "), Lease(folder, seconds=1).held(wait=False):
+        with pytest.raises(HeldError, match=r"process .* on "), Lease(folder, seconds=1).hold(wait=False):
             pass
         assert time.monotonic() - start < 1
     start = time.monotonic()
-    with Lease(folder, seconds=1).held(wait=False):
+    with Lease(folder, seconds=1).hold(wait=False):
         assert time.monotonic() - start < 0.5 and not said
     dead = Lease(folder, seconds=2)
     assert dead._take(wait=False)  # and never renews
     start = time.monotonic()
-    with Lease(folder, seconds=1, say=said.append).held(wait=False):
+    with Lease(folder, seconds=1, say=said.append).hold(wait=False):
         assert 1 <= time.monotonic() - start < 5
     assert "waiting until it is renewed, or 2 s old" in said[0] and said[1].endswith("taken over"), said
     assert [path.name for path in folder.iterdir()] == ["00000004"]
@@ -131,7 +131,7 @@ def test_a_lease(place: str) -> None:
 
 def test_who_lost_the_lease_is_told(place: str) -> None:
     folder, lost = storage.locate(place, "workdir") / ".lock", list[str]()
-    with Lease(folder, seconds=1, lost=lost.append).held():
+    with Lease(folder, seconds=1, lost=lost.append).hold():
         (folder / "00000002").write_bytes(json.dumps({"holder": "process 7 on node9"}).encode())
         time.sleep(1)
     assert lost == [f"{folder} was not renewed in time, and process 7 on node9 has taken it over"]
@@ -141,7 +141,7 @@ def test_only_one_of_many_gets_it(place: str) -> None:
     folder, inside, most = storage.locate(place, "workdir") / ".lock", [0], [0]
 
     def work() -> None:
-        with Lease(folder, seconds=5).held():
+        with Lease(folder, seconds=5).hold():
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.05)
@@ -177,8 +177,8 @@ def test_tokens_are_made_once_and_fetched_by_others(
     (copy,) = (tmp_path / "another machine").rglob("*.bin")
     copy.write_bytes(b"123")  # damaged: fetched again
     assert read() == text and made == [0]
-    kept = next(path for path in storage.files_below(storage.locate(place, "cache_dir")) if path.suffix == ".bin")
-    storage.write_whole(kept, b"123")  # damaged on the store: whoever has no copy is told
+    kept = next(path for path in storage.list_files(storage.locate(place, "cache_dir")) if path.suffix == ".bin")
+    storage.write_atomically(kept, b"123")  # damaged on the store: whoever has no copy is told
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third"))
     with pytest.raises(ConfigError, match=r"00000-000\.bin is damaged; remove .*, and the text is tokenised again"):
         read()
@@ -189,7 +189,7 @@ def test_tokens_are_made_once_and_fetched_by_others(
 
 def test_a_mirror(place: str) -> None:
     folder = storage.locate(place, "workdir")
-    mirror = storage.Mirror(folder)
+    mirror = Mirror(folder)
     with (mirror.folder / "metrics.jsonl").open("a") as file:
         file.write("1\n")
         file.flush()
@@ -201,7 +201,7 @@ def test_a_mirror(place: str) -> None:
         assert (folder / "metrics.jsonl").read_bytes() == b"1\n"
     mirror.close()
     assert not mirror.folder.exists()
-    again = storage.Mirror(folder)
+    again = Mirror(folder)
     again.fetch("metrics.jsonl")
     again.fetch("nothing")
     assert (again.folder / "metrics.jsonl").read_bytes() == b"1\n2\n"

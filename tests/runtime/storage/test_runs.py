@@ -76,16 +76,16 @@ def test_a_run_on_gs(gs_server: Server, tmp_path: pathlib.Path, monkeypatch: pyt
 def _unfinished_half_removed_and_damaged(workdir: pathlib.Path) -> None:
     """What kills leave of a save and of a removal goes; what has changed is put aside."""
     kept = workdir / "checkpoints"
-    storage.write_whole(kept / "6" / "model" / "array", b"")
-    next(path for path in storage.files_below(kept / "2") if path.parent.name == "config").unlink()
+    storage.write_atomically(kept / "6" / "model" / "array", b"")
+    next(path for path in storage.list_files(kept / "2") if path.parent.name == "config").unlink()
     Checkpoints(workdir, 2).close()
-    assert [path.name for path in storage.children(kept)] == ["4"]
-    arrays = max((size, path) for path, size in storage.files_below(kept / "4").items())[1]
+    assert [path.name for path in storage.list_folder(kept)] == ["4"]
+    arrays = max((size, path) for path, size in storage.list_files(kept / "4").items())[1]
     arrays.write_bytes(arrays.read_bytes()[:-1] + b"?")
     with pytest.raises(ConfigError, match="no intact checkpoint is left"):
         Checkpoints(workdir, 2).newest_intact()
-    assert [path.name for path in storage.children(workdir / "checkpoints-damaged")] == ["4"]
-    assert storage.children(kept) == []
+    assert [path.name for path in storage.list_folder(workdir / "checkpoints-damaged")] == ["4"]
+    assert storage.list_folder(kept) == []
 
 
 def test_data_cache_and_export_on_s3(

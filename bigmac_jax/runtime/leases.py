@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from bigmac_jax.runtime.storage.paths import AWAY, errors, filesystem, is_store, make_folder, reason
+from bigmac_jax.runtime.storage import AWAY, errors, filesystem, is_store, make_folder, reason
 
 SECONDS = 30.0  # that a lease lasts without being renewed
 _PARTS = 6  # of these, each with a renewal
@@ -34,7 +34,7 @@ def me() -> str:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
+def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
     """Holds the lock `path`. It ends with this process, however that ends: on a disk at once, on a store after SECONDS.
 
     Args:
@@ -45,7 +45,7 @@ def locked(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] =
       HeldError, and errors() where the lock can't be made.
     """
     if is_store(path):
-        with Lease(path, say=say).held(wait):
+        with Lease(path, say=say).hold(wait):
             yield
         return
     make_folder(path.parent)
@@ -83,7 +83,7 @@ class Lease:
         self._closing = threading.Event()
 
     @contextlib.contextmanager
-    def held(self, wait: bool = True) -> Iterator[None]:
+    def hold(self, wait: bool = True) -> Iterator[None]:
         """HeldError if another one renews it, unless `wait`."""
         while not self._take(wait):
             pass

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 
-from bigmac_jax.runtime.storage.paths import AWAY, errors, filesystem, is_store, reason, write_whole
+from bigmac_jax.runtime.storage import AWAY, errors, filesystem, is_store, reason, write_atomically
 
 _EVERY = 30.0  # seconds
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Mirror:
                 state = path.stat().st_size, path.stat().st_mtime_ns
                 if self._sent.get(path) != state:
                     name = path.relative_to(self.folder).as_posix()
-                    write_whole(self._place / name, path.read_bytes())  # at once: it may grow meanwhile
+                    write_atomically(self._place / name, path.read_bytes())  # at once: it may grow meanwhile
                     self._sent[path] = state
 
     def copy_sometimes(self) -> None:

@@ -86,7 +86,7 @@ def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def is_of_store(error: BaseException) -> bool:
+def is_store_error(error: BaseException) -> bool:
     """Whether it comes from a store and its network, and not from a disk, whose errors have an `errno`."""
     of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins" and error.errno is not None
     return isinstance(error, errors()) and not of_disk
@@ -99,7 +99,7 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-def within(folder: pathlib.Path, name: str) -> pathlib.Path:
+def check_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The path of a file of a folder that somebody else may have filled. Of a folder in the cache of Hugging Face's
     hub, which is made of links, the files are elsewhere in that cache.
 
@@ -122,12 +122,12 @@ def make_folder(path: pathlib.Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def size_of(path: pathlib.Path) -> int:
+def file_size(path: pathlib.Path) -> int:
     """Bytes."""
     return int(filesystem(path).info(str(path))["size"]) if is_store(path) else path.stat().st_size
 
 
-def children(folder: pathlib.Path) -> list[pathlib.Path]:
+def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
     """What is in a folder, none if it is not there. `is_dir` says no of a store that gives no answer; this raises."""
     if not is_store(folder):
         return sorted(folder.iterdir()) if folder.is_dir() else []
@@ -138,7 +138,7 @@ def children(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder / name.rstrip("/").rpartition("/")[2] for name in names)
 
 
-def version_of(path: pathlib.Path) -> str:
+def file_version(path: pathlib.Path) -> str:
     """What changes when the file is written again."""
     if not is_store(path):
         return str(path.stat().st_mtime_ns)
@@ -146,7 +146,7 @@ def version_of(path: pathlib.Path) -> str:
     return str(info.get("generation") or info.get("ETag"))
 
 
-def matches(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
+def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
     """The files that a pattern means, in order → bytes; `**` is folders at any level."""
     if not is_store(pattern):
         found = sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
@@ -160,7 +160,7 @@ def matches(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
     }
 
 
-def files_below(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:
     """All files of a folder, at every level, in order → bytes. Of a store that is one request a thousand of them."""
     if not is_store(folder):
         return {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -184,7 +184,7 @@ def open_lines(path: pathlib.Path) -> BinaryIO:
     return io.BufferedReader(file, 1 << 20) if is_store(path) else file
 
 
-def write_whole(path: pathlib.Path, content: bytes) -> None:
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """The file appears whole or not at all, and is on the disk then; an object does so by itself."""
     make_folder(path.parent)
     if is_store(path):
@@ -205,7 +205,7 @@ def save_figure(figure: Any, path: pathlib.Path) -> None:
         return
     content = io.BytesIO()
     figure.savefig(content, dpi=110, format=path.suffix.removeprefix("."))
-    write_whole(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def remove_tree(path: pathlib.Path) -> None:
@@ -221,14 +221,14 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     """A folder; on a store object by object, copied by the server."""
     if is_store(source):
         files, start = filesystem(source), len(str(source))
-        for path in files_below(source):
+        for path in list_files(source):
             files.cp_file(str(path), f"{target}{str(path)[start:]}")
         remove_tree(source)
     else:
         os.rename(source, target)
 
 
-def local_copies(path: pathlib.Path) -> pathlib.Path:
+def local_copy_path(path: pathlib.Path) -> pathlib.Path:
     """Where the local copies of a store's folder lie: on this machine alone, and to be removed at will."""
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return base / "bigmac_jax" / "stores" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
@@ -247,7 +247,7 @@ def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:
             filesystem(source).get_file(str(path), str(to))
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(fetch, files_below(source)))
+            list(pool.map(fetch, list_files(source)))
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
     finally:
@@ -256,7 +256,7 @@ def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def send_tree(source: pathlib.Path, target: pathlib.Path, last: str = "") -> None:
     """Copies a local folder to a store's; `last` is the file whose being there says that the others are."""
-    files = [path for path in files_below(source) if path.name != last]
+    files = [path for path in list_files(source) if path.name != last]
 
     def send(path: pathlib.Path) -> None:
         filesystem(target).put_file(str(path), f"{target}/{path.relative_to(source).as_posix()}")
@@ -287,7 +287,7 @@ def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if not is_store(path):
         yield path
         return
-    if not children(path):
+    if not list_folder(path):
         raise ConfigError(f"{path} holds nothing; give a folder that is there")
     with tempfile.TemporaryDirectory() as folder:
         fetch_tree(path, pathlib.Path(folder) / path.name)
