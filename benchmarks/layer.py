@@ -33,11 +33,13 @@ from benchmarks.local import local_exchange  # noqa: E402
 from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig  # noqa: E402
+from bigmac_jax.model.choose_exchange import choose_exchange  # noqa: E402
 from bigmac_jax.model.counts import tokens_at_a_time  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
+from bigmac_jax.model.exchange.costs import wire_bytes  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
-from bigmac_jax.model.moe import MoE, strategy  # noqa: E402
+from bigmac_jax.model.moe import MoE  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")
@@ -71,9 +73,9 @@ def main() -> None:
         m, median = config.model, statistics.median(seconds[case])
         gflops = _useful_flops(m) / median / 1e9
         tokens = tokens_at_a_time(config, ranks())
-        exchange = strategy(config, m.capacity_factor, tokens)
+        exchange = choose_exchange(config, m.capacity_factor, tokens)
         one_way = [
-            exchange.wire_bytes(tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
+            wire_bytes(exchange, tokens, m.choices, m.wire_size, f) for f in (exchange.forward, exchange.backward)
         ]
         line = {
             "name": case,
@@ -131,7 +133,7 @@ def _routing(config: Config) -> Callable[[], float]:
 
     def on_rank(experts_BLK: Array) -> Any:
         experts_TK = experts_BLK.reshape(-1, m.choices)
-        exchange = strategy(config, m.capacity_factor, experts_TK.shape[0])
+        exchange = choose_exchange(config, m.capacity_factor, experts_TK.shape[0])
         plan = exchange.plan(experts_TK)
         made: Any = plan
         if plan.expert_NK is not None:
@@ -140,7 +142,7 @@ def _routing(config: Config) -> Callable[[], float]:
         return jax.tree.map(lambda value: value[None], made)
 
     def routing(layer: MoE, x_BLD: Array) -> Any:
-        experts_BLK = layer.routing(x_BLD, True)[0].experts_BLK
+        experts_BLK = layer.route(x_BLD, True)[0].experts_BLK
         return jax.shard_map(on_rank, in_specs=token_spec(3), out_specs=rank_spec(1), axis_names=set(AXES))(experts_BLK)
 
     return _timed(routing, layer, x_BLD)[1]
@@ -176,7 +178,7 @@ def _useful_flops(m: ModelConfig) -> float:
 
 def _can_be_local(config: Config) -> bool:
     """Whether all-to-alls are all that the layer sends."""
-    exchange = strategy(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
+    exchange = choose_exchange(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     return exchange.ranks > 1 and not isinstance(exchange, Gather | Ragged)
 
 

@@ -12,6 +12,7 @@ import matplotlib
 from absl import app, flags
 
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange.costs import cost
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.mesh import EXPERT_GROUP
 
@@ -50,13 +51,13 @@ def _line(structure: str, exchange: str, format: str) -> dict[str, object]:
     width = round(_HIDDEN.value * (_RATIO.value if structure == "bigmac" else 1))
     sizes = (_NODES.value, _RANKS.value)
     strategy = STRATEGIES[exchange](_EXPERTS.value, sizes, _FACTOR.value, EXPERT_GROUP, format)
-    dispatch, combine = strategy.sent(T, K)
-    sent = dispatch.plus(combine).times(row_bytes(format, width) / T)
+    spent = cost(strategy, T, K)
+    sent = spent.dispatch.plus(spent.combine).times(row_bytes(format, width) / T)
     return {
         "name": f"{structure}, {exchange}, {format}",
         "slow_bytes": round(sent.slow),
         "fast_bytes": round(sent.fast),
-        "metadata_bytes": round(sum(strategy.metadata(T, K)[0]) / T),
+        "metadata_bytes": round(sum(spent.metadata) / T),
     }
 
 

@@ -20,7 +20,7 @@ from jax import Array
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference.int8_weights import dequantize
 from bigmac_jax.inference.kv_cache import Decoder
-from bigmac_jax.model.layers import normalised, product
+from bigmac_jax.model.experts import apply_experts
 from bigmac_jax.model.mesh import (
     EXPERT_GROUP,
     batch_ranks,
@@ -30,8 +30,7 @@ from bigmac_jax.model.mesh import (
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.moe import MoE, StandIns, apply_experts
-from bigmac_jax.model.parameters import weight
+from bigmac_jax.model.moe import MoE, RowWeights, StandIns, narrow
 from bigmac_jax.model.transformer import Block
 
 NEAREST, NONE = "nearest", "none"
@@ -128,29 +127,21 @@ def _probes(config: Config, layer: Block) -> Array:
 
 def _table(config: Config, speculation: Speculation, mlp: MoE, x_BND: Array) -> Array:
     """A layer's table [S, E]: the local index of the expert that each rank computes for each of all; e for none."""
-    names = list(mlp.experts.weights())
-    weights = [weight(config, value) for value in mlp.experts.weights().values()]
-    down = [] if mlp.down is None else mlp.down.weights()
-    norm = [] if mlp.dispatch_norm is None else mlp.dispatch_norm.weights()
 
-    def on_rank(x_1ND: Array, *given: Array) -> Array:
-        w = dict(zip(names, given, strict=False))
-        of_down, of_norm = given[len(names) : len(names) + len(down)], given[len(names) + len(down) :]
-        e, E = w["w_in_eRF"].shape[0], config.model.expert_count
+    def on_rank(x_1ND: Array, w: RowWeights) -> Array:
+        e, E = w.experts["w_in_eRF"].shape[0], config.model.expert_count
         first, n = e * jax.lax.axis_index(EXPERT_GROUP), speculation.local_experts or e
         own_E = jnp.arange(E, dtype=jnp.int32) - first
         is_own_E = (own_E >= 0) & (own_E < n)
         if speculation.stand_ins == NONE:
             return jnp.where(is_own_E, own_E, e)[None]
-        x_NR = x_1ND[0]
-        x_NR = product(x_NR, *of_down) if of_down else x_NR
-        x_NR = normalised(config.model, x_NR, *of_norm) if of_norm else x_NR
-        N = x_NR.shape[0]
-        y_eX = apply_experts(config, w, jnp.tile(x_NR, (e, 1)), None, None, N).reshape(e, -1).astype(jnp.float32)
+        x_NR = narrow(config.model, w, x_1ND[0])
+        y_NR = apply_experts(config, w.experts, jnp.tile(x_NR, (e, 1)), None, None, len(x_NR))
+        y_eX = y_NR.reshape(e, -1).astype(jnp.float32)
         y_EX = jax.lax.all_gather(y_eX, EXPERT_GROUP, tiled=True)
         # |a - b|² but for |a|², which is the same for all b.
         square_n = jnp.square(y_eX[:n]).sum(-1)
         distance_En = square_n[None] - 2 * jnp.matmul(y_EX, y_eX[:n].T, precision=jax.lax.Precision.HIGHEST)
         return jnp.where(is_own_E, own_E, distance_En.argmin(-1).astype(jnp.int32))[None]
 
-    return on_each_rank(on_rank, (x_BND,), [*weights, *down, *norm], out_specs=rank_spec(2))
+    return on_each_rank(on_rank, (x_BND,), mlp.weights(), out_specs=rank_spec(2))

@@ -83,7 +83,7 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
 def merged(params: nnx.State) -> nnx.State:
     """`attached` parameters as those of a plain model; others stay."""
     flat = {
-        path: variable.replace(value.whole()) if isinstance(value := variable.get_value(), Adapted) else variable
+        path: variable.replace(value.sum()) if isinstance(value := variable.get_value(), Adapted) else variable
         for path, variable in nnx.to_flat_state(params)
     }
     return nnx.from_flat_state(flat)

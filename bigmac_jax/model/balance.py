@@ -16,8 +16,8 @@ from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
 _MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every rank
-EVENED = "evened"  # what `evened` gives: execution.remat keeps it, whatever else it computes again
-# Of `evened`: steps of the dual, and how each finds its quantiles, by 16 parts of a range five times, to 1e-6 of it.
+BALANCE_BIAS = "evened"  # what `balance_bias` gives: execution.remat keeps it, whatever else it computes again
+# `balance_bias`: steps of the dual, and how each finds its quantiles: by 16 parts of a range five times, to 1e-6 of it.
 _DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
 
 
@@ -30,7 +30,7 @@ def balance_loss(shares_E: Array, load_E: Array) -> Array:
 
 
 def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
-    """What `solved` takes: of each expert and token the bias with which the token would choose the expert, counted.
+    """What `solve_bias` takes: of each expert and token the bias with which the token would choose the expert, counted.
 
     A token chooses an expert whose score and bias exceed its cut, the K+1st best of all experts, so that the bias that
     it requires is cut - score. Returns the cumulative counts at the edges of `_BINS` bins [E, bins + 1]; or, of a batch
@@ -65,10 +65,10 @@ def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
     return best_BLK1.min(-1, keepdims=True) - scores_BLE
 
 
-def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
+def balance_bias(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
     """The bias with which these very tokens share the experts evenly, nearly: `_DUAL_STEPS` from `bias_E` on.
 
-    Each finds the quantiles of `solved` by a search, for which ranks exchange counts alone, and takes the bias just
+    Each finds the quantiles of `solve_bias` by a search, for which ranks exchange counts alone, and takes the bias just
     below what the next token requires.
     """
     scores_BLE, required = jax.lax.stop_gradient(scores_BLE), functools.partial(_required, m)
@@ -92,7 +92,7 @@ def evened(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padding | 
         low_E, _ = jax.lax.fori_loop(0, _SEARCHES, searched, whole)
         return low_E - low_E.mean()
 
-    return checkpoint_name(jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E), EVENED)
+    return checkpoint_name(jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E), BALANCE_BIAS)
 
 
 def sorts(config: Config) -> bool:
@@ -102,7 +102,7 @@ def sorts(config: Config) -> bool:
     return whole and entries <= _MOST_SORTED
 
 
-def solved(config: Config, required: Array, bias_E: Array) -> Array:
+def solve_bias(config: Config, required: Array, bias_E: Array) -> Array:
     """Quantile balancing (Kimi K3): the bias that as many tokens require at most as each expert is to have, T·K/E.
 
     One step of the dual of the balanced assignment: cuts are of the biases before.
@@ -127,13 +127,13 @@ def _quantile(cumulative: Array, share: float, bias_E: Array) -> Array:
     return (bias_E.min(-1, keepdims=True) - 1 + width * (last - 1 + inside)[..., 0]).astype(jnp.float32)
 
 
-def updated_bias(config: Config, bias_YE: Array, load_YE: Array, moves_bias: Array) -> Array:
+def update_bias(config: Config, bias_YE: Array, load_YE: Array, quantile_stats: Array) -> Array:
     """After a step. balance=bias is DeepSeek-V3's: experts with more than the mean load become less attractive.
 
     Args:
-      moves_bias: of quantiles, what `required_bias` gave, or with balance_step=same `evened`, in means over the parts.
+      quantile_stats: what `required_bias` gave, or with balance_step=same `balance_bias`, in means over the parts.
     """
     m: ModelConfig = config.model
     if m.balance == "quantile":
-        return moves_bias if m.balance_step == "same" else solved(config, moves_bias, bias_YE)
+        return quantile_stats if m.balance_step == "same" else solve_bias(config, quantile_stats, bias_YE)
     return bias_YE + m.balance_bias_rate * jnp.sign(1 / m.expert_count - load_YE)

@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from bigmac_jax.model.exchange.strategies import AllToAll, Sent, Strategy
+from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange
+from bigmac_jax.model.exchange import AllToAll, Strategy
+from bigmac_jax.model.exchange.costs import Sent, cost
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.mesh import AXES, ExpertGroup, axes_of
-from bigmac_jax.model.moe import make_strategy, strategy
 from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.model.transformer import init_model
 
@@ -124,7 +125,7 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     if m.is_moe and config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
         group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
-        exchange = strategy(config, m.capacity_factor, at_a_time, group)
+        exchange = choose_exchange(config, m.capacity_factor, at_a_time, group)
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
         # Sums that an exchange brings back are needed again with the exchange alone.
         repeated = again + (exchanges_again(config) and _back_again(config, exchange))
@@ -149,9 +150,9 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
     if not m.is_moe:
         return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
     if name:
-        exchange = make_strategy(name, config, m.capacity_factor, group)
+        exchange = make_exchange(name, config, m.capacity_factor, group)
     else:
-        exchange = strategy(config, m.capacity_factor, tokens, group)
+        exchange = choose_exchange(config, m.capacity_factor, tokens, group)
     forward, backward = (row_bytes(format, m.wire_size) for format in (exchange.forward, exchange.backward))
     # The forward pass runs again where loads are counted first, and where it is rematerialised with its exchange.
     passes, again = forward_passes(config), exchanges_again(config)
@@ -162,13 +163,12 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
         there = dispatch.times(dispatches * forward + backward)
         return there.plus(combine.times(combines * forward + backward))
 
-    useful = exchange.useful(tokens, m.choices)
-    metadata, gradient = exchange.metadata(tokens, m.choices)
+    spent = cost(exchange, tokens, m.choices)
     here = m.moe_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
     return Traffic(
-        rows(useful, useful).times(here * ranks),
-        rows(*exchange.sent(tokens, m.choices)).times(here * ranks),
-        metadata.times(dispatches).plus(gradient).times(here * ranks),
+        rows(spent.useful, spent.useful).times(here * ranks),
+        rows(spent.dispatch, spent.combine).times(here * ranks),
+        spent.metadata.times(dispatches).plus(spent.metadata_gradient).times(here * ranks),
         (dispatches + combines + 2) * here,
     )
 
@@ -234,7 +234,7 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bo
     if not experts:
         return kept + m.hidden_size + matrices * m.mlp_width + gathered
     tokens = tokens_at_a_time(config, ranks)
-    exchange = strategy(config, m.capacity_factor, tokens, group)
+    exchange = choose_exchange(config, m.capacity_factor, tokens, group)
     rows = received_rows(exchange, tokens, m.choices) / tokens
     gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
     kept += m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
@@ -253,7 +253,7 @@ def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
     m, tokens = config.model, tokens_at_a_time(config, ranks)
     if not m.is_moe or math.prod(group.sizes) == 1:
         return 0.0
-    exchange = strategy(config, m.capacity_factor, tokens, group)
+    exchange = choose_exchange(config, m.capacity_factor, tokens, group)
     rows = received_rows(exchange, tokens, m.choices) * config.execution.overlap_chunks
     ways = 1 + _back_again(config, exchange)
     return ways * rows * m.wire_size * config.execution.dtype_bytes
@@ -261,7 +261,7 @@ def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
 
 def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
     """That a rank gets in one exchange, room and its own included."""
-    sent = sum(exchange.sent(tokens, choices)[0])
+    sent = sum(cost(exchange, tokens, choices).dispatch)
     return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
 
 

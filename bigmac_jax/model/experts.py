@@ -19,12 +19,36 @@ from bigmac_jax.model.exchange.rows import collect, spread, weigh
 from bigmac_jax.model.groups import Groups, group
 from bigmac_jax.model.kernels.grouped_matmul import grouped_matmul, row_tile
 from bigmac_jax.model.layers import activate, product
-from bigmac_jax.model.mesh import platform
+from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks
 
 Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
 # Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
 # average) stays cheap.
 BLOCK = 64
+
+
+def apply_experts(
+    config: Config, w: Weights, rows_NR: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
+) -> Array:
+    """Sums each row's experts → y_NR: `grouped_mlp` with this rank's experts, or with its part of every expert, whose
+    results the ranks of `tensor` add up. Arguments as for `grouped_mlp`."""
+    if not (config.mesh.split_experts and tensor_ranks() > 1):
+        return grouped_mlp(config, w, rows_NR, gate_NK, expert_NK, share)
+    # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
+    # Rows that stand by expert, as many for each, stand like that when they are gathered.
+    e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
+    gate_NK, expert_NK = (None if v is None else _gather_tensor(v, 1) for v in (gate_NK, expert_NK))
+    if "b_out_eR" in w:  # one of them adds it
+        w = w | {"b_out_eR": jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)}
+    y_NR = grouped_mlp(config, w, _gather_tensor(rows_NR, e), gate_NK, expert_NK, share * tensor_ranks())
+    y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
+    return y_ebR.reshape(rows_NR.shape)
+
+
+def _gather_tensor(rows_NX: Array, groups: int) -> Array:
+    """The rows of all tensor ranks, group by group."""
+    rows = rows_NX.reshape(groups, -1, rows_NX.shape[1])
+    return jax.lax.all_gather(rows, TENSOR, axis=1, tiled=True).reshape(-1, rows_NX.shape[1])
 
 
 @jax.named_scope("experts")

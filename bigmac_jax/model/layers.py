@@ -51,7 +51,7 @@ class Norm(nnx.Module):
         self.bias_D = parameter(config, None, (size,), zero) if layernorm else None
 
     def __call__(self, x: Array) -> Array:
-        return normalised(self.config.model, x, *(v[...] for v in (self.scale_D, self.bias_D) if v is not None))
+        return normalize(self.config.model, x, *(v[...] for v in (self.scale_D, self.bias_D) if v is not None))
 
     def weights(self) -> list[Weight]:
         """The scale, and LayerNorm's bias."""
@@ -59,7 +59,7 @@ class Norm(nnx.Module):
 
 
 @jax.named_scope("norm")
-def normalised(config: ModelConfig, x: Array, scale_D: Array, bias_D: Array | None = None) -> Array:
+def normalize(config: ModelConfig, x: Array, scale_D: Array, bias_D: Array | None = None) -> Array:
     """LayerNorm of the last dimension, without a bias RMSNorm; computed in float32."""
     y = x.astype(jnp.float32)
     if bias_D is not None:

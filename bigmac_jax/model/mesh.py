@@ -196,16 +196,18 @@ class Weight(NamedTuple):
     split: tuple[str, ...] = ()  # axes that it stays split over
 
 
-def whole(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
-    """Inside `shard_map`: a parameter whose shards stand as `spec` says, as this rank needs it.
+def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+    """Gathers a parameter from its shards, inside `shard_map`; its gradient is summed over ranks and scattered back.
 
-    It stays split over the axes of `split`. Its gradient is summed over all other ranks, and goes back to the shards.
+    Args:
+      spec: how the shards stand.
+      split: axes that the result stays split over; its gradient is summed over the ranks of all others.
     """
-    return _whole(w, spec, split, crossing, w.dtype)
+    return _gather_weight(w, spec, split, crossing, w.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _whole(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
+def _gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
     return _gather(w, spec, split, crossing)
 
 
@@ -217,8 +219,10 @@ def _gather(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Ar
     return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
 
 
-def _scattered(spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array) -> tuple[Array]:
-    """The transpose of `_whole`, but for the dtype that the sum is computed in."""
+def _scatter_gradient(
+    spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array
+) -> tuple[Array]:
+    """The transpose of `_gather`, but for the dtype that the sum is computed in."""
     dw = dw.astype(crossing.reduce)
     if shared := _shared(spec, split):
         dw = jax.lax.psum(dw, shared)
@@ -230,8 +234,8 @@ def _scattered(spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, 
     return (dw.astype(dtype),)
 
 
-# Not by calling `_whole`: `all_but_gathered` has to see what is gathered.
-_whole.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scattered)
+# Not by calling `_gather_weight`: `all_but_gathered` has to see what is gathered.
+_gather_weight.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scatter_gradient)
 
 
 def _gathered(spec: P, split: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
@@ -277,35 +281,38 @@ def device_kind() -> str:
 def on_each_rank(
     function: Callable[..., Any],
     arrays: Sequence[Array],
-    weights: Sequence[Weight] = (),
+    weights: Any = (),
     in_spec: Callable[[int], P] | Sequence[P] = token_spec,
     out_specs: Any = None,
 ) -> Any:
-    """`function(*arrays, *weights)` of each rank's part of the arrays, with weights `whole`, in their dtype of
-    computation.
+    """Calls `function(*arrays, *weights)` on each rank, with its part of the arrays, and with gathered weights in their
+    dtype of computation.
 
-    Without a mesh, of the arrays themselves.
+    Without a mesh, it is called with the arrays themselves.
 
     Args:
+      weights: a list or tuple of `Weight`, or a tree of them, which `function` takes as one last argument.
       in_spec: how the arrays stand, each, or from their number of dimensions.
       out_specs: by default a [B, L, D] of tokens.
     """
+    weights = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
+    leaves, tree = jax.tree.flatten(weights, is_leaf=lambda node: isinstance(node, Weight))
     if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays, *(w.value.astype(w.crossing.compute) for w in weights))
-    specs = [spec_of(w.value) for w in weights]
-    of_arrays = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
+        return function(*arrays, *jax.tree.unflatten(tree, [w.value.astype(w.crossing.compute) for w in leaves]))
+    specs = [spec_of(w.value) for w in leaves]
+    array_specs = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
 
     def on_rank(*values: Array) -> Any:
-        shards = values[len(arrays) :]
-        given = [whole(w, spec, of.split, of.crossing) for w, spec, of in zip(shards, specs, weights, strict=True)]
-        return function(*values[: len(arrays)], *given)
+        shards = zip(values[len(arrays) :], specs, leaves, strict=True)
+        gathered = [gather_weight(shard, spec, w.split, w.crossing) for shard, spec, w in shards]
+        return function(*values[: len(arrays)], *jax.tree.unflatten(tree, gathered))
 
     return jax.shard_map(
         on_rank,
-        in_specs=(*of_arrays, *specs),
+        in_specs=(*array_specs, *specs),
         out_specs=token_spec(3) if out_specs is None else out_specs,
         axis_names=set(AXES),
-    )(*arrays, *(w.value for w in weights))
+    )(*arrays, *(w.value for w in leaves))
 
 
 def place(values: Any, spec: P) -> Any:

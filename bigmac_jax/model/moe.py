@@ -4,36 +4,35 @@
 `vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k.
 """
 
-import itertools
+import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config
-from bigmac_jax.model.balance import balance_loss, evened, required_bias
-from bigmac_jax.model.exchange import STRATEGIES, Local, Plan, Strategy, further_rounds
-from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalised, product, residual_scale
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.model.balance import balance_bias, balance_loss, required_bias
+from bigmac_jax.model.choose_exchange import choose_exchange, make_local
+from bigmac_jax.model.exchange import Plan, Strategy, further_rounds
+from bigmac_jax.model.experts import apply_experts
+from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalize, product, residual_scale
 from bigmac_jax.model.mesh import (
     AXES,
     EXPERT_GROUP,
     TENSOR,
     Crossing,
-    ExpertGroup,
     Weight,
-    current_group,
     on_each_rank,
     rank_spec,
     replicated_spec,
-    tensor_ranks,
     token_spec,
 )
 from bigmac_jax.model.parameters import Declaration, parameter, weight
-from bigmac_jax.model.router import Padding, Routing, chosen, scored
+from bigmac_jax.model.router import Padding, Routing, choose_experts, score_experts
 
 
 class Aux(NamedTuple):
@@ -46,11 +45,11 @@ class Aux(NamedTuple):
     load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included: f_e
     drop_rate: Array  # share of the pairs that found their expert full
     router_entropy: Array  # nats
-    moves_bias: Array  # what `balance.updated_bias` takes beside the load; of other balancing than by quantiles, empty
+    quantile_stats: Array  # what `balance.update_bias` takes beside the load; empty unless model.balance is quantile
 
 
 def empty_aux() -> Aux:
-    """Of a layer without experts."""
+    """The Aux of a layer without experts."""
     zero = jnp.zeros(())
     return Aux(zero, zero, jnp.zeros((0,)), jnp.zeros((0,)), zero, zero, jnp.zeros((0,)))
 
@@ -60,7 +59,7 @@ class RouterBias(nnx.Variable):
 
 
 class StandIns(nnx.Variable):
-    """Of each rank, [ranks, E] int32: the local expert that a draft computes instead of each, e for none."""
+    """[ranks, E] int32: the local expert that a draft computes on a rank instead of each expert, e for none."""
 
     def weight(self) -> Weight:
         return Weight(self[...], Crossing("int32", "int32", "int32"), AXES)
@@ -76,24 +75,25 @@ class Experts(nnx.Module):
         scale = 1.0 if m.structure == "bigmac" else residual_scale(config)
         along = {"e": EXPERT_GROUP, "F": TENSOR if config.mesh.split_experts else None, "R": None}
 
-        def of_experts(key: Array | None, dims: str, *shape: int, std: float = 0.0) -> nnx.Param:
+        def declare(key: Array | None, dims: str, *shape: int, std: float = 0.0) -> nnx.Param:
             matrix, axes = len(dims) == 3, tuple(along[dim] for dim in dims)
             declaration = Declaration(dims, "experts", std, not matrix, axes, decays=matrix, small=not matrix)
             return parameter(config, key, (E, *shape), declaration)
 
         keys = jax.random.split(key, 3)
-        self.w_in_eRF = of_experts(keys[0], "eRF", R, F, std=1 / math.sqrt(R))
-        self.w_out_eFR = of_experts(keys[1], "eFR", F, R, std=scale / math.sqrt(F))
+        self.w_in_eRF = declare(keys[0], "eRF", R, F, std=1 / math.sqrt(R))
+        self.w_out_eFR = declare(keys[1], "eFR", F, R, std=scale / math.sqrt(F))
         if m.gated:
-            self.w_gate_eRF = of_experts(keys[2], "eRF", R, F, std=1 / math.sqrt(R))
+            self.w_gate_eRF = declare(keys[2], "eRF", R, F, std=1 / math.sqrt(R))
         if m.use_bias:
-            self.b_in_eF = of_experts(None, "eF", F)
-            self.b_out_eR = of_experts(None, "eR", R)
+            self.b_in_eF = declare(None, "eF", F)
+            self.b_out_eR = declare(None, "eR", R)
         if m.use_bias and m.gated:
-            self.b_gate_eF = of_experts(None, "eF", F)
+            self.b_gate_eF = declare(None, "eF", F)
 
-    def weights(self) -> dict[str, nnx.Param]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+    def weights(self, config: Config) -> dict[str, Weight]:
+        """The parameters by name, for `on_each_rank`."""
+        return {name: weight(config, value) for name, value in vars(self).items() if isinstance(value, nnx.Param)}
 
 
 class MoE(nnx.Module):
@@ -138,184 +138,169 @@ class MoE(nnx.Module):
           evaluating: no choice is dropped, and none depends on another token.
           padding: tokens of no document, which no expert sees and no statistic counts.
         """
-        m = self.config.model
-        routing, moves_bias = self.routing(x_BLD, evaluating, padding)
-        y_BLD, counts_SE, dropped_S = self._exchange_and_compute(
-            math.inf if evaluating else m.capacity_factor, x_BLD, routing.gates_BLK, routing.experts_BLK
+        capacity_factor = math.inf if evaluating else self.config.model.capacity_factor
+        routing, quantile_stats = self.route(x_BLD, evaluating, padding)  # T and p(x)
+        y_BLD, counts_SE, dropped_S = on_each_rank(  # y = widen(x', routed(x')), x' = narrow(x)
+            functools.partial(layer_on_rank, self.config, capacity_factor),
+            (x_BLD, routing.gates_BLK, routing.experts_BLK),
+            self.weights(),
+            out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
         )
         if self.gate is not None:
-            y_BLD = y_BLD * (1 + self.gate(x_BLD))
+            y_BLD = y_BLD * (1 + self.gate(x_BLD))  # (1 + x W_g) ⊙ y
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
-        counts_E, shares_E = counts_SE.sum(0), routing.shares_E
-        choices = routing.experts_BLK.size if padding is None else divisor(padding.tokens) * m.choices
+        return y_BLD, self.report(routing, counts_SE.sum(0), dropped_S.sum(), load_E, padding, quantile_stats)
+
+    def route(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Routing, Array]:
+        """Chooses each token's experts and their weights → routing, and `Aux.quantile_stats`."""
+        m, quantile_stats = self.config.model, jnp.zeros((0,))
+        scores = score_experts(m, x_BLD, weight(self.config, self.router_DE))
+        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
+        if bias_E is not None and m.balance == "quantile" and not evaluating:
+            if m.balance_step == "same":
+                bias_E = quantile_stats = balance_bias(m, scores.scores_BLE, bias_E, padding)
+            else:
+                quantile_stats = required_bias(self.config, scores.scores_BLE, bias_E, padding)
+        return choose_experts(m, scores, bias_E, padding), quantile_stats
+
+    def weights(self) -> "RowWeights":
+        """What `layer_on_rank` computes with, for `on_each_rank`."""
+        config = self.config
+        return RowWeights(
+            experts=self.experts.weights(config),
+            down_DR=None if self.down is None else weight(config, self.down.w_DF),
+            up_RD=None if self.up is None else weight(config, self.up.w_DF),
+            dispatch_norm=[] if self.dispatch_norm is None else self.dispatch_norm.weights(),
+            combine_norm=[] if self.combine_norm is None else self.combine_norm.weights(),
+            skip_1=None if self.skip_1 is None else weight(config, self.skip_1),
+            factor_1=None if self.factor_1 is None else weight(config, self.factor_1),
+            stand_ins_1E=None if self.stand_ins is None else self.stand_ins.weight(),
+        )
+
+    def report(
+        self,
+        routing: Routing,
+        counts_E: Array,
+        dropped: Array,
+        load_E: Array | None,
+        padding: Padding | None,
+        quantile_stats: Array,
+    ) -> Aux:
+        """The layer's losses and statistics; `load_E` as for the layer."""
+        shares_E = routing.shares_E
+        choices: Any = routing.experts_BLK.size
+        if padding is not None:
+            choices = divisor(padding.tokens) * self.config.model.choices
         own_load_E = counts_E / choices
         if load_E is None:
             load_E = own_load_E
             if padding is not None:  # both over these tokens, whatever the step's other parts hold
                 here = choices / divisor(counts_E.sum())
                 load_E, shares_E = load_E * here, shares_E * here
-        return y_BLD, Aux(
+        return Aux(
             balance_loss(shares_E, load_E),
             routing.z_loss,
             routing.shares_E,
             own_load_E,
-            dropped_S.sum() / choices,
+            dropped / choices,
             routing.entropy,
-            moves_bias,
-        )
-
-    def routing(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Routing, Array]:
-        """Which experts each token goes to, with what weight, and `Aux.moves_bias`."""
-        m, moves_bias = self.config.model, jnp.zeros((0,))
-        scores = scored(m, x_BLD, weight(self.config, self.router_DE))
-        bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
-        if bias_E is not None and m.balance == "quantile" and not evaluating:
-            if m.balance_step == "same":
-                bias_E = moves_bias = evened(m, scores.scores_BLE, bias_E, padding)
-            else:
-                moves_bias = required_bias(self.config, scores.scores_BLE, bias_E, padding)
-        return chosen(m, scores, bias_E, padding), moves_bias
-
-    def _exchange_and_compute(
-        self, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array
-    ) -> tuple[Array, Array, Array]:
-        """All collectives of the layer: → y_BLD, counts_SE (choices per expert of each rank), dropped_S.
-
-        Tokens go in `overlap_chunks` parts that don't depend on each other, from W↓ to W↑, so that one is computed
-        while another is on the wire; a number of tokens that the chunks don't divide (of an evaluation) takes fewer.
-        What their buffers left goes in further rounds of all tokens.
-        """
-        config, m = self.config, self.config.model
-        of_experts = {name: weight(config, value) for name, value in self.experts.weights().items()}
-        parts = {"down": self.down, "up": self.up, "pre": self.dispatch_norm, "post": self.combine_norm}
-        weights: dict[str, list[Weight]] = {name: part.weights() for name, part in parts.items() if part is not None}
-        of_one = {"factor": self.factor_1, "skip": self.skip_1}
-        weights |= {name: [weight(config, value)] for name, value in of_one.items() if value is not None}
-        if self.stand_ins is not None:
-            weights["stand_ins"] = [self.stand_ins.weight()]
-
-        def on_rank(x_BLD: Array, gates_BLK: Array, experts_BLK: Array, *given: Array) -> tuple[Array, Array, Array]:
-            w_experts, others = given[: len(of_experts)], iter(given[len(of_experts) :])
-            w = {name: [next(others) for _ in values] for name, values in weights.items()}
-
-            def narrow(x_CD: Array) -> Array:
-                x_CR = product(x_CD, *w["down"]) if "down" in w else x_CD
-                return normalised(m, x_CR, *w["pre"]) if "pre" in w else x_CR
-
-            def widen(x_CR: Array, y_CR: Array) -> Array:
-                y_CR = y_CR + x_CR * last_axes(w["skip"][0], x_CR) if "skip" in w else y_CR
-                y_CR = normalised(m, y_CR, *w["post"]) if "post" in w else y_CR
-                y_CR = y_CR * last_axes(w["factor"][0], y_CR) if "factor" in w else y_CR
-                return product(y_CR, *w["up"]) if "up" in w else y_CR
-
-            def experts(plan: Plan, rows_NR: Array, gate_NK: Array | None, *weights: Array) -> Array:
-                named = dict(zip(of_experts, weights, strict=True))
-                return apply_experts(config, named, rows_NR, gate_NK, plan.expert_NK, share)
-
-            def in_round(plan: Plan, x_TR: Array, gates_TK: Array, *weights: Array) -> Array:
-                rows = exchange.dispatch(plan, x_TR, gates_TK)
-                return exchange.combine(plan, experts(plan, *rows, *weights), gates_TK)
-
-            x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
-            chunks = math.gcd(config.execution.overlap_chunks, x_TD.shape[0])
-            if "stand_ins" in w:
-                exchange: Strategy = local(config, w["stand_ins"][0][0])
-            else:
-                exchange = strategy(config, capacity_factor, x_TD.shape[0] // chunks)
-            plans = [exchange.plan(chosen_CK) for chosen_CK in jnp.split(experts_TK, chunks)]
-            gates = jnp.split(gates_TK, chunks)
-            narrowed = [narrow(x_CD) for x_CD in jnp.split(x_TD, chunks)]
-            rows = [exchange.dispatch(*part) for part in zip(plans, narrowed, gates, strict=True)]
-            share = gates[0].size // exchange.local_experts
-            outputs = [experts(plan, *r, *w_experts) for plan, r in zip(plans, rows, strict=True)]
-            combined = [exchange.combine(*part) for part in zip(plans, outputs, gates, strict=True)]
-            if exchange.most_rounds(*gates[0].shape) > 1:
-                left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
-                x_TR = jnp.concatenate(narrowed)
-                more_TR = further_rounds(exchange, in_round, AXES, left_TK, x_TR, gates_TK, *w_experts)
-                combined = [y + more for y, more in zip(combined, jnp.split(more_TR, chunks), strict=True)]
-            y_TD = jnp.concatenate([widen(*part) for part in zip(narrowed, combined, strict=True)])
-            counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
-            dropped = jnp.stack([plan.dropped for plan in plans]).sum()
-            return y_TD.reshape(x_BLD.shape), counts_E[None], dropped[None]
-
-        return on_each_rank(
-            on_rank,
-            (x_BLD, gates_BLK, experts_BLK),
-            [*of_experts.values(), *itertools.chain.from_iterable(weights.values())],
-            out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
+            quantile_stats,
         )
 
 
-def strategy(config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None) -> Strategy:
-    """The exchange of `config` for `tokens` of a rank at a time, by default in the current mesh's group."""
-    group = group or current_group()
-    name: str = config.execution.exchange
-    if name == "auto":
-        seconds = predicted_seconds(config, capacity_factor, tokens, group)
-        name = min(seconds, key=seconds.__getitem__)
-    return make_strategy(name, config, capacity_factor, group)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowWeights:
+    """What turns a layer's tokens into its outputs on one rank; None, or empty, for what the layer does not have.
+
+    experts: by name, as in `Experts`.
+    down_DR, up_RD: W↓ and W↑.
+    dispatch_norm, combine_norm: a norm's scale, and LayerNorm's bias.
+    skip_1: α. factor_1: stands in the norm's place.
+    stand_ins_1E: of a draft, as in `StandIns`.
+    """
+
+    experts: dict[str, Any]
+    down_DR: Any
+    up_RD: Any
+    dispatch_norm: list[Any]
+    combine_norm: list[Any]
+    skip_1: Any
+    factor_1: Any
+    stand_ins_1E: Any
 
 
-def local(config: Config, stand_in_E: Array) -> Local:
-    """What a draft has instead of an exchange."""
-    return Local(config.model.expert_count, current_group().sizes, math.inf, EXPERT_GROUP, stand_in_E=stand_in_E)
+def layer_on_rank(
+    config: Config, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array, w: RowWeights
+) -> tuple[Array, Array, Array]:
+    """The layer on one rank, between the router and the shared experts, with all collectives of the exchange.
+
+        x' = narrow(x)        W↓
+        y' = routed(x')       Σ_{i∈T} p_i(x) E_i(x'): dispatch, experts, combine
+        y  = widen(x', y')    W↑
+
+    Tokens go in `overlap_chunks` chunks that don't depend on each other, so that one is computed while another is on
+    the wire; a number of tokens that the chunks don't divide (in evaluation) takes fewer.
+
+    Returns:
+      y_BLD; counts_1E, choices of each expert; dropped_1.
+    """
+    x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
+    chunks = math.gcd(config.execution.overlap_chunks, len(x_TD))
+    if w.stand_ins_1E is not None:
+        exchange: Strategy = make_local(config, w.stand_ins_1E[0])
+    else:
+        exchange = choose_exchange(config, capacity_factor, len(x_TD) // chunks)
+    gates = jnp.split(gates_TK, chunks)
+
+    plans = [exchange.plan(experts_CK) for experts_CK in jnp.split(experts_TK, chunks)]
+    narrow_x = [narrow(config.model, w, x_CD) for x_CD in jnp.split(x_TD, chunks)]
+    narrow_y = [routed(config, exchange, *chunk, w.experts) for chunk in zip(plans, narrow_x, gates, strict=True)]
+    if exchange.most_rounds(*gates[0].shape) > 1:
+        narrow_y = add_further_rounds(config, exchange, plans, narrow_x, narrow_y, gates_TK, w.experts)
+    y = [widen(config.model, w, x_CR, y_CR) for x_CR, y_CR in zip(narrow_x, narrow_y, strict=True)]
+
+    counts_E = jnp.stack([plan.counts_E for plan in plans]).sum(0)
+    dropped = jnp.stack([plan.dropped for plan in plans]).sum()
+    return jnp.concatenate(y).reshape(x_BLD.shape), counts_E[None], dropped[None]
 
 
-def exchanges_of(device_kind: str) -> list[str]:
-    """The strategies that devices of a kind have: v5e has no ragged exchange over a group of 32 ("limited ICI")."""
-    return [name for name in STRATEGIES if name != "ragged" or device_kind != "TPU v5 lite"]
+def narrow(m: ModelConfig, w: RowWeights, x_TD: Array) -> Array:
+    """x'_TR = n(x W↓)."""
+    x_TR = x_TD if w.down_DR is None else product(x_TD, w.down_DR)
+    return normalize(m, x_TR, *w.dispatch_norm) if w.dispatch_norm else x_TR
 
 
-def predicted_seconds(
-    config: Config, capacity_factor: float, tokens: int, group: ExpertGroup | None = None
-) -> dict[str, float]:
-    """What `auto` chooses by: seconds of each strategy's exchanges in a forward pass of one layer."""
-    group, m = group or current_group(), config.model
-    # The emulation of the ragged exchange on CPU is there to be tested.
-    names = [name for name in exchanges_of(group.device_kind) if name != "ragged" or group.platform != "cpu"]
-    if config.execution.asks_for_rounds:
-        names = [name for name in names if STRATEGIES[name].takes_rounds]
-    return {
-        name: make_strategy(name, config, capacity_factor, group).seconds(tokens, m.choices, m.wire_size)
-        for name in names
-    }
-
-
-def make_strategy(name: str, config: Config, capacity_factor: float, group: ExpertGroup) -> Strategy:
-    execution = config.execution
-    forward = execution.wire_dtype or execution.dtype
-    return STRATEGIES[name](
-        config.model.expert_count,
-        group.sizes,
-        capacity_factor,
-        EXPERT_GROUP,
-        forward,
-        execution.wire_dtype_backward or forward,
-        emulated=group.platform == "cpu",  # jax#34755: no ragged all-to-all
-        buffer_factor=execution.room_factor,
-    )
-
-
-def apply_experts(
-    config: Config, w: dict[str, Array], rows_NR: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
+def routed(
+    config: Config, exchange: Strategy, plan: Plan, x_TR: Array, gates_TK: Array, w_experts: dict[str, Array]
 ) -> Array:
-    """`grouped_mlp` of this rank's experts, or of its part of every one."""
-    if not (config.mesh.split_experts and tensor_ranks() > 1):
-        return grouped_mlp(config, w, rows_NR, gate_NK, expert_NK, share)
-    # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
-    # Rows that stand by expert, as many for each, stand like that when they are gathered.
-    e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
-    gate_NK, expert_NK = (None if v is None else _of_tensor_ranks(v, 1) for v in (gate_NK, expert_NK))
-    if "b_out_eR" in w:  # one of them adds it
-        w = w | {"b_out_eR": jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)}
-    y_NR = grouped_mlp(config, w, _of_tensor_ranks(rows_NR, e), gate_NK, expert_NK, share * tensor_ranks())
-    y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
-    return y_ebR.reshape(rows_NR.shape)
+    """y'_TR = Σ_{i∈T} p_i(x) E_i(x'): dispatch, experts, combine."""
+    rows_NR, gate_NK = exchange.dispatch(plan, x_TR, gates_TK)
+    share = gates_TK.size // exchange.local_experts
+    y_NR = apply_experts(config, w_experts, rows_NR, gate_NK, plan.expert_NK, share)
+    return exchange.combine(plan, y_NR, gates_TK)
 
 
-def _of_tensor_ranks(rows_NX: Array, groups: int) -> Array:
-    """The rows of all tensor ranks, group by group."""
-    rows = rows_NX.reshape(groups, -1, rows_NX.shape[1])
-    return jax.lax.all_gather(rows, TENSOR, axis=1, tiled=True).reshape(-1, rows_NX.shape[1])
+def add_further_rounds(
+    config: Config,
+    exchange: Strategy,
+    plans: list[Plan],
+    narrow_x: list[Array],
+    narrow_y: list[Array],
+    gates_TK: Array,
+    w_experts: dict[str, Array],
+) -> list[Array]:
+    """y' of each chunk with what the chunks' buffers had no room for, which all tokens send together."""
+    left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
+    in_round = functools.partial(routed, config, exchange)
+    more_TR = further_rounds(exchange, in_round, AXES, left_TK, jnp.concatenate(narrow_x), gates_TK, w_experts)
+    return [y_CR + more_CR for y_CR, more_CR in zip(narrow_y, jnp.split(more_TR, len(narrow_y)), strict=True)]
+
+
+def widen(m: ModelConfig, w: RowWeights, x_TR: Array, y_TR: Array) -> Array:
+    """y_TD = n(y' + α x') W↑."""
+    y_TR = y_TR if w.skip_1 is None else y_TR + x_TR * last_axes(w.skip_1, x_TR)
+    y_TR = normalize(m, y_TR, *w.combine_norm) if w.combine_norm else y_TR
+    y_TR = y_TR if w.factor_1 is None else y_TR * last_axes(w.factor_1, y_TR)
+    return y_TR if w.up_RD is None else product(y_TR, w.up_RD)

@@ -85,7 +85,7 @@ class Adapted(NamedTuple):
     a: Array
     b: Array
 
-    def whole(self) -> Array:
+    def sum(self) -> Array:
         return self.w + jnp.matmul(self.a, self.b)
 
 
@@ -132,5 +132,5 @@ def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
     of = declared(variable)
     crossing = of.crossing(config.execution)
     value = variable.get_value()
-    value = value.whole() if isinstance(value, Adapted) else value
+    value = value.sum() if isinstance(value, Adapted) else value
     return Weight(value, crossing._replace(compute=compute or crossing.compute), of.split)

@@ -1,6 +1,6 @@
 """The router: which experts a token goes to, and with what weight. Float32, full width.
 
-`scored`, then `chosen`: between the two a bias may be made of the scores (`balance.evened`).
+`score_experts`, then `choose_experts`: between the two, a bias may be made from the scores (`balance.balance_bias`).
 
 D hidden, E experts, K top-k, G expert groups; leading dimensions (B, L) are the tokens of the whole step.
 """
@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 
 
 @jax.named_scope("router")
-def scored(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
+def score_experts(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
     """What every expert is to every token."""
     # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
     # changes which experts 1 to 2 % of the tokens are sent to.
@@ -59,7 +59,9 @@ def scored(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
 
 
 @jax.named_scope("router")
-def chosen(config: ModelConfig, scores: Scores, bias_E: Array | None, padding: Padding | None = None) -> Routing:
+def choose_experts(
+    config: ModelConfig, scores: Scores, bias_E: Array | None, padding: Padding | None = None
+) -> Routing:
     """The K best experts of each token; none of padding, with gates of zero.
 
     Args:

@@ -14,7 +14,7 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model.attention import Attention, Documents, documents_of
-from bigmac_jax.model.balance import EVENED
+from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
@@ -237,9 +237,9 @@ def through_layers(
     """
     execution, m = config.execution, config.model
     if execution.remat == "exchange":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED, EVENED))
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED, BALANCE_BIAS))
     elif execution.remat == "layer":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EVENED))
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(BALANCE_BIAS))
     elif config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
         step = jax.checkpoint(step, policy=all_but_gathered)
     # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.

@@ -8,9 +8,9 @@ from typing import Any
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch
 from bigmac_jax.config.execution import Remat
 from bigmac_jax.model import counts
+from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.counts import Parameters, Sizes
 from bigmac_jax.model.mesh import axis_sizes
-from bigmac_jax.model.moe import exchanges_of
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
@@ -115,7 +115,7 @@ def _exchanges(
     # On one level a hierarchical exchange is `dedup`; the others don't look at levels. A rank that has all experts
     # sends nothing, but an exchange with a capacity has its experts multiply the room, too.
     two_levels = mesh.node > 1 and mesh.expert > 1
-    for name in sorted(exchanges_of(machine.hardware.device_kind), key=lambda name: name != own):
+    for name in sorted(available_exchanges(machine.hardware.device_kind), key=lambda name: name != own):
         if (name == "hierarchical") == two_levels and (two_levels or mesh.node == 1):
             yield from ((name, n) for n in (chunks if mesh.expert_ranks > 1 else (1,)))
 

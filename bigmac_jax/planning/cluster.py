@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.model.counts import Sizes
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Block, Shape, parts

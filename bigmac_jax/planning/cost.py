@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.model import counts
+from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
 from bigmac_jax.model.mesh import ExpertGroup
-from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
@@ -133,7 +133,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     }
     if m.is_moe:
         tokens = counts.tokens_at_a_time(config, ranks)
-        exchange = strategy(config, m.capacity_factor, tokens, group)
+        exchange = choose_exchange(config, m.capacity_factor, tokens, group)
         done["experts"] *= counts.computed_rows(exchange, tokens, m.choices) / m.choices
     return done
 
@@ -176,7 +176,7 @@ def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
     m = config.model
     if not m.is_moe or here.group == 1:
         return 0.0
-    exchange = strategy(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
+    exchange = choose_exchange(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
     traffic = counts.exchange_traffic(config, here.ranks, group)
     payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
     if isinstance(exchange, Gather):

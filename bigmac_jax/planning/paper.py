@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.cost import OPTIMIZER_BYTES, Times
 from bigmac_jax.planning.hardware import Hardware, load_hardware

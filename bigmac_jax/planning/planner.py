@@ -9,6 +9,7 @@ import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError
 from bigmac_jax.config.execution import Remat
+from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import (
     Sizes,
     exchange_traffic,
@@ -20,7 +21,6 @@ from bigmac_jax.model.counts import (
 )
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
-from bigmac_jax.model.moe import strategy
 from bigmac_jax.planning import paper, program, search, sweep, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
@@ -161,7 +161,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     if place.hardware:
         result["headroom"] = 1 - sum(parts.values()) / place.hardware.memory_bytes
     if m.is_moe:
-        chosen = strategy(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
+        chosen = choose_exchange(config, m.capacity_factor, tokens_at_a_time(config, ranks), group)
         result["most_rounds"] = chosen.most_rounds(tokens_at_a_time(config, ranks), m.choices)
         two_levels = min(group.sizes) > 1
         result["exchange"] = next(name for name, kind in STRATEGIES.items() if type(chosen) is kind)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES, make_program

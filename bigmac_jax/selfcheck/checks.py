@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
 from bigmac_jax.data.batch import of_windows
+from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
-from bigmac_jax.model.moe import MoE, exchanges_of
+from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.runtime import environment, hosts
 from bigmac_jax.selfcheck import numpy_reference
@@ -117,7 +118,7 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
                 test = functools.partial(check_attention, devices, implementation, dtype)
                 setting = f"execution.attention={implementation}"
                 checks.append(Check(f"attention {implementation} {dtype}", "attention", setting, test))
-    for name in exchanges_of(devices[0].device_kind):
+    for name in available_exchanges(devices[0].device_kind):
         test = functools.partial(check_exchange, devices, name)
         checks.append(Check(f"exchange {name}", "exchange", f"execution.exchange={name}", test))
     checks.append(Check("training step", "training", "", functools.partial(check_training, devices)))

@@ -15,7 +15,7 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
 from bigmac_jax.data.batch import of_windows
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.exchange.wire import Wire
 from bigmac_jax.model.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
 from bigmac_jax.planning import cluster, cost

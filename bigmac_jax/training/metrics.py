@@ -15,9 +15,10 @@ import numpy as np
 import tqdm
 
 from bigmac_jax.config import Config, strict_json
+from bigmac_jax.model.choose_exchange import predict_seconds
 from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.model.mesh import current_group, ranks
-from bigmac_jax.model.moe import Aux, predicted_seconds
+from bigmac_jax.model.moe import Aux
 from bigmac_jax.runtime import signals
 from bigmac_jax.training.dashboards import open_boards
 from bigmac_jax.training.metrics_file import NAME, as_record, read_lines
@@ -184,7 +185,7 @@ def dense_matmul_rate(dtype: str) -> float:
 
 def describe_auto(config: Config) -> str:
     """One line: which exchange `auto` took, and why."""
-    seconds = predicted_seconds(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
+    seconds = predict_seconds(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     ordered = sorted(seconds, key=seconds.__getitem__)
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
         f"{name} {1e6 * seconds[name]:.3g}" for name in ordered

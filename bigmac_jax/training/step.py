@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.adapters import attached, make_adapters, merged
-from bigmac_jax.model.balance import updated_bias
+from bigmac_jax.model.balance import update_bias
 from bigmac_jax.model.mesh import batch_spec, placed, platform
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -152,8 +152,8 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         rest = state.rest
         if config.model.is_moe and config.model.has_router_bias:
             aux = parts.aux
-            rest = jax.tree.map(lambda bias_YE: updated_bias(config, bias_YE, aux.load, aux.moves_bias), rest)
-            parts = parts._replace(aux=aux._replace(moves_bias=aux.load[:, :0]))  # large, and of no use to anyone else
+            rest = jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), rest)
+            parts = parts._replace(aux=aux._replace(quantile_stats=aux.load[:, :0]))  # large, and not used again
         grad_norm, losses, average = optax.tree.norm(grads), state.losses, state.average
         if average is not None:
             average = averaged(config, average, params, state.step + 1)

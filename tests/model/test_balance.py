@@ -12,7 +12,7 @@ import pytest
 from bigmac_jax.config import Config, ModelConfig, TrainConfig
 from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model import balance
-from bigmac_jax.model.balance import balance_loss, evened, required_bias, solved, sorts, updated_bias
+from bigmac_jax.model.balance import balance_bias, balance_loss, required_bias, solve_bias, sorts, update_bias
 from bigmac_jax.model.mesh import place, token_spec
 from bigmac_jax.model.router import Padding
 
@@ -49,7 +49,7 @@ def test_balance_loss_by_hand() -> None:
 def test_the_sign_bias() -> None:
     config = Config(model=ModelConfig(num_experts=4, balance="bias", balance_bias_rate=0.01))
     load_E = jnp.asarray([0.5, 0.25, 0.25, 0])
-    bias_E = updated_bias(config, jnp.asarray([0.5, 0, 0, -0.5]), load_E, load_E[:0])
+    bias_E = update_bias(config, jnp.asarray([0.5, 0, 0, -0.5]), load_E, load_E[:0])
     np.testing.assert_allclose(bias_E, [0.49, 0, 0, -0.49], rtol=1e-6)
 
 
@@ -83,7 +83,7 @@ def compiled(config: Config, sorting: bool) -> Any:
     """One update, on the current mesh. `sorting` tells programs apart where a test has changed the limit."""
 
     def both(scores_BLE: Any, bias_E: Any, padding: Any) -> Any:
-        return solved(config, required_bias(config, scores_BLE, bias_E, padding), bias_E)
+        return solve_bias(config, required_bias(config, scores_BLE, bias_E, padding), bias_E)
 
     return jax.jit(both)
 
@@ -161,7 +161,7 @@ def test_parts_of_a_batch_are_counted_together() -> None:
     with on_mesh(config):
         halves = [place(v.reshape(4, 40, 12), token_spec(3)) for v in np.split(scores_TE, 2)]
         counts = [required_bias(half, scores_BLE, bias_E, None) for scores_BLE in halves]
-        found = solved(parted, (counts[0] + counts[1]) / 2, bias_E)
+        found = solve_bias(parted, (counts[0] + counts[1]) / 2, bias_E)
         np.testing.assert_allclose(found, update(parted, scores_TE, np.asarray(bias_E)), atol=1e-6)
 
 
@@ -173,11 +173,11 @@ def test_a_layer_reports_what_its_tokens_require() -> None:
         bias_E = np.linspace(-0.1, 0.1, 8).astype(np.float32)
         model = random_model(config, {"layers.mlp.router_bias_E": bias_E})
         _, aux = jax.jit(lambda model, tokens: model(tokens))(model, place(tokens, token_spec(2)))
-        moved = updated_bias(config, model.layers.mlp.router_bias_E[...], aux.load, aux.moves_bias)
-    assert aux.moves_bias.shape == (1, 8, 64)
+        moved = update_bias(config, model.layers.mlp.router_bias_E[...], aux.load, aux.quantile_stats)
+    assert aux.quantile_stats.shape == (1, 8, 64)
     chosen = np.asarray(aux.load)[0] * 64 * 3
     # An expert is chosen where its bias exceeds what the token requires.
-    np.testing.assert_allclose(chosen, (np.asarray(aux.moves_bias)[0] < bias_E[:, None] - 1e-6).sum(1))
+    np.testing.assert_allclose(chosen, (np.asarray(aux.quantile_stats)[0] < bias_E[:, None] - 1e-6).sum(1))
     assert np.asarray(moved)[0] @ (chosen - 24) < bias_E @ (chosen - 24)
 
 
@@ -189,7 +189,7 @@ def test_batches_with_padding_come_to_the_layer(step: str) -> None:
     tokens = np.random.default_rng(0).integers(264, size=(8, 8), dtype=np.int32)
     segments = np.where(np.arange(8) < 5, 0, PADDING)[None].repeat(8, 0).astype(np.int32)
     with on_mesh(config):
-        run, model = jax.jit(lambda model, tokens, of: model(tokens, of)[1].moves_bias), random_model(config)
+        run, model = jax.jit(lambda model, tokens, of: model(tokens, of)[1].quantile_stats), random_model(config)
         one, other, changed = (
             np.asarray(run(model, *(place(v, token_spec(2)) for v in (there, segments))))
             for there in (tokens, np.where(segments == PADDING, 7, tokens), 263 - tokens)
@@ -218,7 +218,7 @@ def even(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL: 
     return np.asarray(_even(config.model, scores_BLE, jnp.asarray(bias_E, jnp.float32), padding))
 
 
-_even = jax.jit(evened, static_argnums=0)
+_even = jax.jit(balance_bias, static_argnums=0)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), SHAPES)
@@ -263,11 +263,11 @@ def test_a_layer_balances_its_own_step() -> None:
     with on_mesh(config):
         bias_E = np.linspace(-0.3, 0.3, 8)
         logits_BLV, aux = applied(config, bias_E, False)
-        solved_E = aux.moves_bias[0]
+        solved_E = aux.quantile_stats[0]
         (expected_BLV, expected), (other_BLV, other) = (applied(before, b_E, False) for b_E in (solved_E, bias_E))
         np.testing.assert_array_equal(logits_BLV, expected_BLV)
         np.testing.assert_array_equal(aux.load, expected.load)
         assert aux.load.std() < other.load.std() / 2 and np.abs(logits_BLV - other_BLV).max() > 1e-3
-        moved = updated_bias(config, jnp.asarray(bias_E)[None], aux.load, aux.moves_bias)
+        moved = update_bias(config, jnp.asarray(bias_E)[None], aux.load, aux.quantile_stats)
         np.testing.assert_array_equal(moved[0], solved_E)
         np.testing.assert_array_equal(applied(config, bias_E, True)[0], applied(before, bias_E, True)[0])

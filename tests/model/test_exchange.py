@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.model.exchange import STRATEGIES, AllToAll, Plan, Strategy
+from bigmac_jax.model.exchange.costs import cost
 from bigmac_jax.model.exchange.hop import expected_rows
 from bigmac_jax.model.exchange.rows import sorted_by
 from bigmac_jax.model.mesh import EXPERT_GROUP
@@ -25,7 +26,7 @@ Sizes = tuple[int, int]  # machines, ranks of a machine
 
 
 def make(num_experts: int, sizes: Sizes, factor: float, name: str = "all_to_all", **formats: str) -> Any:
-    return STRATEGIES[name](num_experts, sizes, factor, EXPERT_GROUP, **formats, emulated=True)
+    return STRATEGIES[name](num_experts, sizes, factor, EXPERT_GROUP, **formats)
 
 
 def on_ranks(sizes: Sizes, function: Any) -> Any:
@@ -60,7 +61,7 @@ def plans(exchange: Strategy, experts: Any) -> list[Plan]:
 
 def dropped(plan: Plan) -> set[tuple[int, int]]:
     """The dropped (token, choice) pairs of a capacity plan."""
-    (slots,) = plan.steps
+    slots = plan.routes
     return set(zip(*(index.tolist() for index in np.nonzero(slots.slot_TK == slots.choice_M.size)), strict=True))
 
 
@@ -91,7 +92,7 @@ def test_full_experts_keep_first_choices_then_earlier_tokens(factor: float, capa
 
 def test_slots_of_a_capacity_plan() -> None:
     (plan,) = plans(make(3, (1, 1), 0.75), TABLE)  # two rows an expert: slots 0-1, 2-3, 4-5; 6 = dropped
-    (slots,) = plan.steps
+    slots = plan.routes
     assert slots.slot_TK.tolist() == [[0, 3], [1, 4], [6, 6], [2, 6]]
     assert slots.choice_M.tolist() == [0, 2, 6, 1, 3, 8]  # t·2 + k; 8 = empty
     assert plan.expert_NK is None
@@ -123,8 +124,8 @@ def test_slots_of_a_dropless_plan() -> None:
     exchange = make(4, (1, 2), INF)
     assert exchange.rows(3, 2) == 6
     first, second = plans(exchange, [[1, 3], [1, 0], [1, 3], [2, 0], [2, 1], [2, 3]])
-    assert first.steps[0].slot_TK.tolist() == [[1, 6], [2, 0], [3, 7]]
-    assert second.steps[0].slot_TK.tolist() == [[6, 0], [7, 1], [8, 9]]
+    assert first.routes.slot_TK.tolist() == [[1, 6], [2, 0], [3, 7]]
+    assert second.routes.slot_TK.tolist() == [[6, 0], [7, 1], [8, 9]]
     # Rank 0 gets expert 0's row and three of expert 1 from itself, one of each from rank 1; 2: no row.
     assert first.expert_NK.reshape(2, 6).tolist() == [[0, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2]]
     # Rank 1: two of expert 3 from rank 0; three of expert 2 and one of expert 3 from itself.
@@ -153,7 +154,7 @@ def test_a_full_rank_keeps_first_choices_then_earlier_tokens(
     (hop,) = exchange.hops(4, 2)
     assert hop.capacity == capacity  # ceil(f · 4 · (1 - C(2,2) / C(4,2))) = ceil(f · 10/3), at most T
     plan = plans(exchange, HOP * 2)[0]
-    assert plan.steps[0].slot_TS.tolist() == slots
+    assert plan.routes[0].slot_TS.tolist() == slots
     assert plan.dropped == lost
     assert plan.counts_E.tolist() == [3, 1, 2, 2]
 
@@ -166,7 +167,7 @@ def test_hierarchical_hops() -> None:
     assert (inside.ranks, inside.experts, inside.wire.axis) == (2, 2, ("expert",))
     assert across.capacity == 22  # 28 · (1 - C(4,2) / C(8,2)) = 28 · 22/28
     assert inside.capacity == 26  # 56 tokens of two machines · (1 - C(6,2) / C(8,2)) = 56 · 13/28
-    assert exchange.sent(28, 2) == ((26, 22), (26, 22))
+    assert cost(exchange, 28, 2)[:2] == ((26, 22), (26, 22))
     dropless = make(8, (2, 2), INF, "hierarchical").hops(28, 2)
     assert [hop.capacity for hop in dropless] == [28, 56]
     assert [len(make(8, sizes, INF, "hierarchical").hops(28, 2)) for sizes in ((1, 1), (2, 1), (1, 2))] == [0, 1, 1]
@@ -213,7 +214,7 @@ def drops_by_hand(experts_TK: np.ndarray, capacity: int) -> int:
 
 def check_capacity_plan(exchange: AllToAll, plan: Plan, experts_TK: np.ndarray) -> np.ndarray:
     """Slots and choices are inverse, and a slot lies where its expert is; returns which choices were kept."""
-    (T, K), (slots,) = experts_TK.shape, plan.steps
+    (T, K), slots = experts_TK.shape, plan.routes
     count = slots.choice_M.size
     kept = slots.slot_TK.reshape(-1) < count
     assert plan.dropped == (~kept).sum() == drops_by_hand(experts_TK, exchange.capacity(T, K))

@@ -12,7 +12,7 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.model.kernels import flash_attention
-from bigmac_jax.model.kernels.flash_attention import block_length, causal_attention, chosen, refusal
+from bigmac_jax.model.kernels.flash_attention import block_length, causal_attention, choose_implementation, refusal
 from bigmac_jax.model.mesh import batch_spec, on_each_rank, split_spec
 
 from .test_gpu_kernels import h100
@@ -165,7 +165,7 @@ def test_what_is_chosen() -> None:
         ("cpu", "bfloat16", 128, 4096, True): "blocks",
         ("cpu", "float32", 8, 1, False): "blocks",
     }
-    assert {case: chosen(*case) for case in expected} == expected
+    assert {case: choose_implementation(*case) for case in expected} == expected
     assert not any(refusal(name, *case[:3], case[4]) for case, name in expected.items())
 
 

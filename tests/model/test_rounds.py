@@ -13,10 +13,10 @@ from jax import Array
 
 from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import of_windows
+from bigmac_jax.model.choose_exchange import choose_exchange, predict_seconds
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
-from bigmac_jax.model.exchange.strategies import FEW_ROWS
+from bigmac_jax.model.exchange.strategy import FEW_ROWS
 from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed
-from bigmac_jax.model.moe import predicted_seconds, strategy
 from bigmac_jax.training.loss import token_scores
 
 from .test_exchange import on_ranks
@@ -61,7 +61,7 @@ def run(exchange: str, mesh: tuple, factor: float, chunks: int, skew: str) -> No
         bias_E[expert] = value
     check(config, {"router_bias_E": bias_E})
     with on_mesh(config):
-        several = strategy(config, math.inf, T).most_rounds(T, 3) > 1
+        several = choose_exchange(config, math.inf, T).most_rounds(T, 3) > 1
     # Of two ranks, one and a half times the rows that dedup expects are all that there can be.
     assert several != (mesh == (1, 1, 2) and factor == 1.5 and exchange != "all_to_all")
 
@@ -90,7 +90,7 @@ def test_layers_that_are_computed_again(remat: str, chunks: int) -> None:
         config = tiny((1, 1, 4), length=32, balance="bias", **fields)
         found.append(loss_and_gradients(config, random_tokens(config), {"layers.mlp.router_bias_E": bias_LE}))
     with on_mesh(config):
-        assert strategy(tiny((1, 1, 4), buffer_factor=1.0), math.inf, 64).most_rounds(64, 3) > 1
+        assert choose_exchange(tiny((1, 1, 4), buffer_factor=1.0), math.inf, 64).most_rounds(64, 3) > 1
     (loss, gradients, _), (expected, of_one_round, _) = found
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert not gradients.pop("layers.mlp.router_bias_E").any() and of_one_round.pop("layers.mlp.router_bias_E").size
@@ -196,7 +196,7 @@ def test_an_exchange_that_auto_takes_has_what_was_asked() -> None:
     for factor in (1.5, "auto", math.inf):
         config = tiny((1, 1, 4), exchange="auto", buffer_factor=factor)
         with on_mesh(config):
-            asked[factor] = predicted_seconds(config, math.inf, 64)
+            asked[factor] = predict_seconds(config, math.inf, 64)
     assert asked[1.5].keys() == set(EXCHANGES) and asked["auto"].keys() == asked[math.inf].keys() == {
         *EXCHANGES,
         "gather",

@@ -10,7 +10,7 @@ import pytest
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.model.mesh import Crossing, Weight
-from bigmac_jax.model.router import Routing, chosen, scored
+from bigmac_jax.model.router import Routing, choose_experts, score_experts
 
 LOG = [math.log(v) for v in (4, 3, 2, 1)]  # softmax: 0.4, 0.3, 0.2, 0.1
 
@@ -23,8 +23,8 @@ def routed(logits: Any, bias: Any = None, **model: Any) -> Routing:
     logits_BLE = jnp.asarray(logits, jnp.float32)[None]
     E = logits_BLE.shape[-1]
     config = ModelConfig(**({"structure": "bigmac", "num_experts": E, "top_k": 2} | model))
-    scores = scored(config, logits_BLE, Weight(jnp.eye(E), EXACT))
-    return chosen(config, scores, None if bias is None else jnp.asarray(bias, jnp.float32))
+    scores = score_experts(config, logits_BLE, Weight(jnp.eye(E), EXACT))
+    return choose_experts(config, scores, None if bias is None else jnp.asarray(bias, jnp.float32))
 
 
 def choices(routing: Routing) -> list[list[int]]:
@@ -116,7 +116,7 @@ def test_the_router_computes_in_float32() -> None:
     """Two experts that bfloat16 cannot tell apart."""
     x_BLD, w_DE = jnp.ones((1, 1, 1), jnp.bfloat16), jnp.asarray([[1.0, 1.001]])
     config = ModelConfig(num_experts=2, top_k=1)
-    routing = chosen(config, scored(config, x_BLD, Weight(w_DE, EXACT)), None)
+    routing = choose_experts(config, score_experts(config, x_BLD, Weight(w_DE, EXACT)), None)
     assert choices(routing) == [[1]]
     assert routing.gates_BLK.dtype == routing.shares_E.dtype == jnp.float32
 

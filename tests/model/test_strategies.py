@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import Config
+from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import tokens_at_a_time
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange.costs import cost, seconds
 from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed, ranks
-from bigmac_jax.model.moe import strategy
 from bigmac_jax.training.metrics import describe_auto
 
 from .test_expert_parallel import name
@@ -95,8 +96,8 @@ def test_auto_takes_the_fewest_seconds(
     sizes: tuple[int, int], top_k: int, factor: float, tokens: int, expected: str
 ) -> None:
     strategies = {name: STRATEGIES[name](64, sizes, factor, EXPERT_GROUP) for name in STRATEGIES if name != "ragged"}
-    seconds = {name: strategy.seconds(tokens, top_k, 512) for name, strategy in strategies.items()}
-    assert min(seconds, key=seconds.__getitem__) == expected
+    predicted = {name: seconds(strategy, tokens, top_k, 512) for name, strategy in strategies.items()}
+    assert min(predicted, key=predicted.__getitem__) == expected
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_collectives_that_are_counted_are_those_of_the_program(exchange: str, fa
         x_BLD = jax.ShapeDtypeStruct((8, 4, 16), np.float32, sharding=split_tokens(np.zeros((8, 4, 16))).sharding)
         layer = placed(abstract_layer(config), make_mesh(config))
         text = str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
-        counted = strategy(config, factor, 8).collectives
+        counted = cost(choose_exchange(config, factor, 8), 8, config.model.choices).collectives
     assert len(re.findall(r" (?:all_to_all|all_gather|reduce_scatter)\[", text)) == counted > 0
 
 
@@ -119,6 +120,6 @@ def test_auto_gives_the_reference_and_says_why() -> None:
     check(config)
     with on_mesh(config):
         line = describe_auto(config)
-        chosen = strategy(config, math.inf, tokens_at_a_time(config, ranks()))
+        chosen = choose_exchange(config, math.inf, tokens_at_a_time(config, ranks()))
     assert line.startswith("exchange=auto took all_to_all; ") and "dedup" in line and "ragged" not in line
     assert isinstance(chosen, STRATEGIES["all_to_all"])

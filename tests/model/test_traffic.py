@@ -17,6 +17,7 @@ import pytest
 from bigmac_jax.config import Config, TrainConfig
 from bigmac_jax.model.counts import exchange_traffic
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.exchange.costs import cost, wire_bytes
 from bigmac_jax.model.mesh import current_group, make_mesh
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer
@@ -69,11 +70,11 @@ def test_bigmac_sends_r_times_the_rows_of_fine_grained(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in STRATEGIES if n != "ragged"])
 def test_wire_bytes_are_the_programs(name: str, factor: float) -> None:
     c = config(name, capacity_factor=factor)
-    strategy = STRATEGIES[name](64, (1, 8), factor, ("node", "expert"), emulated=True)
+    strategy = STRATEGIES[name](64, (1, 8), factor, ("node", "expert"))
     payload, metadata = sent(collectives(layer(c)))
-    assert payload == strategy.wire_bytes(TOKENS, 8, 128)
-    assert metadata == sum(strategy.metadata(TOKENS, 8)[0])
-    assert STRATEGIES[name](64, (1, 1), factor, ("node", "expert")).wire_bytes(TOKENS, 8, 128) == 0
+    assert payload == wire_bytes(strategy, TOKENS, 8, 128)
+    assert metadata == sum(cost(strategy, TOKENS, 8).metadata)
+    assert wire_bytes(STRATEGIES[name](64, (1, 1), factor, ("node", "expert")), TOKENS, 8, 128) == 0
 
 
 @pytest.mark.parametrize(

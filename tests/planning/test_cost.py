@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.model.exchange.strategies import Sent
+from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.mesh import AXES, ExpertGroup
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group

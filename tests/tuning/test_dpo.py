@@ -128,13 +128,13 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
 
     config = tuned(MESHES[name], length=32, num_layers=2)
     routed: list[tuple[np.ndarray, np.ndarray]] = []  # rows that a router read, and the experts it chose
-    routing_of = MoE.routing
+    routing_of = MoE.route
 
     def recorded(layer: MoE, x_BLD: jax.Array, *arguments: Any) -> Any:
-        routing, moves_bias = routing_of(layer, x_BLD, *arguments)
+        routing, quantile_stats = routing_of(layer, x_BLD, *arguments)
         whole = jax.sharding.reshard((x_BLD, routing.experts_BLK), jax.sharding.PartitionSpec(None, None, None))
         jax.debug.callback(lambda x, experts: routed.append((np.asarray(x), np.asarray(experts))), *whole)
-        return routing, moves_bias
+        return routing, quantile_stats
 
     prompts = [tuple(range(40 + i, 45 + 2 * i)) for i in range(4)]
     with on_mesh(config):
@@ -154,7 +154,7 @@ def test_training_and_generation_agree(name: str, monkeypatch: pytest.MonkeyPatc
             ours = -nll_BL[row][targets[row] != NO_TARGET]
             np.testing.assert_allclose(ours, completion.logprobs, atol=1e-5)
         # The experts of a prompt and its completion: read at once, and read from the cache token by token.
-        monkeypatch.setattr(MoE, "routing", recorded)
+        monkeypatch.setattr(MoE, "route", recorded)
         jax.clear_caches()  # programs that were traced before do not record
         jax.block_until_ready(jax.jit(lambda m, b: token_nll(m, b)[0])(model, batch))
         jax.effects_barrier()

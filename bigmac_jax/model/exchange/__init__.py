@@ -1,9 +1,12 @@
 """The exchange: moves rows to the ranks that hold their experts, and back. It knows nothing of parameters."""
 
+from bigmac_jax.model.exchange.all_to_all import AllToAll
+from bigmac_jax.model.exchange.dedup import Dedup, Hierarchical
+from bigmac_jax.model.exchange.gather import Gather
 from bigmac_jax.model.exchange.local import Local
 from bigmac_jax.model.exchange.ragged import Ragged
 from bigmac_jax.model.exchange.rounds import further_rounds
-from bigmac_jax.model.exchange.strategies import AllToAll, Dedup, Gather, Hierarchical, Plan, Strategy
+from bigmac_jax.model.exchange.strategy import Plan, Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "all_to_all": AllToAll,

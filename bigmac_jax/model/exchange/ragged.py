@@ -1,4 +1,4 @@
-"""Exact rows, nothing padded on the wire: `jax.lax.ragged_all_to_all`, and its emulation where a backend lacks it."""
+"""Exact rows, nothing padded on the wire: `jax.lax.ragged_all_to_all`, or on CPU an emulation of it."""
 
 from dataclasses import dataclass, replace
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
-from bigmac_jax.model.exchange.strategies import Plan, Sent, Slots, Strategy
+from bigmac_jax.model.exchange.strategy import Plan, Slots, Strategy, count_choices, none_dropped
 from bigmac_jax.model.exchange.wire import Wire
+from bigmac_jax.model.mesh import platform
 
 
 @jax.tree_util.register_dataclass
@@ -21,33 +22,20 @@ class Offsets:
     output_offsets: Array
     recv_sizes: Array
 
-    def move(self, x_NW: Array, rows: int, axis: tuple[str, ...], emulated: bool) -> Array:
-        """Sends x's sections to their ranks → [rows, W], zeros where nothing arrives."""
-        output = jnp.zeros_like(x_NW, shape=(rows, x_NW.shape[1]))
-        arguments = (x_NW, output, self.input_offsets, self.send_sizes, self.output_offsets, self.recv_sizes)
-        if emulated:
-            return emulated_ragged_all_to_all(*arguments, axis_name=axis)
-        return jax.lax.ragged_all_to_all(*arguments, axis_name=axis)
 
+def ragged_all_to_all(x_NW: Array, rows: int, offsets: Offsets, axis: tuple[str, ...]) -> Array:
+    """Sends x's sections to their ranks → [rows, W], zeros where nothing arrives.
 
-def emulated_ragged_all_to_all(
-    operand: Array,
-    output: Array,
-    input_offsets: Array,
-    send_sizes: Array,
-    output_offsets: Array,
-    recv_sizes: Array,
-    *,
-    axis_name: tuple[str, ...],
-) -> Array:
-    """As `jax.lax.ragged_all_to_all`: gathers every operand and picks this rank's sections out of it."""
-    everyone_SNW = jax.lax.all_gather(operand, axis_name)
-
-    def to_peers(x_S: Array) -> Array:
-        return Wire(axis_name).swap_metadata(x_S)
-
-    start_S, source_S, size_S = to_peers(output_offsets), to_peers(input_offsets), to_peers(send_sizes)
-    row = jnp.arange(output.shape[0], dtype=jnp.int32).reshape(-1, 1)
+    XLA:CPU has no such collective (jax#34755): there, every rank gathers all operands and picks its sections.
+    """
+    output = jnp.zeros_like(x_NW, shape=(rows, x_NW.shape[1]))
+    if platform() != "cpu":
+        sections = offsets.input_offsets, offsets.send_sizes, offsets.output_offsets, offsets.recv_sizes
+        return jax.lax.ragged_all_to_all(x_NW, output, *sections, axis_name=axis)
+    everyone_SNW = jax.lax.all_gather(x_NW, axis)
+    sent = offsets.output_offsets, offsets.input_offsets, offsets.send_sizes
+    start_S, source_S, size_S = (Wire(axis).swap_metadata(x_S) for x_S in sent)
+    row = jnp.arange(rows, dtype=jnp.int32).reshape(-1, 1)
     S = size_S.size
     inside_MS = (row >= start_S.reshape(1, S)) & (row < (start_S + size_S).reshape(1, S))
     rank_M = jnp.argmax(inside_MS, axis=1)
@@ -58,7 +46,7 @@ def emulated_ragged_all_to_all(
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RaggedPlan:
+class Sections:
     """slots: where each choice stands among the T·K rows, sorted by expert; the way there, and the way back."""
 
     slots: Slots
@@ -67,12 +55,12 @@ class RaggedPlan:
 
 
 @dataclass(frozen=True)
-class Ragged(Strategy):
+class Ragged(Strategy[Sections | None]):
     """One row per (token, expert), exactly; dropless. A rank has room for its worst case, S·T·min(K, e) rows."""
 
-    def plan(self, experts_TK: Array) -> Plan:
+    def plan(self, experts_TK: Array) -> Plan[Sections | None]:
         if self.ranks == 1:
-            return self._here(experts_TK)
+            return Plan(None, experts_TK, count_choices(experts_TK, self.num_experts), none_dropped(experts_TK))
         (T, K), E, S, e = experts_TK.shape, self.num_experts, self.ranks, self.local_experts
         sorted_N, order_N = sorted_by(experts_TK, E)
         counts_E = jnp.diff(bounds_of(sorted_N, E))
@@ -99,56 +87,37 @@ class Ragged(Strategy):
         rows = jnp.arange(self.room(T, K), dtype=jnp.int32)
         section = bin_of(rows, ends_Se)
         expert_N1 = jnp.where(section < S * e, section % e, e).reshape(-1, 1)
-        step = RaggedPlan(Slots(slot_TK, inverse(slot_TK, T * K)), there, back)
-        return Plan((step,), expert_N1, counts_E, jnp.zeros_like(counts_E, shape=()))
+        sections = Sections(Slots(slot_TK, inverse(slot_TK, T * K)), there, back)
+        return Plan(sections, expert_N1, counts_E, none_dropped(counts_E))
 
-    def dispatch(self, plan: Plan, x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        if not plan.steps:
+    def dispatch(self, plan: Plan[Sections | None], x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        if plan.routes is None:
             return x_TR, gates_TK
         assert plan.expert_NK is not None
-        (step,) = plan.steps
-        rows_MR = spread(x_TR, step.slots.slot_TK, step.slots.choice_M)
-        return self._moved(rows_MR, step, plan.expert_NK.size), None
+        rows_MR = spread(x_TR, plan.routes.slots.slot_TK, plan.routes.slots.choice_M)
+        return self._move(rows_MR, plan.routes, plan.expert_NK.size), None
 
-    def combine(self, plan: Plan, y_NR: Array, gates_TK: Array) -> Array:
-        if not plan.steps:
+    def combine(self, plan: Plan[Sections | None], y_NR: Array, gates_TK: Array) -> Array:
+        if plan.routes is None:
             return y_NR
-        (step,) = plan.steps
-        y_MR = self._moved(y_NR, replace(step, there=step.back, back=step.there), gates_TK.size)
-        return weigh(y_MR, gates_TK.astype(y_MR.dtype), step.slots.slot_TK, step.slots.choice_M)
+        back = replace(plan.routes, there=plan.routes.back, back=plan.routes.there)
+        y_MR = self._move(y_NR, back, gates_TK.size)
+        return weigh(y_MR, gates_TK.astype(y_MR.dtype), plan.routes.slots.slot_TK, plan.routes.slots.choice_M)
 
-    def _moved(self, x_NR: Array, step: RaggedPlan, rows: int) -> Array:
-        def there(wire_NW: Array, step: RaggedPlan) -> Array:
-            return step.there.move(wire_NW, rows, self.axis, self.emulated)
+    def _move(self, x_NR: Array, sections: Sections, rows: int) -> Array:
+        def there(wire_NW: Array, sections: Sections) -> Array:
+            return ragged_all_to_all(wire_NW, rows, sections.there, self.axis)
 
-        def back(wire_MW: Array, step: RaggedPlan) -> Array:
-            return step.back.move(wire_MW, x_NR.shape[0], self.axis, self.emulated)
+        def back(wire_MW: Array, sections: Sections) -> Array:
+            return ragged_all_to_all(wire_MW, x_NR.shape[0], sections.back, self.axis)
 
-        return self.wire.move(x_NR, step, there, back)
+        return self.wire.move(x_NR, sections, there, back)
 
     def room(self, tokens: int, choices: int) -> int:
         """Rows that a rank can take."""
         return self.ranks * tokens * min(choices, self.local_experts)
 
-    def sent(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
-        """At uniform routing. The emulation gathers what every rank holds."""
-        if not self.emulated:
-            return (self.useful(tokens, choices),) * 2
-        return self._per_peer(tokens * choices), self._per_peer(self.room(tokens, choices))
-
-    def useful(self, tokens: int, choices: int) -> Sent:
-        return self._per_peer(tokens * choices / self.ranks)
-
-    def metadata(self, tokens: int, choices: int) -> tuple[Sent, Sent]:
-        offsets = 2 * 3 * 4 if self.emulated else 0  # of each movement; the primitive's own are not counted
-        return self._per_peer(4 * self.num_experts + offsets), self._per_peer(offsets)
-
-    @property
-    def collectives(self) -> int:
-        """Counts, and rows there and back."""
-        return 0 if self.ranks == 1 else 3
-
 
 def before(size_SD: Array, axis: int) -> Array:
-    """Sums of what stands before each entry along an axis."""
+    """The exclusive cumulative sum along an axis."""
     return jnp.cumsum(size_SD, axis=axis) - size_SD

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.model.exchange.strategies import Plan, Strategy
+from bigmac_jax.model.exchange.strategy import Plan, Strategy
 
 FURTHER = "further_rounds"  # the scope of the loops, by which compiled programs tell them from others
 
@@ -22,13 +22,13 @@ def further_rounds(
     in_round: Callable[..., Array],
     axes: tuple[str, ...],
     left_TK: Array,
-    *inputs: Array,
+    *inputs: Any,
 ) -> Array:
     """Sums `in_round(plan, *inputs)` over the rounds that it takes to send what is left → y_TR, as inputs[0].
 
     Args:
       axes: their ranks go through as many rounds: all that a collective of a round joins.
-      inputs: x_TR, and what else y depends on.
+      inputs: x_TR, and trees of what else y depends on.
     """
 
     def over_rounds(body: Callable[[Plan], Any], left_TK: Array, like: Any) -> Any:
@@ -50,7 +50,7 @@ def further_rounds(
         return jax.tree.map(lambda sum, x: sum.astype(x.dtype), total, like)
 
     @jax.custom_vjp
-    def rest(left_TK: Array, *inputs: Array) -> Array:
+    def rest(left_TK: Array, *inputs: Any) -> Array:
         return over_rounds(lambda plan: in_round(plan, *inputs), left_TK, inputs[0])
 
     def backward(saved: Any, dy_TR: Array) -> Any:

@@ -50,7 +50,7 @@ def causal_attention(
     _, L, _, H = q_BLNH.shape
     here, dtype, segments = platform(), str(q_BLNH.dtype), segments_BL is not None
     if implementation == "auto":
-        implementation = chosen(here, dtype, H, L, segments)
+        implementation = choose_implementation(here, dtype, H, L, segments)
     if refused := refusal(implementation, here, dtype, H, segments):
         raise ConfigError(refused)
     return _FUNCTIONS[implementation](q_BLNH, k_BLGH, v_BLGH, segments_BL)
@@ -60,11 +60,11 @@ def attention_of(config: Config) -> str:
     """The implementation that training takes on the current mesh."""
     if config.execution.attention != "auto":
         return config.execution.attention
-    segments = config.has_segments
-    return chosen(platform(), config.execution.dtype, config.model.head_size, config.data.sequence_length, segments)
+    m, length = config.model, config.data.sequence_length
+    return choose_implementation(platform(), config.execution.dtype, m.head_size, length, config.has_segments)
 
 
-def chosen(platform: str, dtype: str, head_size: int, length: int, segments: bool) -> str:
+def choose_implementation(platform: str, dtype: str, head_size: int, length: int, segments: bool) -> str:
     """The implementation that `auto` takes: the fastest that takes the case."""
     fastest = {"tpu": ("splash",), "gpu": ("cudnn", "triton"), "cpu": ("blocks",)}.get(platform, ())
     if platform == "tpu" and length < _SPLASH_LENGTH:

@@ -69,5 +69,5 @@ def _through(layer: Block, x_BLD: Array, documents: Documents | None) -> tuple[A
     y_BLD, _ = layer.feed_forward(x_BLD, None, True)
     if not isinstance(layer.mlp, MoE):
         return (x_BLD + y_BLD,)
-    routing, _ = layer.mlp.routing(h_BLD, True)
+    routing, _ = layer.mlp.route(h_BLD, True)
     return x_BLD + y_BLD, h_BLD, routing.gates_BLK, routing.experts_BLK

@@ -214,6 +214,6 @@ def _outputs(w: Leaves, e: int, hidden_NF: np.ndarray) -> np.ndarray:
 
 
 def _normalised(x_TR: np.ndarray, m: ModelConfig) -> np.ndarray:
-    """`layers.normalised` of a scale of 1 and no bias."""
+    """`layers.normalize` of a scale of 1 and no bias."""
     x_TR = x_TR - x_TR.mean(-1, keepdims=True) if m.norm == "layernorm" else x_TR
     return x_TR / np.sqrt(np.square(x_TR).mean(-1, keepdims=True) + m.norm_eps)
