@@ -30,14 +30,14 @@ from bigmac_jax.model.mesh import (
 
 
 class Documents(NamedTuple):
-    """Of whole sequences whose tokens see their own document alone."""
+    """The documents of whole sequences; a token sees its own document alone."""
 
     segment_BL: Array  # int32, one number a document
     position_BL: Array  # int32, within the document
 
 
-def documents_of(segments_BL: Array) -> Documents:
-    """Where documents begin; segments as `data.batch.Batch` has them."""
+def find_documents(segments_BL: Array) -> Documents:
+    """Makes `Documents` from the segments of `data.batch.Batch`."""
 
     def positions(segments_BL: Array) -> Array:
         place_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1], dtype=jnp.int32), segments_BL.shape)
@@ -69,7 +69,7 @@ def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Arr
 
 
 def rotate_to(x_TNH: Array, theta: float, position_T: Array, length: int) -> Array:
-    """`rotate` of tokens that stand at any positions below `length`."""
+    """Rotates tokens that stand at any positions below `length` (`rotate`)."""
     sin_LH, cos_LH = _angles(x_TNH, theta, length)
     return _turn(x_TNH, *(v[position_T][:, None] for v in (sin_LH, cos_LH)))
 
@@ -97,15 +97,15 @@ _turn.defvjp(
 
 
 class KeyValues(NamedTuple):
-    """Of several layers, in pages [G, n, p, H]: n pages of all of them, p positions of one."""
+    """The KV cache of several layers, in pages [G, n, p, H]: n pages for all layers together, p positions a page."""
 
     keys: Array
     values: Array
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a step stand: W rows for each of S shards of the batch, each C tokens in a row of one
-    sequence."""
+    """Where the tokens of a decoding step stand: W rows for each of S batch shards, a row being C consecutive tokens of
+    a sequence."""
 
     table_SWK: Array  # int32; the sequence's pages, in order
     position_SW: Array  # int32; of the first token
@@ -131,7 +131,7 @@ class Attention(nnx.Module):
         self.key_norm = Norm(config, H, "rmsnorm") if m.qk_norm else None
 
     def __call__(self, x_BLD: Array, documents: Documents | None = None) -> Array:
-        """Of whole sequences from their first position."""
+        """Attends over whole sequences, from their first position."""
         q_BLNH, k_BLGH, v_BLGH = self._heads(x_BLD)
         m = self.config.model
         segments, position_BL = ((), None) if documents is None else ((documents.segment_BL,), documents.position_BL)
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
         return self._joined(y_BLNH)
 
     def step(self, x_STD: Array, past: KeyValues, first: Array, rows: Rows) -> tuple[Array, KeyValues]:
-        """The next tokens of sequences.
+        """Attends from the next tokens of sequences to the KV cache, and appends their keys and values.
 
         Args:
           x_STD: the rows of each shard side by side, like the tokens of one sequence: T = W · C.

@@ -30,7 +30,7 @@ def balance_loss(shares_E: Array, load_E: Array) -> Array:
 
 
 def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
-    """What `solve_bias` takes: of each expert and token the bias with which the token would choose the expert, counted.
+    """Counts, for each expert, the biases with which tokens would choose it: the input of `solve_bias`.
 
     A token chooses an expert whose score and bias exceed its cut, the K+1st best of all experts, so that the bias that
     it requires is cut - score. Returns the cumulative counts at the edges of `_BINS` bins [E, bins + 1]; or, of a batch
@@ -66,7 +66,7 @@ def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
 
 
 def balance_bias(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
-    """The bias with which these very tokens share the experts evenly, nearly: `_DUAL_STEPS` from `bias_E` on.
+    """Solves for the bias with which these very tokens share the experts nearly evenly, by `_DUAL_STEPS` from `bias_E`.
 
     Each finds the quantiles of `solve_bias` by a search, for which ranks exchange counts alone, and takes the bias just
     below what the next token requires.
@@ -118,7 +118,7 @@ def solve_bias(config: Config, required: Array, bias_E: Array) -> Array:
 
 
 def _quantile(cumulative: Array, share: float, bias_E: Array) -> Array:
-    """Where a count that grows evenly inside each bin reaches `share` of all."""
+    """The value at which a count that grows evenly inside each bin reaches `share` of all."""
     wanted = share * cumulative[..., -1:]
     last = jnp.argmax(cumulative >= wanted, axis=-1, keepdims=True)  # the first edge that reaches it
     above, below = (jnp.take_along_axis(cumulative, jnp.maximum(last - n, 0), axis=-1) for n in (0, 1))
@@ -128,7 +128,7 @@ def _quantile(cumulative: Array, share: float, bias_E: Array) -> Array:
 
 
 def update_bias(config: Config, bias_YE: Array, load_YE: Array, quantile_stats: Array) -> Array:
-    """After a step. balance=bias is DeepSeek-V3's: experts with more than the mean load become less attractive.
+    """The router's bias after a step. balance=bias is DeepSeek-V3's: an expert above the mean load becomes less likely.
 
     Args:
       quantile_stats: what `required_bias` gave, or with balance_step=same `balance_bias`, in means over the parts.

@@ -35,7 +35,7 @@ class Parameters(NamedTuple):
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
-    """Of a model that is traced once, whatever the mesh: a search asks for hundreds of meshes."""
+    """Counts parameters by part, and those of a rank; the model is traced once for all meshes that are asked for."""
     m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
     ranks = {axis: sizes.get(axis, 1) for axis in AXES}
     for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
@@ -92,7 +92,7 @@ def projections(m: ModelConfig) -> dict[str, int]:
 
 
 def forward_passes(config: Config) -> int:
-    """Of a part of the batch, recomputation left out; one more where the loads of all parts are counted first."""
+    """Forward passes of a part of the batch without recomputation: two where all parts' loads are counted first."""
     return 2 if config.model.counts_loads_first and config.train.accumulate_steps > 1 else 1
 
 
@@ -102,7 +102,7 @@ def recomputes(config: Config) -> bool:
 
 
 def exchanges_again(config: Config) -> bool:
-    """Whether that pass exchanges rows again."""
+    """Whether the recomputed forward pass exchanges rows again."""
     return config.execution.remat == "layer"
 
 
@@ -145,7 +145,7 @@ class Traffic(NamedTuple):
 
 
 def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str = "") -> Traffic:
-    """Of the strategy `name`, by default the configured one."""
+    """Counts a training step's exchange bytes with the strategy `name`, by default the configured one."""
     m, tokens = config.model, tokens_at_a_time(config, ranks)
     if not m.is_moe:
         return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
@@ -248,8 +248,7 @@ def _back_again(config: Config, exchange: Strategy) -> bool:
 
 
 def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
-    """That come to a rank in the exchanges of one layer's forward pass: rows, and rows back. execution.remat=exchange
-    keeps them."""
+    """Bytes that a rank receives in the exchanges of one layer's forward pass, which execution.remat=exchange keeps."""
     m, tokens = config.model, tokens_at_a_time(config, ranks)
     if not m.is_moe or math.prod(group.sizes) == 1:
         return 0.0
@@ -260,7 +259,7 @@ def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
 
 
 def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
-    """That a rank gets in one exchange, room and its own included."""
+    """Rows that a rank receives in one exchange, empty ones and its own included."""
     sent = sum(cost(exchange, tokens, choices).dispatch)
     return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
 

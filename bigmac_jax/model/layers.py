@@ -76,7 +76,7 @@ def last_axes(v: Array, like: Array) -> Array:
 
 
 def divisor(count: Array) -> Array:
-    """What a sum is divided by for a mean: the count, which may be a fraction (of a step's, per part); 1 for none."""
+    """The divisor of a mean over `count` entries, which may be a fraction (a part's share of a step); 1 for none."""
     return jnp.where(count > 0, count, 1)
 
 
@@ -152,9 +152,9 @@ class Linear(nnx.Module):
         self.b_F = parameter(config, None, (fan_out,), zero) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        """Of tokens, each rank its own; of a matrix split by inputs, of whole sequences whose inputs are split."""
+        """Applies the layer to each rank's own tokens; split by inputs, to whole sequences with split inputs."""
         if self.split == "inputs":
-            return on_each_rank(_of_split_inputs, (x,), self.weights(), in_spec=split_spec)
+            return on_each_rank(_affine_split_inputs, (x,), self.weights(), in_spec=split_spec)
         return on_each_rank(affine, (x,), self.weights())
 
     def weights(self) -> list[Weight]:
@@ -169,7 +169,7 @@ def affine(x_BLX: Array, w_XY: Array, b_Y: Array | None = None) -> Array:
 
 
 def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
-    """Tokens through layers that are split by outputs → whole sequences, F split. They are gathered once for all."""
+    """Applies layers that are split by outputs → whole sequences, F split. Tokens are gathered once for all layers."""
 
     def on_rank(x_BLD: Array, *weights: Array) -> tuple[Array, ...]:
         if tensor_ranks() > 1:
@@ -186,7 +186,7 @@ def split_outputs(x_BLD: Array, *layers: Linear) -> list[Array]:
 
 
 def _own_head(layer: Linear, w: Array) -> Array:
-    """Of weights [..., F] that are not split, because there are fewer heads than ranks: those of this rank's head."""
+    """This rank's head out of weights [..., F] that are not split, because there are fewer heads than ranks."""
     if not layer.heads:
         return w
     width = w.shape[-1] // layer.heads
@@ -194,8 +194,8 @@ def _own_head(layer: Linear, w: Array) -> Array:
     return jax.lax.dynamic_slice_in_dim(w, head * width, width, axis=w.ndim - 1)
 
 
-def _of_split_inputs(x_BLF: Array, w_FD: Array, b_D: Array | None = None) -> Array:
-    """Whole sequences, F split → tokens: each rank sums what all have for its own."""
+def _affine_split_inputs(x_BLF: Array, w_FD: Array, b_D: Array | None = None) -> Array:
+    """x @ w (+ b) of whole sequences, F split → each rank's own tokens, summed over `tensor`."""
     y_BLD = product(x_BLF, w_FD)
     if tensor_ranks() > 1:
         y_BLD = jax.lax.psum_scatter(y_BLD, TENSOR, scatter_dimension=1, tiled=True)

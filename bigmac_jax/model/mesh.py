@@ -22,7 +22,7 @@ Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 
 def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str, int]:
-    """How many ranks stand on each axis, on so many devices.
+    """Number of ranks on each axis of the config's mesh over so many devices.
 
     Args:
       fit_batch: whether the mesh must divide data.batch_size, and overlap_chunks a rank's tokens, as training needs.
@@ -79,8 +79,8 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
 
 
 def _granules(devices: Sequence[Any]) -> Callable[[Any], int]:
-    """What fast links join, if the runtime knows: a slice of TPUs, which may be several hosts, or the GPUs of a host,
-    which may be several processes."""
+    """Maps a device to the group that fast links join, if the runtime knows it: a slice of TPUs, perhaps of several
+    hosts, or the GPUs of a host, perhaps of several processes."""
     of_slice = [getattr(device, "slice_index", None) or 0 for device in devices]
     a_process = Counter(device.process_index for device in devices)
     if devices[0].platform == "gpu" and len(set(of_slice)) == 1 and max(a_process.values()) > 1:
@@ -103,12 +103,12 @@ def current_group() -> ExpertGroup:
 
 
 def ranks() -> int:
-    """Of the current mesh."""
+    """Number of ranks of the current mesh."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
 def batch_ranks() -> int:
-    """That split the batch: rows of one are a multiple of it."""
+    """Number of ranks that the batch is split over; batch sizes are a multiple of it."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in BATCH)
 
@@ -118,27 +118,27 @@ def tensor_ranks() -> int:
 
 
 def batch_spec(ndim: int) -> P:
-    """An array whose first dimension is the batch."""
+    """Spec of an array whose first dimension is the batch."""
     return P(BATCH, *[None] * (ndim - 1))
 
 
 def token_spec(ndim: int) -> P:
-    """An array of tokens [B, L, …], on each rank its own: what attention does not need whole stands like this."""
+    """Spec of tokens [B, L, …], on each rank its own; so stands what attention does not need whole."""
     return P(BATCH, TENSOR, *[None] * (ndim - 2))
 
 
 def split_spec(ndim: int) -> P:
-    """[B, L, F] inside attention or a dense layer, or [B, L, N, H]: whole sequences, F or the heads over `tensor`."""
+    """Spec of [B, L, F] or [B, L, N, H] in attention or a dense layer: whole sequences, F or heads over `tensor`."""
     return P(BATCH, None, TENSOR, *[None] * (ndim - 3))
 
 
 def cache_spec() -> P:
-    """Pages of keys or values [G, n, p, H]: heads over `tensor`, each shard of the batch its own pages."""
+    """Spec of pages of keys or values [G, n, p, H]: heads over `tensor`, each batch shard its own pages."""
     return P(TENSOR, BATCH, None, None)
 
 
 def rank_spec(ndim: int) -> P:
-    """An array whose first dimension is the ranks."""
+    """Spec of an array whose first dimension is the ranks."""
     return P(AXES, *[None] * (ndim - 1))
 
 
@@ -159,8 +159,8 @@ def names(entry: Entry) -> tuple[str, ...]:
 
 
 def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_first: bool = False) -> P:
-    """`spec` with all axes that it leaves on the largest dimension that it does not split and they divide; `spec` as
-    it is where there is none. (ZeRO-3: no two ranks keep the same numbers.)
+    """Adds the axes that `spec` leaves to the largest dimension that is not split and that they divide (ZeRO-3: no two
+    ranks keep the same numbers); `spec` as it is where there is none.
 
     Args:
       rows_first: on the first dimension, if they divide what it has left.
@@ -181,7 +181,7 @@ def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_
 
 
 class Crossing(NamedTuple):
-    """How a parameter comes to the ranks that use it, and its gradient back: names of dtypes."""
+    """Dtypes in which a parameter comes to the ranks that use it, and its gradient back."""
 
     compute: str  # it is used in
     gather: str  # it is gathered in
@@ -189,7 +189,7 @@ class Crossing(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A parameter that `on_each_rank` brings to each rank."""
+    """A parameter that `on_each_rank` gathers for each rank."""
 
     value: Array
     crossing: Crossing
@@ -251,8 +251,8 @@ def _shared(spec: P, split: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: keeps all but parameters that were gathered, which are gathered again, and what is
-    only a wider copy of something.
+    """A policy of `jax.checkpoint`: keeps everything but gathered parameters, which are gathered again in the backward
+    pass, and wider copies.
 
     The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered.
     """
@@ -262,18 +262,18 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
 
 
 def spec_of(array: Array) -> P:
-    """On the current mesh."""
+    """The PartitionSpec of an array on the current mesh."""
     return jax.typeof(array).sharding.spec
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: of the current mesh's devices, which may be those of a machine that is only compiled for."""
+    """cpu, gpu or tpu: the platform of the current mesh's devices, which may only be compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-    """Such as 'TPU v5 lite', for v5e: of the same devices."""
+    """The kind of the current mesh's devices, such as 'TPU v5 lite' for v5e."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
 
@@ -316,13 +316,13 @@ def on_each_rank(
 
 
 def place(values: Any, spec: P) -> Any:
-    """On the current mesh, a NumPy array that every process holds whole, or a tree of them."""
+    """Puts a NumPy array that every process holds whole, or a tree of them, on the current mesh."""
     sharding = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.tree.map(lambda v: jax.make_array_from_callback(v.shape, sharding, v.__getitem__), values)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """The abstract tree of a `jax.eval_shape` with its shardings on real devices (eval_shape's stand on none)."""
+    """Puts the shardings of an abstract tree on `mesh`, whose devices `jax.eval_shape` does not know."""
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else P()  # scalars made without an input have no sharding

@@ -56,7 +56,7 @@ class Declaration:
 
     @property
     def hidden_matrix(self) -> bool:
-        """Whether it is a matrix between hidden activations, which Muon is for: no table, not the router, no vector."""
+        """Whether Muon trains it: a matrix between hidden activations; no table, not the router, no vector."""
         return self.decays and not (self.rows_first or self.exact)
 
     @property
@@ -65,12 +65,12 @@ class Declaration:
         return tuple(axis for entry in self.axes for axis in names(entry))
 
     def spec(self, shape: tuple[int, ...], fsdp: bool, sizes: Mapping[str, int]) -> P:
-        """Of its own dimensions, on a mesh of `sizes`."""
+        """PartitionSpec of the parameter, without stacked layers, on a mesh of `sizes`."""
         own = P(*(*self.axes, *[None] * (len(shape) - len(self.axes))))
         return fully_sharded(shape, own, sizes, self.rows_first) if fsdp and not self.small else own
 
     def crossing(self, execution: ExecutionConfig) -> Crossing:
-        """How ranks exchange it and its gradient."""
+        """Dtypes in which ranks gather it and sum its gradient."""
         if self.exact:
             return Crossing("float32", "float32", execution.reduce_dtype)
         # The narrower of the two: a cast behind the gather would give the same numbers, and send more.
@@ -112,12 +112,12 @@ def _selection(key: Array, shape: tuple[int, ...], out_sharding: P) -> Array:
 
 
 def declared(variable: nnx.Variable) -> Declaration:
-    """Raises AttributeError for a variable that is no parameter."""
+    """The declaration of a parameter; AttributeError for a variable that is none."""
     return variable.declaration
 
 
 def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> Any:
-    """`function` of each parameter's declaration and array, in the shape of `tree`; other variables stay."""
+    """Maps `function(declaration, array)` over the parameters of `tree`; other variables stay."""
 
     def apply(node: Any) -> Any:
         if not isinstance(node, nnx.Param):
@@ -128,7 +128,7 @@ def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> An
 
 
 def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
-    """A parameter for `on_each_rank`, which is given it in the dtype `compute`, by default that of the computation."""
+    """Makes a `Weight` for `on_each_rank`, gathered in the dtype `compute`, by default that of the computation."""
     of = declared(variable)
     crossing = of.crossing(config.execution)
     value = variable.get_value()

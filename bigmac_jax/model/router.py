@@ -35,13 +35,13 @@ class Padding(NamedTuple):
 
     @classmethod
     def of(cls, mask_BL: Array, tokens: Array | None = None) -> "Padding":
-        """From a mask that stands in any way; `tokens` by default those that it leaves."""
+        """Makes Padding from a mask of any sharding; `tokens` defaults to the number of unmasked tokens."""
         mask_BL = jax.sharding.reshard(mask_BL, token_spec(2))
         return cls(mask_BL, jnp.sum(~mask_BL) if tokens is None else tokens)
 
 
 class Scores(NamedTuple):
-    """Of every expert, float32."""
+    """Every expert's logit and score for every token, float32."""
 
     logits_BLE: Array
     scores_BLE: Array
@@ -49,7 +49,7 @@ class Scores(NamedTuple):
 
 @jax.named_scope("router")
 def score_experts(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
-    """What every expert is to every token."""
+    """Scores every expert for every token."""
     # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
     # changes which experts 1 to 2 % of the tokens are sent to.
     exact = functools.partial(product, precision=jax.lax.Precision.HIGHEST)
@@ -62,7 +62,7 @@ def score_experts(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
 def choose_experts(
     config: ModelConfig, scores: Scores, bias_E: Array | None, padding: Padding | None = None
 ) -> Routing:
-    """The K best experts of each token; none of padding, with gates of zero.
+    """Chooses the K best experts of each token; for padding none, with gates of zero.
 
     Args:
       bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).

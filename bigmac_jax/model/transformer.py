@@ -13,7 +13,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import PADDING
-from bigmac_jax.model.attention import Attention, Documents, documents_of
+from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.layers import MLP, Norm, dropout
@@ -53,7 +53,7 @@ class Block(nnx.Module):
     def feed_forward(
         self, x_BLD: Array, load_E: Array | None, evaluating: bool, padding: Padding | None = None
     ) -> tuple[Array, Aux]:
-        """What the second branch adds to x."""
+        """The output of the second branch, which is added to x."""
         h_BLD = self.mlp_norm(x_BLD)
         if not isinstance(self.mlp, MoE):
             return self.mlp(h_BLD), empty_aux()
@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
         evaluating: bool = False,
     ) -> tuple[Array, Aux]:
         """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
-        documents = None if segments_BL is None else documents_of(segments_BL)
+        documents = None if segments_BL is None else find_documents(segments_BL)
         if padding is None and segments_BL is not None:
             padding = Padding.of(segments_BL == PADDING)
         x_BLD, keys_Y = self.embedded(tokens_BL, None if documents is None else documents.position_BL, dropout_key)
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
     def embedded(
         self, tokens_BL: Array, position_BL: Array | None, dropout_key: Array | None
     ) -> tuple[Array, Array | None]:
-        """`embed`, with dropout if there is a key, and the keys of the layers."""
+        """Embeds tokens, with dropout if there is a key → x_BLD, and the layers' dropout keys."""
         config, x_BLD = self.config.model, self.embed(tokens_BL, position_BL)
         if dropout_key is None or not config.dropout:
             return x_BLD, None
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
     @jax.named_scope("embedding")
     def embed(self, tokens_BL: Array, position_BL: Array | None = None) -> Array:
-        """x_BLD of the tokens at their positions, by default 0 to L - 1.
+        """Embeds tokens at their positions, by default 0 to L - 1 → x_BLD.
 
         Raises:
           ValueError: L exceeds the learned positions.
@@ -170,7 +170,7 @@ class Transformer(nnx.Module):
         return (scale * x_BLD).astype(config.execution.dtype)
 
     def logits(self, x_BLD: Array) -> Array:
-        """Float32 logits_BLV of features."""
+        """Computes float32 logits_BLV from features."""
         return on_each_rank(_logits, (x_BLD,), (self.unembedding(),))
 
     def unembedding(self) -> Weight:
@@ -207,7 +207,7 @@ def _rows(dtype: str, table_vD: Array, tokens_BL: Array) -> Array:
 
 
 def own_rows(tokens: Array, rows: int) -> tuple[Array, Array]:
-    """Where tokens stand in this rank's part of a table, `rows` long, and whether they do (else the place is any)."""
+    """Each token's row in this rank's part of a table, `rows` long, and whether it is there (else the row is any)."""
     place = tokens - jax.lax.axis_index(TENSOR) * rows
     return jnp.clip(place, 0, rows - 1), (place >= 0) & (place < rows)
 
@@ -228,8 +228,8 @@ def through_layers(
     keys_Y: Array | None,
     load_YE: Array | None,
 ) -> tuple[Any, Any]:
-    """`carry` through `step(carry, (layer, key, load_E))`, recomputed in the backward pass as execution.remat says →
-    what came through, and what `step` reports of the layers with experts.
+    """Scans `step(carry, (layer, key, load_E))` over the layers, recomputed in the backward pass as execution.remat
+    says → the last carry, and what `step` reports of the layers with experts.
 
     Args:
       stacks: the layers without experts that come first, if there are any, and the others.

@@ -16,7 +16,7 @@ from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.run import Job, open_jobs
-from bigmac_jax.model.kernels.flash_attention import attention_of
+from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
@@ -172,7 +172,7 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int) -> No
         f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
         + (f", {jax.process_count()} processes" if hosts.is_distributed() else "")
-        + f", attention by {attention_of(config)}"
+        + f", attention by {attention_implementation(config)}"
         + (f", resumed at step {newest}" if newest else "")
     )
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.model.attention import documents_of
+from bigmac_jax.model.attention import find_documents
 from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer, through_layers
@@ -61,7 +61,7 @@ def _side_by_side(
     model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, share: Share
 ) -> tuple[Array, Array, Array, Any]:
     """Features of both, gaps of the layers, and the student's aux."""
-    documents = None if batch.segments_BL is None else documents_of(batch.segments_BL)
+    documents = None if batch.segments_BL is None else find_documents(batch.segments_BL)
     padding = share.padding(batch)
     position_BL = None if documents is None else documents.position_BL
     real_BL1 = (batch.targets_BL != NO_TARGET)[..., None]

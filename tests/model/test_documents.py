@@ -10,7 +10,7 @@ import pytest
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.model.attention import documents_of
+from bigmac_jax.model.attention import find_documents
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.router import Padding
@@ -85,7 +85,7 @@ def test_a_document_does_not_see_the_others(
 
 def test_positions_begin_anew() -> None:
     with on_mesh(tiny(batch=B, length=L)):
-        documents = documents_of(split_batch(np.broadcast_to(NUMBERS, (B, L))))
+        documents = find_documents(split_batch(np.broadcast_to(NUMBERS, (B, L))))
     assert np.asarray(documents.position_BL)[3].tolist() == [*range(5), 0, *range(7), *range(3)]
 
 

@@ -37,7 +37,7 @@ class Hop:
     capacity: int
 
     def plan(self, expert_TK: Array) -> tuple[HopPlan, Array, Array]:
-        """Chooses the rows that are sent.
+        """Chooses the rows that are sent, and tells the receivers their experts.
 
         Args:
           expert_TK: of the S·w experts behind this hop; S·w where there is none.
@@ -100,11 +100,11 @@ class Hop:
         return collect(y_SCR.reshape(y_NR.shape), plan.slot_TS, plan.choice_M)
 
     def metadata_bytes(self, choices: int) -> int:
-        """Of one row: its experts and its gates."""
+        """Bytes of a row's experts and gates."""
         return choices * (1 if self.experts < 128 else 2) + self.gate_bytes(choices)
 
     def gate_bytes(self, choices: int) -> int:
-        """Of one row's gates, which are float32."""
+        """Bytes of a row's gates, which are float32."""
         return 4 * choices
 
 

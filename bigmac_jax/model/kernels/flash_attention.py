@@ -42,7 +42,7 @@ def causal_attention(
 
     Args:
       segments_BL: int32, any numbers, equal along a document: a query sees its own document alone. None: all is one.
-      implementation: as execution.attention; `auto` is what `chosen` says.
+      implementation: as execution.attention; `auto` is resolved by `choose_implementation`.
 
     Raises:
       ConfigError: it does not take the case, see `refusal`.
@@ -56,8 +56,8 @@ def causal_attention(
     return _FUNCTIONS[implementation](q_BLNH, k_BLGH, v_BLGH, segments_BL)
 
 
-def attention_of(config: Config) -> str:
-    """The implementation that training takes on the current mesh."""
+def attention_implementation(config: Config) -> str:
+    """Name of the attention implementation that training takes on the current mesh."""
     if config.execution.attention != "auto":
         return config.execution.attention
     m, length = config.model, config.data.sequence_length
@@ -99,13 +99,13 @@ def refusal(implementation: str, platform: str, dtype: str, head_size: int, segm
 
 
 def xla(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None) -> Array:
-    """jax.nn's, which holds all scores."""
+    """jax.nn's plain attention, which holds all scores."""
     same_B1LL = None if segments_BL is None else (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q_BLNH, k_BLGH, v_BLGH, mask=same_B1LL, is_causal=True, implementation="xla")
 
 
 def cudnn(q_BLNH: Array, k_BLGH: Array, v_BLGH: Array, segments_BL: Array | None) -> Array:
-    """cuDNN's, of one document a row.
+    """cuDNN's fused attention, for one document a row.
 
     It knows rows of several as offsets of at most so many documents a row, which a batch does not promise.
     """
@@ -188,7 +188,7 @@ _TRITON_BLOCK = 64
 
 
 class _Causal(CausalMask):
-    """Of whole blocks: the library looks at each for whether all of it is seen, or nothing."""
+    """A causal mask that answers for whole blocks: the library asks of each whether all of it is seen, or nothing."""
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
         queries, keys = block

@@ -21,7 +21,7 @@ _LANES = 128  # of a TPU: the heads of its kernel are a multiple
 
 
 class _Sums(NamedTuple):
-    """Over the positions that were read."""
+    """Running sums of the softmax over the positions read so far."""
 
     most_GwX: Array  # the largest score
     sum_GwX: Array  # of exp(score - the largest)
@@ -29,7 +29,7 @@ class _Sums(NamedTuple):
 
 
 def write(pages_GnpH: Array, page_T: Array, place_T: Array, fresh_TGH: Array) -> Array:
-    """Puts tokens to their places in pages; those of page n nowhere.
+    """Writes tokens to their places in pages; those of page n nowhere.
 
     By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.model.attention import Documents, documents_of
+from bigmac_jax.model.attention import Documents, find_documents
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Block, Transformer
@@ -31,7 +31,7 @@ def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Blo
     The text's activations are on the devices for one layer at a time, what a layer is given on the host.
     """
     on_mesh = [place(batch, batch_spec(2)) for batch in batches]
-    documents = [None if b.segments_BL is None else documents_of(b.segments_BL) for b in on_mesh]
+    documents = [None if b.segments_BL is None else find_documents(b.segments_BL) for b in on_mesh]
     counts = np.concatenate([(batch.targets_BL != NO_TARGET).reshape(-1) for batch in batches])
     xs = [
         model.embed(b.inputs_BL, None if of is None else of.position_BL)
