@@ -21,9 +21,9 @@ from lm_eval import simple_evaluate
 from bigmac_jax import restore
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.harness import BigMacLM
-from bigmac_jax.evaluation.loglikelihood import loglikelihoods
-from bigmac_jax.evaluation.tasks.run import open_jobs
+from bigmac_jax.evaluation.loglikelihood import score_requests
 from bigmac_jax.evaluation.tasks.scores import judge, summarise
+from bigmac_jax.evaluation.tasks.task_jobs import open_jobs
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
 _ROWS = flags.DEFINE_string("rows", None, "The folder of rows.", required=True)
@@ -68,7 +68,7 @@ def main(_: Any) -> None:
             continue
         (job,) = open_jobs([name], [f"{name}={file}"], _LIMIT.value, config, load_tokenizer(config), length)
         flat = [request for choices in job.requests for request in choices]
-        results = iter(loglikelihoods(model, flat, length, _BATCH_SIZE.value))
+        results = iter(score_requests(model, flat, length, _BATCH_SIZE.value))
         rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         print(f"{name}, {len(rows)} rows")
         print(f"  ours                    {_percent(summarise(job.kind, rows), 'accuracy', 'accuracy_norm')}")

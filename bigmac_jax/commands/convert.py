@@ -16,7 +16,7 @@ from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.interchange import Trained, choose, export_model, import_run
+from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.new_run import refuse_a_run
 from bigmac_jax.training.restore import restore_parts
@@ -63,7 +63,7 @@ def _export(workdir: pathlib.Path) -> None:
         saved = read_config(workdir)
         meshed = with_mesh(saved, cli.OVERRIDES)
         peft = _FORMAT.value == "peft"
-        choose(saved, "auto" if peft else _FORMAT.value)  # before the model is read
+        choose_format(saved, "auto" if peft else _FORMAT.value)  # before the model is read
         storage.locate(_OUTPUT.value, "--output")
         tokenizer = run_tokenizer(workdir, saved)
     cli.agree(meshed, __name__)

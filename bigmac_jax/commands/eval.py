@@ -15,9 +15,9 @@ from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
-from bigmac_jax.evaluation.perplexity import evaluate, read
-from bigmac_jax.evaluation.sources import open_sources, own_sources, report
-from bigmac_jax.evaluation.tasks.run import Job, describe, open_jobs, score_jobs
+from bigmac_jax.evaluation.perplexity import evaluate, evaluate_stream
+from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
+from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.programs import evaluation_rows
@@ -126,22 +126,22 @@ def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
     _, model = restore(workdir, str(step), config)
     folder = workdir / "tasks" / str(step)
     summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, rows, _STRIDE.value, _is_quiet())
-    return describe(summaries), {"step": step, "tasks": summaries}
+    return describe_scores(summaries), {"step": step, "tasks": summaries}
 
 
 def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
     _, model = restore(workdir, _STEP.value, config)
-    if own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
+    if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         name_data(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents
-    reader: Callable[..., Any] = read if _SOURCES.value else evaluate
+    reader: Callable[..., Any] = evaluate_stream if _SOURCES.value else evaluate
     readings: dict[str, Any] = {}
     for name, stream in streams.items():
         with Progress(name, stream.num_tokens - 1, "token", scaled=True, silent=_is_quiet()) as bar:
             readings[name] = reader(model, stream, length, rows, bar.update, _STRIDE.value, documents)
     if _SOURCES.value:
-        lines, result = report(readings)
+        lines, result = report_sources(readings)
         return lines, result | {"documents": documents}
     ((name, score),) = readings.items()
     how = "each document by itself" if documents == "masked" else "windows of the stream"

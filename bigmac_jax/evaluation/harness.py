@@ -1,8 +1,8 @@
-"""lm-evaluation-harness over a run, for all the tasks it has: the model `bigmac_jax` of its command.
+"""The model `bigmac_jax` for lm-evaluation-harness, which scores a run on any of its tasks:
 
     python -m bigmac_jax.evaluation.harness --model bigmac_jax --model_args workdir=DIR --tasks NAME,…
 
-is `python -m lm_eval` with this model known to it. B batch, L length.
+is `python -m lm_eval` with this model registered.
 """
 
 from bigmac_jax.runtime import environment
@@ -18,7 +18,7 @@ import jax
 
 from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.evaluation.loglikelihood import Request, Result, check_windows, encode_pairs, loglikelihoods
+from bigmac_jax.evaluation.loglikelihood import Request, Result, check_windows, encode_pairs, score_requests
 from bigmac_jax.inference import Generator, Sampling
 from bigmac_jax.inference.generator import Request as Prompt
 from bigmac_jax.model.mesh import make_mesh
@@ -39,11 +39,11 @@ except ImportError:
 
 @register_model("bigmac_jax")
 class BigMacLM(LM):
-    """A model as the harness' interface wants it.
+    """A model behind the harness' interface.
 
     Args:
       config, model: as `restore` gives them.
-      length: tokens given to the model at most; 0 takes data.sequence_length.
+      length: tokens of a window; 0 takes data.sequence_length.
       batch_size: sequences at a time; 0 takes data.batch_size.
     """
 
@@ -84,24 +84,24 @@ class BigMacLM(LM):
         return f"{self.config.data.tokenizer}-{self.tokenizer.fingerprint[:16]}"
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each (context, continuation)."""
-        results = self._scored(encode_pairs(self.tokenizer, [request.args for request in requests]), disable_tqdm)
+        """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding gives it."""
+        results = self._score(encode_pairs(self.tokenizer, [request.args for request in requests]), disable_tqdm)
         answers = [(result.loglikelihood, result.greedy) for result in results]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, nats; each token once, in windows that reach back as far as they can."""
+        """The log-likelihood of each text, nats: each token once, in windows that reach back as far as they can."""
         texts = [request.args[0] for request in requests]
         encoded = [Request([self.tokenizer.eos_id], self.tokenizer.encode(text)) for text in texts]
-        answers = [result.loglikelihood for result in self._scored(encoded, disable_tqdm)]
+        answers = [result.loglikelihood for result in self._score(encoded, disable_tqdm)]
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to a stop text; too long a context loses its beginning."""
+        """Completes each context up to a stop text; a context that is too long loses its beginning."""
         generator = Generator(self.config, self.model, self.length, self.batch_size, self.tokenizer)
         prompts = []
         for context, options in (request.args for request in requests):
@@ -122,9 +122,9 @@ class BigMacLM(LM):
             self.cache_hook.add_partial("generate_until", request.args, completion.text)
         return [completion.text for completion in completions]
 
-    def _scored(self, requests: Sequence[Request], quiet: bool) -> list[Result]:
+    def _score(self, requests: Sequence[Request], quiet: bool) -> list[Result]:
         title = "" if quiet else "log-likelihoods"
-        return loglikelihoods(self.model, requests, self.length, self.batch_size, title=title)
+        return score_requests(self.model, requests, self.length, self.batch_size, title=title)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.evaluation.finished import Finished
+from bigmac_jax.evaluation.score_log import ScoreLog
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime.progress import Progress
@@ -41,23 +41,22 @@ class Window(NamedTuple):
 
 
 def check_windows(config: Config, length: int, stride: int) -> int:
-    """Tokens that the model is given at most: `length`, or data.sequence_length where that is 0.
+    """Tokens of a window: `length`, or data.sequence_length where that is 0.
 
     Raises:
       ConfigError: more than there are learned positions, a stride that would leave tokens out, or windows that
         mesh.tensor cannot split.
     """
-    trained = config.data.sequence_length
+    trained, ranks = config.data.sequence_length, config.mesh.tensor
     if length > trained and config.model.positions == "learned":
         raise ConfigError(
             f"--length={length} must be at most data.sequence_length={trained}: model.positions=learned has no more"
         )
     if stride > (length or trained):
         raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
-    if length % config.mesh.tensor:
+    if length % ranks:
         raise ConfigError(
-            f"--length={length} must be a multiple of mesh.tensor={config.mesh.tensor}; "
-            f"use {-(-length // config.mesh.tensor) * config.mesh.tensor}"
+            f"--length={length} must be a multiple of mesh.tensor={ranks}; use {-(-length // ranks) * ranks}"
         )
     return length or trained
 
@@ -68,32 +67,26 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     Raises:
       ConfigError: a continuation without a token of its own.
     """
-    split = []
-    for context, continuation in pairs:
-        end = len(context.rstrip())
-        split.append((context[:end], context[end:] + continuation))
-    texts = list(dict.fromkeys(itertools.chain.from_iterable((before, before + after) for before, after in split)))
+    before = [context.rstrip() for context, _ in pairs]
+    whole = [context + continuation for context, continuation in pairs]
+    texts = list(dict.fromkeys([*before, *whole]))
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     requests = []
-    for before, after in split:
-        start, whole = ids[before], ids[before + after]
-        if len(whole) <= len(start):
-            raise ConfigError(
-                f"{after[:40]!r} after {before[-40:]!r} has no token of its own; every answer needs some text"
-            )
-        requests.append(Request(start or [tokenizer.eos_id], whole[len(start) :]))
+    for start, text in zip(before, whole, strict=True):
+        context, tokens = ids[start], ids[text]
+        if len(tokens) <= len(context):
+            answer = text[len(start) :][:40]
+            raise ConfigError(f"{answer!r} after {start[-40:]!r} has no token of its own; every answer needs some text")
+        requests.append(Request(context or [tokenizer.eos_id], tokens[len(context) :]))
     return requests
 
 
-def windows(request: Request, length: int, stride: int = 0) -> Iterator[Window]:
+def cut_windows(request: Request, length: int, stride: int = 0) -> Iterator[Window]:
     """Cuts a request into windows of at most `length` inputs, so that each token of the continuation is scored once.
 
     A continuation of at most `length` tokens is one window, with as much of the context as fits. A longer one goes on
-    `stride` tokens at a time, each window reaching back as far as it can: a token is given the last `length` - `stride`
-    before it at least, or all where there are fewer.
-
-    Args:
-      stride: 0 is `length`: no more windows than needed.
+    `stride` tokens at a time (0 = `length`), and each window reaches back as far as it can: a token is given the last
+    `length` - `stride` before it at least, or all where there are fewer.
     """
     stride = stride or length
     tokens = np.asarray([*request.context, *request.continuation], np.int32)
@@ -106,39 +99,40 @@ def windows(request: Request, length: int, stride: int = 0) -> Iterator[Window]:
         scored = stride
 
 
-def loglikelihoods(
+def score_requests(
     model: Transformer,
     requests: Sequence[Request],
     length: int,
     batch_size: int,
     stride: int = 0,
-    finished: Finished | None = None,
+    log: ScoreLog | None = None,
     title: str = "",
 ) -> list[Result]:
-    """Scores requests, dropless, sums in float64 on the host.
+    """Scores requests, dropless, with sums in float64 on the host.
 
     Windows go longest first, so that too little memory shows at once, in batches of one padded length each: a power
     of two, so that few programs are compiled. What follows a token does not change it, so padding stands at the end.
 
     Args:
-      length, stride: as in `windows`.
+      length, stride: as in `cut_windows`.
       batch_size: rows at a time; padded to a multiple of the mesh's batch shards.
-      finished: windows that an earlier run scored are taken from it, and new ones are added.
+      log: has the scores of an earlier run, and is given the new ones.
       title: of the progress bar; empty: none is shown.
     """
-    cut = [[(_key(window), window) for window in windows(request, length, stride)] for request in requests]
-    of_key = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
-    scores = finished.look_up(list(of_key)) if finished else {}
-    left = sorted(of_key.keys() - scores.keys(), key=lambda key: (-len(of_key[key].tokens), key))
-    with Progress(title, len(of_key), "window", len(scores), silent=not title) as bar:
-        for padded, bucket in itertools.groupby(left, lambda key: _padded(len(of_key[key].tokens) - 1, length)):
+    cut = [[(_key(window), window) for window in cut_windows(request, length, stride)] for request in requests]
+    windows = dict(itertools.chain.from_iterable(cut))  # equal windows are scored once
+    scores = log.look_up(list(windows)) if log else {}
+    left = sorted(windows.keys() - scores.keys(), key=lambda key: (-len(windows[key].tokens), key))
+    with Progress(title, len(windows), "window", len(scores), silent=not title) as bar:
+        for padded, bucket in itertools.groupby(left, lambda key: _bucket(len(windows[key].tokens) - 1, length)):
             keys = list(bucket)
             for start in range(0, len(keys), batch_size):
                 batch = keys[start : start + batch_size]
-                new = dict(zip(batch, _scores(model, [of_key[key] for key in batch], padded, batch_size), strict=True))
+                found = _score_batch(model, [windows[key] for key in batch], padded, batch_size)
+                new = dict(zip(batch, found, strict=True))
                 scores |= new
-                if finished:
-                    finished.add(new)
+                if log:
+                    log.add(new)
                 bar.update(len(new))
     return [
         Result(sum(scores[key][0] for key, _ in own), all(scores[key][1] for key, _ in own), len(request.continuation))
@@ -150,18 +144,18 @@ def _key(window: Window) -> str:
     return hashlib.sha256(window.tokens.tobytes() + str(window.scored).encode()).hexdigest()[:32]
 
 
-def _padded(inputs: int, length: int) -> int:
-    """The bucket of a window: a power of two, or `length`; a multiple of mesh.tensor, which splits sequences."""
+def _bucket(inputs: int, length: int) -> int:
+    """Padded length of a window: a power of two or `length`, and a multiple of mesh.tensor, which splits sequences."""
     size = min(max(_SHORTEST, 1 << (inputs - 1).bit_length()), length)
     return -(-size // tensor_ranks()) * tensor_ranks()
 
 
-def _scores(model: Transformer, batch: Sequence[Window], padded: int, batch_size: int) -> list[tuple[float, bool]]:
+def _score_batch(model: Transformer, batch: Sequence[Window], padded: int, batch_size: int) -> list[tuple[float, bool]]:
     tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    of_tokens = programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2)))
-    nll_BL, likeliest_BL = np.asarray(of_tokens.nll_BL), np.asarray(of_tokens.likeliest_BL)
+    found = programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2)))
+    nll_BL, likeliest_BL = np.asarray(found.nll_BL), np.asarray(found.likeliest_BL)
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):
         last = slice(len(window.tokens) - 1 - window.scored, len(window.tokens) - 1)

@@ -1,10 +1,10 @@
 """Perplexity of a text: every token counted once, whatever the batch size and the mesh.
 
-B batch, L length.
+B batch, L length, Y layers with experts, E experts.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from bigmac_jax.data.pipeline import eval_batches, padded, parts_of_stream
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training import programs
-from bigmac_jax.training.loss import TokenScores
 
 
 class Score(NamedTuple):
@@ -29,24 +28,21 @@ class Score(NamedTuple):
     bytes: int
 
     @classmethod
-    def of(cls, nll: float, tokens: int, words: int, num_bytes: int) -> "Score":
+    def from_sums(cls, nll: float, tokens: int, words: int, num_bytes: int) -> "Score":
         """`nll`: the sum over all tokens of -log p, nats."""
 
         def exp(value: float) -> float:
             return math.exp(min(value, 700.0))  # an untrained model's perplexity a word leaves the floats
 
-        loss = nll / tokens
-        bits = nll / math.log(2) / max(1, num_bytes)
+        loss, bits = nll / tokens, nll / math.log(2) / max(1, num_bytes)
         return cls(loss, exp(loss), exp(nll / max(1, words)), bits, tokens, words, num_bytes)
 
     @classmethod
-    def of_all(cls, scores: Iterable["Score"]) -> "Score":
-        """Of texts together, each scored by itself."""
-        nll, tokens, words, num_bytes = (
-            sum(values)
-            for values in zip(*((s.loss * s.tokens, s.tokens, s.words, s.bytes) for s in scores), strict=True)
-        )
-        return cls.of(nll, int(tokens), int(words), int(num_bytes))
+    def combine(cls, scores: Sequence["Score"]) -> "Score":
+        """The score of several texts together, each of which was scored by itself."""
+        nll = sum(score.loss * score.tokens for score in scores)
+        tokens, words, num_bytes = (sum(getattr(s, name) for s in scores) for name in ("tokens", "words", "bytes"))
+        return cls.from_sums(nll, tokens, words, num_bytes)
 
     def describe(self) -> str:
         return (
@@ -55,30 +51,12 @@ class Score(NamedTuple):
         )
 
 
-class Reading(NamedTuple):
-    """What a model made of a text. Y layers with experts, E experts; empty without experts."""
+class Evaluation(NamedTuple):
+    """The score of a text, and what the routers did with its tokens; both arrays are empty without experts."""
 
     score: Score
     load_YE: np.ndarray  # share of the choices that went to each expert
     entropy_Y: np.ndarray  # of the router's scores, mean over tokens, nats
-
-
-class _Routers:
-    """Means of what the routers did, over the tokens of a text."""
-
-    def __init__(self) -> None:
-        self._load: Any = 0.0
-        self._entropy: Any = 0.0
-        self._tokens = 0
-
-    def add(self, scores: TokenScores) -> None:
-        tokens = int(scores.tokens)
-        self._load = self._load + np.asarray(scores.load_YE, np.float64) * tokens
-        self._entropy = self._entropy + np.asarray(scores.entropy_Y, np.float64) * tokens
-        self._tokens += tokens
-
-    def means(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._load / self._tokens, self._entropy / self._tokens
 
 
 def evaluate(
@@ -90,13 +68,14 @@ def evaluate(
     stride: int = 0,
     documents: str = "",
 ) -> Score:
-    """The score of `read`, whose arguments it takes; of a mixture each source is read by itself, as in training."""
+    """Scores a text; arguments as for `evaluate_stream`. The sources of a mixture are scored one by one, as in
+    training."""
     parts = parts_of_stream(stream).values()
-    scores = [read(model, part, sequence_length, batch_size, on_batch, stride, documents).score for part in parts]
-    return scores[0] if len(scores) == 1 else Score.of_all(scores)
+    scores = [evaluate_stream(model, p, sequence_length, batch_size, on_batch, stride, documents).score for p in parts]
+    return scores[0] if len(scores) == 1 else Score.combine(scores)
 
 
-def read(
+def evaluate_stream(
     model: Transformer,
     stream: Any,
     sequence_length: int,
@@ -104,25 +83,28 @@ def read(
     on_batch: Callable[[int], None] = lambda tokens: None,
     stride: int = 0,
     documents: str = "",
-) -> Reading:
-    """Scores a token stream in windows of `sequence_length`, dropless, sums in float64 on the host.
-
-    Batches are padded with rows without targets to a multiple of the mesh's batch shards.
+) -> Evaluation:
+    """Scores a token stream in windows of `sequence_length`, dropless, with sums in float64 on the host.
 
     Args:
       stream: from `bigmac_jax.data`.
-      on_batch: called with the number of tokens just counted.
+      batch_size: windows at a time; padded with empty rows to a multiple of the mesh's batch shards.
+      on_batch: called after each batch with the number of tokens that it scored.
       stride, documents: as for `eval_batches`; by default the model's data.documents.
     """
     rows = -(-batch_size // batch_ranks()) * batch_ranks()
-    total, count, routers = 0.0, 0, _Routers()
     documents = documents or model.config.data.documents
+    nll, tokens = 0.0, 0
+    load_YE, entropy_Y, routed = np.zeros(()), np.zeros(()), 0  # sums over the tokens that routers saw
     for batch in eval_batches(stream, sequence_length, batch_size, stride, documents):
         scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
         counts_BL = batch.targets_BL != NO_TARGET
-        nll_BL = np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)]
-        total += float(nll_BL[counts_BL].sum())
-        count += int(counts_BL.sum())
-        routers.add(scores)
+        nll += float(np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)][counts_BL].sum())
+        tokens += int(counts_BL.sum())
+        seen = int(scores.tokens)
+        load_YE = load_YE + np.asarray(scores.load_YE, np.float64) * seen
+        entropy_Y = entropy_Y + np.asarray(scores.entropy_Y, np.float64) * seen
+        routed += seen
         on_batch(int(counts_BL.sum()))
-    return Reading(Score.of(total, count, stream.num_words, stream.num_bytes), *routers.means())
+    score = Score.from_sums(nll, tokens, stream.num_words, stream.num_bytes)
+    return Evaluation(score, load_YE / routed, entropy_Y / routed)

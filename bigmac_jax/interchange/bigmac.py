@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, described, description, must, stack_of
+from bigmac_jax.interchange.layout import (
+    ACTIVATIONS,
+    Leaves,
+    Tensor,
+    describe_config,
+    find_violations,
+    read_description,
+    split_leaf,
+)
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
@@ -79,11 +87,13 @@ _MOE = {
 } | {f"shared.{ours}": f"shared_experts.{theirs}" for ours, theirs in _MLP.items()}
 
 
-def unmet(config: ModelConfig) -> list[str]:
+def find_obstacles(config: ModelConfig) -> list[str]:
     """A field that this module has not heard of must be what it is by default."""
     others = [f for f in dataclasses.fields(config) if f.name not in EXPRESSED | TRAINING]
     values = {f.name: (getattr(config, f.name), f.default) for f in others}
-    return must(**{name: (value, value == default, str(default)) for name, (value, default) in values.items()})
+    return find_violations(
+        **{name: (value, value == default, str(default)) for name, (value, default) in values.items()}
+    )
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
@@ -91,7 +101,7 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
         if leaf in _ENDS:
             yield Tensor(_ENDS[leaf], leaf)
             continue
-        stack, ours, before, layers = stack_of(config, leaf)
+        stack, ours, before, layers = split_leaf(config, leaf)
         feed_forward = _MOE if stack == "layers" and config.is_moe else _MLP
         of_layer = _LAYER | {f"mlp.{name}": f"mlp.{theirs}" for name, theirs in feed_forward.items()}
         transposed, exact = ours.endswith(("w_DF", "router_DE")), "router" in ours
@@ -110,7 +120,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_bigmac.BigMacForCausalLM",
         },
         **_computed(config),
-        "bigmac_jax": description(config),
+        "bigmac_jax": describe_config(config),
     }
 
 
@@ -159,7 +169,7 @@ def _computed(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    config = described(values["bigmac_jax"], checkpoint)
+    config = read_description(values["bigmac_jax"], checkpoint)
     for name, value in _computed(config).items():
         if values.get(name, value) != value:
             raise ConfigError(
@@ -169,5 +179,5 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     return config
 
 
-def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
     yield name, ()

@@ -14,10 +14,11 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.chat_template import FILE as CHAT_TEMPLATE
 from bigmac_jax.data.chat_template import NO_CHAT, ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.interchange import bigmac, card, nemotron_h, plain, qwen3_moe, tensor_files, tokens
-from bigmac_jax.interchange.card import Trained
-from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
+from bigmac_jax.interchange import bigmac, model_card, nemotron_h, plain, qwen3_moe, tensor_files, tokenizer_files
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor
+from bigmac_jax.interchange.model_card import Trained
 from bigmac_jax.model.mesh import replicated_spec
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 
@@ -26,7 +27,7 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def choose(config: Config, name: str = "auto") -> str:
+def choose_format(config: Config, name: str = "auto") -> str:
     """The model_type under which a model is written.
 
     Args:
@@ -41,9 +42,9 @@ def choose(config: Config, name: str = "auto") -> str:
     if name == "plain":
         return "bigmac_jax"
     for key in classes if name == "auto" else [name]:
-        if not (unmet := FORMATS[key].unmet(config.model)):
+        if not (obstacles := FORMATS[key].find_obstacles(config.model)):
             return key
-    reason = ", ".join(f"model.{line}" for line in unmet)
+    reason = ", ".join(f"model.{line}" for line in obstacles)
     raise ConfigError(f"--format={name}: {reason}; use --format={'plain' if name in ('auto', 'bigmac') else 'auto'}")
 
 
@@ -79,8 +80,8 @@ def export_model(
     output = storage.absolute(storage.locate(output, "--output"))
     if dtype not in tensor_files.DTYPES:
         raise ConfigError(f"--dtype={dtype} must be one of {', '.join(tensor_files.DTYPES)}")
-    size = tensor_files.byte_size(max_shard_size)
-    name = choose(config, format)
+    size = tensor_files.parse_size(max_shard_size)
+    name = choose_format(config, format)
     with hosts.raise_together():  # now: later the other processes would wait for this one
         if hosts.is_first():
             tensor_files.check_new(output)
@@ -96,21 +97,23 @@ def export_model(
             pass
         return name
     with tensor_files.whole_or_nothing(output) as directory:
-        tensor_files.write(directory, tensor_files.divide(specs, size), values)
+        tensor_files.write_shards(directory, tensor_files.split_shards(specs, size), values)
         ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
         head = layout.to_json(config, leaves) | {"dtype": dtype}
         _write(directory / "config.json", head if layout is plain else head | ids | {"pad_token_id": None})
         if tokenizer:
-            tokens.write_tokenizer(directory, config, tokenizer, chat.special)
+            tokenizer_files.write_tokenizer(directory, config, tokenizer, chat.special)
         if chat.template:
             (directory / CHAT_TEMPLATE).write_text(chat.template)
         if tokenizer and layout is not plain:
-            ends = {"eos_token_id": tokens.end_ids(tokenizer, chat.special), "pad_token_id": tokenizer.eos_id}
+            ends = {"eos_token_id": tokenizer_files.end_ids(tokenizer, chat.special), "pad_token_id": tokenizer.eos_id}
             _write(directory / "generation_config.json", ids | ends)
         if layout is bigmac:
             for file in bigmac.CODE:
                 shutil.copyfile(file, directory / file.name)
-        (directory / "README.md").write_text(card.text(config, name, trained, output.name, tokenizer is not None))
+        (directory / "README.md").write_text(
+            model_card.make_card(config, name, trained, output.name, tokenizer is not None)
+        )
     return name
 
 

@@ -18,12 +18,12 @@ from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object,
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_template import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.interchange import tokens
+from bigmac_jax.interchange import tokenizer_files
 from bigmac_jax.interchange.exporting import FORMATS
-from bigmac_jax.interchange.layout import Format, Leaves, Tensor, named_leaves
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.model.mesh import make_mesh, placed
-from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
@@ -31,7 +31,7 @@ from bigmac_jax.training.checkpoint_arrays import nonfinite
 from bigmac_jax.training.new_run import check_fresh, refuse_a_run, write_fresh_run
 
 # What an import or a conversion may set: all that is not the model's function.
-FREE = (
+MAY_SET = (
     "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout",
     "model.capacity_factor", "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
@@ -58,7 +58,7 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
         jax.set_mesh(mesh)
     abstract = placed(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)), mesh)
     with hosts.raise_together():
-        tensors = _fitting(layout, config, named_leaves(abstract), checkpoint)
+        tensors = _match_tensors(layout, config, named_leaves(abstract), checkpoint)
     parts: dict[str, dict[int | None, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for tensor in tensors:
         parts[tensor.leaf][tensor.layer].append(tensor)
@@ -86,7 +86,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     config, model = import_model(directory, overrides)
     with lock_workdir(workdir):
         if found:
-            config = tokens.keep_tokenizer(workdir, config, *found)
+            config = tokenizer_files.keep_tokenizer(workdir, config, *found)
         write_fresh_run(workdir, config, model)
     return config
 
@@ -104,7 +104,7 @@ def find_tokenizer(
     try:
         if not given and name not in TOKENIZER_SIZES:
             storage.check_inside(directory, pathlib.Path(name).name)
-        return tokens.read_tokenizer(config)
+        return tokenizer_files.read_tokenizer(config)
     except ConfigError as error:
         if given:
             raise
@@ -120,10 +120,10 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")
     for override in overrides:
-        if not (override.startswith(FREE) or is_moved(override.partition("=")[0])):
+        if not (override.startswith(MAY_SET) or is_moved(override.partition("=")[0])):
             raise ConfigError(f"--config.{override}: the checkpoint says what the model is; drop it")
     layout = FORMATS[kind]
-    checkpoint = Checkpoint(directory, layout.held_in)
+    checkpoint = Checkpoint(directory, layout.split_stored)
     try:
         config = layout.from_json(values, checkpoint)
     except ConfigError:
@@ -142,7 +142,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     return with_overrides(config, overrides), layout, checkpoint
 
 
-def _fitting(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:
+def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:
     """The tensors of a checkpoint that holds all that its config says, in these shapes, and no other."""
     tensors = list(layout.tensors(config.model, leaves))
     tables = {tensor.leaf for tensor in tensors if tensor.layer is None and tensor.name in checkpoint}

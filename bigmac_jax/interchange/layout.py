@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import jax
-
 from bigmac_jax.config import (
     TOKENIZER_SIZES,
     Config,
@@ -21,8 +19,7 @@ from bigmac_jax.config import (
     from_dict,
 )
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
-from bigmac_jax.interchange.tokens import NAMES
-from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
@@ -32,7 +29,7 @@ _LONGEST = 4096  # tokens of a window of an imported model, whatever it could ta
 STACKS = ("first.", "layers.")  # what our parameters of layers begin with: of those without experts, and the others
 
 
-def stack_of(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
+def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
     """Of a parameter of layers: its stack, its name in a layer, how many layers come before, and how many it has."""
     stack, _, name = leaf.partition(".")
     first = config.first_dense_layers
@@ -73,7 +70,7 @@ class Tensor:
 class Format(Protocol):
     """What is known of one kind of checkpoint: a module of this package."""
 
-    def unmet(self, config: ModelConfig) -> list[str]:
+    def find_obstacles(self, config: ModelConfig) -> list[str]:
         """What stands against a config's being written like this, each with field, value and what it must be."""
         ...
 
@@ -89,19 +86,14 @@ class Format(Protocol):
         """The config of a checkpoint; raises ConfigError where we have no equivalent."""
         ...
 
-    def held_in(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+    def split_stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
         """The tensors, as `tensors` names them, that a stored one holds, and where."""
         ...
 
 
-def must(**conditions: tuple[Any, bool, str]) -> list[str]:
+def find_violations(**conditions: tuple[Any, bool, str]) -> list[str]:
     """The conditions, field=(value, holds, what it must be), that don't hold, as text."""
     return [f"{field}={value} must be {wanted}" for field, (value, holds, wanted) in conditions.items() if not holds]
-
-
-def named_leaves(model: Any) -> Leaves:
-    """Of a model, which may be abstract."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def attention_tensors(prefix: str, layer: int) -> Iterator[Tensor]:
@@ -123,8 +115,8 @@ _DESCRIBING = {"data": ("sequence_length", "documents"), "execution": ("dtype",)
 _NO_FILE = tuple(TOKENIZER_SIZES)  # of tokenizers that are no file
 
 
-def description(config: Config) -> dict[str, Any]:
-    """What an export's config.json holds of a config, and `described` reads."""
+def describe_config(config: Config) -> dict[str, Any]:
+    """What an export's config.json holds of a config, and `read_description` reads."""
     values = json.loads(config.to_json())
     parts = {section: {name: values[section][name] for name in names} for section, names in _DESCRIBING.items()}
     if config.data.tokenizer in _NO_FILE:
@@ -132,24 +124,24 @@ def description(config: Config) -> dict[str, Any]:
     return {"model": values["model"]} | parts
 
 
-def described(values: Any, checkpoint: Checkpoint) -> Config:
+def read_description(values: Any, checkpoint: Checkpoint) -> Config:
     """The config of an export, with the tokenizer that lies beside it. What else its config.json may say, as those of
     earlier editions do, is of the machine, the data and the paths of whoever wrote it, and is left out."""
     parts = {section: {name: values[section][name] for name in names if name in values.get(section, {})}
              for section, names in _DESCRIBING.items()}  # fmt: skip
     named = values.get("data", {}).get("tokenizer")
-    beside = tokenizer_beside(checkpoint)
+    beside = find_tokenizer_file(checkpoint)
     parts["data"]["tokenizer"] = named if named in _NO_FILE and not beside.is_file() else str(beside)
     return from_dict({"model": values["model"]} | parts)
 
 
-def tokenizer_beside(checkpoint: Checkpoint) -> pathlib.Path:
+def find_tokenizer_file(checkpoint: Checkpoint) -> pathlib.Path:
     """Where the tokenizer of a checkpoint lies, or should."""
     folder = checkpoint.directory.absolute()
-    return next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), folder / TOKENIZER_FILES[0])
 
 
-def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
+def make_config(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
     """The config of a checkpoint, from fields that all classes have (`v`) and those of one class."""
     heads, size = v["num_attention_heads"], v["head_dim"]
     return Config(
@@ -170,6 +162,6 @@ def imported(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
         ),
         ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32"),
         data=DataConfig(
-            tokenizer=str(tokenizer_beside(checkpoint)), sequence_length=min(v["max_position_embeddings"], _LONGEST)
+            tokenizer=str(find_tokenizer_file(checkpoint)), sequence_length=min(v["max_position_embeddings"], _LONGEST)
         ),
     )

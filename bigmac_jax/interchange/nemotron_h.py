@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, imported, must
+from bigmac_jax.interchange.layout import (
+    Leaves,
+    Tensor,
+    attention_tensors,
+    expert_tensors,
+    find_violations,
+    make_config,
+)
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _ZERO_WIDTH = 64  # of the shared expert that stands for none; small, and a multiple of what tensor parallelism splits
@@ -29,9 +36,9 @@ _LAYERS = ["full_attention", "moe"]
 _LEGACY = {"*": "full_attention", "E": "moe", "attention": "full_attention"}
 
 
-def unmet(config: ModelConfig) -> list[str]:
+def find_obstacles(config: ModelConfig) -> list[str]:
     m, groups = config, config.num_expert_groups
-    return must(
+    return find_violations(
         first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
         structure=(m.structure, m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
         norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
@@ -125,7 +132,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     count = len(layers) // 2
     groups, best_groups, k, experts = v["n_group"], v["topk_group"], v["num_experts_per_tok"], v["n_routed_experts"]
     limited, latent = best_groups < groups, v["moe_latent_size"]
-    wrong = must(
+    wrong = find_violations(
         layers_block_type=(layers, count > 0 and layers == _LAYERS * count, "full_attention, moe, and so on in turn"),
         mlp_hidden_act=(v["mlp_hidden_act"], v["mlp_hidden_act"] == "relu2", "relu2"),
         mlp_bias=(v["mlp_bias"], not v["mlp_bias"], "false"),
@@ -143,7 +150,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         return not any(checkpoint.read(name).any() for name in found)
 
     shared = not all_zero("shared_experts.up_proj.weight", "shared_experts.down_proj.weight")
-    return imported(
+    return make_config(
         v,
         checkpoint,
         structure="fine_grained" if latent is None else "bigmac",
@@ -171,7 +178,7 @@ def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
     return both and (checkpoint.read(first) == checkpoint.read(second)).all().item()
 
 
-def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
     """`model.` is what transformers calls `backbone.`; all experts' matrices may be one tensor."""
     name = re.sub(r"^model\.", "backbone.", name)
     fused = re.fullmatch(r"(.*\.experts)\.(up_proj|down_proj)", name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, described, description, stack_of
+from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, describe_config, read_description, split_leaf
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -22,7 +22,7 @@ _DIMENSIONS = {
 }
 
 
-def unmet(config: ModelConfig) -> list[str]:
+def find_obstacles(config: ModelConfig) -> list[str]:
     return []
 
 
@@ -31,7 +31,7 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
         if not leaf.startswith(STACKS):
             yield Tensor(leaf, leaf)
             continue
-        _, name, before, layers = stack_of(config, leaf)
+        _, name, before, layers = split_leaf(config, leaf)
         for layer in range(layers):
             yield Tensor(f"layers.{before + layer}.{name}", leaf, layer)
 
@@ -39,7 +39,7 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     return {
         "model_type": "bigmac_jax",
-        "config": description(config),
+        "config": describe_config(config),
         "dimensions": _DIMENSIONS,
         "tensors": {
             tensor.name: {"dims": tensor.name.rpartition("_")[2], "shape": tensor.shape_in(leaves)}
@@ -49,8 +49,8 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    return described(values["config"], checkpoint)
+    return read_description(values["config"], checkpoint)
 
 
-def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
     yield name, ()

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, attention_tensors, expert_tensors, imported, must
+from bigmac_jax.interchange.layout import (
+    ACTIVATIONS,
+    Leaves,
+    Tensor,
+    attention_tensors,
+    expert_tensors,
+    find_violations,
+    make_config,
+)
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 # The class's own, of fields that a config.json may leave out.
@@ -20,9 +28,9 @@ _DEFAULTS: dict[str, Any] = {
 _OTHER_NAMES = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 
 
-def unmet(config: ModelConfig) -> list[str]:
+def find_obstacles(config: ModelConfig) -> list[str]:
     m = config
-    return must(
+    return find_violations(
         first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
         structure=(m.structure, m.structure == "fine_grained", "fine_grained"),
         norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
@@ -99,7 +107,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     k = v["num_experts_per_tok"]
-    wrong = must(
+    wrong = find_violations(
         rope_type=(kind, kind == "default", "default"),
         hidden_act=(v["hidden_act"], v["hidden_act"] in activations, f"one of {', '.join(activations)}"),
         attention_bias=(v["attention_bias"], not v["attention_bias"], "false"),
@@ -110,7 +118,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     )
     if wrong:
         raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
-    return imported(
+    return make_config(
         v,
         checkpoint,
         structure="fine_grained",
@@ -128,7 +136,7 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     )
 
 
-def held_in(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
     """All experts' matrices may be one tensor, gate_proj and up_proj one behind the other."""
     fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
     if not fused:

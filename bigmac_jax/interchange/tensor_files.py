@@ -40,7 +40,7 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def byte_size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of '5GB', '200MB' or '4096'."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
@@ -49,7 +49,7 @@ def byte_size(text: str) -> int:
     return size
 
 
-def divide(specs: Iterable[Spec], most: int) -> list[list[Spec]]:
+def split_shards(specs: Iterable[Spec], most: int) -> list[list[Spec]]:
     """Shards of at most `most` bytes, in order; a tensor larger than that is a shard of its own."""
     shards: list[list[Spec]] = [[]]
     filled = 0
@@ -62,7 +62,7 @@ def divide(specs: Iterable[Spec], most: int) -> list[list[Spec]]:
     return shards
 
 
-def write(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: Iterator[np.ndarray]) -> None:
+def write_shards(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: Iterator[np.ndarray]) -> None:
     """Writes the tensors, which come in the order of the specs; one shard of them is in memory at a time."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -126,7 +126,9 @@ class Checkpoint:
       ConfigError: there is none, or a file is missing, cut short or damaged.
     """
 
-    def __init__(self, directory: pathlib.Path, held_in: Callable[[str, tuple[int, ...]], Iterator[tuple[str, Index]]]):
+    def __init__(
+        self, directory: pathlib.Path, split_stored: Callable[[str, tuple[int, ...]], Iterator[tuple[str, Index]]]
+    ):
         self.directory = directory
         self._where: dict[str, tuple[Any, Index]] = {}  # name → the stored tensor, and the part of it
         for path in self._paths():
@@ -134,7 +136,9 @@ class Checkpoint:
                 file = safe_open(path, framework="numpy")
                 for stored in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(stored)
-                    self._where |= {name: (tensor, part) for name, part in held_in(stored, tuple(tensor.get_shape()))}
+                    self._where |= {
+                        name: (tensor, part) for name, part in split_stored(stored, tuple(tensor.get_shape()))
+                    }
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
                     f"{path} is not a whole safetensors file ({one_line(error)}); copy it again"

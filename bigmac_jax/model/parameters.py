@@ -25,6 +25,11 @@ def leaf_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
+def named_leaves(model: Any) -> dict[str, Any]:
+    """The parameters of a model, which may be abstract, by name."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
 @dataclass(frozen=True)
 class Declaration:
     """A parameter.

@@ -14,7 +14,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.data.pipeline import TrainIterator, parts_of_stream
 from bigmac_jax.evaluation.perplexity import Score, evaluate
-from bigmac_jax.evaluation.tasks.run import describe, figures, score_jobs
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, score_jobs
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.run.start import Start, Step, restored, start
 from bigmac_jax.runtime import hosts, signals, storage
@@ -259,7 +259,7 @@ class _Run:
                 name: evaluate(model, part, length, rows, lambda tokens: clock.tick())
                 for name, part in parts_of_stream(self.validation).items()
             }
-        self.score = scores[""] if "" in scores else Score.of_all(scores.values())
+        self.score = scores[""] if "" in scores else Score.combine(list(scores.values()))
         self.writer.write(
             {
                 "step": step,
@@ -288,8 +288,8 @@ class _Run:
                 config.data.sequence_length,
                 evaluation_rows(config),
             )
-        self.writer.write({"step": step} | figures(summaries))
-        for line in describe(summaries):
+        self.writer.write({"step": step} | flatten_scores(summaries))
+        for line in describe_scores(summaries):
             self.writer.print(f"step {step}: {line}")
         self.timer.skip(time.perf_counter() - start)
 

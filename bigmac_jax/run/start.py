@@ -15,7 +15,7 @@ from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.evaluation.tasks.run import Job, open_jobs
+from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts

@@ -16,10 +16,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.interchange import choose, tensor_files
+from bigmac_jax.interchange import choose_format, tensor_files
 from bigmac_jax.interchange.exporting import FORMATS
-from bigmac_jax.interchange.layout import Leaves, Tensor, named_leaves
+from bigmac_jax.interchange.layout import Leaves, Tensor
 from bigmac_jax.model.mesh import replicated_spec
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import Restored
 
@@ -64,7 +65,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
 
 
 def _adapted(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]:
-    kind = choose(config)
+    kind = choose_format(config)
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
     for tensor in FORMATS[kind].tensors(config.model, base):
         if tensor.leaf not in matrices:

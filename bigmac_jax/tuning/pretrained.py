@@ -19,11 +19,10 @@ from bigmac_jax.data.chat_template import chat_in, read_chat
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
-from bigmac_jax.interchange.layout import named_leaves
-from bigmac_jax.interchange.tokens import NAMES
+from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
 from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.mesh import placed, replicated_spec
-from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import find_checkpoint, restore_parts
@@ -142,7 +141,7 @@ def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
 def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
     """None if it has none."""
     name = origin.config.data.tokenizer
-    if name.endswith(NAMES) and not pathlib.Path(name).expanduser().is_file():
+    if name.endswith(TOKENIZER_FILES) and not pathlib.Path(name).expanduser().is_file():
         return None
     data = dataclasses.replace(origin.config.data, tokenizer=name)
     return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))

@@ -23,7 +23,7 @@ from bigmac_jax.data.kinds import kind_of
 from bigmac_jax.data.pipeline import open_stream, text_stream
 from bigmac_jax.data.readers import Wanted
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from bigmac_jax.evaluation.tasks import load_task
+from bigmac_jax.evaluation.tasks.definitions import load_task
 from bigmac_jax.planning.hardware import load_hardware
 
 TEXTS = [f"{i}: {SAMPLE}" + "words and\n" * (i % 7 * 40) for i in range(90)] + ["x" * 400_000, "tail"]

@@ -19,8 +19,8 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from bigmac_jax.config import ConfigError  # noqa: E402
 from bigmac_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from bigmac_jax.evaluation.harness import BigMacLM  # noqa: E402
-from bigmac_jax.evaluation.loglikelihood import Request, loglikelihoods  # noqa: E402
-from bigmac_jax.evaluation.tasks.run import open_jobs, score_jobs  # noqa: E402
+from bigmac_jax.evaluation.loglikelihood import Request, score_requests  # noqa: E402
+from bigmac_jax.evaluation.tasks.task_jobs import open_jobs, score_jobs  # noqa: E402
 
 CONFIG = tiny(batch=8, length=64, num_layers=1)
 WORDS = [document.split() for document in text(12, seed=1)]
@@ -89,7 +89,7 @@ def test_completions_end_where_they_must(lm: Any) -> None:
     whole = ask("the state", max_gen_toks=12)
     tokens = ByteTokenizer().encode(whole)
     if "\ufffd" not in whole:  # bytes of a random model need not be text
-        (result,) = loglikelihoods(lm.model, [Request(ByteTokenizer().encode("the state"), tokens)], lm.length, 1)
+        (result,) = score_requests(lm.model, [Request(ByteTokenizer().encode("the state"), tokens)], lm.length, 1)
         assert result.greedy
     first = whole[0]
     assert ask("the state", max_gen_toks=12, until=[first]) == ""

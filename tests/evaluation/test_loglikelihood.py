@@ -13,8 +13,8 @@ from training.tools import quick
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import loglikelihood
-from bigmac_jax.evaluation.finished import Finished
-from bigmac_jax.evaluation.loglikelihood import Request, check_windows, encode_pairs, loglikelihoods, windows
+from bigmac_jax.evaluation.loglikelihood import Request, check_windows, cut_windows, encode_pairs, score_requests
+from bigmac_jax.evaluation.score_log import ScoreLog
 
 LENGTH = 16
 MODEL = {"length": LENGTH, "num_layers": 1, "hidden_size": 16}
@@ -47,7 +47,7 @@ def reference() -> Any:
 
 
 def by_hand(reference: Any, request: Request, stride: int = LENGTH) -> tuple[float, bool]:
-    """Each token with the context that its window leaves it, written down without `windows`."""
+    """Each token with the context that its window leaves it, written down without `cut_windows`."""
     tokens, before = [*request.context, *request.continuation], len(request.context)
     total, greedy = 0.0, True
     end = min(len(tokens), before + max(stride, LENGTH + 1 - before))
@@ -77,8 +77,8 @@ def test_every_batch_size_and_mesh(reference: Any, mesh: tuple[int, ...], batch_
         almost = [*likeliest[1:3], likeliest[3] ^ 1]
         requests = [*REQUESTS, Request(likeliest[:1], almost), Request(likeliest[:1], likeliest[1:]), REQUESTS[1]]
         with quick():
-            results = loglikelihoods(model, requests, LENGTH, batch_size)
-            sliding = loglikelihoods(model, REQUESTS[-2:], LENGTH, batch_size, stride=4)
+            results = score_requests(model, requests, LENGTH, batch_size)
+            sliding = score_requests(model, REQUESTS[-2:], LENGTH, batch_size, stride=4)
     expected = [by_hand(reference, request) for request in requests]
     assert [result.greedy for result in results] == [greedy for _, greedy in expected]
     assert results[-2].greedy and not results[-3].greedy
@@ -101,7 +101,7 @@ def test_every_batch_size_and_mesh(reference: Any, mesh: tuple[int, ...], batch_
 )
 def test_windows(before: int, after: int, stride: int, expected: list[tuple[int, int, int]]) -> None:
     request = Request(list(range(before)), list(range(before, before + after)))
-    cut = list(windows(request, 4, stride))
+    cut = list(cut_windows(request, 4, stride))
     assert [(int(w.tokens[0]), int(w.tokens[-1]) + 1, w.scored) for w in cut] == expected
     assert sum(w.scored for w in cut) == after
 
@@ -144,13 +144,13 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((padded, [len(window.tokens) - 1 for window in batch]))
         return [(-1.0, True)] * len(batch)
 
-    monkeypatch.setattr(loglikelihood, "_scores", scores)
+    monkeypatch.setattr(loglikelihood, "_score_batch", scores)
     requests = [Request([0] * n, [n]) for n in (3, 3, 70, 17, 64, 65, 100, 40)]
-    results = loglikelihoods(None, requests, 80, batch_size=2)  # type: ignore[arg-type]
+    results = score_requests(None, requests, 80, batch_size=2)  # type: ignore[arg-type]
     assert calls == [(80, [80, 70]), (80, [65]), (64, [64, 40]), (32, [17]), (16, [3])]
     assert [result.loglikelihood for result in results] == [-1.0] * 8
     repeated = Request([0], [0] * 30)  # ten windows, of which nine are equal
-    assert loglikelihoods(None, [repeated], 3, 2)[0] == (-10.0, True, 30)  # type: ignore[arg-type]
+    assert score_requests(None, [repeated], 3, 2)[0] == (-10.0, True, 30)  # type: ignore[arg-type]
 
 
 def test_a_killed_run_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +163,11 @@ def test_a_killed_run_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
         asked.extend(int(window.tokens[0]) for window in batch)
         return [(-0.1 * int(window.tokens[0]), True) for window in batch]
 
-    monkeypatch.setattr(loglikelihood, "_scores", scores)
+    monkeypatch.setattr(loglikelihood, "_score_batch", scores)
     path, requests = tmp_path / "tasks" / "t.windows.jsonl", [Request([n], [n]) for n in range(6)]
 
     def run(model: str = "A") -> list[float]:
-        results = loglikelihoods(None, requests, 8, 2, finished=Finished(path, model))  # type: ignore[arg-type]
+        results = score_requests(None, requests, 8, 2, log=ScoreLog(path, model))  # type: ignore[arg-type]
         return [result.loglikelihood for result in results]
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,14 +188,14 @@ def test_a_killed_run_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monkey
 
 def test_where_nothing_can_be_written(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    finished = Finished(tmp_path / "file" / "t.jsonl", "A")
-    finished.add({"k": (-1.0, True)})
-    assert finished.look_up(["k"]) == {} and "cannot be written" in caplog.text
+    log = ScoreLog(tmp_path / "file" / "t.jsonl", "A")
+    log.add({"k": (-1.0, True)})
+    assert log.look_up(["k"]) == {} and "cannot be written" in caplog.text
     caplog.clear()
-    finished = Finished(tmp_path / "folder" / "t.jsonl", "A")
+    log = ScoreLog(tmp_path / "folder" / "t.jsonl", "A")
     (tmp_path / "folder" / "t.jsonl").unlink(), (tmp_path / "folder").rmdir()  # writing failed later
-    finished.add({"k": (-1.0, True)})
-    finished.add({"l": (-1.0, True)})
+    log.add({"k": (-1.0, True)})
+    log.add({"l": (-1.0, True)})
     assert caplog.text.count("cannot be written") == 1
 
 

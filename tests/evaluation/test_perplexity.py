@@ -100,12 +100,12 @@ def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: i
 
 def test_score_by_hand() -> None:
     """Four tokens of a quarter each: 8 bits over 2 words and 8 bytes."""
-    score = Score.of(nll=4 * math.log(4), tokens=4, words=2, num_bytes=8)
+    score = Score.from_sums(nll=4 * math.log(4), tokens=4, words=2, num_bytes=8)
     assert score == pytest.approx((math.log(4), 4.0, 16.0, 1.0, 4, 2, 8))
     fields = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens", "words", "bytes")
     assert tuple(score._asdict()) == fields
 
 
 def test_score_of_an_untrained_model_is_finite() -> None:
-    score = Score.of(nll=1e9, tokens=10, words=0, num_bytes=0)
+    score = Score.from_sums(nll=1e9, tokens=10, words=0, num_bytes=0)
     assert all(math.isfinite(value) for value in score)

@@ -17,8 +17,8 @@ from bigmac_jax.data.chat_template import FILE
 from bigmac_jax.data.corpus import fingerprint
 from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
-from bigmac_jax.evaluation.perplexity import Score, evaluate, read
-from bigmac_jax.evaluation.sources import Load, open_sources, report, specialisation
+from bigmac_jax.evaluation.perplexity import Score, evaluate, evaluate_stream
+from bigmac_jax.evaluation.sources import measure_spread, open_sources, report_sources, specialisation
 from bigmac_jax.training.workdir import write_run
 
 LENGTH = 16
@@ -31,7 +31,7 @@ def test_specialisation_by_hand() -> None:
     assert specialisation(alike).tolist() == [0.0] and specialisation(own) == pytest.approx([math.log(2)])
     half = np.array([[[0.75, 0.25]], [[0.25, 0.75]]])
     assert specialisation(half) == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
-    assert Load.of(np.array([[0.5, 0.25, 0.25, 0.0]])) == pytest.approx((math.sqrt(0.5), 2.0))
+    assert measure_spread(np.array([[0.5, 0.25, 0.25, 0.0]])) == pytest.approx((math.sqrt(0.5), 2.0))
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), pytest.param((2, 1, 4), marks=pytest.mark.full)])
@@ -45,7 +45,7 @@ def test_loads_by_hand(mesh: tuple[int, int, int]) -> None:
         model = random_model(config)
         call = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[1], compiler_options=QUICK)
         auxes = [call(model, split_tokens(part)) for part in tokens]
-        reading = read(model, stream, LENGTH, 8)
+        reading = evaluate_stream(model, stream, LENGTH, 8)
     load_YE = np.mean([np.asarray(aux.load, np.float64) for aux in auxes], axis=0)
     np.testing.assert_allclose(reading.load_YE, load_YE, rtol=1e-6)
     np.testing.assert_allclose(reading.load_YE.sum(1), 1, rtol=1e-6)
@@ -68,7 +68,7 @@ def test_padding_does_not_count(mesh: tuple[int, ...]) -> None:
         )
     for of, rows in itertools.product((config, masked), (1, 32)):
         with quick(), on_mesh(of):
-            reading = read(random_model(of), stream, LENGTH, rows)
+            reading = evaluate_stream(random_model(of), stream, LENGTH, rows)
         np.testing.assert_allclose(reading.load_YE, aux.load, rtol=1e-6)
         np.testing.assert_allclose(reading.entropy_Y, aux.router_entropy, rtol=1e-5)
 
@@ -138,8 +138,8 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path) -> None:
         model = random_model(config)
         score = evaluate(model, stream, LENGTH, 8)
         apart = [evaluate(model, part, LENGTH, 8) for part in parts_of_stream(stream).values()]
-        across = read(model, stream, LENGTH, 8).score
-    assert len(apart) == 2 and score == Score.of_all(apart)
+        across = evaluate_stream(model, stream, LENGTH, 8).score
+    assert len(apart) == 2 and score == Score.combine(apart)
     assert across.bytes == score.bytes and across.tokens == score.tokens + 1  # the first one of b
     assert across.loss != pytest.approx(score.loss, rel=1e-6)
 
@@ -147,6 +147,6 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path) -> None:
 def test_a_model_without_experts() -> None:
     config = tiny(structure="dense", **CONFIG)
     with quick(), on_mesh(config):
-        reading = read(random_model(config), text_stream("some text", ByteTokenizer()), LENGTH, 4)
-    lines, result = report({"a": reading, "b": reading})
+        reading = evaluate_stream(random_model(config), text_stream("some text", ByteTokenizer()), LENGTH, 4)
+    lines, result = report_sources({"a": reading, "b": reading})
     assert len(lines) == 2 and "specialisation" not in result and "load" not in result["sources"]["a"]

@@ -14,11 +14,11 @@ from training.tools import ROOT
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation.loglikelihood import Result
-from bigmac_jax.evaluation.tasks import TASKS, Needle, Task, load_task
+from bigmac_jax.evaluation.tasks.definitions import TASKS, Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.needle import build_needles, draw_needles
-from bigmac_jax.evaluation.tasks.run import describe, open_jobs
 from bigmac_jax.evaluation.tasks.scores import judge, summarise
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes"))
@@ -294,7 +294,7 @@ def test_multiple_choice_by_hand() -> None:
     assert summary["accuracy"] == summary["accuracy_norm"] == pytest.approx(1 / 3)
     assert summary["accuracy_stderr"] == pytest.approx(math.sqrt((1 / 3) * (2 / 3) / 2))  # s² = p (1 − p) n / (n − 1)
     assert summary["loglikelihood"] == pytest.approx((-2 - 4 - 16) / 3) and summary["rows"] == 3
-    assert describe({"own": summary}) == [
+    assert describe_scores({"own": summary}) == [
         "own: accuracy 33.3 % ± 33.3, by likelihood a character 33.3 % ± 33.3 (3 rows)"
     ]
     assert summarise("multiple_choice", rows[:1])["accuracy_stderr"] is None

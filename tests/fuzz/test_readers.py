@@ -23,10 +23,10 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, load_config
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
-from bigmac_jax.evaluation.finished import Finished
+from bigmac_jax.evaluation.score_log import ScoreLog
 from bigmac_jax.interchange import export_model, importing
-from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.report.page import page
 from bigmac_jax.report.plots import write_report
@@ -66,7 +66,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         with on_mesh(exported):
             export_model(exported, random_model(exported), folder / kind, format=kind, max_shard_size="20KB")
     dataset(folder)
-    finished = Finished(folder / "run" / "tasks.jsonl", "model")
+    finished = ScoreLog(folder / "run" / "tasks.jsonl", "model")
     finished.add({f"window {i}": (-float(i), bool(i % 2)) for i in range(20)})
     with on_mesh(config):
         yield folder
@@ -138,7 +138,7 @@ def user_config(scene: pathlib.Path) -> Any:
 
 def scores(scene: pathlib.Path) -> Any:
     """A damaged line costs its window; no other score comes of it."""
-    known = Finished(scene / "run" / "tasks.jsonl", "model")._known
+    known = ScoreLog(scene / "run" / "tasks.jsonl", "model")._known
     assert all(known[key] == (-float(key.split()[1]), bool(int(key.split()[1]) % 2)) for key in known)
 
 
@@ -150,7 +150,7 @@ def imported(kind: str) -> Callable[[pathlib.Path], Any]:
     def read(scene: pathlib.Path) -> Any:
         config, layout, files = importing.open_checkpoint(scene / kind, ())
         model = jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0))
-        assert importing._fitting(layout, config, named_leaves(model), files)
+        assert importing._match_tensors(layout, config, named_leaves(model), files)
 
     return read
 

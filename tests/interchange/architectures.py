@@ -57,7 +57,7 @@ def nemotron_h(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.nd
 
 def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x_D: np.ndarray) -> np.ndarray:
     scores = 1 / (1 + np.exp(-w[f"{moe}.gate.weight"] @ x_D))
-    chosen = choose(config, scores + w[f"{moe}.gate.e_score_correction_bias"], group_best=2)
+    chosen = choose_experts(config, scores + w[f"{moe}.gate.e_score_correction_bias"], group_best=2)
     gates = scores[chosen]
     if config["norm_topk_prob"]:
         gates = gates / gates.sum()
@@ -73,7 +73,7 @@ def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str,
     return y_D + mlp(f"{moe}.shared_experts", x_D)
 
 
-def choose(config: dict[str, Any], ranking_E: np.ndarray, group_best: int) -> np.ndarray:
+def choose_experts(config: dict[str, Any], ranking_E: np.ndarray, group_best: int) -> np.ndarray:
     """The best experts of the best groups; a group is as good as its `group_best` best experts together."""
     groups = ranking_E.reshape(config["n_group"], -1)
     strength = np.sort(groups, axis=1)[:, -group_best:].sum(1)
@@ -148,7 +148,7 @@ def bigmac_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x
     logits_E = w[f"{moe}.router.weight"] @ x_D
     scores = softmax(logits_E) if config["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits_E))
     bias_E = w[f"{moe}.router.e_score_correction_bias"] if config["router_bias"] else 0
-    chosen = choose(config, scores + bias_E, config["group_score_topk"])
+    chosen = choose_experts(config, scores + bias_E, config["group_score_topk"])
     alone = len(chosen) == 1  # and keeps its gate
     gates = scores[chosen] / (scores[chosen].sum() if config["norm_topk_prob"] and not alone else 1)
     gates = gates * config["routed_scaling_factor"]

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.interchange import export_model, exporting, import_model, import_run
-from bigmac_jax.interchange.tensor_files import Spec, byte_size, divide, whole_or_nothing, write
+from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
 from bigmac_jax.training.restore import restore
 
 from .tools import config_of
@@ -209,8 +209,8 @@ def test_shards_by_hand() -> None:
         return Spec(name, (size,), np.dtype(np.float32))
 
     specs = [spec("a", 2), spec("b", 2), spec("c", 1), spec("d", 9), spec("e", 1)]
-    assert [[s.name for s in shard] for shard in divide(specs, 16)] == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert [byte_size(size) for size in ("5GB", "1.5 kb", "7")] == [5 * 10**9, 1500, 7]
+    assert [[s.name for s in shard] for shard in split_shards(specs, 16)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [parse_size(size) for size in ("5GB", "1.5 kb", "7")] == [5 * 10**9, 1500, 7]
 
 
 def test_a_shard_at_a_time_is_in_memory(tmp_path: pathlib.Path) -> None:
@@ -231,6 +231,6 @@ def test_a_shard_at_a_time_is_in_memory(tmp_path: pathlib.Path) -> None:
             most = max(most, alive)
             yield value
 
-    write(tmp_path, divide(specs, 1600), tensors())
+    write_shards(tmp_path, split_shards(specs, 1600), tensors())
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
     assert 4 <= most <= 5  # a shard is four; one more is in the hands of whoever makes it

@@ -15,8 +15,8 @@ from training.tools import text
 
 from bigmac_jax.config import ConfigError, ModelConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import Trained, bigmac, choose, export_model, import_model
-from bigmac_jax.interchange.layout import named_leaves
+from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model
+from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
 from .tools import CLASSES, MODELS, NEMOTRON, OWN, QWEN, config_of, of_model, our_logits, tokens_of
@@ -186,9 +186,9 @@ QWEN_HAS_NO = {
 )
 def test_no_equivalent_names_the_field(name: str, field: str, model: dict[str, Any]) -> None:
     config = tiny(**model)
-    assert choose(config) == "bigmac"
+    assert choose_format(config) == "bigmac"
     with pytest.raises(ConfigError, match=f"--format={name}: model.{field}.*; use --format=auto") as caught:
-        choose(config, name)
+        choose_format(config, name)
     assert str(caught.value).count(" must be ") == 1  # and no other field
 
 
@@ -234,11 +234,11 @@ def test_every_field_of_a_model_is_known() -> None:
 
 def test_a_field_that_our_class_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigmac, "EXPRESSED", bigmac.EXPRESSED - {"qk_norm"})
-    assert choose(tiny(qk_norm=True)) == "bigmac"
+    assert choose_format(tiny(qk_norm=True)) == "bigmac"
     for name in ("auto", "bigmac"):
         with pytest.raises(ConfigError, match=f"--format={name}: model.qk_norm=False must be True; use --format=plain"):
-            choose(tiny(qk_norm=False), name)
-    assert choose(tiny(qk_norm=False), "plain") == "bigmac_jax"
+            choose_format(tiny(qk_norm=False), name)
+    assert choose_format(tiny(qk_norm=False), "plain") == "bigmac_jax"
 
 
 def test_own_models_cover_every_value() -> None:

@@ -16,7 +16,7 @@ from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
-from bigmac_jax.interchange.tokens import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
+from bigmac_jax.interchange.tokenizer_files import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start
 from bigmac_jax.runtime import hosts

@@ -11,7 +11,7 @@ from interchange.tools import MODELS, our_logits
 from model.tools import on_mesh, random_model, random_tokens, tiny
 
 from bigmac_jax.config import Config, TuningConfig
-from bigmac_jax.interchange import choose, export_model
+from bigmac_jax.interchange import choose_format, export_model
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split
@@ -41,7 +41,7 @@ CASES = {
 def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
     kind, fields, targets, mesh = CASES[name]
     plain: Config = tiny(mesh, **fields)
-    assert choose(plain) == kind
+    assert choose_format(plain) == kind
     tuning = TuningConfig(lora_rank=2, lora_alpha=3.0, lora_targets=targets)
     train = dataclasses.replace(plain.train, init_from=str(tmp_path / "base"))
     config = dataclasses.replace(plain, tuning=tuning, train=train)

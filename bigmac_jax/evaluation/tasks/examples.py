@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.evaluation.tasks import Task
-from bigmac_jax.evaluation.tasks.prepare import FUNCTIONS
+from bigmac_jax.evaluation.tasks.definitions import Task
+from bigmac_jax.evaluation.tasks.derived_columns import FUNCTIONS
 from bigmac_jax.evaluation.tasks.task_rows import Row
 
 _DELIMITER = " "  # between a prompt and an answer

@@ -16,7 +16,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import documents
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.evaluation.tasks import Needle
+from bigmac_jax.evaluation.tasks.definitions import Needle
 from bigmac_jax.evaluation.tasks.examples import Example
 from bigmac_jax.runtime.storage import save_figure
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.perplexity import Score
-from bigmac_jax.evaluation.tasks import generated
+from bigmac_jax.evaluation.tasks import task_answers
 from bigmac_jax.evaluation.tasks.examples import Example
-from bigmac_jax.evaluation.tasks.generated import Summary, mean
+from bigmac_jax.evaluation.tasks.task_answers import Summary, mean
 
 
 def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
@@ -36,11 +36,11 @@ def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
     if kind == "perplexity":
         nll = -math.fsum(row["loglikelihoods"][0] for row in rows)
         tokens, words, num_bytes = (sum(row[name] for row in rows) for name in ("tokens", "words", "bytes"))
-        score = Score.of(nll, tokens, words, num_bytes)
+        score = Score.from_sums(nll, tokens, words, num_bytes)
         byte_perplexity = 2**score.bits_per_byte if score.bits_per_byte < 1000 else math.exp(700.0)
         return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll, "rows": len(rows)}
     if kind == "generate":
-        return generated.summarise(rows)
+        return task_answers.summarise(rows)
     summary: Summary = {}
     right = "found" if kind == "needle" else "right"
     for name, column in {"accuracy": right, "accuracy_norm": "right_norm"}.items():

@@ -13,10 +13,10 @@ from bigmac_jax.data.chat_template import chat_in
 from bigmac_jax.data.pipeline import padded
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.interchange.importing import FREE
-from bigmac_jax.interchange.layout import named_leaves
-from bigmac_jax.interchange.tokens import keep_tokenizer
+from bigmac_jax.interchange.importing import MAY_SET
+from bigmac_jax.interchange.tokenizer_files import keep_tokenizer
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
@@ -56,7 +56,7 @@ def set_anew(config: Config, overrides: Sequence[str]) -> Config:
       ConfigError: a field of the model, or of what a run at step 0 can't be.
     """
     for override in overrides:
-        if not override.startswith(FREE):
+        if not override.startswith(MAY_SET):
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
     train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
     fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.interchange.layout import named_leaves
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.interchange.layout import named_leaves
 from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Block, Transformer
 from bigmac_jax.tuning.conversion.calibration import Seen, walk
 from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model

@@ -9,8 +9,7 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.config import Config
-from bigmac_jax.interchange.layout import named_leaves
-from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 
 

@@ -10,7 +10,7 @@ from model.tools import on_mesh, random_model, some, tiny
 from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.interchange.layout import named_leaves
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.tuning.conversion import upcycle, widen
 
 DENSE: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from bigmac_jax.data.chat_template import Chat, ChatFiles, chat_contents, read_c
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.runtime import hosts, storage
 
-NAMES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def write_tokenizer(

@@ -10,12 +10,12 @@ import pytest
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
-from bigmac_jax.evaluation.tasks import Task, load_task
+from bigmac_jax.evaluation.tasks.definitions import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
-from bigmac_jax.evaluation.tasks.generated import METRIC, METRICS, summarise
-from bigmac_jax.evaluation.tasks.run import describe, open_jobs
 from bigmac_jax.evaluation.tasks.scores import judge, macro_f1
 from bigmac_jax.evaluation.tasks.scores import summarise as summarise_scores
+from bigmac_jax.evaluation.tasks.task_answers import METRIC, METRICS, summarise
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
 
@@ -121,7 +121,7 @@ def test_figures_of_all_texts_are_sacrebleus() -> None:
     summary = summarise(rows)
     assert summary["bleu"] == sacrebleu.corpus_bleu(predictions, references).score / 100
     assert summary["chrf"] == sacrebleu.corpus_chrf(predictions, references).score / 100
-    assert METRICS["bleu"] + " " in describe({"t": summary})[0]
+    assert METRICS["bleu"] + " " in describe_scores({"t": summary})[0]
 
 
 def test_classes_are_judged_by_accuracy_and_f1() -> None:
@@ -136,4 +136,4 @@ def test_classes_are_judged_by_accuracy_and_f1() -> None:
     # Class 0: 1 right of 1 predicted and 2 there; class 1: 2 of 3 and 2.
     assert summary["accuracy"] == 0.75 and math.isclose(summary["macro_f1"], (2 / 3 + 4 / 5) / 2)
     assert macro_f1([0, 0], [1, 1]) == 0
-    assert "F1, mean of classes, 73.3 %" in describe({"t": summary})[0]
+    assert "F1, mean of classes, 73.3 %" in describe_scores({"t": summary})[0]

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.evaluation.finished import Finished
-from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, loglikelihoods
-from bigmac_jax.evaluation.tasks import Needle, Task, generated, load_task
+from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, score_requests
+from bigmac_jax.evaluation.score_log import ScoreLog
+from bigmac_jax.evaluation.tasks.definitions import Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
-from bigmac_jax.evaluation.tasks.generated import Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.scores import Summary, judge, summarise
+from bigmac_jax.evaluation.tasks.task_answers import METRICS, Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 from bigmac_jax.model.mesh import platform
 from bigmac_jax.model.transformer import Transformer
@@ -25,7 +25,7 @@ _WORDS = {
     "accuracy_norm": "by likelihood a character",
     "accuracy_choice": "likelier than all distractors",
     "macro_f1": "F1, mean of classes,",
-    **generated.METRICS,
+    **METRICS,
 }
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def score_jobs(
 
     Args:
       identity: of the model, such as a digest of its checkpoint; scores of another one in `folder` are not used.
-      stride: of the windows of perplexity tasks (`loglikelihood.windows`).
+      stride: of the windows of perplexity tasks (`loglikelihood.cut_windows`).
       quiet: no progress bars.
     """
     computed = f"{_VERSION} {identity} {platform()} {model.config.execution}"
@@ -129,11 +129,11 @@ def score_jobs(
             summaries[job.name] = summarise(job.kind, rows)
             _write(job, rows, summaries[job.name], folder)
             continue
-        finished = Finished(folder / f"{job.name}.windows.jsonl", model_key)
+        finished = ScoreLog(folder / f"{job.name}.windows.jsonl", model_key)
         requests = [request for choices in job.requests for request in choices]
         overlap = stride if job.kind == "perplexity" else 0
         title = "" if quiet else job.name
-        results = iter(loglikelihoods(model, requests, length, batch_size, overlap, finished, title))
+        results = iter(score_requests(model, requests, length, batch_size, overlap, finished, title))
         finished.close()
         rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         summaries[job.name] = summarise(job.kind, rows)
@@ -141,7 +141,7 @@ def score_jobs(
     return summaries
 
 
-def describe(summaries: dict[str, Summary]) -> list[str]:
+def describe_scores(summaries: dict[str, Summary]) -> list[str]:
     """A line a task, for people."""
     lines = []
     for name, summary in summaries.items():
@@ -158,7 +158,7 @@ def describe(summaries: dict[str, Summary]) -> list[str]:
     return lines
 
 
-def figures(summaries: dict[str, Summary]) -> dict[str, float]:
+def flatten_scores(summaries: dict[str, Summary]) -> dict[str, float]:
     """Those of a line of metrics.jsonl: tasks/NAME/FIGURE, standard errors and grids left out."""
     return {
         f"tasks/{name}/{key}": value

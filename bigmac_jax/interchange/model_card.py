@@ -18,7 +18,7 @@ class Trained(NamedTuple):
     loss: float | None = None  # of the validation split, nats a token; None if it was not evaluated
 
 
-def text(config: Config, model_type: str, trained: Trained | None, name: str, has_tokenizer: bool) -> str:
+def make_card(config: Config, model_type: str, trained: Trained | None, name: str, has_tokenizer: bool) -> str:
     """The card of a model that is written as `model_type` to a directory called `name`."""
     m, data, count = config.model, config.data, parameters(config, dict(jax.sharding.get_mesh().shape))
     rows = {

@@ -1,4 +1,4 @@
-"""What a killed evaluation had scored: a JSON line a window, so that the next run goes on from there."""
+"""Scores of windows kept on disk, so that an evaluation that was killed goes on where it stopped."""
 
 import json
 import logging
@@ -17,13 +17,13 @@ Score = tuple[float, bool]  # log-likelihood in nats, whether greedy decoding wo
 _log = logging.getLogger(__name__)
 
 
-class Finished:
-    """Scores by a window's key, of one model; process 0 alone reads and writes the file.
+class ScoreLog:
+    """Scores of one model by a window's key, a JSON line each; process 0 alone reads and writes the file.
 
     Args:
-      path: appended to, a line a window; the rest of a line that was being written when a run was killed is removed.
-      model: what a score depends on besides the window, such as a digest of the checkpoint. Lines of another are
-        passed over.
+      path: is appended to; a last line that a killed run did not finish is removed.
+      model: what a score depends on besides the window, such as a digest of the checkpoint; lines of another one are
+        ignored.
     """
 
     def __init__(self, path: pathlib.Path, model: str):
@@ -40,16 +40,11 @@ class Finished:
             with self._path.open("ab+") as file:
                 file.seek(0)
                 text = file.read()
-                whole = text.rfind(b"\n") + 1
-                if whole < len(text):
-                    file.truncate(whole)
+                file.truncate(text.rfind(b"\n") + 1)
         except storage.errors() as error:
-            _log.warning(
-                "%s cannot be written (%s): if this run is killed, it starts over", path, storage.reason(error)
-            )
-            self._path = pathlib.Path("/dev/null")
+            self._give_up(path, error)
             return
-        for line in text[:whole].splitlines():
+        for line in text.splitlines():
             self._read(line)
         if self._known:
             _log.info("%s: %d windows were scored by an earlier run", path, len(self._known))
@@ -62,35 +57,32 @@ class Finished:
         except (ValueError, KeyError, TypeError):
             pass  # a damaged line costs its window, which is scored again
 
+    def _give_up(self, path: pathlib.Path, error: Exception) -> None:
+        _log.warning("%s cannot be written (%s): if this run is killed, it starts over", path, storage.reason(error))
+        self._path = pathlib.Path("/dev/null")
+
     def look_up(self, keys: Sequence[str]) -> dict[str, Score]:
-        """The scores that are there, the same on all processes."""
+        """The scores that are known, the same on all processes."""
         known = np.array([self._known.get(key, (np.nan, False)) for key in keys], np.float64).reshape(-1, 2)
         # As integers: jax would make float32 of them.
         shared = np.asarray(multihost_utils.broadcast_one_to_all(known.view(np.int32)), np.int32).view(np.float64)
         return {key: (float(s), bool(g)) for key, (s, g) in zip(keys, shared, strict=True) if not np.isnan(s)}
 
     def add(self, scores: dict[str, Score]) -> None:
+        """Appends scores by key; one that is not finite is left out, and so computed again."""
         if not hosts.is_first():
             return
-        lines = [
-            json.dumps(
-                sealed({"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}), allow_nan=False
-            )
-            + "\n"
+        entries = [
+            {"window": key, "loglikelihood": score, "greedy": greedy, "model": self._model}
             for key, (score, greedy) in scores.items()
-            if math.isfinite(score)  # or it would be scored again, as one that is not known
+            if math.isfinite(score)
         ]
         try:
             with self._path.open("a") as file:
-                file.write("".join(lines))
+                file.writelines(json.dumps(sealed(entry), allow_nan=False) + "\n" for entry in entries)
             self._mirror.copy_sometimes()
         except OSError as error:  # of this process alone: the others would wait for it
-            self._warn(self._path, error)
-            self._path = pathlib.Path("/dev/null")
-
-    @staticmethod
-    def _warn(path: pathlib.Path, error: Exception) -> None:
-        _log.warning("%s cannot be written (%s): if this run is killed, it starts over", path, storage.reason(error))
+            self._give_up(self._path, error)
 
     def close(self) -> None:
         if hosts.is_first():

@@ -12,7 +12,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.chat_template import ChatError, load_chat
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.evaluation.tasks import Task
+from bigmac_jax.evaluation.tasks.definitions import Task
 from bigmac_jax.evaluation.tasks.examples import Example
 from bigmac_jax.inference.generator import Generator
 from bigmac_jax.inference.generator import Request as Prompt
