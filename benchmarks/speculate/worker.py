@@ -24,7 +24,7 @@ from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import with_mesh  # noqa: E402
 from bigmac_jax.data.pipeline import open_stream  # noqa: E402
 from bigmac_jax.inference import Completion, Generator, Speculation  # noqa: E402
-from bigmac_jax.inference.decoding import DraftProgram  # noqa: E402
+from bigmac_jax.inference.decoding import DecodePrograms  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.runtime import hosts  # noqa: E402
 from bigmac_jax.runtime.clock import clock  # noqa: E402
@@ -60,7 +60,7 @@ def main() -> None:
         speculate=ways[lengths[0]],
     )  # fmt: skip
     assert generator.drafts is not None
-    program = generator.drafts.program
+    programs = generator.drafts.programs
     stream = open_stream(config, "validation", generator.tokenizer)
     wanted = _PROMPTS.value or most
     stride = (stream.num_tokens - _LENGTH.value) // wanted
@@ -68,7 +68,7 @@ def main() -> None:
     lines = [
         line
         for batch in map(int, _BATCHES.value)
-        for line in _measured(generator, prompts[: _PROMPTS.value or batch], batch, program, ways)
+        for line in _measured(generator, prompts[: _PROMPTS.value or batch], batch, programs, ways)
     ]
     if hosts.is_first():
         output = pathlib.Path(_OUTPUT.value)
@@ -81,11 +81,11 @@ def _measured(
     generator: Generator,
     prompts: list[tuple[int, ...]],
     batch: int,
-    program: DraftProgram,
+    programs: DecodePrograms,
     ways: dict[int, Speculation],
 ) -> list[dict[str, Any]]:
     """The lines of a batch size."""
-    drafts = {tokens: Drafts(program, how) for tokens, how in ways.items()}
+    drafts = {tokens: Drafts(programs, how) for tokens, how in ways.items()}
     completed: dict[int, list[Completion]] = {}
 
     def once(tokens: int) -> float:

@@ -47,30 +47,19 @@ class DecodePrograms(NamedTuple):
     weights: list[Array]
     prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, sampled, a token for each row)
     decode: Any  # (weights, state, slots_SBX) → (State, sampled, a token for each slot)
+    draft: Any  # (weights, state, slots_SBX, tokens=G) → (State, drafted_GSB); of a draft model
     verify: Any  # (weights, state, drafted_GSB, slots_SBX) → (State, sampled, G + 1 tokens in a row for each slot)
 
 
-class DraftProgram(NamedTuple):
-    """The program of a draft model, like `DecodePrograms`."""
-
-    weights: list[Array]
-    draft: Any  # (weights, state, slots_SBX, tokens=G) → (State, drafted_GSB)
-
-
 def make_decode_programs(decoder: Decoder) -> DecodePrograms:
-    """The programs that decode with a model on the current mesh; nothing is compiled before the first call."""
+    """Makes the programs of a decoder, or of a draft model, on the current mesh; each compiles at its first call."""
     weights, tree = jax.tree.flatten(decoder)
     mesh = jax.sharding.get_mesh()
-    return DecodePrograms(weights, *(_jit(function, tree, mesh) for function in (_prefill, _decode, _verify)))
+    functions = _prefill, _decode, _draft, _verify
+    return DecodePrograms(weights, *(_jit(function, tree, mesh) for function in functions))
 
 
-def make_draft_program(drafter: Decoder) -> DraftProgram:
-    """The program that drafts with a model of `drafter.make_drafter`."""
-    weights, tree = jax.tree.flatten(drafter)
-    return DraftProgram(weights, _jit(_draft, tree, jax.sharding.get_mesh()))
-
-
-@functools.lru_cache(16)
+@functools.lru_cache(32)
 def _jit(function: Callable[..., Any], tree: Any, mesh: Mesh) -> hosts.Jit:
     """One program for all decoders of a structure, whose config is in the tree: other weights, as a run's at each
     evaluation of its tasks, compile nothing."""

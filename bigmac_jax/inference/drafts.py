@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from bigmac_jax.inference.decoding import DecodePrograms, DraftProgram, State
+from bigmac_jax.inference.decoding import DecodePrograms, State
 from bigmac_jax.inference.drafter import Speculation
 
 _log = logging.getLogger(__name__)
@@ -17,13 +17,13 @@ class Drafts:
     """Drafts and verifies for an engine, and pauses while too few drafted tokens are accepted.
 
     Attributes:
-      program: of the draft model.
+      programs: of the draft model.
       tokens: of a draft.
       drafted, accepted: tokens so far.
     """
 
-    def __init__(self, program: DraftProgram, speculation: Speculation):
-        self.program, self.tokens, self._least = program, speculation.tokens, speculation.least
+    def __init__(self, programs: DecodePrograms, speculation: Speculation):
+        self.programs, self.tokens, self._least = programs, speculation.tokens, speculation.least
         self.drafted = self.accepted = 0
         self._at_window_start = 0, 0  # the two
         self._pause = 0  # steps that remain
@@ -33,10 +33,10 @@ class Drafts:
         self._pause = max(0, self._pause - 1)
         return not self._pause
 
-    def step(self, programs: DecodePrograms, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
-        """Drafts and verifies → the state and what was sampled, like `DecodePrograms.verify`; donates the state."""
-        state, drafted_GSB = self.program.draft(self.program.weights, state, slots_SBX, tokens=self.tokens)
-        result: Any = programs.verify(programs.weights, state, drafted_GSB, slots_SBX)
+    def step(self, model: DecodePrograms, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
+        """Drafts, and verifies with the model's programs; returns what their `verify` does, and donates the state."""
+        state, drafted_GSB = self.programs.draft(self.programs.weights, state, slots_SBX, tokens=self.tokens)
+        result: Any = model.verify(model.weights, state, drafted_GSB, slots_SBX)
         return result
 
     def count(self, accepted: int, usable: int) -> None:

@@ -11,13 +11,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import of_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
-from bigmac_jax.inference.decoding import (
-    PROMPTS,
-    make_decode_programs,
-    make_draft_program,
-    round_up_length,
-    slots_per_shard,
-)
+from bigmac_jax.inference.decoding import PROMPTS, make_decode_programs, round_up_length, slots_per_shard
 from bigmac_jax.inference.drafter import Speculation, make_drafter
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.engine import Engine
@@ -124,7 +118,7 @@ class Generator:
         self.drafts: Drafts | None = None
         if speculate.tokens:
             drafter = make_drafter(self._config, self._decoder, speculate)
-            self.drafts = Drafts(make_draft_program(drafter), speculate)
+            self.drafts = Drafts(make_decode_programs(drafter), speculate)
 
     def generate(
         self,

@@ -9,7 +9,7 @@ of p positions.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
+Cache = tuple[KeyValues, ...]  # the keys and values of every group of layers, in pages
 
 
 @jax.tree_util.register_dataclass
@@ -47,12 +48,6 @@ class Decoder:
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Block, ...]
-
-
-class Cache(NamedTuple):
-    """The keys and values of every group of layers, in pages."""
-
-    groups: tuple[KeyValues, ...]
 
 
 def decoding_config(config: Config, exchange: str = "auto", weights: str = "") -> Config:
@@ -132,7 +127,7 @@ def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> 
         dtype = config.execution.dtype
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
-    return Cache(tuple(map(make_group, decoder.groups)))
+    return tuple(map(make_group, decoder.groups))
 
 
 def depth(group: Block) -> int:
@@ -156,12 +151,12 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
 
     dtype = model.ends.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
-    for group, past in zip(model.groups, cache.groups, strict=True):
+    for group, past in zip(model.groups, cache, strict=True):
         pages = past.keys.shape[1] // batch_ranks()
         first_Y = jnp.arange(0, pages, pages // depth(group), dtype=jnp.int32)
         (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, first_Y))
         groups.append(past)
-    return x_STD, Cache(tuple(groups))
+    return x_STD, tuple(groups)
 
 
 def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:

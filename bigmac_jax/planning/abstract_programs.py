@@ -24,7 +24,6 @@ from bigmac_jax.inference.decoding import (
     DecodePrograms,
     State,
     make_decode_programs,
-    make_draft_program,
     make_state,
     slots_per_shard,
 )
@@ -89,7 +88,7 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     def drafter(model: Transformer) -> Decoder:
         return make_drafter(decoding_config(config), make_decoder(config, model), Speculation(DRAFTED))
 
-    made = make_draft_program(placed(jax.eval_shape(drafter, model), mesh))
+    made = make_decode_programs(placed(jax.eval_shape(drafter, model), mesh))
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
     return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
 

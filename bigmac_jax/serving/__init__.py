@@ -1,1 +1,1 @@
-"""A server with OpenAI's interface around the engine of `bigmac_jax.inference`."""
+"""A server with OpenAI's HTTP interface around the engine of `bigmac_jax.inference`."""

@@ -1,94 +1,102 @@
-"""The JSON of answers: whole, and piece by piece. One `Answer` for a request; no network, no engine."""
+"""Builds OpenAI's JSON of answers, whole or as the chunks of a stream. No network, no engine."""
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bigmac_jax.inference.jobs import Step
-from bigmac_jax.serving.api import Asked, Fields
-
-Show = Callable[[int], str]  # a token's text
+from bigmac_jax.inference.jobs import Job, Step
+from bigmac_jax.serving.api import CompletionRequest, Fields
 
 
 class Answer:
-    """What a request is answered.
+    """Builds the answer to one request.
 
     Args:
-      show: the text of a token.
+      jobs: the request's completions: n of its first prompt, then of the next.
+      model: the name that the server calls its model by.
+      token_text: gives the text of a token.
     """
 
-    def __init__(self, asked: Asked, model: str, show: Show):
-        self.asked, self._show = asked, show
-        kind = "chatcmpl" if asked.chat else "cmpl"
+    def __init__(self, request: CompletionRequest, jobs: Sequence[Job], model: str, token_text: Callable[[int], str]):
+        self.request, self._jobs, self._token_text = request, jobs, token_text
         self._head: Fields = {
-            "id": f"{kind}-{secrets.token_hex(12)}",
-            "object": "chat.completion" if asked.chat else "text_completion",
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "chat.completion" if request.chat else "text_completion",
             "created": int(time.time()),
             "model": model,
         }
-        self._offsets = [len(self._echo(i)) for i in range(len(asked.prompts) * asked.n)]
+        self._offsets = [len(self._echo(i)) for i in range(len(jobs))]
 
-    def whole(self, steps: list[list[Step]], used: Fields) -> Fields:
-        """Args: the steps of each completion."""
+    def build(self, steps: list[list[Step]]) -> Fields:
+        """The whole answer, from all steps of each completion."""
         choices = []
-        for i, of_choice in enumerate(steps):
-            text = of_choice[-1].job.text
-            choice = {"index": i, "logprobs": self._logprobs(i, of_choice), "finish_reason": of_choice[-1].reason}
-            if self.asked.chat:
-                choice["message"] = {"role": "assistant", "content": text.text, "refusal": None}
+        for i, (job, own) in enumerate(zip(self._jobs, steps, strict=True)):
+            choice = {"index": i, "logprobs": self._logprobs(i, own), "finish_reason": own[-1].reason}
+            if self.request.chat:
+                choice["message"] = {"role": "assistant", "content": job.text.text, "refusal": None}
             else:
-                choice["text"] = self._echo(i) + text.text
+                choice["text"] = self._echo(i) + job.text.text
             choices.append(choice)
-        return {**self._head, "choices": choices, "usage": used}
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def opening(self) -> Iterable[Fields]:
-        """What a stream begins with."""
-        for i in range(len(self._offsets)):
-            if self.asked.chat:
-                yield self._piece({"index": i, "delta": {"role": "assistant", "content": ""}})
+    def first_chunks(self) -> Iterable[Fields]:
+        """The chunks that a stream begins with: the role of a chat's answers, or echoed prompts."""
+        for i in range(len(self._jobs)):
+            if self.request.chat:
+                yield self._chunk({"index": i, "delta": {"role": "assistant", "content": ""}})
             elif self._echo(i):
-                yield self._piece({"index": i, "text": self._echo(i)})
+                yield self._chunk({"index": i, "text": self._echo(i)})
 
-    def piece(self, i: int, step: Step) -> Fields | None:
-        """What a step adds to a stream: nothing while its text is uncertain."""
-        if not (step.piece or step.reason or self.asked.logprobs):
+    def chunk(self, i: int, step: Step) -> Fields | None:
+        """The chunk for a step of completion `i`; None while its text is uncertain."""
+        if not (step.piece or step.reason or self.request.logprobs):
             return None
         choice: Fields = {"index": i, "logprobs": self._logprobs(i, [step]), "finish_reason": step.reason or None}
-        return self._piece(choice | ({"delta": {"content": step.piece}} if self.asked.chat else {"text": step.piece}))
+        return self._chunk(choice | ({"delta": {"content": step.piece}} if self.request.chat else {"text": step.piece}))
 
-    def closing(self, used: Fields) -> Iterable[Fields]:
-        if self.asked.usage:
-            yield {**self._piece({}), "choices": [], "usage": used}
+    def last_chunks(self) -> Iterable[Fields]:
+        """The chunks that a stream ends with: its usage, if the request wants it."""
+        if self.request.usage:
+            yield {**self._chunk({}), "choices": [], "usage": self._usage()}
 
-    def _piece(self, choice: Fields) -> Fields:
-        whole = {"logprobs": None, "finish_reason": None} | choice
-        kind = {"object": "chat.completion.chunk"} if self.asked.chat else {}
-        return {**self._head, **kind, "choices": [whole]}
+    def _chunk(self, choice: Fields) -> Fields:
+        kind = {"object": "chat.completion.chunk"} if self.request.chat else {}
+        return {**self._head, **kind, "choices": [{"logprobs": None, "finish_reason": None} | choice]}
 
     def _echo(self, i: int) -> str:
-        return self.asked.echo[i // self.asked.n]
+        return self.request.echo[i // self.request.n]
+
+    def _usage(self) -> Fields:
+        firsts = self._jobs[:: self.request.n]  # one of each prompt
+        prompt, new = sum(len(job.prompt) for job in firsts), sum(len(job.text.tokens) for job in self._jobs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(job.reused for job in firsts)},
+        }
 
     def _logprobs(self, i: int, steps: list[Step]) -> Any:
-        if not self.asked.logprobs:
+        if not self.request.logprobs:
             return None
-        if self.asked.chat:
-            return {"content": [self._of_token(step) for step in steps], "refusal": None}
-        offsets = []
-        for step in steps:
+        if self.request.chat:
+            return {"content": [self._describe_step(step) for step in steps], "refusal": None}
+        texts, offsets = [self._token_text(step.token) for step in steps], []
+        for text in texts:
             offsets.append(self._offsets[i])
-            self._offsets[i] += len(self._show(step.token))
+            self._offsets[i] += len(text)
         return {
-            "tokens": [self._show(step.token) for step in steps],
+            "tokens": texts,
             "token_logprobs": [step.logprob for step in steps],
-            "top_logprobs": [{self._show(token): value for token, value in step.alternatives} for step in steps],
+            "top_logprobs": [{self._token_text(token): value for token, value in step.alternatives} for step in steps],
             "text_offset": offsets,
         }
 
-    def _of_token(self, step: Step) -> Fields:
-        def described(token: int, logprob: float) -> Fields:
-            text = self._show(token)
+    def _describe_step(self, step: Step) -> Fields:
+        def describe(token: int, logprob: float) -> Fields:
+            text = self._token_text(token)
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        likely = [described(*pair) for pair in step.alternatives]
-        return {**described(step.token, step.logprob), "top_logprobs": likely}
+        alternatives = [describe(*alternative) for alternative in step.alternatives]
+        return {**describe(step.token, step.logprob), "top_logprobs": alternatives}

@@ -1,15 +1,11 @@
-"""The HTTP side of the server: routes, the key, bodies, streams, errors. What a request means is in `api`."""
+"""The HTTP side of the server: routes, bodies, streams and errors. What a request means is in `api`."""
 
 import asyncio
 import functools
-import hmac
 import importlib.resources
-import ipaddress
 import json
 import logging
-import socket
 import time
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -24,11 +20,11 @@ from bigmac_jax.inference import Generator
 from bigmac_jax.inference.jobs import Step
 from bigmac_jax.inference.text import BROKEN
 from bigmac_jax.serving import api
+from bigmac_jax.serving.access import Access
 from bigmac_jax.serving.answers import Answer
 from bigmac_jax.serving.dialogue import Dialogue
-from bigmac_jax.serving.limits import ApiError, Limits
-from bigmac_jax.serving.prometheus import Metrics
-from bigmac_jax.serving.work_threads import SHORT, Check, Readers, forget_frames
+from bigmac_jax.serving.limits import ApiError
+from bigmac_jax.serving.work_threads import SHORT, Check, WorkThreads, forget_frames
 from bigmac_jax.serving.worker import Ticket, Worker
 
 _log = logging.getLogger(__name__)
@@ -38,278 +34,221 @@ T = TypeVar("T")
 
 
 class Service:
-    """The endpoints around one worker.
+    """The endpoints of a server. Must be made inside the event loop.
 
     Args:
-      model: the name that requests call it by.
-      key: what /v1 and /metrics ask for as a bearer token; "" asks for nothing.
-      hosts: names that the server may be called by, if it has no key, beside addresses, localhost and this machine's.
+      model: the name that requests call the model by.
+      key, hosts: who may use it, as for `Access`; a key is for /v1 and /metrics.
     """
 
     def __init__(
-        self,
-        generator: Generator,
-        worker: Worker,
-        chat: Dialogue,
-        model: str,
-        limits: Limits,
-        metrics: Metrics,
-        key: str = "",
-        hosts: Sequence[str] = (),
+        self, generator: Generator, worker: Worker, chat: Dialogue, model: str, key: str = "", hosts: Sequence[str] = ()
     ):
         self._generator, self._worker, self._chat, self._model = generator, worker, chat, model
-        self._limits, self._metrics = limits, metrics
-        # A header has bytes, and of what is not ASCII some clients make UTF-8, others Latin-1.
-        self._keys = _as_bytes(key)
-        self._hosts = {"", "localhost", socket.gethostname().lower(), *map(str.lower, hosts)}
-        self.readers, self._long = Readers(), 0  # bytes of long requests that have not been read
+        self._limits, self._metrics = worker.limits, worker.metrics
+        self._access = Access(key, hosts)
+        self.threads = WorkThreads()
+        self._long = 0  # bytes of long requests that have not been read
         self._created = int(time.time())
-        self._show = functools.lru_cache(1 << 16)(lambda token: generator.tokenizer.decode([token]))
+        self._token_text = functools.lru_cache(1 << 16)(lambda token: generator.tokenizer.decode([token]))
 
     def app(self) -> Starlette:
-        def route(path: str, handler: Handler, method: str = "GET", open_to_all: bool = False) -> Route:
-            return Route(path, self._guarded(path, handler, open_to_all), methods=[method])
+        """The ASGI application."""
+
+        def route(path: str, handler: Handler, method: str = "GET", public: bool = False) -> Route:
+            return Route(path, self._guard(path, handler, public), methods=[method])
 
         return Starlette(
             routes=[
                 route("/v1/completions", functools.partial(self._complete, chat=False), "POST"),
                 route("/v1/chat/completions", functools.partial(self._complete, chat=True), "POST"),
-                route("/v1/models", self._models),
-                route("/v1/models/{name:path}", self._one_model),
-                route("/metrics", self._text_of_metrics),
-                route("/health", self._health, open_to_all=True),
-                route("/", self._page, open_to_all=True),
+                route("/v1/models", self._list_models),
+                route("/v1/models/{name:path}", self._show_model),
+                route("/metrics", self._show_metrics),
+                route("/health", self._check_health, public=True),
+                route("/", self._show_page, public=True),
             ],
-            exception_handlers={HTTPException: self._no_route},
+            exception_handlers={HTTPException: self._refuse_route},
         )
 
-    def _guarded(self, path: str, handler: Handler, open_to_all: bool) -> Handler:
-        """With the key checked, and errors as JSON."""
+    def _guard(self, path: str, handler: Handler, public: bool) -> Handler:
+        """The handler behind the checks of access, with errors as JSON."""
 
         async def guarded(request: Request) -> Response:
             try:
-                self._check_host(request, path)
-                if not open_to_all:
-                    self._check_key(request)
+                if path != "/health":
+                    self._access.check_host(request)
+                if not public:
+                    self._access.check_key(request)
                 response = await handler(request)
-            except ApiError as error:
-                response = _failed(error)
-                forget_frames(error)
-            except ClientDisconnect as error:
-                response = Response(status_code=_GONE)
-                forget_frames(error)
             except Exception as error:
-                _log.error("%s failed: %s: %s", path, type(error).__name__, " ".join(str(error).split())[:500])
-                response = _failed(ApiError(500, "the server failed at this request; its log says more"))
+                response = _error_response(path, error)
                 forget_frames(error)
             self._metrics.requests.labels(path, str(response.status_code)).inc()
             return response
 
         return guarded
 
-    async def _no_route(self, request: Request, error: Exception) -> Response:
+    async def _refuse_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         self._metrics.requests.labels("other", str(error.status_code)).inc()
-        return _failed(ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}"))
-
-    def _check_key(self, request: Request) -> None:
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        found = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
-        if self._keys and not (kind.lower() == "bearer" and any(found)):
-            raise ApiError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
-
-    def _check_host(self, request: Request, path: str) -> None:
-        """Without a key: a page of another site may give its own name this address (DNS rebinding), and the browser
-        then lets it read what the server answers. It can't do that with an address, or with a name of this machine."""
-        if self._keys or path == "/health":
-            return
-        given = request.headers.get("host", "")
-        try:
-            name = urllib.parse.urlsplit(f"//{given}").hostname or ""
-        except ValueError:
-            name = given
-        if name not in self._hosts and not name.endswith(".localhost") and not _is_address(name):
-            raise ApiError(
-                403, f"this server does not go by {name[:80]!r}; --allow_host={name[:80]} lets it", code="unknown_host"
-            )
+        path = request.url.path[:200]
+        return _error_response(path, ApiError(error.status_code, f"{request.method} {path}: {error.detail}"))
 
     async def _complete(self, request: Request, chat: bool) -> Response:
         arrived = time.monotonic()
         self._worker.check_queue(1)
-        asked = await self._within(arrived, self._asked(request, chat))
+        asked = await self._in_time(arrived, self._read(request, chat))
         jobs = [
             self._generator.job(prompt, asked.sampling, number) for prompt in asked.prompts for number in range(asked.n)
         ]
-        answer, ticket = Answer(asked, self._model, self._show), self._worker.submit(jobs, arrived)
+        answer = Answer(asked, jobs, self._model, self._token_text)
+        ticket = self._worker.submit(jobs, arrived)
         if asked.stream:
-            return _Events(self._events(answer, ticket), lambda: self._end(ticket))
+            return _EventStream(self._events(answer, ticket), lambda: self._end(ticket))
         try:
             return Response(await _unless_gone(request, self._whole(answer, ticket)), media_type="application/json")
         finally:
             self._end(ticket)
 
-    async def _within(self, arrived: float, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, if it is there in the time of a request; raises ApiError."""
+    async def _in_time(self, arrived: float, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; raises ApiError when the time of the request is over."""
         try:
             async with asyncio.timeout(arrived + self._limits.seconds - time.monotonic()):
                 return await work
         except TimeoutError:
-            raise ApiError(
-                504, f"the request took longer than {self._limits.seconds:g} s", code="request_timeout"
-            ) from None
+            message = f"the request took longer than {self._limits.seconds:g} s"
+            raise ApiError(504, message, code="request_timeout") from None
 
-    async def _asked(self, request: Request, chat: bool) -> api.Asked:
-        """What a request asks for, read beside the event loop, unless the client leaves."""
+    async def _read(self, request: Request, chat: bool) -> api.CompletionRequest:
+        """Receives a request's body and parses it in a thread, unless the client leaves."""
         long = 0
 
-        def took(more: int) -> None:
+        def count_long(size: int) -> None:
             nonlocal long
-            if self._long + more > self._limits.long * self._limits.body:
+            if self._long + size > self._limits.long * self._limits.body:
                 raise self._worker.full(f"{self._long} bytes of long requests are being read")
-            self._long, long = self._long + more, long + more
+            self._long, long = self._long + size, long + size
 
         try:
-            body = await self._body(request, took)
-            if self.readers.waiting >= self._worker.room:
-                raise self._worker.full(f"{self.readers.waiting} requests wait to be read")
-            work = functools.partial(self._read, body, chat)
-            return await _unless_gone(request, self.readers.do(len(body), work))
+            body = await self._receive(request, count_long)
+            if self.threads.waiting >= self._worker.capacity:
+                raise self._worker.full(f"{self.threads.waiting} requests wait to be read")
+            return await _unless_gone(request, self.threads.run(len(body), functools.partial(self._parse, body, chat)))
         finally:
             self._long -= long
 
-    def _read(self, body: bytes, chat: bool, check: Check) -> api.Asked:
-        fields = api.parse(body)
-        if (name := fields.get("model")) is not None and name != self._model:
-            raise self._no_model(name) if isinstance(name, str) else ApiError(400, "model must be a text", "model")
-        generator, longest = self._generator, self._worker.engine.longest
-        return api.asked(
-            fields,
-            self._chat if chat else None,
-            generator.tokenizer,
-            generator.vocab_size,
-            longest,
-            self._limits,
-            check,
-        )
-
-    async def _body(self, request: Request, took: Callable[[int], None]) -> bytes:
-        """Args: what is told how many bytes there are more, beyond the first `SHORT`."""
+    async def _receive(self, request: Request, count_long: Callable[[int], None]) -> bytes:
+        """The body; calls `count_long` with the size of each part beyond the first `SHORT` bytes."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what another site's page can't send here unasked
             raise ApiError(415, f"the body's content-type must be application/json, not {kind[:80]!r}")
-        most = ApiError(413, f"the body must be at most {self._limits.body} bytes")
+        too_long = ApiError(413, f"the body must be at most {self._limits.body} bytes")
         length = request.headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._limits.body:
-            raise most
+            raise too_long
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.arrival):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._limits.body:
-                        raise most
+                        raise too_long
                     if len(body) > SHORT:
-                        took(min(len(part), len(body) - SHORT))
+                        count_long(min(len(part), len(body) - SHORT))
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {self._limits.arrival:g} s") from None
         return bytes(body)
 
+    def _parse(self, body: bytes, chat: bool, check: Check) -> api.CompletionRequest:
+        fields = api.parse_body(body)
+        if (name := fields.get("model")) is not None and name != self._model:
+            raise self._unknown_model(name) if isinstance(name, str) else ApiError(400, "model must be a text", "model")
+        generator, longest = self._generator, self._worker.engine.longest
+        dialogue = self._chat if chat else None
+        return api.parse_request(
+            fields, dialogue, generator.tokenizer, generator.vocab_size, longest, self._limits, check
+        )
+
     async def _whole(self, answer: Answer, ticket: Ticket) -> bytes:
-        steps = await self._all(ticket)
-        tokens = sum(map(len, steps))
-        size = 100 * tokens * (1 + answer.asked.sampling.logprobs)
-
-        def written(check: Check) -> bytes:
-            whole = answer.whole(steps, _used(answer.asked, ticket))
-            return json.dumps(whole, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-        return await self._within(ticket.started, self.readers.do(size, written))
-
-    async def _all(self, ticket: Ticket) -> list[list[Step]]:
-        found: list[list[Step]] = [[] for _ in ticket.jobs]
+        steps: list[list[Step]] = [[] for _ in ticket.jobs]
         async for number, step in self._steps(ticket):
-            found[number].append(step)
-        return found
+            steps[number].append(step)
+        size = 100 * sum(map(len, steps)) * (1 + answer.request.sampling.logprobs)  # about
+        return await self._in_time(ticket.started, self.threads.run(size, lambda _: _json(answer.build(steps))))
 
     async def _steps(self, ticket: Ticket) -> AsyncIterator[tuple[int, Step]]:
-        """Until the last completion ends.
+        """The steps of a request until its last completion ends, each with the number of its completion.
 
         Raises:
-          ApiError: the time is over, the engine has failed, or the model gives no numbers.
+          ApiError: the time is over, the engine has failed, or the logits are not finite.
         """
         left = len(ticket.jobs)
         while left:
-            got = await self._within(ticket.started, ticket.steps.get())
-            if got is None:
+            item = await self._in_time(ticket.started, ticket.steps.get())
+            if item is None:
                 raise ApiError(500, "the engine has failed; the server's log says why")
-            if got[1].reason == BROKEN:
+            if item[1].reason == BROKEN:
                 raise ApiError(500, "the model gives no numbers for this prompt: its activations overflow")
-            left -= bool(got[1].reason)
-            yield got
+            left -= bool(item[1].reason)
+            yield item
 
-    async def _events(self, answer: Answer, ticket: Ticket) -> AsyncIterator[str]:
-        """Server-sent events."""
+    async def _events(self, answer: Answer, ticket: Ticket) -> AsyncIterator[bytes]:
+        """The server-sent events of a stream."""
         try:
-            for piece in answer.opening():
-                yield _event(piece)
+            for chunk in answer.first_chunks():
+                yield _event(chunk)
             async for number, step in self._steps(ticket):
-                if more := answer.piece(number, step):
+                if more := answer.chunk(number, step):
                     yield _event(more)
-            for piece in answer.closing(_used(answer.asked, ticket)):
-                yield _event(piece)
-            yield "data: [DONE]\n\n"
+            for chunk in answer.last_chunks():
+                yield _event(chunk)
+            yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body)
 
     def _end(self, ticket: Ticket) -> None:
         self._worker.cancel(ticket)
-        self._metrics.ended(time.monotonic() - ticket.started)
+        self._metrics.count_request(time.monotonic() - ticket.started)
 
-    async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._described()]})
+    async def _list_models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._describe_model()]})
 
-    async def _one_model(self, request: Request) -> Response:
+    async def _show_model(self, request: Request) -> Response:
         if (name := request.path_params["name"]) != self._model:
-            raise self._no_model(name)
-        return JSONResponse(self._described())
+            raise self._unknown_model(name)
+        return JSONResponse(self._describe_model())
 
-    def _no_model(self, name: str) -> ApiError:
+    def _unknown_model(self, name: str) -> ApiError:
         return ApiError(404, f"there is no model {name[:80]!r}, but {self._model!r}", "model", "model_not_found")
 
-    def _described(self) -> dict[str, Any]:
+    def _describe_model(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._created, "owned_by": "bigmac_jax",
                 "max_model_len": self._worker.engine.longest}  # fmt: skip
 
-    async def _text_of_metrics(self, request: Request) -> Response:
-        engine, metrics = self._worker.engine, self._metrics
-        if engine.drafts:
-            metrics.drafts(engine.drafts.drafted, engine.drafts.accepted)
-        metrics.running.set(engine.running)
-        metrics.waiting.set(engine.waiting)
-        metrics.slots.set(engine.shards * engine.slots)
-        metrics.pages.set(sum(pages.number for pages in engine.pages))
-        metrics.pages_used.set(sum(pages.in_use for pages in engine.pages))
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+    async def _show_metrics(self, request: Request) -> Response:
+        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _health(self, request: Request) -> Response:
-        """Whether requests are served: also if the event loop answers, what it hands them to may not go on."""
+    async def _check_health(self, request: Request) -> Response:
+        """Whether requests are served: the event loop may answer although the threads behind it are stuck."""
         if self._worker.failed:
             raise ApiError(503, "the engine has failed")
-        for what, silence in (("engine", self._worker.silence), ("reading of a request", self.readers.silence)):
-            if silence > self._limits.silence:
-                raise ApiError(503, f"the {what} has not come to an end of its step for {silence:.0f} s")
+        threads = {"engine": self._worker.silent_seconds, "reading of a request": self.threads.busy_seconds}
+        for name, seconds in threads.items():
+            if seconds > self._limits.silence:
+                raise ApiError(503, f"the {name} has not come to an end of its step for {seconds:.0f} s")
         return JSONResponse({"status": "ok"})
 
-    async def _page(self, request: Request) -> Response:
+    async def _show_page(self, request: Request) -> Response:
         page = importlib.resources.files("bigmac_jax.serving") / "web" / "chat.html"
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(page.read_text(), headers={"Content-Security-Policy": policy})
 
 
-class _Events(StreamingResponse):
-    """A stream that ends what it is of, however it ends: also if nobody ever read from it."""
+class _EventStream(StreamingResponse):
+    """A stream of events that calls `end` however it ends, also if nobody ever read from it."""
 
-    def __init__(self, events: AsyncIterator[str], end: Callable[[], object]):
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], object]):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self._end = end
 
@@ -321,13 +260,13 @@ class _Events(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; raises ClientDisconnect as soon as the client has closed the connection."""
+    """The result of `work`; cancels it and raises ClientDisconnect when the client closes the connection."""
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -338,32 +277,18 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         leaving.cancel()
 
 
-def _as_bytes(key: str) -> list[bytes]:
-    if not key:
-        return []
-    try:
-        return [key.encode(), key.encode("latin-1")]
-    except UnicodeEncodeError:
-        return [key.encode()]
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + _json(chunk) + b"\n\n"
 
 
-def _used(asked: api.Asked, ticket: Ticket) -> api.Fields:
-    prompts = [len(prompt) for prompt in asked.prompts]
-    reused = sum(job.reused for job in ticket.jobs[:: asked.n])
-    return api.usage(prompts, reused, sum(len(job.text.tokens) for job in ticket.jobs))
-
-
-def _event(piece: dict[str, Any]) -> str:
-    return f"data: {json.dumps(piece, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
-
-
-def _failed(error: ApiError) -> Response:
+def _error_response(path: str, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=_GONE)
+    if not isinstance(error, ApiError):
+        _log.error("%s failed: %s: %s", path, type(error).__name__, " ".join(str(error).split())[:500])
+        error = ApiError(500, "the server failed at this request; its log says more")
     return JSONResponse(error.body, error.status, error.headers)

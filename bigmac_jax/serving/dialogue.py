@@ -1,4 +1,4 @@
-"""Messages of a chat to the tokens of a prompt."""
+"""Turns the messages of a chat into the tokens of a prompt."""
 
 import pathlib
 
@@ -6,11 +6,11 @@ from bigmac_jax.data.chat_template import FILE, PLAIN, Chat, ChatError, Messages
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.serving.limits import ApiError
 
-_SAID = 500  # characters of what a template says, which may be all that it was given
+_SAID = 500  # characters of a template's error, which may hold everything that the template was given
 
 
 class Dialogue:
-    """How a server speaks with a model.
+    """A chat template as a server uses it.
 
     Attributes:
       stop: texts that end an answer, beside those that a request names.
@@ -21,7 +21,7 @@ class Dialogue:
         self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
     def prompt(self, messages: Messages, room: Room | None = None) -> list[int]:
-        """Raises ApiError for messages that the template does not take, and as `Chat.prompt`."""
+        """The token ids of a prompt; raises ApiError for messages that the template refuses, and like `Chat.prompt`."""
         try:
             return self._chat.prompt(messages, room)
         except ChatError as error:
@@ -29,7 +29,7 @@ class Dialogue:
 
 
 def load_dialogue(tokenizer: Tokenizer, file: str, tokenizer_file: str, workdir: pathlib.Path) -> Dialogue:
-    """The template of --chat_template; without one that of the run, or the one beside the tokenizer; without these a
+    """Loads the chat template in `file`, by default the run's own, else the one beside the tokenizer's file, else a
     plain dialogue.
 
     Raises:

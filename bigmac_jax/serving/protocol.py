@@ -1,122 +1,121 @@
-"""HTTP connections whose requests have to arrive in time."""
+"""HTTP connections that give slow and wasteful clients up."""
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bigmac_jax.serving.limits import ApiError, Limits
 
-# Bytes that are taken from a connection at a time: where they may be many chunks, of which each takes 10 µs, and else.
+# Bytes read from a connection at a time: _FEW where they may be many chunks, which take 10 µs each, else _MANY.
 _FEW, _MANY = 1 << 11, 1 << 16
-# Bytes between the chunks of a body, and a quarter as many as it has itself; and all, where nobody reads it any more.
-_BETWEEN, _BEHIND = 1 << 10, 1 << 17
+# Bytes that may frame a body's chunks beyond a quarter of its own bytes; and in all, once the request was answered.
+_FRAMING, _FRAMING_UNREAD = 1 << 10, 1 << 17
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
-    """Connections that are closed where a request does not arrive in time, or nobody takes the answer; uvicorn bounds
-    what lies between two requests alone. So are those whose body comes in chunks of a few bytes.
+def make_protocol(limits: Limits) -> type[H11Protocol]:
+    """The protocol class for uvicorn: it closes a connection whose request does not arrive in time, whose answer nobody
+    takes, or whose body comes in chunks of a few bytes. (uvicorn itself bounds only the time between requests.)
 
-    The head of a request has `arrival` seconds, of the first from the beginning, of others from their first byte; so
-    has the rest of a body whose request was answered before.
+    A request's head has `limits.arrival` seconds: the first one's from the connection's beginning, others' from their
+    first byte. So has the rest of a body whose request was answered before.
     """
-    seconds = limits.arrival
 
-    class Timed(H11Protocol):
-        _late: asyncio.TimerHandle | None = None
-        _full: asyncio.TimerHandle | None = None
-        _own = _between = 0  # bytes of a body, and of its chunks' sizes
+    class Limited(_LimitedProtocol):
+        pass
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._take(_FEW)
-            self._wait()
+    Limited.limits = limits
+    return Limited
 
-        def data_received(self, data: bytes) -> None:
-            of_last, cycle, before = self._answered, self.cycle, self._arrived
-            super().data_received(data)
-            if self.cycle is cycle and self._chunked:
-                self._own += self._arrived - before
-                self._between += len(data) - self._arrived + before
-                if self._between > (_BEHIND if of_last else _BETWEEN + self._own // 4):
-                    return self._refuse(
-                        ApiError(400, "the body's chunks have a few bytes each; send it in longer ones")
-                    )
-            self._take(_FEW if self._chunked or self.conn.their_state is h11.IDLE else _MANY)
-            begun = self.conn.their_state is h11.IDLE and (not of_last or bool(self.conn.trailing_data[0]))
-            if begun or self._answered:
-                self._wait()
-            else:
-                self._forget()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._own = self._between = 0
-            # The beginning of the next request may have come with the last one.
-            if self._answered or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
-                self._wait()
+class _LimitedProtocol(H11Protocol):
+    limits: ClassVar[Limits]
+    _arrival_timer: asyncio.TimerHandle | None = None
+    _writing_timer: asyncio.TimerHandle | None = None
+    _body = _framing = 0  # bytes of the current body, and of what frames its chunks
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._full = self.loop.call_later(limits.seconds, self.transport.abort)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._read_at_most(_FEW)
+        self._start_timer()
 
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._full is not None:
-                self._full.cancel()
+    def data_received(self, data: bytes) -> None:
+        was_answered, cycle, before = self._answered, self.cycle, self._unread
+        super().data_received(data)
+        if self.cycle is cycle and self._chunked:
+            self._body += self._unread - before
+            self._framing += len(data) - self._unread + before
+            if self._framing > (_FRAMING_UNREAD if was_answered else _FRAMING + self._body // 4):
+                return self._refuse(ApiError(400, "the body's chunks have a few bytes each; send it in longer ones"))
+        idle = self.conn.their_state is h11.IDLE
+        self._read_at_most(_FEW if self._chunked or idle else _MANY)
+        if self._answered or (idle and (not was_answered or self.conn.trailing_data[0])):
+            self._start_timer()
+        else:
+            self._stop_timer()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._forget()
-            if self._full is not None:
-                self._full.cancel()
-            super().connection_lost(exc)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._body = self._framing = 0
+        # The beginning of the next request may have come with the last one.
+        if self._answered or (self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]):
+            self._start_timer()
 
-        def _take(self, most: int) -> None:
-            transport: Any = self.transport
-            transport.max_size = most
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing_timer = self.loop.call_later(self.limits.seconds, self.transport.abort)
 
-        @property
-        def _arrived(self) -> int:
-            """Bytes of the body that nobody has taken yet."""
-            return len(self.cycle.body) if self.cycle else 0
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing_timer is not None:
+            self._writing_timer.cancel()
 
-        @property
-        def _chunked(self) -> bool:
-            return any(name == b"transfer-encoding" for name, _ in self.headers or ())
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        if self._writing_timer is not None:
+            self._writing_timer.cancel()
+        super().connection_lost(exc)
 
-        @property
-        def _answered(self) -> bool:
-            """Whether the body of a request is not there yet, which was answered before."""
-            return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+    @property
+    def _unread(self) -> int:
+        """Bytes of the body that the application has not taken yet."""
+        return len(self.cycle.body) if self.cycle else 0
 
-        def _wait(self) -> None:
-            if self._late is None and not self.transport.is_closing():
-                self._late = self.loop.call_later(seconds, self._end)
+    @property
+    def _chunked(self) -> bool:
+        return any(name == b"transfer-encoding" for name, _ in self.headers or ())
 
-        def _forget(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
+    @property
+    def _answered(self) -> bool:
+        """Whether the request was answered before its body has arrived."""
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
 
-        def _end(self) -> None:
-            self._refuse(ApiError(408, f"the request did not arrive within {seconds:g} s"))
+    def _read_at_most(self, size: int) -> None:
+        transport: Any = self.transport
+        transport.max_size = size
 
-        def _refuse(self, error: ApiError) -> None:
-            """Instead of what the application would answer, and the last answer of the connection."""
-            if self.transport.is_closing():
-                return
-            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                return self.transport.abort()
-            body = json.dumps(error.body, allow_nan=False).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("connection", "close"),
-                ("content-length", str(len(body))),
-            ]
-            events = h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
-            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-            self.transport.close()
+    def _start_timer(self) -> None:
+        if self._arrival_timer is None and not self.transport.is_closing():
+            self._arrival_timer = self.loop.call_later(self.limits.arrival, self._end)
 
-    return Timed
+    def _stop_timer(self) -> None:
+        if self._arrival_timer is not None:
+            self._arrival_timer.cancel()
+            self._arrival_timer = None
+
+    def _end(self) -> None:
+        self._refuse(ApiError(408, f"the request did not arrive within {self.limits.arrival:g} s"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers instead of the application, and closes the connection."""
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.abort()
+        body = json.dumps(error.body, allow_nan=False).encode()
+        headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
+        events = h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()

@@ -1,4 +1,4 @@
-"""The server as a process: from the first request until it is told to end."""
+"""Runs the server until the process is told to end."""
 
 import asyncio
 import contextlib
@@ -18,10 +18,10 @@ from bigmac_jax.serving.app import Service
 from bigmac_jax.serving.dialogue import Dialogue
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.prometheus import Metrics
-from bigmac_jax.serving.protocol import protocol
+from bigmac_jax.serving.protocol import make_protocol
 from bigmac_jax.serving.worker import Worker
 
-_GRACE = 5.0  # seconds for the engine's step to end when nobody waits for it any more
+_GRACE = 5.0  # seconds that the engine's last step gets when nobody waits for it any more
 _log = logging.getLogger(__name__)
 
 
@@ -43,23 +43,27 @@ async def serve(
     key: str = "",
     hosts: Sequence[str] = (),
 ) -> int:
-    """Answers requests until SIGTERM or SIGINT, and then those that run; a second signal ends it at once.
+    """Answers requests until SIGTERM or SIGINT, and then finishes those that run; a second signal ends it at once.
+
+    Args:
+      name: what requests call the model.
+      listening: a socket that listens already.
+      key, hosts: who may use the server, as for `access.Access`.
 
     Returns:
       The exit code: 1 if the engine failed.
     """
-    metrics = Metrics()
     server: _Server
 
     def end() -> None:
         server.should_exit = True
 
-    worker = Worker(engine, limits, metrics, end)
-    service = Service(generator, worker, chat, name, limits, metrics, key, hosts)
+    worker = Worker(engine, limits, Metrics(engine), end)
+    service = Service(generator, worker, chat, name, key, hosts)
     server = _Server(
         uvicorn.Config(
             service.app(),
-            http=protocol(limits),
+            http=make_protocol(limits),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -68,7 +72,7 @@ async def serve(
             timeout_graceful_shutdown=max(1, round(limits.drain)),
         )
     )
-    for library in ("uvicorn.error", "asyncio"):  # they warn of every client that has left
+    for library in ("uvicorn.error", "asyncio"):  # they warn of every client that leaves
         logging.getLogger(library).setLevel(logging.ERROR)
     host, port = listening.getsockname()[:2]
     if not (key or ipaddress.ip_address(host).is_loopback):
@@ -81,7 +85,7 @@ async def serve(
     code = int(worker.failed or not ended)
     if not ended:
         _log.error("the engine's last step did not end within %g s", _GRACE)
-    if not ended or service.readers.silence:
+    if not ended or service.threads.busy_seconds:
         sys.stdout.flush()
         os._exit(code)  # what is stuck in a library can't be waited for, and breaks where Python takes it down
     return code

@@ -80,12 +80,11 @@ class Served:
     """A service inside the current event loop, and a client of it."""
 
     def __init__(self, limits: Limits | None = None, key: str = "", hosts: Sequence[str] = (), template: str = PLAIN):
-        limits, metrics = limits or Limits(), Metrics()
         self.chat, self.generator, self.engine = Chat(ByteTokenizer(), template), Generator(), Engine()
         engine: Any = self.engine
         generator: Any = self.generator
-        self.worker = Worker(engine, limits, metrics, lambda: None)
-        self.service = Service(generator, self.worker, Dialogue(self.chat), "a", limits, metrics, key, hosts)
+        self.worker = Worker(engine, limits or Limits(), Metrics(engine), lambda: None)
+        self.service = Service(generator, self.worker, Dialogue(self.chat), "a", key, hosts)
         self.app = self.service.app()
         self._client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1")
 

@@ -8,7 +8,7 @@ from bigmac_jax.inference.jobs import Job
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.runtime import hosts
 from bigmac_jax.serving import lockstep
-from bigmac_jax.serving.lockstep import Schedule, follow
+from bigmac_jax.serving.lockstep import Leader, follow
 
 
 class Store(dict[str, str]):
@@ -56,10 +56,10 @@ def job(followed: Followed) -> Job:
 
 
 def test_followers_end_as_process_0_does(store: Store) -> None:
-    told, followed = Schedule(), Followed()
-    told.step([(0, job(followed))], [])
-    told.idle()
-    told.end()
+    told, followed = Leader(), Followed()
+    told.send_step([job(followed)], [])
+    told.send(lockstep.IDLE)
+    told.send(lockstep.END)
     assert len(store) > 5  # the first one in parts
     assert follow(followed, followed) == 0  # type: ignore[arg-type]
     assert followed.seen == [list(range(30)), "step"]
@@ -68,14 +68,14 @@ def test_followers_end_as_process_0_does(store: Store) -> None:
 @pytest.mark.parametrize("broken", [-1, 3])
 def test_an_engine_that_fails_ends_the_others(store: Store, broken: int) -> None:
     """With an exit code (`cli.run` gives PeerError's), also where a message was broken off."""
-    told, followed = Schedule(), Followed()
-    told.idle()
+    told, followed = Leader(), Followed()
+    told.send(lockstep.IDLE)
     store.broken = broken
     if broken > 0:
         with pytest.raises(RuntimeError, match="UNAVAILABLE"):
-            told.step([(0, job(followed))], [])
+            told.send_step([job(followed)], [])
         assert len(store) == broken
-    told.abort()
+    told.send(lockstep.ABORT)
     with pytest.raises(hosts.PeerError, match="the engine of process 0 failed; its log says why"):
         follow(followed, followed)  # type: ignore[arg-type]
     assert followed.seen == []

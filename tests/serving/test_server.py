@@ -142,7 +142,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 501}, "max_tokens", "must be at most 512"),
     ({"max_tokens": True}, "max_tokens", "must be an integer"),
     ({"temperature": -1}, "temperature", "at least 0"),
-    ({"temperature": "hot"}, "temperature", "must be a number"),
+    ({"temperature": "hot"}, "temperature", "must be a finite number"),
     ({"temperature": 10**400}, "temperature", "must be a"),
     ({"top_p": 2}, "top_p", "must lie in (0, 1]"),
     ({"n": 5}, "n", "[1, 4]"),

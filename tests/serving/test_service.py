@@ -101,11 +101,11 @@ async def test_a_client_that_leaves_ends_what_is_done_for_it() -> None:
 
     with held(served.chat, "_render") as (release, renders):
         requests = [asyncio.create_task(request()) for _ in range(3)]
-        await until(lambda: renders and served.service.readers.waiting == 2)
+        await until(lambda: renders and served.service.threads.waiting == 2)
         left.set()
         await asyncio.gather(*requests)
         release.set()
-        await until(lambda: not served.service.readers.waiting)
+        await until(lambda: not served.service.threads.waiting)
         assert (await served.ask(COMPLETIONS, SHORT))[0] == 200  # behind them
     assert len(renders) == 1 and served.engine.steps == 2
 
@@ -113,13 +113,13 @@ async def test_a_client_that_leaves_ends_what_is_done_for_it() -> None:
 @alone
 async def test_short_requests_do_not_wait_for_long_ones() -> None:
     served = Served(Limits(long=2, body=101_000))  # of a request 34 kB are beyond 64 KiB
-    with held(served.service, "_read") as (release, _):
+    with held(served.service, "_parse") as (release, _):
         long = [asyncio.create_task(served.ask(COMPLETIONS, LONG)) for _ in range(5)]
-        await until(lambda: served.service.readers.waiting == 4)
+        await until(lambda: served.service.threads.waiting == 4)
         status, answer = await served.ask(COMPLETIONS, LONG)
         assert status == 429 and "bytes of long requests" in answer["error"]["message"]
         short = asyncio.create_task(served.ask(COMPLETIONS, SHORT))
-        await until(lambda: served.service.readers._lanes[0].silence)
+        await until(lambda: served.service.threads._lanes[0].busy_seconds)
         release.set()
         assert [(await answer)[0] for answer in (short, *long)] == [200] * 6
     assert (await served.ask(COMPLETIONS, LONG))[0] == 200
@@ -128,13 +128,13 @@ async def test_short_requests_do_not_wait_for_long_ones() -> None:
 @alone
 async def test_the_shortest_is_read_first() -> None:
     served, order = Served(), []
-    readers = served.service.readers
+    threads = served.service.threads
     block = asyncio.Event()
     loop = asyncio.get_running_loop()
-    first = asyncio.create_task(readers.do(1, lambda _: asyncio.run_coroutine_threadsafe(block.wait(), loop).result()))
+    first = asyncio.create_task(threads.run(1, lambda _: asyncio.run_coroutine_threadsafe(block.wait(), loop).result()))
     await asyncio.sleep(0)
-    later = [asyncio.create_task(readers.do(size, lambda _, size=size: order.append(size))) for size in (9, 5, 7)]
-    await until(lambda: readers.waiting == 3)
+    later = [asyncio.create_task(threads.run(size, lambda _, size=size: order.append(size))) for size in (9, 5, 7)]
+    await until(lambda: threads.waiting == 3)
     block.set()
     await asyncio.gather(first, *later)
     assert order == [5, 7, 9]
@@ -144,7 +144,7 @@ async def test_the_shortest_is_read_first() -> None:
 async def test_a_full_queue_is_told_before_anything_is_read() -> None:
     served = Served(Limits(queue=0))
     served.worker._waiting = 2
-    with held(served.service, "_read") as (_, calls):
+    with held(served.service, "_parse") as (_, calls):
         status, answer = await served.ask(COMPLETIONS, b"{" * 1000)
     assert (status, answer["error"]["code"], calls) == (429, "queue_full", [])
 
@@ -152,7 +152,7 @@ async def test_a_full_queue_is_told_before_anything_is_read() -> None:
 @alone
 async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not until Python's collector comes round, either."""
-    served, kept, parse = Served(), [], api.parse
+    served, kept, parse = Served(), [], api.parse_body
 
     class Fields(dict[str, Any]):
         """A dictionary that can be watched."""
@@ -162,7 +162,7 @@ async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatc
         kept.append(weakref.ref(fields))
         return fields
 
-    monkeypatch.setattr(api, "parse", parsed)
+    monkeypatch.setattr(api, "parse_body", parsed)
     gc.disable()
     try:
         assert (await served.ask(COMPLETIONS, {"prompt": "a" * 1000}))[0] == 400
@@ -178,13 +178,13 @@ async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatc
 async def test_health_looks_at_what_serves() -> None:
     served = Served(Limits(silence=0.2))
     assert await served.ask("/health") == (200, {"status": "ok"})
-    served.worker._seen -= 10
+    served.worker._alive -= 10
     status, answer = await served.ask("/health")
     assert status == 503 and "the engine has not" in answer["error"]["message"]
-    served.worker._seen = time.monotonic() + 10
+    served.worker._alive = time.monotonic() + 10
     with held(served.chat, "_render") as (_, calls):
         chat = asyncio.create_task(served.ask(CHAT, {"messages": [{"role": "user", "content": "a"}]}))
-        await until(lambda: calls and served.service.readers.silence > 0.2)
+        await until(lambda: calls and served.service.threads.busy_seconds > 0.2)
         status, answer = await served.ask("/health")
         assert status == 503 and "reading of a request" in answer["error"]["message"]
     assert (await chat)[0] == 200 and (await served.ask("/health"))[0] == 200
