@@ -120,6 +120,13 @@ def broken_links(page: pathlib.Path) -> list[str]:
     return broken
 
 
+def missing_files(page: pathlib.Path, root: pathlib.Path = ROOT) -> list[str]:
+    """The files of the repository that a page names, in its text or its commands, and that are not there."""
+    folders = "bigmac_jax|benchmarks|configs|docs|scripts|tests"
+    named = re.findall(rf"(?<![\w/.:-])(?:{folders})(?:/[\w.-]+)+", page.read_text())
+    return [name for name in (name.rstrip(".") for name in named) if not (root / name).exists()]
+
+
 def anchors(text: str) -> list[str]:
     """The anchors that GitHub gives a page's headings."""
     titles = re.findall(r"^#+ (.*)$", _without_blocks(text), re.MULTILINE)

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from first_hour.pages import Block, PageError, broken_links, few_steps, pages, planned, read, shortened
+from first_hour.pages import Block, PageError, broken_links, few_steps, missing_files, pages, planned, read, shortened
 
 
 def page(folder: pathlib.Path, text: str) -> list[Block]:
@@ -24,14 +24,20 @@ def test_links_resolve() -> None:
     assert not {path.name: links for path in pages() if (links := broken_links(path))}
 
 
+def test_files_are_named_as_they_are() -> None:
+    assert not {path.name: names for path in pages() if (names := missing_files(path))}
+
+
 def test_a_broken_link_is_found(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.py").write_text("a\nb\n")
     page = tmp_path / "page.md"
     page.write_text(
-        "# W↓ and `W↑`, *both*\n\n[1](page.md#w-and-w-both) [2](#none) [3](none.md) [4](https://none.none/#x) "
+        "# W↓ and `W↑`, *both*\n\n`tests/first_hour/pages.py:3`, https://none.none/tests/a.py, tests/none.py.\n\n"
+        "[1](page.md#w-and-w-both) [2](#none) [3](none.md) [4](https://none.none/#x) "
         "![5](a.py) [6](a.py#L1-L2) [7](a.py#L3)\n\n    # code\n    [8](none)\n"
     )
     assert broken_links(page) == ["#none (no such heading)", "none.md (no such file)", "a.py#L3 (no such lines)"]
+    assert missing_files(page) == ["tests/none.py"]
 
 
 def test_blocks_are_found(tmp_path: pathlib.Path) -> None:
