@@ -1,4 +1,4 @@
-# make train | make env | make test | make test-programs | make test-programs-gpu | make test-all | make smoke | make lint | make reproduce | make reproduce-quick | make quality
+# make train | make env | make test | make test-programs | make test-programs-gpu | make test-all | make test-part | make smoke | make lint | make reproduce | make reproduce-quick | make quality
 # PYTHON=python3.12 picks the interpreter
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadfile
 
 ENTER = @echo "to enter the environment: source $(VENV)/bin/activate"
 
-.PHONY: train env test test-programs test-programs-gpu test-all smoke lint reproduce reproduce-quick quality clean
+.PHONY: train env test test-programs test-programs-gpu test-all test-part smoke lint reproduce reproduce-quick quality clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(RUN)
@@ -50,6 +50,11 @@ smoke: $(VENV)/installed-dev
 test-all: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,tpu]"
 	JAX_PLATFORMS=cpu $(PYTEST) -m "full or not full"
+
+# One of sixteen parts of what `make test` leaves out, another one for every tree; what the parent fails too does not count.
+test-part: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,tpu]"
+	JAX_PLATFORMS=cpu $(BIN)/python tests/part.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

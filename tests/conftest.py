@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 import jax
+import part
 import pytest
 from absl import flags
 
@@ -23,6 +24,18 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # What jax traces and compiles stays, and looking through it again and again was 8 % of the time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="", metavar="N/16", help="of sixteen parts of the tests, those of part N")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if wanted := config.getoption("--part"):
+        number = int(wanted.removesuffix(f"/{part.PARTS}"))
+        others = [item for item in items if part.part_of(item.nodeid) != number]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if part.part_of(item.nodeid) == number]
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run.test_loop import run
 
 from bigmac_jax.config import Config, ExecutionConfig, ModelConfig
 from bigmac_jax.training import drop_notice
 from bigmac_jax.training.drop_notice import DropNotice
 
-from .test_loop import run
 from .tools import small
 
 FULL = Config(model=ModelConfig(capacity_factor=1.25))

@@ -1,0 +1,63 @@
+"""Runs one of sixteen parts of the full suite: python tests/part.py [N]. Without a number it is the tree's own, by a
+hash of it: landing after landing all of them are run.
+
+A test that fails here and fails on the parent commit too is reported and blocks nothing. The exit code is 1 if one
+fails that passes there, or is not there.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+PARTS = 16
+MOST = 40  # failures that the parent is asked about: more are this commit's
+LIMIT = 2700  # seconds of a part
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(number: int) -> int:
+    print(f"part {number} of {PARTS} of the full suite", flush=True)
+    failed = run(ROOT, f"--part={number}/{PARTS}", "-m", "full and not gpu", "-n", "auto", "--maxprocesses=8",
+                 "--dist=loadfile")  # fmt: skip
+    if not failed:
+        return 0
+    if len(failed) > MOST:
+        print(f"{len(failed)} tests fail")
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        git("worktree", "add", "--quiet", "--detach", folder, "HEAD^")
+        try:
+            before = [name for name in failed if run(pathlib.Path(folder), name, "-n0", "-m", "full or not full")]
+        finally:
+            git("worktree", "remove", "--force", folder)
+    for name in failed:
+        print(f"{'fails on the parent too' if name in before else 'fails since this commit'}: {name}")
+    return int(before != failed)
+
+
+def run(tree: pathlib.Path, *arguments: str) -> list[str]:
+    """The tests that fail in a tree: their node ids, or the files that can't be read."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "pytest", *arguments, "--tb=short", "-o", f"cache_dir={cache}"]
+        code = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, timeout=LIMIT).returncode
+        found = pathlib.Path(cache, "v/cache/lastfailed")
+        failed = sorted(json.loads(found.read_text())) if found.exists() else []
+    if code not in (0, 1) and not failed:
+        print(f"pytest ended with {code} in {tree}")  # 4: no such test
+    return failed
+
+
+def part_of(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % PARTS
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else part_of(git("ls-tree", "-r", "HEAD"))))
