@@ -156,15 +156,15 @@ def run_tests(root: pathlib.Path, tests: list[str], measured: dict[str, Any]) ->
 def choose(measured: dict[str, Any], mutant: Mutant) -> list[str]:
     """The tests that run the changed lines, and behind them the others of the files that run the function."""
     place, seconds = mutant.place, measured["seconds"]
-    lines = {int(line): tests for line, tests in measured["lines"].get(place.path, {}).items()}
+    lines = {int(line): numbers for line, numbers in measured["lines"].get(place.path, {}).items()}
 
     def running(span: tuple[int, int] | None) -> set[str]:
-        found = (tests for line, tests in lines.items() if span is None or span[0] <= line <= span[1])
-        return {measured["tests"][number] for tests in found for number in tests} & seconds.keys()
+        found = (numbers for line, numbers in lines.items() if span is None or span[0] <= line <= span[1])
+        return {measured["tests"][number] for numbers in found for number in numbers} & seconds.keys()
 
     first = running(place.lines if place.scope else None) or running(place.scope)
-    files = {test.partition("::")[0] for test in first | running(place.scope)}
-    rest = [test for test in seconds if test.partition("::")[0] in files and test not in first]
+    files = {name.partition("::")[0] for name in first | running(place.scope)}
+    rest = {name for name in seconds if name.partition("::")[0] in files} - first
     chosen: list[str] = []
     for tests in (first, rest):
         by_file: dict[str, list[str]] = {}
