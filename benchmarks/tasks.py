@@ -67,11 +67,10 @@ def main(_: Any) -> None:
         if not file.exists():
             continue
         (job,) = open_jobs([name], [f"{name}={file}"], _LIMIT.value, config, load_tokenizer(config), length)
-        flat = [request for choices in job.requests for request in choices]
-        results = iter(score_requests(model, flat, length, _BATCH_SIZE.value))
-        rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
+        results = iter(score_requests(model, job.requests, length, _BATCH_SIZE.value))
+        rows = [judge(job.task.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
         print(f"{name}, {len(rows)} rows")
-        print(f"  ours                    {_percent(summarise(job.kind, rows), 'accuracy', 'accuracy_norm')}")
+        print(f"  ours                    {_percent(summarise(job.task.kind, rows), 'accuracy', 'accuracy_norm')}")
         for title, lm in (("the harness, with ours", BigMacLM), ("the harness, plain", Plain)):
             figures, samples = _theirs(name, file, lm(config, model, length, _BATCH_SIZE.value))
             gaps = [

@@ -40,7 +40,7 @@ def main() -> None:
         decoder = jax.eval_shape(functools.partial(make_decoder, config, weights=weights), model)
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(decoder))
         rounded = _rounded(model, weights)
-        score = evaluate(rounded, stream, config.data.sequence_length, evaluation_rows(config))
+        score = evaluate(rounded, stream, config.data.sequence_length, evaluation_rows(config)).score
         print(json.dumps({"weights": weights, "bytes": size, "perplexity": round(score.perplexity, 4)}), flush=True)
 
 

@@ -15,7 +15,7 @@ from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
-from bigmac_jax.evaluation.perplexity import evaluate, evaluate_stream
+from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
 from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
 from bigmac_jax.runtime import hosts, storage
@@ -135,15 +135,14 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         name_data(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents
-    reader: Callable[..., Any] = evaluate_stream if _SOURCES.value else evaluate
-    readings: dict[str, Any] = {}
+    evaluations = {}
     for name, stream in streams.items():
         with Progress(name, stream.num_tokens - 1, "token", scaled=True, silent=_is_quiet()) as bar:
-            readings[name] = reader(model, stream, length, rows, bar.update, _STRIDE.value, documents)
+            evaluations[name] = evaluate(model, stream, length, rows, bar.update, _STRIDE.value, documents)
     if _SOURCES.value:
-        lines, result = report_sources(readings)
+        lines, result = report_sources(evaluations)
         return lines, result | {"documents": documents}
-    ((name, score),) = readings.items()
+    ((name, (score, *_)),) = evaluations.items()
     how = "each document by itself" if documents == "masked" else "windows of the stream"
     how = "answers alone" if isinstance(streams[name], Conversations) else how
     return [f"{name}, {how}: {score.describe()}"], score._asdict() | {"documents": documents}

@@ -3,6 +3,7 @@
 B batch, L length, Y layers with experts, E experts.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -67,24 +68,9 @@ def evaluate(
     on_batch: Callable[[int], None] = lambda tokens: None,
     stride: int = 0,
     documents: str = "",
-) -> Score:
-    """Scores a text; arguments as for `evaluate_stream`. The sources of a mixture are scored one by one, as in
-    training."""
-    parts = parts_of_stream(stream).values()
-    scores = [evaluate_stream(model, p, sequence_length, batch_size, on_batch, stride, documents).score for p in parts]
-    return scores[0] if len(scores) == 1 else Score.combine(scores)
-
-
-def evaluate_stream(
-    model: Transformer,
-    stream: Any,
-    sequence_length: int,
-    batch_size: int,
-    on_batch: Callable[[int], None] = lambda tokens: None,
-    stride: int = 0,
-    documents: str = "",
 ) -> Evaluation:
-    """Scores a token stream in windows of `sequence_length`, dropless, with sums in float64 on the host.
+    """Scores a text in windows of `sequence_length`, dropless, with sums in float64 on the host. No window reaches from
+    one source of a mixture into the next, as in training.
 
     Args:
       stream: from `bigmac_jax.data`.
@@ -96,15 +82,16 @@ def evaluate_stream(
     documents = documents or model.config.data.documents
     nll, tokens = 0.0, 0
     load_YE, entropy_Y, routed = np.zeros(()), np.zeros(()), 0  # sums over the tokens that routers saw
-    for batch in eval_batches(stream, sequence_length, batch_size, stride, documents):
+    parts = parts_of_stream(stream).values()
+    for batch in itertools.chain(*(eval_batches(p, sequence_length, batch_size, stride, documents) for p in parts)):
         scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
         counts_BL = batch.targets_BL != NO_TARGET
+        count, seen = int(counts_BL.sum()), int(scores.tokens)
         nll += float(np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)][counts_BL].sum())
-        tokens += int(counts_BL.sum())
-        seen = int(scores.tokens)
+        tokens += count
         load_YE = load_YE + np.asarray(scores.load_YE, np.float64) * seen
         entropy_Y = entropy_Y + np.asarray(scores.entropy_Y, np.float64) * seen
         routed += seen
-        on_batch(int(counts_BL.sum()))
-    score = Score.from_sums(nll, tokens, stream.num_words, stream.num_bytes)
-    return Evaluation(score, load_YE / routed, entropy_Y / routed)
+        on_batch(count)
+    words, num_bytes = sum(part.num_words for part in parts), sum(part.num_bytes for part in parts)
+    return Evaluation(Score.from_sums(nll, tokens, words, num_bytes), load_YE / routed, entropy_Y / routed)

@@ -1,40 +1,26 @@
 """Our own class in transformers, for any config: its code, `hf/`, is written beside the weights.
 
 Names are transformers' where it has some. A layer's experts are one tensor, [E, inputs, outputs]; other matrices are
-torch's, [outputs, inputs]. config.json has what the class computes, and under `bigmac_jax` what our own config says of
-the model.
+torch's, [outputs, inputs]. config.json has what the class computes, and under `bigmac_jax` the model of our config.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.interchange import layout
 from bigmac_jax.interchange.layout import (
     ACTIVATIONS,
     Leaves,
     Tensor,
     describe_config,
-    find_violations,
     read_description,
     split_leaf,
 )
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 CODE = sorted(pathlib.Path(__file__).with_name("hf").glob("*.py"))
-# What the class computes with, and what it needs not know: how a model is trained.
-EXPRESSED = {
-    "structure", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "norm", "norm_eps",
-    "positions", "rope_theta", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding",
-    "num_experts", "top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
-    "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
-    "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
-}  # fmt: skip
-TRAINING = {
-    "dropout", "capacity_factor", "balance_coefficient", "balance_step", "balance_scope", "balance_bias_rate",
-    "z_loss_coefficient", "projection_init",
-}  # fmt: skip
 _ENDS = {
     "embedding_VD": "model.embed_tokens.weight",
     "positions_LD": "model.embed_positions.weight",
@@ -88,12 +74,7 @@ _MOE = {
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
-    """A field that this module has not heard of must be what it is by default."""
-    others = [f for f in dataclasses.fields(config) if f.name not in EXPRESSED | TRAINING]
-    values = {f.name: (getattr(config, f.name), f.default) for f in others}
-    return find_violations(
-        **{name: (value, value == default, str(default)) for name, (value, default) in values.items()}
-    )
+    return []
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
@@ -125,11 +106,9 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def _computed(config: Config) -> dict[str, Any]:
-    """What the class computes: `hf/configuration_bigmac.py` says what the fields mean."""
+    """The fields of `hf/configuration_bigmac.py`, which says what they mean."""
     m = config.model
-    fields = {
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
+    fields = layout.common_json(config) | {
         "num_hidden_layers": m.num_layers,
         "norm": m.norm,
         "norm_eps": m.norm_eps,
@@ -138,12 +117,8 @@ def _computed(config: Config) -> dict[str, Any]:
         "use_bias": m.use_bias,
         "tie_word_embeddings": m.tie_embeddings,
         "scale_embedding": m.scale_embedding,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.kv_heads,
-        "head_dim": m.head_size,
         "positions": m.positions,
         "rope_theta": m.rope_theta,
-        "max_position_embeddings": config.data.sequence_length,
         "qk_norm": m.qk_norm,
         "mlp_layer_types": ["dense"] * (m.num_layers - m.moe_layers) + ["sparse"] * m.moe_layers,
     }

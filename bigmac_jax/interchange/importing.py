@@ -1,4 +1,4 @@
-"""A directory of safetensors → a model, and a workdir that eval.py, generate.py and train.py take."""
+"""A directory of safetensors → a model, or a workdir, as a run at step 0."""
 
 import logging
 import math
@@ -39,10 +39,9 @@ _log = logging.getLogger(__name__)
 
 
 def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Transformer]:
-    """The config and the model of a NemotronH, a Qwen3Moe or a plain checkpoint.
+    """Reads the config and the model of a checkpoint of any of `FORMATS`, onto the current mesh or else the config's.
 
-    Files are read a tensor at a time, each straight to the devices that hold it: the current mesh's; without one, the
-    config's mesh becomes current.
+    Files are read a tensor at a time, each straight to the devices that hold it.
 
     Args:
       overrides: "mesh.expert=4", …, of fields that don't change what the model computes.
@@ -63,17 +62,17 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     for tensor in tensors:
         parts[tensor.leaf][tensor.layer].append(tensor)
     model = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _read(leaf, parts[leaf_name(path)], checkpoint), abstract
+        lambda path, leaf: _read_leaf(leaf, parts[leaf_name(path)], checkpoint), abstract
     )
     if leaf := nonfinite(model):
-        of_leaf = (tensor.name for tensors in parts[leaf].values() for tensor in tensors)
-        bad = next((name for name in of_leaf if not np.isfinite(checkpoint.read(name)).all()), leaf)
+        stored = (tensor.name for tensor in tensors if tensor.leaf == leaf)
+        bad = next((name for name in stored if not np.isfinite(checkpoint.read(name)).all()), leaf)
         raise ConfigError(f"{bad} of {directory} holds NaN or infinity; get a good copy")
     return config, model
 
 
 def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
-    """Writes an imported model as the run of train.py that is at step 0, its optimizer's state fresh.
+    """Writes an imported model to a workdir, as a run at step 0 with a fresh optimizer.
 
     Raises:
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
@@ -94,7 +93,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
 def find_tokenizer(
     directory: pathlib.Path, config: Config, overrides: Sequence[str]
 ) -> tuple[Tokenizer, ChatFiles] | None:
-    """The one that is given, or lies beside a checkpoint; None, and a line, if there is none."""
+    """The tokenizer that an override names, or else the checkpoint's; None, with a warning, if there is none."""
     given = any(override.startswith("data.tokenizer=") for override in overrides)
     name = config.data.tokenizer
     if not (given or name in TOKENIZER_SIZES or pathlib.Path(name).is_file()):
@@ -112,8 +111,8 @@ def find_tokenizer(
 
 
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:
-    """The config of a checkpoint, how it is written, and its tensors, none of which is read yet; arguments and errors
-    as for `import_model`."""
+    """The config of a checkpoint, its format, and its tensors, none of which is read yet; arguments and errors as for
+    `import_model`."""
     file = storage.check_inside(directory, "config.json")
     values = read_object(file, "give the directory of a checkpoint, or copy it again")
     kind = values.get("model_type")
@@ -143,7 +142,8 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
 
 
 def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:
-    """The tensors of a checkpoint that holds all that its config says, in these shapes, and no other."""
+    """The tensors to read; ConfigError unless the checkpoint holds all that its config says, in these shapes, and no
+    other."""
     tensors = list(layout.tensors(config.model, leaves))
     tables = {tensor.leaf for tensor in tensors if tensor.layer is None and tensor.name in checkpoint}
     for tensor in tensors:
@@ -162,39 +162,36 @@ def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: C
     return [tensor for tensor in tensors if tensor.name in checkpoint]
 
 
-def _read(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint: Checkpoint) -> Array:
-    """A parameter on its devices; one of stacked layers is filled layer by layer."""
+def _read_leaf(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint: Checkpoint) -> Array:
+    """Reads a parameter onto its devices; one of stacked layers is filled layer by layer."""
     sharding = abstract.sharding
     if None in parts:
-        return _placed(abstract.shape, sharding, parts[None], checkpoint)
+        return _place(abstract.shape, sharding, parts[None], checkpoint)
     own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
-    zeros = jax.jit(
-        lambda: jnp.zeros(abstract.shape, abstract.dtype, out_sharding=sharding.spec), out_shardings=sharding
-    )
-    value = zeros()
+    value = jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype, out_sharding=sharding.spec))()
     for layer, tensors in parts.items():
-        value = _with_layer(value, _placed(abstract.shape[1:], own, tensors, checkpoint), layer)
+        value = _set_layer(value, _place(abstract.shape[1:], own, tensors, checkpoint), layer)
     return value
 
 
-def _placed(shape: tuple[int, ...], sharding: Any, tensors: list[Tensor], checkpoint: Checkpoint) -> Array:
-    """An array of which each device reads its own part."""
+def _place(shape: tuple[int, ...], sharding: Any, tensors: list[Tensor], checkpoint: Checkpoint) -> Array:
+    """Reads an array onto its devices, each of which reads its own part."""
 
     def shard(index: Any) -> np.ndarray:
         if tensors[0].expert is None:
-            return _part(tensors[0], index, checkpoint)
+            return _read_part(tensors[0], index, checkpoint)
         experts: slice = index[0]
-        return np.stack([_part(tensor, index[1:], checkpoint) for tensor in tensors[experts]])
+        return np.stack([_read_part(tensor, index[1:], checkpoint) for tensor in tensors[experts]])
 
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarray:
+def _read_part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarray:
     if not tensor.transposed:
         return checkpoint.read(tensor.name, index)
     return np.ascontiguousarray(checkpoint.read(tensor.name, index[::-1]).T)
 
 
 @jax.jit(donate_argnums=0)
-def _with_layer(value: Array, part: Array, layer: int) -> Array:
+def _set_layer(value: Array, part: Array, layer: int) -> Array:
     return jax.lax.dynamic_update_index_in_dim(value, part, layer, 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are called, and where each stands in our model.
+"""What is known of a kind of checkpoint: what its tensors are called, and where each stands in our model.
 
 Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint has a tensor a layer, and one an expert.
 """
@@ -6,13 +6,14 @@ Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint ha
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bigmac_jax.config import (
     TOKENIZER_SIZES,
     Config,
+    ConfigError,
     DataConfig,
     ExecutionConfig,
     ModelConfig,
@@ -23,14 +24,12 @@ from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
+STACKS = ("first.", "layers.")  # begin the names of layers' parameters: of layers without experts, and of the others
 _LONGEST = 4096  # tokens of a window of an imported model, whatever it could take
 
 
-STACKS = ("first.", "layers.")  # what our parameters of layers begin with: of those without experts, and the others
-
-
 def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
-    """Of a parameter of layers: its stack, its name in a layer, how many layers come before, and how many it has."""
+    """Splits the name of a layer's parameter: (stack, name in a layer, layers before the stack, layers in it)."""
     stack, _, name = leaf.partition(".")
     first = config.first_dense_layers
     return (stack, name, 0, first) if stack == "first" else (stack, name, first, config.num_layers - first)
@@ -40,13 +39,14 @@ def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
 class Tensor:
     """One tensor of a checkpoint.
 
-    name: in the checkpoint.
-    leaf: our parameter, such as layers.mlp.experts.w_in_eRF; "" for one that we don't have, whose entries are zero.
-    layer, expert: the part of it; None where there are none.
-    transposed: ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs].
-    scale: what the exported tensor is multiplied by.
-    exact: float32 whatever the checkpoint's dtype is.
-    shape: of one that we don't have.
+    Attributes:
+      name: in the checkpoint.
+      leaf: our parameter, such as layers.mlp.experts.w_in_eRF; "" for one of zeros that we don't have.
+      layer, expert: the part of the parameter; None where it has no such dimension.
+      transposed: ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs].
+      scale: factor of the exported tensor.
+      exact: float32 whatever the checkpoint's dtype is.
+      shape: of a tensor that we don't have.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Tensor:
     shape: tuple[int, ...] = ()
 
     def shape_in(self, leaves: Leaves) -> tuple[int, ...]:
-        """In the checkpoint."""
+        """The tensor's shape in the checkpoint."""
         if not self.leaf:
             return self.shape
         stacked = (self.layer is not None) + (self.expert is not None)
@@ -68,10 +68,10 @@ class Tensor:
 
 
 class Format(Protocol):
-    """What is known of one kind of checkpoint: a module of this package."""
+    """A kind of checkpoint, which is a module of this package."""
 
     def find_obstacles(self, config: ModelConfig) -> list[str]:
-        """What stands against a config's being written like this, each with field, value and what it must be."""
+        """Why a model can't be written like this: a text for each field, with its value and what it must be."""
         ...
 
     def tensors(self, config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
@@ -79,7 +79,7 @@ class Format(Protocol):
         ...
 
     def to_json(self, config: Config, leaves: Leaves) -> dict[str, Any]:
-        """config.json, but for the tokens' ids and the dtype."""
+        """The fields of config.json, without the tokens' ids and the dtype."""
         ...
 
     def from_json(self, values: dict[str, Any], checkpoint: Checkpoint) -> Config:
@@ -87,17 +87,50 @@ class Format(Protocol):
         ...
 
     def split_stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-        """The tensors, as `tensors` names them, that a stored one holds, and where."""
+        """The tensors of `tensors` that a stored one holds: (name, part of the stored one)."""
         ...
 
 
-def find_violations(**conditions: tuple[Any, bool, str]) -> list[str]:
-    """The conditions, field=(value, holds, what it must be), that don't hold, as text."""
-    return [f"{field}={value} must be {wanted}" for field, (value, holds, wanted) in conditions.items() if not holds]
+def find_violations(values: Mapping[str, Any], **wanted: Any) -> list[str]:
+    """Describes the fields whose value is wrong: "norm=layernorm must be rmsnorm".
+
+    Args:
+      wanted: by field, its only right value; or whether it is right, and in words what it must be.
+    """
+    found = []
+    for field, right in wanted.items():
+        holds, words = right if isinstance(right, tuple) else (values[field] == right, right)
+        if not holds:
+            found.append(f"{field}={values[field]} must be {words}")
+    return found
+
+
+def check_json(checkpoint: Checkpoint, values: Mapping[str, Any], **wanted: Any) -> None:
+    """Raises ConfigError if a field of a checkpoint's config.json is wrong; arguments as for `find_violations`."""
+    if wrong := find_violations(values, **wanted):
+        raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
+
+
+def fill_json(values: dict[str, Any], defaults: dict[str, Any], other_names: dict[str, str]) -> dict[str, Any]:
+    """The fields of config.json by their present names, with the class's own defaults."""
+    return defaults | {other_names.get(name, name): value for name, value in values.items() if value is not None}
+
+
+def common_json(config: Config) -> dict[str, Any]:
+    """Fields of config.json that all classes of transformers have."""
+    m = config.model
+    return {
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.hidden_size,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.kv_heads,
+        "head_dim": m.head_size,
+        "max_position_embeddings": config.data.sequence_length,
+    }
 
 
 def attention_tensors(prefix: str, layer: int) -> Iterator[Tensor]:
-    """q_proj, k_proj, v_proj and o_proj, as every class calls them."""
+    """The four matrices of attention, which every class calls q_proj, k_proj, v_proj and o_proj."""
     for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
         yield Tensor(f"{prefix}.{theirs}.weight", f"layers.attention.{ours}.w_DF", layer, transposed=True)
 
@@ -110,13 +143,13 @@ def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str
             yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
 
 
-# What of a config describes a model, beside `model`: the windows that it was trained on, and what it is computed in.
+# Fields beside `model` that describe a model: the windows that it was trained on, and what it is computed in.
 _DESCRIBING = {"data": ("sequence_length", "documents"), "execution": ("dtype",)}
 _NO_FILE = tuple(TOKENIZER_SIZES)  # of tokenizers that are no file
 
 
 def describe_config(config: Config) -> dict[str, Any]:
-    """What an export's config.json holds of a config, and `read_description` reads."""
+    """The part of a config that an export's config.json holds, for `read_description`."""
     values = json.loads(config.to_json())
     parts = {section: {name: values[section][name] for name in names} for section, names in _DESCRIBING.items()}
     if config.data.tokenizer in _NO_FILE:
@@ -125,8 +158,8 @@ def describe_config(config: Config) -> dict[str, Any]:
 
 
 def read_description(values: Any, checkpoint: Checkpoint) -> Config:
-    """The config of an export, with the tokenizer that lies beside it. What else its config.json may say, as those of
-    earlier editions do, is of the machine, the data and the paths of whoever wrote it, and is left out."""
+    """The config of an export, with the tokenizer that lies beside it. Nothing else is taken from its config.json: the
+    machine, the data and the paths of whoever wrote it."""
     parts = {section: {name: values[section][name] for name in names if name in values.get(section, {})}
              for section, names in _DESCRIBING.items()}  # fmt: skip
     named = values.get("data", {}).get("tokenizer")
@@ -142,26 +175,23 @@ def find_tokenizer_file(checkpoint: Checkpoint) -> pathlib.Path:
 
 
 def make_config(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
-    """The config of a checkpoint, from fields that all classes have (`v`) and those of one class."""
+    """The config of a checkpoint, from the fields that all classes have (`v`) and those of one class."""
     heads, size = v["num_attention_heads"], v["head_dim"]
-    return Config(
-        ModelConfig(
-            hidden_size=v["hidden_size"],
-            num_heads=heads,
-            num_kv_heads=v["num_key_value_heads"],
-            head_dim=0 if size * heads == v["hidden_size"] else size,
-            vocab_size=v["vocab_size"],
-            scale_embedding=False,
-            top_k=v["num_experts_per_tok"],
-            expert_hidden_size=v["moe_intermediate_size"],
-            latent_norm="none",
-            projection_init="random",  # nor were they trained slowly
-            router_renormalize=v["norm_topk_prob"],
-            capacity_factor=math.inf,
-            **model,
-        ),
-        ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32"),
-        data=DataConfig(
-            tokenizer=str(find_tokenizer_file(checkpoint)), sequence_length=min(v["max_position_embeddings"], _LONGEST)
-        ),
-    )
+    model |= {
+        "hidden_size": v["hidden_size"],
+        "num_heads": heads,
+        "num_kv_heads": v["num_key_value_heads"],
+        "head_dim": 0 if size * heads == v["hidden_size"] else size,
+        "vocab_size": v["vocab_size"],
+        "scale_embedding": False,
+        "top_k": v["num_experts_per_tok"],
+        "expert_hidden_size": v["moe_intermediate_size"],
+        "latent_norm": "none",
+        "projection_init": "random",  # nor were they trained slowly
+        "router_renormalize": v["norm_topk_prob"],
+        "capacity_factor": math.inf,
+    }
+    execution = ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32")
+    length = min(v["max_position_embeddings"], _LONGEST)
+    data = DataConfig(tokenizer=str(find_tokenizer_file(checkpoint)), sequence_length=length)
+    return Config(ModelConfig(**model), execution, data=data)

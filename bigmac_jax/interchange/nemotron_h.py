@@ -10,19 +10,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import (
-    Leaves,
-    Tensor,
-    attention_tensors,
-    expert_tensors,
-    find_violations,
-    make_config,
-)
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.interchange import layout
+from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, make_config
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _ZERO_WIDTH = 64  # of the shared expert that stands for none; small, and a multiple of what tensor parallelism splits
-# The class's own, of fields that a config.json may leave out.
+# The class's own defaults, of fields that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 131072, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "max_position_embeddings": 4096, "mlp_hidden_act": "relu2", "mlp_bias": False, "sliding_window": None,
@@ -38,19 +32,20 @@ _LEGACY = {"*": "full_attention", "E": "moe", "attention": "full_attention"}
 
 def find_obstacles(config: ModelConfig) -> list[str]:
     m, groups = config, config.num_expert_groups
-    return find_violations(
-        first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
-        structure=(m.structure, m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
-        norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
-        positions=(m.positions, m.positions == "none", "none (its attention has no rotary embedding)"),
-        activation=(m.activation, m.activation == "relu2", "relu2"),
-        gated=(m.gated, not m.gated, "False"),
-        use_bias=(m.use_bias, not m.use_bias, "False"),
-        qk_norm=(m.qk_norm, not m.qk_norm, "False"),
-        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
-        router_scores=(m.router_scores, m.router_scores == "sigmoid", "sigmoid"),
-        num_experts=(m.num_experts, not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
-        group_scores=(m.group_scores, m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
+    return layout.find_violations(
+        vars(m),
+        first_dense_layers=0,
+        structure=(m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
+        norm="rmsnorm",
+        positions=(m.positions == "none", "none (its attention has no rotary embedding)"),
+        activation="relu2",
+        gated=False,
+        use_bias=False,
+        qk_norm=False,
+        latent_norm=(not m.latent_norms, "none"),
+        router_scores="sigmoid",
+        num_experts=(not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
+        group_scores=(m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
     )
 
 
@@ -93,18 +88,12 @@ def _moe_tensors(config: ModelConfig, leaves: Leaves, moe: str, layer: int) -> I
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     m = config.model
     limited = m.top_groups < m.num_expert_groups
-    return {
+    return layout.common_json(config) | {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
         "num_hidden_layers": 2 * m.num_layers,
         "layers_block_type": _LAYERS * m.num_layers,
         "hybrid_override_pattern": "*E" * m.num_layers,  # the same, as serving engines read it
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.kv_heads,
-        "head_dim": m.head_size,
-        "max_position_embeddings": config.data.sequence_length,
         "layer_norm_epsilon": m.norm_eps,
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,
@@ -126,23 +115,25 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    named = {_OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
-    v = _DEFAULTS | named
+    v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
     layers = [_LEGACY.get(name, name) for name in v["layers_block_type"] or v["hybrid_override_pattern"] or ()]
     count = len(layers) // 2
-    groups, best_groups, k, experts = v["n_group"], v["topk_group"], v["num_experts_per_tok"], v["n_routed_experts"]
-    limited, latent = best_groups < groups, v["moe_latent_size"]
-    wrong = find_violations(
-        layers_block_type=(layers, count > 0 and layers == _LAYERS * count, "full_attention, moe, and so on in turn"),
-        mlp_hidden_act=(v["mlp_hidden_act"], v["mlp_hidden_act"] == "relu2", "relu2"),
-        mlp_bias=(v["mlp_bias"], not v["mlp_bias"], "false"),
-        sliding_window=(v["sliding_window"], v["sliding_window"] is None, "null"),
-        moe_latent_size=(latent, latent is None or latent <= v["hidden_size"], "at most hidden_size"),
-        norm_topk_prob=(v["norm_topk_prob"], k > 1 or not v["norm_topk_prob"], "false where num_experts_per_tok is 1"),
-        n_group=(groups, not limited or experts >= 2 * groups, "at most half of n_routed_experts"),
+    groups, best_groups, experts, latent = v["n_group"], v["topk_group"], v["n_routed_experts"], v["moe_latent_size"]
+    limited = best_groups < groups
+    layout.check_json(
+        checkpoint,
+        v | {"layers_block_type": layers},
+        layers_block_type=(count > 0 and layers == _LAYERS * count, "full_attention, moe, and so on in turn"),
+        mlp_hidden_act="relu2",
+        mlp_bias=(not v["mlp_bias"], "false"),
+        sliding_window=(v["sliding_window"] is None, "null"),
+        moe_latent_size=(latent is None or latent <= v["hidden_size"], "at most hidden_size"),
+        norm_topk_prob=(
+            v["num_experts_per_tok"] > 1 or not v["norm_topk_prob"],
+            "false where num_experts_per_tok is 1",
+        ),
+        n_group=(not limited or experts >= 2 * groups, "at most half of n_routed_experts"),
     )
-    if wrong:
-        raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
     moe = [f"backbone.layers.{2 * layer + 1}.mixer" for layer in range(count)]
 
     def all_zero(*names: str) -> bool:

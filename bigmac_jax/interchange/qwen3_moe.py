@@ -5,19 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.interchange.layout import (
-    ACTIVATIONS,
-    Leaves,
-    Tensor,
-    attention_tensors,
-    expert_tensors,
-    find_violations,
-    make_config,
-)
+from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.interchange import layout
+from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, attention_tensors, expert_tensors, make_config
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
-# The class's own, of fields that a config.json may leave out.
+# The class's own defaults, of fields that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
     "num_key_value_heads": 4, "head_dim": 0, "hidden_act": "silu", "max_position_embeddings": 32768,
@@ -30,20 +23,21 @@ _OTHER_NAMES = {"num_local_experts": "num_experts", "torch_dtype": "dtype"}
 
 def find_obstacles(config: ModelConfig) -> list[str]:
     m = config
-    return find_violations(
-        first_dense_layers=(m.first_dense_layers, m.first_dense_layers == 0, "0"),
-        structure=(m.structure, m.structure == "fine_grained", "fine_grained"),
-        norm=(m.norm, m.norm == "rmsnorm", "rmsnorm"),
-        positions=(m.positions, m.positions == "rope", "rope"),
-        gated=(m.gated, m.gated, "True"),
-        use_bias=(m.use_bias, not m.use_bias, "False"),
-        qk_norm=(m.qk_norm, m.qk_norm, "True"),
-        latent_norm=(m.latent_norm, not m.latent_norms, "none"),
-        router_scores=(m.router_scores, m.router_scores == "softmax", "softmax"),
-        router_scale=(m.router_scale, m.router_scale == 1, "1"),
-        balance=(m.balance, not m.has_router_bias, "aux_loss or none (its router has no bias)"),
-        top_groups=(m.top_groups, m.top_groups == m.num_expert_groups, f"{m.num_expert_groups} (all groups)"),
-        num_shared_experts=(m.num_shared_experts, not m.shared_width, "0"),
+    return layout.find_violations(
+        vars(m),
+        first_dense_layers=0,
+        structure="fine_grained",
+        norm="rmsnorm",
+        positions="rope",
+        gated=True,
+        use_bias=False,
+        qk_norm=True,
+        latent_norm=(not m.latent_norms, "none"),
+        router_scores="softmax",
+        router_scale=1,
+        balance=(not m.has_router_bias, "aux_loss or none (its router has no bias)"),
+        top_groups=(m.top_groups == m.num_expert_groups, f"{m.num_expert_groups} (all groups)"),
+        num_shared_experts=(not m.shared_width, "0"),
     )
 
 
@@ -72,16 +66,10 @@ def _tied(config: ModelConfig) -> bool:
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     m = config.model
-    return {
+    return layout.common_json(config) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "vocab_size": m.vocab_size,
-        "hidden_size": m.hidden_size,
         "num_hidden_layers": m.num_layers,
-        "num_attention_heads": m.num_heads,
-        "num_key_value_heads": m.kv_heads,
-        "head_dim": m.head_size,
-        "max_position_embeddings": config.data.sequence_length,
         "rope_theta": m.rope_theta,  # where it stood before transformers 5, and where it stands now
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
         "rms_norm_eps": m.norm_eps,
@@ -101,23 +89,25 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-    named = {_OTHER_NAMES.get(name, name): value for name, value in values.items() if value is not None}
-    rope = named.get("rope_parameters") or named.get("rope_scaling") or {}
-    v = _DEFAULTS | named | {name: rope[name] for name in ("rope_theta",) if name in rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
+    rope = v.get("rope_parameters") or v.get("rope_scaling") or {}
+    v |= {"rope_theta": rope.get("rope_theta", v["rope_theta"])}
+    v |= {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
     activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    k = v["num_experts_per_tok"]
-    wrong = find_violations(
-        rope_type=(kind, kind == "default", "default"),
-        hidden_act=(v["hidden_act"], v["hidden_act"] in activations, f"one of {', '.join(activations)}"),
-        attention_bias=(v["attention_bias"], not v["attention_bias"], "false"),
-        use_sliding_window=(v["use_sliding_window"], not v["use_sliding_window"], "false"),
-        decoder_sparse_step=(v["decoder_sparse_step"], v["decoder_sparse_step"] == 1, "1"),
-        mlp_only_layers=(v["mlp_only_layers"], not v["mlp_only_layers"], "empty"),
-        norm_topk_prob=(v["norm_topk_prob"], k > 1 or not v["norm_topk_prob"], "false where num_experts_per_tok is 1"),
+    layout.check_json(
+        checkpoint,
+        v,
+        rope_type="default",
+        hidden_act=(v["hidden_act"] in activations, f"one of {', '.join(activations)}"),
+        attention_bias=(not v["attention_bias"], "false"),
+        use_sliding_window=(not v["use_sliding_window"], "false"),
+        decoder_sparse_step=1,
+        mlp_only_layers=(not v["mlp_only_layers"], "empty"),
+        norm_topk_prob=(
+            v["num_experts_per_tok"] > 1 or not v["norm_topk_prob"],
+            "false where num_experts_per_tok is 1",
+        ),
     )
-    if wrong:
-        raise ConfigError(f"{checkpoint.directory / 'config.json'}: {wrong[0]}; bigmac_jax has no such model")
     return make_config(
         v,
         checkpoint,

@@ -29,7 +29,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Spec(NamedTuple):
-    """A tensor that is to be written."""
+    """Name, shape and dtype of a tensor that is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Spec(NamedTuple):
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '5GB', '200MB' or '4096'."""
+    """The bytes that '5GB', '200MB' or '4096' means."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
@@ -50,7 +50,7 @@ def parse_size(text: str) -> int:
 
 
 def split_shards(specs: Iterable[Spec], most: int) -> list[list[Spec]]:
-    """Shards of at most `most` bytes, in order; a tensor larger than that is a shard of its own."""
+    """Divides tensors into shards of at most `most` bytes, in order; one that is larger is a shard of its own."""
     shards: list[list[Spec]] = [[]]
     filled = 0
     for spec in specs:
@@ -63,7 +63,7 @@ def split_shards(specs: Iterable[Spec], most: int) -> list[list[Spec]]:
 
 
 def write_shards(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tensors: Iterator[np.ndarray]) -> None:
-    """Writes the tensors, which come in the order of the specs; one shard of them is in memory at a time."""
+    """Writes tensors, which come in the order of their specs; memory holds one shard of them at a time."""
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -79,7 +79,11 @@ def write_shards(directory: pathlib.Path, shards: Sequence[Sequence[Spec]], tens
     if len(shards) > 1:
         total = sum(spec.bytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
+        write_json(directory / INDEX, index)
+
+
+def write_json(file: pathlib.Path, values: dict[str, Any]) -> None:
+    file.write_bytes((json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def check_new(output: pathlib.Path) -> None:
@@ -90,33 +94,27 @@ def check_new(output: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def whole_or_nothing(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `output` that becomes it at the end, and is removed if something goes wrong. Of an output on a
-    store it lies on this machine, and its config.json is sent last.
+    """A directory beside `output` that becomes it at the end, and is removed if something goes wrong. If the output is
+    on a store, the directory is on this machine, and its config.json is sent last.
 
     Raises:
       ConfigError: `output` is there already, or cannot be written.
     """
     check_new(output)
-    if storage.is_store(output):
-        with tempfile.TemporaryDirectory() as folder:
-            yield pathlib.Path(folder)
-            try:
-                storage.send_tree(pathlib.Path(folder), output, last="config.json")
-            except storage.errors() as error:
-                raise ConfigError(
-                    f"--output={output} cannot be written ({storage.reason(error)}); give another one"
-                ) from None
-        return
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    on_store = storage.is_store(output)
+    place = pathlib.Path(tempfile.mkdtemp()) if on_store else output.with_name(f".{output.name}.tmp-{os.getpid()}")
     try:
-        with signals.undo_on_signal(lambda: shutil.rmtree(temporary, ignore_errors=True)):
-            temporary.mkdir(parents=True)
-            yield temporary
-            os.replace(temporary, output)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--output={output} cannot be written ({one_line(error)}); give another one") from None
+        with signals.undo_on_signal(lambda: shutil.rmtree(place, ignore_errors=True)):
+            place.mkdir(parents=True, exist_ok=on_store)
+            yield place
+            if on_store:
+                storage.send_tree(place, output, last="config.json")
+            else:
+                os.replace(place, output)
+    except storage.errors(SafetensorError) as error:
+        raise ConfigError(f"--output={output} cannot be written ({storage.reason(error)}); give another one") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 class Checkpoint:

@@ -5,7 +5,6 @@ import json
 import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.chat_template import Chat, ChatFiles, chat_contents, read_chat
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.interchange.tensor_files import write_json
 from bigmac_jax.runtime import hosts, storage
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -21,17 +21,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def write_tokenizer(
     directory: pathlib.Path, config: Config, tokenizer: Tokenizer, special: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """So that transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does, special tokens' names included.
+    """Writes the files with which transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does. A
+    SentencePiece model, which has no tokenizer.json, is copied.
 
     Args:
       special: bos_token and the like, where these are others than the end of text.
-
-    A SentencePiece model is copied: it has no tokenizer.json.
     """
     if isinstance(tokenizer, JsonTokenizer):
         json_text = tokenizer.json_text
     elif isinstance(tokenizer, ByteTokenizer):
-        json_text = _bytes()
+        json_text = _make_byte_bpe()
     else:
         (directory / tokenizer.file).write_bytes(tokenizer.content)
         return
@@ -42,7 +41,7 @@ def write_tokenizer(
     values = json.loads(whole.to_str())
     if whole.num_special_tokens_to_add(False):
         values["post_processor"] = None  # nothing is added to text where models are trained here
-    _write(directory / "tokenizer.json", values)
+    write_json(directory / "tokenizer.json", values)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders have no use for
@@ -52,11 +51,11 @@ def write_tokenizer(
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text that happens to hold "<|endoftext|>" is text
     } | {name: value for name, value in special.items() if whole.token_to_id(value) is not None}
-    _write(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
 
 
-def _bytes() -> str:
-    """Bytes as a BPE without merges, and 256 for the end of text."""
+def _make_byte_bpe() -> str:
+    """tokenizer.json of the bytes: a BPE without merges, and 256 for the end of text."""
     others = (n for n in range(256, 512))  # GPT-2's alphabet: a byte that is no visible character gets one from 256 on
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
@@ -67,12 +66,8 @@ def _bytes() -> str:
     return tokenizer.to_str()
 
 
-def _write(file: pathlib.Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]:
-    """Where transformers' generation ends: the end of text, and what is called eos_token, if that is another."""
+    """Tokens at which transformers' generation ends: the end of text, and what is called eos_token, if that differs."""
     if isinstance(tokenizer, JsonTokenizer):
         other = tokenizers.Tokenizer.from_str(tokenizer.json_text).token_to_id(special.get("eos_token", ""))
         if other not in (None, tokenizer.eos_id):
@@ -81,8 +76,7 @@ def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, ChatFiles]:
-    """The tokenizer that data.tokenizer names, with its special tokens' names and its chat template, which lie beside
-    it.
+    """The tokenizer that data.tokenizer names, and beside it its special tokens' names and its chat template.
 
     Raises:
       ConfigError: one of these files can't be read, or the tokenizer does not fit the model.
@@ -97,7 +91,7 @@ def read_tokenizer(config: Config) -> tuple[Tokenizer, ChatFiles]:
 
 
 def keep_tokenizer(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles) -> Config:
-    """Writes what `read_tokenizer` gave → the config that names it."""
+    """Writes the files of `read_tokenizer` to a workdir → the config that names them."""
     files = chat_contents(chat) | ({tokenizer.file: tokenizer.content} if tokenizer.file else {})
     for name, content in files.items() if hosts.is_first() else ():
         storage.write_atomically(workdir / name, content)

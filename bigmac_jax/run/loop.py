@@ -256,7 +256,7 @@ class _Run:
         with clock.timed("evaluate"):
             length, rows = config.data.sequence_length, evaluation_rows(config)
             scores = {
-                name: evaluate(model, part, length, rows, lambda tokens: clock.tick())
+                name: evaluate(model, part, length, rows, lambda tokens: clock.tick()).score
                 for name, part in parts_of_stream(self.validation).items()
             }
         self.score = scores[""] if "" in scores else Score.combine(list(scores.values()))

@@ -70,7 +70,7 @@ def test_both_score_alike(lm: Any, tmp_path: pathlib.Path) -> None:
     assert ours["lambada"]["accuracy"] == theirs["lambada"]["acc,none"]
     assert ours["lambada"]["perplexity"] == pytest.approx(theirs["lambada"]["perplexity,none"], rel=1e-4)
     # The harness' own wikitext undoes the spacing too; here nothing of it is there to undo but at the lines' ends.
-    texts = next(job.examples for job in jobs if job.name == "wikitext2")
+    texts = next(job.examples for job in jobs if job.task.name == "wikitext2")
     requests = [Instance("loglikelihood_rolling", {}, (example.pairs[0][1],), 0) for example in texts]
     total = -sum(lm.loglikelihood_rolling(requests, disable_tqdm=True))
     assert ours["wikitext2"]["loss"] * ours["wikitext2"]["tokens"] == pytest.approx(total, rel=1e-6)

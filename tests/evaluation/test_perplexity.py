@@ -58,7 +58,7 @@ def test_every_batch_size_and_mesh(stream: Any, by_hand: float, mesh: tuple[int,
     """A capacity factor at which half the choices would be dropped changes nothing either."""
     config, counted = tiny(mesh, capacity_factor=0.5, **CONFIG), []
     with quick(), on_mesh(config):
-        score = evaluate(random_model(config), stream, LENGTH, batch_size, counted.append)
+        score = evaluate(random_model(config), stream, LENGTH, batch_size, counted.append).score
     assert (score.tokens, score.bytes, score.words) == (stream.num_tokens - 1, len(TEXT), len(TEXT.split()))
     assert score.tokens == len(TEXT) + 1  # the first text token is predicted from the end-of-text before it
     assert sum(counted) == score.tokens
@@ -94,7 +94,7 @@ def test_sliding_windows(stream: Any, by_hand: float, stride: int, batch_size: i
     if stride == LENGTH:
         config = tiny((1, 1, 1), **CONFIG)
         with quick(), on_mesh(config):
-            score = evaluate(random_model(config), stream, LENGTH, batch_size, stride=stride)
+            score = evaluate(random_model(config), stream, LENGTH, batch_size, stride=stride).score
         assert score.loss == pytest.approx(by_hand / score.tokens, rel=1e-6)
 
 

@@ -10,11 +10,10 @@ import pytest
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks.answer_metrics import METRICS, judge_answer, summarise_answers
 from bigmac_jax.evaluation.tasks.definitions import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
-from bigmac_jax.evaluation.tasks.scores import judge, macro_f1
-from bigmac_jax.evaluation.tasks.scores import summarise as summarise_scores
-from bigmac_jax.evaluation.tasks.task_answers import METRIC, METRICS, summarise
+from bigmac_jax.evaluation.tasks.scores import judge, macro_f1, summarise
 from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
@@ -107,21 +106,19 @@ def test_bad_definitions(tmp_path: pathlib.Path, fields: dict[str, Any], message
     ],
 )  # fmt: skip
 def test_figures_by_hand(metric: str, prediction: str, references: list[str], value: float) -> None:
-    assert METRIC[metric](prediction, references) == pytest.approx(value)
+    assert judge_answer(prediction, references, [metric])[metric] == pytest.approx(value)
 
 
 def test_figures_of_all_texts_are_sacrebleus() -> None:
     import sacrebleu
 
     predictions, right = ["the cat sat on the mat", "it rains"], [["the cat sat on a mat", "a cat sat"], ["it rains"]]
-    rows = [
-        {"prediction": p, "references": r, "bleu": None, "chrf": None} for p, r in zip(predictions, right, strict=True)
-    ]
+    rows = [judge_answer(p, r, ["bleu", "chrf"]) for p, r in zip(predictions, right, strict=True)]
     references = [[r[0] for r in right], ["a cat sat", None]]
-    summary = summarise(rows)
+    summary = summarise_answers(rows)
     assert summary["bleu"] == sacrebleu.corpus_bleu(predictions, references).score / 100
     assert summary["chrf"] == sacrebleu.corpus_chrf(predictions, references).score / 100
-    assert METRICS["bleu"] + " " in describe_scores({"t": summary})[0]
+    assert METRICS["bleu"].words + " " in describe_scores({"t": summary})[0]
 
 
 def test_classes_are_judged_by_accuracy_and_f1() -> None:
@@ -132,7 +129,7 @@ def test_classes_are_judged_by_accuracy_and_f1() -> None:
         )
         for answer, values in scores
     ]
-    summary = summarise_scores("classification", rows)
+    summary = summarise("classification", rows)
     # Class 0: 1 right of 1 predicted and 2 there; class 1: 2 of 3 and 2.
     assert summary["accuracy"] == 0.75 and math.isclose(summary["macro_f1"], (2 / 3 + 4 / 5) / 2)
     assert macro_f1([0, 0], [1, 1]) == 0

@@ -148,11 +148,11 @@ def test_files_of_rows(tmp_path: pathlib.Path, name: str) -> None:
 
 def test_rows_of_tfds_are_plain(tmp_path: pathlib.Path) -> None:
     """Numpy's arrays, numbers and bytes, as TFDS gives them."""
-    from bigmac_jax.evaluation.tasks.task_rows import _plain
+    from bigmac_jax.evaluation.tasks.task_rows import _to_plain
 
     row = {"a": "é".encode(), "b": np.array([b"x", "é".encode()], object), "c": np.int64(1), "d": [np.array([b"y"])]}
-    assert _plain(row, "") == {"a": "é", "b": ["x", "é"], "c": 1, "d": [["y"]]}
-    assert type(_plain(row, "")["c"]) is int
+    assert _to_plain(row, "") == {"a": "é", "b": ["x", "é"], "c": 1, "d": [["y"]]}
+    assert type(_to_plain(row, "")["c"]) is int
 
 
 PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
@@ -269,8 +269,8 @@ def test_own_task(tmp_path: pathlib.Path) -> None:
     (tmp_path / "own.toml").write_text(OWN + COLUMNS)
     (tmp_path / "own.jsonl").write_text('{"question": "q", "options": ["a", "bé"], "gold": 1}')
     (job,) = open_jobs([str(tmp_path / "own.toml")], [], 0, CONFIG, ByteTokenizer(), 512)
-    assert job.name == "own" and job.examples[0].pairs == [("q", " a"), ("q", " bé")]
-    assert [(bytes(r.context), bytes(r.continuation)) for r in job.requests[0]] == [
+    assert job.task.name == "own" and job.examples[0].pairs == [("q", " a"), ("q", " bé")]
+    assert [(bytes(r.context), bytes(r.continuation)) for r in job.requests] == [
         (b"q", b" a"),
         (b"q", " bé".encode()),
     ]

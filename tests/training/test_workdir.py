@@ -146,7 +146,7 @@ def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: p
     with quick(), jax.set_mesh(make_mesh(config)):
         own, model = restore(workdir)
         tokenizer = run_tokenizer(workdir, config)
-        score = evaluate(model, text_stream(text, tokenizer), 16, 4)
+        score = evaluate(model, text_stream(text, tokenizer), 16, 4).score
         (completion,) = Generator(own, model).generate(["the state"], max_tokens=6, ignore_eos=True)
         export_model(config, model, output, tokenizer=tokenizer, format="bigmac")
     exported = {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("*")) if p.is_file()}

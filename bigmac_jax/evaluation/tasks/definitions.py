@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.config.errors import require
+from bigmac_jax.evaluation.tasks.answer_metrics import METRICS
+from bigmac_jax.evaluation.tasks.derived_columns import FUNCTIONS
 from bigmac_jax.runtime import storage
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -16,23 +19,24 @@ TASKS = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))
 
 @dataclass(frozen=True)
 class Task:
-    """Templates are Python's: "{goal}" is the column goal.
+    """A data set that is scored, from its TOML file. Templates are Python's: "{goal}" is the column goal.
 
     Attributes:
-      name: of its file.
+      name: of the file.
       kind: multiple_choice, classification, generate, last_word or perplexity.
       source: tfds:NAME, or a file of rows beside the TOML file; empty where rows must be given.
       split: of TFDS.
-      columns: what a row needs: the name used here → names that data sets give it, the first one found counts.
-      optional: the same for what it may have; None where it has not.
-      prepare: a function of `derived_columns.FUNCTIONS` that makes more columns of these.
+      columns: columns that a row must have: the name used here → names in data sets, of which the first one found
+        counts.
+      optional: columns that a row may have, likewise; None where it has not.
+      prepare: a function of `derived_columns.FUNCTIONS`, which adds columns.
       substitutions: (regular expression, replacement), applied in order to each text that is rendered.
-      prompt: template of the context; several where the choice stands in it, one each.
-      choices: templates, one a choice, or the one name of a column that lists them.
-      answer: the column of the right choice, a number from 0, or one of answer_names; for generate a template, or the
-        one name of a column that lists all that is right.
+      prompt: template of the context; one for each choice where the choice stands in it.
+      choices: templates, one a choice, or the name of a column that lists them.
+      answer: the column of the right choice, a number from 0 or one of answer_names; for generate a template, or the
+        name of a column that lists all right answers.
       metrics: for generate, of `task_answers.METRICS`.
-      max_tokens, stop: for generate, where a completion ends, if no end of text comes before.
+      max_tokens, stop: for generate, where a completion ends at the latest.
       chat: for generate, whether the prompt is a user's message, which goes through the run's chat template.
       text: the column, for last_word and perplexity.
       documents: for perplexity: all rows are one text, and a document begins where this matches; empty: each row is a
@@ -61,15 +65,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Needle:
-    """A number hidden in text that the model is asked for at its end.
+    """A number hidden in a text, at whose end the model is asked for it.
 
     Attributes:
-      haystack: where the text comes from, as data.test_source says it.
-      lengths: of the whole prompt, as shares of the tokens that the model is given at most.
-      depths: of the needle: 0 is the beginning of the text, 1 its end.
+      haystack: where the text comes from, as in data.test_source.
+      lengths: of the whole prompt, as shares of a window.
+      depths: of the needle, from 0 (the text's beginning) to 1 (its end).
       samples: prompts of each length and depth.
       digits: of the number.
-      distractors: other numbers that the right one must be likelier than.
+      distractors: other numbers, than which the right one must be likelier.
       needle, question: templates.
     """
 
@@ -86,18 +90,18 @@ class Needle:
     question: str
 
 
-_KINDS: dict[str, tuple[type, tuple[str, ...]]] = {  # and what the kind can't do without
-    "multiple_choice": (Task, ("columns", "prompt", "choices", "answer")),
-    "classification": (Task, ("columns", "prompt", "choices", "answer")),
-    "generate": (Task, ("columns", "prompt", "answer")),
-    "last_word": (Task, ("columns", "text")),
-    "perplexity": (Task, ("columns", "text")),
-    "needle": (Needle, ()),
+_NEEDED = {  # by kind, the fields that a file must have
+    "multiple_choice": ("columns", "prompt", "choices", "answer"),
+    "classification": ("columns", "prompt", "choices", "answer"),
+    "generate": ("columns", "prompt", "answer"),
+    "last_word": ("columns", "text"),
+    "perplexity": ("columns", "text"),
+    "needle": tuple(field.name for field in dataclasses.fields(Needle)),
 }
 
 
 def load_task(name_or_path: str) -> Task | Needle:
-    """One of TASKS, or a file of that form.
+    """Reads one of TASKS, or a file of that form.
 
     Raises:
       ConfigError: no such task, or a field that is missing, unknown or of the wrong type.
@@ -109,20 +113,18 @@ def load_task(name_or_path: str) -> Task | Needle:
         )
     values = {"name": path.stem} | _read(path)
     kind = values.get("kind")
-    if kind not in _KINDS:
-        raise ConfigError(f"{path.name}: kind={kind!r} must be one of {', '.join(_KINDS)}")
-    cls, needed = _KINDS[kind]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if kind not in _NEEDED:
+        raise ConfigError(f"{path.name}: kind={kind!r} must be one of {', '.join(_NEEDED)}")
+    cls: type[Task | Needle] = Needle if kind == "needle" else Task
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
     for name in values:
-        if name not in fields:
-            raise ConfigError(f"{path.name}: {name} is not a field of kind={kind}; use one of {', '.join(fields)}")
-    for name, field in fields.items():
-        if name not in values and (name in needed or (cls is Needle and field.default is dataclasses.MISSING)):
+        if name not in types:
+            raise ConfigError(f"{path.name}: {name} is not a field of kind={kind}; use one of {', '.join(types)}")
+    for name in _NEEDED[kind]:
+        if name not in values:
             raise ConfigError(f"{path.name}: {name} is missing, which kind={kind} needs; see piqa.toml for the form")
-    task: Task | Needle = cls(
-        **{name: _value(fields[name].type, value, f"{path.name}: {name}") for name, value in values.items()}
-    )
-    return _checked(task, path) if isinstance(task, Task) else _checked_needle(task, path)
+    task = cls(**{name: _convert(types[name], value, f"{path.name}: {name}") for name, value in values.items()})
+    return _check_task(task, path) if isinstance(task, Task) else _check_needle(task, path)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
@@ -146,10 +148,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return liked | values
 
 
-def _checked(task: Task, path: pathlib.Path) -> Task:
-    from bigmac_jax.evaluation.tasks.derived_columns import FUNCTIONS
-    from bigmac_jax.evaluation.tasks.task_answers import METRICS
-
+def _check_task(task: Task, path: pathlib.Path) -> Task:
     if task.prepare and task.prepare not in FUNCTIONS:
         raise ConfigError(f"{path.name}: prepare={task.prepare!r} must be one of {', '.join(FUNCTIONS)}")
     if unknown := [metric for metric in task.metrics if metric not in METRICS]:
@@ -163,22 +162,21 @@ def _checked(task: Task, path: pathlib.Path) -> Task:
             raise ConfigError(
                 f"{path.name}: {pattern!r} is not a regular expression with a replacement {replacement!r} ({error})"
             ) from None
-    if task.source and not task.source.startswith("tfds:"):
-        source = storage.locate(task.source, f"{path.name}: source")
-        task = dataclasses.replace(task, source=str(source if storage.is_store(source) else path.parent / source))
-    return task
+    if not task.source or task.source.startswith("tfds:"):
+        return task
+    source = storage.locate(task.source, f"{path.name}: source")
+    return dataclasses.replace(task, source=str(source if storage.is_store(source) else path.parent / source))
 
 
-def _checked_needle(task: Needle, path: pathlib.Path) -> Needle:
+def _check_needle(task: Needle, path: pathlib.Path) -> Needle:
     for name in ("samples", "digits"):
-        if getattr(task, name) < 1:
-            raise ConfigError(f"{path.name}: {name}={getattr(task, name)} must be at least 1")
+        require(getattr(task, name) >= 1, f"{path.name}: {name}={getattr(task, name)} must be at least 1")
     numbers = 9 * 10 ** (task.digits - 1)
-    if task.distractors >= numbers:
-        raise ConfigError(
-            f"{path.name}: distractors={task.distractors} must be fewer than the {numbers} numbers of "
-            f"digits={task.digits}; use fewer, or more digits"
-        )
+    require(
+        task.distractors < numbers,
+        f"{path.name}: distractors={task.distractors} must be fewer than the {numbers} numbers of "
+        f"digits={task.digits}; use fewer, or more digits",
+    )
     try:
         task.needle.format(number=1)
     except (AttributeError, LookupError, ValueError) as error:
@@ -186,30 +184,28 @@ def _checked_needle(task: Needle, path: pathlib.Path) -> Needle:
     return task
 
 
-def _value(kind: Any, value: Any, name: str) -> Any:
-    """A value of the file as the field's type; a text where several may stand is one of them."""
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    """A value of the file as the field's type; one text may stand for a list of one.
 
-    def texts(value: Any) -> tuple[str, ...]:
-        listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
-            raise ConfigError(f"{name}={value!r} must be a text, or a list of texts")
-        return tuple(listed)
-
+    Raises:
+      ConfigError: it is of another type.
+    """
     if kind == tuple[str, ...]:
-        return texts(value)
+        texts = [value] if isinstance(value, str) else value
+        good = isinstance(texts, list) and all(isinstance(entry, str) for entry in texts)
+        require(good, f"{name}={value!r} must be a text, or a list of texts")
+        return tuple(texts)
     if kind == dict[str, tuple[str, ...]]:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name}={value!r} must be a table")
-        return {key: texts(entry) for key, entry in value.items()}
+        require(isinstance(value, dict), f"{name}={value!r} must be a table")
+        return {key: _convert(tuple[str, ...], entry, name) for key, entry in value.items()}
     if kind == tuple[tuple[str, str], ...]:
-        if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-            raise ConfigError(f"{name} must be a list of pairs [regular expression, replacement]")
-        return tuple(texts(pair) for pair in value)
+        good = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+        require(good, f"{name} must be a list of pairs [regular expression, replacement]")
+        return tuple(_convert(tuple[str, ...], pair, name) for pair in value)
     if kind == tuple[float, ...]:
-        if not isinstance(value, list) or not value or not all(type(v) in (int, float) and 0 <= v <= 1 for v in value):
-            raise ConfigError(f"{name}={value!r} must be a list of numbers from 0 to 1")
+        good = isinstance(value, list) and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
+        require(good and len(value) > 0, f"{name}={value!r} must be a list of numbers from 0 to 1")
         return tuple(map(float, value))
-    if type(value) is not kind or (kind is int and value < 0):
-        wanted = {str: "a text", bool: "true or false"}.get(kind, "a whole number from 0")
-        raise ConfigError(f"{name}={value!r} must be {wanted}")
+    wanted = {str: "a text", bool: "true or false"}.get(kind, "a whole number from 0")
+    require(type(value) is kind and not (kind is int and value < 0), f"{name}={value!r} must be {wanted}")
     return value

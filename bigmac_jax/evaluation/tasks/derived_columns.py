@@ -1,4 +1,4 @@
-"""What templates can't say: columns that are computed from a row's others, as lm-evaluation-harness computes them."""
+"""Columns that are computed from a row's others, as lm-evaluation-harness computes them, where templates can't."""
 
 import ast
 from collections.abc import Callable
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def hellaswag(row: Row) -> Row:
-    """`context`: the beginning of its last sentence, ctx_b, is capitalised.
+    """Adds `context`, whose last sentence, ctx_b, is capitalised.
 
     TFDS has the two parts joined. In WikiHow's rows ctx_b is empty, in ActivityNet's it is what follows the last full
     stop: that gives the same context in all 10,042 rows of the validation split.
@@ -23,7 +23,7 @@ def hellaswag(row: Row) -> Row:
 
 
 def winogrande(row: Row) -> Row:
-    """`before` and `after` the blank: the choice stands in the context, and what follows it is scored."""
+    """Adds what stands `before` and `after` the blank: a choice fills it, and what follows is scored."""
     before, blank, after = row["sentence"].partition("_")
     if not blank:
         raise ValueError("its sentence has no blank, _")
@@ -31,7 +31,7 @@ def winogrande(row: Row) -> Row:
 
 
 def race(row: Row) -> Row:
-    """The article's last question; the others stand before it with their answers: `prompt`, `options`, `answer`."""
+    """Adds `prompt`, `options` and `answer` of an article's last question; the others stand answered in the prompt."""
     problems = row["problems"]  # how Hugging Face's copy for the harness has it
     if problems is None:
         problems = [
@@ -52,14 +52,11 @@ def race(row: Row) -> Row:
 
 
 def squad(row: Row) -> Row:
-    """`texts`: all answers that are right; data sets list them beside their places."""
+    """Adds `texts`, all right answers, which data sets list beside their places."""
     answers = row["answers"]
     return row | {"texts": list(dict.fromkeys(answers["text"] if isinstance(answers, dict) else answers))}
 
 
 FUNCTIONS: dict[str, Callable[[Row], Row]] = {
-    "hellaswag": hellaswag,
-    "winogrande": winogrande,
-    "race": race,
-    "squad": squad,
+    function.__name__: function for function in (hellaswag, winogrande, race, squad)
 }

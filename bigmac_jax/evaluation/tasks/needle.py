@@ -36,21 +36,16 @@ def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: in
     texts = documents(data, "test", config.cache_dir)
     sentences = [" ".join(s.split()) for text in texts for s in _SENTENCE_END.split(text) if s.strip()]
     sizes = [len(ids) for ids in tokenizer.encode_batch([f" {sentence}" for sentence in sentences])]
-
-    def number() -> str:
-        return str(draw.randrange(10 ** (task.digits - 1), 10**task.digits))
-
     examples: list[Example] = []
     for share, depth, _ in itertools.product(task.lengths, task.depths, range(task.samples)):
-        tokens = int(share * length)
-        numbers = [number()]
+        tokens, numbers = int(share * length), dict[int, None]()
         while len(numbers) <= task.distractors:
-            if (other := number()) not in numbers:
-                numbers.append(other)
-        needle = task.needle.format(number=numbers[0])
-        room = tokens + 1 - len(tokenizer.encode(f"{needle}{task.question} {numbers[0]}"))
+            numbers[draw.randrange(10 ** (task.digits - 1), 10**task.digits)] = None
+        number = next(iter(numbers))
+        needle = task.needle.format(number=number)
+        left = tokens + 1 - len(tokenizer.encode(f"{needle}{task.question} {number}"))
         start = draw.randrange(len(sentences))
-        hay = _that_fit(sentences[start:] + sentences[:start], sizes[start:] + sizes[:start], room)
+        hay = _take_fitting(sentences[start:] + sentences[:start], sizes[start:] + sizes[:start], left)
         if not hay:
             raise ConfigError(
                 f"{task.name}: the needle, its question and a sentence do not fit into {tokens} tokens, {share:g} of "
@@ -58,26 +53,25 @@ def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: in
             )
         place = round(depth * len(hay))
         text = "".join(f" {s}" for s in hay[:place]) + needle + "".join(f" {s}" for s in hay[place:])
-        prompt = text.strip() + task.question
-        pairs = [(prompt, f" {value}") for value in numbers]
+        pairs = [(text.strip() + task.question, f" {value}") for value in numbers]
         examples.append(Example(f"{task.name} {len(examples) + 1}", pairs, cell=(tokens, depth)))
     return examples
 
 
-def _that_fit(sentences: list[str], sizes: list[int], room: int) -> list[str]:
-    """Sentences from the beginning on; those that are too long for what is left are passed over."""
+def _take_fitting(sentences: list[str], sizes: list[int], left: int) -> list[str]:
+    """Sentences from the first one on, of `left` tokens together; those too long for what is left are skipped."""
     fit = []
     for sentence, size in zip(sentences, sizes, strict=True):
-        if size <= room:
+        if size <= left:
             fit.append(sentence)
-            room -= size
-        if room < 4:
+            left -= size
+        if left < 4:
             break
     return fit
 
 
 def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
-    """A heat map of the result's `grid`: length against depth."""
+    """Draws the share of needles found, `grid`, as a heat map of length and depth."""
     figure, axis = plt.subplots(figsize=(1.5 + len(grid["lengths"]), 4.5), layout="constrained")
     values_DL = 100 * np.asarray(grid["accuracy"]).T
     image = axis.imshow(values_DL, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")

@@ -1,4 +1,4 @@
-"""What a task's log-likelihoods say: accuracies, perplexities, and their standard errors."""
+"""Accuracies and perplexities of tasks, from the log-likelihoods of their examples, with standard errors."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,12 @@ import numpy as np
 
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.perplexity import Score
-from bigmac_jax.evaluation.tasks import task_answers
+from bigmac_jax.evaluation.tasks.answer_metrics import Summary, mean, summarise_answers
 from bigmac_jax.evaluation.tasks.examples import Example
-from bigmac_jax.evaluation.tasks.task_answers import Summary, mean
 
 
 def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
-    """One example that is scored: its log-likelihoods in nats, the prediction, and what it counts for."""
+    """The row of a scored example: its log-likelihoods in nats, the prediction, and what it counts for."""
     scores = np.array([result.loglikelihood for result in results])
     row: dict[str, Any] = {"loglikelihoods": scores.tolist()}
     if kind == "last_word":
@@ -32,7 +31,8 @@ def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, A
 
 
 def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
-    """All examples: accuracy, accuracy_norm, standard errors, rows, and the mean log-likelihood of what is right."""
+    """Sums up the rows of a task: accuracies or perplexities, the mean log-likelihood of what is right, their standard
+    errors, and the number of rows."""
     if kind == "perplexity":
         nll = -math.fsum(row["loglikelihoods"][0] for row in rows)
         tokens, words, num_bytes = (sum(row[name] for row in rows) for name in ("tokens", "words", "bytes"))
@@ -40,24 +40,24 @@ def summarise(kind: str, rows: Sequence[dict[str, Any]]) -> Summary:
         byte_perplexity = 2**score.bits_per_byte if score.bits_per_byte < 1000 else math.exp(700.0)
         return score._asdict() | {"byte_perplexity": byte_perplexity, "loglikelihood": -nll, "rows": len(rows)}
     if kind == "generate":
-        return task_answers.summarise(rows)
+        return summarise_answers(rows)
     summary: Summary = {}
     right = "found" if kind == "needle" else "right"
     for name, column in {"accuracy": right, "accuracy_norm": "right_norm"}.items():
         if column in rows[0]:
             summary |= mean(name, [row[column] for row in rows])
-    of_right = [row["loglikelihoods"][row.get("answer", 0)] for row in rows]
+    right_scores = [row["loglikelihoods"][row.get("answer", 0)] for row in rows]
     if kind == "classification":
         summary["macro_f1"] = macro_f1([row["answer"] for row in rows], [row["prediction"] for row in rows])
     if kind == "last_word":
-        summary["perplexity"] = math.exp(min(700.0, -math.fsum(of_right) / len(rows)))
+        summary["perplexity"] = math.exp(min(700.0, -math.fsum(right_scores) / len(rows)))
     if kind == "needle":
         summary |= mean("accuracy_choice", [row["right"] for row in rows]) | {"grid": _grid(rows)}
-    return summary | mean("loglikelihood", of_right) | {"rows": len(rows)}
+    return summary | mean("loglikelihood", right_scores) | {"rows": len(rows)}
 
 
 def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
-    """The mean over classes that occur of 2·right / (predicted + there are)."""
+    """F1 of each class that occurs, 2 · right / (predicted + in the data), averaged over classes."""
     scores = []
     for label in sorted({*answers, *predictions}):
         right = sum(a == label == p for a, p in zip(answers, predictions, strict=True))
@@ -66,10 +66,11 @@ def macro_f1(answers: Sequence[int], predictions: Sequence[int]) -> float:
 
 
 def _grid(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The share found, by length and depth."""
+    """The share of needles that was found, by length and depth."""
     lengths, depths = sorted({row["length"] for row in rows}), sorted({row["depth"] for row in rows})
-    cells: dict[tuple[int, float], list[bool]] = {}
-    for row in rows:
-        cells.setdefault((row["length"], row["depth"]), []).append(row["found"])
-    found = [[float(np.mean(cells[length, depth])) for depth in depths] for length in lengths]
+
+    def share(length: int, depth: float) -> float:
+        return float(np.mean([row["found"] for row in rows if (row["length"], row["depth"]) == (length, depth)]))
+
+    found = [[share(length, depth) for depth in depths] for length in lengths]
     return {"lengths": lengths, "depths": depths, "accuracy": found}

@@ -1,4 +1,4 @@
-"""Scores a model on tasks: rows → examples → requests → log-likelihoods → figures."""
+"""Scores a model on tasks: rows → examples → requests → log-likelihoods or answers → summaries."""
 
 import hashlib
 import logging
@@ -10,10 +10,11 @@ from bigmac_jax.config import Config, ConfigError, strict_json
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import Request, encode_pairs, score_requests
 from bigmac_jax.evaluation.score_log import ScoreLog
+from bigmac_jax.evaluation.tasks.answer_metrics import METRICS
 from bigmac_jax.evaluation.tasks.definitions import Needle, Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.scores import Summary, judge, summarise
-from bigmac_jax.evaluation.tasks.task_answers import METRICS, Prompt, encode_prompts, write_answers
+from bigmac_jax.evaluation.tasks.task_answers import Prompt, encode_prompts, write_answers
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 from bigmac_jax.model.mesh import platform
 from bigmac_jax.model.transformer import Transformer
@@ -25,20 +26,17 @@ _WORDS = {
     "accuracy_norm": "by likelihood a character",
     "accuracy_choice": "likelier than all distractors",
     "macro_f1": "F1, mean of classes,",
-    **METRICS,
-}
+} | {name: metric.words for name, metric in METRICS.items()}
 _log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
     """A task that is ready to be scored."""
 
-    name: str
-    kind: str
+    task: Task | Needle
     examples: list[Example]
-    requests: list[list[Request]]  # of each example, one a choice
-    prompts: list[Prompt]  # of each example that is generated
-    metrics: tuple[str, ...]
+    requests: list[Request]  # one for each pair of each example
+    prompts: list[Prompt]  # one for each example whose answer is written
 
 
 def open_jobs(
@@ -53,14 +51,14 @@ def open_jobs(
     """Reads the rows of tasks and encodes them.
 
     Args:
-      names: of `tasks.TASKS`, or paths of TOML files.
+      names: of `TASKS`, or paths of TOML files.
       data: NAME=PATH, rows for the task NAME from a file.
       limit: rows of each task at most; 0 = all.
-      length: tokens that the model is given at most.
+      length: tokens of a window.
       chat_template: a file, for tasks with chat=true; by default the one beside the tokenizer.
 
     Raises:
-      ConfigError: an unknown task, rows that are not there or not of the task's form.
+      ConfigError: an unknown task, rows that are missing, or rows that don't have the task's form.
     """
     tasks = {task.name: task for task in map(load_task, dict.fromkeys(names))}
     if len(tasks) < len(set(names)):
@@ -73,30 +71,34 @@ def open_jobs(
         paths[name] = path
     jobs = []
     for name, task in tasks.items():
-        if isinstance(task, Needle):
-            from bigmac_jax.evaluation.tasks.needle import build_needles
-
-            if name in paths:
-                raise ConfigError(f"--task_data={name}={paths[name]}: {name} makes its rows itself; leave it out")
-            examples = build_needles(task, config, tokenizer, length)[: limit or None]
-        else:
-            source = paths.get(name, task.source)
-            if not source:
-                raise ConfigError(f"{name} is not in TFDS; give its rows with --task_data={name}=PATH")
-            setting = f"--task_data={name}={source}" if name in paths else f"{name}'s source={source}"
-            examples = build_examples(task, read_rows(source, task.split, limit, config.cache_dir, setting))
-        pairs = [pair for example in examples for pair in example.pairs]
+        examples = _build(task, paths.get(name, ""), limit, config, tokenizer, length)
         try:
-            encoded = iter(encode_pairs(tokenizer, pairs))
+            requests = encode_pairs(tokenizer, [pair for example in examples for pair in example.pairs])
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
-        requests = [[next(encoded) for _ in example.pairs] for example in examples]
         prompts: list[Prompt] = []
-        metrics: tuple[str, ...] = ()
         if isinstance(task, Task) and task.kind == "generate":
-            prompts, metrics = encode_prompts(task, examples, config, tokenizer, length, chat_template), task.metrics
-        jobs.append(Job(name, task.kind, examples, requests, prompts, metrics))
+            prompts = encode_prompts(task, examples, config, tokenizer, length, chat_template)
+        jobs.append(Job(task, examples, requests, prompts))
     return jobs
+
+
+def _build(
+    task: Task | Needle, path: str, limit: int, config: Config, tokenizer: Tokenizer, length: int
+) -> list[Example]:
+    """The examples of a task, whose rows are in the file `path`, or else where the task says."""
+    name = task.name
+    if isinstance(task, Needle):
+        from bigmac_jax.evaluation.tasks.needle import build_needles
+
+        if path:
+            raise ConfigError(f"--task_data={name}={path}: {name} makes its rows itself; leave it out")
+        return build_needles(task, config, tokenizer, length)[: limit or None]
+    source = path or task.source
+    if not source:
+        raise ConfigError(f"{name} is not in TFDS; give its rows with --task_data={name}=PATH")
+    setting = f"--task_data={name}={path}" if path else f"{name}'s source={source}"
+    return build_examples(task, read_rows(source, task.split, limit, config.cache_dir, setting))
 
 
 def score_jobs(
@@ -110,7 +112,7 @@ def score_jobs(
     stride: int = 0,
     quiet: bool = True,
 ) -> dict[str, Summary]:
-    """The figures of each task, by name.
+    """Scores tasks → the summary of each, by name.
 
     Writes into `folder`: NAME.jsonl, a line a row; NAME.windows.jsonl, from which a run that was killed goes on;
     needle.png.
@@ -124,33 +126,45 @@ def score_jobs(
     model_key = hashlib.sha256(computed.encode()).hexdigest()[:16]
     summaries = {}
     for job in jobs:
-        if job.kind == "generate":
-            rows = write_answers(model, tokenizer, job.examples, job.prompts, job.metrics, length, batch_size, quiet)
-            summaries[job.name] = summarise(job.kind, rows)
-            _write(job, rows, summaries[job.name], folder)
-            continue
-        finished = ScoreLog(folder / f"{job.name}.windows.jsonl", model_key)
-        requests = [request for choices in job.requests for request in choices]
-        overlap = stride if job.kind == "perplexity" else 0
-        title = "" if quiet else job.name
-        results = iter(score_requests(model, requests, length, batch_size, overlap, finished, title))
-        finished.close()
-        rows = [judge(job.kind, example, [next(results) for _ in example.pairs]) for example in job.examples]
-        summaries[job.name] = summarise(job.kind, rows)
-        _write(job, rows, summaries[job.name], folder)
+        task, examples, requests, prompts = job
+        if isinstance(task, Task) and task.kind == "generate":
+            rows = write_answers(model, tokenizer, examples, prompts, task.metrics, length, batch_size, quiet)
+        else:
+            log = ScoreLog(folder / f"{task.name}.windows.jsonl", model_key)
+            overlap = stride if task.kind == "perplexity" else 0
+            title = "" if quiet else task.name
+            results = iter(score_requests(model, requests, length, batch_size, overlap, log, title))
+            log.close()
+            rows = [judge(task.kind, example, [next(results) for _ in example.pairs]) for example in examples]
+        summaries[task.name] = summarise(task.kind, rows)
+        if hosts.is_first():
+            _write(job, rows, summaries[task.name], folder)
     return summaries
 
 
+def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
+    name = job.task.name
+    try:
+        storage.make_folder(folder)
+        lines = (strict_json({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        if job.task.kind == "needle":
+            from bigmac_jax.evaluation.tasks.needle import draw_needles
+
+            draw_needles(summary["grid"], folder / f"{name}.png", f"needles found: {summary['accuracy']:.0%}")
+    except storage.errors() as error:
+        _log.warning("%s: its rows cannot be written (%s)", folder, storage.reason(error))
+
+
 def describe_scores(summaries: dict[str, Summary]) -> list[str]:
-    """A line a task, for people."""
+    """A line for each task, for people."""
     lines = []
     for name, summary in summaries.items():
         parts = []
-        for key, words in _WORDS.items():
-            if key in summary:
-                percent = f"{words} {100 * summary[key]:.1f} %"
-                error = summary.get(f"{key}_stderr")
-                parts.append(percent if error is None else f"{percent} ± {100 * error:.1f}")
+        for key in (key for key in _WORDS if key in summary):
+            error = summary.get(f"{key}_stderr")
+            spread = "" if error is None else f" ± {100 * error:.1f}"
+            parts.append(f"{_WORDS[key]} {100 * summary[key]:.1f} %{spread}")
         for key in ("perplexity", "word_perplexity", "bits_per_byte"):
             if key in summary:
                 parts.append(f"{key.replace('_', ' ')} {summary[key]:,.4g}")
@@ -159,25 +173,10 @@ def describe_scores(summaries: dict[str, Summary]) -> list[str]:
 
 
 def flatten_scores(summaries: dict[str, Summary]) -> dict[str, float]:
-    """Those of a line of metrics.jsonl: tasks/NAME/FIGURE, standard errors and grids left out."""
+    """The entries of a line of metrics.jsonl: tasks/NAME/FIGURE, without standard errors and grids."""
     return {
         f"tasks/{name}/{key}": value
         for name, summary in summaries.items()
         for key, value in summary.items()
         if isinstance(value, int | float) and not key.endswith("_stderr")
     }
-
-
-def _write(job: Job, rows: Sequence[dict[str, Any]], summary: Summary, folder: pathlib.Path) -> None:
-    if not hosts.is_first():
-        return
-    try:
-        storage.make_folder(folder)
-        lines = (strict_json({"row": example.place} | row) for example, row in zip(job.examples, rows, strict=True))
-        (folder / f"{job.name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        if job.kind == "needle":
-            from bigmac_jax.evaluation.tasks.needle import draw_needles
-
-            draw_needles(summary["grid"], folder / f"{job.name}.png", f"needles found: {summary['accuracy']:.0%}")
-    except storage.errors() as error:
-        _log.warning("%s: its rows cannot be written (%s)", folder, storage.reason(error))

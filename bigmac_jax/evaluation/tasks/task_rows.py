@@ -18,23 +18,25 @@ SUFFIXES = (".jsonl", ".arrow", ".parquet", *TEXT_FILES)
 
 
 def read_rows(source: str, split: str, limit: int, cache_dir: str, setting: str) -> list[tuple[str, Row]]:
-    """The first `limit` rows (0 = all) as (place for messages, columns), texts as `str` and lists as `list`.
+    """Reads the first `limit` rows (0 = all), each as (place for messages, columns) in plain Python types.
 
     Args:
       source: `tfds:NAME`, or the path of a file; `setting` is the flag or field it came from.
       split: of TFDS.
 
     Raises:
-      ConfigError: nothing there, a line that is no JSON object or no UTF-8, or no row at all.
+      ConfigError: no such source, a line that is no JSON object or no UTF-8, or no row at all.
     """
-    rows = _dataset(source, split, cache_dir, setting) if source.startswith(DATASET) else _file(source, setting)
-    found = [(place, _plain(row, place)) for place, row in itertools.islice(rows, limit or None)]
+    rows = (
+        _read_dataset(source, split, cache_dir, setting) if source.startswith(DATASET) else _read_file(source, setting)
+    )
+    found = [(place, _to_plain(row, place)) for place, row in itertools.islice(rows, limit or None)]
     if not found:
         raise ConfigError(f"{setting} has no rows; give a file with at least one")
     return found
 
 
-def _dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[tuple[str, Row]]:
+def _read_dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[tuple[str, Row]]:
     with quiet():
         try:
             builder = find_dataset(source.removeprefix(DATASET), cache_dir, setting)
@@ -47,7 +49,7 @@ def _dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[
         yield f"{setting} row {number + 1}", rows[number]
 
 
-def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
+def _read_file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
     path = storage.locate(source, setting)
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in SUFFIXES:
@@ -57,15 +59,15 @@ def _file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
         if suffix in TEXT_FILES:
             yield str(path), {"text": path.read_bytes().removeprefix(codecs.BOM_UTF8)}
         elif suffix == ".jsonl":
-            yield from _json_lines(path)
+            yield from _read_json_lines(path)
         else:
             with storage.local_file(path) as file:
-                yield from _table(file, path)
+                yield from _read_table(file, path)
     except storage.errors() as error:
         raise ConfigError(f"{path} cannot be read ({one_line(error)}); check the file") from None
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
+def _read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     with storage.open_lines(path) as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -73,17 +75,17 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
             place = f"{path} line {number}"
             try:
                 row = json.loads(_text(line, place).removeprefix("\ufeff"))
+            except ConfigError:
+                raise
             except (ValueError, RecursionError) as error:
-                if isinstance(error, ConfigError):
-                    raise
                 raise ConfigError(f"{place} is not valid JSON ({error}); each line must be one JSON object") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{place} is a JSON {type(row).__name__}; each line must be one JSON object")
             yield place, row
 
 
-def _table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, Row]]:
-    """Arrow as a stream (what Hugging Face's datasets write) or as a file, or Parquet; `name` is for messages."""
+def _read_table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, Row]]:
+    """Reads Parquet, or Arrow as a file or a stream (as Hugging Face's datasets write it); `name` is for messages."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -91,29 +93,27 @@ def _table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, Row]]:
         if path.suffix.lower() == ".parquet":
             batches: Any = pq.ParquetFile(path).iter_batches()
         else:
-            with path.open("rb") as file:
-                magic = file.read(6)
             source = pa.memory_map(str(path))
-            reader = pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if magic == b"ARROW1" else reader
-        numbers = itertools.count(1)
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield f"{name} row {next(numbers)}", row
+            whole = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if whole else pa.ipc.open_stream(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} cannot be read ({one_line(error)}); check the file") from None
 
 
-def _plain(value: Any, place: str) -> Any:
-    """Texts as str, arrays and tuples as lists, numbers as Python's."""
+def _to_plain(value: Any, place: str) -> Any:
+    """Makes texts `str`, arrays and tuples lists, and numbers Python's."""
     if isinstance(value, str | bytes):
         return _text(value, place)
     if isinstance(value, dict):
-        return {str(key): _plain(entry, place) for key, entry in value.items()}
+        return {str(key): _to_plain(entry, place) for key, entry in value.items()}
     if hasattr(value, "tolist"):  # numpy
         value = value.tolist()
-        return _plain(value, place) if isinstance(value, list | str | bytes) else value
-    return [_plain(entry, place) for entry in value] if isinstance(value, list | tuple) else value
+        return _to_plain(value, place) if isinstance(value, list | str | bytes) else value
+    return [_to_plain(entry, place) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _text(content: str | bytes, place: str) -> str:

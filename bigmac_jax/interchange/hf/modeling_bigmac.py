@@ -100,9 +100,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        return self.down_proj(
-            self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
-        )
+        hidden = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        return self.down_proj(hidden)
 
 
 class Router(nn.Module):
@@ -172,10 +171,8 @@ class Experts(nn.Module):
             return x @ w[i] if b is None else x @ w[i] + b[i]
 
         up = affine(x, self.up_proj, self.up_bias)
-        if self.gate_proj is None:
-            hidden = self.activation(up)
-        else:
-            hidden = self.activation(affine(x, self.gate_proj, self.gate_bias)) * up
+        gate = up if self.gate_proj is None else affine(x, self.gate_proj, self.gate_bias)
+        hidden = self.activation(gate) if self.gate_proj is None else self.activation(gate) * up
         return affine(hidden, self.down_proj, self.down_bias)
 
 
@@ -245,14 +242,12 @@ class BigMacPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding, Router)):
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, (nn.Linear, Norm)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
             nn.init.zeros_(module.e_score_correction_bias)
         if isinstance(module, Norm):
             nn.init.ones_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         if isinstance(module, MoE) and module.combine_factor is not None:
             nn.init.ones_(module.combine_factor)
         if isinstance(module, Experts):
@@ -358,15 +353,9 @@ class BigMacForCausalLM(BigMacPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """As `BigMacModel`; `labels` [B, L] give the mean cross-entropy of the next token, without a balance loss."""
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
+            input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds, use_cache,
+            output_hidden_states,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
