@@ -12,18 +12,18 @@ from typing import NoReturn
 from bigmac_jax import __version__
 from bigmac_jax.runtime import environment, signals
 
-# name → (module with `run()`, what it does)
+# What each command does, by its name, which is that of a module here with a function `run`.
 COMMANDS = {
-    "train": ("commands.train", "trains a model"),
-    "eval": ("commands.eval", "scores one: perplexity, downstream tasks"),
-    "generate": ("commands.generate", "completes prompts"),
-    "serve": ("commands.serve", "answers requests over HTTP, as OpenAI's interface has them"),
-    "plan": ("commands.plan", "says what a config costs, before it runs"),
-    "convert": ("commands.convert", "models to and from Hugging Face"),
-    "data": ("data.__main__", "prepares a corpus ahead: tokenises it on all cores"),
-    "report": ("report.__main__", "draws runs side by side"),
-    "selfcheck": ("selfcheck.__main__", "says whether this machine computes what it should"),
-    "fields": ("commands.fields", "lists the config's fields"),
+    "train": "trains a model",
+    "eval": "scores one: perplexity, downstream tasks",
+    "generate": "completes prompts",
+    "serve": "answers requests over HTTP, as OpenAI's interface has them",
+    "plan": "says what a config costs, before it runs",
+    "convert": "converts models to and from Hugging Face, and to other structures",
+    "data": "prepares a corpus ahead: tokenises it on all cores",
+    "report": "draws runs side by side",
+    "selfcheck": "says whether this machine computes what it should",
+    "fields": "lists the config's fields",
 }
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,16 +31,16 @@ _ROOT = pathlib.Path(__file__).parents[2]
 def start(name: str) -> None:
     """Runs a command with the arguments in sys.argv; does not return."""
     if sys.version_info < (3, 11):  # noqa: UP036  whoever runs a script with another Python is told
-        _fail(f"this is Python {sys.version.split()[0]}, and 3.11, 3.12 or 3.13 is needed; {_advice()}")
+        fail(f"this is Python {sys.version.split()[0]}, and 3.11, 3.12 or 3.13 is needed; {_advice()}")
     signals.install()
     with signals.block():  # until the program that takes its place has its handlers
         environment.prepare()
     try:
-        module = importlib.import_module(f"bigmac_jax.{COMMANDS[name][0]}")
+        module = importlib.import_module(f"bigmac_jax.commands.{name}")
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "bigmac_jax":
             raise
-        _fail(f"{sys.executable} has no package {error.name!r}; {_advice()}")
+        fail(f"{sys.executable} has no package {error.name!r}; {_advice()}")
     module.run()
 
 
@@ -54,15 +54,15 @@ def main() -> None:
         print(f"bigmac_jax {__version__}")
     elif name in ("--help", "-h", "help"):
         print("bigmac COMMAND [--help | arguments]\n")
-        print("\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items()))
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
-        _fail(f"{name!r} is not a command of bigmac; {fix}")
+        fail(f"{name!r} is not a command of bigmac; {fix}")
 
 
 def _advice() -> str:
-    """How to come to a Python that has what is needed."""
+    """How to get a Python that has what is needed."""
     for python in sorted(_ROOT.glob(".venv-*/bin/python")):
         return f"enter the environment that make has built: source {python.parent / 'activate'}"
     if (_ROOT / "Makefile").exists():
@@ -70,6 +70,8 @@ def _advice() -> str:
     return "install bigmac_jax with its dependencies: pip install bigmac-jax"
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def fail(message: str) -> NoReturn:
+    """Ends the command with exit code 2, as for a bad configuration; "" where another process has printed the line."""
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -1,16 +1,17 @@
-"""What the commands share: flags → config → one call, errors as one line, exit code 2 for a bad configuration."""
+"""What the commands share: flags and the config's overrides, errors as one line, the mesh, several processes."""
 
-import contextlib
+import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from bigmac_jax.commands import fail
 from bigmac_jax.config import Config, ConfigError, field_docs
 from bigmac_jax.config.names import nearest, question
 from bigmac_jax.config.section import all_field_types, flat_values
@@ -33,63 +34,65 @@ def run(main: Callable[[], int | None], arguments: bool = False, distributed: bo
     """
     if distributed:
         _define_host_flags()
+    app.run(functools.partial(_guard, main, distributed), flags_parser=functools.partial(_parse, main, arguments))
 
-    def parse(argv: Sequence[str]) -> list[str]:
-        names = [flag.name for flag in _flags(main.__module__, sys.argv[0], __name__)]
-        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
-            _show(_help(main))
-        try:
-            rest = _take_overrides(list(argv))
-            extra = flags.FLAGS(rest)[1:]
-        except ConfigError as error:
-            _fail(str(error))
-        except flags.UnrecognizedFlagError as error:
-            _fail(unknown_flag(error.flagname, names))
-        except flags.Error as error:
-            _fail(" ".join(str(error).split()))
-        if arguments:
-            ARGUMENTS.extend(extra)
-        elif extra:
-            _fail(f"{extra[0]!r} is not a flag; {_meant(extra[0], names)}")
-        return rest[:1]
 
-    def guarded(_: Sequence[str]) -> int | None:
-        clock.begin("imports", process_start())
-        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
-        logging.getLogger("bigmac_jax").setLevel(logging.INFO)
-        if CPU_DEVICES.value:
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
-        try:
-            clock.switch("devices")
-            if distributed:
-                given = flags.FLAGS
-                hosts.connect(
-                    given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
-                )
-            clock.switch("start")
-            with watchdog.watch_job(flags.FLAGS.peer_timeout if distributed else 0), _memory():
-                return main()
-        except ConfigError as error:
-            _fail(str(error) if hosts.is_first() else "")
-        except hosts.PeerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return hosts.EXIT_CODE
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            return 130  # as a shell counts SIGINT
-        except BrokenPipeError:  # the reader of standard output has seen enough
-            return _reader_left()
-        except storage.errors() as error:
-            if not storage.is_store_error(error):
-                raise
-            why = storage.reason(error)
-            print(
-                f"error: a store can't be read or written now ({why}); run it again later", file=sys.stderr, flush=True
+def _parse(main: Callable[[], int | None], arguments: bool, argv: Sequence[str]) -> list[str]:
+    """Parses flags, collects OVERRIDES and ARGUMENTS, and returns the program's name."""
+    names = [flag.name for flag in _flags(main.__module__, sys.argv[0], __name__)]
+    if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+        _show(_help(main))
+    try:
+        rest = _take_overrides(list(argv))
+        extra = flags.FLAGS(rest)[1:]
+    except flags.UnrecognizedFlagError as error:
+        fail(unknown_flag(error.flagname, names))
+    except (ConfigError, flags.Error) as error:
+        fail(" ".join(str(error).split()))
+    if extra and not arguments:
+        fail(f"{extra[0]!r} is not a flag; {_meant(extra[0], names)}")
+    ARGUMENTS.extend(extra)
+    return rest[:1]
+
+
+def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) -> int | None:
+    """Runs `main` on the devices and processes that the flags ask for → the exit code; errors are one line."""
+    clock.begin("imports", process_start())
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
+    logging.getLogger("bigmac_jax").setLevel(logging.INFO)
+    given = flags.FLAGS
+    if CPU_DEVICES.value:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+    try:
+        clock.switch("devices")
+        if distributed:
+            hosts.connect(
+                given.coordinator, given.num_processes, given.process_id, given.distributed, given.peer_timeout
             )
-            return 1
-
-    app.run(guarded, flags_parser=parse)
+        clock.switch("start")
+        with watchdog.watch_job(given.peer_timeout if distributed else 0):
+            return main()
+    except ConfigError as error:
+        fail(str(error) if hosts.is_first() else "")
+    except hosts.PeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return hosts.EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130  # as a shell counts SIGINT
+    except BrokenPipeError:
+        return _end_unread()
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(_no_memory(str(error)))
+    except storage.errors() as error:
+        if not storage.is_store_error(error):
+            raise
+        why = f"a store can't be read or written now ({storage.reason(error)}); run it again later"
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        return 1
 
 
 def given_fields() -> list[str]:
@@ -104,7 +107,7 @@ def warn(lines: Iterable[str]) -> None:
 
 
 def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
-    """Makes the mesh current for the process, and compiled programs kept between runs."""
+    """Makes the config's mesh the current one, and keeps compiled programs in config.cache_dir."""
     jax.config.update("jax_compilation_cache_dir", str(storage.locate(config.cache_dir, "cache_dir") / "programs"))
     with clock.timed("devices"):
         mesh = make_mesh(config, fit_batch)
@@ -119,9 +122,11 @@ def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
 
 
 def agree(config: Config | None, command: str) -> None:
-    """Waits for all processes, and compares: the config, the flags of a command (its module), versions and code.
+    """Waits for all processes, and checks that they have the same config, flags, versions and code.
 
-    Where a machine keeps its cache, and a file of the same config, is its own affair.
+    Args:
+      config: all but its cache_dir is compared; None: the overrides are.
+      command: the module whose flags are compared, but for --config, which each machine may have elsewhere.
 
     Raises:
       ConfigError: on all processes, where one was started with something else.
@@ -151,7 +156,7 @@ def unknown_flag(name: str, known: Sequence[str]) -> str:
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
-    """What a name that is no flag may be: a flag, or a field of the config without its --config."""
+    """Suggests what a name that is no flag may be: a flag, or a field of the config without its --config."""
     name = name.lstrip("-").partition("=")[0]
     if near := nearest(name, known):
         return question(near, "--")
@@ -161,11 +166,9 @@ def _meant(name: str, known: Sequence[str]) -> str:
 
 
 def _flags(*modules: str) -> list[flags.Flag]:
-    """Those that modules define; libraries define some, too, that are nobody's concern."""
-    by_module = flags.FLAGS.flags_by_module_dict()
-    return sorted(
-        (flag for module in dict.fromkeys(modules) for flag in by_module.get(module, ())), key=lambda f: f.name
-    )
+    """The flags that some modules define or adopt; those of libraries are nobody's concern."""
+    found = {flag.name: flag for module in modules for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    return [found[name] for name in sorted(found)]
 
 
 def _help(main: Callable[[], int | None]) -> str:
@@ -202,39 +205,26 @@ def _take_overrides(argv: list[str]) -> list[str]:
     return rest
 
 
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    """Turns the pages that XLA prints where memory does not suffice into one line."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        size = re.search(r"allocat\w* ([\d.]+ ?\w+)", str(error))
-        what = f" (an array of {size[1]})" if size else ""
-        _fail(
-            f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
-            f"execution.remat (plan.py says what a config takes)"
-        )
+def _no_memory(error: str) -> str:
+    """The line for the pages that XLA prints where memory does not suffice."""
+    size = re.search(r"allocat\w* ([\d.]+ ?\w+)", error)
+    what = f" (an array of {size[1]})" if size else ""
+    return (
+        f"memory does not suffice{what}; use fewer tokens at a time (batch, length), more devices, mesh.fsdp or "
+        f"execution.remat (`bigmac plan` says what a config takes)"
+    )
 
 
 def _show(text: str) -> NoReturn:
-    """What was asked for instead of the command."""
+    """Prints what was asked for instead of the command, and ends."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        sys.exit(_reader_left())
+        sys.exit(_end_unread())
     sys.exit(0)
 
 
-def _reader_left() -> int:
-    """The exit code where the reader of standard output has seen enough: as a shell counts SIGPIPE."""
+def _end_unread() -> int:
+    """The exit code where the reader of standard output, as head, has seen enough: as a shell counts SIGPIPE."""
     signals.discard_output(sys.stdout)
     return 141
-
-
-def _fail(message: str) -> NoReturn:
-    """`message` is empty where another process has printed it."""
-    if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)

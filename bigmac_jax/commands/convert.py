@@ -1,10 +1,10 @@
 """Models to and from safetensors that Hugging Face's transformers loads, and to other structures.
 
-python convert.py export --workdir=DIR --output=OUT [--step=best] [--format=auto] [--dtype=float32]
-python convert.py import --checkpoint=DIR --workdir=DIR [--config.mesh.… --config.data.… --config.train.…]
-python convert.py latent --workdir=DIR --output=NEW [--ratio=0.25] [--latent_norm=none] [--config.train.…]
-python convert.py upcycle --workdir=DIR --output=NEW --experts=8 [--top_k=2] [--config.train.…]
-python convert.py widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--config.train.…]
+bigmac convert export --workdir=DIR --output=OUT [--step=best] [--format=auto] [--dtype=float32]
+bigmac convert import --checkpoint=DIR --workdir=DIR [--config.mesh.… --config.data.… --config.train.…]
+bigmac convert latent --workdir=DIR --output=NEW [--ratio=0.25] [--latent_norm=none] [--config.train.…]
+bigmac convert upcycle --workdir=DIR --output=NEW --experts=8 [--top_k=2] [--config.train.…]
+bigmac convert widen --workdir=DIR --output=NEW [--copies=2] [--noise=0.01] [--config.train.…]
 """
 
 import contextlib
@@ -25,22 +25,20 @@ from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.peft import export_adapters
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py: what is converted, or what import writes.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
-_OUTPUT = flags.DEFINE_string(
-    "output", "", "The directory to write: of an export, or the workdir of another structure."
-)
+_OUTPUT = flags.DEFINE_string("output", "", "The directory to write: an export, or the workdir of the converted model.")
 _FORMAT = flags.DEFINE_string("format", "auto", "export: auto, nemotron_h, qwen3_moe, bigmac or plain; peft: adapters.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, bfloat16 or float16.")
-_MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: of one file.")
+_MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "export: the most bytes of one file.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "import: a directory with config.json and safetensors.")
 _RATIO = flags.DEFINE_float("ratio", 0.25, "latent: the exchange's width over the model's.")
 _LATENT_NORM = flags.DEFINE_string("latent_norm", "none", "latent: model.latent_norm of the result.")
-_EXPERTS = flags.DEFINE_integer("experts", 8, "upcycle: of a layer.", lower_bound=1)
+_EXPERTS = flags.DEFINE_integer("experts", 8, "upcycle: experts of a layer.", lower_bound=1)
 _TOP_K = flags.DEFINE_integer("top_k", 2, "upcycle: experts that a token is sent to.", lower_bound=1)
-_COPIES = flags.DEFINE_integer("copies", 2, "widen: of each expert, and of each choice.", lower_bound=1)
-_NOISE = flags.DEFINE_float("noise", 0.01, "widen: that makes copies differ, over a matrix's root mean square.", 0.0)
-_TOKENS = flags.DEFINE_integer("tokens", 65536, "latent: of the training split, that W↓ and W↑ are found by.", 1)
+_COPIES = flags.DEFINE_integer("copies", 2, "widen: copies of each expert, and of each choice.", lower_bound=1)
+_NOISE = flags.DEFINE_float("noise", 0.01, "widen: noise between copies, over a matrix's root mean square.", 0.0)
+_TOKENS = flags.DEFINE_integer("tokens", 65536, "latent: tokens of training text that W↓ and W↑ are fitted to.", 1)
 
 
 def main() -> None:

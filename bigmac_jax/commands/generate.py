@@ -1,4 +1,4 @@
-"""Completes prompts with a trained model: python generate.py --workdir=DIR --prompt=TEXT --max_tokens=N [--json].
+"""Completes prompts with a trained model: bigmac generate --workdir=DIR --prompt=TEXT --max_tokens=N [--json].
 
 Many at once: --prompts=FILE, a JSON object with "prompt" a line, which may hold any of max_tokens, temperature, top_k,
 top_p, stop, ignore_eos and seed for itself; --prompts=- reads them from standard input. Answers go to standard output
@@ -11,19 +11,16 @@ import time
 
 from absl import flags
 
-from bigmac_jax.commands import cli, speculation
+from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError, strict_json, with_mesh
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
-from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.workdir import read_config, run_folder
-from bigmac_jax.tuning import restore
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
-_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+flags.adopt_module_key_flags(decoding_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
 _PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, a JSON object a line; - is standard input.")
 _OUTPUT = flags.DEFINE_string("output", "-", "Where the answers to --prompts go; - is standard output.")
@@ -32,22 +29,13 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely t
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens only; 0 = from all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that have this probability together.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the completion; may be given several times.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on behind the end of a document.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", 0, "Prompt and completion, in tokens; 0 = the run's sequence length.", 0
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts at a time.", lower_bound=1)
-_WEIGHTS = flags.DEFINE_enum(
-    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
-)
-_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
-_SPECULATION = speculation.define(__name__)
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the end of a document.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 
 def main() -> None:
-    workdir = run_folder(_WORKDIR.value)
+    workdir = run_folder(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
         for override in cli.OVERRIDES:
             if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):
@@ -60,20 +48,14 @@ def main() -> None:
             _MAX_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, tuple(_STOP.value), _IGNORE_EOS.value,
             _SEED.value,
         )  # fmt: skip
-        speculate = _SPECULATION()
+        speculate = decoding_flags.speculation()
         requests = [({}, Request(prompt, sampling))] if prompt is not None else read_requests(_PROMPTS.value, sampling)
         if prompt is not None and not _JSON.value and _OUTPUT.value != "-":
             raise ConfigError(f"--output={_OUTPUT.value} takes the answers to --prompts; give those, or --json")
         if hosts.is_first():
             check_output(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.agree(config, __name__)
-    cli.enter_mesh(config, fit_batch=False)
-    speculate.check(config)
-    config, model = restore(workdir, _STEP.value, config)
-    generator = Generator(
-        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
-        weights=_WEIGHTS.value, speculate=speculate,
-    )  # fmt: skip
+    generator = decoding_flags.load_generator(workdir, config, speculate)
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
     else:

@@ -1,10 +1,10 @@
-r"""Says what a configuration costs before it runs: python planner.py --config=PATH [--config.a.b=value …].
+r"""Says what a configuration costs before it runs: bigmac plan --config=PATH [--config.a.b=value …].
 
-    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
-    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
-    python planner.py --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
+    bigmac plan --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --paper
+    bigmac plan --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --topology=v6e:4x8 --compile
+    bigmac plan --config=configs/paper/gpt3_xl.py --config.mesh.expert=32 --devices=32 --hardware=paper \
         --sweep structure=fine_grained,bigmac top_k=1,2,4,8
-    python planner.py --config=configs/large.py:258b --topology=h100:64x8 --search
+    bigmac plan --config=configs/large.py:258b --topology=h100:64x8 --search
 """
 
 import jax

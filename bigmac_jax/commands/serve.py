@@ -1,4 +1,4 @@
-"""Serves a trained model over HTTP, with OpenAI's interface: python serve.py --workdir=DIR [--port=8000].
+"""Serves a trained model over HTTP, with OpenAI's interface: bigmac serve --workdir=DIR [--port=8000].
 
 /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a page to chat at /. It ends on SIGTERM or
 Ctrl-C when the requests that run have ended. Of several processes the first one serves, and the others compute with it.
@@ -11,10 +11,8 @@ import socket
 
 from absl import flags
 
-from bigmac_jax.commands import cli, speculation
+from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError, with_mesh
-from bigmac_jax.inference import Generator
-from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.storage import absolute
 from bigmac_jax.serving.dialogue import load_dialogue
@@ -22,10 +20,8 @@ from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import serve
 from bigmac_jax.training.workdir import read_config, run_folder
-from bigmac_jax.tuning import restore
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
-_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+flags.adopt_module_key_flags(decoding_flags)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
 _PORT = flags.DEFINE_integer("port", 8000, "0 takes a free one.", 0, 65535)
 _MODEL_NAME = flags.DEFINE_string("model_name", "", "What requests call the model; by default the workdir's name.")
@@ -34,15 +30,8 @@ _ALLOW_HOST = flags.DEFINE_list(
     "allow_host", [], "Without a key: names that it may be called by, beside addresses, localhost and this machine's."
 )
 _CHAT_TEMPLATE = flags.DEFINE_string("chat_template", "", "A Jinja file that makes a prompt of messages.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Prompt and completion; 0 = the run's sequence length.", 0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
 _CACHE_TOKENS = flags.DEFINE_integer("cache_tokens", 0, "Room of the cache; 0 = batch_size × max_length.", 0)
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of prompts that are read between two steps, a batch shard.", 1)
-_WEIGHTS = flags.DEFINE_enum(
-    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
-)
-_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
-_SPECULATION = speculation.define(__name__)
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Completions that may wait; more are answered 429.", 0)
 _TIMEOUT = flags.DEFINE_float("timeout", Limits.seconds, "Seconds of a request, at most.", 0.01)
 _ARRIVAL = flags.DEFINE_float("arrival", Limits.arrival, "Seconds for the head of a request, and for its body.", 0.01)
@@ -52,27 +41,21 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 
 
 def main() -> int:
-    workdir = run_folder(_WORKDIR.value)
+    workdir = run_folder(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
             body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value,
             arrival=_ARRIVAL.value, drain=_DRAIN.value,
         )  # fmt: skip
-        speculate = _SPECULATION()
+        speculate = decoding_flags.speculation()
         if hosts.is_first():
             key, listening = _key(_API_KEY_FILE.value), _listen(_HOST.value, _PORT.value)
     cli.agree(config, __name__)
-    cli.enter_mesh(config, fit_batch=False)
-    speculate.check(config)
-    config, model = restore(workdir, _STEP.value, config)
-    generator = Generator(
-        config, model, _MAX_LENGTH.value, _BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
-        weights=_WEIGHTS.value, speculate=speculate,
-    )  # fmt: skip
+    generator = decoding_flags.load_generator(workdir, config, speculate)
     with hosts.raise_together():
         chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer, workdir)
-    engine = generator.engine(_BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
+    engine = generator.engine(decoding_flags.BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
     engine.compile()
     if not hosts.is_first():
         return follow(generator, engine)

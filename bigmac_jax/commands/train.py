@@ -1,4 +1,4 @@
-"""Trains a model: python train.py --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
+"""Trains a model: bigmac train --config=configs/tiny.py --workdir=DIR [--config.model.structure=fine_grained …]."""
 
 import pathlib
 import sys
@@ -73,7 +73,7 @@ def _finished(steps: int, step: int) -> str:
     return (
         f"{workdir} is finished: it has {step} of {steps} steps, and nothing was trained; for more of them give "
         f"--config.train.steps={2 * step}, for another run another --workdir; to use it: "
-        f"eval.py --workdir={workdir}, generate.py --workdir={workdir} --prompt=TEXT"
+        f"bigmac eval --workdir={workdir}, bigmac generate --workdir={workdir} --prompt=TEXT"
     )
 
 

@@ -8,7 +8,7 @@ from html import escape
 from bigmac_jax.config import ConfigError
 from bigmac_jax.report import tables
 from bigmac_jax.report.runs import Run
-from bigmac_jax.report.series import drawn
+from bigmac_jax.report.series import chart_data
 from bigmac_jax.runtime import storage
 
 _WEB = pathlib.Path(__file__).parent / "web"
@@ -28,7 +28,7 @@ def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole page: style, script, tables and the curves as JSON."""
-    data = {"runs": [{"letter": tables.letter(i)} | drawn(run) for i, run in enumerate(runs)]}
+    data = {"runs": [{"letter": tables.letter(i)} | chart_data(run) for i, run in enumerate(runs)]}
     parts = {
         "style": _read("page.css"),
         "script": _read("charts.js") + _read("loads.js"),
@@ -36,15 +36,15 @@ def page(runs: Sequence[Run]) -> str:
         "summary": tables.summary(runs),
         "times": tables.times(runs),
         "configuration": tables.configuration(runs),
-        "data": embedded(data),
+        "data": embed_json(data),
     }
     html = _read("page.html")
     head, *pieces = html.split("{{")  # each marker once, so that nothing inside a part is taken for one
     return head + "".join(parts[name] + rest for name, _, rest in (piece.partition("}}") for piece in pieces))
 
 
-def embedded(data: object) -> str:
-    """JSON that may stand inside a script element: no name in it can end the element."""
+def embed_json(data: object) -> str:
+    """Writes JSON that may stand inside a script element: no string in it can end the element."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""What a run has logged, read back: of one that is finished, was resumed, or is still being written."""
+"""Reads what a run has logged, be it finished, resumed, or still being written."""
 
 import dataclasses
 import os
@@ -17,10 +17,10 @@ _GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One workdir. Steps increase within `training` and within `evaluations`; what was not finite is None."""
+    """What one workdir holds. Steps increase within `training` and `evaluations`; what was not finite is None."""
 
     name: str
-    config: dict[str, Any]  # as config.json has it: of an older version, perhaps
+    config: dict[str, Any]  # as config.json has it, which may be of another version
     training: Records
     evaluations: Records
     events: Records  # bad steps that were skipped or rewound
@@ -33,13 +33,13 @@ class Run:
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
-    """Runs are named after their folders, or by the given paths where folders share a name.
+    """Reads runs, which are named after their folders, or by the given paths where folders share a name.
 
     Raises:
       ConfigError: no workdir, one that is no run, or has logged nothing; the line names it.
     """
     if not workdirs:
-        raise ConfigError("there must be at least one RUN, a --workdir of train.py; add it, as in runs/tiny")
+        raise ConfigError("there must be at least one RUN, a --workdir of bigmac train; add it, as in runs/tiny")
     names = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
     unique = len(set(names)) == len(names)
     return [_read_run(w, n if unique else w) for w, n in zip(workdirs, names, strict=True)]
@@ -71,7 +71,7 @@ def _read_run(workdir: str, name: str) -> Run:
 
 
 def _latest(records: Records) -> Records:
-    """Where steps were logged twice, as two trainers or joined files leave them, those that came later."""
+    """Drops records whose steps were logged again later, as two trainers or joined files leave them."""
     kept: Records = []
     for record in records:
         while kept and kept[-1]["step"] >= record["step"]:

@@ -17,8 +17,8 @@ COLUMNS = 120  # of it at most
 _LONGEST, _MOST = 1e9, 2.0**62  # seconds of a step, and tokens; a damaged record may say anything
 
 
-def drawn(run: Run) -> dict[str, Any]:
-    """JSON for the page. Every curve is over steps; `clock` says which tokens and hours a step had."""
+def chart_data(run: Run) -> dict[str, Any]:
+    """JSON for the page's charts. Every curve is over steps; `clock` says which tokens and hours a step had."""
     return {
         "name": run.name,
         "clock": clock(run.training),
@@ -35,7 +35,7 @@ def curves(records: Records) -> dict[str, dict[str, list[Any]]]:
     for name in (n for n in names if n not in ("step", "tokens")):
         having = [r for r in records if name in r]
         values_n = np.asarray([r[name] if _is_number(r[name]) else np.nan for r in having], float)
-        kept = thinned(values_n, POINTS)
+        kept = thin(values_n, POINTS)
         series[name] = {
             "step": [having[i]["step"] for i in kept],
             "value": [_short(float(values_n[i])) for i in kept],
@@ -43,8 +43,8 @@ def curves(records: Records) -> dict[str, dict[str, list[Any]]]:
     return series
 
 
-def thinned(values_n: np.ndarray, points: int) -> list[int]:
-    """Indices of at most `points` values: the ends, and of each stretch the smallest, the largest and a NaN."""
+def thin(values_n: np.ndarray, points: int) -> list[int]:
+    """Chooses at most `points` indices: both ends, and of each stretch the smallest value, the largest and a NaN."""
     n = len(values_n)
     if n <= points:
         return list(range(n))

@@ -1,13 +1,14 @@
 """The tables of the page: what each run came to, and where their configurations differ."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from bigmac_jax.config import ConfigError, from_dict
 from bigmac_jax.model.counts import parameters
+from bigmac_jax.planning import units
 from bigmac_jax.report.runs import Run
 from bigmac_jax.report.series import clock
 from bigmac_jax.training.drop_notice import MOST
@@ -22,7 +23,7 @@ def letter(index: int) -> str:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What a run came to, in words and figures."""
+    """The summary of a run in words and figures, by row."""
     last, model, planned = run.training[-1], run.config.get("model", {}), run.config.get("train", {}).get("steps")
     planned = planned if isinstance(planned, int) else 0
     scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
@@ -34,26 +35,26 @@ def facts(run: Run) -> dict[str, str]:
         "experts a layer, top-k": _experts(run),
         "parameters": _parameters(run),
         "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned and planned != last["step"] else ""),
-        "tokens": _of(last.get("tokens"), _amount),
+        "tokens": _show(last.get("tokens"), units.count),
         "hours of training": f"{clock(run.training)['hours'][-1]:.3g}",
-        "training loss, last": _of(last["loss"], "{:.4f}".format),
+        "training loss, last": _show(last["loss"], "{:.4f}".format),
         "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
         "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,
         "windows by source": _by_source(last, "tokens/", lambda tokens, whole: f"{tokens / whole:.1%}"),
         "validation loss by source": _by_source(
             scores[-1] if scores else {}, "eval/loss/", lambda loss, _: f"{loss:.4f}"
         ),
-        "tokens a second, median": _of(_median(run, "tokens_per_s"), "{:,.0f}".format),
-        "MFU, median": _of(_median(run, "mfu"), "{:.1%}".format),
-        "dropped choices, mean": _of(_mean(run, "moe/drop_rate"), _dropped),
-        "exchange a step": _of(last.get("moe/wire_bytes"), size),
-        "device memory, peak": _of(_largest(run, "memory/device_peak_bytes"), size),
-        "host memory, most": _of(_largest(run, "memory/host_bytes"), size),
+        "tokens a second, median": _show(_over(run, "tokens_per_s", median), "{:,.0f}".format),
+        "MFU, median": _show(_over(run, "mfu", median), "{:.1%}".format),
+        "dropped choices, mean": _show(_over(run, "moe/drop_rate", fmean), _drop_rate),
+        "exchange a step": _show(last.get("moe/wire_bytes"), units.size),
+        "device memory, peak": _show(_over(run, "memory/device_peak_bytes", max), units.size),
+        "host memory, most": _show(_over(run, "memory/host_bytes", max), units.size),
         "bad steps": ", ".join(f"{events.count(e)} {e}" for e in sorted(set(events))) or "none",
     }
 
 
-def _dropped(rate: float) -> str:
+def _drop_rate(rate: float) -> str:
     return f"{rate:.2%}" + (" (model.capacity_factor=inf drops none)" if rate > MOST else "")
 
 
@@ -105,17 +106,8 @@ def configuration(runs: Sequence[Run]) -> str:
     return html
 
 
-def size(count: float) -> str:
-    """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
 def _table(runs: Sequence[Run], kind: str, rows: dict[str, list[str]]) -> str:
-    """A head column of names, then a column a run (without runs: of the value that they share). Cells are HTML."""
+    """An HTML table: a column of names, then one for each run, or without runs one of the value that all share."""
     heads = [
         f'<th scope="col"><span class="key run{i % 8}">{letter(i)}</span> {escape(run.name)}</th>'
         for i, run in enumerate(runs)
@@ -135,8 +127,8 @@ def _table(runs: Sequence[Run], kind: str, rows: dict[str, list[str]]) -> str:
 def _parameters(run: Run) -> str:
     with contextlib.suppress(ConfigError):  # fields of another version
         count = parameters(from_dict(run.config), {})
-        active = "" if count.active == count.total else f", {_amount(count.active)} active"
-        return _amount(count.total) + active
+        active = "" if count.active == count.total else f", {units.count(count.active)} active"
+        return units.count(count.total) + active
     return NONE
 
 
@@ -150,7 +142,7 @@ def _experts(run: Run) -> str:
 
 
 def _by_source(record: dict[str, Any], prefix: str, show: Any) -> str:
-    """Of a mixture, from a record that has a value for each of its sources."""
+    """What a record holds for each source of a mixture."""
     values = {name.removeprefix(prefix): v for name, v in record.items() if name.startswith(prefix) and v is not None}
     whole = sum(values.values()) or 1
     return ", ".join(f"{name} {show(value, whole)}" for name, value in values.items()) or NONE
@@ -160,28 +152,11 @@ def _value(value: Any) -> str:
     return escape(value if isinstance(value, str) and value else repr(value))
 
 
-def _of(value: float | None, show: Any) -> str:
+def _show(value: float | None, show: Callable[[float], str]) -> str:
     return NONE if value is None else show(value)
 
 
-def _amount(count: float) -> str:
-    for unit, name in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
-        if count >= unit:
-            return f"{count / unit:.3g}{name}" if count / unit < 100 else f"{count / unit:.0f}{name}"
-    return f"{count:,.0f}"
-
-
-def _values(run: Run, name: str) -> list[float]:
-    return [r[name] for r in run.training if r.get(name) is not None]
-
-
-def _median(run: Run, name: str) -> float | None:
-    return median(values) if (values := _values(run, name)) else None
-
-
-def _mean(run: Run, name: str) -> float | None:
-    return sum(values) / len(values) if (values := _values(run, name)) else None
-
-
-def _largest(run: Run, name: str) -> float | None:
-    return max(_values(run, name), default=None)
+def _over(run: Run, name: str, function: Callable[[list[float]], float]) -> float | None:
+    """`function` of a metric's values in training, if there are any."""
+    values = [r[name] for r in run.training if r.get(name) is not None]
+    return function(values) if values else None

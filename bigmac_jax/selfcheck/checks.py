@@ -31,12 +31,12 @@ from bigmac_jax.selfcheck import numpy_reference
 from bigmac_jax.selfcheck.numpy_reference import Arrays
 from bigmac_jax.training.step import make_trainer
 
-# Of max|a - b| over max|b|, array by array. Float32 is multiplied in float32 (precision highest), bfloat16 as it is in
-# training. A wrong row or a sum that lacks a rank is off by a tenth or more.
+# The largest max|a - b| over max|b| that counts as rounding. Float32 is multiplied in float32 (precision highest),
+# bfloat16 as it is in training. A wrong row or a sum that lacks a rank is off by a tenth or more.
 BOUNDS = {"float32": 3e-5, "bfloat16": 3e-2}
-NORM_BOUND = 1e-4  # of the gradient's norm on all devices, relative to one device's
+NORM_BOUND = 1e-4  # for the gradient's norm on all devices, relative to one device's
 
-# What else there is to set, the best first, where a check of a part fails.
+# Settings to try, the best first, where a check of a part fails.
 ALTERNATIVES = {
     "attention": ("execution.attention=xla", "execution.attention=blocks"),
     "experts": ("execution.grouped_matmul=blocks",),
@@ -51,10 +51,12 @@ class MismatchError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """Attributes:
-    part: which part of the program it is of.
-    setting: what selects that part, or "".
-    run: raises an exception, or returns how good the part is, in words.
+    """One thing that the machine must compute right.
+
+    Attributes:
+      part: the part of the program that is checked.
+      setting: what selects that part, or "".
+      run: raises an exception, or says how good the part is.
     """
 
     name: str
@@ -65,9 +67,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """Attributes:
-    why: it failed; "" if it is ok.
-    detail: how good it is, in words.
+    """What a check found.
+
+    Attributes:
+      why: why it failed; "" if it is ok.
+      detail: how good it is, in words.
     """
 
     check: Check
@@ -81,7 +85,7 @@ class Result:
 
 
 def run(check: Check) -> Result:
-    """The same in all processes. An exception is a failed check."""
+    """Runs a check, which fails where it raises an exception; the result is the same in all processes."""
     start, detail, why = time.perf_counter(), "", ""
     try:
         detail = check.run()
@@ -96,7 +100,7 @@ def run(check: Check) -> Result:
 
 
 def advice(results: Sequence[Result]) -> dict[str, str]:
-    """What to set, by the name of each check that failed; "" where nothing else was found to work."""
+    """What to set instead, by the name of each check that failed; "" where nothing else was found to work."""
     red = {result.check.setting for result in results if not result.ok}
     return {
         result.check.name: next((s for s in ALTERNATIVES.get(result.check.part, ()) if s not in red), "")
@@ -106,7 +110,7 @@ def advice(results: Sequence[Result]) -> dict[str, str]:
 
 
 def all_checks(devices: Sequence[Any]) -> list[Check]:
-    """Of a mesh over `devices`."""
+    """The checks of a mesh over `devices`."""
     checks = []
     for layout in ("dropless", "capacity"):
         for dtype in BOUNDS:
@@ -159,7 +163,7 @@ def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
         gradients = {"y": y, "dx": dx} | {f"d_{name}": value for name, value in dw.items()}
         return gradients | ({"d_gate": d_gate} if dropless else {})
 
-    actual = _on_all(make_mesh(config, devices=devices), dtype, on_rank, arrays, expert_NK)
+    actual = _run_on_each(make_mesh(config, devices=devices), dtype, on_rank, arrays, expert_NK)
     expected = numpy_reference.experts(
         {name: arrays[name] for name in w}, arrays["x"], arrays["gate"], expert_NK, arrays["dy"]
     )
@@ -178,7 +182,7 @@ def check_attention(devices: Sequence[Any], implementation: str, dtype: str) -> 
         y, pull = jax.vjp(attention, values["q"], values["k"], values["v"])
         return {"y": y} | dict(zip(("dq", "dk", "dv"), pull(values["dy"]), strict=True))
 
-    actual = _on_all(make_mesh(_config(len(devices)), devices=devices), dtype, on_rank, arrays)
+    actual = _run_on_each(make_mesh(_config(len(devices)), devices=devices), dtype, on_rank, arrays)
     return compare(
         actual, numpy_reference.attention(**{f"{n}_{_DIMS[n]}": v for n, v in arrays.items()}), BOUNDS[dtype]
     )
@@ -192,7 +196,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
 
     The experts are computed without a kernel of the accelerator, which has a check of its own.
     """
-    nodes = machines(devices) if name == "hierarchical" else 1
+    nodes = count_nodes(devices) if name == "hierarchical" else 1
     config = _config(len(devices), nodes, exchange=name, grouped_matmul="blocks")
     mesh, m, draw = make_mesh(config, devices=devices), config.model, np.random.default_rng(2)
     with jax.set_mesh(mesh):
@@ -219,7 +223,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
 
     def values_and_gradients(layer: MoE, x_BLD: Array, dy_BLD: Array) -> dict[str, Array]:
         y_BLD, pull, aux = jax.vjp(lambda x_BLD: layer(x_BLD, evaluating=True), x_BLD, has_aux=True)
-        return _on_every_process({"y": y_BLD, "dx": pull(dy_BLD)[0], "drops": aux.drop_rate})
+        return _replicate({"y": y_BLD, "dx": pull(dy_BLD)[0], "drops": aux.drop_rate})
 
     given = layer, x_TD.reshape(shape), dy_TD.reshape(shape)
     actual = execute(
@@ -252,7 +256,7 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         trainer, batch = make_trainer(config, mesh), place(of_windows(tokens), batch_spec(2))
         state = trainer.init(jax.random.key(config.train.seed))
-        step = compiled(mesh, trainer.step.lower(state, batch))
+        step = compile_program(mesh, trainer.step.lower(state, batch))
         for _ in range(steps):
             state, metrics = step(state, batch)
             losses.append(float(metrics.loss))
@@ -260,9 +264,8 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     return losses, norms[0]
 
 
-def machines(devices: Sequence[Any]) -> int:
-    """Into how many nodes a hierarchical exchange splits the devices: slices, hosts of GPUs, or two for the sake of the
-    check."""
+def count_nodes(devices: Sequence[Any]) -> int:
+    """The number of nodes that a hierarchical exchange has: slices, hosts of GPUs, or two for the sake of the check."""
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     processes = len({device.process_index for device in devices})
     nodes = slices if slices > 1 else processes if processes > 1 and devices[0].platform == "gpu" else 2
@@ -293,20 +296,20 @@ def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
 
 
 def execute(mesh: Mesh, dtype: str, function: Callable[..., Any], values: Any, specs: Any, ragged: bool = False) -> Any:
-    """`function` of NumPy arrays that are placed by `specs` on the mesh, compiled as training is → NumPy arrays.
+    """Compiles `function` as training is, and runs it on NumPy arrays that `specs` place on the mesh → NumPy arrays.
 
     Args:
-      ragged: it has ragged exchanges.
+      ragged: whether the function has ragged exchanges.
     """
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if dtype == "float32" else None):
         arrays = jax.tree.map(place, values, specs)
-        program = compiled(mesh, jax.jit(function).lower(*arrays), ragged)
+        program = compile_program(mesh, jax.jit(function).lower(*arrays), ragged)
         return jax.tree.map(np.asarray, program(*arrays))
 
 
-def compiled(mesh: Mesh, lowered: Any, ragged: bool = False) -> Any:
-    """With the options of training; on CPU without LLVM's optimisations: these programs take seconds to compile and
-    milliseconds to run."""
+def compile_program(mesh: Mesh, lowered: Any, ragged: bool = False) -> Any:
+    """Compiles with the options of training; on CPU without LLVM's optimisations, because these programs take seconds
+    to compile and milliseconds to run."""
     device = mesh.devices.flat[0]
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
     options |= environment.compiler_options(device, ragged=ragged)
@@ -314,8 +317,8 @@ def compiled(mesh: Mesh, lowered: Any, ragged: bool = False) -> Any:
         return lowered.compile(compiler_options=options)
 
 
-def _on_all(mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any) -> Arrays:
-    """`on_rank` of the same arrays on each device: the results of all [S, …]."""
+def _run_on_each(mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *trees: Any) -> Arrays:
+    """Runs `on_rank` on the same arrays on each device → the results of all [S, …]."""
     leaves, form = jax.tree.flatten(trees)
 
     def on_each(*leaves: Array) -> dict[str, Array]:
@@ -323,18 +326,18 @@ def _on_all(mesh: Mesh, dtype: str, on_rank: Callable[..., dict[str, Array]], *t
         return {name: value[None] for name, value in result.items()}
 
     def everywhere(*leaves: Array) -> dict[str, Array]:
-        return _on_every_process(on_each_rank(on_each, leaves, in_spec=rank_spec, out_specs=rank_spec(1)))
+        return _replicate(on_each_rank(on_each, leaves, in_spec=rank_spec, out_specs=rank_spec(1)))
 
     copies = [np.broadcast_to(leaf, (mesh.size, *leaf.shape)) for leaf in leaves]
     return execute(mesh, dtype, everywhere, tuple(copies), tuple(rank_spec(copy.ndim) for copy in copies))
 
 
-def _on_every_process(arrays: dict[str, Array]) -> dict[str, Array]:
+def _replicate(arrays: dict[str, Array]) -> dict[str, Array]:
     return {name: jax.sharding.reshard(value, replicated_spec(value.ndim)) for name, value in arrays.items()}
 
 
 def _config(devices: int, nodes: int = 1, ranks: int = 0, use_bias: bool = False, **execution: Any) -> Config:
-    """A tiny bigmac model for so many devices, on a mesh whose expert group is all of them, or `ranks`."""
+    """A tiny bigmac model for so many devices, on a mesh whose expert group is `ranks` of them, or all."""
     group = ranks or devices
     return Config(
         model=ModelConfig(

@@ -26,10 +26,12 @@ from bigmac_jax.training.step import make_trainer
 
 @dataclass(frozen=True)
 class Rate:
-    """Attributes:
-    unit: of what is measured; a second, on one device.
-    measure: runs on all devices, or on one.
-    expected: what the hardware file says, if there is one.
+    """A speed of one device.
+
+    Attributes:
+      unit: what is counted, a second.
+      measure: runs on all devices, or on one.
+      expected: what the hardware file says, if there is one.
     """
 
     name: str
@@ -38,19 +40,19 @@ class Rate:
     expected: float | None
 
 
-def hardware_of(device_kind: str) -> str:
-    """The hardware file of such a device, or ""."""
+def find_hardware(device_kind: str) -> str:
+    """Finds the name of a device's hardware file; "" if there is none."""
     return next((name for name in HARDWARE if load_hardware(name).device_kind == device_kind), "")
 
 
 def all_rates(devices: Sequence[Any], hardware: Hardware | None) -> list[Rate]:
-    """Those that these devices have; `hardware` is what their file says."""
+    """The rates that these devices have; `hardware` is what their file says."""
     cpu, S = devices[0].platform == "cpu", len(devices)
     dtype, sent = ("float32", 2.0**22) if cpu else ("bfloat16", 2.0**26)
     config, sizes = training_config(S, cpu), {"data": 1, "node": 1, "expert": S, "tensor": 1}
 
     def expected(rate: Callable[[Hardware], float]) -> float | None:
-        """Of one device; None for devices that are no whole machine of the file."""
+        """The rate of one device; None for devices that are no whole machine of the file."""
         try:
             return rate(hardware) if hardware else None
         except ConfigError:
@@ -133,7 +135,7 @@ def training_config(devices: int, cpu: bool) -> Config:
 
 
 def _seconds(function: Callable[[Any], Any], carry: Any, repeats: int) -> float:
-    """Of one call, in a chain of them; the first two, of which one compiles, don't count."""
+    """Seconds of one call, in a chain of them; the first two, of which one compiles, don't count."""
     for _ in range(2):
         carry = function(carry)
     jax.block_until_ready(carry)

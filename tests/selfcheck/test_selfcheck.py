@@ -17,7 +17,7 @@ from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.selfcheck import checks
-from bigmac_jax.selfcheck.rates import all_rates, hardware_of
+from bigmac_jax.selfcheck.rates import all_rates, find_hardware
 from bigmac_jax.training import step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_compare() -> None:
 
 
 def test_what_the_hardware_files_expect() -> None:
-    assert [hardware_of(kind) for kind in ("TPU v5 lite", "NVIDIA H100 80GB HBM3", "cpu")] == ["v5e", "h100", ""]
+    assert [find_hardware(kind) for kind in ("TPU v5 lite", "NVIDIA H100 80GB HBM3", "cpu")] == ["v5e", "h100", ""]
 
     def expected(name: str, devices: int) -> dict[str, float | None]:
         hardware = load_hardware(name)

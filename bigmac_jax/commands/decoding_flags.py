@@ -1,0 +1,51 @@
+"""The flags that generate and serve share: which model, and how it decodes."""
+
+import pathlib
+
+from absl import flags
+
+from bigmac_jax.commands import cli
+from bigmac_jax.config import Config
+from bigmac_jax.inference import Generator
+from bigmac_jax.inference.drafter import STAND_INS, Speculation
+from bigmac_jax.inference.kv_cache import WEIGHTS
+from bigmac_jax.tuning import restore
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: the --workdir of bigmac train.")
+_STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", 0, "Prompt and completion, in tokens; 0 = the run's sequence length.", 0
+)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
+_EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
+_SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "Tokens that are drafted with the experts of each rank, and verified at once; 0 drafts none."
+)
+_LOCAL_EXPERTS = flags.DEFINE_integer(
+    "local_experts", 0, "Experts of each rank that drafts use; 0 = all that it holds. Fewer are for study."
+)
+_STAND_INS = flags.DEFINE_enum(
+    "stand_ins", Speculation.stand_ins, STAND_INS, "What a draft computes for an expert that is elsewhere."
+)
+_LEAST_ACCEPTANCE = flags.DEFINE_float(
+    "least_acceptance", Speculation.least, "Drafts pause while a smaller share of their tokens is accepted."
+)
+
+
+def speculation() -> Speculation:
+    """How tokens are drafted; raises ConfigError for a value out of its range."""
+    return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _STAND_INS.value, _LEAST_ACCEPTANCE.value)
+
+
+def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:
+    """A generator of the run's model, on the mesh of `config`, which becomes the current one."""
+    cli.enter_mesh(config, fit_batch=False)
+    speculate.check(config)
+    config, model = restore(workdir, _STEP.value, config)
+    return Generator(
+        config, model, _MAX_LENGTH.value, BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
+        weights=_WEIGHTS.value, speculate=speculate,
+    )  # fmt: skip
