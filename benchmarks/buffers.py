@@ -29,7 +29,7 @@ from absl import flags  # noqa: E402
 from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, from_dict, load_config  # noqa: E402
-from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
+from bigmac_jax.data.pipeline import TrainIterator, open_stream  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.training.step import make_trainer  # noqa: E402
@@ -48,14 +48,14 @@ def main() -> None:
     config = load_config(_CONFIG.value, cli.OVERRIDES)
     mesh, at = cli.enter_mesh(config), [int(step) for step in _AT.value]
     stream = open_stream(config, "train", load_tokenizer(config))
-    trainer, batches = make_trainer(config, mesh), train_iterator(config, stream)
+    trainer, batches = make_trainer(config, mesh), TrainIterator(config, stream)
     state = trainer.init(jax.random.key(config.train.seed))
     timed: dict[str, Any] = {}  # compiled steps
     step_of: Any = trainer.step
     if mesh.size == 1:
         loads = jax.jit(lambda state, tokens: trainer.model(state)(tokens)[1].load)
         L = config.data.sequence_length
-        rows = train_iterator(
+        rows = TrainIterator(
             dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=_ROWS.value)), stream
         )
         texts = next(rows).inputs_BL

@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags
 
 from bigmac_jax.config import load_config
-from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.corpus import open_documents
 
 _STEPS = flags.DEFINE_integer("steps", 1200, "Of a run.", lower_bound=1)
 _SEEDS = flags.DEFINE_list("seeds", ["1", "2", "3"], "Of train.seed.")
@@ -66,7 +66,7 @@ def _paragraphs(folder: pathlib.Path) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     config, sizes = load_config("configs/tiny.py"), {}
     for split in ("train", "validation"):
-        texts = documents(config.data, split, config.cache_dir)
+        texts = open_documents(config.data, split, config.cache_dir)
         rows = [line.strip() for text in texts for line in text.split("\n") if line.strip()]
         content = "".join(json.dumps({"text": row}) + "\n" for row in rows)
         path = folder / f"{split}.jsonl"

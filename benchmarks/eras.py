@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.rows import write
 from bigmac_jax.data.sotu import speech_files
-from bigmac_jax.data.splits import SPLITS, split_of
+from bigmac_jax.data.splits import SPLITS, choose_split
 
 _CLASSES = {"early": range(1790, 1861), "middle": range(1861, 1933), "late": range(1933, 2100)}
 _MOST = {"train": 4_000, "validation": 100, "test": 200}  # of a class
@@ -45,7 +45,7 @@ def rows(seed: int = 0) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, dict[str, list[str]]] = {split: {name: [] for name in _CLASSES} for split in SPLITS}
     for year, path in speech_files():
         name = next(name for name, years in _CLASSES.items() if year in years)
-        found[split_of(year)][name] += _paragraphs(path)
+        found[choose_split(year)][name] += _paragraphs(path)
     draw, made = random.Random(seed), {}
     for split, by_class in found.items():
         size = min(_MOST[split], *map(len, by_class.values()))

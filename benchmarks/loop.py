@@ -22,7 +22,7 @@ from benchmarks.timing import alternate, median_ratio, summary  # noqa: E402
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
 from bigmac_jax.data.batch import Batch  # noqa: E402
-from bigmac_jax.data.pipeline import open_stream, train_iterator  # noqa: E402
+from bigmac_jax.data.pipeline import TrainIterator, open_stream  # noqa: E402
 from bigmac_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from bigmac_jax.model.mesh import batch_spec, place  # noqa: E402
 from bigmac_jax.run.loop import train  # noqa: E402
@@ -42,7 +42,7 @@ def main() -> None:
     config = dataclasses.replace(config, train=quiet)
     mesh = cli.enter_mesh(config)
     stream = open_stream(config, "train", load_tokenizer(config))
-    batch = next(train_iterator(config, stream))
+    batch = next(TrainIterator(config, stream))
     trainer = make_trainer(config, mesh)
 
     cases = {
@@ -51,7 +51,7 @@ def main() -> None:
     }
     seconds = alternate(cases, _ROUNDS.value)
     tokens = config.data.batch_size * config.data.sequence_length
-    pipeline = _pipeline(train_iterator(config, stream), tokens)
+    pipeline = _pipeline(TrainIterator(config, stream), tokens)
     for name, rounds in seconds.items():
         rate = round(tokens / statistics.median(rounds))
         print(json.dumps({"name": name, "tokens_per_s": rate, **summary(rounds)}))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import Config
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.step import make_trainer
 
@@ -22,7 +22,7 @@ class Stepper:
         trainer, self.steps = make_trainer(config, mesh), steps
         shape = (config.data.batch_size, config.data.sequence_length + 1)
         tokens_BL = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-        self._batch, self._state = place(of_windows(tokens_BL), batch_spec(2)), trainer.init(jax.random.key(0))
+        self._batch, self._state = place(batch_from_windows(tokens_BL), batch_spec(2)), trainer.init(jax.random.key(0))
         self.compiled = trainer.step.lower(self._state, self._batch).compile()
         self._run(1)
 

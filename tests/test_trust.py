@@ -19,8 +19,9 @@ from model.tools import on_mesh, random_model, tiny
 from training.tools import ROOT, quick, write_config
 
 from bigmac_jax.config import Config, ConfigError, load_config, reading
-from bigmac_jax.data.datasets import find_dataset
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.data.bpe import train_bpe
+from bigmac_jax.data.datasets import open_dataset
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
 from bigmac_jax.interchange import export_model, import_run, importing, open_checkpoint
 from bigmac_jax.training.workdir import name_data, run_tokenizer, with_own_template, with_own_tokenizer
 from bigmac_jax.training.workdir import write_config as write_config_of_run
@@ -300,7 +301,7 @@ def test_tokenizer_and_template_are_those_in_the_workdir(
 
 def test_code_of_others_is_no_data_set(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="runs code of others for the namespace huggingface"):
-        find_dataset("huggingface:somebody", str(tmp_path), "data.source=tfds:huggingface:somebody")
+        open_dataset("huggingface:somebody", str(tmp_path), "data.source=tfds:huggingface:somebody")
 
 
 def writing(name: str, content: str | bytes) -> Callable[[pathlib.Path], object]:

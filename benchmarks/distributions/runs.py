@@ -12,8 +12,8 @@ from benchmarks.distributions.domains import write_domains
 from benchmarks.distributions.grid import Condition
 from benchmarks.quality.runs import CONFIG, ROOT, command
 from bigmac_jax.config import DataConfig, load_config
-from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.tokenizer import train_bpe
+from bigmac_jax.data.bpe import train_bpe
+from bigmac_jax.data.corpus import open_documents
 
 Run = tuple[Condition, int]
 
@@ -25,7 +25,7 @@ def prepare(folder: pathlib.Path, size: int) -> None:
     if not file.exists():
         data = DataConfig(mixture=",".join(f"{path}=1" for path in files.values()))
         size = load_config(ROOT / CONFIG).model.vocab_size
-        pieces = (piece for piece, _ in documents(data, "train", str(folder / "cache")).all_pieces())
+        pieces = (piece for piece, _ in open_documents(data, "train", str(folder / "cache")).all_pieces())
         part = file.with_suffix(".part")
         part.write_text(train_bpe(pieces, size))
         part.replace(file)

@@ -14,7 +14,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, with_mesh
-from bigmac_jax.data.chat_template import chat_in
+from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
 from bigmac_jax.runtime import hosts, storage
@@ -80,7 +80,7 @@ def _export(workdir: pathlib.Path) -> None:
         max_shard_size=_MAX_SHARD_SIZE.value,
         tokenizer=tokenizer,
         trained=Trained(step, loss),
-        chat=chat_in(workdir),
+        chat=read_chat_folder(workdir),
     )
     how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
     hosts.say(f"{_OUTPUT.value}: {kind}, {_DTYPE.value}{how}")

@@ -1,4 +1,4 @@
-"""What a model is tuned on: conversations, of which the answers alone are learned, and preferences between answers.
+"""The rows that a model is tuned on: conversations, whose answers alone are learned, and preferences between answers.
 
 A row is a line of JSON. For tuning.objective=sft it has `prompt` and `completion`, two texts that are joined as they
 are, or `messages`, through a chat template. For dpo it has `prompt`, `chosen` and `rejected`: texts, or `prompt` is a
@@ -8,24 +8,24 @@ list of messages and the two are answers to it. A text is followed by the end of
 import functools
 import hashlib
 import itertools
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.batch import NO_TARGET, PADDING
+from bigmac_jax.data import kinds
+from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.chat_template import ChatError, Piece, load_chat
-from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.documents import Seen, decode, once
-from bigmac_jax.data.kinds import broken, kind_of, open_content
-from bigmac_jax.data.kinds import errors as kind_errors
-from bigmac_jax.data.local_files import LocalDocuments
-from bigmac_jax.data.packing import best_fit
-from bigmac_jax.data.splits import Held, hold_out, key_of
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.documents import ReadCounts, decode, log_once
+from bigmac_jax.data.encoding import Counts
+from bigmac_jax.data.local_files import FileDocuments
+from bigmac_jax.data.packing import PackedWindows
+from bigmac_jax.data.readers import parse_row
+from bigmac_jax.data.splits import text_key
 from bigmac_jax.data.tokenizer import Tokenizer
 
 _ROWS = 1024  # that are encoded at a time
@@ -35,20 +35,9 @@ _PLACES = 5  # of bad rows that are named
 class _BadRowError(ValueError):
     """What is wrong with a row: a reason that others share, and the words for this one."""
 
-    def __init__(self, reason: str, message: str = ""):
-        super().__init__(message or reason)
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
         self.reason = reason
-
-
-class Example(NamedTuple):
-    """One row: a sequence of pieces of text, or two of dpo, the chosen one first."""
-
-    place: str
-    sequences: list[list[Piece]]
-
-    @property
-    def answers(self) -> list[str]:
-        return [piece.text for piece in self.sequences[0] if piece.answer]
 
 
 class Conversations:
@@ -56,7 +45,8 @@ class Conversations:
 
     Attributes:
       text: the fingerprint of its files.
-      num_tokens: of answers, which is what is learned, of dpo of those that were chosen; so are words and bytes.
+      sequences: int32 [2, n] each: inputs and targets, NO_TARGET where none counts; of dpo two for each row.
+      counts: rows, and what is learned: tokens, words and bytes of answers; for dpo, of the chosen ones.
 
     Raises:
       ConfigError: a source that is no file of JSON lines, a row that is bad (with tuning.bad_rows=stop), or no good
@@ -64,8 +54,8 @@ class Conversations:
     """
 
     def __init__(self, config: Config, split: str, tokenizer: Tokenizer):
-        docs = documents(config.data, split, config.cache_dir)
-        if not isinstance(docs, LocalDocuments):
+        docs = open_documents(config.data, split, config.cache_dir)
+        if not isinstance(docs, FileDocuments):
             raise ConfigError(
                 f"{docs.name} has texts, and tuning.objective={config.tuning.objective} needs a .jsonl file"
             )
@@ -79,205 +69,176 @@ class Conversations:
         self.chat = load_chat(
             tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
         )
-        self.sequences: list[np.ndarray] = []  # int32 [2, n]: inputs and targets, NO_TARGET where none counts
-        self.num_words = self.num_bytes = 0
+        self.pairs = config.tuning.objective == "dpo"  # sequences 2i and 2i + 1 are the two of row i
+        self.sequences: list[np.ndarray] = []
+        self.counts = Counts()
         self._read()
-        self.num_tokens = sum(
-            int(np.count_nonzero(targets != NO_TARGET)) for _, targets in self.sequences[:: 1 + self.pairs]
-        )
-
-    @property
-    def pairs(self) -> bool:
-        """Whether sequences 2i and 2i + 1 are the two of row i."""
-        return self._config.tuning.objective == "dpo"
 
     @property
     def rows(self) -> str:
-        """The fingerprint of `sequences`: also of what encodes the files, as templates and dates do."""
+        """The fingerprint of `sequences`, which depend on files, templates and dates."""
         digest = hashlib.sha256()
         for sequence in self.sequences:
             digest.update(len(sequence[0]).to_bytes(8) + np.ascontiguousarray(sequence, "<i4").tobytes())
         return digest.hexdigest()
 
     @property
-    def num_documents(self) -> int:
-        return len(self.sequences) // (1 + self.pairs)
+    def num_tokens(self) -> int:
+        return self.counts.tokens
 
     @functools.cache  # noqa: B019  a run has few
-    def packed(self, length: int) -> "Windows":
-        """Windows of whole conversations; raises ConfigError for one that is longer."""
-        return Windows(self.sequences, 1 + self.pairs, length, self.eos_id, self.name)
+    def pack(self, length: int) -> "PackedConversations":
+        """Makes windows of whole conversations; raises ConfigError for one that is longer."""
+        return PackedConversations(self.sequences, 1 + self.pairs, length, self.eos_id, self.name)
 
     def _read(self) -> None:
         bad: dict[str, list[str]] = defaultdict(list)
         longest = self._config.data.sequence_length
-        rows = self._rows(bad)
+        rows = self._read_rows(bad)
         while batch := list(itertools.islice(rows, _ROWS)):
-            pieces = [piece.text for example in batch for pieces in example.sequences for piece in pieces]
-            encoded = iter(self.chat.encode_batch(pieces))
-            for example in batch:
-                tokens = [[next(encoded) for _ in pieces] for pieces in example.sequences]
+            texts = [piece.text for _, sequences in batch for pieces in sequences for piece in pieces]
+            encoded = iter(self.chat.encode_batch(texts))
+            for place, sequences in batch:
+                tokens = [[next(encoded) for _ in pieces] for pieces in sequences]
                 try:
-                    made = [_sequence(*of, self.eos_id) for of in zip(example.sequences, tokens, strict=True)]
+                    made = list(map(self._encode_sequence, sequences, tokens))
+                    size = sum(sequence.shape[1] for sequence in made)
+                    if size > longest:
+                        message = f"its {size} tokens are more than data.sequence_length={longest}"
+                        raise _BadRowError("longer than data.sequence_length", message)
                 except _BadRowError as error:
-                    self._bad(bad, example.place, error)
-                    continue
-                size = sum(sequence.shape[1] for sequence in made)
-                if size > longest:
-                    told = f"its {size} tokens are more than data.sequence_length={longest}"
-                    self._bad(bad, example.place, _BadRowError("longer than data.sequence_length", told))
+                    self._note_bad_row(bad, place, error)
                     continue
                 self.sequences += made
-                self.num_words += sum(len(text.split()) for text in example.answers)
-                self.num_bytes += sum(len(text.encode()) for text in example.answers)
+                answers = [piece.text for piece in sequences[0] if piece.answer]
+                self.counts.documents += 1
+                self.counts.tokens += int(np.count_nonzero(made[0][1] != NO_TARGET))
+                self.counts.words += sum(len(text.split()) for text in answers)
+                self.counts.bytes += sum(len(text.encode()) for text in answers)
         if bad:
-            reasons = "; ".join(f"{len(places)} {reason} ({_listed(places)})" for reason, places in bad.items())
-            once(logging.WARNING, f"{self.name}: {sum(map(len, bad.values())):,} rows left out: {reasons}")
+            reasons = "; ".join(f"{len(places)} {reason} ({_list_places(places)})" for reason, places in bad.items())
+            log_once(logging.WARNING, f"{self.name}: {sum(map(len, bad.values())):,} rows left out: {reasons}")
         if not self.sequences:
             raise ConfigError(f"{self.name} has no row to learn from; give rows with answers")
 
-    def _rows(self, bad: dict[str, list[str]]) -> Iterator[Example]:
-        """The split's good rows."""
-        held = self._held()
-        for place, line in self._lines():
-            if held.portion(_beginning(line), self.split) is None:
-                continue
-            try:
-                yield Example(place, self._example(_parsed(line)))
-            except _BadRowError as error:
-                self._bad(bad, place, error)
-
-    def _lines(self) -> Iterator[tuple[str, bytes]]:
-        for path in self._docs.files:
-            kind = kind_of(path)
-            if kind is None or kind.name != "jsonl":
-                raise ConfigError(f"{path} holds text, and tuning needs rows; give files that end in .jsonl")
-            try:
-                with open_content(path, kind, Seen()) as file:
-                    yield from ((f"{path} line {n}", line) for n, line in enumerate(file, 1) if not line.isspace())
-            except kind_errors() as error:
-                raise broken(path, error) from None
-
-    def _held(self) -> Held:
-        """What is held out of the rows, by their text."""
-        if not self._docs.held_out:
-            return Held(())
-        held, line = hold_out(((key_of(_beginning(row)), len(row)) for _, row in self._lines()), self._docs.held_out)
+    def _read_rows(self, bad: dict[str, list[str]]) -> Iterator[tuple[str, list[list[Piece]]]]:
+        """Yields (place, sequences of pieces) for each good row of the split; for dpo, the chosen sequence first."""
+        held = self._docs.choose_held_out((text_key(_text_of_line(row)), len(row)) for _, row in self._lines())
         if held.sizes is not None:
             raise ConfigError(
                 f"{self._docs.setting} has {len(held.sizes)} rows, too few to hold some out; set "
                 f"data.validation_source and data.test_source to rows of their own"
             )
-        once(logging.INFO, f"{self._docs.setting}: {line}")
-        return held
+        for place, line in self._lines():
+            if held.portion(_text_of_line(line), self.split) is None:
+                continue
+            try:
+                yield place, self._make_sequences(_parse(line))
+            except _BadRowError as error:
+                self._note_bad_row(bad, place, error)
 
-    def _bad(self, bad: dict[str, list[str]], place: str, error: _BadRowError) -> None:
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        for path in self._docs.files:
+            kind = kinds.guess_kind(path)
+            if kind is None or kind.name != "jsonl":
+                raise ConfigError(f"{path} holds text, and tuning needs rows; give files that end in .jsonl")
+            try:
+                with kinds.open_content(path, kind, ReadCounts()) as file:
+                    yield from ((f"{path} line {n}", line) for n, line in enumerate(file, 1) if not line.isspace())
+            except kinds.read_errors() as error:
+                raise kinds.explain_error(path, error) from None
+
+    def _note_bad_row(self, bad: dict[str, list[str]], place: str, error: _BadRowError) -> None:
         if self._config.tuning.bad_rows == "stop":
             raise ConfigError(f"{place}: {error}; mend the row, or leave such rows out with tuning.bad_rows=skip")
         bad[error.reason].append(place)
 
-    def _example(self, row: dict[str, Any]) -> list[list[Piece]]:
+    def _make_sequences(self, row: dict[str, Any]) -> list[list[Piece]]:
         try:
             if not self.pairs and "messages" in row:
-                return [self._turns(_messages(row["messages"], "messages"))]
+                return [self._render(_messages(row["messages"], "messages"))]
             if not self.pairs:
-                return [self._plain(_text(row, "prompt"), _text(row, "completion"))]
+                return [self._join(_text(row, "prompt"), _text(row, "completion"))]
             answers = [_text(row, name) for name in ("chosen", "rejected")]
             if answers[0] == answers[1]:
                 raise _BadRowError("with two answers alike", "chosen and rejected are alike")
             if isinstance(row.get("prompt"), str):
-                return [self._plain(row["prompt"], answer) for answer in answers]
+                return [self._join(row["prompt"], answer) for answer in answers]
             turns = _messages(row.get("prompt"), "prompt")
-            return [self._turns([*turns, {"role": "assistant", "content": text}], last=True) for text in answers]
+            return [self._render([*turns, {"role": "assistant", "content": text}], last=True) for text in answers]
         except ChatError as error:
             reason = "that the template refuses" if error.index is None else "with a message that no template takes"
             raise _BadRowError(reason, str(error)) from None
 
-    def _plain(self, prompt: str, answer: str) -> list[Piece]:
+    def _join(self, prompt: str, answer: str) -> list[Piece]:
         if not answer:
             raise _BadRowError("without an answer", "its answer is empty")
         for text, name in ((prompt, "the prompt"), (answer, "the answer")):
             self.chat.check_text(text, name, 0)
         return [Piece(prompt, False), Piece(answer + self.chat.end, True)]
 
-    def _turns(self, messages: list[dict[str, str]], last: bool = False) -> list[Piece]:
-        """`last`: the last answer alone is one."""
+    def _render(self, messages: list[dict[str, str]], last: bool = False) -> list[Piece]:
+        """`last`: only the last answer counts as one."""
         if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
             raise _BadRowError("without an answer", "its last message is no answer of the assistant")
         pieces = self.chat.pieces(messages)
         numbers = [n for n, piece in enumerate(pieces) if piece.answer]
         if not numbers:
             raise _BadRowError("that the template refuses", "the chat template shows no answer of its messages")
-        if last:
-            pieces = [Piece(piece.text, n == numbers[-1]) for n, piece in enumerate(pieces)]
-        return pieces
+        return [Piece(piece.text, n == numbers[-1]) for n, piece in enumerate(pieces)] if last else pieces
+
+    def _encode_sequence(self, pieces: Sequence[Piece], encoded: Sequence[list[int]]) -> np.ndarray:
+        """int32 [2, n] up to the last token of an answer; an answer that begins a text follows an end of text."""
+        tokens = np.array([token for ids in encoded for token in ids], np.int32)
+        answer = np.repeat([piece.answer for piece in pieces], [len(ids) for ids in encoded]).astype(bool)
+        if not answer.any():
+            raise _BadRowError("without an answer", "the tokenizer makes no token of its answer")
+        if answer[0]:
+            tokens, answer = np.insert(tokens, 0, self.eos_id), np.insert(answer, 0, False)
+        stop = int(np.flatnonzero(answer)[-1]) + 1
+        return np.stack([tokens[: stop - 1], np.where(answer[1:stop], tokens[1:stop], NO_TARGET)])
 
 
-class Windows:
-    """Windows of whole conversations: window w is int32 [3, L], the inputs, targets and segments of `data.batch.Batch`.
-    Of preferences, segment 2p is the chosen answer of pair p with its prompt, and 2p + 1 the other; where `reference`
-    is set, float32 [W, L], its bits are a fourth row."""
+class PackedConversations(PackedWindows):
+    """Windows of whole conversations. In windows of preferences, segment 2p is the chosen answer of pair p with its
+    prompt, and 2p + 1 the rejected one.
 
-    def __init__(self, sequences: Sequence[np.ndarray], of_row: int, length: int, eos_id: int, name: str):
-        self._sequences, self._of_row, self._length, self._eos_id = sequences, of_row, length, eos_id
+    Attributes:
+      reference: float32 [W, L], of which a window's bits become its fourth row; None: there is none.
+    """
+
+    def __init__(self, sequences: Sequence[np.ndarray], per_row: int, length: int, eos_id: int, name: str):
+        self._all, self._per_row = sequences, per_row
         self.reference: np.ndarray | None = None
-        sizes = np.array([sequence.shape[1] for sequence in sequences], np.int64)
-        self._size_N = sizes.reshape(-1, of_row).sum(1)  # of rows
-        if (longest := int(self._size_N.max())) > length:
+        size_N = np.array([sequence.shape[1] for sequence in sequences], np.int64).reshape(-1, per_row).sum(1)
+        if (longest := int(size_N.max())) > length:
             raise ConfigError(f"{name}: its longest row has {longest} tokens, more than the {length} of a window")
-        # A window's rows stand in their order, and windows in the order of their first ones.
-        self._windows = sorted(sorted(window) for window in best_fit(self._size_N, length))
+        super().__init__(size_N, length, eos_id)
 
-    def __len__(self) -> int:
-        return len(self._windows)
+    def _sequences(self, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return ((inputs, targets) for inputs, targets in self._all[n * self._per_row : (n + 1) * self._per_row])
 
     def __getitem__(self, w: int) -> np.ndarray:
-        inputs, targets, segments = window = np.empty((3, self._length), np.int32)
-        at, step = 0, self._of_row
-        own = [self._sequences[n * step + k] for n in self._windows[w] for k in range(step)]
-        for number, sequence in enumerate(own):
-            here = slice(at, at + sequence.shape[1])
-            (inputs[here], targets[here]), segments[here] = sequence, number
-            at += sequence.shape[1]
-        inputs[at:], targets[at:], segments[at:] = max(self._eos_id, 0), NO_TARGET, PADDING
+        window = super().__getitem__(w)
         if self.reference is None:
             return window
         return np.concatenate([window, self.reference[w].view(np.int32)[None]])
 
     def describe(self) -> str:
-        padding = 1 - self._size_N.sum() / (len(self) * self._length)
-        return f"{len(self):,} windows of {len(self._size_N):,} rows, {padding:.2%} padding"
+        """How many windows and rows and how much padding there are, for the log."""
+        return f"{len(self):,} windows of {len(self._size_N):,} rows, {self.padding:.2%} padding"
 
 
-def _sequence(pieces: Sequence[Piece], encoded: Sequence[list[int]], end: int) -> np.ndarray:
-    """int32 [2, n], up to the last token of an answer; one that begins a text is predicted from the end of another.
-
-    Raises:
-      _BadRowError: no answer has a token.
-    """
-    tokens = np.array([token for ids in encoded for token in ids], np.int32)
-    answer = np.repeat([piece.answer for piece in pieces], [len(ids) for ids in encoded]).astype(bool)
-    if not answer.any():
-        raise _BadRowError("without an answer", "the tokenizer makes no token of its answer")
-    if answer[0]:
-        tokens, answer = np.insert(tokens, 0, end), np.insert(answer, 0, False)
-    stop = int(np.flatnonzero(answer)[-1]) + 1
-    return np.stack([tokens[: stop - 1], np.where(answer[1:stop], tokens[1:stop], NO_TARGET)])
-
-
-def _beginning(line: bytes) -> str:
+def _text_of_line(line: bytes) -> str:
     return line.strip().decode(errors="replace")
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    text, whole = decode(line)
+def _parse(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise _BadRowError("that are not JSON", f"it is not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise _BadRowError("that are not JSON", f"it is a JSON {type(row).__name__}, not an object")
-    if not whole or "\ufffd" in text:
+        row, whole = parse_row(line)
+    except ValueError as error:
+        raise _BadRowError("that are not JSON", f"it {error}") from None
+    if not whole or "\ufffd" in line.decode(errors="replace"):
         raise _BadRowError("that are not UTF-8", "it is not UTF-8, or holds U+FFFD")
     return row
 
@@ -304,6 +265,6 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
     return found
 
 
-def _listed(places: Sequence[str]) -> str:
+def _list_places(places: Sequence[str]) -> str:
     more = f" and {len(places) - _PLACES} more" if len(places) > _PLACES else ""
     return ", ".join(places[:_PLACES]) + more

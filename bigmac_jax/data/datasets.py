@@ -1,4 +1,4 @@
-"""Documents from TFDS datasets, the embedded one among them: prepared once as array_record, read without TensorFlow."""
+"""Documents of TFDS datasets, the embedded one among them: prepared once as array_record, read without TensorFlow."""
 
 import contextlib
 import functools
@@ -22,42 +22,42 @@ from typing import Any
 from absl import logging as absl_logging
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.documents import Content, Documents, Seen, Unit, one_line
-from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
+from bigmac_jax.data.documents import Content, Documents, ReadCounts, Unit
+from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
 from bigmac_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 DATASET = "tfds:"
-_FORMAT = "array_record"  # the one format that is read at random, and without TensorFlow
-# Packages of TFDS whose datasets it knows only once they are imported: hellaswag, winogrande and others of text.
+_FORMAT = "array_record"  # the only format that is read at random, and without TensorFlow
+# Packages of TFDS whose datasets it knows only once they are imported: hellaswag, winogrande and others.
 _REGISTERED_LATE = ("text", "question_answering", "summarization", "text_simplification", "translate", "structured")
-_INFO = "dataset_info.json"  # of a prepared dataset
-_PATIENCE = 5.0  # seconds for a host to answer
+_INFO = "dataset_info.json"  # the file that TFDS writes last
+_PATIENCE = 5.0  # seconds that a host has to answer
 
 
 class TfdsDocuments(Documents):
     """The documents of one split of a TFDS dataset, in the order it was prepared in.
 
     Args:
-      source: `sotu`, or `tfds:` and a name that TFDS knows, `NAME`, `NAME/CONFIG` or `NAME:VERSION`; `setting` is the
-        config field it came from, for messages.
-      split, text_field: which split, and which feature holds the text.
-      cache_dir: the dataset is prepared there, unless TFDS's own directory has it prepared already.
+      source: `sotu`, or `tfds:` and a name that TFDS knows: `NAME`, `NAME/CONFIG` or `NAME:VERSION`.
+      setting: the config field it came from, for messages.
+      text_field: the feature that holds the text.
+      cache_dir: the dataset is prepared there, unless TFDS's own directory has it already.
 
     Raises:
       ConfigError: unknown dataset, split or feature; a dataset that cannot be downloaded or prepared here.
     """
 
-    alone = True  # a builder may be known to this process alone
+    alone = True  # other processes may not know the builder
 
     def __init__(self, source: str, setting: str, split: str, text_field: str, cache_dir: str):
         self.setting = f"{setting}={source}"
         self.name = f"{split} split of {self.setting}"
         self.fix = "choose another dataset"
         self.split, self.text_field = split, "text" if source == "sotu" else text_field
-        with quiet():
+        with silence_tfds():
             name = source.removeprefix(DATASET)
-            self.builder = _sotu(cache_dir) if source == "sotu" else find_dataset(name, cache_dir, self.setting)
+            self.builder = _open_sotu(cache_dir) if source == "sotu" else open_dataset(name, cache_dir, self.setting)
             info = self.builder.info
         if split not in info.splits:
             raise ConfigError(
@@ -80,47 +80,52 @@ class TfdsDocuments(Documents):
         key = [info.full_name, where, self.split, list(split.shard_lengths), int(split.num_bytes), self.text_field]
         return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
 
-    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
+    def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
         try:
             rows = self.builder.as_data_source(split=self.split)
-            count = len(rows)
-        except Exception as error:
-            raise ConfigError(self._unreadable(error)) from None
-        for number in range(count):
-            try:
+            for number in range(len(rows)):
                 content = rows[number][self.text_field]
-            except Exception as error:
-                raise ConfigError(self._unreadable(error)) from None
-            if not isinstance(content, str | bytes):
-                raise ConfigError(
-                    f"data.text_field={self.text_field!r} of {self.setting} holds {type(content).__name__}, not text; "
-                    f"use another feature"
-                )
-            seen.source += len(content)
-            yield self.setting, content, False
+                if not isinstance(content, str | bytes):
+                    raise ConfigError(
+                        f"data.text_field={self.text_field!r} of {self.setting} holds {type(content).__name__}, not "
+                        f"text; use another feature"
+                    )
+                counts.source += len(content)
+                yield self.setting, content, False
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{self.setting}: {self.builder.data_path} cannot be read as {_FORMAT} ({storage.reason(error)}); "
+                f"delete it to prepare it again"
+            ) from None
 
-    def _unreadable(self, error: Exception) -> str:
-        path = self.builder.data_path
-        return f"{self.setting}: {path} cannot be read as {_FORMAT} ({one_line(error)}); delete it to prepare it again"
 
-
-def _sotu(cache_dir: str) -> Any:
+def _open_sotu(cache_dir: str) -> Any:
     from bigmac_jax.data import sotu  # here, since TFDS takes its time to import
 
-    root = _on_disk(cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}"))
+    root = _on_disk(make_cache_directory(cache_dir, "tfds", f"sotu-{sotu.package_version()}"))
     version, setting = root / "bigmac_sotu" / str(sotu.BigmacSotu.VERSION), "data.source=sotu"
+
+    def prepare() -> Any:
+        return _prepare(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
+
     try:
-        return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
+        return prepare()
     except Exception:
         if not version.exists():
             raise
         _log.warning("%s is damaged; preparing it again", version)
         remove(version)
-    return _prepared(sotu.BigmacSotu(data_dir=root, file_format=_FORMAT), setting, show=False)
+    return prepare()
 
 
-def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
-    """The builder of a TFDS dataset by its name, prepared; call it inside `quiet`. ConfigError as for the class."""
+def open_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
+    """Prepares a TFDS dataset by its name, and returns its builder; call it inside `silence_tfds`.
+
+    Raises:
+      ConfigError: as for `TfdsDocuments`.
+    """
     import tensorflow_datasets as tfds
 
     namespace, colon, _ = dataset.partition(":")
@@ -135,7 +140,9 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
         except tfds.core.DatasetNotFoundError:
             raise ConfigError(f"{setting} is not a dataset TFDS knows; check its name") from None
         except Exception as error:
-            raise ConfigError(f"{setting} cannot be opened ({one_line(error)}); check its name and config") from None
+            raise ConfigError(
+                f"{setting} cannot be opened ({storage.reason(error)}); check its name and config"
+            ) from None
 
     for module in _REGISTERED_LATE:
         with contextlib.suppress(ImportError):
@@ -144,84 +151,69 @@ def find_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
         own = builder()
         if own.is_prepared() and own.info.file_format.value == _FORMAT:
             return own
-    root = cache_directory(cache_dir, "tfds")
+    root = make_cache_directory(cache_dir, "tfds")
     if not storage.is_store(root):
-        return _prepared(builder(data_dir=root), setting, show=True)
+        return _prepare(builder(data_dir=root), setting, show=True)
     copy = builder(data_dir=_on_disk(root))
     if not copy.is_prepared():
         version = pathlib.Path(copy.data_path)
         kept = root / version.relative_to(_on_disk(root)).as_posix()
-        with locked(kept):
+        with lock_path(kept):
             if (kept / _INFO).exists():
                 storage.fetch_tree(kept, version)
                 copy.info.read_from_directory(str(version))
             else:
-                _prepared(copy, setting, show=True)
+                _prepare(copy, setting, show=True)
                 storage.send_tree(version, kept, last=_INFO)
     return copy
 
 
 def _on_disk(root: pathlib.Path) -> pathlib.Path:
-    """array_record files are read from disks alone."""
+    """The folder on a disk for a cache: array_record files are read from disks alone."""
     return storage.local_copy_path(root) if storage.is_store(root) else root
 
 
-def _prepared(builder: Any, setting: str, show: bool) -> Any:
-    """Prepares the dataset unless it is; one process does it while others wait at the lock."""
-    version = pathlib.Path(builder.data_path)
-    seal = version.with_name(f".{version.name}.sha256")
+def _prepare(builder: Any, setting: str, show: bool) -> Any:
+    """Prepares the dataset unless it is; one process does it while others wait at the lock. `show`: its progress."""
     if builder.is_prepared():
-        if seal.is_file() and seal.read_bytes() != _digest(version):
-            raise ConfigError(f"{setting}: {version} has changed since it was prepared; delete it to prepare it again")
         return builder
     import tensorflow_datasets as tfds
 
-    with locked(cache_directory(version.parent) / version.name):
+    version = pathlib.Path(builder.data_path)
+    with lock_path(make_cache_directory(version.parent) / version.name):
+        if builder.is_prepared():  # by the process that held the lock before us; read what it wrote
+            builder.info.read_from_directory(str(version))
+            return builder
         for left_over in version.parent.glob(f"incomplete.*_{version.name}"):  # of processes that were killed
             shutil.rmtree(left_over, ignore_errors=True)
-        if not builder.is_prepared():
-            _check_network(builder, setting)
-            _log.info("%s: preparing in %s", setting, version)
-            # Hosted copies are tfrecord files, which could not be read.
-            download = tfds.download.DownloadConfig(try_download_gcs=False)
-            show = show and sys.stderr.isatty()
-            if not show:
-                tfds.disable_progress_bar()
-            try:
-                with contextlib.redirect_stdout(sys.stderr if show else io.StringIO()):
-                    builder.download_and_prepare(download_config=download, file_format=_FORMAT)
-            except ImportError as error:
-                raise ConfigError(
-                    f"{setting} needs a package to be prepared ({one_line(error)}); pip install tensorflow "
-                    f"(or that package) once, to prepare it; reading it needs no TensorFlow"
-                ) from None
-            except Exception as error:
-                full = disk_full(error, version)
-                fix = full or "check the network, or prepare it elsewhere and set TFDS_DATA_DIR"
-                raise ConfigError(
-                    f"{setting} could not be downloaded and prepared ({one_line(error)}); {fix}"
-                ) from None
-            finally:
-                if not show:
-                    tfds.enable_progress_bar()
-            seal.write_bytes(_digest(version))
-        else:  # by the process that held the lock before us; read what it wrote
-            builder.info.read_from_directory(str(version))
+        _check_network(builder, setting)
+        _log.info("%s: preparing in %s", setting, version)
+        # Hosted copies are tfrecord files, which could not be read.
+        download = tfds.download.DownloadConfig(try_download_gcs=False)
+        show = show and sys.stderr.isatty()
+        if not show:
+            tfds.disable_progress_bar()
+        try:
+            with contextlib.redirect_stdout(sys.stderr if show else io.StringIO()):
+                builder.download_and_prepare(download_config=download, file_format=_FORMAT)
+        except ImportError as error:
+            raise ConfigError(
+                f"{setting} needs a package to be prepared ({storage.reason(error)}); pip install tensorflow "
+                f"(or that package) once, to prepare it; reading it needs no TensorFlow"
+            ) from None
+        except Exception as error:
+            fix = disk_full_fix(error, version) or "check the network, or prepare it elsewhere and set TFDS_DATA_DIR"
+            raise ConfigError(
+                f"{setting} could not be downloaded and prepared ({storage.reason(error)}); {fix}"
+            ) from None
+        finally:
+            tfds.enable_progress_bar()
     return builder
 
 
-def _digest(version: pathlib.Path) -> bytes:
-    """Of the index files of a prepared dataset, and of the others' sizes: their records have checksums."""
-    files = sorted(path for path in version.rglob("*") if path.is_file())
-    parts = [[path.name, path.stat().st_size, path.suffix == ".json" and path.read_bytes().hex()] for path in files]
-    return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest().encode()
-
-
 def _check_network(builder: Any, setting: str) -> None:
-    """Raises ConfigError within seconds where none of the dataset's hosts answers; TFDS tries each for minutes.
-
-    Downloads that an earlier attempt has left need no network, and are not held up.
-    """
+    """Raises ConfigError within seconds if none of the dataset's hosts answers; TFDS would try each for minutes. What
+    an earlier attempt has downloaded needs no network."""
     urls = {urllib.parse.urlsplit(url).netloc: url for url in builder.url_infos or () if url.startswith("http")}
     version = pathlib.Path(builder.data_path)
     root = version.parents[len(pathlib.PurePath(builder.info.full_name).parts) - 1]
@@ -253,8 +245,8 @@ def _check_network(builder: Any, setting: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """TFDS prints to stdout, which belongs to results, and warns of each directory that is not there yet."""
+def silence_tfds() -> Iterator[None]:
+    """Keeps TFDS from printing to stdout, which belongs to results, and from warnings about directories to be made."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:

@@ -1,61 +1,62 @@
-"""What every source of text has in common: documents in pieces that can be read again, cleaned and counted."""
+"""Text documents of any source, read as a stream of pieces of bounded size, decoded and counted."""
 
 import abc
+import codecs
 import dataclasses
 import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 from bigmac_jax.config import ConfigError
 
-# Longer texts are encoded in pieces, so that memory stays bounded whatever the length of a document.
+# Characters. Longer texts are encoded in pieces, so that memory stays bounded whatever the length of a document.
 PIECE = 1 << 17
 _CUT = re.compile(r"(?<=\S)[ \n]")
 _NAMED = 5  # files in a message
 _log = logging.getLogger(__name__)
-_said: set[str] = set()  # a corpus is read more than once (tokenizer, then tokens); its defects are told once
+_logged: set[str] = set()  # a corpus is read more than once (tokenizer, then tokens); its defects are told once
 
-# A document's text: as a whole, or a long one in blocks of UTF-8 that are cut anywhere.
+# A document's text: all of it, or a long one in blocks of UTF-8 that are cut anywhere.
 Content = str | bytes | Iterator[bytes]
 
 
 class Slice(NamedTuple):
-    """A part of a file that is read by itself: bytes of its lines, row groups, batches, or all of it."""
+    """Part of a file that can be read by itself: a range of bytes, row groups or record batches."""
 
     file: int
     start: int = 0
-    stop: int = -1  # -1: to the end
-    size: int = 0  # bytes of the file that it has, roughly
+    stop: int | None = None  # None: to the end
+    size: int = 0  # bytes of the file in it, roughly
 
 
-Unit = tuple[Slice, ...]  # what one process reads at a time: they depend on the source alone
+Unit = tuple[Slice, ...]  # what one process reads at a time; depends on the source alone
+
+
+class Sums:
+    """A record whose fields can be added to."""
+
+    def add(self, other: Self) -> None:
+        """Adds another one's fields."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclasses.dataclass
-class Seen:
-    """What was found in a part of a corpus. `null` counts rows without a text, `source` bytes of the source, `files`
-    names those that were not UTF-8."""
+class ReadCounts(Sums):
+    """What was met while reading a part of a corpus."""
 
-    found: int = 0
-    empty: int = 0
-    null: int = 0
-    broken: int = 0
-    source: int = 0
-    files: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, other: "Seen") -> None:
-        self.found += other.found
-        self.empty += other.empty
-        self.null += other.null
-        self.broken += other.broken
-        self.source += other.source
-        self.files += [file for file in other.files if file not in self.files]
+    found: int = 0  # documents with text
+    empty: int = 0  # documents without
+    null: int = 0  # rows left out because they have no text
+    broken: int = 0  # documents with bytes that are not UTF-8
+    source: int = 0  # bytes of the source
+    files: list[str] = dataclasses.field(default_factory=list)  # of broken documents
 
 
 class Portion(NamedTuple):
-    """Of a document's characters; stop None: to the end."""
+    """A range of a document's characters; stop None: to the end."""
 
     start: int = 0
     stop: int | None = None
@@ -65,13 +66,13 @@ WHOLE = Portion()
 
 
 class Documents(abc.ABC):
-    """A re-iterable of non-empty `str` documents in a fixed order.
+    """The non-empty documents of one split of a source, in a fixed order; can be iterated over again.
 
     Attributes:
       name: for messages, such as "validation split of data.source=notes.jsonl".
       size: bytes of source text, roughly; for progress bars.
       fingerprint: hex digest that changes when the documents do.
-      alone: whether other processes cannot read it.
+      alone: only this process can read the source.
     """
 
     name: str
@@ -85,53 +86,52 @@ class Documents(abc.ABC):
 
     @property
     def units(self) -> list[Unit]:
-        """Read one after the other they are the whole."""
+        """The parts that processes share between them; in their order they make up the source."""
         return [()]
 
     @abc.abstractmethod
-    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
-        """Yields (file or dataset, content, whether undecodable bytes were replaced already); counts `seen.source`."""
+    def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
+        """Yields (file or dataset, content, whether bytes were replaced already); adds to `counts.source`."""
 
     def portion(self, beginning: str) -> Portion | None:
-        """What of a document belongs here, by its first piece; None: nothing."""
+        """The part of a document that belongs to this split, by the document's first piece; None = nothing."""
         return WHOLE
 
     def pieces(
-        self, unit: Unit, seen: Seen, portion_of: Callable[[str], Portion | None] | None = None
+        self, unit: Unit, counts: ReadCounts, portion_of: Callable[[str], Portion | None] | None = None
     ) -> Iterator[tuple[str, bool]]:
-        """Yields the documents of a unit in pieces, each with whether it is its document's last.
+        """Yields (piece, is it its document's last) for the documents of a unit.
 
-        A text of white space alone that is no longer than a piece is no document.
+        A text of nothing but white space, if no longer than a piece, is not a document.
 
         Args:
-          portion_of: by default `portion`.
+          portion_of: replaces `self.portion`.
         """
         portion_of = portion_of or self.portion
-        for place, content, replaced in self.read(unit, seen):
-            text = _Text(content)
-            parts = pieces_of(text.chunks())
-            first = next(parts)
-            second = next(parts, None)
-            if second is None and (not first or first.isspace()):
-                seen.empty += 1
+        for place, content, replaced in self.read(unit, counts):
+            text = _Decoder(content)
+            parts = mark_last(cut_chunks(text.chunks()))
+            first, is_all = next(parts)
+            if is_all and (not first or first.isspace()):
+                counts.empty += 1
                 continue
             portion = portion_of(first)
             if portion is None:
                 continue
-            rest = itertools.chain([first], [] if second is None else [second], parts)
-            seen.found += 1
-            yield from _with_last(rest if portion == WHOLE else within(rest, portion))
+            counts.found += 1
+            parts = itertools.chain([(first, is_all)], parts)
+            yield from parts if portion == WHOLE else mark_last(cut_portion((part for part, _ in parts), portion))
             if replaced or text.broken:
-                seen.broken += 1
-                if place not in seen.files:
-                    seen.files.append(place)
+                counts.broken += 1
+                if place not in counts.files:
+                    counts.files.append(place)
 
     def all_pieces(self) -> Iterator[tuple[str, bool]]:
-        """The pieces of the whole; raises ConfigError at the end if there was no document."""
-        seen = Seen()
+        """Yields the pieces of all documents; raises ConfigError at the end if there was no document."""
+        counts = ReadCounts()
         for unit in self.units:
-            yield from self.pieces(unit, seen)
-        self.tell(seen)
+            yield from self.pieces(unit, counts)
+        self.report(counts)
 
     def __iter__(self) -> Iterator[str]:
         """Yields whole documents, each in memory; raises as `all_pieces` does."""
@@ -142,59 +142,61 @@ class Documents(abc.ABC):
                 yield "".join(parts)
                 parts = []
 
-    def tell(self, seen: Seen) -> None:
-        """Logs what was wrong with a corpus that has been read; raises ConfigError where it has no document."""
-        if seen.broken:
-            more = len(seen.files) - _NAMED
-            names = ", ".join(seen.files[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-            once(
+    def report(self, counts: ReadCounts) -> None:
+        """Logs the defects of a corpus that has been read; raises ConfigError if it has no document."""
+        if counts.broken:
+            files = list(dict.fromkeys(counts.files))
+            names = ", ".join(files[:_NAMED]) + (f" and {len(files) - _NAMED} more" if len(files) > _NAMED else "")
+            log_once(
                 logging.WARNING,
-                f"{self.name}: {seen.broken} documents hold bytes that are not UTF-8, replaced by U+FFFD: {names}",
+                f"{self.name}: {counts.broken} documents hold bytes that are not UTF-8, replaced by U+FFFD: {names}",
             )
-        if seen.empty:
-            once(logging.INFO, f"{self.name}: {seen.empty} empty documents skipped")
-        null = f", {seen.null} rows without data.text_field" if seen.null else ""
-        if not seen.found:
-            raise ConfigError(f"{self.name} has 0 documents with text ({seen.empty} empty{null}); {self.fix}")
-        if seen.null:
-            once(logging.WARNING, f"{self.name}: {seen.null:,} rows left out, whose data.text_field is null or missing")
+        if counts.empty:
+            log_once(logging.INFO, f"{self.name}: {counts.empty} empty documents skipped")
+        if not counts.found:
+            null = f", {counts.null} rows without data.text_field" if counts.null else ""
+            raise ConfigError(f"{self.name} has 0 documents with text ({counts.empty} empty{null}); {self.fix}")
+        if counts.null:
+            log_once(
+                logging.WARNING, f"{self.name}: {counts.null:,} rows left out, whose data.text_field is null or missing"
+            )
 
 
-class _Text:
-    """Decodes a document's content; `broken` is whether bytes were replaced, once it is read."""
+class _Decoder:
+    """Decodes a document's content; `broken` says whether bytes were replaced, once all of it is read."""
 
     def __init__(self, content: Content):
         self._content, self.broken = content, False
 
     def chunks(self) -> Iterator[str]:
         if isinstance(self._content, str | bytes):
-            text, whole = decode(self._content)
-            self.broken = not whole
-            yield text
+            yield self._decode(self._content)
             return
         left = b""
         for block in self._content:
-            block, left = whole_characters(left + block)
-            text, whole = decode(block)
-            self.broken |= not whole
-            yield text
-        text, whole = decode(left)
+            block, left = split_last_character(left + block)
+            yield self._decode(block)
+        yield self._decode(left)
+
+    def _decode(self, content: str | bytes) -> str:
+        text, whole = decode(content)
         self.broken |= not whole
-        yield text
+        return text
 
 
-def pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole.
+def cut_text(text: str, size: int = PIECE) -> Iterator[str]:
+    """Cuts a long text into pieces of 1 to 2 × `size` characters whose tokens, joined, are those of the whole text.
 
     The cut lies before a space or newline that follows a visible character: byte-level BPE never merges across it.
     Only where `size` characters hold no such place is it forced; the tokens at that cut may then differ from those
     of a text that was never cut.
     """
-    return pieces_of([text], size)
+    return cut_chunks([text], size)
 
 
-def pieces_of(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """`pieces` of a text that comes in chunks: the same, however it is cut into them. At least one, which may be ""."""
+def cut_chunks(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """`cut_text` for a text that comes in chunks; how it is cut into chunks changes nothing. Yields at least one
+    piece, which may be empty."""
     text, start = "", 0
     for chunk in chunks:
         text, start = text[start:] + chunk if start < len(text) else chunk, 0
@@ -206,12 +208,12 @@ def pieces_of(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
     yield text[start:]
 
 
-def within(parts: Iterable[str], portion: Portion) -> Iterator[str]:
-    """The pieces of a portion. It begins and ends where `pieces` may cut, at or behind what it says: of two portions
-    that meet, each character is in one."""
+def cut_portion(parts: Iterable[str], portion: Portion) -> Iterator[str]:
+    """Yields the pieces of a portion. It begins and ends where `cut_text` may cut, at or after the given characters:
+    of two adjacent portions, each character is in exactly one."""
     at = 0
     for part in parts:
-        start, stop = (_place(part, wanted - at) for wanted in (portion.start, portion.stop or at + len(part)))
+        start, stop = (_find_cut(part, wanted - at) for wanted in (portion.start, portion.stop or at + len(part)))
         if start < stop:
             yield part[start:stop]
         at += len(part)
@@ -219,57 +221,46 @@ def within(parts: Iterable[str], portion: Portion) -> Iterator[str]:
             return
 
 
-def _place(part: str, wanted: int) -> int:
+def _find_cut(part: str, wanted: int) -> int:
     if not 0 < wanted < len(part):
         return min(max(wanted, 0), len(part))
     cut = _CUT.search(part, wanted)
     return cut.start() if cut else len(part)
 
 
-def _with_last(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    before: str | None = None
-    for part in parts:
-        if before is not None:
+def mark_last(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yields each part with whether it is the last one."""
+    parts = iter(parts)
+    for before in parts:
+        for part in parts:
             yield before, False
-        before = part
-    if before is not None:
+            before = part
         yield before, True
 
 
-def whole_characters(block: bytes) -> tuple[bytes, bytes]:
-    """A block, and the beginning of a character of UTF-8 behind it."""
-    for back in range(1, min(4, len(block) + 1)):
-        byte = block[-back]
-        if byte >= 0xC0:  # begins one of two bytes or more
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return (block, b"") if back >= length else (block[:-back], block[-back:])
-        if byte < 0x80:
-            break
-    return block, b""
+def split_last_character(block: bytes) -> tuple[bytes, bytes]:
+    """Splits a block of UTF-8 before the character at its end that is cut off, if one is."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(block[-4:])
+    stop = len(block) - len(decoder.getstate()[0])
+    return block[:stop], block[stop:]
 
 
 def decode(content: str | bytes) -> tuple[str, bool]:
-    """Returns the text and whether it was whole; what is not UTF-8 (lone surrogates too) becomes U+FFFD."""
+    """Returns the text, and whether nothing was replaced: what is not UTF-8 (lone surrogates too) becomes U+FFFD."""
     try:
         if isinstance(content, bytes):
             return content.decode(), True
         content.encode()
         return content, True
-    except UnicodeDecodeError:
-        assert isinstance(content, bytes)
-        return content.decode(errors="replace"), False
-    except UnicodeEncodeError:  # a JSON string may hold half of a surrogate pair
-        assert isinstance(content, str)
-        return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="replace"), False
+    except UnicodeEncodeError as error:  # a JSON string may hold half of a surrogate pair
+        return error.object.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
 
 
-def one_line(error: BaseException) -> str:
-    """The class and message of an exception, on one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
-
-
-def once(level: int, line: str, *arguments: Any) -> None:
-    if line not in _said:
-        _said.add(line)
-        _log.log(level, line, *arguments)
+def log_once(level: int, line: str) -> None:
+    """Logs a line, unless this process has logged it before."""
+    if line not in _logged:
+        _logged.add(line)
+        _log.log(level, line)

@@ -1,4 +1,4 @@
-"""Files that several processes may want at once: a lock, whole-or-nothing writes, digests."""
+"""Files that several processes may want at once: locks, digests, and what to do about a full disk."""
 
 import contextlib
 import errno
@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 _BLOCK = 1 << 20
 # Above this size a digest reads the ends only: hashing a terabyte at every start would cost an hour.
 _WHOLE = 1 << 30
-# Nanoseconds. A file that was changed so shortly before it was read may be changed again without new times: clocks of
+# Nanoseconds. A file that was changed this shortly before it was read may be changed again without new times: clocks of
 # file systems tick slowly, up to 2 s.
 _RACY = 2 * 10**9
 
 
-def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
-    """Creates and returns `cache_dir/parts`; raises ConfigError where that cannot be."""
+def make_cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.Path:
+    """Creates and returns the folder `cache_dir/parts`; raises ConfigError if that is impossible."""
     path = storage.locate(cache_dir, "cache_dir").joinpath(*parts)
     try:
         storage.make_folder(path)
@@ -35,8 +35,8 @@ def cache_directory(cache_dir: str | os.PathLike[str], *parts: str) -> pathlib.P
     return path
 
 
-def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
-    """What to do, if an error or what caused it is a full disk (or quota); "" if it is not."""
+def disk_full_fix(error: BaseException | None, path: pathlib.Path) -> str:
+    """What to do about a full disk (or quota) that caused an error; "" if none did."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             mount = next(parent for parent in (path, *path.parents) if parent.is_mount())
@@ -47,14 +47,24 @@ def disk_full(error: BaseException | None, path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of `path` (`leases.lock`), and waits for whoever holds it."""
+def explain_full_disk(path: pathlib.Path) -> Iterator[None]:
+    """Turns the error of a full disk into a ConfigError that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if fix := disk_full_fix(error, path):
+            raise ConfigError(f"{path} cannot be written: {fix}") from None
+        raise
+
+
+@contextlib.contextmanager
+def lock_path(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of `path` (`leases.lock`); waits for whoever holds it."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(leases.lock(path.with_name(f".{path.name}.lock"), say=_log.warning))
+            with explain_full_disk(path):
+                stack.enter_context(leases.lock(path.with_name(f".{path.name}.lock"), say=_log.warning))
         except storage.errors() as error:
-            if fix := disk_full(error, path):
-                raise ConfigError(f"{path} cannot be written: {fix}") from None
             raise ConfigError(
                 f"cache_dir: {path} cannot be locked ({storage.reason(error)}); set a cache_dir you may write to"
             ) from None
@@ -62,7 +72,7 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Whatever stands there: a damaged file may be a folder, and the other way round."""
+    """Removes a file or a folder, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -70,7 +80,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def file_digest(path: pathlib.Path) -> str:
-    """Hex digest of a file's size and content; of a file above 1 GiB the two ends and the time of change count."""
+    """Hex digest of a file's size and content; above 1 GiB, of its two ends and the time of its last change."""
     size = storage.file_size(path)
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -86,29 +96,29 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 class Digests:
-    """`file_digest` of the files of a corpus, kept in cache_dir/digests so that only new and changed ones are read.
-
-    A file is the same while its size, inode, and times of change (mtime, and ctime, which no program can set back) are.
-    Processes that ask at the same time wait for the first.
+    """Computes `file_digest` of the files of a corpus; keeps them in cache_dir/digests, so that only new and changed
+    files are read. A file has not changed while its size, inode, mtime and ctime (which no program can set back) are
+    the same.
 
     Args:
-      of: names the corpus; a table each.
+      corpus: names the table of digests.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike[str], of: str):
-        name = hashlib.sha256(os.path.abspath(os.path.expanduser(of)).encode()).hexdigest()[:20]
-        folder = cache_directory(cache_dir, "digests")
-        if storage.is_store(folder):  # what this machine has read is its own affair
+    def __init__(self, cache_dir: str | os.PathLike[str], corpus: str):
+        name = hashlib.sha256(os.path.abspath(os.path.expanduser(corpus)).encode()).hexdigest()[:20]
+        folder = make_cache_directory(cache_dir, "digests")
+        if storage.is_store(folder):  # each machine keeps a table of its own
             folder = storage.local_copy_path(folder)
             folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.json"
 
     def __call__(self, paths: Sequence[pathlib.Path]) -> list[str]:
-        """Hex digests; raises OSError for a file that cannot be read."""
-        with locked(self._path):
+        """Hex digests of files; raises OSError for one that cannot be read. Processes that ask at the same time wait
+        for the first."""
+        with lock_path(self._path):
             known, now = self._read(), time.time_ns()
             named = {str(path): path for path in paths}
-            with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock, and a store takes its time
+            with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock, and a store takes its time
                 states = dict(zip(named, pool.map(_state, named.values()), strict=True))
                 fresh = [path for path in states if known.get(path, [None])[:-1] != states[path]]
                 read = dict(zip(fresh, pool.map(file_digest, (named[path] for path in fresh)), strict=True))
@@ -118,17 +128,11 @@ class Digests:
                 self._write({path: [*state, digests[path]] for path, state in settled.items()})
         return [digests[str(path)] for path in paths]
 
-    def add(self, digests: dict[pathlib.Path, str]) -> None:
-        """Of files that were just made and that nobody writes again."""
-        with locked(self._path):
-            self._write(self._read() | {str(path): [*_state(path), digest] for path, digest in digests.items()})
-
     def _read(self) -> dict[str, Any]:
         try:
             return dict(unsealed(parse_object(self._path.read_bytes()))["files"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is none, or it is damaged: all is read again
-        return {}
+            return {}  # there is none, or it is damaged: all is read again
 
     def _write(self, files: dict[str, Any]) -> None:
         part = self._path.with_suffix(".part")
@@ -138,7 +142,7 @@ class Digests:
 
 
 def _state(path: pathlib.Path) -> list[Any]:
-    """What changes with the file; an object that is written again has another version."""
+    """What changes when a file does; an object of a store that is written again has another version."""
     if storage.is_store(path):
         return [storage.file_size(path), storage.file_version(path)]
     stat = path.stat()
@@ -146,5 +150,5 @@ def _state(path: pathlib.Path) -> list[Any]:
 
 
 def _is_settled(state: list[Any], now: int) -> bool:
-    """Whether a further change would be seen: not in the same moment as the last."""
+    """Whether a further change would show: the last one was not at this moment."""
     return isinstance(state[1], str) or max(state[1:3]) < now - _RACY

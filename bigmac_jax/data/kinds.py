@@ -1,4 +1,4 @@
-"""What a file is: its kind by its name, and what it seems to be by its first bytes."""
+"""File formats: guessed from a file's name, checked against its first bytes, opened and decompressed."""
 
 import codecs
 import gzip
@@ -10,18 +10,21 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.documents import Seen, one_line
+from bigmac_jax.data.documents import ReadCounts
 from bigmac_jax.runtime import storage
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".zst")
 TABLES = ("parquet", "arrow", "feather")
 READ = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}, each also with {' or '.join(COMPRESSED)} behind it"
-# Files that corpora come with and that are not of them.
+# How the names of files begin that come with a corpus and are not part of it.
 _BESIDE = ("readme", "license", "licence", "notice", "citation", "changelog")
 _HEAD = 4096  # bytes that a file is judged by
-_BLOCK = 1 << 20
-# First bytes → what has them, and the kind they belong to.
+BLOCK = 1 << 20  # bytes that are read at a time
+# Bytes of a document that is not a .txt of its own: what is read of it must be in memory as a whole.
+LONGEST = 1 << 26
+TOO_LONG = f"is longer than {LONGEST >> 20} MiB; give such a text a .txt of its own"
+# First bytes, what has them, and the kind it is read as.
 _MAGIC = (
     (b"PAR1", "Parquet", "parquet"),
     (b"ARROW1", "Arrow", "arrow"),
@@ -49,14 +52,14 @@ _MAGIC = (
 
 
 class Kind(NamedTuple):
-    """As "jsonl" and "gz"; without compression ""."""
+    """A file's format, such as "jsonl", and its compression, such as "gz", "" without one."""
 
     name: str
     compression: str = ""
 
 
-def kind_of(path: pathlib.Path) -> Kind | None:
-    """By its name; None if that says nothing."""
+def guess_kind(path: pathlib.Path) -> Kind | None:
+    """Guesses a file's kind from its name; None if it is not one of KINDS."""
     name, compression = path.name.lower(), ""
     for suffix in COMPRESSED:
         if name.endswith(suffix):
@@ -65,127 +68,112 @@ def kind_of(path: pathlib.Path) -> Kind | None:
     return Kind(suffix[1:], compression) if suffix in KINDS else None
 
 
-def is_beside(path: pathlib.Path) -> bool:
-    """Whether a file of a folder is none of its corpus: hidden, or its README or license."""
+def is_side_file(path: pathlib.Path) -> bool:
+    """Whether a file in a corpus's folder is not part of the corpus: hidden, or a README or license."""
     return path.name.startswith((".", "_")) or path.name.lower().startswith(_BESIDE)
 
 
-def seems(path: pathlib.Path) -> str:
-    """What an unknown file seems to be, for a message."""
-    with path.open("rb") as file:
-        return _seems(file.read(_HEAD))
+def describe_content(path: pathlib.Path) -> str:
+    """Says what an unknown file seems to be, for a message."""
+    try:
+        with path.open("rb") as file:
+            return _describe(file.read(_HEAD))
+    except storage.errors() as error:
+        return f"unreadable ({storage.reason(error)})"
 
 
-def _seems(head: bytes) -> str:
-    for magic, what, _ in _MAGIC:
-        if head.startswith(magic):
-            return what
+def _describe(head: bytes) -> str:
+    if what := _find_magic(head)[1]:
+        return what
     if head[257:262] == b"ustar":
         return "a tar file"
     if not head:
         return "empty"
     if b"\0" in head:
         return "binary data"
-    try:
-        head[:-3].decode()
-    except UnicodeDecodeError:
+    if not _is_utf8(head):
         return "binary data, or text that is not UTF-8"
     start = head.lstrip()[:1]
     return "JSON" if start in (b"{", b"[") else "a web page" if start == b"<" else "text"
 
 
-def check_content(path: pathlib.Path, kind: Kind, head: bytes) -> None:
-    """Whether a file (its content, where it is compressed) can be what its name says.
-
-    Raises:
-      ConfigError: it is something else.
-    """
-    wanted, head = "arrow" if kind.name == "feather" else kind.name, head[:_HEAD]
-    for magic, what, of in _MAGIC:
-        # A text may begin with the letters of some of them, and 4 bytes of 255 are an Arrow stream.
-        if head.startswith(magic) and of != wanted:
-            if magic.isascii() and magic.decode().isprintable() and b"\0" not in head and _seems_text(head):
-                continue
-            fix = "save it as UTF-8" if "UTF-16" in what else "give it the ending of what it is"
-            raise ConfigError(f"{path} seems to be {what}, not .{kind.name}; {fix}")
-    if kind.name in TABLES and head and not any(head.startswith(magic) for magic, _, of in _MAGIC if of == wanted):
-        raise ConfigError(f"{path} seems to be {_seems(head)}, not .{kind.name}; give it the ending of what it is")
+def _find_magic(head: bytes) -> tuple[bytes, str, str]:
+    return next((entry for entry in _MAGIC if head.startswith(entry[0])), (b"", "", ""))
 
 
-def _seems_text(head: bytes) -> bool:
+def _is_utf8(head: bytes) -> bool:
     try:
-        head[:-3].decode()
+        head[:-3].decode()  # the last character may be cut off
     except UnicodeDecodeError:
         return False
     return True
 
 
-class _Counting(io.RawIOBase):
-    """A file whose bytes are counted as they are read."""
+def check_content(path: pathlib.Path, kind: Kind, head: bytes) -> None:
+    """Raises ConfigError if a file's first bytes, decompressed, show that it is not what its name says."""
+    wanted, head = "arrow" if kind.name == "feather" else kind.name, head[:_HEAD]
+    magic, what, found = _find_magic(head)
+    # A text may begin with the letters of a magic number, such as BZh.
+    is_text = magic.isascii() and magic.decode().isprintable() and b"\0" not in head and _is_utf8(head)
+    if what and found != wanted and not is_text:
+        fix = "save it as UTF-8" if "UTF-16" in what else "give it the ending of what it is"
+        raise ConfigError(f"{path} seems to be {what}, not .{kind.name}; {fix}")
+    if kind.name in TABLES and head and found != wanted:
+        raise ConfigError(f"{path} seems to be {_describe(head)}, not .{kind.name}; give it the ending of what it is")
 
-    def __init__(self, file: Any, seen: Seen):
-        self._file, self._seen = file, seen
+
+class _RawFile(io.RawIOBase):
+    """Makes a raw Python file of anything with `read` and `close`; adds the bytes that are read to `counts`."""
+
+    def __init__(self, source: Any, counts: ReadCounts | None = None):
+        self._source, self._counts = source, counts
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read(len(buffer))
+        data = self._source.read(len(buffer))
         buffer[: len(data)] = data
-        self._seen.source += len(data)
+        if self._counts:
+            self._counts.source += len(data)
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            self._file.close()
+            self._source.close()
         super().close()
 
 
-def open_content(path: pathlib.Path, kind: Kind, seen: Seen, start: int = 0) -> Any:
-    """A file's bytes, decompressed, from byte `start` of the file on; `check_content` has seen the first of them. What
-    is text begins behind its byte order mark.
+def open_content(path: pathlib.Path, kind: Kind, counts: ReadCounts, start: int = 0) -> Any:
+    """Opens a file for reading bytes, decompressed, from byte `start` of the file on; skips a byte order mark.
 
     Raises:
-      ConfigError: it is something else than its name says. And what `broken` is for.
+      ConfigError: the file is not what its name says.
+      Exception: one of `read_errors`.
     """
-    file: Any = path.open("rb")
+    opened: Any = path.open("rb")
     if start:
-        file.seek(start)
-    raw: Any = io.BufferedReader(_Counting(file, seen), _BLOCK)
-    if kind.compression:
-        inside: Any = gzip.GzipFile(fileobj=raw) if kind.compression == "gz" else _Zstandard(raw)
-        raw = io.BufferedReader(inside, _BLOCK)
+        opened.seek(start)
+    file = io.BufferedReader(_RawFile(opened, counts), BLOCK)
+    if kind.compression == "gz":
+        file = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK)  # type: ignore[arg-type]
+    elif kind.compression:
+        file = io.BufferedReader(_RawFile(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd")), BLOCK)
     if not start:
-        check_content(path, kind, raw.peek(_HEAD))
-        # Lines have theirs taken off one by one: what a slice begins with is counted in bytes of the file.
-        if kind.name not in (*TABLES, "jsonl") and raw.peek(3).startswith(codecs.BOM_UTF8):
-            raw.read(3)
-    return raw
+        check_content(path, kind, file.peek(_HEAD))
+        # A reader of lines strips the mark itself, since a slice begins at a byte of the file.
+        if kind.name not in (*TABLES, "jsonl") and file.peek(3).startswith(codecs.BOM_UTF8):
+            file.read(3)
+    return file
 
 
-class _Zstandard(io.RawIOBase):
-    """pyarrow's own, as a file of Python's; of several frames, like zstd's command."""
-
-    def __init__(self, raw: Any):
-        self._raw = raw
-        self._stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """What a file that is damaged, or a store that is away, may raise while it is read."""
+def read_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that reading a damaged file, or a store that does not answer, may raise."""
     return storage.errors(EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 
-def broken(path: pathlib.Path, error: Exception) -> ConfigError:
-    """One line for one of `errors`."""
+def explain_error(path: pathlib.Path, error: Exception) -> ConfigError:
+    """Makes a ConfigError of one of `read_errors`."""
     if isinstance(error, pa.ArrowException | EOFError | zlib.error | gzip.BadGzipFile):
-        return ConfigError(f"{path} is damaged or cut off ({one_line(error)}); bring back a good copy")
+        return ConfigError(f"{path} is damaged or cut off ({storage.reason(error)}); bring back a good copy")
     return ConfigError(f"{path} cannot be read ({storage.reason(error)}); check the file")

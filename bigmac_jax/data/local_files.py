@@ -1,5 +1,6 @@
 """Documents from files of text, of lines and of tables, on disks and on object stores."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -9,67 +10,66 @@ from collections.abc import Iterator
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import kinds
-from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, Seen, Unit, once
+from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, ReadCounts, Unit, log_once
 from bigmac_jax.data.files import Digests
 from bigmac_jax.data.kinds import Kind
-from bigmac_jax.data.readers import Wanted, read_slice, slices
-from bigmac_jax.data.splits import RULE, Held, hold_out, key_of
+from bigmac_jax.data.readers import cut_slices, read_slice
+from bigmac_jax.data.splits import RULE, HeldOut, hold_out, text_key
+from bigmac_jax.data.text_field import TextField
 from bigmac_jax.runtime import storage
 
 UNIT = 1 << 26  # bytes of files that one process reads at a time
 
 
+@dataclasses.dataclass(eq=False)
 class FileDocuments(Documents):
-    """The documents of files, in their order.
+    """The documents of files, in the order of the files.
 
-    Args:
-      source: what the user named; `setting` is the config field it came from, for messages.
-      files: → bytes.
-      wanted: of rows.
-      cache_dir: where digests of the files are kept.
-      split: the split asked for; with `held_out`, the splits that are cut out of this source (`splits`). What belongs
-        to a split that is not held out here is for training.
+    Attributes:
+      source: what the user named, in the config field `setting`.
+      files: path → bytes.
+      cache_dir: digests of the files are kept there.
+      split: the split to read.
+      held_out: the splits that are held out of these files; all other text is for training.
     """
 
-    def __init__(
-        self,
-        source: str,
-        setting: str,
-        files: dict[pathlib.Path, int],
-        wanted: Wanted,
-        split: str,
-        cache_dir: str,
-        held_out: tuple[str, ...] = (),
-    ):
-        self.setting = f"{setting}={source}"
-        self.name = f"{split} split of {self.setting}"
-        self.fix = f"set data.{split}_source to a path of its own" if split in held_out else "give a path with text"
-        self.wanted, self.split, self.held_out = wanted, split, held_out
-        self.files = files
-        self._digests = Digests(cache_dir, source)
-        self.size = sum(files.values())
+    source: str
+    setting: str
+    files: dict[pathlib.Path, int]
+    field: TextField
+    split: str
+    cache_dir: str
+    held_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.setting = f"{self.setting}={self.source}"
+        self.name = f"{self.split} split of {self.setting}"
+        own = f"set data.{self.split}_source to a path of its own"
+        self.fix = own if self.split in self.held_out else "give a path with text"
+        self.size = sum(self.files.values())
+        self._digests = Digests(self.cache_dir, self.source)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        # Names, not whole paths: a corpus that was moved is still the same one.
         try:
             digests = self._digests(list(self.files))
         except storage.errors() as error:
             what = getattr(error, "filename", None) or self.name
             raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
+        # Names, not whole paths: a corpus that was moved is still the same one.
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
-        key = [parts, self.wanted.field, [RULE, self.split] if self.held_out else "", self.held_out]
-        key += ["skips null"] if self.wanted.skips_null else []
+        key = [parts, self.field.name, [RULE, self.split] if self.held_out else "", self.held_out]
+        key += ["skips null"] if self.field.skips_null else []
         return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
 
     @functools.cached_property
     def units(self) -> list[Unit]:
-        """Of about UNIT bytes: parts of large files, or several small ones."""
+        """Parts of large files, or several small files, of about UNIT bytes each."""
         found: list[Unit] = []
         unit: Unit = ()
         size = 0
         for number, (path, bytes_) in enumerate(self.files.items()):
-            for part in slices(number, path, self._kinds[path], bytes_, UNIT):
+            for part in cut_slices(number, path, self._kinds[path], bytes_, UNIT):
                 if unit and size + part.size > UNIT:
                     found.append(unit)
                     unit, size = (), 0
@@ -78,29 +78,32 @@ class FileDocuments(Documents):
 
     @functools.cached_property
     def _kinds(self) -> dict[pathlib.Path, Kind]:
-        return {path: kind for path in self.files if (kind := kinds.kind_of(path))}
+        return {path: kind for path in self.files if (kind := kinds.guess_kind(path))}
 
-    def read(self, unit: Unit, seen: Seen) -> Iterator[tuple[str, Content, bool]]:
+    def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
         paths = list(self.files)
         for part in unit:
             path = paths[part.file]
-            yield from read_slice(path, self._kinds[path], part, self.wanted, seen)
+            yield from read_slice(path, self._kinds[path], part, self.field, counts)
 
     @functools.cached_property
-    def held(self) -> Held:
-        """What is held out; of few documents all are read for it once."""
+    def held(self) -> HeldOut:
+        """Which documents are held out; to decide it, a small corpus is read once."""
+        return self.choose_held_out(self._sizes())
+
+    def choose_held_out(self, sizes: Iterator[tuple[str, int]]) -> HeldOut:
+        """Chooses what is held out of documents, given as (key, characters), and logs it."""
         if not self.held_out:
-            return Held(())
-        held, line = hold_out(self._sizes(), self.held_out)
-        once(logging.INFO, f"{self.setting}: {line}")
+            return HeldOut(())
+        held, line = hold_out(sizes, self.held_out)
+        log_once(logging.INFO, f"{self.setting}: {line}")
         return held
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
-        """(key, characters) of every document."""
         key, size = "", 0
         for unit in self.units:
-            for piece, last in self.pieces(unit, Seen(), lambda beginning: WHOLE):
-                key, size = key or key_of(piece), size + len(piece)
+            for piece, last in self.pieces(unit, ReadCounts(), lambda beginning: WHOLE):
+                key, size = key or text_key(piece), size + len(piece)
                 if last:
                     yield key, size
                     key, size = "", 0
@@ -109,51 +112,33 @@ class FileDocuments(Documents):
         return self.held.portion(beginning, self.split)
 
 
-class LocalDocuments(FileDocuments):
-    """The documents of a file, folder or glob, files in order of their names; arguments as for `FileDocuments`.
+def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
+    """Finds the files of a path, a folder (all levels) or a glob, in order; returns path → bytes. Hidden files of a
+    folder, its README and its license are left out.
 
     Raises:
-      ConfigError: nothing to read there, or a file of a kind that is not read.
+      ConfigError: there is no file, or one of a kind that is not read.
     """
-
-    def __init__(
-        self, source: str, setting: str, wanted: Wanted, split: str, cache_dir: str, held_out: tuple[str, ...] = ()
-    ):
-        super().__init__(source, setting, find_files(source, setting), wanted, split, cache_dir, held_out)
-
-
-def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
-    """The files of a file, folder (all levels) or glob, sorted → bytes; ConfigError without any, or for one of a kind
-    that is not read. Hidden files of a folder, its README and its license are left out."""
     path = storage.locate(source, setting)
     want = f"{setting}={source!r}"
     if path.is_dir():
         found = storage.list_files(path)
-        beside = [p for p in found if kinds.is_beside(p)]
-        found = {p: size for p, size in found.items() if p not in set(beside)}
-        if beside:
+        if beside := {p for p in found if kinds.is_side_file(p)}:
+            found = {p: size for p, size in found.items() if p not in beside}
             names = ", ".join(sorted({p.name for p in beside})[:5])
-            once(logging.INFO, f"{want}: {len(beside)} files beside the corpus left out: {names}")
+            log_once(logging.INFO, f"{want}: {len(beside)} files beside the corpus left out: {names}")
     elif path.exists():
         found = {path: storage.file_size(path)}
-    else:
-        found = storage.find_files(path)
-        if not found:
-            raise ConfigError(
-                f"{want} is not there; use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"
-            )
+    elif not (found := storage.find_files(path)):
+        raise ConfigError(
+            f"{want} is not there; use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"
+        )
     if not found:
         raise ConfigError(f"{want} holds no file; put files there that are {kinds.READ}")
-    if unknown := [p for p in found if kinds.kind_of(p) is None]:
+    if unknown := [p for p in found if kinds.guess_kind(p) is None]:
+        what = kinds.describe_content(unknown[0])
         more = f" ({len(unknown)} such files)" if len(unknown) > 1 else ""
-        fix = "rename it to .txt" if (what := _seems(unknown[0])) == "text" else "convert it"
+        fix = "rename it to .txt" if what == "text" else "convert it"
         fix += "" if len(found) == 1 else ", take it away, or name the others with a glob such as 'FOLDER/**/*.jsonl'"
         raise ConfigError(f"{want}: {unknown[0]} seems to be {what}{more}, and read are {kinds.READ}; {fix}")
     return found
-
-
-def _seems(path: pathlib.Path) -> str:
-    try:
-        return kinds.seems(path)
-    except storage.errors() as error:
-        return f"unreadable ({storage.reason(error)})"

@@ -1,7 +1,7 @@
-"""Which source the samples of a mixture come from: a pure function of the sample's number and of the weights so far.
+"""The order of a mixture's sources: a pure function of a sample's number and of the weights so far.
 
 Sample i of a mixture is window n of one of its sources, n counting up in each. Of the first i samples since the
-weights last changed a source has its share of i, within one.
+weights last changed, each source has its share of i, within one.
 """
 
 import functools
@@ -17,10 +17,9 @@ from bigmac_jax.config.mixture import Part, Weights, parse_curriculum, parse_mix
 
 
 class _Order:
-    """Which sources come one after the other, again and again: of weights that add up to N, as whole numbers, N
-    samples. The k-th sample of a source of weight w comes at k·N/w at the earliest and before (k + 1)·N/w, rounded
-    outwards, the most urgent one first (proportionate fairness: Baruah et al. 1996): of the first i samples no source
-    has one more or less than its share.
+    """A sequence of sources that is repeated. Weights that add up to N, as whole numbers, make N samples. The k-th of a
+    source of weight w comes at k·N/w at the earliest and before (k + 1)·N/w, rounded outwards, the most urgent one
+    first (proportionate fairness: Baruah et al. 1996), so that no source is one sample above or below its share.
     """
 
     def __init__(self, weights: Weights):
@@ -31,14 +30,14 @@ class _Order:
             here = self._part_N == part
             self._rank_N[here] = np.arange(here.sum())
 
-    def place(self, i: int) -> tuple[int, int]:
-        """(source, number of its sample) of sample i."""
+    def locate(self, i: int) -> tuple[int, int]:
+        """(source, number of its sample) for sample i."""
         again, at = divmod(i, len(self._part_N))
         part = int(self._part_N[at])
         return part, again * self._weight_P[part] + int(self._rank_N[at])
 
     def counts(self, i: int) -> list[int]:
-        """Of the first i samples, by source."""
+        """Number of samples of each source among the first i."""
         again, at = divmod(i, len(self._part_N))
         rest_P = np.bincount(self._part_N[:at], minlength=len(self._weight_P))
         return [again * weight + int(rest) for weight, rest in zip(self._weight_P, rest_P, strict=True)]
@@ -61,18 +60,20 @@ _order = functools.lru_cache(64)(_Order)
 
 
 class _Stage(NamedTuple):
-    batch: int  # from which on its weights hold
+    """The weights from a batch on."""
+
+    batch: int
     weights: Weights
     order: _Order
     before: tuple[int, ...]  # samples of each source until then
 
 
 class Mixture:
-    """The schedule of a run.
+    """The sources of a run and when each is read.
 
     Args:
       curriculum: [(step, weights)] from step 0 on.
-      stages: [(batch, weights)] from batch 0 on, where rewinding has left out batches; without them a step is a batch.
+      stages: [(batch, weights)] from batch 0 on, if rewinding has left out batches; by default a step is a batch.
     """
 
     def __init__(
@@ -91,19 +92,19 @@ class Mixture:
             self._stages.append(_Stage(batch, weights, _order(weights), before))
 
     @classmethod
-    def of(cls, data: DataConfig) -> "Mixture | None":
-        """None where the config has none."""
+    def from_config(cls, data: DataConfig) -> "Mixture | None":
+        """The mixture of a config; None without one."""
         parts = parse_mixture(data.mixture)
         return cls(parts, parse_curriculum(data.curriculum, parts), data.batch_size) if parts else None
 
-    def place(self, sample: int) -> tuple[int, int]:
-        """(source, number of its window) of a sample."""
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(source, number of its window) for a sample."""
         stage = self._stage(sample // self._batch_size)
-        part, n = stage.order.place(sample - stage.batch * self._batch_size)
+        part, n = stage.order.locate(sample - stage.batch * self._batch_size)
         return part, stage.before[part] + n
 
     def counts(self, batches: int) -> tuple[int, ...]:
-        """Windows of each source in the first batches."""
+        """Number of windows of each source in the first batches."""
         stage = self._stage(batches)
         since = stage.order.counts((batches - stage.batch) * self._batch_size)
         return tuple(before + count for before, count in zip(stage.before, since, strict=True))
@@ -112,20 +113,20 @@ class Mixture:
         return next(stage for stage in reversed(self._stages) if stage.batch <= batch)
 
     def state(self, batches: int) -> list[list[Any]]:
-        """The weights of the first batches, for a checkpoint."""
+        """The weights of the first batches, [[batch, {name: weight}]], for a checkpoint."""
         return [
             [stage.batch, {part.name: str(weight) for part, weight in zip(self.parts, stage.weights, strict=True)}]
             for stage in self._stages
             if stage.batch < batches
         ]
 
-    def resumed(self, saved: Sequence[Sequence[Any]], batches: int, step: int) -> "Mixture":
-        """As it goes on behind a checkpoint: the weights until there are those that were, from there on these; each
-        source goes on where it was.
+    def resume(self, saved: Sequence[Sequence[Any]], batches: int, step: int) -> "Mixture":
+        """The mixture of a run that goes on from a checkpoint: the weights until there are the saved ones, from there
+        on these; each source goes on where it was.
 
         Args:
-          saved: the weights of the first batches, as `state` has them.
-          step: that goes on with the next batch, whose number is above it by the batches that rewinding has left out.
+          saved: as from `state`.
+          batches, step: how many batches the run has read, and how many steps it has made, without those left out.
 
         Raises:
           ConfigError: the run has other sources.
@@ -143,15 +144,15 @@ class Mixture:
         stages += [(at + batches - step, weights) for at, weights in self._curriculum if at > step]
         return Mixture(self.parts, self._curriculum, self._batch_size, stages)
 
-    def check(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
-        """A line for each source, of a run of so many steps.
+    def check_epochs(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
+        """Says in a line for each source how often a run of so many steps reads it.
 
         Args:
-          windows: of an epoch of each source, by name.
+          windows: name → windows in an epoch of that source.
           left_out: batches that no step counts.
 
         Raises:
-          ConfigError: one is read more often than it may be.
+          ConfigError: a source is read more often than it may be.
         """
         lines, counts = [], self.counts(steps + left_out)
         total = max(1, sum(counts))

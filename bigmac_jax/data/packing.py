@@ -1,9 +1,11 @@
 """Windows of whole documents: which document stands where.
 
-A document is an end-of-text token and the tokens up to the next one, which is its last target. What is longer than a
-window is cut into pieces from its start on; whatever fits stays whole. L window length, N pieces, W windows.
+A document is an end-of-text token and the tokens up to the next one, which is its last target. If it is longer than a
+window, it is cut into pieces from its start on; whatever fits stays whole. L window length, N pieces, W windows.
 """
 
+import abc
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,42 +13,7 @@ import numpy as np
 from bigmac_jax.data.batch import NO_TARGET, PADDING
 from bigmac_jax.data.token_cache import TokenStream
 
-_SCANNED = 1 << 22  # tokens that are looked through at a time
-
-
-class Pieces(NamedTuple):
-    """Of a stream: piece n has the inputs start_N[n] … start_N[n] + size_N[n] - 1, each with the token behind it as
-    target."""
-
-    start_N: np.ndarray
-    size_N: np.ndarray
-    number_N: np.ndarray  # of the piece within its document
-
-
-def pieces(stream: TokenStream, length: int, stride: int = 0) -> Pieces:
-    """Cuts each document into pieces of at most `length` inputs.
-
-    Args:
-      stride: 0: pieces of a document do not overlap. Otherwise they slide on by so many tokens.
-    """
-    step = stride or length
-    start_D = _starts(stream)
-    size_D = np.diff(start_D, append=stream.num_tokens - 1)
-    start_D, size_D = start_D[size_D > 0], size_D[size_D > 0]  # behind the last end-of-text token there is nothing
-    count_D = 1 + np.maximum(0, -(-(size_D - length) // step))
-    document_N = np.repeat(np.arange(len(start_D)), count_D)
-    number_N = np.arange(len(document_N)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
-    size_N = np.minimum(length, size_D[document_N] - number_N * step)
-    return Pieces(start_D[document_N] + number_N * step, size_N, number_N)
-
-
-def _starts(stream: TokenStream) -> np.ndarray:
-    """Where documents begin; a text without an end-of-text token is one."""
-    found = [np.zeros(1, np.int64)]
-    for start in range(0, stream.num_tokens, _SCANNED):
-        tokens = stream.tokens(start, min(start + _SCANNED, stream.num_tokens))
-        found.append(start + np.flatnonzero(tokens == stream.eos_id))
-    return np.unique(np.concatenate(found))
+_SCANNED = 1 << 22  # tokens that are searched at a time
 
 
 def best_fit(size_N: np.ndarray, length: int) -> list[list[int]]:
@@ -73,38 +40,98 @@ def best_fit(size_N: np.ndarray, length: int) -> list[list[int]]:
     return windows
 
 
-class Packed:
-    """Windows of a stream's pieces: window w is int32 [3, L], the inputs, targets and segments of `Batch`.
+class PackedWindows(abc.ABC):
+    """Windows of whole sequences: window w is int32 [3, L], the inputs, targets and segments of `Batch`.
 
     Args:
-      stride: as for `pieces`; each target counts once, in the first piece that has it.
+      size_N: the tokens of each piece, which may be several sequences.
     """
 
-    def __init__(self, stream: TokenStream, length: int, stride: int = 0):
-        self._stream, self._length = stream, length
-        self._again = length - (stride or length)  # targets that a piece shares with the one before it
-        self._pieces = pieces(stream, length, stride)
-        # A window's pieces stand in the order of the stream, and windows in the order of their first ones.
-        self._windows = sorted(sorted(window) for window in best_fit(self._pieces.size_N, length))
+    def __init__(self, size_N: np.ndarray, length: int, eos_id: int):
+        self._size_N, self._length, self._eos_id = size_N, length, eos_id
+        # A window's pieces stand in their order, and windows in the order of their first ones.
+        self._windows = sorted(sorted(window) for window in best_fit(size_N, length))
+
+    @abc.abstractmethod
+    def _sequences(self, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (inputs, targets) of each sequence of piece n."""
 
     def __len__(self) -> int:
         return len(self._windows)
 
     def __getitem__(self, w: int) -> np.ndarray:
-        inputs, targets, numbers = window = np.empty((3, self._length), np.int32)
-        at = 0
-        for document, n in enumerate(self._windows[w]):
-            start, size, number = (int(values[n]) for values in self._pieces)
-            tokens = self._stream.tokens(start, start + size + 1)
-            here = slice(at, at + size)
-            inputs[here], targets[here], numbers[here] = tokens[:-1], tokens[1:], document
-            if number:
-                targets[at : at + self._again] = NO_TARGET
-            at += size
-        inputs[at:], targets[at:], numbers[at:] = max(self._stream.eos_id, 0), NO_TARGET, PADDING
+        inputs, targets, segments = window = np.empty((3, self._length), np.int32)
+        inputs[:], targets[:], segments[:] = max(self._eos_id, 0), NO_TARGET, PADDING
+        at, sequences = 0, (sequence for n in self._windows[w] for sequence in self._sequences(n))
+        for number, (own_inputs, own_targets) in enumerate(sequences):
+            here = slice(at, at + len(own_inputs))
+            inputs[here], targets[here], segments[here] = own_inputs, own_targets, number
+            at = here.stop
         return window
 
+    @property
+    def padding(self) -> float:
+        """The share of tokens that are padding."""
+        return float(1 - self._size_N.sum() / max(1, len(self) * self._length))
+
+
+class Pieces(NamedTuple):
+    """Pieces of documents: piece n has the inputs start_N[n] … start_N[n] + size_N[n] - 1 of a stream, and is number
+    number_N[n] of its document."""
+
+    start_N: np.ndarray
+    size_N: np.ndarray
+    number_N: np.ndarray
+
+
+def cut_documents(stream: TokenStream, length: int, stride: int = 0) -> Pieces:
+    """Cuts each document of a stream into pieces of at most `length` inputs.
+
+    Args:
+      stride: 0: pieces of a document do not overlap. Otherwise each begins so many tokens after the one before.
+    """
+    step = stride or length
+    start_D = _find_starts(stream)
+    size_D = np.diff(start_D, append=stream.num_tokens - 1)
+    start_D, size_D = start_D[size_D > 0], size_D[size_D > 0]  # behind the last end-of-text token there is nothing
+    count_D = 1 + np.maximum(0, -(-(size_D - length) // step))
+    document_N = np.repeat(np.arange(len(start_D)), count_D)
+    number_N = np.arange(len(document_N)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    size_N = np.minimum(length, size_D[document_N] - number_N * step)
+    return Pieces(start_D[document_N] + number_N * step, size_N, number_N)
+
+
+def _find_starts(stream: TokenStream) -> np.ndarray:
+    """Where documents begin; a text without an end-of-text token is one."""
+    found = [np.zeros(1, np.int64)]
+    for start in range(0, stream.num_tokens, _SCANNED):
+        tokens = stream.tokens(start, min(start + _SCANNED, stream.num_tokens))
+        found.append(start + np.flatnonzero(tokens == stream.eos_id))
+    return np.unique(np.concatenate(found))
+
+
+class PackedDocuments(PackedWindows):
+    """Windows of a stream's documents.
+
+    Args:
+      stride: as for `cut_documents`; each target counts once, in the first piece that has it.
+    """
+
+    def __init__(self, stream: TokenStream, length: int, stride: int = 0):
+        self._stream, self._pieces = stream, cut_documents(stream, length, stride)
+        self._again = length - (stride or length)  # targets that a piece shares with the one before it
+        super().__init__(self._pieces.size_N, length, stream.eos_id)
+
+    def _sequences(self, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        start, size, number = (int(values[n]) for values in self._pieces)
+        tokens = self._stream.tokens(start, start + size + 1)
+        targets = tokens[1:].copy()
+        targets[: self._again if number else 0] = NO_TARGET
+        yield tokens[:-1], targets
+
     def describe(self) -> str:
-        padding = 1 - self._pieces.size_N.sum() / max(1, len(self) * self._length)
+        """How many windows, how much padding and how many cuts there are, for the log."""
         cuts = np.count_nonzero(self._pieces.number_N)
-        return f"{len(self):,} windows of whole documents, {padding:.2%} padding, {cuts:,} cuts in longer documents"
+        return (
+            f"{len(self):,} windows of whole documents, {self.padding:.2%} padding, {cuts:,} cuts in longer documents"
+        )

@@ -13,53 +13,46 @@ import numpy as np
 from absl import flags
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows, segments
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows, number_documents
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.corpus import MIXTURE, documents, parts_of
-from bigmac_jax.data.documents import decode, once
+from bigmac_jax.data.corpus import MIXTURE, configs_by_source, open_documents
+from bigmac_jax.data.documents import decode, log_once
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.kinds import Kind, check_content
 from bigmac_jax.data.mixed_stream import Mixture
-from bigmac_jax.data.packing import Packed
-from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream, TokenStream, cached_stream
+from bigmac_jax.data.packing import PackedDocuments, PackedWindows
+from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream, TokenStream, open_cached_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.runtime import storage
 
 _BUFFERED_BATCHES = 4
 _log = logging.getLogger(__name__)
-
-
 Stream = CachedStream | JoinedStream | Conversations
 
 
 def open_stream(
     config: Config, split: str, tokenizer: Tokenizer, processes: int = 0, setting: str = "data.source"
 ) -> Stream:
-    """The tokens of a split, tokenised on the first call; raises ConfigError as `documents` does. Of a run that is
-    tuned, its conversations.
+    """Opens the tokens of a split, tokenised on the first call; for a tuning objective, its conversations.
 
     Args:
-      processes: that tokenise on this machine, at most; 0: as many as there are cores.
+      processes: the most processes that tokenise on this machine; 0 = one per core.
       setting: what names data.source, for messages.
+
+    Raises:
+      ConfigError: as for `open_documents`.
     """
     if config.tuning.objective != "pretrain":
         return Conversations(config, split, tokenizer)
     streams = {}
-    for name, data in parts_of(config.data, split).items():
-        docs = documents(data, split, config.cache_dir, MIXTURE if name else setting)
-        streams[name] = cached_stream(docs, split, tokenizer, config.cache_dir, processes)
+    for name, data in configs_by_source(config.data, split).items():
+        docs = open_documents(data, split, config.cache_dir, MIXTURE if name else setting)
+        streams[name] = open_cached_stream(docs, split, tokenizer, config.cache_dir, processes)
     return streams[""] if "" in streams else JoinedStream(streams)
 
 
 def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterator[str]:
-    """Makes the tokenizer and the tokens of splits, and yields a line for each.
-
-    Args:
-      processes: that tokenise on this machine, at most; 0: as many as there are cores.
-
-    Raises:
-      ConfigError: as `open_stream` does.
-    """
+    """Makes the tokenizer and the tokens of splits; yields a line for each split. Arguments as for `open_stream`."""
     tokenizer = load_tokenizer(config)
     for split in splits:
         start = time.perf_counter()
@@ -81,9 +74,8 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
     Raises:
       ConfigError: a file that is not there, cannot be read or holds something else, or a text without a word.
     """
-    name = "the text"
-    text, whole = "", True
-    if not isinstance(text_or_path, str):
+    name, content = "the text", text_or_path if isinstance(text_or_path, str) else b""
+    if isinstance(content, bytes):
         name = str(text_or_path)
         try:
             content = storage.locate(name, "text").read_bytes()
@@ -92,9 +84,8 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
                 f"{name} cannot be read ({storage.reason(error)}); give the path of a text file"
             ) from None
         check_content(pathlib.Path(name), Kind("txt"), content)
-        text, whole = decode(content.removeprefix(codecs.BOM_UTF8))
-    else:
-        text, whole = decode(text_or_path)
+        content = content.removeprefix(codecs.BOM_UTF8)
+    text, whole = decode(content)
     if not whole:
         _log.warning("%s holds bytes that are not UTF-8, replaced by U+FFFD", name)
     if not text or text.isspace():
@@ -104,13 +95,13 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
     return MemoryStream(tokens, counts, tokenizer.eos_id)
 
 
-def parts_of_stream(stream: Any) -> dict[str, Any]:
-    """The streams of a mixture's sources by name; of another one itself, as \"\"."""
+def streams_by_source(stream: Any) -> dict[str, Any]:
+    """The streams of a mixture's sources by name; any other stream itself, under \"\"."""
     return dict(stream.parts) if isinstance(stream, JoinedStream) else {"": stream}
 
 
-class Windows:
-    """Sample w of a stream is tokens[w·L : w·L + L + 1], so that each token is predicted once."""
+class StreamWindows:
+    """Windows of a stream: window w is tokens[w·L : w·L + L + 1], so that each token is predicted once."""
 
     def __init__(self, stream: TokenStream, sequence_length: int):
         self._stream, self._length = stream, sequence_length
@@ -122,68 +113,40 @@ class Windows:
         return self._stream.tokens(w * self._length, (w + 1) * self._length + 1)
 
 
-def windows(config: Config, stream: TokenStream | Conversations, name: str = "") -> Any:
-    """An epoch of a stream, in its order.
+def make_windows(config: Config, stream: TokenStream | Conversations, name: str = "") -> StreamWindows | PackedWindows:
+    """Cuts a stream into the windows of one epoch, in its order.
 
     Args:
-      name: of a mixture's source.
+      name: the mixture's source that the stream is.
 
     Raises:
-      ConfigError: fewer windows than data.batch_size; of a mixture's source, none.
+      ConfigError: there are fewer windows than data.batch_size; for a mixture's source, none.
     """
     data = config.data
-    whole: Any
+    windows: StreamWindows | PackedWindows
     if isinstance(stream, Conversations):
-        whole = stream.packed(data.sequence_length)
-        _log.info("%s: %s", stream.name, whole.describe())
+        windows = stream.pack(data.sequence_length)
+        _log.info("%s: %s", stream.name, windows.describe())
     elif data.packing == "stream":
-        whole = Windows(stream, data.sequence_length)
+        windows = StreamWindows(stream, data.sequence_length)
     else:
-        whole = Packed(stream, data.sequence_length)
-        _log.info("data.packing=best_fit: %s", whole.describe())
-    if len(whole) < (1 if name else data.batch_size):
+        windows = PackedDocuments(stream, data.sequence_length)
+        _log.info("data.packing=best_fit: %s", windows.describe())
+    if len(windows) < (1 if name else data.batch_size):
         source = f"{name} of data.mixture" if name else f"data.source={data.source}"
         least = "one" if name else f"data.batch_size={data.batch_size}"
         raise ConfigError(
-            f"{source} has {stream.num_tokens} training tokens, {len(whole)} windows of "
+            f"{source} has {stream.num_tokens} training tokens, {len(windows)} windows of "
             f"data.sequence_length={data.sequence_length}, fewer than {least}; "
             f"use more text, shorter sequences or a smaller batch"
         )
-    return whole
+    return windows
 
 
-def shuffled(config: Config, epoch: "Windows | Packed") -> grain.MapDataset:
-    """The endless sequence of training samples, int32 [L+1], or [3, L] with data.packing=best_fit; sample i depends on
-    train.seed and i alone. Every epoch is a new permutation of all windows."""
-    return grain.MapDataset.source(epoch).seed(config.train.seed).shuffle().repeat()
-
-
-class _Mixed:
-    """The samples of a mixture."""
-
-    def __init__(self, mixture: Mixture, of_source: Sequence[grain.MapDataset]):
-        self._mixture, self._of_source = mixture, of_source
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        source, n = self._mixture.place(i)
-        return self._of_source[source][n]
-
-
-class _Rows:
-    """The samples of some rows of every global batch, batch after batch."""
-
-    def __init__(self, samples: Any, batch_size: int, rows: Sequence[int]):
-        self._samples, self._batch_size, self._rows = samples, batch_size, rows
-
-    def __len__(self) -> int:
-        return len(self._samples) // self._batch_size * len(self._rows)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        batch, row = divmod(int(i), len(self._rows))
-        return self._samples[batch * self._batch_size + self._rows[row]]
+def shuffle_windows(config: Config, windows: StreamWindows | PackedWindows) -> grain.MapDataset:
+    """The endless sequence of training samples, int32 [L+1], or [3, L] if packed. Sample i depends on train.seed and i
+    alone; every epoch is a new permutation of all windows."""
+    return grain.MapDataset.source(windows).seed(config.train.seed).shuffle().repeat()
 
 
 class TrainIterator(Iterator[Batch]):
@@ -191,13 +154,18 @@ class TrainIterator(Iterator[Batch]):
 
     Its whole state is the number of batches it has given, and the weights that a mixture had. Row j of global batch g
     is sample g·B + j whoever reads it, so a run may go on with other processes, another mesh or other workers.
+
+    Args:
+      rows: the rows that this process needs (`hosts.local_rows`); by default all.
+
+    Raises:
+      ConfigError: too little text for one batch.
     """
 
-    def __init__(self, config: Config, stream: TokenStream | Conversations, rows: Sequence[int]):
-        self._config, self._rows = config, rows
-        self._mixture = Mixture.of(config.data)
-        self._epochs = {name: windows(config, part, name) for name, part in parts_of_stream(stream).items()}
-        self._workers = config.data.num_workers
+    def __init__(self, config: Config, stream: TokenStream | Conversations, rows: Sequence[int] | None = None):
+        self._config, self._rows = config, range(config.data.batch_size) if rows is None else rows
+        self._mixture = Mixture.from_config(config.data)
+        self._epochs = {name: make_windows(config, part, name) for name, part in streams_by_source(stream).items()}
         self._eos_id = stream.eos_id if config.data.documents == "masked" else None
         self._given = 0
         self._iterator: Any = None
@@ -209,21 +177,24 @@ class TrainIterator(Iterator[Batch]):
         self._given += 1
         if rows.ndim == 3:  # packed
             inputs_BL, targets_BL, segments_BL, *reference = rows.swapaxes(0, 1)
-            of_reference = (np.ascontiguousarray(bits_BL).view(np.float32) for bits_BL in reference)
-            return Batch(inputs_BL, targets_BL, segments_BL, *of_reference)
-        batch = of_windows(rows)
-        return batch if self._eos_id is None else batch._replace(segments_BL=segments(batch.inputs_BL, self._eos_id))
+            floats = (np.ascontiguousarray(bits_BL).view(np.float32) for bits_BL in reference)
+            return Batch(inputs_BL, targets_BL, segments_BL, *floats)
+        batch = batch_from_windows(rows)
+        if self._eos_id is None:
+            return batch
+        return batch._replace(segments_BL=number_documents(batch.inputs_BL, self._eos_id))
 
     def get_state(self) -> dict[str, Any]:
+        """A small JSON-serialisable dict; after `set_state` the batches go on from there exactly."""
         weights = {"mixture": self._mixture.state(self._given)} if self._mixture else {}
         return {"batches": self._given} | weights
 
     def set_state(self, state: dict[str, Any], step: int | None = None) -> None:
-        """Goes on from there.
+        """Goes on from a state.
 
         Args:
-          state: of `get_state`; a mixture's weights may be missing: they are those that this run had until there.
-          step: of the run, which is behind its batches by those that rewinding has left out; by default there are none.
+          state: as from `get_state`; without a mixture's weights, they are those of this run until there.
+          step: of the run, which lags its batches by those that rewinding left out; by default there are none.
 
         Raises:
           ConfigError: a mixture can't go on from there, or would read a source more often than it may.
@@ -234,13 +205,13 @@ class TrainIterator(Iterator[Batch]):
             return
         done = self._given if step is None else step
         weights = state["mixture"] if "mixture" in state else self._mixture.state(self._given)
-        self._mixture = self._mixture.resumed(weights, self._given, done)
+        self._mixture = self._mixture.resume(weights, self._given, done)
         epochs = {name: len(epoch) for name, epoch in self._epochs.items()}
-        for line in self._mixture.check(epochs, max(done, self._config.train.steps), self._given - done):
-            once(logging.INFO, f"data.mixture: {line}")
+        for line in self._mixture.check_epochs(epochs, max(done, self._config.train.steps), self._given - done):
+            log_once(logging.INFO, f"data.mixture: {line}")
 
     def tokens_by_source(self, batches: int) -> dict[str, int]:
-        """Of a mixture, in the first batches."""
+        """Number of tokens of each source of a mixture in the first batches; empty without a mixture."""
         if self._mixture is None:
             return {}
         counts = zip(self._mixture.parts, self._mixture.counts(batches), strict=True)
@@ -253,34 +224,26 @@ class TrainIterator(Iterator[Batch]):
         self._iterator = None
 
     def _start(self) -> Any:
+        data, mixture, rows = self._config.data, self._mixture, self._rows
+        sources = [shuffle_windows(self._config, epoch) for epoch in self._epochs.values()]
+
+        def read(i: int) -> np.ndarray:
+            batch, row = divmod(i, len(rows))
+            sample = batch * data.batch_size + rows[row]
+            source, n = mixture.locate(sample) if mixture else (0, sample)
+            return sources[source][n]
+
+        dataset = grain.MapDataset.range(sys.maxsize).map(read).batch(len(rows))[self._given :]
         # One thread suffices by far (docs/data.md), and the training step wants the cores.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFERED_BATCHES)
-        samples = [shuffled(self._config, epoch) for epoch in self._epochs.values()]
-        whole = _Mixed(self._mixture, samples) if self._mixture else samples[0]
-        rows = grain.MapDataset.source(_Rows(whole, self._config.data.batch_size, self._rows))
-        dataset = rows.batch(len(self._rows))[self._given :].to_iter_dataset(options)
-        if self._workers:
+        batches = dataset.to_iter_dataset(options)
+        if data.num_workers:
             if not flags.FLAGS.is_parsed():  # Grain hands the flags on to its workers; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
-            workers = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_BUFFERED_BATCHES)
-            dataset = dataset.mp_prefetch(workers)
-        return iter(dataset)
-
-
-def train_iterator(
-    config: Config, stream: TokenStream | Conversations, rows: Sequence[int] | None = None
-) -> TrainIterator:
-    """Endless batches of this process.
-
-    `it.get_state()` is a small JSON-serialisable dict; after `set_state` the batches go on from there exactly.
-
-    Args:
-      rows: the rows of the global batch that this process needs (`hosts.local_rows`); by default all.
-
-    Raises:
-      ConfigError: too little text for one batch.
-    """
-    return TrainIterator(config, stream, range(config.data.batch_size) if rows is None else rows)
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=data.num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
+            )
+        return iter(batches)
 
 
 def eval_batches(
@@ -290,29 +253,29 @@ def eval_batches(
     stride: int = 0,
     documents: str = "stream",
 ) -> Iterator[Batch]:
-    """Windows in which each token after the first is a target once; the last window and batch are padded.
+    """Yields windows in which each token after the first is a target once; the last window and batch are padded.
 
     Args:
-      stride: 0: windows do not overlap. Otherwise they slide on by so many tokens, and those alone are targets that the
-        window before did not have: all but the first are predicted from `sequence_length` - stride others at least.
-      documents: as data.documents; masked: windows begin where a document does, so that what a document's tokens are
-        given does not depend on those beside it.
+      stride: 0: windows do not overlap. Otherwise each begins so many tokens after the one before, and only tokens that
+        are new in it are targets: all but the first are predicted from at least `sequence_length` - stride others.
+      documents: as data.documents; masked: windows hold whole documents, so that what a document's tokens are given
+        does not depend on others.
     """
     stream = stream_or_tokens
     if isinstance(stream, np.ndarray):
         stream = MemoryStream(stream, Counts(tokens=len(stream)))
-    if documents == "masked" or isinstance(stream, Conversations):
-        packed: Any = (
-            stream.packed(sequence_length)
+    if isinstance(stream, Conversations) or documents == "masked":
+        packed: PackedWindows = (
+            stream.pack(sequence_length)
             if isinstance(stream, Conversations)
-            else Packed(stream, sequence_length, stride)
+            else PackedDocuments(stream, sequence_length, stride)
         )
         for first in range(0, len(packed), batch_size):
             rows = [packed[w] for w in range(first, min(first + batch_size, len(packed)))]
             batch = Batch(*np.stack(rows, axis=1)[:3])
             if isinstance(stream, Conversations) and stream.pairs:  # how likely is what was chosen
                 batch.targets_BL[batch.segments_BL % 2 == 1] = NO_TARGET
-            yield padded(batch, batch_size)
+            yield pad_batch(batch, batch_size)
         return
     step = stride or sequence_length
     starts = range(0, max(1, stream.num_tokens - 1 - sequence_length + step), step)
@@ -327,8 +290,8 @@ def eval_batches(
         yield Batch(inputs_BL, targets_BL)
 
 
-def padded(batch: Batch, rows: int) -> Batch:
-    """With more rows, whose tokens are no targets."""
+def pad_batch(batch: Batch, rows: int) -> Batch:
+    """Adds rows without targets, up to a number of rows."""
     more = ((0, rows - len(batch.inputs_BL)), (0, 0))
     inputs_BL, targets_BL, segments_BL = batch[:3]
     return Batch(

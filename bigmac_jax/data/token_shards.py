@@ -1,16 +1,15 @@
-"""A corpus as shards of tokens on disk, each written once by whoever comes first, and an index when all are there.
+"""A corpus as shards of tokens on disk, each written once by whoever comes first, and an index of all of them.
 
-    UNIT-SHARD.bin    tokens, 16 or 32 bits each, one behind the other
-    UNIT-SHARD.json   its record, while the unit is not finished: a start after a kill goes on behind it
+    UNIT-SHARD.bin    tokens, 16 or 32 bits each
+    UNIT-SHARD.json   the shard's record, until its unit is finished: a start after a kill goes on behind it
     UNIT.json         the records of a finished unit's shards
     index.json        all of them, once all units are finished
 
 A unit is what one process reads at a time (`Documents.units`); it and its shards depend on the source alone. Whoever
-works on one holds its lock, which a killed process lets go. Nothing that has its final name is unfinished.
+works on one holds its lock, which a killed process lets go. A file under its final name is complete.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import logging
@@ -22,10 +21,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
-from bigmac_jax.data.documents import Documents, Seen
-from bigmac_jax.data.encoding import Counts, Words, encode
-from bigmac_jax.data.files import disk_full, file_digest, locked, remove
+from bigmac_jax.config import parse_object, sealed, unsealed
+from bigmac_jax.data.documents import Documents, ReadCounts
+from bigmac_jax.data.encoding import Counts, WordCounter, encode_pieces
+from bigmac_jax.data.files import explain_full_disk, file_digest, lock_path, remove
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.runtime import leases, storage
 from bigmac_jax.runtime.clock import clock
@@ -37,11 +36,11 @@ _log = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-class Store:
-    """Where the shards of a split are: `kept`, which is what all see, and `folder` on this machine.
+class ShardStore:
+    """The shards of a split: in `kept`, which all hosts see, and in `folder` on this machine; the same on a disk.
 
     Args:
-      key: what the tokens depend on.
+      key: digest of what the tokens depend on.
     """
 
     def __init__(self, kept: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer):
@@ -50,75 +49,68 @@ class Store:
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
     def index(self) -> Record | None:
-        """None if it is not there or is not of this key; a damaged one is none."""
+        """Reads the index; None if it is missing, damaged or of another key."""
         for path in dict.fromkeys((self.folder / INDEX, self.kept / INDEX)):
-            found = _read(path)
+            found = _read_record(path)
             if found is not None and found.get("key") == self.key:
                 if path != self.folder / INDEX:
-                    _put(self.folder / INDEX, path.read_bytes())
+                    _write_bytes(self.folder / INDEX, path.read_bytes())
                 return found
         return None
 
     def finished(self, unit: int) -> Record | None:
-        """The record of a finished unit: `shards`, and what was `seen`."""
-        return _read(self.kept / f"{unit:05}.json")
+        """Reads the record of a finished unit: its `shards`, and what was `seen`; None if it is not finished."""
+        return _read_record(self.kept / f"{unit:05}.json")
 
     def forget(self, names: list[str]) -> None:
-        """Shards on this disk that are damaged: their units are made again."""
+        """Has the units of damaged shards on this disk made again."""
         remove(self.folder / INDEX)
-        for unit in set(map(unit_of, names)):
+        for unit in {int(name.partition("-")[0]) for name in names}:
             (self.folder / f"{unit:05}.json").unlink(missing_ok=True)
 
     def work(self, units: list[int], report: Callable[[int, int], None]) -> None:
-        """Makes the units that nobody has made or makes now, then waits for those of others.
+        """Makes the units that nobody has made or is making; then waits for those of others.
 
         Args:
-          report: is given a unit and how many bytes of its source are read.
+          report: called with a unit and the number of bytes of its source that are read.
         """
-        held = units
-        while held:
+        left = units
+        while left:
             waiting = []
-            for unit in held:
-                if self.finished(unit) is not None:
-                    report(unit, self.size_of(unit))
-                    continue
+            for unit in left:
                 try:
-                    with _held(self.kept / f"{unit:05}"):
-                        if self.finished(unit) is None:
-                            self._make(unit, report)
+                    if self.finished(unit) is None:
+                        with leases.lock(self.kept / f".{unit:05}.lock", wait=False):
+                            if self.finished(unit) is None:
+                                self._make(unit, report)
                     report(unit, self.size_of(unit))
                 except leases.HeldError:
                     waiting.append(unit)
-            if len(waiting) == len(held):
+            if len(waiting) == len(left):
                 clock.tick()  # whoever makes them is watched itself
                 time.sleep(_POLL)
-            held = waiting
+            left = waiting
 
     def size_of(self, unit: int) -> int:
-        """Bytes of source, roughly."""
+        """Bytes of source in a unit, roughly."""
         parts = self.docs.units[unit]
         return sum(part.size for part in parts) if parts else self.docs.size
 
     def _make(self, unit: int, report: Callable[[int, int], None]) -> None:
-        """Goes on behind the shards that a killed process has left."""
-        records = list(self._left(unit))
-        skip = records[-1]["pieces"] if records else 0
-        seen, words = Seen(), Words()
+        """Makes a unit's shards, behind those that a killed process has left."""
+        records = list(self._read_finished_shards(unit))
+        seen, words, pieces = ReadCounts(), WordCounter(), records[-1]["pieces"] if records else 0
         parts = self.docs.pieces(self.docs.units[unit], seen)
-        for _ in range(skip):
-            piece, last = next(parts)
-            words.pass_over(piece, last)
-        counts, pieces = Counts(), skip
-        arrays = encode(parts, self.tokenizer, counts, words)
-        if unit == 0 and not records:
-            counts.tokens = 1
-        before = np.array([self.tokenizer.eos_id] * counts.tokens, self.dtype)
-        more = True
+        for piece, last in itertools.islice(parts, pieces):
+            words.skip(piece, last)
+        counts = Counts(tokens=int(unit == 0 and not records))
+        arrays = encode_pieces(parts, self.tokenizer, counts, words)
+        first, more = np.array([self.tokenizer.eos_id] * counts.tokens, self.dtype), True
         while more:
             more, name = False, f"{unit:05}-{len(records):03}"
-            part = self.folder / f".{name}.part"
-            with written(part, self.kept) as file:
-                file.write(before.tobytes())
+            shard = self.folder / f"{name}.bin"
+            with write_shard(shard) as file:
+                file.write(first.tobytes())
                 for array, number in arrays:
                     file.write(array.astype(self.dtype).tobytes())
                     pieces += number
@@ -126,98 +118,79 @@ class Store:
                     if counts.tokens >= SHARD:
                         more = True
                         break
-            before = before[:0]
-            if (shard := self.folder / f"{name}.bin").is_dir():  # whatever damage left there
-                remove(shard)
-            part.replace(shard)
-            digest = file_digest(self.folder / f"{name}.bin")
-            records.append({"name": name, **asdict(counts), "pieces": pieces, "digest": digest})
-            for name_of in vars(counts):
-                setattr(counts, name_of, 0)
-            _put(self.folder / f"{name}.json", _seal(records[-1]))
+            records.append({"name": name, **asdict(counts), "pieces": pieces, "digest": file_digest(shard)})
+            _write_record(self.folder / f"{name}.json", records[-1])
+            first = first[:0]
+            vars(counts).update(asdict(Counts()))
         if storage.is_store(self.kept):
             for record in records:
                 storage.send_file(self.folder / f"{record['name']}.bin", self.kept / f"{record['name']}.bin")
-        _put(self.kept / f"{unit:05}.json", _seal({"shards": records, "seen": asdict(seen)}))
+        _write_record(self.kept / f"{unit:05}.json", {"shards": records, "seen": asdict(seen)})
         for record in records:
             (self.folder / f"{record['name']}.json").unlink(missing_ok=True)
 
-    def _left(self, unit: int) -> Iterator[Record]:
-        """The records of a unit's first shards, as far as they are intact."""
+    def _read_finished_shards(self, unit: int) -> Iterator[Record]:
+        """Yields the records of a unit's first shards, as far as they are intact."""
         for number in itertools.count():
             name = f"{unit:05}-{number:03}"
-            record, file = _read(self.folder / f"{name}.json"), self.folder / f"{name}.bin"
+            record, file = _read_record(self.folder / f"{name}.json"), self.folder / f"{name}.bin"
             if record is None or not file.is_file() or file_digest(file) != record.get("digest"):
                 return
             yield record
 
     def finish(self) -> Record:
-        """Writes the index, unless another process has; logs what was read, and raises ConfigError if that is no
-        document."""
-        with locked(self.kept / INDEX):
-            if (found := self.index()) is not None:
+        """Writes the index once all units are finished, and logs what was read.
+
+        Raises:
+          ConfigError: the corpus has no document.
+        """
+        with lock_path(self.kept / INDEX):
+            if (found := self.index()) is not None:  # another process has written it
                 return found
-            units = [self.finished(unit) for unit in range(len(self.docs.units))]
-            counts, seen = Counts(), Seen()
+            units = [record for unit in range(len(self.docs.units)) if (record := self.finished(unit))]
+            counts, seen = Counts(), ReadCounts()
             for unit in units:
-                assert unit is not None
-                seen.add(Seen(**unit["seen"]))
+                seen.add(ReadCounts(**unit["seen"]))
                 for shard in unit["shards"]:
-                    counts.add(Counts(*(shard[field.name] for field in dataclasses.fields(Counts))))
-            self.docs.tell(seen)
-            shards = [[s["name"], s["tokens"], s["digest"]] for unit in units if unit for s in unit["shards"]]
-            index = {
-                "key": self.key, "dtype": self.dtype.name, "counts": asdict(counts),
-                "shards": [shard for shard in shards if shard[1]],
-            }  # fmt: skip
-            _put(self.folder / INDEX, _seal(index))
-            if storage.is_store(self.kept):
-                _put(self.kept / INDEX, _seal(index))
+                    counts.add(Counts(**{name: shard[name] for name in vars(counts)}))
+            self.docs.report(seen)
+            shards = [[s["name"], s["tokens"], s["digest"]] for unit in units for s in unit["shards"] if s["tokens"]]
+            index = {"key": self.key, "dtype": self.dtype.name, "counts": asdict(counts), "shards": shards}
+            for path in dict.fromkeys((self.folder / INDEX, self.kept / INDEX)):
+                _write_record(path, index)
             _log.info(
                 "%s split: %s", self.split, ", ".join(f"{value} {name}" for name, value in asdict(counts).items())
             )
             return index
 
 
-def unit_of(shard: str) -> int:
-    """The unit that a shard is of, by its name."""
-    return int(shard.partition("-")[0])
-
-
-def _held(path: pathlib.Path) -> Any:
-    return leases.lock(path.with_name(f".{path.name}.lock"), wait=False)
-
-
 @contextlib.contextmanager
-def written(path: pathlib.Path, cache: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file that is written; a full disk is a ConfigError that names the `cache`."""
+def write_shard(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing, which gets its name when it is complete; raises ConfigError if the disk is full."""
+    part = path.with_name(f".{path.stem}.part")
     try:
-        with path.open("wb") as file:
+        with explain_full_disk(path.parent), part.open("wb") as file:
             yield file
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (fix := disk_full(error, path)):
-            raise ConfigError(f"{cache} cannot be written: {fix}") from None
-        raise
+        if path.is_dir():  # whatever damage left there
+            remove(path)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _put(path: pathlib.Path, record: bytes) -> None:
+def _write_bytes(path: pathlib.Path, content: bytes) -> None:
     if not storage.is_store(path) and path.is_dir():  # whatever damage left there
         remove(path)
-    try:
-        storage.write_atomically(path, record)
-    except OSError as error:
-        if fix := disk_full(error, path):
-            raise ConfigError(f"{path} cannot be written: {fix}") from None
-        raise
+    with explain_full_disk(path):
+        storage.write_atomically(path, content)
 
 
-def _seal(record: Record) -> bytes:
-    return (json.dumps(sealed(record), separators=(",", ":"), allow_nan=False) + "\n").encode()
+def _write_record(path: pathlib.Path, record: Record) -> None:
+    _write_bytes(path, (json.dumps(sealed(record), separators=(",", ":"), allow_nan=False) + "\n").encode())
 
 
-def _read(path: pathlib.Path) -> Record | None:
-    """None if it is not there, or damaged."""
+def _read_record(path: pathlib.Path) -> Record | None:
+    """The record in a file; None if it is missing or damaged."""
     try:
         return unsealed(parse_object(path.read_bytes()))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):

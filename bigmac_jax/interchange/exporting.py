@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat_template import FILE as CHAT_TEMPLATE
-from bigmac_jax.data.chat_template import NO_CHAT, ChatFiles
+from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles
+from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import bigmac, model_card, nemotron_h, plain, qwen3_moe, tensor_files, tokenizer_files
 from bigmac_jax.interchange.layout import Format, Leaves, Tensor

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object, with_overrides
 from bigmac_jax.config.root import is_moved
-from bigmac_jax.data.chat_template import ChatFiles
+from bigmac_jax.data.chat_files import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokenizer_files
 from bigmac_jax.interchange.exporting import FORMATS

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import ConfigError, read_object
-from bigmac_jax.data.documents import one_line
 from bigmac_jax.runtime import signals, storage
 
 INDEX = "model.safetensors.index.json"
@@ -139,7 +138,7 @@ class Checkpoint:
                     }
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
-                    f"{path} is not a whole safetensors file ({one_line(error)}); copy it again"
+                    f"{path} is not a whole safetensors file ({storage.reason(error)}); copy it again"
                 ) from None
 
     def _paths(self) -> list[pathlib.Path]:

@@ -10,8 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat_template import Chat, ChatFiles, chat_contents, read_chat
-from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.data.bpe import END_OF_TEXT
+from bigmac_jax.data.chat_files import ChatFiles, format_chat_files, read_chat
+from bigmac_jax.data.chat_template import Chat
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange.tensor_files import write_json
 from bigmac_jax.runtime import hosts, storage
 
@@ -92,7 +94,7 @@ def read_tokenizer(config: Config) -> tuple[Tokenizer, ChatFiles]:
 
 def keep_tokenizer(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles) -> Config:
     """Writes the files of `read_tokenizer` to a workdir → the config that names them."""
-    files = chat_contents(chat) | ({tokenizer.file: tokenizer.content} if tokenizer.file else {})
+    files = format_chat_files(chat) | ({tokenizer.file: tokenizer.content} if tokenizer.file else {})
     for name, content in files.items() if hosts.is_first() else ():
         storage.write_atomically(workdir / name, content)
     if not tokenizer.file:

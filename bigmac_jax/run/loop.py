@@ -12,7 +12,7 @@ import jax
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.data.pipeline import TrainIterator, parts_of_stream
+from bigmac_jax.data.pipeline import TrainIterator, streams_by_source
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, score_jobs
 from bigmac_jax.model.mesh import batch_spec
@@ -257,7 +257,7 @@ class _Run:
             length, rows = config.data.sequence_length, evaluation_rows(config)
             scores = {
                 name: evaluate(model, part, length, rows, lambda tokens: clock.tick()).score
-                for name, part in parts_of_stream(self.validation).items()
+                for name, part in streams_by_source(self.validation).items()
             }
         self.score = scores[""] if "" in scores else Score.combine(list(scores.values()))
         self.writer.write(

@@ -13,7 +13,7 @@ from flax import nnx
 
 from bigmac_jax.config import Config, check_resume
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
@@ -124,7 +124,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         data_is |= rows_are
         jobs = _tasks(read, tokenizer)
         rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
-        data = train_iterator(config, train_stream, rows)
+        data = TrainIterator(config, train_stream, rows)
     hosts.check_same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
     trainer = make_trainer(config, mesh, teacher and teacher.config)
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
@@ -134,7 +134,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
         with clock.timed("data"):
             model = nnx.merge(trainer.graphdef, *load(origin, config))
-            windows = train_stream.packed(config.data.sequence_length)
+            windows = train_stream.pack(config.data.sequence_length)
             windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
     data.set_state(position, newest)
     if hosts.is_first():

@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, OptimizerConfig
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
@@ -254,7 +254,7 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     shape = config.data.batch_size, config.data.sequence_length + 1
     tokens = np.random.default_rng(3).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        trainer, batch = make_trainer(config, mesh), place(of_windows(tokens), batch_spec(2))
+        trainer, batch = make_trainer(config, mesh), place(batch_from_windows(tokens), batch_spec(2))
         state = trainer.init(jax.random.key(config.train.seed))
         step = compile_program(mesh, trainer.step.lower(state, batch))
         for _ in range(steps):

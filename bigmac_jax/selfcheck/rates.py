@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.exchange.wire import Wire
 from bigmac_jax.model.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
@@ -111,7 +111,7 @@ def training_rate(config: Config, devices: Sequence[Any]) -> float:
     shape = config.data.batch_size, config.data.sequence_length + 1
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh):
-        trainer, batch = make_trainer(config, mesh), place(of_windows(tokens), batch_spec(2))
+        trainer, batch = make_trainer(config, mesh), place(batch_from_windows(tokens), batch_spec(2))
         state = trainer.init(jax.random.key(0))
         seconds = _seconds(lambda state: trainer.step(state, batch)[0], state, repeats=3)
     return config.data.batch_size * config.data.sequence_length / seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.chat_template import Room
+from bigmac_jax.data.chat_template import PromptLimit
 from bigmac_jax.data.tokenizer import Tokenizer, TooLongError, encode_at_most
 from bigmac_jax.inference.requests import parse_json
 from bigmac_jax.inference.sampling import ALTERNATIVES, Sampling
@@ -107,12 +107,12 @@ def parse_request(
     if echo and logprobs:
         raise ApiError(400, "echo with logprobs is not supported: the prompt's are not kept", "echo")
     sampling = _sampling(given, new or 1, max(0, alternatives), chat.stop if chat else ())
-    field, room = "messages" if chat else "prompt", Room(longest, check)
+    field, limit = "messages" if chat else "prompt", PromptLimit(longest, check)
     try:
         if chat is None:
-            prompts, texts = _prompts(given.get("prompt"), tokenizer, vocab_size, n, limits.choices, room)
+            prompts, texts = _prompts(given.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit)
         else:
-            prompts, texts = [chat.prompt(_messages(given.get("messages")), room)], [""]
+            prompts, texts = [chat.prompt(_messages(given.get("messages")), limit)], [""]
             new = new or max(1, longest - len(prompts[0]))
     except TooLongError:
         raise ApiError(
@@ -185,9 +185,9 @@ def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ..
 
 
 def _prompts(
-    prompt: Any, tokenizer: Tokenizer, vocab_size: int, n: int, most: int, room: Room
+    prompt: Any, tokenizer: Tokenizer, vocab_size: int, n: int, most: int, limit: PromptLimit
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of each prompt, and its text where that was given; raises TooLongError for one that has no room."""
+    """Token ids of each prompt, and its text where that was given; raises TooLongError for one that is too long."""
     many = [prompt]
     if isinstance(prompt, list) and prompt and not all(type(token) is int for token in prompt):
         many = prompt
@@ -199,9 +199,9 @@ def _prompts(
     for one in many:
         if isinstance(one, str):
             texts.append(one)
-            ids.append(encode_at_most(tokenizer.encode_batch, [one], room.tokens, tokenizer.token_bytes, room.check))
-        elif isinstance(one, list) and len(one) > room.tokens:
-            raise TooLongError(room.tokens)
+            ids.append(encode_at_most(tokenizer.encode_batch, [one], limit.tokens, limit.check))
+        elif isinstance(one, list) and len(one) > limit.tokens:
+            raise TooLongError(limit.tokens)
         elif isinstance(one, list) and all(type(token) is int and 0 <= token < vocab_size for token in one):
             texts.append("")
             ids.append(one)

@@ -2,7 +2,8 @@
 
 import pathlib
 
-from bigmac_jax.data.chat_template import FILE, PLAIN, Chat, ChatError, Messages, Room, load_chat
+from bigmac_jax.data.chat_files import TEMPLATE_FILE
+from bigmac_jax.data.chat_template import PLAIN, Chat, ChatError, Messages, PromptLimit, load_chat
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.serving.limits import ApiError
 
@@ -20,10 +21,10 @@ class Dialogue:
         self._chat = chat
         self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
-    def prompt(self, messages: Messages, room: Room | None = None) -> list[int]:
+    def prompt(self, messages: Messages, limit: PromptLimit | None = None) -> list[int]:
         """The token ids of a prompt; raises ApiError for messages that the template refuses, and like `Chat.prompt`."""
         try:
-            return self._chat.prompt(messages, room)
+            return self._chat.prompt(messages, limit)
         except ChatError as error:
             raise ApiError(400, str(error)[:_SAID], "messages") from None
 
@@ -35,7 +36,7 @@ def load_dialogue(tokenizer: Tokenizer, file: str, tokenizer_file: str, workdir:
     Raises:
       ConfigError: a file that cannot be read, or is no template.
     """
-    own = workdir / FILE
+    own = workdir / TEMPLATE_FILE
     if not file and own.is_file():
         file = str(own)
     return Dialogue(load_chat(tokenizer, file, tokenizer_file, "--chat_template", PLAIN))

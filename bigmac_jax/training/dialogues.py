@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat_template import FILE, SETTINGS, ChatFiles, read_chat
+from bigmac_jax.data.chat_files import SETTINGS_FILE, TEMPLATE_FILE, ChatFiles, read_chat
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream
 from bigmac_jax.training.workdir import run_of
@@ -21,7 +21,7 @@ def run_chat(config: Config, stream: Stream) -> ChatFiles:
 
 def check_template(workdir: pathlib.Path, files: ChatFiles) -> None:
     """Raises ConfigError if the run has begun with another chat template."""
-    own = workdir / FILE
+    own = workdir / TEMPLATE_FILE
     if files.template and own.is_file() and own.read_text() != files.template:
         raise ConfigError(
             f"tuning.chat_template is not {own}, which this workdir was started with; drop it, or use a new --workdir"
@@ -40,6 +40,6 @@ def check_rows(workdir: pathlib.Path, rows: Mapping[str, str]) -> None:
         if known.get(name, digest) != digest:
             raise ConfigError(
                 f"the {name} are other tokens than this workdir was started with, though their text is the same: the "
-                f"chat template or special tokens have changed; bring back {FILE} and {SETTINGS} of the workdir, or "
-                f"use a new --workdir"
+                f"chat template or special tokens have changed; bring back {TEMPLATE_FILE} and {SETTINGS_FILE} of the "
+                f"workdir, or use a new --workdir"
             )

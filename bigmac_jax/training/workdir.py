@@ -20,10 +20,10 @@ from bigmac_jax.config import (
     sealed,
     unsealed,
 )
-from bigmac_jax.data.chat_template import FILE as CHAT_TEMPLATE
-from bigmac_jax.data.chat_template import NO_CHAT, SETTINGS, ChatFiles, chat_contents, read_chat
-from bigmac_jax.data.corpus import fingerprint, has_splits
-from bigmac_jax.data.documents import once
+from bigmac_jax.data.chat_files import NO_CHAT, SETTINGS_FILE, ChatFiles, format_chat_files, read_chat
+from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
+from bigmac_jax.data.corpus import has_splits, open_documents
+from bigmac_jax.data.documents import log_once
 from bigmac_jax.data.pipeline import Stream, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.runtime import hosts
@@ -174,14 +174,14 @@ def with_own_template(workdir: pathlib.Path, config: Config, of_user: bool = Fal
       of_user: the config is the user's, and not what the workdir has saved: without a copy, its template is read.
     """
     own, given = workdir / CHAT_TEMPLATE, config.tuning.chat_template
-    if (workdir / SETTINGS).is_file():
+    if (workdir / SETTINGS_FILE).is_file():
         config = with_own_tokenizer(workdir, config, of_user)
     if not own.is_file():
         if given and not of_user:
             line = (
                 f"tuning.chat_template={given} of the config of {workdir} is not read; copy it to {own} if it should be"
             )
-            once(logging.WARNING, line)
+            log_once(logging.WARNING, line)
             given = ""
     elif given in ("", read_config(workdir).tuning.chat_template) or (
         read_chat(given, "", "tuning.chat_template").template == check_inside(workdir, CHAT_TEMPLATE).read_text()
@@ -237,7 +237,7 @@ def write_run(
     data = _of_own_files(config) | data
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
-    for name, content in chat_contents(chat).items():
+    for name, content in format_chat_files(chat).items():
         _write(workdir / name, content)
     write_config(config, workdir, data=known | data, mesh=mesh, edition=software_versions())
 
@@ -298,7 +298,7 @@ def check_split(workdir: pathlib.Path, config: Config, split: str) -> None:
     known, data, name = run_of(workdir)["data"], config.data, split
     if split not in known and not getattr(data, f"{split}_source", ""):
         name = "train"  # which it was held out of
-    if name in known and known[name] != fingerprint(data, name, config.cache_dir):
+    if name in known and known[name] != open_documents(data, name, config.cache_dir).fingerprint:
         place = _PLACES.get(split, f"{split}_source")
         place = place if split != "train" and getattr(data, place) else "mixture" if data.mixture else "source"
         where = f"data.{place}={getattr(data, place)}"
@@ -363,7 +363,7 @@ def _of_own_files(config: Config) -> dict[str, str]:
         source = getattr(config.data, f"{split}_source")
         if source and not has_splits(source):
             with contextlib.suppress(ConfigError):  # evaluation will say what is wrong with it
-                found[split] = fingerprint(config.data, split, config.cache_dir)
+                found[split] = open_documents(config.data, split, config.cache_dir).fingerprint
     return found
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig, read_object
-from bigmac_jax.data.chat_template import chat_in, read_chat
+from bigmac_jax.data.chat_files import read_chat, read_chat_folder
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
@@ -155,7 +155,7 @@ def with_chat_of(origin: Origin, config: Config) -> Config:
         data = dataclasses.replace(data, tokenizer=origin.config.data.tokenizer)
     if not read_chat(tuning.chat_template, data.tokenizer, "tuning.chat_template").template:
         folder = _folder(origin)
-        if chat_in(folder).template:
+        if read_chat_folder(folder).template:
             tuning = dataclasses.replace(tuning, chat_template=str(folder))
     return dataclasses.replace(config, data=data, tuning=tuning)
 

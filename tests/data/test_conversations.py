@@ -12,10 +12,11 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING
+from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.pipeline import eval_batches, open_stream, train_iterator
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.data.pipeline import TrainIterator, eval_batches, open_stream
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 
 EOS = 256
 TURNS = [
@@ -85,7 +86,7 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path: pa
         "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: 4¶".replace(" 2¶", "xxx").replace(" 4¶", "xxx")
     ))[1:]  # fmt: skip
     assert [t for t in bytes_of(sequence, "targets") if t != NO_TARGET] == ids(" 2¶ 4¶")
-    assert (stream.num_tokens, stream.num_documents, stream.num_words) == (6, 1, 2)
+    assert (stream.num_tokens, stream.counts.documents, stream.counts.words) == (6, 1, 2)
 
 
 def bpe() -> JsonTokenizer:
@@ -148,7 +149,7 @@ def test_a_template_that_rewrites_turns_needs_marks() -> None:
 
 BAD = [
     ("{", "is not valid JSON"),
-    ([1], "is a JSON list, not an object"),
+    ([1], "it is a JSON list; each line must be one JSON object"),
     ({"completion": "a"}, "has no 'prompt'; it has completion"),
     ({"prompt": "a"}, "has no 'completion'; it has prompt"),
     ({"prompt": "a", "completion": ""}, "its answer is empty"),
@@ -180,7 +181,7 @@ def test_an_answer_without_a_token_is_bad(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"rows\.jsonl line 2: the tokenizer makes no token of its answer"):
         conversations(tmp_path, rows, tokenizer=tokenizer, chat_template=str(template))
     fields = {"bad_rows": "skip", "chat_template": str(template)}
-    assert conversations(tmp_path, rows, tokenizer=tokenizer, **fields).num_documents == 1
+    assert conversations(tmp_path, rows, tokenizer=tokenizer, **fields).counts.documents == 1
 
 
 def test_a_template_error_is_one_line(tmp_path: pathlib.Path) -> None:
@@ -192,7 +193,7 @@ def test_a_template_error_is_one_line(tmp_path: pathlib.Path) -> None:
 def test_bad_rows_are_counted_and_named(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [row for row, _ in BAD] + [{"prompt": "a", "completion": "b"}]
     with caplog.at_level(logging.WARNING):
-        assert conversations(tmp_path, rows, bad_rows="skip").num_documents == 1
+        assert conversations(tmp_path, rows, bad_rows="skip").counts.documents == 1
     (line,) = (record.getMessage() for record in caplog.records)
     assert "12 rows left out: " in line and f"3 without an answer ({tmp_path / 'rows.jsonl'} line 4, " in line
     assert "1 longer than data.sequence_length" in line
@@ -203,7 +204,7 @@ def test_bad_rows_are_counted_and_named(tmp_path: pathlib.Path, caplog: pytest.L
 def test_windows_hold_whole_conversations(tmp_path: pathlib.Path) -> None:
     rows = [{"prompt": "p" * n, "completion": "c"} for n in (3, 9, 5, 11, 2, 7)]
     stream = conversations(tmp_path, rows, 16)
-    windows = pickle.loads(pickle.dumps(stream.packed(16)))  # as workers get it
+    windows = pickle.loads(pickle.dumps(stream.pack(16)))  # as workers get it
     seen = []
     for inputs, targets, segments in (windows[w] for w in range(len(windows))):
         for segment in range(segments.max() + 1):
@@ -214,7 +215,7 @@ def test_windows_hold_whole_conversations(tmp_path: pathlib.Path) -> None:
     assert len(windows) == 3  # 43 tokens; two windows hold 32
     targets = sum(int((batch.targets_BL != NO_TARGET).sum()) for batch in eval_batches(stream, 16, 2))
     assert targets == stream.num_tokens == 12
-    batch = next(train_iterator(stream._config, stream))
+    batch = next(TrainIterator(stream._config, stream))
     assert batch.inputs_BL.shape == (2, 16) and batch.segments_BL is not None
 
 

@@ -8,15 +8,15 @@ import sys
 import pytest
 
 from bigmac_jax.config import ConfigError, DataConfig
-from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.hub import _readings
 
 ROOT = pathlib.Path(__file__).parents[2]
 READ = """
 import json, sys
 from bigmac_jax.config import DataConfig
-from bigmac_jax.data.corpus import documents
-found = {s: documents(DataConfig(source=sys.argv[1], text_field="body"), s, sys.argv[2]) for s in sys.argv[3:]}
+from bigmac_jax.data.corpus import open_documents
+found = {s: open_documents(DataConfig(source=sys.argv[1], text_field="body"), s, sys.argv[2]) for s in sys.argv[3:]}
 print(json.dumps({s: [list(docs), docs.fingerprint] for s, docs in found.items()}))
 """
 
@@ -54,7 +54,7 @@ def test_a_folder_and_its_cache(tmp_path):
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"hf:x needs the package datasets; pip install 'bigmac-jax\[datasets\]'"):
-        documents(DataConfig(source="hf:x"), "train", str(tmp_path))
+        open_documents(DataConfig(source="hf:x"), "train", str(tmp_path))
 
 
 @pytest.mark.full

@@ -17,11 +17,11 @@ from conftest import SAMPLE
 from training.tools import as_saved
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data import documents, local_files, readers
-from bigmac_jax.data.chat_template import read_chat
-from bigmac_jax.data.kinds import kind_of
+from bigmac_jax.data import documents, kinds, local_files
+from bigmac_jax.data.chat_files import read_chat
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.kinds import guess_kind
 from bigmac_jax.data.pipeline import open_stream, text_stream
-from bigmac_jax.data.readers import Wanted
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.definitions import load_task
 from bigmac_jax.planning.hardware import load_hardware
@@ -116,7 +116,7 @@ def test_the_same_tokens(name, tmp_path, make_config, monkeypatch):
 @pytest.mark.parametrize("end", ["", ".gz", ".zst"])
 def test_files_of_text(end, tmp_path, make_config, monkeypatch):
     """Each a document, read in blocks that cut characters and words."""
-    monkeypatch.setattr(readers, "_BLOCK", 1021)
+    monkeypatch.setattr(kinds, "BLOCK", 1021)
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard}[end]
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i:03}.txt{end}").write_bytes(compress(text.encode()))
@@ -131,7 +131,7 @@ def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch
     path.write_bytes(lines(["one", "two", "three ü", "four"]).replace(b"\n", b"\n\n", 1))
     for unit in (1, 2, 3, 7, 19, 20, 21, 50):
         monkeypatch.setattr(local_files, "UNIT", unit)
-        docs = local_files.LocalDocuments(str(path), "data.source", Wanted("text"), "train", str(tmp_path / "cache"))
+        docs = open_documents(make_config(path, **OWN).data, "train", str(tmp_path / "cache"))
         assert list(docs) == ["one", "two", "three ü", "four"], unit
         assert len(docs.units) == -(-path.stat().st_size // unit)
 
@@ -139,15 +139,15 @@ def test_parts_of_files_are_where_lines_begin(tmp_path, make_config, monkeypatch
 def test_long_texts_come_in_the_pieces_of_the_whole():
     """However they are cut into chunks; an end of one is not an end of the text."""
     text = "".join(f"wörd{i}\n " for i in range(90_000)) + "x" * 600_000
-    expected = list(documents.pieces(text))
+    expected = list(documents.cut_text(text))
     for size in (1, 7, 100_000):
         chunks = (text[i : i + size] for i in range(0, len(text) if size > 1 else 0, size))
         if size > 1:
-            assert list(documents.pieces_of(chunks)) == expected
+            assert list(documents.cut_chunks(chunks)) == expected
     encoded = text.encode()
     for size in (3, 65_537):
         blocks = iter([encoded[i : i + size] for i in range(0, len(encoded) if size > 3 else 3000, size)])
-        got = "".join(documents._Text(blocks).chunks())
+        got = "".join(documents._Decoder(blocks).chunks())
         assert got == (text if size > 3 else encoded[:3000].decode(errors="replace"))
 
 
@@ -215,7 +215,7 @@ BROKEN += [
 @pytest.mark.parametrize("case", range(len(BROKEN)), ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BROKEN)])
 def test_what_is_broken_is_one_line(case, tmp_path, make_config, monkeypatch):
     name, content, message = BROKEN[case]
-    monkeypatch.setattr(readers, "LONGEST", 1 << 20 if "longer" not in message else 2000)
+    monkeypatch.setattr(kinds, "LONGEST", 1 << 20 if "longer" not in message else 2000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message) as error:
         tokens(make_config, tmp_path / name)
@@ -300,6 +300,6 @@ def test_an_unknown_file_of_a_folder_is_refused(tmp_path, make_config):
 
 def test_names():
     names = ["a.txt", "A.TXT", "a.b.jsonl.gz", "c4.json.zst", "x.parquet", "x", "x.gz", "x.txt.bz2", ".txt"]
-    found = [kind_of(pathlib.Path(name)) for name in names]
+    found = [guess_kind(pathlib.Path(name)) for name in names]
     known = [("txt", ""), ("txt", ""), ("jsonl", "gz"), ("json", "zst"), ("parquet", "")]
     assert found == [*known, None, None, None, None]

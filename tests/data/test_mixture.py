@@ -11,9 +11,10 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.config.mixture import parse_curriculum, parse_mixture, short_name
-from bigmac_jax.data.corpus import fingerprint
+from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.mixed_stream import Mixture
-from bigmac_jax.data.pipeline import JoinedStream, open_stream, train_iterator
+from bigmac_jax.data.pipeline import TrainIterator, open_stream
+from bigmac_jax.data.token_cache import JoinedStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 LENGTH, BATCH = 8, 6
@@ -50,7 +51,7 @@ def test_texts_that_changed_places_are_other_data(tmp_path, make_config):
             folder.mkdir(exist_ok=True)
             (folder / "x.txt").write_text(text)
         found.append(open_stream(config, "train", ByteTokenizer()).text)
-        assert found[-1] == fingerprint(config.data, "train", config.cache_dir)
+        assert found[-1] == open_documents(config.data, "train", config.cache_dir).fingerprint
     assert found[0] == found[2] != found[1]
 
 
@@ -92,7 +93,7 @@ def test_shares_are_exact_within_one(seed):
     mixture = Mixture(parts, [(0, weights)], 1)
     given = [0] * len(weights)
     for i in range(3000):
-        part, n = mixture.place(i)
+        part, n = mixture.locate(i)
         assert n == given[part]
         given[part] += 1
         assert mixture.counts(i + 1) == tuple(given)
@@ -105,18 +106,18 @@ def test_changed_weights_go_on_where_each_source_was():
     first = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH)
     saved = json.loads(json.dumps(first.state(9)))
     assert saved == [[0, {"a": "3", "b": "1", "c": "2"}], [7, {"a": "0", "b": "1", "c": "1"}]]
-    again = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH).resumed(saved, 9, 9)
-    assert [first.place(i) for i in range(200)] == [again.place(i) for i in range(200)]
+    again = Mixture(parts, parse_curriculum("7:b=1,c=1", parts), BATCH).resume(saved, 9, 9)
+    assert [first.locate(i) for i in range(200)] == [again.locate(i) for i in range(200)]
     other = parse_mixture("c=1,a=9,b=0.5")  # in another order, too
-    changed = Mixture(other, parse_curriculum("12:a=1", other), BATCH).resumed(saved, 9, 9)
-    assert [first.place(i) for i in range(9 * BATCH)] == [changed.place(i) for i in range(9 * BATCH)]
+    changed = Mixture(other, parse_curriculum("12:a=1", other), BATCH).resume(saved, 9, 9)
+    assert [first.locate(i) for i in range(9 * BATCH)] == [changed.locate(i) for i in range(9 * BATCH)]
     assert changed.counts(9) == first.counts(9)
-    seen = [changed.place(i) for i in range(30 * BATCH)]
+    seen = [changed.locate(i) for i in range(30 * BATCH)]
     assert all([n for part, n in seen if part == p] == list(range(changed.counts(30)[p])) for p in range(3))
     assert {part for part, _ in seen[12 * BATCH :]} == {0}
     assert [stage[0] for stage in changed.state(20)] == [0, 7, 9, 12]
     with pytest.raises(ConfigError, match=r"data\.mixture has the sources a, d, and .* started with a, b, c"):
-        Mixture(parse_mixture("a=1,d=1"), [(0, (Fraction(1), Fraction(1)))], BATCH).resumed(saved, 9, 9)
+        Mixture(parse_mixture("a=1,d=1"), [(0, (Fraction(1), Fraction(1)))], BATCH).resume(saved, 9, 9)
 
 
 @pytest.fixture
@@ -152,8 +153,8 @@ def test_batches_of_a_mixture(mixed):
     stream = open_stream(config, "train", ByteTokenizer())
     assert isinstance(stream, JoinedStream) and list(stream.parts) == ["a", "b", "c"]
     later = mixed("a=1,b=0,c=0", "3:c=1")
-    assert letters_of(take(train_iterator(later, stream), 5)) == ["a"] * 3 * BATCH + ["c"] * 2 * BATCH
-    iterator = train_iterator(config, stream)
+    assert letters_of(take(TrainIterator(later, stream), 5)) == ["a"] * 3 * BATCH + ["c"] * 2 * BATCH
+    iterator = TrainIterator(config, stream)
     iterator.set_state({"batches": 0})
     rows = take(iterator, 40)
     found = letters_of(rows)
@@ -168,8 +169,8 @@ def test_batches_of_a_mixture(mixed):
 def test_whoever_reads_them(mixed, rows):
     config = mixed("a=5,b=2,c=0.3", "10:c=1")
     stream = open_stream(config, "train", ByteTokenizer())
-    expected = take(train_iterator(config, stream), 20)
-    parts = [train_iterator(config, stream, list(part)) for part in rows]
+    expected = take(TrainIterator(config, stream), 20)
+    parts = [TrainIterator(config, stream, list(part)) for part in rows]
     np.testing.assert_array_equal(
         np.concatenate([take(part, 20) for part in parts], axis=1), expected[:, list(itertools.chain(*rows))]
     )
@@ -179,25 +180,25 @@ def test_resumed_exactly_and_with_other_weights(mixed):
     """By the windows' texts: none is repeated before its source is used up, none is left out."""
     config = mixed("a=3,b=2,c=1", "5:a=1,b=1")
     stream = open_stream(config, "train", ByteTokenizer())
-    expected = take(train_iterator(config, stream), 20)
-    iterator = train_iterator(config, stream)
+    expected = take(TrainIterator(config, stream), 20)
+    iterator = TrainIterator(config, stream)
     before = take(iterator, 8)
     state = json.loads(json.dumps(iterator.get_state()))
-    again = train_iterator(config, stream)
+    again = TrainIterator(config, stream)
     again.set_state(state | {"bad_steps": 1})
     np.testing.assert_array_equal(take(again, 12), expected[8:])
     again.set_state({"batches": 15})  # a rewind, past the data of a bad step
     np.testing.assert_array_equal(take(again, 5), expected[15:])
 
     other = mixed("c=3,b=1,a=1")
-    changed = train_iterator(other, open_stream(other, "train", ByteTokenizer()))
+    changed = TrainIterator(other, open_stream(other, "train", ByteTokenizer()))
     changed.set_state(state)
     after = take(changed, 12)
     rows = np.concatenate([before, after]).reshape(-1, LENGTH)
     letters = letters_of(rows)
     for letter in "abc":
         alone = mixed(f"{letter}=1")
-        plain = take(train_iterator(alone, open_stream(alone, "train", ByteTokenizer())), 20).reshape(-1, LENGTH)
+        plain = take(TrainIterator(alone, open_stream(alone, "train", ByteTokenizer())), 20).reshape(-1, LENGTH)
         got = np.stack([row for row, its in zip(rows, letters, strict=True) if its == letter])
         np.testing.assert_array_equal(got, plain[: len(got)])
     assert letters[8 * BATCH :].count("c") == pytest.approx(12 * BATCH * 3 / 5, abs=1)
@@ -207,7 +208,7 @@ def test_a_curriculum_switches_at_its_step_whatever_was_left_out(mixed):
     """Rewinds from step 7 to 4, over the switch at 5, and from 9 to 8: its batches are two, then three behind."""
     config = mixed("a=1,b=0,c=0", "5:a=1,b=3;10:b=1,c=3")
     stream = open_stream(config, "train", ByteTokenizer())
-    iterator = train_iterator(config, stream)
+    iterator = TrainIterator(config, stream)
     states, letters = {}, []
 
     def go(step: int, stop: int) -> None:
@@ -224,7 +225,7 @@ def test_a_curriculum_switches_at_its_step_whatever_was_left_out(mixed):
     assert letters == ["a"] * 5 + ["ab"] * 5 + ["bc"] * 4
     rest = take(iterator, 4)
     for step in (9, 10, 13):  # bit for bit, from a checkpoint behind a rewind
-        again = train_iterator(config, stream)
+        again = TrainIterator(config, stream)
         again.set_state(states[step], step)
         np.testing.assert_array_equal(take(again, 18 - step)[-4:], rest, err_msg=str(step))
 
@@ -233,25 +234,25 @@ def test_weights_that_stay_are_one_stage():
     """A border between them would begin their order anew, and only in a run that was not resumed."""
     parts = parse_mixture("a=3,b=4")
     whole = Mixture(parts, parse_curriculum("5:a=3,b=4", parts), BATCH)
-    again = whole.resumed(whole.state(5), 5, 5)
-    assert [whole.place(i) for i in range(200)] == [again.place(i) for i in range(200)]
+    again = whole.resume(whole.state(5), 5, 5)
+    assert [whole.locate(i) for i in range(200)] == [again.locate(i) for i in range(200)]
 
 
 def test_a_source_that_is_used_up(mixed, caplog):
     config = mixed("a=1,c=1x2", steps=60)
-    iterator = train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+    iterator = TrainIterator(config, open_stream(config, "train", ByteTokenizer()))
     with pytest.raises(ConfigError, match=r"c\.txt would be read 2\.31 times by step 60, and at most 2 times; give it"):
         iterator.set_state({"batches": 0})
     config = mixed("a=1,c=1x2", steps=50)
     with caplog.at_level("INFO"):
-        train_iterator(config, open_stream(config, "train", ByteTokenizer())).set_state({"batches": 0})
+        TrainIterator(config, open_stream(config, "train", ByteTokenizer())).set_state({"batches": 0})
     assert "data.mixture: c 50.0% of the windows, 1.92 epochs by step 50" in caplog.text
 
 
 def test_a_source_that_is_used_up_by_rewinds(mixed):
     """Batches that rewinding left out were read, too: 50 steps take 52 batches and more."""
     config = mixed("a=1,c=1x2", steps=50)
-    iterator = train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+    iterator = TrainIterator(config, open_stream(config, "train", ByteTokenizer()))
     iterator.set_state({"batches": 12}, 10)
     with pytest.raises(ConfigError, match=r"c\.txt would be read 2\.04 times by step 50, and at most 2 times; give it"):
         iterator.set_state({"batches": 13}, 10)
@@ -262,4 +263,4 @@ def test_too_little_text_of_a_source(mixed, tmp_path):
     (tmp_path / "d.txt").write_text("d")
     config = mixed(f"a=1,{tmp_path}/d.txt=1")
     with pytest.raises(ConfigError, match=r"d of data\.mixture has 3 training tokens, 0 windows of .*fewer than one"):
-        train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+        TrainIterator(config, open_stream(config, "train", ByteTokenizer()))

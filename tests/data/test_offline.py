@@ -9,8 +9,8 @@ import requests
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import datasets
-from bigmac_jax.data.files import disk_full
-from bigmac_jax.data.token_shards import written
+from bigmac_jax.data.files import disk_full_fix
+from bigmac_jax.data.token_shards import write_shard
 from bigmac_jax.evaluation.tasks.task_rows import read_rows
 
 
@@ -60,11 +60,12 @@ def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_named(tmp_path):
     mount = next(str(parent) for parent in tmp_path.parents if parent.is_mount())
+    (tmp_path / "stream").mkdir()
     said = rf"stream cannot be written: the disk at {mount} \(.* GB\) is full"
-    with pytest.raises(ConfigError, match=said), written(tmp_path / "part", tmp_path / "stream"):
+    with pytest.raises(ConfigError, match=said), write_shard(tmp_path / "stream" / "00000-000.bin"):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert not (tmp_path / "part").exists()
+    assert not list((tmp_path / "stream").iterdir())
     caused = RuntimeError("failed")
     caused.__cause__ = OSError(errno.EDQUOT, "quota")
-    assert disk_full(caused, tmp_path / "not" / "there").startswith(f"the disk at {mount}")
-    assert disk_full(OSError(errno.EACCES, "no"), tmp_path) == ""
+    assert disk_full_fix(caused, tmp_path / "not" / "there").startswith(f"the disk at {mount}")
+    assert disk_full_fix(OSError(errno.EACCES, "no"), tmp_path) == ""

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.batch import NO_TARGET, PADDING, segments
-from bigmac_jax.data.packing import Packed, best_fit, pieces
-from bigmac_jax.data.pipeline import eval_batches, open_stream, train_iterator
-from bigmac_jax.data.token_cache import Counts, MemoryStream
+from bigmac_jax.data.batch import NO_TARGET, PADDING, number_documents
+from bigmac_jax.data.encoding import Counts
+from bigmac_jax.data.packing import PackedDocuments, best_fit, cut_documents
+from bigmac_jax.data.pipeline import TrainIterator, eval_batches, open_stream
+from bigmac_jax.data.token_cache import MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 END = 9
@@ -26,9 +27,9 @@ def stream_of(*lengths: int, seed: int = 0) -> MemoryStream:
 
 def test_pieces_by_hand() -> None:
     """Documents of 2, 0 and 7 tokens: with the end-of-text token before them they have 3, 1 and 8 inputs."""
-    start_N, size_N, number_N = pieces(stream_of(2, 0, 7), 5)
+    start_N, size_N, number_N = cut_documents(stream_of(2, 0, 7), 5)
     assert (start_N.tolist(), size_N.tolist(), number_N.tolist()) == ([0, 3, 4, 9], [3, 1, 5, 3], [0, 0, 0, 1])
-    start_N, size_N, number_N = pieces(stream_of(2, 0, 7), 5, stride=2)
+    start_N, size_N, number_N = cut_documents(stream_of(2, 0, 7), 5, stride=2)
     assert (start_N.tolist(), size_N.tolist(), number_N.tolist()) == ([0, 3, 4, 6, 8], [3, 1, 5, 5, 4], [0, 0, 0, 1, 2])
 
 
@@ -41,7 +42,7 @@ def test_best_fit_by_hand() -> None:
 
 def test_a_window_by_hand() -> None:
     stream = MemoryStream(np.array([9, 1, 2, 9, 3, 9, 4, 5, 6, 7, 9]), Counts(tokens=11), END)
-    packed = Packed(stream, 6)
+    packed = PackedDocuments(stream, 6)
     assert len(packed) == 2
     assert packed[0].tolist() == [[9, 1, 2, 9, 3, 9], [1, 2, 9, 3, 9, NO_TARGET], [0, 0, 0, 1, 1, PADDING]]
     assert packed[1].tolist() == [[9, 4, 5, 6, 7, 9], [4, 5, 6, 7, 9, NO_TARGET], [0, 0, 0, 0, 0, PADDING]]
@@ -53,7 +54,7 @@ def test_a_window_by_hand() -> None:
 def test_every_token_is_a_target_once(seed: int, stride: int) -> None:
     lengths = np.random.default_rng(seed).geometric(0.08, size=50) - 1
     stream, length = stream_of(*lengths.tolist(), seed=seed), 16
-    packed = Packed(stream, length, stride)
+    packed = PackedDocuments(stream, length, stride)
     whole = stream.tokens(0, stream.num_tokens)
     starts = np.flatnonzero(whole == END)
     found: list[tuple[int, ...]] = []
@@ -78,7 +79,7 @@ def test_every_token_is_a_target_once(seed: int, stride: int) -> None:
 
 def test_documents_of_the_stream() -> None:
     inputs_BL = np.array([[3, 9, 4, 9, 9, 5], [9, 1, 2, 3, 4, 5]])
-    assert segments(inputs_BL, END).tolist() == [[0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1]]
+    assert number_documents(inputs_BL, END).tolist() == [[0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1]]
 
 
 def test_evaluation_by_document_does_not_see_its_neighbours() -> None:
@@ -120,7 +121,7 @@ def test_batches_are_the_same_whatever_reads_them(notes, packing: str) -> None:
     stream = open_stream(config, "train", ByteTokenizer())
 
     def take(count: int, rows: Any = None, start: int = 0, config: Any = config) -> list[np.ndarray]:
-        iterator = train_iterator(config, stream, rows)
+        iterator = TrainIterator(config, stream, rows)
         iterator.set_state({"batches": start})
         batches = [np.stack(next(iterator)[:3]) for _ in range(count)]
         iterator.close()
@@ -144,4 +145,4 @@ def test_best_fit_needs_masked_documents(notes) -> None:
         notes(packing="best_fit", documents="stream")
     config = notes(packing="best_fit", batch_size=2000)
     with pytest.raises(ConfigError, match=r"windows of data.sequence_length=32, fewer than data.batch_size=2000"):
-        train_iterator(config, open_stream(config, "train", ByteTokenizer()))
+        TrainIterator(config, open_stream(config, "train", ByteTokenizer()))

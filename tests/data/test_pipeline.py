@@ -9,7 +9,14 @@ import pytest
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.pipeline import eval_batches, open_stream, shuffled, text_stream, train_iterator, windows
+from bigmac_jax.data.pipeline import (
+    TrainIterator,
+    eval_batches,
+    make_windows,
+    open_stream,
+    shuffle_windows,
+    text_stream,
+)
 from bigmac_jax.data.tokenizer import ByteTokenizer
 
 LENGTH, BATCH = 16, 8
@@ -40,7 +47,7 @@ def windows_of(batches: np.ndarray, stream) -> list[int]:
 
 
 def test_shape_and_dtype(small):
-    inputs_BL, targets_BL, segments_BL, *_ = next(train_iterator(*small))
+    inputs_BL, targets_BL, segments_BL, *_ = next(TrainIterator(*small))
     assert inputs_BL.shape == targets_BL.shape == (BATCH, LENGTH)
     assert inputs_BL.dtype == targets_BL.dtype == np.int32
     assert segments_BL is None
@@ -48,7 +55,7 @@ def test_shape_and_dtype(small):
 
 def test_every_epoch_is_another_permutation(small):
     assert (small[1].num_tokens, 312 // BATCH) == (5003, 39)
-    order = windows_of(take(train_iterator(*small), 2 * 39), small[1])
+    order = windows_of(take(TrainIterator(*small), 2 * 39), small[1])
     first, second = order[:312], order[312:]
     assert sorted(first) == sorted(second) == list(range(312))
     assert first != second
@@ -58,45 +65,45 @@ def test_every_epoch_is_another_permutation(small):
 def test_an_epoch_may_end_inside_a_batch(text_file, make_config):
     config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=10)
     stream = open_stream(config, "train", ByteTokenizer())
-    order = windows_of(take(train_iterator(config, stream), 63), stream)
+    order = windows_of(take(TrainIterator(config, stream), 63), stream)
     assert sorted(order[:312]) == sorted(order[312:624]) == list(range(312))
 
 
 def test_the_seed_decides(small, make_config, text_file):
     other = make_config(text_file, **WHOLE, seed=1, sequence_length=LENGTH, batch_size=BATCH)
-    assert (take(train_iterator(*small), 3) == take(train_iterator(*small), 3)).all()
-    assert (take(train_iterator(*small), 3) != take(train_iterator(other, small[1]), 3)).any()
+    assert (take(TrainIterator(*small), 3) == take(TrainIterator(*small), 3)).all()
+    assert (take(TrainIterator(*small), 3) != take(TrainIterator(other, small[1]), 3)).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batches(small, count):
     config, stream = small
-    dataset = shuffled(config, windows(config, stream))
+    dataset = shuffle_windows(config, make_windows(config, stream))
     expected = np.stack([np.stack([dataset[g * BATCH + j] for j in range(BATCH)]) for g in range(50)])
     for rows in (np.arange(BATCH).reshape(count, -1), np.arange(BATCH).reshape(-1, count).T):  # blocks, and strided
-        parts = [take(train_iterator(config, stream, part.tolist()), 50) for part in rows]
+        parts = [take(TrainIterator(config, stream, part.tolist()), 50) for part in rows]
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected[:, rows.ravel()])
 
 
 def test_resume_is_exact_across_processes_and_workers(small, text_file, make_config):
-    expected = take(train_iterator(*small), 60)
-    iterator = train_iterator(*small)
+    expected = take(TrainIterator(*small), 60)
+    iterator = TrainIterator(*small)
     take(iterator, 41)
     state = json.loads(json.dumps(iterator.get_state()))
-    resumed = train_iterator(*small)
+    resumed = TrainIterator(*small)
     next(resumed)  # an iterator that has begun elsewhere
     resumed.set_state(state)
     np.testing.assert_array_equal(take(resumed, 19), expected[41:])
-    halves = [train_iterator(*small, rows) for rows in (range(BATCH // 2), range(BATCH // 2, BATCH))]
+    halves = [TrainIterator(*small, rows) for rows in (range(BATCH // 2), range(BATCH // 2, BATCH))]
     for half in halves:
         half.set_state(state)
     np.testing.assert_array_equal(np.concatenate([take(half, 19) for half in halves], axis=1), expected[41:])
 
 
 def test_worker_processes(small, text_file, make_config):
-    expected = take(train_iterator(*small), 30)
+    expected = take(TrainIterator(*small), 30)
     config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=BATCH, num_workers=1)
-    iterator = train_iterator(config, small[1])
+    iterator = TrainIterator(config, small[1])
     np.testing.assert_array_equal(take(iterator, 5), expected[:5])
     state = iterator.get_state()
     iterator.close()
@@ -108,7 +115,7 @@ def test_worker_processes(small, text_file, make_config):
 
 def test_throughput(sotu):
     config, _, streams = sotu
-    iterator = train_iterator(config, streams["train"])
+    iterator = TrainIterator(config, streams["train"])
     next(iterator)
     begin = time.perf_counter()
     take(iterator, 200)
@@ -119,10 +126,10 @@ def test_throughput(sotu):
 def test_too_little_text(small, make_config, text_file):
     config = make_config(text_file, **WHOLE, sequence_length=5003, batch_size=1)
     with pytest.raises(ConfigError, match=r"5003 training tokens, 0 windows of data.sequence_length=5003"):
-        train_iterator(config, small[1])
+        TrainIterator(config, small[1])
     config = make_config(text_file, **WHOLE, sequence_length=LENGTH, batch_size=313)
     with pytest.raises(ConfigError, match=r"312 windows .* fewer than data.batch_size=313"):
-        train_iterator(config, small[1])
+        TrainIterator(config, small[1])
 
 
 @pytest.mark.parametrize(("length", "batch"), [(16, 8), (5002, 1), (5001, 1), (10_000, 2), (1, 7), (41, 61)])
@@ -153,9 +160,9 @@ def test_text_stream(tmp_path, caplog):
     path.write_text(text)
     for stream in (text_stream(text, tokenizer), text_stream(path, tokenizer)):
         assert stream.tokens(0, stream.num_tokens).tolist() == [256, *text.encode(), 256]
-        assert (stream.num_bytes, stream.num_words, stream.num_documents) == (22, 4, 1)
+        assert (stream.counts.bytes, stream.counts.words, stream.counts.documents) == (22, 4, 1)
     path.write_bytes(b"broken \xff")
-    assert text_stream(path, tokenizer).num_words == 2
+    assert text_stream(path, tokenizer).counts.words == 2
     assert "not UTF-8" in caplog.text
     path.write_text(" \n")
     refused = [

@@ -48,9 +48,9 @@ def test_convention_and_counts(rows, make_config, tmp_path):
     expected = [EOS, *(i for text in texts for i in [*text.encode(), EOS])]
     assert stream.tokens(0, stream.num_tokens).tolist() == expected
     assert stream.num_tokens == len(expected) > 20_000
-    assert stream.num_documents == len(texts)
-    assert stream.num_bytes == sum(len(text.encode()) for text in texts)
-    assert stream.num_words == sum(len(text.split()) for text in texts)
+    assert stream.counts.documents == len(texts)
+    assert stream.counts.bytes == sum(len(text.encode()) for text in texts)
+    assert stream.counts.words == sum(len(text.split()) for text in texts)
     (index,) = tmp_path.glob("cache/tokens/train-*/index.json")
     assert json.loads(index.read_text())["dtype"] == "uint16"
 
@@ -86,8 +86,8 @@ def test_large_vocabularies_keep_their_ids(text_file, make_config):
 
 def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, tmp_path, monkeypatch):
     config, made = make_config(text_file), []
-    make = token_shards.Store._make
-    monkeypatch.setattr(token_shards.Store, "_make", lambda *a: (made.append(1), make(*a))[1])
+    make = token_shards.ShardStore._make
+    monkeypatch.setattr(token_shards.ShardStore, "_make", lambda *a: (made.append(1), make(*a))[1])
     first = open_stream(config, "train", ByteTokenizer())
     assert open_stream(config, "train", ByteTokenizer()).num_tokens == first.num_tokens
     assert len(made) == 1
@@ -110,9 +110,9 @@ def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, monkeyp
     folder = next(tmp_path.glob("cache/tokens/train-*"))
     file, index = sorted(folder.glob("*.bin"))[1], folder / "index.json"
     content = file.read_bytes()
-    make = token_shards.Store._make
+    make = token_shards.ShardStore._make
     monkeypatch.setattr(
-        token_shards.Store, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1]
+        token_shards.ShardStore, "_make", lambda store, unit, *a: (made.append(unit), make(store, unit, *a))[1]
     )
     if damage == "truncated":
         file.write_bytes(content[: len(content) // 2])
@@ -155,7 +155,7 @@ def test_killed_half_way(make_config, tmp_path):
         stream = open_stream(config, "train", ByteTokenizer())
     found = stream.tokens(0, stream.num_tokens)
     assert found[1:-1].astype(np.uint8).tobytes() == path.read_bytes() and found[0] == found[-1] == EOS
-    assert stream.num_words == 1_000_000 and stream.num_documents == 1
+    assert stream.counts.words == 1_000_000 and stream.counts.documents == 1
     assert (folder / "00000-000.bin").stat().st_mtime_ns == made
     assert {p.suffix for p in folder.glob("00000-*")} == {".bin"} and not list(folder.glob("*.part"))
 
@@ -185,8 +185,8 @@ def test_one_large_document(make_config, tmp_path, sotu):
     stream = open_stream(config, "train", sotu[1])
     assert time.perf_counter() - begin < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1_000_000  # KB
-    assert (stream.num_documents, stream.num_bytes) == (1, path.stat().st_size)
-    assert stream.num_words == 1_500_001
+    assert (stream.counts.documents, stream.counts.bytes) == (1, path.stat().st_size)
+    assert stream.counts.words == 1_500_001
     ids = stream.tokens(0, stream.num_tokens)
     assert (ids == sotu[1].eos_id).nonzero()[0].tolist() == [0, len(ids) - 1]
     assert sotu[1].decode(ids[1:50_001]) == words[: len(sotu[1].decode(ids[1:50_001]))]
@@ -204,7 +204,7 @@ def test_batches_are_bounded():
 
 def test_words_across_forced_cuts():
     for text in ("a" * 1_000_000, "a b\t" * 100_000, "a\tb\t\t" * 100_000, "\u3000x" * 300_000):
-        assert text_stream(text, ByteTokenizer()).num_words == len(text.split())
+        assert text_stream(text, ByteTokenizer()).counts.words == len(text.split())
 
 
 def test_cache_dir_that_cannot_be(text_file, make_config):

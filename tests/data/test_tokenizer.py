@@ -8,15 +8,17 @@ import pytest
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data import bpe
 from bigmac_jax.data import tokenizer as module
-from bigmac_jax.data.documents import Documents
+from bigmac_jax.data.bpe import train_bpe
+from bigmac_jax.data.documents import Documents, cut_text
 from bigmac_jax.data.sotu import speech_files
-from bigmac_jax.data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_bpe
+from bigmac_jax.data.tokenizer import JsonTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return module._gpt2()
+    return module._load_gpt2()
 
 
 @pytest.fixture(params=["bpe", "bytes", "gpt2"])
@@ -62,14 +64,14 @@ def test_pieces_give_the_tokens_of_the_whole(sotu, gpt2):
     for tokenizer in (sotu[1], gpt2):
         whole = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == whole
-        cut = list(pieces(text, 100))
+        cut = list(cut_text(text, 100))
         assert len(cut) > len(text) / 300
         assert [i for ids in tokenizer.encode_batch(cut) for i in ids] == whole
 
 
 def test_pieces_are_bounded():
     for text in ("x" * 1000, " " * 1000, "ab " * 500, "", "a" * 150 + "\n" * 500):
-        cut = list(pieces(text, 100))
+        cut = list(cut_text(text, 100))
         assert "".join(cut) == text
         assert max(map(len, cut)) <= 200
 
@@ -83,10 +85,10 @@ def test_long_runs_take_linear_time(text):
 
 
 def test_training_text_is_bounded(monkeypatch):
-    monkeypatch.setattr(module, "_TRAINING_CHARACTERS", 20_000)
-    parts = list(module._training_text(["ab " * 5000] * 5))
+    monkeypatch.setattr(bpe, "_TRAINING_CHARACTERS", 20_000)
+    parts = list(bpe._training_text(["ab " * 5000] * 5))
     assert "".join(parts) == "ab " * 10_000
-    assert max(map(len, module._training_text(["x" * 100_000]))) == 256
+    assert max(map(len, bpe._training_text(["x" * 100_000]))) == 256
 
 
 def test_small_text_gives_a_smaller_vocabulary(text_file, make_config, caplog):
@@ -104,7 +106,7 @@ def test_damaged_bpe_is_trained_again(text_file, make_config, tmp_path, caplog):
     path.write_text(path.read_text()[:1000])
     assert load_tokenizer(config).fingerprint == first.fingerprint
     assert sum("is damaged" in record.message for record in caplog.records) == 1
-    path.write_text(path.read_text().replace('"e"', '"ē"'))  # a tokenizer, but another one
+    path.write_text(path.read_text().replace(r"\"e\"", r"\"ē\""))  # a tokenizer, but another one
     assert load_tokenizer(config).fingerprint == first.fingerprint
     assert sum("is damaged" in record.message for record in caplog.records) == 2
     text_file.write_text("other text " * 100)
@@ -172,6 +174,6 @@ def test_errors(make_config, tmp_path, monkeypatch, sotu):
 def test_documents_is_what_the_tokenizer_reads(make_config, tmp_path):
     """bpe on a source without text is the source's error."""
     (tmp_path / "blank.txt").write_text(" ")
-    assert issubclass(type(module.documents(make_config(tmp_path / "blank.txt").data, "train", "")), Documents)
+    assert issubclass(type(module.open_documents(make_config(tmp_path / "blank.txt").data, "train", "")), Documents)
     with pytest.raises(ConfigError, match="0 documents with text"):
         load_tokenizer(make_config(tmp_path / "blank.txt", tokenizer="bpe"))

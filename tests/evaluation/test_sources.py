@@ -13,9 +13,9 @@ from model.tools import QUICK, on_mesh, random_model, split_tokens, tiny
 from training.tools import quick, text
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TuningConfig
-from bigmac_jax.data.chat_template import FILE
-from bigmac_jax.data.corpus import fingerprint
-from bigmac_jax.data.pipeline import open_stream, parts_of_stream, text_stream
+from bigmac_jax.data.chat_files import TEMPLATE_FILE
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.pipeline import open_stream, streams_by_source, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import perplexity
 from bigmac_jax.evaluation.perplexity import Score, evaluate
@@ -82,7 +82,8 @@ def test_what_is_scored(tmp_path: pathlib.Path) -> None:
     data = dataclasses.replace(config.data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
     config = dataclasses.replace(config, data=data, cache_dir=str(tmp_path / "cache"))
     found = open_sources(tmp_path, config, ["all", f"{tmp_path}/b.txt"], "test", ByteTokenizer())
-    assert {name: stream.num_bytes for name, stream in found.items()} == {"a": 246, "b": 246, f"{tmp_path}/b.txt": 5000}
+    sizes = {name: stream.counts.bytes for name, stream in found.items()}
+    assert sizes == {"a": 246, "b": 246, f"{tmp_path}/b.txt": 5000}
     shared = dataclasses.replace(config, data=dataclasses.replace(data, test_source=f"{tmp_path}/b.txt"))
     with pytest.raises(ConfigError, match=r"data\.test_source=.* is the test text of all sources"):
         open_sources(tmp_path, shared, ["a"], "test", ByteTokenizer())
@@ -99,7 +100,7 @@ def test_a_mixture_whose_text_has_changed(tmp_path: pathlib.Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{name}bcd " * 1000)
     data = dataclasses.replace(tiny(**CONFIG).data, tokenizer="bytes", mixture=f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=2")
     config = Config(data=data, cache_dir=str(tmp_path / "cache"))
-    known = {"train": fingerprint(data, "train", config.cache_dir)}
+    known = {"train": open_documents(data, "train", config.cache_dir).fingerprint}
     write_run(tmp_path / "run", config, known, {"data": 1}, ByteTokenizer())
     assert len(open_sources(tmp_path / "run", config, ["all"], "test", ByteTokenizer())) == 2
     (tmp_path / "b.txt").write_text("abcd " * 1000)
@@ -119,7 +120,7 @@ def test_sources_of_a_tuned_run(tmp_path: pathlib.Path) -> None:
     data = DataConfig(source=f"{tmp_path}/rows.jsonl", tokenizer="bytes")
     config = Config(data=data, tuning=tuning, cache_dir=str(tmp_path / "cache"))
     write_run(tmp_path / "run", config, {}, {"data": 1}, ByteTokenizer())
-    (tmp_path / "run" / FILE).write_text(template)
+    (tmp_path / "run" / TEMPLATE_FILE).write_text(template)
     found = open_sources(tmp_path / "run", config, [f"{tmp_path}/rows.jsonl"], "test", ByteTokenizer())
     assert found["rows"].chat.template == template
 
@@ -138,8 +139,8 @@ def test_a_mixture_is_scored_source_by_source(tmp_path: pathlib.Path, monkeypatc
     with quick(), on_mesh(config):
         model = random_model(config)
         score = evaluate(model, stream, LENGTH, 8).score
-        apart = [evaluate(model, part, LENGTH, 8).score for part in parts_of_stream(stream).values()]
-        monkeypatch.setattr(perplexity, "parts_of_stream", lambda stream: {"": stream})
+        apart = [evaluate(model, part, LENGTH, 8).score for part in streams_by_source(stream).values()]
+        monkeypatch.setattr(perplexity, "streams_by_source", lambda stream: {"": stream})
         across = evaluate(model, stream, LENGTH, 8).score
     assert len(apart) == 2 and score == pytest.approx(Score.combine(apart), rel=1e-12)
     assert across.bytes == score.bytes and across.tokens == score.tokens + 1  # the first one of b

@@ -20,7 +20,7 @@ from model.tools import on_mesh, random_model
 from training.tools import ROOT, quick, small
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, load_config
-from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.evaluation.score_log import ScoreLog
@@ -143,7 +143,7 @@ def scores(scene: pathlib.Path) -> Any:
 
 
 def dataset(scene: pathlib.Path) -> Any:
-    return list(documents(DataConfig("tfds:tiny_text/plain", text_field="body"), "train", str(scene / "cache")))
+    return list(open_documents(DataConfig("tfds:tiny_text/plain", text_field="body"), "train", str(scene / "cache")))
 
 
 def imported(kind: str) -> Callable[[pathlib.Path], Any]:
@@ -169,15 +169,14 @@ READERS = {
     "metrics.jsonl": Reader(60, only("run/metrics.jsonl"), records_of_run, same=False),
     "report of records": Reader(60, only("run/metrics.jsonl"), report_of_run, same=False),
     "report of a config": Reader(36, only("run/config.json"), report_of_run, same=False),
-    "dataset": Reader(24, only("cache/tfds/tiny_text/plain/1.0.0/dataset_info.json"), dataset),
-    "its features": Reader(12, only("cache/tfds/tiny_text/plain/1.0.0/features.json"), dataset),
+    "dataset": Reader(24, only("cache/tfds/tiny_text/plain/1.0.0/dataset_info.json"), dataset, same=False),
+    "its features": Reader(12, only("cache/tfds/tiny_text/plain/1.0.0/features.json"), dataset, same=False),
     "picture": Reader(6, only("run/metrics.jsonl"), picture_of_run, same=False),
     "manifest.json": Reader(36, only("run/checkpoints/4/manifest.json"), checkpoint, same=False),
     "index of tokens": Reader(36, only("cache/tokens/train-*/index.json"), cached_tokens),
     "unit of tokens": Reader(12, only("cache/tokens/train-*/00000.json"), tokens_without_index),
     "tokenizer.json": Reader(24, only("run/tokenizer.json"), tokenizer_of_run),
     "cached tokenizer": Reader(12, only("cache/tokenizers/bpe-*.json"), cached_tokenizer),
-    "digest of it": Reader(6, only("cache/tokenizers/bpe-*.sha256"), cached_tokenizer),
     "scores": Reader(36, only("run/tasks.jsonl"), scores, same=False),
     "a user's config": Reader(24, only("config.json"), user_config, same=False),
     "nemotron_h": Reader(24, only("nemotron_h/config.json"), imported("nemotron_h"), same=False),

@@ -13,7 +13,7 @@ from training.tools import quick, small, text
 
 from bigmac_jax import restore
 from bigmac_jax.config import Config, ConfigError, load_config
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.int8_weights import Int8, dequantize, quantize, should_quantize
@@ -93,7 +93,7 @@ def test_perplexity_stays(tmp_path: pathlib.Path) -> None:
         _, model = restore(tmp_path / "run")
         ids = ByteTokenizer().encode("".join(text(30, seed=5)))
         windows = np.asarray(ids[: len(ids) // 17 * 17], np.int32).reshape(-1, 17)
-        batch = jax.tree.map(split_batch, of_windows(windows))
+        batch = jax.tree.map(split_batch, batch_from_windows(windows))
         score = jax.jit(lambda model, batch: token_scores(model, batch).nll_BL.mean(), compiler_options=QUICK)
         before, after = (float(score(m, batch)) for m in (model, in_eight_bits(model)))
     assert before < 3.5 and before != after

@@ -11,8 +11,9 @@ import pytest
 from model.tools import on_mesh, random_model
 
 from bigmac_jax.config import DataConfig
-from bigmac_jax.data.corpus import documents
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.data.bpe import train_bpe
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from bigmac_jax.interchange import export_model, import_model
 
 from .tools import CLASSES, MODELS, config_of, our_logits
@@ -40,7 +41,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A State of the Union address."""
-    return next(iter(documents(DataConfig(), "test", str(tmp_path_factory.mktemp("cache")))))
+    return next(iter(open_documents(DataConfig(), "test", str(tmp_path_factory.mktemp("cache")))))
 
 
 @pytest.fixture(scope="module")

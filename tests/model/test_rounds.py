@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 
 from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.choose_exchange import choose_exchange, predict_seconds
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
 from bigmac_jax.model.exchange.strategy import FEW_ROWS
@@ -216,7 +216,7 @@ def test_evaluation_of_a_model_with_a_capacity(exchange: str) -> None:
     for factor in (1.5, math.inf):
         config = tiny((1, 2, 2), buffer_factor=factor, **fields)
         with on_mesh(config):
-            batch = jax.tree.map(split_batch, of_windows(random_tokens(config)))
+            batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
             arguments = random_model(config, {"layers.mlp.router_bias_E": bias_E}), batch
             agreements[factor] = str(jax.make_jaxpr(token_scores)(*arguments)).count("pmax")
             scores[factor] = jax.jit(token_scores, compiler_options=QUICK)(*arguments)._asdict()

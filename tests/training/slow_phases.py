@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bigmac_jax.data.token_shards import Store
+from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.training.checkpoint import Checkpoints
 
 _, phases, *arguments = sys.argv
@@ -30,7 +30,7 @@ def slowly(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return slow
 
 
-Store._make = slowly("tokenise", Store._make)  # type: ignore[method-assign]
+ShardStore._make = slowly("tokenise", ShardStore._make)  # type: ignore[method-assign]
 jax.stages.Lowered.compile = slowly("compile", jax.stages.Lowered.compile)  # type: ignore[method-assign]
 Checkpoints.restore = slowly("restore", Checkpoints.restore)  # type: ignore[method-assign]
 sys.argv = ["train.py", *arguments]

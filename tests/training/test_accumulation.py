@@ -16,7 +16,7 @@ import pytest
 from model.tools import QUICK, assert_close, leaves, on_mesh, pairwise, random_model, split_batch, tiny
 
 from bigmac_jax.config import Config, TrainConfig, TuningConfig
-from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, of_windows
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.step import TrainState, make_trainer, split
 
@@ -59,7 +59,7 @@ def batch_of(config: Config, padded: bool) -> Batch:
     row is nothing else."""
     rows, draw = config.data.batch_size, np.random.default_rng(0)
     tokens = draw.integers(config.model.vocab_size, size=(rows, L + 1), dtype=np.int32)
-    batch = of_windows(tokens)
+    batch = batch_from_windows(tokens)
     if not config.has_segments:
         return batch
     # Of preferences, document 2p is chosen and 2p + 1 is not.

@@ -19,7 +19,7 @@ from model.tools import leaves
 import bigmac_jax.training.step
 from bigmac_jax.config import Config, ConfigError, check_resume
 from bigmac_jax.data.batch import Batch
-from bigmac_jax.data.pipeline import TrainIterator, open_stream, train_iterator
+from bigmac_jax.data.pipeline import TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop, start
@@ -92,7 +92,7 @@ def feed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Marks batches, or leaves some out, of the runs that follow."""
 
     def apply(marks: dict[int, int], left_out: Sequence[int] = ()) -> None:
-        monkeypatch.setattr(start, "train_iterator", lambda *args: Batches(train_iterator(*args), marks, set(left_out)))
+        monkeypatch.setattr(start, "TrainIterator", lambda *args: Batches(TrainIterator(*args), marks, set(left_out)))
 
     return apply
 
@@ -143,7 +143,7 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
     with quick(), jax.set_mesh(make_mesh(config)):
         trainer = start.make_trainer(config, jax.sharding.get_mesh())
         train_step, _ = start._compile(trainer, config).result()
-        data = train_iterator(config, open_stream(config, "train", load_tokenizer(config)))
+        data = TrainIterator(config, open_stream(config, "train", load_tokenizer(config)))
         batches = loop._on_device(data, range(config.data.batch_size), config.data.batch_size)
         state = trainer.init(jax.random.key(config.train.seed))
         for number in range(1, config.train.steps + 1):

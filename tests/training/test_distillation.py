@@ -11,7 +11,7 @@ from flax import nnx
 from model.tools import QUICK, abstract_model, leaves, on_mesh, random_like, random_tokens, tiny
 
 from bigmac_jax.config import Config
-from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows
+from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import loss_fn
@@ -37,7 +37,7 @@ def pair(config: Config, same: bool = False) -> tuple[Any, Any]:
 
 
 def batch_of(config: Config) -> Batch:
-    batch = of_windows(random_tokens(config))
+    batch = batch_from_windows(random_tokens(config))
     left_out_BL = np.arange(batch.targets_BL.size).reshape(batch.targets_BL.shape) % 5 == 0
     return place(batch._replace(targets_BL=np.where(left_out_BL, NO_TARGET, batch.targets_BL)), batch_spec(2))
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
 
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
@@ -131,7 +131,7 @@ def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) ->
         logits_BLV = np.asarray(whole(model, split_tokens(windows[:, :-1])), np.float64)
         windows[::2, -1] = logits_BLV[::2, -1].argmax(-1)  # a target that changes no input
         scores = jax.jit(loss.token_scores, compiler_options=QUICK)(
-            model, jax.tree.map(split_batch, of_windows(windows))
+            model, jax.tree.map(split_batch, batch_from_windows(windows))
         )
     targets_BL = windows[:, 1:]
     largest_BL = logits_BLV.max(-1)

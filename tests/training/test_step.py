@@ -10,7 +10,7 @@ import pytest
 from model.tools import assert_close, leaf_name, leaves, on_mesh, random_tokens, split_batch, tiny
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.step import make_trainer
@@ -112,7 +112,7 @@ def test_what_evens_a_step_is_computed_once(remat: str, top_ks: int) -> None:
     config = tiny(balance="quantile", balance_step="same", remat=remat)
     with on_mesh(config):
         trainer = make_trainer(config, jax.sharding.get_mesh())
-        batch = jax.tree.map(split_batch, of_windows(random_tokens(config)))
+        batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
         program = str(trainer.step.trace(trainer.abstract_state, batch).jaxpr)
     assert program.count(" top_k[") == top_ks
 
@@ -197,7 +197,7 @@ def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.Monkey
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config))
         lowered = trainer.step.lower(
-            trainer.abstract_state, jax.tree.map(split_batch, of_windows(random_tokens(config)))
+            trainer.abstract_state, jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
         )
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
             lowered.compile()

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, sealed
-from bigmac_jax.data.corpus import fingerprint
+from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from bigmac_jax.evaluation.perplexity import evaluate
@@ -132,7 +132,7 @@ def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: p
         (tmp_path / "all" / f"{i:02}.txt").write_text(f"The state of the union, number {i}. " * 9)
     fields = DataConfig(source=str(tmp_path / "all"), tokenizer="bytes")
     config = Config(data=fields, cache_dir=str(tmp_path / "cache"))
-    trained_on = {"train": fingerprint(config.data, "train", config.cache_dir)}
+    trained_on = {"train": open_documents(config.data, "train", config.cache_dir).fingerprint}
     write_run(tmp_path / "run", config, trained_on, {"data": 1}, ByteTokenizer())
     assert run_of(tmp_path / "run")["data"] == trained_on
     run_stream(tmp_path / "run", config, "test", ByteTokenizer())

@@ -15,7 +15,7 @@ import numpy as np
 from model.tools import QUICK, leaves, random_model, split_batch
 
 from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, load_config
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split
@@ -99,7 +99,7 @@ class Session:
 
     def step(self, tokens: np.ndarray) -> Any:
         """One step on [B, L + 1] tokens; metrics on the host."""
-        batch = jax.tree.map(split_batch, of_windows(tokens))
+        batch = jax.tree.map(split_batch, batch_from_windows(tokens))
         if self._compiled is None:
             self._compiled = self.trainer.step.lower(self.state, batch).compile(compiler_options=QUICK)
         self.state, metrics = self._compiled(self.state, batch)

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from training.tools import session
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
-from bigmac_jax.data.batch import of_windows
+from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
@@ -58,7 +58,7 @@ def random_adapters(config: Config, params: nnx.State) -> nnx.State:
 def loss_of(config: Config, graphdef: Any, rest: Any, tokens: np.ndarray) -> Any:
     def loss(adapters: nnx.State, base: nnx.State) -> Any:
         model = nnx.merge(graphdef, attached(config, base, adapters), rest)
-        return loss_fn(model, jax.tree.map(split_batch, of_windows(tokens)))[0]
+        return loss_fn(model, jax.tree.map(split_batch, batch_from_windows(tokens)))[0]
 
     return loss
 
@@ -148,7 +148,7 @@ def test_a_step_moves_adapters_alone() -> None:
         _, params, rest = split(random_model(config))
         state = trainer.begin(params, rest, jax.random.key(0))
         before, base = leaves(state.params), leaves(state.base)
-        batch = jax.tree.map(split_batch, of_windows(random_tokens(config)))
+        batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
         for _ in range(2):
             state, _ = trainer.step(state, batch)
         assert leaves(state.base).keys() == base.keys()

@@ -36,7 +36,7 @@ def config_of(folder: pathlib.Path, mesh: Any = (1, 1, 1, 1), length: int = 16, 
 def packed(config: Config) -> Batch:
     stream = open_stream(config, "train", ByteTokenizer())
     assert isinstance(stream, Conversations)
-    windows = stream.packed(config.data.sequence_length)
+    windows = stream.pack(config.data.sequence_length)
     rows = [windows[w] for w in range(len(windows))]
     empty = np.stack(
         [np.zeros_like(rows[0][0]), np.full_like(rows[0][0], NO_TARGET), np.full_like(rows[0][0], PADDING)]

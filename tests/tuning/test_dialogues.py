@@ -12,10 +12,11 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
-from bigmac_jax.data.chat_template import chat_in
+from bigmac_jax.data.bpe import train_bpe
+from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 from bigmac_jax.interchange.tokenizer_files import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start
@@ -131,7 +132,7 @@ def test_of_a_tokenizer_without_a_file_the_template_is_that_of_the_run(tmp_path:
     (tmp_path / "other.jinja").write_text("other")
     other = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "other.jinja"))
     read = with_own_template(tmp_path / "run", other)
-    files = chat_in(tmp_path / "run")._replace(template="other")
+    files = read_chat_folder(tmp_path / "run")._replace(template="other")
     assert read == other
     with pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*, which this workdir was started with"):
         check_template(tmp_path / "run", files)
@@ -190,7 +191,7 @@ def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: path
     data = dataclasses.replace(config.data, tokenizer=str(model / "tokenizer.json"))
     kept = keep_tokenizer(tmp_path / "run", config, *read_tokenizer(dataclasses.replace(config, data=data)))
     assert kept.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
-    chat = chat_in(tmp_path / "run")
+    chat = read_chat_folder(tmp_path / "run")
     assert (chat.template, chat.special) == (TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"})
     tokenizer = bpe()
     write_tokenizer(tmp_path / "out", config_of(tmp_path), tokenizer, chat.special)

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.corpus import documents
+from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.tasks.definitions import Needle
 from bigmac_jax.evaluation.tasks.examples import Example
@@ -33,7 +33,7 @@ def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: in
     """
     draw = random.Random(task.seed)
     data = dataclasses.replace(config.data, source=task.haystack, test_source=task.haystack)
-    texts = documents(data, "test", config.cache_dir)
+    texts = open_documents(data, "test", config.cache_dir)
     sentences = [" ".join(s.split()) for text in texts for s in _SENTENCE_END.split(text) if s.strip()]
     sizes = [len(ids) for ids in tokenizer.encode_batch([f" {sentence}" for sentence in sentences])]
     examples: list[Example] = []

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.datasets import DATASET, find_dataset, quiet
-from bigmac_jax.data.documents import decode, one_line
+from bigmac_jax.data.datasets import DATASET, open_dataset, silence_tfds
+from bigmac_jax.data.documents import decode
 from bigmac_jax.runtime import storage
 
 Row = dict[str, Any]
@@ -37,9 +37,9 @@ def read_rows(source: str, split: str, limit: int, cache_dir: str, setting: str)
 
 
 def _read_dataset(source: str, split: str, cache_dir: str, setting: str) -> Iterator[tuple[str, Row]]:
-    with quiet():
+    with silence_tfds():
         try:
-            builder = find_dataset(source.removeprefix(DATASET), cache_dir, setting)
+            builder = open_dataset(source.removeprefix(DATASET), cache_dir, setting)
         except ConfigError as error:
             raise ConfigError(f"{error}; or give its rows from a file: --task_data=NAME=PATH") from None
         if split not in builder.info.splits:
@@ -64,7 +64,7 @@ def _read_file(source: str, setting: str) -> Iterator[tuple[str, Row]]:
             with storage.local_file(path) as file:
                 yield from _read_table(file, path)
     except storage.errors() as error:
-        raise ConfigError(f"{path} cannot be read ({one_line(error)}); check the file") from None
+        raise ConfigError(f"{path} cannot be read ({storage.reason(error)}); check the file") from None
 
 
 def _read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
@@ -101,7 +101,7 @@ def _read_table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, R
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} cannot be read ({one_line(error)}); check the file") from None
+        raise ConfigError(f"{name} cannot be read ({storage.reason(error)}); check the file") from None
 
 
 def _to_plain(value: Any, place: str) -> Any:

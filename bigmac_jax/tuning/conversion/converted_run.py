@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json, with_overrides
-from bigmac_jax.data.batch import NO_TARGET, Batch, of_windows, segments
-from bigmac_jax.data.chat_template import chat_in
-from bigmac_jax.data.pipeline import padded
+from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows, number_documents
+from bigmac_jax.data.chat_files import read_chat_folder
+from bigmac_jax.data.pipeline import pad_batch
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange.importing import MAY_SET
@@ -73,10 +73,12 @@ def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
     starts = np.linspace(0, there - 1, count).round().astype(int) * L
     batches = []
     for first in range(0, count, rows):
-        batch = of_windows(np.stack([stream.tokens(start, start + L + 1) for start in starts[first : first + rows]]))
+        batch = batch_from_windows(
+            np.stack([stream.tokens(start, start + L + 1) for start in starts[first : first + rows]])
+        )
         if config.data.documents == "masked":
-            batch = batch._replace(segments_BL=segments(batch.inputs_BL, stream.eos_id))
-        batches.append(padded(batch, rows))
+            batch = batch._replace(segments_BL=number_documents(batch.inputs_BL, stream.eos_id))
+        batches.append(pad_batch(batch, rows))
     return batches
 
 
@@ -100,7 +102,7 @@ def write_run(
     """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
     narrow exchange, the picture of the error by layer."""
     with lock_workdir(output):
-        config = set_anew(keep_tokenizer(output, config, tokenizer, chat_in(source)), overrides)
+        config = set_anew(keep_tokenizer(output, config, tokenizer, read_chat_folder(source)), overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
         storage.write_atomically(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
         if report.layers:

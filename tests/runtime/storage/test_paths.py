@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
-from bigmac_jax.config import ConfigError
-from bigmac_jax.data.local_files import LocalDocuments
-from bigmac_jax.data.readers import Wanted
-from bigmac_jax.data.token_cache import cached_stream
-from bigmac_jax.data.token_shards import Store
+from bigmac_jax.config import ConfigError, DataConfig
+from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.token_cache import open_cached_stream
+from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.runtime import storage
 from bigmac_jax.runtime.leases import HeldError, Lease
@@ -81,7 +80,9 @@ def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_pa
         file = storage.locate(f"{scheme}://{BUCKET}/text.jsonl", "data.source")
         rows = [json.dumps({"text": f"row {i} " + "word " * 2000}) for i in range(7000)]
         file.write_bytes("\n".join(rows).encode())  # 70 MB: s3fs asks for 50 at a time
-        documents = iter(LocalDocuments(str(file), "data.source", Wanted("text"), "train", str(tmp_path)))
+        documents = iter(
+            open_documents(DataConfig(str(file), validation_source="-", test_source="-"), "train", str(tmp_path))
+        )
         found = [next(documents)]
         proxy.disturb(mode)
         timer = threading.Timer(10, proxy.disturb, ("pass",))
@@ -160,14 +161,18 @@ def test_tokens_are_made_once_and_fetched_by_others(
     place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("some words " * 50)
-    made, make = list[int](), Store._make
-    monkeypatch.setattr(Store, "_make", lambda store, unit, report: (made.append(unit), make(store, unit, report))[1])
+    made, make = list[int](), ShardStore._make
+    monkeypatch.setattr(
+        ShardStore, "_make", lambda store, unit, report: (made.append(unit), make(store, unit, report))[1]
+    )
 
     def read() -> bytes:
-        docs = LocalDocuments(
-            str(tmp_path / "a.txt"), "data.source", Wanted("text"), "train", str(tmp_path / "digests")
+        docs = open_documents(
+            DataConfig(str(tmp_path / "a.txt"), validation_source="-", test_source="-"),
+            "train",
+            str(tmp_path / "digests"),
         )
-        stream = cached_stream(docs, "train", ByteTokenizer(), place)
+        stream = open_cached_stream(docs, "train", ByteTokenizer(), place)
         return bytes(stream.tokens(1, stream.num_tokens - 1).astype(np.uint8))
 
     text = (tmp_path / "a.txt").read_bytes()

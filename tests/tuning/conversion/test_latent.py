@@ -8,7 +8,7 @@ from interchange.tools import our_logits
 from model.tools import on_mesh, random_model, tiny
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.data.batch import Batch, of_windows
+from bigmac_jax.data.batch import Batch, batch_from_windows
 from bigmac_jax.tuning.conversion import narrow
 from bigmac_jax.tuning.conversion.calibration import Seen
 from bigmac_jax.tuning.conversion.latent import fit_layer
@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def text(config: Config, batches: int = 4) -> list[Batch]:
     draw = np.random.default_rng(1).integers
     shape = config.data.batch_size, config.data.sequence_length + 1
-    return [of_windows(draw(0, 256, shape).astype(np.int32)) for _ in range(batches)]
+    return [batch_from_windows(draw(0, 256, shape).astype(np.int32)) for _ in range(batches)]
 
 
 @pytest.mark.full
