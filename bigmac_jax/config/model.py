@@ -8,7 +8,7 @@ from bigmac_jax.config.errors import require
 from bigmac_jax.config.section import Amount, Count, Positive, Range, Section, Share, Size
 
 Structure = Literal["dense", "vanilla", "fine_grained", "bigmac"]
-LatentNorm = Literal["auto", "none", "pre_dispatch", "post_combine", "both", "scale", "skip", "gate"]
+LatentNorm = Literal["auto", "none", "pre_dispatch", "post_combine", "skip", "gate"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 
 
@@ -47,10 +47,9 @@ class ModelConfig(Section):
     expert_hidden_size: Size = 0  # 0 = the paper's: r·h (fine_grained), h (bigmac), 4h (vanilla, dense)
     num_shared_experts: Size = 0  # experts that every token passes, at full width
     shared_expert_hidden_size: Size = 0  # 0 = r·h: as many parameters as a routed expert
-    # Norms around the exchange: of the rows before they are sent (pre_dispatch), of the sums that come back
-    # (post_combine), or both. skip: post_combine of the sum plus a learned share of the row that was sent. gate: skip,
-    # with the layer's output gated by the token. scale: no norm, a learned factor. auto: skip for bigmac
-    # (docs/quality.md), none for the others.
+    # A norm of the exchanged rows: before they are sent (pre_dispatch), or of the sums that come back (post_combine).
+    # skip: post_combine of the sum plus a learned share of the row that was sent. gate: skip, with the layer's output
+    # gated by the token. auto: skip for bigmac (docs/quality.md), none for the others.
     latent_norm: LatentNorm = "auto"
     # How bigmac's W↓ and W↑ start. selection: each layer takes its own r·h of the h coordinates, and they are trained
     # slowly (optimizer.projection_rate; docs/quality.md). random: N(0, 1 / rows).
@@ -113,10 +112,9 @@ class ModelConfig(Section):
 
     @property
     def latent_norms(self) -> tuple[str, ...]:
-        """What acts on the exchanged rows: of pre_dispatch, skip, post_combine, scale and gate."""
+        """What acts on the exchanged rows: of pre_dispatch, skip, post_combine and gate."""
         several = {
             "none": (),
-            "both": ("pre_dispatch", "post_combine"),
             "skip": ("skip", "post_combine"),
             "gate": ("skip", "post_combine", "gate"),
         }

@@ -24,6 +24,7 @@ _MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 _MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - {"gather_dtype", "reduce_dtype"}
 # Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
 _REMOVED = {"model.vanilla_top_k": 1}
+_REMOVED_VALUES = {("model.latent_norm", "both"), ("model.latent_norm", "scale")}
 _LAST_COMMIT = "d8fd857"
 
 
@@ -199,6 +200,8 @@ def _build(cls: type[Section], values: Any, prefix: str) -> Any:
             continue
         if name not in kinds:
             check_name(full)
+        if isinstance(value, str) and (full, value) in _REMOVED_VALUES:
+            raise ConfigError(f"{full}={value} is no longer there; commit {_LAST_COMMIT} has it")
         nested = issubclass(kinds[name].kind, Section)
         parts[name] = _build(kinds[name].kind, value, f"{full}.") if nested else value
     return cls(**parts)

@@ -67,7 +67,6 @@ _MOE = {
     "dispatch_norm.bias_D": "dispatch_norm.bias",
     "combine_norm.scale_D": "combine_norm.weight",
     "combine_norm.bias_D": "combine_norm.bias",
-    "factor_1": "combine_factor",
     "skip_1": "skip_factor",
     "gate.w_DF": "output_gate.weight",
 } | {f"shared.{ours}": f"shared_experts.{theirs}" for ours, theirs in _MLP.items()}

@@ -121,9 +121,8 @@ class MoE(nnx.Module):
         # Behind it, bigmac's W↑ carries the scaling with depth; where there is none, the norm does.
         gain = 1.0 if bigmac else scale
         self.combine_norm = Norm(config, R, gain=gain) if "post_combine" in m.latent_norms else None
-        factor = Declaration("1", "norms", 1, constant=True, decays=False, small=True)
-        self.factor_1 = parameter(config, None, (1,), factor) if "scale" in m.latent_norms else None
-        self.skip_1 = parameter(config, None, (1,), factor) if "skip" in m.latent_norms else None
+        skip = Declaration("1", "norms", 1, constant=True, decays=False, small=True)
+        self.skip_1 = parameter(config, None, (1,), skip) if "skip" in m.latent_norms else None
         # Zero at first, whatever the key.
         self.gate = Linear(config, keys[4], D, D, part, bias=False, scale=0.0) if "gate" in m.latent_norms else None
         self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`inference.drafter`)
@@ -174,7 +173,6 @@ class MoE(nnx.Module):
             dispatch_norm=[] if self.dispatch_norm is None else self.dispatch_norm.weights(),
             combine_norm=[] if self.combine_norm is None else self.combine_norm.weights(),
             skip_1=None if self.skip_1 is None else weight(config, self.skip_1),
-            factor_1=None if self.factor_1 is None else weight(config, self.factor_1),
             stand_ins_1E=None if self.stand_ins is None else self.stand_ins.weight(),
         )
 
@@ -217,7 +215,7 @@ class RowWeights:
     experts: by name, as in `Experts`.
     down_DR, up_RD: W↓ and W↑.
     dispatch_norm, combine_norm: a norm's scale, and LayerNorm's bias.
-    skip_1: α. factor_1: stands in the norm's place.
+    skip_1: α.
     stand_ins_1E: of a draft, as in `StandIns`.
     """
 
@@ -227,7 +225,6 @@ class RowWeights:
     dispatch_norm: list[Any]
     combine_norm: list[Any]
     skip_1: Any
-    factor_1: Any
     stand_ins_1E: Any
 
 
@@ -302,5 +299,4 @@ def widen(m: ModelConfig, w: RowWeights, x_TR: Array, y_TR: Array) -> Array:
     """y_TD = n(y' + α x') W↑."""
     y_TR = y_TR if w.skip_1 is None else y_TR + x_TR * last_axes(w.skip_1, x_TR)
     y_TR = normalize(m, y_TR, *w.combine_norm) if w.combine_norm else y_TR
-    y_TR = y_TR if w.factor_1 is None else y_TR * last_axes(w.factor_1, y_TR)
     return y_TR if w.up_RD is None else product(y_TR, w.up_RD)

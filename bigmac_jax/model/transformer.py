@@ -84,37 +84,13 @@ class Transformer(nnx.Module):
         self.final_norm = Norm(config, D)
         self.unembedding_VD = None if m.tie_embeddings else parameter(config, keys[3], (V, D), table)
 
-    def __call__(
-        self,
-        tokens_BL: Array,
-        segments_BL: Array | None = None,
-        *,
-        dropout_key: Array | None = None,
-        load_YE: Array | None = None,
-        padding: Padding | None = None,
-        evaluating: bool = False,
-    ) -> tuple[Array, Aux]:
-        """Logits of the next token.
-
-        Args:
-          tokens_BL: int32, L at most data.sequence_length with learned positions.
-          segments_BL: documents that don't see each other (`data.batch.Batch`).
-          dropout_key: no dropout without one.
-          load_YE: loads for the balance loss, where the step is larger than this batch.
-          padding: what no expert sees and aux does not count; by default what is of no document.
-          evaluating: no choice is dropped, and none depends on another token.
+    def __call__(self, tokens_BL: Array, segments_BL: Array | None = None, **options: Any) -> tuple[Array, Aux]:
+        """Computes logits of the next token; arguments as for `features`.
 
         Returns:
           (logits_BLV in float32, aux with a leading dimension of layers with experts)
         """
-        x_BLD, aux = self.features(
-            tokens_BL,
-            segments_BL,
-            dropout_key=dropout_key,
-            load_YE=load_YE,
-            padding=padding,
-            evaluating=evaluating,
-        )
+        x_BLD, aux = self.features(tokens_BL, segments_BL, **options)
         return self.logits(x_BLD), aux
 
     def features(
@@ -127,7 +103,16 @@ class Transformer(nnx.Module):
         padding: Padding | None = None,
         evaluating: bool = False,
     ) -> tuple[Array, Aux]:
-        """The normalised output of the last layer, x_BLD, and aux; arguments as for the whole model."""
+        """Computes the normalised output of the last layer, x_BLD, and aux.
+
+        Args:
+          tokens_BL: int32, L at most data.sequence_length with learned positions.
+          segments_BL: documents that don't see each other (`data.batch.Batch`).
+          dropout_key: no dropout without one.
+          load_YE: loads for the balance loss, where the step is larger than this batch.
+          padding: what no expert sees and aux does not count; by default what is of no document.
+          evaluating: no choice is dropped, and none depends on another token.
+        """
         documents = None if segments_BL is None else find_documents(segments_BL)
         if padding is None and segments_BL is not None:
             padding = Padding.of(segments_BL == PADDING)

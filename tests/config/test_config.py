@@ -168,7 +168,7 @@ INVALID = {  # overrides: what the line must contain
     "model.num_expert_groups=16": ("model.top_k=4", "at most the 2 experts of model.top_groups=1"),
     "model.structure=dense model.num_heads=3": ("model.hidden_size=256", "multiple of model.num_heads=3", "255"),
     "model.structure=fine_grained model.latent_norm=pre_dispatch": ("latent_norm=pre_dispatch", "structure=bigmac"),
-    "model.structure=dense model.latent_norm=both": ("latent_norm=both", "not structure=dense"),
+    "model.structure=dense model.latent_norm=skip": ("latent_norm=skip", "not structure=dense"),
     "model.balance=quantile model.num_expert_groups=2 model.top_groups=1": ("balance=quantile", "use balance=bias"),
     "model.balance=bias model.balance_step=same": ("balance_step=same is for balance=quantile", "not bias"),
     "tuning.objective=dpo train.init_from=a data.source=a.jsonl data.validation_source=a.jsonl "

@@ -165,7 +165,6 @@ def bigmac_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x
         y_R += gate * gated_mlp(config, x_R, parts)
     y_R = y_R + w[f"{moe}.skip_factor"] * x_R if "skip" in norms else y_R
     y_R = normed(config, w, f"{moe}.combine_norm", y_R) if "post_combine" in norms else y_R
-    y_R = y_R * w[f"{moe}.combine_factor"] if "scale" in norms else y_R
     y_D = w[f"{moe}.latent_up.weight"] @ y_R if latent else y_R
     y_D = y_D * (1 + w[f"{moe}.output_gate.weight"] @ x_D) if "gate" in norms else y_D
     shared = config["shared_expert_intermediate_size"]

@@ -58,7 +58,7 @@ def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> No
     config = tiny(
         (1, 1, 2),
         batch=4,
-        latent_norm="both",
+        latent_norm="pre_dispatch",
         balance="quantile",
         num_shared_experts=1,
         num_layers=3,

@@ -127,7 +127,7 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     gates_BLE, report = router(config, p, x_BLD)
     bigmac = config.structure == "bigmac"
     x_BLR = linear(part(p, "down"), x_BLD) if bigmac else x_BLD
-    if config.latent_norm in ("pre_dispatch", "both"):
+    if config.latent_norm == "pre_dispatch":
         x_BLR = norm(config, config.norm, part(p, "dispatch_norm"), x_BLR)
     experts = part(p, "experts")
     y_BLR = sum(gates_BLE[..., i, None] * expert(config, experts, i, x_BLR) for i in range(config.expert_count))
@@ -135,10 +135,8 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     skip = gate or config.latent_norm == "skip" or (config.latent_norm, bigmac) == ("auto", True)
     if skip:
         y_BLR = y_BLR + p["skip_1"] * x_BLR
-    if skip or config.latent_norm in ("post_combine", "both"):
+    if skip or config.latent_norm == "post_combine":
         y_BLR = norm(config, config.norm, part(p, "combine_norm"), y_BLR)
-    if config.latent_norm == "scale":
-        y_BLR = y_BLR * p["factor_1"]
     y_BLD = linear(part(p, "up"), y_BLR) if bigmac else y_BLR
     if gate:
         y_BLD = y_BLD * (1 + linear(part(p, "gate"), x_BLD))

@@ -34,8 +34,7 @@ STRUCTURES = {
     "fine_grained": {"structure": "fine_grained", "num_shared_experts": 2},
     "bigmac": {"structure": "bigmac"},
     "paper": {"structure": "bigmac", "latent_norm": "none"},
-    "both": {"structure": "bigmac", "latent_norm": "both", "num_shared_experts": 1},
-    "scale": {"structure": "bigmac", "latent_norm": "scale"},
+    "pre_dispatch": {"structure": "bigmac", "latent_norm": "pre_dispatch", "num_shared_experts": 1},
     "normed": {"structure": "bigmac", "latent_norm": "post_combine"},
     "gate": {"structure": "bigmac", "latent_norm": "gate"},
     "control": {
@@ -65,9 +64,9 @@ LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}
 # is for `-m full`.
 COVERING = [
     *pairwise(MESHES, ["vanilla", "fine_grained", "bigmac"], ["softmax", "sigmoid", "groups"], BACKBONES, LAYOUTS)[::3],
-    ((2, 1, 4), "both", "unbalanced", "gated", "dropless"),
+    ((2, 1, 4), "pre_dispatch", "unbalanced", "gated", "dropless"),
     ((1, 2, 4), "paper", "softmax", "paper", "dropless"),
-    ((2, 1, 2), "scale", "sigmoid", "present", "capacity"),
+    ((2, 1, 2), "normed", "sigmoid", "present", "capacity"),
     ((1, 1, 8), "control", "softmax", "paper", "dropless"),
 ]
 REST = sorted(

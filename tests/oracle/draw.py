@@ -196,7 +196,7 @@ def _of_experts(draw: random.Random, structure: str) -> dict[str, Any]:
     experts = one_of(4, 8)
     balance = draw.choices(("aux_loss", "bias", "quantile", "none"), (5, 2, 3, 1))[0]
     norms = ["auto", "none", "post_combine", "skip", "gate"]
-    norms += ["pre_dispatch", "both", "scale"] if structure == "bigmac" else []
+    norms += ["pre_dispatch"] if structure == "bigmac" else []
     groups, top_groups = (1, 1) if balance == "quantile" else one_of((1, 1), (1, 1), (2, 1), (4, 2))
     return {
         "num_experts": round(experts * 4 / ratio) if structure == "vanilla" else experts,

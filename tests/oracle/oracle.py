@@ -287,7 +287,7 @@ def experts(m: ModelConfig, p: Values, gates_BLE: Any, x_BLD: Any) -> Any:
     if kind == "auto":
         kind = "skip" if bigmac else "none"
     x_BLR = linear(under(p, "down"), x_BLD) if bigmac else x_BLD
-    if kind in ("pre_dispatch", "both"):
+    if kind == "pre_dispatch":
         x_BLR = norm(m, m.norm, under(p, "dispatch_norm"), x_BLR)
     y_BLR = jnp.zeros_like(x_BLR)
     for e in range(gates_BLE.shape[-1]):
@@ -300,10 +300,8 @@ def experts(m: ModelConfig, p: Values, gates_BLE: Any, x_BLD: Any) -> Any:
         y_BLR = y_BLR + gates_BLE[..., e, None] * (hidden @ own["w_out_eFR"] + own.get("b_out_eR", 0.0))
     if kind in ("skip", "gate"):
         y_BLR = y_BLR + p["skip_1"] * x_BLR
-    if kind in ("skip", "gate", "post_combine", "both"):
+    if kind in ("skip", "gate", "post_combine"):
         y_BLR = norm(m, m.norm, under(p, "combine_norm"), y_BLR)
-    if kind == "scale":
-        y_BLR = y_BLR * p["factor_1"]
     y_BLD = linear(under(p, "up"), y_BLR) if bigmac else y_BLR
     if kind == "gate":
         y_BLD = (1 + linear(under(p, "gate"), x_BLD)) * y_BLD

@@ -192,7 +192,6 @@ class MoE(nn.Module):
         self.latent_up = nn.Linear(R, D, bias=False) if latent else None
         self.dispatch_norm = Norm(config, R) if "pre_dispatch" in norms else None
         self.combine_norm = Norm(config, R) if "post_combine" in norms else None
-        self.combine_factor = nn.Parameter(torch.ones(1)) if "scale" in norms else None
         self.skip_factor = nn.Parameter(torch.ones(1)) if "skip" in norms else None
         self.output_gate = nn.Linear(D, D, bias=False) if "gate" in norms else None
         self.shared_experts = MLP(config, shared) if shared else None
@@ -206,7 +205,6 @@ class MoE(nn.Module):
         y_TR = self.experts(x_TR, gates_TK, experts_TK)
         y_TR = y_TR if self.skip_factor is None else y_TR + x_TR * self.skip_factor
         y_TR = y_TR if self.combine_norm is None else self.combine_norm(y_TR)
-        y_TR = y_TR if self.combine_factor is None else y_TR * self.combine_factor
         y_TD = y_TR if self.latent_up is None else self.latent_up(y_TR)
         y_TD = y_TD if self.output_gate is None else y_TD * (1 + self.output_gate(x_TD))
 
@@ -248,8 +246,6 @@ class BigMacPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.e_score_correction_bias)
         if isinstance(module, Norm):
             nn.init.ones_(module.weight)
-        if isinstance(module, MoE) and module.combine_factor is not None:
-            nn.init.ones_(module.combine_factor)
         if isinstance(module, Experts):
             for name, parameter in module.named_parameters():
                 nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=std)

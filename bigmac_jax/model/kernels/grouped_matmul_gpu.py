@@ -48,25 +48,6 @@ _TILES = {
 _ABREAST = 8
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array, interpret: bool = False) -> Array:
-    """Rows of group i times matrix i → y_MY, in x's dtype; the gradient of `w` comes in its own."""
-    return gmm(x_MX, w_eXY, sizes_e, interpret=interpret)
-
-
-def _forward(x_MX: Array, w_eXY: Array, sizes_e: Array, interpret: bool) -> tuple[Array, Any]:
-    return grouped_matmul(x_MX, w_eXY, sizes_e, interpret), (x_MX, w_eXY, sizes_e)
-
-
-def _backward(interpret: bool, saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
-    x_MX, w_eXY, sizes_e = saved
-    dx_MX = gmm(dy_MY, w_eXY, sizes_e, transpose_rhs=True, interpret=interpret)
-    return dx_MX, tgmm(x_MX, dy_MY, sizes_e, dtype=w_eXY.dtype, interpret=interpret), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
-
-
 def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = False, interpret: bool = False) -> Array:
     """Rows of group i times matrix i → y_MY, in x's dtype, summed in float32.
 

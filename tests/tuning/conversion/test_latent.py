@@ -92,7 +92,7 @@ def test_what_lies_in_few_dimensions_is_kept(gated: bool) -> None:
     assert fit_layer(m, experts, seen)[1].total > 0.01
 
 
-@pytest.mark.parametrize("norm", ["none", "pre_dispatch", "post_combine", "both", "skip", "gate"])
+@pytest.mark.parametrize("norm", ["none", "pre_dispatch", "post_combine", "skip", "gate"])
 def test_the_error_is_that_of_the_layer(norm: str) -> None:
     m, experts, seen = layer(12, 0.5, norm)
     leaves, error = fit_layer(m, experts, seen)
