@@ -105,15 +105,10 @@ class BigMacLM(LM):
         generator = Generator(self.config, self.model, self.length, self.batch_size, self.tokenizer)
         prompts = []
         for context, options in (request.args for request in requests):
-            options = normalize_gen_kwargs(options)
+            options = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | normalize_gen_kwargs(options)
             max_tokens = min(options["max_gen_toks"], self.length - 1)
-            sampling = Sampling(
-                max_tokens=max_tokens,
-                temperature=float(options.get("temperature", 0.0)),
-                top_k=int(options.get("top_k", 0)),
-                top_p=float(options.get("top_p", 1.0)),
-                stop=tuple(options["until"]),
-            )
+            temperature, top_k, top_p = float(options["temperature"]), int(options["top_k"]), float(options["top_p"])
+            sampling = Sampling(max_tokens, temperature, top_k, top_p, tuple(options["until"]))
             tokens = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
             prompts.append(Prompt(tuple(tokens[max_tokens - self.length :]), sampling))
         with Progress("completions", len(prompts), "prompt", silent=disable_tqdm) as bar:

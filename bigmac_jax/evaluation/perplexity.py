@@ -30,7 +30,7 @@ class Score(NamedTuple):
 
     @classmethod
     def from_sums(cls, nll: float, tokens: int, words: int, num_bytes: int) -> "Score":
-        """`nll`: the sum over all tokens of -log p, nats."""
+        """The score of a text; `nll` is the sum of -log p over its tokens, nats."""
 
         def exp(value: float) -> float:
             return math.exp(min(value, 700.0))  # an untrained model's perplexity a word leaves the floats

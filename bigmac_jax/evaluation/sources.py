@@ -70,7 +70,7 @@ def measure_spread(load_YE: np.ndarray) -> tuple[float, float]:
     return float(relative_YE.std(1).mean()), float(relative_YE.max(1).mean())
 
 
-def specialisation(load_SYE: np.ndarray) -> np.ndarray:
+def measure_specialisation(load_SYE: np.ndarray) -> np.ndarray:
     """Mutual information of expert and source in each layer, nats, with each source counted alike: 0 where all sources
     use the experts alike, log S where each source has its own."""
     mean_YE = load_SYE.mean(0)
@@ -98,7 +98,7 @@ def report_sources(evaluations: dict[str, Evaluation]) -> tuple[list[str], dict[
         lines.append(line)
     result: dict[str, Any] = {"sources": sources}
     if len(evaluations) > 1 and all(evaluation.load_YE.size for evaluation in evaluations.values()):
-        told_Y = specialisation(np.stack([evaluation.load_YE for evaluation in evaluations.values()]))
+        told_Y = measure_specialisation(np.stack([evaluation.load_YE for evaluation in evaluations.values()]))
         result["specialisation"] = told_Y.round(6).tolist()
         shares = ", ".join(f"{told / math.log(len(evaluations)):.1%}" for told in told_Y)
         lines.append(f"an expert tells of the source, by layer: {shares} of what there is to know")

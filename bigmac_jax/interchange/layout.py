@@ -6,6 +6,7 @@ Ours are stacked: layers.attention.query.w_DF is [layers, D, F]. A checkpoint ha
 import json
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,26 +38,16 @@ def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint."""
 
-    Attributes:
-      name: in the checkpoint.
-      leaf: our parameter, such as layers.mlp.experts.w_in_eRF; "" for one of zeros that we don't have.
-      layer, expert: the part of the parameter; None where it has no such dimension.
-      transposed: ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs].
-      scale: factor of the exported tensor.
-      exact: float32 whatever the checkpoint's dtype is.
-      shape: of a tensor that we don't have.
-    """
-
-    name: str
-    leaf: str
-    layer: int | None = None
+    name: str  # in the checkpoint
+    leaf: str  # our parameter, such as layers.mlp.experts.w_in_eRF; "" for one of zeros that we don't have
+    layer: int | None = None  # the part of the parameter; None where it has no such dimension
     expert: int | None = None
-    transposed: bool = False
-    scale: float = 1.0
-    exact: bool = False
-    shape: tuple[int, ...] = ()
+    transposed: bool = False  # ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs]
+    scale: float = 1.0  # factor of the exported tensor
+    exact: bool = False  # float32 whatever the checkpoint's dtype is
+    shape: tuple[int, ...] = ()  # of a tensor that we don't have
 
     def shape_in(self, leaves: Leaves) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint."""
@@ -135,6 +126,21 @@ def attention_tensors(prefix: str, layer: int) -> Iterator[Tensor]:
         yield Tensor(f"{prefix}.{theirs}.weight", f"layers.attention.{ours}.w_DF", layer, transposed=True)
 
 
+def split_experts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
+    """`split_stored` where all experts' matrices may be one tensor, and gate_proj and up_proj one behind the other."""
+    fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|up_proj|down_proj)", name)
+    if not fused or len(shape) != 3 or 0 in shape:  # an empty tensor may claim any number of experts
+        yield name, ()
+        return
+    half = shape[1] // 2
+    for expert in range(shape[0]):
+        if fused[2] == "gate_up_proj":
+            yield f"{fused[1]}.{expert}.gate_proj.weight", (expert, slice(0, half))
+            yield f"{fused[1]}.{expert}.up_proj.weight", (expert, slice(half, 2 * half))
+        else:
+            yield f"{fused[1]}.{expert}.{fused[2]}.weight", (expert,)
+
+
 def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str, str]) -> Iterator[Tensor]:
     """A tensor for each expert and matrix; `names`: ours → theirs."""
     for ours, theirs in names.items():
@@ -145,14 +151,13 @@ def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str
 
 # Fields beside `model` that describe a model: the windows that it was trained on, and what it is computed in.
 _DESCRIBING = {"data": ("sequence_length", "documents"), "execution": ("dtype",)}
-_NO_FILE = tuple(TOKENIZER_SIZES)  # of tokenizers that are no file
 
 
 def describe_config(config: Config) -> dict[str, Any]:
     """The part of a config that an export's config.json holds, for `read_description`."""
     values = json.loads(config.to_json())
     parts = {section: {name: values[section][name] for name in names} for section, names in _DESCRIBING.items()}
-    if config.data.tokenizer in _NO_FILE:
+    if config.data.tokenizer in TOKENIZER_SIZES:  # which is no file
         parts["data"]["tokenizer"] = config.data.tokenizer
     return {"model": values["model"]} | parts
 
@@ -160,11 +165,11 @@ def describe_config(config: Config) -> dict[str, Any]:
 def read_description(values: Any, checkpoint: Checkpoint) -> Config:
     """The config of an export, with the tokenizer that lies beside it. Nothing else is taken from its config.json: the
     machine, the data and the paths of whoever wrote it."""
-    parts = {section: {name: values[section][name] for name in names if name in values.get(section, {})}
-             for section, names in _DESCRIBING.items()}  # fmt: skip
-    named = values.get("data", {}).get("tokenizer")
-    beside = find_tokenizer_file(checkpoint)
-    parts["data"]["tokenizer"] = named if named in _NO_FILE and not beside.is_file() else str(beside)
+    parts: dict[str, Any] = {}
+    for section, names in _DESCRIBING.items():
+        parts[section] = {name: values[section][name] for name in names if name in values.get(section, {})}
+    named, beside = values.get("data", {}).get("tokenizer"), find_tokenizer_file(checkpoint)
+    parts["data"]["tokenizer"] = named if named in TOKENIZER_SIZES and not beside.is_file() else str(beside)
     return from_dict({"model": values["model"]} | parts)
 
 

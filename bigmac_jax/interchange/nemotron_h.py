@@ -170,13 +170,5 @@ def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-    """`model.` is what transformers calls `backbone.`; all experts' matrices may be one tensor."""
-    name = re.sub(r"^model\.", "backbone.", name)
-    fused = re.fullmatch(r"(.*\.experts)\.(up_proj|down_proj)", name)
-    if name.startswith("mtp."):  # for predicting several tokens, which the class leaves out as well
-        return
-    if not fused:
-        yield name, ()
-        return
-    for expert in range(shape[0]):
-        yield f"{fused[1]}.{expert}.{fused[2]}.weight", (expert,)
+    if not name.startswith("mtp."):  # for predicting several tokens, which the class leaves out as well
+        yield from layout.split_experts(re.sub(r"^model\.", "backbone.", name), shape)  # `model.` in transformers

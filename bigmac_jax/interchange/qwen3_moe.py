@@ -1,14 +1,13 @@
 """transformers' Qwen3Moe: fine-grained gated experts, a softmax router, rotary positions, query-key norm."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.interchange import layout
 from bigmac_jax.interchange.layout import ACTIVATIONS, Leaves, Tensor, attention_tensors, expert_tensors, make_config
-from bigmac_jax.interchange.tensor_files import Checkpoint, Index
+from bigmac_jax.interchange.tensor_files import Checkpoint
 
 # The class's own defaults, of fields that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {
@@ -126,17 +125,4 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     )
 
 
-def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-    """All experts' matrices may be one tensor, gate_proj and up_proj one behind the other."""
-    fused = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
-    if not fused:
-        yield name, ()
-        return
-    for expert in range(shape[0]):
-        prefix = f"{fused[1]}.{expert}"
-        if fused[2] == "down_proj":
-            yield f"{prefix}.down_proj.weight", (expert,)
-        else:
-            half = shape[1] // 2
-            yield f"{prefix}.gate_proj.weight", (expert, slice(0, half))
-            yield f"{prefix}.up_proj.weight", (expert, slice(half, 2 * half))
+split_stored = layout.split_experts

@@ -58,9 +58,9 @@ def write_tokenizer(
 
 def _make_byte_bpe() -> str:
     """tokenizer.json of the bytes: a BPE without merges, and 256 for the end of text."""
-    others = (n for n in range(256, 512))  # GPT-2's alphabet: a byte that is no visible character gets one from 256 on
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    vocabulary = {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # GPT-2's: a byte that is not visible has one above 255
+    others = iter([character for character in alphabet if ord(character) > 255])
+    vocabulary = {chr(byte) if chr(byte) in alphabet else next(others): byte for byte in range(256)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

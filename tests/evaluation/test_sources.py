@@ -19,7 +19,7 @@ from bigmac_jax.data.pipeline import open_stream, streams_by_source, text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.evaluation import perplexity
 from bigmac_jax.evaluation.perplexity import Score, evaluate
-from bigmac_jax.evaluation.sources import measure_spread, open_sources, report_sources, specialisation
+from bigmac_jax.evaluation.sources import measure_specialisation, measure_spread, open_sources, report_sources
 from bigmac_jax.training.workdir import write_run
 
 LENGTH = 16
@@ -29,9 +29,10 @@ CONFIG = {"length": LENGTH, "num_layers": 2, "hidden_size": 16}
 def test_specialisation_by_hand() -> None:
     """Nothing where all use the experts alike; log 2 where each of two has its own."""
     alike, own = np.array([[[0.5, 0.5]], [[0.5, 0.5]]]), np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
-    assert specialisation(alike).tolist() == [0.0] and specialisation(own) == pytest.approx([math.log(2)])
+    assert measure_specialisation(alike).tolist() == [0.0]
+    assert measure_specialisation(own) == pytest.approx([math.log(2)])
     half = np.array([[[0.75, 0.25]], [[0.25, 0.75]]])
-    assert specialisation(half) == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
+    assert measure_specialisation(half) == pytest.approx([0.75 * math.log(1.5) + 0.25 * math.log(0.5)])
     assert measure_spread(np.array([[0.5, 0.25, 0.25, 0.0]])) == pytest.approx((math.sqrt(0.5), 2.0))
 
 

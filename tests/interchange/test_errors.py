@@ -70,6 +70,7 @@ EXPERT, BIAS = (
     "backbone.layers.3.mixer.experts.5.up_proj.weight",
     "backbone.layers.1.mixer.gate.e_score_correction_bias",
 )
+FUSED = "backbone.layers.1.mixer.experts.gate_up_proj"
 BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
@@ -96,6 +97,11 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is not a whole safetensors file"),
     "missing tensor": (with_tensors(lambda t: t.pop(NORM)), f"lacks {NORM}"),
     "stray tensor": (with_tensors(lambda t: t.update(stray=t[NORM])), "holds stray, which"),
+    "fused experts without dimensions": (with_tensors(lambda t: t.update({FUSED: t[NORM]})), f"holds {FUSED}, which"),
+    "fused experts without end": (
+        with_tensors(lambda t: t.update({FUSED: np.zeros((10**12, 0, 1), np.float32)})),
+        f"holds {FUSED}, which",
+    ),
     "integers": (with_tensors(lambda t: t.update({NORM: t[NORM].astype(np.int32)})), f"{NORM} is I32; only F32"),
     "NaN": (spoilt(NORM, np.nan), f"{NORM} of .* holds NaN or infinity"),
     "NaN in an expert": (spoilt(EXPERT, np.nan), f"{EXPERT} of .* holds NaN or infinity"),

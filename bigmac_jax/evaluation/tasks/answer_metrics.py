@@ -81,7 +81,7 @@ def load_library(metric: str) -> Any:
 
 
 def judge_answer(prediction: str, references: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
-    """The row of an answer: what the model wrote, what is right, and each metric, None if that is of all texts."""
+    """Judges one answer → its row, in which a metric that is of all texts together is None."""
     scores = {name: METRICS[name].score for name in metrics}
     return {"prediction": prediction, "references": list(references)} | {
         name: score and score(prediction, references) for name, score in scores.items()
@@ -89,7 +89,7 @@ def judge_answer(prediction: str, references: Sequence[str], metrics: Sequence[s
 
 
 def summarise_answers(rows: Sequence[dict[str, Any]]) -> Summary:
-    """The metrics over all rows, with standard errors where a row has a score of its own."""
+    """Sums up rows: each metric, with a standard error where each row has a score of its own."""
     summary: Summary = {}
     for metric in (name for name in METRICS if name in rows[0]):
         if METRICS[metric].score:

@@ -19,44 +19,28 @@ TASKS = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))
 
 @dataclass(frozen=True)
 class Task:
-    """A data set that is scored, from its TOML file. Templates are Python's: "{goal}" is the column goal.
+    """A data set that is scored, as its TOML file says. Templates are Python's: "{goal}" is the column goal."""
 
-    Attributes:
-      name: of the file.
-      kind: multiple_choice, classification, generate, last_word or perplexity.
-      source: tfds:NAME, or a file of rows beside the TOML file; empty where rows must be given.
-      split: of TFDS.
-      columns: columns that a row must have: the name used here → names in data sets, of which the first one found
-        counts.
-      optional: columns that a row may have, likewise; None where it has not.
-      prepare: a function of `derived_columns.FUNCTIONS`, which adds columns.
-      substitutions: (regular expression, replacement), applied in order to each text that is rendered.
-      prompt: template of the context; one for each choice where the choice stands in it.
-      choices: templates, one a choice, or the name of a column that lists them.
-      answer: the column of the right choice, a number from 0 or one of answer_names; for generate a template, or the
-        name of a column that lists all right answers.
-      metrics: for generate, of `task_answers.METRICS`.
-      max_tokens, stop: for generate, where a completion ends at the latest.
-      chat: for generate, whether the prompt is a user's message, which goes through the run's chat template.
-      text: the column, for last_word and perplexity.
-      documents: for perplexity: all rows are one text, and a document begins where this matches; empty: each row is a
-        document.
-    """
-
-    name: str
-    kind: str
-    source: str = ""
-    split: str = ""
+    name: str  # of the file
+    kind: str  # multiple_choice, classification, generate, last_word or perplexity
+    source: str = ""  # tfds:NAME, or a file of rows beside the TOML file; empty where rows must be given
+    split: str = ""  # of TFDS
+    # What a row must have and may have: the name used here → names in data sets, of which the first one found counts.
     columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     optional: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    prepare: str = ""
-    substitutions: tuple[tuple[str, str], ...] = ()
-    prompt: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    prepare: str = ""  # one of `derived_columns.FUNCTIONS`, which adds columns
+    substitutions: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), of each text, in order
+    prompt: tuple[str, ...] = ()  # template of the context; one for each choice where the choice stands in it
+    choices: tuple[str, ...] = ()  # templates, one a choice, or the name of a column that lists them
+    # The column of the right choice, a number from 0 or one of answer_names. For generate, a template, or the name of a
+    # column that lists all right answers.
     answer: str = ""
     answer_names: tuple[str, ...] = ()
-    text: str = ""
+    text: str = ""  # the column, for last_word and perplexity
+    # For perplexity: all rows are one text, and a document begins where this matches; empty: each row is a document.
     documents: str = ""
+    # For generate: `answer_metrics.METRICS`, where an answer ends at the latest, and whether the prompt is a user's
+    # message, which goes through the run's chat template.
     metrics: tuple[str, ...] = ("exact_match",)
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
@@ -65,28 +49,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Needle:
-    """A number hidden in a text, at whose end the model is asked for it.
-
-    Attributes:
-      haystack: where the text comes from, as in data.test_source.
-      lengths: of the whole prompt, as shares of a window.
-      depths: of the needle, from 0 (the text's beginning) to 1 (its end).
-      samples: prompts of each length and depth.
-      digits: of the number.
-      distractors: other numbers, than which the right one must be likelier.
-      needle, question: templates.
-    """
+    """A number hidden in a text, at whose end the model is asked for it."""
 
     name: str
     kind: str
-    haystack: str
-    lengths: tuple[float, ...]
-    depths: tuple[float, ...]
-    samples: int
-    digits: int
-    distractors: int
+    haystack: str  # where the text comes from, as in data.test_source
+    lengths: tuple[float, ...]  # of the whole prompt, as shares of a window
+    depths: tuple[float, ...]  # of the needle, from 0 (the text's beginning) to 1 (its end)
+    samples: int  # prompts of each length and depth
+    digits: int  # of the number
+    distractors: int  # other numbers, than which the right one must be likelier
     seed: int
-    needle: str
+    needle: str  # template
     question: str
 
 

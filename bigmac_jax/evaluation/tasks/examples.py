@@ -17,29 +17,21 @@ _DELIMITER = " "  # between a prompt and an answer
 
 @dataclass(frozen=True)
 class Example:
-    """Attributes:
-    place: for messages.
-    pairs: (context, continuation); one for each choice.
-    answer: which pair is right.
-    lengths: characters of each choice, which accuracy_norm divides by; none where the choice stands in the context.
-    words, num_bytes: of a document before substitutions.
-    cell: (length, depth) of a needle.
-    prompt, references: of an answer that the model writes, and all right ones.
-    """
+    """What is scored of a row, or of a document."""
 
-    place: str
-    pairs: list[tuple[str, str]]
-    answer: int = 0
-    lengths: tuple[int, ...] = ()
-    words: int = 0
+    place: str  # for messages
+    pairs: list[tuple[str, str]]  # (context, continuation), one for each choice
+    answer: int = 0  # which pair is right
+    lengths: tuple[int, ...] = ()  # characters of each choice, for accuracy_norm; none where it stands in the context
+    words: int = 0  # of a document before substitutions
     num_bytes: int = 0
-    cell: tuple[int, float] | None = None
-    prompt: str = ""
-    references: tuple[str, ...] = ()
+    cell: tuple[int, float] | None = None  # (length, depth) of a needle
+    prompt: str = ""  # of an answer that the model writes
+    references: tuple[str, ...] = ()  # all right answers
 
 
 def build_examples(task: Task, rows: Sequence[tuple[str, Row]]) -> list[Example]:
-    """The examples of a task's rows, in order.
+    """Builds the examples of a task from its rows, in order.
 
     Raises:
       ConfigError: a column that is missing or of another kind than the task needs; the line says where.

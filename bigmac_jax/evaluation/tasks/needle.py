@@ -24,7 +24,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: int) -> list[Example]:
-    """The examples of every length and depth; the right number stands first among the pairs of each.
+    """Builds the examples of every length and depth; the right number is the first choice of each.
 
     A prompt holds whole sentences, as many as fit with the needle, the question and the answer.
 

@@ -13,7 +13,7 @@ from bigmac_jax.evaluation.tasks.examples import Example
 
 
 def judge(kind: str, example: Example, results: Sequence[Result]) -> dict[str, Any]:
-    """The row of a scored example: its log-likelihoods in nats, the prediction, and what it counts for."""
+    """Judges one example → its row: log-likelihoods in nats, the prediction, and whether it is right."""
     scores = np.array([result.loglikelihood for result in results])
     row: dict[str, Any] = {"loglikelihoods": scores.tolist()}
     if kind == "last_word":

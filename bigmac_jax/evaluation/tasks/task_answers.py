@@ -53,7 +53,7 @@ def write_answers(
     batch_size: int,
     quiet: bool,
 ) -> list[dict[str, Any]]:
-    """A row for each example: what the model writes, greedily, and how good it is."""
+    """Lets the model write an answer to each prompt, greedily, and judges it → a row for each example."""
     generator = Generator(model.config, model, length, batch_size, tokenizer)
     with Progress("completions", len(prompts), "prompt", silent=quiet) as bar:
         completions = generator.generate(prompts, on_done=lambda number, completion: bar.update())

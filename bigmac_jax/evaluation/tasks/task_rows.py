@@ -2,12 +2,11 @@
 
 import codecs
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, parse_object
 from bigmac_jax.data.datasets import DATASET, open_dataset, silence_tfds
 from bigmac_jax.data.documents import decode
 from bigmac_jax.runtime import storage
@@ -73,14 +72,11 @@ def _read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
             if line.isspace():
                 continue
             place = f"{path} line {number}"
+            text = _text(line, place)
             try:
-                row = json.loads(_text(line, place).removeprefix("\ufeff"))
-            except ConfigError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{place} is not valid JSON ({error}); each line must be one JSON object") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{place} is a JSON {type(row).__name__}; each line must be one JSON object")
+                row = parse_object(text)
+            except ValueError as error:
+                raise ConfigError(f"{place} is no JSON object ({error}); each line must be one") from None
             yield place, row
 
 
@@ -94,10 +90,10 @@ def _read_table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, R
             batches: Any = pq.ParquetFile(path).iter_batches()
         else:
             source = pa.memory_map(str(path))
-            whole = source.read(6) == b"ARROW1"
+            is_file = source.read(6) == b"ARROW1"
             source.seek(0)
-            reader = pa.ipc.open_file(source) if whole else pa.ipc.open_stream(source)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if whole else reader
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -106,13 +102,11 @@ def _read_table(path: pathlib.Path, name: pathlib.Path) -> Iterator[tuple[str, R
 
 def _to_plain(value: Any, place: str) -> Any:
     """Makes texts `str`, arrays and tuples lists, and numbers Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy
     if isinstance(value, str | bytes):
         return _text(value, place)
     if isinstance(value, dict):
         return {str(key): _to_plain(entry, place) for key, entry in value.items()}
-    if hasattr(value, "tolist"):  # numpy
-        value = value.tolist()
-        return _to_plain(value, place) if isinstance(value, list | str | bytes) else value
     return [_to_plain(entry, place) for entry in value] if isinstance(value, list | tuple) else value
 
 
