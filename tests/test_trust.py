@@ -19,9 +19,8 @@ from model.tools import on_mesh, random_model, tiny
 from training.tools import ROOT, quick, write_config
 
 from bigmac_jax.config import Config, ConfigError, load_config, reading
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.datasets import open_dataset
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_run, importing, open_checkpoint
 from bigmac_jax.training.workdir import name_data, run_tokenizer, with_own_template, with_own_tokenizer
 from bigmac_jax.training.workdir import write_config as write_config_of_run

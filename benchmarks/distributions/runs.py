@@ -12,8 +12,8 @@ from benchmarks.distributions.domains import write_domains
 from benchmarks.distributions.grid import Condition
 from benchmarks.quality.runs import CONFIG, ROOT, command
 from bigmac_jax.config import DataConfig, load_config
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.tokenizer import train_bpe
 
 Run = tuple[Condition, int]
 

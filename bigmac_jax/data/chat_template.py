@@ -208,14 +208,10 @@ class Chat:
 def load_chat(
     tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, dated: bool = False
 ) -> Chat:
-    """Loads the template that `read_chat` finds, else `default`; arguments as there.
+    """Loads the template that `read_chat` finds, else `default`; arguments and errors as there.
 
     Args:
-      dated: strftime_now gives the date that the files say, else that of now, for good; otherwise the time of each
-        answer.
-
-    Raises:
-      ConfigError: as for `read_chat`, or the template is not Jinja.
+      dated: strftime_now always gives one date, from the files or of now; otherwise the time of each answer.
     """
     files = read_chat(file, tokenizer_file, setting)
     template = files.template or default

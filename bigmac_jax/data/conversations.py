@@ -20,11 +20,11 @@ from bigmac_jax.data import kinds
 from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.chat_template import ChatError, Piece, load_chat
 from bigmac_jax.data.corpus import open_documents
-from bigmac_jax.data.documents import ReadCounts, decode, log_once
+from bigmac_jax.data.documents import ReadCounts, Slice, decode, log_once
 from bigmac_jax.data.encoding import Counts
 from bigmac_jax.data.local_files import FileDocuments
 from bigmac_jax.data.packing import PackedWindows
-from bigmac_jax.data.readers import parse_row
+from bigmac_jax.data.readers import parse_row, read_lines
 from bigmac_jax.data.splits import text_key
 from bigmac_jax.data.tokenizer import Tokenizer
 
@@ -143,8 +143,7 @@ class Conversations:
             if kind is None or kind.name != "jsonl":
                 raise ConfigError(f"{path} holds text, and tuning needs rows; give files that end in .jsonl")
             try:
-                with kinds.open_content(path, kind, ReadCounts()) as file:
-                    yield from ((f"{path} line {n}", line) for n, line in enumerate(file, 1) if not line.isspace())
+                yield from ((where(), line) for where, line in read_lines(path, kind, Slice(0), ReadCounts()))
             except kinds.read_errors() as error:
                 raise kinds.explain_error(path, error) from None
 

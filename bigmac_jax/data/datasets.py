@@ -121,11 +121,8 @@ def _open_sotu(cache_dir: str) -> Any:
 
 
 def open_dataset(dataset: str, cache_dir: str, setting: str) -> Any:
-    """Prepares a TFDS dataset by its name, and returns its builder; call it inside `silence_tfds`.
-
-    Raises:
-      ConfigError: as for `TfdsDocuments`.
-    """
+    """Prepares a TFDS dataset by its name, and returns its builder; raises ConfigError as `TfdsDocuments` does. Call it
+    inside `silence_tfds`."""
     import tensorflow_datasets as tfds
 
     namespace, colon, _ = dataset.partition(":")

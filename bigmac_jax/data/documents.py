@@ -109,8 +109,8 @@ class Documents(abc.ABC):
         """
         portion_of = portion_of or self.portion
         for place, content, replaced in self.read(unit, counts):
-            text = _Decoder(content)
-            parts = mark_last(cut_chunks(text.chunks()))
+            chunks = _Decoder(content)
+            parts = mark_last(cut_chunks(chunks))
             first, is_all = next(parts)
             if is_all and (not first or first.isspace()):
                 counts.empty += 1
@@ -121,7 +121,7 @@ class Documents(abc.ABC):
             counts.found += 1
             parts = itertools.chain([(first, is_all)], parts)
             yield from parts if portion == WHOLE else mark_last(cut_portion((part for part, _ in parts), portion))
-            if replaced or text.broken:
+            if replaced or chunks.broken:
                 counts.broken += 1
                 if place not in counts.files:
                     counts.files.append(place)
@@ -163,18 +163,16 @@ class Documents(abc.ABC):
 
 
 class _Decoder:
-    """Decodes a document's content; `broken` says whether bytes were replaced, once all of it is read."""
+    """Iterates over the chunks of a document's text; `broken` says whether bytes were replaced so far."""
 
     def __init__(self, content: Content):
         self._content, self.broken = content, False
 
-    def chunks(self) -> Iterator[str]:
-        if isinstance(self._content, str | bytes):
-            yield self._decode(self._content)
-            return
+    def __iter__(self) -> Iterator[str]:
         left = b""
-        for block in self._content:
-            block, left = split_last_character(left + block)
+        for block in [self._content] if isinstance(self._content, str | bytes) else self._content:
+            if isinstance(block, bytes):
+                block, left = split_last_character(left + block)
             yield self._decode(block)
         yield self._decode(left)
 

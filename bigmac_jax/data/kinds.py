@@ -145,12 +145,8 @@ class _RawFile(io.RawIOBase):
 
 
 def open_content(path: pathlib.Path, kind: Kind, counts: ReadCounts, start: int = 0) -> Any:
-    """Opens a file for reading bytes, decompressed, from byte `start` of the file on; skips a byte order mark.
-
-    Raises:
-      ConfigError: the file is not what its name says.
-      Exception: one of `read_errors`.
-    """
+    """Opens a file for reading bytes, decompressed, from byte `start` of the file on; skips a byte order mark. Raises
+    ConfigError if it is not what its name says, and `read_errors`."""
     opened: Any = path.open("rb")
     if start:
         opened.seek(start)

@@ -125,11 +125,8 @@ class Mixture:
         on these; each source goes on where it was.
 
         Args:
-          saved: as from `state`.
+          saved: as from `state`; raises ConfigError if it has other sources.
           batches, step: how many batches the run has read, and how many steps it has made, without those left out.
-
-        Raises:
-          ConfigError: the run has other sources.
         """
         names = [part.name for part in self.parts]
         stages: list[tuple[int, Weights]] = []
@@ -145,14 +142,12 @@ class Mixture:
         return Mixture(self.parts, self._curriculum, self._batch_size, stages)
 
     def check_epochs(self, windows: Mapping[str, int], steps: int, left_out: int = 0) -> list[str]:
-        """Says in a line for each source how often a run of so many steps reads it.
+        """Says in a line for each source how often a run of so many steps reads it; raises ConfigError if that is more
+        often than it may be.
 
         Args:
           windows: name → windows in an epoch of that source.
           left_out: batches that no step counts.
-
-        Raises:
-          ConfigError: a source is read more often than it may be.
         """
         lines, counts = [], self.counts(steps + left_out)
         total = max(1, sum(counts))

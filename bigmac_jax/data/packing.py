@@ -85,11 +85,8 @@ class Pieces(NamedTuple):
 
 
 def cut_documents(stream: TokenStream, length: int, stride: int = 0) -> Pieces:
-    """Cuts each document of a stream into pieces of at most `length` inputs.
-
-    Args:
-      stride: 0: pieces of a document do not overlap. Otherwise each begins so many tokens after the one before.
-    """
+    """Cuts each document of a stream into pieces of at most `length` inputs. Each begins `stride` tokens after the one
+    before; 0: they do not overlap."""
     step = stride or length
     start_D = _find_starts(stream)
     size_D = np.diff(start_D, append=stream.num_tokens - 1)
@@ -111,11 +108,7 @@ def _find_starts(stream: TokenStream) -> np.ndarray:
 
 
 class PackedDocuments(PackedWindows):
-    """Windows of a stream's documents.
-
-    Args:
-      stride: as for `cut_documents`; each target counts once, in the first piece that has it.
-    """
+    """Windows of a stream's documents, cut as by `cut_documents`; each target counts once, in its first piece."""
 
     def __init__(self, stream: TokenStream, length: int, stride: int = 0):
         self._stream, self._pieces = stream, cut_documents(stream, length, stride)

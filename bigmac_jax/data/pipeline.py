@@ -33,14 +33,12 @@ Stream = CachedStream | JoinedStream | Conversations
 def open_stream(
     config: Config, split: str, tokenizer: Tokenizer, processes: int = 0, setting: str = "data.source"
 ) -> Stream:
-    """Opens the tokens of a split, tokenised on the first call; for a tuning objective, its conversations.
+    """Opens the tokens of a split, tokenised on the first call; for a tuning objective, its conversations. Raises
+    ConfigError as `open_documents` does.
 
     Args:
       processes: the most processes that tokenise on this machine; 0 = one per core.
       setting: what names data.source, for messages.
-
-    Raises:
-      ConfigError: as for `open_documents`.
     """
     if config.tuning.objective != "pretrain":
         return Conversations(config, split, tokenizer)

@@ -58,7 +58,23 @@ def _read_txt(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, cou
 
 
 def _read_jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, counts: ReadCounts) -> Contents:
-    """Reads the lines that begin in the slice."""
+    for where, line in read_lines(path, kind, part, counts):
+        try:
+            row, whole = parse_row(line)
+        except ValueError as error:
+            raise ConfigError(f"{where()} {error}") from None
+        if (content := field.read(row, where, counts)) is not None:
+            yield str(path), content, not whole
+
+
+def read_lines(
+    path: pathlib.Path, kind: Kind, part: Slice, counts: ReadCounts
+) -> Iterator[tuple[Callable[[], str], bytes]]:
+    """Yields (function that names its place, line) for each line that begins in a slice and is not blank.
+
+    Raises:
+      ConfigError: a line is longer than `kinds.LONGEST`.
+    """
     at = max(0, part.start - 1)  # a line that begins right at its start has a line's end before it
     with open_content(path, kind, counts, at) as file:
         if part.start:
@@ -71,14 +87,8 @@ def _read_jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, c
             if len(line) > kinds.LONGEST:
                 raise ConfigError(f"{where()} {kinds.TOO_LONG}")
             at += len(line)
-            if line.isspace():
-                continue
-            try:
-                row, whole = parse_row(line)
-            except ValueError as error:
-                raise ConfigError(f"{where()} {error}") from None
-            if (content := field.read(row, where, counts)) is not None:
-                yield str(path), content, not whole
+            if not line.isspace():
+                yield where, line
 
 
 def parse_row(line: bytes) -> tuple[dict[str, Any], bool]:

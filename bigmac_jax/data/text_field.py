@@ -16,13 +16,8 @@ class TextField(NamedTuple):
     skips_null: bool = False
 
     def read(self, row: dict[str, Any], where: Callable[[], str], counts: ReadCounts) -> str | None:
-        """The text of a row; None for a row that is left out, which is counted.
-
-        Args:
-          where: gives the row's place, for messages.
-
-        Raises:
-          ConfigError: the text is missing or null and such rows are not left out, or it is not a text.
+        """The text of a row, or None for a row that is left out and counted. Raises ConfigError if the text is missing
+        or null and such rows are not left out, or if it is not a text; `where` gives the row's place for that.
         """
         text = row.get(self.name)
         if isinstance(text, str):

@@ -155,10 +155,8 @@ class CachedStream(TokenStream):
 def open_cached_stream(
     docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int = 0
 ) -> CachedStream:
-    """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first.
-
-    Other processes and hosts may do the same at the same time, and share the work; any of them may be killed at any
-    moment.
+    """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first, together with other
+    processes and hosts that do the same. Any of them may be killed at any moment.
 
     Args:
       processes: the most processes that tokenise on this machine; 0 = one per core.

@@ -139,11 +139,7 @@ class ShardStore:
             yield record
 
     def finish(self) -> Record:
-        """Writes the index once all units are finished, and logs what was read.
-
-        Raises:
-          ConfigError: the corpus has no document.
-        """
+        """Writes the index once all units are finished; raises ConfigError if the corpus has no document."""
         with lock_path(self.kept / INDEX):
             if (found := self.index()) is not None:  # another process has written it
                 return found

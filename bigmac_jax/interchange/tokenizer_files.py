@@ -10,10 +10,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.bpe import END_OF_TEXT
 from bigmac_jax.data.chat_files import ChatFiles, format_chat_files, read_chat
 from bigmac_jax.data.chat_template import Chat
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange.tensor_files import write_json
 from bigmac_jax.runtime import hosts, storage
 

@@ -12,11 +12,10 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import TrainIterator, eval_batches, open_stream
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 
 EOS = 256
 TURNS = [

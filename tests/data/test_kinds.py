@@ -147,7 +147,7 @@ def test_long_texts_come_in_the_pieces_of_the_whole():
     encoded = text.encode()
     for size in (3, 65_537):
         blocks = iter([encoded[i : i + size] for i in range(0, len(encoded) if size > 3 else 3000, size)])
-        got = "".join(documents._Decoder(blocks).chunks())
+        got = "".join(documents._Decoder(blocks))
         assert got == (text if size > 3 else encoded[:3000].decode(errors="replace"))
 
 

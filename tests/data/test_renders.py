@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, PromptLimit
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most, train_bpe
 
 # In the manner of models that are in use; none is a copy.
 TEMPLATES = {

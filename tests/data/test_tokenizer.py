@@ -8,12 +8,10 @@ import pytest
 from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data import bpe
 from bigmac_jax.data import tokenizer as module
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.documents import Documents, cut_text
 from bigmac_jax.data.sotu import speech_files
-from bigmac_jax.data.tokenizer import JsonTokenizer, load_tokenizer
+from bigmac_jax.data.tokenizer import JsonTokenizer, load_tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +83,10 @@ def test_long_runs_take_linear_time(text):
 
 
 def test_training_text_is_bounded(monkeypatch):
-    monkeypatch.setattr(bpe, "_TRAINING_CHARACTERS", 20_000)
-    parts = list(bpe._training_text(["ab " * 5000] * 5))
+    monkeypatch.setattr(module, "_TRAINING_CHARACTERS", 20_000)
+    parts = list(module._training_text(["ab " * 5000] * 5))
     assert "".join(parts) == "ab " * 10_000
-    assert max(map(len, bpe._training_text(["x" * 100_000]))) == 256
+    assert max(map(len, module._training_text(["x" * 100_000]))) == 256
 
 
 def test_small_text_gives_a_smaller_vocabulary(text_file, make_config, caplog):

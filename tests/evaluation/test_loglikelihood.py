@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -111,13 +112,16 @@ class Words(ByteTokenizer):
 
     names = ("ab", " ab", " abc", "abc", "a", "b", "c", " ", "\n")
 
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        while text:
-            name = max((name for name in self.names if text.startswith(name)), key=len)
-            ids.append(self.names.index(name))
-            text = text[len(name) :]
-        return ids
+    def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        found = []
+        for text in texts:
+            ids: list[int] = []
+            while text:
+                name = max((name for name in self.names if text.startswith(name)), key=len)
+                ids.append(self.names.index(name))
+                text = text[len(name) :]
+            found.append(ids)
+        return found
 
 
 def test_pairs_are_split_where_the_context_ends() -> None:

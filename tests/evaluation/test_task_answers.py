@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig
-from bigmac_jax.data.bpe import train_bpe
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
 from bigmac_jax.evaluation.tasks.answer_metrics import METRICS, judge_answer, summarise_answers
 from bigmac_jax.evaluation.tasks.definitions import Task, load_task

@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 from training.tools import text
 
 from bigmac_jax.config import ConfigError, ModelConfig
-from bigmac_jax.data.bpe import train_bpe
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model
 from bigmac_jax.model.parameters import named_leaves
 

@@ -11,9 +11,8 @@ import pytest
 from model.tools import on_mesh, random_model
 
 from bigmac_jax.config import DataConfig
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.corpus import open_documents
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_model
 
 from .tools import CLASSES, MODELS, config_of, our_logits

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.data.bpe import train_bpe
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import Text
 from bigmac_jax.serving.dialogue import load_dialogue

@@ -12,11 +12,10 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
-from bigmac_jax.data.bpe import train_bpe
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange.tokenizer_files import end_ids, keep_tokenizer, read_tokenizer, write_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start

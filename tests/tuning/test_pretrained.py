@@ -15,8 +15,7 @@ from model.tools import leaves
 from training.tools import quick, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
-from bigmac_jax.data.bpe import train_bpe
-from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
