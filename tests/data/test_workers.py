@@ -96,9 +96,12 @@ def test_killed_at_random_moments(corpus, tmp_path, tokenizer):
     for _ in range(20):
         process = preparing(corpus, cache, tokenizer, 2)
         time.sleep(generator.uniform(0.3, 2.5))
+        process.send_signal(signal.SIGSTOP)  # or it would start more
+        own = _children(process)
         process.kill()
         process.wait()
-        time.sleep(0.3)  # its own processes see that it has ended
+        while any(map(_runs, own)):  # until they see that it has ended
+            time.sleep(0.05)
         for path in cache.glob("tokens/train-*/?????.json"):
             assert made.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
         if (left := contents(cache)).keys() == expected.keys():
@@ -119,14 +122,18 @@ def test_processes_end_with_the_one_that_started_them(corpus, tmp_path, make_con
     end = time.monotonic() + 60
     children: list[int] = []
     while len(children) < 2 and time.monotonic() < end:
-        listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        children = [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+        children = _children(process)
     process.kill()
     process.wait()
     assert len(children) == 2
     while any(_runs(pid) for pid in children) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(_runs(pid) for pid in children)
+
+
+def _children(process: subprocess.Popen) -> list[int]:
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
 
 
 def _runs(pid: int) -> bool:
