@@ -23,7 +23,7 @@ from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quant
 from bigmac_jax.inference.kv_cache import make_decoder  # noqa: E402
 from bigmac_jax.model.parameters import Declaration, map_declared  # noqa: E402
 from bigmac_jax.training.programs import evaluation_rows  # noqa: E402
-from bigmac_jax.training.workdir import read_config, run_tokenizer  # noqa: E402
+from bigmac_jax.training.workdir import load_run_tokenizer, read_config  # noqa: E402
 from bigmac_jax.tuning import restore  # noqa: E402
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
@@ -33,7 +33,7 @@ _STEP = flags.DEFINE_string("step", "latest", "latest, best or the number of a c
 def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     config = with_mesh(read_config(workdir), cli.OVERRIDES)
-    stream = open_stream(config, "validation", run_tokenizer(workdir, config))
+    stream = open_stream(config, "validation", load_run_tokenizer(workdir, config))
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, _STEP.value, config)
     for weights in ("float32", "bfloat16", "int8"):

@@ -22,9 +22,10 @@ from bigmac_jax.config import Config, ConfigError, load_config, reading
 from bigmac_jax.data.datasets import open_dataset
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_run, importing, open_checkpoint
-from bigmac_jax.training.workdir import name_data, run_tokenizer, with_own_template, with_own_tokenizer
+from bigmac_jax.training.run_data import say_data_place
+from bigmac_jax.training.workdir import load_run_tokenizer, use_saved_template, use_saved_tokenizer
 from bigmac_jax.training.workdir import write_config as write_config_of_run
-from bigmac_jax.tuning.pretrained import open_origin
+from bigmac_jax.tuning.pretrained import open_pretrained
 
 COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
 # As serve.py, but for the network: it ends where requests would be answered.
@@ -49,7 +50,7 @@ for file in (workdir / "config.json", *workdir.glob("checkpoints/*/config/metada
     file.write_text(json.dumps(values))
 (workdir / "run.json").unlink()
 (workdir / "checkpoints" / "0" / "manifest.json").unlink()
-manifest.write(workdir / "checkpoints" / "0", checked=False)
+manifest.write(workdir / "checkpoints" / "0")
 """
 
 
@@ -214,7 +215,7 @@ def test_a_folder_says_what_the_model_is(hostile: pathlib.Path) -> None:
     default = Config()
     data = dataclasses.replace(default.data, sequence_length=8, tokenizer=str(hostile / "tokenizer.json"))
     expected = dataclasses.replace(default, model=tiny(num_layers=1).resolved.model, data=data)
-    assert open_origin(str(hostile)).config == expected
+    assert open_pretrained(str(hostile)).config == expected
 
 
 def test_a_saved_config_says_what_is_trained_and_on_what(
@@ -263,7 +264,7 @@ def test_data_is_read_with_a_line(tmp_path: pathlib.Path, caplog: pytest.LogCapt
     workdir, config = run_of_texts(tmp_path)
     with caplog.at_level(logging.INFO, "bigmac_jax"):
         for split in ("train", "validation"):
-            name_data(workdir, config, split)
+            say_data_place(workdir, config, split)
     assert [record.getMessage() for record in caplog.records] == [
         f"the train split is read from data.source={tmp_path}/train.jsonl, which the config of {workdir} names",
         f"the validation split is read from data.validation_source={tmp_path}/validation.jsonl, which the config of "
@@ -279,23 +280,23 @@ def test_tokenizer_and_template_are_those_in_the_workdir(
     elsewhere.write_text(train_bpe(["some words, and some more"] * 3, 260))
     workdir, config = run_of_texts(tmp_path, tokenizer=str(elsewhere))
     with pytest.raises(ConfigError, match=rf"data\.tokenizer={elsewhere} of its config is not looked for"):
-        run_tokenizer(workdir, config)
-    assert with_own_tokenizer(workdir, config).data.tokenizer == str(workdir / "tokenizer.json")  # for who needs none
+        load_run_tokenizer(workdir, config)
+    assert use_saved_tokenizer(workdir, config).data.tokenizer == str(workdir / "tokenizer.json")  # for who needs none
     (workdir / "tokenizer.json").symlink_to(elsewhere)
     with pytest.raises(ConfigError, match="is a link to"):
-        run_tokenizer(workdir, config)
+        load_run_tokenizer(workdir, config)
     (workdir / "tokenizer.json").unlink()
     shutil.copy(elsewhere, workdir)
-    assert isinstance(run_tokenizer(workdir, config), JsonTokenizer)
+    assert isinstance(load_run_tokenizer(workdir, config), JsonTokenizer)
 
     template = elsewhere.with_name("template.jinja")
     template.write_text("{{ 1 }}")
     named = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(template)))
-    assert with_own_template(workdir, named).tuning.chat_template == ""
+    assert use_saved_template(workdir, named).tuning.chat_template == ""
     assert f"tuning.chat_template={template} of the config of {workdir} is not read" in caplog.text
     (workdir / "chat_template.jinja").symlink_to(template)
     with pytest.raises(ConfigError, match="is a link to"):
-        with_own_template(workdir, config)
+        use_saved_template(workdir, config)
 
 
 def test_code_of_others_is_no_data_set(tmp_path: pathlib.Path) -> None:
@@ -351,4 +352,4 @@ def test_an_import_keeps_the_tokenizer_that_it_is_given(exported: pathlib.Path, 
         config = import_run(tmp_path / "folder", tmp_path / "run", [f"data.tokenizer={mine}"])
     mine.unlink()
     assert config.data.tokenizer == str(tmp_path / "run" / TOKENIZER)
-    assert isinstance(run_tokenizer(tmp_path / "run", config), JsonTokenizer)
+    assert isinstance(load_run_tokenizer(tmp_path / "run", config), JsonTokenizer)

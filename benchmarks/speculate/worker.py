@@ -28,8 +28,8 @@ from bigmac_jax.inference.decoding import DecodePrograms  # noqa: E402
 from bigmac_jax.inference.drafts import Drafts  # noqa: E402
 from bigmac_jax.runtime import hosts  # noqa: E402
 from bigmac_jax.runtime.clock import clock  # noqa: E402
-from bigmac_jax.training.restore import restore  # noqa: E402
-from bigmac_jax.training.workdir import read_config, run_folder  # noqa: E402
+from bigmac_jax.training.workdir import locate_workdir, read_config  # noqa: E402
+from bigmac_jax.tuning import restore  # noqa: E402
 
 _RUN = flags.DEFINE_string("run", "runs/tiny", "A run of train.py.")
 _OUTPUT = flags.DEFINE_string("output", "speculate.jsonl", "Where the result goes.")
@@ -48,7 +48,7 @@ _TIE = 1e-5  # nats
 
 def main() -> None:
     with hosts.raise_together():
-        workdir = run_folder(_RUN.value)
+        workdir = locate_workdir(_RUN.value)
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         most, lengths = max(map(int, _BATCHES.value)), [int(tokens) for tokens in _DRAFTS.value]
         ways = {tokens: Speculation(tokens, _LOCAL.value, _STAND_INS.value, least=0.0) for tokens in lengths}

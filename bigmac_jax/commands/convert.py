@@ -18,9 +18,10 @@ from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.new_run import refuse_a_run
+from bigmac_jax.training.new_run import check_no_run
 from bigmac_jax.training.restore import restore_parts
-from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer
+from bigmac_jax.training.run_data import open_run_stream, say_data_place
+from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir, read_config
 from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.peft import export_adapters
@@ -44,11 +45,11 @@ _TOKENS = flags.DEFINE_integer("tokens", 65536, "latent: tokens of training text
 def main() -> None:
     action = cli.ARGUMENTS[0] if len(cli.ARGUMENTS) == 1 else ""
     if action == "export" and _OUTPUT.value:
-        _export(run_folder(_WORKDIR.value))
+        _export(locate_workdir(_WORKDIR.value))
     elif action == "import" and _CHECKPOINT.value:
-        _import(run_folder(_WORKDIR.value))
+        _import(locate_workdir(_WORKDIR.value))
     elif action in ("latent", "upcycle", "widen") and _OUTPUT.value:
-        _convert(action, run_folder(_WORKDIR.value), run_folder(_OUTPUT.value))
+        _convert(action, locate_workdir(_WORKDIR.value), locate_workdir(_OUTPUT.value))
     else:
         raise ConfigError(
             "give `import --checkpoint=DIR --workdir=DIR`, or one of export, latent, upcycle and widen with "
@@ -63,7 +64,7 @@ def _export(workdir: pathlib.Path) -> None:
         peft = _FORMAT.value == "peft"
         choose_format(saved, "auto" if peft else _FORMAT.value)  # before the model is read
         storage.locate(_OUTPUT.value, "--output")
-        tokenizer = run_tokenizer(workdir, saved)
+        tokenizer = load_run_tokenizer(workdir, saved)
     cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
     if peft:
@@ -99,32 +100,32 @@ def _import(workdir: pathlib.Path) -> None:
 def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     if hosts.is_distributed():
         raise ConfigError(f"{action} is done by one process, which may have many devices; start it alone")
-    refuse_a_run(output, "--output")
+    check_no_run(output, "--output")
     saved = with_mesh(
         read_config(workdir), [given for given in cli.OVERRIDES if given.startswith(("mesh.", "cache_dir="))]
     )
-    converted_run.set_anew(saved, cli.OVERRIDES)  # before the work
-    tokenizer = run_tokenizer(workdir, saved)
-    train, validation = (run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
+    converted_run.new_run_config(saved, cli.OVERRIDES)  # before the work
+    tokenizer = load_run_tokenizer(workdir, saved)
+    train, validation = (open_run_stream(workdir, saved, split, tokenizer) for split in ("train", "validation"))
     if isinstance(train, Conversations) or isinstance(validation, Conversations):
         raise ConfigError(f"{workdir} was tuned on conversations and has no text; convert the model that it began with")
     cli.enter_mesh(saved, fit_batch=False)
     _, model, _, _ = restore_step(workdir, _STEP.value, saved)
 
     for split in ("train", "validation"):
-        name_data(workdir, saved, split)
+        say_data_place(workdir, saved, split)
     layers: list[conversion.LayerError] = []
     if action == "latent":
-        batches = converted_run.windows(saved, train, _TOKENS.value)
+        batches = converted_run.sample_windows(saved, train, _TOKENS.value)
         config, result, layers = conversion.narrow(saved, model, batches, _RATIO.value, _LATENT_NORM.value)
     elif action == "upcycle":
         config, result = conversion.upcycle(saved, model, _EXPERTS.value, _TOP_K.value)
     else:
         config, result = conversion.widen(saved, model, _COPIES.value, _NOISE.value)
-    report = converted_run.report(
-        action, model, result, layers, converted_run.windows(saved, validation, _TOKENS.value)
+    report = converted_run.measure(
+        action, model, result, layers, converted_run.sample_windows(saved, validation, _TOKENS.value)
     )
-    config = converted_run.write_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
+    config = converted_run.write_converted_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")
 

@@ -22,7 +22,8 @@ from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.restore import find_checkpoint
-from bigmac_jax.training.workdir import name_data, read_config, run_folder, run_stream, run_tokenizer, with_own_template
+from bigmac_jax.training.run_data import open_run_stream, say_data_place
+from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir, read_config, use_saved_template
 from bigmac_jax.tuning import restore
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run of train.py.")
@@ -77,14 +78,14 @@ def main() -> None:
 
 
 def _read_run() -> Trained:
-    workdir = run_folder(_WORKDIR.value)
+    workdir = locate_workdir(_WORKDIR.value)
     saved = read_config(workdir)
     config = with_mesh(saved, cli.OVERRIDES)
     if _SPLIT.value not in ("train", "validation", "test"):
         raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
     length = check_windows(config, _LENGTH.value, _STRIDE.value)
     rows = _BATCH_SIZE.value or evaluation_rows(saved)
-    return Trained(workdir, config, run_tokenizer(workdir, config), length, rows)
+    return Trained(workdir, config, load_run_tokenizer(workdir, config), length, rows)
 
 
 def _choose(trained: Trained) -> Callable[[], Outcome]:
@@ -103,7 +104,7 @@ def _choose(trained: Trained) -> Callable[[], Outcome]:
         return functools.partial(_score_texts, trained, _open_texts(trained))
     if _DOCUMENTS.value:
         raise ConfigError("--documents is of a text; a task's questions never see each other; leave it out")
-    config = with_own_template(trained.workdir, trained.config)
+    config = use_saved_template(trained.workdir, trained.config)
     template = config.tuning.chat_template
     jobs = open_jobs(_TASKS.value, _TASK_DATA.value, _LIMIT.value, config, trained.tokenizer, trained.length, template)
     return functools.partial(_score_tasks, trained, jobs)
@@ -117,7 +118,7 @@ def _open_texts(trained: Trained) -> Streams:
     if _TEXT_FILE.value:
         file = storage.locate(_TEXT_FILE.value, "--text_file")
         return {str(file): text_stream(file, tokenizer)}
-    return {_SPLIT.value: run_stream(workdir, config, _SPLIT.value, tokenizer)}
+    return {_SPLIT.value: open_run_stream(workdir, config, _SPLIT.value, tokenizer)}
 
 
 def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
@@ -133,7 +134,7 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
     _, model = restore(workdir, _STEP.value, config)
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
-        name_data(workdir, config, _SPLIT.value)
+        say_data_place(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents
     evaluations = {}
     for name, stream in streams.items():

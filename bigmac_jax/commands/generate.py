@@ -18,7 +18,7 @@ from bigmac_jax.inference.requests import Row, check_output, make_answer, open_o
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.progress import Progress
-from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.training.workdir import locate_workdir, read_config
 
 flags.adopt_module_key_flags(decoding_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to go on from.")
@@ -35,7 +35,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON objects, not text.")
 
 
 def main() -> None:
-    workdir = run_folder(decoding_flags.WORKDIR.value)
+    workdir = locate_workdir(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
         for override in cli.OVERRIDES:
             if override.startswith(("execution.exchange=", "execution.overlap_chunks=", "execution.remat=")):

@@ -19,7 +19,7 @@ from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits
 from bigmac_jax.serving.lockstep import follow
 from bigmac_jax.serving.server import serve
-from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.training.workdir import locate_workdir, read_config
 
 flags.adopt_module_key_flags(decoding_flags)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "The address to listen at; 0.0.0.0 is all of this machine's.")
@@ -41,7 +41,7 @@ _DRAIN = flags.DEFINE_float("drain", Limits.drain, "Seconds that running request
 
 
 def main() -> int:
-    workdir = run_folder(decoding_flags.WORKDIR.value)
+    workdir = locate_workdir(decoding_flags.WORKDIR.value)
     with hosts.raise_together():
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(

@@ -12,8 +12,8 @@ from bigmac_jax.config.reads import notes
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.bad_steps import RunError
-from bigmac_jax.training.workdir import has_run, read_config, run_folder
-from bigmac_jax.tuning.pretrained import config_of, open_origin
+from bigmac_jax.training.workdir import has_run, locate_workdir, read_config
+from bigmac_jax.tuning.pretrained import inherit_config, open_pretrained
 
 _CONFIG = flags.DEFINE_string(
     "config",
@@ -27,7 +27,7 @@ _PROFILE = flags.DEFINE_string("profile", "", "START:STOP, the steps of a profil
 
 def main() -> int:
     with hosts.raise_together():
-        workdir = run_folder(_WORKDIR.value)
+        workdir = locate_workdir(_WORKDIR.value)
         profile = _steps(_PROFILE.value)
     config, named_by = _config(workdir)
     cli.agree(config, __name__)
@@ -61,7 +61,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     if base:
         file = str(workdir)
     else:
-        base = config_of(open_origin(str(place)), given)
+        base = inherit_config(open_pretrained(str(place)), given)
     with hosts.raise_together():
         config = with_overrides(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))

@@ -12,7 +12,7 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
               "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
               "data.num_workers", "cache_dir")  # fmt: skip
 _BIGMAC_ALONE = ("model.projection_init", "optimizer.projection_rate")
-# The models may be moved; that they are the same is checked where they are opened (`tuning.origin.open_origin`).
+# The models may be moved; that they are the same is checked where they are opened (`tuning.pretrained`).
 _MODELS = ("train.init_from", "tuning.teacher")
 
 

@@ -25,7 +25,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training.programs import evaluation_rows
-from bigmac_jax.training.workdir import read_config, run_folder
+from bigmac_jax.training.workdir import locate_workdir, read_config
 from bigmac_jax.tuning import restore
 
 try:
@@ -69,7 +69,7 @@ class BigMacLM(LM):
         size = str(arguments.pop("batch_size", None) or (additional_config or {}).get("batch_size") or 0)
         if not size.isdecimal() or not str(length).isdecimal():
             raise ConfigError(f"batch_size={size} and length={length} must be whole numbers; 0 takes the run's")
-        saved = read_config(run_folder(str(workdir)))
+        saved = read_config(locate_workdir(str(workdir)))
         config = with_mesh(saved, [f"{name}={value}" for name, value in arguments.items()])
         jax.set_mesh(make_mesh(config, fit_batch=False))
         config, model = restore(workdir, str(step), config)

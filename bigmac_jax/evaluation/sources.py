@@ -17,7 +17,8 @@ from bigmac_jax.data.corpus import configs_by_source, has_splits
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.perplexity import Evaluation
-from bigmac_jax.training.workdir import check_split, with_own_template
+from bigmac_jax.training.run_data import check_split
+from bigmac_jax.training.workdir import use_saved_template
 
 
 def open_sources(
@@ -32,7 +33,7 @@ def open_sources(
     Raises:
       ConfigError: an unknown name, what `open_stream` raises, or the mixture's text has changed since training.
     """
-    config = with_own_template(workdir, config)
+    config = use_saved_template(workdir, config)
     data, mixed = config.data, _mixture_sources(config)
     if "all" in names and not mixed:
         raise ConfigError("--sources=all is of a run with data.mixture, which this is not; name sources")

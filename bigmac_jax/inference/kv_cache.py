@@ -31,7 +31,7 @@ from bigmac_jax.model.mesh import (
 )
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
-from bigmac_jax.training.step import split
+from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 Cache = tuple[KeyValues, ...]  # the keys and values of every group of layers, in pages
@@ -82,7 +82,7 @@ def make_decoder(
     config = decoding_config(config, exchange, weights)
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    ends: Any = nnx.merge(split(abstract)[0], *split(model)[1:])
+    ends: Any = nnx.merge(split_model(abstract)[0], *split_model(model)[1:])
     stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
     ends.first = ends.layers = None
     one_by_one = platform() == "cpu" and not config.execution.unroll_layers

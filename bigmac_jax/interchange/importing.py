@@ -27,8 +27,8 @@ from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
-from bigmac_jax.training.checkpoint_arrays import nonfinite
-from bigmac_jax.training.new_run import check_fresh, refuse_a_run, write_fresh_run
+from bigmac_jax.training.checkpoint_arrays import find_nonfinite
+from bigmac_jax.training.new_run import check_new, check_no_run, write_new_run
 
 # What an import or a conversion may set: all that is not the model's function.
 MAY_SET = (
@@ -64,7 +64,7 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     model = jax.tree_util.tree_map_with_path(
         lambda path, leaf: _read_leaf(leaf, parts[leaf_name(path)], checkpoint), abstract
     )
-    if leaf := nonfinite(model):
+    if leaf := find_nonfinite(model):
         stored = (tensor.name for tensor in tensors if tensor.leaf == leaf)
         bad = next((name for name in stored if not np.isfinite(checkpoint.read(name)).all()), leaf)
         raise ConfigError(f"{bad} of {directory} holds NaN or infinity; get a good copy")
@@ -78,15 +78,15 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
     """
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
-    refuse_a_run(workdir, "--workdir")
+    check_no_run(workdir, "--workdir")
     with hosts.raise_together():
-        config = check_fresh(open_checkpoint(directory, overrides)[0])
+        config = check_new(open_checkpoint(directory, overrides)[0])
         found = find_tokenizer(directory, config, overrides)
     config, model = import_model(directory, overrides)
     with lock_workdir(workdir):
         if found:
             config = tokenizer_files.keep_tokenizer(workdir, config, *found)
-        write_fresh_run(workdir, config, model)
+        write_new_run(workdir, config, model)
     return config
 
 

@@ -1,5 +1,6 @@
 """The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -16,20 +17,19 @@ from bigmac_jax.data.pipeline import TrainIterator, streams_by_source
 from bigmac_jax.evaluation.perplexity import Score, evaluate
 from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, score_jobs
 from bigmac_jax.model.mesh import batch_spec
-from bigmac_jax.run.start import Start, Step, restored, start
+from bigmac_jax.run.start import Start, Step, restore_or_begin, start
 from bigmac_jax.runtime import hosts, signals, storage
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.runtime.mirror import Mirror
 from bigmac_jax.runtime.workdir_lock import lock_workdir
-from bigmac_jax.training import bad_steps
-from bigmac_jax.training.bad_steps import NonFiniteLossError, RunError
+from bigmac_jax.training.bad_steps import NonFiniteLossError, RunError, save_position
 from bigmac_jax.training.drop_notice import DropNotice
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, SilentWriter, StepTimer, step_record
 from bigmac_jax.training.metrics_file import read_records
 from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.step import StepMetrics, TrainState
-from bigmac_jax.tuning.pretrained import with_places
+from bigmac_jax.tuning.pretrained import with_absolute_places
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def train(
     """
     clock.begin("start")
     try:
-        config = with_places(config)
+        config = with_absolute_places(config)
         with lock_workdir(workdir):
             for note in notes:
                 hosts.say(note)
@@ -67,20 +67,19 @@ def train(
             try:
                 return run.loop(started.state, profile)
             finally:
-                started.data.close()
+                started.inputs.batches.close()
                 run.close()
     finally:
         clock.reset()
 
 
 class _Run:
-    """What one pass through the loop carries from step to step."""
+    """A run in progress: its loop, and what it carries from step to step."""
 
     def __init__(self, config: Config, workdir: pathlib.Path, started: Start):
         self.config, self.workdir, self.trainer, self.compiling = config, workdir, started.trainer, started.compiling
-        self.checkpoints, self.data, self.first_step = started.checkpoints, started.data, started.step
-        self.rows, self.validation, self.models = started.rows, started.validation, (started.origin, started.teacher)
-        self.jobs, self.tokenizer = started.jobs, started.tokenizer
+        self.checkpoints, self.inputs, self.models = started.checkpoints, started.inputs, started.models
+        self.data, self.first_step = started.inputs.batches, started.step
         self.bad_steps = started.position.get("bad_steps", 0)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
         self.best = hosts.broadcast(started.checkpoints.best_loss())
@@ -102,7 +101,7 @@ class _Run:
         return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb)
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
-        """The remaining steps, again from a checkpoint where a bad step rewinds."""
+        """Takes the remaining steps, again from a checkpoint where a bad step rewinds."""
         with clock.timed("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
@@ -120,9 +119,9 @@ class _Run:
     def _steps(
         self, train_step: Step, state: TrainState, stopped: list[int], profile: tuple[int, int] | None
     ) -> Result:
-        """One pass over the remaining steps."""
+        """Takes the remaining steps, once."""
         train, step = self.config.train, self.first_step
-        batches = _on_device(self.data, self.rows, self.config.data.batch_size)
+        batches = _on_device(self.data, self.inputs.rows, self.config.data.batch_size)
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         vote = hosts.StopVote(stopped)
@@ -141,20 +140,19 @@ class _Run:
             if profile and step == min(profile[1], train.steps):
                 jax.block_until_ready(metrics)
                 self._stop_trace()
-            score = None
-            if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
-                self._finish(pending)
+            last = step == train.steps
+            evaluates = train.eval_every and (step % train.eval_every == 0 or last)
+            scores_tasks = train.tasks_every and (step % train.tasks_every == 0 or last)
+            saves = train.checkpoint_every and step % train.checkpoint_every == 0
+            if evaluates or scores_tasks or saves:
+                self._finish(pending)  # only a state whose loss is known to be finite is evaluated or kept
                 pending = None
-                score = self._evaluate(step, state)
-            if train.tasks_every and (step % train.tasks_every == 0 or step == train.steps):
-                self._finish(pending)
-                pending = None
+            score = self._evaluate(step, state) if evaluates else None
+            if scores_tasks:
                 self._score_tasks(step, state)
             # Process 0's say: the others' sums may differ in the last bit.
             new_best = score is not None and train.checkpoint_every > 0 and hosts.broadcast(score.loss < self.best)
-            if new_best or (train.checkpoint_every and step % train.checkpoint_every == 0):
-                self._finish(pending)  # only a state whose loss is known to be finite is kept
-                pending = None
+            if new_best or saves:
                 self._save(step, state, score)
         self._finish(pending)
         if step > self.first_step:
@@ -170,8 +168,16 @@ class _Run:
                 )
         return Result(step, step >= train.steps, self.score, self.first_step)
 
+    @contextlib.contextmanager
+    def _pause(self, phase: str) -> Iterator[None]:
+        """Time inside belongs to `phase`, and to no step."""
+        start = time.perf_counter()
+        with clock.timed(phase):
+            yield
+        self.timer.skip(time.perf_counter() - start)
+
     def _compiled(self) -> Step:
-        """The step, once it is compiled."""
+        """Waits for the compiled step."""
         if self.compiling is None:
             return self.trainer.step
         compiled, seconds = self.compiling.result()
@@ -223,13 +229,13 @@ class _Run:
         self._report("skip", step, bad)
 
     def _rewind(self, bad: NonFiniteLossError) -> TrainState:
-        """Back to the newest checkpoint; the data goes on with the batch after the bad one."""
+        """Goes back to the newest checkpoint; the data goes on with the batch after the bad one."""
         self._stop_trace()
         self.bad_steps += 1
         given = bad.step + self.batches_ahead
         with clock.timed("restore"):
             self.checkpoints.wait()
-            self.first_step, state, _ = restored(self.config, self.trainer, self.checkpoints, *self.models)
+            self.first_step, state, _ = restore_or_begin(self.config, self.trainer, self.checkpoints, self.models)
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
         self.data.set_state({"batches": given}, self.first_step)
@@ -239,7 +245,7 @@ class _Run:
         return state
 
     def _report(self, event: str, step: int, bad: NonFiniteLossError, **more: int) -> None:
-        """To stderr and metrics.jsonl."""
+        """Reports a bad step to stderr and metrics.jsonl."""
         most = self.config.train.max_bad_steps
         if hosts.is_first():
             _log.warning("%s; %s, %d of at most %d (train.max_bad_steps)", bad.what, event, self.bad_steps, most)
@@ -251,57 +257,45 @@ class _Run:
         return f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written"
 
     def _evaluate(self, step: int, state: TrainState) -> Score:
-        start, config = time.perf_counter(), self.config
-        model = self.trainer.model(state)
-        with clock.timed("evaluate"):
+        config, model = self.config, self.trainer.model(state)
+        with self._pause("evaluate"):
             length, rows = config.data.sequence_length, evaluation_rows(config)
             scores = {
                 name: evaluate(model, part, length, rows, lambda tokens: clock.tick()).score
-                for name, part in streams_by_source(self.validation).items()
+                for name, part in streams_by_source(self.inputs.validation).items()
             }
         self.score = scores[""] if "" in scores else Score.combine(list(scores.values()))
-        self.writer.write(
-            {
-                "step": step,
-                "eval/loss": self.score.loss,
-                "eval/perplexity": self.score.perplexity,
-                "eval/bits_per_byte": self.score.bits_per_byte,
-            }
-            | {f"eval/loss/{name}": score.loss for name, score in scores.items() if name}
-        )
+        shown = {name: getattr(self.score, name) for name in ("loss", "perplexity", "bits_per_byte")}
+        by_source = {f"eval/loss/{name}": score.loss for name, score in scores.items() if name}
+        self.writer.write({"step": step} | {f"eval/{name}": value for name, value in shown.items()} | by_source)
         self.writer.print(
             f"step {step}: validation perplexity {self.score.perplexity:.2f}, "
             f"{self.score.bits_per_byte:.4f} bits per byte"
         )
-        self.timer.skip(time.perf_counter() - start)
         return self.score
 
     def _score_tasks(self, step: int, state: TrainState) -> None:
-        start, config = time.perf_counter(), self.config
-        with clock.timed("evaluate"):
+        with self._pause("evaluate"):
             summaries = score_jobs(
-                self.jobs,
+                self.inputs.jobs,
                 self.trainer.plain_model(state),
-                self.tokenizer,
+                self.inputs.tokenizer,
                 self.workdir / "tasks" / str(step),
                 hosts.broadcast(f"training at {time.time_ns()}"),  # a step that is rewound is of another model
-                config.data.sequence_length,
-                evaluation_rows(config),
+                self.config.data.sequence_length,
+                evaluation_rows(self.config),
             )
         self.writer.write({"step": step} | flatten_scores(summaries))
         for line in describe_scores(summaries):
             self.writer.print(f"step {step}: {line}")
-        self.timer.skip(time.perf_counter() - start)
 
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
-        start = time.perf_counter()
         loss = None if score is None else score.loss
-        position = bad_steps.position(self.data.get_state(), self.bad_steps, state)
-        with clock.timed("save"):
+        with self._pause("save"):
+            position = save_position(self.data.get_state(), self.bad_steps, state)
             self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)
         self.best = min(self.best, math.inf if loss is None else loss)
-        self.timer.skip(time.perf_counter() - start)
 
     def _stop_trace(self) -> None:
         if self.tracing:
@@ -325,7 +319,7 @@ class _Run:
 
 
 def _on_device(data: TrainIterator, rows: Sequence[int], batch_size: int) -> Iterator[Batch]:
-    """Global batches, sharded over the mesh; `rows` are those that `data` gives."""
+    """Makes global batches, sharded over the mesh; `rows` are those that `data` gives."""
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(2))
     on_device = functools.partial(hosts.make_global_array, sharding, rows, size=batch_size)
     return (jax.tree.map(on_device, batch) for batch in data)

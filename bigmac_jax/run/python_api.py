@@ -1,4 +1,4 @@
-"""What train.py and plan.py do, in one call each, and what a run has logged, as columns: for notebooks and scripts."""
+"""For notebooks and scripts: train.py and plan.py in one call each, and what a run has logged as columns."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> loop.Result:
 
 
 def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """What a run has logged, also one that goes on: a row for each step that was logged, a column for each name.
+    """Reads what a run has logged, even while it goes on: a row for each step that was logged, a column for each name.
 
     Rows are in order of their steps. What a step did not log is NaN (evaluations, for most steps), and so is what was
     not finite. `moe/load` is [rows, layers, experts]. Steps that were skipped or rewound are not among them.
@@ -53,10 +53,10 @@ def metrics(workdir: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def plan(config: Config, **asked: Any) -> dict[str, Any]:
-    """What a config costs, as plan.py has it with --json; no device is needed.
+    """Plans what a config costs, as plan.py does with --json; no device is needed.
 
     Args:
-      **asked: fields of `planning.plan.Request`, such as topology="h100:64x8" and search=True.
+      **asked: fields of `planning.planner.Request`, such as topology="h100:64x8" and search=True.
 
     Raises:
       ConfigError: what cannot be planned.

@@ -1,4 +1,4 @@
-"""What a run starts from: data, a compiled step, and the state of its newest intact checkpoint."""
+"""Starts a run: opens its data, models and checkpoints, compiles the step, and restores or begins its state."""
 
 import dataclasses
 import logging
@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from bigmac_jax.config import Config, check_resume
+from bigmac_jax.data.chat_files import ChatFiles
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,140 +21,184 @@ from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.training import bad_steps, manifest
+from bigmac_jax.training import manifest
+from bigmac_jax.training.bad_steps import restore_losses
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.dashboards import check_boards
-from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
+from bigmac_jax.training.dashboards import check_dashboards
 from bigmac_jax.training.metrics import describe_auto
 from bigmac_jax.training.programs import evaluation_rows, step_program
+from bigmac_jax.training.run_data import (
+    chat_files,
+    check_data,
+    check_rows,
+    check_template,
+    fingerprint_held_out,
+    fingerprint_rows,
+)
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import (
-    changes_of_loss,
-    check_data,
     check_shared,
     has_run,
+    load_run_tokenizer,
     read_config,
-    run_tokenizer,
-    with_own_template,
+    resume_warnings,
+    use_saved_template,
     write_run,
 )
 from bigmac_jax.tuning.pretrained import (
-    ORIGIN,
-    Origin,
-    differences,
-    load,
-    origin_of,
-    tokenizer_from,
-    with_chat_of,
-    with_places,
+    INIT_FROM,
+    Pretrained,
+    choose_tokenizer,
+    compare_models,
+    load_parameters,
+    open_init_from,
+    read_model,
+    with_absolute_places,
+    with_pretrained_chat,
 )
 from bigmac_jax.tuning.reference_scores import reference_nll
-from bigmac_jax.tuning.teacher import TEACHER, fitting, read_teacher, teacher_of
+from bigmac_jax.tuning.teacher import TEACHER, check_teacher_tokenizer, open_teacher
 
 _log = logging.getLogger(__name__)
 Step = Callable[..., tuple[TrainState, StepMetrics]]
 
 
+class Models(NamedTuple):
+    """Other models that a run reads: the one that it begins with, and its teacher."""
+
+    origin: Pretrained | None
+    teacher: Pretrained | None
+
+
+class Inputs(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      rows: of the global batch, that this process reads.
+      jobs: tasks that are scored during training.
+      fingerprints: of the data and the models, by name.
+    """
+
+    tokenizer: Tokenizer
+    chat: ChatFiles
+    train: Stream
+    validation: Stream | None
+    batches: TrainIterator
+    rows: Sequence[int]
+    jobs: list[Job]
+    fingerprints: dict[str, str]
+
+
 class Start(NamedTuple):
-    """Attributes:
-    compiling: gives the compiled step and the seconds that it took; None where no step is left.
-    rows: of the global batch, that this process reads.
-    step: that the run goes on from, and `position` of the data there.
+    """What the loop starts with.
+
+    Attributes:
+      compiling: gives the compiled step and the seconds that it took; None where no step is left.
+      step: that the run goes on from, and `position` of the data there.
     """
 
     trainer: Trainer
     compiling: Future[tuple[Step, float]] | None
     checkpoints: Checkpoints
-    data: TrainIterator
-    rows: Sequence[int]
-    validation: Stream | None
+    inputs: Inputs
+    models: Models
     step: int
     state: TrainState
     position: dict[str, Any]
-    origin: Origin | None
-    teacher: Origin | None
-    tokenizer: Tokenizer
-    jobs: list[Job]
 
 
 def start(config: Config, workdir: pathlib.Path) -> Start:
-    """For the current mesh; the workdir is held.
+    """Opens data, models and checkpoints for the current mesh, and begins to compile; the workdir is locked.
 
     Raises:
       ConfigError: the workdir was started with another config, or the data cannot be used.
     """
     mesh = jax.sharding.get_mesh()
     check_shared(workdir)
+    resumed, models = _open_models(config, workdir)
+    inputs = _open_inputs(config, workdir, resumed, models)
+    labels = {name: name if name == "tokenizer" else f"the {name} data" for name in inputs.fingerprints}
+    hosts.check_same({labels[name]: digest for name, digest in inputs.fingerprints.items()})
+    trainer = make_trainer(config, mesh, models.teacher and models.teacher.config)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    # Everything else that a start needs happens while the step compiles.
+    unfinished = (hosts.broadcast(checkpoints.latest()) or 0) < config.train.steps
+    compiling = _compile(trainer, config) if unfinished else None
+    step, state, position = restore_or_begin(config, trainer, checkpoints, models)
+    _score_reference(config, trainer, inputs, models.origin)
+    inputs.batches.set_state(position, step)
+    if hosts.is_first():
+        for note in resume_warnings(workdir, config, dict(mesh.shape)) if resumed and step else ():
+            _log.warning("%s", note)
+        # Only now: a start that failed leaves the workdir free.
+        fingerprints = fingerprint_held_out(config) | inputs.fingerprints
+        write_run(workdir, config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat)
+    _describe(config, state, inputs.train.num_tokens, step, models.origin)
+    return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
+
+
+def _open_models(config: Config, workdir: pathlib.Path) -> tuple[bool, Models]:
+    """Whether the run has begun before, which its config must fit, and the models that it needs."""
     with hosts.raise_together():
-        check_boards(config.train.wandb)
+        check_dashboards(config.train.wandb)
         resumed = has_run(workdir)
         saved = read_config(workdir) if resumed else config
         check_resume(saved, config)
-        moved = with_places(saved).train.init_from != config.train.init_from
-        # A run that has a checkpoint of all parameters does not look back.
-        preferred = config.tuning.objective == "dpo"
-        begins = config.tuning.lora_rank or preferred or moved or not manifest.steps(workdir)
-    origin = origin_of(workdir, config) if config.train.init_from and begins else None
-    teacher = teacher_of(workdir, config) if config.tuning.teacher else None
-    with clock.timed("data"), hosts.raise_together():
-        if resumed:
-            tokenizer = run_tokenizer(workdir, config, of_user=True)
-        else:
-            tokenizer = tokenizer_from(origin, config) if origin else load_tokenizer(config)
-        changed = differences(origin, config) if origin else []
-        read = (
-            with_own_template(workdir, config, of_user=True)
-            if resumed
-            else with_chat_of(origin, config)
-            if origin
-            else config
+        # A run that has a checkpoint of all parameters does not look back at the model that it began with.
+        moved = with_absolute_places(saved).train.init_from != config.train.init_from
+        needed = (
+            config.tuning.lora_rank or config.tuning.objective == "dpo" or moved or not manifest.list_steps(workdir)
         )
-        train_stream = open_stream(read, "train", tokenizer)
-        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
-        chat = run_chat(read, train_stream)
-        check_template(workdir, chat)
-        data_is = {"tokenizer": tokenizer.fingerprint, "train": train_stream.text}
-        data_is |= {"validation": validation.text} if validation else {}
-        rows_are = rows_of({"train": train_stream, "validation": validation})
-        data_is |= {ORIGIN: origin.identity} if origin else {}
-        teacher = fitting(teacher, config, tokenizer) if teacher else None
-        data_is |= {TEACHER: teacher.identity} if teacher else {}
+    origin = open_init_from(workdir, config) if config.train.init_from and needed else None
+    return resumed, Models(origin, open_teacher(workdir, config) if config.tuning.teacher else None)
+
+
+def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: Models) -> Inputs:
+    """Opens tokenizer, chat template, data and tasks, and checks that a resumed run goes on with the same."""
+    origin, teacher = models
+    with clock.timed("data"), hosts.raise_together():
+        if origin:
+            compare_models(origin, config)
         if resumed:
-            check_data(workdir, config, data_is)
-            check_rows(workdir, rows_are)
-        data_is |= rows_are
-        jobs = _tasks(read, tokenizer)
-        rows = hosts.local_rows(jax.sharding.NamedSharding(mesh, batch_spec(1)), config.data.batch_size)
-        data = TrainIterator(config, train_stream, rows)
-    hosts.check_same({f"the {name} data" if name != "tokenizer" else name: digest for name, digest in data_is.items()})
-    trainer = make_trainer(config, mesh, teacher and teacher.config)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    # Everything else that a start needs happens while the step compiles.
-    compiling = _compile(trainer, config) if (hosts.broadcast(checkpoints.latest()) or 0) < config.train.steps else None
-    newest, state, position = restored(config, trainer, checkpoints, origin, teacher)
-    if preferred and origin and not config.tuning.lora_rank and isinstance(train_stream, Conversations):
-        with clock.timed("data"):
-            model = nnx.merge(trainer.graphdef, *load(origin, config))
-            windows = train_stream.pack(config.data.sequence_length)
-            windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
-    data.set_state(position, newest)
-    if hosts.is_first():
-        for note in changes_of_loss(workdir, config, dict(mesh.shape)) if resumed and newest else ():
-            _log.warning("%s", note)
-        # Only now: a start that failed leaves the workdir free.
-        write_run(workdir, config, data_is, dict(mesh.shape), tokenizer, chat)
-    _describe(config, state, train_stream.num_tokens, newest)
-    if origin and not newest:
-        at = f", step {origin.step}" if origin.step else ""
-        hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
-    return Start(
-        trainer, compiling, checkpoints, data, rows, validation, newest, state, position, origin, teacher,
-        tokenizer, jobs,
-    )  # fmt: skip
+            tokenizer, read = load_run_tokenizer(workdir, config), use_saved_template(workdir, config, of_user=True)
+        elif origin:
+            tokenizer, read = choose_tokenizer(origin, config), with_pretrained_chat(origin, config)
+        else:
+            tokenizer, read = load_tokenizer(config), config
+        train = open_stream(read, "train", tokenizer)
+        validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
+        chat = chat_files(read, train)
+        check_template(workdir, chat)
+        if teacher:
+            check_teacher_tokenizer(teacher, config, tokenizer)
+        prints = {"tokenizer": tokenizer.fingerprint, "train": train.text}
+        prints |= {"validation": validation.text} if validation else {}
+        prints |= {INIT_FROM: origin.identity} if origin else {}
+        prints |= {TEACHER: teacher.identity} if teacher else {}
+        rows_prints = fingerprint_rows({"train": train, "validation": validation})
+        if resumed:
+            check_data(workdir, config, prints)
+            check_rows(workdir, rows_prints)
+        rows = hosts.local_rows(
+            jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(1)), config.data.batch_size
+        )
+        batches, jobs = TrainIterator(config, train, rows), _open_tasks(read, tokenizer)
+    return Inputs(tokenizer, chat, train, validation, batches, rows, jobs, prints | rows_prints)
 
 
-def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
-    """What is scored during training; its rows are read now, so that what is wrong with them is known at once."""
+def _score_reference(config: Config, trainer: Trainer, inputs: Inputs, origin: Pretrained | None) -> None:
+    """Gives DPO's pairs the log-probabilities of the model that the run begins with; with adapters a step has them."""
+    pairs, tuning = inputs.train, config.tuning
+    if origin is None or tuning.objective != "dpo" or tuning.lora_rank or not isinstance(pairs, Conversations):
+        return
+    with clock.timed("data"):
+        model = nnx.merge(trainer.graphdef, *load_parameters(origin, config))
+        windows = pairs.pack(config.data.sequence_length)
+        windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
+
+
+def _open_tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
+    """The tasks that are scored during training; their rows are read now, so that what is wrong is known at once."""
     train, data = config.train, config.data
     if not train.tasks_every:
         return []
@@ -161,7 +206,8 @@ def _tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
     return open_jobs(names, [], train.tasks_limit, config, tokenizer, data.sequence_length, template)
 
 
-def _describe(config: Config, state: TrainState, tokens: int, newest: int) -> None:
+def _describe(config: Config, state: TrainState, tokens: int, step: int, origin: Pretrained | None) -> None:
+    """Says what is trained, and where it begins."""
     hosts.say(config.describe())
     if config.model.is_moe and config.execution.exchange == "auto":
         hosts.say(describe_auto(config))
@@ -173,28 +219,34 @@ def _describe(config: Config, state: TrainState, tokens: int, newest: int) -> No
         + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
         + (f", {jax.process_count()} processes" if hosts.is_distributed() else "")
         + f", attention by {attention_implementation(config)}"
-        + (f", resumed at step {newest}" if newest else "")
+        + (f", resumed at step {step}" if step else "")
     )
+    if origin and not step:
+        at, changed = f", step {origin.step}" if origin.step else "", compare_models(origin, config)
+        hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
 
 
-def restored(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, origin: Origin | None, teacher: Origin | None
+def restore_or_begin(
+    config: Config, trainer: Trainer, checkpoints: Checkpoints, models: Models
 ) -> tuple[int, TrainState, dict[str, Any]]:
-    """Step, state and data position of the newest intact checkpoint; or 0 and those that a run begins with."""
+    """Step, state and data position of the newest intact checkpoint; without one, those that the run begins with."""
+    origin, teacher = models
     with clock.timed("restore"):
         found = checkpoints.restore_newest(trainer.abstract_state)
         if found:
             step, state, position = found
             if config.tuning.lora_rank:
                 assert origin is not None, config.train
-                state = dataclasses.replace(state, base=load(origin, config)[0])
-            state = bad_steps.with_losses(state, trainer.abstract_state, position)
+                state = dataclasses.replace(state, base=load_parameters(origin, config)[0])
+            state = restore_losses(state, trainer.abstract_state, position)
     if not found:
         with clock.timed("initialise"):
             key = jax.random.key(config.train.seed)
-            state = trainer.begin(*load(origin, config), key) if origin else trainer.init(key)
+            state = trainer.begin(*load_parameters(origin, config), key) if origin else trainer.init(key)
             step, position = 0, {"batches": 0}
-    return step, dataclasses.replace(state, teacher=read_teacher(teacher)) if teacher else state, position
+    if teacher:
+        state = dataclasses.replace(state, teacher=read_model(teacher, teacher.config))
+    return step, state, position
 
 
 def _compile(trainer: Trainer, config: Config) -> Future[tuple[Step, float]]:

@@ -1,4 +1,4 @@
-"""A step's gradient, computed in parts where its activations don't fit at once.
+"""Gradient accumulation: the gradient of a batch in parts, where its activations don't fit at once.
 
 B batch, L length, M parts of the batch, Y layers, E experts.
 """
@@ -14,18 +14,18 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.model.balance import balance_loss
 from bigmac_jax.model.mesh import batch_spec, replicated_spec
-from bigmac_jax.training.dpo import pairs
+from bigmac_jax.training.dpo import count_pairs
 from bigmac_jax.training.loss import WHOLE, LossParts, Share
 
 Loss = Callable[[Any, Batch, Array, Share], tuple[Array, LossParts]]  # of parameters, rows, a key, and their share
 
 
 def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array) -> tuple[Any, Any]:
-    """((loss, its parts), gradients) of a batch, computed in train.accumulate_steps parts: those of it in one part."""
+    """Computes ((loss, its terms), gradients) of a batch in train.accumulate_steps parts; the result is that of one."""
     gradient, parts = jax.value_and_grad(loss, has_aux=True), config.train.accumulate_steps
     if parts == 1:
         return gradient(params, batch, key, WHOLE)
-    xs, share = (split_rows(batch, parts), jax.random.split(key, parts)), share_of(config, batch)
+    xs, share = (split_rows(batch, parts), jax.random.split(key, parts)), count_share(config, batch)
     if config.model.counts_loads_first:
         # The balance loss is a product of two means over the whole step, so its gradient in one part needs the load of
         # all parts: a first forward pass counts it.
@@ -40,15 +40,15 @@ def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array
     first = jax.tree.map(lambda v_M: v_M[0], xs)
     zeros = jax.tree.map(_zeros, jax.eval_shape(gradient, params, *first, share))
     total = jax.lax.scan(add, zeros, xs)[0]
-    (mean, of_loss), gradients = jax.tree.map(lambda total: total / parts, total)
-    aux = of_loss.aux
-    if config.model.is_moe and config.model.balance != "aux_loss":  # of no loss, and known without a first pass
+    (mean, terms), gradients = jax.tree.map(lambda total: total / parts, total)
+    aux = terms.aux
+    if config.model.is_moe and config.model.balance != "aux_loss":  # it is no term of the loss, and needs no first pass
         aux = aux._replace(balance_loss=jax.vmap(balance_loss)(aux.shares, aux.load))
-    return (mean, of_loss._replace(aux=aux)), gradients
+    return (mean, terms._replace(aux=aux)), gradients
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
-    """[M, B/M, L] of each array. Part m takes rows m, M + m, …: whatever rank a row is on, it stays there."""
+    """Splits each array to [M, B/M, L]. Part m takes rows m, M + m, …: whatever rank a row is on, it stays there."""
 
     def split(v_BL: Array) -> Array:
         B, L = v_BL.shape
@@ -59,10 +59,10 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def share_of(config: Config, batch: Batch) -> Share:
-    """What each part is told of the batch. Parts may have different numbers of targets, pairs and tokens."""
+def count_share(config: Config, batch: Batch) -> Share:
+    """Counts the targets (with DPO, pairs) and tokens of a batch, over the number of its parts."""
     parts = config.train.accumulate_steps
-    counted = pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
+    counted = count_pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
     tokens = None if batch.segments_BL is None else jnp.sum(batch.segments_BL != PADDING) / parts
     return Share(counted / parts, tokens)
 

@@ -1,4 +1,4 @@
-"""How a checkpoint becomes one: its directory has its name, or its commit file, only when it has its manifest."""
+"""Saves checkpoints whole or not at all: a directory gets its name, or its commit file, after its manifest."""
 
 import os
 import pathlib
@@ -11,12 +11,12 @@ from bigmac_jax.runtime.storage import is_store
 from bigmac_jax.training import manifest
 
 
-def completed(directory: pathlib.Path) -> type["_Sealed"] | type["_Committed"]:
+def temporary_path_class(directory: pathlib.Path) -> type["_Renamed"] | type["_Committed"]:
     """Orbax's class of temporary directories for checkpoints in `directory`."""
-    return _Committed if is_store(directory) else _Sealed
+    return _Committed if is_store(directory) else _Renamed
 
 
-class _Sealed(atomicity.AtomicRenameTemporaryPath):
+class _Renamed(atomicity.AtomicRenameTemporaryPath):
     """Orbax's temporary directory. A step's gets its final name when all processes are done and it has a manifest."""
 
     async def finalize(self) -> None:

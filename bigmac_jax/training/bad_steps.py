@@ -1,4 +1,4 @@
-"""What ends a run, and what a checkpoint keeps beside the data position so that bad steps are judged as before."""
+"""Errors that end a run, and what a checkpoint keeps so that a resumed run judges bad steps as before."""
 
 import dataclasses
 import math
@@ -26,8 +26,8 @@ class NonFiniteLossError(RunError):
         super().__init__(self.what + end)
 
 
-def position(data_state: dict[str, int], bad_steps: int, state: TrainState) -> dict[str, Any]:
-    """The data position with the number of bad steps and the recent losses, where there are any."""
+def save_position(data_state: dict[str, int], bad_steps: int, state: TrainState) -> dict[str, Any]:
+    """The data position of a checkpoint, with the number of bad steps and the recent losses where there are any."""
     saved: dict[str, Any] = dict(data_state)
     if bad_steps:
         saved["bad_steps"] = bad_steps
@@ -36,8 +36,8 @@ def position(data_state: dict[str, int], bad_steps: int, state: TrainState) -> d
     return saved
 
 
-def with_losses(state: TrainState, abstract: TrainState, saved: dict[str, Any]) -> TrainState:
-    """A restored state with the recent losses of its `position`; none if it was saved without train.spike_factor."""
+def restore_losses(state: TrainState, abstract: TrainState, saved: dict[str, Any]) -> TrainState:
+    """Gives a restored state the recent losses of its saved position; none if it was saved without any."""
     if abstract.losses is None:
         return state
     losses = np.full(abstract.losses.shape, np.inf, abstract.losses.dtype)

@@ -1,7 +1,7 @@
 """Orbax checkpoints: parameters, optimizer, data position, config and what run.json says; a directory a step, written
 in the background.
 
-Before one is read its files are compared with its manifest, and its arrays with their checksums while they are read; a
+Before one is read its files are compared with its manifest, and while they are read its arrays with their checksums; a
 damaged one is named and passed over.
 """
 
@@ -25,25 +25,32 @@ from orbax.checkpoint.path import atomicity
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
-from bigmac_jax.training.atomic_save import completed
-from bigmac_jax.training.checkpoint_arrays import DamagedError, array_handlers, check_shapes, nonfinite, read_arrays
-from bigmac_jax.training.step import TrainState, evaluated
-from bigmac_jax.training.workdir import run_of
+from bigmac_jax.training.atomic_save import temporary_path_class
+from bigmac_jax.training.checkpoint_arrays import (
+    DamagedError,
+    array_handlers,
+    check_shapes,
+    find_nonfinite,
+    read_arrays,
+)
+from bigmac_jax.training.step import TrainState, evaluated_params
+from bigmac_jax.training.workdir import read_run_json
 
 _T = TypeVar("_T")
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
 for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
     logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
-# Of each save between evaluations: it has no metric, and needs none.
+# Each save between evaluations says this: it has no metric, and needs none.
 logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
 
 
 class Checkpoints:
     """The checkpoints of a workdir. A directory appears under its final name only when it is complete.
 
-    `keep` newest and the best are kept. None is for a reader: it moves and removes nothing, not even what a process
-    that trains is just writing.
+    Args:
+      keep: so many of the newest are kept, and the best. None is for a reader: it moves and removes nothing, not even
+        what a process that trains is just writing.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
@@ -76,12 +83,12 @@ class Checkpoints:
                 # In the background, a directory that can't be made would leave threads that wait five minutes for it.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 lightweight_initialize=self._keep is None,
-                temporary_path_class=completed(self._directory),
+                temporary_path_class=temporary_path_class(self._directory),
             ),
         )
 
     def save(self, state: TrainState, data_state: Any, config: Config, step: int, eval_loss: float | None) -> None:
-        """Copies the state to the host, returns, and writes in the background. A failure is logged, not raised."""
+        """Copies the state to the host, and writes it in the background. A failure is logged, not raised."""
         if hosts.broadcast(step in self._manager.all_steps()):  # a save is of all processes
             return
         self.wait()
@@ -91,11 +98,11 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.PyTreeSave(_model_of(state)),
-                    optimizer=ocp.args.PyTreeSave(_optimizer_of(state)),
+                    model=ocp.args.PyTreeSave(_model_item(state)),
+                    optimizer=ocp.args.PyTreeSave(_optimizer_item(state)),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
-                    run=ocp.args.JsonSave(run_of(self._directory.parent) | {manifest.STEP: step}),
+                    run=ocp.args.JsonSave(read_run_json(self._directory.parent) | {manifest.STEP: step}),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
@@ -103,7 +110,7 @@ class Checkpoints:
             self._failed(error)
 
     def wait(self) -> None:
-        """Until the save in progress is done. If it failed, one line says so, and older checkpoints stay."""
+        """Waits for the save in progress. If it failed, one line says so, and older checkpoints stay."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -125,10 +132,10 @@ class Checkpoints:
         self._manager = self._open()
 
     def _remove_unfinished(self) -> None:
-        """What a failed save or a killed run has left would fill the disk; threads of a save may still be writing."""
+        """Removes what a failed save or a killed run has left; threads of a save may still be writing."""
         if hosts.is_first():
             for path in storage.list_folder(self._directory):
-                if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not manifest.is_whole(path)):
+                if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not manifest.is_complete(path)):
                     storage.remove_tree(path)
 
     def latest(self) -> int | None:
@@ -136,7 +143,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore_newest(self, abstract: TrainState) -> tuple[int, TrainState, Any] | None:
-        """The newest intact checkpoint's number, and what `restore` gives of it; None if there is no checkpoint.
+        """Restores the newest intact checkpoint → its number, and what `restore` returns; None if there is none.
+
         Damaged ones are named and moved to workdir/checkpoints-damaged.
 
         Raises:
@@ -146,27 +154,25 @@ class Checkpoints:
             try:
                 return step, *self.restore(step, abstract)
             except DamagedError as error:
-                self._damaged(step, error)
+                hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
         return None
 
     def newest_intact(self) -> int | None:
-        """The same by its manifest alone: its number, and damage to arrays is found when they are read."""
+        """The number of the newest checkpoint that fits its manifest; damage to arrays is found when they are read.
+        Damaged ones are moved as by `restore_newest`."""
 
         def newest() -> int | None:
-            return max(manifest.steps(self._directory.parent), default=None)
+            return max(manifest.list_steps(self._directory.parent), default=None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
                 self._check(step)
                 break
             except DamagedError as error:
-                self._damaged(step, error)
+                hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
         hosts.run_on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
-
-    def _damaged(self, step: int, error: DamagedError) -> None:
-        hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
 
     def _refuse_to_start_over(self, step: int | None) -> None:
         if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
@@ -176,10 +182,10 @@ class Checkpoints:
             )
 
     def _check(self, step: int, without: str = "") -> None:
-        """Of a checkpoint all processes read files, each a part; raises DamagedError, as `manifest.damage` says it."""
+        """Compares a checkpoint with its manifest, each process a part of the files; raises DamagedError."""
         with hosts.raise_together():
             share = (jax.process_index(), jax.process_count()) if hosts.is_distributed() else (0, 1)
-            damage = manifest.damage(self._directory / str(step), without=without, share=share)
+            damage = manifest.find_damage(self._directory / str(step), without=without, share=share)
         if damage := next(filter(None, hosts.gather(damage or "")), ""):
             raise DamagedError(damage)
 
@@ -193,12 +199,12 @@ class Checkpoints:
         return min((loss for loss in losses if loss is not None), default=math.inf)
 
     def resolve(self, step: str) -> int:
-        """The number of the checkpoint 'latest', 'best' or 'N'; as `restore_model`, but no array is read."""
+        """The number of the checkpoint 'latest', 'best' or 'N', chosen as by `restore_model`, but no array is read."""
         return self._choose(step, lambda number: None)[0]
 
     def restore_model(self, step: str, abstract: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The number of the checkpoint 'latest', 'best' or 'N', and its {"params": …, "rest": …} alone. Damaged ones
-        are named, and passed over if need be.
+        """Restores {"params": …, "rest": …} of the checkpoint 'latest', 'best' or 'N' → its number, and these. Damaged
+        ones are named, and passed over for 'latest' and 'best'.
 
         Raises:
           ConfigError: there is no such checkpoint, or no intact one, or it is of a model of another shape.
@@ -206,12 +212,12 @@ class Checkpoints:
 
         def read(number: int) -> dict[str, Any]:
             check_shapes(self._directory, number, abstract)
-            return _finite(read_arrays(self._directory / str(number), {"model": abstract})["model"])
+            return _check_finite(read_arrays(self._directory / str(number), {"model": abstract})["model"])
 
         return self._choose(step, read)
 
     def _choose(self, step: str, read: Callable[[int], _T]) -> tuple[int, _T]:
-        """The first intact of the checkpoints that `step` may mean, and what `read` makes of it."""
+        """Finds the first intact checkpoint that `step` may mean → its number, and what `read` makes of it."""
         damaged: dict[int, str] = {}
         while True:
             number: int = hosts.run_on_first(functools.partial(self._candidate, step, damaged))
@@ -227,10 +233,10 @@ class Checkpoints:
                     ) from None
                 damaged[number] = str(error)
                 if hosts.is_first():
-                    self._name(number, str(error))
+                    self._warn(number, str(error))
 
     def _candidate(self, step: str, damaged: dict[int, str]) -> int:
-        """What `step` asks for, on process 0; of `damaged`, to which it adds what it finds, it takes none."""
+        """The checkpoint that `step` asks for, on process 0; none of `damaged`, to which it adds what it finds."""
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise ConfigError(f"{self._directory} holds no checkpoint; train first")
@@ -242,8 +248,11 @@ class Checkpoints:
             return int(step)
         candidates = [number for number in steps[::-1] if number not in damaged]
         if step == "best":
-            # Only of what can be read; a stable sort leaves those without a loss at the end, newest first.
-            damaged |= {number: damage for number in candidates if (damage := self._damaged_at_a_glance(number))}
+            for number in candidates:  # a loss is a small file, which may be damaged itself
+                if damage := manifest.find_damage(self._directory / str(number), thorough=False):
+                    damaged[number] = damage
+                    self._warn(number, damage)
+            # A stable sort leaves those without a loss at the end, newest first.
             candidates = [number for number in candidates if number not in damaged]
             candidates.sort(key=lambda number: math.inf if (loss := self.loss(number)) is None else loss)
         if not candidates:
@@ -253,18 +262,11 @@ class Checkpoints:
             )
         return candidates[0]
 
-    def _damaged_at_a_glance(self, step: int) -> str | None:
-        """How, by sizes and small files, its loss among them; with a line that says so."""
-        damage = manifest.damage(self._directory / str(step), thorough=False)
-        if damage:
-            self._name(step, damage)
-        return damage
-
-    def _name(self, step: int, damage: str) -> None:
+    def _warn(self, step: int, damage: str) -> None:
         _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
 
     def _tidy(self) -> None:
-        """Orbax would remove in a thread of its own, and reads small files of every checkpoint when it starts."""
+        """Removes and sets aside what is no checkpoint: Orbax reads small files of every one when it starts."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -272,10 +274,10 @@ class Checkpoints:
                 f"{self._directory} cannot be made ({error.strerror}); remove what is there, or use a new --workdir"
             ) from None
         self._remove_unfinished()
-        steps = manifest.steps(self._directory.parent)
+        steps = manifest.list_steps(self._directory.parent)
         for step in steps:
             path = self._directory / str(step)
-            if damage := manifest.damage(path, thorough=False):
+            if damage := manifest.find_damage(path, thorough=False):
                 if storage.is_store(path) and damage.endswith("is missing") and step != steps[-1]:
                     # A store removes a directory file by file, and whoever did so was killed.
                     _log.warning("checkpoint %d is what is left of one that was being removed; removed", step)
@@ -292,41 +294,41 @@ class Checkpoints:
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
-        """The state, sharded as `abstract`, and the data position.
+        """Restores the state, sharded as `abstract`, and the data position.
 
         Raises:
           DamagedError: an array differs from its checksums, or the model holds NaN or infinity.
           ConfigError: the checkpoint is of a model of another shape.
         """
         directory = self._directory / str(step)
-        check_shapes(self._directory, step, _model_of(abstract))
-        items = read_arrays(directory, {"model": _model_of(abstract), "optimizer": _optimizer_of(abstract)})
-        model, optimizer = _finite(items["model"]), items["optimizer"]
+        check_shapes(self._directory, step, _model_item(abstract))
+        items = read_arrays(directory, {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)})
+        model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
-            params = _finite({"params": optimizer["params"]})["params"]
+            params = _check_finite({"params": optimizer["params"]})["params"]
             state = dataclasses.replace(state, params=params, average=model["params"])
         return state, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def close(self) -> None:
-        """Waits, too."""
+        """Waits for the save in progress, and ends Orbax's threads."""
         self.wait()
         self._manager.close()
 
 
-def _finite(model: dict[str, Any]) -> dict[str, Any]:
-    """The model, of which no step could go on, and no answer be had, if it held NaN or infinity: then DamagedError."""
-    if name := nonfinite(model):
+def _check_finite(model: dict[str, Any]) -> dict[str, Any]:
+    """Raises DamagedError for a model that holds NaN or infinity: neither a step nor an answer could come of it."""
+    if name := find_nonfinite(model):
         raise DamagedError(f"{name.partition('.')[2]} holds NaN or infinity")
     return model
 
 
-def _model_of(state: TrainState) -> dict[str, Any]:
-    """What a reader needs: the parameters that the run is judged by."""
-    return {"params": evaluated(state), "rest": state.rest}
+def _model_item(state: TrainState) -> dict[str, Any]:
+    """The item that a reader needs: the parameters that the run is judged by."""
+    return {"params": evaluated_params(state), "rest": state.rest}
 
 
-def _optimizer_of(state: TrainState) -> dict[str, Any]:
-    """What a resumed run needs besides."""
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    """The item that a resumed run needs besides."""
     own = {} if state.average is None else {"params": state.params}
     return {"opt_state": state.opt_state, "step": state.step} | own

@@ -1,10 +1,9 @@
-"""The arrays of a checkpoint. Behind each of their chunks lies its CRC-32C: whoever reads the chunk compares that."""
+"""Writes and reads the arrays of a checkpoint. Behind each chunk lies its CRC-32C, which every reader compares."""
 
 import functools
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.storage import is_store
 
 CHECKSUM: list[dict[str, Any]] = [{"name": "crc32c"}]
-# What TensorStore says of contents; of a store, others may be its own trouble, which passes.
-_OF_CONTENTS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+# TensorStore's errors about contents; on a store, others may be its own trouble, which passes.
+_ABOUT_CONTENTS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 _STATUS = re.compile(r"([A-Z_]{5,}): ")
 
 
@@ -64,7 +63,7 @@ def array_handlers(*items: str) -> ocp.handlers.DefaultCheckpointHandlerRegistry
 
 
 def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a checkpoint by item, sharded as `abstract`: each process reads what its devices get, once.
+    """Reads the arrays of a checkpoint by item, sharded as `abstract`: each process what its devices get, once.
 
     Raises:
       DamagedError: in all processes, if one of them found chunks that differ from their checksums, or are gone.
@@ -76,8 +75,8 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
                 how = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
                 found[item] = ocp.PyTreeCheckpointHandler().restore(directory / item, args=how)
         except Exception as error:
-            _leave_unsaid()
-            damage = _damage(error, is_store(directory))
+            _silence_dropped_reads()
+            damage = _describe_damage(error, is_store(directory))
             if not damage:
                 raise
     if damage := next(filter(None, hosts.gather(damage)), ""):
@@ -85,33 +84,34 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
     return found
 
 
-def nonfinite(tree: Any) -> str:
-    """The name of the first array that holds NaN or infinity; "" if none does. Each is looked at where it lies; all
-    processes must call it."""
+def find_nonfinite(tree: Any) -> str:
+    """The name of the first array that holds NaN or infinity; "" if none does. All processes must call it."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    finite = jax.device_get(_finite([leaf for _, leaf in paths]))
+    finite = jax.device_get(_are_finite([leaf for _, leaf in paths]))
     return next((leaf_name(path) for (path, _), good in zip(paths, finite, strict=True) if not good), "")
 
 
 @jax.jit
-def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
-def _damage(error: BaseException, store: bool) -> str:
+def _describe_damage(error: BaseException | None, store: bool) -> str:
     """What TensorStore says of contents that it could not read; "" if the error is another."""
-    for cause in _causes(error):
+    cause = error
+    while cause is not None:
         status = _STATUS.match(text := str(cause))
-        if status and (status[1] in _OF_CONTENTS or not store):
+        if status and (status[1] in _ABOUT_CONTENTS or not store):
             name = re.search(r'Error reading "([^"]*?)(?:/c[\d/]*)?"', text)
             how = "has changed (CRC-32C)" if "igest mismatch" in text else f"cannot be read ({text[:200]})"
             return f"{name[1] if name else 'an array'} {how}"
+        cause = cause.__cause__ or cause.__context__
     return ""
 
 
 @functools.cache
-def _leave_unsaid() -> None:
-    """When one read fails, Orbax drops the others that are under way: Python would print a traceback for each."""
+def _silence_dropped_reads() -> None:
+    """Hides the tracebacks that Python prints of reads under way, which Orbax drops when another one fails."""
     say = sys.unraisablehook
 
     def hear(unraisable: Any) -> None:
@@ -122,14 +122,8 @@ def _leave_unsaid() -> None:
     sys.unraisablehook = hear
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def check_shapes(directory: pathlib.Path, step: int, abstract: dict[str, Any]) -> None:
-    """Raises ConfigError if the model of a checkpoint is another than `abstract`; it names the first difference."""
+    """Raises ConfigError if a checkpoint's model has other shapes than `abstract`; it names the first difference."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         paths = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -1,4 +1,4 @@
-"""Where metrics.jsonl's records go besides: TensorBoard, and Weights & Biases where train.wandb asks for it."""
+"""Sends the records of metrics.jsonl to TensorBoard, and to Weights & Biases where train.wandb asks for it."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import pathlib
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,22 +18,16 @@ from bigmac_jax.config import ConfigError
 _log = logging.getLogger(__name__)
 
 
-class Board(Protocol):
-    """What goes wrong with one costs its records, not the run."""
+def open_dashboards(workdir: pathlib.Path, first_step: int, project: str) -> "list[TensorBoard | WandB]":
+    """Opens the dashboards of a run that goes on after `first_step`; `project` is train.wandb.
 
-    def write(self, record: dict[str, Any]) -> None:
-        """`record` holds "step"."""
-
-    def close(self) -> None: ...
-
-
-def open_boards(workdir: pathlib.Path, first_step: int, project: str) -> list[Board]:
-    """Those of a run that goes on after `first_step`; `project` is train.wandb."""
-    boards: list[Board] = [TensorBoard(workdir / "tb", first_step)]
+    What goes wrong with one costs its records, not the run.
+    """
+    boards: list[TensorBoard | WandB] = [TensorBoard(workdir / "tb", first_step)]
     return [*boards, WandB(workdir, project)] if project else boards
 
 
-def check_boards(project: str) -> None:
+def check_dashboards(project: str) -> None:
     """Raises ConfigError if train.wandb asks for a package that is not here."""
     if project:
         try:
@@ -45,7 +39,7 @@ def check_boards(project: str) -> None:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, until the disk is full.
+    """Writes the scalars of records for TensorBoard, until the disk is full.
 
     tensorboardX's SummaryWriter writes in a thread, which a full disk ends; its queue then blocks the run for good.
     """
@@ -60,6 +54,7 @@ class TensorBoard:
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
 
     def write(self, record: dict[str, Any]) -> None:
+        """Writes a record, which holds "step"."""
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in record.items()
@@ -83,10 +78,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Whole records for Weights & Biases, in WORKDIR/wandb; WANDB_MODE and the like are wandb's own.
+    """Sends whole records to Weights & Biases, through WORKDIR/wandb; WANDB_MODE and the like are wandb's own.
 
-    WORKDIR/wandb/id names the wandb run, with which every start goes on. Its axis is "step", so that a start may go
-    back to an earlier one, which wandb's own count of steps can't.
+    WORKDIR/wandb/id names the wandb run, which every start continues. Its axis is "step", so that a start may go back
+    to an earlier one, which wandb's own count of steps can't.
     """
 
     def __init__(self, workdir: pathlib.Path, project: str):

@@ -1,11 +1,11 @@
-"""The loss of a model that learns what another one says: its predictions, and what its layers put out.
+"""Distillation: the loss of a model that learns another one's predictions and the outputs of its layers.
 
     loss = (1 - λ) CE(text) + λ KL(teacher ‖ student) + μ mean over layers of |x - x'|² / |x'|²  (+ the router's losses)
 
 λ is tuning.teacher_weight, μ tuning.hidden_weight, x' the teacher's residual stream behind the same layer. The teacher
-is frozen, reads the same windows, drops no token, and walks beside the student, layer by layer. Of a batch in parts the
-last term is the mean over the parts (Hinton et al. 2015,
-arXiv 1503.02531; hidden states as in Jiao et al. 2020, "TinyBERT").
+is frozen, reads the same windows, drops no token, and is computed beside the student, layer by layer. Of a batch in
+parts the last term is the mean over the parts (Hinton et al. 2015, arXiv 1503.02531; hidden states as in Jiao et al.
+2020, "TinyBERT").
 
 B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers.
 """
@@ -25,10 +25,10 @@ from bigmac_jax.training.loss import (
     WHOLE,
     LossParts,
     Share,
-    chunks_of,
+    gather_tensor_tokens,
     linear_cross_entropy,
-    of_tensor_ranks,
-    over_tensor,
+    num_chunks,
+    reduce_tensor,
     with_router_losses,
 )
 
@@ -47,7 +47,7 @@ def distilled_loss(
     dropout_key: Array | None = None,
     share: Share = WHOLE,
 ) -> tuple[Array, LossParts]:
-    """Arguments and result as of `loss.loss_fn`; no gradient goes to the teacher."""
+    """The loss of distillation; arguments and result as of `loss.loss_fn`. No gradient goes to the teacher."""
     tuning = model.config.tuning
     x_BLD, teacher_BLD, hidden_Y, aux = _side_by_side(model, teacher, batch, dropout_key, share)
     ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
@@ -60,7 +60,7 @@ def distilled_loss(
 def _side_by_side(
     model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, share: Share
 ) -> tuple[Array, Array, Array, Any]:
-    """Features of both, gaps of the layers, and the student's aux."""
+    """Computes features of both models, gaps between their layers, and the student's aux."""
     documents = None if batch.segments_BL is None else find_documents(batch.segments_BL)
     padding = share.padding(batch)
     position_BL = None if documents is None else documents.position_BL
@@ -91,15 +91,15 @@ def divergence(
     computed again in the backward pass."""
 
     def on_rank(x_BLD: Array, teacher_BLD: Array, targets_BL: Array, w_vD: Array, teacher_vD: Array) -> Array:
-        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
-        t_TD, _ = of_tensor_ranks(teacher_BLD, targets_BL)
-        chunks = chunks_of(len(targets_T), 2 * w_vD.shape[0])
+        x_TD, targets_T = gather_tensor_tokens(x_BLD, targets_BL)
+        t_TD, _ = gather_tensor_tokens(teacher_BLD, targets_BL)
+        chunks = num_chunks(len(targets_T), 2 * w_vD.shape[0])
 
         @jax.checkpoint
         def body(total: Array, xs: tuple[Array, Array, Array]) -> tuple[Array, None]:
             x_CD, t_CD, targets_C = xs
             log_p_Cv, log_q_Cv = _log_softmax(x_CD, w_vD), _log_softmax(t_CD, teacher_vD)
-            kl_C = over_tensor(jax.lax.psum, (jnp.exp(log_q_Cv) * (log_q_Cv - log_p_Cv)).sum(-1))
+            kl_C = reduce_tensor(jax.lax.psum, (jnp.exp(log_q_Cv) * (log_q_Cv - log_p_Cv)).sum(-1))
             return total + jnp.where(targets_C != NO_TARGET, kl_C, 0).sum() / tensor_ranks(), None
 
         zero = jax.lax.pcast(jnp.zeros(()), AXES, to="varying")
@@ -114,8 +114,8 @@ def divergence(
 
 
 def _log_softmax(x_CD: Array, w_vD: Array) -> Array:
-    """Over the whole vocabulary, of this rank's part of it; float32."""
+    """Log-softmax over the whole vocabulary, for this rank's part of it; float32."""
     logits_Cv = jnp.einsum("CD,VD->CV", x_CD, w_vD, preferred_element_type=jnp.float32)
-    largest_C1 = over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv).max(-1, keepdims=True))
+    largest_C1 = reduce_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv).max(-1, keepdims=True))
     shifted_Cv = logits_Cv - largest_C1
-    return shifted_Cv - jnp.log(over_tensor(jax.lax.psum, jnp.exp(shifted_Cv).sum(-1, keepdims=True)))
+    return shifted_Cv - jnp.log(reduce_tensor(jax.lax.psum, jnp.exp(shifted_Cv).sum(-1, keepdims=True)))

@@ -18,15 +18,15 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.loss import WHOLE, LossParts, Share, token_nll, with_router_losses
 
 
-class Preferences(NamedTuple):
-    """Means over the pairs of a step."""
+class PairMetrics(NamedTuple):
+    """Metrics of preference pairs, means over a step."""
 
     accuracy: Array  # share of the pairs whose chosen answer has the larger reward
     margin: Array  # by how much it is larger: rewards are beta · log(p / p of the reference)
 
 
-def pairs(batch: Batch) -> Array:
-    """How many there are in a batch."""
+def count_pairs(batch: Batch) -> Array:
+    """The number of preference pairs in a batch."""
     return jnp.sum((batch.segments_BL.max(1) + 1) // 2)
 
 
@@ -46,14 +46,14 @@ def dpo_loss(
     nll_BL, aux = token_nll(model, batch, dropout_key, share)
     counts_BL = batch.targets_BL != NO_TARGET
     gain_BL = jnp.where(counts_BL, batch.reference_BL - jax.sharding.reshard(nll_BL, batch_spec(2)), 0)
-    rows = margins(config, gain_BL, batch.segments_BL)
-    count = divisor(pairs(batch) if share.targets is None else share.targets)
+    rows = sum_pairs(config, gain_BL, batch.segments_BL)
+    count = divisor(count_pairs(batch) if share.targets is None else share.targets)
     loss, right, margin = (of_rows.sum() / count for of_rows in rows)
-    return with_router_losses(config.model, loss, aux), LossParts(loss, aux, Preferences(right, margin))
+    return with_router_losses(config.model, loss, aux), LossParts(loss, aux, PairMetrics(right, margin))
 
 
-def margins(config: Config, gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:
-    """Of each row, sums over its pairs: the loss, how many are in order, and the margins."""
+def sum_pairs(config: Config, gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:
+    """Sums over the pairs of each row: the loss, how many have the right order, and the margins; [B] each."""
 
     def on_rank(gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:
         B, L = gain_BL.shape

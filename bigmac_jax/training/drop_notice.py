@@ -1,4 +1,4 @@
-"""The line that a run says where its experts' capacity drops much."""
+"""Says in a line that a run's experts drop many choices because their capacity is full."""
 
 import statistics
 from collections import deque
@@ -8,13 +8,13 @@ import jax
 from bigmac_jax.config import Config
 from bigmac_jax.training.step import StepMetrics
 
-MOST = 0.02  # of all choices; with balanced loads a factor of 1.25 drops 1 to 5 % (docs/distributions.md)
+MOST = 0.02  # share of all choices; with balanced loads a factor of 1.25 drops 1 to 5 % (docs/distributions.md)
 _STEPS, _EVERY = 100, 10  # what is read is little, of a step that is done; so train.log_every does not matter
 
 
 class DropNotice:
-    """Looks at every step; after a hundred in which more than `MOST` of the choices were dropped, says so, and again
-    only after twice as many."""
+    """Watches the drop rate; after a hundred steps in which more than `MOST` of the choices were dropped, it has a line
+    that says so, and again only after twice as many."""
 
     def __init__(self, config: Config):
         self._factor = config.model.capacity_factor
@@ -24,7 +24,7 @@ class DropNotice:
         self._steps, self._next = 0, _STEPS
 
     def line(self, step: int, metrics: StepMetrics) -> str:
-        """What is to be said after `step`; "" is nothing."""
+        """The line to print after `step`; "" if there is none."""
         if self._rates is None or step % _EVERY:
             return ""
         self._rates.append(float(jax.device_get(metrics.parts.aux.drop_rate).mean()))

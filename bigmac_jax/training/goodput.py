@@ -1,5 +1,6 @@
-"""Where a run's time went, over all its starts: seconds of parts that add up to the time since it began, and the share
-of it that went into steps that are kept.
+"""Goodput: the share of a run's time that went into steps that are kept, and where the rest went, over all its starts.
+
+The seconds of these parts add up to the time since the run began:
 
 steps      of training that is kept, and data_wait, of steps whose batch was not there yet
 compile, save, evaluate   what the loop waited for each of them (a save's writing goes on beside the steps)
@@ -18,9 +19,11 @@ _WALL, _SINCE = "goodput/wall_s", "goodput/since_unix_s"
 
 
 class Goodput:
-    """Args:
-    records: of metrics.jsonl, as earlier starts left it.
-    first_step: that this start goes on from; what was trained beyond is lost.
+    """Counts the seconds of a run by part.
+
+    Args:
+      records: those of metrics.jsonl that earlier starts left.
+      first_step: that this start goes on from; what was trained beyond is lost.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]], first_step: int):
@@ -28,7 +31,7 @@ class Goodput:
         self._base = dict.fromkeys(PARTS, 0.0)
         self._since, self._later = now - sum(own.values()), False
         self._kept: list[tuple[int, float]] = [(0, 0.0)]  # steps and the seconds that they took
-        if earlier := [record for record in records if _is_whole(record)]:
+        if earlier := [record for record in records if _has_all_parts(record)]:
             last, self._later = earlier[-1], True
             self._base = {part: last[f"goodput/{part}_s"] for part in PARTS}
             self._base["restart"] += self._since - last[_SINCE] - last[_WALL]
@@ -37,7 +40,7 @@ class Goodput:
             self.go_back(first_step)
 
     def go_back(self, step: int) -> None:
-        """Steps after this one are done again."""
+        """Counts the steps after this one as lost: they are done again."""
         while len(self._kept) > 1 and self._kept[-1][0] > step:
             self._kept.pop()
         lost = self._steps() - self._kept[-1][1]
@@ -45,7 +48,7 @@ class Goodput:
         self._base["lost"] += lost
 
     def record(self, step: int) -> dict[str, float]:
-        """For metrics.jsonl: seconds of each part so far."""
+        """The seconds of each part so far, for metrics.jsonl."""
         parts, rest = self._base.copy(), "restart" if self._later else "start"
         for phase, seconds in clock.seconds().items():
             part = phase.replace(" ", "_")
@@ -59,17 +62,17 @@ class Goodput:
         return self._base["steps"] + clock.seconds().get("steps", 0.0)
 
 
-def _is_whole(record: dict[str, Any]) -> bool:
+def _has_all_parts(record: dict[str, Any]) -> bool:
     return all(isinstance(record.get(f"goodput/{name}_s"), (int, float)) for name in (*PARTS, "wall", "since_unix"))
 
 
 def start_record(step: int) -> dict[str, float]:
-    """For metrics.jsonl: seconds of each phase of this start, up to the end of its first step."""
+    """The seconds of each phase of this start, up to the end of its first step, for metrics.jsonl."""
     return {"step": step} | {
         f"start/{name.replace(' ', '_')}_s": round(value, 3) for name, value in clock.seconds().items()
     }
 
 
 def describe_start() -> str:
-    """The same as a line for people."""
+    """Describes the phases of this start in a line."""
     return "start: " + ", ".join(f"{name} {value:.1f} s" for name, value in clock.seconds().items() if value >= 0.05)

@@ -35,24 +35,27 @@ _CHUNK_ENTRIES_ACCELERATOR = 2**27
 
 
 class LossParts(NamedTuple):
-    """What the loss is made of; means over the tokens of the batch."""
+    """Terms of the loss and what is logged beside it; means over the tokens of the batch."""
 
-    cross_entropy: Array  # nats; the loss of preferences, where these are learned
+    cross_entropy: Array  # nats; of a run with DPO, its loss
     aux: Aux
-    preferences: Any = None  # `preferences.Preferences`
+    pairs: Any = None  # `dpo.PairMetrics`
     gaps: Any = None  # `distillation.Gaps` of a run with a teacher
 
 
 class Share(NamedTuple):
-    """What a part of a step's batch is told of the whole. Counts are the step's over its parts, by which sums are
-    divided, so that the mean over the parts is the mean over the step; by default all is this batch's own."""
+    """What one of several parts of a batch knows of the whole; None is the part's own.
 
-    targets: Array | None = None  # of DPO pairs
-    tokens: Array | None = None  # but padding
+    Sums are divided by these counts, those of the whole over the number of parts, so that the mean over the parts is
+    the mean over the batch.
+    """
+
+    targets: Array | None = None  # with DPO, pairs
+    tokens: Array | None = None  # padding left out
     load_YE: Array | None = None  # for the balance loss
 
     def padding(self, batch: Batch) -> Padding | None:
-        """What of a batch belongs to no document."""
+        """The positions that belong to no document."""
         return None if batch.segments_BL is None else Padding.of(batch.segments_BL == PADDING, self.tokens)
 
 
@@ -80,7 +83,7 @@ def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share
 
 
 def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
-    """`loss` plus the router's, summed over layers."""
+    """Adds the router's losses, summed over layers."""
     if not config.is_moe:
         return loss
     loss = loss + config.z_loss_coefficient * aux.z_loss.sum()
@@ -90,30 +93,30 @@ def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
 
 
 class TokenScores(NamedTuple):
-    """What evaluation finds: of each position, and of the routers over all tokens but padding's."""
+    """What evaluation measures: of each position, and of the routers over all tokens that are no padding."""
 
     nll_BL: Array  # -log p(target), nats, float32
-    likeliest_BL: Array  # whether no token has a larger logit; of equals the first counts
+    likeliest_BL: Array  # whether no token has a larger logit; of equal ones the first counts
     load_YE: Array  # share of the choices that went to each expert
     entropy_Y: Array  # of the router's scores, mean over tokens, nats
-    tokens: Array  # how many that are
+    tokens: Array  # their number
 
 
 @jax.named_scope("loss")
 def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets: Array | None = None) -> Array:
-    """Mean cross-entropy of the logits x wᵀ over the targets that are not NO_TARGET, nats, without ever holding them
-    all. `targets`: how many the mean is of, if not as many as these.
+    """Mean cross-entropy of the logits x wᵀ over the targets that are not NO_TARGET, nats, without ever holding all
+    logits. `targets` is the number to divide by, if not that of these targets.
 
-    Each rank walks over chunks of its tokens and computes a chunk's gradients while its logits are still in cache: the
-    loss is a sum, so they are known up to a factor. Against whole logits, forward and backward take about a fifth less
-    time on CPU (docs/performance.md), and chunk × V instead of T × V memory.
+    Each rank computes a chunk's gradients while its logits are still in cache: the loss is a sum, so they are known up
+    to a factor. Against whole logits, forward and backward take about a fifth less time on CPU (docs/performance.md),
+    and chunk × V instead of T × V memory.
 
     Where `tensor` splits the table, each of its ranks takes the tokens of all, and computes what its v rows give.
     """
 
     def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
-        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
-        return _summed(x_TD, w_vD, targets_T)[None]
+        x_TD, targets_T = gather_tensor_tokens(x_BLD, targets_BL)
+        return _cross_entropy(x_TD, w_vD, targets_T)[None]
 
     targets = jnp.sum(targets_BL != NO_TARGET) if targets is None else targets
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
@@ -124,8 +127,8 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets:
 
 @jax.custom_vjp
 def _table_first(x_BLD: Array, w_VD: Array) -> tuple[Array, Array]:
-    """Both as they are. The table's gradient goes back to its shards before the layers' gradients are computed, which
-    would otherwise find it whole in memory all along."""
+    """Returns both. The table's gradient goes back to its shards before the layers' gradients are computed; otherwise
+    it would stay whole in memory all along."""
     return x_BLD, w_VD
 
 
@@ -133,38 +136,24 @@ _table_first.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.opt
 
 
 def token_scores(model: Transformer, batch: Batch) -> TokenScores:
-    """Scores the targets, dropless; logits are never held whole. Of NO_TARGET it is any number.
+    """Scores the targets for evaluation, dropless; logits are never held whole. The score of NO_TARGET is any number.
 
     Padding is what belongs to no document; of rows that are no documents, what stands behind the last target.
     """
 
-    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> tuple[Array, Array]:
-        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
-
-        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-            logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
-            largest_C1 = over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
-            z_C = over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
-            first_C = jnp.argmax(logits_Cv, axis=-1)
-            if tensor_ranks() > 1:
-                mine_C = jnp.take_along_axis(logits_Cv, first_C[:, None], axis=-1)[:, 0] == largest_C1[:, 0]
-                first_C = first_C + jax.lax.axis_index(TENSOR) * w_vD.shape[0]
-                first_C = jax.lax.pmin(jnp.where(mine_C, first_C, jnp.iinfo(jnp.int32).max), TENSOR)
-            return None, (jnp.log(z_C) + largest_C1[:, 0] - over_tensor(jax.lax.psum, target_C), first_C == xs[1])
-
-        chunks = chunks_of(x_TD.shape[0], w_vD.shape[0])
-        xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
-        scores = jax.lax.scan(body, None, xs)[1]
-        nll_BL, likeliest_BL = (_own_part(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]) for v in scores)
-        return nll_BL, likeliest_BL
+    def score(logits_Cv: Array, target_C: Array, targets_C: Array) -> tuple[Array, Array]:
+        largest_C, first_C, v = logits_Cv.max(-1), jnp.argmax(logits_Cv, axis=-1), logits_Cv.shape[-1]
+        if tensor_ranks() > 1:
+            mine_C = largest_C == jax.lax.pmax(largest_C, TENSOR)
+            first_C = jnp.where(mine_C, first_C + jax.lax.axis_index(TENSOR) * v, jnp.iinfo(jnp.int32).max)
+            first_C = jax.lax.pmin(first_C, TENSOR)
+        return _log_sum_exp(logits_Cv) - target_C, first_C == targets_C
 
     padding = WHOLE.padding(batch)
     if padding is None:
         padding = Padding.of(_behind_targets(batch.targets_BL))
     x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, padding=padding, evaluating=True)
-    targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
-    specs = token_spec(2), token_spec(2)
-    nll_BL, likeliest_BL = on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=specs)
+    nll_BL, likeliest_BL = _score_targets(model, x_BLD, batch.targets_BL, score)
     return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy, padding.tokens)
 
 
@@ -181,67 +170,83 @@ def _behind_targets(targets_BL: Array) -> Array:
 def token_nll(
     model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
 ) -> tuple[Array, Aux]:
-    """-log p of each target as training computes it, nats, and the layers' aux; to be differentiated. Of NO_TARGET it
-    is any number. A chunk's logits are computed again for the backward pass."""
+    """-log p of each target as training computes it, nats, and the layers' aux; to be differentiated. The value at
+    NO_TARGET is any number."""
 
-    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Array:
-        x_TD, targets_T = of_tensor_ranks(x_BLD, targets_BL)
-
-        @jax.checkpoint
-        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, Array]:
-            logits_Cv, target_C = _chunk(*xs, w_vD)[:2]
-            largest_C1 = over_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv.max(-1, keepdims=True)))
-            z_C = over_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
-            return None, jnp.log(z_C) + largest_C1[:, 0] - over_tensor(jax.lax.psum, target_C)
-
-        chunks = chunks_of(x_TD.shape[0], w_vD.shape[0])
-        xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
-        nll_T = jax.lax.scan(body, None, xs)[1]
-        return _own_part(nll_T.reshape(x_BLD.shape[0], -1), targets_BL.shape[1])
+    def score(logits_Cv: Array, target_C: Array, _: Array) -> tuple[Array]:
+        return (_log_sum_exp(logits_Cv) - target_C,)
 
     x_BLD, aux = _features(model, batch, dropout_key, share)
-    targets_BL = jax.sharding.reshard(batch.targets_BL, token_spec(2))
-    return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2)), aux
+    return _score_targets(model, x_BLD, batch.targets_BL, score)[0], aux
 
 
-def of_tensor_ranks(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:
-    """x_TD and targets_T of all tensor ranks' tokens."""
+def _score_targets(model: Transformer, x_BLD: Array, targets_BL: Array, score: Callable[..., Any]) -> Any:
+    """What `score` returns for every target, [B, L] each: of (logits_Cv of this rank, target's logit_C, targets_C) of a
+    chunk. A chunk's logits are computed again in a backward pass."""
+
+    def on_rank(x_BLD: Array, targets_BL: Array, w_vD: Array) -> Any:
+        x_TD, targets_T = gather_tensor_tokens(x_BLD, targets_BL)
+
+        @jax.checkpoint
+        def body(_: None, xs: tuple[Array, Array]) -> tuple[None, Any]:
+            logits_Cv, target_C = _logits(*xs, w_vD)[:2]
+            return None, score(logits_Cv, target_C, xs[1])
+
+        chunks = num_chunks(x_TD.shape[0], w_vD.shape[0])
+        xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
+        scores = jax.lax.scan(body, None, xs)[1]
+        return jax.tree.map(lambda v: _own_positions(v.reshape(x_BLD.shape[0], -1), targets_BL.shape[1]), scores)
+
+    targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
+    return on_each_rank(on_rank, (x_BLD, targets_BL), (model.unembedding(),), out_specs=token_spec(2))
+
+
+def _log_sum_exp(logits_Cv: Array) -> Array:
+    """log Σ exp over the whole vocabulary, [C]."""
+    largest_C1 = reduce_tensor(jax.lax.pmax, jax.lax.stop_gradient(logits_Cv.max(-1, keepdims=True)))
+    z_C = reduce_tensor(jax.lax.psum, jnp.exp(logits_Cv - largest_C1).sum(-1))
+    return jnp.log(z_C) + largest_C1[:, 0]
+
+
+def gather_tensor_tokens(x_BLD: Array, targets_BL: Array) -> tuple[Array, Array]:
+    """Gathers x_TD and targets_T of the tokens of all tensor ranks."""
     if tensor_ranks() > 1:
         x_BLD, targets_BL = (jax.lax.all_gather(v, TENSOR, axis=1, tiled=True) for v in (x_BLD, targets_BL))
     return x_BLD.reshape(-1, x_BLD.shape[-1]), targets_BL.reshape(-1)
 
 
-def _own_part(score_BL: Array, length: int) -> Array:
-    """This rank's positions of whole sequences."""
+def _own_positions(score_BL: Array, length: int) -> Array:
+    """Takes this rank's positions of whole sequences."""
     if tensor_ranks() == 1:
         return score_BL
     return jax.lax.dynamic_slice_in_dim(score_BL, jax.lax.axis_index(TENSOR) * length, length, axis=1)
 
 
-def over_tensor(reduction: Callable[[Array, str], Array], value: Array) -> Array:
+def reduce_tensor(reduction: Callable[[Array, str], Array], value: Array) -> Array:
+    """Reduces a value over the ranks of `tensor`, with psum or pmax."""
     return reduction(value, TENSOR) if tensor_ranks() > 1 else value
 
 
 @jax.custom_vjp
-def _summed(x_TD: Array, w_vD: Array, targets_T: Array) -> Array:
-    return _walk(x_TD, w_vD, targets_T, gradients=False)[0]
+def _cross_entropy(x_TD: Array, w_vD: Array, targets_T: Array) -> Array:
+    return _sum_cross_entropy(x_TD, w_vD, targets_T, gradients=False)[0]
 
 
-def _summed_fwd(x_TD: Array, w_vD: Array, targets_T: Array) -> tuple[Array, Any]:
-    return _walk(x_TD, w_vD, targets_T, gradients=True)
+def _cross_entropy_fwd(x_TD: Array, w_vD: Array, targets_T: Array) -> tuple[Array, Any]:
+    return _sum_cross_entropy(x_TD, w_vD, targets_T, gradients=True)
 
 
-def _summed_bwd(gradients: tuple[Array, Array], d_sum: Array) -> tuple[Array, Array, None]:
+def _cross_entropy_bwd(gradients: tuple[Array, Array], d_sum: Array) -> tuple[Array, Array, None]:
     dx_TD, dw_vD = gradients
     return (dx_TD * d_sum).astype(dx_TD.dtype), (dw_vD * d_sum).astype(dx_TD.dtype), None
 
 
-_summed.defvjp(_summed_fwd, _summed_bwd)
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Array, Array]:
-    """float32 logits_Cv of this rank's rows; the target's, and its row (0 where this rank has none), target_CD; and
-    the targets' places, v where this rank has none."""
+def _logits(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Array, Array]:
+    """This rank's float32 logits_Cv, the targets' own logits_C and rows target_CD (0 where another rank has them), and
+    the targets' places (v where another rank has them)."""
     v, product = w_vD.shape[0], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits_Cv = product("CD,VD->CV", x_CD, w_vD)
     row_C, here_C = own_rows(targets_C, v) if tensor_ranks() > 1 else (targets_C, targets_C != NO_TARGET)
@@ -249,9 +254,9 @@ def _chunk(x_CD: Array, targets_C: Array, w_vD: Array) -> tuple[Array, Array, Ar
     return logits_Cv, product("CD,CD->C", x_CD, target_CD), target_CD, place_C
 
 
-def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
-    """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w; of `tensor` ranks each has a part of them."""
-    chunks, ranks = chunks_of(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
+def _sum_cross_entropy(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[Array, Any]:
+    """Sum of -log softmax(x wᵀ)[target], and its gradients in x and w; each `tensor` rank has a part of them."""
+    chunks, ranks = num_chunks(x_TD.shape[0], w_vD.shape[0]), tensor_ranks()
     # XLA:CPU multiplies three times as fast if the result's longer side is the last one.
     longer_last = platform() == "cpu"
 
@@ -259,11 +264,11 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
         total, dw = carry
         x_CD, targets_C = xs
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        logits_Cv, target_C, target_CD, place_C = _chunk(x_CD, targets_C, w_vD)
+        logits_Cv, target_C, target_CD, place_C = _logits(x_CD, targets_C, w_vD)
         # softmax(logits) = p / z. Neither the division nor the -1 at the target is spent on C × v entries.
-        largest_C1 = over_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
+        largest_C1 = reduce_tensor(jax.lax.pmax, logits_Cv.max(-1, keepdims=True))
         p_Cv = jnp.exp(logits_Cv - largest_C1)
-        z_C1 = over_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
+        z_C1 = reduce_tensor(jax.lax.psum, p_Cv.sum(-1, keepdims=True))
         counts_C1 = (targets_C != NO_TARGET)[:, None]
         total = total + jnp.sum(jnp.where(counts_C1, jnp.log(z_C1) + largest_C1, 0)) / ranks - target_C.sum()
         if not gradients:
@@ -287,8 +292,8 @@ def _walk(x_TD: Array, w_vD: Array, targets_T: Array, gradients: bool) -> tuple[
     return total, (dx_CTD.reshape(x_TD.shape), dw_vD)
 
 
-def chunks_of(tokens: int, vocab: int) -> int:
-    """The fewest equal chunks of at most _CHUNK_ENTRIES logits."""
+def num_chunks(tokens: int, vocab: int) -> int:
+    """How many equal chunks the tokens are computed in: the fewest with at most _CHUNK_ENTRIES logits each."""
     entries = _CHUNK_ENTRIES.get(platform(), _CHUNK_ENTRIES_ACCELERATOR)
     wanted = max(1, -(-tokens * vocab // entries))
     return next(n for n in range(wanted, tokens + 1) if tokens % n == 0) if wanted < tokens else tokens

@@ -1,36 +1,26 @@
-"""manifest.json of a checkpoint: size and digest of its files. Of those that hold arrays it has the size alone where
-they are large: their chunks carry checksums, which are compared when they are read (`arrays`).
-
-`python -m bigmac_jax.training.manifest RUN/checkpoints/N` writes the one of a checkpoint that has none: that was saved
-before there were manifests or such checksums, and that you trust.
-"""
+"""manifest.json of a checkpoint: size and SHA-256 of its files. Of large files that hold arrays it has the size alone:
+their chunks carry checksums, which are compared when they are read (`checkpoint_arrays`)."""
 
 import hashlib
-import heapq
 import json
 import pathlib
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from bigmac_jax.runtime.storage import file_size, is_store, list_files, list_folder, locate, reason, write_atomically
+from bigmac_jax.runtime.storage import file_size, is_store, list_files, list_folder, reason, write_atomically
 
 NAME = "manifest.json"
-STEP = "step"  # which a checkpoint is of, whatever its directory is called; in its item `run`
+STEP = "step"  # the key, in the item `run`, of the step that a checkpoint is of, whatever its directory is called
 _RUN = "run/metadata"
 _COMMITTED = "commit_success.txt"  # what Orbax writes last on a store
 _ARRAYS = "d"  # the directories of OCDBT's files, those of arrays
 _SMALL = 1 << 16  # bytes
 
 
-def write(directory: pathlib.Path, checked: bool = True) -> None:
-    """Of all files below; it appears whole or not at all, and is on the disk then.
-
-    Args:
-      checked: whether arrays carry checksums of their own.
-    """
+def write(directory: pathlib.Path) -> None:
+    """Writes the manifest of all files below; it appears whole or not at all, and is on the disk then."""
     found = {path: size for path, size in list_files(directory).items() if path != directory / NAME}
-    read = [path for path, size in found.items() if size <= _SMALL or path.parent.name != _ARRAYS or not checked]
+    read = [path for path, size in found.items() if size <= _SMALL or path.parent.name != _ARRAYS]
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter lock
         digests = dict(zip(read, pool.map(_digest, read), strict=True))
     entries = {
@@ -40,15 +30,15 @@ def write(directory: pathlib.Path, checked: bool = True) -> None:
     write_atomically(directory / NAME, _text(entries).encode())
 
 
-def damage(
+def find_damage(
     directory: pathlib.Path, thorough: bool = True, without: str = "", share: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """What differs from the manifest, in a few words; None: nothing does.
+    """Compares a checkpoint with its manifest → the first difference, in a few words; None if there is none.
 
     Args:
       thorough: False leaves files above 64 KiB unread: only their sizes are compared.
       without: a folder of the checkpoint that is not going to be loaded; of its large files, too, sizes are compared.
-      share: (i, n) looks at the i-th of n parts of the files, of about as many bytes to read each.
+      share: (i, n) looks at the i-th of n parts of the files.
     """
     try:
         text = (directory / NAME).read_bytes().decode()
@@ -67,19 +57,18 @@ def damage(
     if not intact:
         return f"{NAME} is truncated or changed"
 
-    def to_read(name: str) -> bool:
+    def is_read(name: str) -> bool:
         size, digest = wanted[name]
-        return digest is not None and (
-            size <= _SMALL or (thorough and not (without and name.startswith(f"{without}/")))
-        )
+        passed_over = bool(without) and name.startswith(f"{without}/")
+        return digest is not None and (size <= _SMALL or (thorough and not passed_over))
 
-    def differs(name: str) -> str | None:
+    def compare(name: str) -> str | None:
         path, (size, digest) = directory / name, wanted[name]
         try:
             found = file_size(path)
             if found != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
-            if to_read(name) and _digest(path) != digest:
+            if is_read(name) and _digest(path) != digest:
                 return f"{name} has changed (SHA-256)"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -89,50 +78,36 @@ def damage(
             return f"{name} cannot be read ({reason(error)})"
         return None
 
-    own = _share({name: size if to_read(name) else 0 for name, (size, *_) in wanted.items()}, *share)
+    index, count = share
+    by_size = sorted(wanted, key=lambda name: (-wanted[name][0] if is_read(name) else 0, name))
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(differs, own)), None) or _of_another_step(directory)
+        return next(filter(None, pool.map(compare, sorted(by_size[index::count]))), None) or _find_other_step(directory)
 
 
-def steps(workdir: pathlib.Path) -> list[int]:
-    """Of a workdir's checkpoints, whatever their state, in order."""
-    found = (path for path in list_folder(workdir / "checkpoints") if path.name.isdecimal() and is_whole(path))
+def list_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of a workdir's checkpoints, whatever their state, in order."""
+    found = (path for path in list_folder(workdir / "checkpoints") if path.name.isdecimal() and is_complete(path))
     return sorted(int(path.name) for path in found)
 
 
-def is_whole(directory: pathlib.Path) -> bool:
+def is_complete(directory: pathlib.Path) -> bool:
     """Whether a directory of a step's name is a checkpoint: a disk gives it that name last."""
     return not is_store(directory) or (directory / _COMMITTED).exists()
 
 
-def _of_another_step(directory: pathlib.Path) -> str | None:
-    """What is wrong with the name of the directory."""
+def _find_other_step(directory: pathlib.Path) -> str | None:
+    """Says whether a checkpoint is of another step than its directory's name."""
     try:
         step = json.loads((directory / _RUN).read_bytes()).get(STEP)
     except (OSError, ValueError, AttributeError) as error:
         if is_store(directory) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise
         return None  # no checkpoint of ours
-    if step is None or not directory.name.isdecimal() or int(directory.name) == step:  # None: of an earlier edition
-        return None
-    return f"it is of step {step}"
-
-
-def _share(sizes: Mapping[str, int], index: int, count: int) -> list[str]:
-    """The names, in their order, that are for one of `count` processes: the largest goes first, each to whoever has the
-    least to read."""
-    loads = [(0, process) for process in range(count)]
-    own = set()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        load, process = loads[0]
-        heapq.heapreplace(loads, (load + sizes[name] + _SMALL, process))  # opening a file takes its time, too
-        if process == index:
-            own.add(name)
-    return [name for name in sizes if name in own]
+    return f"it is of step {step}" if directory.name.isdecimal() and step not in (None, int(directory.name)) else None
 
 
 def _size_and_digest(entry: Mapping[str, object]) -> tuple[int, str | None]:
-    """ValueError for another entry than `write` makes."""
+    """Reads an entry that `write` makes; ValueError for another."""
     if not {"size"} <= entry.keys() <= {"size", "sha256"}:
         raise ValueError(f"an entry with {sorted(entry)}")
     return int(str(entry["size"])), str(entry["sha256"]) if "sha256" in entry else None
@@ -145,7 +120,3 @@ def _text(entries: object) -> str:
 def _digest(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-if __name__ == "__main__":
-    write(locate(sys.argv[1], "checkpoint"), checked=False)

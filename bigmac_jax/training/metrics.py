@@ -1,7 +1,6 @@
-"""What a run reports: metrics.jsonl, boards, a progress line; FLOPs and the rate that MFU is measured against."""
+"""What a run reports: metrics.jsonl, dashboards, a progress line; FLOPs and the rate that MFU is measured against."""
 
 import contextlib
-import logging
 import math
 import os
 import pathlib
@@ -20,31 +19,28 @@ from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.runtime import signals
-from bigmac_jax.training.dashboards import open_boards
-from bigmac_jax.training.metrics_file import NAME, as_record, read_lines
+from bigmac_jax.training.dashboards import open_dashboards
+from bigmac_jax.training.metrics_file import NAME, drop_records
 from bigmac_jax.training.step import StepMetrics
-
-_log = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends to the files of a workdir, and drops the records that a killed run left of steps after `first_step`.
+    """Writes records to metrics.jsonl and the dashboards, and shows progress.
 
-    `wandb` is train.wandb.
+    Records of steps after `first_step`, which a killed run left, are dropped. `wandb` is train.wandb.
     """
 
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, wandb: str = ""):
-        self._path = workdir / NAME
-        _truncate(self._path, first_step)
-        self._file = self._path.open("a", buffering=1 << 20)  # what a full disk does not take waits here
-        self._boards = open_boards(workdir, first_step, wandb)
+        drop_records(workdir, first_step)
+        self._file = (workdir / NAME).open("a", buffering=1 << 20)  # what a full disk does not take waits here
+        self._boards = open_dashboards(workdir, first_step, wandb)
         self._steps = steps
         self._bar = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
         )  # None: shown on a terminal only
 
     def write(self, record: dict[str, Any]) -> None:
-        """One JSON object a line, flushed; it also goes to the boards. `record` holds "step"."""
+        """Writes a record, which holds "step": a JSON object a line, flushed; it also goes to the dashboards."""
         self._file.write(strict_json(record) + "\n")
         with contextlib.suppress(OSError):
             self._file.flush()
@@ -52,7 +48,7 @@ class MetricsWriter:
             board.write(record)
 
     def progress(self, step: int, line: str | None = None) -> None:
-        """`line` is of a step that is logged."""
+        """Shows how far the run is; `line` describes a step that is logged."""
         self._bar.update(step - self._bar.n)
         if line is not None and self._bar.disable:
             with signals.tolerate_closed_pipe(sys.stderr):
@@ -89,22 +85,25 @@ class StepTimer:
         self._start, self._steps = time.perf_counter(), 0
 
     def step_done(self) -> None:
+        """Counts a step."""
         self._steps += 1
 
     def skip(self, seconds: float) -> None:
+        """Leaves out a pause."""
         self._start += seconds
 
     def restart(self) -> None:
         self._start, self._steps = time.perf_counter(), 0
 
     def read(self) -> float:
+        """Returns the seconds per step, and starts anew."""
         seconds = (time.perf_counter() - self._start) / max(1, self._steps)
         self.restart()
         return seconds
 
 
 class RunConstants:
-    """What turns a step's time and tokens into rates."""
+    """The constants of a run that turn a step's time into rates."""
 
     def __init__(self, config: Config):
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
@@ -116,30 +115,26 @@ class RunConstants:
 def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstants) -> dict[str, Any]:
     """The line of metrics.jsonl for a training step, on the host."""
     metrics = jax.device_get(metrics)
-    loss, aux = float(metrics.parts.cross_entropy), metrics.parts.aux
-    record = {
-        "step": step,
-        "tokens": step * run.tokens_per_step,
-        "loss": loss,
-        **(_of_preferences(metrics.parts.preferences) or {"perplexity": math.exp(min(loss, 700))}),
+    loss, aux, pairs, gaps = metrics.parts
+    record = {"step": step, "tokens": step * run.tokens_per_step, "loss": float(loss)}
+    if pairs is None:
+        record["perplexity"] = math.exp(min(float(loss), 700))
+    else:
+        record |= {f"dpo/{name}": float(value) for name, value in pairs._asdict().items()}
+    record |= {
         "learning_rate": float(metrics.learning_rate),
         "grad_norm": float(metrics.grad_norm),
         "step_time_s": seconds,
         "tokens_per_s": run.tokens_per_step / seconds,
         "mfu": run.flops_per_step / seconds / run.peak_flops,
     }
-    if metrics.parts.gaps is not None:
-        gaps = metrics.parts.gaps
+    if gaps is not None:
         record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}
     return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})
 
 
-def _of_preferences(preferences: Any) -> dict[str, float]:
-    return {} if preferences is None else {f"dpo/{k}": float(v) for k, v in preferences._asdict().items()}
-
-
 def memory_record() -> dict[str, int]:
-    """Bytes: the fullest of this process's devices at its peak, and the process itself now; what a platform tells."""
+    """Memory in bytes: the fullest of this process's devices at its peak, and the process now; where it is told."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     record = {"memory/device_peak_bytes": max(known)} if known else {}
@@ -150,7 +145,7 @@ def memory_record() -> dict[str, int]:
 
 
 def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
-    """Means over layers, and drops by layer."""
+    """The router's metrics: means over layers, and drops and loads by layer."""
     load_YE = np.asarray(aux.load)
     relative_YE = load_YE * load_YE.shape[1]
     return {
@@ -167,7 +162,7 @@ def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
 
 
 def dense_matmul_rate(dtype: str) -> float:
-    """FLOPs a second that this process's devices reach on a square matmul, measured: what MFU is relative to."""
+    """Measures the FLOPs a second that the job's devices reach on a square matmul, which MFU is relative to."""
     cpu = jax.default_backend() == "cpu"
     n = 2048 if cpu else 8192
     device = jax.local_devices()[0]
@@ -184,27 +179,9 @@ def dense_matmul_rate(dtype: str) -> float:
 
 
 def describe_auto(config: Config) -> str:
-    """One line: which exchange `auto` took, and why."""
+    """Describes which exchange `auto` took, and why, in a line."""
     seconds = predict_seconds(config, config.model.capacity_factor, tokens_at_a_time(config, ranks()))
     ordered = sorted(seconds, key=seconds.__getitem__)
     return f"exchange=auto took {ordered[0]}; predicted microseconds of a layer's exchanges, forward: " + ", ".join(
         f"{name} {1e6 * seconds[name]:.3g}" for name in ordered
     )
-
-
-def _truncate(path: pathlib.Path, step: int) -> None:
-    """Drops the records after `step`, and what is no record, which is named but for a half-written last line."""
-    if not (lines := read_lines(path)):
-        return
-    kept, damaged, last = [], 0, lines[-1]
-    for line in lines:
-        record = as_record(line)
-        if record is None:
-            damaged += line is not last
-        elif record["step"] <= step:
-            kept.append(line + b"\n")
-    if damaged:
-        _log.warning("%s: %d lines that are no records were left out", path, damaged)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)

@@ -1,6 +1,8 @@
-"""The records of metrics.jsonl, as they are read back."""
+"""metrics.jsonl, read back: its records, and those that a killed run left after a step dropped."""
 
+import logging
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from bigmac_jax.config import ConfigError, parse_object
 
+_log = logging.getLogger(__name__)
 Record = dict[str, Any]
 NAME = "metrics.jsonl"
 _DIMENSIONS = {"moe/load": 2, "moe/drop_rate_by_layer": 1}  # of values that are no single number
@@ -15,13 +18,32 @@ _TEXTS = ("event",)
 
 
 def read_records(workdir: pathlib.Path) -> list[Record]:
-    """In order. Lines that are no record are left out: the last one of a run that is writing it, or one that a full
-    disk has cut."""
-    return [record for line in read_lines(workdir / NAME) if (record := as_record(line)) is not None]
+    """Reads the records, in order. Lines that are none are left out: the last one of a run that is writing it, or one
+    that a full disk has cut."""
+    return [record for line in _read_lines(workdir / NAME) if (record := _parse(line)) is not None]
 
 
-def read_lines(path: pathlib.Path) -> list[bytes]:
-    """The last one is what stands behind the last line's end. None, if there is no file yet.
+def drop_records(workdir: pathlib.Path, step: int) -> None:
+    """Drops the records after `step`, and what is no record, which is named but for a half-written last line."""
+    path = workdir / NAME
+    if not (lines := _read_lines(path)):
+        return
+    kept, damaged = [], 0
+    for line in lines:
+        record = _parse(line)
+        if record is None:
+            damaged += line is not lines[-1]
+        elif record["step"] <= step:
+            kept.append(line + b"\n")
+    if damaged:
+        _log.warning("%s: %d lines that are no records were left out", path, damaged)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+
+
+def _read_lines(path: pathlib.Path) -> list[bytes]:
+    """The lines of a file, the last one being what stands behind the last line's end; none if there is no file yet.
 
     Raises:
       ConfigError: it cannot be read.
@@ -34,18 +56,18 @@ def read_lines(path: pathlib.Path) -> list[bytes]:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); move it away") from None
 
 
-def as_record(line: bytes) -> Record | None:
-    """What a line says, None for numbers that are not finite; None if it is no record: no step, or another type."""
+def _parse(line: bytes) -> Record | None:
+    """The record of a line, with None for numbers that are not finite; None if it is none: no step, or another type."""
     try:
         record = parse_object(line)
         if type(record.get("step")) is not int or record["step"] < 0:
             return None
-        return {name: _checked(name, value) for name, value in record.items()}
+        return {name: _check(name, value) for name, value in record.items()}
     except (ValueError, TypeError):
         return None
 
 
-def _checked(name: str, value: Any) -> Any:
+def _check(name: str, value: Any) -> Any:
     if name in _TEXTS:
         if not isinstance(value, str):
             raise TypeError

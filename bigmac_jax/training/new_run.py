@@ -1,4 +1,4 @@
-"""A run of train.py that is at step 0, with a model that came from elsewhere."""
+"""Writes a model that came from elsewhere as a run of train.py at step 0."""
 
 import pathlib
 
@@ -10,32 +10,32 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.optimizer import make_optimizer
-from bigmac_jax.training.step import TrainState, make_trainer, split
+from bigmac_jax.training.step import TrainState, make_trainer, split_model
 from bigmac_jax.training.workdir import write_config
 
 
-def refuse_a_run(workdir: pathlib.Path, flag: str) -> None:
-    """Raises ConfigError if a run is there, which `flag` named."""
+def check_no_run(workdir: pathlib.Path, flag: str) -> None:
+    """Raises ConfigError if the folder that `flag` named holds a run."""
     with hosts.raise_together():
         if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
             raise ConfigError(f"{flag}={workdir} holds a run; give another one")
 
 
-def check_fresh(config: Config) -> Config:
-    """The config; raises ConfigError for one that begins with another model."""
+def check_new(config: Config) -> Config:
+    """Returns the config; raises ConfigError if it begins with another model."""
     for name, value in (("train.init_from", config.train.init_from), ("tuning.lora_rank", config.tuning.lora_rank)):
         if value:
             raise ConfigError(f"{name}={value} begins with the model that is written here; give it to train.py then")
     return config
 
 
-def write_fresh_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
-    """Of a model on the current mesh, its optimizer's state fresh; the workdir is held.
+def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
+    """Writes a model on the current mesh as a run at step 0, with a new optimizer state; the workdir is locked.
 
     Raises:
       ConfigError: it cannot be written.
     """
-    _, params, rest = split(model)
+    _, params, rest = split_model(model)
     abstract = make_trainer(config, jax.sharding.get_mesh()).abstract_state
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)

@@ -1,4 +1,4 @@
-"""AdamW or Muon, their schedules and their average, from Optax.
+"""AdamW and Muon from Optax, learning rate schedules, and the average of the parameters.
 
 Y layers, e experts of a rank; a matrix is X × Z.
 """
@@ -23,80 +23,76 @@ _MUON_RMS = 0.2
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """By steps done: learning_rate / (warmup_steps + 1) at first, learning_rate after the warm-up, then what
-    optimizer.schedule says, to final_learning_rate, which it keeps.
+    """The learning rate by steps done: learning_rate / (warmup_steps + 1) at first, learning_rate after the warm-up,
+    then by optimizer.schedule down to final_learning_rate, which it keeps.
 
-    cosine and linear fall for decay_steps from the end of the warm-up; wsd stays, and falls in a line in the last
-    decay_steps of train.steps.
+    cosine and linear decay for decay_steps from the end of the warm-up; wsd is constant, and decays linearly in the
+    last decay_steps of train.steps.
     """
     optimizer, steps = config.optimizer, config.train.steps
     peak, final, warmup = optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps
     first = peak / (warmup + 1)  # a first step at 0 would be lost
+    begins, decay = warmup, optimizer.decay_steps or max(1, steps - warmup)
+    if optimizer.schedule == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(first, peak, warmup, warmup + decay, final)
     if optimizer.schedule == "wsd":
         begins = max(warmup, steps - (optimizer.decay_steps or max(1, steps // 5)))
         decay = max(1, steps - begins)
-    else:
-        begins, decay = warmup, optimizer.decay_steps or max(1, steps - warmup)
-    if optimizer.schedule == "cosine":
-        return optax.schedules.warmup_cosine_decay_schedule(first, peak, warmup, warmup + decay, final)
-    schedules, boundaries = [optax.schedules.linear_schedule(first, peak, warmup)], [warmup]
-    schedules.append(optax.schedules.constant_schedule(peak))
-    if optimizer.schedule != "constant":
-        schedules.append(optax.schedules.linear_schedule(peak, final, decay))
-        boundaries.append(begins)
-    return optax.schedules.join_schedules(schedules, boundaries)
-
-
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that say they decay."""
-    return map_declared(lambda declaration, _: declaration.decays, params)
+    warm, stay = optax.linear_schedule(first, peak, warmup), optax.constant_schedule(peak)
+    fall = stay if optimizer.schedule == "constant" else optax.linear_schedule(peak, final, decay)
+    return optax.join_schedules([warm, stay, fall], [warmup, begins])
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Builds the update rule: clip, AdamW or Muon, weight decay, learning rates, frozen parameters."""
     optimizer = config.optimizer
     scaled = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
     if optimizer.name == "muon":
-        scaled = optax.partition({"muon": muon(optimizer.momentum), "adam": scaled}, _labels)
+        scaled = optax.partition({"muon": muon(optimizer.momentum), "adam": scaled}, _muon_labels)
     rule = optax.chain(
-        _stored(scaled, optimizer.moment_dtype),
-        optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+        _store_moments(scaled, optimizer.moment_dtype),
+        optax.add_decayed_weights(optimizer.weight_decay, _decay_mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
     if config.projection_rate != 1:
-        rule = optax.chain(rule, _projections_times(config.projection_rate))
+        rule = optax.chain(rule, _scale_projections(config.projection_rate))
     if optimizer.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
     if config.tuning.train_router:
         return rule
-    return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _frozen)  # nor does it decay
+    return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _router_labels)  # nor does it decay
 
 
-def _projections_times(rate: float) -> optax.GradientTransformation:
-    """Updates of W↓ and W↑, decay included: every token's gradient is theirs, so that they would turn over while the
-    experts behind them see a few tokens each."""
+def _scale_projections(rate: float) -> optax.GradientTransformation:
+    """Scales the updates of W↓ and W↑, decay included: every token's gradient is theirs, so that they would turn over
+    while the experts behind them see a few tokens each."""
     return optax.stateless(lambda updates, _: map_declared(lambda of, u: rate * u if of.slow else u, updates))
 
 
-def _frozen(params: Any) -> Any:
+def _decay_mask(params: Any) -> Any:
+    return map_declared(lambda declaration, _: declaration.decays, params)
+
+
+def _router_labels(params: Any) -> Any:
     return map_declared(lambda declaration, _: "frozen" if declaration.part == "router" else "trained", params)
 
 
-def _labels(params: Any) -> Any:
+def _muon_labels(params: Any) -> Any:
     return map_declared(lambda declaration, _: "muon" if declaration.hidden_matrix else "adam", params)
 
 
 class Momentum(NamedTuple):
-    """Of Muon, standing as its parameters do."""
+    """The state of Muon: steps done, and a momentum sharded as each parameter."""
 
     steps: Array
     mu: Any
 
 
 def muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, made orthogonal, of matrices [Y, X, Z] or [Y, e, X, Z] (Jordan et al., 2024).
+    """Muon for matrices [Y, X, Z] or [Y, e, X, Z]: Nesterov momentum, made orthogonal (Jordan et al., 2024).
 
-    As `optax.contrib.scale_by_muon`, whose Newton-Schulz iteration it calls; but that one takes no matrix whose rows or
-    columns are split between ranks, and would have every rank compute all.
+    It calls the Newton-Schulz iteration of `optax.contrib.scale_by_muon`, which takes no matrix whose rows or columns
+    are split between ranks, and would have every rank compute all.
     """
 
     def init(params: Any) -> Momentum:
@@ -107,41 +103,41 @@ def muon(momentum: float) -> optax.GradientTransformation:
         ahead = optax.tree.bias_correction(mu, momentum, count + 1)
         now = optax.tree.bias_correction(updates, momentum, count)
         nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
-        return jax.tree.map(_orthogonal, nesterov), Momentum(count, mu)
+        return jax.tree.map(_orthogonalize, nesterov), Momentum(count, mu)
 
     return optax.GradientTransformation(init, update)
 
 
 class Move(NamedTuple):
-    """Of one mesh axis, before matrices are made orthogonal: from the dimension that it splits (None: its ranks hold
-    copies) to the one that it splits then (None: its ranks hold copies then)."""
+    """An exchange over one mesh axis, from splitting the dimension `before` to splitting `then`; None is a copy on each
+    rank."""
 
     axis: str
     before: int | None
     then: int | None
 
 
-def _orthogonal(matrices: Array) -> Array:
-    """Whole matrices, dealt out so that no two ranks compute the same one, as far as they divide."""
+def _orthogonalize(matrices: Array) -> Array:
+    """Makes matrices orthogonal, dealt out so that no two ranks compute the same one, as far as they divide."""
     mesh, spec = jax.sharding.get_abstract_mesh(), spec_of(matrices)
     if mesh.empty:
         return _newton_schulz(matrices)
-    moves = deal(matrices.shape, spec, mesh.shape)
+    moves = plan_moves(matrices.shape, spec, mesh.shape)
 
     def on_rank(shard: Array) -> Array:
         for axis, before, then in moves:
-            shard = _moved(shard, axis, before, then)
+            shard = _move(shard, axis, before, then)
         shard = _newton_schulz(shard)
         for axis, before, then in reversed(moves):
-            shard = _moved(shard, axis, then, before)
+            shard = _move(shard, axis, then, before)
         return shard
 
     # Unchecked: that all ranks of an axis gather the same is not in an array's type.
     return jax.shard_map(on_rank, in_specs=spec, out_specs=spec, axis_names=set(AXES), check_vma=False)(matrices)
 
 
-def deal(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[Move]:
-    """How each rank comes to whole matrices of an array [Y, X, Z] or [Y, e, X, Z] that stands as `spec` says."""
+def plan_moves(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[Move]:
+    """Plans exchanges that give each rank whole matrices of an array [Y, X, Z] or [Y, e, X, Z] sharded by `spec`."""
     entries = [names(entry) for entry in (*spec, *[None] * (len(shape) - len(spec)))]
     leading = range(len(shape) - 2)
     left = [shape[dim] // math.prod(sizes[axis] for axis in entries[dim]) for dim in leading]
@@ -158,8 +154,8 @@ def deal(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> list[Move
     return moves
 
 
-def _moved(shard: Array, axis: str, before: int | None, then: int | None) -> Array:
-    """A rank's part of an array that `axis` splits in another dimension."""
+def _move(shard: Array, axis: str, before: int | None, then: int | None) -> Array:
+    """Moves an array's split over `axis` from one dimension to another."""
     if before is not None and then is not None:
         return jax.lax.all_to_all(shard, axis, split_axis=then, concat_axis=before, tiled=True)
     if before is not None:
@@ -170,7 +166,7 @@ def _moved(shard: Array, axis: str, before: int | None, then: int | None) -> Arr
 
 
 def _newton_schulz(matrices: Array) -> Array:
-    """On one rank."""
+    """Makes matrices orthogonal on one rank, with the entries' size of AdamW's updates."""
     X, Z = matrices.shape[-2:]
     one = optax.contrib.scale_by_muon(
         beta=0.0, nesterov=False, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2)
@@ -180,8 +176,8 @@ def _newton_schulz(matrices: Array) -> Array:
     return _MUON_RMS * math.sqrt(max(X, Z)) * orthogonal.reshape(matrices.shape)
 
 
-def _stored(transformation: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """With its moments kept in `dtype`, and computed in float32."""
+def _store_moments(transformation: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """Keeps the moments in `dtype`, and computes in float32."""
     if dtype == "float32":
         return transformation
 
@@ -195,8 +191,8 @@ def _stored(transformation: optax.GradientTransformation, dtype: str) -> optax.G
     return optax.GradientTransformation(lambda params: cast(transformation.init(params), dtype), update)
 
 
-def averaged(config: Config, average: Any, params: Any, steps: Array) -> Any:
-    """The exponential average of the parameters after so many steps, the last one's being `params`.
+def update_average(config: Config, average: Any, params: Any, steps: Array) -> Any:
+    """Adds `params` to the exponential average of the parameters after `steps` steps.
 
     Its weights d^(t-i) sum to one at every t (Adam's correction of the first steps), so that it never holds what the
     parameters started as.

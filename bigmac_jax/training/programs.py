@@ -1,4 +1,4 @@
-"""The programs of training as values: a run calls them, and the planner compiles them for machines that are not there.
+"""The step and the evaluation as values: a run calls them, the planner compiles them for machines that are not there.
 
 B batch, L length.
 """
@@ -21,12 +21,12 @@ from bigmac_jax.training.step import Trainer
 
 @hosts.Jit
 def evaluate(model: Transformer, batch: Batch) -> TokenScores:
-    """Scores of the targets, on every process; logits are not held whole."""
+    """Scores the targets of a batch, on every process; logits are not held whole."""
     return jax.tree.map(lambda v: jax.sharding.reshard(v, replicated_spec(v.ndim)), token_scores(model, batch))
 
 
 def evaluation_rows(config: Config) -> int:
-    """Sequences that an evaluation scores at a time: a part of the step's batch, as large as what a step computes."""
+    """Sequences that an evaluation scores at a time: as many as a step computes at a time."""
     return config.data.batch_size // config.train.accumulate_steps
 
 
@@ -47,20 +47,23 @@ class Program(NamedTuple):
     beside: Any = ()
 
     def lower(self) -> Any:
+        """Lowers the function for its arguments, to be compiled."""
         return self.function.lower(*self.arguments, **self.static)
 
 
 def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
+    """The training step with the abstract arguments that it takes."""
     batch = abstract_batch(config.data.batch_size, config, mesh, training=True)
     return Program("step", trainer.step, (trainer.abstract_state, batch), {})
 
 
 def abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:
+    """An abstract array on a mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
 def abstract_batch(rows: int, config: Config, mesh: Mesh, training: bool = False) -> Batch:
-    """Of abstract arrays."""
+    """A batch of abstract arrays, as a step takes it (`training`) or an evaluation."""
     tokens_BL = abstract(mesh, batch_spec(2), rows, config.data.sequence_length)
     own = config.tuning.objective == "dpo" and not config.tuning.lora_rank
     reference_BL = abstract(mesh, batch_spec(2), *tokens_BL.shape, dtype=jnp.float32) if own and training else None

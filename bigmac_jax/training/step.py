@@ -28,7 +28,7 @@ from bigmac_jax.training.accumulation import accumulate
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.dpo import dpo_loss
 from bigmac_jax.training.loss import LossParts, Share, loss_fn, token_nll
-from bigmac_jax.training.optimizer import averaged, learning_rate, make_optimizer
+from bigmac_jax.training.optimizer import learning_rate, make_optimizer, update_average
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -45,8 +45,8 @@ class TrainState:
     # Of the last good steps, oldest first, inf where there was none yet; None without train.spike_factor.
     losses: Array | None = None
     average: nnx.State | None = None  # of params over the steps; None without optimizer.average_decay
-    base: nnx.State | None = None  # the model's own parameters, where params are its adapters; no step moves it
-    teacher: Transformer | None = None  # whom the model learns from (tuning.teacher); no step moves it
+    base: nnx.State | None = None  # the model's own parameters, where params are its adapters; no step changes it
+    teacher: Transformer | None = None  # the model that is learned from (tuning.teacher); no step changes it
 
 
 class StepMetrics(NamedTuple):
@@ -67,27 +67,27 @@ class Trainer(NamedTuple):
     begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
     gradient: Any  # of a step, to be traced: (state, Batch) → ((loss, LossParts), gradients as params)
-    abstract_state: TrainState  # shapes and shardings, of what a step is given
+    abstract_state: TrainState  # shapes and shardings that a step takes
     config: Config
 
     def model(self, state: TrainState) -> Transformer:
-        """What is evaluated: with the average of the parameters, if there is one."""
-        return whole_model(self.config, self.graphdef, evaluated(state), state)
+        """The model that is evaluated: with the average of the parameters, if there is one."""
+        return build_model(self.config, self.graphdef, evaluated_params(state), state)
 
     def plain_model(self, state: TrainState) -> Transformer:
-        """The same without adapters: what they add is added to the parameters, a copy of which this is then."""
+        """The model that is evaluated, without adapters: a copy of the parameters to which these are added."""
         model = self.model(state)
-        return model if state.base is None else plain(model)
+        return model if state.base is None else merge_adapters(model)
 
 
 @jax.jit
-def plain(model: Transformer) -> Transformer:
-    """A model with its adapters merged."""
-    graphdef, params, rest = split(model)
+def merge_adapters(model: Transformer) -> Transformer:
+    """Adds a model's adapters to its parameters."""
+    graphdef, params, rest = split_model(model)
     return nnx.merge(graphdef, merged(params), rest)
 
 
-def whole_model(
+def build_model(
     config: Config, graphdef: Any, params: nnx.State, state: TrainState, dropout_key: Array | None = None
 ) -> Transformer:
     """The model of a state with other `params`, which are its own or its adapters'."""
@@ -98,19 +98,89 @@ def whole_model(
     return nnx.merge(graphdef, params, state.rest)
 
 
-def evaluated(state: TrainState) -> nnx.State:
+def evaluated_params(state: TrainState) -> nnx.State:
     """The parameters that a run is judged by."""
     return state.params if state.average is None else state.average
 
 
-def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
+def split_model(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     """(graphdef, parameters, the rest): `nnx.merge` of the three is the model again."""
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, params, rest[0]
 
 
+class _Programs:
+    """The functions of a run that `make_trainer` jits."""
+
+    def __init__(self, config: Config):
+        self.config, self.optimizer, self.schedule = config, make_optimizer(config), learning_rate(config)
+        self.graphdef = split_model(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))[0]
+
+    def init(self, key: Array) -> TrainState:
+        return self.begin(*split_model(init_model(self.config, key))[1:], key)
+
+    def begin(self, params: nnx.State, rest: nnx.State, key: Array) -> TrainState:
+        config, base = self.config, None
+        if config.tuning.lora_rank:
+            base, params = params, make_adapters(config, params, key)
+        losses = jnp.full(RECENT_LOSSES, jnp.inf) if config.train.spike_factor else None
+        # A copy, or both would be one buffer that is donated twice.
+        average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, self.optimizer.init(params), losses, average, base)
+
+    def loss(
+        self, state: TrainState, params: nnx.State, batch: Batch, key: Array, share: Share
+    ) -> tuple[Array, LossParts]:
+        model = build_model(self.config, self.graphdef, params, state, key)
+        if state.teacher is not None:
+            return distilled_loss(model, state.teacher, batch, key, share)
+        if self.config.tuning.objective != "dpo":
+            return loss_fn(model, batch, key, share)
+        if state.base is not None:  # the model without its adapters is the reference
+            reference_BL, _ = token_nll(nnx.merge(self.graphdef, state.base, state.rest), batch)
+            batch = batch._replace(reference_BL=jax.sharding.reshard(reference_BL, batch_spec(2)))
+        return dpo_loss(model, batch, key, share)
+
+    def gradient(self, state: TrainState, batch: Batch) -> tuple[tuple[Array, LossParts], nnx.State]:
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
+        return accumulate(self.config, functools.partial(self.loss, state), state.params, batch, key)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        (loss, parts), gradients = self.gradient(state, batch)  # summed over the parts of the batch
+        grad_norm = optax.tree.norm(gradients)
+        bad, losses = self._judge(loss, grad_norm, state.losses)
+        with jax.named_scope("optimizer"):  # which clips, too
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = update_average(self.config, average, params, state.step + 1)
+        rest, parts = self._balance(state.rest, parts)
+        if self.config.train.on_bad_step == "skip":
+            before = (state.params, state.rest, state.opt_state, state.average)
+            params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
+        after = TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher)
+        return after, StepMetrics(loss, parts, grad_norm, jnp.asarray(self.schedule(state.step)), bad)
+
+    def _judge(self, loss: Array, grad_norm: Array, losses: Array | None) -> tuple[Array, Array | None]:
+        """Whether a step is bad, and the recent losses after it."""
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        if losses is None:
+            return bad, None
+        bad |= loss > self.config.train.spike_factor * jnp.sort(losses)[RECENT_LOSSES // 2]
+        return bad, jnp.where(bad, losses, jnp.append(losses[1:], loss))
+
+    def _balance(self, rest: nnx.State, parts: LossParts) -> tuple[nnx.State, LossParts]:
+        """Moves the router's biases by the loads of the step."""
+        config, aux = self.config, parts.aux
+        if not (config.model.is_moe and config.model.has_router_bias):
+            return rest, parts
+        rest = jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), rest)
+        return rest, parts._replace(aux=aux._replace(quantile_stats=aux.load[:, :0]))  # large, and read here alone
+
+
 def _unless(bad: Array, new: Any, old: Any) -> Any:
-    """`old` after a bad step, but for the count of the learning rate's schedule, which goes by steps."""
+    """`new`, or `old` after a bad step; the count of the learning rate's schedule is always new: it goes by steps."""
 
     def choose(new: Any, old: Any) -> Any:
         return new if isinstance(new, optax.ScaleByScheduleState) else jnp.where(bad, old, new)
@@ -124,87 +194,26 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
     Args:
       teacher: the config of tuning.teacher, if there is one.
     """
-    optimizer, schedule = make_optimizer(config), learning_rate(config)
-    preferred = config.tuning.objective == "dpo"
-    spike_factor, execution = config.train.spike_factor, config.execution
-
-    def init(key: Array) -> TrainState:
-        return begin(*split(init_model(config, key))[1:], key)
-
-    def begin(params: nnx.State, rest: nnx.State, key: Array) -> TrainState:
-        base = None
-        if config.tuning.lora_rank:
-            base, params = params, make_adapters(config, params, key)
-        losses = jnp.full(RECENT_LOSSES, jnp.inf) if spike_factor else None
-        # A copy, or both would be one buffer that is donated twice.
-        average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params), losses, average, base)
-
-    def gradient(state: TrainState, batch: Batch) -> tuple[tuple[Array, LossParts], nnx.State]:
-        dropout_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        return accumulate(config, functools.partial(loss_of_params, state), state.params, batch, dropout_key)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        (loss, parts), grads = gradient(state, batch)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        rest = state.rest
-        if config.model.is_moe and config.model.has_router_bias:
-            aux = parts.aux
-            rest = jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), rest)
-            parts = parts._replace(aux=aux._replace(quantile_stats=aux.load[:, :0]))  # large, and not used again
-        grad_norm, losses, average = optax.tree.norm(grads), state.losses, state.average
-        if average is not None:
-            average = averaged(config, average, params, state.step + 1)
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-        if losses is not None:
-            bad |= loss > spike_factor * jnp.sort(losses)[RECENT_LOSSES // 2]
-            losses = jnp.where(bad, losses, jnp.append(losses[1:], loss))
-        if config.train.on_bad_step == "skip":
-            before = (state.params, state.rest, state.opt_state, state.average)
-            params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
-        metrics = StepMetrics(loss, parts, grad_norm, jnp.asarray(schedule(state.step)), bad)
-        return TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher), metrics
-
-    def loss_of_params(
-        state: TrainState, params: nnx.State, batch: Batch, key: Array, share: Share
-    ) -> tuple[Array, LossParts]:
-        model = whole_model(config, graphdef, params, state, key)
-        if state.teacher is not None:
-            return distilled_loss(model, state.teacher, batch, key, share)
-        if not preferred:
-            return loss_fn(model, batch, key, share)
-        if state.base is not None:  # the model without its adapters is the reference
-            reference_BL, _ = token_nll(nnx.merge(graphdef, state.base, state.rest), batch)
-            batch = batch._replace(reference_BL=jax.sharding.reshard(reference_BL, batch_spec(2)))
-        return dpo_loss(model, batch, key, share)
-
     # No array is made here: the mesh may be of devices that are only compiled for.
-    graphdef, _, _ = split(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))
-    begun = placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
+    programs, execution = _Programs(config), config.execution
+    begun = placed(jax.eval_shape(lambda: programs.init(jax.random.key(0))), mesh)
     abstract = begun
     if teacher is not None:
         of_teacher = jax.eval_shape(lambda: init_model(teacher, jax.random.key(0)))
         abstract = dataclasses.replace(begun, teacher=placed(of_teacher, mesh))
     begun_shardings, state_shardings = (jax.tree.map(lambda leaf: leaf.sharding, of) for of in (begun, abstract))
-    batch_sharding = jax.sharding.NamedSharding(mesh, batch_spec(2))
-    unoptimised = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
-    return Trainer(
-        graphdef,
-        # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
-        jax.jit(init, out_shardings=begun_shardings, compiler_options=unoptimised),
-        jax.jit(begin, out_shardings=begun_shardings, compiler_options=unoptimised, donate_argnums=(0, 1)),
-        jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(state_shardings, batch_sharding),
-            out_shardings=(state_shardings, None),
-            compiler_options=environment.compiler_options(
-                mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
-            ),
+    # Compiled for a single run: XLA:CPU's optimisations would take three times as long as it does without them.
+    once = {"out_shardings": begun_shardings}
+    if platform() == "cpu":
+        once["compiler_options"] = {"xla_backend_optimization_level": 0}
+    step = jax.jit(
+        programs.step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, batch_spec(2))),
+        out_shardings=(state_shardings, None),
+        compiler_options=environment.compiler_options(
+            mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
         ),
-        gradient,
-        abstract,
-        config,
     )
+    init, begin = jax.jit(programs.init, **once), jax.jit(programs.begin, donate_argnums=(0, 1), **once)
+    return Trainer(programs.graphdef, init, begin, step, programs.gradient, abstract, config)

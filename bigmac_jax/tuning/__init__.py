@@ -1,4 +1,4 @@
-"""Tuning: a run that begins at a trained model, and the model that comes of it."""
+"""Tuning: runs that begin with a trained model, and reading the models that they make."""
 
 from bigmac_jax.tuning.pretrained import restore, restore_step
 

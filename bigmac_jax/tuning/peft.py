@@ -1,8 +1,8 @@
-"""Adapters in the layout of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors, which its
+"""Exports adapters for Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors, which its
 `PeftModel.from_pretrained(base, folder)` adds to the export of the model that they were trained on.
 
-X inputs and Y outputs of a matrix, r rank, E experts. PEFT's A is [r, X] and its B [Y, r]. Of all experts of a layer,
-which are one parameter there, taken for [E, outputs, inputs], A is [E · r, Y] and B [X, r · E]: an expert's rows stand
+X inputs and Y outputs of a matrix, r rank, E experts. PEFT's A is [r, X] and its B [Y, r]. A layer's experts are one
+parameter there, which PEFT takes for [E, outputs, inputs]: A is [E · r, Y] and B [X, r · E]; an expert's rows stand
 together, its columns apart.
 """
 
@@ -25,11 +25,11 @@ from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import Restored
 
 _PREFIX = "base_model.model."
-_ORDER = ["", "up_proj", "gate_proj", "down_proj"]  # of the parameters of our class' experts
+_ORDER = ["", "up_proj", "gate_proj", "down_proj"]  # in which our class' experts declare their parameters
 
 
 def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
-    """Writes the adapters of a checkpoint → how many numbers they have. With several processes, all must call it.
+    """Writes the adapters of a checkpoint → how many parameters they have. With several processes, all must call it.
 
     Raises:
       ConfigError: a run without adapters, some that PEFT has no place for, or `output` is there already.
@@ -39,7 +39,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
         raise ConfigError("--format=peft is of adapters, and this run trains the whole model; use --format=auto")
     output = storage.absolute(storage.locate(output, "--output"))
     adapters = named_leaves(run.params)
-    tensors = list(_adapted(config, adapters, named_leaves(run.base)))
+    tensors = list(_adapted_tensors(config, adapters, named_leaves(run.base)))
     with hosts.raise_together():
         if hosts.is_first():
             tensor_files.check_new(output)
@@ -64,7 +64,8 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     return sum(value.size for value in values.values())
 
 
-def _adapted(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]:
+def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]:
+    """The tensors of an export that have adapters; raises ConfigError for those that PEFT has no place for."""
     kind = choose_format(config)
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
     for tensor in FORMATS[kind].tensors(config.model, base):
@@ -80,7 +81,7 @@ def _adapted(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]
 
 
 def _module(tensor: Tensor) -> tuple[str, str]:
-    """The module of a tensor, and the name of its parameter where that is no `weight` of a Linear."""
+    """The module of a tensor, and its parameter's name there; "" for the `weight` of a Linear."""
     module, _, name = tensor.name.rpartition(".")
     if module.startswith("backbone."):  # as files of NemotronH have it; its class has `model`, and renames
         module = module.replace("backbone", "model", 1)
@@ -88,6 +89,7 @@ def _module(tensor: Tensor) -> tuple[str, str]:
 
 
 def _settings(config: Config, tensors: list[Tensor]) -> dict[str, Any]:
+    """The contents of adapter_config.json."""
     tuning, modules = config.tuning, [_module(tensor) for tensor in tensors]
     return {
         "peft_type": "LORA",
@@ -106,7 +108,7 @@ def _settings(config: Config, tensors: list[Tensor]) -> dict[str, Any]:
 
 
 def _part(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """A layer's, on the host."""
+    """A layer's part of a parameter, on the host."""
     part = leaf if layer is None else leaf[layer]
     if not part.is_fully_addressable:
         part = jax.jit(lambda v: jax.sharding.reshard(v, replicated_spec(v.ndim)))(part)

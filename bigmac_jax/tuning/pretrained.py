@@ -1,4 +1,7 @@
-"""Where a run begins: at a model that was trained before, named by train.init_from. V vocabulary, D hidden."""
+"""Pretrained models: the one that a run begins with (train.init_from), found, compared with the run's config and read.
+
+V vocabulary, D hidden.
+"""
 
 import contextlib
 import dataclasses
@@ -26,25 +29,27 @@ from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import find_checkpoint, restore_parts
-from bigmac_jax.training.step import split
-from bigmac_jax.training.workdir import has_run, read_config, run_of, with_own_tokenizer
+from bigmac_jax.training.step import split_model
+from bigmac_jax.training.workdir import has_run, read_config, read_run_json, use_saved_tokenizer
 
-# What a run may set anew without a word: how it is trained. What else may differ is told (`_NAMED`).
+INIT_FROM = "init_from"  # the key of a run's pretrained model in run.json's `data`
+# Fields of the model that may differ from the pretrained one's without a word, and those that may with one.
 _FREE = (
     "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
     "projection_init",
 )  # fmt: skip
-ORIGIN = "init_from"  # under which run.json has a run's `identity`
-_NAMED = ("vocab_size", "rope_theta", "balance", "balance_step")
+_TOLD = ("vocab_size", "rope_theta", "balance", "balance_step")
 _log = logging.getLogger(__name__)
 
 
-class Origin(NamedTuple):
-    """Attributes:
-    place: a workdir, or a folder with config.json and safetensors.
-    step: of the checkpoint; "" of a folder.
-    digest: of what it holds.
-    config: the model's own; data.tokenizer is what it was trained with.
+class Pretrained(NamedTuple):
+    """A trained model that a run begins with or learns from, found but not read.
+
+    Attributes:
+      place: a workdir, or a folder with config.json and safetensors.
+      step: of the checkpoint; "" of a folder.
+      digest: of the checkpoint's manifest, or the folder's files.
+      config: the model's own; data.tokenizer is what it was trained with.
     """
 
     place: str
@@ -54,21 +59,28 @@ class Origin(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """By which a run knows its origin again."""
+        """What run.json records of it, to tell the same model from another."""
         return f"{self.step}:{self.digest}"
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """Its workdir, or the folder that holds it."""
+        path = storage.locate(self.place, "train.init_from")
+        return path.parent.parent if self.step and path.parent.name == "checkpoints" else path
 
-def open_origin(place: str, identity: str = "", name: str = "train.init_from") -> Origin:
-    """What the field `name` names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder. No device is
-    touched; with several processes, all must call it.
+
+def open_pretrained(place: str, identity: str = "", name: str = "train.init_from") -> Pretrained:
+    """Finds the model that the field `name` names: a workdir's newest checkpoint, `WORKDIR/checkpoints/N`, or a folder.
+
+    No device is touched; with several processes, all must call it.
 
     Args:
-      identity: that it must have, as a run has recorded it; of a workdir, the checkpoint of that step is taken.
+      identity: the one that it must have; of a workdir, the checkpoint of its step is taken.
 
     Raises:
       ConfigError: there is no model, or another one.
     """
-    step, pinned, origin = "latest", identity.partition(":")[0], None
+    step, recorded, found = "latest", identity.partition(":")[0], None
     with hosts.raise_together():
         path = storage.locate(place, name)
         if path.parent.name == "checkpoints":
@@ -77,39 +89,60 @@ def open_origin(place: str, identity: str = "", name: str = "train.init_from") -
             storage.check_inside(path, "config.json"), "copy it again"
         ):
             with storage.local_folder(path) as directory:
-                origin = Origin(place, "", _digest(directory), open_checkpoint(directory)[0])
+                found = Pretrained(place, "", _digest(directory), open_checkpoint(directory)[0])
         elif not has_run(path):
             raise ConfigError(
                 f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
             )
-    if origin is None:
-        number, digest = find_checkpoint(path, pinned or step)
+    if found is None:
+        number, digest = find_checkpoint(path, recorded or step)
         with hosts.raise_together():
-            origin = Origin(place, str(number), digest, with_own_tokenizer(path, read_config(path)))
-    if identity and origin.identity != identity:
+            found = Pretrained(place, str(number), digest, use_saved_tokenizer(path, read_config(path)))
+    if identity and found.identity != identity:
         raise ConfigError(f"{name}={place} is not the model that this run was started with; bring that back")
-    return origin
+    return found
 
 
-def with_places(config: Config) -> Config:
-    """The config in which models are found from any working directory."""
+def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Pretrained:
+    """Finds the model that the field `name` of a run names; once the run has begun, the one that its run.json has under
+    `key`. Errors as for `open_pretrained`."""
+    identity = read_run_json(workdir)["data"].get(key, "")
+    try:
+        return open_pretrained(place, identity, name)
+    except ConfigError as error:
+        if not identity:
+            raise
+        step = identity.partition(":")[0]
+        of_step = f", with its checkpoint {step}" if step else ""
+        raise ConfigError(
+            f"{error} ({workdir} needs {name}={place} as it was{of_step}; if that was moved, resume once with "
+            f"--config.{name}=PLACE)"
+        ) from None
 
-    def whole(place: str, name: str) -> str:
+
+def open_init_from(workdir: pathlib.Path, config: Config) -> Pretrained:
+    """Finds the model that a run begins with (train.init_from)."""
+    return open_recorded(workdir, config.train.init_from, INIT_FROM, "train.init_from")
+
+
+def with_absolute_places(config: Config) -> Config:
+    """The config with absolute paths of train.init_from and tuning.teacher, for any working directory."""
+
+    def absolute(place: str, name: str) -> str:
         return place and str(storage.absolute(storage.locate(place, name)))
 
-    train = dataclasses.replace(config.train, init_from=whole(config.train.init_from, "train.init_from"))
-    tuning = dataclasses.replace(config.tuning, teacher=whole(config.tuning.teacher, "tuning.teacher"))
+    train = dataclasses.replace(config.train, init_from=absolute(config.train.init_from, "train.init_from"))
+    tuning = dataclasses.replace(config.tuning, teacher=absolute(config.tuning.teacher, "tuning.teacher"))
     return dataclasses.replace(config, train=train, tuning=tuning)
 
 
-def config_of(origin: Origin, given: Mapping[str, str]) -> Config:
-    """What a run that begins there has where nobody says otherwise: the model and how it was trained.
+def inherit_config(origin: Pretrained, given: Mapping[str, str]) -> Config:
+    """The config of a run that begins with `origin`, where its user says nothing else: that model, trained as it was.
 
     Args:
-      given: the run's own fields by full name; with data of its own the other's goes, and what was held out of it.
+      given: the user's fields by full name; with data of its own, the run inherits neither data nor held-out splits.
     """
-    config = origin.config
-    data = config.data
+    config, data = origin.config, origin.config.data
     if given.get("data.source") or given.get("data.mixture"):
         data = dataclasses.replace(
             data, source=DataConfig.source, validation_source="", test_source="", mixture="", curriculum=""
@@ -118,13 +151,13 @@ def config_of(origin: Origin, given: Mapping[str, str]) -> Config:
     return dataclasses.replace(config, data=data, train=train, tuning=TuningConfig())
 
 
-def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
-    """The tokenizer of a run that begins there: its own, or one that data.tokenizer names and that extends it.
+def choose_tokenizer(origin: Pretrained, config: Config) -> Tokenizer:
+    """Loads the tokenizer of a run that begins with `origin`: that one's, or data.tokenizer if it extends it.
 
     Raises:
       ConfigError: tokens would mean something else than the model has learned.
     """
-    own = tokenizer_of(origin, config)
+    own = own_tokenizer(origin, config)
     if config.data.tokenizer == "bpe":  # would be trained on the new text
         if own is None:
             raise ConfigError(f"train.init_from={origin.place} holds no tokenizer; give data.tokenizer")
@@ -138,8 +171,8 @@ def tokenizer_from(origin: Origin, config: Config) -> Tokenizer:
     return given
 
 
-def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
-    """None if it has none."""
+def own_tokenizer(origin: Pretrained, config: Config) -> Tokenizer | None:
+    """Loads the tokenizer that a model was trained with; None if its folder holds none."""
     name = origin.config.data.tokenizer
     if name.endswith(TOKENIZER_FILES) and not pathlib.Path(name).expanduser().is_file():
         return None
@@ -147,38 +180,30 @@ def tokenizer_of(origin: Origin, config: Config) -> Tokenizer | None:
     return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))
 
 
-def with_chat_of(origin: Origin, config: Config) -> Config:
-    """The config by which rows are encoded: where it names no tokenizer or no chat template of its own, it names the
-    origin's."""
+def with_pretrained_chat(origin: Pretrained, config: Config) -> Config:
+    """The config to encode rows by: with the pretrained model's tokenizer and chat template where it names none."""
     data, tuning = config.data, config.tuning
     if data.tokenizer == "bpe":
         data = dataclasses.replace(data, tokenizer=origin.config.data.tokenizer)
-    if not read_chat(tuning.chat_template, data.tokenizer, "tuning.chat_template").template:
-        folder = _folder(origin)
-        if read_chat_folder(folder).template:
-            tuning = dataclasses.replace(tuning, chat_template=str(folder))
+    own = read_chat(tuning.chat_template, data.tokenizer, "tuning.chat_template").template
+    if not own and read_chat_folder(origin.folder).template:
+        tuning = dataclasses.replace(tuning, chat_template=str(origin.folder))
     return dataclasses.replace(config, data=data, tuning=tuning)
 
 
-def _folder(origin: Origin) -> pathlib.Path:
-    """The workdir, or what has no workdir."""
-    path = storage.locate(origin.place, "train.init_from")
-    return path.parent.parent if origin.step and path.parent.name == "checkpoints" else path
-
-
 def _extends(given: Tokenizer, own: Tokenizer) -> bool:
-    """Whether all tokens have their old ids."""
+    """Whether all tokens of `own` have the same ids in `given`."""
     if not (isinstance(given, JsonTokenizer) and isinstance(own, JsonTokenizer)):
         return False
     new, old = (tokenizers.Tokenizer.from_str(t.json_text).get_vocab(with_added_tokens=True) for t in (given, own))
     return all(new.get(token) == number for token, number in old.items())
 
 
-def differences(origin: Origin, config: Config) -> list[str]:
-    """What of the model is not as it was, and may be, each as `field before → now`.
+def compare_models(origin: Pretrained, config: Config) -> list[str]:
+    """The differences between the pretrained model and the run's that are allowed, each as `field before → now`.
 
     Raises:
-      ConfigError: a difference that the parameters do not bear.
+      ConfigError: a difference that does not fit the parameters.
     """
     before, now = origin.config.resolved.model, config.resolved.model
     told = []
@@ -186,7 +211,7 @@ def differences(origin: Origin, config: Config) -> list[str]:
         old, new = getattr(before, field.name), getattr(now, field.name)
         if old == new or field.name in _FREE:
             continue
-        if field.name not in _NAMED:
+        if field.name not in _TOLD:
             raise ConfigError(
                 f"model.{field.name}={new!r} differs from {old!r} of train.init_from={origin.place}, whose parameters "
                 f"are of that model; drop it, or begin without train.init_from"
@@ -216,42 +241,44 @@ def differences(origin: Origin, config: Config) -> list[str]:
     return told
 
 
-def load(origin: Origin, config: Config) -> tuple[nnx.State, nnx.State]:
-    """The parameters and the rest of the model on the current mesh, as `config` wants them: rows of a table of tokens
-    that it did not have are the mean of those it had, so that new tokens are as likely as an average one (Hewitt,
-    "Initializing New Word Embeddings", 2021)."""
-    differences(origin, config)
+def load_parameters(origin: Pretrained, config: Config) -> tuple[nnx.State, nnx.State]:
+    """Reads the parameters and the rest of a model, in the shapes of `config`, onto the current mesh.
+
+    New rows of a table of tokens are the mean of the old ones, so that new tokens are as likely as an average one
+    (Hewitt, "Initializing New Word Embeddings", 2021).
+    """
+    compare_models(origin, config)
     source = dataclasses.replace(origin.config, mesh=config.mesh, execution=config.execution)
     found = named_leaves(read_model(origin, source))
     abstract = placed(jax.eval_shape(lambda: init_model(config, jax.random.key(0))), jax.sharding.get_mesh())
 
-    def fitted(path: Any, like: Any) -> Array:
+    def fit(path: Any, like: Any) -> Array:
         value = found.get(leaf_name(path))
         if value is None:  # a router's bias that balancing begins with
             return jax.jit(lambda: jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding.spec))()
-        return value if value.shape == like.shape else _with_rows(value, like)
+        return value if value.shape == like.shape else _resize(value, like)
 
-    _, params, rest = split(jax.tree_util.tree_map_with_path(fitted, abstract))
+    _, params, rest = split_model(jax.tree_util.tree_map_with_path(fit, abstract))
     return params, rest
 
 
-def read_model(origin: Origin, source: Config) -> Transformer:
-    """The model as it is there, on the current mesh; `source`: its config, with that mesh."""
+def read_model(origin: Pretrained, source: Config) -> Transformer:
+    """Reads a pretrained model onto the current mesh. `source` is its config, with that mesh."""
     if origin.step:
-        return restore_step(_folder(origin), origin.step, source)[1]
+        return restore_step(origin.folder, origin.step, source)[1]
     values = dataclasses.asdict(source)
     sections = [(section, name) for section in ("mesh", "execution") for name in values[section]]
     overrides = [f"{section}.{name}={values[section][name]}" for section, name in sections]
     with contextlib.ExitStack() as stack:
         with hosts.raise_together():  # a store may fail for one process alone
-            directory = stack.enter_context(storage.local_folder(_folder(origin)))
+            directory = stack.enter_context(storage.local_folder(origin.folder))
         return import_model(directory, overrides)[1]
 
 
-def _with_rows(table: Array, like: Any) -> Array:
-    """A table [V, D] with more rows, or positions [L, D] with fewer. For a moment each rank holds it whole."""
+def _resize(table: Array, like: Any) -> Array:
+    """Gives a table [V, D] more rows, or positions [L, D] fewer. For a moment each rank holds it whole."""
 
-    def resized(table_VD: Array) -> Array:
+    def resize(table_VD: Array) -> Array:
         table_VD = jax.sharding.reshard(table_VD, replicated_spec(2))
         more = like.shape[0] - table_VD.shape[0]
         if more > 0:
@@ -259,11 +286,11 @@ def _with_rows(table: Array, like: Any) -> Array:
             table_VD = jnp.concatenate([table_VD, jnp.broadcast_to(mean_1D, (more, table_VD.shape[1]))])
         return jax.sharding.reshard(table_VD[: like.shape[0]], like.sharding.spec)
 
-    return jax.jit(resized)(table)
+    return jax.jit(resize)(table)
 
 
 def _digest(directory: pathlib.Path) -> str:
-    """Of config.json and the tensors' files; of a file above 1 GiB its ends count."""
+    """A digest of config.json and the tensors' files; of a file above 1 GiB its ends count."""
     files = sorted(f for f in directory.iterdir() if f.name == "config.json" or f.suffix == ".safetensors")
     return hashlib.sha256(
         " ".join(f"{file.name} {file_digest(storage.check_inside(directory, file.name))}" for file in files).encode()
@@ -273,11 +300,17 @@ def _digest(directory: pathlib.Path) -> str:
 def restore(
     workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
 ) -> tuple[Config, Transformer]:
-    """As `training.restore.restore`; of a run that trained adapters, the model that they were trained on and they
-    are one.
+    """Reads the config and the model of a training run; adapters are merged into the model that they were trained on.
+
+    The config names the run's own copy of its tokenizer. The model is sharded on the current mesh; without one, the
+    config's mesh becomes current.
+
+    Args:
+      step: "latest", "best" (by eval/loss) or a number.
+      config: the run's config with another mesh; by default as it was saved.
 
     Raises:
-      ConfigError: no such run or checkpoint; or the model that adapters are of is not there any more.
+      ConfigError: no such run or checkpoint; or the model that adapters were trained on is gone.
     """
     return restore_step(workdir, step, config)[:2]
 
@@ -291,29 +324,7 @@ def restore_step(
     if config.tuning.lora_rank:
         if hosts.is_first():
             _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
-        base, _ = load(origin_of(storage.locate(workdir, "workdir"), config), config)
-        whole = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
-        params = whole(base, params)
+        base, _ = load_parameters(open_init_from(storage.locate(workdir, "workdir"), config), config)
+        merge = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
+        params = merge(base, params)
     return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss
-
-
-def origin_of(workdir: pathlib.Path, config: Config) -> Origin:
-    """Of a run; the one that it recorded, if it has begun."""
-    return open_recorded(workdir, config.train.init_from, ORIGIN, "train.init_from")
-
-
-def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Origin:
-    """What the field `name` of a run says; if it has begun, what its run.json has under `key`. Errors as for
-    `open_origin`."""
-    identity = run_of(workdir)["data"].get(key, "")
-    try:
-        return open_origin(place, identity, name)
-    except ConfigError as error:
-        if not identity:
-            raise
-        step = identity.partition(":")[0]
-        of_step = f", with its checkpoint {step}" if step else ""
-        raise ConfigError(
-            f"{error} ({workdir} needs {name}={place} as it was{of_step}; if that was moved, resume once with "
-            f"--config.{name}=PLACE)"
-        ) from None

@@ -1,4 +1,4 @@
-"""The log-probabilities of a frozen reference, which DPO measures against. W windows, L length."""
+"""Scores text by a frozen reference model, which DPO measures against. W windows, L length."""
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from bigmac_jax.training import programs
 
 
 def reference_nll(model: Transformer, windows: PackedConversations, batch_size: int, quiet: bool = True) -> np.ndarray:
-    """-log p of every target, float32 [W, L], on every process; dropless. Of what is no target it is any number.
+    """Computes -log p of every target, float32 [W, L], on every process; dropless. Where there is no target it is any
+    number.
 
     Args:
       batch_size: windows at a time; padded to a multiple of the mesh's batch shards.

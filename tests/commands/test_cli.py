@@ -18,8 +18,8 @@ from training.tools import ROOT, read_records, write_config
 from bigmac_jax.config import STRUCTURES, load_config
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment
-from bigmac_jax.training.restore import restore
 from bigmac_jax.training.workdir import read_config
+from bigmac_jax.tuning import restore
 
 COMMANDS = pathlib.Path(__file__).parents[1] / "training" / "commands.py"
 CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))

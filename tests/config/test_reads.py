@@ -220,7 +220,7 @@ def test_the_command_names_what_it_was_given(
     monkeypatch.setattr(cli, "OVERRIDES", ["optimizer.momentum=0.95", "mesh.fsdp=true"])
     monkeypatch.setattr(cli, "agree", lambda *_: None)
     monkeypatch.setattr(cli, "enter_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1]))
-    monkeypatch.setattr(program, "run_folder", lambda _: tmp_path)
+    monkeypatch.setattr(program, "locate_workdir", lambda _: tmp_path)
     monkeypatch.setattr(program, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
     monkeypatch.setattr(program, "train", lambda *_: loop.Result(7, True, None))
     for flag in (program._WORKDIR, program._PROFILE):

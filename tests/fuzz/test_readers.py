@@ -33,9 +33,9 @@ from bigmac_jax.report.plots import write_report
 from bigmac_jax.report.runs import read_runs
 from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
-from bigmac_jax.training.metrics import _truncate
-from bigmac_jax.training.metrics_file import read_records
-from bigmac_jax.training.workdir import changes_of_loss, check_data, read_config, run_tokenizer
+from bigmac_jax.training.metrics_file import drop_records, read_records
+from bigmac_jax.training.run_data import check_data
+from bigmac_jax.training.workdir import load_run_tokenizer, read_config, resume_warnings
 
 from .mutations import damage, restored
 
@@ -84,11 +84,11 @@ def rest_of_run(scene: pathlib.Path) -> Any:
     workdir = scene / "run"
     config = config_with_cache(scene)
     check_data(workdir, config, {"tokenizer": load_tokenizer(config).fingerprint})
-    return changes_of_loss(workdir, config, {"data": 1}), run_tokenizer(workdir, config).encode(TEXT)
+    return resume_warnings(workdir, config, {"data": 1}), load_run_tokenizer(workdir, config).encode(TEXT)
 
 
 def tokenizer_of_run(scene: pathlib.Path) -> Any:
-    return run_tokenizer(scene / "run", read_config(scene / "run")).encode(TEXT)
+    return load_run_tokenizer(scene / "run", read_config(scene / "run")).encode(TEXT)
 
 
 def cached_tokenizer(scene: pathlib.Path) -> Any:
@@ -97,7 +97,7 @@ def cached_tokenizer(scene: pathlib.Path) -> Any:
 
 def cached_tokens(scene: pathlib.Path) -> Any:
     config = config_with_cache(scene)
-    stream = open_stream(config, "train", run_tokenizer(scene / "run", config))
+    stream = open_stream(config, "train", load_run_tokenizer(scene / "run", config))
     return stream.counts, stream.tokens(0, stream.num_tokens).tobytes()
 
 
@@ -110,7 +110,7 @@ def tokens_without_index(scene: pathlib.Path) -> Any:
 def records_of_run(scene: pathlib.Path) -> Any:
     """At least those of the lines that are whole; a digit that has changed in a line is one that was logged."""
     kept = read_records(scene / "run")
-    _truncate(scene / "run" / "metrics.jsonl", 3)
+    drop_records(scene / "run", 3)
     assert read_records(scene / "run") == [record for record in kept if record["step"] <= 3]
 
 
@@ -125,7 +125,7 @@ def picture_of_run(scene: pathlib.Path) -> Any:
 def checkpoint(scene: pathlib.Path) -> Any:
     """Damaged, or what its manifest says is what is there."""
     folder = scene / "run" / "checkpoints" / "4"
-    if manifest.damage(folder) is None:
+    if manifest.find_damage(folder) is None:
         wanted = json.loads((folder / manifest.NAME).read_text())
         assert {name: entry["size"] for name, entry in wanted.items()}.items() <= {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from bigmac_jax.config import ConfigError
 from bigmac_jax.interchange import export_model, exporting, import_model, import_run
 from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
-from bigmac_jax.training.restore import restore
+from bigmac_jax.tuning import restore
 
 from .tools import config_of
 

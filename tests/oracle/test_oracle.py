@@ -172,9 +172,9 @@ def _differences(case: Case, found: Program, expected: Expected) -> dict[str, tu
             "divergence": (parts.gaps.divergence, report.divergence),
             "gaps": (parts.gaps.hidden_Y, report.hidden_Y),
         }
-    if parts.preferences is not None:
-        pairs["accuracy"] = (parts.preferences.accuracy, report.accuracy)
-        pairs["margin"] = (parts.preferences.margin, report.reward_margin)
+    if parts.pairs is not None:
+        pairs["accuracy"] = (parts.pairs.accuracy, report.accuracy)
+        pairs["margin"] = (parts.pairs.margin, report.reward_margin)
     frozen = set() if case.config.tuning.train_router else {n for n in expected.gradients if n.endswith("router_DE")}
     assert found.gradients.keys() == expected.gradients.keys() - frozen
     assert len(found.gradients) > 1 and not any(expected.gradients[name].any() for name in frozen)

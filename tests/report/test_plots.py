@@ -11,8 +11,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.report.page import page
 from bigmac_jax.report.plots import write_report
 from bigmac_jax.report.runs import read_runs
-from bigmac_jax.training.metrics import _truncate
-from bigmac_jax.training.metrics_file import read_records
+from bigmac_jax.training.metrics_file import drop_records, read_records
 
 
 def training(number: int, **more: Any) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def test_a_record_of_a_wrong_type_is_left_out(tmp_path: pathlib.Path, record: di
     write(tmp_path, [*good, record, training(3, **EXPERTS)])
     assert read_records(tmp_path) == [*good, training(3, **EXPERTS)]
     assert page(read_runs([str(tmp_path)])).endswith("</html>\n")
-    _truncate(tmp_path / "metrics.jsonl", 2)
+    drop_records(tmp_path, 2)
     assert read_records(tmp_path) == good
 
 

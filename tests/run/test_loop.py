@@ -19,9 +19,10 @@ from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import Result, train
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.metrics import MetricsWriter, _truncate
-from bigmac_jax.training.restore import restore
-from bigmac_jax.training.workdir import read_config, run_tokenizer
+from bigmac_jax.training.metrics import MetricsWriter
+from bigmac_jax.training.metrics_file import drop_records
+from bigmac_jax.training.workdir import load_run_tokenizer, read_config
+from bigmac_jax.tuning import restore
 
 TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s", "mfu"}
 MOE = {"moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/load_cv", "moe/max_load", "moe/router_entropy",
@@ -184,13 +185,13 @@ def test_a_failed_start_leaves_the_workdir_free(tmp_path: pathlib.Path) -> None:
 
 def test_records_after_the_restored_step_are_dropped(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    _truncate(path, 3)
+    drop_records(tmp_path, 3)
     assert not path.exists()
     kept = [{"step": 1, "loss": 5.0}, {"step": 3, "loss": 4.0}, {"step": 3, "eval/loss": 4.5}]
     lost = [{"step": 4, "loss": 3.0}, {"step": 6, "eval/loss": 2.0}]
     text = "".join(json.dumps(record) + "\n" for record in [*kept, *lost])
     path.write_text(text + '{"step": 2, "los')
-    _truncate(path, 3)
+    drop_records(tmp_path, 3)
     assert read_records(tmp_path) == kept
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -199,7 +200,7 @@ def test_lines_that_are_no_records_are_left_out(tmp_path: pathlib.Path, caplog: 
     path, kept = tmp_path / "metrics.jsonl", [{"step": 1, "loss": 5.0}, {"step": 3, "loss": 4.0}]
     bad = [b"\xff\xfe", b"[" * 100_000, b'{"step": "2"}', b"[1]", b'{"step": ' + b"9" * 5000 + b"}", b"{}", b"7"]
     path.write_bytes(b"\n".join([json.dumps(kept[0]).encode(), *bad, json.dumps(kept[1]).encode(), b'{"st']))
-    _truncate(path, 3)
+    drop_records(tmp_path, 3)
     assert read_records(tmp_path) == kept
     assert [record.getMessage() for record in caplog.records] == [f"{path}: 7 lines that are no records were left out"]
 
@@ -236,16 +237,14 @@ def test_a_run_keeps_its_tokenizer(tmp_path: pathlib.Path) -> None:
     assert load_tokenizer(config).encode(text) != tokens  # what it would be made of now
     with jax.set_mesh(make_mesh(config)):
         restored, _ = restore(workdir)
-    assert load_tokenizer(restored).encode(text) == run_tokenizer(workdir, config).encode(text) == tokens
+    assert load_tokenizer(restored).encode(text) == load_run_tokenizer(workdir, config).encode(text) == tokens
     with pytest.raises(ConfigError, match=r"data\.source=.* holds other data than this workdir was started"):
         run(overridden(config, tmp_path, "train.steps=2"), workdir)
 
     kept = copy.read_bytes()
     copy.write_bytes(kept.replace(b"the", b"eht"))
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not the tokenizer that the run was trained with; bring"):
-        run_tokenizer(workdir, config)
+        load_run_tokenizer(workdir, config)
     copy.unlink()
-    with pytest.raises(ConfigError, match=r"run holds no tokenizer\.json .*, or resume the run once with train\.py"):
-        run_tokenizer(workdir, config)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe is not the one that .* of which there is no copy"):
-        run_tokenizer(workdir, config, of_user=True)
+    with pytest.raises(ConfigError, match=r"run holds no tokenizer\.json .* is not looked for elsewhere; copy"):
+        load_run_tokenizer(workdir, config)

@@ -18,7 +18,7 @@ from model.tools import QUICK, assert_close, leaves, on_mesh, pairwise, random_m
 from bigmac_jax.config import Config, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.training.step import TrainState, make_trainer, split
+from bigmac_jax.training.step import TrainState, make_trainer, split_model
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "bigmac": {"z_loss_coefficient": 0.1},
@@ -81,7 +81,7 @@ def gradients(config: Config, batch: Batch) -> dict[str, np.ndarray]:
         teacher = dataclasses.replace(config, model=model, tuning=TuningConfig())
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config), teacher)
-        _, params, rest = split(random_model(config))
+        _, params, rest = split_model(random_model(config))
         rest = jax.tree.map(lambda bias: bias + 0.1 * np.arange(bias.shape[-1], dtype=np.float32)[None] % 3, rest)
         of_teacher = random_model(teacher) if teacher is not None else None
         state = TrainState(np.int32(0), params, rest, None, teacher=of_teacher)

@@ -17,9 +17,9 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.restore import restore
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config
+from bigmac_jax.tuning import restore
 
 from .tools import Session, as_saved, host, session, small
 

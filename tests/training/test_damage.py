@@ -1,8 +1,6 @@
 """A damaged checkpoint is named, kept aside and passed over; a full disk costs a checkpoint, not the run."""
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -33,9 +31,9 @@ from bigmac_jax.training.bad_steps import RunError
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.checkpoint_arrays import DamagedError, write_checksums
 from bigmac_jax.training.metrics import MetricsWriter
-from bigmac_jax.training.restore import restore
 from bigmac_jax.training.step import TrainState
 from bigmac_jax.training.workdir import read_config, write_config
+from bigmac_jax.tuning import restore
 
 from .test_checkpoint import trivial
 from .tools import as_saved, leaves_of, quick, read_records, small
@@ -168,28 +166,28 @@ def test_the_next_newest_is_taken(
 def test_every_byte_counts(workdir: pathlib.Path) -> None:
     """The first, last and middle byte of each file, the manifest included."""
     checkpoint = workdir / "checkpoints" / "3"
-    assert manifest.damage(checkpoint) is None
+    assert manifest.find_damage(checkpoint) is None
     for file in files(checkpoint):
         data = file.read_bytes()
         for place in {0, len(data) // 2, len(data) - 1}:
             changed = bytearray(data)
             changed[place] ^= 1
             file.write_bytes(changed)
-            assert manifest.damage(checkpoint, thorough=False), (file, place)  # all of them are small
+            assert manifest.find_damage(checkpoint, thorough=False), (file, place)  # all of them are small
         file.write_bytes(data)
-    assert manifest.damage(checkpoint) is None
+    assert manifest.find_damage(checkpoint) is None
     (checkpoint / manifest.NAME).write_bytes((checkpoint / manifest.NAME).read_bytes()[:-1] + b" ")  # the same to JSON
-    assert manifest.damage(checkpoint) == "manifest.json is truncated or changed"
+    assert manifest.find_damage(checkpoint) == "manifest.json is truncated or changed"
 
 
 def test_large_files_are_left_to_the_thorough_check(tmp_path: pathlib.Path) -> None:
     (tmp_path / "large").write_bytes(bytes(100_000))
     manifest.write(tmp_path)
     (tmp_path / "large").write_bytes(bytes(99_999) + b"x")
-    assert manifest.damage(tmp_path, thorough=False) is None
-    assert manifest.damage(tmp_path) == "large has changed (SHA-256)"
+    assert manifest.find_damage(tmp_path, thorough=False) is None
+    assert manifest.find_damage(tmp_path) == "large has changed (SHA-256)"
     (tmp_path / "large").write_bytes(bytes(99_999))
-    assert manifest.damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
+    assert manifest.find_damage(tmp_path, thorough=False) == "large has 99,999 bytes, not 100,000"
 
 
 def test_what_has_checksums_of_its_own_has_no_digest(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,20 +197,17 @@ def test_what_has_checksums_of_its_own_has_no_digest(tmp_path: pathlib.Path, mon
         (tmp_path / name).write_bytes(bytes(size))
     digest, read = manifest._digest, []
     monkeypatch.setattr(manifest, "_digest", lambda path: (read.append(path.name), digest(path))[1])
-    for check in (lambda: manifest.write(tmp_path), lambda: manifest.damage(tmp_path)):
+    for check in (lambda: manifest.write(tmp_path), lambda: manifest.find_damage(tmp_path)):
         read.clear()
         assert check() is None
         assert sorted(read) == ["2", "_METADATA"]
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(bytes(size - 1) + b"x")
-        found = manifest.damage(tmp_path)
+        found = manifest.find_damage(tmp_path)
         assert found is None if name.endswith("/1") else found == f"{name} has changed (SHA-256)"
         (tmp_path / name).write_bytes(bytes(size - 1))
-        assert manifest.damage(tmp_path) == f"{name} has {size - 1:,} bytes, not {size:,}"
+        assert manifest.find_damage(tmp_path) == f"{name} has {size - 1:,} bytes, not {size:,}"
         (tmp_path / name).write_bytes(bytes(size))
-    manifest.write(tmp_path, checked=False)
-    (tmp_path / "model/ocdbt.process_0/d/1").write_bytes(bytes(99_999) + b"x")
-    assert manifest.damage(tmp_path) == "model/ocdbt.process_0/d/1 has changed (SHA-256)"
 
 
 def test_processes_share_what_has_digests(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,33 +222,16 @@ def test_processes_share_what_has_digests(tmp_path: pathlib.Path, monkeypatch: p
     )
     shares = []
     for process in range(4):
-        assert manifest.damage(tmp_path, share=(process, 4)) is None
+        assert manifest.find_damage(tmp_path, share=(process, 4)) is None
         shares.append(sum(sizes[name] for name in read) - sum(shares))
     assert sorted(read) == sorted(sizes)
-    assert max(shares) < 1.3 * min(shares), shares
+    assert max(shares) < 1.4 * min(shares), shares
     read.clear()
-    assert manifest.damage(tmp_path, without="optimizer") is None
+    assert manifest.find_damage(tmp_path, without="optimizer") is None
     assert sorted(read) == sorted(name for name in sizes if name.startswith("model"))
     (tmp_path / "model" / "8").write_bytes(bytes(sizes["model/8"] - 1) + b"x")
-    found = [manifest.damage(tmp_path, share=(process, 4)) for process in range(4)]
+    found = [manifest.find_damage(tmp_path, share=(process, 4)) for process in range(4)]
     assert sorted(map(str, found)) == ["None"] * 3 + ["model/8 has changed (SHA-256)"]
-
-
-def test_a_manifest_of_an_earlier_edition(workdir: pathlib.Path) -> None:
-    """SHA-256 of every file, all read by process 0."""
-    checkpoint = workdir / "checkpoints" / "3"
-    (checkpoint / manifest.NAME).unlink()
-    entries = {
-        path.relative_to(checkpoint).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in files(checkpoint)
-    }
-    (checkpoint / manifest.NAME).write_text(json.dumps(entries, indent=0) + "\n")
-    assert manifest.damage(checkpoint) is None
-    flipped(checkpoint, random.Random(0))
-    assert manifest.damage(checkpoint)
 
 
 def large(step: int) -> TrainState:
@@ -439,9 +417,9 @@ def test_a_model_that_holds_nan_is_passed_over(tmp_path: pathlib.Path, part: str
         assert f"checkpoint 2 is damaged: {named} holds NaN or infinity; it is passed over" in caplog.text
 
 
-def test_a_checkpoint_from_before_manifests(workdir: pathlib.Path) -> None:
+def test_without_a_manifest(workdir: pathlib.Path) -> None:
     (workdir / "checkpoints" / "3" / manifest.NAME).unlink()
-    assert manifest.damage(workdir / "checkpoints" / "3") == "manifest.json is missing"
+    assert manifest.find_damage(workdir / "checkpoints" / "3") == "manifest.json is missing"
     manifest.write(workdir / "checkpoints" / "3")
     checkpoints = Checkpoints(workdir, keep=3)
     assert checkpoints.newest_intact() == 3
@@ -509,7 +487,7 @@ def test_a_directory_that_cannot_be_made(workdir: pathlib.Path, caplog: pytest.L
     (workdir / "moved").rename(workdir / "checkpoints")
     checkpoints.save(trivial(5), {"batches": 5}, Config(), 5, None)
     checkpoints.close()
-    assert manifest.damage(workdir / "checkpoints" / "5") is None
+    assert manifest.find_damage(workdir / "checkpoints" / "5") is None
 
 
 def test_directories_that_were_swapped(workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -529,15 +507,6 @@ def test_directories_that_were_swapped(workdir: pathlib.Path, caplog: pytest.Log
     lines = [record.getMessage() for record in caplog.records]
     assert any("checkpoint 3 is damaged: it is of step 2" in line for line in lines), lines
     assert {path.name for path in (workdir / "checkpoints-damaged").iterdir()} == {"2", "3"}
-
-
-def test_a_checkpoint_of_an_earlier_edition_does_not_say_its_step(workdir: pathlib.Path) -> None:
-    position = workdir / "checkpoints" / "3" / "data" / "metadata"
-    position.write_text('{"batches": 3}')
-    manifest.write(position.parents[1])
-    checkpoints = Checkpoints(workdir, keep=3)
-    assert checkpoints.newest_intact() == 3 and checkpoints.restore(3, trivial(0))[1] == {"batches": 3}
-    checkpoints.close()
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

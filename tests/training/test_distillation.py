@@ -15,7 +15,7 @@ from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.loss import loss_fn
-from bigmac_jax.training.step import split
+from bigmac_jax.training.step import split_model
 
 MESHES = [(1, 1, 1), (1, 2, 2), (2, 1, 1, 2)]
 
@@ -44,7 +44,7 @@ def batch_of(config: Config) -> Batch:
 
 def value_and_gradient(config: Config, same: bool = False) -> tuple[float, Any, dict[str, np.ndarray]]:
     student, teacher = pair(config, same)
-    graphdef, params, rest = split(student)
+    graphdef, params, rest = split_model(student)
 
     def loss(params: Any, teacher: Any, batch: Batch) -> Any:
         return distilled_loss(nnx.merge(graphdef, params, rest), teacher, batch)
@@ -57,7 +57,7 @@ def value_and_gradient(config: Config, same: bool = False) -> tuple[float, Any, 
 def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
     """From whole logits, and layers called one after the other."""
     student, teacher = pair(config)
-    graphdef, params, rest = split(student)
+    graphdef, params, rest = split_model(student)
     weight, mu = config.tuning.teacher_weight, config.tuning.hidden_weight
     batch = batch_of(config)
     real_BL = batch.targets_BL != NO_TARGET

@@ -81,7 +81,7 @@ def test_equals_whole_logits(
     monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, int, int], entries: int, chunks: int
 ) -> None:
     limit_chunks(monkeypatch, entries)
-    assert loss.chunks_of(B * L // np.prod(mesh), V) == chunks
+    assert loss.num_chunks(B * L // np.prod(mesh), V) == chunks
     assert_close(fused(mesh, *inputs()), reference(*inputs()), 2e-6)
 
 
@@ -149,4 +149,4 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
     for vocab in (1, 7, 50, 257):
         for tokens in range(1, 61):
             fitting = [n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocab <= entries]
-            assert loss.chunks_of(tokens, vocab) == min(fitting, default=tokens), (tokens, vocab)
+            assert loss.num_chunks(tokens, vocab) == min(fitting, default=tokens), (tokens, vocab)

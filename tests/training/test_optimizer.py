@@ -16,8 +16,8 @@ from model.tools import PAPER, QUICK, abstract_model, leaves, on_mesh, random_li
 
 from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.model.parameters import Declaration
-from bigmac_jax.training.optimizer import averaged, deal, learning_rate, make_optimizer
-from bigmac_jax.training.step import split
+from bigmac_jax.training.optimizer import learning_rate, make_optimizer, plan_moves, update_average
+from bigmac_jax.training.step import split_model
 
 from .tools import session
 
@@ -50,7 +50,7 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
     config = tiny(tie_embeddings=False, **model)
     config = with_optimizer(config, learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
     with on_mesh(config):
-        _, abstract, _ = split(abstract_model(config))
+        _, abstract, _ = split_model(abstract_model(config))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
     optimizer = make_optimizer(config)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
@@ -68,7 +68,7 @@ def test_the_rate_of_the_projections(name: str) -> None:
     """From a selection W↓ and W↑ move an eighth as far, decay included; all else, the gate's W_g too, as it did."""
     config, updates = tiny(latent_norm="gate"), {}
     with on_mesh(config):
-        _, abstract, _ = split(abstract_model(config))
+        _, abstract, _ = split_model(abstract_model(config))
         draw = np.random.default_rng(0)
         params, grads = (jax.tree.map(lambda v: draw.normal(size=v.shape).astype(v.dtype), abstract) for _ in range(2))
         for rate in (1.0, 0.125, 0.0):
@@ -163,7 +163,7 @@ def test_muon(mesh: str) -> None:
     config = tiny(MESHES[mesh], num_shared_experts=1, use_bias=True, tie_embeddings=False, projection_init="random")
     config = with_optimizer(config, name="muon", **PLAIN)
     with on_mesh(config):
-        _, abstract, _ = split(abstract_model(config))
+        _, abstract, _ = split_model(abstract_model(config))
         params = random_like(abstract, config)
         gradients = [jax.tree.map(functools.partial(gradient_like, step), params) for step in range(2)]
         optimizer = make_optimizer(config)
@@ -199,12 +199,13 @@ def test_muon(mesh: str) -> None:
 def test_matrices_are_dealt_out() -> None:
     """No two ranks compute the same one, where they divide; what can't be dealt is gathered."""
     P, sizes = jax.sharding.PartitionSpec, {"data": 4, "node": 1, "expert": 2, "tensor": 1}
-    assert deal((8, 6, 5), P(None, None, None), sizes) == [("data", None, 0), ("expert", None, 0)]
-    assert deal((8, 6, 8), P(None, None, ("data", "node", "expert")), sizes) == [("expert", 2, 0), ("data", 2, 0)]
-    assert deal((2, 6, 8), P(None, None, ("data", "node", "expert")), sizes) == [("expert", 2, 0), ("data", 2, None)]
-    assert deal((3, 4, 8, 5), P(None, ("node", "expert"), "data", None), sizes) == [("data", 2, None)]
-    assert deal((4, 2, 8, 5), P(None, ("node", "expert"), "data", None), sizes) == [("data", 2, 0)]
-    assert deal((3, 6, 5), P(None, None, None), sizes) == []
+    assert plan_moves((8, 6, 5), P(None, None, None), sizes) == [("data", None, 0), ("expert", None, 0)]
+    columns = P(None, None, ("data", "node", "expert"))
+    assert plan_moves((8, 6, 8), columns, sizes) == [("expert", 2, 0), ("data", 2, 0)]
+    assert plan_moves((2, 6, 8), columns, sizes) == [("expert", 2, 0), ("data", 2, None)]
+    assert plan_moves((3, 4, 8, 5), P(None, ("node", "expert"), "data", None), sizes) == [("data", 2, None)]
+    assert plan_moves((4, 2, 8, 5), P(None, ("node", "expert"), "data", None), sizes) == [("data", 2, 0)]
+    assert plan_moves((3, 6, 5), P(None, None, None), sizes) == []
 
 
 def test_moments_in_bfloat16() -> None:
@@ -232,7 +233,7 @@ def test_average_of_the_parameters() -> None:
     """By hand: after three steps with decay 1/2 the values 8, 4, 2 have weights 1/7, 2/7, 4/7, and nothing before."""
     config, average = Config(optimizer=OptimizerConfig(average_decay=0.5)), jnp.asarray([1e6])
     for step, (value, expected) in enumerate([(8.0, 8.0), (4.0, 16 / 3), (2.0, 24 / 7)], 1):
-        average = averaged(config, average, jnp.asarray([value]), jnp.asarray(step))
+        average = update_average(config, average, jnp.asarray([value]), jnp.asarray(step))
         np.testing.assert_allclose(average, [expected], rtol=1e-6)
 
 

@@ -22,8 +22,9 @@ from bigmac_jax.run.loop import train
 from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.restore import restore
-from bigmac_jax.training.workdir import run_of, run_stream, run_tokenizer, write_config, write_run
+from bigmac_jax.training.run_data import open_run_stream
+from bigmac_jax.training.workdir import load_run_tokenizer, read_run_json, write_config, write_run
+from bigmac_jax.tuning import restore
 
 from .tools import quick, small
 
@@ -53,7 +54,7 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, path
 
 def test_a_run_and_its_checkpoints_name_their_data_code_and_packages(finished: Any) -> None:
     _, workdir = finished
-    found = run_of(workdir)
+    found = read_run_json(workdir)
     assert found["edition"] == software_versions() and {"jax", "Python", "bigmac_jax's code"} <= found["edition"].keys()
     assert found["data"].keys() == {"tokenizer", "train", "validation", "test"}
     for step in (1, 2):
@@ -74,27 +75,25 @@ def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.Monk
         use()
         (said,) = [record.getMessage() for record in caplog.records if "other software" in record.getMessage()]
         assert said.startswith(line) and said.endswith("numbers may differ")
-    assert run_of(workdir)["edition"] == now  # what goes on with it
+    assert read_run_json(workdir)["edition"] == now  # what goes on with it
     caplog.clear()
     restore(workdir)
     assert not caplog.records
 
-    (workdir / "run.json").unlink()  # of an earlier version
+    (workdir / "run.json").unlink()
     restore(workdir)
     assert not caplog.records
 
 
-@pytest.mark.parametrize(
-    "values", [{"data": {}, "mesh": {}}, sealed({"data": [], "mesh": {"data": "x"}, "edition": 7}), None]
-)
+@pytest.mark.parametrize("values", [sealed({"data": [], "mesh": {"data": "x"}, "edition": 7}), None])
 def test_what_run_json_does_not_say_is_not_known(values: dict[str, Any] | None, tmp_path: pathlib.Path) -> None:
     if values is not None:
         (tmp_path / "run.json").write_text(json.dumps(values))
-    assert run_of(tmp_path) == {"data": {}, "mesh": {}, "edition": {}}
+    assert read_run_json(tmp_path) == {"data": {}, "mesh": {}, "edition": {}}
 
 
 def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any) -> None:
-    """Two directories that were swapped; one of an earlier version does not say what it is of."""
+    """Two directories that were swapped."""
     _, workdir = copied
     folder = workdir / "checkpoints"
     for old, new in (("1", "other"), ("2", "1"), ("other", "2")):
@@ -112,17 +111,17 @@ def test_a_checkpoint_under_another_name_is_passed_over(copied: Any, caplog: Any
 def test_evaluation_refuses_data_that_changed(copied: Any, split: str) -> None:
     config, workdir = copied
     source = {"train": config.data.source}.get(split) or getattr(config.data, f"{split}_source")
-    before = run_stream(workdir, config, split, ByteTokenizer()).num_tokens
+    before = open_run_stream(workdir, config, split, ByteTokenizer()).num_tokens
     with open(source, "a") as file:
         file.write('{"text": "a line more"}\n')
     field = "data.source" if split == "train" else f"data.{split}_source"
     with pytest.raises(ConfigError, match=f"{field}={source} holds other data than .* was trained with") as error:
-        run_stream(workdir, config, split, ByteTokenizer())
+        open_run_stream(workdir, config, split, ByteTokenizer())
     assert "\n" not in str(error.value) and "--text_file" in str(error.value)
     for other in {"train", "validation", "test"} - {split}:
-        run_stream(workdir, config, other, ByteTokenizer())
-    (workdir / "run.json").unlink()  # of an earlier version: there is nothing to compare with
-    assert run_stream(workdir, config, split, ByteTokenizer()).num_tokens > before
+        open_run_stream(workdir, config, other, ByteTokenizer())
+    (workdir / "run.json").unlink()  # there is nothing to compare with
+    assert open_run_stream(workdir, config, split, ByteTokenizer()).num_tokens > before
 
 
 def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: pathlib.Path) -> None:
@@ -134,18 +133,18 @@ def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: p
     config = Config(data=fields, cache_dir=str(tmp_path / "cache"))
     trained_on = {"train": open_documents(config.data, "train", config.cache_dir).fingerprint}
     write_run(tmp_path / "run", config, trained_on, {"data": 1}, ByteTokenizer())
-    assert run_of(tmp_path / "run")["data"] == trained_on
-    run_stream(tmp_path / "run", config, "test", ByteTokenizer())
+    assert read_run_json(tmp_path / "run")["data"] == trained_on
+    open_run_stream(tmp_path / "run", config, "test", ByteTokenizer())
     (tmp_path / "all" / "more.txt").write_text("more")
     with pytest.raises(ConfigError, match=r"data\.source=.* holds other data than .*, so its test split is another"):
-        run_stream(tmp_path / "run", config, "test", ByteTokenizer())
+        open_run_stream(tmp_path / "run", config, "test", ByteTokenizer())
 
 
 def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: pathlib.Path) -> list[Any]:
     """Of evaluation, generation and export."""
     with quick(), jax.set_mesh(make_mesh(config)):
         own, model = restore(workdir)
-        tokenizer = run_tokenizer(workdir, config)
+        tokenizer = load_run_tokenizer(workdir, config)
         score = evaluate(model, text_stream(text, tokenizer), 16, 4).score
         (completion,) = Generator(own, model).generate(["the state"], max_tokens=6, ignore_eos=True)
         export_model(config, model, output, tokenizer=tokenizer, format="bigmac")

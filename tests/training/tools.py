@@ -18,7 +18,7 @@ from bigmac_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, 
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split
+from bigmac_jax.training.step import Trainer, TrainState, make_trainer, split_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ class Session:
 
     def __init__(self, config: Config):
         self.trainer: Trainer = make_trainer(config, jax.sharding.get_mesh())
-        _, params, rest = split(random_model(config))
+        _, params, rest = split_model(random_model(config))
         abstract = self.trainer.abstract_state
         opt_state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.opt_state)
         step = jax.device_put(np.int32(0), abstract.step.sharding)

@@ -28,7 +28,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
-from bigmac_jax.training.step import plain, split
+from bigmac_jax.training.step import merge_adapters, split_model
 from bigmac_jax.tuning.peft import export_adapters
 
 ALL = "attention,projections,shared,experts,router"
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
     one, config = with_adapters(), with_adapters(MESHES[name])
     tokens, scale = random_tokens(config), 3.0 / 2
     with on_mesh(config):
-        graphdef, params, rest = split(random_model(config))
+        graphdef, params, rest = split_model(random_model(config))
         adapters = random_adapters(config, params)
         step = jax.jit(jax.value_and_grad(loss_of(config, graphdef, rest, tokens)), compiler_options=QUICK)
         loss, gradients = step(adapters, params)
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
 def test_what_is_adapted() -> None:
     config = with_adapters(targets="experts,projections")
     with on_mesh(config):
-        params = jax.eval_shape(lambda: split(random_model(config))[1])
+        params = jax.eval_shape(lambda: split_model(random_model(config))[1])
         names = {".".join(path) for path in adapted(config, params)}
         made = jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0)))
         shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(made)[0]}
@@ -111,7 +111,7 @@ def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
     """Experts' biases have two dimensions, as matrices do; PEFT, too, gets the matrices' adapters alone."""
     config = with_adapters(targets="attention,experts", use_bias=True)
     with on_mesh(config):
-        graphdef, params, rest = split(jax.eval_shape(lambda: random_model(config)))
+        graphdef, params, rest = split_model(jax.eval_shape(lambda: random_model(config)))
         shapes = jax.eval_shape(lambda: make_adapters(config, params, jax.random.key(0)))
         adapters = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, np.float32)), shapes)
         names = {name.removesuffix(".a").removesuffix(".b") for name in leaves(adapters)}
@@ -129,10 +129,10 @@ def test_merged_is_adapted() -> None:
     """Logits of the model with adapters beside its matrices, and of the one that has them in these."""
     config = with_adapters(MESHES["ep 2 x tensor 2, experts split"])
     with on_mesh(config):
-        graphdef, params, rest = split(random_model(config))
+        graphdef, params, rest = split_model(random_model(config))
         beside = nnx.merge(graphdef, attached(config, params, random_adapters(config, params)), rest)
-        tokens = split_batch(random_tokens(config)[:, :-1])
-        logits = [np.asarray(jax.jit(lambda m, t: m(t)[0])(model, tokens)) for model in (beside, plain(beside))]
+        tokens, both = split_batch(random_tokens(config)[:, :-1]), (beside, merge_adapters(beside))
+        logits = [np.asarray(jax.jit(lambda m, t: m(t)[0])(model, tokens)) for model in both]
         without = np.asarray(jax.jit(lambda m, t: m(t)[0])(nnx.merge(graphdef, params, rest), tokens))
     assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()
     assert np.abs(logits[0] - without).max() > 1e-2 * np.abs(without).max()
@@ -145,7 +145,7 @@ def test_a_step_moves_adapters_alone() -> None:
         from bigmac_jax.training.step import make_trainer
 
         trainer = make_trainer(config, jax.sharding.get_mesh())
-        _, params, rest = split(random_model(config))
+        _, params, rest = split_model(random_model(config))
         state = trainer.begin(params, rest, jax.random.key(0))
         before, base = leaves(state.params), leaves(state.base)
         batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
@@ -165,7 +165,7 @@ def test_dropout_is_of_inputs() -> None:
     """All tokens lose the same inputs of an adapter: a's rows are zero or larger by 1 / (1 - p)."""
     config = with_adapters(lora_dropout=0.25)
     with on_mesh(config):
-        params = split(random_model(config))[1]
+        params = split_model(random_model(config))[1]
         adapters = random_adapters(config, params)
         plain_, dropped = (
             leaves(jax.jit(lambda key: attached(config, params, adapters, key))(key))

@@ -21,9 +21,9 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import start
 from bigmac_jax.runtime import hosts
 from bigmac_jax.serving.dialogue import load_dialogue
-from bigmac_jax.training.dialogues import check_rows, check_template, rows_of, run_chat
-from bigmac_jax.training.workdir import with_own_template, write_run
-from bigmac_jax.tuning.pretrained import Origin, with_chat_of
+from bigmac_jax.training.run_data import chat_files, check_rows, check_template, fingerprint_rows
+from bigmac_jax.training.workdir import use_saved_template, write_run
+from bigmac_jax.tuning.pretrained import Pretrained, with_pretrained_chat
 
 TURNS = [{"role": "user", "content": "four?"}, {"role": "assistant", "content": "two and two"}]
 TEMPLATE = (
@@ -59,18 +59,18 @@ def config_of(folder: pathlib.Path, tokenizer: str = "bpe", **tuning: Any) -> Co
     return Config(model=ModelConfig(vocab_size=512), data=data, tuning=fields, cache_dir=str(folder / "cache"))
 
 
-def origin_at(place: pathlib.Path, tokenizer: str, step: str = "") -> Origin:
-    return Origin(str(place), step, "digest", Config(data=DataConfig(tokenizer=tokenizer)))
+def origin_at(place: pathlib.Path, tokenizer: str, step: str = "") -> Pretrained:
+    return Pretrained(str(place), step, "digest", Config(data=DataConfig(tokenizer=tokenizer)))
 
 
 def begun(config: Config, read: Config, tokenizer: Tokenizer, workdir: pathlib.Path) -> Conversations:
     """As a start does."""
     stream = open_stream(read, "train", tokenizer)
     assert isinstance(stream, Conversations)
-    check_template(workdir, run_chat(read, stream))
-    rows = rows_of({"train": stream, "validation": None})
+    check_template(workdir, chat_files(read, stream))
+    rows = fingerprint_rows({"train": stream, "validation": None})
     check_rows(workdir, rows)
-    write_run(workdir, config, rows | {"tokenizer": tokenizer.fingerprint}, {}, tokenizer, run_chat(read, stream))
+    write_run(workdir, config, rows | {"tokenizer": tokenizer.fingerprint}, {}, tokenizer, chat_files(read, stream))
     return stream
 
 
@@ -84,17 +84,19 @@ def test_a_model_is_tuned_resumed_and_served_with_its_own(
     config, tokenizer, workdir = config_of(tmp_path), bpe(), tmp_path / "run"
     origin = origin_at(model, str(model / "tokenizer.json"))
     with caplog.at_level(logging.INFO):
-        stream = begun(config, with_chat_of(origin, config), tokenizer, workdir)
+        stream = begun(config, with_pretrained_chat(origin, config), tokenizer, workdir)
     assert f"messages go through the chat template of {model / 'tokenizer_config.json'}" in caplog.text
     expected = "<|begin|><user>four?<|im_end|><assistant>two and two"
     assert text_of(stream, tokenizer) == expected
     shutil.rmtree(model)
-    again = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    again = begun(config, use_saved_template(workdir, config), tokenizer, workdir)
     assert text_of(again, tokenizer) == expected
     dialogue = load_dialogue(tokenizer, "", str(workdir / "tokenizer.json"), workdir)
     assert tokenizer.decode(dialogue.prompt(TURNS[:1])) == "<|begin|><user>four?<|im_end|><assistant>"
     assert dialogue.stop == ("<|im_end|>",)
-    later = with_chat_of(origin_at(workdir, str(workdir / "tokenizer.json"), "5"), config)  # a run that begins with it
+    later = with_pretrained_chat(
+        origin_at(workdir, str(workdir / "tokenizer.json"), "5"), config
+    )  # a run that begins with it
     assert text_of(begun(config, later, tokenizer, tmp_path / "later"), tokenizer) == expected
 
 
@@ -103,10 +105,10 @@ def test_names_are_kept_of_a_template_of_ones_own(model: pathlib.Path, tmp_path:
     own.parent.mkdir()
     own.write_text("-" + TEMPLATE)
     config, tokenizer, workdir = config_of(tmp_path, chat_template=str(own)), bpe(), tmp_path / "run"
-    begun(config, with_chat_of(origin_at(model, str(model / "tokenizer.json")), config), tokenizer, workdir)
+    begun(config, with_pretrained_chat(origin_at(model, str(model / "tokenizer.json")), config), tokenizer, workdir)
     shutil.rmtree(model)
     shutil.rmtree(own.parent)
-    stream = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    stream = begun(config, use_saved_template(workdir, config), tokenizer, workdir)
     assert text_of(stream, tokenizer) == "-<|begin|><user>four?<|im_end|><assistant>two and two"
     assert stream.chat.template == "-" + TEMPLATE
 
@@ -116,7 +118,7 @@ def test_names_that_change_beside_the_tokenizer_change_nothing(model: pathlib.Pa
     first = text_of(begun(config, config, tokenizer, workdir), tokenizer)
     settings = (model / "tokenizer_config.json").read_text()
     (model / "tokenizer_config.json").write_text(settings.replace("<|im_end|>", "<|begin|>"))
-    assert text_of(begun(config, with_own_template(workdir, config), tokenizer, workdir), tokenizer) == first
+    assert text_of(begun(config, use_saved_template(workdir, config), tokenizer, workdir), tokenizer) == first
 
 
 def test_of_a_tokenizer_without_a_file_the_template_is_that_of_the_run(tmp_path: pathlib.Path) -> None:
@@ -125,18 +127,18 @@ def test_of_a_tokenizer_without_a_file_the_template_is_that_of_the_run(tmp_path:
     begun(first, first, ByteTokenizer(), tmp_path / "run")
     second = config_of(tmp_path, "bytes")
     for place in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "5"):
-        read = with_chat_of(origin_at(place, "bytes", "5"), second)
+        read = with_pretrained_chat(origin_at(place, "bytes", "5"), second)
         stream = open_stream(read, "train", ByteTokenizer())
         assert isinstance(stream, Conversations) and stream.chat.template == TEMPLATE
     (tmp_path / "other.jinja").write_text("other")
     other = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "other.jinja"))
-    read = with_own_template(tmp_path / "run", other)
+    read = use_saved_template(tmp_path / "run", other)
     files = read_chat_folder(tmp_path / "run")._replace(template="other")
     assert read == other
     with pytest.raises(ConfigError, match=r"tuning\.chat_template is not .*, which this workdir was started with"):
         check_template(tmp_path / "run", files)
     (tmp_path / "moved.jinja").write_text(TEMPLATE)
-    moved = with_own_template(
+    moved = use_saved_template(
         tmp_path / "run", config_of(tmp_path, "bytes", chat_template=str(tmp_path / "moved.jinja"))
     )
     assert moved.tuning.chat_template == str(tmp_path / "run" / "chat_template.jinja")
@@ -156,14 +158,17 @@ def test_the_rows_of_a_run_have_the_date_of_its_first_start(
     tokenizer, workdir = ByteTokenizer(), tmp_path / "run"
     first = begun(config, config, tokenizer, workdir)
     monkeypatch.setattr(datetime, "datetime", Later)
-    again = begun(config, with_own_template(workdir, config), tokenizer, workdir)
+    again = begun(config, use_saved_template(workdir, config), tokenizer, workdir)
     assert text_of(again, tokenizer) == text_of(first, tokenizer) and "2031" not in text_of(first, tokenizer)
     assert b"03 Feb 2031" in bytes(load_dialogue(tokenizer, "", "bytes", workdir).prompt(TURNS[:1])[:11])
-    for read in (config, with_chat_of(origin_at(workdir, "bytes", "5"), config_of(tmp_path, "bytes"))):  # other runs
+    for read in (
+        config,
+        with_pretrained_chat(origin_at(workdir, "bytes", "5"), config_of(tmp_path, "bytes")),
+    ):  # other runs
         stream = open_stream(read, "train", tokenizer)
         assert isinstance(stream, Conversations) and text_of(stream, tokenizer).startswith("03 Feb 2031")
     with pytest.raises(ConfigError, match="the train rows are other tokens than this workdir was started with"):
-        check_rows(workdir, rows_of({"train": stream}))
+        check_rows(workdir, fingerprint_rows({"train": stream}))
 
 
 def test_another_template_is_refused_before_anything_compiles(

@@ -13,7 +13,7 @@ from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference.generator import Generator
-from bigmac_jax.training.dpo import dpo_loss, margins
+from bigmac_jax.training.dpo import dpo_loss, sum_pairs
 from bigmac_jax.training.loss import loss_fn, token_nll
 
 BETA = 0.3
@@ -69,7 +69,7 @@ def test_loss_and_gradient_of_50_random_batches() -> None:
 
         def loss(nll_BL: Any, batch: Batch) -> Any:
             gain_BL = jnp.where(batch.targets_BL != NO_TARGET, batch.reference_BL - nll_BL, 0)
-            rows = margins(config, gain_BL, batch.segments_BL)
+            rows = sum_pairs(config, gain_BL, batch.segments_BL)
             count = jnp.sum((batch.segments_BL.max(1) + 1) // 2)
             of_loss, right, margin = (v.sum() / count for v in rows)
             return of_loss, (right, margin)

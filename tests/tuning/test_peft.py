@@ -14,7 +14,7 @@ from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.interchange import choose_format, export_model
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.training.restore import Restored
-from bigmac_jax.training.step import split
+from bigmac_jax.training.step import split_model
 from bigmac_jax.tuning.peft import export_adapters
 
 torch = pytest.importorskip("torch")
@@ -50,7 +50,7 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
         model = random_model(plain)
         before = our_logits(model, tokens)
         export_model(plain, model, tmp_path / "base")
-        graphdef, base, rest = split(model)
+        graphdef, base, rest = split_model(model)
         draw = np.random.default_rng(1).standard_normal
         adapters = jax.tree.map(
             lambda v: jax.device_put(0.3 * draw(v.shape).astype(np.float32), v.sharding),

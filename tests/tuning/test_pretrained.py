@@ -20,21 +20,20 @@ from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.restore import restore as restore_whole
-from bigmac_jax.training.workdir import run_tokenizer, write_run
-from bigmac_jax.tuning import pretrained as origins
+from bigmac_jax.training.workdir import load_run_tokenizer, write_run
+from bigmac_jax.tuning import pretrained as pretrained_module
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.pretrained import (
-    ORIGIN,
-    Origin,
-    config_of,
-    differences,
-    load,
-    open_origin,
-    origin_of,
+    INIT_FROM,
+    Pretrained,
+    choose_tokenizer,
+    compare_models,
+    inherit_config,
+    load_parameters,
+    open_init_from,
+    open_pretrained,
     read_model,
-    tokenizer_from,
-    with_places,
+    with_absolute_places,
 )
 
 
@@ -56,8 +55,8 @@ def base(tmp_path_factory: Any) -> tuple[Config, pathlib.Path]:
     config = small(folder, "train.steps=4", "train.eval_every=4", "model.num_shared_experts=1")
     run(config, folder / "run")
     with quick(), jax.set_mesh(make_mesh(config)):
-        saved, model = restore_whole(folder / "run")
-        export_model(saved, model, folder / "export", tokenizer=run_tokenizer(folder / "run", config))
+        saved, model = restore(folder / "run")
+        export_model(saved, model, folder / "export", tokenizer=load_run_tokenizer(folder / "run", config))
     return config, folder
 
 
@@ -110,13 +109,13 @@ def test_a_larger_vocabulary(base: tuple[Config, pathlib.Path]) -> None:
     """The old tokens' logits stay; the new ones' are those of the mean row."""
     config = tuned(base, model={"vocab_size": 272}, mesh={"expert": 2, "tensor": 2})
     tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
-    origin = open_origin(config.train.init_from)
-    assert differences(origin, config) == ["model.vocab_size 264 → 272"]
+    origin = open_pretrained(config.train.init_from)
+    assert compare_models(origin, config) == ["model.vocab_size 264 → 272"]
     with quick(), jax.set_mesh(make_mesh(config)):
-        params, _ = load(origin, config)
+        params, _ = load_parameters(origin, config)
         table = leaves(params)["embedding_VD"]
     with quick(), jax.set_mesh(make_mesh(base[0])):
-        old = leaves(restore_whole(base[1] / "run")[1])["embedding_VD"]
+        old = leaves(restore(base[1] / "run")[1])["embedding_VD"]
     assert (table[:264] == old).all() and tokens.any()
     np.testing.assert_allclose(table[264:], np.broadcast_to(old.mean(0), (8, 16)), rtol=1e-5, atol=1e-7)
 
@@ -134,13 +133,13 @@ def test_differences_that_are_refused(
 ) -> None:
     config = tuned(base, **sections)
     with pytest.raises(ConfigError, match=message):
-        differences(open_origin(config.train.init_from), config)
+        compare_models(open_pretrained(config.train.init_from), config)
 
 
 def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
     model = {"rope_theta": 5e5, "dropout": 0.1, "projection_init": "random", "balance": "none"}
     config = tuned(base, model=model, data={"sequence_length": 32})
-    told = differences(open_origin(config.train.init_from), config)
+    told = compare_models(open_pretrained(config.train.init_from), config)
     assert told == [
         "model.rope_theta 10000.0 → 500000.0",
         "model.balance aux_loss → none",
@@ -152,15 +151,15 @@ def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
 @pytest.mark.parametrize("place", ["nothing", "run/checkpoints/3", "export/hf"])
 def test_no_model_there(base: tuple[Config, pathlib.Path], place: str) -> None:
     with pytest.raises(ConfigError, match=r"holds no model; give the workdir|step=3 is not a checkpoint"):
-        open_origin(str(base[1] / place))
+        open_pretrained(str(base[1] / place))
 
 
 def test_the_config_of_a_run_that_names_none(base: tuple[Config, pathlib.Path]) -> None:
     """The other's, but what was held out of its data goes with them, and it is not tuned as that was."""
-    config = config_of(open_origin(str(base[1] / "run")), {"data.source": "sotu"})
+    config = inherit_config(open_pretrained(str(base[1] / "run")), {"data.source": "sotu"})
     assert config.model == base[0].resolved.model and config.train.init_from == str(base[1] / "run")
     assert config.data.validation_source == "" and config.tuning == TuningConfig()
-    of_export = config_of(open_origin(str(base[1] / "export")), {"data.source": "sotu"})
+    of_export = inherit_config(open_pretrained(str(base[1] / "export")), {"data.source": "sotu"})
     assert of_export.model == base[0].resolved.model and of_export.data.tokenizer.endswith("export/tokenizer.json")
 
 
@@ -179,7 +178,7 @@ def test_data_of_its_own(
 ) -> None:
     """They replace all of the other's: a source its mixture, a mixture its source."""
     there = with_fields(small(tmp_path), data={"source": "sotu", "validation_source": "", "test_source": ""} | before)
-    made = config_of(Origin("there", "4", "", there), dict(field.split("=", 1) for field in given))
+    made = inherit_config(Pretrained("there", "4", "", there), dict(field.split("=", 1) for field in given))
     data = with_overrides(made, given).data
     fields = ("source", "mixture", "curriculum", "validation_source", "test_source")
     found = {name: getattr(data, name) for name in fields}
@@ -189,20 +188,20 @@ def test_data_of_its_own(
 def test_a_tokenizer_may_only_grow(base: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
     text = train_bpe(["some words that are here, and here"] * 3, 270)
     (tmp_path / "tokenizer.json").write_text(text)
-    origin = open_origin(str(base[1] / "export"))
+    origin = open_pretrained(str(base[1] / "export"))
     own = origin._replace(config=with_fields(origin.config, data={"tokenizer": str(tmp_path / "tokenizer.json")}))
     config = with_fields(base[0], model={"vocab_size": 300}, data={"tokenizer": "bpe"})
     own = own._replace(config=with_fields(own.config, model={"vocab_size": 300}))
-    assert tokenizer_from(own, config).fingerprint == JsonTokenizer(text).fingerprint  # bpe: not trained anew
+    assert choose_tokenizer(own, config).fingerprint == JsonTokenizer(text).fingerprint  # bpe: not trained anew
     values = json.loads(text)
     new = {"id": 280, "content": "<|call|>", "single_word": False, "lstrip": False, "rstrip": False}
     values["added_tokens"].append(new | {"normalized": False, "special": True})
     (tmp_path / "grown.json").write_text(json.dumps(values))
     grown = with_fields(config, data={"tokenizer": str(tmp_path / "grown.json")})
-    assert tokenizer_from(own, grown).vocab_size == JsonTokenizer(text).vocab_size + 1
+    assert choose_tokenizer(own, grown).vocab_size == JsonTokenizer(text).vocab_size + 1
     assert isinstance(load_tokenizer(base[0]), ByteTokenizer)
     with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes gives other ids"):
-        tokenizer_from(own, with_fields(config, data={"tokenizer": "bytes"}))
+        choose_tokenizer(own, with_fields(config, data={"tokenizer": "bytes"}))
 
 
 @pytest.mark.full
@@ -225,10 +224,8 @@ def test_adapters_are_kept_alone_and_found_again(base: tuple[Config, pathlib.Pat
         assert kept < 0.8 * full, (item, kept, full)
     with quick(), jax.set_mesh(make_mesh(with_fields(config, mesh={"expert": 8}))):
         _, model = restore(tmp_path / "whole")
-        with pytest.raises(ConfigError, match="holds adapters, and no whole model"):
-            restore_whole(tmp_path / "whole")
     with quick(), jax.set_mesh(make_mesh(base[0])):
-        before = leaves(restore_whole(base[1] / "run")[1])
+        before = leaves(restore(base[1] / "run")[1])
     after = leaves(model)
     moved = {name for name in before if (after[name] != before[name]).any()}
     assert moved and all(("attention" in n or "mlp" in n) and "norm" not in n and "router" not in n for n in moved)
@@ -266,9 +263,9 @@ def test_where_the_model_lies_may_change_and_whether_there_is_one_may_not(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     here = Config(train=TrainConfig(init_from="base"), tuning=TuningConfig(teacher="gs://bucket/teacher"))
-    whole = with_places(here)
+    whole = with_absolute_places(here)
     assert (whole.train.init_from, whole.tuning.teacher) == (str(tmp_path / "base"), "gs://bucket/teacher")
-    assert with_places(Config()) == Config() and with_places(whole) == whole
+    assert with_absolute_places(Config()) == Config() and with_absolute_places(whole) == whole
     check_resume(here, whole)
     for before, after, name in ((Config(), here, "train"), (here, Config(), "train")):
         with pytest.raises(ConfigError, match=rf"{name}\.init_from=.* differs from"):
@@ -276,13 +273,13 @@ def test_where_the_model_lies_may_change_and_whether_there_is_one_may_not(
     weighed = with_fields(here, tuning={"teacher_weight": 0.25})
     with pytest.raises(ConfigError, match=r"tuning\.teacher_weight=0\.25 differs from"):
         check_resume(here, weighed)
-    write_run(tmp_path / "run", whole, {ORIGIN: "4:abc"}, {}, ByteTokenizer())
+    write_run(tmp_path / "run", whole, {INIT_FROM: "4:abc"}, {}, ByteTokenizer())
     message = (
         rf"holds no model; .* \({tmp_path / 'run'} needs train\.init_from={tmp_path / 'base'} as it was, with its "
         rf"checkpoint 4; if that was moved, resume once with --config\.train\.init_from=PLACE\)"
     )
     with pytest.raises(ConfigError, match=message):
-        origin_of(tmp_path / "run", whole)
+        open_init_from(tmp_path / "run", whole)
 
 
 def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +302,10 @@ def test_a_folder_is_fetched_by_all_or_none(tmp_path: pathlib.Path, monkeypatch:
 
     monkeypatch.setattr(hosts, "raise_together", together)
     monkeypatch.setattr(storage, "local_folder", fetched)
-    monkeypatch.setattr(origins, "import_model", lambda directory, overrides: (directory, entered.append("read")))
-    read_model(Origin(str(tmp_path), "", "digest", Config()), Config())
+    monkeypatch.setattr(
+        pretrained_module, "import_model", lambda directory, overrides: (directory, entered.append("read"))
+    )
+    read_model(Pretrained(str(tmp_path), "", "digest", Config()), Config())
     assert entered == ["together", "fetch", "apart", "read", "removed"]
 
 

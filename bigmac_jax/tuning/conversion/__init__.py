@@ -1,5 +1,5 @@
-"""From a trained model to one of another structure, without training: a narrow exchange, experts from a dense model,
-more copies of the experts that there are (docs/conversion.md)."""
+"""Converts a trained model to another structure without training: a narrow exchange, experts from a dense model, or
+copies of its experts (docs/conversion.md)."""
 
 from bigmac_jax.tuning.conversion.expert_copies import upcycle, widen
 from bigmac_jax.tuning.conversion.latent import LayerError, narrow

@@ -1,4 +1,4 @@
-"""What each layer's experts are given by a text: a model is walked through layer by layer.
+"""Walks a text through a model layer by layer, and records the inputs of each layer's experts.
 
 B batch, L length, T tokens of the text, D hidden, K top-k.
 """
@@ -17,18 +17,18 @@ from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Block, Transformer
 
 
-class Seen(NamedTuple):
-    """What a layer's experts are given by T tokens, on the host."""
+class ExpertInputs(NamedTuple):
+    """The inputs of a layer's experts at T tokens, on the host."""
 
     inputs_TD: np.ndarray
     gates_TK: np.ndarray
     experts_TK: np.ndarray
 
 
-def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Block, Seen], None]) -> None:
-    """Calls `visit` with the number of each layer with experts, the layer, and what its experts are given; dropless.
+def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Block, ExpertInputs], None]) -> None:
+    """Calls `visit` with the number of each layer with experts, the layer, and its experts' inputs; dropless.
 
-    The text's activations are on the devices for one layer at a time, what a layer is given on the host.
+    The text's activations are on the devices for one layer at a time, the experts' inputs on the host.
     """
     on_mesh = [place(batch, batch_spec(2)) for batch in batches]
     documents = [None if b.segments_BL is None else find_documents(b.segments_BL) for b in on_mesh]
@@ -46,11 +46,11 @@ def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Blo
             np.concatenate([np.asarray(of[i]).reshape(-1, of[i].shape[-1]) for of in outputs])[counts]
             for i in (1, 2, 3)
         )
-        visit(number, layer, Seen(*seen))
+        visit(number, layer, ExpertInputs(*seen))
 
 
 def _layers(stack: Block | None) -> Iterator[Block]:
-    """The layers of a stack, one by one."""
+    """Takes the layers of a stack one by one."""
     if stack is not None:
         for number in range(len(jax.tree.leaves(stack)[0])):
             yield _layer(stack, number)

@@ -1,4 +1,4 @@
-"""From a run of train.py to the run, at step 0, of the model that it was converted to."""
+"""Writes a converted model as a run at step 0, and reports what the conversion did."""
 
 import dataclasses
 import pathlib
@@ -21,14 +21,16 @@ from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training import programs
-from bigmac_jax.training.new_run import check_fresh, write_fresh_run
+from bigmac_jax.training.new_run import check_new, write_new_run
 from bigmac_jax.tuning.conversion.latent import LayerError
 
 
 class Report(NamedTuple):
-    """Losses are nats a token of windows of the validation split.
+    """What a conversion did.
 
-    experts: parameters of all routed experts, before and after; of a dense model its MLPs'.
+    Attributes:
+      loss_before, loss_after: nats a token of the validation split.
+      experts: parameters of all routed experts, before and after; of a dense model its MLPs'.
     """
 
     action: str
@@ -38,6 +40,7 @@ class Report(NamedTuple):
     layers: list[LayerError]
 
     def lines(self) -> list[str]:
+        """The report for people."""
         before, after = self.experts
         lines = [
             f"layer {layer}: {total:.1%} of what the experts put out is lost ({inputs:.1%} of their hidden units' "
@@ -49,22 +52,22 @@ class Report(NamedTuple):
         return lines
 
 
-def set_anew(config: Config, overrides: Sequence[str]) -> Config:
-    """How the new run is trained: what the old one was tuned by does not go on unasked.
+def new_run_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The config of the new run: of the old one, without its tuning, with the overrides of how it is trained.
 
     Raises:
-      ConfigError: a field of the model, or of what a run at step 0 can't be.
+      ConfigError: an override of the model, or one that a run at step 0 can't have.
     """
     for override in overrides:
         if not override.startswith(MAY_SET):
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
     train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
     fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
-    return check_fresh(with_overrides(fresh, overrides))
+    return check_new(with_overrides(fresh, overrides))
 
 
-def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
-    """So many tokens in windows that stand evenly over the stream, as the model is trained on it."""
+def sample_windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
+    """Takes about so many tokens in windows spread evenly over the stream, in batches as in training."""
     L, rows = config.data.sequence_length, -(-config.data.batch_size // batch_ranks()) * batch_ranks()
     there = (stream.num_tokens - 1) // L
     if not there:
@@ -73,24 +76,23 @@ def windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
     starts = np.linspace(0, there - 1, count).round().astype(int) * L
     batches = []
     for first in range(0, count, rows):
-        batch = batch_from_windows(
-            np.stack([stream.tokens(start, start + L + 1) for start in starts[first : first + rows]])
-        )
+        windows = [stream.tokens(start, start + L + 1) for start in starts[first : first + rows]]
+        batch = batch_from_windows(np.stack(windows))
         if config.data.documents == "masked":
             batch = batch._replace(segments_BL=number_documents(batch.inputs_BL, stream.eos_id))
         batches.append(pad_batch(batch, rows))
     return batches
 
 
-def report(
+def measure(
     action: str, before: Transformer, after: Transformer, layers: list[LayerError], validation: Sequence[Batch]
 ) -> Report:
-    """What a conversion did."""
+    """Measures the loss and the size of a model before and after its conversion."""
     losses = [_loss(model, validation) for model in (before, after)]
     return Report(action, losses[0], losses[1], (_experts(before), _experts(after)), layers)
 
 
-def write_run(
+def write_converted_run(
     source: pathlib.Path,
     output: pathlib.Path,
     config: Config,
@@ -99,15 +101,15 @@ def write_run(
     report: Report,
     overrides: Sequence[str],
 ) -> Config:
-    """The run at step 0, with its own copies of the tokenizer and of what says how it chats, conversion.json and, of a
-    narrow exchange, the picture of the error by layer."""
+    """Writes a run at step 0 with its own tokenizer and chat template, conversion.json and, of a narrow exchange, a
+    picture of the error by layer → its config."""
     with lock_workdir(output):
-        config = set_anew(keep_tokenizer(output, config, tokenizer, read_chat_folder(source)), overrides)
+        config = new_run_config(keep_tokenizer(output, config, tokenizer, read_chat_folder(source)), overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
         storage.write_atomically(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
         if report.layers:
             _draw(report, output / "conversion.png")
-        write_fresh_run(output, config, model)
+        write_new_run(output, config, model)
     return config
 
 

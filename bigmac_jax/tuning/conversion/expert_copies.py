@@ -1,4 +1,4 @@
-"""Experts that are copies: of a dense model's MLP, or of the experts that a model has.
+"""Makes experts that are copies: of a dense model's MLP (upcycle), or of the experts that a model has (widen).
 
 E experts, K choices, c copies, D hidden, F expert hidden, Y layers.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model
+from bigmac_jax.tuning.conversion.rebuild import rebuild_model, with_model
 
 # A dense layer's matrices → those of each of its experts.
 _MLP = {
@@ -20,7 +20,7 @@ _MLP = {
 
 
 def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tuple[Config, Transformer]:
-    """fine_grained, each expert the MLP of the dense `model`, behind a fresh router (Komatsuzaki et al. 2023, "Sparse
+    """Makes a dense model fine_grained: each expert is its MLP, behind a new router (Komatsuzaki et al. 2023, "Sparse
     upcycling"). Gates are divided by their sum, so it computes what the dense model does.
 
     The router's gradient and the tokens that each is sent make the experts different: no noise is needed.
@@ -47,15 +47,15 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
         for theirs, ours in _MLP.items()
         if f"layers.mlp.{theirs}" in leaves
     }
-    return target, rebuilt(target, model, given)
+    return target, rebuild_model(target, model, given)
 
 
 def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) -> tuple[Config, Transformer]:
-    """c times the experts and the choices, each expert c times there: what LatentMoE's `acc` spends a narrow exchange
-    on (Elango et al. 2026, arXiv 2601.18089), from a model that has it.
+    """Copies each expert c times, and chooses c times as many: LatentMoE's `acc` (Elango et al. 2026, arXiv 2601.18089)
+    from a trained model.
 
-    A token that chose an expert chooses all its copies, with the same gate in all. So without noise the model computes
-    what it did, and the copies, which see the same tokens, would stay equal for ever.
+    A token that chose an expert chooses all its copies, and their gates sum to the old one. So without noise the model
+    computes what it did, and the copies, which see the same tokens, would stay equal for ever.
 
     Args:
       noise: N(0, noise²) times its root mean square is added to each of the experts' and the router's matrices.
@@ -91,4 +91,4 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         if part == "router_DE" or ".w_" in part:
             value += noise * np.sqrt(np.square(value).mean()) * draw(value.shape).astype(np.float32)
         given[name] = value / copies if softmax and part == "router_bias_E" else value
-    return target, rebuilt(target, model, given)
+    return target, rebuild_model(target, model, given)

@@ -1,4 +1,4 @@
-"""A narrow exchange for a trained fine_grained model: W↓, W↑ and narrow experts from what the experts do to a text.
+"""Gives a trained fine_grained model a narrow exchange: fits W↓, W↑ and narrow experts to what its experts compute.
 
 An expert of width F is E_i(x) = σ(x W_i) V_i. Its narrow one is σ(n(x W↓) W'_i) V'_i W↑, where n is the norm of
 model.latent_norm, if there is one in front of the exchange. W↓ and W↑ are one for all experts of a layer.
@@ -28,11 +28,11 @@ from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.transformer import Block, Transformer
-from bigmac_jax.tuning.conversion.calibration import Seen, walk
-from bigmac_jax.tuning.conversion.rebuild import rebuilt, with_model
+from bigmac_jax.tuning.conversion.calibration import ExpertInputs, walk
+from bigmac_jax.tuning.conversion.rebuild import rebuild_model, with_model
 
-# Of the mean square: what is added to squares that are divided by. Directions in which a text says less than this are
-# noise; all of it is exact whatever it is, where nothing is cut off.
+# Ridges, relative to the mean square. Directions in which a text has less are noise; where nothing is cut off, the fit
+# is exact whatever they are.
 _RIDGE = 1e-6
 _OWN_RIDGE = 1e-2  # of an expert's own fit, of which the layer's is the prior: some experts see few tokens
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # those of `layers.activate`
@@ -44,9 +44,12 @@ Leaves = dict[str, np.ndarray]  # of a layer's MoE, by the names that its parame
 
 
 class LayerError(NamedTuple):
-    """How far a layer's converted experts are from what they were: |ŷ - y|² / |y|² over the text's tokens.
+    """Relative squared errors of a layer's converted experts, |ŷ - y|² / |y|² over the text's tokens.
 
-    inputs: of their hidden units before the activation, weighted as W↓ is chosen; outputs: what W↑ can't say of y.
+    Attributes:
+      total: of the experts' output.
+      inputs: of their hidden units before the activation, weighted as W↓ is chosen.
+      outputs: of the output, by W↑ alone.
     """
 
     layer: int
@@ -58,13 +61,13 @@ class LayerError(NamedTuple):
 def narrow(
     config: Config, model: Transformer, batches: Sequence[Batch], ratio: float, latent_norm: str = "none"
 ) -> tuple[Config, Transformer, list[LayerError]]:
-    """bigmac with the same experts' width and number, its exchange `ratio` as wide.
+    """Makes a fine_grained model bigmac: experts of the same number and width, and an exchange `ratio` times as wide.
 
     Args:
       model: fine_grained, of `config`, on the current mesh of one process.
-      batches: a text, that it reads as in evaluation.
-      latent_norm: of the result. Behind the combine it is no part of what the experts did: the result is then close in
-        the mean alone, but it trains better (docs/quality.md).
+      batches: a text, read as in evaluation.
+      latent_norm: of the result. No fit can undo a norm behind the combine: the result then begins further away, but
+        trains better (docs/quality.md).
 
     Raises:
       ConfigError: another structure, or one with a norm on its exchanged rows.
@@ -90,7 +93,7 @@ def narrow(
     layers: list[Leaves] = []
     errors: list[LayerError] = []
 
-    def fit(number: int, layer: Block, seen: Seen) -> None:
+    def fit(number: int, layer: Block, seen: ExpertInputs) -> None:
         assert isinstance(layer.mlp, MoE)
         experts = {name: np.asarray(leaf, np.float64) for name, leaf in named_leaves(layer.mlp.experts).items()}
         leaves, error = fit_layer(target.model, experts, seen)
@@ -99,15 +102,15 @@ def narrow(
 
     walk(model, batches, fit)
     given = {f"layers.mlp.{name}": np.stack([leaves[name] for leaves in layers]) for name in layers[0]}
-    return target, rebuilt(target, model, given), errors
+    return target, rebuild_model(target, model, given), errors
 
 
-def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, LayerError]:
-    """The parameters of a layer's narrow MoE, by their names in it, and its error.
+def fit_layer(m: ModelConfig, experts: Leaves, seen: ExpertInputs) -> tuple[Leaves, LayerError]:
+    """Fits a layer's narrow MoE → its parameters by name, and its error.
 
     Args:
-      m: of the result.
-      experts: what the layer has, by name.
+      m: the config of the result.
+      experts: the layer's parameters by name.
     """
     x_TD, R = seen.inputs_TD.astype(np.float64), m.latent_size
     first = [name for name in ("w_in_eRF", "w_gate_eRF") if name in experts]
@@ -116,7 +119,7 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
     gates = [seen.gates_TK[of].astype(np.float64)[:, None] for of in chosen]
 
     # W↓, and x W↓.
-    c_DD = _ridged(x_TD.T @ x_TD / len(x_TD), _RIDGE)
+    c_DD = _add_ridge(x_TD.T @ x_TD / len(x_TD), _RIDGE)
     root_DD, inverse_DD = _power(c_DD, 0.5), _power(c_DD, -0.5)
     square_DD = np.zeros_like(c_DD)
     for e, gate_N1 in enumerate(gates):
@@ -126,13 +129,13 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
             square_DD += np.square(gate_N1).sum() * (w_DF @ w_DF.T)
     kept_DR, of_inputs = _principal(root_DD @ square_DD @ root_DD, R)
     down_DR = inverse_DD @ kept_DR
-    z_TR = _normalised(x_TD @ down_DR, m) if "pre_dispatch" in m.latent_norms else x_TD @ down_DR
+    z_TR = _normalize(x_TD @ down_DR, m) if "pre_dispatch" in m.latent_norms else x_TD @ down_DR
 
     # The experts' first matrices: the layer's least squares solution, and each expert's step away from it.
     found = {name: value.copy() for name, value in experts.items()}
     for name in first:
         found[name] = np.zeros((m.num_experts, R, m.expert_width))
-    all_RD = np.linalg.solve(_ridged(z_TR.T @ z_TR, _RIDGE), z_TR.T @ x_TD)
+    all_RD = np.linalg.solve(_add_ridge(z_TR.T @ z_TR, _RIDGE), z_TR.T @ x_TD)
     y_TD = np.zeros_like(x_TD)
     hidden: list[tuple[np.ndarray, np.ndarray]] = []
     for e, (t_N, gate_N1) in enumerate(zip(tokens, gates, strict=True)):
@@ -160,7 +163,7 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
     if "skip" in m.latent_norms:
         leaves["skip_1"] = np.zeros(1)  # as what is converted has none; a gate starts with zeros anyway
     if "post_combine" in m.latent_norms:
-        n_TR = _normalised(y_TR, m)
+        n_TR = _normalize(y_TR, m)
         scale_R = (n_TR * y_TR).sum(0) / np.square(n_TR).sum(0)
         leaves["combine_norm.scale_D"], y_TR = scale_R, n_TR * scale_R
     total = np.square(y_TR @ kept_DR.T - y_TD).sum() / np.square(y_TD).sum()
@@ -168,11 +171,11 @@ def fit_layer(m: ModelConfig, experts: Leaves, seen: Seen) -> tuple[Leaves, Laye
 
 
 class _Fit:
-    """Least squares of a_NX: `solve(b_NY)` → w_XY with a w ≈ b, small where a says little."""
+    """Ridge regression on a_NX: `solve(b_NY)` → w_XY with a w ≈ b."""
 
     def __init__(self, a_NX: np.ndarray):
         self._a_NX = a_NX
-        self._square_XX = _ridged(a_NX.T @ a_NX, _OWN_RIDGE)
+        self._square_XX = _add_ridge(a_NX.T @ a_NX, _OWN_RIDGE)
 
     def solve(self, b_NY: np.ndarray) -> np.ndarray:
         if not len(self._a_NX):  # an expert that no token chose
@@ -180,25 +183,25 @@ class _Fit:
         return np.linalg.solve(self._square_XX, self._a_NX.T @ b_NY)
 
 
-def _ridged(square_XX: np.ndarray, ridge: float) -> np.ndarray:
+def _add_ridge(square_XX: np.ndarray, ridge: float) -> np.ndarray:
     return square_XX + ridge * np.trace(square_XX) / len(square_XX) * np.eye(len(square_XX))
 
 
 def _power(square_XX: np.ndarray, exponent: float) -> np.ndarray:
-    """Of a symmetric positive matrix."""
+    """A power of a symmetric positive matrix."""
     values_X, vectors_XX = np.linalg.eigh(square_XX)
     return (vectors_XX * values_X**exponent) @ vectors_XX.T
 
 
 def _principal(square_XX: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """The eigenvectors of the largest eigenvalues, [X, count], and the share of all that is not theirs."""
+    """The eigenvectors of the largest eigenvalues, [X, count], and the others' share of all eigenvalues."""
     values_X, vectors_XX = np.linalg.eigh(square_XX)  # ascending
     lost = values_X[: len(values_X) - count].clip(0).sum() / values_X.clip(0).sum()
     return vectors_XX[:, ::-1][:, :count], float(lost)
 
 
 def _hidden(m: ModelConfig, w: Leaves, e: int, x_NX: np.ndarray) -> np.ndarray:
-    """What an expert's second matrix is given."""
+    """An expert's hidden units, behind the activation."""
     hidden = [x_NX @ w["w_in_eRF"][e]]
     if m.gated:
         hidden.append(x_NX @ w["w_gate_eRF"][e])
@@ -209,11 +212,12 @@ def _hidden(m: ModelConfig, w: Leaves, e: int, x_NX: np.ndarray) -> np.ndarray:
 
 
 def _outputs(w: Leaves, e: int, hidden_NF: np.ndarray) -> np.ndarray:
+    """An expert's outputs."""
     y_NR = hidden_NF @ w["w_out_eFR"][e]
     return y_NR + w["b_out_eR"][e] if "b_out_eR" in w else y_NR
 
 
-def _normalised(x_TR: np.ndarray, m: ModelConfig) -> np.ndarray:
+def _normalize(x_TR: np.ndarray, m: ModelConfig) -> np.ndarray:
     """`layers.normalize` of a scale of 1 and no bias."""
     x_TR = x_TR - x_TR.mean(-1, keepdims=True) if m.norm == "layernorm" else x_TR
     return x_TR / np.sqrt(np.square(x_TR).mean(-1, keepdims=True) + m.norm_eps)

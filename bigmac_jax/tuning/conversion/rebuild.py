@@ -1,4 +1,4 @@
-"""A model of another config that is given most of its parameters."""
+"""Builds a model of another config from a trained one's parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 
 
-def rebuilt(config: Config, source: Transformer, given: Mapping[str, np.ndarray]) -> Transformer:
-    """A model on the current mesh: parameters `given` by name, those of `source` that have the same name and shape, and
-    for what is in neither, the values that training starts with."""
+def rebuild_model(config: Config, source: Transformer, given: Mapping[str, np.ndarray]) -> Transformer:
+    """Builds a model on the current mesh: of parameters `given` by name, those of `source` of the same name and shape,
+    and for others the values that training starts with."""
     kept = named_leaves(source)
 
     def value(path: Any, leaf: Array) -> Array:
@@ -30,5 +30,5 @@ def rebuilt(config: Config, source: Transformer, given: Mapping[str, np.ndarray]
 
 
 def with_model(config: Config, **fields: Any) -> Config:
-    """Raises ConfigError where the fields don't fit."""
+    """The config with other fields of the model; raises ConfigError where they don't fit."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))

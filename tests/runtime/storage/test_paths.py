@@ -56,13 +56,13 @@ def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPat
     """Or a run would begin anew, or its checkpoints be taken for unfinished ones."""
     workdir = storage.locate(f"gs://{BUCKET}/none", "workdir")
     checkpoints = Checkpoints(workdir)
-    assert manifest.steps(workdir) == []
+    assert manifest.list_steps(workdir) == []
 
     def refused(*_: object, **__: object) -> None:
         raise ConnectionResetError
 
     monkeypatch.setattr(storage.filesystem(checkpoints._directory), "ls", refused)
-    for read in (lambda: manifest.steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
+    for read in (lambda: manifest.list_steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
         with pytest.raises(ConnectionResetError):
             read()
 

@@ -28,7 +28,7 @@ from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.restore import restore
+from bigmac_jax.tuning import restore
 
 from .conftest import entered
 

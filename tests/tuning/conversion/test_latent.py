@@ -10,7 +10,7 @@ from model.tools import on_mesh, random_model, tiny
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch, batch_from_windows
 from bigmac_jax.tuning.conversion import narrow
-from bigmac_jax.tuning.conversion.calibration import Seen
+from bigmac_jax.tuning.conversion.calibration import ExpertInputs
 from bigmac_jax.tuning.conversion.latent import fit_layer
 
 FINE = {"structure": "fine_grained"}
@@ -42,7 +42,9 @@ def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
         assert all(error.total < 1e-9 for error in errors)
 
 
-def layer(rank: int, ratio: float, norm: str = "none", **fields: Any) -> tuple[ModelConfig, dict[str, Any], Seen]:
+def layer(
+    rank: int, ratio: float, norm: str = "none", **fields: Any
+) -> tuple[ModelConfig, dict[str, Any], ExpertInputs]:
     """Random experts and tokens, whose inputs and outputs lie in `rank` of 12 dimensions."""
     draw = np.random.default_rng(0).standard_normal
     D, F, E, T = 12, 10, 4, 400
@@ -54,10 +56,10 @@ def layer(rank: int, ratio: float, norm: str = "none", **fields: Any) -> tuple[M
         experts["w_gate_eRF"] = draw((E, D, F))
     gates = np.abs(draw((T, 2))).astype(np.float32)
     chosen = np.argsort(draw((T, E)), axis=1)[:, :2]
-    return m, experts, Seen((draw((T, rank)) @ subspace.T).astype(np.float32), gates, chosen)
+    return m, experts, ExpertInputs((draw((T, rank)) @ subspace.T).astype(np.float32), gates, chosen)
 
 
-def outputs(m: ModelConfig, leaves: dict[str, np.ndarray], seen: Seen) -> np.ndarray:
+def outputs(m: ModelConfig, leaves: dict[str, np.ndarray], seen: ExpertInputs) -> np.ndarray:
     """Of a layer, written out token by token."""
     wide = "down.w_DF" not in leaves
     w = leaves if wide else {name.removeprefix("experts."): value for name, value in leaves.items()}
