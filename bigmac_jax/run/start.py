@@ -21,20 +21,12 @@ from bigmac_jax.model.kernels.flash_attention import attention_implementation
 from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.training import manifest
+from bigmac_jax.training import manifest, run_data
 from bigmac_jax.training.bad_steps import restore_losses
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.dashboards import check_dashboards
 from bigmac_jax.training.metrics import describe_auto
 from bigmac_jax.training.programs import evaluation_rows, step_program
-from bigmac_jax.training.run_data import (
-    chat_files,
-    check_data,
-    check_rows,
-    check_template,
-    fingerprint_held_out,
-    fingerprint_rows,
-)
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import (
     check_shared,
@@ -45,17 +37,8 @@ from bigmac_jax.training.workdir import (
     use_saved_template,
     write_run,
 )
-from bigmac_jax.tuning.pretrained import (
-    INIT_FROM,
-    Pretrained,
-    choose_tokenizer,
-    compare_models,
-    load_parameters,
-    open_init_from,
-    read_model,
-    with_absolute_places,
-    with_pretrained_chat,
-)
+from bigmac_jax.tuning import pretrained
+from bigmac_jax.tuning.pretrained import Pretrained
 from bigmac_jax.tuning.reference_scores import reference_nll
 from bigmac_jax.tuning.teacher import TEACHER, check_teacher_tokenizer, open_teacher
 
@@ -131,7 +114,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         for note in resume_warnings(workdir, config, dict(mesh.shape)) if resumed and step else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
-        fingerprints = fingerprint_held_out(config) | inputs.fingerprints
+        fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
         write_run(workdir, config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
@@ -145,11 +128,11 @@ def _open_models(config: Config, workdir: pathlib.Path) -> tuple[bool, Models]:
         saved = read_config(workdir) if resumed else config
         check_resume(saved, config)
         # A run that has a checkpoint of all parameters does not look back at the model that it began with.
-        moved = with_absolute_places(saved).train.init_from != config.train.init_from
+        moved = pretrained.with_absolute_places(saved).train.init_from != config.train.init_from
         needed = (
             config.tuning.lora_rank or config.tuning.objective == "dpo" or moved or not manifest.list_steps(workdir)
         )
-    origin = open_init_from(workdir, config) if config.train.init_from and needed else None
+    origin = pretrained.open_init_from(workdir, config) if config.train.init_from and needed else None
     return resumed, Models(origin, open_teacher(workdir, config) if config.tuning.teacher else None)
 
 
@@ -158,27 +141,28 @@ def _open_inputs(config: Config, workdir: pathlib.Path, resumed: bool, models: M
     origin, teacher = models
     with clock.timed("data"), hosts.raise_together():
         if origin:
-            compare_models(origin, config)
+            pretrained.compare_models(origin, config)
         if resumed:
             tokenizer, read = load_run_tokenizer(workdir, config), use_saved_template(workdir, config, of_user=True)
         elif origin:
-            tokenizer, read = choose_tokenizer(origin, config), with_pretrained_chat(origin, config)
+            tokenizer = pretrained.choose_tokenizer(origin, config)
+            read = pretrained.with_pretrained_chat(origin, config)
         else:
             tokenizer, read = load_tokenizer(config), config
         train = open_stream(read, "train", tokenizer)
         validation = open_stream(read, "validation", tokenizer) if config.train.eval_every else None
-        chat = chat_files(read, train)
-        check_template(workdir, chat)
+        chat = run_data.chat_files(read, train)
+        run_data.check_template(workdir, chat)
         if teacher:
             check_teacher_tokenizer(teacher, config, tokenizer)
         prints = {"tokenizer": tokenizer.fingerprint, "train": train.text}
         prints |= {"validation": validation.text} if validation else {}
-        prints |= {INIT_FROM: origin.identity} if origin else {}
+        prints |= {pretrained.INIT_FROM: origin.identity} if origin else {}
         prints |= {TEACHER: teacher.identity} if teacher else {}
-        rows_prints = fingerprint_rows({"train": train, "validation": validation})
+        rows_prints = run_data.fingerprint_rows({"train": train, "validation": validation})
         if resumed:
-            check_data(workdir, config, prints)
-            check_rows(workdir, rows_prints)
+            run_data.check_data(workdir, config, prints)
+            run_data.check_rows(workdir, rows_prints)
         rows = hosts.local_rows(
             jax.sharding.NamedSharding(jax.sharding.get_mesh(), batch_spec(1)), config.data.batch_size
         )
@@ -192,7 +176,7 @@ def _score_reference(config: Config, trainer: Trainer, inputs: Inputs, origin: P
     if origin is None or tuning.objective != "dpo" or tuning.lora_rank or not isinstance(pairs, Conversations):
         return
     with clock.timed("data"):
-        model = nnx.merge(trainer.graphdef, *load_parameters(origin, config))
+        model = nnx.merge(trainer.graphdef, *pretrained.load_parameters(origin, config))
         windows = pairs.pack(config.data.sequence_length)
         windows.reference = reference_nll(model, windows, evaluation_rows(config), not hosts.is_first())
 
@@ -222,7 +206,7 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
         + (f", resumed at step {step}" if step else "")
     )
     if origin and not step:
-        at, changed = f", step {origin.step}" if origin.step else "", compare_models(origin, config)
+        at, changed = f", step {origin.step}" if origin.step else "", pretrained.compare_models(origin, config)
         hosts.say(f"begins with {origin.place}{at}" + (f"; {', '.join(changed)}" if changed else ""))
 
 
@@ -237,15 +221,15 @@ def restore_or_begin(
             step, state, position = found
             if config.tuning.lora_rank:
                 assert origin is not None, config.train
-                state = dataclasses.replace(state, base=load_parameters(origin, config)[0])
+                state = dataclasses.replace(state, base=pretrained.load_parameters(origin, config)[0])
             state = restore_losses(state, trainer.abstract_state, position)
     if not found:
         with clock.timed("initialise"):
             key = jax.random.key(config.train.seed)
-            state = trainer.begin(*load_parameters(origin, config), key) if origin else trainer.init(key)
+            state = trainer.begin(*pretrained.load_parameters(origin, config), key) if origin else trainer.init(key)
             step, position = 0, {"batches": 0}
     if teacher:
-        state = dataclasses.replace(state, teacher=read_model(teacher, teacher.config))
+        state = dataclasses.replace(state, teacher=pretrained.read_model(teacher, teacher.config))
     return step, state, position
 
 

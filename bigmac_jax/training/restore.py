@@ -1,5 +1,6 @@
 """Reads models from checkpoints: for evaluation, generation, export, conversion and runs that begin with one."""
 
+import contextlib
 import hashlib
 import logging
 import pathlib
@@ -24,11 +25,8 @@ _log = logging.getLogger(__name__)
 def find_checkpoint(workdir: pathlib.Path, step: str) -> tuple[int, str]:
     """The number of the checkpoint that `restore_parts` would take if its arrays are intact, and a digest of it.
     Errors as for `tuning.restore`."""
-    checkpoints = Checkpoints(workdir)
-    try:
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         number = checkpoints.resolve(step)
-    finally:
-        checkpoints.close()
     file = workdir / "checkpoints" / str(number) / manifest.NAME  # names its files, as no other does
     return number, hosts.run_on_first(lambda: hashlib.sha256(file.read_bytes()).hexdigest())
 
@@ -62,8 +60,7 @@ def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Con
     if mesh.empty:
         mesh = make_mesh(config, fit_batch=False)
         jax.set_mesh(mesh)
-    checkpoints = Checkpoints(workdir)
-    try:
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         graphdef, base, rest = split_model(jax.eval_shape(lambda key: init_model(config, key), jax.random.key(0)))
         params = base
         if config.tuning.lora_rank:
@@ -71,5 +68,3 @@ def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Con
         number, tree = checkpoints.restore_model(str(step), placed({"params": params, "rest": rest}, mesh))
         loss = hosts.run_on_first(lambda: checkpoints.loss(number))
         return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)
-    finally:
-        checkpoints.close()
