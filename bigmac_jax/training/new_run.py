@@ -3,14 +3,12 @@
 import pathlib
 
 import jax
-import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.optimizer import make_optimizer
-from bigmac_jax.training.step import TrainState, make_trainer, split_model
+from bigmac_jax.training.step import make_trainer, split_model
 from bigmac_jax.training.workdir import write_config
 
 
@@ -30,19 +28,16 @@ def check_new(config: Config) -> Config:
 
 
 def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
-    """Writes a model on the current mesh as a run at step 0, with a new optimizer state; the workdir is locked.
+    """Writes a model on the current mesh as a run at step 0, with a new optimizer state; the workdir is locked. The
+    model's arrays are donated.
 
     Raises:
       ConfigError: it cannot be written.
     """
     _, params, rest = split_model(model)
-    abstract = make_trainer(config, jax.sharding.get_mesh()).abstract_state
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(make_optimizer(config).init, out_shardings=shardings)(params)
-    step = jax.device_put(np.int32(0), abstract.step.sharding)
+    state = make_trainer(config, jax.sharding.get_mesh()).begin(params, rest, jax.random.key(0))
     checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-    average = params if config.optimizer.average_decay else None
-    checkpoints.save(TrainState(step, params, rest, opt_state, None, average), {"batches": 0}, config, 0, None)
+    checkpoints.save(state, {"batches": 0}, config, 0, None)
     checkpoints.wait()
     saved = hosts.broadcast(checkpoints.latest())
     checkpoints.close()
