@@ -176,8 +176,7 @@ def own_tokenizer(origin: Pretrained, config: Config) -> Tokenizer | None:
     name = origin.config.data.tokenizer
     if name.endswith(TOKENIZER_FILES) and not pathlib.Path(name).expanduser().is_file():
         return None
-    data = dataclasses.replace(origin.config.data, tokenizer=name)
-    return load_tokenizer(dataclasses.replace(origin.config, data=data, cache_dir=config.cache_dir))
+    return load_tokenizer(dataclasses.replace(origin.config, cache_dir=config.cache_dir))
 
 
 def with_pretrained_chat(origin: Pretrained, config: Config) -> Config:
