@@ -190,7 +190,7 @@ def _score_targets(model: Transformer, x_BLD: Array, targets_BL: Array, score: C
         @jax.checkpoint
         def body(_: None, xs: tuple[Array, Array]) -> tuple[None, Any]:
             logits_Cv, target_C = _logits(*xs, w_vD)[:2]
-            return None, score(logits_Cv, target_C, xs[1])
+            return None, score(logits_Cv, reduce_tensor(jax.lax.psum, target_C), xs[1])
 
         chunks = num_chunks(x_TD.shape[0], w_vD.shape[0])
         xs = x_TD.reshape(chunks, -1, x_TD.shape[1]), targets_T.reshape(chunks, -1)
