@@ -68,15 +68,14 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _check(name: str, value: Any) -> Any:
+    """Returns a value, None if it is not finite; raises ValueError or TypeError for one of another type."""
     if name in _TEXTS:
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-    if dimensions := _DIMENSIONS.get(name, 0):
+        valid = isinstance(value, str)
+    elif dimensions := _DIMENSIONS.get(name, 0):
         array = np.array(value, float)
-        if array.ndim != dimensions or not array.size:
-            raise TypeError
-        return value
-    if value is not None and type(value) not in (int, float):
-        raise TypeError
-    return value if value is None or math.isfinite(value) else None
+        valid = array.ndim == dimensions and array.size > 0
+    else:
+        valid = value is None or type(value) in (int, float)
+    if not valid:
+        raise TypeError(name)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
