@@ -25,11 +25,11 @@ from bigmac_jax.training.loss import (
     WHOLE,
     LossParts,
     Share,
+    add_router_losses,
     gather_tensor_tokens,
     linear_cross_entropy,
     num_chunks,
     reduce_tensor,
-    with_router_losses,
 )
 
 
@@ -54,7 +54,7 @@ def distilled_loss(
     tables = model.unembedding(), teacher.unembedding()
     kl = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, share.targets)
     loss = (1 - tuning.teacher_weight) * ce + tuning.teacher_weight * kl + tuning.hidden_weight * hidden_Y.mean()
-    return with_router_losses(model.config.model, loss, aux), LossParts(ce, aux, gaps=Gaps(kl, hidden_Y))
+    return add_router_losses(model.config.model, loss, aux), LossParts(ce, aux, gaps=Gaps(kl, hidden_Y))
 
 
 def _side_by_side(

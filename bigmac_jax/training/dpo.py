@@ -15,7 +15,7 @@ from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.mesh import batch_spec, on_each_rank
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import WHOLE, LossParts, Share, token_nll, with_router_losses
+from bigmac_jax.training.loss import WHOLE, LossParts, Share, add_router_losses, token_nll
 
 
 class PairMetrics(NamedTuple):
@@ -49,7 +49,7 @@ def dpo_loss(
     rows = sum_pairs(config, gain_BL, batch.segments_BL)
     count = divisor(count_pairs(batch) if share.targets is None else share.targets)
     loss, right, margin = (of_rows.sum() / count for of_rows in rows)
-    return with_router_losses(config.model, loss, aux), LossParts(loss, aux, PairMetrics(right, margin))
+    return add_router_losses(config.model, loss, aux), LossParts(loss, aux, PairMetrics(right, margin))
 
 
 def sum_pairs(config: Config, gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:

@@ -69,7 +69,7 @@ def loss_fn(
     config = model.config.model
     x_BLD, aux = _features(model, batch, dropout_key, share)
     ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
-    return with_router_losses(config, ce, aux), LossParts(ce, aux)
+    return add_router_losses(config, ce, aux), LossParts(ce, aux)
 
 
 def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, Aux]:
@@ -82,7 +82,7 @@ def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share
     )
 
 
-def with_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
+def add_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
     """Adds the router's losses, summed over layers."""
     if not config.is_moe:
         return loss
