@@ -9,7 +9,7 @@ case ${1:-} in '' | 0 | *[!0-9]*) echo "error: usage: $0 N [train.py's arguments
 n=$1
 shift
 program=train.py
-case ${1:-} in *.py) program=$1 && shift ;; esac
+case ${1:-} in -*) ;; *.py) program=$1 && shift ;; esac # --config=FILE.py is an argument
 python=${PYTHON:-python}
 here=$(dirname "${BASH_SOURCE[0]}")
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
