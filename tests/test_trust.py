@@ -31,12 +31,13 @@ COMMANDS = pathlib.Path(__file__).parent / "training" / "commands.py"
 # As serve.py, but for the network: it ends where requests would be answered.
 SERVE = """
 import bigmac_jax.commands.serve as command
+from bigmac_jax.commands import cli
 
 async def served(*_):
     return 0
 
 command.serve = served
-command.run()
+cli.run(command.main, distributed=True)
 """
 # Rewrites a workdir, whose run.json would tell.
 SPOIL = """

@@ -7,23 +7,32 @@ import difflib
 import importlib
 import pathlib
 import sys
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from bigmac_jax import __version__
 from bigmac_jax.runtime import environment, signals
 
-# What each command does, by its name, which is that of a module here with a function `run`.
+
+class Command(NamedTuple):
+    """What a command does, whether it takes arguments that are no flags, and may run as several processes."""
+
+    summary: str
+    arguments: bool = False
+    distributed: bool = False
+
+
+# By name, which is that of a module here with a function `main`.
 COMMANDS = {
-    "train": "trains a model",
-    "eval": "scores one: perplexity, downstream tasks",
-    "generate": "completes prompts",
-    "serve": "answers requests over HTTP, as OpenAI's interface has them",
-    "plan": "says what a config costs, before it runs",
-    "convert": "converts models to and from Hugging Face, and to other structures",
-    "data": "prepares a corpus ahead: tokenises it on all cores",
-    "report": "draws runs side by side",
-    "selfcheck": "says whether this machine computes what it should",
-    "fields": "lists the config's fields",
+    "train": Command("trains a model", distributed=True),
+    "eval": Command("scores one: perplexity, downstream tasks", distributed=True),
+    "generate": Command("completes prompts", distributed=True),
+    "serve": Command("answers requests over HTTP, as OpenAI's interface has them", distributed=True),
+    "plan": Command("says what a config costs, before it runs", arguments=True),
+    "convert": Command("converts models to and from Hugging Face, and to other structures", True, distributed=True),
+    "data": Command("prepares a corpus ahead: tokenises it on all cores", arguments=True),
+    "report": Command("draws runs side by side", arguments=True),
+    "selfcheck": Command("says whether this machine computes what it should", distributed=True),
+    "fields": Command("lists the config's fields", arguments=True),
 }
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -36,12 +45,12 @@ def start(name: str) -> None:
     with signals.block():  # until the program that takes its place has its handlers
         environment.prepare()
     try:
-        module = importlib.import_module(f"bigmac_jax.commands.{name}")
+        cli, module = (importlib.import_module(f"bigmac_jax.commands.{module}") for module in ("cli", name))
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "bigmac_jax":
             raise
         fail(f"{sys.executable} has no package {error.name!r}; {_advice()}")
-    module.run()
+    cli.run(module.main, COMMANDS[name].arguments, COMMANDS[name].distributed)
 
 
 def main() -> None:
@@ -54,7 +63,7 @@ def main() -> None:
         print(f"bigmac_jax {__version__}")
     elif name in ("--help", "-h", "help"):
         print("bigmac COMMAND [--help | arguments]\n")
-        print("\n".join(f"  {command:10} {what}" for command, what in COMMANDS.items()))
+        print("\n".join(f"  {command:10} {of.summary}" for command, of in COMMANDS.items()))
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"

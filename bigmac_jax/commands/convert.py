@@ -1,4 +1,4 @@
-"""Models to and from safetensors that Hugging Face's transformers loads, and to other structures.
+"""Converts models to and from safetensors that Hugging Face's transformers loads, and to other structures.
 
 bigmac convert export --workdir=DIR --output=OUT [--step=best] [--format=auto] [--dtype=float32]
 bigmac convert import --checkpoint=DIR --workdir=DIR [--config.mesh.… --config.data.… --config.train.…]
@@ -128,7 +128,3 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     config = converted_run.write_converted_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")
-
-
-def run() -> None:
-    cli.run(main, arguments=True, distributed=True)

@@ -19,8 +19,3 @@ def main() -> None:
         raise ConfigError(f"{' '.join(cli.ARGUMENTS) or 'nothing'} is not what this does; use: prepare --config=…")
     for line in prepare(load_config(_CONFIG.value, cli.OVERRIDES), _SPLITS.value, _PROCESSES.value):
         print(line, flush=True)
-
-
-def run() -> None:
-    flags.FLAGS.set_gnu_getopt()  # flags follow `prepare`
-    cli.run(main, arguments=True)

@@ -9,7 +9,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, strict_json, with_mesh
-from bigmac_jax.config.reads import notes_of_evaluation
+from bigmac_jax.config.reads import evaluation_notes
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.token_cache import TokenStream
@@ -70,7 +70,7 @@ def main() -> None:
         score = _choose(trained)
     cli.agree(trained.config, __name__)
     mesh = cli.enter_mesh(trained.config, fit_batch=False)
-    cli.warn(notes_of_evaluation(trained.config, cli.given_fields(), mesh.shape["data"]))
+    cli.warn(evaluation_notes(trained.config, cli.given_fields(), mesh.shape["data"]))
     lines, result = score()
     if not _JSON.value:
         hosts.say("\n".join(lines))
@@ -151,7 +151,3 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
 
 def _is_quiet() -> bool:
     return _JSON.value or not hosts.is_first()
-
-
-def run() -> None:
-    cli.run(main, distributed=True)

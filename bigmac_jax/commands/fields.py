@@ -6,7 +6,3 @@ from bigmac_jax.config import field_docs
 
 def main() -> None:
     print(field_docs.describe(cli.ARGUMENTS))
-
-
-def run() -> None:
-    cli.run(main, arguments=True)

@@ -102,7 +102,3 @@ def _accepted(generator: Generator) -> str:
     if drafts is None or not drafts.drafted:
         return ""
     return f"; of {drafts.drafted:,} drafted tokens {drafts.accepted / drafts.drafted:.1%} were accepted"
-
-
-def run() -> None:
-    cli.run(main, distributed=True)

@@ -58,7 +58,3 @@ def main() -> None:
         pictures.draw(result, plot)
     if _JSON.value:
         print(strict_json(result))
-
-
-def run() -> None:
-    cli.run(main, arguments=True)

@@ -17,8 +17,3 @@ def main() -> None:
     runs = read_runs(cli.ARGUMENTS)
     write_page(runs, path)
     print(f"{path}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {storage.file_size(path) / 1e6:.2f} MB")
-
-
-def run() -> None:
-    flags.FLAGS.set_gnu_getopt()  # -o may follow the runs
-    cli.run(main, arguments=True)

@@ -3,8 +3,6 @@
 bigmac selfcheck --cpu_devices=2 --quick
 """
 
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,21 +25,19 @@ _QUICK = flags.DEFINE_bool("quick", False, "Leave the rates out.")
 
 
 def main() -> int:
-    """The exit code: 1 if a check failed."""
+    """Runs all checks, prints a table or JSON, and returns the exit code: 1 if a check failed."""
     if cli.OVERRIDES:
         raise ConfigError(f"--config.{cli.OVERRIDES[0]}: the self-check has models of its own; drop it")
-    report: dict[str, Any] = {"versions": versions(), "device": device()}
+    report: dict[str, Any] = {"versions": environment.software_versions(), "device": device()}
     if not _JSON.value and hosts.is_first():
         _show_machine(report)
-    results, report["rates"] = [], {}
-    for check in checks.all_checks(jax.devices()):
-        results.append(_run(check))
+    report["rates"] = {}
+    to_run = checks.all_checks(jax.devices())
     if not _QUICK.value:
         name = report["device"]["hardware"]
-        for rate in all_rates(jax.devices(), load_hardware(name) if name else None):
-            check, found = _as_check(rate)
-            results.append(_run(check))
-            report["rates"] |= found
+        rates = all_rates(jax.devices(), load_hardware(name) if name else None)
+        to_run += [_as_check(rate, report["rates"]) for rate in rates]
+    results = [_run(check) for check in to_run]
     report["checks"] = [
         {"name": r.check.name, "ok": r.ok, "why": r.why, "seconds": round(r.seconds, 2), "part": r.check.part}
         | {"detail": r.detail, "setting": r.check.setting}
@@ -56,18 +52,8 @@ def main() -> int:
     return 0 if report["ok"] else 1
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("jax", "jaxlib", "flax", "bigmac-jax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that nobody installed
-            found[name] = "not installed"
-    return found
-
-
 def device() -> dict[str, Any]:
-    """What jax.devices() are, and their hardware file."""
+    """Describes jax.devices(), and names their hardware file."""
     first = jax.local_devices()[0]
     return {
         "platform": first.platform,
@@ -90,9 +76,8 @@ def _run(check: checks.Check) -> checks.Result:
         return checks.run(check)
 
 
-def _as_check(rate: Rate) -> tuple[checks.Check, dict[str, Any]]:
-    """A check that measures a rate, and the dictionary that it fills."""
-    found: dict[str, Any] = {}
+def _as_check(rate: Rate, found: dict[str, Any]) -> checks.Check:
+    """Makes a check that measures a rate, and adds it to `found`."""
 
     def measure() -> str:
         value = rate.measure()
@@ -102,7 +87,7 @@ def _as_check(rate: Rate) -> tuple[checks.Check, dict[str, Any]]:
             f", {share:.0%} of the hardware file's {_scaled(rate.expected)}" if share and rate.expected else ""
         )
 
-    return checks.Check(f"rate {rate.name}", "rate", "", measure), found
+    return checks.Check(f"rate {rate.name}", "rate", "", measure)
 
 
 def _scaled(value: float) -> str:
@@ -139,7 +124,3 @@ def _show(report: Mapping[str, Any], results: Sequence[checks.Result]) -> None:
             f"{name} failed: " + (f"set {setting}" if setting else "no setting goes around it"), soft_wrap=True
         )
     console.print("[green]ok[/green]" if report["ok"] else "[bold red]not ok[/bold red] (docs/selfcheck.md)")
-
-
-def run() -> None:
-    cli.run(main, distributed=True)

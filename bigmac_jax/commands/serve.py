@@ -78,7 +78,7 @@ def _key(file: str) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Before the model is loaded, so that a port that is taken is known at once. Nobody is answered yet."""
+    """Opens the port before the model is loaded, so that one that is taken is known at once."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file for each connection
     try:
@@ -88,7 +88,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"--host={host} --port={port} cannot be listened at ({error.strerror}); choose another"
         ) from None
-
-
-def run() -> None:
-    cli.run(main, distributed=True)

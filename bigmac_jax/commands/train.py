@@ -47,8 +47,11 @@ def main() -> int:
 
 
 def _config(workdir: pathlib.Path) -> tuple[Config, str]:
-    """What --config says; without it, of a run that begins with a trained model, that model's. And the saved config
-    that this is, if it is one."""
+    """Reads the config: --config's, or without it that of the model which the run begins with.
+
+    Returns:
+      the config, and the name of the saved config that it comes from, or "".
+    """
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
     own = not place or bool(flags.FLAGS["config"].present)
@@ -84,7 +87,3 @@ def _steps(text: str) -> tuple[int, int] | None:
     if not (colon and start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
         raise ConfigError(f"--profile={text} must be START:STOP with 1 <= START <= STOP, as in --profile=10:12")
     return int(start), int(stop)
-
-
-def run() -> None:
-    cli.run(main, distributed=True)

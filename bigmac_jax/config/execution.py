@@ -43,12 +43,12 @@ class ExecutionConfig(Section):
 
     @property
     def room_factor(self) -> float:
-        """`buffer_factor` as a number; an exchange that does not send in rounds has no use for it."""
+        """`buffer_factor` as a number, for exchanges that send in rounds."""
         return AUTO_BUFFER_FACTOR if isinstance(self.buffer_factor, str) else self.buffer_factor
 
     @property
     def asks_for_rounds(self) -> bool:
-        """Whether only an exchange that sends in rounds can have this `buffer_factor`."""
+        """True if only an exchange that sends in rounds can have this `buffer_factor`."""
         return isinstance(self.buffer_factor, float) and math.isfinite(self.buffer_factor)
 
     @property
@@ -80,7 +80,7 @@ class MeshConfig(Section):
         return self.expert_ranks * self.tensor
 
     def describe(self, data: int = 0) -> str:
-        """The product of the axes, for an error; without `data` that of the others."""
+        """The product of the axes, for an error: `mesh.data × mesh.expert = 2 × 4`, or the names alone without `data`."""
         axes = {"data": data, "node": self.node, "expert": self.expert, "tensor": self.tensor}
         named = {name: size for name, size in axes.items() if (size > 0 and name != "tensor") or size > 1}
         names = " × ".join(f"mesh.{name}" for name in named)

@@ -32,13 +32,13 @@ class Field(NamedTuple):
     choices: tuple[str, ...]
 
 
-def reference() -> list[Field]:
-    """All fields, in their order."""
+def list_fields() -> list[Field]:
+    """Lists all fields, in their order."""
     return [field for group, section in _sections().items() for field in _fields(section, f"{group}.".lstrip("."))]
 
 
 def describe(names: Sequence[str] = ()) -> str:
-    """The reference as text.
+    """Describes fields as text.
 
     Args:
       names: groups or fields, as model or model.top_k; none are all.
@@ -46,7 +46,7 @@ def describe(names: Sequence[str] = ()) -> str:
     Raises:
       ConfigError: there is no such group or field.
     """
-    all_fields, sections = reference(), _sections()
+    all_fields, sections = list_fields(), _sections()
     chosen: list[Field] = []
     for name in names or [""]:
         part = [field for field in all_fields if name in ("", field.name) or field.name.startswith(f"{name}.")]

@@ -96,7 +96,7 @@ class ModelConfig(Section):
 
     @property
     def latent_size(self) -> int:
-        """R = r·h."""
+        """R = r·h, the width of the latent."""
         return round(self.down_ratio * self.hidden_size)
 
     @property
@@ -112,7 +112,7 @@ class ModelConfig(Section):
 
     @property
     def latent_norms(self) -> tuple[str, ...]:
-        """What acts on the exchanged rows: of pre_dispatch, skip, post_combine and gate."""
+        """The parts of `latent_norm`: some of pre_dispatch, skip, post_combine and gate."""
         several = {
             "none": (),
             "skip": ("skip", "post_combine"),
@@ -141,18 +141,18 @@ class ModelConfig(Section):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether a bias, moved by the load, shifts the choice."""
+        """True if a bias, which the load moves, shifts the choice of experts."""
         return self.balance in ("bias", "quantile")
 
     @property
     def group_best(self) -> int:
-        """Experts of a group whose scores are summed to say how good it is."""
+        """Number of a group's best experts whose scores are summed to rank it."""
         best = 2 if self.group_scores == "top_2" else self.choices // self.top_groups
         return max(1, min(best, self.expert_count // self.num_expert_groups))
 
     @property
     def counts_loads_first(self) -> bool:
-        """Whether a batch in parts needs the load of all parts before the gradient of the first."""
+        """True if a batch in parts needs the load of all parts before the gradient of the first."""
         return self.is_moe and self.balance == "aux_loss" and self.balance_scope == "step"
 
     @property
@@ -162,7 +162,7 @@ class ModelConfig(Section):
 
     @property
     def count_name(self) -> str:
-        """What an error calls the number of experts."""
+        """The number of experts, as an error calls it."""
         return "vanilla's num_experts" if self.structure == "vanilla" else "model.num_experts"
 
     def check(self) -> None:

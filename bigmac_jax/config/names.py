@@ -1,4 +1,4 @@
-"""What a misspelled name may have been meant to be. Every answer is a question: it is a guess."""
+"""Suggestions for misspelled names. Every suggestion is a question: it is a guess."""
 
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
@@ -8,7 +8,7 @@ _SAME_GROUP = 0.2  # that a field of the group that was named is preferred by
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The entries of `known` that are most like `name`, or none; of dotted names the last parts are compared."""
+    """Finds the entries of `known` that are most like `name`; dotted names are compared by their last parts."""
     group, _, last = name.rpartition(".")
     matcher, likeness = SequenceMatcher(b=last), {}
     for candidate in known:
@@ -27,7 +27,7 @@ def question(names: Sequence[str], prefix: str = "") -> str:
 
 
 def unknown_field(name: str, known: Sequence[str]) -> str:
-    """The line for a name that is no field of the config.
+    """Writes the error line for a name that is no field of the config.
 
     Args:
       known: full names, as model.top_k.

@@ -1,4 +1,4 @@
-"""JSON objects that are read back: parsed with bounds, sealed where a changed value would pass for a good one."""
+"""Reads and writes JSON objects: parsed with bounds, sealed where a changed value would pass for a good one."""
 
 import hashlib
 import json
@@ -14,21 +14,22 @@ _SEAL = "seal"
 
 
 def parse_object(content: str | bytes) -> dict[str, Any]:
-    """Raises ValueError, with one line, for all that is no JSON object of a sane depth, and integers above 64 bits."""
+    """Parses a JSON object; raises ValueError for anything else, for deep nesting, and for integers above 64 bits."""
     text = (content.decode() if isinstance(content, bytes) else content).removeprefix("\ufeff")
     try:
         values = json.loads(text, parse_int=_integer)
+        too_deep = text.count("[") + text.count("{") > _DEEPEST and _depth(values) > _DEEPEST
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        too_deep = True
+    if too_deep:
+        raise ValueError("it is nested too deeply")
     if not isinstance(values, dict):
         raise ValueError(f"it is a JSON {type(values).__name__}, no object")
-    if text.count("[") + text.count("{") > _DEEPEST:
-        _check_depth(values)
     return values
 
 
 def read_object(file: pathlib.Path, fix: str) -> dict[str, Any]:
-    """What `parse_object` gives of a file.
+    """Parses a file as `parse_object` does.
 
     Raises:
       ConfigError: it is not there, cannot be read, or is no object; `fix` ends the line.
@@ -42,7 +43,7 @@ def read_object(file: pathlib.Path, fix: str) -> dict[str, Any]:
 
 
 def strict_json(values: Any, **how: Any) -> str:
-    """The JSON of results: it has neither NaN nor infinity, in whose places stands null. `how`: as of `json.dumps`."""
+    """Writes results as JSON with null for NaN and infinity; `how` goes to `json.dumps`."""
     return json.dumps(_finite(values), allow_nan=False, **how)
 
 
@@ -55,12 +56,12 @@ def _finite(value: Any) -> Any:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of the others among them."""
+    """Adds a digest of the values to them."""
     return values | {_SEAL: _digest(values)}
 
 
 def unsealed(values: dict[str, Any]) -> dict[str, Any]:
-    """What `sealed` was given; raises ValueError if it is not that any more."""
+    """The values that were sealed; raises ValueError if they have changed."""
     rest = {name: value for name, value in values.items() if name != _SEAL}
     if values.get(_SEAL) != _digest(rest):
         raise ValueError("it has changed since it was written")
@@ -77,14 +78,8 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _check_depth(values: dict[str, Any]) -> None:
-    level: list[Any] = [values]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-    if level:
-        raise ValueError("it is nested too deeply")
+def _depth(value: Any) -> int:
+    """Levels of objects and arrays."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)

@@ -8,7 +8,7 @@ _STORES = ("gs", "s3")  # schemes that runtime.storage reads and writes
 
 
 def check_place(place: str, name: str) -> str:
-    """The scheme of a path, gs or s3; "" on a local disk.
+    """Checks a path, and returns its scheme: gs, s3, or "" on a local disk.
 
     Args:
       name: the flag, field or argument that gives the path, for the error.

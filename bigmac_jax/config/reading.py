@@ -47,7 +47,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with some fields changed; overrides as for `load_config`."""
+    """Changes some fields of a config; overrides as for `load_config`."""
     values, kinds = dataclasses.asdict(config), all_field_types(Config)
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -64,8 +64,9 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
-    """The config of a trained model on another mesh, executed otherwise or with another cache, for evaluation, which
-    pads batches to whatever the mesh needs.
+    """Changes the mesh, the execution or the cache of a trained model's config, for evaluation.
+
+    The batch need not divide over the mesh: evaluation pads it.
 
     Raises:
       ConfigError: an override is of something else, or is invalid.
@@ -77,7 +78,7 @@ def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def shipped() -> dict[str, pathlib.Path]:
-    """The config files that come with the package, by name: tiny, paper/gpt3_xl, …"""
+    """Lists the config files that come with the package, by name: tiny, paper/gpt3_xl, …"""
     package = pathlib.Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):  # installed, or in a checkout
         if folder.is_dir():
@@ -87,8 +88,11 @@ def shipped() -> dict[str, pathlib.Path]:
 
 
 def drop_user_fields(config: Config, file: str, overrides: Sequence[str]) -> Config:
-    """A saved config without the fields that only the user may set, with a warning for each that the overrides don't
-    set; `file` names the config in it."""
+    """Resets the fields of a saved config that only the user may set, and warns of each that the overrides don't set.
+
+    Args:
+      file: names the config in the warnings.
+    """
     values, defaults, given = dataclasses.asdict(config), flat_values(Config()), _names(overrides)
     for name in _OF_USER:
         section, _, field = name.partition(".")
@@ -99,7 +103,7 @@ def drop_user_fields(config: Config, file: str, overrides: Sequence[str]) -> Con
 
 
 def saved_places(config: Config, overrides: Sequence[str]) -> list[str]:
-    """FIELD=PATH for each path that a run takes from a saved config; overrides are the user's own."""
+    """Lists FIELD=PATH for each path that a run takes from a saved config and not from the overrides."""
     values, defaults = flat_values(config), flat_values(Config())
     own = {"", *TOKENIZER_SIZES}
     return [
@@ -110,8 +114,8 @@ def saved_places(config: Config, overrides: Sequence[str]) -> list[str]:
 
 
 def unresolve(config: Config) -> Config:
-    """A saved config with `auto` again where that says the same, so that model.structure and model.projection_init can
-    be changed alone."""
+    """Puts `auto` back into a saved config where it says the same, so that model.structure and model.projection_init
+    can be changed alone."""
     model = dataclasses.replace(config.model, latent_norm=ModelConfig.latent_norm)
     optimizer = dataclasses.replace(config.optimizer, projection_rate=OptimizerConfig.projection_rate)
     if model.latent_norms == config.model.latent_norms:
@@ -143,7 +147,7 @@ def _read(path: str, overrides: Sequence[str]) -> Config:
 
 
 def _find(name: str) -> pathlib.Path:
-    """A path, or the name of one of `shipped()`."""
+    """Finds a config file by its path, or by its name if it is shipped."""
     file, known = pathlib.Path(name).expanduser(), shipped()
     if file.is_file():
         return file

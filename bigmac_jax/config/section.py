@@ -22,7 +22,7 @@ _PARSERS = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.Fl
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a field may hold; `above` and `below` are outside."""
+    """The numbers that a field may hold; `above` and `below` themselves are outside."""
 
     least: float = -math.inf
     above: float = -math.inf
@@ -51,7 +51,7 @@ Share = Annotated[float, Range(least=0, below=1)]
 
 
 class FieldType(NamedTuple):
-    """What a field may hold.
+    """The values that a field may hold, read from its type.
 
     Attributes:
       kind: bool, int, float or str; of a section its class.
@@ -67,13 +67,13 @@ class FieldType(NamedTuple):
         return " or ".join([self.kind.__name__, *self.choices]) if self.kind is float else self.kind.__name__
 
     def parse(self, text: str) -> Any:
-        """The value that a command line spells; raises ValueError if it is of another type."""
+        """Reads a value from the command line; raises ValueError if it is of another type."""
         if self.kind not in _PARSERS or text in self.choices:
             return text
         return _PARSERS[self.kind]().parse(text)
 
     def check(self, name: str, value: Any) -> Any:
-        """The value as the field holds it: 1 and "inf" are fine ways to write floats in a file.
+        """Returns the value as the field holds it: 1 and "inf" are fine ways to write floats in a file.
 
         Raises:
           ConfigError: it is none that the field may hold.
@@ -132,7 +132,7 @@ def _read(hint: Any) -> FieldType:
 
 
 def all_field_types(section: type[Section], prefix: str = "") -> dict[str, FieldType]:
-    """What each field of a section may hold, and of the sections in it, by full name, as model.top_k."""
+    """The types of a section's fields, and of the sections in it, by full name, as model.top_k."""
     found: dict[str, FieldType] = {}
     for name, of in section.field_types.items():
         nested = issubclass(of.kind, Section)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigmac_jax.config.errors import require
-from bigmac_jax.config.mixture import check_mixture
+from bigmac_jax.config.mixture import parse_curriculum, parse_mixture
 from bigmac_jax.config.places import check_place
 from bigmac_jax.config.section import Amount, Count, Positive, Section, Share, Size
 
@@ -37,7 +37,7 @@ class DataConfig(Section):
         require(self.packing == "stream" or self.documents == "masked", f"data.packing={self.packing} needs data.documents=masked, not {self.documents}: its documents have nothing to do with each other; set it, or use packing=stream")  # fmt: skip
         for name in ("source", "validation_source", "test_source", "tokenizer"):
             check_place(getattr(self, name), f"data.{name}")
-        check_mixture(self.mixture, self.curriculum)
+        parse_curriculum(self.curriculum, parse_mixture(self.mixture))
         require(not self.mixture or self.source == DataConfig.source, f"data.source={self.source} and data.mixture are two; name it in the mixture, and leave it out")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`tuning`: what a trained model learns next, and what of it is trained."""
+"""`tuning`: what a trained model learns next, and which parameters are trained."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ LORA_TARGETS = ("attention", "projections", "shared", "experts", "mlp", "router"
 
 @dataclass(frozen=True)
 class TuningConfig(Section):
-    """What a model is tuned on, and what of it is trained (docs/finetune.md)."""
+    """Fine-tuning: what a trained model learns from, and which of its parameters are trained (docs/finetune.md)."""
 
     # pretrain: all of a text. sft: answers alone. dpo: answers against worse ones.
     objective: Literal["pretrain", "sft", "dpo"] = "pretrain"

@@ -15,7 +15,7 @@ _WEB = pathlib.Path(__file__).parent / "web"
 
 
 def write_page(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Raises ConfigError if the file cannot be written."""
+    """Writes the page of some runs to a file; raises ConfigError if that fails."""
     html = page(runs)
     try:
         # Not whole or nothing on a disk: the output may be a pipe.

@@ -1,4 +1,4 @@
-"""report.png: what a run looked like, from its metrics.jsonl."""
+"""report.png: a run's losses, expert load, drops and throughput, from its metrics.jsonl."""
 
 import pathlib
 from typing import Any

@@ -17,7 +17,7 @@ _GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one workdir holds. Steps increase within `training` and `evaluations`; what was not finite is None."""
+    """The records of one workdir. Steps increase within `training` and `evaluations`; what was not finite is None."""
 
     name: str
     config: dict[str, Any]  # as config.json has it, which may be of another version

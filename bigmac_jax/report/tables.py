@@ -18,7 +18,7 @@ NONE = "–"
 
 
 def letter(index: int) -> str:
-    """What a run is called in the charts: A … Z, then numbers."""
+    """The letter of a run in the charts: A … Z, then numbers."""
     return LETTERS[index] if index < len(LETTERS) else str(index + 1)
 
 
@@ -59,14 +59,14 @@ def _drop_rate(rate: float) -> str:
 
 
 def summary(runs: Sequence[Run]) -> str:
-    """A column a run; rows that no run has are left out."""
+    """An HTML table of `facts`, a column for each run, without rows that no run has."""
     columns = [facts(run) for run in runs]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
     return _table(runs, "", {name: [escape(v) for v in row] for name, row in rows.items() if set(row) != {NONE}})
 
 
 def times(runs: Sequence[Run]) -> str:
-    """Where each run's time went, as seconds, shares and bars."""
+    """An HTML table of where each run's time went, as seconds, shares and bars."""
     parts = dict.fromkeys(part for run in runs for part in run.seconds)
     rows = {part.replace("_", " "): [_share(run, part) for run in runs] for part in parts}
     return _table(runs, "", rows) if rows else "<p>These runs were made before it was counted.</p>"
@@ -88,7 +88,7 @@ def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, li
 
 
 def configuration(runs: Sequence[Run]) -> str:
-    """What differs first, marked where it is not as in run A; what is equal is folded."""
+    """HTML: the fields that differ, marked where they are not as in run A, and behind a fold those that don't."""
     different, equal = differences(runs)
     html = ""
     if different:
@@ -142,7 +142,7 @@ def _experts(run: Run) -> str:
 
 
 def _by_source(record: dict[str, Any], prefix: str, show: Any) -> str:
-    """What a record holds for each source of a mixture."""
+    """Writes what a record holds for each source of a mixture."""
     values = {name.removeprefix(prefix): v for name, v in record.items() if name.startswith(prefix) and v is not None}
     whole = sum(values.values()) or 1
     return ", ".join(f"{name} {show(value, whole)}" for name, value in values.items()) or NONE

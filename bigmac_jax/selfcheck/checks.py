@@ -1,4 +1,4 @@
-"""Whether the parts that depend on the hardware compute what they should: each against NumPy in float64.
+"""Checks of the parts that depend on the hardware, each against NumPy in float64.
 
 All devices compute; a check of one device's part gives each of them the same data. N rows with K choices each among e
 local experts, B batch, L length, H head size, G key-value heads, D hidden, R row width, F expert hidden, S ranks.
@@ -8,8 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +45,10 @@ _IMPLEMENTATIONS = {"cpu": ("auto", "xla"), "tpu": ("auto", "xla"), "gpu": ("aut
 
 
 class MismatchError(Exception):
-    """A part computed something else."""
+    """A part did not compute what it should."""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One thing that the machine must compute right.
 
     Attributes:
@@ -65,9 +63,8 @@ class Check:
     run: Callable[[], str]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a check found.
+class Result(NamedTuple):
+    """The outcome of a check.
 
     Attributes:
       why: why it failed; "" if it is ok.
@@ -130,7 +127,7 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
 
 
 def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
-    """Values and gradients of the experts of one rank: rows sorted here, or as they come from a capacity exchange.
+    """Checks values and gradients of one rank's experts: rows sorted here, or as a capacity exchange gives them.
 
     Of the dropless choices most fall on one expert, some on none that is here, and two experts get none.
     """
@@ -171,7 +168,7 @@ def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
 
 
 def check_attention(devices: Sequence[Any], implementation: str, dtype: str) -> str:
-    """Values and gradients, two query heads to a key-value head."""
+    """Checks attention's values and gradients, with two query heads to a key-value head."""
     B, L, N, G, H = 1, 320, 4, 2, 64
     draw = np.random.default_rng(1).standard_normal
     shapes = {"q": (B, L, N, H), "k": (B, L, G, H), "v": (B, L, G, H), "dy": (B, L, N, H)}
@@ -192,7 +189,7 @@ _DIMS = {"q": "BLNH", "k": "BMGH", "v": "BMGH", "dy": "BLNH"}
 
 
 def check_exchange(devices: Sequence[Any], name: str) -> str:
-    """The MoE layer, dropless, its experts over all devices: y, and the gradient of the tokens.
+    """Checks the MoE layer, dropless, with its experts over all devices: y, and the gradient of the tokens.
 
     The experts are computed without a kernel of the accelerator, which has a check of its own.
     """
@@ -236,7 +233,7 @@ def check_exchange(devices: Sequence[Any], name: str) -> str:
 
 
 def check_training(devices: Sequence[Any]) -> str:
-    """Three steps on one batch: the loss falls; the gradient's norm of the first is what one device computes."""
+    """Checks three steps on one batch: the loss falls, and the first gradient's norm is what one device computes."""
     losses, norm = train(_config(len(devices)), devices)
     if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
         raise MismatchError(f"the loss goes {' → '.join(f'{loss:.4f}' for loss in losses)}; it should fall")
@@ -249,7 +246,7 @@ def check_training(devices: Sequence[Any]) -> str:
 
 
 def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[float], float]:
-    """(losses, the gradient's norm in the first step) of training on one random batch."""
+    """Trains on one random batch → (losses, the gradient's norm in the first step)."""
     mesh, losses, norms = make_mesh(config, devices=devices), [], []
     shape = config.data.batch_size, config.data.sequence_length + 1
     tokens = np.random.default_rng(3).integers(config.model.vocab_size, size=shape, dtype=np.int32)
@@ -265,7 +262,7 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
 
 
 def count_nodes(devices: Sequence[Any]) -> int:
-    """The number of nodes that a hierarchical exchange has: slices, hosts of GPUs, or two for the sake of the check."""
+    """Number of nodes of the hierarchical exchange: slices, hosts of GPUs, or two for the sake of the check."""
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     processes = len({device.process_index for device in devices})
     nodes = slices if slices > 1 else processes if processes > 1 and devices[0].platform == "gpu" else 2

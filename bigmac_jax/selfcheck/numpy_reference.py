@@ -1,4 +1,4 @@
-"""What the checks compare with: float64 in NumPy on the host, gradients written out by hand. Nothing of the model.
+"""The values that checks compare with: float64 in NumPy on the host, gradients by hand, no code of the model.
 
 B batch, L queries, M keys, N heads, G key-value heads, H head size, T tokens, K choices of each, D hidden, R row width,
 F expert hidden; the experts' activation is relu².
@@ -13,7 +13,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def attention(q_BLNH: np.ndarray, k_BMGH: np.ndarray, v_BMGH: np.ndarray, dy_BLNH: np.ndarray) -> Arrays:
-    """Causal attention: y, and the gradients of y · dy by q, k and v."""
+    """Causal attention: y, and the gradients of y · dy with respect to q, k and v."""
     q, k, v, dy = (x.astype(np.float64) for x in (q_BLNH, k_BMGH, v_BMGH, dy_BLNH))
     B, M, G, H = k.shape
     sharing, scale = q.shape[2] // G, 1 / math.sqrt(H)
@@ -64,7 +64,7 @@ def experts(
 
 
 def margin(router_DE: np.ndarray, x_TD: np.ndarray, choices: int) -> np.ndarray:
-    """By how much a token's last choice leads the first one that it did not make, in logits [T]."""
+    """The lead of each token's last choice over the first expert that it did not choose, in logits [T]."""
     logits_TE = np.sort(x_TD.astype(np.float64) @ router_DE.astype(np.float64), axis=-1)
     return logits_TE[:, -choices] - logits_TE[:, -choices - 1]
 

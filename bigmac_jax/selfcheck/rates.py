@@ -1,4 +1,4 @@
-"""How fast the machine is: what a plan's figures rest on, each beside what its hardware file says.
+"""The machine's speeds that a plan rests on, each beside what the hardware file says.
 
 S ranks, C rows to each of them, R row width.
 """
@@ -6,8 +6,7 @@ S ranks, C rows to each of them, R row width.
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from bigmac_jax.training.metrics import dense_matmul_rate
 from bigmac_jax.training.step import make_trainer
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """A speed of one device.
 
     Attributes:
@@ -46,7 +44,7 @@ def find_hardware(device_kind: str) -> str:
 
 
 def all_rates(devices: Sequence[Any], hardware: Hardware | None) -> list[Rate]:
-    """The rates that these devices have; `hardware` is what their file says."""
+    """Lists the rates of these devices; `hardware` is their file, if there is one."""
     cpu, S = devices[0].platform == "cpu", len(devices)
     dtype, sent = ("float32", 2.0**22) if cpu else ("bfloat16", 2.0**26)
     config, sizes = training_config(S, cpu), {"data": 1, "node": 1, "expert": S, "tensor": 1}
@@ -106,7 +104,7 @@ def exchange_rate(devices: Sequence[Any], sent: float) -> float:
 
 
 def training_rate(config: Config, devices: Sequence[Any]) -> float:
-    """Tokens a second of all devices."""
+    """Tokens a second of a training step on all devices."""
     mesh = make_mesh(config, devices=devices)
     shape = config.data.batch_size, config.data.sequence_length + 1
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)

@@ -66,7 +66,7 @@ def test_bigmac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_every_command_can_be_run(name: str) -> None:
     """Not imported: each defines flags, of the same names."""
     file = ROOT / "bigmac_jax" / "commands" / f"{name}.py"
-    assert "run" in [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert "main" in [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
     script = ROOT / f"{name}.py"
     assert not script.exists() or f'start("{name}")' in script.read_text()
 

@@ -14,7 +14,7 @@ from training.tools import ROOT
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, ExecutionConfig, from_dict, load_config
-from bigmac_jax.config.field_docs import describe, reference
+from bigmac_jax.config.field_docs import describe, list_fields
 from bigmac_jax.config.names import nearest
 from bigmac_jax.config.section import all_field_types
 
@@ -149,10 +149,12 @@ def test_places() -> None:
 
 def test_the_reference_has_every_field(tmp_path: pathlib.Path) -> None:
     """With its default as a command line spells it, and all choices of its type."""
-    fields = {field.name: field for field in reference()}
+    fields = {field.name: field for field in list_fields()}
     assert list(fields) == FIELDS
     (tmp_path / "config.json").write_text(Config().to_json())
-    assert load_config(tmp_path / "config.json", [f"{field.name}={field.default}" for field in reference()]) == Config()
+    assert (
+        load_config(tmp_path / "config.json", [f"{field.name}={field.default}" for field in list_fields()]) == Config()
+    )
     assert fields["model.norm"].choices == ("rmsnorm", "layernorm")
     assert fields["execution.wire_dtype"].choices == ("", "float32", "bfloat16", "float8_e4m3", "int8")
     assert fields["model.num_experts"].meaning.startswith("The feed-forward layer. ")  # above and behind the field

@@ -11,7 +11,7 @@ import pytest
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
 from bigmac_jax.config.reading import shipped
-from bigmac_jax.config.reads import _WHATEVER, READ, notes, notes_of_evaluation
+from bigmac_jax.config.reads import _WHATEVER, READ, evaluation_notes, notes, unread_for
 from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.mesh import batch_spec, make_mesh
@@ -92,7 +92,7 @@ def test_every_field_stands_in_the_table() -> None:
 def test_what_is_not_read_changes_no_program(overrides: str) -> None:
     base = (*SMALL, *overrides.split())
     config = load_config("tiny", base)
-    unread = [name for name in OTHER if READ[name](config) and name not in REFUSED]
+    unread = [name for name in OTHER if unread_for(config, name) and name not in REFUSED]
     assert set(CONFIGS[overrides]) <= set(unread)
     changes = [f"{name}={OTHER[name]}" for name in unread]
     (line, *_) = notes(load_config("tiny", (*base, *changes)))
@@ -134,7 +134,7 @@ MORE_READING = {
 def test_what_is_read_changes_a_program(name: str) -> None:
     base = (*SMALL, *(READING | MORE_READING)[name].split())
     before, after = load_config("tiny", base), load_config("tiny", (*base, f"{name}={OTHER[name]}"))
-    assert not READ[name](before) and not READ[name](after) and value(before, name) != value(after, name)
+    assert not unread_for(before, name) and not unread_for(after, name) and value(before, name) != value(after, name)
     assert programs(before) != programs(after)
 
 
@@ -172,9 +172,9 @@ def test_a_saved_config_says_what_its_own_said(tmp_path: pathlib.Path) -> None:
 
 def test_an_evaluation_names_what_it_is_given() -> None:
     config = load_config("tiny", ["model.structure=dense", "optimizer.momentum=0.9"])
-    assert notes_of_evaluation(config, []) == []
+    assert evaluation_notes(config, []) == []
     given = ["execution.overlap_chunks", "execution.remat", "execution.dtype"]
-    assert notes_of_evaluation(config, given) == [
+    assert evaluation_notes(config, given) == [
         "set, but not read: execution.overlap_chunks=1 (model.structure=dense); execution.remat=none (no training)"
     ]
 
