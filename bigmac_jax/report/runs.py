@@ -5,14 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError, parse_object
-from bigmac_jax.config.section import field_values
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.section import flat_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
 from bigmac_jax.training.metrics_file import Record, read_records
 
 Records = list[Record]
-_GROUPS = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Run:
     """The records of one workdir. Steps increase within `training` and `evaluations`; what was not finite is None."""
 
     name: str
-    config: dict[str, Any]  # as config.json has it, which may be of another version
+    config: Config
     training: Records
     evaluations: Records
     events: Records  # bad steps that were skipped or rewound
@@ -29,7 +28,7 @@ class Run:
     @property
     def fields(self) -> dict[str, Any]:
         """The config by full name, such as "model.top_k"."""
-        return dict(field_values(self.config))
+        return {name: value for name, value in flat_values(self.config).items() if name != "cache_dir"}
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:
@@ -51,9 +50,7 @@ def _read_run(workdir: str, name: str) -> Run:
         if not (path / file).is_file():
             raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
     try:
-        config = parse_object((path / "config.json").read_bytes())
-        if wrong := [name for name in _GROUPS if not isinstance(config.get(name, {}), dict)]:
-            raise ValueError(f"{wrong[0]} of config.json is no group of fields")
+        config = Config.from_json((path / "config.json").read_bytes())
         records = read_records(path)
     except storage.errors(ValueError) as error:
         raise ConfigError(f"RUN={workdir} cannot be read ({error}); repair it or leave it out") from None

@@ -1,12 +1,10 @@
 """The tables of the page: what each run came to, and where their configurations differ."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from html import escape
 from statistics import fmean, median
 from typing import Any
 
-from bigmac_jax.config import ConfigError, from_dict
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.planning import units
 from bigmac_jax.report.runs import Run
@@ -24,17 +22,16 @@ def letter(index: int) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """The summary of a run in words and figures, by row."""
-    last, model, planned = run.training[-1], run.config.get("model", {}), run.config.get("train", {}).get("steps")
-    planned = planned if isinstance(planned, int) else 0
+    last, model, planned = run.training[-1], run.config.model, run.config.train.steps
     scores = [r for r in run.evaluations if r.get("eval/perplexity") is not None]
     best = min(scores, key=lambda r: r["eval/perplexity"], default=None)
     events = [r["event"] for r in run.events]
     return {
-        "structure": str(model.get("structure", NONE)),
-        "layers × width": f"{model.get('num_layers', NONE)} × {model.get('hidden_size', NONE)}",
-        "experts a layer, top-k": _experts(run),
+        "structure": model.structure,
+        "layers × width": f"{model.num_layers} × {model.hidden_size}",
+        "experts a layer, top-k": f"{model.expert_count}, top-{model.choices}" if model.is_moe else "dense",
         "parameters": _parameters(run),
-        "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned and planned != last["step"] else ""),
+        "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned != last["step"] else ""),
         "tokens": _show(last.get("tokens"), units.count),
         "hours of training": f"{clock(run.training)['hours'][-1]:.3g}",
         "training loss, last": _show(last["loss"], "{:.4f}".format),
@@ -81,8 +78,7 @@ def _share(run: Run, part: str) -> str:
 def differences(runs: Sequence[Run]) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Config fields by name, a value a run: (those that differ between runs, those that do not)."""
     configs = [run.fields for run in runs]
-    names = dict.fromkeys(name for config in configs for name in config)
-    fields = {name: [config.get(name, NONE) for config in configs] for name in names}
+    fields = {name: [config[name] for config in configs] for name in configs[0]}
     unequal = {name for name, values in fields.items() if any(value != values[0] for value in values)}
     return {n: v for n, v in fields.items() if n in unequal}, {n: v for n, v in fields.items() if n not in unequal}
 
@@ -125,20 +121,9 @@ def _table(runs: Sequence[Run], kind: str, rows: dict[str, list[str]]) -> str:
 
 
 def _parameters(run: Run) -> str:
-    with contextlib.suppress(ConfigError):  # fields of another version
-        count = parameters(from_dict(run.config), {})
-        active = "" if count.active == count.total else f", {units.count(count.active)} active"
-        return units.count(count.total) + active
-    return NONE
-
-
-def _experts(run: Run) -> str:
-    load = run.training[-1].get("moe/load")
-    if not load:
-        return "dense"
-    model = run.config.get("model", {})
-    vanilla = model.get("structure") == "vanilla"
-    return f"{len(load[0])}, top-{1 if vanilla else model.get('top_k', NONE)}"
+    count = parameters(run.config, {})
+    active = "" if count.active == count.total else f", {units.count(count.active)} active"
+    return units.count(count.total) + active
 
 
 def _by_source(record: dict[str, Any], prefix: str, show: Any) -> str:

@@ -195,7 +195,7 @@ def test_thousands_of_records() -> None:
         training(i + 1, loss=None if np.isnan(x) else float(x), **{"moe/load": load})
         for i, x in enumerate(loss_n[:500])
     ]
-    assert len(page([Run("long", {}, records, [], [])])) < 500_000
+    assert len(page([Run("long", MOE, records, [], [])])) < 500_000
     found = expert_load(records)
     assert found is not None and len(found["step"]) == 200_000 // (32 * 64) and found["step"][-1] == 500
     series = curves([training(i + 1, loss=float(x)) for i, x in enumerate(loss_n)])
