@@ -3,7 +3,7 @@
 from bigmac_jax.config.errors import ConfigError
 from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import STRUCTURES, ModelConfig
-from bigmac_jax.config.objects import parse_object, read_object, sealed, strict_json, unsealed
+from bigmac_jax.config.objects import parse_object, read_object, seal, strict_json, unseal
 from bigmac_jax.config.places import check_place
 from bigmac_jax.config.reading import load_config, with_mesh, with_overrides
 from bigmac_jax.config.resuming import MAY_CHANGE, check_resume, resume_notes
@@ -33,9 +33,9 @@ __all__ = [
     "parse_object",
     "read_object",
     "resume_notes",
-    "sealed",
+    "seal",
     "strict_json",
-    "unsealed",
+    "unseal",
     "with_mesh",
     "with_overrides",
 ]

@@ -55,12 +55,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sealed(values: dict[str, Any]) -> dict[str, Any]:
+def seal(values: dict[str, Any]) -> dict[str, Any]:
     """Adds a digest of the values to them."""
     return values | {_SEAL: _digest(values)}
 
 
-def unsealed(values: dict[str, Any]) -> dict[str, Any]:
+def unseal(values: dict[str, Any]) -> dict[str, Any]:
     """The values that were sealed; raises ValueError if they have changed."""
     rest = {name: value for name, value in values.items() if name != _SEAL}
     if values.get(_SEAL) != _digest(rest):

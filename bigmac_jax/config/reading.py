@@ -77,7 +77,7 @@ def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
     return with_overrides(config, overrides)
 
 
-def shipped() -> dict[str, pathlib.Path]:
+def list_shipped() -> dict[str, pathlib.Path]:
     """Lists the config files that come with the package, by name: tiny, paper/gpt3_xl, …"""
     package = pathlib.Path(__file__).parents[1]
     for folder in (package / "configs", package.parent / "configs"):  # installed, or in a checkout
@@ -148,7 +148,7 @@ def _read(path: str, overrides: Sequence[str]) -> Config:
 
 def _find(name: str) -> pathlib.Path:
     """Finds a config file by its path, or by its name if it is shipped."""
-    file, known = pathlib.Path(name).expanduser(), shipped()
+    file, known = pathlib.Path(name).expanduser(), list_shipped()
     if file.is_file():
         return file
     if name in known:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bigmac_jax.config import ConfigError, parse_object, sealed, unsealed
+from bigmac_jax.config import ConfigError, parse_object, seal, unseal
 from bigmac_jax.runtime import leases, storage
 
 _log = logging.getLogger(__name__)
@@ -130,14 +130,14 @@ class Digests:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(unsealed(parse_object(self._path.read_bytes()))["files"])
+            return dict(unseal(parse_object(self._path.read_bytes()))["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # there is none, or it is damaged: all is read again
 
     def _write(self, files: dict[str, Any]) -> None:
         part = self._path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk: all is read again next time
-            part.write_text(json.dumps(sealed({"files": files}), allow_nan=False))
+            part.write_text(json.dumps(seal({"files": files}), allow_nan=False))
             part.replace(self._path)
 
 

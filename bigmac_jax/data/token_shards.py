@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bigmac_jax.config import parse_object, sealed, unsealed
+from bigmac_jax.config import parse_object, seal, unseal
 from bigmac_jax.data.documents import Documents, ReadCounts
 from bigmac_jax.data.encoding import Counts, WordCounter, encode_pieces
 from bigmac_jax.data.files import explain_full_disk, file_digest, lock_path, remove
@@ -182,12 +182,12 @@ def _write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def _write_record(path: pathlib.Path, record: Record) -> None:
-    _write_bytes(path, (json.dumps(sealed(record), separators=(",", ":"), allow_nan=False) + "\n").encode())
+    _write_bytes(path, (json.dumps(seal(record), separators=(",", ":"), allow_nan=False) + "\n").encode())
 
 
 def _read_record(path: pathlib.Path) -> Record | None:
     """The record in a file; None if it is missing or damaged."""
     try:
-        return unsealed(parse_object(path.read_bytes()))
+        return unseal(parse_object(path.read_bytes()))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return None

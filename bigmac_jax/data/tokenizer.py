@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bigmac_jax.config import Config, ConfigError, parse_object, sealed, unsealed
+from bigmac_jax.config import Config, ConfigError, parse_object, seal, unseal
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import PIECE, cut_text, decode
 from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
@@ -264,7 +264,7 @@ def _load_bpe(config: Config) -> Tokenizer:
 
     def read() -> Tokenizer | None:
         with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError):
-            return JsonTokenizer(unsealed(parse_object(path.read_bytes()))["tokenizer"])
+            return JsonTokenizer(unseal(parse_object(path.read_bytes()))["tokenizer"])
         return None
 
     if found := read():  # without the lock, which hundreds of hosts may want
@@ -280,7 +280,7 @@ def _load_bpe(config: Config) -> Tokenizer:
         try:
             if path.is_dir():
                 remove(path)
-            write_atomically(path, json.dumps(sealed({"tokenizer": text}), allow_nan=False).encode())
+            write_atomically(path, json.dumps(seal({"tokenizer": text}), allow_nan=False).encode())
         except errors() as error:
             fix = disk_full_fix(error, path) or "set a cache_dir you may write to"
             raise ConfigError(f"{path} cannot be written ({reason(error)}): {fix}") from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.experimental import multihost_utils
 
-from bigmac_jax.config import parse_object, sealed, unsealed
+from bigmac_jax.config import parse_object, seal, unseal
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.mirror import Mirror
 
@@ -51,7 +51,7 @@ class ScoreLog:
 
     def _read(self, line: bytes) -> None:
         try:
-            entry = unsealed(parse_object(line))
+            entry = unseal(parse_object(line))
             if entry["model"] == self._model:
                 self._known[str(entry["window"])] = float(entry["loglikelihood"]), bool(entry["greedy"])
         except (ValueError, KeyError, TypeError):
@@ -79,7 +79,7 @@ class ScoreLog:
         ]
         try:
             with self._path.open("a") as file:
-                file.writelines(json.dumps(sealed(entry), allow_nan=False) + "\n" for entry in entries)
+                file.writelines(json.dumps(seal(entry), allow_nan=False) + "\n" for entry in entries)
             self._mirror.copy_sometimes()
         except OSError as error:  # of this process alone: the others would wait for it
             self._give_up(self._path, error)

@@ -10,7 +10,7 @@ import secrets
 import time
 from typing import Any
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, parse_object, resume_notes, sealed, unsealed
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, parse_object, resume_notes, seal, unseal
 from bigmac_jax.data.chat_files import NO_CHAT, SETTINGS_FILE, ChatFiles, format_chat_files, read_chat
 from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.documents import log_once
@@ -167,7 +167,7 @@ def write_config(config: Config, workdir: pathlib.Path, **of_run: Any) -> None:
     content = config.to_json().encode()
     values = _read_run(workdir) | of_run | {"config": hashlib.sha256(content).hexdigest()}
     _write(workdir / _CONFIG, content)
-    _write(workdir / _RUN, (json.dumps(sealed(values), indent=2, allow_nan=False) + "\n").encode())
+    _write(workdir / _RUN, (json.dumps(seal(values), indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_run(
@@ -222,7 +222,7 @@ def _read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """All of run.json; {} if there is none."""
     file = workdir / _RUN
     try:
-        return unsealed(parse_object(file.read_bytes()))
+        return unseal(parse_object(file.read_bytes()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from training.tools import ROOT
 import bigmac_jax
 from bigmac_jax import commands
 from bigmac_jax.config import load_config
-from bigmac_jax.config.reading import shipped
+from bigmac_jax.config.reading import list_shipped
 
 SCRIPTS = ("train.py", "eval.py", "generate.py", "serve.py", "plan.py", "convert.py")
 
@@ -76,7 +76,7 @@ def test_configs_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     assert load_config("tiny") == load_config(ROOT / "configs" / "tiny.py")
     assert load_config("paper/gpt3_xl:vanilla").model.structure == "vanilla"
     files = {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.py")}
-    assert shipped().keys() == files
+    assert list_shipped().keys() == files
     (tmp_path / "tiny").write_text("")
     with pytest.raises(ValueError, match="could not be read"):
         load_config("tiny")  # a path comes first, as ever

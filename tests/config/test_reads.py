@@ -10,7 +10,7 @@ import pytest
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
-from bigmac_jax.config.reading import shipped
+from bigmac_jax.config.reading import list_shipped
 from bigmac_jax.config.reads import _WHATEVER, READ, evaluation_notes, notes, unread_for
 from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.batch import Batch
@@ -157,7 +157,7 @@ def test_a_field_that_was_given_is_set_whatever_its_value() -> None:
     assert line == "set, but not read: optimizer.momentum=0.95 (optimizer.name=adamw)"
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", list_shipped())
 def test_what_is_shipped_sets_nothing_that_it_does_not_read(name: str) -> None:
     assert notes(load_config(name)) == []
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, sealed
+from bigmac_jax.config import Config, ConfigError, DataConfig, seal
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -85,7 +85,7 @@ def test_other_code_or_packages_are_a_line(copied: Any, monkeypatch: pytest.Monk
     assert not caplog.records
 
 
-@pytest.mark.parametrize("values", [sealed({"data": [], "mesh": {"data": "x"}, "edition": 7}), None])
+@pytest.mark.parametrize("values", [seal({"data": [], "mesh": {"data": "x"}, "edition": 7}), None])
 def test_what_run_json_does_not_say_is_not_known(values: dict[str, Any] | None, tmp_path: pathlib.Path) -> None:
     if values is not None:
         (tmp_path / "run.json").write_text(json.dumps(values))
