@@ -21,6 +21,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, split_spec
 from bigmac_jax.planning import hlo
+from bigmac_jax.planning.hlo_flops import attention_kernel, matmul_flops
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
 
 _TOPOLOGIES = flags.DEFINE_list("topologies", ["v6e:2x2"], "Whose first device is compiled for.")
@@ -59,13 +60,13 @@ def compiled(
         program = jax.jit(run).lower(*arrays).compile()
     stats, module = program.memory_analysis(), hlo.parse(program.as_text())
     called = [i.attributes.get("custom_call_target", "").strip('"') for _, _, i in module.run()]
-    kernels = [hlo.attention_kernel(i) for _, _, i in module.run()]
+    kernels = [attention_kernel(i) for _, _, i in module.run()]
     peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - stats.output_size_in_bytes
     return {
         "beside": peak if device.platform == "tpu" else stats.temp_size_in_bytes,  # beside arguments and results
         "largest": hlo.largest_buffers(module, 1)[0].bytes,
         "constants": max((i.bytes for _, _, i in module.run() if i.opcode == "constant"), default=0),
-        "flops": hlo.matmul_flops(module).kernels,
+        "flops": matmul_flops(module).kernels,
         "calls": dict(Counter(name for name in (*called, *kernels) if name)),
     }
 

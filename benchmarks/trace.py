@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax.planning.hlo import Computation, Instruction, Module, dot_flops, parse
+from bigmac_jax.planning.hlo import Computation, Instruction, Module, parse
+from bigmac_jax.planning.hlo_flops import dot_flops
 
 # The scopes of the model's and the step's code (`jax.named_scope`), of which an instruction's innermost one counts; but
 # a product inside another part is that one's.

@@ -1,11 +1,11 @@
-"""Every program of a config with abstract arguments, on a mesh that may be of devices that are only compiled for.
+"""Makes the programs of a run with abstract arguments, on a mesh whose devices may only be compiled for.
 
 init      → the state a run begins with
 step      → the next state
-evaluate  → scores of tokens, beside the optimizer's state of a run that goes on
-prefill   → parts of prompts read into the cache, and the token behind each that ends
-decode    → one more token of every slot
-draft     → some tokens of every slot, by what each rank holds: nothing is sent
+evaluate  → scores of tokens, beside the optimizer's state of a training run
+prefill   → parts of prompts read into the cache, and the next token of each prompt that ends
+decode    → one more token in every slot
+draft     → some tokens in every slot, by what each rank holds: nothing is sent
 verify    → those of them that decode would have chosen, and one more
 """
 
@@ -37,10 +37,10 @@ from bigmac_jax.training.step import make_trainer
 
 
 def make_program(name: str, config: Config, mesh: Mesh) -> Program:
-    """One of `NAMES`, draft or verify on the current mesh, which may be of devices that are only compiled for.
+    """Makes one of the programs above on `mesh`, which is the current one.
 
-    Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, as
-    generate.py has them by default.
+    Evaluation scores a part of the step's batch. Prompts fill data.sequence_length and go `PROMPTS` at a time, as in
+    generate.py by default.
     """
     return _MAKERS[name](config, mesh)
 
@@ -67,7 +67,6 @@ def _evaluate_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _prefill_program(config: Config, mesh: Mesh) -> Program:
-    """Of `PROMPTS` prompts at once."""
     made, state, pages = _serving(config, mesh)
     rows, row_size = slots_per_shard(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
     packed = abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
@@ -81,7 +80,6 @@ def _decode_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _draft_program(config: Config, mesh: Mesh) -> Program:
-    """Of `DRAFTED` tokens."""
     _, state, pages = _serving(config, mesh)
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
 
@@ -101,7 +99,7 @@ def _verify_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _serving(config: Config, mesh: Mesh) -> tuple[DecodePrograms, State, int]:
-    """The programs, the state of `PROMPTS` slots that hold data.sequence_length each, and a slot's pages."""
+    """(the programs, the state of slots for `PROMPTS` prompts of data.sequence_length, pages of a slot)."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
     slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
@@ -118,4 +116,4 @@ _MAKERS = {
     "draft": _draft_program,
     "verify": _verify_program,
 }
-NAMES = ("init", "step", "evaluate", "prefill", "decode")  # that every run has
+NAMES = ("init", "step", "evaluate", "prefill", "decode")  # the programs of every run

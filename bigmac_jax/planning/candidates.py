@@ -1,4 +1,4 @@
-"""The valid ways to run a config on a machine, and the memory that each takes: what a search chooses from."""
+"""Lists the valid ways to run a config on a machine and the memory that each takes; a search chooses from them."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ HEADROOM = 0.15
 
 @dataclass(frozen=True)
 class Machine:
-    """What a search is for.
+    """The machine that a search is for.
 
     Attributes:
-      topology: of a torus, how the devices stand.
+      topology: chips along each axis of a TPU slice.
       headroom: the share of a device's memory that has to stay free.
     """
 
@@ -41,10 +41,10 @@ class Variant:
     """A valid way to run a config on a machine.
 
     Attributes:
-      sizes: ranks by axis of the mesh.
+      sizes: ranks along each axis of the mesh.
       memory: bytes of one rank by part (`counts.memory`).
       headroom: the share of a device's memory that is left.
-      fits: whether that is as much as was asked.
+      fits: whether at least `Machine.headroom` is left.
     """
 
     config: Config
@@ -55,8 +55,12 @@ class Variant:
 
 
 def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[Variant]:
-    """Of every mesh, exchange, number of chunks and remat the one with the fewest parts that fit; if none does, the
-    smallest. `lean`: of those alone that take the least memory."""
+    """Yields one way for every mesh, exchange, number of chunks and remat: the one whose batch goes in the fewest parts
+    that fit, or if none fits, the smallest.
+
+    Args:
+      lean: leave out what only adds memory: several chunks, and no fsdp where fsdp is possible.
+    """
     remats = REMAT if config.model.is_moe else ("none", "layer")  # nothing is exchanged in a dense layer
     chunks = (1,) if lean or not machine.hardware.overlaps else OVERLAP_CHUNKS
     for mesh, sizes in _meshes(config, machine, lean):
@@ -73,7 +77,7 @@ def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[V
 
 
 def _meshes(config: Config, machine: Machine, lean: bool) -> Iterator[tuple[MeshConfig, Sizes]]:
-    """Valid ones of all devices, but for the batch."""
+    """Meshes of all devices that are valid for any batch, and their sizes."""
     moe, devices = config.model.is_moe, machine.devices
     for tensor in _divisors(devices):
         for group in _divisors(devices // tensor) if moe else [1]:
@@ -93,12 +97,12 @@ def _meshes(config: Config, machine: Machine, lean: bool) -> Iterator[tuple[Mesh
 
 
 def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iterator[MeshConfig]:
-    """Without fsdp and with it. A field that makes no difference stays as the config has it."""
+    """The mesh without fsdp and with it. A field that makes no difference stays as the config has it."""
     if mesh.tensor == 1 or not config.model.is_moe:
         mesh = replace(mesh, split_experts=config.mesh.split_experts)
     options = [replace(mesh, fsdp=fsdp) for fsdp in (False, True)]
-    whole, split = (counts.parameters(replace(config, mesh=option), sizes).of_a_rank for option in options)
-    if whole == split:
+    without, sharded = (counts.parameters(replace(config, mesh=option), sizes).of_a_rank for option in options)
+    if without == sharded:
         yield replace(mesh, fsdp=config.mesh.fsdp)
     else:
         yield from options[lean:]
@@ -107,7 +111,7 @@ def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iter
 def _exchanges(
     config: Config, mesh: MeshConfig, machine: Machine, chunks: tuple[int, ...]
 ) -> Iterator[tuple[str, int]]:
-    """Strategies and chunks that differ on this mesh; the config's own first, which stays if no other is better."""
+    """(strategy, chunks) that differ on this mesh; the config's own first, which stays if no other is better."""
     own = config.execution.exchange
     if not config.model.is_moe:
         yield own, 1
@@ -121,7 +125,7 @@ def _exchanges(
 
 
 def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine) -> Variant | None:
-    """The batch in as few parts as fit; if none do, with the least memory. None if the ranks don't divide the batch."""
+    """The batch in the fewest parts that fit; if none do, with the least memory; None if ranks don't divide it."""
     sequences, left = divmod(config.data.batch_size, sizes["data"] * config.mesh.expert_ranks)
     if left:
         return None

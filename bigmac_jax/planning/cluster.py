@@ -1,6 +1,6 @@
-"""How the ranks of a mesh lie on a machine, and what their links take: seconds of collectives, none of them measured.
+"""How the ranks of a mesh lie on a machine, and the seconds that collectives take on its links; none is measured.
 
-Collectives are reckoned as α + bytes / β: α for each message, β of the link that is filled first.
+A collective takes α + bytes / β: α for each message, β of the link that is filled first.
 """
 
 import math
@@ -16,10 +16,11 @@ from bigmac_jax.planning.hardware.torus import Block, Shape, parts
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many ranks of a machine, and how its expert groups lie on it.
+    """The ranks of a mesh on a machine.
 
     Attributes:
-      slice: of a torus, the chips that ICI joins.
+      sizes: ranks along each axis of the mesh.
+      slice: on a torus, the chips that ICI joins.
     """
 
     hardware: Hardware
@@ -28,30 +29,31 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
+        """Number of all ranks."""
         return math.prod(self.sizes.values())
 
     @property
     def group(self) -> int:
-        """Ranks that share one set of experts."""
+        """Number of ranks that share one set of experts."""
         return self.sizes["node"] * self.sizes["expert"]
 
     @property
     def tensor(self) -> int:
-        """Ranks that share a sequence, next to each other; each has an expert group of its own."""
+        """Number of ranks that share a sequence; they are neighbours, and each is in an expert group of its own."""
         return self.sizes.get("tensor", 1)
 
     @property
     def machine(self) -> int:
-        """Ranks that fast links join."""
+        """Number of ranks that fast links join."""
         return self.slice.chips if self.slice else math.gcd(self.ranks, self.hardware.machine_ranks)
 
     @property
     def near(self) -> int:
-        """Those of them that may be of one expert group."""
+        """Number of ranks of one machine that may be in one expert group."""
         return max(1, self.machine // self.tensor)
 
     def by_link(self, sent: Sent) -> Sent:
-        """What is sent along the mesh's axes expert and node, on fast and slow links: they need not be the same.
+        """What is sent on fast and slow links, from what is `sent` along the mesh's axes expert (fast) and node (slow).
 
         Along an axis every peer gets as much, so it is enough to know how many of them are in the machine.
         """
@@ -66,7 +68,7 @@ class Cluster:
         return Sent(near, sent.fast - near + sent.slow)
 
     def exchange(self, sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
-        """Seconds of `exchanges` in which one rank sends `sent` bytes along expert and node, in all of them together.
+        """Seconds of so many exchanges; one rank sends `sent` bytes in all of them along expert (fast) and node (slow).
 
         A flat exchange fills fast and slow links side by side, so the longer one counts. The two hops of a hierarchical
         one follow each other.
@@ -97,7 +99,7 @@ class Cluster:
         return exchanges * block.hops() * link.latency + block.busiest_link() * sent / link.bandwidth
 
     def around(self, sent: float, ranks: int, stride: int = 1) -> float:
-        """Seconds in which each of `ranks`, every `stride`-th, passes `sent` bytes on to the next, around a ring.
+        """Seconds of a ring of `ranks`, every `stride`-th of the mesh, in which each sends `sent` bytes to the next.
 
         Between machines a ring leaves each of them once, so it has the share of all its ranks there to itself.
         """
@@ -113,12 +115,12 @@ class Cluster:
         return sent / rate
 
     def all_reduce(self, size: float, ranks: int, stride: int = 1) -> float:
-        """Seconds: a sum of `size` bytes, scattered and gathered."""
+        """Seconds of summing `size` bytes over `ranks`, every `stride`-th of the mesh: scattered, then gathered."""
         return self.around(2 * size * (ranks - 1) / ranks, ranks, stride)
 
 
 def cluster(sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Cluster:
-    """Ranks on the machine; on a torus on slices of `topology`, by default one that is nearly square.
+    """Lays the ranks of a mesh on a machine; on a torus on slices of `topology`, by default nearly square ones.
 
     Raises:
       ConfigError: a topology that this machine doesn't have, or that the ranks or their groups don't fill.
@@ -149,9 +151,9 @@ def _x(shape: Shape) -> str:
 
 
 def physical_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
-    """The group as its links see it: the machines it stands on, its ranks on each.
+    """The expert group as it lies on machines: mesh.expert = 32 on machines of 8 is 4 × 8.
 
-    mesh.expert = 32 on machines of 8 is 4 × 8 here. Only a hierarchical exchange depends on what the mesh itself says.
+    Only a hierarchical exchange depends on what the mesh itself says.
     """
     group = sizes["node"] * sizes["expert"]
     inside = math.gcd(group, max(1, hardware.machine_ranks // sizes.get("tensor", 1)))
@@ -159,5 +161,5 @@ def physical_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
 
 
 def mesh_group(sizes: Sizes, hardware: Hardware) -> ExpertGroup:
-    """The group as the program sees it."""
+    """The expert group as the mesh has it, which is what the program sees."""
     return ExpertGroup((sizes["node"], sizes["expert"]), hardware.platform, hardware.device_kind)

@@ -1,12 +1,16 @@
-"""What a training step takes, from counts and a machine's figures: seconds by part, none of them measured."""
+"""The cost model of a training step: one function per term, each in seconds, from counts and a machine's figures.
+
+Nothing here is measured. A term is a function of a `Setting`; `step_time` puts them together.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
-from bigmac_jax.model.exchange import Gather, Hierarchical, Strategy
+from bigmac_jax.model.exchange import Gather, Hierarchical
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
@@ -18,18 +22,18 @@ OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a training step by part, one after the other but for `hidden`.
+    """Seconds of a training step by term, one after the other except for `hidden`.
 
     Attributes:
-      matmul: recomputation and the padding of experts' rows included.
-      exchange: of the experts' rows and what goes with them, as if nothing ran beside it.
-      gradients: their sums over the ranks that share parameters.
-      optimizer: its passes over memory.
+      matmul: matrix products, with recomputation and the padding of experts' rows.
+      exchange: the experts' rows and their metadata on the wire, as if nothing ran beside it.
       hidden: the part of `exchange` that runs beside matmuls, at best.
-      tensor: sequences gathered, and sums of them scattered, over mesh.tensor.
-      parameters: gathered from their shards, with mesh.fsdp.
-      tokens: of a step.
-      useful: the share of the machine's peak that a step of one second would use (`counts.flops`).
+      tensor: gathering sequences and scattering sums of them over mesh.tensor.
+      parameters: gathering parameters from their shards, with mesh.fsdp.
+      gradients: summing gradients over the ranks that share parameters.
+      optimizer: the optimizer's passes over memory.
+      tokens: tokens of a step.
+      at_peak: seconds of the step's useful FLOPs (`counts.flops`) at the machine's peak.
     """
 
     matmul: float
@@ -38,88 +42,167 @@ class Times:
     optimizer: float
     hidden: float
     tokens: int
-    useful: float
+    at_peak: float
     tensor: float = 0.0
     parameters: float = 0.0
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         sent = self.exchange - self.hidden + self.tensor + self.parameters + self.gradients
         return self.matmul + sent + self.optimizer
 
     @property
     def exchange_share(self) -> float:
-        """Of the step that waits for the exchange."""
+        """Share of the step that waits for the exchange."""
         return (self.exchange - self.hidden) / self.total
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens a second of all ranks together."""
         return self.tokens / self.total
 
     @property
     def mfu(self) -> float:
-        return self.useful / self.total
+        """Model FLOPs utilisation: the share of the machine's peak that useful FLOPs reach."""
+        return self.at_peak / self.total
 
     def as_dict(self) -> dict[str, float]:
-        """For plan.py's JSON."""
+        """All terms and what follows from them, for plan.py's JSON."""
         names = ("matmul", "exchange", "hidden", "tensor", "parameters", "gradients", "optimizer", "total",
                  "exchange_share", "tokens_per_s", "mfu")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a term of the cost model depends on: a config on a mesh of a machine.
+
+    Attributes:
+      here: how the mesh's ranks lie on the machine.
+      group: the expert group as the program sees it.
+      count: the model's parameters.
+    """
+
+    config: Config
+    here: Cluster
+    group: ExpertGroup
+    count: Parameters
+
+    @property
+    def peak(self) -> float:
+        """FLOPs a second of all ranks, at the peak."""
+        return self.here.ranks * self.here.hardware.flops_per_second(self.config.execution.dtype)
+
+
+class SharedBytes(NamedTuple):
+    """Bytes of the whole model's parameters, or of their gradients, by who shares them."""
+
+    everyone: int  # what all ranks hold
+    tensor: int  # what mesh.tensor splits
+    experts: int  # what the expert group splits
+
+
 def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Times:
-    """A training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
+    """Predicts the seconds of a training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
 
     Raises:
       ConfigError: as `cluster`.
     """
     here = cluster(sizes, hardware, topology)
-    group, rate = mesh_group(sizes, hardware), hardware.flops_per_second(config.execution.dtype)
-    flops = counts.flops(config)
-    by_part = matmul_flops(config, here.ranks, group)
-    seconds_a_flop = 1 / (here.ranks * rate * hardware.matmul_efficiency)
-
-    exchange = exchange_time(config, here, group)
-    chunks, experts = config.execution.overlap_chunks, by_part.get("experts", 0) * seconds_a_flop
-    # Of n chunks the first is sent before there is anything to compute; the experts are all that runs beside the rest.
-    hidden = (chunks - 1) / chunks * min(exchange, experts) if hardware.overlaps else 0.0
-
-    count = parameters(config, sizes)
-    gradients = summed(config, here, gradient_bytes(config, count))
-    gathered = 0.0
-    if config.mesh.fsdp:  # a sum that stays scattered is half of one that all have
-        gradients /= 2
-        # Gathered for each pass, forward and backward; a recomputed layer is gathered once for both.
-        gathered = (counts.forward_passes(config) + 1) * summed(config, here, parameter_bytes(config, count)) / 2
+    setting = Setting(config, here, mesh_group(sizes, hardware), parameters(config, sizes))
+    matmul, exchange = matmul_seconds(setting), exchange_seconds(setting)
     return Times(
-        sum(by_part.values()) * seconds_a_flop,
-        exchange,
-        gradients * config.train.accumulate_steps,  # the gradients of every part are summed on their own
-        count.of_a_rank * OPTIMIZER_BYTES / hardware.memory_bandwidth,
-        hidden,
-        config.data.batch_size * config.data.sequence_length,
-        sum(flops.values()) / (here.ranks * rate),
-        here.around(counts.tensor_bytes(config, sizes), here.tensor),
-        gathered * config.train.accumulate_steps,
+        matmul=sum(matmul.values()),
+        exchange=exchange,
+        hidden=hidden_seconds(setting, exchange, matmul.get("experts", 0.0)),
+        tensor=tensor_seconds(setting),
+        parameters=gather_seconds(setting),
+        gradients=gradient_seconds(setting),
+        optimizer=optimizer_seconds(setting),
+        tokens=config.data.batch_size * config.data.sequence_length,
+        at_peak=sum(counts.flops(config).values()) / setting.peak,
     )
 
 
-def summed(config: Config, here: Cluster, size: tuple[float, float, float]) -> float:
-    """Seconds in which what belongs to parameters is summed over the ranks that share them.
+def matmul_seconds(setting: Setting) -> dict[str, float]:
+    """Seconds of the matrix products of each part of the model."""
+    flops = matmul_flops(setting.config, setting.here.ranks, setting.group)
+    reached = setting.peak * setting.here.hardware.matmul_efficiency
+    return {part: count / reached for part, count in flops.items()}
+
+
+def exchange_seconds(setting: Setting) -> float:
+    """Seconds of a step's exchanges when nothing runs beside them."""
+    config, here, group = setting.config, setting.here, setting.group
+    m = config.model
+    if not m.is_moe or here.group == 1:
+        return 0.0
+    exchange = choose_exchange(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
+    traffic = counts.exchange_traffic(config, here.ranks, group)
+    payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
+    if isinstance(exchange, Gather):
+        # Half are gathers; the sums of the other half are gathers in reverse, or exchanges where rows are too small to
+        # be added on the way (model/exchange/wire.py).
+        adds_on_the_way = exchange.forward == exchange.backward == "float32"
+        around = sum(payload) if adds_on_the_way else sum(payload) / 2
+        flat = payload.times(1 - around / sum(payload)).plus(metadata)
+        return here.around(around, here.group) + here.exchange(flat, traffic.exchanges)
+    return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
+
+
+def hidden_seconds(setting: Setting, exchange: float, experts: float) -> float:
+    """Seconds of the exchange that run beside the experts: all chunks but the first, which has nothing to compute yet.
 
     Args:
-      size: bytes of what all share, of what `tensor` splits, of the experts; of the whole model.
+      exchange, experts: seconds of each.
     """
-    everyones, split, experts = size
-    t, replicas = here.tensor, here.sizes["data"]
-    own = here.all_reduce(experts / here.group / t, replicas, here.group * t)
-    if not config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
-        own = here.all_reduce(experts / here.group, replicas * t, here.group if t == 1 else 1)
-    return here.all_reduce(everyones, here.ranks) + here.all_reduce(split / t, here.ranks // t, t) + own
+    if not setting.here.hardware.overlaps:
+        return 0.0
+    chunks = setting.config.execution.overlap_chunks
+    return (chunks - 1) / chunks * min(exchange, experts)
+
+
+def tensor_seconds(setting: Setting) -> float:
+    """Seconds of gathers and scatters over mesh.tensor."""
+    here = setting.here
+    return here.around(counts.tensor_bytes(setting.config, here.sizes), here.tensor)
+
+
+def gather_seconds(setting: Setting) -> float:
+    """Seconds of gathering parameters from their shards with mesh.fsdp."""
+    config = setting.config
+    if not config.mesh.fsdp:
+        return 0.0
+    # For each pass, forward and backward; a recomputed layer is gathered once for both. A gather is half of a sum.
+    gathers = (counts.forward_passes(config) + 1) * config.train.accumulate_steps
+    return gathers * sum_seconds(setting, parameter_bytes(config, setting.count)) / 2
+
+
+def gradient_seconds(setting: Setting) -> float:
+    """Seconds of summing gradients, those of every part of the batch on their own."""
+    config = setting.config
+    seconds = sum_seconds(setting, gradient_bytes(config, setting.count)) * config.train.accumulate_steps
+    return seconds / 2 if config.mesh.fsdp else seconds  # a sum that stays scattered is half of one that all have
+
+
+def optimizer_seconds(setting: Setting) -> float:
+    """Seconds of the optimizer's passes over memory."""
+    return setting.count.of_a_rank * OPTIMIZER_BYTES / setting.here.hardware.memory_bandwidth
+
+
+def sum_seconds(setting: Setting, size: SharedBytes) -> float:
+    """Seconds of an all-reduce of `size` over the ranks that share each part of it."""
+    here, t = setting.here, setting.here.tensor
+    replicas = here.sizes["data"]
+    experts = here.all_reduce(size.experts / here.group / t, replicas, here.group * t)
+    if not setting.config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
+        experts = here.all_reduce(size.experts / here.group, replicas * t, here.group if t == 1 else 1)
+    return here.all_reduce(size.everyone, here.ranks) + here.all_reduce(size.tensor / t, here.ranks // t, t) + experts
 
 
 def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
-    """`counts.flops` with what is done beside it: recomputation, and rows of experts that hold no token."""
+    """FLOPs that are really computed, by part: `counts.flops`, recomputation, and experts' rows that hold no token."""
     m, flops = config.model, counts.flops(config)
     # A forward pass is a third of a step's FLOPs. What is recomputed is what gradients need: not logits; and where what
     # the experts gave is kept, neither that, nor projections.
@@ -127,7 +210,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     recomputed = dict.fromkeys(flops, 1.0) | {"output": 0.0}
     if again and not counts.exchanges_again(config):
         matrices = 3 if m.gated else 2
-        recomputed |= {"experts": (matrices - 1) / matrices, "projections": _of_projections(m)}
+        recomputed |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}
     done = {
         part: count * (1 + (first * (part != "output") + again * recomputed[part]) / 3) for part, count in flops.items()
     }
@@ -138,7 +221,7 @@ def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, fl
     return done
 
 
-def _of_projections(m: ModelConfig) -> float:
+def _recomputed_projections(m: ModelConfig) -> float:
     """The share of the projections' forward pass that gradients need again where what the experts gave is kept: x W↓ if
     a norm stands on it or on a sum that it is part of, and both factors of a gated output."""
     sizes, gate = counts.projections(m), "gate" in m.latent_norms
@@ -146,47 +229,24 @@ def _of_projections(m: ModelConfig) -> float:
     return sum(size for name, size in sizes.items() if needed[name]) / max(1, sum(sizes.values()))
 
 
-def gradient_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
-    """(of what all ranks share, of what `tensor` splits, of the experts): bytes of the gradients that are summed over
-    ranks, for one batch, in execution.reduce_dtype. A table that is read and written with is summed once for each."""
+def gradient_bytes(config: Config, count: Parameters) -> SharedBytes:
+    """Bytes of the gradients that are summed over ranks for one batch, in execution.reduce_dtype."""
     size = 2 if config.execution.reduce_dtype == "bfloat16" else 4
-    everyones, split, experts = _shared_sizes(config, count)
-    return size * everyones, size * split, size * experts
+    return SharedBytes(*(size * numbers for numbers in _shared_numbers(config, count)))
 
 
-def parameter_bytes(config: Config, count: Parameters) -> tuple[int, int, int]:
-    """As `gradient_bytes`, of the parameters when they are gathered: in execution.gather_dtype, and without norms."""
+def parameter_bytes(config: Config, count: Parameters) -> SharedBytes:
+    """Bytes of the parameters that mesh.fsdp gathers, in execution.gather_dtype; norms are never sharded."""
     size = 2 if "bfloat16" in (config.execution.gather_dtype, config.execution.dtype) else 4
-    everyones, split, experts = _shared_sizes(config, count)
-    return size * (everyones - count.parts.get("norms", 0)), size * split, size * experts
+    everyone, tensor, experts = _shared_numbers(config, count)
+    return SharedBytes(size * (everyone - count.parts.get("norms", 0)), size * tensor, size * experts)
 
 
-def _shared_sizes(config: Config, count: Parameters) -> tuple[int, int, int]:
-    """Numbers of what all ranks share, of what `tensor` splits, of the experts."""
+def _shared_numbers(config: Config, count: Parameters) -> tuple[int, int, int]:
+    """Parameters that all ranks share, that mesh.tensor splits, of the experts. A table of tokens that is read and
+    written with counts twice, as its gradient is summed once for each."""
     m, parts = config.model, count.parts
     table, experts = m.vocab_size * m.hidden_size, parts.get("experts", 0)
-    tables = 2 * table  # tied or not
-    split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + tables
-    everyones = count.total - experts - split + (table if m.tie_embeddings else 0)
-    return everyones, split, experts
-
-
-def exchange_time(config: Config, here: Cluster, group: ExpertGroup) -> float:
-    """Seconds of a step's exchanges, nothing beside them."""
-    m = config.model
-    if not m.is_moe or here.group == 1:
-        return 0.0
-    exchange = choose_exchange(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
-    traffic = counts.exchange_traffic(config, here.ranks, group)
-    payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
-    if isinstance(exchange, Gather):
-        # Half are gathers; the sums of the other half are gathers in reverse, or exchanges where rows are too small to
-        # be added on the way (model/exchange/wire.py).
-        around = sum(payload) if _adds_on_the_way(exchange) else sum(payload) / 2
-        flat = payload.times(1 - around / sum(payload)).plus(metadata)
-        return here.around(around, here.group) + here.exchange(flat, traffic.exchanges)
-    return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
-
-
-def _adds_on_the_way(exchange: Strategy) -> bool:
-    return exchange.forward == exchange.backward == "float32"
+    split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + 2 * table
+    everyone = count.total - experts - split + (table if m.tie_embeddings else 0)
+    return everyone, split, experts

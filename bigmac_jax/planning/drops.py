@@ -1,6 +1,6 @@
-"""What a finite capacity factor drops: measured, not modelled (docs/distributions.md).
+"""Measured shares of choices that a finite capacity factor drops (docs/distributions.md); no model predicts them.
 
-Of `configs/tiny.py` with 64 experts, K = 8, no shared experts, a factor of 1.25 and bigmac with the norm behind the
+Measured with `configs/tiny.py`: 64 experts, K = 8, no shared experts, a factor of 1.25, bigmac with the norm behind the
 combine; 1,000 steps, three seeds.
 """
 
@@ -12,8 +12,12 @@ FACTOR = 1.25
 
 
 class Drops(NamedTuple):
-    """Shares of all choices: `one` and `mixed`, the mean of a run's last tenth, on one domain and on four at once;
-    `shifted`, the largest of the first tenth of a run's steps after one domain followed another. None: not measured."""
+    """Shares of all choices; None = not measured.
+
+    Attributes:
+      one, mixed: mean of a run's last tenth, on one domain and on four at once.
+      shifted: the largest of the first tenth of a run's steps after one domain followed another.
+    """
 
     one: float
     mixed: float | None
@@ -29,8 +33,8 @@ MEASURED = {
 }
 
 
-def drops(config: Config) -> dict[str, Any] | None:
-    """The measurements, and which is the config's; None where nothing is dropped."""
+def measured_drops(config: Config) -> dict[str, Any] | None:
+    """For plan.py's JSON: all measurements, and which of them is the config's; None where nothing is dropped."""
     m = config.model
     if not m.is_moe or config.dropless:
         return None

@@ -1,8 +1,8 @@
-"""What a schedule hides: the matrix products that run while the layer's exchange is on the wire.
+"""Measures how much of the layer's exchange a compiled schedule hides behind matrix products.
 
-The order of instructions in a scheduled program is the order in which they start. An asynchronous exchange is a start
-and a done; what stands between them runs meanwhile. On TPU instructions carry the compiler's estimate of their cycles,
-except Mosaic kernels; their time, and on GPU that of all products, is taken from their FLOPs.
+Instructions of a scheduled program stand in the order in which they start. An asynchronous exchange is a start and a
+done; what stands between them runs meanwhile. On TPU instructions carry the compiler's estimate of their cycles, except
+Mosaic kernels; their time, and on GPU that of all products, follows from their FLOPs.
 """
 
 import functools
@@ -12,67 +12,53 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bigmac_jax.planning.hlo import (
-    Collective,
-    Computation,
-    Instruction,
-    Module,
-    attention_kernel,
-    collectives,
-    dot_flops,
-    kernel_flops,
-)
+from bigmac_jax.planning.hlo import Computation, Instruction, Module
+from bigmac_jax.planning.hlo_collectives import Collective, collectives
+from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_flops
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
-_KERNEL_SHARE = 0.5  # of the peak, that attention is taken to reach: softmax stands between its products
+_KERNEL_SHARE = 0.5  # of the peak is what attention is taken to reach: softmax stands between its products
 
 
 class Exchange(NamedTuple):
-    """One payload exchange, once; everything in seconds."""
+    """One run of a payload exchange; times are in seconds."""
 
     collective: Collective
     seconds: float  # on the wire
     matmuls: tuple[tuple[str, float], ...]  # names and seconds of the matrix products between its start and its done
-    other_seconds: float  # of the rest between them, as far as the compiler estimates it
+    other_seconds: float  # of the other instructions between them, as far as the compiler estimates them
     hidden_seconds: float  # of the exchange behind matrix products, each of which hides one exchange at a time
 
     @property
     def matmul_seconds(self) -> float:
+        """Seconds of the matrix products between its start and its done."""
         return sum(seconds for _, seconds in self.matmuls)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of one rank in one execution: everything is weighted by how often it runs."""
+    """All exchanges of one rank in one execution; sums weight each by how often it runs."""
 
     exchanges: tuple[Exchange, ...]  # in the order in which they end
     possible_seconds: float  # of exchange that data dependences allow to hide
 
-    @property
-    def count(self) -> int:
-        return sum(e.collective.times for e in self.exchanges)
-
-    @property
-    def asynchronous(self) -> int:
-        return sum(e.collective.times for e in self.exchanges if e.collective.asynchronous)
+    def _sum(self, value: Callable[[Exchange], float]) -> float:
+        return sum(e.collective.times * value(e) for e in self.exchanges)
 
     @property
     def exchange_seconds(self) -> float:
-        return sum(e.collective.times * e.seconds for e in self.exchanges)
+        """Seconds of all exchanges on the wire."""
+        return self._sum(lambda e: e.seconds)
 
     @property
     def hidden_seconds(self) -> float:
-        return sum(e.collective.times * e.hidden_seconds for e in self.exchanges)
-
-    @property
-    def covered_seconds(self) -> float:
-        """As `hidden_seconds`, but a matrix product may hide several exchanges at a time."""
-        return sum(e.collective.times * min(e.seconds, e.matmul_seconds) for e in self.exchanges)
+        """Seconds of exchange behind matrix products."""
+        return self._sum(lambda e: e.hidden_seconds)
 
     @property
     def busy_seconds(self) -> float:
-        """Of exchange beside which the chip does anything at all, as far as the compiler estimates it."""
-        return sum(e.collective.times * min(e.seconds, e.matmul_seconds + e.other_seconds) for e in self.exchanges)
+        """Seconds of exchange beside which the chip does anything at all, as far as the compiler estimates it."""
+        return self._sum(lambda e: min(e.seconds, e.matmul_seconds + e.other_seconds))
 
     @property
     def hidden(self) -> float:
@@ -81,34 +67,40 @@ class Overlap:
 
     @property
     def ceiling(self) -> float:
-        """Share that another schedule of the same instructions could hide.
+        """Share of the exchange that another schedule of the same instructions could hide.
 
-        Their dependences are the compiled program's: a fusion across chunks ties together what the model keeps apart.
+        The dependences are the compiled program's: a fusion across chunks ties together what the model keeps apart.
         """
         return self.possible_seconds / self.exchange_seconds if self.exchange_seconds else 0.0
 
     @property
     def reached(self) -> float:
-        """`hidden` as a share of the ceiling."""
+        """`hidden` as a share of `ceiling`."""
         return self.hidden_seconds / self.possible_seconds if self.possible_seconds else 0.0
 
 
+class Rates(NamedTuple):
+    """What turns instructions into seconds.
+
+    Attributes:
+      clock_hz: cycles a second of the matrix units; a GPU's program counts no cycles.
+      peak_flops: FLOPs a second, for what has FLOPs and no estimate of cycles.
+      memory_bandwidth: bytes a second, for kernels.
+    """
+
+    clock_hz: float
+    peak_flops: float
+    memory_bandwidth: float = math.inf
+
+
 def overlap(
-    module: Module,
-    mesh: Mapping[str, int],
-    exchange_seconds: Callable[[Collective], float],
-    clock: float,
-    peak_flops: float,
-    memory_bandwidth: float = math.inf,
+    module: Module, mesh: Mapping[str, int], exchange_seconds: Callable[[Collective], float], rates: Rates
 ) -> Overlap:
-    """Reads what hides behind what.
+    """Finds for each payload exchange which matrix products run while it is on the wire.
 
     Args:
       mesh: as for `collectives`.
-      exchange_seconds: of one run of a collective alone on the wire.
-      clock: of the matrix units, in Hz: cycles to seconds; a GPU's program has no cycles.
-      peak_flops: per second, for what has FLOPs and no estimate of cycles.
-      memory_bandwidth: bytes per second, for attention's kernels.
+      exchange_seconds: seconds of one run of a collective with the wire to itself.
 
     Raises:
       ValueError: the module is not scheduled.
@@ -119,7 +111,7 @@ def overlap(
     for collective in collectives(module, mesh):
         if collective.role == "payload":
             inside.setdefault(collective.computation, {})[collective.name] = collective
-    costs = _Costs(module, clock, peak_flops, memory_bandwidth)
+    costs = _Costs(module, rates)
     exchanges, possible = list[Exchange](), 0.0
     for name, use in module.uses.items():
         if use.asynchronous:  # its exchange is the instruction that starts it
@@ -128,7 +120,7 @@ def overlap(
         found = {
             position: collective
             for position, instruction in enumerate(computation.instructions)
-            for collective in _started(instruction, inside.get(name, {}), inside)
+            for collective in _started_exchanges(instruction, inside.get(name, {}), inside)
         }
         if found:
             in_flight = _in_flight(computation, found, exchange_seconds, costs)
@@ -138,55 +130,55 @@ def overlap(
     return Overlap(tuple(exchanges), possible)
 
 
-def work_seconds(module: Module, clock: float, peak_flops: float, memory_bandwidth: float) -> float:
-    """Of all that one rank computes in one execution, one thing after the other, collectives left out: the compiler's
-    estimates, and for kernels, which have none, their FLOPs at half the peak or their bytes, whatever takes longer."""
-    costs = _Costs(module, clock, peak_flops, memory_bandwidth, of_kernels=_KERNEL_SHARE)
+def work_seconds(module: Module, rates: Rates) -> float:
+    """Seconds that one rank computes in one execution, one instruction after the other, collectives left out.
+
+    They are the compiler's estimates, and for kernels, which have none, their FLOPs at half the peak or their bytes,
+    whichever takes longer.
+    """
+    costs = _Costs(module, rates, kernel_share=_KERNEL_SHARE)
     entry = module.computations[module.entry]
     return sum(costs.seconds(entry, instruction) for instruction in entry.instructions)
 
 
 class _Costs:
-    """Seconds of instructions and of what they call.
+    """Seconds and FLOPs of instructions and of what they call.
 
     Args:
-      of_kernels: share of the peak that kernels other than attention's reach.
+      kernel_share: share of the peak that kernels other than attention's reach.
     """
 
-    def __init__(
-        self, module: Module, clock: float, peak_flops: float, memory_bandwidth: float, of_kernels: float = 1.0
-    ):
-        self.module, self.clock, self.of_kernels = module, clock, of_kernels
-        self.peak_flops, self.memory_bandwidth = peak_flops, memory_bandwidth
+    def __init__(self, module: Module, rates: Rates, kernel_share: float = 1.0):
+        self.module, self.rates, self.kernel_share = module, rates, kernel_share
         self.flops_within = functools.cache(self._flops_within)
 
     def flops(self, computation: Computation, instruction: Instruction) -> int:
-        """With what it calls, once."""
+        """FLOPs of an instruction, and of what it calls, once."""
         own = dot_flops(computation, instruction) + kernel_flops(computation, instruction)
         return own + sum(self.flops_within(name) for name in instruction.calls)
 
     def seconds(self, computation: Computation, instruction: Instruction) -> float:
         cycles = int(instruction.backend_config.get("window_config", {}).get("estimated_cycles", _UNKNOWN))
         if cycles != _UNKNOWN:
-            return cycles / self.clock
+            return cycles / self.rates.clock_hz
         if instruction.opcode in ("while", "call", "conditional"):
             inner = (self.module.computations[name] for name in instruction.calls)
             once = sum(self.seconds(called, i) for called in inner for i in called.instructions)
             trips = self.module.trips(computation.name, instruction) if instruction.opcode == "while" else 1
             return once * (1 if trips is None else trips)
-        seconds = self.flops(computation, instruction) / self.peak_flops
+        seconds = self.flops(computation, instruction) / self.rates.peak_flops
         if instruction.opcode != "custom-call" or not seconds:
             return seconds
         size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
-        share = _KERNEL_SHARE if attention_kernel(instruction) else self.of_kernels
-        return max(seconds / share, size / self.memory_bandwidth if share < 1 else 0)
+        share = _KERNEL_SHARE if attention_kernel(instruction) else self.kernel_share
+        return max(seconds / share, size / self.rates.memory_bandwidth if share < 1 else 0)
 
     def _flops_within(self, name: str) -> int:
         computation = self.module.computations[name]
         return sum(self.flops(computation, instruction) for instruction in computation.instructions)
 
 
-def _started(
+def _started_exchanges(
     instruction: Instruction, here: Mapping[str, Collective], inside: Mapping[str, Mapping[str, Collective]]
 ) -> list[Collective]:
     """The payload collectives that an instruction is or, as an async-start does, wraps."""
@@ -197,8 +189,8 @@ def _started(
     return []
 
 
-def _ends(computation: Computation) -> dict[int, int]:
-    """Positions of starts → positions of what waits for them."""
+def _find_ends(computation: Computation) -> dict[int, int]:
+    """Position of each start → position of what waits for it."""
     starts: dict[str, int] = {}
     ends = {}
     for position, instruction in enumerate(computation.instructions):
@@ -216,8 +208,8 @@ def _in_flight(
     exchange_seconds: Callable[[Collective], float],
     costs: _Costs,
 ) -> list[Exchange]:
-    """The exchanges of a computation, in the order in which they end: so do they take the seconds of products."""
-    ends, free, exchanges = _ends(computation), dict[int, float](), list[Exchange]()
+    """A computation's exchanges in the order in which they end, which is that in which they take products' seconds."""
+    ends, free, exchanges = _find_ends(computation), dict[int, float](), list[Exchange]()
     for start in sorted(found, key=lambda start: ends.get(start, start)):
         seconds, matmuls = exchange_seconds(found[start]), list[tuple[str, float]]()
         other = hidden = 0.0
@@ -235,9 +227,9 @@ def _in_flight(
 
 
 def _independent_seconds(computation: Computation, exchanges: list[int], costs: _Costs) -> float:
-    """Of the products that neither feed nor need at least one of the exchanges at these positions."""
+    """Seconds of the products that neither feed nor need at least one of the exchanges at these positions."""
     places = {instruction.name: place for place, instruction in enumerate(computation.instructions)}
-    needs = list[int]()  # of each instruction, a bit for every place that it needs; a done needs its start
+    needs = list[int]()  # for each instruction a bit for every place that it needs; a done needs its start
     for instruction in computation.instructions:
         operands = [places[name] for name in instruction.operands if name in places]
         needs.append(functools.reduce(operator.or_, (needs[place] | 1 << place for place in operands), 0))

@@ -1,9 +1,9 @@
-"""The paper's own formulas and figures (arXiv 2502.16927), and how near the cost model comes to them.
+"""The paper's formulas and figures (arXiv 2502.16927), and how near the cost model comes to them.
 
-Table 1 states neither its model nor its batch. GPT3-XL's are taken, with as many tokens as make the exchange as long as
-the table's: one scale and one latency are fitted to its column of training exchanges. All else follows, from three
-assumptions that no K has a say in: the scale is all in the tokens, so that gradients are GPT3-XL's whole; they are sent
-in two bytes; matmuls reach 70 % of the peak (at 50 % and less K = 1 misses its share by more than 5 points).
+Table 1 states neither its model nor its batch. We take GPT3-XL with as many tokens as make the exchange as long as the
+table's: one scale and one latency are fitted to its column of training exchanges. The rest follows from three
+assumptions, the same for every K: the scale is in the tokens alone, so that gradients are those of all of GPT3-XL; they
+are sent in two bytes; matmuls reach 70 % of the peak (at 50 % and less K = 1 misses its share by more than 5 points).
 """
 
 from dataclasses import dataclass, replace
@@ -25,29 +25,26 @@ GRADIENT_BYTES = 2
 
 @dataclass(frozen=True)
 class PaperModel:
-    """A model of the paper; GPT3-XL, 64 experts, by default.
-
-    Attributes:
-      layers, hidden, experts, top_k, ratio: l, h, e, K, r.
-      length, tokens: s, and b·s of a step.
-      vocab: v, GPT-2's 50,257 rounded up to a multiple of 128, with which the digits of Table 4 come out.
-      ranks: ep.
-    """
+    """What the paper's formulas read of a model; by default GPT3-XL with 64 experts."""
 
     structure: str = "fine_grained"  # fine_grained | bigmac
-    top_k: int = 8
-    tokens: float = 256 * 2048
-    layers: int = 24
-    hidden: int = 2048
-    experts: int = 64
-    ratio: float = 0.25
-    length: int = 2048
-    vocab: int = 50304
-    ranks: int = RANKS
+    top_k: int = 8  # K
+    tokens: float = 256 * 2048  # b·s of a step
+    layers: int = 24  # l
+    hidden: int = 2048  # h
+    experts: int = 64  # e
+    ratio: float = 0.25  # r
+    length: int = 2048  # s
+    vocab: int = 50304  # v: GPT-2's 50,257 rounded up to a multiple of 128, which gives the digits of Table 4
+    ranks: int = RANKS  # ep
+
+    @property
+    def is_bigmac(self) -> bool:
+        return self.structure == "bigmac"
 
 
 def paper_model(config: Config) -> PaperModel:
-    """Raises ConfigError for a structure that the formulas are not of."""
+    """What the formulas read of a config; ConfigError for a structure that they do not cover."""
     m, data = config.model, config.data
     if m.structure not in ("fine_grained", "bigmac"):
         raise ConfigError(f"--paper has formulas for fine_grained and bigmac, not for structure={m.structure}; drop it")
@@ -59,7 +56,7 @@ def paper_model(config: Config) -> PaperModel:
 
 
 def left_out(config: Config) -> list[str]:
-    """Fields of the model whose values the formulas know nothing of."""
+    """Names of the model's fields whose values the formulas do not cover."""
     m = config.model
     differs = {
         "gated": m.gated,
@@ -73,10 +70,10 @@ def left_out(config: Config) -> list[str]:
 
 
 def paper_parameters(model: PaperModel) -> float:
-    """Table 3: (4h² + 8h + (2rh² + 2rh)e)·l + (v + e + 2)·h, and 2rlh² for W↓ and W↑."""
+    """Parameters by Table 3: (4h² + 8h + (2rh² + 2rh)e)·l + (v + e + 2)·h, and 2rlh² for W↓ and W↑."""
     h = model.hidden
     dense = (4 * h * h + 8 * h) * model.layers + (model.vocab + model.experts + 2) * h
-    return dense + _expert_parameters(model) + _is_bigmac(model) * 2 * model.ratio * model.layers * h * h
+    return dense + _expert_parameters(model) + model.is_bigmac * 2 * model.ratio * model.layers * h * h
 
 
 def _expert_parameters(model: PaperModel) -> float:
@@ -85,23 +82,19 @@ def _expert_parameters(model: PaperModel) -> float:
 
 
 def paper_flops(model: PaperModel) -> float:
-    """Table 3, of a step: 12·bs·l·h²·(2 + s/h + v/(2lh) + rK), and 12·r·bs·l·h² for W↓ and W↑."""
+    """FLOPs of a step by Table 3: 12·bs·l·h²·(2 + s/h + v/(2lh) + rK), and 12·r·bs·l·h² for W↓ and W↑."""
     h, r = model.hidden, model.ratio
-    share = 2 + model.length / h + model.vocab / (2 * model.layers * h) + r * model.top_k + _is_bigmac(model) * r
+    share = 2 + model.length / h + model.vocab / (2 * model.layers * h) + r * model.top_k + model.is_bigmac * r
     return 12 * model.tokens * model.layers * h * h * share
 
 
 def paper_all_to_all_bytes(model: PaperModel) -> float:
-    """Table 3, of a step and all ranks, capacity factor 1: 8·bs·l·h·K·(ep − 1)/ep, times r for bigmac.
+    """All-to-all bytes of a step and all ranks by Table 3: 8·bs·l·h·K·(ep − 1)/ep, times r for bigmac.
 
-    8: two bytes, two exchanges, forward and backward.
+    At capacity factor 1; the 8 are two bytes, two exchanges, forward and backward.
     """
-    width = model.hidden * (model.ratio if _is_bigmac(model) else 1)
+    width = model.hidden * (model.ratio if model.is_bigmac else 1)
     return 8 * model.tokens * model.layers * width * model.top_k * (model.ranks - 1) / model.ranks
-
-
-def _is_bigmac(model: PaperModel) -> bool:
-    return model.structure == "bigmac"
 
 
 class Measured(NamedTuple):
@@ -124,7 +117,7 @@ TABLE_1 = {
 
 
 class Speedup(NamedTuple):
-    """bigmac over fine_grained: of the step, and of its exchanges alone."""
+    """How many times faster bigmac is than fine_grained: the step, and its exchanges alone."""
 
     step: float
     exchange: float
@@ -135,9 +128,11 @@ FIGURE_4 = {4: Speedup(2.37, 3.48), 8: Speedup(2.95, 3.72)}
 
 
 class Fit(NamedTuple):
-    """Attributes:
-    scale: Table 1's tokens × layers over GPT3-XL's step of 524,288 × 24.
-    latency: seconds of a message between machines.
+    """What is fitted to Table 1.
+
+    Attributes:
+      scale: Table 1's tokens × layers over GPT3-XL's step of 524,288 × 24.
+      latency: seconds of a message between machines.
     """
 
     scale: float
@@ -145,7 +140,7 @@ class Fit(NamedTuple):
 
 
 def fit_table1(hardware: Hardware | None = None) -> Fit:
-    """Least squares of the relative errors of Table 1's five training exchanges, which are linear in both numbers."""
+    """Fits scale and latency to Table 1's five training exchanges, by least squares of their relative errors."""
     here = _cluster(hardware or load_hardware("paper"), latency=0.0)
     bytes_alone = [_exchange(here, PaperModel(top_k=k)) for k in TABLE_1]
     a_second_a_message = _exchange(_cluster(here.hardware, latency=1.0), PaperModel(tokens=0))
@@ -156,7 +151,7 @@ def fit_table1(hardware: Hardware | None = None) -> Fit:
 
 
 def paper_step(structure: str, top_k: int, fit: Fit, hardware: Hardware | None = None) -> Times:
-    """A step of Table 1's and Figure 4's model at capacity factor 1; the scale is all in the tokens."""
+    """Predicts a step of the model of Table 1 and Figure 4, at capacity factor 1."""
     here = _cluster(hardware or load_hardware("paper"), fit.latency)
     model = PaperModel(structure, top_k)
     model = replace(model, tokens=fit.scale * model.tokens)
@@ -170,7 +165,7 @@ def paper_step(structure: str, top_k: int, fit: Fit, hardware: Hardware | None =
         optimizer=(dense + experts / RANKS) * OPTIMIZER_BYTES / h.memory_bandwidth,
         hidden=0.0,
         tokens=round(model.tokens),
-        useful=flops / (RANKS * h.peak_flops),
+        at_peak=flops / (RANKS * h.peak_flops),
     )
 
 
@@ -180,25 +175,21 @@ def _cluster(hardware: Hardware, latency: float) -> Cluster:
 
 
 def _exchange(here: Cluster, model: PaperModel) -> float:
-    """Seconds of a step's exchanges: of each layer two, forward and backward."""
+    """Seconds of a step's exchanges: two per layer, forward and backward."""
     return here.exchange(Sent(paper_all_to_all_bytes(model) / RANKS, 0.0), 4 * model.layers)
 
 
 class Row(NamedTuple):
-    """One figure of the paper beside the model's. `fitted`: the model has seen it."""
+    """A figure of the paper beside the cost model's; `fitted` if the model was fitted to it."""
 
     name: str
     paper: float
     model: float
     fitted: bool = False
 
-    @property
-    def difference(self) -> float:
-        return self.model - self.paper
-
 
 def comparison(hardware: Hardware | None = None) -> list[Row]:
-    """All figures, in the order of the paper's tables: seconds as ms, shares in %, ratios in times."""
+    """All figures of the paper beside the model's, in the order of its tables: ms, shares in %, speedups in times."""
     fit = fit_table1(hardware)
     rows = []
     for structure, figures in (("fine_grained", (3.73, 3490.67, 1488.0)), ("bigmac", (3.78, 3649.0, 372.0))):

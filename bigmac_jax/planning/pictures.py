@@ -1,4 +1,4 @@
-"""What plan.py --plot draws."""
+"""Draws plans for plan.py --plot."""
 
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")  # for black and whit
 
 
 def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
-    """A picture of the plan: a sweep if there is one, else bytes, memory and, where they are known, times.
+    """Draws a sweep if the plan has one, else memory, bytes of the exchange and, where they are known, times.
 
     Raises:
       ConfigError: the file cannot be written.
@@ -57,7 +57,7 @@ def _draw_memory(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _draw_exchanges(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Of the configured structure."""
+    """Bytes of each exchange with the configured structure."""
     exchanges = next(iter(columns.values()))["exchanges"]
     parts = {
         "slow links": [sent["padded_slow"] / 2**30 for sent in exchanges.values()],
@@ -91,7 +91,7 @@ def _number(text: str) -> float | str:
 
 
 def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
-    """Against the field with the most values; a line for every combination of the others."""
+    """Costs over the field with the most values, with a line for every combination of the others."""
     fields = list(rows[0]["fields"])
     along = max(fields, key=lambda name: len({swept["fields"][name] for swept in rows}))
     timed = all("time" in row for row in rows)

@@ -1,7 +1,6 @@
-"""From a configuration to what it costs: the object that plan.py prints."""
+"""Plans a configuration: makes the object that plan.py prints, with everything that the configuration costs."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -21,16 +20,18 @@ from bigmac_jax.model.counts import (
 )
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
-from bigmac_jax.planning import paper, program, search, sweep, topologies
+from bigmac_jax.planning import compiled_programs, paper, search, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
-from bigmac_jax.planning.drops import drops
+from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
+from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.sweep import parse_axes, sweep
 
 
 class Request(NamedTuple):
-    """What is asked beside the counts; as the flags of plan.py."""
+    """What is asked beside the counts; each field is a flag of plan.py."""
 
     devices: int = 0
     topology: str = ""
@@ -43,26 +44,31 @@ class Request(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a plan is for."""
+    """The machine that a plan is for."""
 
     devices: int
     topology: topologies.Topology | None
     hardware: Hardware | None
-    simulated: bool  # the program of CPU devices is looked at, and their exchanges are what is counted
+    simulated: bool  # the program of CPU devices is compiled, and their exchanges are what is counted
+
+    @property
+    def torus(self) -> Shape | None:
+        """Chips along each axis of a TPU slice."""
+        return self.topology.torus if self.topology else None
 
 
 def make_plan(config: Config, request: Request) -> dict[str, Any]:
-    """Everything that was asked, ready for JSON; bytes, seconds, FLOPs of a training step over all ranks unless a key
-    says otherwise.
+    """Plans everything that was asked, ready for JSON: bytes, seconds and FLOPs of a training step over all ranks,
+    unless a key says otherwise.
 
     Raises:
       ConfigError: one line, for whatever cannot be planned.
     """
-    place = _place(config, request)
+    place = _find_place(config, request)
     searched: dict[str, Any] = {}
     if request.search:
-        config, searched = _search(config, place, request.headroom)  # everything else is said of the best
-    sizes = _sizes(config, place)
+        config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
+    sizes = _mesh_sizes(config, place)
     result = {
         **searched,
         "devices": place.devices,
@@ -78,7 +84,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if place.hardware:
         result["memory_available"] = place.hardware.memory_bytes
         result["fits"] = result["headroom"] >= 0
-    if dropped := drops(config):
+    if dropped := measured_drops(config):
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
@@ -93,16 +99,14 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.sweep:
-        axes = _axes(request.sweep)
-        fields = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         result["sweep"] = [
-            {"fields": values, **_costs(swept, _sizes(swept, place), place)}
-            for values, swept in zip(fields, sweep.sweep(config, axes), strict=True)
+            {"fields": fields, **_costs(swept, _mesh_sizes(swept, place), place)}
+            for fields, swept in sweep(config, parse_axes(request.sweep))
         ]
     return result
 
 
-def _place(config: Config, request: Request) -> Place:
+def _find_place(config: Config, request: Request) -> Place:
     topology = topologies.parse_topology(request.topology) if request.topology else None
     name = request.hardware or (topology.kind if topology else "")
     hardware = load_hardware(name) if name else None
@@ -111,18 +115,19 @@ def _place(config: Config, request: Request) -> Place:
         devices = math.prod(topology.shape)
         if request.devices not in (0, devices):
             raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
-        if hardware and hardware.device_kind != (of := load_hardware(topology.kind)).device_kind:
+        kind = load_hardware(topology.kind).device_kind
+        if hardware and hardware.device_kind != kind:
             raise ConfigError(
                 f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
-                f"{of.device_kind}; leave --hardware out"
+                f"{kind}; leave --hardware out"
             )
-    if topology and hardware and topology.torus is None:
-        hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
+        if hardware and topology.torus is None:
+            hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
     return Place(devices, topology, hardware, request.compile and topology is None)
 
 
-def _sizes(config: Config, place: Place) -> Sizes:
-    """Ranks by axis: of all devices, none of which is idle."""
+def _mesh_sizes(config: Config, place: Place) -> Sizes:
+    """Ranks by axis of the mesh; ConfigError if devices would be idle."""
     mesh, devices = config.mesh, place.devices
     data = mesh.data or max(1, devices // mesh.model_ranks)
     if (ranks := data * mesh.model_ranks) != devices:
@@ -134,7 +139,7 @@ def _sizes(config: Config, place: Place) -> Sizes:
 
 
 def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
-    """The expert group as the program sees it, and as its links do."""
+    """(the expert group as the program sees it, as it lies on machines)."""
     shape = sizes["node"], sizes["expert"]
     group = ExpertGroup(shape, "gpu", "")
     physical = physical_group(sizes, place.hardware) if place.hardware else group
@@ -144,7 +149,7 @@ def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
 
 
 def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
-    """Counts, and where the hardware is known times."""
+    """Counts, and with hardware also times."""
     m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
     parts = memory(config, ranks, group, count)
@@ -176,13 +181,12 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         if result["exchange"] not in result["exchanges"]:
             result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
     if place.hardware:
-        topology = place.topology.torus if place.topology else None
-        result["time"] = step_time(config, sizes, place.hardware, topology).as_dict()
+        result["time"] = step_time(config, sizes, place.hardware, place.torus).as_dict()
     return result
 
 
 def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> dict[str, Any]:
-    """What a rank keeps for the backward pass with this execution.remat, and what that takes."""
+    """What a rank keeps for the backward pass with this execution.remat, and the seconds that follow."""
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
     costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)
     return {
@@ -215,42 +219,27 @@ def _paper(config: Config) -> dict[str, Any]:
     }
 
 
-def _axes(arguments: tuple[str, ...]) -> dict[str, list[str]]:
-    """top_k=1,2 structure=bigmac → values by field."""
-    axes: dict[str, list[str]] = {}
-    for argument in " ".join(arguments).split() or arguments:
-        name, equals, values = argument.removeprefix("--").removeprefix("config.").partition("=")
-        if not (equals and all(values.split(","))):
-            raise ConfigError(f"--sweep {argument!r} must be FIELD=a,b,…, as in --sweep top_k=1,2,4,8")
-        axes[name] = axes.get(name, []) + values.split(",")
-    return axes
-
-
 def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict[str, Any]]:
-    """The best config, or where nothing fits the nearest, and what is said of the search."""
+    """(the best config, or where nothing fits the nearest; what the plan says of the search)."""
     if place.hardware is None:
         raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
-    topology = place.topology
-    machine = Machine(place.devices, place.hardware, topology.torus if topology else None, headroom)
-    best, described = search.describe(config, machine)
-    if topology:  # more devices, in the words that were asked in
+    best, described = search.describe(config, Machine(place.devices, place.hardware, place.torus, headroom))
+    if place.topology:
         would_fit = described["best"]["would_fit"]
-        described["best"]["would_fit"] = [topologies.enlarged(topology, flag) for flag in would_fit]
+        described["best"]["would_fit"] = [topologies.name_topology(place.topology, flag) for flag in would_fit]
     return best, described
 
 
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
-    """The other structures with the same fields, experts of the width that the paper gives them; for one that cannot
-    be, why."""
+    """Costs of the other structures with the same fields and experts of the paper's width, or why one cannot be."""
     found: dict[str, Any] = {}
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
                 latent = config.model.latent_norm if structure == "bigmac" else "none"
                 fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": 0}
-                model = dataclasses.replace(config.model, **fields)
-                other = dataclasses.replace(config, model=model)
-                found[structure] = _costs(other, _sizes(other, place), place)
+                other = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+                found[structure] = _costs(other, _mesh_sizes(other, place), place)
             except ConfigError as error:
                 found[structure] = {"error": str(error)}
     return found
@@ -259,14 +248,16 @@ def _baselines(config: Config, place: Place) -> dict[str, Any]:
 def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
     if place.topology:
         devices = topologies.absent_devices(place.topology)
-        return program.describe_programs(config, devices, place.hardware, place.topology.torus)
-    jax.config.update("jax_num_cpu_devices", place.devices)
-    return program.describe_programs(program.as_on_accelerators(config), jax.devices("cpu"), place.hardware)
+    else:
+        jax.config.update("jax_num_cpu_devices", place.devices)
+        devices, config = jax.devices("cpu"), compiled_programs.imitate_accelerators(config)
+    target = compiled_programs.Target(devices, place.hardware, place.torus)
+    return compiled_programs.describe_programs(config, target)
 
 
 def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
-    """What reading a checkpoint takes on one rank, bytes: the state that train.py goes on with; and the parameters that
-    generate.py casts, leaf by leaf, beside the weights that it made of them."""
+    """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
+    them leaf by leaf, beside the weights that it made of them."""
     need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]

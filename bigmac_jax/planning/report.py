@@ -1,4 +1,4 @@
-"""What plan.py shows: tables for people."""
+"""Prints a plan as tables for people."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from bigmac_jax.planning.units import count, duration, percent, size, work
 
 
 def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints everything in a plan, the configured structure beside the others."""
+    """Prints everything in a plan of `planner.make_plan`, the configured structure beside the others."""
     console = console or Console(highlight=False)
     console.width = max(console.width, 160)  # narrower columns would cut numbers
     if "best" in plan:
@@ -171,7 +171,7 @@ def _program(program: Mapping[str, Any]) -> Table:
 
 
 def _programs(plan: Mapping[str, Any]) -> Table:
-    """What each holds on a rank."""
+    """Memory of a rank in each program."""
     table = _table("Memory of a rank by program", "", "arguments", "temporaries", "total", "alive beside it", "fits",
                    "compiled in")  # fmt: skip
     yes = {True: "yes", False: "no", None: ""}
@@ -221,34 +221,36 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
             console.print(note)
 
 
+_TIME_COLUMNS = ("step", "exchange", "tokens/s")
+
+
+def _time_cells(time: Mapping[str, float]) -> list[str]:
+    return [duration(time["total"]), percent(time["exchange_share"]), f"{time['tokens_per_s']:,.0f}"]
+
+
 def _sweep(rows: list[Mapping[str, Any]]) -> Table:
-    fields = list(rows[0]["fields"])
     timed = all("time" in row for row in rows)
-    costs = ["parameters", "FLOPs", "all-to-all", "memory"] + (["step", "exchange", "tokens/s"] if timed else [])
-    table = _table("Sweep", *fields, *costs)
+    columns = "parameters", "FLOPs", "all-to-all", "memory", *(_TIME_COLUMNS if timed else ())
+    table = _table("Sweep", *rows[0]["fields"], *columns)
     for row in rows:
-        cells = [count(row["parameters_total"]), work(row["flops_per_step"]),
-                 size(row["all_to_all_bytes_per_step"]), size(row["memory"]["total"])]  # fmt: skip
-        if timed:
-            time = row["time"]
-            cells += [duration(time["total"]), percent(time["exchange_share"]), f"{time['tokens_per_s']:,.0f}"]
-        table.add_row(*map(str, row["fields"].values()), *cells)
+        table.add_row(
+            *row["fields"].values(), count(row["parameters_total"]), work(row["flops_per_step"]),
+            size(row["all_to_all_bytes_per_step"]), size(row["memory"]["total"]),
+            *(_time_cells(row["time"]) if timed else []),
+        )  # fmt: skip
     return table
 
 
 def _search(rows: list[Mapping[str, Any]]) -> Table:
     """The first dozen."""
-    fit = sum(row["fits"] for row in rows)
-    title = "The fastest that fit, by the cost model" if fit else "The nearest to fit"
+    title = "The fastest that fit, by the cost model" if any(row["fits"] for row in rows) else "The nearest to fit"
     table = _table(title, "data × node × expert × tensor", "fsdp", "split experts", "exchange", "chunks", "remat",
-                   "parts", "memory", "left", "step", "exchange", "tokens/s")  # fmt: skip
+                   "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
     yes = {True: "yes", False: ""}
     for row in rows[:12]:
-        time = row["time"]
         table.add_row(
             " × ".join(map(str, row["mesh"].values())), yes[row["fsdp"]], yes[row["split_experts"]], row["exchange"],
             str(row["overlap_chunks"]), row["remat"], str(row["accumulate_steps"]), size(row["memory"]),
-            percent(row["headroom"]), duration(time["total"]), percent(time["exchange_share"]),
-            f"{time['tokens_per_s']:,.0f}",
+            percent(row["headroom"]), *_time_cells(row["time"]),
         )  # fmt: skip
     return table

@@ -1,4 +1,4 @@
-"""What is fastest on so many devices, by the cost model; and where nothing fits, what would make something fit."""
+"""Searches for the fastest way to run a config on a machine, and where nothing fits, for what would make it fit."""
 
 import contextlib
 import heapq
@@ -13,27 +13,26 @@ from bigmac_jax.config.section import flat_values
 from bigmac_jax.planning.candidates import Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
 
-NEAREST = 12  # of those that don't fit, how many are timed
+NEAREST = 12  # candidates that don't fit and are timed all the same
 MORE_DEVICES = (2, 4, 8, 16, 32, 64)
 SMALLER = (2, 4)
-ROWS = 100  # of the description
+ROWS = 100  # candidates in the description
 
 
 @dataclass(frozen=True)
 class Candidate(Variant):
-    """One whose time is known."""
+    """A variant with its predicted times."""
 
     times: Times
 
 
 def search(config: Config, machine: Machine) -> list[Candidate]:
-    """The ways to run `config` on all devices that fit into memory, by tokens a second; behind them the `NEAREST` that
-    don't, by memory.
+    """Finds the ways to run `config` on all devices that fit into memory, by tokens a second; behind them the `NEAREST`
+    that don't, by memory.
 
-    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps, none of which
-    changes what is computed but for drops (a full expert drops others where rows are counted by rank) and for what
-    `part_notes` names. Of those that differ in accumulate_steps alone there is the one with the fewest parts that
-    fit: more are slower.
+    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps. None of these
+    changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and what
+    `part_notes` names.
 
     Raises:
       ConfigError: no mesh of so many devices is valid.
@@ -51,13 +50,13 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
 
 
 def flags(before: Config, after: Config) -> list[str]:
-    """What turns one config into the other on a command line."""
+    """The command-line flags that turn one config into the other."""
     old = flat_values(before)
     return [f"--config.{name}={value}" for name, value in flat_values(after).items() if old[name] != value]
 
 
 def what_would_fit(config: Config, machine: Machine) -> list[str]:
-    """Flags of plan.py, each of which alone lets something fit: of each kind the one that changes least."""
+    """Flags of plan.py each of which alone makes something fit; of each kind the one that changes least."""
 
     def fits(other: Config, devices: int = machine.devices) -> bool:
         return any(v.fits for v in variants(other, replace(machine, devices=devices, topology=None), lean=True))
@@ -80,13 +79,8 @@ def what_would_fit(config: Config, machine: Machine) -> list[str]:
     return found
 
 
-def _less_headroom(nearest: Candidate) -> list[str]:
-    """Where the nearest fits, but for what was to stay free."""
-    return [f"--headroom={math.floor(100 * nearest.headroom) / 100:g}"] if nearest.headroom >= 0 else []
-
-
 def _why_none(config: Config, devices: int) -> str:
-    """The rule that the simplest mesh breaks."""
+    """The error for no valid mesh, with the rule that the simplest one breaks."""
     try:
         simplest = replace(config, mesh=MeshConfig(data=devices), train=replace(config.train, accumulate_steps=1))
         check_batch(simplest, devices)
@@ -97,13 +91,17 @@ def _why_none(config: Config, devices: int) -> str:
 
 
 def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
-    """The best config, or where nothing fits the nearest; and for JSON what plan.py says of the search.
+    """(the best config, or where nothing fits the nearest; what plan.py's JSON says of the search).
 
     Raises:
       ConfigError: as `search`.
     """
     found = search(config, machine)
-    best = found[0]
+    best, would_fit = found[0], list[str]()
+    if not best.fits:
+        if best.headroom >= 0:  # it fits, but for what was to stay free
+            would_fit.append(f"--headroom={math.floor(100 * best.headroom) / 100:g}")
+        would_fit += what_would_fit(config, machine)
     return best.config, {
         "best": {
             "fits": best.fits,
@@ -112,7 +110,7 @@ def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
             "tokens_per_s": best.times.tokens_per_s,
             "memory": sum(best.memory.values()),
             "headroom": best.headroom,
-            "would_fit": [] if best.fits else _less_headroom(best) + what_would_fit(config, machine),
+            "would_fit": would_fit,
         },
         "searched": {"fit": sum(candidate.fits for candidate in found), "headroom": machine.headroom},
         "search": [_row(candidate) for candidate in found[:ROWS]],

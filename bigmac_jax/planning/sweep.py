@@ -1,40 +1,49 @@
 """The configurations of a sweep: every combination of some fields' values."""
 
-import difflib
 import itertools
+from collections.abc import Mapping, Sequence
 
 from bigmac_jax.config import Config, ConfigError, with_overrides
+from bigmac_jax.config.names import unknown_field
 from bigmac_jax.config.section import flat_values
 
 
-def sweep(config: Config, axes: dict[str, list[str]]) -> list[Config]:
-    """Every combination of values, as the command line spells them; the last axis changes fastest.
+def parse_axes(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Values by field, from arguments such as `top_k=1,2 structure=bigmac`; ConfigError for one that is no such."""
+    axes: dict[str, list[str]] = {}
+    for argument in " ".join(arguments).split() or arguments:
+        name, equals, values = argument.removeprefix("--").removeprefix("config.").partition("=")
+        if not (equals and all(values.split(","))):
+            raise ConfigError(f"--sweep {argument!r} must be FIELD=a,b,…, as in --sweep top_k=1,2,4,8")
+        axes[name] = axes.get(name, []) + values.split(",")
+    return axes
+
+
+def sweep(config: Config, axes: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Config]]:
+    """(the fields' values, the config with them) for every combination of values; the last axis changes fastest.
 
     Args:
-      axes: values by field, which may be named without its section: {"structure": ["bigmac", "fine_grained"], …}.
+      axes: values by field, as the command line spells them; a field may be named without its section.
 
     Raises:
       ConfigError: a name that is no field or several, a value of the wrong type, or a combination that is invalid.
     """
-    names = [_field(config, name) for name in axes]
+    names = [_full_name(config, name) for name in axes]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{twice[0]} is swept twice; name it once, with all of its values")
-    return [
-        with_overrides(config, [f"{name}={value}" for name, value in zip(names, values, strict=True)])
-        for values in itertools.product(*axes.values())
-    ]
+    combinations = []
+    for values in itertools.product(*axes.values()):
+        overrides = [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+        combinations.append((dict(zip(axes, values, strict=True)), with_overrides(config, overrides)))
+    return combinations
 
 
-def _field(config: Config, name: str) -> str:
-    """The full name, as model.top_k for top_k."""
+def _full_name(config: Config, name: str) -> str:
+    """A field's name with its section, as model.top_k for top_k."""
     known = list(flat_values(config))
-    if name in known:
-        return name
-    meant = [full for full in known if full.rpartition(".")[2] == name]
+    meant = [full for full in known if name in (full, full.rpartition(".")[2])]
     if not meant:
-        short = [full.rpartition(".")[2] for full in known]
-        close = difflib.get_close_matches(name, known + short, n=1, cutoff=0.5) or ["a field such as model.top_k"]
-        raise ConfigError(f"{name!r} is not a field of the config; did you mean {close[0]}?")
+        raise ConfigError(unknown_field(name, known))
     if len(meant) > 1:
         raise ConfigError(f"{name!r} may be {' or '.join(meant)}; use the full name")
     return meant[0]

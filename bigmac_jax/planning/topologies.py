@@ -1,4 +1,4 @@
-"""Machines that are not there: slices of TPU chips and hosts of GPUs, whose compilers run anywhere."""
+"""Machines that are only compiled for: slices of TPU chips and hosts of GPUs, whose compilers run anywhere."""
 
 import importlib.util
 import math
@@ -15,7 +15,11 @@ GPUS = ("h100", "h200", "b200")
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8."""
+    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8.
+
+    Attributes:
+      kind: one of TPUS or GPUS.
+    """
 
     name: str
     kind: str
@@ -23,12 +27,12 @@ class Topology(NamedTuple):
 
     @property
     def torus(self) -> tuple[int, ...] | None:
-        """How a slice's links stand; GPUs' have no shape."""
+        """Chips along each axis of a TPU slice; None for GPUs, which a switch joins."""
         return self.shape if self.kind in TPUS else None
 
 
 def parse_topology(name: str) -> Topology:
-    """Raises ConfigError for a kind that is not known or a shape that is none."""
+    """Reads KIND:SHAPE; ConfigError for a kind that is not known or a shape of other dimensions."""
     kind, _, shape = name.partition(":")
     if kind not in (*TPUS, *GPUS):
         raise ConfigError(
@@ -42,35 +46,38 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
 
 
-def enlarged(topology: Topology, flag: str) -> str:
-    """--devices=N in the words of a topology: so many hosts of the same GPUs; a slice's shape is left open."""
+def name_topology(topology: Topology, flag: str) -> str:
+    """--devices=N as a topology: so many hosts of the same GPUs. A slice's shape stays open; other flags stay."""
     name, _, devices = flag.partition("=")
     if name != "--devices":
         return flag
+    if topology.torus:
+        return f"{flag} --hardware={topology.kind}"
     gpus = topology.shape[-1]
-    return (
-        f"{flag} --hardware={topology.kind}"
-        if topology.torus
-        else f"--topology={topology.kind}:{int(devices) // gpus}x{gpus}"
-    )
+    return f"--topology={topology.kind}:{int(devices) // gpus}x{gpus}"
 
 
 def absent_devices(topology: Topology) -> list[Any]:
-    """The devices of a machine that is not there, whose compiler is.
+    """The devices of a machine that is not there, for its compiler: libtpu, or jax's CUDA plugin without a driver.
 
     Raises:
-      ConfigError: it isn't, or does not know the topology.
+      ConfigError: the compiler is not installed, or does not know the topology.
     """
-    return _tpus(topology) if topology.kind in TPUS else _gpus(topology)
+    is_tpu = topology.kind in TPUS
+    library, compiler, extra, chip = (
+        ("libtpu", "the TPU compiler, libtpu", "tpu", "TPU")
+        if is_tpu
+        else ("jax_cuda13_plugin", "XLA's GPU compiler", "gpu", "GPU")
+    )
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"--topology={topology.name} with --compile needs {compiler}; pip install -e '.[{extra}]' brings the one "
+            f"of this jax (any x86 Linux machine, no {chip})"
+        )
+    return _tpus(topology) if is_tpu else _gpus(topology)
 
 
 def _gpus(topology: Topology) -> list[Any]:
-    """Of hosts × GPUs; needs jax's CUDA plugin, which holds the compiler, and no driver."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise ConfigError(
-            f"--topology={topology.name} with --compile needs XLA's GPU compiler; pip install -e '.[gpu]' brings the "
-            f"one of this jax (any x86 Linux machine, no GPU)"
-        )
     from jax.experimental import topologies
 
     target = (pathlib.Path(__file__).parent / "hardware" / f"{topology.kind}.textproto").read_text()
@@ -83,12 +90,6 @@ def _gpus(topology: Topology) -> list[Any]:
 
 
 def _tpus(topology: Topology) -> list[Any]:
-    """Of a slice; needs libtpu, which is the compiler, and no TPU."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            f"--topology={topology.name} with --compile needs the TPU compiler, libtpu; "
-            f"pip install -e '.[tpu]' brings the one of this jax (any x86 Linux machine, no TPU)"
-        )
     # libtpu reads these when it is loaded: there is no TPU to be found or to be locked, and nothing to warn of.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -106,5 +107,5 @@ def _tpus(topology: Topology) -> list[Any]:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message."""
+    """The first line of an error's message, at most 300 characters; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

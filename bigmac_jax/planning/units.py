@@ -1,43 +1,44 @@
-"""Numbers as people read them. Tera and GiB hold up to four digits before the point, as in the paper's tables."""
+"""Formats numbers as people read them."""
 
-_DIGITS = 10_000
+# (least number, unit, its name), largest first. Tera and GiB hold up to four digits before the point, as in the paper's
+# tables.
+_FLOPS = ((1e19, 1e18, "E"), (1e16, 1e15, "P"), (0, 1e12, "T"))
+_BYTES = (
+    (1e4 * 2**40, 2**50, "PiB"), (1e4 * 2**30, 2**40, "TiB"), (2**30, 2**30, "GiB"), (2**20, 2**20, "MiB"),
+    (2**10, 2**10, "KiB"),
+)  # fmt: skip
+_COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e3, 1e3, "k"))
+_SECONDS = ((1, 1, "s"), (1e-3, 1e-3, "ms"), (1e-12, 1e-6, "µs"))
 
 
-def count(number: float) -> str:
-    """3.73 B."""
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.2f} {unit}"
+def _scale(number: float, units: tuple[tuple[float, float, str], ...], form: str = ",.2f") -> str:
+    """A number in the first unit that it is large enough for."""
+    for least, unit, name in units:
+        if number >= least:
+            return f"{number / unit:{form}} {name}"
     return f"{number:g}"
 
 
+def count(number: float) -> str:
+    """A count, as 3.73 B."""
+    return _scale(number, _COUNTS)
+
+
 def work(flops: float) -> str:
-    """3,649.00 T, 569.67 P."""
-    for limit, unit in ((1e18, "E"), (1e15, "P")):
-        if flops >= _DIGITS * limit / 1e3:
-            return f"{flops / limit:,.2f} {unit}"
-    return f"{flops / 1e12:,.2f} T"
+    """FLOPs, as 3,649.00 T or 569.67 P."""
+    return _scale(flops, _FLOPS)
 
 
 def size(number: float) -> str:
-    """1,488.00 GiB, 111.67 TiB."""
-    for limit, unit in ((2**50, "PiB"), (2**40, "TiB")):
-        if number >= _DIGITS * limit / 2**10:
-            return f"{number / limit:,.2f} {unit}"
-    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= limit:
-            return f"{number / limit:,.2f} {unit}"
-    return f"{number:g} B"
+    """Bytes, as 1,488.00 GiB or 111.67 TiB."""
+    return _scale(number, _BYTES) if number >= 2**10 else f"{number:g} B"
 
 
 def duration(seconds: float) -> str:
-    """1.23 s, 12.3 ms."""
-    for limit, unit in ((1, "s"), (1e-3, "ms")):
-        if seconds >= limit:
-            return f"{seconds / limit:.3g} {unit}"
-    return f"{1e6 * seconds:.3g} µs" if seconds else "0"
+    """Seconds, as 1.23 s or 12.3 ms."""
+    return _scale(seconds, _SECONDS, ".3g")
 
 
 def percent(share: float) -> str:
-    """3.7 %."""
+    """A share, as 3.7 %."""
     return f"{100 * share:.1f} %"

@@ -1,9 +1,9 @@
-"""What makes the backend fast and must be set from outside the program, in one place.
+"""Environment variables and compiler options that make the backend fast, each with its reason.
 
 The entry points call `prepare()` first; it re-executes the program once with SETTINGS in its environment. The training
-step is compiled with COMPILER_OPTIONS, which need no variable: a wrong or unfit flag in XLA_FLAGS or LIBTPU_INIT_ARGS
-ends the process, and which TPU there is, is known only once jax runs. BIGMAC_KEEP_ENV=1 turns both off, and a variable
-that is already set is left as it is.
+step is compiled with COMPILER_OPTIONS rather than flags: a wrong flag in XLA_FLAGS or LIBTPU_INIT_ARGS ends the
+process, and the kind of TPU is known only once jax runs. BIGMAC_KEEP_ENV=1 turns both off; a variable that is already
+set stays.
 """
 
 import functools
@@ -24,7 +24,7 @@ SETTINGS = {
     ),
 }
 
-# Of Nvidia's GPUs, and of TPUs with older and newer drivers.
+# Device files of Nvidia's GPUs, and of TPUs with older and newer drivers.
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 # option → (value, kinds of device (platform, or device_kind), reason with its figure)
@@ -45,7 +45,7 @@ COMPILER_OPTIONS = {
 }
 
 # Options that are left out where the exchange is ragged: a JAX trainer on GB200 found a backward pass with ragged
-# exchanges corrupted by the latency-hiding schedule (marin#8077); not seen here, where no GPU was.
+# exchanges corrupted by the latency-hiding schedule (marin#8077); not reproduced here, for want of a GPU.
 RAGGED_UNSAFE = ("xla_gpu_enable_latency_hiding_scheduler",)
 
 # As COMPILER_OPTIONS, for a step whose exchange goes in chunks (execution.overlap_chunks).
@@ -74,7 +74,7 @@ OVERLAP_OPTIONS = {
 
 
 def prepare() -> None:
-    """Re-executes the running program with SETTINGS, once; returns if there is nothing to set, or an accelerator."""
+    """Re-executes the running program with SETTINGS, once; returns if nothing is missing or there is an accelerator."""
     if has_accelerator():
         return
     missing = {
@@ -90,7 +90,7 @@ def prepare() -> None:
 
 @functools.cache
 def software_versions() -> dict[str, str]:
-    """What of this machine's software decides a run's numbers: versions, and a digest of this package's code."""
+    """Versions of the software that decides a run's numbers, and a digest of this package's code."""
     import hashlib  # here, so that a command has its signal handlers soon
     import importlib.metadata
     import platform
@@ -113,8 +113,8 @@ def compiler_options(device: Any, overlap: bool = False, ragged: bool = False) -
     """The COMPILER_OPTIONS for a `jax.Device`.
 
     Args:
-      overlap: with the OVERLAP_OPTIONS.
-      ragged: for a step with ragged exchanges, without the RAGGED_UNSAFE ones.
+      overlap: for a step whose exchange goes in chunks: adds OVERLAP_OPTIONS.
+      ragged: for a step with ragged exchanges: leaves out RAGGED_UNSAFE.
     """
     if "BIGMAC_KEEP_ENV" in os.environ:
         return {}

@@ -1,6 +1,6 @@
-"""Several processes as one job: how they start, who writes, how they agree.
+"""Several processes as one job: how they connect, who writes, how they agree.
 
-One process is the case of a job without others: everything here works in it and costs nothing.
+Everything here also works in a job of one process, where it costs nothing.
 """
 
 import atexit
@@ -28,10 +28,10 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import ConfigError
 from bigmac_jax.runtime import rendezvous, stderr
 
-EXIT_CODE = 3  # of a process that ends because of another
+EXIT_CODE = 3  # of a process that ends because another one failed
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
-_LEAST = 30  # seconds; importing takes its time, and jax's verdict says less than the watch's, which is to come first
-_FIELDS = 512  # that processes compare at most
+_LEAST = 30  # seconds; importing takes its time, and the watchdog, which says more than jax, is to come first
+_FIELDS = 512  # fields that processes compare at most
 _abort_handler: Any = None
 
 
@@ -40,11 +40,11 @@ class PeerError(RuntimeError):
 
 
 def connect(coordinator: str, num_processes: int, process_id: int, detect: bool, peer_timeout: int) -> None:
-    """Joins the processes of the job; without arguments it has one. To be called before any device is touched.
+    """Connects the processes of the job, before any device is touched; without arguments it has one process.
 
     Args:
-      coordinator: HOST:PORT of process 0; with num_processes and process_id.
-      process_id: of this process, from 0; -1 = not given.
+      coordinator: HOST:PORT of process 0; goes with num_processes and process_id.
+      process_id: number of this process, from 0; -1 = not given.
       detect: take the three from SLURM's, Open MPI's, Cloud TPU's or GKE's environment.
       peer_timeout: jax gives up on a process that does not start, or is silent, for twice as many seconds, and not
         before half a minute; `watchdog.Watchdog`, once it runs, acts sooner and says more. 0 = jax's defaults.
@@ -116,10 +116,10 @@ def connect(coordinator: str, num_processes: int, process_id: int, detect: bool,
 
 
 def on_abort(handler: Callable[[], object] | None) -> None:
-    """Calls `handler` where jax ends this process by abort(), as it does from a thread of its own when one is lost.
+    """Calls `handler` when jax ends this process by abort(), as its own thread does when another process is lost.
 
-    Set in C: Python's handlers run after the signal, and here nothing comes after. None before the interpreter ends:
-    it would wait for that thread, and the thread for it.
+    The handler is set in C, because Python's run after the signal, and after abort() nothing runs. Pass None before the
+    interpreter ends: else it waits for that thread, and the thread for it.
     """
     global _abort_handler  # as long as C may call it
     _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: handler()) if handler else None
@@ -145,6 +145,7 @@ def say(line: str, file: TextIO | None = None) -> None:
 
 
 def is_distributed() -> bool:
+    """Whether the job has several processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
@@ -159,7 +160,7 @@ def coordination_store() -> Any:
 
 
 def gather(message: str) -> list[str]:
-    """The message of every process, in all of them; waits for the last."""
+    """The messages of all processes, in each of them; waits for the last one. A long message is cut."""
     if not is_distributed():
         return [message]
     text = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
@@ -167,15 +168,15 @@ def gather(message: str) -> list[str]:
 
 
 def check_same(fields: Mapping[str, Any]) -> None:
-    """Whether every process was given the same; waits for the last.
+    """Checks that all processes have the same fields and values; waits for the last one.
 
     Raises:
-      ConfigError: on all of them, which process has another value of what.
+      ConfigError: in all processes; it names a process, the field and its value.
     """
     if not is_distributed():
         return
     of_names = hashlib.sha256("\n".join(fields).encode()).digest()[:4]
-    # All at once, of a fixed size: the names, which another edition may have more of, and one number for each value.
+    # In one message of a fixed size: the names, of which another version may have more, and a number for each value.
     values = np.zeros(_FIELDS, np.uint32)
     values[0] = int.from_bytes(of_names)
     values[1 : 1 + len(fields)] = [zlib.crc32(repr(value).encode()) for value in fields.values()]
@@ -184,7 +185,7 @@ def check_same(fields: Mapping[str, Any]) -> None:
     if not differs_F.any():
         return
     names = [] if differs_F[0] else [name for name, differs in zip(fields, differs_F[1:], strict=False) if differs]
-    told = gather(", ".join(f"{name}={fields[name]}" for name in names) or "another edition of the program")
+    told = gather(", ".join(f"{name}={fields[name]}" for name in names) or "another version of the program")
     other = next(process for process in range(len(told)) if (values_PF[process] != values_PF[0]).any())
     raise ConfigError(
         f"process {other} was started with {told[other]}, process 0 with {told[0]}; start all with the same command, "
@@ -193,10 +194,10 @@ def check_same(fields: Mapping[str, Any]) -> None:
 
 
 class Jit:
-    """`jax.jit` for programs with collectives: all processes have compiled one before any of them runs it.
+    """`jax.jit` for programs with collectives: no process runs one before all have compiled it.
 
-    Its first collectives connect groups of processes, for which gloo waits 30 s: too short where one process finds the
-    program in the cache and another compiles a large one. Keyword arguments are static. A decorator, too.
+    The first collectives connect groups of processes, for which gloo waits 30 s: too short where one process finds the
+    program in the cache and another compiles a large one. Keyword arguments are static. Can be used as a decorator.
     """
 
     def __init__(self, function: Callable[..., Any], donate_argnames: str | None = None):
@@ -206,7 +207,7 @@ class Jit:
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def lower(self, *arguments: Any, **static: Any) -> Any:
-        """As of `jax.jit`."""
+        """As `lower` of a function under `jax.jit`."""
         return self._jitted.lower(*arguments, **static)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
@@ -222,10 +223,10 @@ class Jit:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """What goes wrong for one process inside goes wrong for all at its end; no collective may run inside.
+    """A context after which all processes raise if one of them raised inside; no collective may run inside.
 
     Raises:
-      ConfigError: of this process or of another one.
+      ConfigError: what this process or another one raised.
       PeerError: another process raised something else.
     """
     error: Exception | None = None
@@ -247,25 +248,25 @@ def raise_together() -> Iterator[None]:
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's value (of JSON), in all: what was read from files that another process may see later."""
-    return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # between processes, a loss may be anything
+    """Process 0's JSON value, in all processes: for what was read from files that others may see later."""
+    return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # a loss may be NaN
 
 
 def run_on_first(find: Callable[[], Any]) -> Any:
-    """What `find` gives, or refuses, on process 0, which alone reads the files: on all processes."""
+    """Calls `find` in process 0 alone, and returns its result or raises its error in all processes."""
     with raise_together():
         found = find() if is_first() else None
     return broadcast(found)
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
-    """Those of a global batch's rows that this process' devices hold, in order."""
+    """The rows of a global batch of `rows` that this process' devices hold, in order."""
     held = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for index in held if index for row in range(rows)[index[0]]})
 
 
 def make_global_array(sharding: NamedSharding, rows: Sequence[int], local: np.ndarray, size: int) -> jax.Array:
-    """The array of `size` rows of which `local` is this process' `rows`."""
+    """Makes the global array of `size` rows, of which `local` is this process' `rows`."""
 
     def shard(index: Any) -> np.ndarray:
         start = rows.index(index[0].start or 0)  # a device's rows are contiguous, and all here
@@ -275,9 +276,12 @@ def make_global_array(sharding: NamedSharding, rows: Sequence[int], local: np.nd
 
 
 class StopVote:
-    """Whether a process wants to stop, known to all at the same step.
+    """Lets all processes learn at the same step that one of them wants to stop.
 
     A flag per device is reduced beside each step and read one step later, when it has long arrived.
+
+    Args:
+      wanted: not empty once this process wants to stop.
     """
 
     def __init__(self, wanted: list[int]):
@@ -289,11 +293,12 @@ class StopVote:
         self._any = jax.jit(jnp.max)
 
     def cast(self) -> None:
-        """To be called after each step was dispatched."""
+        """Votes; call it after each step was dispatched."""
         if is_distributed():
             flags = np.full(self._sharding.mesh.size, bool(self._wanted), np.int32)
             votes = jax.make_array_from_callback(flags.shape, self._sharding, flags.__getitem__)
             self._known, self._last = self._last, self._any(votes)
 
     def passed(self) -> bool:
+        """Whether a process wanted to stop by the step before the last."""
         return bool(self._known) if is_distributed() else bool(self._wanted)

@@ -1,9 +1,9 @@
-"""Locks: of the kernel on a disk, a lease on a store.
+"""Locks that end with the process: the kernel's on a disk, a lease on a store.
 
-A lease is a folder of numbered objects. Whoever makes the next number, which a store lets only one do, holds it, and
-renews its object from a thread; the highest number counts. Another one takes over, by making the next number, when the
-object says that its holder has ended, or has not been renewed for as long as it promises. No clock is compared with
-another: the age is that between two times of the server.
+A lease is a folder of numbered objects. Whoever makes the next number, which a store lets only one process do, holds
+the lease and renews its object from a thread; the highest number counts. Another process takes over, by making the next
+number, when the object says that its holder has ended, or has not been renewed for as long as it promises. Ages are
+differences of the server's own times, so clocks need not agree.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 
 from bigmac_jax.runtime.storage import AWAY, errors, filesystem, is_store, make_folder, reason
 
-SECONDS = 30.0  # that a lease lasts without being renewed
-_PARTS = 6  # of these, each with a renewal
+SECONDS = 30.0  # for which a lease lasts without being renewed
+_RENEWALS = 6  # in that time
 
 
 class HeldError(RuntimeError):
@@ -30,19 +30,21 @@ class HeldError(RuntimeError):
 
 
 def me() -> str:
+    """This process' name for others to read."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextlib.contextmanager
 def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = lambda line: None) -> Iterator[None]:
-    """Holds the lock `path`. It ends with this process, however that ends: on a disk at once, on a store after SECONDS.
+    """Holds the lock `path`; it is released when this process ends, on a disk at once, on a store after SECONDS.
 
     Args:
-      wait: for whoever holds it; otherwise HeldError.
-      say: is given a line when a lease is waited for, and when it is taken over.
+      wait: wait for whoever holds it, instead of raising HeldError.
+      say: gets a line when a lease is waited for, and when it is taken over.
 
     Raises:
-      HeldError, and errors() where the lock can't be made.
+      HeldError: another process holds it.
+      errors(): the lock can't be made.
     """
     if is_store(path):
         with Lease(path, say=say).hold(wait):
@@ -61,12 +63,14 @@ def lock(path: pathlib.Path, wait: bool = True, say: Callable[[str], object] = l
 
 
 class Lease:
-    """Of one holder at a time.
+    """A lock on a store, with one holder at a time.
 
     Args:
-      folder: of its objects.
-      seconds: that it lasts without being renewed.
-      lost: is called in a thread, with a line, when another one has it, or the store has not answered for AWAY seconds.
+      folder: where its objects are.
+      seconds: how long it lasts without being renewed.
+      lost: called in a thread, with a line, once another process has it or the store has not answered for AWAY seconds;
+        by default it ends this process.
+      say: gets a line when the lease is waited for, and when it is taken over.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Lease:
 
     @contextlib.contextmanager
     def hold(self, wait: bool = True) -> Iterator[None]:
-        """HeldError if another one renews it, unless `wait`."""
+        """Holds the lease; if another process renews it, waits or raises HeldError."""
         while not self._take(wait):
             pass
         thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -98,11 +102,11 @@ class Lease:
                 self._write(ended=True, timeout=self._seconds)
 
     def _take(self, wait: bool) -> bool:
-        """Whether it is this one's now; False: another one was faster."""
+        """Takes the lease; False if another process was faster."""
         numbers = self._numbers()
         current = numbers[-1] if numbers else 0
         if current:
-            self._until_free(current, wait)
+            self._wait_until_free(current, wait)
         try:
             self._files.pipe_file(self._name(current + 1), self._body(ended=False), mode="create")
         except FileExistsError:  # made by another one; or here, in a first try whose answer was lost
@@ -114,8 +118,8 @@ class Lease:
                 self._files.rm_file(self._name(old))
         return True
 
-    def _until_free(self, number: int, wait: bool) -> None:
-        """Returns when object `number` is ended, not renewed any more, or gone."""
+    def _wait_until_free(self, number: int, wait: bool) -> None:
+        """Returns once object `number` has ended, is no longer renewed, or is gone."""
         first, told = self._read(number), False
         while True:
             state = self._read(number)
@@ -137,7 +141,7 @@ class Lease:
             time.sleep(min(1.0, seconds / 20))
 
     def _age(self, number: int) -> float:
-        """Seconds since the last renewal, by the server's clock: that of an object made now."""
+        """Seconds since the last renewal, by the server's clock, which a new object tells."""
         probe = f"{self._folder}/probe-{uuid.uuid4().hex}"
         self._files.pipe_file(probe, b"")
         try:
@@ -146,7 +150,7 @@ class Lease:
             self._files.rm_file(probe)
 
     def _renew(self) -> None:
-        every = self._seconds / _PARTS
+        every = self._seconds / _RENEWALS
         renewed = time.monotonic()
         while not self._closing.wait(every):
             try:

@@ -1,4 +1,4 @@
-"""A local folder whose files are copied to a store: for what grows, which an object cannot."""
+"""Copies growing files, such as metrics, to a store, whose objects cannot grow."""
 
 import logging
 import pathlib
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """Files are written in `folder`; on a disk that is `place` itself, and there is nothing to do.
+    """A local `folder` whose files are copied to `place`. If that is on a disk, `folder` is `place` itself.
 
     What was written since the last copy is lost if the process is killed.
     """
@@ -29,13 +29,13 @@ class Mirror:
             self.folder = pathlib.Path(self._temporary.name)
 
     def fetch(self, name: str) -> None:
-        """A file that an earlier start has left, if there is one."""
+        """Copies a file that an earlier start left in `place`, if there is one, into the folder."""
         if self._temporary is not None and (self._place / name).exists():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             filesystem(self._place).get_file(str(self._place / name), str(self.folder / name))
 
     def copy(self) -> None:
-        """What has changed, now; errors() of the store if it stays away."""
+        """Copies what has changed, now; raises the store's error if it stays away for AWAY seconds."""
         end = time.monotonic() + AWAY
         while self._temporary is not None:
             try:
@@ -59,7 +59,7 @@ class Mirror:
                     self._sent[path] = state
 
     def copy_sometimes(self) -> None:
-        """In the background, if the last copy was half a minute ago; a failure is a line, and tried again."""
+        """Copies in the background, at most every half a minute; a failure is logged, and tried again."""
         if self._temporary is None or time.monotonic() - self._last < _EVERY:
             return
         if self._thread is None or not self._thread.is_alive():
@@ -74,7 +74,7 @@ class Mirror:
             _log.warning("%s: its metrics could not be copied (%s); tried again soon", self._place, reason(error))
 
     def close(self) -> None:
-        """Copies what is left, as far as that goes, and removes the local folder."""
+        """Copies what is left, logging a failure, and removes the local folder."""
         if self._temporary is not None:
             self._try()
             self._temporary.cleanup()

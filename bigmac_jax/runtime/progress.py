@@ -1,8 +1,8 @@
-"""How far a job is: a bar on a terminal, elsewhere (a file, a batch system's log) a plain line now and then."""
+"""Shows how far a job is: a bar on a terminal, a plain line now and then in a file or a batch system's log."""
 
 import sys
 import time
-from types import TracebackType
+from typing import Any
 
 import tqdm
 
@@ -12,11 +12,15 @@ _EVERY = 30.0  # seconds between plain lines
 
 
 class Progress:
-    """Inside it, `update` counts, and says that the phase goes on.
+    """A context that shows how many units of a job are done.
 
     Args:
-      total: of units; `scaled` shows 144k for 144,158 in the bar.
-      delay: seconds; of a job that takes less nothing is shown.
+      title: stands before the bar.
+      total: number of units; 0 = unknown.
+      unit: what is counted, in the singular.
+      initial: units that were done before.
+      scaled: show 144k for 144,158 in the bar.
+      delay: seconds; a job that takes less shows nothing.
       silent: show nothing at all.
     """
 
@@ -30,22 +34,16 @@ class Progress:
         delay: float = 0,
         silent: bool = False,
     ):
-        self._title, self._total, self._unit, self._done, self._delay = title, total, unit, initial, delay
-        self._initial = initial
+        self._title, self._total, self._unit, self._delay = title, total, unit, delay
+        self._done = self._initial = initial
         self._told = -1  # what the last plain line said was done
         self._plain = not silent and not sys.stderr.isatty()
         self._start = self._said = time.monotonic()
-        self._bar = tqdm.tqdm(
-            desc=title,
-            total=total,
-            initial=initial,
-            unit=unit,
-            unit_scale=scaled,
-            delay=delay,
-            disable=silent or self._plain,
-        )
+        shown = {"desc": title, "total": total, "initial": initial, "unit": unit, "unit_scale": scaled}
+        self._bar = tqdm.tqdm(**shown, delay=delay, disable=silent or self._plain)
 
     def update(self, count: int = 1) -> None:
+        """Counts units that are done, and ticks the clock."""
         self._done += count
         clock.tick()
         self._bar.update(count)
@@ -64,9 +62,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.close()
         if self._plain and kind is None and self._done != self._told and time.monotonic() - self._start >= self._delay:
             self._say()

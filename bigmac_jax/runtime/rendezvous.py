@@ -1,7 +1,7 @@
-"""Before jax connects the processes of a job: whether all are there, and were told the same.
+"""Checks, before jax connects the processes of a job, that all are there and agree on their number.
 
 Process 0 listens at the coordinator's address until every process has said who it is, and then leaves the address to
-jax's service, which aborts where the port is taken or a process is one too many.
+jax's service, which would abort where the port is taken or there is a process too many.
 """
 
 import contextlib
@@ -12,28 +12,32 @@ from typing import Any
 
 from bigmac_jax.config import ConfigError
 
-_GRACE = 5.0  # seconds in which an earlier job at the same address ends
-_HELLO = 2.0  # seconds that whoever connects has to say who it is
+_GRACE = 5.0  # seconds for an earlier job at the same address to end
+_HELLO = 2.0  # seconds for a process that connects to say who it is
 
 
 class MissingError(RuntimeError):
-    """A process was not there in time; the message says which."""
+    """A process did not come in time; the message says which."""
 
 
 def meet(coordinator: str, num_processes: int, process_id: int, seconds: float) -> None:
-    """Returns in all processes once the last is there.
+    """Waits until all processes of the job are there.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      seconds: how long to wait.
 
     Raises:
-      ConfigError: processes were told different things, or the port is taken.
-      MissingError: one did not come within so many seconds.
+      ConfigError: processes were given contradicting flags, or the port is taken.
+      MissingError: one did not come in time.
     """
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + seconds
     if process_id:
         answer = _report(host.strip("[]"), int(port), num_processes, process_id, end)
     else:
-        with _listening(int(port)) as server, contextlib.ExitStack() as stack:
-            heard, answer = _gathered(server, stack, num_processes, end)
+        with _listen(int(port)) as server, contextlib.ExitStack() as stack:
+            heard, answer = _gather(server, stack, num_processes, end)
             for connection in heard:
                 with contextlib.suppress(OSError):
                     connection.settimeout(_HELLO)
@@ -45,7 +49,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, seconds: float) 
         raise MissingError(missing)
 
 
-def _listening(port: int) -> socket.socket:
+def _listen(port: int) -> socket.socket:
     end = time.monotonic() + _GRACE
     while True:
         try:
@@ -61,12 +65,12 @@ def _listening(port: int) -> socket.socket:
             time.sleep(0.2)
 
 
-def _gathered(
+def _gather(
     server: socket.socket, stack: contextlib.ExitStack, num_processes: int, end: float
 ) -> tuple[list[socket.socket], dict[str, str]]:
-    """The connections of the others, and what they are to be told."""
+    """(the connections of the others, what to answer them)."""
     heard: list[socket.socket] = []
-    there: dict[int, socket.socket] = {}  # by their number
+    there: dict[int, socket.socket] = {}  # by process
     answer: dict[str, str] = {}
     while True:
         if there.keys() >= set(range(1, num_processes)):
@@ -80,9 +84,9 @@ def _gathered(
         try:
             connection = stack.enter_context(server.accept()[0])
             connection.settimeout(_HELLO)
-            told = _line(connection)
+            told = _read_line(connection)
             process, processes = int(told["process"]), int(told["processes"])
-        except (OSError, ValueError, TypeError, KeyError):  # nobody of ours
+        except (OSError, ValueError, TypeError, KeyError):  # not a process of this job
             continue
         heard.append(connection)
         before, there[process] = there.get(process), connection
@@ -96,7 +100,7 @@ def _gathered(
 
 
 def _report(host: str, port: int, num_processes: int, process_id: int, end: float) -> dict[str, str]:
-    """What process 0 answers, once it has heard of all."""
+    """Tells process 0 who this is; returns its answer, which comes once it has heard all."""
     hello = json.dumps({"process": process_id, "processes": num_processes}, allow_nan=False).encode() + b"\n"
     strangers_until = None
     while (left := end - time.monotonic()) > 0:
@@ -104,7 +108,7 @@ def _report(host: str, port: int, num_processes: int, process_id: int, end: floa
             with socket.create_connection((host, port), min(left, _HELLO)) as connection:
                 connection.sendall(hello)
                 connection.settimeout(left + _GRACE)
-                return dict(_line(connection))
+                return dict(_read_line(connection))
         except OSError:  # it is not there yet
             time.sleep(0.1)
         except (ValueError, TypeError):
@@ -117,8 +121,8 @@ def _report(host: str, port: int, num_processes: int, process_id: int, end: floa
     return {"missing": f"process {process_id} did not reach process 0 at {host}:{port} in time"}
 
 
-def _line(connection: socket.socket) -> Any:
-    """JSON; ValueError where somebody else speaks, or hangs up."""
+def _read_line(connection: socket.socket) -> Any:
+    """Reads a line of JSON; ValueError where the other end is no process of ours, or hangs up."""
     with connection.makefile("rb") as file:
         return json.loads(file.readline(10_000).decode())
 

@@ -1,7 +1,6 @@
-"""SIGINT and SIGTERM from a command's first line on: one line, and the exit code that shells have for them; and readers
-of a command's lines that leave.
+"""Handles SIGINT and SIGTERM from a command's first line on, and readers of its output that leave.
 
-Nothing is imported here that takes time.
+A signal ends the command with one line and the exit code that shells use. Nothing that takes time is imported here.
 """
 
 import contextlib
@@ -15,18 +14,18 @@ from typing import Any, TextIO
 
 WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 _PATIENCE = 0.3  # seconds for the main thread to come back from C
-_half_way: list[Callable[[], object]] = []
-_spared: set[int] = set()  # whose next one is `stop_signals`'
+_undo: list[Callable[[], object]] = []  # what `undo_on_signal` was given
+_spared: set[int] = set()  # signals whose next one `stop_signals` takes
 _ending = threading.Lock()
-_loops: list[list[int]] = []  # what those inside `stop_signals` were given
+_loops: list[list[int]] = []  # what `stop_signals` gave
 
 
 def install() -> None:
-    """From here on both signals end the process, but for one inside `stop_signals`.
+    """Makes both signals end the process from here on, except inside `stop_signals`.
 
-    Python's own way is an exception in the main thread: swallowed where C++ called back, a traceback where a library
-    expects none, and late where C++ compiles or waits for another process. What a killed process leaves half-way is
-    removed by the next one in any case, so that this one may end as it stands.
+    Python's own way, an exception in the main thread, is swallowed where C++ called back, gives a traceback where a
+    library expects none, and comes late where C++ compiles or waits for another process. The process ends as it stands:
+    what a killed process leaves half-way is removed by the next one in any case.
     """
     for number in WORDS:
         signal.signal(number, _end)
@@ -39,7 +38,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def block() -> Iterator[None]:
-    """Both wait; also where the program is replaced inside, until the new one calls `install`."""
+    """A context in which both signals wait; if the program is replaced inside, until the new one calls `install`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)
     try:
         yield
@@ -49,10 +48,12 @@ def block() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT fill the list, so that the loop can save and end; a second one acts as usual.
+    """A context in which SIGTERM and SIGINT only fill the list, so that a loop can save and end.
+
+    A signal's second coming acts as usual.
 
     Args:
-      told: called at the first one, whichever it is, after which either acts as usual.
+      told: called at the first signal; after it both act as usual.
     """
     received: list[int] = []
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in WORDS}
@@ -82,8 +83,8 @@ def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]
 
 @contextlib.contextmanager
 def tolerate_closed_pipe(stream: TextIO) -> Iterator[None]:
-    """For lines to a reader that may have left: head, or tee at a ctrl-C that was for both. The loop inside
-    `stop_signals` then saves and ends as for a signal, and further lines go nowhere."""
+    """A context to print in to a reader that may leave, as head, or tee at a ctrl-C. If it left, the loop inside
+    `stop_signals` saves and ends as for a signal, and further output goes nowhere."""
     try:
         yield
     except BrokenPipeError:
@@ -94,23 +95,23 @@ def tolerate_closed_pipe(stream: TextIO) -> Iterator[None]:
 
 
 def discard_output(stream: TextIO) -> None:
-    """Its reader has left: what else is written to it goes nowhere."""
+    """Makes everything that is still written to a stream go nowhere; for one whose reader has left."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
 def undo_on_signal(undo: Callable[[], object]) -> Iterator[None]:
-    """A signal that ends the process inside calls `undo` first, as a `finally` would be for an exception."""
-    _half_way.append(undo)
+    """A context in which a signal that ends the process calls `undo` first, as `finally` would for an exception."""
+    _undo.append(undo)
     try:
         yield
     finally:
-        _half_way.remove(undo)
+        _undo.remove(undo)
 
 
 def _listen(pipe: int) -> None:
-    """For a main thread that does not come to its handler."""
+    """Thread that ends the process where the main thread does not come to its handler."""
     while received := os.read(pipe, 1):
         if received[0] in _spared:
             _spared.discard(received[0])
@@ -123,7 +124,7 @@ def _listen(pipe: int) -> None:
 def _end(number: int, _: Any) -> None:
     if not _ending.acquire(blocking=False):
         return
-    for undo in reversed(_half_way):
+    for undo in reversed(_undo):
         with contextlib.suppress(Exception):
             undo()
     with contextlib.suppress(Exception):

@@ -11,12 +11,12 @@ import subprocess
 import sys
 
 _HEADER = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d")  # of a message of jax's libraries, which may have more lines
-_OF_ANOTHER = (b"coordination_service", b"JAX distributed service")
+_ABOUT_PEERS = (b"coordination_service", b"JAX distributed service")
 _filter: subprocess.Popen[bytes] | None = None  # as long as this process lives
 
 
 def start_filter() -> None:
-    """From now on what is written to descriptor 2 goes through the filter; what Python writes does not."""
+    """Sends what is written to descriptor 2 through the filter from now on, except what Python writes."""
     global _filter
     if _filter is not None:
         return
@@ -36,12 +36,12 @@ def start_filter() -> None:
 
 
 def main() -> None:
-    """Copies standard input to standard output, but for those messages."""
+    """Copies standard input to standard output, without jax's messages about other processes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with its input
     quiet = False
     for line in sys.stdin.buffer:
         if _HEADER.match(line):
-            quiet = any(words in line for words in _OF_ANOTHER)
+            quiet = any(words in line for words in _ABOUT_PEERS)
         if not quiet:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()

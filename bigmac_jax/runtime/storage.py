@@ -1,4 +1,8 @@
-"""Texts → paths, and what a path of a store cannot do by itself. Nothing else knows of schemes."""
+"""Where a run reads and writes: local disks, Google Cloud Storage (`gs://`) and S3 (`s3://`).
+
+A path is a `pathlib.Path` on a disk and an `etils.epath.Path` on a store, which has the same methods except for those
+that stand here. Nothing else knows of schemes.
+"""
 
 import contextlib
 import glob
@@ -12,14 +16,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from bigmac_jax.config import ConfigError, check_place
 
 # scheme → the package that fsspec reads it with, and the extra that brings that package
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-# What these packages raise beside OSError, by module.
+# What these packages raise beside OSError: module → classes.
 _ERRORS = {
     "gcsfs.retry": ("HttpError",),
     "gcsfs.utils": ("HttpError",),
@@ -30,14 +33,14 @@ _ERRORS = {
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
 }
 AWAY = 300.0  # seconds after which a store that does not answer ends the job
-_AT_ONCE = 16  # objects that are sent or fetched at a time
+_AT_ONCE = {"batch_size": 16}  # objects that are sent, fetched or copied at a time
 
 
 def locate(place: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """The path that a flag, a field or an argument `name` gives.
+    """The path that the user gave for the flag, field or argument `name`.
 
     Raises:
-      ConfigError: a scheme that is not known, a store whose package is missing, or the home of nobody.
+      ConfigError: a scheme that is not known, a store whose package is missing, or the home of an unknown user.
     """
     text = os.fspath(place)
     scheme = check_place(text, name)
@@ -53,7 +56,7 @@ def _store_path(text: str) -> pathlib.Path:
     import fsspec
     from etils import epath
 
-    for chatty in ("gcsfs", "google.auth"):  # they tell with tracebacks what they raise as well
+    for chatty in ("gcsfs", "google.auth"):  # they log with tracebacks what they raise as well
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     for known in _PACKAGES:
         # Other processes, and TensorStore in this one, write too: a listing that was kept would be of the past.
@@ -64,22 +67,24 @@ def _store_path(text: str) -> pathlib.Path:
 
 
 def is_store(path: pathlib.Path) -> bool:
+    """Whether a path is on a store."""
     return "://" in str(path)
 
 
 def filesystem(path: pathlib.Path) -> Any:
-    """fsspec's, of a path on a store."""
+    """The fsspec file system of a path on a store."""
     import fsspec
 
     return fsspec.core.url_to_fs(str(path))[0]
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
+    """`path.absolute()`, also for stores."""
     return path if is_store(path) else path.absolute()
 
 
 def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """What reading or writing a path may raise, for an `except` that is of `others`, too."""
+    """The exceptions that reading or writing a path may raise, and `others`, for an `except` clause."""
     found: list[type[Exception]] = [OSError, *others]
     for module, names in _ERRORS.items():
         found += [getattr(sys.modules[module], n) for n in names if hasattr(sys.modules.get(module), n)]
@@ -87,24 +92,24 @@ def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether it comes from a store and its network, and not from a disk, whose errors have an `errno`."""
+    """Whether an error comes from a store or its network, and not from a disk, whose errors have an `errno`."""
     of_disk = isinstance(error, OSError) and type(error).__module__ == "builtins" and error.errno is not None
     return isinstance(error, errors()) and not of_disk
 
 
 def reason(error: BaseException) -> str:
-    """Why a path could not be read or written, on one line; a store's errors have no `strerror`."""
+    """One line that says why a path could not be read or written."""
+    # A store's errors have no `strerror`.
     known = error.strerror if isinstance(error, OSError) and type(error).__module__ == "builtins" else ""
     text = known or f"{type(error).__name__}: {error}"
     return " ".join(str(text).split())[:200]
 
 
 def check_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of a file of a folder that somebody else may have filled. Of a folder in the cache of Hugging Face's
-    hub, which is made of links, the files are elsewhere in that cache.
+    """The path of a file in a folder that somebody else may have filled.
 
     Raises:
-      ConfigError: it is a link to something outside of the folder.
+      ConfigError: it is a link out of the folder; links inside the cache of Hugging Face's hub are fine.
     """
     path = folder / name
     if is_store(path):
@@ -117,18 +122,18 @@ def check_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def make_folder(path: pathlib.Path) -> None:
-    """A store has no folders, and its mkdir would make a bucket of a name that is misspelled."""
+    """Makes a folder on a disk. A store has none, and its mkdir would make a bucket of a misspelled name."""
     if not is_store(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def file_size(path: pathlib.Path) -> int:
-    """Bytes."""
+    """Bytes of a file."""
     return int(filesystem(path).info(str(path))["size"]) if is_store(path) else path.stat().st_size
 
 
 def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What is in a folder, none if it is not there. `is_dir` says no of a store that gives no answer; this raises."""
+    """What is in a folder; [] if it does not exist. Raises where a store gives no answer, unlike `is_dir`."""
     if not is_store(folder):
         return sorted(folder.iterdir()) if folder.is_dir() else []
     try:
@@ -139,7 +144,7 @@ def list_folder(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def file_version(path: pathlib.Path) -> str:
-    """What changes when the file is written again."""
+    """A text that changes whenever the file is written again."""
     if not is_store(path):
         return str(path.stat().st_mtime_ns)
     info = filesystem(path).info(str(path))
@@ -147,47 +152,40 @@ def file_version(path: pathlib.Path) -> str:
 
 
 def find_files(pattern: pathlib.Path) -> dict[pathlib.Path, int]:
-    """The files that a pattern means, in order → bytes; `**` is folders at any level."""
-    if not is_store(pattern):
-        found = sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
-        return {path: path.stat().st_size for path in found if path.is_file()}
-    scheme = str(pattern).partition("://")[0]
-    entries = filesystem(pattern).glob(str(pattern), detail=True)
+    """Files that match a pattern, in order → bytes; `**` matches folders at any level."""
+    if is_store(pattern):
+        return _file_sizes(pattern, filesystem(pattern).glob(str(pattern), detail=True))
+    found = sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
+    return {path: path.stat().st_size for path in found if path.is_file()}
+
+
+def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+    """All files in a folder and below it, in order → bytes. On a store that is one request per thousand files."""
+    if is_store(folder):
+        return _file_sizes(folder, filesystem(folder).find(str(folder), detail=True))
+    return {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _file_sizes(place: pathlib.Path, entries: dict[str, Any]) -> dict[pathlib.Path, int]:
+    """Sizes from a store's listing, ordered as paths are, so that a corpus has one order wherever it lies."""
+    scheme = str(place).partition("://")[0]
     return {
         _store_path(f"{scheme}://{name}"): int(entry["size"])
-        for name, entry in sorted(entries.items(), key=_parts)
+        for name, entry in sorted(entries.items(), key=lambda entry: entry[0].split("/"))
         if entry["type"] == "file" and not name.endswith("/")
     }
 
 
-def list_files(folder: pathlib.Path) -> dict[pathlib.Path, int]:
-    """All files of a folder, at every level, in order → bytes. Of a store that is one request a thousand of them."""
-    if not is_store(folder):
-        return {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    scheme = str(folder).partition("://")[0]
-    found = filesystem(folder).find(str(folder), detail=True)
-    return {
-        _store_path(f"{scheme}://{name}"): int(entry["size"])
-        for name, entry in sorted(found.items(), key=_parts)
-        if not name.endswith("/")
-    }
-
-
-def _parts(entry: tuple[str, Any]) -> list[str]:
-    """Orders names as paths are ordered, so that a corpus has one order wherever it lies."""
-    return entry[0].split("/")
-
-
 def open_lines(path: pathlib.Path) -> BinaryIO:
-    """For a loop over its lines, each of which fsspec's own file would take from its block anew."""
+    """Opens a file to loop over its lines, faster on a store than fsspec's own file."""
     file: Any = path.open("rb")
     return io.BufferedReader(file, 1 << 20) if is_store(path) else file
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """The file appears whole or not at all, and is on the disk then; an object does so by itself."""
+    """Writes a file that appears whole or not at all, and is on the disk when this returns."""
     make_folder(path.parent)
-    if is_store(path):
+    if is_store(path):  # an object is atomic by itself
         filesystem(path).pipe_file(str(path), content)
         return
     temporary = path.with_name(f"{path.name}.tmp")
@@ -199,7 +197,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
-    """A figure of matplotlib, as the format that the path's suffix names."""
+    """Saves a matplotlib figure in the format of the path's suffix."""
     if not is_store(path):
         figure.savefig(path, dpi=110)
         return
@@ -209,7 +207,7 @@ def save_figure(figure: Any, path: pathlib.Path) -> None:
 
 
 def remove_tree(path: pathlib.Path) -> None:
-    """A folder and all in it, if it is there; what cannot be removed stays."""
+    """Removes a folder and all in it, if it exists; what cannot be removed stays."""
     if not is_store(path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -218,18 +216,17 @@ def remove_tree(path: pathlib.Path) -> None:
 
 
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
-    """A folder; on a store object by object, copied by the server."""
+    """Moves a folder; on a store object by object, copied by the server."""
     if is_store(source):
-        files, start = filesystem(source), len(str(source))
-        for path in list_files(source):
-            files.cp_file(str(path), f"{target}{str(path)[start:]}")
+        names = [str(path) for path in list_files(source)]
+        filesystem(source).copy(names, [f"{target}{name[len(str(source)) :]}" for name in names], **_AT_ONCE)
         remove_tree(source)
     else:
         os.rename(source, target)
 
 
 def local_copy_path(path: pathlib.Path) -> pathlib.Path:
-    """Where the local copies of a store's folder lie: on this machine alone, and to be removed at will."""
+    """The local folder that holds copies of a store's folder; it may be removed at will."""
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return base / "bigmac_jax" / "stores" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
 
@@ -239,15 +236,9 @@ def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
     try:
-        start = len(str(source)) + 1
-
-        def fetch(path: pathlib.Path) -> None:
-            to = part / str(path)[start:]
-            to.parent.mkdir(parents=True, exist_ok=True)
-            filesystem(source).get_file(str(path), str(to))
-
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(fetch, list_files(source)))
+        names = [str(path) for path in list_files(source)]
+        local = [str(part / name[len(str(source)) + 1 :]) for name in names]
+        filesystem(source).get(names, local, **_AT_ONCE)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
     finally:
@@ -255,16 +246,12 @@ def fetch_tree(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def send_tree(source: pathlib.Path, target: pathlib.Path, last: str = "") -> None:
-    """Copies a local folder to a store's; `last` is the file whose being there says that the others are."""
-    files = [path for path in list_files(source) if path.name != last]
-
-    def send(path: pathlib.Path) -> None:
-        filesystem(target).put_file(str(path), f"{target}/{path.relative_to(source).as_posix()}")
-
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(send, files))
+    """Copies a local folder to a store's; the file `last` comes last, as the sign that the others are there."""
+    paths = [path for path in list_files(source) if path.name != last]
+    names = [f"{target}/{path.relative_to(source).as_posix()}" for path in paths]
+    filesystem(target).put([str(path) for path in paths], names, **_AT_ONCE)
     if last:
-        send(source / last)
+        send_file(source / last, target / last)
 
 
 def fetch_file(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -283,7 +270,7 @@ def send_file(source: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """As `local_file`; ConfigError where the store has none."""
+    """Yields a folder itself, or a local copy of a store's; ConfigError where the store's folder holds nothing."""
     if not is_store(path):
         yield path
         return
@@ -296,7 +283,7 @@ def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def local_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The file itself, or a local copy of an object, for libraries that know of disks alone."""
+    """Yields a file itself, or a local copy of an object, for libraries that know only disks."""
     if not is_store(path):
         yield path
         return

@@ -1,4 +1,4 @@
-"""Who holds a workdir: one job at a time."""
+"""Gives a workdir to one job at a time."""
 
 import contextlib
 import logging
@@ -13,8 +13,7 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this job. When process 0 ends, however it ends, the kernel lets it go at once, a store
-    after half a minute (`leases`).
+    """Holds the workdir for this job, until process 0 ends, however it ends; on a store for half a minute longer.
 
     Raises:
       ConfigError: another job trains there, or the workdir cannot be written.

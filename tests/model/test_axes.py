@@ -11,7 +11,9 @@ import pytest
 from bigmac_jax.config import Config
 from bigmac_jax.model.mesh import batch_spec, token_spec
 from bigmac_jax.model.moe import MoE
-from bigmac_jax.planning import hlo, program
+from bigmac_jax.planning import hlo
+from bigmac_jax.planning.compiled_programs import compile_program
+from bigmac_jax.planning.hlo_collectives import collectives
 
 from .test_expert_parallel import BACKBONES, LAYOUTS, ROUTERS, STRUCTURES, check, name
 from .tools import PAPER, some, tiny
@@ -160,10 +162,10 @@ def parameters(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int,
 def sent(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]]:
     """Collectives of the compiled step's loops over layers: (kind, axes, shape) of every array that moves."""
     fields = {"structure": structure, "capacity_factor": 1.0, "qk_norm": False, "positions": "none", "balance": "none"}
-    compiled = program.compile_program(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
+    compiled = compile_program(tiny(mesh, num_layers=3, **fields), jax.devices()[: math.prod(mesh[:4])])
     module = hlo.parse(compiled.text)
     found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-    for c in hlo.collectives(module, compiled.mesh):
+    for c in collectives(module, compiled.mesh):
         if not c.axes or not any(loop.trips == 3 for loop in c.loops):
             continue
         assert c.times == 3, c  # once a layer

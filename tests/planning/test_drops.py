@@ -46,7 +46,7 @@ def test_drops_around_a_shift_by_hand() -> None:
 
 def test_where_nothing_is_dropped_nothing_is_said() -> None:
     config = load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", "model.balance=bias"))
-    found = drops.drops(config)
+    found = drops.measured_drops(config)
     assert found is not None and found["balance"] == "bias" and list(found["measured"]) == list(drops.MEASURED)
     made = make_plan(config, Request(devices=1))
     assert made["drops"] == found
@@ -61,4 +61,6 @@ def test_where_nothing_is_dropped_nothing_is_said() -> None:
     report.show(make_plan(same, Request(devices=1)), Console(file=output, width=200, highlight=False))
     assert re.search(r"quantile, balance_step=same \(configured\) +│ +not measured ", output.getvalue())
     for field in ("model.capacity_factor=inf", "execution.exchange=ragged", "model.structure=dense"):
-        assert drops.drops(load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", field))) is None
+        assert (
+            drops.measured_drops(load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", field))) is None
+        )

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
-from bigmac_jax.planning import pictures, program, report, topologies, units
+from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE
 from bigmac_jax.planning.planner import Place, Request, _costs, make_plan
 
@@ -100,10 +100,10 @@ def test_exchanges_by_link() -> None:
 def test_a_program_that_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(config: Any, devices: Any, name: str) -> None:
         if name != "step":
-            raise program.DoesNotCompileError(f"the program {name!r} does not compile")
-        raise program.DoesNotFitError("step: Ran out of memory in memory space hbm")
+            raise compiled_programs.DoesNotCompileError(f"the program {name!r} does not compile")
+        raise compiled_programs.DoesNotFitError("step: Ran out of memory in memory space hbm")
 
-    monkeypatch.setattr(program, "compile_program", refuse)
+    monkeypatch.setattr(compiled_programs, "compile_program", refuse)
     monkeypatch.setattr(
         topologies, "absent_devices", lambda topology: [types.SimpleNamespace(device_kind="TPU v5 lite")] * 32
     )
@@ -188,9 +188,9 @@ def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
 
 def test_more_devices_in_the_words_of_the_topology() -> None:
     gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
-    assert topologies.enlarged(gpus, "--devices=64") == "--topology=h100:8x8"
-    assert topologies.enlarged(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
-    assert topologies.enlarged(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
+    assert topologies.name_topology(gpus, "--devices=64") == "--topology=h100:8x8"
+    assert topologies.name_topology(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
+    assert topologies.name_topology(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
 
 
 @pytest.mark.full

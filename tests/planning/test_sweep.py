@@ -13,19 +13,23 @@ CONFIG = Config(
 
 def test_sweep() -> None:
     found = sweep(CONFIG, {"structure": ["fine_grained", "bigmac"], "model.top_k": ["2", "4", "8"]})
-    assert [(c.model.structure, c.model.top_k) for c in found] == [
-        (s, k) for s in ("fine_grained", "bigmac") for k in (2, 4, 8)
-    ]
-    assert all(c.data == CONFIG.data and c.model.hidden_size == 256 for c in found)
-    assert sweep(CONFIG, {}) == [CONFIG]
-    assert sweep(CONFIG, {"capacity_factor": ["inf"]})[0].model.capacity_factor == float("inf")
+    combinations = [(s, k) for s in ("fine_grained", "bigmac") for k in (2, 4, 8)]
+    assert [(c.model.structure, c.model.top_k) for _, c in found] == combinations
+    assert [fields for fields, _ in found] == [{"structure": s, "model.top_k": str(k)} for s, k in combinations]
+    assert all(c.data == CONFIG.data and c.model.hidden_size == 256 for _, c in found)
+    assert sweep(CONFIG, {}) == [({}, CONFIG)]
+    assert sweep(CONFIG, {"capacity_factor": ["inf"]})[0][1].model.capacity_factor == float("inf")
 
 
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"topk": ["1"]}, "'topk' is not a field of the config; did you mean top_k?"),
-        ({"xyzzy": ["1"]}, "'xyzzy' is not a field of the config; did you mean a field such as model.top_k?"),
+        ({"topk": ["1"]}, "'topk' is not a field of the config; did you mean model.top_k?"),
+        (
+            {"xyzzy": ["1"]},
+            "'xyzzy' is not a field of the config; its groups are model, execution, mesh, data, optimizer, train, "
+            "tuning (`bigmac fields` lists their fields)",
+        ),
         ({"top_k": ["many"]}, "model.top_k='many' must be of type int, as in --config.model.top_k=4"),
         ({"top_k": ["17"]}, "model.top_k=17 must be at most model.num_experts=16; use 16"),
     ],

@@ -26,8 +26,10 @@ from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.mesh import AXES
 from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES
+from bigmac_jax.planning.compiled_programs import Compiled, compile_program
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.planning.program import Compiled, compile_program
+from bigmac_jax.planning.hlo_collectives import collectives
+from bigmac_jax.planning.hlo_flops import matmul_flops
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
 from bigmac_jax.training import loss
 
@@ -53,7 +55,7 @@ def small() -> Config:
 
 def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
     module = hlo.parse(compiled.text)
-    found = hlo.collectives(module, compiled.mesh)
+    found = collectives(module, compiled.mesh)
     largest = hlo.largest_buffers(module, 1)
     V, D = config.model.vocab_size, config.model.hidden_size
     logits = [
@@ -75,7 +77,7 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         "logits": max(logits, default=0),  # numbers of the largest array of them
         "exact_products": exact,
         "collectives": [[c.kind, list(c.axes), c.buffer_bytes, c.times, c.role] for c in found],
-        "flops": hlo.matmul_flops(module).total,
+        "flops": matmul_flops(module).total,
         "kernels": sorted(set(re.findall(r"grouped_matmul_\w+", compiled.text))),
         "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.text))),
         "overlap": _overlap(module, compiled),
@@ -87,7 +89,7 @@ def _overlap(module: hlo.Module, compiled: Compiled) -> list[tuple[bool, int]]:
     """Of each payload exchange: whether it is asynchronous, and how many products run beside it."""
     if not module.scheduled:
         return []
-    found = hlo_schedule.overlap(module, compiled.mesh, lambda collective: 1.0, 1e9, 1e15).exchanges
+    found = hlo_schedule.overlap(module, compiled.mesh, lambda collective: 1.0, hlo_schedule.Rates(1e9, 1e15)).exchanges
     return [(exchange.collective.asynchronous, len(exchange.matmuls)) for exchange in found]
 
 

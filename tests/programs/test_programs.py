@@ -13,7 +13,8 @@ from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
-from bigmac_jax.planning.program import DoesNotCompileError, compile_program
+from bigmac_jax.planning.compiled_programs import DoesNotCompileError, compile_program
+from bigmac_jax.planning.hlo_collectives import collectives
 from bigmac_jax.runtime import environment
 
 
@@ -111,7 +112,7 @@ def test_a_draft_exchanges_nothing(mesh: tuple[int, ...]) -> None:
     found = {}
     for name in ("draft", "verify"):
         compiled = compile_program(config, devices, name)
-        found[name] = hlo.collectives(hlo.parse(compiled.text), compiled.mesh)
+        found[name] = collectives(hlo.parse(compiled.text), compiled.mesh)
     assert not [c for c in found["draft"] if c.role != "other"]
     assert config.mesh.fsdp or {axis for c in found["draft"] for axis in c.axes} <= {"tensor"}
     assert sum(c.times for c in found["verify"] if c.role == "payload") == 2 * config.model.num_layers

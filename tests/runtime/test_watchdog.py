@@ -55,7 +55,7 @@ class Job:
             self.clocks[process].last_tick -= seconds
 
     def line(self, me: int = 0) -> str:
-        return self.watches[me]._found()
+        return self.watches[me]._find_reason()
 
 
 @pytest.fixture
@@ -79,12 +79,12 @@ def test_all_is_well(job: Job) -> None:
 
 def test_a_silent_process_is_named(job: Job) -> None:
     job.tell(2)
-    job.watches[0]._peers[2].seen -= TIMEOUT
+    job.watches[0]._peers[2].heard_at -= TIMEOUT
     assert "process 2 (" in job.line() and "step 7) has given no sign of life for 100 s" in job.line()
 
 
 def test_process_0_is_missed_by_the_others(job: Job) -> None:
-    job.watches[1]._peers[0].seen -= TIMEOUT
+    job.watches[1]._peers[0].heard_at -= TIMEOUT
     assert "process 0 (" in job.line(1) and "no sign of life for 100 s" in job.line(1)
 
 
@@ -99,7 +99,7 @@ def test_process_0_is_seen_to_have_died_beside_this_one_or_behind_an_error(job: 
     assert "process 0 (" in job.line(1) and job.line(1).endswith("has died")
     job.watches[2]._error = "JaxRuntimeError: connection closed"
     assert job.line(2) == ""
-    job.watches[2]._peers[0].seen -= 20
+    job.watches[2]._peers[0].heard_at -= 20
     assert "process 0 (" in job.line(2) and job.line(2).endswith("has died")
 
 
@@ -161,7 +161,7 @@ def test_a_busy_processor_is_movement_but_not_for_ever(job: Job, monkeypatch: py
 def test_behind_an_error_stands_the_process_that_is_silent(job: Job) -> None:
     job.watches[1]._error = "JaxRuntimeError: connection closed"
     job.tell(2)
-    job.watches[0]._peers[2].seen -= 20
+    job.watches[0]._peers[2].heard_at -= 20
     assert job.line().startswith("process 2 (") and job.line().endswith("has died")
 
 
@@ -169,7 +169,7 @@ def test_an_error_of_its_own_is_told_after_a_while(job: Job) -> None:
     job.watches[1]._error = "ValueError: no"
     job.tell()
     assert job.line() == ""
-    job.watches[0]._failed -= 60
+    job.watches[0]._failed_at -= 60
     assert job.line() == "process 1 failed: ValueError: no"
 
 
@@ -179,7 +179,7 @@ def test_an_error_while_another_is_behind_is_that_ones(job: Job) -> None:
     job.watches[1]._error = "timeout"
     job.tell()
     assert job.line() == ""
-    job.watches[0]._failed -= 60
+    job.watches[0]._failed_at -= 60
     assert "process 2 (" in job.line() and "did not start step 8: timeout" in job.line()
 
 
@@ -192,7 +192,7 @@ def test_the_verdict_reaches_all(job: Job) -> None:
 def test_who_has_ended_is_not_missed(job: Job) -> None:
     job.watches[2]._ended = True
     job.tell()
-    job.watches[0]._peers[2].seen -= 10 * TIMEOUT
+    job.watches[0]._peers[2].heard_at -= 10 * TIMEOUT
     assert job.line() == ""
 
 

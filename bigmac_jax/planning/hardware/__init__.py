@@ -1,6 +1,6 @@
-"""Machines that are planned for: one TOML file each, whose comments name its sources.
+"""Figures of the machines that can be planned for: one TOML file each, whose comments name the sources.
 
-Rates are the data sheets', so times are what a step takes at best; `matmul_efficiency` alone is what is reached.
+Rates are those of data sheets, so predicted times are lower bounds; only `matmul_efficiency` is what is reached.
 """
 
 import dataclasses
@@ -20,28 +20,27 @@ HARDWARE = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))
 
 @dataclass(frozen=True)
 class Link:
-    """Attributes:
-    bandwidth: bytes a second that one device sends, in one direction.
-    latency: seconds of a message, on top of its bytes.
-    """
+    """A link between devices."""
 
-    bandwidth: float
-    latency: float
+    bandwidth: float  # bytes a second that one device sends, in one direction
+    latency: float  # seconds of a message, on top of its bytes
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Attributes:
-    platform, device_kind: as jax spells them.
-    peak_flops, peak_flops_float32: FLOPs a second of one device, in 16-bit and in float32 matmuls.
-    matmul_efficiency: the share of it that large matmuls reach.
-    memory_bytes, memory_bandwidth: of one device; bytes, bytes a second.
-    machine_ranks: devices that fast links join.
-    overlaps: whether exchanges run beside computation.
-    fast: the link of one device inside the machine; of a torus one link and one hop.
-    slow: one device's share of the machine's links to others.
-    clock_hz: cycles a second, which a TPU's compiler reckons in; peak_flops over the FLOPs of a cycle.
-    torus: how fast links stand; without it a switch joins each device with each.
+    """A machine, as its TOML file describes it.
+
+    Attributes:
+      platform, device_kind: as jax spells them.
+      peak_flops, peak_flops_float32: FLOPs a second of one device, in 16-bit and in float32 matmuls.
+      matmul_efficiency: the share of the peak that large matmuls reach.
+      memory_bytes, memory_bandwidth: of one device, in bytes and bytes a second.
+      machine_ranks: number of devices that fast links join.
+      overlaps: whether exchanges run beside computation.
+      fast: the link of one device inside the machine; on a torus, one link and one hop.
+      slow: one device's share of the machine's links to others.
+      clock_hz: cycles a second, in which a TPU's compiler estimates times.
+      torus: how fast links are laid out; without it a switch joins each device with each.
     """
 
     platform: str
@@ -59,12 +58,12 @@ class Hardware:
     torus: Torus | None = None
 
     def flops_per_second(self, dtype: str) -> float:
-        """Peak of one device."""
+        """Peak FLOPs a second of one device in matmuls of this dtype."""
         return self.peak_flops_float32 if dtype == "float32" else self.peak_flops
 
 
 def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
-    """One of HARDWARE, or a file of that form.
+    """Reads a machine's figures: one of HARDWARE, or a TOML file of that form.
 
     Raises:
       ConfigError: no such file, or a field that is missing, unknown, of the wrong type or not above 0.

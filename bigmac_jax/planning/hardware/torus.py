@@ -1,4 +1,4 @@
-"""Chips on a grid, each joined with its neighbours: which links an exchange fills, and how many hops it goes."""
+"""Chips on a grid, each linked to its neighbours: how much an exchange loads a link, and how many hops it takes."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ Shape = tuple[int, ...]
 
 
 class Block(NamedTuple):
-    """Chips of a slice.
+    """Chips of a slice that communicate with each other.
 
     Attributes:
-      shape: by axis.
+      shape: chips along each axis.
       rings: which axes are rings.
-      stride: from a chip to its neighbour in the block; the chips between belong to other blocks, whose data crosses
+      stride: links from a chip to its neighbour in the block; the chips between are in other blocks, whose data crosses
         the same links.
     """
 
@@ -26,7 +26,7 @@ class Block(NamedTuple):
         return math.prod(self.shape)
 
     def busiest_link(self) -> float:
-        """Bytes over one link, in one direction, when every chip sends one byte to all others together.
+        """Bytes over the busiest link, in one direction, when every chip sends one byte in all to the others.
 
         The two halves of an axis send each other as much as they must, whatever the route; it crosses the chips of a
         cut, and of a ring's second cut. The longest axis without a ring decides.
@@ -39,23 +39,24 @@ class Block(NamedTuple):
         return busiest * self.stride
 
     def hops(self) -> int:
-        """From a chip to the farthest."""
+        """Number of links from a chip to the farthest one."""
         far = sum(size // 2 if ring else size - 1 for size, ring in zip(self.shape, self.rings, strict=True))
         return far * self.stride
 
     def ring_links(self) -> float:
-        """Links that a chip sends on at once when data goes around along every axis; a line is worth half a ring."""
-        return (
-            sum(2 if ring else 1 for size, ring in zip(self.shape, self.rings, strict=True) if size > 1) / self.stride
-        )
+        """Links that a chip sends on at once when data goes around every axis; a line is worth half a ring."""
+        links = (2 if ring else 1 for size, ring in zip(self.shape, self.rings, strict=True) if size > 1)
+        return sum(links) / self.stride
 
 
 @dataclass(frozen=True)
 class Torus:
-    """Attributes:
-    dimensions: axes.
-    wrap_multiple: an axis of a multiple of so many chips is a ring.
-    wrap_together: only if all axes are.
+    """How the chips of a TPU pod are linked.
+
+    Attributes:
+      dimensions: number of axes.
+      wrap_multiple: an axis whose length is a multiple of this is a ring.
+      wrap_together: axes are rings only if all of them can be.
     """
 
     dimensions: int
@@ -63,13 +64,14 @@ class Torus:
     wrap_together: bool
 
     def slice(self, shape: Shape) -> Block:
+        """A slice of this shape, with those axes closed to rings that can be."""
         whole = [size % self.wrap_multiple == 0 for size in shape]
         if self.wrap_together and not (len(shape) == self.dimensions and all(whole)):
             whole = [False] * len(shape)
         return Block(shape, tuple(whole))
 
     def near_cube(self, chips: int) -> Shape:
-        """The slice of so many chips with the shortest longest axis, axes ascending; as 4x8 for 32 on a plane."""
+        """The most compact shape of so many chips, axes ascending: 4x8 for 32 chips on a plane."""
         shape, factors, factor = [1] * self.dimensions, list[int](), 2
         while chips > 1:
             if chips % factor:
@@ -83,7 +85,8 @@ class Torus:
 
 
 def parts(whole: Block, ranks: int) -> tuple[Block, Block]:
-    """(the chips of `ranks` consecutive ranks, those of every `ranks`-th): an expert group, and who shares its experts.
+    """Splits a block into (the chips of `ranks` consecutive ranks, the chips of every `ranks`-th rank): for instance an
+    expert group, and the ranks that hold the same experts.
 
     Ranks count along the first axis first, as the ids of jax's devices do.
     """

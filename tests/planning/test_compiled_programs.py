@@ -15,7 +15,7 @@ from bigmac_jax.model.counts import exchange_traffic, flops, memory, parameters,
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
 from bigmac_jax.model.mesh import ExpertGroup
-from bigmac_jax.planning import program, topologies
+from bigmac_jax.planning import compiled_programs, hlo, topologies
 from bigmac_jax.planning.cost import matmul_flops
 
 MESHES = {"1x4": (1, 1, 4), "2x4": (2, 1, 4), "1x8": (1, 1, 8), "two machines": (1, 2, 4)}
@@ -27,7 +27,16 @@ def config(mesh: tuple[int, int, int], exchange: str, parts: int = 1, **model: A
 
 
 def compiled(config: Config) -> dict[str, Any]:
-    return program.describe(config, jax.devices("cpu")[: config.mesh.data * config.mesh.model_ranks], None)
+    target = compiled_programs.Target(jax.devices("cpu")[: config.mesh.data * config.mesh.model_ranks])
+    return compiled_programs.describe_programs(config, target, ("step",))["step"]
+
+
+def devices(number: int) -> compiled_programs.Target:
+    return compiled_programs.Target([None] * number)
+
+
+def field_to_change(config: Config, ranks: int) -> str:
+    return compiled_programs._field_to_change(config, devices(ranks), "step")
 
 
 def counted(config: Config) -> tuple[int, int]:
@@ -112,16 +121,18 @@ def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: di
 def test_what_to_change_counts_the_sequences_of_a_rank() -> None:
     """Two with tensor=2, so halves; of one, no halves, but full sharding."""
     made = tiny((1, 1, 2, 2), batch=4, remat="layer")
-    assert program._what_to_change(made, 4) == "--config.train.accumulate_steps=2"
-    assert program._what_to_change(tiny((1, 1, 2, 2), batch=2, remat="layer"), 4) == "--config.mesh.fsdp=True"
-    assert "smaller model" in program._what_to_change(tiny((1, 1, 2, 2, True), batch=2, remat="layer"), 4)
+    assert field_to_change(made, 4) == "--config.train.accumulate_steps=2"
+    assert field_to_change(tiny((1, 1, 2, 2), batch=2, remat="layer"), 4) == "--config.mesh.fsdp=True"
+    assert "smaller model" in field_to_change(tiny((1, 1, 2, 2, True), batch=2, remat="layer"), 4)
 
 
 def test_scopes_name_the_payload() -> None:
     """Nothing of the exchange is counted under another name: all other collectives are sums of gradients or scalars."""
     found = compiled(config(MESHES["1x4"], "all_to_all"))
     assert {row["kind"] for row in found["collectives"] if row["role"] == "other"} == {"all-reduce"}
-    assert PAYLOAD in program.compile_program(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
+    assert (
+        PAYLOAD in compiled_programs.compile_program(config(MESHES["1x4"], "all_to_all"), jax.devices("cpu")[:4]).text
+    )
 
 
 @pytest.mark.parametrize(("structure",), some([("bigmac",), ("fine_grained",), ("dense",)]))
@@ -205,10 +216,10 @@ def test_topologies() -> None:
 
 
 def test_simulated_devices_stand_for_accelerators() -> None:
-    made = program.as_on_accelerators(load_config("configs/tiny.py"))
+    made = compiled_programs.imitate_accelerators(load_config("configs/tiny.py"))
     assert (made.execution.attention, made.execution.unroll_layers) == ("xla", 1)
     chosen = load_config("configs/tiny.py", ("execution.attention=blocks", "execution.unroll_layers=3"))
-    assert program.as_on_accelerators(chosen) == chosen
+    assert compiled_programs.imitate_accelerators(chosen) == chosen
 
 
 def test_memory_holds_what_layers_keep() -> None:
@@ -226,12 +237,12 @@ def test_a_description_is_json() -> None:
 
 def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
-    module = program.hlo.parse(program.compile_program(made, jax.devices("cpu")[:4]).text)
-    advice = program._advice(made, 4, "step", module, 2, 1)
+    module = hlo.parse(compiled_programs.compile_program(made, jax.devices("cpu")[:4]).text)
+    advice = compiled_programs._advise(made, devices(4), "step", module)
     assert advice["change"] == "--config.execution.remat=layer"
     assert advice["largest"][0]["bytes"] >= advice["largest"][-1]["bytes"] > 0
     remat = dataclasses.replace(made, execution=dataclasses.replace(made.execution, remat="layer"))
-    assert program._advice(remat, 4, "step", module, 2, 1)["change"] == "--config.train.accumulate_steps=2"
+    assert field_to_change(remat, 4) == "--config.train.accumulate_steps=2"
     nine = dataclasses.replace(remat, data=dataclasses.replace(made.data, batch_size=36))
-    assert program._advice(nine, 4, "step", module, 2, 1)["change"] == "--config.train.accumulate_steps=3"
-    assert "accumulate" not in program._advice(nine, 36, "step", module, 2, 1)["change"]
+    assert field_to_change(nine, 4) == "--config.train.accumulate_steps=3"
+    assert "accumulate" not in field_to_change(nine, 36)

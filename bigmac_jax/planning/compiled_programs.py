@@ -1,6 +1,6 @@
-"""What the compiler makes of the programs: for simulated CPU devices, or for a TPU pod that is not there.
+"""Compiles the programs of a run for simulated CPU devices or for machines that are not there, and describes them.
 
-They are those that train.py, eval.py and generate.py run, compiled for abstract arrays: no parameter is allocated.
+They are the programs that train.py, eval.py and generate.py run, with abstract arrays: no parameter is allocated.
 """
 
 import contextlib
@@ -19,12 +19,29 @@ from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
+from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.hlo_collectives import Collective, collectives
+from bigmac_jax.planning.hlo_flops import matmul_flops
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.runtime import environment
 
 
+class Target(NamedTuple):
+    """What programs are compiled for.
+
+    Attributes:
+      devices: all devices of the mesh.
+      hardware: their figures, if known.
+      torus: chips along each axis of a TPU slice.
+    """
+
+    devices: Sequence[Any]
+    hardware: Hardware | None = None
+    torus: Shape | None = None
+
+
 class Compiled(NamedTuple):
-    """A program, the same for every rank."""
+    """A compiled program, the same for every rank."""
 
     name: str
     text: str  # HLO, on TPU in the order of the schedule
@@ -35,25 +52,25 @@ class Compiled(NamedTuple):
 
 
 class DoesNotFitError(ConfigError):
-    """The compiler gave up: memory."""
+    """The compiler found no way to fit the program into memory."""
 
 
 class DoesNotCompileError(ConfigError):
-    """The compiler gave up: anything else."""
+    """The compiler refused the program for any other reason."""
 
 
 def compile_program(config: Config, devices: Sequence[Any], name: str = "step") -> Compiled:
-    """Compiles one of the programs that train.py, eval.py and generate.py run, for `devices`, all of them.
+    """Compiles one of the programs of `abstract_programs` for `devices`, all of them.
 
     Raises:
       ConfigError: the mesh does not fit the devices.
       DoesNotFitError: the compiler found no way to fit it into memory.
-      DoesNotCompileError: it does not compile, and is named.
+      DoesNotCompileError: it does not compile; the message names it.
     """
     start, mesh, device = time.perf_counter(), make_mesh(config, devices=devices), devices[0]
     # LLVM's optimisations change neither a CPU program's HLO nor its buffers.
     options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
-    with jax.set_mesh(mesh), _named(name, device):
+    with jax.set_mesh(mesh), _one_line(name, device):
         program = make_program(name, config, mesh)
         compiled = program.lower().compile(compiler_options=options)
     stats = compiled.memory_analysis()
@@ -64,12 +81,12 @@ def compile_program(config: Config, devices: Sequence[Any], name: str = "step") 
     held = peak or arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
     seconds = time.perf_counter() - start
-    return Compiled(name, compiled.as_text(), seconds, memory, _bytes(program.beside), dict(mesh.shape))
+    return Compiled(name, compiled.as_text(), seconds, memory, _bytes_of_rank(program.beside), dict(mesh.shape))
 
 
 @contextlib.contextmanager
-def _named(program: str, device: Any) -> Iterator[None]:
-    """Says which program did not compile, in one line."""
+def _one_line(program: str, device: Any) -> Iterator[None]:
+    """Turns the compiler's error into one line that names the program."""
     try:
         yield
     except ConfigError:
@@ -83,133 +100,111 @@ def _named(program: str, device: Any) -> Iterator[None]:
         ) from error
 
 
-def _bytes(tree: Any) -> int:
-    """Of one rank."""
+def _bytes_of_rank(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def as_on_accelerators(config: Config) -> Config:
-    """For simulated CPU devices, as far as `auto` leaves it open: attention without the blocks that skip what is
-    masked, and layers in a loop. So the program has the FLOPs and the loop of an accelerator's, and compiles sooner."""
+def imitate_accelerators(config: Config) -> Config:
+    """Settles what `auto` leaves open so that simulated CPU devices run an accelerator's program: attention without the
+    blocks that skip what is masked, and layers in a loop. It has the same FLOPs and loop, and compiles sooner."""
     execution = config.execution
     attention = "xla" if execution.attention == "auto" else execution.attention
     execution = dataclasses.replace(execution, attention=attention, unroll_layers=execution.unroll_layers or 1)
     return dataclasses.replace(config, execution=execution)
 
 
-def describe(
-    config: Config, devices: Sequence[Any], hardware: Hardware | None = None, topology: tuple[int, ...] | None = None
-) -> dict[str, Any]:
-    """Compiles the training step and reads it; bytes and FLOPs of all ranks in a step, memory of one."""
-    return describe_programs(config, devices, hardware, topology, ("step",))["step"]
-
-
-def describe_programs(
-    config: Config,
-    devices: Sequence[Any],
-    hardware: Hardware | None = None,
-    topology: tuple[int, ...] | None = None,
-    names: Sequence[str] = NAMES,
-) -> dict[str, dict[str, Any]]:
-    """As `describe`, of every program, by name."""
+def describe_programs(config: Config, target: Target, names: Sequence[str] = NAMES) -> dict[str, dict[str, Any]]:
+    """Compiles programs and describes each for plan.py's JSON: bytes and FLOPs of all ranks in one execution, memory of
+    one rank. One that does not compile has "compiler", the reason, and "change", a field that may help."""
     found = {}
     for name in names:
         try:
-            compiled = compile_program(config, devices, name)
-        except DoesNotFitError as error:
-            change = _what_to_change(config, len(devices), name)
-            kind = devices[0].device_kind
+            found[name] = _describe(compile_program(config, target.devices, name), config, target)
+        except (DoesNotFitError, DoesNotCompileError) as error:
+            change = _field_to_change(config, target, name) if isinstance(error, DoesNotFitError) else ""
+            kind = target.devices[0].device_kind
             found[name] = {"device_kind": kind, "fits": False, "change": change, "compiler": str(error)}
-        except DoesNotCompileError as error:
-            found[name] = {"device_kind": devices[0].device_kind, "fits": False, "change": "", "compiler": str(error)}
-        else:
-            found[name] = _described(compiled, config, devices, hardware, topology)
     return found
 
 
-def _described(
-    compiled: Compiled,
-    config: Config,
-    devices: Sequence[Any],
-    hardware: Hardware | None,
-    topology: tuple[int, ...] | None,
-) -> dict[str, Any]:
-    ranks, module = len(devices), hlo.parse(compiled.text)
-    found = hlo.collectives(module, compiled.mesh)
-    work = hlo.matmul_flops(module)
+def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, Any]:
+    ranks, device, hardware = len(target.devices), target.devices[0], target.hardware
+    module = hlo.parse(compiled.text)
+    found, work = collectives(module, compiled.mesh), matmul_flops(module)
     sent = {role: 0.0 for role in ("payload", "metadata", "other")}
-    buffers = dict(sent)
     for collective in found:
         sent[collective.role] += ranks * collective.times * collective.sent_bytes
-        buffers[collective.role] += ranks * collective.times * collective.buffer_bytes
+    buffers = sum(ranks * c.times * c.buffer_bytes for c in found if c.role == "payload")
+    layers = {config.model.moe_layers or config.model.num_layers, config.model.first_dense_layers} - {0}
     result: dict[str, Any] = {
         "compile_seconds": round(compiled.seconds, 1),
-        "device_kind": devices[0].device_kind,
+        "device_kind": device.device_kind,
         "flops_per_step": ranks * work.total,
         "kernel_flops_per_step": ranks * work.kernels,
         "loops_of_unknown_length": len(module.dynamic_loops),
         "exchange_sent_bytes": round(sent["payload"]),
-        "exchange_buffer_bytes": round(buffers["payload"]),  # with what a rank keeps for itself
+        "exchange_buffer_bytes": buffers,  # with what a rank keeps for itself
         "metadata_sent_bytes": round(sent["metadata"]),
         "other_sent_bytes": round(sent["other"]),
         "memory": compiled.memory,
         "memory_beside": compiled.beside,
-        "collectives": _summary(
-            found, {config.model.moe_layers or config.model.num_layers, config.model.first_dense_layers} - {0}
-        ),
+        "collectives": _summarize(found, layers),
     }
-    if hardware:
-        needed = compiled.memory["total"] + compiled.beside
-        result["memory_available"] = hardware.memory_bytes
-        result["fits"] = needed <= hardware.memory_bytes
-        if not result["fits"]:
-            result["advice"] = _advice(config, ranks, compiled.name, module, needed, hardware.memory_bytes)
-    scheduled = hardware and module.scheduled and devices[0].platform in ("tpu", "gpu")
-    if hardware and scheduled and config.model.is_moe and compiled.name == "step":
-        result["schedule"] = _schedule(module, compiled, cluster(compiled.mesh, hardware, topology))
-        options = environment.compiler_options(devices[0])
-        if devices[0].platform == "tpu" and not options.get("xla_tpu_enable_async_all_to_all"):
-            kind = devices[0].device_kind
-            why = "BIGMAC_KEEP_ENV is set" if hardware.overlaps else f"{kind} refuses them ('limited ICI')"
+    if not hardware:
+        return result
+    needed = compiled.memory["total"] + compiled.beside
+    result |= {"memory_available": hardware.memory_bytes, "fits": needed <= hardware.memory_bytes}
+    if not result["fits"]:
+        advice = {"needed": needed, "available": hardware.memory_bytes}
+        result["advice"] = advice | _advise(config, target, compiled.name, module)
+    scheduled = module.scheduled and device.platform in ("tpu", "gpu")
+    if scheduled and config.model.is_moe and compiled.name == "step":
+        result["schedule"] = _describe_schedule(module, compiled, cluster(compiled.mesh, hardware, target.torus))
+        options = environment.compiler_options(device)
+        if device.platform == "tpu" and not options.get("xla_tpu_enable_async_all_to_all"):
+            refusal = f"{device.device_kind} refuses them ('limited ICI')"
+            why = "BIGMAC_KEEP_ENV is set" if hardware.overlaps else refusal
             result["schedule"]["note"] = f"compiled without asynchronous all-to-alls: {why}, docs/exchange.md"
     return result
 
 
-def _summary(found: Sequence[hlo.Collective], layers: set[int]) -> list[dict[str, Any]]:
-    """Collectives of one rank, those that differ in nothing shown added up, most bytes first.
+def _summarize(found: Sequence[Collective], layers: set[int]) -> list[dict[str, Any]]:
+    """Collectives of one rank, added up where they differ in nothing shown, most bytes first.
 
     Args:
       layers: trips of the loops over layers.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for c in found:
-        in_layers = any(loop.trips in layers for loop in c.loops)
-        key = (c.kind, c.axes, c.role, c.direction, in_layers, c.asynchronous)
-        names = ("kind", "axes", "role", "direction", "in_each_layer", "asynchronous")
-        row = rows.setdefault(
-            key, dict(zip(names, key, strict=True)) | {"count": 0, "sent_bytes": 0, "buffer_bytes": 0}
-        )
+        shown = {
+            "kind": c.kind,
+            "axes": c.axes,
+            "role": c.role,
+            "direction": c.direction,
+            "in_each_layer": not layers.isdisjoint(c.loops),
+            "asynchronous": c.asynchronous,
+        }
+        row = rows.setdefault(tuple(shown.values()), shown | {"count": 0, "sent_bytes": 0, "buffer_bytes": 0})
         row["count"] += c.times
         row["sent_bytes"] += round(c.times * c.sent_bytes)
         row["buffer_bytes"] += c.times * c.buffer_bytes
     return sorted(rows.values(), key=lambda row: -row["sent_bytes"])
 
 
-def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str, Any]:
-    """What runs while the layer's exchange is on the wire, in the order that the compiler gave the program. Of a GPU's
-    program nothing is known but FLOPs."""
+def _describe_schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str, Any]:
+    """What runs while the layer's exchange is on the wire, in the order that the compiler gave the program."""
     node, expert, hardware = here.sizes["node"], here.sizes["expert"], here.hardware
 
-    def seconds(collective: hlo.Collective) -> float:
+    def seconds(collective: Collective) -> float:
         peers = Sent(expert - 1 if "expert" in collective.axes else 0, node - 1 if "node" in collective.axes else 0)
         flat = len(collective.axes) > 1
         peers = Sent(peers.fast, peers.slow * expert) if flat else peers
         return here.exchange(peers.times(collective.sent_bytes / sum(peers)), 1, hierarchical=not flat)
 
-    rates = hardware.clock_hz or math.inf, hardware.peak_flops, hardware.memory_bandwidth
-    found = hlo_schedule.overlap(module, compiled.mesh, seconds, *rates)
-    work = hlo_schedule.work_seconds(module, *rates)
+    rates = hlo_schedule.Rates(hardware.clock_hz or math.inf, hardware.peak_flops, hardware.memory_bandwidth)
+    found = hlo_schedule.overlap(module, compiled.mesh, seconds, rates)
+    work = hlo_schedule.work_seconds(module, rates)
     return {
         "work_seconds": work,
         "estimated_step_seconds": work + found.exchange_seconds - found.busy_seconds,
@@ -224,10 +219,8 @@ def _schedule(module: hlo.Module, compiled: Compiled, here: Cluster) -> dict[str
     }
 
 
-def _advice(
-    config: Config, ranks: int, name: str, module: hlo.Module, needed: float, available: float
-) -> dict[str, Any]:
-    """What is large, and which field makes it smaller."""
+def _advise(config: Config, target: Target, name: str, module: hlo.Module) -> dict[str, Any]:
+    """The field that makes a program smaller, and its largest arrays."""
     largest = [
         {
             "shape": f"{b.shape.dtype}{list(b.shape.dims)}",
@@ -237,14 +230,13 @@ def _advice(
         }
         for b in hlo.largest_buffers(module, 8)
     ]
-    change = _what_to_change(config, ranks, name)
-    return {"needed": needed, "available": available, "change": change, "largest": largest}
+    return {"change": _field_to_change(config, target, name), "largest": largest}
 
 
-def _what_to_change(config: Config, ranks: int, name: str = "step") -> str:
-    """The field that makes a program smaller."""
+def _field_to_change(config: Config, target: Target, name: str) -> str:
+    """The flag that makes a program smaller."""
     steps = config.train.accumulate_steps
-    part = config.data.batch_size * config.mesh.tensor // (ranks * steps)  # sequences of a rank at a time
+    part = config.data.batch_size * config.mesh.tensor // (len(target.devices) * steps)  # sequences at a time on a rank
     if name == "step" and config.execution.remat == "none":
         return "--config.execution.remat=layer"
     if name in ("step", "evaluate") and part > 1:
