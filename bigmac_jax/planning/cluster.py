@@ -53,7 +53,7 @@ class Cluster:
         return max(1, self.machine // self.tensor)
 
     def by_link(self, sent: Sent) -> Sent:
-        """What is sent on fast and slow links, from what is `sent` along the mesh's axes expert (fast) and node (slow).
+        """Splits what is sent along the axes expert (`sent.fast`) and node (`sent.slow`) into fast and slow links.
 
         Along an axis every peer gets as much, so it is enough to know how many of them are in the machine.
         """
@@ -68,7 +68,7 @@ class Cluster:
         return Sent(near, sent.fast - near + sent.slow)
 
     def exchange(self, sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
-        """Seconds of so many exchanges; one rank sends `sent` bytes in all of them along expert (fast) and node (slow).
+        """Seconds of so many exchanges, in which a rank sends `sent.fast` bytes along expert and `sent.slow` along node.
 
         A flat exchange fills fast and slow links side by side, so the longer one counts. The two hops of a hierarchical
         one follow each other.
@@ -99,7 +99,7 @@ class Cluster:
         return exchanges * block.hops() * link.latency + block.busiest_link() * sent / link.bandwidth
 
     def around(self, sent: float, ranks: int, stride: int = 1) -> float:
-        """Seconds of a ring of `ranks`, every `stride`-th of the mesh, in which each sends `sent` bytes to the next.
+        """Seconds of a ring in which each of `ranks`, every `stride`-th of the mesh, sends `sent` bytes to the next.
 
         Between machines a ring leaves each of them once, so it has the share of all its ranks there to itself.
         """

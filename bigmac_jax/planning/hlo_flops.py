@@ -13,7 +13,7 @@ from bigmac_jax.planning.hlo import Computation, Instruction, Module, integers
 
 # cuDNN's attention: products of L × L × H that its result needs; what it computes again for the gradient is left out.
 _CUDNN_ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 4}
-# Pallas' attention kernels (model/attention_kernels.py): products that each computes, with what it computes again.
+# Pallas' attention kernels (model/kernels/flash_attention.py): products that each computes, repeated ones included.
 _PALLAS_ATTENTION = {
     "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,  # TPU: [B, N, L, H]
     "mha_forward": 2, "mha_backward": 7,  # Triton: [B, L, N, H]

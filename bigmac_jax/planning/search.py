@@ -91,7 +91,7 @@ def _why_none(config: Config, devices: int) -> str:
 
 
 def describe(config: Config, machine: Machine) -> tuple[Config, dict[str, Any]]:
-    """(the best config, or where nothing fits the nearest; what plan.py's JSON says of the search).
+    """Searches, and returns (the best config, or the nearest if nothing fits; what plan.py's JSON says of the search).
 
     Raises:
       ConfigError: as `search`.

@@ -20,7 +20,7 @@ def parse_axes(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def sweep(config: Config, axes: Mapping[str, Sequence[str]]) -> list[tuple[dict[str, str], Config]]:
-    """(the fields' values, the config with them) for every combination of values; the last axis changes fastest.
+    """Lists (field values, config with them) for every combination of values; the last axis changes fastest.
 
     Args:
       axes: values by field, as the command line spells them; a field may be named without its section.

@@ -46,8 +46,8 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
 
 
-def name_topology(topology: Topology, flag: str) -> str:
-    """--devices=N as a topology: so many hosts of the same GPUs. A slice's shape stays open; other flags stay."""
+def respell_devices(topology: Topology, flag: str) -> str:
+    """Respells --devices=N as a topology with so many hosts of the same GPUs; a slice's shape and other flags stay."""
     name, _, devices = flag.partition("=")
     if name != "--devices":
         return flag

@@ -40,7 +40,7 @@ class PeerError(RuntimeError):
 
 
 def connect(coordinator: str, num_processes: int, process_id: int, detect: bool, peer_timeout: int) -> None:
-    """Connects the processes of the job, before any device is touched; without arguments it has one process.
+    """Connects this process to the others of its job; without arguments there are none. Call it before using devices.
 
     Args:
       coordinator: HOST:PORT of process 0; goes with num_processes and process_id.
@@ -300,5 +300,5 @@ class StopVote:
             self._known, self._last = self._last, self._any(votes)
 
     def passed(self) -> bool:
-        """Whether a process wanted to stop by the step before the last."""
+        """Whether any process wanted to stop when it voted at the step before the last."""
         return bool(self._known) if is_distributed() else bool(self._wanted)

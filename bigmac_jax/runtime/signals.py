@@ -50,7 +50,7 @@ def block() -> Iterator[None]:
 def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]]:
     """A context in which SIGTERM and SIGINT only fill the list, so that a loop can save and end.
 
-    A signal's second coming acts as usual.
+    The same signal acts as usual when it comes again.
 
     Args:
       told: called at the first signal; after it both act as usual.
@@ -83,8 +83,8 @@ def stop_signals(told: Callable[[], object] | None = None) -> Iterator[list[int]
 
 @contextlib.contextmanager
 def tolerate_closed_pipe(stream: TextIO) -> Iterator[None]:
-    """A context to print in to a reader that may leave, as head, or tee at a ctrl-C. If it left, the loop inside
-    `stop_signals` saves and ends as for a signal, and further output goes nowhere."""
+    """A context for printing to a reader that may leave, as head does, or tee at a ctrl-C. If it left, further output
+    goes nowhere, and the loop inside `stop_signals` saves and ends as for a signal."""
     try:
         yield
     except BrokenPipeError:

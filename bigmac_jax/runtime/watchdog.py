@@ -135,7 +135,7 @@ class Watchdog:
                 self._exchange()
 
     def blame(self, error: str) -> NoReturn:
-        """Ends the job for an error here, or names another process that is dead, silent or behind and so caused it."""
+        """Ends the job because of an error here; the line names another process if one is dead, silent or behind."""
         self._error = error
         self._hurry.set()
         time.sleep(2 * _GRACE + 3 * self.beat)  # process 0 finds out, and the other threads end this process

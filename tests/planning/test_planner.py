@@ -188,9 +188,9 @@ def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
 
 def test_more_devices_in_the_words_of_the_topology() -> None:
     gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
-    assert topologies.name_topology(gpus, "--devices=64") == "--topology=h100:8x8"
-    assert topologies.name_topology(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
-    assert topologies.name_topology(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
+    assert topologies.respell_devices(gpus, "--devices=64") == "--topology=h100:8x8"
+    assert topologies.respell_devices(slice_, "--devices=64") == "--devices=64 --hardware=v5e"
+    assert topologies.respell_devices(gpus, "--config.data.batch_size=4") == "--config.data.batch_size=4"
 
 
 @pytest.mark.full

@@ -64,7 +64,7 @@ class Torus:
     wrap_together: bool
 
     def slice(self, shape: Shape) -> Block:
-        """A slice of this shape, with those axes closed to rings that can be."""
+        """The chips of a slice of this shape, whose axes are rings where they can be."""
         whole = [size % self.wrap_multiple == 0 for size in shape]
         if self.wrap_together and not (len(shape) == self.dimensions and all(whole)):
             whole = [False] * len(shape)
