@@ -68,7 +68,7 @@ class Cluster:
         return Sent(near, sent.fast - near + sent.slow)
 
     def exchange(self, sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
-        """Seconds of so many exchanges, in which a rank sends `sent.fast` bytes along expert and `sent.slow` along node.
+        """Seconds of so many exchanges; a rank sends `sent.fast` bytes along expert and `sent.slow` along node in all.
 
         A flat exchange fills fast and slow links side by side, so the longer one counts. The two hops of a hierarchical
         one follow each other.
