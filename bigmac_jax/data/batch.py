@@ -9,19 +9,14 @@ PADDING = -1  # the segment of tokens that belong to no document
 
 
 class Batch(NamedTuple):
-    """Windows of tokens, int32, as NumPy or jax arrays.
-
-    Attributes:
-      targets_BL: the token after each input; NO_TARGET where it does not count.
-      segments_BL: a number for each document of a row, PADDING after the last. A token sees its own document alone,
-        in which positions begin at 0. None: a token sees everything before it in its row.
-      reference_BL: float32; -log p of each target under the reference model of DPO.
-    """
+    """Windows of tokens, int32, as NumPy or jax arrays."""
 
     inputs_BL: Any
-    targets_BL: Any
+    targets_BL: Any  # the token after each input; NO_TARGET where it does not count
+    # A number for each document of a row, PADDING after the last. A token sees its own document alone, in which
+    # positions begin at 0. None: a token sees everything before it in its row.
     segments_BL: Any = None
-    reference_BL: Any = None
+    reference_BL: Any = None  # float32; -log p of each target under the reference model of DPO
 
 
 def batch_from_windows(tokens_BL: Any) -> Batch:

@@ -13,29 +13,20 @@ _SPECIAL, _DATE = ("bos_token", "eos_token", "pad_token", "unk_token"), "strftim
 
 
 class ChatFiles(NamedTuple):
-    """The content of such files.
-
-    Attributes:
-      special: bos_token and the like, by these names.
-      place: where the template was found, "" without one.
-      date: ISO, what strftime_now gives when a run reads its rows; "" = now.
-    """
+    """The content of such files."""
 
     template: str = ""
-    special: dict[str, str] = {}  # noqa: RUF012  nobody changes it
-    place: str = ""
-    date: str = ""
+    special: dict[str, str] = {}  # noqa: RUF012  nobody changes it; bos_token and the like
+    place: str = ""  # where the template was found
+    date: str = ""  # ISO, what strftime_now gives when a run reads its rows; "" = now
 
 
 NO_CHAT = ChatFiles()
 
 
 def read_chat_folder(folder: pathlib.Path) -> ChatFiles:
-    """Reads chat_template.jinja and tokenizer_config.json of a folder; either may be missing.
-
-    Raises:
-      ConfigError: one of them cannot be read, or is a link to something outside of the folder.
-    """
+    """Reads chat_template.jinja and tokenizer_config.json of a folder; either may be missing. Raises ConfigError for
+    one that cannot be read, or is a link to something outside of the folder."""
     settings = {}
     if (folder / SETTINGS_FILE).is_file():
         file = check_inside(folder, SETTINGS_FILE)
@@ -66,14 +57,8 @@ def read_chat_folder(folder: pathlib.Path) -> ChatFiles:
 
 def read_chat(file: str, tokenizer_file: str, setting: str) -> ChatFiles:
     """Reads a Jinja file, or a folder as `read_chat_folder` does, and what stands beside the tokenizer's file. The
-    template is that of the first that has one; special tokens are rather those beside the tokenizer.
-
-    Args:
-      setting: the flag or the field that names `file`, for messages.
-
-    Raises:
-      ConfigError: a file that cannot be read, or a folder without a template.
-    """
+    template is that of the first that has one; special tokens are rather those beside the tokenizer. Raises ConfigError
+    for a file that cannot be read, or a folder without a template; `setting` names `file` there."""
     own = beside = NO_CHAT
     if tokenizer_file.endswith((".json", ".model")):
         beside = read_chat_folder(locate(tokenizer_file, "data.tokenizer").parent)

@@ -51,16 +51,12 @@ class ChatError(ValueError):
         self.index = index
 
 
-def _do_nothing() -> None:
-    pass
-
-
 class PromptLimit(NamedTuple):
     """How much a prompt may take: at most so many tokens (a message is at least one). `check` is called between parts
     of the work, and ends it by raising."""
 
     tokens: int
-    check: Callable[[], object] = _do_nothing
+    check: Callable[[], object] = lambda: None
 
 
 class Piece(NamedTuple):
@@ -83,15 +79,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Chat:
-    """A template with a tokenizer.
-
-    Args:
-      special: names such as "eos_token" → what the template calls so, where that is a special token of the tokenizer;
-        without it eos_token is the tokenizer's end of text.
-      date: ISO, what strftime_now gives; now without it.
+    """A template with a tokenizer; arguments as in `ChatFiles`. Without `special`, eos_token is the tokenizer's end of
+    text.
 
     Attributes:
-      files: what it is made of.
       end: the name of the end of text.
       stop: the special token that ends an answer, if it is another one.
     """
@@ -102,7 +93,7 @@ class Chat:
         self.template, self.files = template, ChatFiles(template, special or {}, date=date)
         self.encode_batch, self._names = _make_encoder(tokenizer)
         self.end = self._names[0]
-        known = {name: value for name, value in self.files.special.items() if self.knows(value)}
+        known = {name: value for name, value in self.files.special.items() if value in self._names}
         self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | known
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -115,10 +106,6 @@ class Chat:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
         self.stop = self._find_stop()
-
-    def knows(self, name: str) -> bool:
-        """Whether a text is the name of a special token."""
-        return name in self._names
 
     def prompt(self, messages: Messages, limit: PromptLimit | None = None) -> list[int]:
         """The tokens that an answer follows; raises ChatError as `pieces` does, and TooLongError above the limit."""
@@ -208,17 +195,14 @@ class Chat:
 def load_chat(
     tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, dated: bool = False
 ) -> Chat:
-    """Loads the template that `read_chat` finds, else `default`; arguments and errors as there.
-
-    Args:
-      dated: strftime_now always gives one date, from the files or of now; otherwise the time of each answer.
-    """
+    """Loads the template that `read_chat` finds, else `default`; arguments and errors as there. If `dated`,
+    strftime_now always gives one date, from the files or of now; otherwise the time of each answer."""
     files = read_chat(file, tokenizer_file, setting)
     template = files.template or default
     date = files.date or datetime.datetime.now().isoformat() if dated and _DATE in template else ""
     chat = Chat(tokenizer, template, files.special, date)
     for name, value in files.special.items():
-        if not chat.knows(value):
+        if value not in chat._names:
             log_once(logging.WARNING, f"{name}={value!r} is no special token of data.tokenizer; chat templates lack it")
     origin = f"of {files.place}" if files.place else "that is our own, User: … and Assistant: …; no other was found"
     log_once(logging.INFO, f"messages go through the chat template {origin}")

@@ -41,12 +41,7 @@ class _BadRowError(ValueError):
 
 
 class Conversations:
-    """The rows of a split, encoded; all of them are held in memory.
-
-    Attributes:
-      text: the fingerprint of its files.
-      sequences: int32 [2, n] each: inputs and targets, NO_TARGET where none counts; of dpo two for each row.
-      counts: rows, and what is learned: tokens, words and bytes of answers; for dpo, of the chosen ones.
+    """The rows of a split, encoded; all of them are held in memory, and `text` is the fingerprint of their files.
 
     Raises:
       ConfigError: a source that is no file of JSON lines, a row that is bad (with tuning.bad_rows=stop), or no good
@@ -70,8 +65,9 @@ class Conversations:
             tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
         )
         self.pairs = config.tuning.objective == "dpo"  # sequences 2i and 2i + 1 are the two of row i
+        # int32 [2, n] each: inputs and targets, NO_TARGET where none counts.
         self.sequences: list[np.ndarray] = []
-        self.counts = Counts()
+        self.counts = Counts()  # rows, and what is learned: tokens, words and bytes of (for dpo, chosen) answers
         self._read()
 
     @property
@@ -200,11 +196,7 @@ class Conversations:
 
 class PackedConversations(PackedWindows):
     """Windows of whole conversations. In windows of preferences, segment 2p is the chosen answer of pair p with its
-    prompt, and 2p + 1 the rejected one.
-
-    Attributes:
-      reference: float32 [W, L], of which a window's bits become its fourth row; None: there is none.
-    """
+    prompt, and 2p + 1 the rejected one. The bits of `reference`, float32 [W, L], become a fourth row of windows."""
 
     def __init__(self, sequences: Sequence[np.ndarray], per_row: int, length: int, eos_id: int, name: str):
         self._all, self._per_row = sequences, per_row

@@ -1,14 +1,13 @@
 """Opens the documents of a split, whatever their source."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.config.mixture import parse_mixture
 from bigmac_jax.data.datasets import DATASET, TfdsDocuments
 from bigmac_jax.data.documents import Content, Documents, ReadCounts, Unit
+from bigmac_jax.data.files import json_digest
 from bigmac_jax.data.hub import HUB, open_hub
 from bigmac_jax.data.local_files import FileDocuments, find_files
 from bigmac_jax.data.splits import SPLITS
@@ -21,10 +20,8 @@ def open_documents(data: DataConfig, split: str, cache_dir: str, setting: str = 
     """Opens the documents of `split` (train, validation or test); of a mixture, those of all its sources.
 
     data.validation_source and data.test_source replace that split of data.source; from files, a split without a source
-    of its own is held out of the text (`splits`). Data sets are prepared under `cache_dir` if they are not yet.
-
-    Args:
-      setting: what names data.source, for messages.
+    of its own is held out of the text (`splits`). Data sets are prepared under `cache_dir` if they are not yet. In
+    messages `setting` names data.source.
 
     Raises:
       ConfigError: a source that is not there, cannot be read, or has no such split. Broken lines and a split
@@ -64,7 +61,7 @@ def join_fingerprints(fingerprints: Mapping[str, str]) -> str:
     """One fingerprint of several sources. Names count, since a run has read so much of each name."""
     if len(fingerprints) == 1:
         return next(iter(fingerprints.values()))
-    return hashlib.sha256(json.dumps(sorted(fingerprints.items()), allow_nan=False).encode()).hexdigest()
+    return json_digest(sorted(fingerprints.items()))
 
 
 class JoinedDocuments(Documents):

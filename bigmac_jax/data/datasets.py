@@ -2,19 +2,15 @@
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import itertools
-import json
 import logging
 import pathlib
-import queue
 import re
 import shutil
 import sys
 import threading
-import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +19,7 @@ from absl import logging as absl_logging
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import Content, Documents, ReadCounts, Unit
-from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
+from bigmac_jax.data.files import disk_full_fix, json_digest, lock_path, make_cache_directory, remove
 from bigmac_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
@@ -36,13 +32,12 @@ _PATIENCE = 5.0  # seconds that a host has to answer
 
 
 class TfdsDocuments(Documents):
-    """The documents of one split of a TFDS dataset, in the order it was prepared in.
+    """The documents of one split of a TFDS dataset, in the order it was prepared in: in `cache_dir`, unless TFDS's own
+    directory has it already.
 
     Args:
       source: `sotu`, or `tfds:` and a name that TFDS knows: `NAME`, `NAME/CONFIG` or `NAME:VERSION`.
       setting: the config field it came from, for messages.
-      text_field: the feature that holds the text.
-      cache_dir: the dataset is prepared there, unless TFDS's own directory has it already.
 
     Raises:
       ConfigError: unknown dataset, split or feature; a dataset that cannot be downloaded or prepared here.
@@ -77,8 +72,8 @@ class TfdsDocuments(Documents):
         info = self.builder.info
         split = info.splits[self.split]
         where = pathlib.Path(self.builder.data_path).parent.parent.name if info.name == "bigmac_sotu" else ""
-        key = [info.full_name, where, self.split, list(split.shard_lengths), int(split.num_bytes), self.text_field]
-        return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
+        size = int(split.num_bytes)
+        return json_digest([info.full_name, where, self.split, list(split.shard_lengths), size, self.text_field])
 
     def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
         try:
@@ -218,27 +213,21 @@ def _check_network(builder: Any, setting: str) -> None:
         return
     import requests  # TFDS has it
 
-    answers: queue.Queue[bool] = queue.Queue()
+    reached = threading.Event()
 
     def ask(url: str) -> None:
-        try:
+        with contextlib.suppress(requests.RequestException):
             requests.head(url, timeout=_PATIENCE)
-            answers.put(True)
-        except requests.RequestException:
-            answers.put(False)
+            reached.set()
 
     hosts = dict(itertools.islice(urls.items(), 4))
     for url in hosts.values():  # in threads, since a name that cannot be resolved takes as long as it likes
         threading.Thread(target=ask, args=(url,), daemon=True).start()
-    with contextlib.suppress(queue.Empty):
-        deadline = time.monotonic() + _PATIENCE
-        for _ in hosts:
-            if answers.get(timeout=max(0.1, deadline - time.monotonic())):
-                return
-    raise ConfigError(
-        f"{setting} is not here, and {' and '.join(hosts)} can't be reached to download it; where it can be, "
-        f"the same command fills {version}: copy that folder here"
-    )
+    if not reached.wait(_PATIENCE):
+        raise ConfigError(
+            f"{setting} is not here, and {' and '.join(hosts)} can't be reached to download it; where it can be, "
+            f"the same command fills {version}: copy that folder here"
+        )
 
 
 @contextlib.contextmanager

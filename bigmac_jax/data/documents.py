@@ -66,23 +66,17 @@ WHOLE = Portion()
 
 
 class Documents(abc.ABC):
-    """The non-empty documents of one split of a source, in a fixed order; can be iterated over again.
+    """The non-empty documents of one split of a source, in a fixed order; can be iterated over again."""
 
-    Attributes:
-      name: for messages, such as "validation split of data.source=notes.jsonl".
-      size: bytes of source text, roughly; for progress bars.
-      fingerprint: hex digest that changes when the documents do.
-      alone: only this process can read the source.
-    """
-
-    name: str
-    size: int
+    name: str  # for messages, such as "validation split of data.source=notes.jsonl"
+    size: int  # bytes of source text, roughly; for progress bars
     fix: str  # what to do when there is no document
-    alone = False
+    alone = False  # only this process can read the source
 
     @property
     @abc.abstractmethod
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Hex digest that changes when the documents do."""
 
     @property
     def units(self) -> list[Unit]:
@@ -100,13 +94,8 @@ class Documents(abc.ABC):
     def pieces(
         self, unit: Unit, counts: ReadCounts, portion_of: Callable[[str], Portion | None] | None = None
     ) -> Iterator[tuple[str, bool]]:
-        """Yields (piece, is it its document's last) for the documents of a unit.
-
-        A text of nothing but white space, if no longer than a piece, is not a document.
-
-        Args:
-          portion_of: replaces `self.portion`.
-        """
+        """Yields (piece, is it its document's last) for the documents of a unit, or what `portion_of` says of them. A
+        text of nothing but white space, if no longer than a piece, is not a document."""
         portion_of = portion_of or self.portion
         for place, content, replaced in self.read(unit, counts):
             chunks = _Decoder(content)

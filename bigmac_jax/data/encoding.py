@@ -64,11 +64,8 @@ def encode_stream(docs: Iterable[str], tokenizer: Tokenizer, counts: Counts) -> 
 def encode_pieces(
     parts: Iterable[tuple[str, bool]], tokenizer: Tokenizer, counts: Counts, words: WordCounter
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (tokens, number of pieces in them), about _BATCH characters at a time; adds to `counts` on the way.
-
-    Args:
-      parts: (piece, is it its document's last).
-    """
+    """Yields (tokens, number of pieces in them) for (piece, is it its document's last), about _BATCH characters at a
+    time; adds to `counts` on the way."""
     eos = np.array([tokenizer.eos_id], np.uint32)
     batch: list[tuple[str, bool]] = []
     size = 0

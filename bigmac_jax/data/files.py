@@ -95,14 +95,15 @@ def file_digest(path: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """Hex digest of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, allow_nan=False).encode()).hexdigest()
+
+
 class Digests:
     """Computes `file_digest` of the files of a corpus; keeps them in cache_dir/digests, so that only new and changed
     files are read. A file has not changed while its size, inode, mtime and ctime (which no program can set back) are
-    the same.
-
-    Args:
-      corpus: names the table of digests.
-    """
+    the same. Each `corpus` has a table of its own."""
 
     def __init__(self, cache_dir: str | os.PathLike[str], corpus: str):
         name = hashlib.sha256(os.path.abspath(os.path.expanduser(corpus)).encode()).hexdigest()[:20]

@@ -18,11 +18,8 @@ def open_hub(
     source: str, setting: str, field: TextField, split: str, cache_dir: str, held_out: tuple[str, ...]
 ) -> FileDocuments:
     """Opens a split of `hf:NAME[/CONFIG]`, where NAME is on the hub, with or without an owner, or is a folder. A split
-    that the data set lacks is held out of its training split.
-
-    Raises:
-      ConfigError: the library is missing, or the data set, its config or its training split is not there.
-    """
+    that the data set lacks is held out of its training split. Raises ConfigError if the library, the data set, its
+    config or its training split is missing."""
     name = f"{setting}={source}"
     splits = _load_files(source.removeprefix(HUB), name)
     if "train" not in splits:

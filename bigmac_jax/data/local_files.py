@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from collections.abc import Iterator
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import kinds
 from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, ReadCounts, Unit, log_once
-from bigmac_jax.data.files import Digests
+from bigmac_jax.data.files import Digests, json_digest
 from bigmac_jax.data.kinds import Kind
 from bigmac_jax.data.readers import cut_slices, read_slice
 from bigmac_jax.data.splits import RULE, HeldOut, hold_out, text_key
@@ -23,23 +21,15 @@ UNIT = 1 << 26  # bytes of files that one process reads at a time
 
 @dataclasses.dataclass(eq=False)
 class FileDocuments(Documents):
-    """The documents of files, in the order of the files.
+    """The documents of files, in the order of the files."""
 
-    Attributes:
-      source: what the user named, in the config field `setting`.
-      files: path → bytes.
-      cache_dir: digests of the files are kept there.
-      split: the split to read.
-      held_out: the splits that are held out of these files; all other text is for training.
-    """
-
-    source: str
+    source: str  # what the user named, in the config field `setting`
     setting: str
-    files: dict[pathlib.Path, int]
+    files: dict[pathlib.Path, int]  # path → bytes
     field: TextField
     split: str
-    cache_dir: str
-    held_out: tuple[str, ...] = ()
+    cache_dir: str  # digests of the files are kept there
+    held_out: tuple[str, ...] = ()  # splits that are held out of these files; all other text is for training
 
     def __post_init__(self) -> None:
         self.setting = f"{self.setting}={self.source}"
@@ -60,7 +50,7 @@ class FileDocuments(Documents):
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
         key = [parts, self.field.name, [RULE, self.split] if self.held_out else "", self.held_out]
         key += ["skips null"] if self.field.skips_null else []
-        return hashlib.sha256(json.dumps(key, allow_nan=False).encode()).hexdigest()
+        return json_digest(key)
 
     @functools.cached_property
     def units(self) -> list[Unit]:
@@ -114,10 +104,7 @@ class FileDocuments(Documents):
 
 def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
     """Finds the files of a path, a folder (all levels) or a glob, in order; returns path → bytes. Hidden files of a
-    folder, its README and its license are left out.
-
-    Raises:
-      ConfigError: there is no file, or one of a kind that is not read.
+    folder, its README and its license are left out. Raises ConfigError for no file, or one of a kind that is not read.
     """
     path = storage.locate(source, setting)
     want = f"{setting}={source!r}"

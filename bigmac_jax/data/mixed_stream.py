@@ -69,12 +69,8 @@ class _Stage(NamedTuple):
 
 
 class Mixture:
-    """The sources of a run and when each is read.
-
-    Args:
-      curriculum: [(step, weights)] from step 0 on.
-      stages: [(batch, weights)] from batch 0 on, if rewinding has left out batches; by default a step is a batch.
-    """
+    """The sources of a run and when each is read: by a curriculum, [(step, weights)] from step 0 on; or if rewinding
+    has left out batches, by stages, [(batch, weights)] from batch 0 on."""
 
     def __init__(
         self,

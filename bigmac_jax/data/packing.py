@@ -41,11 +41,8 @@ def best_fit(size_N: np.ndarray, length: int) -> list[list[int]]:
 
 
 class PackedWindows(abc.ABC):
-    """Windows of whole sequences: window w is int32 [3, L], the inputs, targets and segments of `Batch`.
-
-    Args:
-      size_N: the tokens of each piece, which may be several sequences.
-    """
+    """Windows of whole sequences: window w is int32 [3, L], the inputs, targets and segments of `Batch`. Piece n has
+    size_N[n] tokens, and may be several sequences."""
 
     def __init__(self, size_N: np.ndarray, length: int, eos_id: int):
         self._size_N, self._length, self._eos_id = size_N, length, eos_id

@@ -33,13 +33,8 @@ Stream = CachedStream | JoinedStream | Conversations
 def open_stream(
     config: Config, split: str, tokenizer: Tokenizer, processes: int = 0, setting: str = "data.source"
 ) -> Stream:
-    """Opens the tokens of a split, tokenised on the first call; for a tuning objective, its conversations. Raises
-    ConfigError as `open_documents` does.
-
-    Args:
-      processes: the most processes that tokenise on this machine; 0 = one per core.
-      setting: what names data.source, for messages.
-    """
+    """Opens the tokens of a split, tokenised on the first call by at most `processes` on this machine (0 = one per
+    core); for a tuning objective, its conversations. Other arguments and errors are those of `open_documents`."""
     if config.tuning.objective != "pretrain":
         return Conversations(config, split, tokenizer)
     streams = {}
@@ -67,11 +62,8 @@ def prepare(config: Config, splits: Sequence[str], processes: int = 0) -> Iterat
 
 
 def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> MemoryStream:
-    """The tokens of one document: a `str` is the text itself, a `Path` a file of text.
-
-    Raises:
-      ConfigError: a file that is not there, cannot be read or holds something else, or a text without a word.
-    """
+    """The tokens of one document: a `str` is the text itself, a `Path` a file of text. Raises ConfigError for a file
+    that cannot be read or is no text, and for a text without a word."""
     name, content = "the text", text_or_path if isinstance(text_or_path, str) else b""
     if isinstance(content, bytes):
         name = str(text_or_path)
@@ -112,14 +104,8 @@ class StreamWindows:
 
 
 def make_windows(config: Config, stream: TokenStream | Conversations, name: str = "") -> StreamWindows | PackedWindows:
-    """Cuts a stream into the windows of one epoch, in its order.
-
-    Args:
-      name: the mixture's source that the stream is.
-
-    Raises:
-      ConfigError: there are fewer windows than data.batch_size; for a mixture's source, none.
-    """
+    """Cuts a stream, or the source `name` of a mixture, into the windows of one epoch, in its order. Raises ConfigError
+    if there are fewer than data.batch_size; for a mixture's source, none."""
     data = config.data
     windows: StreamWindows | PackedWindows
     if isinstance(stream, Conversations):
@@ -151,13 +137,11 @@ class TrainIterator(Iterator[Batch]):
     """Endless batches: the rows of each global batch that this process needs.
 
     Its whole state is the number of batches it has given, and the weights that a mixture had. Row j of global batch g
-    is sample g·B + j whoever reads it, so a run may go on with other processes, another mesh or other workers.
+    is sample g·B + j whoever reads it, so a run may go on with other processes, another mesh or other workers. Raises
+    ConfigError if there is too little text for one batch.
 
     Args:
       rows: the rows that this process needs (`hosts.local_rows`); by default all.
-
-    Raises:
-      ConfigError: too little text for one batch.
     """
 
     def __init__(self, config: Config, stream: TokenStream | Conversations, rows: Sequence[int] | None = None):
@@ -188,14 +172,11 @@ class TrainIterator(Iterator[Batch]):
         return {"batches": self._given} | weights
 
     def set_state(self, state: dict[str, Any], step: int | None = None) -> None:
-        """Goes on from a state.
+        """Goes on from a state of `get_state`; without a mixture's weights, they are those of this run until there.
+        Raises ConfigError if a mixture can't go on from there, or would read a source more often than it may.
 
         Args:
-          state: as from `get_state`; without a mixture's weights, they are those of this run until there.
           step: of the run, which lags its batches by those that rewinding left out; by default there are none.
-
-        Raises:
-          ConfigError: a mixture can't go on from there, or would read a source more often than it may.
         """
         self.close()
         self._given = int(state["batches"])

@@ -24,11 +24,8 @@ Contents = Iterator[tuple[str, Content, bool]]
 
 
 def read_slice(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, counts: ReadCounts) -> Contents:
-    """Yields (file, content, whether bytes that are not UTF-8 were replaced already) for each document.
-
-    Raises:
-      ConfigError: a file that is damaged or not what its name says; a row without the text that is wanted.
-    """
+    """Yields (file, content, whether bytes that are not UTF-8 were replaced already) for each document. Raises
+    ConfigError for a file that is damaged or not what its name says, and for a row without the text that is wanted."""
     before = counts.source
     try:
         yield from _READERS[kind.name](path, kind, part, field, counts)
@@ -70,11 +67,8 @@ def _read_jsonl(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, c
 def read_lines(
     path: pathlib.Path, kind: Kind, part: Slice, counts: ReadCounts
 ) -> Iterator[tuple[Callable[[], str], bytes]]:
-    """Yields (function that names its place, line) for each line that begins in a slice and is not blank.
-
-    Raises:
-      ConfigError: a line is longer than `kinds.LONGEST`.
-    """
+    """Yields (function that names its place, line) for each line that begins in a slice and is not blank; raises
+    ConfigError for one that is longer than `kinds.LONGEST`."""
     at = max(0, part.start - 1)  # a line that begins right at its start has a line's end before it
     with open_content(path, kind, counts, at) as file:
         if part.start:
@@ -92,11 +86,7 @@ def read_lines(
 
 
 def parse_row(line: bytes) -> tuple[dict[str, Any], bool]:
-    """Parses a line of JSON; returns the object, and whether the line was UTF-8.
-
-    Raises:
-      ValueError: it is not a JSON object.
-    """
+    """Parses a line of JSON; returns the object, and whether the line was UTF-8. Raises ValueError if it is none."""
     text, whole = decode(line)
     try:
         row = json.loads(text.removeprefix("\ufeff"))
@@ -166,11 +156,7 @@ def _read_values(file: io.BufferedReader, name: str) -> Iterator[tuple[Any, bool
 
 
 class _JsonText:
-    """A file's text around the place `at`, read as far as it is needed.
-
-    Attributes:
-      whole: no bytes were replaced since it was last set.
-    """
+    """A file's text around the place `at`, read as far as needed; `whole`: no bytes were replaced since it was set."""
 
     def __init__(self, file: io.BufferedReader):
         self._file, self._left, self._ended = file, b"", False

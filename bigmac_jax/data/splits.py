@@ -28,17 +28,11 @@ def text_key(beginning: str) -> str:
 
 
 class HeldOut(NamedTuple):
-    """Which documents of a source are held out.
-
-    Attributes:
-      splits: those of validation and test that are held out of this source.
-      few: key → split of each document, if they are few; None: the hash of a document's key decides.
-      sizes: key → characters, where each document is cut and its end held out.
-    """
+    """Which documents of a source are held out for `splits`, some of validation and test."""
 
     splits: tuple[str, ...]
-    few: dict[str, str] | None = None
-    sizes: dict[str, int] | None = None
+    few: dict[str, str] | None = None  # document's key → split; None: the key's hash decides
+    sizes: dict[str, int] | None = None  # key → characters: each document is cut, and its end held out
 
     def portion(self, beginning: str, split: str) -> Portion | None:
         """The part of a document that belongs to a split, by the document's first piece; None = nothing."""
@@ -56,14 +50,11 @@ class HeldOut(NamedTuple):
 
 
 def hold_out(documents: Iterable[tuple[str, int]], splits: Sequence[str]) -> tuple[HeldOut, str]:
-    """Chooses what is held out, and describes the choice in a line.
+    """Chooses what is held out of (key, characters) of documents, and describes the choice in a line.
 
     Few documents: each split gets those that, in the order of their keys, bring it nearer to SHARE of the text, at
-    least one. Fewer documents than there are splits: the end of each document. More than FEW: a hash decides.
-
-    Args:
-      documents: (key, characters); no more than FEW are looked at.
-    """
+    least one. Fewer than there are splits: the end of each. More than FEW, the rest of which is not looked at: a hash
+    decides."""
     held = tuple(splits)
     sizes: dict[str, int] = {}
     for number, (key, size) in enumerate(documents):

@@ -2,8 +2,6 @@
 
 import abc
 import collections
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -16,7 +14,7 @@ from bigmac_jax.config import ConfigError
 from bigmac_jax.data.corpus import join_fingerprints
 from bigmac_jax.data.documents import Documents
 from bigmac_jax.data.encoding import Counts
-from bigmac_jax.data.files import Digests, file_digest, make_cache_directory
+from bigmac_jax.data.files import Digests, file_digest, json_digest, make_cache_directory
 from bigmac_jax.data.token_shards import INDEX, SHARD, ShardStore
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.data.workers import make_shards
@@ -28,15 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class TokenStream(abc.ABC):
-    """The tokens of a split or a text, in order.
-
-    Attributes:
-      counts: its size.
-      eos_id: the end-of-text token; -1 without one.
-    """
+    """The tokens of a split or a text, in order."""
 
     counts: Counts
-    eos_id: int
+    eos_id: int  # the end-of-text token; -1 without one
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`, int32 [stop - start]."""
@@ -63,11 +56,7 @@ class MemoryStream(TokenStream):
 
 
 class JoinedStream(TokenStream):
-    """Streams one behind the other, by name.
-
-    Attributes:
-      text: the fingerprint of all their documents.
-    """
+    """Streams one behind the other, by name; `text` is the fingerprint of all their documents."""
 
     def __init__(self, parts: "dict[str, CachedStream]"):
         self.parts, self.counts = parts, Counts()
@@ -87,12 +76,8 @@ class JoinedStream(TokenStream):
 
 
 class CachedStream(TokenStream):
-    """A stream on disk. It can be pickled, and read from several threads. Shards are opened, or fetched from an object
-    store, when they are first read.
-
-    Attributes:
-      text: the fingerprint of its documents.
-    """
+    """A stream on disk; `text` is the fingerprint of its documents. It can be pickled, and read from several threads.
+    Shards are opened, or fetched from an object store, when they are first read."""
 
     def __init__(self, store: ShardStore, index: dict[str, Any], text: str, eos_id: int):
         self.counts, self._dtype = Counts(**index["counts"]), np.dtype(index["dtype"])
@@ -156,14 +141,9 @@ def open_cached_stream(
     docs: Documents, split: str, tokenizer: Tokenizer, cache_dir: str, processes: int = 0
 ) -> CachedStream:
     """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first, together with other
-    processes and hosts that do the same. Any of them may be killed at any moment.
-
-    Args:
-      processes: the most processes that tokenise on this machine; 0 = one per core.
-    """
-    key = hashlib.sha256(
-        json.dumps([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint], allow_nan=False).encode()
-    ).hexdigest()
+    processes and hosts that do the same, at most `processes` here (0 = one per core). Any of them may be killed at any
+    moment."""
+    key = json_digest([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint])
     kept = make_cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     store, digests = ShardStore(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
     storage.make_folder(store.folder)

@@ -37,11 +37,8 @@ Record = dict[str, Any]
 
 
 class ShardStore:
-    """The shards of a split: in `kept`, which all hosts see, and in `folder` on this machine; the same on a disk.
-
-    Args:
-      key: digest of what the tokens depend on.
-    """
+    """The shards of a split: in `kept`, which all hosts see, and in `folder` on this machine; the same on a disk. `key`
+    is the digest of what the tokens depend on."""
 
     def __init__(self, kept: pathlib.Path, key: str, docs: Documents, split: str, tokenizer: Tokenizer):
         self.kept, self.key, self.docs, self.split, self.tokenizer = kept, key, docs, split, tokenizer
@@ -69,11 +66,8 @@ class ShardStore:
             (self.folder / f"{unit:05}.json").unlink(missing_ok=True)
 
     def work(self, units: list[int], report: Callable[[int, int], None]) -> None:
-        """Makes the units that nobody has made or is making; then waits for those of others.
-
-        Args:
-          report: called with a unit and the number of bytes of its source that are read.
-        """
+        """Makes the units that nobody has made or is making; then waits for those of others. `report` is called with a
+        unit and the number of bytes of its source that are read."""
         left = units
         while left:
             waiting = []

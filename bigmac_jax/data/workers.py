@@ -31,14 +31,8 @@ def count_cores() -> int:
 
 
 def make_shards(store: ShardStore, processes: int = 0) -> None:
-    """Makes all units of a store that are missing, together with other hosts that do the same.
-
-    Args:
-      processes: the most processes on this machine; 0 = one per core.
-
-    Raises:
-      ConfigError: what is wrong with the source, or how a process ended.
-    """
+    """Makes all units of a store that are missing, together with other hosts that do the same, by at most `processes`
+    processes here (0 = one per core). Raises ConfigError for what is wrong with the source, or how a process ended."""
     with clock.timed("tokenise"):
         sizes = {unit: store.size_of(unit) for unit in range(len(store.docs.units))}
         done = {unit: size for unit, size in sizes.items() if store.finished(unit) is not None}

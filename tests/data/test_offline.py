@@ -48,6 +48,7 @@ def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
             raise requests.ConnectionError
 
     monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setattr(datasets, "_PATIENCE", 0.3)
     with pytest.raises(ConfigError, match=r"S is not here, and a\.example and b\.example can't be reached"):
         datasets._check_network(builder, "S")
     answering.add("https://b.example/y")
