@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -137,6 +138,30 @@ def test_a_file_is_known_by_its_name() -> None:
     """A command is named as the package that does its work; else no two files have one name."""
     names = [path.name for path in (ROOT / "bigmac_jax").rglob("*.py") if path.parent.name != "commands"]
     assert {n for n in names if names.count(n) > 1} == {"__init__.py", "__main__.py"}
+
+
+def test_docstrings_say_what_a_thing_is() -> None:
+    """A public one does not go on from the name, as "Of …" and "That …" do."""
+    going_on = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in (ROOT / "bigmac_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if (ast.get_docstring(node) or "").startswith(("Of ", "That "))
+    ]
+    assert going_on == []
+
+
+def test_readme_links_to_the_forward_pass() -> None:
+    (first, last) = map(int, re.findall(r"moe\.py#L(\d+)-L(\d+)", (ROOT / "README.md").read_text())[0])
+    lines = (ROOT / "bigmac_jax" / "model" / "moe.py").read_text().splitlines()
+    shown = lines[first - 1 : last]
+    assert shown[0].startswith("def layer_on_rank(") and len(lines) == last
+    assert [name for name in ("narrow", "routed", "widen") if f"def {name}(" in "\n".join(shown)] == [
+        "narrow",
+        "routed",
+        "widen",
+    ]
 
 
 def test_json_says_whether_it_may_hold_nan() -> None:
