@@ -11,15 +11,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.interchange import choose_format, tensor_files
-from bigmac_jax.interchange.exporting import FORMATS
+from bigmac_jax.interchange.exporting import FORMATS, gather_layer
 from bigmac_jax.interchange.layout import Leaves, Tensor
-from bigmac_jax.model.mesh import replicated_spec
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import Restored
@@ -49,7 +47,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
         # Parameters of one module are wrapped one around the other, in their order in the class; the last is outermost.
         others = sorted((_module(t)[1] for t in tensors if _module(t)[0] == module), key=_ORDER.index)
         inside = ".base_layer" * (len(others) - 1 - others.index(parameter))
-        a, b = (_part(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
+        a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
         if a.ndim == 2:
             rows, columns = a.T, b.T
         else:  # PEFT takes [E, X, Y] for [E, outputs, inputs]
@@ -105,11 +103,3 @@ def _settings(config: Config, tensors: list[Tensor]) -> dict[str, Any]:
         "target_modules": [module for module, name in modules if not name],
         "target_parameters": [f"{module}.{name}" for module, name in modules if name],
     }
-
-
-def _part(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """A layer's part of a parameter, on the host."""
-    part = leaf if layer is None else leaf[layer]
-    if not part.is_fully_addressable:
-        part = jax.jit(lambda v: jax.sharding.reshard(v, replicated_spec(v.ndim)))(part)
-    return np.asarray(part)

@@ -28,7 +28,8 @@ OWN: dict[str, dict[str, Any]] = {
     # As configs/tiny.py.
     "tiny": {"num_shared_experts": 1, "shared_expert_hidden_size": 12, "router_scale": 2.0},
     "tiny without a norm": {"latent_norm": "none", "num_shared_experts": 1},
-    "tiny untied": {"tie_embeddings": False, "balance": "none", "top_k": 1, "latent_norm": "gate"},
+    "tiny untied": {"tie_embeddings": False, "balance": "none", "top_k": 1, "latent_norm": "gate",
+                    "router_scores": "sigmoid"},
     "paper": PAPER | UNSCALED | {"latent_norm": "pre_dispatch", "router_renormalize": False, "num_layers": 3},
     "groups": {"num_expert_groups": 4, "top_groups": 1, "top_k": 2, "router_scores": "sigmoid", "balance": "bias",
                "num_kv_heads": 2, "head_dim": 6, "positions": "none", "latent_norm": "pre_dispatch", "norm_eps": 1e-3},
