@@ -54,36 +54,19 @@ def connect(coordinator: str, num_processes: int, process_id: int, detect: bool,
         no cluster to detect.
       PeerError: processes are missing.
     """
-    given = {"--coordinator": bool(coordinator), "--num_processes": num_processes > 0, "--process_id": process_id >= 0}
-    if not any(given.values()) and not detect:
+    if not _asks_for_processes(coordinator, num_processes, process_id, detect):
         return
-    missing = [name for name, there in given.items() if not there]
-    if detect and any(given.values()):
-        raise ConfigError("--distributed takes the processes from the cluster; drop it, or --coordinator and the rest")
-    if not detect and missing:
-        raise ConfigError(
-            f"{', '.join(missing)} missing: a process of several needs --coordinator=HOST:PORT, --num_processes=N and "
-            f"--process_id=I; give all three, or --distributed to take them from the cluster"
-        )
-    if not detect and not 0 <= process_id < num_processes:
-        raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}; count from 0")
-    if not detect and not coordinator.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as in --coordinator=10.0.0.1:1234")
     # Its own handler would hide SIGTERM from the loop, and knows nothing of SIGINT.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    explicit: dict[str, Any] = {
-        "coordinator_address": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-        "cluster_detection_method": "deactivate",
-    }
-    timeouts: dict[str, Any] = {
-        "initialization_timeout": max(2 * peer_timeout, _LEAST),
-        "heartbeat_timeout_seconds": max(2 * peer_timeout, _LEAST),
-        "shutdown_timeout_seconds": max(60, 2 * peer_timeout),  # process 0 draws the report
-    }
-    seconds = max(2 * peer_timeout, _LEAST) if peer_timeout else 300
+    seconds, options = 300, dict[str, Any]()
+    if not detect:
+        options |= {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id,
+                    "cluster_detection_method": "deactivate"}  # fmt: skip
+    if peer_timeout:
+        seconds = max(2 * peer_timeout, _LEAST)
+        options |= {"initialization_timeout": seconds, "heartbeat_timeout_seconds": seconds,
+                    "shutdown_timeout_seconds": max(60, 2 * peer_timeout)}  # fmt: skip  # process 0 draws the report
     me = f"process {process_id}" if process_id >= 0 else "this process of the cluster"
     fix = "start all of them, or raise --peer_timeout"
     on_abort(lambda: _end(f"{me} did not reach all others within {seconds} s; {fix}"))
@@ -91,7 +74,7 @@ def connect(coordinator: str, num_processes: int, process_id: int, detect: bool,
     try:
         if not detect:
             rendezvous.meet(coordinator, num_processes, process_id, seconds)
-        jax.distributed.initialize(**({} if detect else explicit), **(timeouts if peer_timeout else {}))
+        jax.distributed.initialize(**options)
     except ValueError:
         if not detect:
             raise
@@ -113,6 +96,26 @@ def connect(coordinator: str, num_processes: int, process_id: int, detect: bool,
     atexit.register(on_abort, None)  # before jax's own, which leaves the others
     if jax.process_index():
         logging.getLogger("bigmac_jax").setLevel(logging.WARNING)
+
+
+def _asks_for_processes(coordinator: str, num_processes: int, process_id: int, detect: bool) -> bool:
+    """Whether the arguments of `connect` ask for several processes; ConfigError where they contradict each other."""
+    given = {"--coordinator": bool(coordinator), "--num_processes": num_processes > 0, "--process_id": process_id >= 0}
+    if not any(given.values()):
+        return detect
+    missing = [name for name, there in given.items() if not there]
+    if detect:
+        raise ConfigError("--distributed takes the processes from the cluster; drop it, or --coordinator and the rest")
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} missing: a process of several needs --coordinator=HOST:PORT, --num_processes=N and "
+            f"--process_id=I; give all three, or --distributed to take them from the cluster"
+        )
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id={process_id} must be below --num_processes={num_processes}; count from 0")
+    if not coordinator.rpartition(":")[2].isdigit():
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, as in --coordinator=10.0.0.1:1234")
+    return True
 
 
 def on_abort(handler: Callable[[], object] | None) -> None:

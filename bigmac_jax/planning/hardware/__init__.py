@@ -8,7 +8,7 @@ import math
 import pathlib
 import tomllib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.hardware.torus import Torus
@@ -89,17 +89,10 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
     return hardware
 
 
-_KINDS: dict[Any, tuple[type, str]] = {
-    str: (str, "a text"),
-    bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: (float, "a number"),
-    float | None: (float, "a number"),
-}
-_TABLES: dict[Any, type] = {Link: Link, Torus | None: Torus}
+_WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def _build(cls: type, values: Any, file: str, prefix: str) -> Any:
+def _build(cls: Any, values: Any, file: str, prefix: str) -> Any:
     """The dataclass `cls` from a table of the file."""
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: {prefix.rstrip('.')}={values!r} must be a table, as [{prefix.rstrip('.')}]")
@@ -113,14 +106,14 @@ def _build(cls: type, values: Any, file: str, prefix: str) -> Any:
     return cls(**{name: _field(fields[name].type, value, file, prefix + name) for name, value in values.items()})
 
 
-def _field(kind: Any, value: Any, file: str, name: str) -> Any:
-    if kind in _TABLES:
-        return _build(_TABLES[kind], value, file, name + ".")
-    python_type, words = _KINDS[kind]
-    if python_type is float and type(value) is int:
+def _field(hint: Any, value: Any, file: str, name: str) -> Any:
+    kind = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # of X | None it is X
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, file, name + ".")
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not python_type:
-        raise ConfigError(f"{file}: {name}={value!r} must be {words}")
+    if type(value) is not kind:
+        raise ConfigError(f"{file}: {name}={value!r} must be {_WORDS[kind]}")
     if isinstance(value, (int, float)) and not (isinstance(value, bool) or 0 < value < math.inf):
         raise ConfigError(f"{file}: {name}={value} must be a finite number above 0")
     return value
