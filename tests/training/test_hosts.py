@@ -28,22 +28,24 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
 from .runs import ENVIRONMENT, Job, checkpoint_steps
+from .then_generate import complete
 from .tools import ROOT, of_training, quick, read_records, write_config
 
 STEPS, TIMEOUT = 30, 6
-HANGING, KILLED = 3, 8
+HANGING, KILLED, STOPPED = 3, 8, 12
 MESH = ("mesh.data=2", "mesh.expert=2")
 
 
 class Story(NamedTuple):
-    """One process, two, and two that were not left alone."""
+    """One process, two, which then complete prompts, and two that were not left alone."""
 
     config: Config
     alone: pathlib.Path  # one process, four devices
     calm: pathlib.Path  # 2 × 2
     said: list[str]  # by the two
-    disturbed: pathlib.Path  # 2 × 2: killed, resumed
+    disturbed: pathlib.Path  # 2 × 2: killed, resumed, stopped
     killed: tuple[list[int], list[str], float]  # exit codes, outputs, seconds
+    stopped: tuple[list[int], list[str]]
     refused: subprocess.CompletedProcess[str]
 
 
@@ -64,7 +66,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     alone, calm, disturbed = folder / "alone", folder / "calm", folder / "disturbed"
     with quick(), jax.set_mesh(make_mesh(config)):
         train(load_config(file, (*OVERRIDES, every_step)), alone)
-    with two(folder, calm) as run:
+    with two(folder, calm, every_step, script=("tests/training/then_generate.py",)) as run:
         assert run.wait() == [0, 0], run.outputs
         said = run.outputs
 
@@ -77,9 +79,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         run.processes[1].kill()
         start = time.monotonic()
         killed = run.wait(), run.outputs, time.monotonic() - start
-    with two(folder, disturbed) as run:
-        assert run.wait() == [0, 0], run.outputs
-    return Story(config, alone, calm, said, disturbed, killed, refused)
+    with two(folder, disturbed, every_step) as run:
+        run.until(STOPPED)
+        run.processes[1].send_signal(signal.SIGTERM)
+        stopped = run.wait(), run.outputs
+    return Story(config, alone, calm, said, disturbed, killed, stopped, refused)
 
 
 def state(story: Story, workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -92,20 +96,18 @@ def state(story: Story, workdir: pathlib.Path, step: int) -> dict[str, np.ndarra
         return leaves(restored)
 
 
-def losses(workdir: pathlib.Path) -> np.ndarray:
+def losses(workdir: pathlib.Path, steps: int = STEPS) -> np.ndarray:
     records = [record for record in read_records(workdir) if "loss" in record]
-    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
     return np.array([record["loss"] for record in records])
 
 
 def test_losses_are_those_of_one_process(story: Story) -> None:
-    ours, reference = losses(story.disturbed), losses(story.alone)
+    ours, reference = losses(story.calm), losses(story.alone)
     assert reference[0] - reference[-1] > 0.5  # it has learnt something
     assert abs(ours[0] / reference[0] - 1) < 1e-6
     np.testing.assert_allclose(ours, reference, rtol=1e-3)
-    evaluations = [
-        [r["eval/loss"] for r in read_records(w) if "eval/loss" in r] for w in (story.disturbed, story.alone)
-    ]
+    evaluations = [[r["eval/loss"] for r in read_records(w) if "eval/loss" in r] for w in (story.calm, story.alone)]
     assert len(evaluations[0]) == 1
     np.testing.assert_allclose(*evaluations, rtol=1e-3)
 
@@ -118,10 +120,31 @@ def test_gradients_are_those_of_one_process(story: Story) -> None:
     assert_close(*moments)
 
 
+def test_sigterm_to_one_saves_on_all(story: Story) -> None:
+    codes, outputs = story.stopped
+    assert codes == [0, 0], outputs
+    message = re.search(rf"stopped and saved at step (\d+) of {STEPS}; the same command resumes", outputs[0])
+    assert message and "stopped" not in outputs[1], outputs
+    assert max(checkpoint_steps(story.disturbed)) == int(message[1]) and STOPPED <= int(message[1]) < STEPS
+
+
 def test_the_same_layout_is_bit_equal_whatever_happened(story: Story) -> None:
-    chex.assert_trees_all_equal(state(story, story.disturbed, STEPS), state(story, story.calm, STEPS))
+    """Killed, resumed and stopped: so far it is what nobody disturbed."""
+    last = max(checkpoint_steps(story.disturbed))
+    chex.assert_trees_all_equal(state(story, story.disturbed, last), state(story, story.calm, last))
+    np.testing.assert_array_equal(losses(story.disturbed, last), losses(story.calm)[:last])
     lines = [[kept for r in read_records(w) if len(kept := of_training(r)) > 1] for w in (story.disturbed, story.calm)]
-    assert lines[0] == lines[1]
+    assert lines[0] == lines[1][: len(lines[0])]
+
+
+def test_two_processes_complete_what_one_does(story: Story) -> None:
+    with quick(), jax.set_mesh(make_mesh(story.config)):
+        alone = complete(story.config, story.calm)
+    together = [json.loads(line) for line in story.calm.with_suffix(".jsonl").read_text().splitlines()]
+    assert [len(row["tokens"]) for row in alone] == [6, 3, 5]
+    for one, two in zip(alone, together, strict=True):
+        assert list(one["tokens"]) == two["tokens"]
+        np.testing.assert_allclose(two["logprobs"], one["logprobs"], atol=1e-5)
 
 
 @pytest.mark.full
@@ -205,15 +228,9 @@ def test_other_commands_compare_too(
 
 
 @pytest.mark.full
-def test_sigterm_to_one_saves_on_all(story: Story, tmp_path: pathlib.Path) -> None:
+def test_what_was_stopped_ends_as_if_it_had_not_been(story: Story, tmp_path: pathlib.Path) -> None:
     write_config(tmp_path)
-    with two(tmp_path, tmp_path / "stopped") as run:
-        run.until(10)
-        run.processes[1].send_signal(signal.SIGTERM)
-        assert run.wait() == [0, 0], run.outputs
-        message = re.search(rf"stopped and saved at step (\d+) of {STEPS}; the same command resumes", run.outputs[0])
-        assert message and "stopped" not in run.outputs[1], run.outputs
-    assert checkpoint_steps(tmp_path / "stopped") == {int(message[1])} and 10 <= int(message[1]) < STEPS
+    shutil.copytree(story.disturbed, tmp_path / "stopped")
     with two(tmp_path, tmp_path / "stopped") as run:
         assert run.wait() == [0, 0], run.outputs
     chex.assert_trees_all_equal(state(story, tmp_path / "stopped", STEPS), state(story, story.calm, STEPS))

@@ -17,11 +17,12 @@ from model.tools import (
     on_mesh,
     random_model,
     random_tokens,
+    some,
     split_batch,
     tiny,
 )
 from safetensors.numpy import load_file
-from training.tools import session
+from training.tools import quick, session
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import batch_from_windows
@@ -40,7 +41,6 @@ MESHES = {
     "ep 8": (1, 1, 8, 1),
     "2 nodes x 2 x tensor 2, fsdp": (1, 2, 2, 2, True),
 }
-FULL = ("1x1", "ep 2 x tensor 2, experts split", "2x2", "ep 8", "2 nodes x 2 x tensor 2, fsdp")
 
 
 def with_adapters(mesh: Any = (1, 1, 1, 1), targets: str = ALL, use_bias: bool = False, **tuning: Any) -> Config:
@@ -63,7 +63,7 @@ def loss_of(config: Config, graphdef: Any, rest: Any, tokens: np.ndarray) -> Any
     return loss
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in MESHES])
+@pytest.mark.parametrize("name", some(MESHES, every=5))
 def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
     """dW of the merged model on one device gives s dW Bᵀ and s Aᵀ dW, whatever the mesh of the adapters."""
     one, config = with_adapters(), with_adapters(MESHES[name])
@@ -124,11 +124,11 @@ def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
     assert len(exported) == 2 * len(names)
 
 
-@pytest.mark.full
-def test_merged_is_adapted() -> None:
+@pytest.mark.parametrize("name", some(MESHES, every=5))
+def test_merged_is_adapted(name: str) -> None:
     """Logits of the model with adapters beside its matrices, and of the one that has them in these."""
-    config = with_adapters(MESHES["ep 2 x tensor 2, experts split"])
-    with on_mesh(config):
+    config = with_adapters(MESHES[name])
+    with quick(), on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         beside = nnx.merge(graphdef, attached(config, params, random_adapters(config, params)), rest)
         tokens, both = split_batch(random_tokens(config)[:, :-1]), (beside, merge_adapters(beside))

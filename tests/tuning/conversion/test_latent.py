@@ -1,11 +1,13 @@
 """A narrow exchange for a trained model, against the model itself and against a torch-like reference of the algebra."""
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 from interchange.tools import our_logits
-from model.tools import on_mesh, random_model, tiny
+from model.tools import on_mesh, random_model, some, tiny
+from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.data.batch import Batch, batch_from_windows
@@ -15,8 +17,8 @@ from bigmac_jax.tuning.conversion.latent import fit_layer
 
 FINE = {"structure": "fine_grained"}
 MODELS: dict[str, dict[str, Any]] = {
-    "plain": FINE,
     "gated, shared": FINE | {"gated": True, "activation": "silu", "num_shared_experts": 1},
+    "plain": FINE,
     "biases, dense first": FINE
     | {"use_bias": True, "norm": "layernorm", "num_layers": 3, "first_dense_layers": 1, "dense_hidden_size": 24},
 }
@@ -28,12 +30,12 @@ def text(config: Config, batches: int = 4) -> list[Batch]:
     return [batch_from_windows(draw(0, 256, shape).astype(np.int32)) for _ in range(batches)]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2), (1, 1, 2, 2)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "mesh"), some(itertools.product(MODELS, [(1, 1, 1), (1, 2, 2), (1, 1, 2, 2)]), every=9)
+)
 def test_of_full_width_it_is_exact(name: str, mesh: tuple[int, ...]) -> None:
     config = tiny(mesh, length=16, **MODELS[name])
-    with on_mesh(config):
+    with quick(), on_mesh(config):
         model, batches = random_model(config), text(config)
         target, result, errors = narrow(config, model, batches, 1.0)
         assert target.model.structure == "bigmac" and target.model.wire_size == config.model.hidden_size
