@@ -17,6 +17,7 @@ nor what other processes of a test run; cosmic-ray runs one command for all muta
 import collections
 import concurrent.futures
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
@@ -42,6 +43,7 @@ _BUDGET = flags.DEFINE_float(
 _RESULTS = flags.DEFINE_string("results", "", "By default runs/mutants/SEED.jsonl.")
 _MAP = flags.DEFINE_string("map", "runs/mutants/map.json", "Which tests run which lines.")
 _TESTS = flags.DEFINE_list("tests", [], "Folders or files of tests, instead of all.")
+_FILES = flags.DEFINE_list("files", ["*"], "Patterns of files that are changed, as bigmac_jax/data/*.")
 _AGAIN = flags.DEFINE_bool("again", False, "Those that survived are tried again.")
 _REPORT = flags.DEFINE_bool("report", False, "Prints the results and ends.")
 _EQUIVALENT = flags.DEFINE_string("equivalent", "", "The key of a mutant that computes the same …")
@@ -76,7 +78,8 @@ def main(_: Any) -> None:
     if any(record["package"] != package for record in seen.values()):
         raise SystemExit(f"{results} is of another package; give another --results")
     with tree() as plain:
-        mutants = draw(find_places(plain), _COUNT.value, _SEED.value)
+        places = [p for p in find_places(plain) if any(fnmatch.fnmatch(p.path, f) for f in _FILES.value)]
+        mutants = draw(places, min(_COUNT.value, len(places)), _SEED.value)
         measured = read_map(plain)
         left = [
             mutant
@@ -183,13 +186,24 @@ def choose(measured: dict[str, Any], mutant: Mutant) -> list[str]:
 
 
 def read_map(plain: pathlib.Path) -> dict[str, Any]:
-    """{seconds: of each test that passes, tests: by number, lines: of a file, with the numbers of their tests}."""
+    """{seconds: of each test that passes, tests: by number, lines: of a file, with the numbers of their tests, done:
+    folders of tests}, kept after each of these."""
     path, trees = ROOT / _MAP.value, [_git("rev-parse", f"HEAD:{name}") for name in ("bigmac_jax", "tests")]
-    if path.exists():
-        measured = json.loads(path.read_text())
-        if measured["trees"] == [*trees, *_TESTS.value]:
-            return measured
-    print("which tests run which lines", flush=True)
+    measured: dict[str, Any] = {"trees": trees, "seconds": {}, "tests": [], "lines": {}, "done": []}
+    if path.exists() and (kept := json.loads(path.read_text()))["trees"] == trees:
+        measured = kept
+    tests = [test.relative_to(plain).as_posix() for test in sorted((plain / "tests").iterdir())]
+    for target in _TESTS.value or [t for t in tests if t.startswith("tests/test_") or (plain / t).is_dir()]:
+        if target not in measured["done"]:
+            _measure(plain, target, measured)
+            measured["done"].append(target)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(measured, allow_nan=False))
+    return measured
+
+
+def _measure(plain: pathlib.Path, target: str, measured: dict[str, Any]) -> None:
+    """Runs tests, and adds to a map which lines they run."""
     import coverage
 
     with tempfile.TemporaryDirectory() as folder:
@@ -201,29 +215,26 @@ def read_map(plain: pathlib.Path) -> dict[str, Any]:
         variables = {"MUTANTS_REPORTS": str(reports), "COVERAGE_PROCESS_START": str(site / "rc"),
                      "PYTHONPATH": f"{plain}:{site}"}  # fmt: skip
         parallel = ["-n", str(_JOBS.value), "--dist=loadfile"] if _JOBS.value > 1 else ["-n0"]
-        _pytest(plain, variables, [*parallel, *_TESTS.value], 4 * 3600)
+        _pytest(plain, variables, [*parallel, target], 3600)
         seconds: dict[str, float] = {}
         bad = set()
-        for line in map(json.loads, reports.read_text().splitlines()):
+        for line in map(json.loads, reports.read_text().splitlines() if reports.exists() else []):
             seconds[line["test"]] = round(seconds.get(line["test"], 0) + line["seconds"], 3)
             if line["outcome"] != "passed":
                 bad.add(line["test"])
+        measured["seconds"] |= {test: value for test, value in seconds.items() if test not in bad}
+        print(f"{target}: {len(seconds)} tests in {sum(seconds.values()):.0f} s; not used: {sorted(bad)}", flush=True)
+        if not list(data.iterdir()):
+            return
         whole = coverage.Coverage(data_file=str(data / "all"), config_file=False)
         whole.combine([str(data)])
-        numbers: dict[str, int] = {}
-        lines = {}
+        numbers = {test: number for number, test in enumerate(measured["tests"])}
         for file in whole.get_data().measured_files():
-            contexts = whole.get_data().contexts_by_lineno(file).items()
-            lines[os.path.relpath(file, plain)] = {
-                line: sorted(numbers.setdefault(test, len(numbers)) for test in tests if test)
-                for line, tests in contexts
-            }
-    seconds = {test: value for test, value in seconds.items() if test not in bad}
-    measured = {"trees": [*trees, *_TESTS.value], "seconds": seconds, "tests": list(numbers), "lines": lines}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(measured, allow_nan=False))
-    print(f"{len(seconds)} tests pass in {sum(seconds.values()):.0f} s; not used: {sorted(bad)}", flush=True)
-    return json.loads(path.read_text())
+            lines = measured["lines"].setdefault(os.path.relpath(file, plain), {})
+            for line, names in whole.get_data().contexts_by_lineno(file).items():
+                found = {numbers.setdefault(name, len(numbers)) for name in names if name}
+                lines[str(line)] = sorted(found.union(lines.get(str(line), [])))
+        measured["tests"] = list(numbers)
 
 
 @contextlib.contextmanager

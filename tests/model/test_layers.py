@@ -61,3 +61,5 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
     assert np.ptp(scores_LL[:, 0]) > 1
     np.testing.assert_allclose(scores_LL[0, 0], q @ k, rtol=1e-5)  # position 0 is not turned
+    angle_LH = np.outer(np.arange(16), 100.0 ** (-np.arange(4) / 4))
+    np.testing.assert_allclose(turned_q[:, :4], q[:4] * np.cos(angle_LH) - q[4:] * np.sin(angle_LH), atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
 
-from bigmac_jax.data.batch import batch_from_windows
+from bigmac_jax.data.batch import NO_TARGET, batch_from_windows
 from bigmac_jax.model.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
@@ -94,6 +94,16 @@ def test_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["loss"].dtype == jnp.float32 and result["dx"].dtype == result["dw"].dtype == jnp.bfloat16
     assert_close({"loss": result["loss"]}, {"loss": expected["loss"]}, 1e-6)
     assert_close(result, expected, 2**-7)
+
+
+def test_inputs_without_a_target_do_not_count() -> None:
+    x_BLD, w_VD, targets_BL = inputs()
+    targets_BL[:, 2], targets_BL[3] = NO_TARGET, NO_TARGET
+    real_BL = targets_BL != NO_TARGET
+    expected = reference(x_BLD[real_BL][None], w_VD, targets_BL[real_BL][None])
+    dx_BLD = np.zeros(x_BLD.shape)
+    dx_BLD[real_BL] = expected["dx"][0]
+    assert_close(fused((1, 1, 2), x_BLD, w_VD, targets_BL), expected | {"dx": dx_BLD}, 2e-6)
 
 
 def test_huge_logits() -> None:
