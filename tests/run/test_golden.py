@@ -17,7 +17,7 @@ import pytest
 from training.tools import quick, read_records
 
 from bigmac_jax.config import Config, load_config
-from bigmac_jax.data.pipeline import open_stream, train_iterator
+from bigmac_jax.data.pipeline import TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import Result, train
@@ -59,7 +59,7 @@ def test_the_first_ten_batches(course: Any, packing: str) -> None:
     documents = "stream" if packing == "stream" else "masked"
     overrides = (f"data.packing={packing}", f"data.documents={documents}", f"cache_dir={config.cache_dir}")
     config = load_config(workdir / "config.json", overrides)
-    batches = train_iterator(config, open_stream(config, "train", load_tokenizer(config)))
+    batches = TrainIterator(config, open_stream(config, "train", load_tokenizer(config)))
     digest = hashlib.sha256()
     for batch in itertools.islice(batches, 10):
         for array in batch:

@@ -11,7 +11,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator, Request, Sampling
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts
-from bigmac_jax.training.restore import restore
+from bigmac_jax.tuning import restore
 
 REQUESTS = [
     Request("the state of the", Sampling(max_tokens=6, ignore_eos=True)),
