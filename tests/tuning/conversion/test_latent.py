@@ -110,7 +110,9 @@ def test_it_is_better_than_cutting_matrices() -> None:
     m, experts, seen = layer(12, 0.5)
     sizes = np.logspace(1, -1, 12)
     seen = seen._replace(inputs_TD=(seen.inputs_TD * sizes).astype(np.float32))
-    _, error = fit_layer(m, experts, seen)
+    leaves, error = fit_layer(m, experts, seen)
+    narrow_TR = seen.inputs_TD @ leaves["down.w_DF"]
+    np.testing.assert_allclose(narrow_TR.T @ narrow_TR / len(narrow_TR), np.eye(6), atol=1e-3)  # white
     u = np.linalg.svd(np.concatenate(list(experts["w_in_eRF"]), axis=1))[0][:, :6]
     v = np.linalg.svd(np.concatenate(list(experts["w_out_eFR"])))[2][:6].T
     cut = {"down.w_DF": u, "up.w_DF": v.T, "experts.w_in_eRF": u.T @ experts["w_in_eRF"],
