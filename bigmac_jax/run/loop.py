@@ -1,6 +1,5 @@
 """The training loop: dispatch a step, then read the metrics of the one before, so that the device never waits."""
 
-import contextlib
 import functools
 import logging
 import math
@@ -168,14 +167,6 @@ class _Run:
                 )
         return Result(step, step >= train.steps, self.score, self.first_step)
 
-    @contextlib.contextmanager
-    def _pause(self, phase: str) -> Iterator[None]:
-        """Time inside belongs to `phase`, and to no step."""
-        start = time.perf_counter()
-        with clock.timed(phase):
-            yield
-        self.timer.skip(time.perf_counter() - start)
-
     def _compiled(self) -> Step:
         """Waits for the compiled step."""
         if self.compiling is None:
@@ -200,7 +191,7 @@ class _Run:
             self.writer.print(describe_start())
             self.writer.write(start_record(step - 1))
             clock.switch("steps")
-        self.timer.step_done()
+        self.timer.steps += 1
         if line := self.drops.line(step, metrics):
             self.writer.print(line)
         due = train.log_every and step % train.log_every == 0
@@ -225,7 +216,7 @@ class _Run:
         if train.on_bad_step != "skip" or self.bad_steps >= train.max_bad_steps:
             raise bad
         self.bad_steps += 1
-        self.timer.step_done()
+        self.timer.steps += 1
         self._report("skip", step, bad)
 
     def _rewind(self, bad: NonFiniteLossError) -> TrainState:
@@ -257,9 +248,9 @@ class _Run:
         return f"the checkpoint of step {kept} is kept" if kept else "no checkpoint had been written"
 
     def _evaluate(self, step: int, state: TrainState) -> Score:
-        config, model = self.config, self.trainer.model(state)
-        with self._pause("evaluate"):
-            length, rows = config.data.sequence_length, evaluation_rows(config)
+        length, rows = self.config.data.sequence_length, evaluation_rows(self.config)
+        with clock.timed("evaluate"):
+            model = self.trainer.model(state)
             scores = {
                 name: evaluate(model, part, length, rows, lambda tokens: clock.tick()).score
                 for name, part in streams_by_source(self.inputs.validation).items()
@@ -275,7 +266,7 @@ class _Run:
         return self.score
 
     def _score_tasks(self, step: int, state: TrainState) -> None:
-        with self._pause("evaluate"):
+        with clock.timed("evaluate"):
             summaries = score_jobs(
                 self.inputs.jobs,
                 self.trainer.plain_model(state),
@@ -291,7 +282,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, score: Score | None) -> None:
         loss = None if score is None else score.loss
-        with self._pause("save"):
+        with clock.timed("save"):
             position = save_position(self.data.get_state(), self.bad_steps, state)
             self.mirror.copy()  # a checkpoint's records are there before it is
             self.checkpoints.save(state, position, self.config, step, loss)

@@ -19,6 +19,7 @@ from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
 from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.runtime import signals
+from bigmac_jax.runtime.clock import STEPPING, clock
 from bigmac_jax.training.dashboards import open_dashboards
 from bigmac_jax.training.metrics_file import NAME, drop_records
 from bigmac_jax.training.step import StepMetrics
@@ -79,27 +80,24 @@ class SilentWriter:
 
 
 class StepTimer:
-    """Seconds per step since the last reading, pauses (evaluation, checkpoints, compilation) left out."""
+    """Seconds per step since the last reading, by the clock: evaluation, saves and compilation are other phases."""
 
     def __init__(self) -> None:
-        self._start, self._steps = time.perf_counter(), 0
-
-    def step_done(self) -> None:
-        """Counts a step."""
-        self._steps += 1
-
-    def skip(self, seconds: float) -> None:
-        """Leaves out a pause."""
-        self._start += seconds
+        self.restart()
 
     def restart(self) -> None:
-        self._start, self._steps = time.perf_counter(), 0
+        """Begins to measure."""
+        self._start, self.steps = self._seconds(), 0
 
     def read(self) -> float:
-        """Returns the seconds per step, and starts anew."""
-        seconds = (time.perf_counter() - self._start) / max(1, self._steps)
+        """Returns the seconds per step, of which `steps` were counted, and starts anew."""
+        seconds = (self._seconds() - self._start) / max(1, self.steps)
         self.restart()
         return seconds
+
+    def _seconds(self) -> float:
+        phases = clock.seconds()
+        return sum(phases.get(phase, 0.0) for phase in ("first step", *STEPPING))
 
 
 class RunConstants:
