@@ -23,35 +23,23 @@ HEADROOM = 0.15
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that a search is for.
-
-    Attributes:
-      topology: chips along each axis of a TPU slice.
-      headroom: the share of a device's memory that has to stay free.
-    """
+    """The machine that a search is for."""
 
     devices: int
     hardware: Hardware
-    topology: Shape | None = None
-    headroom: float = HEADROOM
+    topology: Shape | None = None  # chips along each axis of a TPU slice
+    headroom: float = HEADROOM  # the share of a device's memory that has to stay free
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A valid way to run a config on a machine.
-
-    Attributes:
-      sizes: ranks along each axis of the mesh.
-      memory: bytes of one rank by part (`counts.memory`).
-      headroom: the share of a device's memory that is left.
-      fits: whether at least `Machine.headroom` is left.
-    """
+    """A valid way to run a config on a machine, and the memory that it takes."""
 
     config: Config
-    sizes: Sizes
-    memory: dict[str, int]
-    headroom: float
-    fits: bool
+    sizes: Sizes  # ranks along each axis of the mesh
+    memory: dict[str, int]  # bytes of one rank by part (`counts.memory`)
+    headroom: float  # the share of a device's memory that is left
+    fits: bool  # at least `Machine.headroom` is left
 
 
 def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[Variant]:

@@ -16,16 +16,11 @@ from bigmac_jax.planning.hardware.torus import Block, Shape, parts
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks of a mesh on a machine.
-
-    Attributes:
-      sizes: ranks along each axis of the mesh.
-      slice: on a torus, the chips that ICI joins.
-    """
+    """The ranks of a mesh on a machine."""
 
     hardware: Hardware
-    sizes: Sizes
-    slice: Block | None = None
+    sizes: Sizes  # ranks along each axis of the mesh
+    slice: Block | None = None  # on a torus, the chips that ICI joins
 
     @property
     def ranks(self) -> int:

@@ -27,17 +27,11 @@ from bigmac_jax.runtime import environment
 
 
 class Target(NamedTuple):
-    """What programs are compiled for.
+    """The machine that programs are compiled for."""
 
-    Attributes:
-      devices: all devices of the mesh.
-      hardware: their figures, if known.
-      torus: chips along each axis of a TPU slice.
-    """
-
-    devices: Sequence[Any]
-    hardware: Hardware | None = None
-    torus: Shape | None = None
+    devices: Sequence[Any]  # all of the mesh
+    hardware: Hardware | None = None  # their figures, if known
+    torus: Shape | None = None  # chips along each axis of a TPU slice
 
 
 class Compiled(NamedTuple):

@@ -22,29 +22,17 @@ OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a training step by term, one after the other except for `hidden`.
+    """Seconds of a training step by term, one after the other except for `hidden`."""
 
-    Attributes:
-      matmul: matrix products, with recomputation and the padding of experts' rows.
-      exchange: the experts' rows and their metadata on the wire, as if nothing ran beside it.
-      hidden: the part of `exchange` that runs beside matmuls, at best.
-      tensor: gathering sequences and scattering sums of them over mesh.tensor.
-      parameters: gathering parameters from their shards, with mesh.fsdp.
-      gradients: summing gradients over the ranks that share parameters.
-      optimizer: the optimizer's passes over memory.
-      tokens: tokens of a step.
-      at_peak: seconds of the step's useful FLOPs (`counts.flops`) at the machine's peak.
-    """
-
-    matmul: float
-    exchange: float
-    gradients: float
-    optimizer: float
-    hidden: float
-    tokens: int
-    at_peak: float
-    tensor: float = 0.0
-    parameters: float = 0.0
+    matmul: float  # with recomputation and the padding of experts' rows
+    exchange: float  # experts' rows and their metadata on the wire, as if nothing ran beside them
+    gradients: float  # summed over the ranks that share parameters
+    optimizer: float  # its passes over memory
+    hidden: float  # the part of `exchange` that runs beside matmuls, at best
+    tokens: int  # tokens of a step
+    at_peak: float  # seconds of the step's useful FLOPs (`counts.flops`) at the machine's peak
+    tensor: float = 0.0  # sequences gathered, and sums of them scattered, over mesh.tensor
+    parameters: float = 0.0  # parameters gathered from their shards, with mesh.fsdp
 
     @property
     def total(self) -> float:
@@ -76,17 +64,11 @@ class Times:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a term of the cost model depends on: a config on a mesh of a machine.
-
-    Attributes:
-      here: how the mesh's ranks lie on the machine.
-      group: the expert group as the program sees it.
-      count: the model's parameters.
-    """
+    """What a term of the cost model depends on: a config on a mesh of a machine."""
 
     config: Config
-    here: Cluster
-    group: ExpertGroup
+    here: Cluster  # how the mesh's ranks lie on the machine
+    group: ExpertGroup  # as the program sees it
     count: Parameters
 
     @property

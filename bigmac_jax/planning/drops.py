@@ -12,16 +12,11 @@ FACTOR = 1.25
 
 
 class Drops(NamedTuple):
-    """Shares of all choices; None = not measured.
+    """Shares of all choices that were dropped; None = not measured."""
 
-    Attributes:
-      one, mixed: mean of a run's last tenth, on one domain and on four at once.
-      shifted: the largest of the first tenth of a run's steps after one domain followed another.
-    """
-
-    one: float
-    mixed: float | None
-    shifted: float
+    one: float  # mean of a run's last tenth, on one domain
+    mixed: float | None  # the same on four domains at once
+    shifted: float  # the largest of the first tenth of a run's steps after one domain followed another
 
 
 # By model.balance; tests/planning/test_drops.py holds them against the study's file.

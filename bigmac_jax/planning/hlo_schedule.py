@@ -80,17 +80,11 @@ class Overlap:
 
 
 class Rates(NamedTuple):
-    """What turns instructions into seconds.
+    """What turns instructions into seconds."""
 
-    Attributes:
-      clock_hz: cycles a second of the matrix units; a GPU's program counts no cycles.
-      peak_flops: FLOPs a second, for what has FLOPs and no estimate of cycles.
-      memory_bandwidth: bytes a second, for kernels.
-    """
-
-    clock_hz: float
-    peak_flops: float
-    memory_bandwidth: float = math.inf
+    clock_hz: float  # cycles a second of the matrix units; a GPU's program counts no cycles
+    peak_flops: float  # FLOPs a second, for what has FLOPs and no estimate of cycles
+    memory_bandwidth: float = math.inf  # bytes a second, for kernels
 
 
 def overlap(

@@ -128,15 +128,10 @@ FIGURE_4 = {4: Speedup(2.37, 3.48), 8: Speedup(2.95, 3.72)}
 
 
 class Fit(NamedTuple):
-    """What is fitted to Table 1.
+    """What is fitted to Table 1."""
 
-    Attributes:
-      scale: Table 1's tokens × layers over GPT3-XL's step of 524,288 × 24.
-      latency: seconds of a message between machines.
-    """
-
-    scale: float
-    latency: float
+    scale: float  # Table 1's tokens × layers over GPT3-XL's step of 524,288 × 24
+    latency: float  # seconds of a message between machines
 
 
 def fit_table1(hardware: Hardware | None = None) -> Fit:

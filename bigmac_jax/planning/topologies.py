@@ -15,14 +15,10 @@ GPUS = ("h100", "h200", "b200")
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8.
-
-    Attributes:
-      kind: one of TPUS or GPUS.
-    """
+    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8."""
 
     name: str
-    kind: str
+    kind: str  # one of TPUS or GPUS
     shape: tuple[int, ...]
 
     @property

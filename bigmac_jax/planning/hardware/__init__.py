@@ -28,34 +28,21 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine, as its TOML file describes it.
+    """A machine, as its TOML file describes it."""
 
-    Attributes:
-      platform, device_kind: as jax spells them.
-      peak_flops, peak_flops_float32: FLOPs a second of one device, in 16-bit and in float32 matmuls.
-      matmul_efficiency: the share of the peak that large matmuls reach.
-      memory_bytes, memory_bandwidth: of one device, in bytes and bytes a second.
-      machine_ranks: number of devices that fast links join.
-      overlaps: whether exchanges run beside computation.
-      fast: the link of one device inside the machine; on a torus, one link and one hop.
-      slow: one device's share of the machine's links to others.
-      clock_hz: cycles a second, in which a TPU's compiler estimates times.
-      torus: how fast links are laid out; without it a switch joins each device with each.
-    """
-
-    platform: str
+    platform: str  # as jax spells it, like device_kind
     device_kind: str
-    peak_flops: float
+    peak_flops: float  # FLOPs a second of one device in 16-bit matmuls
     peak_flops_float32: float
-    matmul_efficiency: float
-    memory_bytes: float
-    memory_bandwidth: float
-    machine_ranks: int
-    overlaps: bool
-    fast: Link
-    slow: Link
-    clock_hz: float | None = None
-    torus: Torus | None = None
+    matmul_efficiency: float  # the share of the peak that large matmuls reach
+    memory_bytes: float  # of one device
+    memory_bandwidth: float  # of one device, bytes a second
+    machine_ranks: int  # number of devices that fast links join
+    overlaps: bool  # whether exchanges run beside computation
+    fast: Link  # of one device inside the machine; on a torus one link and one hop
+    slow: Link  # one device's share of the machine's links to others
+    clock_hz: float | None = None  # cycles a second, in which a TPU's compiler estimates times
+    torus: Torus | None = None  # how fast links are laid out; without it a switch joins each device with each
 
     def flops_per_second(self, dtype: str) -> float:
         """Peak FLOPs a second of one device in matmuls of this dtype."""

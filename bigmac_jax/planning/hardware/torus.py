@@ -10,15 +10,11 @@ Shape = tuple[int, ...]
 class Block(NamedTuple):
     """Chips of a slice that communicate with each other.
 
-    Attributes:
-      shape: chips along each axis.
-      rings: which axes are rings.
-      stride: links from a chip to its neighbour in the block; the chips between are in other blocks, whose data crosses
-        the same links.
+    A neighbour in the block is `stride` links away; chips between are in other blocks, whose data crosses those links.
     """
 
-    shape: Shape
-    rings: tuple[bool, ...]
+    shape: Shape  # chips along each axis
+    rings: tuple[bool, ...]  # which axes are rings
     stride: int = 1
 
     @property
@@ -51,17 +47,11 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Torus:
-    """How the chips of a TPU pod are linked.
+    """How the chips of a TPU pod are linked."""
 
-    Attributes:
-      dimensions: number of axes.
-      wrap_multiple: an axis whose length is a multiple of this is a ring.
-      wrap_together: axes are rings only if all of them can be.
-    """
-
-    dimensions: int
-    wrap_multiple: int
-    wrap_together: bool
+    dimensions: int  # number of axes
+    wrap_multiple: int  # an axis whose length is a multiple of this is a ring
+    wrap_together: bool  # axes are rings only if all of them can be
 
     def slice(self, shape: Shape) -> Block:
         """The chips of a slice of this shape, whose axes are rings where they can be."""
