@@ -16,7 +16,6 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, compute_logits, make_cache
 from bigmac_jax.inference.packed_rows import pack_sampled, unpack_rows
 from bigmac_jax.inference.sampling import RowSampling, Sampled, sample
@@ -31,7 +30,7 @@ ROW_PAGES = 4  # pages that a row of a prompt fills: a longer row rereads the pr
 
 
 class State(NamedTuple):
-    """What stays on the devices between the steps of an engine with B slots a batch shard."""
+    """Device arrays that an engine keeps between its steps, for B slots on each batch shard."""
 
     cache: Cache
     token_SB: Array  # each slot's last token, to be read next
@@ -39,9 +38,10 @@ class State(NamedTuple):
 
 
 class DecodePrograms(NamedTuple):
-    """The programs of a decoder. The state is donated; what they sample is packed for `packed_rows.read_sampled`.
+    """The compiled programs of a decoder. They donate the state, and pack what they sample for
+    `packed_rows.read_sampled`.
 
-    They take the weights as a list, because flattening modules would take half as long as a small step.
+    Weights are a list, because flattening modules would take half as long as a small step.
     """
 
     weights: list[Array]
@@ -66,13 +66,13 @@ def _jit(function: Callable[..., Any], tree: Any, mesh: Mesh) -> hosts.Jit:
     return hosts.Jit(functools.partial(function, tree), donate_argnames="state")
 
 
-def make_state(config: Config, decoder: Decoder, slots: int, pages: int, page_size: int) -> State:
-    """The state of an engine before its first step; slots and pages are those of each batch shard."""
+def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> State:
+    """Makes the state of an engine before its first step; slots and pages are numbers for each batch shard."""
 
     def make() -> State:
         shape = batch_ranks(), slots
         zeros = (jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2))
-        return State(make_cache(config, decoder, pages, page_size), *zeros)
+        return State(make_cache(decoder, pages, page_size), *zeros)
 
     return jax.jit(make)()
 
@@ -181,6 +181,6 @@ def slots_per_shard(requests: int) -> int:
 
 
 def round_up_length(length: int, multiple: int = 1) -> int:
-    """Rounds a length up to one of a few multiples of `multiple`, so that few programs are compiled."""
+    """Rounds a length up to a multiple of 16 (beyond 128, of 128) and of `multiple`: few shapes are compiled."""
     step = math.lcm(16 if length <= 128 else 128, multiple)
     return -(-length // step) * step

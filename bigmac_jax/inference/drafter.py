@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config
+from bigmac_jax.config.errors import require
 from bigmac_jax.inference.int8_weights import dequantize
 from bigmac_jax.inference.kv_cache import Decoder
 from bigmac_jax.model.experts import apply_experts
@@ -43,7 +44,7 @@ class Speculation:
     """Settings of speculative decoding.
 
     Attributes:
-      tokens: of a draft; 0 turns drafting off.
+      tokens: length of a draft; 0 turns drafting off.
       local_experts: how many experts of each rank a draft may use; 0 = all that it holds. Fewer are for study.
       stand_ins: what replaces an expert that is not among them: `none`, or `nearest`, the one of them whose outputs are
         nearest; docs/serving.md measures both.
@@ -59,42 +60,37 @@ class Speculation:
     least: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tokens <= 32:
-            raise ConfigError(f"speculate={self.tokens} must lie in [0, 32]; 0 drafts nothing")
-        if self.local_experts < 0:
-            raise ConfigError(f"local_experts={self.local_experts} must be at least 0 (all that a rank holds)")
-        if self.stand_ins not in STAND_INS:
-            raise ConfigError(f"stand_ins={self.stand_ins!r} must be {NONE} or {NEAREST}")
-        if not 0 <= self.least <= 1:
-            raise ConfigError(f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
+        require(0 <= self.tokens <= 32, f"speculate={self.tokens} must lie in [0, 32]; 0 drafts nothing")
+        require(self.local_experts >= 0, f"local_experts={self.local_experts} must be at least 0 (all of a rank)")
+        require(self.stand_ins in STAND_INS, f"stand_ins={self.stand_ins!r} must be {NONE} or {NEAREST}")
+        require(0 <= self.least <= 1, f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError if drafts would save a model on the current mesh nothing."""
+        """Raises ConfigError if drafting can save no exchange for a model on the current mesh."""
         if not self.tokens:
             return
         m, ranks = config.model, math.prod(current_group().sizes)
-        if not m.is_moe:
-            raise ConfigError(
-                f"speculate={self.tokens} drafts with the experts that a rank holds, and model.structure={m.structure} "
-                f"has no experts; use speculate=0"
-            )
+        require(
+            m.is_moe,
+            f"speculate={self.tokens} drafts with the experts that a rank holds, and model.structure={m.structure} "
+            f"has no experts; use speculate=0",
+        )
         held = m.expert_count // ranks
-        if self.local_experts > held:
-            raise ConfigError(f"local_experts={self.local_experts} must be at most the {held} that a rank holds")
-        if ranks == 1 and self.local_experts in (0, held):
-            raise ConfigError(
-                f"speculate={self.tokens} saves exchanges, and on one rank of experts there are none: a draft would be "
-                f"the model itself; use speculate=0, mesh.expert > 1, or fewer local_experts to study acceptance"
-            )
+        require(
+            self.local_experts <= held,
+            f"local_experts={self.local_experts} must be at most the {held} that a rank holds",
+        )
+        require(
+            ranks > 1 or 0 < self.local_experts < held,
+            f"speculate={self.tokens} saves exchanges, and on one rank of experts there are none: a draft would be "
+            f"the model itself; use speculate=0, mesh.expert > 1, or fewer local_experts to study acceptance",
+        )
 
 
-def make_drafter(config: Config, decoder: Decoder, speculation: Speculation) -> Decoder:
-    """Makes the draft model: the decoder's arrays, with a table of stand-ins in each layer that has experts.
-
-    Args:
-      config: the decoder's, from `kv_cache.decoding_config`.
-    """
-    tables = jax.jit(functools.partial(_tables, config, speculation))
+def make_drafter(decoder: Decoder, speculation: Speculation) -> Decoder:
+    """Makes the draft model of a decoder: the same arrays, and in each MoE layer a table of which local expert replaces
+    which expert of another rank."""
+    tables = jax.jit(functools.partial(_tables, decoder.config, speculation))
 
     def add_stand_ins(group: Block) -> Block:
         if not isinstance(group.mlp, MoE):

@@ -17,9 +17,9 @@ class Drafts:
     """Drafts and verifies for an engine, and pauses while too few drafted tokens are accepted.
 
     Attributes:
-      programs: of the draft model.
-      tokens: of a draft.
-      drafted, accepted: tokens so far.
+      programs: those of the draft model.
+      tokens: length of a draft.
+      drafted, accepted: number of tokens so far.
     """
 
     def __init__(self, programs: DecodePrograms, speculation: Speculation):
@@ -34,7 +34,7 @@ class Drafts:
         return not self._pause
 
     def step(self, model: DecodePrograms, state: State, slots_SBX: jax.Array) -> tuple[State, jax.Array]:
-        """Drafts, and verifies with the model's programs; returns what their `verify` does, and donates the state."""
+        """Drafts tokens for every slot and verifies them → what `model.verify` returns; donates the state."""
         state, drafted_GSB = self.programs.draft(self.programs.weights, state, slots_SBX, tokens=self.tokens)
         result: Any = model.verify(model.weights, state, drafted_GSB, slots_SBX)
         return result

@@ -9,6 +9,7 @@ sequence, X numbers of a packed row.
 All processes of a job run the same engine with the same requests in the same order, and so take the same steps.
 """
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import ConfigError
 from bigmac_jax.inference.decoding import PAGE_SIZE, ROW_PAGES, DecodePrograms, make_state, slots_per_shard
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.jobs import CANCELLED, Job, Step
@@ -53,11 +54,11 @@ class Engine:
     Args:
       decoder, programs: of one model, on the current mesh.
       slots: requests at a time.
-      positions: of the cache; a request takes those of its prompt and max_tokens, in whole pages.
-      longest: tokens of a request, prompt and completion.
+      positions: size of the cache in tokens; a request reserves its prompt's and max_tokens, in whole pages.
+      longest: tokens of prompt and completion that a request may have.
       chunk: tokens of prompts that a step reads on each batch shard.
       reuse: whether prompts that begin alike share what was computed (prefix caching).
-      drafts: how tokens are drafted; None for plain decoding.
+      drafts: for speculative decoding.
 
     Attributes:
       shards, slots: batch shards, and slots of each.
@@ -70,7 +71,6 @@ class Engine:
 
     def __init__(
         self,
-        config: Config,
         decoder: Decoder,
         programs: DecodePrograms,
         slots: int,
@@ -94,7 +94,7 @@ class Engine:
                 f"{self.shards * self._table_size * page_size}"
             )
         self.pages = [PageAllocator(pages, page_size, reuse) for _ in range(self.shards)]
-        self._state = make_state(config, decoder, self.slots, pages, page_size)
+        self._state = make_state(decoder, self.slots, pages, page_size)
         self._widths = _prefill_widths(chunk, self._row_size)
         self._queue: deque[Job] = deque()
         self._running: dict[Job, _Progress] = {}  # those with a slot, in the order of arrival
@@ -258,10 +258,10 @@ class Engine:
                 # The step in flight gives at least one more, or nothing if its slot was idle and all tokens are there.
                 self._count_asked(job, len(job.text.tokens) + count + 1)
             for i in range(first, first + count):
-                top = sampled.top_tokens[shard, i, :wanted].tolist(), sampled.top_logprobs[shard, i, :wanted].tolist()
+                top = (v[shard, i, :wanted].tolist() for v in (sampled.top_tokens, sampled.top_logprobs))
+                alternatives = tuple(zip(*top, strict=True)) if wanted else ()
                 token, logprob = int(sampled.token[shard, i]), float(sampled.logprob[shard, i])
                 piece = job.text.add(token, logprob)
-                alternatives = tuple(zip(*top, strict=True))
                 steps.append(Step(job, piece, token, logprob, alternatives, job.text.finish_reason))
                 if job.text.finish_reason:
                     self._release(job)
@@ -302,7 +302,5 @@ def _prefill_widths(chunk: int, row_size: int) -> tuple[int, ...]:
     """Rows of the prefill programs: from one for a short prompt to the whole chunk, each four times the last."""
     multiple = tensor_ranks()
     most = max(1, -(-chunk // row_size))
-    widths: list[int] = []
-    while not widths or widths[-1] < most:
-        widths.append(min(most, 4 ** len(widths)))
+    widths = [*itertools.takewhile(lambda width: width < most, (4**i for i in itertools.count())), most]
     return tuple(dict.fromkeys(-(-width // multiple) * multiple for width in widths))

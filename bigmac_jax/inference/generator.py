@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.errors import require
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.inference.decoding import PROMPTS, make_decode_programs, round_up_length, slots_per_shard
@@ -16,7 +17,7 @@ from bigmac_jax.inference.drafter import Speculation, make_drafter
 from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.inference.jobs import Job, Step
-from bigmac_jax.inference.kv_cache import decoding_config, make_decoder
+from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
@@ -97,27 +98,24 @@ class Generator:
         speculate = speculate or Speculation()
         speculate.check(config)
         trained = config.data.sequence_length
-        if config.model.positions == "learned" and max_length > trained:
-            raise ConfigError(
-                f"max_length={max_length} must be at most the {trained} learned positions (data.sequence_length)"
-            )
-        if max_length < 0:
-            raise ConfigError(f"max_length={max_length} must be at least 0 (data.sequence_length)")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        self._positions = trained if config.model.positions == "learned" else math.inf
+        require(
+            max_length <= self._positions,
+            f"max_length={max_length} must be at most the {trained} learned positions (data.sequence_length)",
+        )
+        require(max_length >= 0, f"max_length={max_length} must be at least 0 (data.sequence_length)")
+        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
         self.max_length = max_length or trained
-        self._longest_score = trained if config.model.positions == "learned" else math.inf
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._config = decoding_config(config, exchange, weights)
         self._decoder = make_decoder(config, model, exchange, consume, weights)
         self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
         if speculate.tokens:
-            drafter = make_drafter(self._config, self._decoder, speculate)
+            drafter = make_drafter(self._decoder, speculate)
             self.drafts = Drafts(make_decode_programs(drafter), speculate)
 
     def generate(
@@ -160,22 +158,21 @@ class Generator:
         """
         if self._model is None:
             raise ConfigError("Generator(consume=True) has freed the model that scores; make it with consume=False")
-        if isinstance(texts, str):
-            raise ConfigError("texts must be a list; put the one text into brackets")
+        require(not isinstance(texts, str), "texts must be a list; put the one text into brackets")
         token_ids = self._encode(texts, "text")
         for number, ids in enumerate(token_ids, 1):
-            if len(ids) > self.max_length:
-                raise ConfigError(
-                    f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score "
-                    f"it in parts, or with a longer max_length"
-                )
+            require(
+                len(ids) <= self.max_length,
+                f"text {number} has {len(ids)} tokens, which must be at most max_length={self.max_length}; score it in "
+                f"parts, or with a longer max_length",
+            )
         order = sorted(range(len(texts)), key=lambda i: -len(token_ids[i]))
         scores: dict[int, Score] = {}
         with jax.set_mesh(self.mesh):
             rows = -(-min(self.batch_size, len(texts)) // batch_ranks()) * batch_ranks()
             for start in range(0, len(order), rows or 1):
                 batch = order[start : start + rows]
-                padded = int(min(round_up_length(len(token_ids[batch[0]]), tensor_ranks()), self._longest_score))
+                padded = int(min(round_up_length(len(token_ids[batch[0]]), tensor_ranks()), self._positions))
                 tokens_BL = np.zeros((rows, padded + 1), np.int32)
                 tokens_BL[:, 0] = self.tokenizer.eos_id
                 for row, i in enumerate(batch):
@@ -210,17 +207,14 @@ class Generator:
                 positions = -(-sum(most) // unit) * unit
                 sizes = {"chunk": _CHUNK} | sizes
             positions = positions or slots_per_shard(slots) * batch_ranks() * longest
-            return Engine(
-                self._config, self._decoder, self._programs, slots, positions, longest, drafts=self.drafts, **sizes
-            )
+            return Engine(self._decoder, self._programs, slots, positions, longest, drafts=self.drafts, **sizes)
 
     def job(self, prompt: Sequence[int], sampling: Sampling, number: int = 0) -> Job:
         """Makes a request for an engine, without checking its tokens."""
         return Job(prompt, sampling, Text(self.tokenizer, sampling), number)
 
     def _make_jobs(self, prompts: Sequence[Prompt | Request], sampling: dict[str, Any], first: int = 0) -> list[Job]:
-        if isinstance(prompts, str):
-            raise ConfigError("prompts must be a list; put the one text into brackets")
+        require(not isinstance(prompts, str), "prompts must be a list; put the one text into brackets")
         requests = [
             prompt if isinstance(prompt, Request) else Request(prompt, Sampling(**sampling)) for prompt in prompts
         ]
@@ -228,12 +222,12 @@ class Generator:
         jobs = []
         for number, (ids, request) in enumerate(zip(encoded, requests, strict=True), first):
             new = request.sampling.max_tokens
-            if len(ids) + new > self.max_length:
-                raise ConfigError(
-                    f"prompt {number + 1} has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and "
-                    f"must be at most max_length={self.max_length}; use a shorter prompt, fewer max_tokens, or a "
-                    f"longer max_length"
-                )
+            require(
+                len(ids) + new <= self.max_length,
+                f"prompt {number + 1} has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and "
+                f"must be at most max_length={self.max_length}; use a shorter prompt, fewer max_tokens, or a longer "
+                f"max_length",
+            )
             jobs.append(self.job(ids, request.sampling, number))
         return jobs
 
@@ -246,12 +240,12 @@ class Generator:
             engine.submit(job)
         while engine.busy:
             for step in engine.step():
-                if step.reason == BROKEN:
-                    raise ConfigError(
-                        f"prompt {step.job.number + 1}: the model gives NaN for token "
-                        f"{len(step.job.text.tokens) + 1}, for its activations overflow; use --weights=float32 with "
-                        f"execution.dtype=float32, or another checkpoint"
-                    )
+                number, token = step.job.number + 1, len(step.job.text.tokens) + 1
+                require(
+                    step.reason != BROKEN,
+                    f"prompt {number}: the model gives NaN for token {token}, for its activations overflow; use "
+                    f"--weights=float32 with execution.dtype=float32, or another checkpoint",
+                )
                 yield step
 
     def _encode(self, texts: Sequence[Prompt], what: str, first: int = 0) -> list[list[int]]:
@@ -261,14 +255,12 @@ class Generator:
         encoded = iter(self.tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
         token_ids = [next(encoded) if isinstance(text, str) else list(text) for text in texts]
         for number, ids in enumerate(token_ids, first + 1):
-            if not ids:
-                raise ConfigError(f"{what} {number} has no tokens; give text that the tokenizer keeps")
+            require(bool(ids), f"{what} {number} has no tokens; give text that the tokenizer keeps")
         return token_ids
 
 
 def _check_text(name: str, text: Prompt, vocab_size: int) -> None:
-    if not text:
-        raise ConfigError(f"{name} is empty; give at least one character")
+    require(bool(text), f"{name} is empty; give at least one character")
     if isinstance(text, str):
         try:
             text.encode()

@@ -17,7 +17,7 @@ LEVELS = 127
 
 
 class Int8(NamedTuple):
-    """A quantized array, in the place of the array w ≈ values · scale."""
+    """A quantized array, which replaces the array w ≈ values · scale in a tree."""
 
     values: Array  # int8 [..., X, Y]
     scale: Array  # float32 [..., X, 1] or [..., 1, Y]
@@ -31,8 +31,8 @@ def should_quantize(declaration: Declaration) -> bool:
 def quantize(declaration: Declaration, w: Array) -> Int8:
     """Rounds a parameter to the nearest of 255 levels; the largest value of each channel is exact.
 
-    A channel is a token's row of a table; of a matrix [X, Y] what belongs to one index of the shorter dimension, so
-    that there are fewer scales, or one output where it is square.
+    A channel is a token's row of a table; in a matrix [X, Y] an index of the shorter dimension, so that there are fewer
+    scales, and in a square one an output.
     """
     X, Y = w.shape[-2:]
     axis = -1 if declaration.rows_first or X < Y else -2

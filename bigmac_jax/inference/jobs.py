@@ -28,12 +28,12 @@ class Job:
 
     @property
     def positions(self) -> int:
-        """Positions that it takes in the cache; its last token is never read."""
+        """Number of cache positions that it takes; its last token is never read."""
         return len(self.prompt) + self.sampling.max_tokens - 1
 
 
 class Step(NamedTuple):
-    """One more token of a request."""
+    """One generated token of a request."""
 
     job: Job
     piece: str  # text that this token completes; "" while that is uncertain

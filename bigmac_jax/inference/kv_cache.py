@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config
+from bigmac_jax.config.errors import require
 from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
 from bigmac_jax.model.attention import KeyValues, Rows
 from bigmac_jax.model.mesh import (
@@ -49,24 +50,10 @@ class Decoder:
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Block, ...]
 
-
-def decoding_config(config: Config, exchange: str = "auto", weights: str = "") -> Config:
-    """The config that a decoder computes with.
-
-    Args:
-      exchange: the strategy, instead of the one that suited training; `auto` takes the fastest one for the few rows of
-        a decode step, and for the many of a prefill.
-      weights: float32 or bfloat16 becomes execution.dtype, too; int8 and "" leave that as it was in training.
-
-    Raises:
-      ConfigError: weights of another name.
-    """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
-    fields: dict[str, Any] = {"exchange": exchange, "overlap_chunks": 1, "remat": "none"}
-    if weights in ("float32", "bfloat16"):
-        fields["dtype"] = weights
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, **fields))
+    @property
+    def config(self) -> Config:
+        """The run's config with the execution settings of decoding."""
+        return self.ends.config
 
 
 def make_decoder(
@@ -75,11 +62,20 @@ def make_decoder(
     """Makes the decoder of a model; it never drops tokens.
 
     Args:
-      config, exchange, weights: as for `decoding_config`.
+      exchange: the strategy, instead of the one that suited training; `auto` takes the fastest one for the few rows of
+        a decode step, and for the many of a prefill.
       consume: frees the model's arrays on the way, so that memory for one more of them is enough; the model can't be
         used any more.
+      weights: float32, bfloat16 or int8; "" keeps execution.dtype. The computation is in the same dtype, with int8 in
+        execution.dtype.
+
+    Raises:
+      ConfigError: weights of another name.
     """
-    config = decoding_config(config, exchange, weights)
+    require(weights in WEIGHTS, f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
+    dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
+    changes: Any = {"exchange": exchange, "overlap_chunks": 1, "remat": "none", "dtype": dtype}
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, **changes))
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     ends: Any = nnx.merge(split_model(abstract)[0], *split_model(model)[1:])
@@ -117,14 +113,13 @@ def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: b
     return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
 
 
-def make_cache(config: Config, decoder: Decoder, pages: int, page_size: int) -> Cache:
+def make_cache(decoder: Decoder, pages: int, page_size: int) -> Cache:
     """An empty cache with so many pages for each batch shard and layer. A key-value head that several ranks of `tensor`
     read is there once for each of them."""
-    heads = max(config.model.kv_heads, tensor_ranks())
+    m, dtype = decoder.config.model, decoder.config.execution.dtype
 
     def make_group(group: Block) -> KeyValues:
-        shape = heads, batch_ranks() * depth(group) * pages, page_size, config.model.head_size
-        dtype = config.execution.dtype
+        shape = max(m.kv_heads, tensor_ranks()), batch_ranks() * depth(group) * pages, page_size, m.head_size
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
     return tuple(map(make_group, decoder.groups))
@@ -136,7 +131,7 @@ def depth(group: Block) -> int:
 
 
 def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
-    """Reads the next tokens of sequences → features x_STD after the last layer, the cache with these tokens.
+    """Runs the layers over the next tokens of sequences → features x_STD, and the cache with these tokens added.
 
     Decoding is this with one token a row; a prompt is read in rows of some pages. Tokens of a row beyond its count may
     be any.
@@ -149,7 +144,7 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
         x_STD = x_STD + y_STD
         return (x_STD + layer.feed_forward(x_STD, None, evaluating=True)[0], past), None
 
-    dtype = model.ends.config.execution.dtype
+    dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
     for group, past in zip(model.groups, cache, strict=True):
         pages = past.keys.shape[1] // batch_ranks()
@@ -169,7 +164,7 @@ def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
 
 def compute_logits(model: Decoder, x_STD: Array) -> Array:
     """Float32 logits_STV for the token after each token."""
-    ends = dequantize(model.ends, model.ends.config.execution.dtype)
+    ends = dequantize(model.ends, model.config.execution.dtype)
     return ends.logits(ends.final_norm(x_STD))
 
 

@@ -30,7 +30,7 @@ def pack_row(
     sampling: Sampling, request: int, count: int, table: Sequence[int], tokens: Sequence[int] = (), position: int = 0,
     slot: int = -1,
 ) -> np.ndarray:  # fmt: skip
-    """Packs a slot, or a row of a prompt, for `unpack_rows`.
+    """Encodes a slot, or a row of a prompt, as int32 numbers for `unpack_rows`.
 
     Args:
       count: tokens of the row; of a slot the positions that it may fill, 0 if it is idle.
@@ -45,7 +45,8 @@ def pack_row(
 
 
 def unpack_rows(packed_SWX: Array, tokens: int = 0) -> tuple[RowSampling, Rows, Array, Array]:
-    """Unpacks rows of so many tokens inside a program → their sampling and place, slot_SW + 1 (0: none), tokens_SWC."""
+    """Decodes `pack_row`'s numbers inside a program, for rows of so many tokens → sampling settings, pages and
+    positions, slot_SW + 1 (0: none), tokens_SWC."""
 
     def cut(start: int, stop: int) -> Array:
         # On a mesh of one rank, jax 0.12 forgets in a slice how the whole is sharded.
@@ -62,10 +63,10 @@ def unpack_rows(packed_SWX: Array, tokens: int = 0) -> tuple[RowSampling, Rows, 
 
 
 def pack_sampled(sampled: Sampled, count_SW: Array) -> Array:
-    """Packs what was sampled for `read_sampled`, replicated on all processes by one collective.
+    """Encodes what was sampled as int32 numbers for `read_sampled`, replicated on all processes by one collective.
 
     Args:
-      count_SW: of each row, how many tokens count of those that begin with it.
+      count_SW: number of new tokens that begin with each row.
     """
 
     def to_columns(v: Array) -> Array:

@@ -64,7 +64,7 @@ class PageAllocator:
         return Allocation(shared + taken, len(shared) * self.size, len(shared))
 
     def find_prefix(self, tokens: Sequence[int]) -> list[int]:
-        """The pages in the cache that hold the beginning of `tokens`, without the last token."""
+        """The shared pages that hold the beginning of `tokens`, never the last token."""
         found: list[int] = []
         while (stop := (len(found) + 1) * self.size) < len(tokens):
             page = self._by_key.get((found[-1] if found else -1, tuple(tokens[stop - self.size : stop])))
@@ -74,7 +74,7 @@ class PageAllocator:
         return found
 
     def share(self, allocation: Allocation, tokens: Sequence[int]) -> None:
-        """Lets other sequences find the full pages of a sequence that hold `tokens`, its beginning."""
+        """Lets other sequences find the full pages of a sequence, whose beginning `tokens` is in the cache by now."""
         a = allocation
         while self._reuse and not a.duplicate and (stop := (a.shared + 1) * self.size) <= len(tokens):
             page = a.pages[a.shared]

@@ -19,7 +19,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Sampling) if field.na
 
 
 def parse_json(content: bytes) -> Any:
-    """Parses JSON from untrusted bytes: no NaN, and texts that are valid UTF-8 when they are written again.
+    """Parses JSON from untrusted bytes; refuses NaN, and texts that could not be written again as UTF-8.
 
     Raises:
       ValueError: what is wrong, as a predicate: "is not JSON: …".
@@ -76,7 +76,7 @@ def read_requests(source: str, sampling: Sampling) -> list[tuple[Row, Request]]:
 
 
 def make_answer(row: Row, request: Request, completion: Completion) -> Row:
-    """The answer to a request: the fields of its own line, and those of the completion."""
+    """The output line of a request: the fields of its own line, and those of the completion."""
     return {**row, "prompt": request.prompt, **dataclasses.asdict(completion)}
 
 

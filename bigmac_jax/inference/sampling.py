@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config.errors import require
 from bigmac_jax.model.mesh import on_each_rank, token_spec
 
 ALTERNATIVES = 20  # most likely tokens that can be returned with each sampled one
@@ -35,10 +35,6 @@ class Sampling:
     logprobs: int = 0  # how many of the most likely tokens are returned with each sampled one
 
     def __post_init__(self) -> None:
-        def require(holds: bool, message: str) -> None:
-            if not holds:
-                raise ConfigError(message)
-
         kinds = {"max_tokens": int, "top_k": int, "seed": int, "ignore_eos": bool, "logprobs": int}
         for name, kind in kinds.items():
             value = getattr(self, name)

@@ -28,7 +28,7 @@ from bigmac_jax.inference.decoding import (
     slots_per_shard,
 )
 from bigmac_jax.inference.drafter import Speculation, make_drafter
-from bigmac_jax.inference.kv_cache import Decoder, decoding_config, make_decoder
+from bigmac_jax.inference.kv_cache import Decoder, make_decoder
 from bigmac_jax.inference.packed_rows import packed_size
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, placed
 from bigmac_jax.model.transformer import Transformer, init_model
@@ -84,7 +84,7 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
 
     def drafter(model: Transformer) -> Decoder:
-        return make_drafter(decoding_config(config), make_decoder(config, model), Speculation(DRAFTED))
+        return make_drafter(make_decoder(config, model), Speculation(DRAFTED))
 
     made = make_decode_programs(placed(jax.eval_shape(drafter, model), mesh))
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
@@ -103,7 +103,7 @@ def _serving(config: Config, mesh: Mesh) -> tuple[DecodePrograms, State, int]:
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
     slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
-    state = jax.eval_shape(lambda: make_state(config, decoder, slots, slots * pages, PAGE_SIZE))
+    state = jax.eval_shape(lambda: make_state(decoder, slots, slots * pages, PAGE_SIZE))
     return make_decode_programs(decoder), placed(state, mesh), pages
 
 

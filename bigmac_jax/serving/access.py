@@ -29,8 +29,8 @@ class Access:
 
     def check_key(self, request: Request) -> None:
         """Raises ApiError if the key is missing or wrong."""
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        equal = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        equal = [hmac.compare_digest(key.encode("latin-1"), own) for own in self._keys]
         if self._keys and not (kind.lower() == "bearer" and any(equal)):
             raise ApiError(401, "this server wants its key: Authorization: Bearer KEY", code="invalid_api_key")
 
@@ -42,15 +42,15 @@ class Access:
         """
         if self._keys:
             return
-        given = request.headers.get("host", "")
+        host = request.headers.get("host", "")
         try:
-            name = urllib.parse.urlsplit(f"//{given}").hostname or ""
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         except ValueError:
-            name = given
+            name = host
         if name in self._hosts or name.endswith(".localhost"):
             return
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            said = f"this server does not go by {name[:80]!r}; --allow_host={name[:80]} lets it"
-            raise ApiError(403, said, code="unknown_host") from None
+            message = f"this server does not go by {name[:80]!r}; --allow_host={name[:80]} lets it"
+            raise ApiError(403, message, code="unknown_host") from None

@@ -35,6 +35,7 @@ _SHARED = ("model", "n", "stream", "stream_options", "max_tokens", "temperature"
            "ignore_eos", "logprobs", *_IGNORED, *_ONLY)  # fmt: skip
 _OF_COMPLETIONS = ("prompt", "echo", "best_of")
 _OF_CHAT = ("messages", "max_completion_tokens", "top_logprobs")
+_TOO_LONG = "context_length_exceeded"  # OpenAI's code
 _ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -90,62 +91,56 @@ def parse_request(
     Raises:
       ApiError: 400, which names the field.
     """
-    given = _check_names(fields, _SHARED + (_OF_COMPLETIONS if chat is None else _OF_CHAT))
-    n = _integer(given, "n", 1, 1, limits.choices)
-    if type(given.get("best_of", n)) is not int or given.get("best_of", n) != n:
+    fields = _check_names(fields, _SHARED + (_OF_COMPLETIONS if chat is None else _OF_CHAT))
+    n = _integer(fields, "n", 1, 1, limits.choices)
+    if type(fields.get("best_of", n)) is not int or fields.get("best_of", n) != n:
         raise ApiError(400, "best_of must be n: nothing else is supported here", "best_of")
-    stream, usage, echo = _boolean(given, "stream"), _usage(given), _boolean(given, "echo")
-    new = _integer(given, "max_tokens", 0 if chat else _DEFAULT_TOKENS, 1, longest)
-    if chat is None:
-        alternatives = _integer(given, "logprobs", -1, 0, ALTERNATIVES)
-        logprobs = alternatives >= 0
-    else:
-        new = _integer(given, "max_completion_tokens", new, 1, longest)
-        logprobs, alternatives = _boolean(given, "logprobs"), _integer(given, "top_logprobs", 0, 0, ALTERNATIVES)
-        if alternatives and not logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    if echo and logprobs:
+    stream, usage, echo = _boolean(fields, "stream"), _usage(fields), _boolean(fields, "echo")
+    new = _integer(fields, "max_tokens", 0 if chat else _DEFAULT_TOKENS, 1, longest)
+    new = _integer(fields, "max_completion_tokens", new, 1, longest)
+    alternatives = _alternatives(fields, chat is not None)
+    if echo and alternatives >= 0:
         raise ApiError(400, "echo with logprobs is not supported: the prompt's are not kept", "echo")
-    sampling = _sampling(given, new or 1, max(0, alternatives), chat.stop if chat else ())
+    sampling = _sampling(fields, max(0, alternatives), chat.stop if chat else ())
     field, limit = "messages" if chat else "prompt", PromptLimit(longest, check)
     try:
         if chat is None:
-            prompts, texts = _prompts(given.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit)
+            prompts, texts = _prompts(fields.get("prompt"), tokenizer, vocab_size, n, limits.choices, limit)
         else:
-            prompts, texts = [chat.prompt(_messages(given.get("messages")), limit)], [""]
+            prompts, texts = [chat.prompt(_messages(fields.get("messages")), limit)], [""]
             new = new or max(1, longest - len(prompts[0]))
     except TooLongError:
-        raise ApiError(
-            400,
-            f"the prompt has more than {longest} tokens, which are the most of prompt and completion; use a shorter "
-            f"prompt",
-            field,
-            "context_length_exceeded",
-        ) from None
-    for ids in prompts:
-        if len(ids) + new > longest:
-            raise ApiError(
-                400,
-                f"the prompt has {len(ids)} tokens, which with max_tokens={new} are {len(ids) + new}, and must be at "
-                f"most {longest}; use a shorter prompt or fewer max_tokens",
-                "max_tokens" if len(ids) < longest else field,
-                "context_length_exceeded",
-            )
-    sampling = replace(sampling, max_tokens=new)
-    echoed = texts if echo else [""] * len(prompts)
-    return CompletionRequest(chat is not None, prompts, echoed, sampling, n, stream, usage, logprobs)
+        message = f"the prompt has more than the {longest} tokens of prompt and completion; use a shorter one"
+        raise ApiError(400, message, field, _TOO_LONG) from None
+    tokens = max(map(len, prompts))
+    if tokens + new > longest:
+        message = (
+            f"the prompt has {tokens} tokens, which with max_tokens={new} are {tokens + new}, and must be at most "
+            f"{longest}; use a shorter prompt or fewer max_tokens"
+        )
+        raise ApiError(400, message, "max_tokens" if tokens < longest else field, _TOO_LONG)
+    return CompletionRequest(
+        chat is not None,
+        prompts,
+        texts if echo else [""] * len(prompts),
+        replace(sampling, max_tokens=new),
+        n,
+        stream,
+        usage,
+        alternatives >= 0,
+    )
 
 
 def _check_names(fields: Fields, known: tuple[str, ...]) -> Fields:
     """The fields that are not null, all of them known, those with one supported value at that."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    for name, value in given.items():
+    present = {name: value for name, value in fields.items() if value is not None}
+    for name, value in present.items():
         if name not in known:
             raise ApiError(400, f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
         if name in _ONLY and not _is_same(value, _ONLY[name]):
             only = json.dumps(_ONLY[name], allow_nan=False)
             raise ApiError(400, f"{name} must be {only}: nothing else is supported here", name)
-    return given
+    return present
 
 
 def _is_same(value: Any, only: Any) -> bool:
@@ -154,8 +149,8 @@ def _is_same(value: Any, only: Any) -> bool:
     return type(value) in kinds and bool(value == only)
 
 
-def _usage(given: Fields) -> bool:
-    options = given.get("stream_options", {})
+def _usage(fields: Fields) -> bool:
+    options = fields.get("stream_options", {})
     names = ("include_usage", "include_obfuscation")
     if not isinstance(options, dict) or set(options) - set(names):
         raise ApiError(400, "stream_options must be an object with include_usage", "stream_options")
@@ -165,21 +160,31 @@ def _usage(given: Fields) -> bool:
     return bool(options.get("include_usage"))
 
 
-def _sampling(given: Fields, tokens: int, alternatives: int, stop: tuple[str, ...]) -> Sampling:
-    own = given.get("stop", [])
+def _alternatives(fields: Fields, chat: bool) -> int:
+    """How many of the most likely tokens are wanted with each token; -1 if no log-probabilities are."""
+    if not chat:
+        return _integer(fields, "logprobs", -1, 0, ALTERNATIVES)
+    logprobs, alternatives = _boolean(fields, "logprobs"), _integer(fields, "top_logprobs", 0, 0, ALTERNATIVES)
+    if alternatives and not logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    return alternatives if logprobs else -1
+
+
+def _sampling(fields: Fields, alternatives: int, stop: tuple[str, ...]) -> Sampling:
+    own = fields.get("stop", [])
     own = [own] if isinstance(own, str) else own
     if not isinstance(own, list) or len(own) > _STOPS or not all(isinstance(text, str) for text in own):
         raise ApiError(400, f"stop must be a text, or up to {_STOPS} of them", "stop")
     if any(len(text) > _STOP for text in own):
         raise ApiError(400, f"stop must be texts of at most {_STOP} characters", "stop")
-    seed = given.get("seed", secrets.randbits(32))
+    seed = fields.get("seed", secrets.randbits(32))
     if type(seed) is not int:
         raise ApiError(400, "seed must be an integer", "seed")
     values = {"temperature": 1.0} | {
-        name: given[name] for name in ("temperature", "top_k", "top_p", "ignore_eos") if name in given
+        name: fields[name] for name in ("temperature", "top_k", "top_p", "ignore_eos") if name in fields
     }
     try:
-        return Sampling(tokens, stop=(*stop, *own), seed=seed % (1 << 32), logprobs=alternatives, **values)
+        return Sampling(stop=(*stop, *own), seed=seed % (1 << 32), logprobs=alternatives, **values)
     except ConfigError as error:
         raise ApiError(400, str(error)[:500], str(error).partition("=")[0]) from None
 
@@ -206,8 +211,8 @@ def _prompts(
             texts.append("")
             ids.append(one)
         else:
-            said = f"prompt must be a text, token ids in [0, {vocab_size}), or a list of either"
-            raise ApiError(400, said, "prompt")
+            message = f"prompt must be a text, token ids in [0, {vocab_size}), or a list of either"
+            raise ApiError(400, message, "prompt")
         if not ids[-1]:
             raise ApiError(400, "prompt is empty; give at least one character", "prompt")
     return ids, texts
@@ -234,15 +239,15 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     return checked
 
 
-def _integer(given: Fields, name: str, default: int, least: int, most: int) -> int:
-    value = given.get(name, default)
-    if name in given and (type(value) is not int or not least <= value <= most):
+def _integer(fields: Fields, name: str, default: int, least: int, most: int) -> int:
+    value = fields.get(name, default)
+    if name in fields and (type(value) is not int or not least <= value <= most):
         raise ApiError(400, f"{name} must be an integer in [{least}, {most}]", name)
     return value
 
 
-def _boolean(given: Fields, name: str) -> bool:
-    value = given.get(name, False)
+def _boolean(fields: Fields, name: str) -> bool:
+    value = fields.get(name, False)
     if type(value) is not bool:
         raise ApiError(400, f"{name} must be true or false", name)
     return value

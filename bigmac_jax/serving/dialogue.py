@@ -11,7 +11,7 @@ _SAID = 500  # characters of a template's error, which may hold everything that 
 
 
 class Dialogue:
-    """A chat template as a server uses it.
+    """A chat template whose errors are HTTP errors.
 
     Attributes:
       stop: texts that end an answer, beside those that a request names.
@@ -22,7 +22,8 @@ class Dialogue:
         self.stop: tuple[str, ...] = ("\nUser:",) if chat.template == PLAIN else chat.stop
 
     def prompt(self, messages: Messages, limit: PromptLimit | None = None) -> list[int]:
-        """The token ids of a prompt; raises ApiError for messages that the template refuses, and like `Chat.prompt`."""
+        """Renders messages as the token ids of a prompt; raises ApiError if the template refuses them, and as
+        `Chat.prompt`."""
         try:
             return self._chat.prompt(messages, limit)
         except ChatError as error:

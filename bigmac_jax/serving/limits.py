@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a server."""
+    """How much a server accepts, and how long it waits."""
 
     body: int = 4 << 20  # bytes of a request's body
     queue: int = 256  # completions that wait for a slot; a request with more is answered 429

@@ -40,7 +40,7 @@ class Leader:
         self._counter = itertools.count()
 
     def send_step(self, submitted: Sequence[Job], cancelled: Sequence[Job]) -> None:
-        """Sends that process 0 takes a step, before which requests are submitted and others cancelled."""
+        """Tells the others to submit and cancel these requests, and then to take a step."""
         self._numbers.update({job: next(self._counter) for job in submitted})
         self.send(
             _STEP,
@@ -49,7 +49,7 @@ class Leader:
         )
 
     def send(self, *message: Any) -> None:
-        """Sends that process 0 waits (IDLE), ends, or has failed, perhaps in the middle of a message (ABORT)."""
+        """Tells the others that process 0 is IDLE, is at its END, or must ABORT, perhaps in the middle of a message."""
         if self._store is None:
             return
         clock.tick()
@@ -65,7 +65,7 @@ class Leader:
 
 
 def follow(generator: Generator, engine: Engine) -> int:
-    """Takes the steps of process 0 in another process, until that one ends → the exit code.
+    """Repeats the steps of process 0 in another process until that one ends → the exit code.
 
     Raises:
       PeerError: the engine of process 0 has failed.

@@ -49,7 +49,7 @@ class Metrics:
         self._recent += 0.1 * (seconds - self._recent)
 
     def retry_seconds(self) -> int:
-        """What a client that is turned away is told to wait: about as long as requests took of late."""
+        """Seconds that a client who is turned away should wait: about as long as recent requests took."""
         return min(60, max(1, math.ceil(self._recent)))
 
     def text(self) -> bytes:

@@ -1,4 +1,4 @@
-"""HTTP connections that give slow and wasteful clients up."""
+"""HTTP connections that are closed on slow and wasteful clients."""
 
 import asyncio
 import json

@@ -14,12 +14,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 SHORT = 1 << 16  # bytes; more is long work
-Check = Callable[[], object]  # raises LeftError if nobody waits for the work any more
+Check = Callable[[], object]  # raises CancelledError if nobody waits for the work any more
 T = TypeVar("T")
-
-
-class LeftError(Exception):
-    """Nobody waits for the work any more."""
 
 
 def forget_frames(error: BaseException | None) -> None:
@@ -34,76 +30,62 @@ class WorkThreads:
     """Runs functions in the two threads. Must be made inside the event loop that the work comes from."""
 
     def __init__(self) -> None:
-        self._lanes = _Lane("short requests"), _Lane("long requests")
+        self._loop, self._numbers = asyncio.get_running_loop(), itertools.count()
+        self._queues: list[queue.PriorityQueue[tuple[int, int, Callable[[Check], Any], asyncio.Future[Any]]]] = []
+        self._since = [0.0, 0.0]  # when each thread's current function began; 0 = idle
+        for lane, name in enumerate(("short requests", "long requests")):
+            self._queues.append(queue.PriorityQueue())
+            # Daemons: the process doesn't wait for them at its end.
+            threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True).start()
 
     async def run(self, size: int, work: Callable[[Check], T]) -> T:
         """Runs `work` in a thread and returns its result.
 
         Args:
           size: about how many bytes it reads or writes.
-          work: is given a function to call between its parts, which raises if nobody waits any more.
+          work: is given a function to call between its parts, which ends it if nobody waits any more.
         """
-        result: T = await self._lanes[size > SHORT].run(size, work)
-        return result
+        future: asyncio.Future[T] = self._loop.create_future()  # is cancelled with whoever waits for it
+        self._queues[size > SHORT].put((size, next(self._numbers), work, future))
+        return await future
 
     @property
     def waiting(self) -> int:
         """Number of functions that have not begun."""
-        return sum(lane.queue.qsize() for lane in self._lanes)
+        return sum(waiting.qsize() for waiting in self._queues)
 
     @property
     def busy_seconds(self) -> float:
         """How long the slower thread has been at one function; 0 if both are idle."""
-        return max(lane.busy_seconds for lane in self._lanes)
+        return max(time.monotonic() - since if since else 0.0 for since in self._since)
 
-
-class _Lane:
-    """One thread, a daemon: the process doesn't wait for it at its end."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.queue: queue.PriorityQueue[tuple[int, int, Callable[[Check], Any], asyncio.Future[Any]]]
-        self.queue = queue.PriorityQueue()
-        self._numbers = itertools.count()
-        self._since = 0.0  # when the current function began; 0 = idle
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
-
-    async def run(self, size: int, work: Callable[[Check], Any]) -> Any:
-        future = self._loop.create_future()  # is cancelled with whoever waits for it
-        self.queue.put((size, next(self._numbers), work, future))
-        return await future
-
-    @property
-    def busy_seconds(self) -> float:
-        since = self._since
-        return time.monotonic() - since if since else 0.0
-
-    def _serve(self) -> None:
+    def _serve(self, lane: int) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             while True:
-                self._work(*self.queue.get()[2:])
+                self._work(lane, *self._queues[lane].get()[2:])
 
-    def _work(self, work: Callable[[Check], Any], future: asyncio.Future[Any]) -> None:
+    def _work(self, lane: int, work: Callable[[Check], Any], future: asyncio.Future[Any]) -> None:
         def check() -> None:
             if future.done():
-                raise LeftError
+                raise asyncio.CancelledError
 
         if future.done():
             return
-        self._since = time.monotonic()
+        self._since[lane] = time.monotonic()
         result, error = None, None
         try:
             result = work(check)
         except BaseException as raised:
             error = raised
             forget_frames(error)
-        self._since = 0.0
+        self._since[lane] = 0.0
         self._loop.call_soon_threadsafe(_settle, future, result, error)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if not future.done():
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)

@@ -25,16 +25,15 @@ class Ticket:
     """A submitted request, and where its completions arrive token by token.
 
     Attributes:
-      steps: the next steps, each with the number of its completion; None if the engine has failed.
+      steps: a queue of steps, each with the number of its completion; None if the engine has failed.
       started: when the request arrived, in seconds of the monotonic clock.
     """
 
     def __init__(self, jobs: Sequence[Job], started: float):
-        self.jobs = list(jobs)
-        self.number = {job: i for i, job in enumerate(jobs)}
+        self.jobs = jobs
         self.steps: asyncio.Queue[tuple[int, Step] | None] = asyncio.Queue()
         self.started = started
-        self.last = [0.0] * len(self.jobs)  # when each completion had its last token; 0 = none yet
+        self.last = [0.0] * len(jobs)  # when each completion had its last token; 0 = none yet
 
 
 class _Command(NamedTuple):
@@ -75,7 +74,7 @@ class Worker:
         return time.monotonic() - self._alive
 
     def full(self, why: str) -> ApiError:
-        """The error for a request that there is no place for: 429, with the seconds to wait."""
+        """Makes the error for a request that finds the server full: 429, with the seconds to wait."""
         return ApiError(429, f"{why}; come again later", code="queue_full", retry=self.metrics.retry_seconds())
 
     def check_queue(self, completions: int) -> None:
@@ -157,7 +156,7 @@ class Worker:
             ticket = self._tickets.get(step.job)
             if ticket is None:
                 continue
-            number = ticket.number[step.job]
+            number = ticket.jobs.index(step.job)
             if last := ticket.last[number]:
                 self.metrics.between_tokens.observe(now - last)
             else:

@@ -11,7 +11,7 @@ from model.tools import QUICK, leaves, on_mesh, random_model, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference.drafter import NEAREST, NONE, Speculation, make_drafter
-from bigmac_jax.inference.kv_cache import Decoder, decoding_config, make_decoder
+from bigmac_jax.inference.kv_cache import Decoder, make_decoder
 from bigmac_jax.model.exchange import Local
 from bigmac_jax.model.mesh import EXPERT_GROUP
 
@@ -40,7 +40,7 @@ def tables(config: Config, how: Speculation, given: dict[str, np.ndarray] | None
     """[ranks, E] of the one layer."""
     with on_mesh(config):
         decoder = make_decoder(config, random_model(config, given))
-        drafter = make_drafter(decoding_config(config), decoder, how)
+        drafter = make_drafter(decoder, how)
         (group,) = drafter.groups
         return np.asarray(group.mlp.stand_ins[...])[0]
 
@@ -101,9 +101,7 @@ def test_a_layer_computes_its_stand_ins(stand_ins: str, mesh: tuple) -> None:
     with on_mesh(config):
         model = random_model(config)
         p = {name.removeprefix("layers.mlp."): w[0] for name, w in leaves(model).items() if "layers.mlp." in name}
-        drafter = make_drafter(
-            decoding_config(config), make_decoder(config, model), Speculation(2, stand_ins=stand_ins)
-        )
+        drafter = make_drafter(make_decoder(config, model), Speculation(2, stand_ins=stand_ins))
         x_BLD = np.random.default_rng(1).standard_normal((8, 4, config.model.hidden_size)).astype(np.float32)
         y_BLD = np.asarray(_layer(drafter, split_tokens(x_BLD)))
         table = np.asarray(drafter.groups[0].mlp.stand_ins[...])[0]

@@ -66,7 +66,7 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         # Any order of pages, one that belongs to nobody among them.
         order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
         table_NK = np.concatenate(order).astype(np.int32)
-        cache = jax.jit(lambda: make_cache(config, decoder, B * pages + 1, PAGE))()
+        cache = jax.jit(lambda: make_cache(decoder, B * pages + 1, PAGE))()
         run = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
         found, expected = [], []
 
