@@ -39,7 +39,9 @@ PLAIN = (
 ROLES = ("system", "developer", "user", "assistant")
 # Unicode says that these are never characters: they mark answers in what is rendered, and stand for an answer.
 _BEGIN, _END, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
-_MOST_WORK = 1 << 16  # messages, or 256 characters each, that are rendered again to cut a prompt: 0.1 s
+_NUMBER = "_number_of"  # what a template's loops call where they begin with a message
+_PLACE = re.compile(f"{_BEGIN}([0-9]+){_END}")
+_CHECKED = 1024  # messages that are rendered again, turn by turn, before most turns are only found
 Messages = Sequence[dict[str, str]]
 
 
@@ -78,6 +80,14 @@ class _Generation(jinja2.ext.Extension):
         return f"{_BEGIN}{caller()}{_END}"
 
 
+class _Numbered(dict[str, str]):
+    """A message that knows its place among others."""
+
+    def __init__(self, message: dict[str, str], number: int):
+        super().__init__(message)
+        self._number = number  # which no template can read
+
+
 class Chat:
     """A template with a tokenizer; arguments as in `ChatFiles`. Without `special`, eos_token is the tokenizer's end of
     text.
@@ -93,15 +103,18 @@ class Chat:
         self.template, self.files = template, ChatFiles(template, special or {}, date=date)
         self.encode_batch, self._names = _make_encoder(tokenizer)
         self.end = self._names[0]
+        names = [len(name.encode()) for name in self._names]
+        self._token_bytes = max(tokenizer.token_bytes, *names) if tokenizer.token_bytes else 0
         known = {name: value for name, value in self.files.special.items() if value in self._names}
         self._special = {"eos_token": self.end, "bos_token": "", "pad_token": self.end} | known
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-        environment.globals |= {"raise_exception": _refuse, _DATE: self._format_date}
+        environment.globals |= {"raise_exception": _refuse, _DATE: self._format_date, _NUMBER: _write_number}
         environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(template)
+            self._numbered = environment.from_string(_number_loops(environment.parse(template)))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not Jinja ({error}); fix it, or give another one") from None
         self._marks = "endgeneration" in template
@@ -114,7 +127,7 @@ class Chat:
         texts = [piece.text for piece in self.pieces(messages, prompt=True, limit=limit)]
         if not limit:
             return [token for ids in self.encode_batch(texts) for token in ids]
-        return encode_at_most(self.encode_batch, texts, limit.tokens, limit.check)
+        return encode_at_most(self.encode_batch, texts, limit.tokens, self._token_bytes, limit.check)
 
     def pieces(self, messages: Messages, prompt: bool = False, limit: PromptLimit | None = None) -> list[Piece]:
         """The text of messages, cut where answers begin and end.
@@ -124,35 +137,77 @@ class Chat:
 
         Args:
           prompt: the beginning of a further answer stands at the end. Then a conversation whose answers cannot be
-            told, or only in long work, is one piece.
+            told is one piece.
 
         Raises:
           ChatError: an unknown role, a special token in a message, or messages that the template does not take.
+          TooLongError: so long a text has more tokens than the limit.
         """
         self._check(messages)
         text = self._render(messages, prompt)
         if self._marks:
             return _make_pieces(re.split(f"[{_BEGIN}{_END}]", text))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        # To render the messages before each answer takes the square of their number.
-        if prompt and len(turns) * (len(messages) + len(text) // 256) > _MOST_WORK:
-            return [Piece(text, False)]
+        if limit and self._token_bytes and len(text) > limit.tokens * self._token_bytes:
+            raise TooLongError(limit.tokens)
+        spans = self._find_answers(messages, text, prompt, limit.check if limit else lambda: None)
+        if spans is None:
+            if prompt:  # who asks wants an answer, however the turns before it are cut
+                return [Piece(text, False)]
+            raise ChatError(
+                "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
+                "{% endgeneration %} around answers"
+            )
         cuts = [0]
-        for i in turns:
-            if limit:
-                limit.check()
-            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
-            if not (after.startswith(before) and text.startswith(after)):
-                if prompt:  # who asks wants an answer, however the turns before it are cut
-                    return [Piece(text, False)]
-                raise ChatError(
-                    "the chat template writes a turn otherwise when others follow it; put {% generation %} and "
-                    "{% endgeneration %} around answers"
-                )
-            start, stop = len(before), len(after)
+        for start, stop in spans:
             ends = [at + len(name) for name in self._names if (at := text.rfind(name, start, stop)) >= 0]
             cuts += [start, max(ends, default=stop)]
         return _make_pieces([text[start:stop] for start, stop in itertools.pairwise([*cuts, len(text)])])
+
+    def _find_answers(
+        self, messages: Messages, text: str, prompt: bool, check: Callable[[], object]
+    ) -> list[tuple[int, int]] | None:
+        """Finds where each answer begins and ends in the text: what a message of the assistant adds to the prompt for
+        it. None if the template writes one otherwise when others follow it.
+
+        To render the messages before each answer takes the square of their number. So that is done for the first ones,
+        for those at twice the place of the last one, and at the end. Between them an answer begins where the template's
+        loop comes to its message, behind the same words, which must be true of all that were rendered.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        rendered, last, found = 0, 0, {}
+        for i in turns:
+            if rendered + 2 * i >= _CHECKED and i < 2 * last and i < len(messages) - 1:
+                continue
+            rendered, last = rendered + 2 * i + 1, i
+            check()
+            before, after = self._render(messages[:i], True), self._render(messages[: i + 1], False)
+            if not (after.startswith(before) and text.startswith(after)):
+                return None
+            found[i] = len(before), len(after)
+        if len(found) == len(turns):
+            return list(found.values())
+        check()
+        places = self._find_places(messages, text, prompt) | {len(messages): found.get(len(messages) - 1, (0, 0))[1]}
+        if not {place for i in turns for place in (i, i + 1)} <= set(places):
+            return None
+        # What a template writes behind the messages before an answer, and behind the answer.
+        opening, closing = (text[places[turns[0] + n] : found[turns[0]][n]] for n in (0, 1))
+        for i in turns:
+            start, stop = places[i] + len(opening), places[i + 1] + (len(closing) if i + 1 < len(messages) else 0)
+            if not (text.startswith(opening, places[i]) and text.startswith(closing, stop - len(closing))):
+                return None
+            if found.setdefault(i, (start, stop)) != (start, stop):
+                return None
+        return [found[i] for i in turns]
+
+    def _find_places(self, messages: Messages, text: str, prompt: bool) -> dict[int, int]:
+        """Finds where in the text the template's last loop over messages comes to each; some or none without one."""
+        numbered = self._render([_Numbered(message, i) for i, message in enumerate(messages)], prompt, self._numbered)
+        parts = _PLACE.split(numbered)
+        if "".join(parts[::2]) != text:
+            return {}
+        at = itertools.accumulate(map(len, parts[::2]))
+        return {int(number): place for number, place in zip(parts[1::2], at, strict=False)}
 
     def _format_date(self, form: str) -> str:
         date = datetime.datetime.fromisoformat(self.files.date) if self.files.date else datetime.datetime.now()
@@ -185,9 +240,10 @@ class Chat:
             for i, message in enumerate(messages):
                 self.check_text(message["content"], f"messages[{i}]", i)
 
-    def _render(self, messages: Messages, prompt: bool) -> str:
+    def _render(self, messages: Messages, prompt: bool, template: jinja2.Template | None = None) -> str:
+        template = template or self._template
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
+            return template.render(messages=list(messages), add_generation_prompt=prompt, **self._special)
         except Exception as error:  # a template may do anything that Jinja lets it
             raise ChatError(f"the chat template does not take these messages: {error}") from None
 
@@ -234,6 +290,20 @@ def _make_encoder(tokenizer: Tokenizer) -> tuple[Callable[[Sequence[str]], list[
         return tokenizer.encode(first) + [i for part in others for i in (tokenizer.eos_id, *tokenizer.encode(part))]
 
     return lambda texts: [encode(text) for text in texts], [end]
+
+
+def _number_loops(template: jinja2.nodes.Template) -> jinja2.nodes.Template:
+    """Has each loop write the number of the message that it comes to, where it is one."""
+    for loop in template.find_all(jinja2.nodes.For):
+        if isinstance(loop.target, jinja2.nodes.Name):
+            name = jinja2.nodes.Name(loop.target.name, "load")
+            call = jinja2.nodes.Call(jinja2.nodes.Name(_NUMBER, "load"), [name], [], None, None)
+            loop.body.insert(0, jinja2.nodes.Output([call]).set_lineno(loop.lineno))
+    return template
+
+
+def _write_number(value: Any) -> str:
+    return f"{_BEGIN}{value._number}{_END}" if isinstance(value, _Numbered) else ""
 
 
 def _refuse(message: str) -> None:

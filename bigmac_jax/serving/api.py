@@ -204,7 +204,7 @@ def _prompts(
     for one in many:
         if isinstance(one, str):
             texts.append(one)
-            ids.append(encode_at_most(tokenizer.encode_batch, [one], limit.tokens, limit.check))
+            ids.append(encode_at_most(tokenizer.encode_batch, [one], limit.tokens, tokenizer.token_bytes, limit.check))
         elif isinstance(one, list) and len(one) > limit.tokens:
             raise TooLongError(limit.tokens)
         elif isinstance(one, list) and all(type(token) is int and 0 <= token < vocab_size for token in one):

@@ -1,4 +1,4 @@
-"""Where answers begin and end in a conversation, and how much work a prompt may take."""
+"""Where answers begin and end is found in renders that are linear in the messages, and as if each turn was rendered."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bigmac_jax.data import chat_template as module
 from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, PromptLimit
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most, train_bpe
 
@@ -47,6 +48,8 @@ TEMPLATES = {
     "a macro": "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endmacro %}{% for m in messages %}"
     "{{ turn(m) }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
 }  # fmt: skip
+# Whose turns no loop writes one by one.
+LOOSE = {"turns of two"}
 
 
 def by_turns(chat: Chat, messages: Messages, prompt: bool) -> list[Piece] | None:
@@ -78,7 +81,9 @@ def bpe() -> JsonTokenizer:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_answers_are_cut_as_each_turn_is_rendered(name: str) -> None:
+def test_answers_are_cut_as_if_each_turn_was_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where few turns are: the others follow from these."""
+    monkeypatch.setattr(module, "_CHECKED", 4)
     draw, chat, cut = random.Random(0), Chat(bpe(), TEMPLATES[name]), 0
     for _ in range(60):
         messages, prompt = dialogue(draw, draw.randint(1, 24)), draw.random() < 0.5
@@ -87,9 +92,12 @@ def test_answers_are_cut_as_each_turn_is_rendered(name: str) -> None:
             found = chat.pieces(messages, prompt)
         except ChatError:
             found = None
+        if name in LOOSE and found != expected:
+            assert found in (None, [Piece(chat._render(messages, prompt), False)])
+            continue
         assert found == expected, messages
         cut += sum(piece.answer for piece in found or ())
-    assert (cut > 100) == (name not in {"with an end", "the prompt always", "the last one otherwise", "turns of two"})
+    assert (cut > 100) == (name not in {"with an end", "the prompt always", "the last one otherwise", *LOOSE})
 
 
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -105,27 +113,30 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_long_dialogue_is_rendered_few_times_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answers are not cut then; in training they are."""
-    chat, seen = Chat(ByteTokenizer(), PLAIN), rendered(monkeypatch)
-    for size, text, is_cut in ((100, "a", True), (400, "a", False), (100, "a" * 5000, False)):
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i in range(size)]
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("roles", [("user", "assistant"), ("assistant",), ("user",) * 9 + ("assistant",)])
+def test_renders_are_linear_in_messages(roles: tuple[str, ...], prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(ByteTokenizer(), PLAIN)
+    seen = rendered(monkeypatch)
+    for size in (200, 2000):
+        messages = [{"role": roles[i % len(roles)], "content": "a"} for i in range(size)]
         seen.clear()
-        pieces = chat.pieces(messages, prompt=True)
-        assert sum(piece.answer for piece in pieces) == (size // 2 if is_cut else 0)
-        assert "".join(piece.text for piece in pieces) == chat._render(messages, True)
-        assert len(seen) == (2 * (size // 2) + 2 if is_cut else 2)
-        if not is_cut and len(text) == 1:
-            assert sum(piece.answer for piece in chat.pieces(messages)) == size // 2
+        pieces = chat.pieces(messages, prompt)
+        assert sum(piece.answer for piece in pieces) == size // len(roles) and "".join(p.text for p in pieces)
+        assert sum(seen) <= 10 * size + 2 * module._CHECKED and len(seen) < 100
 
 
-def test_what_is_too_long_is_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    chat, seen = Chat(bpe(), PLAIN), rendered(monkeypatch)
+def test_what_is_too_long_is_not_rendered_or_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, seen, encoded = Chat(bpe(), PLAIN), rendered(monkeypatch), []
+    monkeypatch.setattr(chat, "encode_batch", encoded.append)
     with pytest.raises(TooLongError):
         chat.prompt([{"role": "user", "content": ""}] * 101, PromptLimit(100))
     assert not seen
     with pytest.raises(TooLongError):
-        chat.prompt([{"role": "user", "content": "a " * 10_000}], PromptLimit(100))
+        chat.prompt(
+            [{"role": "user", "content": "a " * 10_000}, {"role": "assistant", "content": "a"}], PromptLimit(100)
+        )
+    assert seen == [2] and not encoded
 
 
 def test_a_text_is_encoded_as_far_as_there_is_room() -> None:
@@ -137,8 +148,35 @@ def test_a_text_is_encoded_as_far_as_there_is_room() -> None:
         return tokenizer.encode_batch(texts)
 
     text = "peace and war, " * 40_000
-    assert encode_at_most(encode, [text, "b"], 10**6) == tokenizer.encode(text) + tokenizer.encode("b")
+    assert encode_at_most(encode, [text, "b"], 10**6, 0) == tokenizer.encode(text) + tokenizer.encode("b")
     done.clear()
     with pytest.raises(TooLongError):
-        encode_at_most(encode, [text], 1000)
+        encode_at_most(encode, [text], 1000, 0)
     assert sum(done) < len(text) / 3
+    done.clear()
+    with pytest.raises(TooLongError):
+        encode_at_most(encode, [text], 1000, tokenizer.token_bytes)
+    assert not done
+
+
+def test_how_long_a_token_may_be() -> None:
+    values = json.loads(bpe().json_text)
+    assert ByteTokenizer().token_bytes == 1
+    longest = max(len(bytes(bpe().decode([i]), "utf-8")) for i in range(300))
+    assert bpe().token_bytes == longest == len("<|endoftext|>")
+
+    def of(change: dict[str, Any]) -> int:
+        return JsonTokenizer(json.dumps(values | change)).token_bytes
+
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    byte_level = values["pre_tokenizer"]
+    assert of({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}}) == longest
+    removing = [split | {"behavior": "Removed"}, byte_level]
+    absorbing = [values["added_tokens"][0], values["added_tokens"][1] | {"lstrip": True}]
+    for change in (
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": removing}},
+        {"pre_tokenizer": None},
+        {"added_tokens": absorbing},
+    ):
+        assert of(change) == 0
