@@ -144,8 +144,12 @@ def run_tests(root: pathlib.Path, tests: list[str], measured: dict[str, Any]) ->
         chosen, reports = pathlib.Path(folder, "tests.json"), pathlib.Path(folder, "reports.jsonl")
         chosen.write_text(json.dumps(list(limits.items()), allow_nan=False))
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-        code = _pytest(root, {"MUTANTS_TESTS": str(chosen), "MUTANTS_REPORTS": str(reports)},
-                       ["-n0", "-x", *files], 300 + sum(limits.values()))  # fmt: skip
+        for _ in range(3):
+            reports.unlink(missing_ok=True)
+            code = _pytest(root, {"MUTANTS_TESTS": str(chosen), "MUTANTS_REPORTS": str(reports)},
+                           ["-n0", "-x", *files], 300 + sum(limits.values()))  # fmt: skip
+            if code != -signal.SIGTERM:  # someone else's
+                break
         lines = [json.loads(line) for line in reports.read_text().splitlines()] if reports.exists() else []
     for line in lines:
         if line["outcome"] == "failed":
@@ -215,7 +219,8 @@ def _measure(plain: pathlib.Path, target: str, measured: dict[str, Any]) -> None
         variables = {"MUTANTS_REPORTS": str(reports), "COVERAGE_PROCESS_START": str(site / "rc"),
                      "PYTHONPATH": f"{plain}:{site}"}  # fmt: skip
         parallel = ["-n", str(_JOBS.value), "--dist=loadfile"] if _JOBS.value > 1 else ["-n0"]
-        _pytest(plain, variables, [*parallel, target], 3600)
+        if (code := _pytest(plain, variables, [*parallel, target], 3600)) not in (0, 1, 5):  # 5: all are left out
+            raise SystemExit(f"pytest ended with {code} in {target}")
         seconds: dict[str, float] = {}
         bad = set()
         for line in map(json.loads, reports.read_text().splitlines() if reports.exists() else []):
