@@ -231,7 +231,7 @@ def _measure(plain: pathlib.Path, target: str, measured: dict[str, Any]) -> None
         print(f"{target}: {len(seconds)} tests in {sum(seconds.values()):.0f} s; not used: {sorted(bad)}", flush=True)
         if not list(data.iterdir()):
             return
-        whole = coverage.Coverage(data_file=str(data / "all"), config_file=False)
+        whole = coverage.Coverage(data_file=str(data / "coverage"), config_file=False)
         whole.combine([str(data)])
         numbers = {test: number for number, test in enumerate(measured["tests"])}
         for file in whole.get_data().measured_files():
