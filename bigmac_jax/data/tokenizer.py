@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -41,7 +42,11 @@ class Tokenizer(abc.ABC):
     fingerprint: str  # equal fingerprints encode alike; the SHA-256 of the tokenizer's file, if it has one
     file = ""  # its name, if it has one
     content = b""  # of that file
-    token_bytes = 0  # bytes of text that a token stands for, at most; 0 = any number: text is changed or left out
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of text that a token stands for, at most; 0 = any number: text is changed or left out."""
+        return 0
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, which is cut into pieces if it is long."""
@@ -101,7 +106,10 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
-    token_bytes = 1
+
+    @property
+    def token_bytes(self) -> int:
+        return 1
 
     def arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -136,7 +144,10 @@ class JsonTokenizer(Tokenizer):
             )
         self.eos_id = vocabulary[end]
         self.fingerprint = hashlib.sha256(self.content).hexdigest()
-        self.token_bytes = _token_bytes(json.loads(json_text))
+
+    @functools.cached_property
+    def token_bytes(self) -> int:
+        return _token_bytes(json.loads(self.json_text))
 
     def _encode_pieces(self, texts: Sequence[str]) -> Iterable[list[int]]:
         return (one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
