@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,8 +40,19 @@ from bigmac_jax.training.workdir import read_run_json
 _T = TypeVar("_T")
 _METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
-for _name in ("absl", "asyncio"):  # Orbax logs a failed save with several tracebacks; `Checkpoints` says it in one line
-    logging.getLogger(_name).addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname + r.getMessage()))
+
+
+def _is_not_of_a_save(record: logging.LogRecord) -> bool:
+    """Orbax and asyncio log a failed save with several tracebacks, some when memory is collected; `Checkpoints` says it
+    in one line."""
+    if not record.exc_info:
+        return True
+    told = "".join((record.pathname, record.getMessage(), *traceback.format_exception(record.exc_info[1])))
+    return not re.search("orbax|tensorstore", told, re.IGNORECASE)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_not_of_a_save)
 # Each save between evaluations says this: it has no metric, and needs none.
 logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
 

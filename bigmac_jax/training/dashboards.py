@@ -5,13 +5,14 @@ import json
 import logging
 import pathlib
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from bigmac_jax.config import ConfigError
 
@@ -45,12 +46,13 @@ class TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
-        self._writer: EventsWriter | None = None
+        self._writer: RecordWriter | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"))
+            self._writer = RecordWriter(f"{folder}/events.out.tfevents.{time.time():.0f}.{socket.gethostname()}")
         except OSError as error:
             _log.warning("%s cannot be written (%s): there is nothing for TensorBoard", folder, error.strerror)
+        self._write(file_version="brain.Event:2")
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # later records are void
 
     def write(self, record: dict[str, Any]) -> None:
@@ -71,9 +73,10 @@ class TensorBoard:
         if self._writer is None:
             return
         try:
-            self._writer.write_event(Event(wall_time=time.time(), **fields))
+            self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
             self._writer.flush()
         except OSError:
+            self.close()
             self._writer = None  # what follows half a record could not be read
 
 

@@ -73,9 +73,7 @@ def test_equals_the_reference(exchange: str, mesh: tuple, factor: float, chunks:
 
 @pytest.mark.full
 @pytest.mark.parametrize(FIELDS, REST, ids=name)
-def test_equals_the_reference_everywhere(
-    exchange: str, mesh: tuple, factor: float, chunks: int, skew: str, matmul: str
-) -> None:
+def test_equals_the_reference_everywhere(exchange: str, mesh: tuple, factor: float, chunks: int, skew: str) -> None:
     run(exchange, mesh, factor, chunks, skew)
 
 

@@ -77,7 +77,7 @@ def gradients(config: Config, batch: Batch) -> dict[str, np.ndarray]:
     """The loss, what the routers did, and the gradient of each parameter."""
     teacher = None
     if config.tuning.teacher:
-        model = dataclasses.replace(config.model, structure="dense")
+        model = dataclasses.replace(config.model, structure="dense", latent_norm="none")
         teacher = dataclasses.replace(config, model=model, tuning=TuningConfig())
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config), teacher)

@@ -459,6 +459,16 @@ def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["4"]
 
 
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [("Error writing [tensorstore_spec='{...}']", False), ("orbax: the save failed", False), ("a request's", True)],
+)
+def test_what_asyncio_logs_late_of_a_save(message: str, says: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Futures of a failed save log their error when memory is collected, in some later line of the run."""
+    logging.getLogger("asyncio").error("Future exception was never retrieved", exc_info=ValueError(message))
+    assert bool(caplog.records) == says
+
+
 def waits_for_work(thread: threading.Thread) -> bool:
     """Whether it is one of a pool that has nothing to do, which the end of the process wakes up."""
     frame = sys._current_frames().get(thread.ident or 0)
