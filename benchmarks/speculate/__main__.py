@@ -4,7 +4,7 @@
     python -m benchmarks.speculate
 
 Of a trained model with experts (--run). First the share of drafted tokens that is accepted, by draft length, ranks
-(and so experts of a rank) and stand-ins, on simulated devices; every completion is compared with plain decoding's. Four
+(and so experts of a rank), on simulated devices; every completion is compared with plain decoding's. Four
 ranks have all --prompts, the others an eighth of them.
 Then tokens a second on four hosts with shaped links (benchmarks.cluster; root and iproute2), plain and with drafts by
 turns, by prompts at a time. JSON lines; and --output with its picture. What has been measured is read again from
@@ -82,15 +82,13 @@ def main() -> int:
 def _acceptance(given: argparse.Namespace, folder: pathlib.Path) -> Iterator[Line]:
     new, lengths = (16, "2,4") if given.quick else (128, "1,2,4,8")
     for ranks in (4,) if given.quick else (4, 2, 8):
-        for stand_ins in ("none", "nearest"):
-            prompts = 16 if given.quick else given.prompts if ranks == 4 else given.prompts // 8
-            arguments = [f"--drafts={lengths}", f"--stand_ins={stand_ins}", "--batches=64", f"--prompts={prompts}",
-                         f"--new={new}", "--nowarm", f"--cpu_devices={ranks}", "--config.mesh.data=1",
-                         f"--config.mesh.expert={ranks}"]  # fmt: skip
-            for line in _measured(given, folder, arguments, None):
-                if line["draft"]:
-                    share = round(line["accepted"] / line["drafted"], 4)
-                    yield _said(line, name="acceptance", ranks=ranks, stand_ins=stand_ins, accepted_share=share)
+        prompts = 16 if given.quick else given.prompts if ranks == 4 else given.prompts // 8
+        arguments = [f"--drafts={lengths}", "--batches=64", f"--prompts={prompts}", f"--new={new}", "--nowarm",
+                     f"--cpu_devices={ranks}", "--config.mesh.data=1", f"--config.mesh.expert={ranks}"]  # fmt: skip
+        for line in _measured(given, folder, arguments, None):
+            if line["draft"]:
+                share = round(line["accepted"] / line["drafted"], 4)
+                yield _said(line, name="acceptance", ranks=ranks, accepted_share=share)
 
 
 def _speed(given: argparse.Namespace, folder: pathlib.Path) -> Iterator[Line]:
@@ -116,11 +114,9 @@ def _said(line: Line, **more: Any) -> Line:
 def draw(lines: list[Line], picture: pathlib.Path) -> None:
     """The accepted share by draft length, and tokens a second over plain decoding's by prompts at a time."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for ranks, stand_ins in dict.fromkeys((d["ranks"], d["stand_ins"]) for d in lines if d["name"] == "acceptance"):
-        found = [d for d in lines if (d.get("ranks"), d.get("stand_ins")) == (ranks, stand_ins)]
-        style = "-o" if stand_ins == "none" else "--s"
-        x, y = [d["draft"] for d in found], [d["accepted_share"] for d in found]
-        left.plot(x, y, style, ms=4, label=f"{ranks} ranks, stand-ins: {stand_ins}")
+    for ranks in dict.fromkeys(d["ranks"] for d in lines if d["name"] == "acceptance"):
+        found = [d for d in lines if d["name"] == "acceptance" and d["ranks"] == ranks]
+        left.plot([d["draft"] for d in found], [d["accepted_share"] for d in found], "-o", ms=4, label=f"{ranks} ranks")
     speed = [d for d in lines if d["name"] == "speed" and d["draft"]]
     for rate, draft in dict.fromkeys((d["mbit_per_s"], d["draft"]) for d in speed):
         found = [d for d in speed if (d["mbit_per_s"], d["draft"]) == (rate, draft)]

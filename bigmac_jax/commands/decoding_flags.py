@@ -7,7 +7,7 @@ from absl import flags
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator
-from bigmac_jax.inference.drafter import STAND_INS, Speculation
+from bigmac_jax.inference.drafter import Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.tuning import restore
 
@@ -27,9 +27,6 @@ _SPECULATE = flags.DEFINE_integer(
 _LOCAL_EXPERTS = flags.DEFINE_integer(
     "local_experts", 0, "Experts of each rank that drafts use; 0 = all that it holds. Fewer are for study."
 )
-_STAND_INS = flags.DEFINE_enum(
-    "stand_ins", Speculation.stand_ins, STAND_INS, "What a draft computes for an expert that is elsewhere."
-)
 _LEAST_ACCEPTANCE = flags.DEFINE_float(
     "least_acceptance", Speculation.least, "Drafts pause while a smaller share of their tokens is accepted."
 )
@@ -37,7 +34,7 @@ _LEAST_ACCEPTANCE = flags.DEFINE_float(
 
 def speculation() -> Speculation:
     """How tokens are drafted; raises ConfigError for a value out of its range."""
-    return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _STAND_INS.value, _LEAST_ACCEPTANCE.value)
+    return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _LEAST_ACCEPTANCE.value)
 
 
 def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:

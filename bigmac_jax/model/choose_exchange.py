@@ -2,8 +2,6 @@
 
 import math
 
-from jax import Array
-
 from bigmac_jax.config import Config
 from bigmac_jax.model.exchange import STRATEGIES, Local, Strategy
 from bigmac_jax.model.exchange.costs import seconds
@@ -35,9 +33,9 @@ def make_exchange(name: str, config: Config, capacity_factor: float, group: Expe
     )
 
 
-def make_local(config: Config, stand_in_E: Array) -> Local:
-    """The strategy of a draft, which exchanges nothing."""
-    return Local(config.model.expert_count, current_group().sizes, math.inf, EXPERT_GROUP, stand_in_E=stand_in_E)
+def make_local(config: Config, computed: int) -> Local:
+    """The strategy of a draft, which exchanges nothing and computes so many experts of each rank."""
+    return Local(config.model.expert_count, current_group().sizes, math.inf, EXPERT_GROUP, computed=computed)
 
 
 def available_exchanges(device_kind: str) -> list[str]:

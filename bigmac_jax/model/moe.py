@@ -24,7 +24,6 @@ from bigmac_jax.model.mesh import (
     AXES,
     EXPERT_GROUP,
     TENSOR,
-    Crossing,
     Weight,
     on_each_rank,
     rank_spec,
@@ -56,13 +55,6 @@ def empty_aux() -> Aux:
 
 class RouterBias(nnx.Variable):
     """Moved by the load after each step, not by a gradient."""
-
-
-class StandIns(nnx.Variable):
-    """[ranks, E] int32: the local expert that a draft computes on a rank instead of each expert, e for none."""
-
-    def weight(self) -> Weight:
-        return Weight(self[...], Crossing("int32", "int32", "int32"), AXES)
 
 
 class Experts(nnx.Module):
@@ -125,7 +117,7 @@ class MoE(nnx.Module):
         self.skip_1 = parameter(config, None, (1,), skip) if "skip" in m.latent_norms else None
         # Zero at first, whatever the key.
         self.gate = Linear(config, keys[4], D, D, part, bias=False, scale=0.0) if "gate" in m.latent_norms else None
-        self.stand_ins: StandIns | None = None  # of a draft, which sends nothing (`inference.drafter`)
+        self.draft_experts = 0  # experts of each rank that a draft computes, which sends nothing (`inference.drafter`)
 
     def __call__(
         self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding: Padding | None = None
@@ -140,7 +132,7 @@ class MoE(nnx.Module):
         capacity_factor = math.inf if evaluating else self.config.model.capacity_factor
         routing, quantile_stats = self.route(x_BLD, evaluating, padding)  # T and p(x)
         y_BLD, counts_SE, dropped_S = on_each_rank(  # y = widen(x', routed(x')), x' = narrow(x)
-            functools.partial(layer_on_rank, self.config, capacity_factor),
+            functools.partial(layer_on_rank, self.config, capacity_factor, self.draft_experts),
             (x_BLD, routing.gates_BLK, routing.experts_BLK),
             self.weights(),
             out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
@@ -173,7 +165,6 @@ class MoE(nnx.Module):
             dispatch_norm=[] if self.dispatch_norm is None else self.dispatch_norm.weights(),
             combine_norm=[] if self.combine_norm is None else self.combine_norm.weights(),
             skip_1=None if self.skip_1 is None else weight(config, self.skip_1),
-            stand_ins_1E=None if self.stand_ins is None else self.stand_ins.weight(),
         )
 
     def report(
@@ -216,7 +207,6 @@ class RowWeights:
     down_DR, up_RD: W↓ and W↑.
     dispatch_norm, combine_norm: a norm's scale, and LayerNorm's bias.
     skip_1: α.
-    stand_ins_1E: of a draft, as in `StandIns`.
     """
 
     experts: dict[str, Any]
@@ -225,11 +215,16 @@ class RowWeights:
     dispatch_norm: list[Any]
     combine_norm: list[Any]
     skip_1: Any
-    stand_ins_1E: Any
 
 
 def layer_on_rank(
-    config: Config, capacity_factor: float, x_BLD: Array, gates_BLK: Array, experts_BLK: Array, w: RowWeights
+    config: Config,
+    capacity_factor: float,
+    draft_experts: int,
+    x_BLD: Array,
+    gates_BLK: Array,
+    experts_BLK: Array,
+    w: RowWeights,
 ) -> tuple[Array, Array, Array]:
     """The layer on one rank, between the router and the shared experts, with all collectives of the exchange.
 
@@ -245,8 +240,9 @@ def layer_on_rank(
     """
     x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
     chunks = math.gcd(config.execution.overlap_chunks, len(x_TD))
-    if w.stand_ins_1E is not None:
-        exchange: Strategy = make_local(config, w.stand_ins_1E[0])
+    exchange: Strategy
+    if draft_experts:
+        exchange = make_local(config, draft_experts)
     else:
         exchange = choose_exchange(config, capacity_factor, len(x_TD) // chunks)
     gates = jnp.split(gates_TK, chunks)

@@ -14,7 +14,6 @@ from training.tools import quick
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator, Request, Sampling, Speculation
 from bigmac_jax.inference import drafts as drafting
-from bigmac_jax.inference.drafter import NEAREST, NONE, STAND_INS
 from bigmac_jax.inference.engine import Engine
 
 from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, WORDS, Alone, assert_as_alone, config_on, play, schedule
@@ -67,8 +66,7 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
     with quick(), on_mesh(config):
         model = random_model(config)
         plain, drafts = (
-            Generator(config, model, speculate=how)
-            for how in (None, Speculation(tokens, local, STAND_INS[tokens % 2], least=0.0))
+            Generator(config, model, speculate=how) for how in (None, Speculation(tokens, local, least=0.0))
         )
         positions = max(POSITIONS, LENGTH * int(np.prod(mesh[:4])))
         alone = Alone(plain, plain.engine(SLOTS, (), positions, reuse=False, **SIZES))
@@ -81,24 +79,24 @@ def test_any_schedule_gives_what_each_gets_alone_without_drafts(
 
 
 @pytest.fixture(scope="module")
-def twins() -> Iterator[tuple[Config, Any]]:
-    """A model on two ranks whose experts are the same on both."""
+def two_ranks() -> Iterator[tuple[Config, Any]]:
     config = config_on((1, 1, 2))
     with quick(), on_mesh(config):
-        draw, given = np.random.default_rng(3).standard_normal, {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_model(config))[0]:
-            if ".experts." in (name := leaf_name(path)):
-                half = draw((1, leaf.shape[1] // 2, *leaf.shape[2:])).astype(np.float32) / np.sqrt(leaf.shape[-2])
-                given[name] = np.concatenate([half, half], 1)
-        yield config, random_model(config, given)
+        yield config, random_model(config)
 
 
 @pytest.mark.full
-def test_all_is_accepted_where_the_stand_ins_are_the_experts(twins: tuple[Config, Any]) -> None:
+def test_all_is_accepted_where_experts_give_nothing() -> None:
     """Drawn tokens, too; a request of sixteen takes the step of its prompt and three of five."""
-    config, model = twins
+    config = config_on((1, 1, 2))
     with quick(), on_mesh(config):
-        generator = Generator(config, model, speculate=Speculation(4, stand_ins=NEAREST))
+        shapes = {
+            leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_model(config))
+        }
+        nothing = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if "experts.w_out" in name}
+        assert nothing
+        model = random_model(config, nothing)
+        generator = Generator(config, model, speculate=Speculation(4))
         drafts, generator.drafts = generator.drafts, None
         expected, _ = complete(generator, generator.engine(SLOTS, (), POSITIONS, **SIZES), mixed())
         generator.drafts = drafts
@@ -109,22 +107,22 @@ def test_all_is_accepted_where_the_stand_ins_are_the_experts(twins: tuple[Config
         assert [size for size in sizes if size] == [6, 5, 5]
 
 
-def test_not_all_where_they_are_left_out(twins: tuple[Config, Any]) -> None:
+def test_not_all_where_they_are_left_out(two_ranks: tuple[Config, Any]) -> None:
     """What is accepted and what is not: the tokens are those without drafts."""
-    config, model = twins
+    config, model = two_ranks
     with quick(), on_mesh(config):
         expected, _ = run(config, model, mixed())
-        found, generator = run(config, model, mixed(), Speculation(4, stand_ins=NONE))
+        found, generator = run(config, model, mixed(), Speculation(4))
     assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
     assert generator.drafts is not None and 0 < generator.drafts.accepted < generator.drafts.drafted
 
 
 @pytest.mark.full
-def test_the_most_likely_tokens_are_those_of_each_position(twins: tuple[Config, Any]) -> None:
-    config, model = twins
+def test_the_most_likely_tokens_are_those_of_each_position(two_ranks: tuple[Config, Any]) -> None:
+    config, model = two_ranks
     likely = []
     with quick(), on_mesh(config):
-        for how in (None, Speculation(4, stand_ins=NEAREST)):
+        for how in (None, Speculation(4)):
             generator = Generator(config, model, speculate=how)
             engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
             engine.submit(generator.job((5, 6, 7), Sampling(9, ignore_eos=True, logprobs=3)))
@@ -142,15 +140,15 @@ def test_the_most_likely_tokens_are_those_of_each_position(twins: tuple[Config, 
 
 @pytest.mark.full
 def test_drafts_that_are_not_accepted_pause(
-    twins: tuple[Config, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    two_ranks: tuple[Config, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, model = twins
+    config, model = two_ranks
     monkeypatch.setattr(drafting, "_WINDOW", 40)
     monkeypatch.setattr(drafting, "_PAUSE", 3)
     requests = mixed(24)
     with quick(), on_mesh(config), caplog.at_level(logging.INFO):
         expected, _ = run(config, model, requests)
-        found, generator = run(config, model, requests, Speculation(4, stand_ins=NONE, least=0.99))
+        found, generator = run(config, model, requests, Speculation(4, least=0.99))
     assert [c.tokens for c in found] == [c.tokens for c in expected]
     said = [record.getMessage() for record in caplog.records if "drafted tokens" in record.getMessage()]
     assert len(said) > 1 and "% were accepted, fewer than 99.0 %: no drafts for the next 3 steps" in said[0]

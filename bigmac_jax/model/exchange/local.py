@@ -1,11 +1,12 @@
 """No exchange: a rank computes what its own experts make of its tokens, and leaves it at that.
 
-For drafts (`inference.drafter`): an expert of another rank is replaced by one that is here, or left out. T tokens and K
-choices on this rank, E experts, e of them here.
+For drafts (`inference.drafter`): a choice of another rank's expert is left out. T tokens and K choices on this rank, E
+experts, e of them here.
 """
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,29 +14,22 @@ from bigmac_jax.model.exchange.strategy import Plan, Strategy, count_choices, no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Strategy[Array]):
+class Local(Strategy[None]):
     """Attributes:
-    stand_in_E: int32, the local expert that is computed instead of each; e: none is.
+    computed: how many of this rank's e experts are; the others are left out, too.
     """
 
     sums_at_experts = True
 
-    stand_in_E: Array
+    computed: int
 
-    def plan(self, experts_TK: Array) -> Plan[Array]:
-        here_TK = self.stand_in_E[experts_TK]
-        # Two choices may have one stand-in: it is computed once, for the sum of their gates.
-        again_TK = jnp.tril(_equal(here_TK), -1).any(-1)
-        expert_TK = jnp.where(again_TK, self.local_experts, here_TK)
-        return Plan(here_TK, expert_TK, count_choices(experts_TK, self.num_experts), none_dropped(experts_TK))
+    def plan(self, experts_TK: Array) -> Plan[None]:
+        here_TK = experts_TK - self.local_experts * jax.lax.axis_index(self.axis)
+        expert_TK = jnp.where((here_TK >= 0) & (here_TK < self.computed), here_TK, self.local_experts)
+        return Plan(None, expert_TK, count_choices(experts_TK, self.num_experts), none_dropped(experts_TK))
 
-    def dispatch(self, plan: Plan[Array], x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
-        return x_TR, (_equal(plan.routes) * gates_TK[:, None]).sum(-1)
+    def dispatch(self, plan: Plan[None], x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
+        return x_TR, gates_TK
 
-    def combine(self, plan: Plan[Array], y_NR: Array, gates_TK: Array) -> Array:
+    def combine(self, plan: Plan[None], y_NR: Array, gates_TK: Array) -> Array:
         return y_NR
-
-
-def _equal(here_TK: Array) -> Array:
-    """[T, K, K]: which choices of a token have the same stand-in."""
-    return here_TK[:, :, None] == here_TK[:, None, :]
