@@ -129,7 +129,7 @@ class ModelConfig(Section):
 
     @property
     def choices(self) -> int:
-        """Experts that a token is sent to."""
+        """Number of experts that a token is sent to: top_k, 1 of `vanilla`, 0 of `dense`."""
         return {"dense": 0, "vanilla": 1}.get(self.structure, self.top_k)
 
     @property

@@ -56,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """Adds a digest of the values to them."""
+    """A copy of the values with a digest of them, by which `unseal` notices a change."""
     return values | {_SEAL: _digest(values)}
 
 

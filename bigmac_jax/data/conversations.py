@@ -41,11 +41,11 @@ class _BadRowError(ValueError):
 
 
 class Conversations:
-    """The rows of a split, encoded; all of them are held in memory, and `text` is the fingerprint of their files.
+    """The rows of a split, encoded and held in memory. `text` is the fingerprint of the files that they come from.
 
     Raises:
-      ConfigError: a source that is no file of JSON lines, a row that is bad (with tuning.bad_rows=stop), or no good
-        one; a tokenizer whose tokens can't be cut at an answer.
+      ConfigError: a source is no file of JSON lines, a row is bad (with tuning.bad_rows=stop), or no row is good; or
+        the tokenizer doesn't encode a text piece by piece, so that no answer can be told from its prompt.
     """
 
     def __init__(self, config: Config, split: str, tokenizer: Tokenizer):

@@ -58,7 +58,7 @@ def configs_by_source(data: DataConfig, split: str) -> dict[str, DataConfig]:
 
 
 def join_fingerprints(fingerprints: Mapping[str, str]) -> str:
-    """One fingerprint of several sources. Names count, since a run has read so much of each name."""
+    """One fingerprint of several sources, names included: how far a run has read is kept by name."""
     if len(fingerprints) == 1:
         return next(iter(fingerprints.values()))
     return json_digest(sorted(fingerprints.items()))

@@ -110,7 +110,7 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def check_content(path: pathlib.Path, kind: Kind, head: bytes) -> None:
-    """Raises ConfigError if a file's first bytes, decompressed, show that it is not what its name says."""
+    """Raises ConfigError if a file is not what its name says; `head` has its first bytes, already decompressed."""
     wanted, head = "arrow" if kind.name == "feather" else kind.name, head[:_HEAD]
     magic, what, found = _find_magic(head)
     # A text may begin with the letters of a magic number, such as BZh.

@@ -73,8 +73,8 @@ class PackedWindows(abc.ABC):
 
 
 class Pieces(NamedTuple):
-    """Pieces of documents: piece n has the inputs start_N[n] … start_N[n] + size_N[n] - 1 of a stream, and is number
-    number_N[n] of its document."""
+    """N pieces of documents: where each starts in the stream of tokens, how many inputs it has, and which piece of its
+    document it is, from 0."""
 
     start_N: np.ndarray
     size_N: np.ndarray

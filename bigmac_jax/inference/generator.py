@@ -133,8 +133,8 @@ class Generator:
           **sampling: fields of `Sampling`, for prompts that are no `Request`.
 
         Raises:
-          ConfigError: a prompt is empty, broken text, or too long with its max_tokens; or the model's activations
-            overflow.
+          ConfigError: a prompt is empty, not valid Unicode, or with its max_tokens longer than `max_length`; or the
+            model's activations overflow.
         """
         jobs = self._make_jobs(prompts, sampling, first)
         for step in self._run(jobs):
@@ -192,9 +192,9 @@ class Generator:
         """Makes an engine of this model.
 
         Args:
-          slots: requests at a time.
-          jobs: all that there will be, if known: slots and cache are no larger than they need.
-          positions: of the cache; by default enough for so many of the longest requests.
+          slots: how many requests are decoded at a time.
+          jobs: the encoded requests, if all are known: slots and cache are no larger than they need.
+          positions: tokens that the cache has room for; 0 = enough for `slots` of the longest requests.
           **sizes: `chunk`, `page_size` and `reuse` of `Engine`.
         """
         with jax.set_mesh(self.mesh):

@@ -66,7 +66,7 @@ class Format(Protocol):
         ...
 
     def tensors(self, config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
-        """All tensors of a checkpoint; those that are parts of one parameter's layer stand together."""
+        """All tensors of a checkpoint; those into which one layer of a parameter is split follow each other."""
         ...
 
     def to_json(self, config: Config, leaves: Leaves) -> dict[str, Any]:

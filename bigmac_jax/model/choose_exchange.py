@@ -34,7 +34,7 @@ def make_exchange(name: str, config: Config, capacity_factor: float, group: Expe
 
 
 def make_local(config: Config, computed: int) -> Local:
-    """The strategy of a draft, which exchanges nothing and computes so many experts of each rank."""
+    """The strategy of a draft model, which exchanges nothing and computes `computed` experts of each rank."""
     return Local(config.model.expert_count, current_group().sizes, math.inf, EXPERT_GROUP, computed=computed)
 
 

@@ -35,7 +35,8 @@ class Parameters(NamedTuple):
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
-    """Counts parameters by part, and those of a rank; the model is traced once for all meshes that are asked for."""
+    """Counts parameters by part of the model, and those of a rank on a mesh with these ranks by axis. A model is traced
+    once, whatever meshes it is counted for."""
     m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
     ranks = {axis: sizes.get(axis, 1) for axis in AXES}
     for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):

@@ -206,7 +206,7 @@ class RowWeights:
     experts: by name, as in `Experts`.
     down_DR, up_RD: W↓ and W↑.
     dispatch_norm, combine_norm: a norm's scale, and LayerNorm's bias.
-    skip_1: α.
+    skip_1: α, which scales x' in y' + α x'.
     """
 
     experts: dict[str, Any]

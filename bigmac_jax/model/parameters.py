@@ -61,7 +61,7 @@ class Declaration:
 
     @property
     def hidden_matrix(self) -> bool:
-        """Whether Muon trains it: a matrix between hidden activations; no table, not the router, no vector."""
+        """Whether Muon trains the parameter: a matrix between hidden activations, not an embedding, the router or a vector."""
         return self.decays and not (self.rows_first or self.exact)
 
     @property

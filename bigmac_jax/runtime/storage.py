@@ -226,7 +226,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def local_copy_path(path: pathlib.Path) -> pathlib.Path:
-    """The local folder that holds copies of a store's folder; it may be removed at will."""
+    """The local folder that holds the copy of a folder in an object store; it may be removed at will."""
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return base / "bigmac_jax" / "stores" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
 

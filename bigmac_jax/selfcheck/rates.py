@@ -44,7 +44,7 @@ def find_hardware(device_kind: str) -> str:
 
 
 def all_rates(devices: Sequence[Any], hardware: Hardware | None) -> list[Rate]:
-    """Lists the rates of these devices; `hardware` is their file, if there is one."""
+    """The rates that are measured of devices (products, memory, exchanges), each beside what their Hardware expects."""
     cpu, S = devices[0].platform == "cpu", len(devices)
     dtype, sent = ("float32", 2.0**22) if cpu else ("bfloat16", 2.0**26)
     config, sizes = training_config(S, cpu), {"data": 1, "node": 1, "expert": S, "tensor": 1}

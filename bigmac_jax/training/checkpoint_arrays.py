@@ -23,7 +23,7 @@ _STATUS = re.compile(r"([A-Z_]{5,}): ")
 
 
 class DamagedError(Exception):
-    """What is wrong with a checkpoint, in a few words."""
+    """A checkpoint can't be read; the message says in a few words what is wrong with it."""
 
 
 def write_checksums() -> None:

@@ -53,7 +53,12 @@ def dpo_loss(
 
 
 def sum_pairs(config: Config, gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:
-    """Sums over the pairs of each row: the loss, how many have the right order, and the margins; [B] each."""
+    """Sums over the pairs of each row, [B] each: the loss, in how many the chosen answer wins, and the margins.
+
+    Args:
+      gain_BL: each token's log-probability less the reference model's.
+      segments_BL: each token's answer: 2p is the chosen one of pair p, 2p + 1 the rejected one, negative is none.
+    """
 
     def on_rank(gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:
         B, L = gain_BL.shape

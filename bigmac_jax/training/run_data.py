@@ -119,7 +119,7 @@ def fingerprint_rows(streams: Mapping[str, Stream | None]) -> dict[str, str]:
 
 
 def check_rows(workdir: pathlib.Path, rows: Mapping[str, str]) -> None:
-    """Raises ConfigError if a run would go on with other tokens of the same text. `rows` are of `fingerprint_rows`."""
+    """Raises ConfigError if a run would go on with other tokens of the same text; `rows` is from `fingerprint_rows`."""
     known = read_run_json(workdir)["data"]
     for name, digest in rows.items():
         if known.get(name, digest) != digest:

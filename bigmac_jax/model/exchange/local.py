@@ -16,7 +16,7 @@ from bigmac_jax.model.exchange.strategy import Plan, Strategy, count_choices, no
 @dataclass(frozen=True, kw_only=True)
 class Local(Strategy[None]):
     """Attributes:
-    computed: how many of this rank's e experts are; the others are left out, too.
+    computed: how many of this rank's e experts it computes; choices of any other expert are left out.
     """
 
     sums_at_experts = True

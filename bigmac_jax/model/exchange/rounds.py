@@ -24,11 +24,12 @@ def further_rounds(
     left_TK: Array,
     *inputs: Any,
 ) -> Array:
-    """Sums `in_round(plan, *inputs)` over the rounds that it takes to send what is left → y_TR, as inputs[0].
+    """Sums `in_round(plan, *inputs)` over the rounds that it takes to send what is left → y_TR, like inputs[0].
 
     Args:
-      axes: their ranks go through as many rounds: all that a collective of a round joins.
-      inputs: x_TR, and trees of what else y depends on.
+      axes: mesh axes whose ranks go through the same number of rounds; a collective of a round joins no others.
+      left_TK: the expert of each choice that is left to send, E for those that were sent.
+      inputs: x_TR, and pytrees of what else y depends on, such as weights, so that they get gradients.
     """
 
     def over_rounds(body: Callable[[Plan], Any], left_TK: Array, like: Any) -> Any:

@@ -101,8 +101,8 @@ def write_converted_run(
     report: Report,
     overrides: Sequence[str],
 ) -> Config:
-    """Writes a run at step 0 with its own tokenizer and chat template, conversion.json and, of a narrow exchange, a
-    picture of the error by layer → its config."""
+    """Writes a converted model as a run at step 0, with copies of the source's tokenizer and chat template and with
+    conversion.json; if layers were made narrow, also a picture of each one's error. Returns the run's config."""
     with lock_workdir(output):
         config = new_run_config(keep_tokenizer(output, config, tokenizer, read_chat_folder(source)), overrides)
         values = report._asdict() | {"layers": [layer._asdict() for layer in report.layers]}
