@@ -61,7 +61,7 @@ class Declaration:
 
     @property
     def hidden_matrix(self) -> bool:
-        """Whether Muon trains the parameter: a matrix between hidden activations, not an embedding, the router or a vector."""
+        """Whether Muon trains the parameter: it is a matrix between hidden activations, no table, router or vector."""
         return self.decays and not (self.rows_first or self.exact)
 
     @property
