@@ -14,6 +14,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config.reads import context_notes
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
@@ -95,6 +96,8 @@ def _import(workdir: pathlib.Path) -> None:
             directory = stack.enter_context(storage.local_folder(place))
         config = import_run(directory, workdir, cli.OVERRIDES)
     hosts.say(f"{workdir}: {config.describe()}")
+    for line in context_notes(config):
+        hosts.say(line)
 
 
 def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:

@@ -6,8 +6,8 @@ import sys
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, check_batch, load_config, with_overrides
-from bigmac_jax.config.reading import drop_user_fields, saved_places, unresolve
+from bigmac_jax.config import Config, ConfigError, check_batch, load_config
+from bigmac_jax.config.reading import drop_user_fields, retrained, saved_places, unresolve
 from bigmac_jax.config.reads import notes
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
@@ -66,7 +66,7 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     else:
         base = inherit_config(open_pretrained(str(place)), given)
     with hosts.raise_together():
-        config = with_overrides(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
+        config = retrained(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
     return config, file
 

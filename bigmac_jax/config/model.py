@@ -31,6 +31,7 @@ class ModelConfig(Section):
     norm_eps: Positive = 1e-6
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_theta: Positive = 10_000.0
+    context_length: Size = 0  # tokens that the model is declared to take; 0 = data.sequence_length, and never fewer
     activation: Literal["relu2", "gelu", "silu"] = "relu2"
     gated: bool = False  # experts and dense MLPs multiply by a second, linear branch
     use_bias: bool = False

@@ -63,6 +63,16 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(values)
 
 
+def retrained(config: Config, overrides: Sequence[str]) -> Config:
+    """Changes some fields of a trained model's config as `with_overrides`; shorter windows leave its context length."""
+    changed = with_overrides(config, overrides)
+    unnamed = changed.model.context_length == config.model.context_length
+    if unnamed and changed.context_length < config.context_length:
+        model = dataclasses.replace(changed.model, context_length=config.context_length)
+        return dataclasses.replace(changed, model=model)
+    return changed
+
+
 def with_mesh(config: Config, overrides: Sequence[str]) -> Config:
     """Changes the mesh, the execution or the cache of a trained model's config, for evaluation.
 

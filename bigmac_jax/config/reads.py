@@ -92,7 +92,7 @@ _TEXTS = _with("tuning.objective", "pretrain")
 # Fields that are read whatever the others are.
 _WHATEVER = {
     "model": "structure num_layers hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps positions "
-    "activation gated use_bias qk_norm tie_embeddings scale_embedding dropout expert_hidden_size",
+    "context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout expert_hidden_size",
     "execution": "dtype reduce_dtype attention remat unroll_layers",
     "mesh": "data node expert tensor",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
@@ -153,7 +153,7 @@ def unread_for(config: Config, name: str) -> str:
 
 
 def notes(config: Config, given: Iterable[str] = (), ranks: int = 0) -> list[str]:
-    """Writes a line for all fields that are set and not read, and one for each surprising learning rate.
+    """Writes a line for all fields that are set and not read, and one for each surprising context or learning rate.
 
     Args:
       given: names of fields that were given whatever their value; others are set where they differ from the default.
@@ -162,7 +162,11 @@ def notes(config: Config, given: Iterable[str] = (), ranks: int = 0) -> list[str
     config = _with_ranks(config, ranks)
     values, defaults = flat_values(config), flat_values(Config())
     names = [name for name, value in values.items() if name in set(given) or value != defaults[name]]
-    return [*_line({name: unread_for(config, name) for name in names}, config), *_schedule_notes(config)]
+    return [
+        *_line({name: unread_for(config, name) for name in names}, config),
+        *context_notes(config),
+        *_schedule_notes(config),
+    ]
 
 
 def evaluation_notes(config: Config, given: Iterable[str], ranks: int = 0) -> list[str]:
@@ -184,6 +188,17 @@ def _line(why: dict[str, str], config: Config) -> list[str]:
             unread.setdefault(reason, []).append(_shown(config, name))
     told = "; ".join(f"{', '.join(fields)} ({reason})" for reason, fields in unread.items())
     return [f"set, but not read: {told}"] if told else []
+
+
+def context_notes(config: Config) -> list[str]:
+    """A line if training and the declared context are of different lengths."""
+    declared, length = config.model.context_length, config.data.sequence_length
+    if declared in (0, length):
+        return []
+    if length > declared:
+        return [f"data.sequence_length={length} is more than model.context_length={declared}: exports declare {length}"]
+    learned = "; learned positions behind that stay as they are" if config.model.positions == "learned" else ""
+    return [f"exports declare model.context_length={declared}, and data.sequence_length={length} trains fewer{learned}"]
 
 
 def _schedule_notes(config: Config) -> list[str]:

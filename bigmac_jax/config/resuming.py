@@ -19,9 +19,12 @@ _MODELS = ("train.init_from", "tuning.teacher")
 def check_resume(saved: Config, new: Config) -> None:
     """Raises ConfigError if `new` differs from `saved` in a field that would change the result of the run."""
     before, after = flat_values(saved.resolved), flat_values(new.resolved)
+    for values, config in ((before, saved), (after, new)):
+        values["model.context_length"] = config.context_length
     unread = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
+    declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():
-        may = name.startswith((*MAY_CHANGE, *unread)) or (name in _MODELS and before[name] and value)
+        may = name.startswith((*MAY_CHANGE, *unread, *declared)) or (name in _MODELS and before[name] and value)
         require(before[name] == value or may, f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; keep {before[name]!r}, or use a new --workdir")  # fmt: skip
 
 

@@ -58,6 +58,11 @@ class Config(Section):
         slow = self.model.structure == "bigmac" and self.model.projection_init == "selection"
         return self.optimizer.projection_rate or (1 / 8 if slow else 1.0)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model takes, and rows of its learned positions, whatever windows it is trained on now."""
+        return max(self.model.context_length, self.data.sequence_length)
+
     def describe(self) -> str:
         """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model

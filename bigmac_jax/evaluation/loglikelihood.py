@@ -17,7 +17,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.score_log import ScoreLog
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
-from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.model.transformer import Transformer, check_length
 from bigmac_jax.runtime.progress import Progress
 from bigmac_jax.training import programs
 
@@ -48,10 +48,7 @@ def check_windows(config: Config, length: int, stride: int) -> int:
         mesh.tensor cannot split.
     """
     trained, ranks = config.data.sequence_length, config.mesh.tensor
-    if length > trained and config.model.positions == "learned":
-        raise ConfigError(
-            f"--length={length} must be at most data.sequence_length={trained}: model.positions=learned has no more"
-        )
+    check_length("--length", length, config)
     if stride > (length or trained):
         raise ConfigError(f"--stride={stride} must be at most the {length or trained} tokens of a window; use fewer")
     if length % ranks:

@@ -21,7 +21,7 @@ from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
-from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.model.transformer import Transformer, check_length
 from bigmac_jax.training.programs import evaluate
 
 Prompt = str | tuple[int, ...]  # text, or token ids
@@ -97,15 +97,11 @@ class Generator:
     ):
         speculate = speculate or Speculation()
         speculate.check(config)
-        trained = config.data.sequence_length
-        self._positions = trained if config.model.positions == "learned" else math.inf
-        require(
-            max_length <= self._positions,
-            f"max_length={max_length} must be at most the {trained} learned positions (data.sequence_length)",
-        )
+        self._positions = config.context_length if config.model.positions == "learned" else math.inf
         require(max_length >= 0, f"max_length={max_length} must be at least 0 (data.sequence_length)")
+        check_length("max_length", max_length, config)
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-        self.max_length = max_length or trained
+        self.max_length = max_length or config.data.sequence_length
         self.batch_size = batch_size
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()

@@ -14,7 +14,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object, with_overrides
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object
+from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_files import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from bigmac_jax.training.new_run import check_new, check_no_run, write_new_run
 # What an import or a conversion may set: all that is not the model's function.
 MAY_SET = (
     "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout",
-    "model.capacity_factor", "model.balance_", "model.z_loss_coefficient",
+    "model.capacity_factor", "model.context_length", "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
             f"{file}: {model.num_layers} layers with {model.expert_count} experts need more than the {count} tensors "
             f"of {directory}"
         )
-    return with_overrides(config, overrides), layout, checkpoint
+    return retrained(config, overrides), layout, checkpoint
 
 
 def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: Checkpoint) -> list[Tensor]:

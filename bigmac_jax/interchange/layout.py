@@ -26,7 +26,7 @@ from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
 STACKS = ("first.", "layers.")  # begin the names of layers' parameters: of layers without experts, and of the others
-_LONGEST = 4096  # tokens of a window of an imported model, whatever it could take
+_LONGEST = 4096  # tokens of a window in which an imported model is trained, whatever it could take
 
 
 def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
@@ -116,7 +116,7 @@ def common_json(config: Config) -> dict[str, Any]:
         "num_attention_heads": m.num_heads,
         "num_key_value_heads": m.kv_heads,
         "head_dim": m.head_size,
-        "max_position_embeddings": config.data.sequence_length,
+        "max_position_embeddings": config.context_length,
     }
 
 
@@ -188,6 +188,7 @@ def make_config(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Conf
         "num_kv_heads": v["num_key_value_heads"],
         "head_dim": 0 if size * heads == v["hidden_size"] else size,
         "vocab_size": v["vocab_size"],
+        "context_length": v["max_position_embeddings"],
         "scale_embedding": False,
         "top_k": v["num_experts_per_tok"],
         "expert_hidden_size": v["moe_intermediate_size"],

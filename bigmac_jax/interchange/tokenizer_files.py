@@ -48,7 +48,7 @@ def write_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which decoders have no use for
         "eos_token": end,
         "pad_token": end,
-        "model_max_length": config.data.sequence_length,
+        "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text that happens to hold "<|endoftext|>" is text
     } | {name: value for name, value in special.items() if whole.token_to_id(value) is not None}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
@@ -21,6 +22,9 @@ from bigmac_jax.model.mesh import TENSOR, Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.moe import Aux, MoE, empty_aux
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding
+from bigmac_jax.runtime import hosts
+
+_log = logging.getLogger(__name__)
 
 
 class Block(nnx.Module):
@@ -76,7 +80,7 @@ class Transformer(nnx.Module):
         embedding = dataclasses.replace(table, value=math.sqrt(D) * std) if own else table
         positions = Declaration("LD", "embedding", std, decays=False)
         self.embedding_VD = parameter(config, keys[0], (V, D), embedding)
-        learned, longest = m.positions == "learned", config.data.sequence_length
+        learned, longest = m.positions == "learned", config.context_length
         self.positions_LD = parameter(config, keys[1], (longest, D), positions) if learned else None
         keys_Y, first = jax.random.split(keys[2], m.num_layers), m.first_dense_layers
         self.first = jax.vmap(lambda k: Block(config, k, experts=False))(keys_Y[:first]) if first else None
@@ -106,7 +110,7 @@ class Transformer(nnx.Module):
         """Computes the normalised output of the last layer, x_BLD, and aux.
 
         Args:
-          tokens_BL: int32, L at most data.sequence_length with learned positions.
+          tokens_BL: int32, L at most `config.context_length` with learned positions.
           segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
           load_YE: loads for the balance loss, where the step is larger than this batch.
@@ -142,9 +146,9 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: L exceeds the learned positions.
         """
-        config, length, longest = self.config, tokens_BL.shape[1], self.config.data.sequence_length
+        config, length, longest = self.config, tokens_BL.shape[1], self.config.context_length
         if self.positions_LD is not None and position_BL is None and length > longest:
-            raise ValueError(f"{length} tokens exceed the {longest} learned positions (data.sequence_length)")
+            raise ValueError(f"{length} tokens exceed the {longest} learned positions (model.context_length)")
         # Gathered like all parameters, read in float32: so what many tokens send a row is added up in float32, too.
         tables = [weight(config, v, "float32") for v in (self.embedding_VD, self.positions_LD) if v is not None]
         arrays = (tokens_BL,) if position_BL is None or self.positions_LD is None else (tokens_BL, position_BL)
@@ -240,3 +244,13 @@ def through_layers(
 def init_model(config: Config, key: Array) -> Transformer:
     """A new model, sharded on the current mesh (`jax.set_mesh`); under `jax.eval_shape` it costs no memory."""
     return jax.jit(functools.partial(Transformer, config))(key)
+
+
+def check_length(name: str, length: int, config: Config) -> None:
+    """Says in a line that a window which somebody asks for is longer than the model is declared to take; raises
+    ConfigError where it has no positions for it. `name` is the setting."""
+    longest = config.context_length
+    if length > longest and config.model.positions == "learned":
+        raise ConfigError(f"{name}={length} must be at most the {longest} learned positions; use {longest}")
+    if length > longest and hosts.is_first():
+        _log.warning("%s=%d is more than the %d tokens that the model was made for", name, length, longest)

@@ -36,7 +36,7 @@ INIT_FROM = "init_from"  # the key of a run's pretrained model in run.json's `da
 # Fields of the model that may differ from the pretrained one's without a word, and those that may with one.
 _FREE = (
     "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
-    "projection_init",
+    "projection_init", "context_length",
 )  # fmt: skip
 _TOLD = ("vocab_size", "rope_theta", "balance", "balance_step")
 _log = logging.getLogger(__name__)
@@ -226,14 +226,18 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
             f"model.balance={now.balance} would lose the router's bias of train.init_from={origin.place}; keep "
             f"balance={before.balance}, and set balance_bias_rate=0 to leave it as it is"
         )
-    length, longest = config.data.sequence_length, origin.config.data.sequence_length
-    if now.positions == "learned" and length > longest:
+    length, length_before = config.data.sequence_length, origin.config.data.sequence_length
+    context, context_before = config.context_length, origin.config.context_length
+    if now.positions == "learned" and context > context_before:
+        name = "data.sequence_length" if length == context else "model.context_length"
         raise ConfigError(
-            f"data.sequence_length={length} must be at most the {longest} learned positions of train.init_from="
-            f"{origin.place}; use {longest}"
+            f"{name}={context} must be at most the {context_before} learned positions of train.init_from="
+            f"{origin.place}; use {context_before}"
         )
-    if length != longest:
-        told.append(f"data.sequence_length {longest} → {length}")
+    if length != length_before:
+        told.append(f"data.sequence_length {length_before} → {length}")
+    if context != context_before and (context, context_before) != (length, length_before):
+        told.append(f"model.context_length {context_before} → {context}")
     rate_before, rate = origin.config.projection_rate, config.projection_rate
     if now.structure == "bigmac" and rate_before != rate:
         told.append(f"optimizer.projection_rate {rate_before:g} → {rate:g}")

@@ -25,12 +25,12 @@ def open_teacher(workdir: pathlib.Path, config: Config) -> Pretrained:
                 f"model.{name}={wanted} must be the {own} of tuning.teacher={found.place}, which is compared with the "
                 f"model layer by layer"
             )
-    length, longest = config.data.sequence_length, found.config.data.sequence_length
+    length, longest = config.data.sequence_length, found.config.context_length
     if found.config.model.positions == "learned" and length > longest:
         raise ConfigError(
             f"data.sequence_length={length} must be at most the {longest} that tuning.teacher={found.place} has"
         )
-    data = dataclasses.replace(found.config.data, sequence_length=max(length, longest))
+    data = dataclasses.replace(found.config.data, sequence_length=max(length, found.config.data.sequence_length))
     run_on = dataclasses.replace(found.config, mesh=config.mesh, execution=config.execution, data=data)
     return found._replace(config=run_on)
 

@@ -24,7 +24,9 @@ from bigmac_jax.config import (
     resume_notes,
     strict_json,
     with_mesh,
+    with_overrides,
 )
+from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.section import all_field_types
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
@@ -341,7 +343,7 @@ def test_check_resume(name: str) -> None:
     allowed = {"train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
                "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
                "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
-               "data.num_workers", "data.mixture", "train.tasks", "train.tasks_limit",
+               "data.num_workers", "data.mixture", "train.tasks", "train.tasks_limit", "model.context_length",
                "tuning.chat_template"}  # fmt: skip
     if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))
@@ -436,7 +438,8 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert config.execution == ExecutionConfig(remat="layer", buffer_factor=math.inf)
     written, read = json.loads(SAVED), json.loads(config.to_json())
     assert written["model"].pop("vanilla_top_k") == 1 and written.pop("cache_dir")
-    assert read["data"].pop("null_rows") == "stop"  # the field is younger
+    assert read["data"].pop("null_rows") == "stop"  # these fields are younger
+    assert read["model"].pop("context_length") == 0
     assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):
         check_resume(
@@ -491,6 +494,26 @@ def test_what_w_down_and_w_up_start_as(tmp_path: pathlib.Path) -> None:
         now = Config(ModelConfig("fine_grained", projection_init=init))
         assert now.projection_rate == 1.0
         check_resume(before, now)
+
+
+def test_the_context_length_is_of_the_model_and_not_of_its_windows() -> None:
+    """It is at least a window; learned positions alone are as many, and stay."""
+    rope, learned = (Config(ModelConfig(positions=positions)) for positions in ("rope", "learned"))
+    assert rope.context_length == 256 and "context_length" in json.loads(rope.to_json())["model"]
+    longer, shorter = (with_overrides(learned, [f"model.context_length={length}"]) for length in (300, 200))
+    assert longer.context_length == 300 and shorter.context_length == 256
+    check_resume(learned, shorter)
+    check_resume(rope, with_overrides(rope, ["model.context_length=300"]))  # only what exports say
+    with pytest.raises(ConfigError, match=r"model\.context_length=300 differs from 256, "):
+        check_resume(learned, longer)
+    for given, context in (
+        (["data.sequence_length=128"], 300),  # the model has learned more
+        (["data.sequence_length=512"], 512),
+        (["data.sequence_length=128", "model.context_length=200"], 200),
+    ):
+        assert retrained(longer, given).context_length == context
+    assert retrained(rope, ["data.sequence_length=128"]).context_length == 256
+    assert with_overrides(rope, ["data.sequence_length=128"]).context_length == 128  # of a model that is new
 
 
 def test_check_resume_lists_fields_that_exist() -> None:

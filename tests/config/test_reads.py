@@ -200,6 +200,22 @@ def test_a_rate_that_does_what_nobody_expects(overrides: str, line: str) -> None
     assert line in found[0] and len(found) == 1 if line else not found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ("", ""),
+        ("model.context_length=256", ""),
+        ("model.context_length=300", "exports declare model.context_length=300, and data.sequence_length=256 trains"),
+        ("model.context_length=300 model.positions=learned", "; learned positions behind that stay as they are"),
+        ("model.context_length=100",
+         "data.sequence_length=256 is more than model.context_length=100: exports declare 256"),
+    ],
+)  # fmt: skip
+def test_a_context_that_is_not_what_is_trained(overrides: str, line: str) -> None:
+    found = notes(load_config("tiny", overrides.split()))
+    assert line in found[0] and len(found) == 1 if line else not found
+
+
 def test_a_notebook_sees_them_in_a_warning(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -203,9 +203,11 @@ def test_where_nothing_can_be_written(tmp_path: pathlib.Path, caplog: pytest.Log
     assert caplog.text.count("cannot be written") == 1
 
 
-def test_lengths_that_do_not_fit() -> None:
+def test_lengths_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
     learned, rope = tiny(length=16, positions="learned"), tiny(length=16, positions="rope")
     assert (check_windows(rope, 64, 8), check_windows(learned, 0, 16), check_windows(learned, 8, 0)) == (64, 16, 8)
+    assert caplog.messages == ["--length=64 is more than the 16 tokens that the model was made for"]
+    assert check_windows(tiny(length=16, context_length=64), 64, 8) == 64 and len(caplog.messages) == 1
     with pytest.raises(ConfigError, match="--length=17 must be at most"):
         check_windows(learned, 17, 0)
     with pytest.raises(ConfigError, match="--stride=9 must be at most the 8 tokens"):

@@ -15,7 +15,7 @@ from training.tools import text
 
 from bigmac_jax.config import ConfigError, ModelConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model
+from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model, open_checkpoint
 from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
@@ -84,6 +84,33 @@ def test_plain_is_bit_equal_and_says_what_it_holds(tmp_path: pathlib.Path) -> No
         for stored, expected in own.items():
             np.testing.assert_array_equal(tensors.pop(stored), expected, err_msg=stored)
     assert not tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "kind"),
+    [("auto", QWEN, "qwen3_moe"), ("auto", NEMOTRON, "nemotron_h"), ("auto", {"positions": "learned"}, "bigmac"),
+     ("plain", {"positions": "learned"}, "bigmac_jax"), ("plain", {}, "bigmac_jax")],
+)  # fmt: skip
+def test_the_context_length_is_carried(name: str, model: dict[str, Any], kind: str, tmp_path: pathlib.Path) -> None:
+    """It does not shrink to the windows of training, neither by an export nor by an import with shorter ones."""
+    config = tiny(length=8, context_length=0 if "learned" in model.values() else 40960, **model)
+    longest, first, second = config.context_length, tmp_path / "first", tmp_path / "second"
+    with on_mesh(config):
+        written = random_model(config)
+        assert export_model(config, written, first, format=name, tokenizer=ByteTokenizer()) == kind
+        again, copy = import_model(first, ["data.sequence_length=4"])
+        export_model(again, copy, second, format=name, tokenizer=ByteTokenizer())
+        if "positions_LD" in leaves(written):
+            np.testing.assert_array_equal(leaves(copy)["positions_LD"], leaves(written)["positions_LD"])
+    assert (again.context_length, again.data.sequence_length) == (longest, 4)
+    for folder in (first, second):
+        values = json.loads((folder / "config.json").read_text())
+        assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == longest
+        assert values.get("max_position_embeddings", longest) == longest
+        assert ("max_position_embeddings" in values) == (kind != "bigmac_jax")
+    imported, _, _ = open_checkpoint(second)
+    assert imported.context_length == longest
+    assert imported.data.sequence_length == (min(longest, 4096) if kind in ("qwen3_moe", "nemotron_h") else 4)
 
 
 def test_any_mesh_writes_the_same_and_reads_onto_its_shards(tmp_path: pathlib.Path) -> None:
@@ -228,8 +255,8 @@ def test_models_that_have_every_tensor() -> None:
 # What the class computes with, and what it needs not know: how a model is trained.
 EXPRESSED = {
     "structure", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "norm", "norm_eps",
-    "positions", "rope_theta", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding",
-    "num_experts", "top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
+    "positions", "rope_theta", "context_length", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings",
+    "scale_embedding", "num_experts", "top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
     "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
     "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
 }  # fmt: skip

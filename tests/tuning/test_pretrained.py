@@ -11,18 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import leaves
+from model.tools import leaves, on_mesh, random_model, tiny
 from training.tools import quick, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
+from bigmac_jax.config.reading import retrained
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
 from bigmac_jax.interchange import export_model
+from bigmac_jax.interchange.layout import common_json
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.workdir import load_run_tokenizer, write_run
 from bigmac_jax.tuning import pretrained as pretrained_module
 from bigmac_jax.tuning import restore
+from bigmac_jax.tuning.conversion.converted_run import new_run_config
 from bigmac_jax.tuning.pretrained import (
     INIT_FROM,
     Pretrained,
@@ -35,6 +38,7 @@ from bigmac_jax.tuning.pretrained import (
     read_model,
     with_absolute_places,
 )
+from bigmac_jax.tuning.teacher import open_teacher
 
 
 def with_fields(config: Config, **sections: dict[str, Any]) -> Config:
@@ -146,6 +150,42 @@ def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
         "data.sequence_length 16 → 32",
         "optimizer.projection_rate 0.125 → 1",
     ]
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_shorter_windows_leave_the_context_as_it_is(positions: str, tmp_path: pathlib.Path) -> None:
+    """In what exports say, and in a table of learned positions, which keeps all of its rows."""
+    there = tiny(length=16, positions=positions)
+    with on_mesh(there):
+        written = random_model(there)
+        export_model(there, written, tmp_path / "there", format="plain")
+    origin = open_pretrained(str(tmp_path / "there"))
+    given = ["data.sequence_length=8", "data.source=sotu"]
+    config = retrained(inherit_config(origin, dict(field.split("=") for field in given)), given)
+    assert (config.context_length, config.data.sequence_length) == (16, 8)
+    assert compare_models(origin, config) == ["data.sequence_length 16 → 8"]
+    assert new_run_config(there, given[:1]).context_length == 16  # what `bigmac convert` writes
+    assert common_json(config)["max_position_embeddings"] == 16
+    fewer = with_fields(config, model={"context_length": 0})  # of a config that says nothing of it
+    assert compare_models(origin, fewer) == ["data.sequence_length 16 → 8"]
+    told = compare_models(origin, with_fields(config, model={"context_length": 12}))
+    assert told == ["data.sequence_length 16 → 8", "model.context_length 16 → 12"]
+    if positions == "rope":
+        longer = with_fields(config, model={"context_length": 64})
+        assert compare_models(origin, longer)[-1] == "model.context_length 16 → 64"
+        return
+    for fields, name in (({"sequence_length": 32}, "data.sequence_length"), ({}, "model.context_length")):
+        with pytest.raises(ConfigError, match=rf"{name}=32 must be at most the 16 learned positions .*; use 16"):
+            compare_models(origin, with_fields(config, model={"context_length": 32}, data=fields))
+    with on_mesh(config):
+        positions_LD = leaves(load_parameters(origin, config)[0])["positions_LD"]
+    np.testing.assert_array_equal(positions_LD, leaves(written)["positions_LD"])
+    with on_mesh(config):
+        export_model(config, random_model(config), tmp_path / "tuned", format="plain")
+    pupil = with_fields(config, tuning={"teacher": str(tmp_path / "tuned")}, data={"sequence_length": 12})
+    assert open_teacher(tmp_path, pupil).config.data.sequence_length == 12  # more than it was tuned on, not than it has
+    with pytest.raises(ConfigError, match=r"data\.sequence_length=17 must be at most the 16 that tuning\.teacher="):
+        open_teacher(tmp_path, with_fields(pupil, data={"sequence_length": 17}))
 
 
 @pytest.mark.parametrize("place", ["nothing", "run/checkpoints/3", "export/hf"])

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "head_dim": 64,
     "positions": "rope",  # rope | learned (at most max_position_embeddings) | none
     "rope_theta": 10_000.0,
-    "max_position_embeddings": 256,  # tokens of a window in training
+    "max_position_embeddings": 256,  # tokens that the model is declared to take
     "qk_norm": True,  # RMSNorm of every head's query and key
     # Feed-forward layers.
     "mlp_layer_types": None,  # of each layer: sparse (experts) | dense (one MLP); None = sparse

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json, with_overrides
+from bigmac_jax.config import Config, ConfigError, TuningConfig, strict_json
+from bigmac_jax.config.reading import retrained
 from bigmac_jax.data.batch import NO_TARGET, Batch, batch_from_windows, number_documents
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.pipeline import pad_batch
@@ -63,7 +64,7 @@ def new_run_config(config: Config, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
     train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
     fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
-    return check_new(with_overrides(fresh, overrides))
+    return check_new(retrained(fresh, overrides))
 
 
 def sample_windows(config: Config, stream: TokenStream, tokens: int) -> list[Batch]:
