@@ -67,12 +67,12 @@ def _bare_loop(trainer, batch: Batch, steps: int) -> float:
     """Seconds a step."""
     batch = place(batch, batch_spec(2))
     state = trainer.init(jax.random.key(0))
-    for _ in range(5):
-        state, metrics = trainer.step(state, batch)
+    for done in range(5):
+        state, metrics = trainer.step(state, batch, trainer.rate(done))
     jax.block_until_ready(metrics)
     start = time.perf_counter()
-    for _ in range(steps):
-        state, metrics = trainer.step(state, batch)
+    for done in range(5, 5 + steps):
+        state, metrics = trainer.step(state, batch, trainer.rate(done))
     jax.block_until_ready(metrics)
     return (time.perf_counter() - start) / steps
 

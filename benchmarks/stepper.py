@@ -23,7 +23,8 @@ class Stepper:
         shape = (config.data.batch_size, config.data.sequence_length + 1)
         tokens_BL = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
         self._batch, self._state = place(batch_from_windows(tokens_BL), batch_spec(2)), trainer.init(jax.random.key(0))
-        self.compiled = trainer.step.lower(self._state, self._batch).compile()
+        self._rate = trainer.rate(0)
+        self.compiled = trainer.step.lower(self._state, self._batch, self._rate).compile()
         self._run(1)
 
     def __call__(self) -> float:
@@ -33,5 +34,5 @@ class Stepper:
 
     def _run(self, steps: int) -> None:
         for _ in range(steps):
-            self._state, metrics = self.compiled(self._state, self._batch)
+            self._state, metrics = self.compiled(self._state, self._batch, self._rate)
         jax.block_until_ready(metrics)

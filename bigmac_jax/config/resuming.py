@@ -11,9 +11,13 @@ MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "t
               "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
               "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
               "data.num_workers", "cache_dir")  # fmt: skip
+# How far a step goes; a line says what has changed (`training.optimizer.optimizer_notes`).
+RATES_MAY_CHANGE = ("optimizer.learning_rate", "optimizer.final_learning_rate", "optimizer.schedule",
+                    "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay")  # fmt: skip
 _BIGMAC_ALONE = ("model.projection_init", "optimizer.projection_rate")
-# The models may be moved; that they are the same is checked where they are opened (`tuning.pretrained`).
-_MODELS = ("train.init_from", "tuning.teacher")
+# May change, but not be left out nor added. Models may be moved; that they are the same is checked where they are
+# opened (`tuning.pretrained`). Of clipping the optimizer's state has a part.
+_IF_SET = ("train.init_from", "tuning.teacher", "optimizer.clip_norm")
 
 
 def check_resume(saved: Config, new: Config) -> None:
@@ -24,8 +28,10 @@ def check_resume(saved: Config, new: Config) -> None:
     unread = () if "bigmac" in (saved.model.structure, new.model.structure) else _BIGMAC_ALONE
     declared = () if new.model.positions == "learned" else ("model.context_length",)  # which exports alone read
     for name, value in after.items():
-        may = name.startswith((*MAY_CHANGE, *unread, *declared)) or (name in _MODELS and before[name] and value)
-        require(before[name] == value or may, f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; keep {before[name]!r}, or use a new --workdir")  # fmt: skip
+        may = name.startswith((*MAY_CHANGE, *RATES_MAY_CHANGE, *unread, *declared)) or (
+            name in _IF_SET and before[name] and value
+        )
+        require(before[name] == value or may, f"{name}={value!r} differs from {before[name]!r}, which this workdir was started with; keep {before[name]!r}, or use a new --workdir{'' if name.startswith('model.') else ', with --config.train.init_from=THIS to begin with the model of this one'}")  # fmt: skip
 
 
 def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_after: dict[str, int]) -> list[str]:

@@ -97,7 +97,7 @@ class _Run:
         if not hosts.is_first():
             return SilentWriter()
         train = self.config.train
-        return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb)
+        return MetricsWriter(self.mirror.folder, self.first_step, train.steps, train.wandb, self.workdir)
 
     def loop(self, state: TrainState, profile: tuple[int, int] | None) -> Result:
         """Takes the remaining steps, again from a checkpoint where a bad step rewinds."""
@@ -131,7 +131,7 @@ class _Run:
             with clock.timed("data wait"):
                 batch = next(batches)
             clock.start_step(step + 1)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, self.trainer.rate(step))
             vote.cast()
             self._finish(pending)
             step += 1

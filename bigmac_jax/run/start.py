@@ -111,7 +111,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
     _score_reference(config, trainer, inputs, models.origin)
     inputs.batches.set_state(position, step)
     if hosts.is_first():
-        for note in resume_warnings(workdir, config, dict(mesh.shape)) if resumed and step else ():
+        for note in resume_warnings(workdir, config, dict(mesh.shape), step) if resumed and step else ():
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
         fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints

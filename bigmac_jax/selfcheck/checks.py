@@ -258,9 +258,9 @@ def train(config: Config, devices: Sequence[Any], steps: int = 3) -> tuple[list[
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         trainer, batch = make_trainer(config, mesh), place(batch_from_windows(tokens), batch_spec(2))
         state = trainer.init(jax.random.key(config.train.seed))
-        step = compile_program(mesh, trainer.step.lower(state, batch))
-        for _ in range(steps):
-            state, metrics = step(state, batch)
+        step = compile_program(mesh, trainer.step.lower(state, batch, trainer.rate(0)))
+        for done in range(steps):
+            state, metrics = step(state, batch, trainer.rate(done))
             losses.append(float(metrics.loss))
             norms.append(float(metrics.grad_norm))
     return losses, norms[0]

@@ -110,8 +110,8 @@ def training_rate(config: Config, devices: Sequence[Any]) -> float:
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
     with jax.set_mesh(mesh):
         trainer, batch = make_trainer(config, mesh), place(batch_from_windows(tokens), batch_spec(2))
-        state = trainer.init(jax.random.key(0))
-        seconds = _seconds(lambda state: trainer.step(state, batch)[0], state, repeats=3)
+        state, rate = trainer.init(jax.random.key(0)), trainer.rate(0)
+        seconds = _seconds(lambda state: trainer.step(state, batch, rate)[0], state, repeats=3)
     return config.data.batch_size * config.data.sequence_length / seconds
 
 

@@ -19,13 +19,18 @@ from bigmac_jax.config import ConfigError
 _log = logging.getLogger(__name__)
 
 
-def open_dashboards(workdir: pathlib.Path, first_step: int, project: str) -> "list[TensorBoard | WandB]":
+def open_dashboards(
+    folder: pathlib.Path, first_step: int, project: str, workdir: pathlib.Path
+) -> "list[TensorBoard | WandB]":
     """Opens the dashboards of a run that goes on after `first_step`; `project` is train.wandb.
 
     What goes wrong with one costs its records, not the run.
+
+    Args:
+      folder: where they write: `workdir`, or a folder that is copied there and then removed.
     """
-    boards: list[TensorBoard | WandB] = [TensorBoard(workdir / "tb", first_step)]
-    return [*boards, WandB(workdir, project)] if project else boards
+    boards: list[TensorBoard | WandB] = [TensorBoard(folder / "tb", first_step)]
+    return [*boards, WandB(folder, project, workdir)] if project else boards
 
 
 def check_dashboards(project: str) -> None:
@@ -87,26 +92,30 @@ class WandB:
     to an earlier one, which wandb's own count of steps can't.
     """
 
-    def __init__(self, workdir: pathlib.Path, project: str):
+    def __init__(self, folder: pathlib.Path, project: str, workdir: pathlib.Path):
         self._run: Any = None
-        self._try(lambda: self._open(workdir, project))
+        # wandb's own last lines name `folder`, which is removed where it is a copy: they are left out there.
+        self._kept = workdir / "wandb" if folder != workdir else None
+        self._try(lambda: self._open(folder, project))
 
-    def _open(self, workdir: pathlib.Path, project: str) -> None:
+    def _open(self, folder: pathlib.Path, project: str) -> None:
         import wandb
 
-        (workdir / "wandb").mkdir(parents=True, exist_ok=True)
-        file, config = workdir / "wandb" / "id", workdir / "config.json"
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        file, config = folder / "wandb" / "id", folder / "config.json"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=project,
-            dir=workdir,
+            dir=folder,
             id=file.read_text(),
             resume="allow",
             config=json.loads(config.read_bytes()) if config.exists() else {},
             allow_val_change=True,  # of what a resume may change
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", silent=True) if self._kept else wandb.Settings(console="off"),
         )
+        if self._kept and not self._run.offline:
+            _log.info("wandb shows this run at %s", self._run.url)
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -116,6 +125,9 @@ class WandB:
     def close(self) -> None:
         if self._run is not None:
             self._try(lambda: self._run.finish())
+        if self._run is not None and self._kept and self._run.offline:
+            name = pathlib.Path(self._run.sync_dir).name
+            _log.info("wandb was offline; copy %s to a disk, then: wandb sync %s", self._kept / name, name)
 
     def _try(self, act: Callable[[], object]) -> None:
         try:

@@ -28,13 +28,20 @@ from bigmac_jax.training.step import StepMetrics
 class MetricsWriter:
     """Writes records to metrics.jsonl and the dashboards, and shows progress.
 
-    Records of steps after `first_step`, which a killed run left, are dropped. `wandb` is train.wandb.
+    Records of steps after `first_step`, which a killed run left, are dropped.
+
+    Args:
+      folder: where it writes.
+      wandb: train.wandb.
+      workdir: where `folder` is copied to, if it is not that itself.
     """
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, wandb: str = ""):
-        drop_records(workdir, first_step)
-        self._file = (workdir / NAME).open("a", buffering=1 << 20)  # what a full disk does not take waits here
-        self._boards = open_dashboards(workdir, first_step, wandb)
+    def __init__(
+        self, folder: pathlib.Path, first_step: int, steps: int, wandb: str = "", workdir: pathlib.Path | None = None
+    ):
+        drop_records(folder, first_step)
+        self._file = (folder / NAME).open("a", buffering=1 << 20)  # what a full disk does not take waits here
+        self._boards = open_dashboards(folder, first_step, wandb, workdir or folder)
         self._steps = steps
         self._bar = tqdm.tqdm(
             total=steps, initial=first_step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None

@@ -14,6 +14,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
+from bigmac_jax.config.resuming import RATES_MAY_CHANGE
+from bigmac_jax.config.section import flat_values
 from bigmac_jax.model.mesh import AXES, axes_of, names, spec_of
 from bigmac_jax.model.parameters import map_declared
 
@@ -43,8 +45,24 @@ def learning_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([warm, stay, fall], [warmup, begins])
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Builds the update rule: clip, AdamW or Muon, weight decay, learning rates, frozen parameters."""
+def optimizer_notes(before: Config, after: Config, step: int) -> list[str]:
+    """A line if a run goes on after `step` steps with other rates, weight decay or clipping than it had."""
+    old, new = flat_values(before), flat_values(after)
+    names = (*RATES_MAY_CHANGE, "optimizer.clip_norm")
+    changed = [f"{name} {old[name]} → {new[name]}" for name in names if old[name] != new[name]]
+    with jax.set_mesh(jax.sharding.Mesh(jax.local_devices()[:1], ("one",))):  # one process alone asks
+        was, now = (float(learning_rate(config)(step)) for config in (before, after))
+    if was != now and before.train.steps != after.train.steps:
+        changed.append(f"train.steps {before.train.steps} → {after.train.steps}")
+    rate = f"has the learning rate {now:.3g}" + (f", not {was:.3g}" if was != now else " as before")
+    return [f"{', '.join(changed)}: step {step + 1} {rate}"] if changed else []
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Builds the update rule: clip, AdamW or Muon, weight decay, learning rate, frozen parameters.
+
+    The rate is given to each update as `rate`, so that a program knows neither the schedule nor its length.
+    """
     optimizer = config.optimizer
     scaled = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
     if optimizer.name == "muon":
@@ -52,15 +70,28 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     rule = optax.chain(
         _store_moments(scaled, optimizer.moment_dtype),
         optax.add_decayed_weights(optimizer.weight_decay, _decay_mask),
-        optax.scale_by_learning_rate(learning_rate(config)),
+        _scale_by_rate(),
     )
     if config.projection_rate != 1:
         rule = optax.chain(rule, _scale_projections(config.projection_rate))
     if optimizer.clip_norm:
         rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
     if config.tuning.train_router:
-        return rule
+        return optax.with_extra_args_support(rule)
     return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _router_labels)  # nor does it decay
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Takes a step of the size `rate` downhill; its state counts steps, as that of `optax.scale_by_schedule`."""
+
+    def init(_: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Array, **_: Any) -> tuple[Any, Any]:
+        scaled = jax.tree.map(lambda u: jnp.array(-rate, u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scale_projections(rate: float) -> optax.GradientTransformation:

@@ -54,7 +54,8 @@ class Program(NamedTuple):
 def step_program(config: Config, mesh: Mesh, trainer: Trainer) -> Program:
     """The training step with the abstract arguments that it takes."""
     batch = abstract_batch(config.data.batch_size, config, mesh, training=True)
-    return Program("step", trainer.step, (trainer.abstract_state, batch), {})
+    rate = abstract(mesh, replicated_spec(0), dtype=jnp.float32)
+    return Program("step", trainer.step, (trainer.abstract_state, batch, rate), {})
 
 
 def abstract(mesh: Mesh, spec: P, *shape: int, dtype: Any = jnp.int32) -> Any:

@@ -20,7 +20,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import update_bias
-from bigmac_jax.model.mesh import batch_spec, placed, platform
+from bigmac_jax.model.mesh import batch_spec, placed, platform, replicated_spec
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import environment
@@ -65,7 +65,8 @@ class Trainer(NamedTuple):
     graphdef: Any
     init: Callable[[Array], TrainState]
     begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
-    step: Any  # jitted: (state, Batch) → (state, StepMetrics); the state is donated
+    step: Any  # jitted: (state, Batch, learning rate) → (state, StepMetrics); the state is donated
+    rate: Any  # jitted, a program of its own: steps done → the learning rate, on every device
     gradient: Any  # of a step, to be traced: (state, Batch) → ((loss, LossParts), gradients as params)
     abstract_state: TrainState  # shapes and shardings that a step takes
     config: Config
@@ -113,7 +114,7 @@ class _Programs:
     """The functions of a run that `make_trainer` jits."""
 
     def __init__(self, config: Config):
-        self.config, self.optimizer, self.schedule = config, make_optimizer(config), learning_rate(config)
+        self.config, self.optimizer = config, make_optimizer(config)
         self.graphdef = split_model(jax.eval_shape(lambda: init_model(config, jax.random.key(0))))[0]
 
     def init(self, key: Array) -> TrainState:
@@ -145,12 +146,12 @@ class _Programs:
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
         return accumulate(self.config, functools.partial(self.loss, state), state.params, batch, key)
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(self, state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, StepMetrics]:
         (loss, parts), gradients = self.gradient(state, batch)  # summed over the parts of the batch
         grad_norm = optax.tree.norm(gradients)
         bad, losses = self._judge(loss, grad_norm, state.losses)
         with jax.named_scope("optimizer"):  # which clips, too
-            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params, rate=rate)
             params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -160,7 +161,7 @@ class _Programs:
             before = (state.params, state.rest, state.opt_state, state.average)
             params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         after = TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher)
-        return after, StepMetrics(loss, parts, grad_norm, jnp.asarray(self.schedule(state.step)), bad)
+        return after, StepMetrics(loss, parts, grad_norm, rate, bad)
 
     def _judge(self, loss: Array, grad_norm: Array, losses: Array | None) -> tuple[Array, Array | None]:
         """Whether a step is bad, and the recent losses after it."""
@@ -206,14 +207,17 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
     once = {"out_shardings": begun_shardings}
     if platform() == "cpu":
         once["compiler_options"] = {"xla_backend_optimization_level": 0}
+    everywhere = jax.sharding.NamedSharding(mesh, replicated_spec(0))
     step = jax.jit(
         programs.step,
         donate_argnums=0,
-        in_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, batch_spec(2))),
+        in_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, batch_spec(2)), everywhere),
         out_shardings=(state_shardings, None),
         compiler_options=environment.compiler_options(
             mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
         ),
     )
     init, begin = jax.jit(programs.init, **once), jax.jit(programs.begin, donate_argnums=(0, 1), **once)
-    return Trainer(programs.graphdef, init, begin, step, programs.gradient, abstract, config)
+    schedule = learning_rate(config)
+    rate = jax.jit(lambda done: jnp.asarray(schedule(done), jnp.float32), out_shardings=everywhere)
+    return Trainer(programs.graphdef, init, begin, step, rate, programs.gradient, abstract, config)

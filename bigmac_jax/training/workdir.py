@@ -19,6 +19,7 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.runtime.storage import check_inside, errors, is_store, locate, write_atomically
 from bigmac_jax.training import manifest
+from bigmac_jax.training.optimizer import optimizer_notes
 
 _CONFIG, _RUN = "config.json", "run.json"
 _PARTS = {"data": str, "mesh": int, "edition": str}  # of run.json, and the type of their values
@@ -203,10 +204,11 @@ def read_run_json(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def resume_warnings(workdir: pathlib.Path, config: Config, mesh: dict[str, int]) -> list[str]:
+def resume_warnings(workdir: pathlib.Path, config: Config, mesh: dict[str, int], step: int) -> list[str]:
     """A line for each way in which the rest of a run may differ by more than rounding from what it would have been."""
-    before = read_run_json(workdir)["mesh"] or mesh
-    return resume_notes(read_config(workdir), config, before, mesh) + software_changes(workdir)
+    saved, before = read_config(workdir), read_run_json(workdir)["mesh"] or mesh
+    notes = resume_notes(saved, config, before, mesh) + optimizer_notes(saved, config, step)
+    return notes + software_changes(workdir)
 
 
 def software_changes(workdir: pathlib.Path) -> list[str]:

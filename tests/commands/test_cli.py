@@ -66,9 +66,9 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what the line mus
     "data that is not there": ((*FRESH, "--config.data.source=no.txt"), ("data.source='no.txt' is not there",)),
     "bad profile": ((*FRESH, "--profile=5"), ("--profile=5 must be START:STOP",)),
     "backward profile": ((*FRESH, "--profile=3:2"), ("--profile=3:2 must be START:STOP",)),
-    "changed learning rate": (
-        (*TRAIN, "--config.mesh.expert=2", "--config.optimizer.learning_rate=0.5"),
-        ("optimizer.learning_rate=0.5 differs from 0.01", "--workdir"),
+    "changed moments": (
+        (*TRAIN, "--config.mesh.expert=2", "--config.optimizer.b1=0.5"),
+        ("optimizer.b1=0.5 differs from 0.9", "--workdir", "train.init_from"),
     ),
     "no run": (("eval.py", "--workdir={folder}/nothing"), ("holds no config.json",)),
     "no checkpoint": (("eval.py", "--workdir={folder}/empty", "--cpu_devices=1"), ("holds no checkpoint",)),

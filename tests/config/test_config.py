@@ -27,6 +27,7 @@ from bigmac_jax.config import (
     with_overrides,
 )
 from bigmac_jax.config.reading import retrained
+from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import all_field_types
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
@@ -344,7 +345,7 @@ def test_check_resume(name: str) -> None:
                "train.keep_checkpoints", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
                "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
                "data.num_workers", "data.mixture", "train.tasks", "train.tasks_limit", "model.context_length",
-               "tuning.chat_template"}  # fmt: skip
+               "tuning.chat_template", "optimizer.clip_norm", *RATES_MAY_CHANGE}  # fmt: skip
     if name in allowed or name.startswith(("mesh.", "execution.")):
         check_resume(Config(), changed(name))
         return
@@ -353,6 +354,15 @@ def test_check_resume(name: str) -> None:
         check_resume(Config(), changed(name))
     message = str(error.value)
     assert message.startswith(name + "=") and "\n" not in message and repr(BEFORE[name]) in message
+    assert ("train.init_from=THIS" in message) == (not name.startswith("model."))  # which takes the model as it is
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.0), (0.0, 1.0)])
+def test_clipping_stays_on_or_off(before: float, after: float) -> None:
+    """The optimizer's state has a part for it, which a checkpoint must hold."""
+    old, new = (Config(optimizer=OptimizerConfig(clip_norm=norm)) for norm in (before, after))
+    with pytest.raises(ConfigError, match=rf"optimizer\.clip_norm={after} differs from {before}"):
+        check_resume(old, new)
 
 
 def test_the_step_that_quantiles_are_of_stays() -> None:

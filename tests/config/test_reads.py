@@ -74,7 +74,7 @@ def programs(config: Config) -> tuple[str, str, list[bytes], list[float]]:
     with jax.set_mesh(mesh := make_mesh(config)):
         trainer = make_trainer(config, mesh)
         tokens = jax.ShapeDtypeStruct((8, 16), np.int32, sharding=jax.NamedSharding(mesh, batch_spec(2)))
-        step = trainer.step.trace(trainer.abstract_state, Batch(tokens, tokens, None))
+        step = trainer.step.trace(trainer.abstract_state, Batch(tokens, tokens, None), trainer.rate(0))
         first = trainer.init.trace(jax.random.key(0))
         rates = [float(learning_rate(config)(step)) for step in (0, 50, 200, 2000)]
         numbers = [np.asarray(number).tobytes() for traced in (first, step) for number in traced.jaxpr.consts]

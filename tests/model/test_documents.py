@@ -146,8 +146,8 @@ def test_parts_of_a_batch_weigh_as_many_targets_as_they_have() -> None:
         with on_mesh(dataclasses.replace(config, train=train)):
             trainer = make_trainer(dataclasses.replace(config, train=train), make_mesh(config))
             state, batch = trainer.init(jax.random.key(0)), masked_batch(config, 3)
-            step = trainer.step.lower(state, batch).compile(compiler_options=QUICK)
-            state, metrics = step(state, batch)
+            step = trainer.step.lower(state, batch, rate := trainer.rate(0)).compile(compiler_options=QUICK)
+            state, metrics = step(state, batch, rate)
             made[parts] = {"loss": np.asarray(metrics.loss), "norm": np.asarray(metrics.grad_norm)} | leaves(
                 state.params
             )

@@ -73,8 +73,8 @@ def check(case: Case) -> Checked:
             placed = jax.tree.map(lambda v, of: jax.device_put(v, of.sharding), state, trainer.abstract_state)
             placed_batch = place(batch, batch_spec(2))
             if program is None:
-                program = trainer.step.lower(placed, placed_batch).compile(compiler_options=QUICK)
-            found = _read(program(placed, placed_batch))
+                program = trainer.step.lower(placed, placed_batch, trainer.rate(0)).compile(compiler_options=QUICK)
+            found = _read(program(placed, placed_batch, trainer.rate(int(state.step))))
             given = leaves(state.params), _given(case, state, found), _whole(batch)
             expected = oracle(*given)
             if (

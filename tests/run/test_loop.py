@@ -115,13 +115,29 @@ def test_checkpoints_and_report(finished: Any) -> None:
     checkpoints.close()
 
 
-def test_a_changed_learning_rate_is_refused(copied: Any, tmp_path: pathlib.Path) -> None:
+def test_changed_moments_are_refused(copied: Any, tmp_path: pathlib.Path) -> None:
     config, workdir = copied
     before = (workdir / "config.json").read_text()
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.5 differs from 0\.01") as error:
-        run(overridden(config, tmp_path, "optimizer.learning_rate=0.5", "train.steps=8"), workdir)
+    with pytest.raises(ConfigError, match=r"optimizer\.b1=0\.5 differs from 0\.9") as error:
+        run(overridden(config, tmp_path, "optimizer.b1=0.5", "train.steps=8"), workdir)
     assert "\n" not in str(error.value)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_another_learning_rate_goes_on_with_a_line(copied: Any, tmp_path: pathlib.Path, caplog: Any) -> None:
+    config, workdir = copied
+    changes = ("optimizer.learning_rate=0.02", "optimizer.final_learning_rate=0.02", "optimizer.clip_norm=0.5")
+    changed = overridden(config, tmp_path, *changes, "train.steps=8")
+    assert run(changed, workdir).step == 8
+    (said,) = [record.message for record in caplog.records if "learning_rate" in record.message]
+    assert said == (
+        "optimizer.learning_rate 0.01 → 0.02, optimizer.final_learning_rate 0.001 → 0.02, optimizer.clip_norm 1.0 → "
+        "0.5, train.steps 6 → 8: step 7 has the learning rate 0.02, not 0.001"
+    )
+    rates = {record["step"]: record["learning_rate"] for record in read_records(workdir) if "loss" in record}
+    assert rates[6] == pytest.approx(0.01 * 0.1 + 0.009 * (1 + math.cos(0.75 * math.pi)) / 2)
+    assert [rates[step] for step in (7, 8)] == [pytest.approx(0.02)] * 2
+    assert read_config(workdir) == as_saved(changed)
 
 
 def test_another_mesh_and_more_steps_go_on(copied: Any, tmp_path: pathlib.Path) -> None:

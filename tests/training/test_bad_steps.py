@@ -152,7 +152,7 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
                 opt_state = jax.tree.map(advanced, state.opt_state, is_leaf=is_schedule)
                 state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state)
             else:
-                state, _ = train_step(state, batch)
+                state, _ = train_step(state, batch, trainer.rate(number - 1))
         data.close()
         return leaves(host(state))
 

@@ -586,8 +586,8 @@ def test_without_its_config(undisturbed: Any, tmp_path: pathlib.Path, caplog: py
     shutil.copytree(finished, workdir)
     kept = (workdir / "config.json").read_text()
     (workdir / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=0\.5 differs from 0\.01, which this workdir was"):
-        run(small(tmp_path, "optimizer.learning_rate=0.5"), workdir)
+    with pytest.raises(ConfigError, match=r"optimizer\.b1=0\.5 differs from 0\.9, which this workdir was"):
+        run(small(tmp_path, "optimizer.b1=0.5"), workdir)
     assert "holds no config.json; the config of checkpoint 6 is taken" in caplog.text
     with jax.set_mesh(make_mesh(config)):
         assert restore(workdir)[0] == as_saved(config)

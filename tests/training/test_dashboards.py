@@ -96,6 +96,22 @@ def test_two_starts_hold_every_record(tmp_path: pathlib.Path) -> None:
     assert [config["model"] for config in check(tmp_path, 2)] == [{"top_k": 2}] * 2
 
 
+def test_of_a_copied_folder_no_line_is_left(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    """A workdir on a store is written to a folder that is gone afterwards: what is named is where it was copied to."""
+    monkeypatch.setenv("WANDB_SILENT", "false")
+    caplog.set_level("INFO", "bigmac_jax")
+    workdir = pathlib.Path("gs:/bucket/run")  # as a path of a store is shown, but for a slash
+    writer = MetricsWriter(tmp_path, 0, 1, "bigmac", workdir)
+    writer.write({"step": 1, "loss": 1.0})
+    writer.close()
+    (made,) = tmp_path.glob("wandb/offline-run-*")
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("bigmac_jax")]
+    assert str(tmp_path) not in "".join(capfd.readouterr())
+    assert line == f"wandb was offline; copy {workdir}/wandb/{made.name} to a disk, then: wandb sync {made.name}"
+
+
 @pytest.mark.full
 def test_a_run_without_a_network_holds_every_record(tmp_path: pathlib.Path) -> None:
     config, workdir = small(tmp_path, "train.wandb=bigmac", "train.steps=3"), tmp_path / "run"

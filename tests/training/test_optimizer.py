@@ -54,7 +54,7 @@ def test_weight_decay_reaches_the_matrices_alone() -> None:
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
     optimizer = make_optimizer(config)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
-    updates, _ = update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    updates, _ = update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params, rate=1.0)
     for name, update in leaves(updates).items():
         last = name.split(".")[-1]
         kept = last.startswith(("b_", "scale", "bias", "positions"))
@@ -74,7 +74,7 @@ def test_the_rate_of_the_projections(name: str) -> None:
         for rate in (1.0, 0.125, 0.0):
             optimizer = make_optimizer(with_optimizer(config, name=name, warmup_steps=0, projection_rate=rate))
             update = jax.jit(optimizer.update, compiler_options=QUICK)
-            updates[rate] = leaves(update(grads, optimizer.init(params), params)[0])
+            updates[rate] = leaves(update(grads, optimizer.init(params), params, rate=3e-4)[0])
     slow = {"layers.mlp.down.w_DF", "layers.mlp.up.w_DF"}
     assert slow < updates[1.0].keys()
     for leaf, update in updates[1.0].items():
@@ -90,7 +90,7 @@ def test_clipping(clip_norm: float, norm: float) -> None:
     values = {"w_a": jnp.array([3.0, 4.0]), "b": jnp.array(12.0)}
     gradients = {name: nnx.Param(value, declaration=matrix) for name, value in values.items()}
     optimizer = make_optimizer(config)
-    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients, rate=1.0)
     moment = optax.tree_utils.tree_get(state, "mu")
     chex.assert_trees_all_close(moment, jax.tree.map(lambda g: g * 0.5 * norm / 13, gradients), rtol=1e-6)
 
@@ -171,7 +171,7 @@ def test_muon(mesh: str) -> None:
         def steps(params: Any, gradients: Any) -> Any:
             state = optimizer.init(params)
             for gradient in gradients:
-                updates, state = optimizer.update(gradient, state, params)
+                updates, state = optimizer.update(gradient, state, params, rate=1.0)
             return updates
 
         # Compiled as a run's is: without LLVM's optimisations divisions are less exact.
@@ -217,7 +217,7 @@ def test_moments_in_bfloat16() -> None:
     mu = nu = np.zeros(64, np.float32)
     for step, gradient in enumerate(gradients, 1):
         updates, state = update(
-            {"w": nnx.Param(jnp.asarray(gradient), declaration=value.declaration)}, state, {"w": value}
+            {"w": nnx.Param(jnp.asarray(gradient), declaration=value.declaration)}, state, {"w": value}, rate=1.0
         )
         mu, nu = 0.9 * mu + 0.1 * gradient, 0.95 * nu + 0.05 * gradient**2
         expected = -(mu / (1 - 0.9**step)) / (np.sqrt(nu / (1 - 0.95**step)) + 1e-8)

@@ -13,6 +13,7 @@ from bigmac_jax.config import Config, OptimizerConfig, TrainConfig
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment
+from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer
 
 from .tools import host, session
@@ -113,7 +114,7 @@ def test_what_evens_a_step_is_computed_once(remat: str, top_ks: int) -> None:
     with on_mesh(config):
         trainer = make_trainer(config, jax.sharding.get_mesh())
         batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
-        program = str(trainer.step.trace(trainer.abstract_state, batch).jaxpr)
+        program = str(trainer.step.trace(trainer.abstract_state, batch, trainer.rate(0)).jaxpr)
     assert program.count(" top_k[") == top_ks
 
 
@@ -187,6 +188,25 @@ def test_a_repeated_batch_is_learnt(half: Half) -> None:
     assert half.losses[-1] < half.losses[0] - 0.1, half.losses
 
 
+def lowered(**optimizer: Any) -> tuple[str, str]:
+    """The texts of a run's first programs."""
+    steps = optimizer.pop("steps", 1000)
+    config = dataclasses.replace(tiny(), optimizer=OptimizerConfig(**optimizer))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    with on_mesh(config):
+        mesh = jax.sharding.get_mesh()
+        trainer = make_trainer(config, mesh)
+        return step_program(config, mesh, trainer).lower().as_text(), trainer.init.lower(jax.random.key(0)).as_text()
+
+
+def test_the_schedule_is_no_part_of_the_programs() -> None:
+    """So a run with more steps, or another rate, finds its programs in the cache."""
+    base = lowered()
+    others = {"steps": 77, "learning_rate": 0.1, "final_learning_rate": 0.0, "warmup_steps": 3, "decay_steps": 9}
+    assert lowered(**others, schedule="wsd") == base
+    assert lowered(weight_decay=0.2)[0] != base[0]
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def options(device: Any, overlap: bool, ragged: bool) -> dict[str, bool]:
@@ -196,8 +216,7 @@ def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.Monkey
     config = tiny(overlap_chunks=chunks)
     with on_mesh(config):
         trainer = make_trainer(config, make_mesh(config))
-        lowered = trainer.step.lower(
-            trainer.abstract_state, jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
-        )
+        batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
+        lowered = trainer.step.lower(trainer.abstract_state, batch, trainer.rate(0))
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
             lowered.compile()

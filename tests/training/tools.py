@@ -100,9 +100,10 @@ class Session:
     def step(self, tokens: np.ndarray) -> Any:
         """One step on [B, L + 1] tokens; metrics on the host."""
         batch = jax.tree.map(split_batch, batch_from_windows(tokens))
+        arguments = self.state, batch, self.trainer.rate(np.int32(self.state.step))
         if self._compiled is None:
-            self._compiled = self.trainer.step.lower(self.state, batch).compile(compiler_options=QUICK)
-        self.state, metrics = self._compiled(self.state, batch)
+            self._compiled = self.trainer.step.lower(*arguments).compile(compiler_options=QUICK)
+        self.state, metrics = self._compiled(*arguments)
         return jax.tree.map(np.asarray, metrics)
 
 

@@ -149,8 +149,8 @@ def test_a_step_moves_adapters_alone() -> None:
         state = trainer.begin(params, rest, jax.random.key(0))
         before, base = leaves(state.params), leaves(state.base)
         batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
-        for _ in range(2):
-            state, _ = trainer.step(state, batch)
+        for done in range(2):
+            state, _ = trainer.step(state, batch, trainer.rate(done))
         assert leaves(state.base).keys() == base.keys()
         assert all((leaves(state.base)[name] == value).all() for name, value in base.items())
         moved = leaves(state.params)
