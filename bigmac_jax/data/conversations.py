@@ -1,8 +1,9 @@
 """The rows that a model is tuned on: conversations, whose answers alone are learned, and preferences between answers.
 
-A row is a line of JSON. For tuning.objective=sft it has `prompt` and `completion`, two texts that are joined as they
-are, or `messages`, through a chat template. For dpo it has `prompt`, `chosen` and `rejected`: texts, or `prompt` is a
-list of messages and the two are answers to it. A text is followed by the end of text. S sequences, L window length.
+A row is a line of JSON. For tuning.objective=sft it has `prompt` and `completion`, or all `messages`; for dpo `prompt`,
+`chosen` and `rejected`. If all of these are texts they are joined as they are, and followed by the end of text. A list
+of messages (TRL's, or ShareGPT's under any of the names) goes through a chat template, and a text beside one is a
+message. S sequences, L window length.
 """
 
 import functools
@@ -30,14 +31,20 @@ from bigmac_jax.data.tokenizer import Tokenizer
 
 _ROWS = 1024  # that are encoded at a time
 _PLACES = 5  # of bad rows that are named
+_FORMS = {
+    "sft": "prompt and completion, messages, or ShareGPT's conversations",
+    "dpo": "prompt, chosen and rejected, or the last two as conversations",
+}
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+Messages = list[dict[str, str]]
 
 
 class _BadRowError(ValueError):
-    """What is wrong with a row: a reason that others share, and the words for this one."""
+    """What is wrong with a row: a reason that others share, the words for this one, and `fix` if all rows need it."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, reason: str, message: str, fix: str = ""):
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.fix = reason, fix
 
 
 class Conversations:
@@ -60,6 +67,7 @@ class Conversations:
                 f"can be cut from its prompt; tune with a byte-level tokenizer"
             )
         self._docs, self._config, self.split = docs, config, split
+        self._any = False  # a row that was good
         self.name, self.text, self.eos_id = docs.name, docs.fingerprint, tokenizer.eos_id
         self.chat = load_chat(
             tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
@@ -129,7 +137,9 @@ class Conversations:
             if held.portion(_text_of_line(line), self.split) is None:
                 continue
             try:
-                yield place, self._make_sequences(_parse(line))
+                made = self._make_sequences(_parse(line))
+                self._any = True
+                yield place, made
             except _BadRowError as error:
                 self._note_bad_row(bad, place, error)
 
@@ -137,7 +147,9 @@ class Conversations:
         for path in self._docs.files:
             kind = kinds.guess_kind(path)
             if kind is None or kind.name != "jsonl":
-                raise ConfigError(f"{path} holds text, and tuning needs rows; give files that end in .jsonl")
+                raise ConfigError(
+                    f"{path} is no .jsonl file, and tuning reads rows; write it with a JSON object a line"
+                )
             try:
                 yield from ((where(), line) for where, line in read_lines(path, kind, Slice(0), ReadCounts()))
             except kinds.read_errors() as error:
@@ -145,22 +157,29 @@ class Conversations:
 
     def _note_bad_row(self, bad: dict[str, list[str]], place: str, error: _BadRowError) -> None:
         if self._config.tuning.bad_rows == "stop":
-            raise ConfigError(f"{place}: {error}; mend the row, or leave such rows out with tuning.bad_rows=skip")
+            fix, skip = error.fix or "mend the row", ", or leave such rows out with tuning.bad_rows=skip"
+            raise ConfigError(f"{place}: {error}; {fix}{'' if error.fix and not self._any else skip}")
         bad[error.reason].append(place)
 
     def _make_sequences(self, row: dict[str, Any]) -> list[list[Piece]]:
+        row = {name: value for name, value in row.items() if value is not None}
+        names = ("chosen", "rejected") if self.pairs else ("completion",)
         try:
-            if not self.pairs and "messages" in row:
-                return [self._render(_messages(row["messages"], "messages"))]
             if not self.pairs:
-                return [self._join(_text(row, "prompt"), _text(row, "completion"))]
-            answers = [_text(row, name) for name in ("chosen", "rejected")]
-            if answers[0] == answers[1]:
+                for name in ("messages", "conversations"):
+                    if name in row:
+                        return [self._render(_system(row) + _messages(row[name], name))]
+            if self.pairs and "conversations" in row:  # ShareGPT's name of a prompt
+                row = row | {"prompt": _system(row) + _messages(row["conversations"], "conversations")}
+            self._check_form(row, names)
+            if self.pairs and row["chosen"] == row["rejected"]:
                 raise _BadRowError("with two answers alike", "chosen and rejected are alike")
-            if isinstance(row.get("prompt"), str):
-                return [self._join(row["prompt"], answer) for answer in answers]
-            turns = _messages(row.get("prompt"), "prompt")
-            return [self._render([*turns, {"role": "assistant", "content": text}], last=True) for text in answers]
+            if not any(isinstance(row.get(name), list | dict) for name in ("prompt", *names)):
+                return [self._join(_text(row, "prompt"), _text(row, name)) for name in names]
+            prompt = _turns(row, "prompt", "user") if "prompt" in row else []
+            whole = [_begin_with(prompt, _turns(row, name, "assistant"), name) for name in names]
+            shared = _count_shared(*whole) if self.pairs else len(prompt)
+            return [self._render(messages, shared) for messages in whole]
         except ChatError as error:
             reason = "that the template refuses" if error.index is None else "with a message that no template takes"
             raise _BadRowError(reason, str(error)) from None
@@ -172,15 +191,33 @@ class Conversations:
             self.chat.check_text(text, name, 0)
         return [Piece(prompt, False), Piece(answer + self.chat.end, True)]
 
-    def _render(self, messages: list[dict[str, str]], last: bool = False) -> list[Piece]:
-        """`last`: only the last answer counts as one."""
+    def _check_form(self, row: dict[str, Any], names: Sequence[str]) -> None:
+        """Raises _BadRowError if a row lacks a field; two conversations may begin with their prompt."""
+        whole = self.pairs and all(isinstance(row.get(name), list) for name in names)
+        lacking = [name for name in ("prompt", *names) if name not in row and not (name == "prompt" and whole)]
+        if not lacking:
+            return
+        objective, compared = self._config.tuning.objective, {"chosen", "rejected"} & set(row)
+        fix = f"a row of tuning.objective={objective} has {_FORMS[objective]}"
+        if self.pairs and not compared and {"messages", "conversations", "completion"} & set(row):
+            fix = "such rows are for tuning.objective=sft"
+        elif not self.pairs and len(compared) == 2:
+            fix = "such rows are for tuning.objective=dpo"
+        reason = "without a prompt" if lacking == ["prompt"] else "without an answer"
+        raise _BadRowError(reason, f"it has no {lacking[0]!r}; it has {', '.join(row) or 'nothing'}", fix)
+
+    def _render(self, messages: Messages, shared: int = 0) -> list[Piece]:
+        """`shared`: so many messages stand at the beginning that are no answers to learn."""
         if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
             raise _BadRowError("without an answer", "its last message is no answer of the assistant")
         pieces = self.chat.pieces(messages)
         numbers = [n for n, piece in enumerate(pieces) if piece.answer]
         if not numbers:
             raise _BadRowError("that the template refuses", "the chat template shows no answer of its messages")
-        return [Piece(piece.text, n == numbers[-1]) for n, piece in enumerate(pieces)] if last else pieces
+        if not shared:
+            return pieces
+        own = sum(message["role"] == "assistant" for message in messages[shared:])
+        return [Piece(piece.text, n in numbers[-own:]) for n, piece in enumerate(pieces)]
 
     def _encode_sequence(self, pieces: Sequence[Piece], encoded: Sequence[list[int]]) -> np.ndarray:
         """int32 [2, n] up to the last token of an answer; an answer that begins a text follows an end of text."""
@@ -235,24 +272,57 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        what = "without an answer" if name != "prompt" else "without a prompt"
-        raise _BadRowError(what, f"it has no {name!r}; it has {', '.join(row) or 'nothing'}")
+    value = row[name]
     if not isinstance(value, str):
         raise _BadRowError("with a field that is no text", f"{name!r} is a {type(value).__name__}, not a text")
     return decode(value)[0]
 
 
-def _messages(value: Any, name: str) -> list[dict[str, str]]:
+def _turns(row: dict[str, Any], name: str, role: str) -> Messages:
+    """The messages of a field: a list of them, one, or a text that is said by `role`."""
+    value = row[name]
+    if isinstance(value, list | dict):
+        return _messages(value if isinstance(value, list) else [value], name)
+    return [{"role": role, "content": _text(row, name)}]
+
+
+def _system(row: dict[str, Any]) -> Messages:
+    """The message of a field `system`, as ShareGPT's rows may have it."""
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+
+
+def _begin_with(prompt: Messages, answer: Messages, name: str) -> Messages:
+    """A whole conversation, of an answer that may be one already."""
+    if answer[: len(prompt)] == prompt:
+        return answer
+    if answer[0]["role"] != "assistant":
+        raise _BadRowError(
+            "whose prompt is another",
+            f"{name!r} begins neither with the messages of 'prompt' nor with an answer to them",
+        )
+    return prompt + answer
+
+
+def _count_shared(chosen: Messages, rejected: Messages) -> int:
+    """The number of messages before the first that differs, which must be an answer in both."""
+    pairs = zip(chosen, rejected, strict=False)
+    shared = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(chosen), len(rejected)))
+    if [m[shared]["role"] for m in (chosen, rejected) if shared < len(m)] != ["assistant", "assistant"]:
+        raise _BadRowError("that differ in no answer", "chosen and rejected do not differ first in an answer")
+    return shared
+
+
+def _messages(value: Any, name: str) -> Messages:
     if not isinstance(value, list) or not value:
         raise _BadRowError("without messages", f"{name!r} is no list of messages")
     found = []
     for i, message in enumerate(value):
-        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        keys = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        fields = [message.get(key) for key in keys] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
-            raise _BadRowError("with a message that is no text", f"{name}[{i}] has no texts for role and content")
-        found.append({"role": str(fields[0]), "content": decode(str(fields[1]))[0]})
+            raise _BadRowError("with a message that is no text", f"{name}[{i}] has no texts for {' and '.join(keys)}")
+        role, content = map(str, fields)
+        found.append({"role": _ROLES.get(role, role), "content": decode(content)[0]})
     return found
 
 

@@ -146,6 +146,122 @@ def test_a_template_that_rewrites_turns_needs_marks() -> None:
         Chat(ByteTokenizer(), template).pieces(TURNS)
 
 
+def learned(stream: Conversations) -> list[str]:
+    """What each sequence learns, and the text that all of it is."""
+    whole = [(bytes_of(s), [t for t in bytes_of(s, "targets") if t != NO_TARGET]) for s in stream.sequences]
+    return ["".join("¶" if t == EOS else chr(t) for t in tokens) for both in whole for tokens in both]
+
+
+def human(*texts: str) -> list[dict[str, str]]:
+    """ShareGPT's form of a conversation."""
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        ({"conversations": human("1+1?", "2", "2+2?", "4")}, {"messages": said("1+1?", "2", "2+2?", "4")}),
+        ({"conversations": human("1+1?", "2"), "system": "Add.", "tools": ""}, {"messages": TURNS[:3]}),
+        ({"conversations": said("1+1?", "2"), "messages": None}, {"messages": said("1+1?", "2")}),
+    ],
+)
+def test_sharegpt(row: dict[str, Any], same: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    assert learned(conversations(tmp_path, [row])) == learned(conversations(tmp_path, [same]))
+
+
+def test_a_prompt_and_a_completion_of_messages(tmp_path: pathlib.Path) -> None:
+    """As TRL has them: of the conversation the completion alone is learned."""
+    rows = [
+        {"prompt": TURNS[:4], "completion": TURNS[4:]},
+        {"prompt": TURNS[:2], "completion": TURNS[2:]},
+        {"prompt": TURNS[:4], "completion": "4"},
+        {"prompt": "2+2?", "completion": TURNS[4:]},
+    ]
+    whole = "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: 4"
+    assert learned(conversations(tmp_path, rows, 128)) == [
+        whole, " 4¶", whole, " 2¶ 4¶", whole, " 4¶", "User: 2+2?\nAssistant: 4", " 4¶",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TURNS[:4], "chosen": TURNS[4:], "rejected": [{"role": "assistant", "content": "5"}]},
+        {"chosen": TURNS, "rejected": [*TURNS[:4], {"role": "assistant", "content": "5"}]},  # the prompt is implied
+        {"chosen": TURNS, "rejected": [*TURNS[:4], {"role": "assistant", "content": "5"}], "prompt": None},
+        {"prompt": TURNS[:4], "chosen": TURNS, "rejected": [*TURNS[:4], {"role": "assistant", "content": "5"}]},
+        {"prompt": TURNS[:4], "chosen": "4", "rejected": "5"},
+        {"conversations": human("1+1?", "2", "2+2?"), "system": "Add.", "chosen": {"from": "gpt", "value": "4"},
+         "rejected": {"from": "gpt", "value": "5"}},
+    ],
+)  # fmt: skip
+def test_preferences_between_messages(row: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    whole = "System: Add.\nUser: 1+1?\nAssistant: 2¶\nUser: 2+2?\nAssistant: "
+    found = learned(conversations(tmp_path, [row], 256, objective="dpo"))
+    assert found == [whole + "4", " 4¶", whole + "5", " 5¶"]
+
+
+def test_preferences_that_begin_with_their_prompt_as_a_text(tmp_path: pathlib.Path) -> None:
+    """And answers of several turns, of which those count that come behind what both share."""
+    row = {"prompt": "a?", "chosen": said("a?", "b", "c?", "d"), "rejected": said("a?", "x", "c?", "y")}
+    assert learned(conversations(tmp_path, [row], 256, objective="dpo"))[1::2] == [" b¶ d¶", " x¶ y¶"]
+    row |= {"rejected": said("a?", "b", "c?", "y")}
+    assert learned(conversations(tmp_path, [row], 256, objective="dpo"))[1::2] == [" d¶", " y¶"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "line"),
+    [
+        ("sft", {"prompt": "p", "chosen": "a", "rejected": "b"}, "such rows are for tuning.objective=dpo"),
+        ("dpo", {"messages": TURNS}, "it has no 'prompt'; it has messages; such rows are for tuning.objective=sft"),
+        ("dpo", {"prompt": "p", "completion": "b"}, "such rows are for tuning.objective=sft"),
+        ("sft", {"instruction": "a", "output": "b"}, "it has no 'prompt'; it has instruction, output; a row of "
+         "tuning.objective=sft has prompt and completion, messages, or ShareGPT's conversations"),
+        ("dpo", {"chosen": "a", "rejected": "b"}, "it has no 'prompt'; it has chosen, rejected; a row of "
+         "tuning.objective=dpo has prompt, chosen and rejected, or the last two as conversations"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_form_are_told_which_there_are(
+    objective: str, row: dict[str, Any], line: str, tmp_path: pathlib.Path
+) -> None:
+    """To leave them out would leave none."""
+    with pytest.raises(ConfigError) as error:
+        conversations(tmp_path, [row, row], objective=objective)
+    assert str(error.value).endswith(line)
+
+
+BAD_PAIRS = [
+    ({"prompt": "a?", "chosen": said("b?", "c"), "rejected": said("b?", "d")}, "'chosen' begins neither with"),
+    ({"chosen": said("a?", "b"), "rejected": said("c?", "d")}, "do not differ first in an answer"),
+    ({"chosen": said("a?", "b", "c?", "d"), "rejected": said("a?", "b")}, "do not differ first in an answer"),
+    ({"chosen": said("a?", "b", "c?"), "rejected": said("a?", "x")}, "its last message is no answer"),
+    ({"chosen": said("a?", "b"), "rejected": said("a?", "b")}, "are alike"),
+    ({"prompt": [], "chosen": said("a?", "b"), "rejected": said("a?", "c")}, "'prompt' is no list of messages"),
+    ({"chosen": [{"from": "gpt"}], "rejected": []}, r"chosen\[0\] has no texts for from and value"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_PAIRS)
+def test_a_bad_pair_is_one_line(row: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl line 2: .*{message}.*tuning\.bad_rows=skip"):
+        conversations(tmp_path, [good, row], 256, objective="dpo")
+
+
+def test_rows_in_another_kind_of_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": TURNS}]))
+    config = Config(
+        data=DataConfig(source=str(tmp_path / "rows.json"), validation_source=str(tmp_path / "rows.json")),
+        tuning=TuningConfig("sft"), cache_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"rows\.json is no \.jsonl file, and tuning reads rows; write it with"):
+        open_stream(config, "train", ByteTokenizer())
+
+
 BAD = [
     ("{", "is not valid JSON"),
     ([1], "it is a JSON list; each line must be one JSON object"),
