@@ -34,6 +34,20 @@ COMMANDS = {
     "selfcheck": Command("says whether this machine computes what it should", distributed=True),
     "fields": Command("lists the config's fields", arguments=True),
 }
+# Words that others have for them.
+_OTHER_WORDS = {
+    "train": "fit pretrain finetune fine-tune tune sft dpo lora resume",
+    "eval": "evaluate score test perplexity benchmark",
+    "generate": "sample complete infer inference predict chat run",
+    "serve": "server api",
+    "plan": "estimate cost search autotune sweep",
+    "convert export": "export",
+    "convert import": "import",
+    "data prepare": "prepare tokenize tokenise preprocess",
+    "report": "plot compare draw",
+    "selfcheck": "check doctor verify",
+    "fields": "config configs options",
+}
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -65,7 +79,8 @@ def main() -> None:
         print("bigmac COMMAND [--help | arguments]\n")
         print("\n".join(f"  {command:10} {of.summary}" for command, of in COMMANDS.items()))
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = [command for command, words in _OTHER_WORDS.items() if name.lower() in words.split()]
+        near += difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         fail(f"{name!r} is not a command of bigmac; {fix}")
 

@@ -13,7 +13,9 @@ from absl import logging as absl_logging
 
 from bigmac_jax.commands import fail
 from bigmac_jax.config import Config, ConfigError, field_docs
-from bigmac_jax.config.names import nearest, question
+from bigmac_jax.config.names import ask, nearest, nearest_field, question
+from bigmac_jax.config.other_names import other_field, other_flag
+from bigmac_jax.config.reading import list_shipped
 from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime import environment, hosts, signals, storage, watchdog
@@ -22,6 +24,7 @@ from bigmac_jax.runtime.clock import clock, process_start
 CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Run on this many simulated CPU devices.", lower_bound=0)
 OVERRIDES: list[str] = []  # what the command line gave as --config.a.b=value
 ARGUMENTS: list[str] = []  # and what was no flag, of a command that takes such
+_TEXTS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst")
 _log = logging.getLogger(__name__)
 
 
@@ -47,10 +50,12 @@ def _parse(main: Callable[[], int | None], arguments: bool, argv: Sequence[str])
         extra = flags.FLAGS(rest)[1:]
     except flags.UnrecognizedFlagError as error:
         fail(unknown_flag(error.flagname, names))
+    except flags.IllegalFlagValueError as error:
+        fail(_wrong_value(str(error)))
     except (ConfigError, flags.Error) as error:
         fail(" ".join(str(error).split()))
     if extra and not arguments:
-        fail(f"{extra[0]!r} is not a flag; {_meant(extra[0], names)}")
+        fail(f"{extra[0]!r} is not a flag; {meant_argument(extra[0], names)}")
     ARGUMENTS.extend(extra)
     return rest[:1]
 
@@ -158,11 +163,37 @@ def unknown_flag(name: str, known: Sequence[str]) -> str:
 def _meant(name: str, known: Sequence[str]) -> str:
     """Suggests what a name that is no flag may be: a flag, or a field of the config without its --config."""
     name = name.lstrip("-").partition("=")[0]
-    if near := nearest(name, known):
+    fields = list(all_field_types(Config))
+    if near := other_flag(name, known) or ([] if other_field(name) else nearest(name, known)):
         return question(near, "--")
     inner = name.partition(".")[2]  # of a misspelled config
-    near = nearest(inner if "." in inner else name, all_field_types(Config))
-    return question(near, "--config.") or "see --help"
+    return question(nearest_field(inner if "." in inner else name, fields), "--config.") or "see --help"
+
+
+def meant_argument(argument: str, known: Sequence[str]) -> str:
+    """Suggests the flag, of those that a command has, which something that stands without one may belong to."""
+    file = argument.partition(":")[0]
+    may = {
+        "config": file in list_shipped() or file.endswith((".py", "config.json")),
+        "text_file": file.endswith(_TEXTS),
+        "config.data.source": file.endswith(_TEXTS) and "config" in known,
+        "workdir": "/" in file and " " not in file,
+        "prompt": " " in argument,
+    }
+    for flag, fits in may.items():
+        if fits and "=" not in argument and flag in (*known, "config.data.source"):
+            shown = f"'{argument}'" if " " in argument else argument
+            return f"did you mean --{flag}={shown}?"
+    return _meant(argument, known)
+
+
+def _wrong_value(error: str) -> str:
+    """The line for a flag's value that absl has refused with `flag --NAME=VALUE: REASON`."""
+    name, _, value = error.partition(": ")[0].removeprefix("flag --").partition("=")
+    parser = flags.FLAGS[name].parser
+    choices = getattr(parser, "enum_values", None) or (("true", "false") if flags.FLAGS[name].boolean else ())
+    words = f"one of {', '.join(filter(None, choices))}" if choices else parser.syntactic_help
+    return " ".join(f"--{name}={value} must be {words}{ask(value, list(choices))}".split())
 
 
 def _flags(*modules: str) -> list[flags.Flag]:

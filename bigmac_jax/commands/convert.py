@@ -14,6 +14,7 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, with_mesh
+from bigmac_jax.config.names import nearest, question
 from bigmac_jax.config.reads import context_notes
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
@@ -52,6 +53,9 @@ def main() -> None:
     elif action in ("latent", "upcycle", "widen") and _OUTPUT.value:
         _convert(action, locate_workdir(_WORKDIR.value), locate_workdir(_OUTPUT.value))
     else:
+        known = ("export", "import", "latent", "upcycle", "widen")
+        if action not in known and (meant := question(nearest(action, known))):
+            raise ConfigError(f"{action!r} is no conversion; {meant}")
         raise ConfigError(
             "give `import --checkpoint=DIR --workdir=DIR`, or one of export, latent, upcycle and widen with "
             "`--workdir=DIR --output=NEW`"

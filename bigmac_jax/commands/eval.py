@@ -9,9 +9,11 @@ from absl import flags
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ConfigError, strict_json, with_mesh
+from bigmac_jax.config.names import ask
 from bigmac_jax.config.reads import evaluation_notes
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.splits import SPLITS
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.evaluation.loglikelihood import check_windows
@@ -81,8 +83,8 @@ def _read_run() -> Trained:
     workdir = locate_workdir(_WORKDIR.value)
     saved = read_config(workdir)
     config = with_mesh(saved, cli.OVERRIDES)
-    if _SPLIT.value not in ("train", "validation", "test"):
-        raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test")
+    if _SPLIT.value not in SPLITS:
+        raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test{ask(_SPLIT.value, SPLITS)}")
     length = check_windows(config, _LENGTH.value, _STRIDE.value)
     rows = _BATCH_SIZE.value or evaluation_rows(saved)
     return Trained(workdir, config, load_run_tokenizer(workdir, config), length, rows)

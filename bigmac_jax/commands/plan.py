@@ -35,7 +35,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
     if cli.ARGUMENTS and not _SWEEP.value:
-        raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; arguments follow --sweep, as in --sweep top_k=1,2")
+        meant = cli.meant_argument(cli.ARGUMENTS[0], ["config", "sweep"])
+        fix = meant if "?" in meant else "arguments follow --sweep, as in --sweep top_k=1,2"
+        raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; {fix}")
     plot = storage.locate(_PLOT.value, "--plot")
     if _PLOT.value and plot.suffix != ".png":
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")

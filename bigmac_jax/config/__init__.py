@@ -4,7 +4,7 @@ from bigmac_jax.config.errors import ConfigError
 from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import STRUCTURES, ModelConfig
 from bigmac_jax.config.objects import parse_object, read_object, seal, strict_json, unseal
-from bigmac_jax.config.places import check_place
+from bigmac_jax.config.places import check_place, missing_place_fix
 from bigmac_jax.config.reading import load_config, with_mesh, with_overrides
 from bigmac_jax.config.resuming import MAY_CHANGE, check_resume, resume_notes
 from bigmac_jax.config.root import TOKENIZER_SIZES, Config, check_batch, from_dict
@@ -30,6 +30,7 @@ __all__ = [
     "check_resume",
     "from_dict",
     "load_config",
+    "missing_place_fix",
     "parse_object",
     "read_object",
     "resume_notes",

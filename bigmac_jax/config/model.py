@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from bigmac_jax.config.errors import require
+from bigmac_jax.config.errors import near_divisors, require
 from bigmac_jax.config.section import Amount, Count, Positive, Range, Section, Share, Size
 
 Structure = Literal["dense", "vanilla", "fine_grained", "bigmac"]
@@ -169,13 +169,22 @@ class ModelConfig(Section):
     def check(self) -> None:
         h, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
         first, layers = self.first_dense_layers, self.num_layers
-        require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {h // heads * heads or heads}, or {math.gcd(h, heads)} heads")  # fmt: skip
-        require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {math.gcd(heads, kv)} key-value heads")  # fmt: skip
-        require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else f'{max(1, heads // 2)} heads'}, or positions=learned")  # fmt: skip
+        require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
+        require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
+        require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip
         require(first == 0 or (self.is_moe and first < layers), f"model.first_dense_layers={first} must be below model.num_layers={layers} of a structure with experts, not {self.structure}; use 0")  # fmt: skip
         require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
         if self.is_moe:
             self._check_experts()
+
+    @property
+    def _fitting_heads(self) -> str:
+        """The fix where the hidden size and the number of heads don't fit: other heads, or a size as hardware likes it."""
+        h, least = self.hidden_size, 2 if self.positions == "rope" else 1  # of a head
+        heads = [f"{near_divisors(h // least, self.num_heads)} heads"] if h % least == 0 else []
+        step = least * self.num_heads
+        size = max(1, h // step) * step
+        return ", or ".join(heads + ([] if heads and size % 8 else [f"model.hidden_size={size}"]))
 
     def _check_experts(self) -> None:
         h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices
@@ -187,7 +196,7 @@ class ModelConfig(Section):
             require(abs(share - round(share)) < 1e-6 and share >= 2, f"structure=vanilla has model.num_experts × model.down_ratio / 4 = {self.num_experts} × {r:g} / 4 = {share:g} experts, which must be a whole number of at least 2; use model.num_experts={max(2, math.ceil(share)) * math.ceil(4 / r)}")  # fmt: skip
         require(k <= experts, f"model.top_k={k} must be at most {self.count_name}={experts}; use {experts}")
         groups, best = self.num_expert_groups, self.top_groups
-        require(experts % groups == 0, f"{self.count_name}={experts} must be a multiple of model.num_expert_groups={groups}; use {math.gcd(experts, groups)} groups")  # fmt: skip
+        require(experts % groups == 0, f"{self.count_name}={experts} must be a multiple of model.num_expert_groups={groups}; use {near_divisors(experts, groups)} groups")  # fmt: skip
         require(
             best <= groups, f"model.top_groups={best} must be at most model.num_expert_groups={groups}; use {groups}"
         )

@@ -10,7 +10,8 @@ import importlib.util
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from bigmac_jax.config.errors import ConfigError, require
 from bigmac_jax.config.model import ModelConfig
 from bigmac_jax.config.names import nearest, question
 from bigmac_jax.config.root import TOKENIZER_SIZES, Config, check_batch, check_name, from_dict, is_moved
-from bigmac_jax.config.section import all_field_types, flat_values
+from bigmac_jax.config.section import all_field_types, field_values, flat_values
 from bigmac_jax.config.training import OptimizerConfig
 
 # Paths that train.py takes from a saved config: of data and models.
@@ -30,18 +31,23 @@ _OF_USER = ("tuning.chat_template", "train.wandb", "train.tasks", "train.tasks_e
 _log = logging.getLogger(__name__)
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Config:
     """Reads a config file, applies overrides, resolves and validates.
 
     Args:
       path: a Python file with `get_config()`, or `FILE:ARGUMENT` for one that takes an argument, or a `.json` file;
-        or the name of a file in configs/, as tiny or paper/gpt3_xl:vanilla.
-      overrides: "model.top_k=8", ...; later ones win.
+        or the name of a file in configs/, as tiny or paper/gpt3_xl:vanilla; or a dictionary of fields, the others of
+        which have their defaults.
+      overrides: ["model.top_k=8", …], later ones win, or a dictionary: {"model.top_k": 8} or {"model": {"top_k": 8}}.
 
     Raises:
       ConfigError: one line, whatever the input.
     """
-    config = with_overrides(_read(str(path), overrides), overrides)
+    overrides = _as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
+    config = with_overrides(Config(), _as_overrides(path)) if isinstance(path, Mapping) else _read(str(path), overrides)
+    config = with_overrides(config, overrides)
     check_batch(config, max(1, config.mesh.data))
     return config
 
@@ -58,7 +64,8 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         try:
             group[field] = kinds[name].parse(text)
         except ValueError:
-            message = f"{name}={text!r} must be of type {kinds[name]}, as in --config.{name}={group[field]}"
+            fix = kinds[name].ask(text) or f", as in --config.{name}={group[field]}"
+            message = f"{name}={text!r} must be of type {kinds[name]}{fix}"
             raise ConfigError(message) from None
     return from_dict(values)
 
@@ -132,6 +139,11 @@ def unresolve(config: Config) -> Config:
         config = dataclasses.replace(config, model=model)
     free = dataclasses.replace(config, optimizer=optimizer)
     return free if free.projection_rate == config.projection_rate else config
+
+
+def _as_overrides(fields: Mapping[str, Any]) -> list[str]:
+    """FIELD=VALUE of each field of a dictionary, whose groups may be dictionaries."""
+    return [f"{name}={value}" for name, value in field_values(dict(fields))]
 
 
 def _names(overrides: Sequence[str]) -> set[str]:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from bigmac_jax.config.errors import ConfigError, require
+from bigmac_jax.config.errors import ConfigError, near_divisors, near_ranks, require
 from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import ModelConfig
 from bigmac_jax.config.names import unknown_field
@@ -113,7 +113,7 @@ class Config(Section):
             self._check_tensor()
         if model.is_moe:
             name, experts, ranks = model.count_name, model.expert_count, self.mesh.expert_ranks
-            require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {math.gcd(experts, ranks)} ranks")  # fmt: skip
+            require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {near_ranks(experts, ranks)} ranks")  # fmt: skip
 
     def _check_tuning(self) -> None:
         """Tuning needs a model to begin with, and leaves alone what it freezes."""
@@ -139,13 +139,13 @@ class Config(Section):
         model, tensor = self.model, self.mesh.tensor
 
         def divides(name: str, value: int) -> None:
-            require(value % tensor == 0, f"{name}={value} must be a multiple of mesh.tensor={tensor}; use mesh.tensor={math.gcd(value, tensor)}")  # fmt: skip
+            require(value % tensor == 0, f"{name}={value} must be a multiple of mesh.tensor={tensor}; use mesh.tensor={near_ranks(value, tensor)}")  # fmt: skip
 
         divides("data.sequence_length", self.data.sequence_length)
         divides("model.num_heads", model.num_heads)
         kv = model.kv_heads
-        require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={math.gcd(kv, tensor)}")  # fmt: skip
-        require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={math.gcd(model.vocab_size, tensor)}")  # fmt: skip
+        require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
+        require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
         if model.first_dense_layers:
             divides("the first MLPs' width (model.dense_hidden_size)", model.mlp_width)
         if not model.is_moe or self.mesh.split_experts:
@@ -167,7 +167,7 @@ def check_batch(config: Config, data: int, taken: str = "") -> None:
     fix = ", or set mesh.data" if taken else ""
     require(batch_size % shards == 0, f"data.batch_size={batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}{fix}")  # fmt: skip
     tokens = batch_size * config.data.sequence_length // (shards * mesh.tensor)
-    require(tokens % chunks == 0, f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {math.gcd(chunks, tokens)}")  # fmt: skip
+    require(tokens % chunks == 0, f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {near_divisors(tokens, chunks)}")  # fmt: skip
 
 
 def from_dict(values: dict[str, Any]) -> Config:

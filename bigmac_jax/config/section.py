@@ -14,10 +14,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_arg
 from absl import flags
 
 from bigmac_jax.config.errors import ConfigError, require
+from bigmac_jax.config.names import ask, question
 
 _LARGEST_INT = 2**31 - 1  # steps and sizes are int32 on the device
 _LARGEST_FLOAT = 10**300  # that an integer may stand for
 _PARSERS = {bool: flags.BooleanParser, int: flags.IntegerParser, float: flags.FloatParser}
+_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9, "%": 0.01}
+_NOTHING = ("none", "null", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -67,29 +70,60 @@ class FieldType(NamedTuple):
         return " or ".join([self.kind.__name__, *self.choices]) if self.kind is float else self.kind.__name__
 
     def parse(self, text: str) -> Any:
-        """Reads a value from the command line; raises ValueError if it is of another type."""
+        """Reads a value from the command line, 1e3 also as an integer; raises ValueError if it is of another type."""
         if self.kind not in _PARSERS or text in self.choices:
             return text
-        return _PARSERS[self.kind]().parse(text)
+        try:
+            return _PARSERS[self.kind]().parse(text)
+        except ValueError:
+            if self.kind is int and (number := float(text)).is_integer():
+                return int(number)
+            raise
+
+    def ask(self, value: Any) -> str:
+        """`; did you mean 1000?` for what may be meant by a value that the field can't hold, or ""."""
+        text = str(value).strip()
+        words = ("true", "false") if self.kind is bool else self.choices
+        if asked := ask(text, words):
+            return asked
+        numbers = self._numbers(text) if self.kind in (int, float) else []
+        return f"; {question(numbers)}" if numbers else ""
+
+    def _numbers(self, text: str) -> list[str]:
+        """Reads the number that 10k, 1,000, 1/4, 25% or none may stand for."""
+        if text.lower() in _NOTHING:
+            return ["inf"] if self.range.may_be_inf else ["0"] if self.range.least == 0 else []
+        number, _, below = text.replace(",", "").replace(" ", "").partition("/")
+        scale = _SCALES.get(number[-1:].lower(), 1)
+        try:
+            found = float(number[:-1] if scale != 1 else number) * scale / float(below or 1)
+        except (ValueError, ArithmeticError):
+            return []
+        found = round(found, 12)
+        whole = found.is_integer()
+        return [f"{found:.0f}" if whole else f"{found:g}"] if whole or self.kind is float else []
 
     def check(self, name: str, value: Any) -> Any:
-        """Returns the value as the field holds it: 1 and "inf" are fine ways to write floats in a file.
+        """Returns the value as the field holds it: in a file 1 and "inf" are fine ways to write floats, 1e3 an integer.
 
         Raises:
           ConfigError: it is none that the field may hold.
         """
+        if self.kind is int and type(value) is float and value.is_integer():
+            value = int(value)
         largest = _LARGEST_FLOAT if self.kind is float else _LARGEST_INT
         if type(value) is int and abs(value) > largest:
             bits = value.bit_length()  # Python refuses to print very large ones
             shown = f"{str(value)[:20]}… ({len(str(abs(value)))} digits)" if bits < 4096 else f"({bits} bits)"
             raise ConfigError(f"{name}={shown} must be at most {_LARGEST_INT}")
         if self.kind is str and self.choices:
-            require(value in self.choices, f"{name}={value!r} must be one of {', '.join(self.choices)}")
+            listed = ", ".join(choice or '""' for choice in self.choices)
+            require(value in self.choices, f"{name}={value!r} must be one of {listed}{self.ask(value)}")
         if value in self.choices:
             return value
         if self.kind is float and (type(value) is int or value == "inf"):
             value = float(value)
-        require(type(value) is self.kind, f"{name}={value!r} must be of type {self}")
+        require(type(value) is self.kind, f"{name}={value!r} must be of type {self}{self.ask(value)}")
         if self.kind in (int, float):
             self.range.check(name, value)
         return value
@@ -146,7 +180,7 @@ def field_values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, dict):
             yield from field_values(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def flat_values(config: Any) -> dict[str, Any]:

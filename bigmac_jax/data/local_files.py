@@ -6,7 +6,7 @@ import logging
 import pathlib
 from collections.abc import Iterator
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import ConfigError, missing_place_fix
 from bigmac_jax.data import kinds
 from bigmac_jax.data.documents import WHOLE, Content, Documents, Portion, ReadCounts, Unit, log_once
 from bigmac_jax.data.files import Digests, json_digest
@@ -117,9 +117,8 @@ def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
     elif path.exists():
         found = {path: storage.file_size(path)}
     elif not (found := storage.find_files(path)):
-        raise ConfigError(
-            f"{want} is not there; use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"
-        )
+        fix = "use sotu, tfds:NAME, hf:NAME, or the path of a file, folder or glob that exists"
+        raise ConfigError(f"{want} is not there; {missing_place_fix(source, fix, hub='did you mean hf:{place}?')}")
     if not found:
         raise ConfigError(f"{want} holds no file; put files there that are {kinds.READ}")
     if unknown := [p for p in found if kinds.guess_kind(p) is None]:

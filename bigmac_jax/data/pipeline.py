@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, missing_place_fix
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows, number_documents
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import MIXTURE, configs_by_source, open_documents
@@ -70,9 +70,8 @@ def text_stream(text_or_path: str | pathlib.Path, tokenizer: Tokenizer) -> Memor
         try:
             content = storage.locate(name, "text").read_bytes()
         except storage.errors() as error:
-            raise ConfigError(
-                f"{name} cannot be read ({storage.reason(error)}); give the path of a text file"
-            ) from None
+            fix = missing_place_fix(name, "give the path of a text file", hub="")
+            raise ConfigError(f"{name} cannot be read ({storage.reason(error)}); {fix}") from None
         check_content(pathlib.Path(name), Kind("txt"), content)
         content = content.removeprefix(codecs.BOM_UTF8)
     text, whole = decode(content)

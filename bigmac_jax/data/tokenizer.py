@@ -16,7 +16,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bigmac_jax.config import Config, ConfigError, parse_object, seal, unseal
+from bigmac_jax.config import Config, ConfigError, missing_place_fix, parse_object, seal, unseal
+from bigmac_jax.config.names import nearest_choice, question
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import PIECE, cut_text, decode
 from bigmac_jax.data.files import disk_full_fix, lock_path, make_cache_directory, remove
@@ -241,10 +242,9 @@ def _token_bytes(values: dict[str, Any]) -> int:
 def _find_file(name: str) -> pathlib.Path:
     path = locate(name, "data.tokenizer")
     if not path.is_file():
-        raise ConfigError(
-            f"data.tokenizer={name!r} is no file; it must be bpe, bytes, gpt2, or the path of a tokenizer.json or "
-            f".model file"
-        )
+        fix = "it must be bpe, bytes, gpt2, or the path of a tokenizer.json or .model file"
+        fix = question(nearest_choice(name, ("bpe", "bytes", "gpt2"))) or missing_place_fix(name, fix)
+        raise ConfigError(f"data.tokenizer={name!r} is no file; {fix}")
     return path
 
 

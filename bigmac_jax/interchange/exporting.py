@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.names import ask
 from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles
 from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def choose_format(config: Config, name: str = "auto") -> str:
     """
     names = ["auto", "nemotron_h", "qwen3_moe", "bigmac", "plain"]
     if name not in names:
-        raise ConfigError(f"--format={name} must be one of {', '.join(names)}")
+        raise ConfigError(f"--format={name} must be one of {', '.join(names)}{ask(name, names)}")
     if name == "auto":
         return next(key for key in FORMATS if not FORMATS[key].find_obstacles(config.model))
     name = "bigmac_jax" if name == "plain" else name
@@ -80,7 +81,7 @@ def export_model(
     """
     output = storage.absolute(storage.locate(output, "--output"))
     if dtype not in DTYPES:
-        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype={dtype} must be one of {', '.join(DTYPES)}{ask(dtype, list(DTYPES))}")
     size = tensor_files.parse_size(max_shard_size)
     name = choose_format(config, format)
     with hosts.raise_together():  # now: later the other processes would wait for this one

@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, read_object
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_place_fix, read_object
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_files import ChatFiles
@@ -115,7 +115,8 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     """The config of a checkpoint, its format, and its tensors, none of which is read yet; arguments and errors as for
     `import_model`."""
     file = storage.check_inside(directory, "config.json")
-    values = read_object(file, "give the directory of a checkpoint, or copy it again")
+    fix = "give the directory of a checkpoint, or copy it again"
+    values = read_object(file, missing_place_fix(str(directory), fix))
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FORMATS:
         raise ConfigError(f"{file}: model_type={kind} must be one of {', '.join(FORMATS)}")

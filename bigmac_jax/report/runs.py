@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, missing_place_fix
 from bigmac_jax.config.section import flat_values
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.goodput import PARTS
@@ -48,7 +48,8 @@ def _read_run(workdir: str, name: str) -> Run:
     path = storage.locate(workdir, "RUN")
     for file in ("config.json", "metrics.jsonl"):
         if not (path / file).is_file():
-            raise ConfigError(f"RUN={workdir} holds no {file}; give the --workdir of a training run that has begun")
+            fix = missing_place_fix(workdir, "give the --workdir of a training run that has begun")
+            raise ConfigError(f"RUN={workdir} holds no {file}; {fix}")
     try:
         config = Config.from_json((path / "config.json").read_bytes())
         records = read_records(path)

@@ -10,7 +10,16 @@ import secrets
 import time
 from typing import Any
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, parse_object, resume_notes, seal, unseal
+from bigmac_jax.config import (
+    TOKENIZER_SIZES,
+    Config,
+    ConfigError,
+    missing_place_fix,
+    parse_object,
+    resume_notes,
+    seal,
+    unseal,
+)
 from bigmac_jax.data.chat_files import NO_CHAT, SETTINGS_FILE, ChatFiles, format_chat_files, read_chat
 from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.documents import log_once
@@ -24,6 +33,10 @@ from bigmac_jax.training.optimizer import optimizer_notes
 _CONFIG, _RUN = "config.json", "run.json"
 _PARTS = {"data": str, "mesh": int, "edition": str}  # of run.json, and the type of their values
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_HUB = (
+    "a model's name on the Hub is not downloaded: hf download {place} --local-dir {name}, then bigmac convert import "
+    "--checkpoint={name} --workdir=runs/{name}"
+)
 _LATE = 10.0  # seconds after which a file that another process has written must be seen
 
 
@@ -76,7 +89,8 @@ def read_config(workdir: pathlib.Path) -> Config:
             saved = Config.from_json((checkpoint / "config" / "metadata").read_bytes())
             log_once(logging.WARNING, f"{problem}; the config of checkpoint {step} is taken")
             return saved
-    raise ConfigError(problem if file.exists() else f"{problem}; give the workdir of a training run")
+    fix = missing_place_fix(str(workdir), "give the workdir of a training run", hub=_HUB)
+    raise ConfigError(problem if file.exists() else f"{problem}; {fix}")
 
 
 def check_shared(workdir: pathlib.Path) -> None:

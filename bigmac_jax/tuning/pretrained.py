@@ -17,7 +17,15 @@ import tokenizers
 from flax import nnx
 from jax import Array
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig, read_object
+from bigmac_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TuningConfig,
+    missing_place_fix,
+    read_object,
+)
 from bigmac_jax.data.chat_files import read_chat, read_chat_folder
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
@@ -91,9 +99,8 @@ def open_pretrained(place: str, identity: str = "", name: str = "train.init_from
             with storage.local_folder(path) as directory:
                 found = Pretrained(place, "", _digest(directory), open_checkpoint(directory)[0])
         elif not has_run(path):
-            raise ConfigError(
-                f"{name}={place} holds no model; give the workdir of a run, an export, or a folder of Hugging Face"
-            )
+            fix = missing_place_fix(place, "give the workdir of a run, an export, or a folder of Hugging Face")
+            raise ConfigError(f"{name}={place} holds no model; {fix}")
     if found is None:
         number, digest = find_checkpoint(path, recorded or step)
         with hosts.raise_together():

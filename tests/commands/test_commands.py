@@ -55,7 +55,17 @@ def test_bigmac(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     version, listed = capsys.readouterr().out.split("\n", 1)
     assert version == f"bigmac_jax {bigmac_jax.__version__}"
     assert all(f"\n  {name} " in listed for name in commands.COMMANDS)
-    for wrong, said in (("trian", "did you mean train?"), ("x", "use one of train, eval")):
+    asked = {
+        "trian": "train",
+        "Export": "convert export",
+        "finetune": "train",
+        "chat": "generate",
+        "prepare": "data prepare",
+    }
+    for wrong, said in (
+        *((wrong, f"did you mean {meant}?") for wrong, meant in asked.items()),
+        ("x", "use one of train, eval"),
+    ):
         monkeypatch.setattr(sys, "argv", ["bigmac", wrong])
         with pytest.raises(SystemExit) as ended:
             commands.main()
