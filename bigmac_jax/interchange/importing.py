@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_place_fix, read_object
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_place_fix, read_object, with_overrides
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.root import is_moved
 from bigmac_jax.data.chat_files import ChatFiles
@@ -80,9 +80,11 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     """
     directory, workdir = pathlib.Path(directory), storage.locate(workdir, "--workdir")
     check_no_run(workdir, "--workdir")
+    overrides = [override for override in overrides if override != "data.tokenizer=bpe"]  # the checkpoint's own
+    given = [override for override in overrides if override.startswith("data.tokenizer=")]
     with hosts.raise_together():
-        config = check_new(open_checkpoint(directory, overrides)[0])
-        found = find_tokenizer(directory, config, overrides)
+        config = check_new(open_checkpoint(directory, [field for field in overrides if field not in given])[0])
+        found = find_tokenizer(directory, config, given)
     config, model = import_model(directory, overrides)
     with lock_workdir(workdir):
         if found:
@@ -91,24 +93,38 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     return config
 
 
-def find_tokenizer(
-    directory: pathlib.Path, config: Config, overrides: Sequence[str]
-) -> tuple[Tokenizer, ChatFiles] | None:
-    """The tokenizer that an override names, or else the checkpoint's; None, with a warning, if there is none."""
-    given = any(override.startswith("data.tokenizer=") for override in overrides)
-    name = config.data.tokenizer
-    if not (given or name in TOKENIZER_SIZES or pathlib.Path(name).is_file()):
-        if hosts.is_first():
-            _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
-        return None
-    try:
-        if not given and name not in TOKENIZER_SIZES:
-            storage.check_inside(directory, pathlib.Path(name).name)
-        return tokenizer_files.read_tokenizer(config)
-    except ConfigError as error:
-        if given:
-            raise
-        raise ConfigError(f"{directory} can't be imported with its tokenizer: {error}") from None
+def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]) -> tuple[Tokenizer, ChatFiles] | None:
+    """The tokenizer of a checkpoint, which `config` names; None, with a warning, if there is none.
+
+    Args:
+      given: overrides of data.tokenizer: of one that has the same ids, and may have more. It is taken instead.
+
+    Raises:
+      ConfigError: it has other ids, or cannot be read.
+    """
+    name, own = config.data.tokenizer, None
+    if name in TOKENIZER_SIZES or pathlib.Path(name).is_file():
+        try:
+            if name not in TOKENIZER_SIZES:
+                storage.check_inside(directory, pathlib.Path(name).name)
+            own = tokenizer_files.read_tokenizer(config)
+        except ConfigError as error:
+            problem = f"{directory} can't be imported with its tokenizer: {error}"
+            if not given:
+                raise ConfigError(problem) from None
+            if hosts.is_first():
+                _log.warning("%s; %s is taken", problem, given[-1])
+    elif not given and hosts.is_first():
+        _log.warning("%s holds no tokenizer; give --config.data.tokenizer, which text needs", directory)
+    if not given:
+        return own
+    tokenizer, chat = tokenizer_files.read_tokenizer(with_overrides(config, given))
+    if own and not tokenizer_files.extends(tokenizer, own[0]):
+        raise ConfigError(
+            f"{given[-1]} gives other ids than the tokenizer of {directory}; drop it to take that, or give one that "
+            f"only adds tokens to it"
+        )
+    return tokenizer, own[1] if own and not chat.template else chat
 
 
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:

@@ -67,6 +67,21 @@ def _make_byte_bpe() -> str:
     return tokenizer.to_str()
 
 
+def extends(given: Tokenizer, own: Tokenizer) -> bool:
+    """Whether all tokens of `own` have the same ids in `given`."""
+    new, old = _vocabulary(given), _vocabulary(own)
+    known = bool(new and old) and all(new.get(token) == number for token, number in old.items())
+    return known or given.fingerprint == own.fingerprint
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of tokens; {} of a SentencePiece model."""
+    if not isinstance(tokenizer, JsonTokenizer | ByteTokenizer):
+        return {}
+    json_text = tokenizer.json_text if isinstance(tokenizer, JsonTokenizer) else _make_byte_bpe()
+    return tokenizers.Tokenizer.from_str(json_text).get_vocab(with_added_tokens=True)
+
+
 def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]:
     """Tokens at which transformers' generation ends: the end of text, and what is called eos_token, if that differs."""
     if isinstance(tokenizer, JsonTokenizer):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tokenizers
 from flax import nnx
 from jax import Array
 
@@ -28,9 +27,9 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.data.chat_files import read_chat, read_chat_folder
 from bigmac_jax.data.files import file_digest
-from bigmac_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.interchange import import_model, open_checkpoint
-from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
+from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES, extends
 from bigmac_jax.model.adapters import attached, merged
 from bigmac_jax.model.mesh import placed, replicated_spec
 from bigmac_jax.model.parameters import leaf_name, named_leaves
@@ -170,7 +169,7 @@ def choose_tokenizer(origin: Pretrained, config: Config) -> Tokenizer:
             raise ConfigError(f"train.init_from={origin.place} holds no tokenizer; give data.tokenizer")
         return own
     given = load_tokenizer(config)
-    if own is not None and own.fingerprint != given.fingerprint and not _extends(given, own):
+    if own is not None and not extends(given, own):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} gives other ids than the tokenizer of train.init_from="
             f"{origin.place}; leave data.tokenizer=bpe to take that, or give one that only adds tokens to it"
@@ -195,14 +194,6 @@ def with_pretrained_chat(origin: Pretrained, config: Config) -> Config:
     if not own and read_chat_folder(origin.folder).template:
         tuning = dataclasses.replace(tuning, chat_template=str(origin.folder))
     return dataclasses.replace(config, data=data, tuning=tuning)
-
-
-def _extends(given: Tokenizer, own: Tokenizer) -> bool:
-    """Whether all tokens of `own` have the same ids in `given`."""
-    if not (isinstance(given, JsonTokenizer) and isinstance(own, JsonTokenizer)):
-        return False
-    new, old = (tokenizers.Tokenizer.from_str(t.json_text).get_vocab(with_added_tokens=True) for t in (given, own))
-    return all(new.get(token) == number for token, number in old.items())
 
 
 def compare_models(origin: Pretrained, config: Config) -> list[str]:

@@ -14,9 +14,13 @@ from model.tools import leaves, on_mesh, random_model
 from safetensors.numpy import load_file, save_file
 
 from bigmac_jax.config import ConfigError
-from bigmac_jax.interchange import export_model, exporting, import_model, import_run
+from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.interchange import export_model, exporting, import_model, import_run, open_checkpoint
+from bigmac_jax.interchange.importing import find_tokenizer
 from bigmac_jax.interchange.tensor_files import Spec, parse_size, split_shards, whole_or_nothing, write_shards
+from bigmac_jax.interchange.tokenizer_files import write_tokenizer
 from bigmac_jax.tuning import restore
+from bigmac_jax.tuning.conversion.converted_run import new_run_config
 
 from .tools import config_of
 
@@ -171,6 +175,41 @@ def test_a_run_of_it(exported: Any, tmp_path: pathlib.Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
         with pytest.raises(ConfigError, match="holds a run; give another one"):
             import_run(folder / "one", tmp_path / "run")
+
+
+def test_an_import_keeps_the_tokenizer(exported: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another one is refused, and one that only adds tokens is taken. Of bytes an export writes a tokenizer.json."""
+    config, _, folder = exported
+    text = train_bpe(["some words that are here, and here"] * 3, 263)
+    for name, tokenizer in (("bpe", JsonTokenizer(text)), ("bytes", ByteTokenizer())):
+        shutil.copytree(folder / "one", tmp_path / name)
+        write_tokenizer(tmp_path / name, config, tokenizer)
+    values = json.loads(text)
+    new = {"id": 263, "content": "<|call|>", "single_word": False, "lstrip": False, "rstrip": False}
+    values["added_tokens"].append(new | {"normalized": False, "special": True})
+    (tmp_path / "grown").mkdir()
+    (tmp_path / "grown/tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "bpe/chat_template.jinja").write_text("{{ messages }}")
+    grown = f"data.tokenizer={tmp_path / 'grown/tokenizer.json'}"
+    with on_mesh(config):
+        for given in ("data.tokenizer=bytes", f"data.tokenizer={tmp_path / 'bytes/tokenizer.json'}"):
+            with pytest.raises(ConfigError, match=rf"{given} gives other ids than the tokenizer of .*bpe; drop it to"):
+                import_run(tmp_path / "bpe", tmp_path / "refused", [given])
+        assert not (tmp_path / "refused").exists()
+        import_run(tmp_path / "bpe", tmp_path / "run", ["data.tokenizer=bpe"])
+    assert JsonTokenizer((tmp_path / "run/tokenizer.json").read_text()).vocab_size == 263
+    found = [
+        find_tokenizer(tmp_path / name, open_checkpoint(tmp_path / name)[0], [given])
+        for name, given in (("bpe", grown), ("bytes", "data.tokenizer=bytes"))
+    ]
+    assert [of and of[0].vocab_size for of in found] == [264, 257] and not caplog.messages
+    assert found[0] and found[0][1].template == "{{ messages }}"  # the new tokenizer has none
+    (tmp_path / "bpe/tokenizer.json").write_text("{")
+    read = find_tokenizer(tmp_path / "bpe", open_checkpoint(tmp_path / "bpe")[0], ["data.tokenizer=bytes"])
+    assert read and isinstance(read[0], ByteTokenizer)
+    assert "can't be imported with its tokenizer" in caplog.text and "; data.tokenizer=bytes is taken" in caplog.text
+    with pytest.raises(ConfigError, match=r"--config\.data\.tokenizer=bytes: a model keeps the tokenizer that"):
+        new_run_config(config, ["data.tokenizer=bytes"])
 
 
 @pytest.mark.parametrize(
