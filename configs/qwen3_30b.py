@@ -5,6 +5,7 @@ A checkpoint in the published layout (transformers' Qwen3Moe) becomes a run of t
     bigmac convert import --checkpoint=FOLDER --workdir=runs/qwen3 --config.mesh.expert=32 --config.mesh.fsdp=True
     bigmac plan --config=configs/qwen3_30b.py --topology=v6e:4x8 --compile
 
+The tokenizer is the checkpoint's: an import, or a run with `--config.train.init_from=FOLDER`, takes it from there.
 `--config=configs/qwen3_30b.py:bigmac` is the same model with a narrow exchange: r = 1/4, experts of the same FLOPs.
 """
 
@@ -35,7 +36,7 @@ def get_config(structure: str = "fine_grained") -> Config:
         ),
         execution=ExecutionConfig(dtype="bfloat16", remat="layer"),
         mesh=MeshConfig(expert=32, fsdp=True),
-        data=DataConfig(source="tfds:wikipedia/20230601.en", tokenizer="gpt2", sequence_length=4096, batch_size=256),
+        data=DataConfig(source="tfds:wikipedia/20230601.en", sequence_length=4096, batch_size=256),
         optimizer=OptimizerConfig(learning_rate=3e-4, final_learning_rate=3e-5, warmup_steps=2000),
         train=TrainConfig(steps=50_000, accumulate_steps=8, eval_every=1000, checkpoint_every=1000),
     )

@@ -25,6 +25,7 @@ from bigmac_jax.config import (
     missing_place_fix,
     read_object,
 )
+from bigmac_jax.config.reads import unread_for
 from bigmac_jax.data.chat_files import read_chat, read_chat_folder
 from bigmac_jax.data.files import file_digest
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -206,7 +207,8 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
     told = []
     for field in dataclasses.fields(ModelConfig):
         old, new = getattr(before, field.name), getattr(now, field.name)
-        if old == new or field.name in _FREE:
+        read = any(not unread_for(of, f"model.{field.name}") for of in (origin.config, config))
+        if old == new or field.name in _FREE or not read:
             continue
         if field.name not in _TOLD:
             raise ConfigError(

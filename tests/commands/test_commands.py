@@ -3,6 +3,8 @@
 import ast
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import bigmac_jax
 from bigmac_jax import commands
 from bigmac_jax.config import load_config
 from bigmac_jax.config.reading import list_shipped
+from bigmac_jax.config.root import check_name
 
 SCRIPTS = ("train.py", "eval.py", "generate.py", "serve.py", "plan.py", "convert.py")
 
@@ -36,6 +39,30 @@ def test_advice(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / ".venv-3.11" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-3.11" / "bin" / "python").touch()
     assert commands._advice().endswith(f"source {tmp_path}/.venv-3.11/bin/activate")
+
+
+def commands_of(file: pathlib.Path) -> list[list[str]]:
+    lines = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()
+    return [shlex.split(line) for line in lines if line.strip().startswith(("bigmac ", "python "))]
+
+
+SHIPPED = [argv for file in list_shipped().values() for argv in commands_of(file)]
+
+
+@pytest.mark.parametrize("argv", SHIPPED, ids=" ".join)
+def test_commands_in_docstrings_of_configs_have_such_flags(argv: list[str]) -> None:
+    name, *words = argv[1:]
+    sources = [ROOT / "bigmac_jax/commands" / f"{module}.py" for module in (name, "decoding_flags", "cli")]
+    known = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', " ".join(source.read_text() for source in sources))
+    for flag in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+        if flag.startswith("config."):
+            check_name(flag.removeprefix("config."))
+        else:
+            assert flag in known, flag
+
+
+def test_configs_show_commands() -> None:
+    assert len(SHIPPED) > 12 and all(argv[0] == "bigmac" for argv in SHIPPED)
 
 
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

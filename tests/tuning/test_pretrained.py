@@ -12,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 from model.tools import leaves, on_mesh, random_model, tiny
+from safetensors.numpy import save_file
 from training.tools import quick, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig, check_resume, load_config, with_overrides
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, load_tokenizer, train_bpe
-from bigmac_jax.interchange import export_model
+from bigmac_jax.interchange import export_model, qwen3_moe
 from bigmac_jax.interchange.layout import common_json
+from bigmac_jax.interchange.tensor_files import Checkpoint
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
@@ -150,6 +152,27 @@ def test_differences_that_are_told(base: tuple[Config, pathlib.Path]) -> None:
         "data.sequence_length 16 → 32",
         "optimizer.projection_rate 0.125 → 1",
     ]
+
+
+# config.json of the published Qwen3-30B-A3B, without what is a class's default.
+QWEN3_30B = {
+    "head_dim": 128, "hidden_size": 2048, "max_position_embeddings": 40960, "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "rope_theta": 1000000.0, "vocab_size": 151936,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_the_shipped_shapes_are_the_published_ones(tmp_path: pathlib.Path) -> None:
+    """A run with them begins with that checkpoint, and its tokenizer. What neither config reads may differ."""
+    save_file({}, tmp_path / "model.safetensors")
+    published = qwen3_moe.from_json(QWEN3_30B, Checkpoint(tmp_path, qwen3_moe.split_stored))
+    config = load_config("qwen3_30b", ["train.init_from=there"])
+    assert compare_models(Pretrained("there", "", "", published), config) == ["model.context_length 40960 → 4096"]
+    assert config.data.tokenizer == "bpe" and config.model.down_ratio != published.model.down_ratio
+    wide = with_fields(config, model={"expert_hidden_size": 0, "down_ratio": 0.5})
+    with pytest.raises(ConfigError, match=r"model\.down_ratio=0\.5 differs from 0\.375 of"):
+        compare_models(Pretrained("there", "", "", published), wide)
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned"])
