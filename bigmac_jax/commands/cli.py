@@ -65,6 +65,7 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
     clock.begin("imports", process_start())
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain log every step of theirs at INFO
     logging.getLogger("bigmac_jax").setLevel(logging.INFO)
+    absl_logging.get_absl_handler().setFormatter(LineFormatter())
     given = flags.FLAGS
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
@@ -98,6 +99,15 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
         why = f"a store can't be read or written now ({storage.reason(error)}); run it again later"
         print(f"error: {why}", file=sys.stderr, flush=True)
         return 1
+
+
+class LineFormatter(logging.Formatter):
+    """Log lines as the commands' other lines: a warning is called one, and what a library says has its name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        own = record.name.partition(".")[0] == "bigmac_jax"
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + ("" if own else f"{record.name}: ") + super().format(record)
 
 
 def given_fields() -> list[str]:

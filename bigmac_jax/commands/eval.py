@@ -20,8 +20,9 @@ from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
 from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
+from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.runtime.progress import Progress, Waiting
 from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.restore import find_checkpoint
 from bigmac_jax.training.run_data import open_run_stream, say_data_place
@@ -124,9 +125,9 @@ def _open_texts(trained: Trained) -> Streams:
 
 
 def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
-    workdir, config, tokenizer, length, rows = trained
+    workdir, _, tokenizer, length, rows = trained
     step, identity = find_checkpoint(workdir, _STEP.value)
-    _, model = restore(workdir, str(step), config)
+    model = _read_model(trained, str(step))
     folder = workdir / "tasks" / str(step)
     summaries = score_jobs(jobs, model, tokenizer, folder, identity, length, rows, _STRIDE.value, _is_quiet())
     return describe_scores(summaries), {"step": step, "tasks": summaries}
@@ -134,7 +135,7 @@ def _score_tasks(trained: Trained, jobs: list[Job]) -> Outcome:
 
 def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     workdir, config, _, length, rows = trained
-    _, model = restore(workdir, _STEP.value, config)
+    model = _read_model(trained, _STEP.value)
     if has_own_sources(config, _SOURCES.value) if _SOURCES.value else not _TEXT_FILE.value:
         say_data_place(workdir, config, _SPLIT.value)
     documents = _DOCUMENTS.value or config.data.documents
@@ -149,6 +150,11 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     how = "each document by itself" if documents == "masked" else "windows of the stream"
     how = "answers alone" if isinstance(streams[name], Conversations) else how
     return [f"{name}, {how}: {score.describe()}"], score._asdict() | {"documents": documents}
+
+
+def _read_model(trained: Trained, step: str) -> Transformer:
+    with Waiting("reading the model", _is_quiet()):
+        return restore(trained.workdir, step, trained.config)[1]
 
 
 def _is_quiet() -> bool:

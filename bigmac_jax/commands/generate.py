@@ -17,7 +17,7 @@ from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.requests import Row, check_output, make_answer, open_output, read_requests
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
-from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.runtime.progress import Progress, Waiting
 from bigmac_jax.training.workdir import locate_workdir, read_config
 
 flags.adopt_module_key_flags(decoding_flags)
@@ -55,7 +55,8 @@ def main() -> None:
         if hosts.is_first():
             check_output(_OUTPUT.value, _PROMPTS.value if prompt is None else "-")
     cli.agree(config, __name__)
-    generator = decoding_flags.load_generator(workdir, config, speculate)
+    with Waiting("reading the model", _is_quiet()):
+        generator = decoding_flags.load_generator(workdir, config, speculate)
     if prompt is not None and not _JSON.value:
         _show(generator, prompt, sampling)
     else:
@@ -65,11 +66,13 @@ def main() -> None:
 def _show(generator: Generator, prompt: str, sampling: Sampling) -> None:
     """Prints prompt and completion as it comes."""
     shown = prompt
-    for piece in generator.stream(Request(prompt, sampling)):
-        if hosts.is_first():
-            print(shown + piece, end="", flush=True)
-        shown = ""
-        clock.tick()
+    with Waiting("compiling, and reading the prompt", _is_quiet()) as waiting:
+        for piece in generator.stream(Request(prompt, sampling)):
+            waiting.end()
+            if hosts.is_first():
+                print(shown + piece, end="", flush=True)
+            shown = ""
+            clock.tick()
     hosts.say("")
 
 
@@ -77,7 +80,7 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
     """Writes answers in the order of the prompts, each as soon as those before it are there."""
     start, tokens, written = time.perf_counter(), 0, 0
     generator.check([request for _, request in requests])  # before a file is overwritten
-    quiet = _JSON.value or not hosts.is_first()
+    quiet = _is_quiet()
     target = _OUTPUT.value if hosts.is_first() else os.devnull
     there: dict[int, Completion] = {}
     with open_output(target) as file, Progress("completions", len(requests), "prompt", silent=quiet) as bar:
@@ -95,6 +98,10 @@ def _answer(generator: Generator, requests: list[tuple[Row, Request]]) -> None:
         generator.generate([request for _, request in requests], done)
     if not quiet:
         print(f"{tokens:,} tokens in {time.perf_counter() - start:.1f} s{_accepted(generator)}", file=sys.stderr)
+
+
+def _is_quiet() -> bool:
+    return _JSON.value or not hosts.is_first()
 
 
 def _accepted(generator: Generator) -> str:

@@ -14,6 +14,7 @@ from absl import flags
 from bigmac_jax.commands import cli, decoding_flags
 from bigmac_jax.config import ConfigError, with_mesh
 from bigmac_jax.runtime import hosts
+from bigmac_jax.runtime.progress import Waiting
 from bigmac_jax.runtime.storage import absolute
 from bigmac_jax.serving.dialogue import load_dialogue
 from bigmac_jax.serving.limits import Limits
@@ -52,11 +53,13 @@ def main() -> int:
         if hosts.is_first():
             key, listening = _key(_API_KEY_FILE.value), _listen(_HOST.value, _PORT.value)
     cli.agree(config, __name__)
-    generator = decoding_flags.load_generator(workdir, config, speculate)
+    with Waiting("reading the model", not hosts.is_first()):
+        generator = decoding_flags.load_generator(workdir, config, speculate)
     with hosts.raise_together():
         chat = load_dialogue(generator.tokenizer, _CHAT_TEMPLATE.value, config.data.tokenizer, workdir)
     engine = generator.engine(decoding_flags.BATCH_SIZE.value, positions=_CACHE_TOKENS.value, chunk=_CHUNK.value)
-    engine.compile()
+    with Waiting("compiling", not hosts.is_first()):
+        engine.compile()
     if not hosts.is_first():
         return follow(generator, engine)
     name = _MODEL_NAME.value or absolute(workdir).name

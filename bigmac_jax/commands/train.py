@@ -43,6 +43,8 @@ def main() -> int:
         hosts.say(f"stopped and saved at step {result.step} of {config.train.steps}; the same command resumes")
     elif result.first_step == result.step:
         hosts.say(_finished(config.train.steps, result.step))
+    else:
+        hosts.say(_done(result.step))
     return 0
 
 
@@ -71,12 +73,22 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     return config, file
 
 
+def _done(step: int) -> str:
+    workdir = _WORKDIR.value
+    pictures = f"{workdir}/report.png has its curves; " if (locate_workdir(workdir) / "report.png").exists() else ""
+    return f"trained to step {step}, saved in {workdir}; {pictures}next: {_next(workdir)}"
+
+
+def _next(workdir: str) -> str:
+    return f"bigmac eval --workdir={workdir}, bigmac generate --workdir={workdir} --prompt=TEXT"
+
+
 def _finished(steps: int, step: int) -> str:
     workdir = _WORKDIR.value
     return (
         f"{workdir} is finished: it has {step} of {steps} steps, and nothing was trained; for more of them give "
         f"--config.train.steps={2 * step}, for another run another --workdir; to use it: "
-        f"bigmac eval --workdir={workdir}, bigmac generate --workdir={workdir} --prompt=TEXT"
+        f"{_next(workdir)}"
     )
 
 

@@ -74,9 +74,10 @@ class Config(Section):
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
         how = how if m.structure == "bigmac" else ""
+        instead = f" instead of {m.hidden_size}" if m.wire_size != m.hidden_size else ""
         return (
             f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
-            f"{m.wire_size} of {m.hidden_size} wide rows on the wire{norm}{how}{shared}{first}, {capacity}"
+            f"rows of {m.wire_size} numbers{instead} in the exchange{norm}{how}{shared}{first}, {capacity}"
         )
 
     @property

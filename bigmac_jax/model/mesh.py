@@ -146,6 +146,12 @@ def replicated_spec(ndim: int) -> P:
     return P(*[None] * ndim)
 
 
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """The axes that split something, as "mesh data 2 × expert 4"."""
+    split = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+    return f"mesh {split}" if split else "one device"
+
+
 def axes_of(spec: P) -> set[str]:
     """The axes that a spec splits over."""
     return {axis for entry in spec for axis in names(entry)}

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bigmac_jax.model.mesh import describe_mesh
 from bigmac_jax.planning.units import count, duration, percent, size, work
 
 
@@ -15,10 +16,11 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     console.width = max(console.width, 160)  # narrower columns would cut numbers
     if "best" in plan:
         _best(console, plan)
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    where = plan["topology"] or f"{plan['devices']} devices"
+    where = plan["topology"] or (f"{plan['devices']} devices" if plan["devices"] > 1 else "")
     console.print(f"[bold]{plan['description']}[/bold]")
-    console.print(f"{where}, mesh {mesh}, {plan['tokens_per_step']:,} tokens a step\n")
+    console.print(
+        f"{where}{', ' if where else ''}{describe_mesh(plan['mesh'])}, {plan['tokens_per_step']:,} tokens a step\n"
+    )
     columns = {plan["structure"]: plan} | plan["baselines"]
     console.print(_costs(columns))
     for name, column in columns.items():

@@ -8,6 +8,7 @@ _BYTES = (
     (2**10, 2**10, "KiB"),
 )  # fmt: skip
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e3, 1e3, "k"))
+_ELAPSED = ((3600, 3600, "h"), (60, 60, "min"), (0, 1, "s"))
 _SECONDS = ((1, 1, "s"), (1e-3, 1e-3, "ms"), (1e-12, 1e-6, "µs"))
 
 
@@ -37,6 +38,11 @@ def size(number: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds, as 1.23 s or 12.3 ms."""
     return _scale(seconds, _SECONDS, ".3g")
+
+
+def elapsed(seconds: float) -> str:
+    """A time that was waited for, as 15 s, 4.2 min or 12.3 h."""
+    return _scale(seconds, _ELAPSED, ".3g")
 
 
 def percent(share: float) -> str:

@@ -33,7 +33,7 @@ def facts(run: Run) -> dict[str, str]:
         "parameters": _parameters(run),
         "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned != last["step"] else ""),
         "tokens": _show(last.get("tokens"), units.count),
-        "hours of training": f"{clock(run.training)['hours'][-1]:.3g}",
+        "time of training steps": units.elapsed(3600 * clock(run.training)["hours"][-1]),
         "training loss, last": _show(last["loss"], "{:.4f}".format),
         "validation perplexity, last": f"{scores[-1]['eval/perplexity']:.2f}" if scores else NONE,
         "validation perplexity, best": f"{best['eval/perplexity']:.2f} at step {best['step']:,}" if best else NONE,

@@ -84,6 +84,7 @@ class _Run:
         self.best = hosts.broadcast(started.checkpoints.best_loss())
         self.score: Score | None = None
         self.tracing = False
+        self.compile_seconds = 0.0
         self.mirror = Mirror(workdir)  # of what grows: metrics, events, traces
         if hosts.is_first():
             self.mirror.fetch("metrics.jsonl")
@@ -171,11 +172,11 @@ class _Run:
         """Waits for the compiled step."""
         if self.compiling is None:
             return self.trainer.step
-        compiled, seconds = self.compiling.result()
+        with self.writer.waiting("compiling the step"):
+            compiled, self.compile_seconds = self.compiling.result()
         # The step's first collectives connect groups of processes, for which gloo waits 30 s: process 0, which alone
         # finds its program in the cache, waits here for those that compile theirs.
         hosts.gather("")
-        self.writer.print(f"step compiled in {seconds:.1f} s")
         return compiled
 
     def _finish(self, pending: tuple[int, StepMetrics] | None) -> None:
@@ -188,7 +189,7 @@ class _Run:
             self._bad(step, metrics)
             return
         if clock.phase == "first step":
-            self.writer.print(describe_start())
+            self.writer.print(describe_start(self.compile_seconds))
             self.writer.write(start_record(step - 1))
             clock.switch("steps")
         self.timer.steps += 1
@@ -203,7 +204,7 @@ class _Run:
         record |= {f"tokens/{name}": tokens for name, tokens in by_source.items()}
         self.writer.write(record)
         self.mirror.copy_sometimes()
-        drops = f", {record['moe/drop_rate']:.1%} dropped" if "moe/drop_rate" in record else ""
+        drops = f", {rate:.1%} dropped" if (rate := record.get("moe/drop_rate", 0)) else ""
         self.writer.progress(step, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s{drops}")
 
     def _bad(self, step: int, metrics: StepMetrics) -> None:

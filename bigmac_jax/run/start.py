@@ -18,7 +18,7 @@ from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
-from bigmac_jax.model.mesh import batch_spec
+from bigmac_jax.model.mesh import batch_spec, describe_mesh
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest, run_data
@@ -193,14 +193,15 @@ def _open_tasks(config: Config, tokenizer: Tokenizer) -> list[Job]:
 def _describe(config: Config, state: TrainState, tokens: int, step: int, origin: Pretrained | None) -> None:
     """Says what is trained, and where it begins."""
     hosts.say(config.describe())
-    if config.model.is_moe and config.execution.exchange == "auto":
+    mesh = jax.sharding.get_mesh()
+    if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
         hosts.say(describe_auto(config))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
     beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     hosts.say(
-        f"{parameters:,} parameters{beside}, {tokens:,} training tokens, mesh "
-        + " × ".join(f"{axis} {size}" for axis, size in jax.sharding.get_mesh().shape.items())
+        f"{parameters:,} parameters{beside}, {tokens:,} training tokens, "
+        + describe_mesh(mesh.shape)
         + (f", {jax.process_count()} processes" if hosts.is_distributed() else "")
         + f", attention by {attention_implementation(config)}"
         + (f", resumed at step {step}" if step else "")

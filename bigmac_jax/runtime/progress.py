@@ -1,6 +1,8 @@
 """Shows how far a job is: a bar on a terminal, a plain line now and then in a file or a batch system's log."""
 
+import contextlib
 import sys
+import threading
 import time
 from typing import Any
 
@@ -9,6 +11,7 @@ import tqdm
 from bigmac_jax.runtime.clock import clock
 
 _EVERY = 30.0  # seconds between plain lines
+_PATIENCE = 5.0  # seconds of waiting before the first one
 
 
 class Progress:
@@ -55,7 +58,8 @@ class Progress:
         share = f"{self._done / self._total:.0%} of {self._total:,}" if self._total else f"{self._done:,}"
         seconds, more = self._said - self._start, ""
         if (rate := (self._done - self._initial) / max(seconds, 1e-9)) and seconds > 1:
-            more = f", {rate:,.0f} a second"
+            more = f", {rate:,.0f} a second" if rate >= 10 else f", {rate:.2g} a second"
+            more = more if rate >= 1 else f", {1 / rate:,.1f} s each"
             more += f", {(self._total - self._done) / rate:,.0f} s left" if self._done < self._total else ""
         print(f"{self._title}: {share} {self._unit}s, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
 
@@ -66,3 +70,51 @@ class Progress:
         self._bar.close()
         if self._plain and kind is None and self._done != self._told and time.monotonic() - self._start >= self._delay:
             self._say()
+
+
+class Waiting:
+    """A context that says what is waited for, and for how long, where nobody can say how long it will take.
+
+    Args:
+      what: as in "compiling the step".
+      silent: say nothing at all.
+      bar: one that is on the terminal already, which then shows it.
+    """
+
+    def __init__(self, what: str, silent: bool = False, bar: tqdm.tqdm | None = None):
+        self._what, self._silent, self._given = what, silent, bar
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._say, name="waiting", daemon=True)
+
+    def __enter__(self) -> "Waiting":
+        if not self._silent:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Takes the line off the terminal; nothing more is said."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _say(self) -> None:
+        start, after = time.monotonic(), _PATIENCE
+        if not sys.stderr.isatty():
+            while not self._over.wait(after):
+                with contextlib.suppress(OSError):  # whose reader has left; the main thread notices, too
+                    print(f"{self._what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+                after = _EVERY
+            return
+        bar = self._given or tqdm.tqdm(bar_format="{desc}{postfix}", leave=False)
+        while True:
+            bar.set_postfix_str(f"{self._what}, {time.monotonic() - start:.0f} s")
+            if self._over.wait(1):
+                break
+        if self._given:
+            bar.set_postfix_str("")
+            bar.unpause()  # its rate is of what comes now
+        else:
+            bar.close()

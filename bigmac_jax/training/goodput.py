@@ -73,6 +73,16 @@ def start_record(step: int) -> dict[str, float]:
     }
 
 
-def describe_start() -> str:
-    """Describes the phases of this start in a line."""
-    return "start: " + ", ".join(f"{name} {value:.1f} s" for name, value in clock.seconds().items() if value >= 0.05)
+def describe_start(compiling: float) -> str:
+    """Describes the phases of this start in a line.
+
+    Args:
+      compiling: seconds that the step was compiled for, of which the phase "compile" has only what was waited for.
+    """
+    phases = clock.seconds()
+    named = {"other" if name == "start" else name: seconds for name, seconds in phases.items()}
+    line = "start: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in named.items() if seconds >= 0.05)
+    beside = compiling - phases.get("compile", 0)
+    return line + (
+        f"; of {compiling:.1f} s of compiling, {beside:.1f} s went on beside the rest" if beside > 0.05 else ""
+    )

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux
 from bigmac_jax.runtime import signals
 from bigmac_jax.runtime.clock import STEPPING, clock
+from bigmac_jax.runtime.progress import Waiting
 from bigmac_jax.training.dashboards import open_dashboards
 from bigmac_jax.training.metrics_file import NAME, drop_records
 from bigmac_jax.training.step import StepMetrics
@@ -69,6 +71,10 @@ class MetricsWriter:
             self._bar.write(line)
             sys.stdout.flush()
 
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        """A context that shows what the run waits for."""
+        return Waiting(what, bar=self._bar)
+
     def close(self) -> None:
         self._bar.close()
         with contextlib.suppress(OSError):
@@ -84,6 +90,8 @@ class SilentWriter:
     def progress(self, step: int, line: str | None = None) -> None: ...
     def print(self, line: str) -> None: ...
     def close(self) -> None: ...
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
 
 class StepTimer:

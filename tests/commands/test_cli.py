@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from first_hour.printed import unexplained
 from model.tools import leaves
 from training.tools import ROOT, read_records, write_config
 
@@ -215,13 +216,19 @@ def test_train(outcomes: dict[str, Outcome], folder: pathlib.Path) -> None:
     """Two simulated devices, without an environment variable; both spellings of an override."""
     code, out, err = outcomes["train"]
     assert code == 0, err
-    assert "bigmac: 8 experts of width 16 a layer, top-2, 4 of 16 wide rows" in out
-    assert "mesh data 1 × node 1 × expert 2" in out
+    assert "bigmac: 8 experts of width 16 a layer, top-2, rows of 4 numbers instead of 16 in" in out
+    assert " training tokens, mesh expert 2, " in out
+    assert out.splitlines()[-1] == (
+        f"trained to step 3, saved in {folder}/run; {folder}/run/report.png has its curves; next: "
+        f"bigmac eval --workdir={folder}/run, bigmac generate --workdir={folder}/run --prompt=TEXT"
+    )
+    assert unexplained(out + err) == []
     assert f"reads data.source={folder}/train.jsonl, which {folder}/config.json names" in out.splitlines()
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("step 3 of 3: loss ")] and "\r" not in err  # a file, no terminal
     assert not [line for line in lines if line.startswith("W") or "tracked_metric" in line]
     code, out, err = outcomes["train again"]
+    assert unexplained(out + err) == [] == unexplained(outcomes["generate"].err)
     assert code == 0 and f"{folder}/run is finished: it has 3 of 3 steps" in out and "--config.train.steps=6" in out
     assert not (ROOT / "gs:").exists()
     saved = json.loads((folder / "run" / "config.json").read_text())

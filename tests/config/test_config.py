@@ -562,17 +562,15 @@ def test_describe_says_whether_rows_are_dropped(fields: dict, end: str) -> None:
     execution = ExecutionConfig(exchange=fields.get("exchange", "all_to_all"))
     model = ModelConfig(**{name: value for name, value in fields.items() if name != "exchange"})
     described = Config(model=model, execution=execution).describe()
-    assert described.endswith(
-        f"64 of 256 wide rows on the wire, latent norm skip, projection init selection, projection rate 0.125, {end}"
-    )
+    how = "latent norm skip, projection init selection, projection rate 0.125"
+    assert described.endswith(f"rows of 64 numbers instead of 256 in the exchange, {how}, {end}")
 
 
 def test_vanilla_says_what_it_resolved_to() -> None:
     """e·r/4 experts of width 4h, one of them a token."""
     model = ModelConfig(structure="vanilla", num_experts=64, down_ratio=0.25, hidden_size=32, num_heads=4)
-    assert (
-        Config(model=model).describe().startswith("vanilla: 4 experts of width 128 a layer, top-1, 32 of 32 wide rows")
-    )
+    described = Config(model=model).describe()
+    assert described.startswith("vanilla: 4 experts of width 128 a layer, top-1, rows of 32 numbers in the exchange, ")
 
 
 def test_evaluation_on_a_tensor_axis_is_not_held_to_the_training_batch() -> None:

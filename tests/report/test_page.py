@@ -129,7 +129,7 @@ def test_tables(runs: list[Run]) -> None:
     assert routed_facts["dropped choices, mean"] == "25.00% (model.capacity_factor=inf drops none)"
     assert routed_facts["exchange a step"] == "3.00 MiB"
     assert routed_facts["experts a layer, top-k"] == "4, top-2" and dense_facts["experts a layer, top-k"] == "dense"
-    assert routed_facts["hours of training"] == "1" and dense_facts["validation perplexity, last"] == "–"
+    assert routed_facts["time of training steps"] == "1 h" and dense_facts["validation perplexity, last"] == "–"
     different, equal = differences(runs)
     assert different["model.structure"] == ["bigmac", "dense"]
     assert equal["model.hidden_size"] == [16, 16] and "model.structure" not in equal

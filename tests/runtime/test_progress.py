@@ -3,11 +3,12 @@
 import os
 import pathlib
 import signal
+import time
 
 import pytest
 
 from bigmac_jax.runtime import progress, signals
-from bigmac_jax.runtime.progress import Progress
+from bigmac_jax.runtime.progress import Progress, Waiting
 from bigmac_jax.training.metrics import MetricsWriter
 
 
@@ -21,6 +22,48 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         monkeypatch.undo()
         bar.update(1)
     assert capsys.readouterr().err == "piqa: 100% of 4 windows, 0 s\n"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(200, "50.0 s each"), (2, "2 a second"), (0.002, "2,000 a second")])
+def test_a_rate_is_never_nought(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float, said: str
+) -> None:
+    """Of units that take longer than a second each, that time is said."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with Progress("reference", 4 if seconds > 1 else 4000, "window") as bar:
+        now += max(seconds, 2)
+        bar.update(4 if seconds > 1 else 4000)
+    assert capsys.readouterr().err.endswith(f" windows, {max(seconds, 2)} s, {said}\n")
+
+
+def test_what_is_waited_for_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain lines after a while; nothing where it is short; on a terminal a line at once, which is gone afterwards."""
+    with Waiting("compiling"), Waiting("reading", silent=True):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "_PATIENCE", 0.01)
+    with Waiting("compiling"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "compiling: 0 s\n"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Waiting("compiling") as waiting:
+        time.sleep(0.1)
+        waiting.end()
+        shown = capsys.readouterr().err
+    assert "compiling, 0 s" in shown and shown.rpartition("\r")[2].strip() == ""
+
+
+def test_the_bar_of_a_run_says_that_it_compiles(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    writer = MetricsWriter(tmp_path, 0, 40)
+    with writer.waiting("compiling the step"):
+        time.sleep(0.1)
+    assert "0/40 [00:00<?, ?step/s, compiling the step, 0 s]" in (before := capsys.readouterr().err)
+    assert "compiling" not in before.rpartition("\r")[2]
+    writer.close()
 
 
 def test_short_and_silent_jobs_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,7 @@ def test_a_qwen3_moe(tmp_path: pathlib.Path) -> None:
     teacher = (f"--config.tuning.teacher={ours}", "--config.tuning.hidden_weight=1", "--config.train.steps=2")
     command("convert.py", "latent", f"--workdir={ours}", f"--output={narrow}", "--tokens=500", *teacher)
     out = command("train.py", f"--config={narrow / 'config.json'}", f"--workdir={narrow}", "--config.train.log_every=1")
-    assert "bigmac: 8 experts" in out and "4 of 16 wide rows" in out
+    assert "bigmac: 8 experts" in out and "rows of 4 numbers instead of 16" in out
     records = [json.loads(line) for line in (narrow / "metrics.jsonl").read_text().splitlines()]
     assert [r["teacher/divergence"] > 0 and r["teacher/hidden"] > 0 for r in records if "loss" in r] == [True, True]
     command("convert.py", "export", f"--workdir={narrow}", f"--output={tmp_path / 'exported'}")
