@@ -20,6 +20,7 @@ from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
 from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.training.history import history_before, history_with, model_name
 from bigmac_jax.training.new_run import check_no_run
 from bigmac_jax.training.restore import restore_parts
 from bigmac_jax.training.run_data import open_run_stream, say_data_place
@@ -85,7 +86,7 @@ def _export(workdir: pathlib.Path) -> None:
         dtype=_DTYPE.value,
         max_shard_size=_MAX_SHARD_SIZE.value,
         tokenizer=tokenizer,
-        trained=Trained(step, loss),
+        trained=Trained(step, loss, history_before(workdir, saved)),
         chat=read_chat_folder(workdir),
     )
     how = "; transformers loads it with trust_remote_code=True" if kind == "bigmac" else ""
@@ -98,7 +99,7 @@ def _import(workdir: pathlib.Path) -> None:
         with hosts.raise_together():
             place = storage.locate(_CHECKPOINT.value, "--checkpoint")
             directory = stack.enter_context(storage.local_folder(place))
-        config = import_run(directory, workdir, cli.OVERRIDES)
+        config = import_run(directory, workdir, cli.OVERRIDES, model_name(place))
     hosts.say(f"{workdir}: {config.describe()}")
     for line in context_notes(config):
         hosts.say(line)
@@ -117,7 +118,7 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     if isinstance(train, Conversations) or isinstance(validation, Conversations):
         raise ConfigError(f"{workdir} was tuned on conversations and has no text; convert the model that it began with")
     cli.enter_mesh(saved, fit_batch=False)
-    _, model, _, _ = restore_step(workdir, _STEP.value, saved)
+    _, model, step, _ = restore_step(workdir, _STEP.value, saved)
 
     for split in ("train", "validation"):
         say_data_place(workdir, saved, split)
@@ -132,6 +133,9 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
     report = converted_run.measure(
         action, model, result, layers, converted_run.sample_windows(saved, validation, _TOKENS.value)
     )
-    config = converted_run.write_converted_run(workdir, output, config, result, tokenizer, report, cli.OVERRIDES)
+    history = history_with(workdir, saved, step)
+    config = converted_run.write_converted_run(
+        workdir, output, config, result, tokenizer, report, cli.OVERRIDES, history
+    )
     hosts.say("\n".join(report.lines()))
     hosts.say(f"{output}: {config.describe()}")

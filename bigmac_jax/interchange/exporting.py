@@ -109,7 +109,7 @@ def export_model(
             write_json(directory / "generation_config.json", ids | ends)
         for file in bigmac.CODE if layout is bigmac else ():
             shutil.copyfile(file, directory / file.name)
-        card = model_card.make_card(config, name, trained, output.name, tokenizer is not None)
+        card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))
         (directory / "README.md").write_text(card)
     return name
 

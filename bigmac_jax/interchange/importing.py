@@ -29,6 +29,7 @@ from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.workdir_lock import lock_workdir
 from bigmac_jax.training.checkpoint_arrays import find_nonfinite
+from bigmac_jax.training.history import model_name
 from bigmac_jax.training.new_run import check_new, check_no_run, write_new_run
 
 # What an import or a conversion may set: all that is not the model's function.
@@ -72,8 +73,13 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     return config, model
 
 
-def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+def import_run(
+    directory: str | pathlib.Path, workdir: str | pathlib.Path, overrides: Sequence[str] = (), name: str = ""
+) -> Config:
     """Writes an imported model to a workdir, as a run at step 0 with a fresh optimizer.
+
+    Args:
+      name: what its card calls the checkpoint; by default as its directory.
 
     Raises:
       ConfigError: as `import_model`; or the workdir holds a run, or cannot be written.
@@ -89,7 +95,7 @@ def import_run(directory: str | pathlib.Path, workdir: str | pathlib.Path, overr
     with lock_workdir(workdir):
         if found:
             config = tokenizer_files.keep_tokenizer(workdir, config, *found)
-        write_new_run(workdir, config, model)
+        write_new_run(workdir, config, model, [f"`{name or model_name(directory.absolute())}`, which was imported"])
     return config
 
 

@@ -115,7 +115,8 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
             _log.warning("%s", note)
         # Only now: a start that failed leaves the workdir free.
         fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
-        write_run(workdir, config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat)
+        history = None if resumed else pretrained.history_of(models.origin)
+        write_run(workdir, config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
 

@@ -1,6 +1,7 @@
 """Writes a model that came from elsewhere as a run of train.py at step 0."""
 
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -27,9 +28,12 @@ def check_new(config: Config) -> Config:
     return config
 
 
-def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer) -> None:
+def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer, history: Sequence[str]) -> None:
     """Writes a model on the current mesh as a run at step 0, with a new optimizer state; the workdir is locked. The
     model's arrays are donated.
+
+    Args:
+      history: what it has learned before, and where it comes from.
 
     Raises:
       ConfigError: it cannot be written.
@@ -44,4 +48,4 @@ def write_new_run(workdir: pathlib.Path, config: Config, model: Transformer) -> 
     if saved is None:
         raise ConfigError(f"{workdir} cannot be written (see above); free space, or give another folder")
     if hosts.is_first():
-        write_config(config, workdir)
+        write_config(config, workdir, history=list(history))

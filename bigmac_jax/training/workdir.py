@@ -8,6 +8,7 @@ import logging
 import pathlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from bigmac_jax.config import (
@@ -192,19 +193,22 @@ def write_run(
     mesh: dict[str, int],
     tokenizer: Tokenizer,
     chat: ChatFiles = NO_CHAT,
+    history: Sequence[str] | None = None,
 ) -> None:
     """Writes config, tokenizer and chat template, and in run.json the run's data, mesh, code and packages.
 
     Args:
       data: fingerprints by name: tokenizer, and splits and models that were opened.
       mesh: ranks by axis.
+      history: what the model had learned before, of a run that begins; None leaves what is there.
     """
     known = read_run_json(workdir)["data"]  # of a validation split, which not every start reads
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
     for name, content in format_chat_files(chat).items():
         _write(workdir / name, content)
-    write_config(config, workdir, data=known | data, mesh=mesh, edition=software_versions())
+    before = {} if history is None else {"history": list(history)}
+    write_config(config, workdir, data=known | data, mesh=mesh, edition=software_versions(), **before)
 
 
 def read_run_json(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -216,6 +220,12 @@ def read_run_json(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
         name: {key: value for key, value in group.items() if isinstance(value, _PARTS[name])}
         for name, group in groups.items()
     }
+
+
+def read_history(workdir: pathlib.Path) -> list[str] | None:
+    """Reads from run.json what the model had learned before the run (`training.history`); None if that is not known."""
+    found = _read_run(workdir).get("history")
+    return [str(entry) for entry in found] if isinstance(found, list) else None
 
 
 def resume_warnings(workdir: pathlib.Path, config: Config, mesh: dict[str, int], step: int) -> list[str]:

@@ -36,6 +36,7 @@ from bigmac_jax.model.mesh import placed, replicated_spec
 from bigmac_jax.model.parameters import leaf_name, named_leaves
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import hosts, storage
+from bigmac_jax.training.history import history_with, model_name
 from bigmac_jax.training.restore import find_checkpoint, restore_parts
 from bigmac_jax.training.step import split_model
 from bigmac_jax.training.workdir import has_run, read_config, read_run_json, use_saved_tokenizer
@@ -130,6 +131,15 @@ def open_recorded(workdir: pathlib.Path, place: str, key: str, name: str) -> Pre
 def open_init_from(workdir: pathlib.Path, config: Config) -> Pretrained:
     """Finds the model that a run begins with (train.init_from)."""
     return open_recorded(workdir, config.train.init_from, INIT_FROM, "train.init_from")
+
+
+def history_of(origin: Pretrained | None) -> list[str]:
+    """What a run begins with, as its run.json keeps it; [] of random parameters."""
+    if origin is None:
+        return []
+    if origin.step:
+        return history_with(origin.folder, origin.config, int(origin.step))
+    return [f"`{model_name(origin.place)}`, of whose training its own card tells"]
 
 
 def with_absolute_places(config: Config) -> Config:

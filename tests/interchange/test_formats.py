@@ -294,7 +294,7 @@ def test_card(tmp_path: pathlib.Path) -> None:
     with on_mesh(config):
         model = random_model(config)
         total = sum(leaf.size for leaf in leaves(model).values())
-        export_model(config, model, tmp_path / "a", trained=Trained(50, 2.0), tokenizer=ByteTokenizer())
+        export_model(config, model, tmp_path / "a", trained=Trained(50, 2.0, ()), tokenizer=ByteTokenizer())
         export_model(config, model, tmp_path / "b")
         export_model(config, model, tmp_path / "c", format="plain", trained=Trained(0))
     known, unknown, plain = ((tmp_path / name / "README.md").read_text() for name in "abc")

@@ -24,7 +24,7 @@ from bigmac_jax.interchange.tensor_files import Checkpoint
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run import loop
 from bigmac_jax.runtime import hosts, storage
-from bigmac_jax.training.workdir import load_run_tokenizer, write_run
+from bigmac_jax.training.workdir import load_run_tokenizer, read_history, write_run
 from bigmac_jax.tuning import pretrained as pretrained_module
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.conversion.converted_run import new_run_config
@@ -74,6 +74,7 @@ def tuned(base: tuple[Config, pathlib.Path], place: str = "run", **sections: dic
     return with_fields(config, optimizer=rates, **sections)
 
 
+HISTORY = "`run`: 4 steps on 512 tokens of train.jsonl"
 MESHES: list[Any] = [
     ("run", {}),
     pytest.param("run", {"expert": 4, "tensor": 2}, marks=pytest.mark.full),
@@ -96,6 +97,9 @@ def test_a_run_begins_where_the_other_ended(
     losses = [record["eval/loss"] for record in records if "eval/loss" in record]
     assert len(losses) == 2
     np.testing.assert_allclose(losses, ended, rtol=1e-5)
+    before = "`export`, of whose training its own card tells"
+    assert read_history(tmp_path / "tuned") == [HISTORY if place.startswith("run") else before]
+    assert read_history(base[1] / "run") == []
 
 
 @pytest.mark.full

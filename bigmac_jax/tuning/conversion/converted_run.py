@@ -103,6 +103,7 @@ def write_converted_run(
     tokenizer: Tokenizer,
     report: Report,
     overrides: Sequence[str],
+    history: Sequence[str],
 ) -> Config:
     """Writes a converted model as a run at step 0, with copies of the source's tokenizer and chat template and with
     conversion.json; if layers were made narrow, also a picture of each one's error. Returns the run's config."""
@@ -112,7 +113,7 @@ def write_converted_run(
         storage.write_atomically(output / "conversion.json", (strict_json(values, indent=2) + "\n").encode())
         if report.layers:
             _draw(report, output / "conversion.png")
-        write_new_run(output, config, model)
+        write_new_run(output, config, model, [*history, f"`bigmac convert {report.action}`"])
     return config
 
 

@@ -33,6 +33,8 @@ def test_latent(tmp_path: pathlib.Path) -> None:
     report = json.loads((new / "conversion.json").read_text())
     assert len(report["layers"]) == 1 and 0 < report["layers"][0]["total"] < 1
     assert report["experts"][1] == report["experts"][0] // 2
+    before, made = json.loads((new / "run.json").read_text())["history"]
+    assert before.startswith("`run`: ") and made == "`bigmac convert latent`"
     assert (new / "conversion.png").stat().st_size > 10_000
     assert loss(new) == pytest.approx(report["loss_after"], abs=0.3)  # of all of the split, not of its windows
     out = command("train.py", f"--config={new / 'config.json'}", f"--workdir={new}")
