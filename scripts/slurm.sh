@@ -3,9 +3,12 @@
 #
 # One task a GPU. The workdir and cache_dir lie on a file system that all nodes share. SLURM sends SIGTERM two minutes
 # before the time is up: all save at the same step and end, and `sbatch` with the same arguments goes on from there.
+# IMAGE=FILE.sif runs it in an image (docs/hosts.md) instead of this Python's environment.
 #SBATCH --job-name=bigmac
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 set -euo pipefail
-exec srun --kill-on-bad-exit=1 --label "${PYTHON:-python}" train.py --distributed "$@"
+program=("${PYTHON:-python}" train.py)
+[ -z "${IMAGE:-}" ] || program=(apptainer exec --nv "$IMAGE" bigmac train)
+exec srun --kill-on-bad-exit=1 --label "${program[@]}" --distributed "$@"

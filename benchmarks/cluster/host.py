@@ -7,11 +7,19 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 
+
+def end_with(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """This process gets a signal when its parent ends; on Linux alone."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+    if os.getppid() != parent:  # it was gone before
+        sys.exit(1)
+
+
 if __name__ == "__main__":
     parent, cores, *command = sys.argv[1:]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was gone before
-        sys.exit(1)
+    end_with(int(parent))
     if cores:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     try:

@@ -11,6 +11,7 @@ _FIELDS = {
     "model.num_kv_heads": "num_key_value_heads num_query_groups base_num_kv_heads n_kv_head n_kv_heads",
     "model.head_dim": "kv_channels d_head head_size",
     "model.vocab_size": "padded_vocab_size n_vocab",
+    "model.context_length": "max_position_embeddings model_max_length n_ctx",
     "model.norm": "normalization norm_type",
     "model.norm_eps": "rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_epsilon "
     "normalization_layer_epsilon",
@@ -57,8 +58,8 @@ _FIELDS = {
     "data.mixture": "dataset_mixer blend",
     "data.text_field": "dataset_text_field text_column",
     "data.tokenizer": "tokenizer_path tokenizer_name tokenizer_model tokenizer_type vocab_file",
-    "data.sequence_length": "seq_len seq_length block_size n_ctx max_length max_seq_len max_seq_length "
-    "max_target_length max_position_embeddings model_max_length cutoff_len",
+    "data.sequence_length": "seq_len seq_length block_size max_length max_seq_len max_seq_length "
+    "max_target_length cutoff_len",
     "data.batch_size": "bs train_batch_size global_batch_size micro_batch_size per_device_batch_size "
     "per_device_train_batch_size",
     "data.num_workers": "dataloader_num_workers grain_worker_count",
