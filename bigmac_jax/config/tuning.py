@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigmac_jax.config.errors import require
+from bigmac_jax.config.names import ask
 from bigmac_jax.config.places import check_place
 from bigmac_jax.config.section import Amount, Section, Share, Size
 
@@ -45,5 +46,6 @@ class TuningConfig(Section):
         if self.lora_rank:
             require(self.lora_alpha > 0, f"tuning.lora_alpha={self.lora_alpha:g} must be above 0; {self.lora_rank} adds the adapters as they are")  # fmt: skip
             targets = self.lora_targets.split(",")
-            require(set(targets) <= set(LORA_TARGETS), f"tuning.lora_targets={self.lora_targets} must be some of {', '.join(LORA_TARGETS)}, with commas between")  # fmt: skip
+            asked = next((ask(target, LORA_TARGETS) for target in targets if target not in LORA_TARGETS), "")
+            require(set(targets) <= set(LORA_TARGETS), f"tuning.lora_targets={self.lora_targets} must be some of {', '.join(LORA_TARGETS)}, with commas between{asked}")  # fmt: skip
             require(self.train_router or "router" not in targets, "tuning.lora_targets names the router, and tuning.train_router=false leaves it alone; drop one of them")  # fmt: skip

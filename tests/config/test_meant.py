@@ -175,6 +175,11 @@ def test_wrong_values_of_flags(argument: str, said: str, monkeypatch: pytest.Mon
     assert cli._wrong_value(str(refused.value)) == said
 
 
+def test_targets_of_adapters_as_peft_names_them() -> None:
+    message = answer("tuning.lora_rank=4", "tuning.lora_targets=experts,q_proj")
+    assert message.endswith("with commas between; did you mean attention?")
+
+
 def test_other_names_are_no_names_of_ours() -> None:
     """Else what is a name here would be answered with another one."""
     assert set(_FIELDS) <= set(FIELDS)

@@ -84,7 +84,7 @@ def rest_of_run(scene: pathlib.Path) -> Any:
     workdir = scene / "run"
     config = config_with_cache(scene)
     check_data(workdir, config, {"tokenizer": load_tokenizer(config).fingerprint})
-    return resume_warnings(workdir, config, {"data": 1}), load_run_tokenizer(workdir, config).encode(TEXT)
+    return resume_warnings(workdir, config, {"data": 1}, 1), load_run_tokenizer(workdir, config).encode(TEXT)
 
 
 def tokenizer_of_run(scene: pathlib.Path) -> Any:
