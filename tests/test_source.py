@@ -164,6 +164,17 @@ def test_readme_links_to_the_forward_pass() -> None:
     ]
 
 
+def test_the_package_chooses_no_backend_of_matplotlib() -> None:
+    """pyplot and `matplotlib.use` are the notebook's: a library that calls them takes its pictures away."""
+    found = [
+        f"{path.name}:{number}"
+        for path in (ROOT / "bigmac_jax").rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "pyplot" in line or "matplotlib.use(" in line
+    ]
+    assert found == []
+
+
 def test_json_says_whether_it_may_hold_nan() -> None:
     """`json.dumps` writes NaN where it isn't told, which no other reader of JSON takes; results go by `strict_json`."""
     silent = [

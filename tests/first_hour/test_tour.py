@@ -41,6 +41,34 @@ def test_cells_share_names_and_give_what_they_show(tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.full
+def test_a_kernel_shows_its_pictures(tmp_path: pathlib.Path) -> None:
+    """As Jupyter runs it: what sets another backend of matplotlib than the kernel's leaves a notebook without them."""
+    pytest.importorskip("nbconvert", reason="needs the extra notebook")
+    pytest.importorskip("ipykernel", reason="needs the extra notebook")
+    kernel = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "tour",
+        "language": "python",
+    }
+    (tmp_path / "kernels" / "tour").mkdir(parents=True)
+    (tmp_path / "kernels" / "tour" / "kernel.json").write_text(json.dumps(kernel))
+    (tmp_path / NOTEBOOK.name).write_text(NOTEBOOK.read_text())
+    command = [sys.executable, "-m", "nbconvert", "--to=notebook", "--execute", "--output=shown.ipynb",
+               "--ExecutePreprocessor.kernel_name=tour", NOTEBOOK.name]  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": str(NOTEBOOK.parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JUPYTER_PATH": str(tmp_path),
+    }
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert ended.returncode == 0, ended.stderr
+    shown = json.loads((tmp_path / "shown.ipynb").read_text())
+    outputs = [output for cell in shown["cells"] if cell["cell_type"] == "code" for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert not [output for output in outputs if output["output_type"] == "error"]
+
+
+@pytest.mark.full
 def test_it_runs(tmp_path: pathlib.Path) -> None:
     """In a process of its own, as a reader runs it: one device, no test's settings."""
     program = (
