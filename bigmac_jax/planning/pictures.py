@@ -17,27 +17,27 @@ def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
     Raises:
       ConfigError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     if "sweep" in plan:
-        figure = _draw_sweep(plt, plan["sweep"])
+        figure = _draw_sweep(plan["sweep"])
     else:
         columns = {plan["structure"]: plan} | plan["baselines"]
         valid = {name: column for name, column in columns.items() if "error" not in column}
         panels = [_draw_memory] + [_draw_exchanges] * ("exchanges" in plan) + [_draw_times] * ("time" in plan)
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(4.5 * len(panels), 3.6), layout="constrained", squeeze=False
-        )
-        for panel, ax in zip(panels, axes[0], strict=True):
+        figure, axes = _panels(4.5 * len(panels), 3.6, len(panels))
+        for panel, ax in zip(panels, axes, strict=True):
             panel(ax, valid)
     try:
         storage.save_figure(figure, path)
     except storage.errors(ValueError) as error:
         raise ConfigError(f"--plot={path} can't be written ({error}); use a .png in a folder that exists") from None
-    plt.close(figure)
+
+
+def _panels(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
+    """A figure of so many inches, and its axes from left to right."""
+    from matplotlib.figure import Figure  # its import takes long, and most plans are not drawn
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _stack(ax: Any, names: list[str], parts: Mapping[str, list[float]]) -> None:
@@ -90,7 +90,7 @@ def _number(text: str) -> float | str:
         return text
 
 
-def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
+def _draw_sweep(rows: list[Mapping[str, Any]]) -> Any:
     """Costs over the field with the most values, with a line for every combination of the others."""
     fields = list(rows[0]["fields"])
     along = max(fields, key=lambda name: len({swept["fields"][name] for swept in rows}))
@@ -101,12 +101,12 @@ def _draw_sweep(plt: Any, rows: list[Mapping[str, Any]]) -> Any:
             ("share of the exchange, %", lambda row: 100 * row["time"]["exchange_share"]),
             ("predicted tokens/s", lambda row: row["time"]["tokens_per_s"]),
         ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    figure, axes = _panels(4.2 * len(panels), 3.4, len(panels))
     lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(tuple(row["fields"][name] for name in fields if name != along), []).append(row)
     styles = ("-o", "--s", ":^", "-.D", "-v", "--x", ":+", "-.*")
-    for (label, value), ax in zip(panels, axes[0], strict=True):
+    for (label, value), ax in zip(panels, axes, strict=True):
         for number, (rest, line) in enumerate(lines.items()):
             values = [_number(row["fields"][along]) for row in line]
             style, color = styles[number % len(styles)], PALETTE[number % len(PALETTE)]

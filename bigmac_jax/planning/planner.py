@@ -8,6 +8,7 @@ import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError
 from bigmac_jax.config.execution import Remat
+from bigmac_jax.config.model import Structure
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import (
     Sizes,
@@ -28,6 +29,7 @@ from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
 from bigmac_jax.planning.sweep import parse_axes, sweep
+from bigmac_jax.planning.units import is_near
 
 
 class Request(NamedTuple):
@@ -154,6 +156,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     count, work = parameters(config, sizes), flops(config)
     parts = memory(config, ranks, group, count)
     result: dict[str, Any] = {
+        "expert_width": m.expert_width,
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters": count.parts,
@@ -231,18 +234,38 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
 
 
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
-    """Costs of the other structures with the same fields and experts of the paper's width, or why one cannot be."""
+    """Costs of the other structures with the same fields, as large as the configured one; or why one cannot be."""
     found: dict[str, Any] = {}
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
-                latent = config.model.latent_norm if structure == "bigmac" else "none"
-                fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": 0}
-                other = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+                other = _of_equal_size(config, structure, _mesh_sizes(config, place))
                 found[structure] = _costs(other, _mesh_sizes(other, place), place)
             except ConfigError as error:
                 found[structure] = {"error": str(error)}
     return found
+
+
+def _of_equal_size(config: Config, structure: Structure, sizes: Sizes) -> Config:
+    """The config with another structure and as many parameters: its experts get the width that this takes, unless the
+    paper's comes near. A dense model has no idle experts: beside one, those that are active for a token are equal."""
+
+    def with_width(width: int) -> Config:
+        latent = config.model.latent_norm if structure == "bigmac" else "none"
+        fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": width}
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+    def size(of: Config) -> int:
+        count = parameters(of, sizes)
+        return count.active if "dense" in (structure, config.model.structure) else count.total
+
+    wanted, own = size(config), with_width(0)
+    if is_near(size(own), wanted):
+        return own
+    unit = 8 * config.mesh.tensor  # a width that matrix units take, and that the ranks of `tensor` divide
+    narrowest = size(with_width(unit))
+    each = size(with_width(2 * unit)) - narrowest
+    return with_width(unit * max(1, 1 + round((wanted - narrowest) / each)))
 
 
 def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:

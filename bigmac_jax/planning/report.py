@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmac_jax.model.mesh import describe_mesh
-from bigmac_jax.planning.units import count, duration, percent, size, work
+from bigmac_jax.planning.units import count, duration, is_near, percent, size, work
 
 
 def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
@@ -26,6 +26,13 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     for name, column in columns.items():
         if "error" in column:
             console.print(f"{name}: {column['error']}")
+        elif not is_near(column["parameters_total"], plan["parameters_total"]):
+            share = column["parameters_total"] / plan["parameters_total"]
+            active = is_near(column["parameters_active"], plan["parameters_active"])
+            console.print(
+                f"{name} has {percent(share)} of the parameters of {plan['structure']}"
+                + (": as many are active for a token" if active else ", and no width of its experts comes nearer")
+            )
     if "exchanges" in plan:
         console.print(_exchanges(plan))
     if "drops" in plan:
@@ -89,6 +96,7 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     def row(label: str, value: Any) -> None:
         table.add_row(label, *(value(column) for column in valid.values()))
 
+    row("width of an expert, or of the MLP", lambda c: f"{c['expert_width']:,}")
     row("parameters", lambda c: count(c["parameters_total"]))
     row("  active for a token", lambda c: count(c["parameters_active"]))
     row("FLOPs", lambda c: work(c["flops_per_step"]))

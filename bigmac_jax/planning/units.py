@@ -20,6 +20,11 @@ def _scale(number: float, units: tuple[tuple[float, float, str], ...], form: str
     return f"{number:g}"
 
 
+def is_near(number: float, other: float) -> bool:
+    """Whether two counts of parameters differ by at most 2 %: models of one size."""
+    return abs(number - other) <= 0.02 * other
+
+
 def count(number: float) -> str:
     """A count, as 3.73 B."""
     return _scale(number, _COUNTS)

@@ -3,11 +3,9 @@
 import pathlib
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bigmac_jax.config import Config
 from bigmac_jax.report.runs import Records
@@ -23,7 +21,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
         return None
     evaluations = [r for r in records if None not in (r.get("eval/loss"), r.get("eval/perplexity"))]
     config = Config.from_json((workdir / "config.json").read_bytes())
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     figure.suptitle(
         f"{config.model.structure}, {config.model.num_layers} layers, width {config.model.hidden_size}, "
         f"step {training[-1]['step']:,} of {config.train.steps:,}"
@@ -39,11 +38,10 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
             axis.text(0.5, 0.5, "dense: no experts", ha="center", va="center", color="gray")
     path = workdir / "report.png"
     save_figure(figure, path)
-    plt.close(figure)
     return path
 
 
-def _losses(axis: plt.Axes, training: Records, evaluations: Records) -> None:
+def _losses(axis: Axes, training: Records, evaluations: Records) -> None:
     axis.plot(_column(training, "step"), _column(training, "loss"), lw=1, alpha=0.6, label="training")
     if evaluations:
         best = min(evaluations, key=lambda r: r["eval/loss"])
@@ -54,7 +52,7 @@ def _losses(axis: plt.Axes, training: Records, evaluations: Records) -> None:
     axis.legend()
 
 
-def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
+def _load(figure: Figure, axis: Axes, last: dict[str, Any]) -> None:
     load_YE = np.asarray(last["moe/load"], float)
     image = axis.imshow(load_YE, aspect="auto", cmap="viridis", vmin=0, vmax=max(2.0, load_YE.max()))
     figure.colorbar(image, ax=axis, label="share of tokens, 1 = balanced")
@@ -62,7 +60,7 @@ def _load(figure: plt.Figure, axis: plt.Axes, last: dict[str, Any]) -> None:
     axis.set_yticks(range(len(load_YE)))
 
 
-def _drops(axis: plt.Axes, training: Records) -> None:
+def _drops(axis: Axes, training: Records) -> None:
     layers = np.shape(training[-1]["moe/load"])[:1]
     training = [r for r in training if np.shape(r.get("moe/drop_rate_by_layer", 0)) == layers]
     by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training], float)
@@ -79,7 +77,7 @@ def _drops(axis: plt.Axes, training: Records) -> None:
         axis.legend()
 
 
-def _throughput(axis: plt.Axes, training: Records) -> None:
+def _throughput(axis: Axes, training: Records) -> None:
     rates = _column(training, "tokens_per_s")
     axis.plot(_column(training, "step"), rates, lw=1)
     mfu = np.median(_column(training, "mfu"))

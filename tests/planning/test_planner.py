@@ -78,6 +78,34 @@ def test_baselines_stand_beside_and_say_why_not() -> None:
     assert vanilla["devices"] == 4 and vanilla["parameters"]["experts"] > 3.2e9
 
 
+@pytest.mark.parametrize(
+    ("config", "structures"),
+    [("configs/large.py:258b", {"fine_grained", "vanilla"}), ("configs/qwen3_30b.py:bigmac", {"fine_grained"}),
+     ("configs/paper/gpt3_xl.py", {"fine_grained", "vanilla"})],
+)  # fmt: skip
+def test_models_side_by_side_are_of_one_size(config: str, structures: set[str]) -> None:
+    """MoE structures have equal parameters in all; beside them, those of a dense one equal the active ones."""
+    made = plan(config, overrides=("mesh.expert=1", "mesh.node=1", "mesh.data=0"), devices=1)
+    found = made["baselines"]
+    for name in structures:
+        assert found[name]["parameters_total"] == pytest.approx(made["parameters_total"], rel=0.02)
+    assert found["dense"]["parameters_total"] == pytest.approx(made["parameters_active"], rel=0.02)
+    share = made["parameters_active"] / made["parameters_total"]
+    assert f"dense has {100 * share:.1f} % of the parameters of bigmac: as many are active for a token" in shown(made)
+
+
+def test_experts_beside_a_dense_model() -> None:
+    """As many active parameters where a width gives them; else a line says what is nearest."""
+    made = plan("configs/tiny.py", overrides=("model.structure=dense", "model.latent_norm=none"), devices=1)
+    for name in ("fine_grained", "bigmac"):
+        other = made["baselines"][name]
+        assert other["parameters_active"] == pytest.approx(made["parameters_total"], rel=0.02), name
+        assert f"{name} has {100 * other['parameters_total'] / made['parameters_total']:.1f} % of" in shown(made)
+    large = plan("configs/large.py:258b", overrides=("model.structure=dense", "model.latent_norm=none", "mesh.expert=1",
+                 "mesh.node=1", "mesh.data=0"), devices=1)  # fmt: skip
+    assert "of the parameters of dense, and no width of its experts comes nearer" in shown(large)
+
+
 def test_devices_follow_the_mesh() -> None:
     assert plan(overrides=("mesh.expert=8", "mesh.data=2"))["mesh"] == {"data": 2, "node": 1, "expert": 8, "tensor": 1}
     assert plan(overrides=("mesh.expert=8",), devices=32)["mesh"] == {"data": 4, "node": 1, "expert": 8, "tensor": 1}

@@ -7,11 +7,8 @@ import random
 import re
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.corpus import open_documents
@@ -72,7 +69,8 @@ def _take_fitting(sentences: list[str], sizes: list[int], left: int) -> list[str
 
 def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
     """Draws the share of needles found, `grid`, as a heat map of length and depth."""
-    figure, axis = plt.subplots(figsize=(1.5 + len(grid["lengths"]), 4.5), layout="constrained")
+    figure = Figure(figsize=(1.5 + len(grid["lengths"]), 4.5), layout="constrained")
+    axis = figure.subplots()
     values_DL = 100 * np.asarray(grid["accuracy"]).T
     image = axis.imshow(values_DL, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values_DL):
@@ -82,4 +80,3 @@ def draw_needles(grid: dict[str, Any], path: pathlib.Path, title: str) -> None:
     axis.set_yticks(range(len(grid["depths"])), [f"{100 * depth:.0f}" for depth in grid["depths"]])
     figure.colorbar(image, ax=axis, label="found, %")
     save_figure(figure, path)
-    plt.close(figure)

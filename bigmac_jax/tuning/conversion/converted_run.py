@@ -132,18 +132,16 @@ def _experts(model: Transformer) -> int:
 
 
 def _draw(report: Report, file: pathlib.Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
     names = {"total": "experts' output", "inputs": "hidden units, by W↓", "outputs": "output, by W↑"}
     for name, label in names.items():
         axis.plot([of.layer for of in report.layers], [getattr(of, name) for of in report.layers], "o-", label=label)
     axis.set(xlabel="layer", ylabel="share of squares lost", ylim=(0, None), title="What a narrow exchange cuts off")
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend()
     storage.save_figure(figure, file)
-    plt.close(figure)
