@@ -1,5 +1,6 @@
 """Every line that the quick start prints stands on docs/printed.md."""
 
+import logging
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from bigmac_jax.commands.cli import LineFormatter
 from first_hour.pages import ROOT
 from first_hour.printed import unexplained
 
@@ -20,6 +22,17 @@ SMALL = (
 def test_what_a_line_is_compared_with() -> None:
     lines = "step 20 of 40: loss 7.1, 9 tokens/s\nW1129 05:37:40.23 cli.py:106] set\nsomething else\n"
     assert unexplained(lines) == ["W1129 05:37:40.23 cli.py:106] set", "something else"]
+
+
+def test_log_lines_are_plain() -> None:
+    """A library's have its name, so that nobody looks for them here."""
+
+    def line(name: str, level: int) -> str:
+        return LineFormatter().format(logging.LogRecord(name, level, "a.py", 1, "%s is %d", ("x", 2), None))
+
+    assert line("bigmac_jax.data.datasets", logging.INFO) == "x is 2"
+    assert line("bigmac_jax.commands.cli", logging.WARNING) == "warning: x is 2"
+    assert line("orbax", logging.ERROR) == "error: orbax: x is 2"
 
 
 @pytest.mark.full
