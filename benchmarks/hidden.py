@@ -73,17 +73,19 @@ def _draw(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
     names = [f"{line['structure']}\n{line['topology']}" for line in lines]
     seconds = [line["exchange_s"] for line in lines]
     hidden = [100 * line["hidden_share"] for line in lines]
-    could = [100 * (line["ceiling"] - line["hidden_share"]) for line in lines]
+    ceiling = [100 * line["ceiling"] for line in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
     left.bar(names, seconds, color="#c0504d", hatch="//", edgecolor="white")
     for number, value in enumerate(seconds):
         left.text(number, value, f"{value:.2f}", ha="center", va="bottom")
     left.set(title="seconds of exchange a step, by the hardware file", ylim=(0, 1.1 * max(seconds)))
-    right.bar(names, hidden, label="hidden behind matmuls", color="#1f4e79")
-    right.bar(names, could, bottom=hidden, label="could be", color="#8eb4e3", hatch="..", edgecolor="white")
-    for number, value in enumerate(hidden):
-        right.text(number, value + could[number], f"{value:.0f} %", ha="center", va="bottom")
-    right.set(title="share that the schedule hides, %", ylim=(0, 100))
+    places, half = range(len(lines)), 0.4
+    for shift, shares, label, color in ((0, hidden, "is hidden", "#1f4e79"), (half, ceiling, "could be", "#8eb4e3")):
+        right.bar([place + shift for place in places], shares, half, label=label, color=color)
+        for place, share in zip(places, shares, strict=True):
+            right.text(place + shift, share, f"{share:.0f} %", ha="center", va="bottom", fontsize=8)
+    right.set_xticks([place + half / 2 for place in places], names)
+    right.set(title="share of the exchange behind matmuls, %", ylim=(0, 100))
     right.legend()
     for axes in (left, right):
         axes.tick_params(axis="x", labelsize=8)

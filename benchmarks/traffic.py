@@ -62,7 +62,7 @@ def _line(structure: str, exchange: str, format: str) -> dict[str, object]:
 
 
 def _draw(lines: list[dict], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
     names = [line["name"] for line in lines][::-1]
     left = [0.0] * len(lines)
     kinds = (("slow_bytes", "between machines"), ("fast_bytes", "inside a machine"), ("metadata_bytes", "metadata"))
@@ -78,8 +78,9 @@ def _draw(lines: list[dict], path: pathlib.Path) -> None:
     axes.set_xlim(0, 1.5 * max(left))
     axes.set_xlabel("KiB sent for a token, one layer, forward")
     axes.set_title(
-        f"h = {_HIDDEN.value}, {_EXPERTS.value} experts, K = {_TOP_K.value}, {_NODES.value} machines of "
-        f"{_RANKS.value}, room {_FACTOR.value:g}"
+        f"width {_HIDDEN.value}; each token goes to K = {_TOP_K.value} of {_EXPERTS.value} experts on {_NODES.value} "
+        f"machines of {_RANKS.value} ranks;\nbuffers have room for {_FACTOR.value:g} × the rows of an even choice",
+        fontsize=10,
     )
     axes.legend()
     figure.savefig(path, dpi=110)

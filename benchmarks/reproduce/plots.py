@@ -1,4 +1,4 @@
-"""Pictures of results: the paper beside ours in bars, or curves; told apart without colour."""
+"""Pictures of results: the paper beside ours in bars, or curves; told apart without colour, too."""
 
 import pathlib
 import textwrap
@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 
 PAPER = {"color": "#d9d9d9", "edgecolor": "black", "hatch": "//"}
 HERE = {"color": "#404040", "edgecolor": "black"}
-STYLES = ("k--s", "k-o", "k:^", "k-.D")  # of the courses that were timed; the table has the others
+# Of the courses that were timed; the table has the others.
+STYLES = (("#c0392b", "--s"), ("#1f4e79", "-o"), ("#2e8b57", ":^"), ("#e08e0b", "-.D"))
 AXES = {"%": "%", "×": "times faster", "": "ratio", "of none": "step over the one with none"}
 
 
@@ -51,17 +52,19 @@ def _curves(courses: list[dict[str, Any]]) -> plt.Figure:
     """Validation perplexity over minutes on the cluster, and over tokens with the seeds' spread."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     timed = [course for course in courses if "step_s" in course]
-    for name, style in zip(dict.fromkeys(course["name"] for course in timed), STYLES, strict=True):
+    for name, (color, style) in zip(dict.fromkeys(course["name"] for course in timed), STYLES, strict=True):
         ours = [course for course in timed if course["name"] == name]
         evaluations = list(zip(*(course["evaluations"] for course in ours), strict=True))
         values = [[seed["perplexity"] for seed in at] for at in evaluations]
         minutes = [at[0]["step"] * ours[0]["step_s"] / 60 for at in evaluations]
         tokens = [at[0]["tokens"] / 1e6 for at in evaluations]
         for axes, along in ((left, minutes), (right, tokens)):
-            axes.plot(along, [sum(v) / len(v) for v in values], style, ms=4, label=name)
-            axes.fill_between(along, [min(v) for v in values], [max(v) for v in values], color="#808080", alpha=0.3)
-    left.set(xlabel="minutes of training steps on the cluster", ylabel="validation perplexity", yscale="log")
-    right.set(xlabel="million tokens (mean and range of the seeds)")
+            axes.plot(along, [sum(v) / len(v) for v in values], style, color=color, ms=5, label=name)
+            axes.fill_between(along, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15)
+    left.set(xlabel="minutes of training steps on the cluster", ylabel="validation perplexity, a token", yscale="log")
+    left.set_title("by time on hosts with slow links", fontsize=10)
+    right.set(xlabel="million tokens")
+    right.set_title("by tokens: lines are means of seeds, bands their range", fontsize=10)
     left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
