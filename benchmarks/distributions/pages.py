@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/distributions.md and its notes, from docs/results/distributions.json alone."""
+"""The pictures of docs/distributions.md and the tables of its notes, from docs/results/distributions.json alone."""
 
 import math
 import pathlib
@@ -22,10 +22,9 @@ Run = dict[str, Any]
 def write(docs: pathlib.Path, runs: list[Run]) -> None:
     """Replaces what stands between the markers of the page and its notes, which are made if they are not there."""
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    parts = [shift(runs), curves(docs / IMAGES, runs), balance(runs), layers(docs / IMAGES, runs), transfer(runs),
-             bars(docs / IMAGES, runs)]  # fmt: skip
-    put(docs / PAGE, parts)
-    put(docs / NOTES, [loads_by_domain(runs)], "# Notes on distributions\n\n")
+    put(docs / PAGE, [picture(docs / IMAGES, runs) for picture in (curves, layers, bars)])
+    tables = [table(runs) for table in (loads_by_domain, shift, balance, transfer)]
+    put(docs / NOTES, tables, "# Notes on distributions\n\n")
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
