@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 import tiny_dataset  # noqa: F401  registers the datasets
@@ -10,7 +11,8 @@ import tiny_dataset  # noqa: F401  registers the datasets
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.data import sotu as sotu_module
 from bigmac_jax.data import splits
-from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.corpus import JoinedDocuments, join_fingerprints, open_documents
+from bigmac_jax.data.documents import Documents, ReadCounts
 from bigmac_jax.data.splits import choose_split, text_key
 
 SPLITS = ("train", "validation", "test")
@@ -263,3 +265,40 @@ def test_nothing_to_read(tmp_path):
         read(tmp_path, "test", source=str(tmp_path / "one.txt"), test_source="nowhere")
     with pytest.raises(ConfigError, match="split='dev' must be one of"):
         read(tmp_path, "dev")
+
+
+# --- several sources ---
+
+
+class Pieces(Documents):
+    """Documents of which each is a list of pieces."""
+
+    fix, fingerprint = "give some", ""
+
+    def __init__(self, name: str, size: int, *documents: list[str]):
+        self.name, self.size, self._documents, self.fingerprint = name, size, documents, f"of {name}"
+
+    def read(self, unit, counts):
+        raise NotImplementedError
+
+    def all_pieces(self) -> Iterator[tuple[str, bool]]:
+        for pieces in self._documents:
+            yield from ((piece, piece is pieces[-1]) for piece in pieces)
+
+
+def test_several_sources_are_read_in_turn_by_bytes():
+    """Whole documents of whichever has the smallest share behind it; one that says no size counts as of one byte."""
+    a = Pieces("a", 12, ["A1", "a2"], ["A3", "a4"], ["A5", "a6"])
+    b = Pieces("b", 6, ["B1b"], ["B2b"])
+    c = Pieces("c", 0, ["C"], ["CC"])
+    joined = JoinedDocuments({"a": a, "b": b, "c": c})
+    found = list(joined.all_pieces())
+    # Shares before each document: a 0, b 0, c 0, a 1/3, b 1/2, a 2/3, then all have one: c has a document left.
+    assert [piece for piece, _ in found] == ["A1", "a2", "B1b", "C", "A3", "a4", "B2b", "A5", "a6", "CC"]
+    assert [piece for piece, last in found if not last] == ["A1", "A3", "A5"]
+    assert list(joined) == ["A1a2", "B1b", "C", "A3a4", "B2b", "A5a6", "CC"]
+    assert (joined.name, joined.size) == ("a and b and c", 18)
+    assert joined.fingerprint == join_fingerprints({"a": "of a", "b": "of b", "c": "of c"}) != "of a"
+    assert JoinedDocuments({"a": a}).fingerprint == "of a"
+    with pytest.raises(NotImplementedError):
+        joined.read((), ReadCounts())

@@ -3,17 +3,20 @@
 import itertools
 import json
 import time
+import types
 
 import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.data import pipeline, token_cache
 from bigmac_jax.data.batch import NO_TARGET
 from bigmac_jax.data.pipeline import (
     TrainIterator,
     eval_batches,
     make_windows,
     open_stream,
+    prepare,
     shuffle_windows,
     text_stream,
 )
@@ -174,3 +177,23 @@ def test_text_stream(tmp_path, caplog):
     for bad, message in refused:
         with pytest.raises(ConfigError, match=message):
             text_stream(bad, tokenizer)
+
+
+def test_what_is_prepared_is_told(text_file, make_config, tmp_path, monkeypatch):
+    (tmp_path / "held_out.txt").write_text("one two\n")
+    config = make_config(text_file, validation_source=str(tmp_path / "held_out.txt"), test_source="-")
+    make, asked, now = token_cache.make_shards, [], iter([10.0, 12.25, 20.0, 20.5, 30.0])
+    monkeypatch.setattr(token_cache, "make_shards", lambda *given: (asked.append(given[1]), make(*given))[1])
+    monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(perf_counter=now.__next__))
+    assert list(prepare(config, ["train", "validation"], 3)) == [
+        "train: 5,003 tokens of 1 documents, 5,001 bytes of text, 2.2 s",
+        "validation: 10 tokens of 1 documents, 8 bytes of text, 0.5 s",
+    ]
+    assert asked == [3, 3]
+    assert list((tmp_path / "cache" / "tokens").glob("train-*/index.json"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    tuned = make_config(rows, validation_source="-", test_source="-")
+    object.__setattr__(tuned.tuning, "objective", "sft")
+    with pytest.raises(ConfigError, match=r"tuning\.objective=sft reads rows at every start: nothing to prepare"):
+        list(prepare(tuned, ["train"]))

@@ -5,10 +5,12 @@ import os
 import pathlib
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from conftest import SAMPLE
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data import encoding, files, local_files, token_cache, token_shards
+from bigmac_jax.data.corpus import join_fingerprints
 from bigmac_jax.data.encoding import Counts, encode_stream
 from bigmac_jax.data.pipeline import open_stream, text_stream
+from bigmac_jax.data.token_cache import CachedStream, JoinedStream, MemoryStream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -223,3 +227,51 @@ def test_digest_of_files_above_the_limit(tmp_path, monkeypatch):
     assert files.file_digest(path) == first
     path.write_bytes(b"012345678X")
     assert files.file_digest(path) != first
+
+
+def test_streams_one_behind_the_other():
+    """Every range of three, of which one is empty."""
+    whole, parts, first = np.arange(100, 109), {}, 0
+    for name, count in (("a", 4), ("b", 0), ("c", 5)):
+        counts = Counts(tokens=count, documents=count + 1, bytes=2 * count, words=3 * count)
+        parts[name] = MemoryStream(whole[first : first + count], counts, 7)
+        parts[name].text = f"of {name}"
+        first += count
+    joined = JoinedStream(parts)
+    for start in range(10):
+        for stop in range(start, 10):
+            found = joined.tokens(start, stop)
+            assert found.dtype == np.int32 and found.tolist() == whole[start:stop].tolist()
+    assert vars(joined.counts) == vars(Counts(tokens=9, documents=12, bytes=18, words=27)) and joined.eos_id == 7
+    assert joined.text == join_fingerprints({"a": "of a", "b": "of b", "c": "of c"})
+
+
+def test_a_kept_shard_is_fetched_once(tmp_path, monkeypatch):
+    """From where it is kept, the first time that it is read; what is here is not fetched, nor what is kept here."""
+    kept, here, fetched = tmp_path / "kept", tmp_path / "here", []
+    kept.mkdir()
+    here.mkdir()
+    shards = {"00000-000": np.arange(3, dtype=np.uint16), "00000-001": np.arange(3, 8, dtype=np.uint16)}
+    for name, tokens in shards.items():
+        (kept / f"{name}.bin").write_bytes(tokens.tobytes())
+    rows = [[name, len(tokens), files.file_digest(kept / f"{name}.bin")] for name, tokens in shards.items()]
+    index = {"counts": vars(Counts(tokens=8)), "dtype": "uint16", "shards": rows}
+    monkeypatch.setattr(token_cache.storage, "fetch_file", lambda *a: (fetched.append(a), shutil.copy(*a))[0])
+
+    def stream(folder: pathlib.Path) -> CachedStream:
+        return CachedStream(types.SimpleNamespace(folder=folder, kept=kept), index, "text", EOS)
+
+    first = stream(here)
+    assert first.tokens(3, 5).tolist() == [3, 4] and fetched == [(kept / "00000-001.bin", here / "00000-001.bin")]
+    assert first.tokens(1, 7).tolist() == [1, 2, 3, 4, 5, 6] and len(fetched) == 2
+    assert stream(here).tokens(0, 8).tolist() == list(range(8)) and len(fetched) == 2
+    assert stream(kept).tokens(0, 8).tolist() == list(range(8)) and len(fetched) == 2
+    (here / "00000-000.bin").unlink()
+    (kept / "00000-000.bin").write_bytes(shards["00000-000"][::-1].tobytes())
+    with pytest.raises(ConfigError, match=rf"{kept}/00000-000\.bin is damaged; remove {kept}, and the text is token"):
+        stream(here).tokens(0, 1)
+    assert len(fetched) == 3 and not (here / "00000-000.bin").exists()
+    (kept / "00000-000.bin").unlink()
+    with pytest.raises(FileNotFoundError):
+        stream(kept).tokens(0, 1)
+    assert len(fetched) == 3

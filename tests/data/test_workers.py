@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -83,6 +85,40 @@ def test_one_that_is_killed_is_named(corpus, make_config, monkeypatch):
     monkeypatch.setattr(workers.subprocess, "Popen", killed)
     with pytest.raises(ConfigError, match=r"the train split was killed by SIGKILL; memory may not suffice; run it"):
         open_stream(make_config(corpus), "train", ByteTokenizer(), processes=2)
+
+
+class Unfinished:
+    """A store whose last unit is wrong."""
+
+    def work(self, units, report):
+        for unit in units:
+            report(unit, 10 * unit)
+        raise ConfigError("é" * 700)
+
+
+def test_what_a_process_says(monkeypatch):
+    """A line for each step and for an error, on stdout; it ends at once when stdin does, and cannot be interrupted."""
+    given, task = os.pipe()
+    lines, said = os.pipe()
+    codes, interrupt = [], signal.getsignal(signal.SIGINT)
+    os.write(task, pickle.dumps((Unfinished(), [3, 1])))
+    with os.fdopen(given, "rb") as reading, os.fdopen(lines) as told:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=reading))
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(fileno=lambda: said))
+        monkeypatch.setattr(os, "_exit", codes.append)
+        try:
+            workers.main()
+            held, before = signal.getsignal(signal.SIGINT), list(codes)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+            os.close(task)
+            os.close(said)
+        assert held == signal.SIG_IGN and before == [0]
+        while len(codes) < 2:
+            time.sleep(0.01)
+        assert codes == [0, 1]
+        found = [json.loads(line) for line in told]
+    assert found == [{"unit": 3, "bytes": 30}, {"unit": 1, "bytes": 10}, {"error": "é" * 600}]
 
 
 @pytest.mark.full
