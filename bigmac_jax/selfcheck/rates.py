@@ -94,9 +94,8 @@ def exchange_rate(devices: Sequence[Any], sent: float) -> float:
     """Bytes a second that each device sends to the others when all do, `sent` bytes each."""
     S, R = len(devices), 1024
     C = max(1, round(sent / (4 * R * (S - 1))))
-    config = Config(mesh=MeshConfig(data=1, expert=S), data=DataConfig(batch_size=S))
     wire = Wire(EXPERT_GROUP, "float32", "float32")
-    with jax.set_mesh(make_mesh(config, devices=devices)):
+    with jax.set_mesh(make_mesh(training_config(S, cpu=True), devices=devices)):
         rows = jax.jit(lambda: jnp.ones((S, S, C, R), jnp.float32, out_sharding=rank_spec(4)))()
         on_rank = functools.partial(on_each_rank, lambda x: wire.swap(x[0])[None], in_spec=rank_spec)
         swap = jax.jit(lambda rows: on_rank((rows,), out_specs=rank_spec(4)), donate_argnums=0)

@@ -109,3 +109,12 @@ def test_score_by_hand() -> None:
 def test_score_of_an_untrained_model_is_finite() -> None:
     score = Score.from_sums(nll=1e9, tokens=10, words=0, num_bytes=0)
     assert all(math.isfinite(value) for value in score)
+
+
+def test_scores_of_several_texts_add_up() -> None:
+    """Of eight and two tokens: 16 and 20 bits over 3 + 2 words and 12 + 6 bytes."""
+    first = Score.from_sums(nll=16 * math.log(2), tokens=8, words=3, num_bytes=12)
+    second = Score.from_sums(nll=20 * math.log(2), tokens=2, words=2, num_bytes=6)
+    expected = (3.6 * math.log(2), 2**3.6, 2**7.2, 2.0, 10, 5, 18)
+    assert Score.combine([first, second]) == pytest.approx(expected)
+    assert Score.combine([second]) == pytest.approx(second)

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.evaluation.loglikelihood import Result
+from bigmac_jax.evaluation.tasks import task_answers
 from bigmac_jax.evaluation.tasks.answer_metrics import METRICS, judge_answer, summarise_answers
 from bigmac_jax.evaluation.tasks.definitions import Task, load_task
 from bigmac_jax.evaluation.tasks.examples import Example, build_examples
 from bigmac_jax.evaluation.tasks.scores import judge, macro_f1, summarise
-from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, open_jobs
+from bigmac_jax.evaluation.tasks.task_answers import Prompt, write_answers
+from bigmac_jax.evaluation.tasks.task_jobs import describe_scores, flatten_scores, open_jobs
 
 CONFIG = Config(data=DataConfig(tokenizer="bytes", sequence_length=64))
 
@@ -134,3 +137,32 @@ def test_classes_are_judged_by_accuracy_and_f1() -> None:
     assert summary["accuracy"] == 0.75 and math.isclose(summary["macro_f1"], (2 / 3 + 4 / 5) / 2)
     assert macro_f1([0, 0], [1, 1]) == 0
     assert "F1, mean of classes, 73.3 %" in describe_scores({"t": summary})[0]
+
+
+def test_answers_are_judged_in_the_order_of_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever completion ends first; the generator has the run's config, windows and batches."""
+    made: list[Any] = []
+
+    class Generator:
+        def __init__(self, *given: Any) -> None:
+            made.append(given)
+
+        def generate(self, prompts: list[Prompt], on_done: Any) -> list[Any]:
+            for number in reversed(range(len(prompts))):
+                on_done(number, None)
+            return [SimpleNamespace(text=f"{prompt.prompt[0]}") for prompt in prompts]
+
+    monkeypatch.setattr(task_answers, "Generator", Generator)
+    model, tokenizer = SimpleNamespace(config=CONFIG), ByteTokenizer()
+    examples = [Example("row", [], references=(reference,)) for reference in ("7", "x", "9")]
+    prompts = [Prompt((number,)) for number in (7, 8, 9)]
+    rows = write_answers(model, tokenizer, examples, prompts, ("exact_match",), 64, 5, True)  # type: ignore[arg-type]
+    assert made == [(CONFIG, model, 64, 5, tokenizer)]
+    assert [row["exact_match"] for row in rows] == [1, 0, 1] and rows[1] == judge_answer("8", ("x",), ("exact_match",))
+    with pytest.raises(ValueError, match="zip"):
+        write_answers(model, tokenizer, examples[:2], prompts, (), 64, 5, True)  # type: ignore[arg-type]
+
+
+def test_figures_of_a_line_of_metrics() -> None:
+    summaries: Any = {"a": {"accuracy": 0.5, "accuracy_stderr": 0.1, "rows": 4}, "needle": {"grid": [[1.0]], "rows": 2}}
+    assert flatten_scores(summaries) == {"tasks/a/accuracy": 0.5, "tasks/a/rows": 4, "tasks/needle/rows": 2}

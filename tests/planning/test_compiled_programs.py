@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import jax
@@ -215,6 +217,31 @@ def test_topologies() -> None:
                        "v6e:0x8": "2 sizes", "v6e:4x": "2 sizes", "": "one of"}.items():  # fmt: skip
         with pytest.raises(ConfigError, match=part):
             topologies.parse_topology(name)
+
+
+def test_hosts_of_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As jax's compiler is asked for them: slices × hosts × GPUs, and the GPU's own file."""
+    from jax.experimental import topologies as of_jax
+
+    asked: list[dict[str, str]] = []
+
+    def described(**given: str) -> Any:
+        asked.append(given)
+        return SimpleNamespace(devices=("gpu 0", "gpu 1"))
+
+    monkeypatch.setattr(of_jax, "get_topology_desc", described)
+    assert topologies._gpus(topologies.parse_topology("h200:4x8")) == ["gpu 0", "gpu 1"]
+    files = pathlib.Path(topologies.__file__).parent / "hardware"
+    target = (files / "h200.textproto").read_text()
+    assert asked == [{"platform": "cuda", "target_config": target, "topology": "1x4x8"}]
+    assert target != (files / "h100.textproto").read_text()
+
+    def refused(**_: str) -> None:
+        raise RuntimeError("no such GPU\nand more of it")
+
+    monkeypatch.setattr(of_jax, "get_topology_desc", refused)
+    with pytest.raises(ConfigError, match=r"^--topology=h100:1x8 is refused by XLA: no such GPU$"):
+        topologies._gpus(topologies.parse_topology("h100:1x8"))
 
 
 def test_simulated_devices_stand_for_accelerators() -> None:

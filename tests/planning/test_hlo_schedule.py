@@ -6,11 +6,15 @@ On the wire every exchange takes ten seconds.
 import dataclasses
 import json
 import textwrap
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from bigmac_jax.model.exchange.costs import Sent
+from bigmac_jax.planning import compiled_programs
 from bigmac_jax.planning.hlo import Module, parse
-from bigmac_jax.planning.hlo_schedule import Overlap, Rates, overlap
+from bigmac_jax.planning.hlo_schedule import Overlap, Rates, overlap, work_seconds
 
 MESH = {"expert": 2}
 WIRE = 10.0
@@ -250,3 +254,93 @@ def test_attention_takes_time(bandwidth: float, seconds: float) -> None:
     module = program("%q = bf16[1,1,8,4] parameter(1)", start("s", "x"), call, done("d", "s"))
     (exchange,) = overlap(module, MESH, lambda _: WIRE, Rates(1.0, 1.0, bandwidth)).exchanges
     assert exchange.matmuls == (("k", seconds),)
+
+
+UNKNOWN = 2**63 - 1  # cycles
+
+
+def test_seconds_of_work() -> None:
+    """Two cycles a second, four FLOPs and sixteen bytes: loops as often as they run, or once where that is not known;
+    kernels at half the peak, or as fast as what they read and write passes; exchanges take none."""
+    body = f"""%body (q: u16[8]) -> u16[8] {{
+  %q = u16[8]{{0}} parameter(0)
+  {matmul("m", 4, "q")}
+}}
+
+%condition (r: u16[8]) -> pred[] {{
+  %r = u16[8]{{0}} parameter(0)
+  ROOT %less = pred[] custom-call(%r)
+}}
+"""
+    loop = "%l{} = u16[8]{{0}} while(%x), condition=%condition, body=%body"
+    attention = (
+        '%a = bf16[1,1,8,4] custom-call(%q), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}, backend_config={"custom_call_config":{}}'
+    )
+    seconds = {
+        loop.format(1) + ', backend_config={"known_trip_count":{"n":"3"}}': 3 * 4 / 2,
+        loop.format(2): 4 / 2,
+        matmul("u", UNKNOWN, "x"): 2 * 2 * 2 * 2 / 4,
+        other("o", 5, "x"): 5 / 2,
+        kernel("k1", 40, "x"): 40 / 4 / 0.5,
+        kernel("k2", 3, "x"): (16 + 16) / 16,
+        "%q = bf16[1,1,8,4] parameter(1)": 0,
+        attention: 2 * 8 * 8 * 4 / 4 / 0.5,
+        synchronous("s", "x"): 0,
+    }
+    rates = Rates(2.0, 4.0, 16.0)
+    for line, expected in seconds.items():
+        lines = ("%q = bf16[1,1,8,4] parameter(1)", line) if line is attention else (line,)
+        assert work_seconds(program(*lines, before=body), rates) == expected, line
+    assert work_seconds(program(*seconds, before=body), rates) == sum(seconds.values())
+
+
+@pytest.mark.parametrize("clock_hz", [2.0, None])
+def test_what_a_plan_says_of_a_schedule(clock_hz: float | None) -> None:
+    """Of 2 × 4 ranks. Bytes on the wire: along expert 3/4 of 16, along node 1/2; over both at once 7/8, of which the
+    four ranks of the other node get four sevenths. Each byte is a second here."""
+    groups = {"s": "{0,1,2,3},{4,5,6,7}", "a": "{0,4},{1,5},{2,6},{3,7}", "b": "{0,1,2,3,4,5,6,7}"}
+
+    def along(line: str, name: str) -> str:
+        return line.replace("{{0,1}}", f"{{{groups[name]}}}")
+
+    module = program(
+        along(start("s", "x"), "s"),
+        matmul("m", 6, "x"),
+        other("o", 4, "x"),
+        done("d", "s"),
+        matmul("n", 4, "x"),
+        along(synchronous("a", "d"), "a"),
+        along(synchronous("b", "a"), "b"),
+        kernel("k1", 20, "b"),
+        kernel("k2", 5, "b"),
+    )
+    mesh, asked = {"node": 2, "expert": 4}, list[Any]()
+
+    def exchange(sent: Sent, exchanges: int, hierarchical: bool = False) -> float:
+        asked.append((sent, exchanges, hierarchical))
+        return sum(sent)
+
+    hardware = SimpleNamespace(clock_hz=clock_hz, peak_flops=2.0, memory_bandwidth=4.0)
+    here: Any = SimpleNamespace(sizes=mesh, hardware=hardware, exchange=exchange)
+    compiled: Any = SimpleNamespace(mesh=mesh)
+    found = compiled_programs._describe_schedule(module, compiled, here)
+    assert asked == [((12, 0), 1, True), ((0, 8), 1, True), (pytest.approx((6, 8)), 1, False)]
+    # A cycle is half a second; the kernels take 20 FLOPs at half the peak, and 32 bytes. Without cycles, as on a GPU,
+    # nothing but kernels takes time here.
+    cycles = 0.5 if clock_hz else 0.0
+    work, hidden, busy, possible = 14 * cycles + 20 + 8, 6 * cycles, 10 * cycles, 10 * cycles
+    assert found == pytest.approx(
+        {
+            "work_seconds": work,
+            "estimated_step_seconds": work + 34 - busy,
+            "exchanges_in_a_layer": 3,
+            "asynchronous_in_a_layer": 1,
+            "exchange_seconds": 34,
+            "hidden_seconds": hidden,
+            "busy_seconds": busy,
+            "hidden_share": hidden / 34,
+            "ceiling": possible / 34,
+            "reached_of_ceiling": 0.6 if clock_hz else 0,
+        }
+    )

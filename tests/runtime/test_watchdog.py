@@ -244,3 +244,18 @@ def test_where_an_error_was_raised_is_told_only_by_whose_it_is(
         watch._end(line)
         told = capsys.readouterr().err
         assert told.endswith(f"error: {line}\n") and told.count("\n") == (1 if "died" in line else 2)
+
+
+@pytest.mark.parametrize("me", [0, 1])
+def test_who_has_an_error_waits_for_the_verdict_before_it_ends(
+    job: Job, monkeypatch: pytest.MonkeyPatch, me: int
+) -> None:
+    """Twice the ten seconds in which process 0 finds out, and three beats of five; the others hear of it at once."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(job.watches[me], "_end", sys.exit)
+    with pytest.raises(SystemExit, match=f"^process {me} failed: ValueError: no$"):
+        job.watches[me].blame("ValueError: no")
+    assert slept == [35] and job.watches[me]._hurry.is_set()
+    job.tell()
+    assert job.watches[0]._peers[me].state["error"] == "ValueError: no"

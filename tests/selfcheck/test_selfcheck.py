@@ -16,8 +16,8 @@ from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.selfcheck import checks
-from bigmac_jax.selfcheck.rates import all_rates, find_hardware
+from bigmac_jax.selfcheck import checks, rates
+from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
 from bigmac_jax.training import step
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -157,3 +157,114 @@ def test_what_the_hardware_files_expect() -> None:
     assert all(value and value > 0 for value in (*h100.values(), *v5e.values()))
     absent = [types.SimpleNamespace(platform="cpu")] * 2
     assert all(rate.expected is None for rate in all_rates(absent, None))
+
+
+class Timed:
+    """In place of `rates._seconds`: every call takes so many seconds; what was to be timed is kept."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float):
+        self._seconds = seconds
+        monkeypatch.setattr(rates, "_seconds", self)
+
+    def __call__(self, function: Any, carry: Any, repeats: int) -> float:
+        self.function, self.carry, self.repeats = function, carry, repeats
+        return self._seconds
+
+
+def test_seconds_are_those_of_a_call_in_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is read behind two calls, of which one compiles, and behind the three that count."""
+    clock, done, read = iter([100.0, 106.0]), list[int](), list[int]()
+
+    def call(carry: int) -> int:
+        done.append(carry)
+        return carry + 2
+
+    def now() -> float:
+        read.append(len(done))
+        return next(clock)
+
+    monkeypatch.setattr(rates, "time", types.SimpleNamespace(perf_counter=now))
+    assert rates._seconds(call, 1, repeats=3) == 2.0
+    assert done == [1, 3, 5, 7, 9] and read == [2, 5]
+
+
+def test_the_rate_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arrays of 2²⁴ numbers are read and one is written, in two seconds."""
+    timed = Timed(monkeypatch, 2.0)
+    assert rates.memory_rate(True) == 3 * 4 * 2**24 / 2 and timed.repeats == 20
+    assert timed.carry.shape == (2**24,) and timed.carry.dtype == np.float32
+    y = np.asarray(timed.function(timed.carry))
+    assert (y == 1.5).all() and timed.carry.is_deleted()
+
+
+def test_the_rate_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three ranks sends five rows of 1024 numbers to each of the others, in half a second."""
+    timed, S = Timed(monkeypatch, 0.5), 3
+    assert rates.exchange_rate(jax.devices()[:S], 2 * 5.4 * 4096) == 2 * 5 * 1024 * 4 / 0.5 and timed.repeats == 10
+    assert timed.carry.shape == (S, S, 5, 1024) and timed.carry.sharding.shard_shape(timed.carry.shape)[0] == 1
+    numbers = np.arange(S * S, dtype=np.float32).reshape(S, S)[:, :, None, None] * np.ones((1, 1, 5, 1024), np.float32)
+    with jax.set_mesh(timed.carry.sharding.mesh):
+        swapped = timed.function(jax.device_put(numbers, timed.carry.sharding))
+    np.testing.assert_array_equal(swapped, numbers.swapaxes(0, 1))
+    assert rates.exchange_rate(jax.devices()[:2], 1.0) == 1024 * 4 / 0.5  # a row at least
+
+
+def test_the_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of a batch by the seconds of a step, which is given random tokens and the first learning rate."""
+    timed, steps = Timed(monkeypatch, 0.25), list[Any]()
+    config = rates.training_config(2, cpu=True)
+
+    class Trainer:
+        def __init__(self, *given: Any) -> None:
+            assert given[0] == config and given[1].shape == {"data": 1, "node": 1, "expert": 2, "tensor": 1}
+
+        def init(self, key: Any) -> str:
+            assert jax.random.key_data(key).tolist() == [0, 0]
+            return "state"
+
+        def rate(self, done: int) -> tuple[str, int]:
+            return "rate", done
+
+        def step(self, state: str, batch: Any, rate: Any) -> tuple[str, Any]:
+            steps.append((state, batch, rate))
+            return "after", None
+
+    monkeypatch.setattr(rates, "make_trainer", Trainer)
+    assert rates.training_rate(config, two()) == 4 * 128 / 0.25
+    assert (timed.carry, timed.repeats, timed.function("before")) == ("state", 3, "after")
+    ((state, batch, rate),) = steps
+    assert (state, rate) == ("before", ("rate", 0)) and batch.inputs_BL.shape == batch.targets_BL.shape == (4, 128)
+    assert (np.asarray(batch.inputs_BL)[:, 1:] == np.asarray(batch.targets_BL)[:, :-1]).all()
+    assert 8000 < np.asarray(batch.inputs_BL).max() < config.model.vocab_size
+
+
+def test_rates_are_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU the product is one device's already: simulated devices share its cores."""
+    monkeypatch.setattr(rates, "dense_matmul_rate", {"float32": 96.0, "bfloat16": 192.0}.__getitem__)
+    monkeypatch.setattr(rates, "training_rate", lambda config, devices: 60.0 * config.mesh.expert * len(devices))
+    monkeypatch.setattr(rates, "exchange_rate", lambda devices, sent: len(devices) * sent)
+    monkeypatch.setattr(rates, "memory_rate", lambda cpu: 5.0 + cpu)
+    for platform, expected in (
+        ("cpu", {"matmul float32": 96, "memory": 6, "all-to-all": 3 * 2**22, "training step": 180}),
+        ("gpu", {"matmul bfloat16": 64, "memory": 5, "all-to-all": 3 * 2**26, "training step": 180}),
+    ):
+        found = all_rates([types.SimpleNamespace(platform=platform)] * 3, None)
+        assert {rate.name: rate.measure() for rate in found} == expected
+        assert [rate.unit for rate in found] == ["FLOP", "B", "B", "token"]
+
+
+def test_how_a_rate_is_told(command: Any) -> None:
+    """With three digits, and beside what the hardware file says."""
+    program, found = command("selfcheck"), dict[str, Any]()
+    check = program._as_check(Rate("matmul", "FLOP", lambda: 1.5e12, 6e12), found)
+    assert check[:3] == ("rate matmul", "rate", "") and found == {}
+    assert check.run() == "1.5 TFLOP/s a device, 25% of the hardware file's 6 T"
+    alone = program._as_check(Rate("memory", "B", lambda: 2e10, None), found)
+    assert alone.run() == "20 GB/s a device"
+    assert found == {
+        "matmul": {"value": 1.5e12, "unit": "FLOP/s", "expected": 6e12, "share": 0.25},
+        "memory": {"value": 2e10, "unit": "B/s", "expected": None, "share": None},
+    }
+    values = (12_345e9, 1e12, 999.4e9, 1e9, 5.678e6, 1e6, 1234, 1000, 999, 0.5)
+    told = ["12.3 T", "1 T", "999 G", "1 G", "5.68 M", "1 M", "1.23 k", "1 k", "999 ", "0.5 "]
+    assert list(map(program._scaled, values)) == told

@@ -13,13 +13,16 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from training.runs import LIMIT
 
+from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.serving import api
-from bigmac_jax.serving.limits import Limits
+from bigmac_jax.serving.limits import ApiError, Limits
+from bigmac_jax.serving.protocol import make_protocol
 
 from .fakes import LONGEST, Served, held
 
@@ -172,6 +175,53 @@ async def test_nothing_of_a_refused_request_stays(monkeypatch: pytest.MonkeyPatc
         assert [fields() for fields in kept] == [None] * 3
     finally:
         gc.enable()
+
+
+@alone
+async def test_an_engine_that_fails_answers_all_that_wait() -> None:
+    """Each request once, however many completions it has; whoever asks later is refused."""
+    served, told = Served(), list[bool]()
+
+    def broken() -> Any:
+        raise RuntimeError("out of memory")
+
+    served.engine.step, worker = broken, served.worker  # type: ignore[method-assign]
+    worker._on_failure = lambda: told.append(worker.failed)
+    jobs = [served.generator.job([1], Sampling()) for _ in range(3)]
+    tickets = [worker.submit(jobs[:2], 0.0), worker.submit(jobs[2:], 0.0)]
+    assert not worker.failed
+    await until(lambda: told)
+    assert told == [True] and not worker._tickets
+    for ticket in tickets:
+        assert ticket.steps.qsize() == 1 and ticket.steps.get_nowait() is None
+    with pytest.raises(ApiError, match="the engine has failed") as error:
+        worker.check_queue(1)
+    assert error.value.status == 500 and (await served.ask(COMPLETIONS, SHORT))[0] == 500
+
+
+def test_an_answer_that_nobody_takes_ends_its_connection() -> None:
+    """After the seconds that a request has; not once the client reads on."""
+    asked, cancelled = [], []
+
+    def call_later(seconds: float, call: Any) -> Any:
+        asked.append((seconds, call))
+        return SimpleNamespace(cancel=lambda: cancelled.append(len(asked)))
+
+    made = make_protocol(Limits(seconds=7.0, arrival=3.0))
+    protocol: Any = made.__new__(made)
+    protocol.transport = SimpleNamespace(abort=lambda: None)
+    protocol.loop, paused = SimpleNamespace(call_later=call_later), []
+    protocol.flow = SimpleNamespace(
+        pause_writing=lambda: paused.append(True), resume_writing=lambda: paused.append(False)
+    )
+    protocol.resume_writing()
+    assert (asked, cancelled, paused) == ([], [], [False])
+    for number in (1, 2):
+        protocol.pause_writing()
+        assert asked[number - 1 :] == [(7.0, protocol.transport.abort)] and len(cancelled) == number - 1
+        protocol.resume_writing()
+        assert cancelled == list(range(1, number + 1))
+    assert paused == [False, True, False, True, False]
 
 
 @alone

@@ -92,6 +92,41 @@ def test_texts_are_read_over_a_network_that_fails(scheme: str, mode: str, tmp_pa
         assert proxy.refused > 0 and found == [json.loads(row)["text"] for row in rows]
 
 
+def test_a_folder_is_fetched_whole_or_not_at_all(
+    place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of what was there before, which stays if the store fails on the way; nothing half-way is left."""
+    folder, target = storage.locate(place, "workdir") / "run", tmp_path / "copies" / "run"
+    contents = {"a.txt": b"one", "b/c.txt": b"two", "b/d/e.txt": b""}
+    for name, content in contents.items():
+        storage.write_atomically(folder / name, content)
+    storage.write_atomically(storage.locate(place, "workdir") / "runs.txt", b"beside it")
+    target.mkdir(parents=True)
+    (target / "old.txt").write_text("old")
+
+    def found() -> dict[str, bytes]:
+        assert [path.name for path in target.parent.iterdir()] == ["run"]
+        return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    with monkeypatch.context() as patch:
+
+        def half(*_: object, **__: object) -> None:
+            raise ConnectionResetError
+
+        patch.setattr(storage.filesystem(folder), "get", half)
+        with pytest.raises(ConnectionResetError):
+            storage.fetch_tree(folder, target)
+    assert found() == {"old.txt": b"old"}
+    storage.fetch_tree(folder, target)
+    assert found() == contents
+    with storage.local_folder(folder) as copy:
+        assert copy.name == "run" and (copy / "b" / "c.txt").read_bytes() == b"two"
+    assert not copy.exists()
+    nothing = folder.parent / "nothing"
+    with pytest.raises(ConfigError, match="/nothing holds nothing; give a folder"), storage.local_folder(nothing):
+        pass
+
+
 def test_a_bucket_that_is_not_there_is_not_made(place: str) -> None:
     wrong = storage.locate(place.replace("bucket", "buket"), "workdir")
     storage.make_folder(wrong)
