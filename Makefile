@@ -48,12 +48,12 @@ smoke: $(VENV)/installed-dev
 	$(PYTEST) tests/model tests/training --ignore=tests/model/test_axes.py --ignore=tests/model/test_expert_parallel.py
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,tpu]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,gpu,hf,lm-eval,notebook,tpu]"
 	JAX_PLATFORMS=cpu $(PYTEST) -m "full or not full"
 
 # One of sixteen parts of what `make test` leaves out, another one for every tree; what the parent fails too does not count.
 test-part: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,tpu]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,hf,lm-eval,notebook,tpu]"
 	JAX_PLATFORMS=cpu $(BIN)/python tests/part.py
 
 lint: $(VENV)/installed-dev

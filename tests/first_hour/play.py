@@ -12,6 +12,7 @@ model of a few steps there. The environment is this Python's: `make` finds it as
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,10 +86,14 @@ def play(blocks: list[Block], folder: pathlib.Path) -> list[Outcome]:
         argv = (
             [sys.executable, "-c", block.code] if block.language == "python" else ["bash", "-ec", script(block, folder)]
         )
+        job = subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True)  # fmt: skip
         try:
-            ended = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
-            code, output = ended.returncode, ended.stdout + ended.stderr
+            output, _ = job.communicate(timeout=LIMIT)
+            code = job.returncode
         except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)  # with what it has started
+            job.wait()
             code, output = 124, f"it took over {LIMIT} s; mark it with steps=N or skip=long"
         outcomes.append(Outcome(block, code, time.monotonic() - start, output))
         print(outcomes[-1].describe(), flush=True)

@@ -46,10 +46,10 @@ SKEWS = ("uniform", "one", "elsewhere")
 
 
 def chosen(skew: str, N: int, K: int, experts: int) -> np.ndarray:
-    """Local experts of each row: at random, all the same ones, or almost all elsewhere."""
+    """Local experts of each row: at random, all the last ones, or almost all elsewhere."""
     score = np.random.default_rng(0).random((N, 2 * experts))
     if skew == "one":
-        score[:, :K] += 1
+        score[:, experts - K : experts] += 1  # behind all empty ones, whose blocks they would get
     if skew == "elsewhere":
         score[3:, experts:] += 1
     return np.minimum(np.argsort(-score, axis=1)[:, :K], experts).astype(np.int32)

@@ -214,6 +214,11 @@ def test_a_search_that_finds_nothing_says_what_would_fit() -> None:
     assert f"this changes what is computed: {note}" in text.splitlines()
 
 
+def test_what_would_fit_is_in_the_words_of_the_topology() -> None:
+    made = plan("configs/paper/gpt3_6_7b.py", ("mesh.expert=2",), topology="h100:1x2", search=True)
+    assert "--topology=h100:4x2" in made["best"]["would_fit"] and not made["fits"]
+
+
 def test_more_devices_in_the_words_of_the_topology() -> None:
     gpus, slice_ = topologies.parse_topology("h100:4x8"), topologies.parse_topology("v5e:4x8")
     assert topologies.respell_devices(gpus, "--devices=64") == "--topology=h100:8x8"

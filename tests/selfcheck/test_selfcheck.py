@@ -28,6 +28,29 @@ def selfcheck(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(
+    ("platform", "slices", "processes", "expected"),
+    [
+        ("tpu", [0, 0, 1, 1], [0, 0, 1, 1], 2),
+        ("tpu", [0, 0, 0, 1, 1, 1, 2, 2, 2], [0] * 9, 3),
+        ("tpu", [0, 0, 1], [0] * 3, 1),  # no whole number of devices each
+        ("tpu", [0, 1], [0, 1], 1),  # one device each: nothing inside a node
+        ("gpu", [None] * 6, [0, 0, 1, 1, 2, 2], 3),
+        ("gpu", [None] * 4, [0] * 4, 2),
+        ("cpu", [None] * 4, [0, 1, 2, 3], 2),
+        ("tpu", [1] * 4, [0] * 4, 2),
+        ("cpu", [None] * 3, [0] * 3, 1),
+        ("cpu", [None] * 2, [0] * 2, 1),
+    ],
+)
+def test_nodes(platform: str, slices: list[int | None], processes: list[int], expected: int) -> None:
+    devices = [
+        types.SimpleNamespace(platform=platform, slice_index=slice_, process_index=process)
+        for slice_, process in zip(slices, processes, strict=True)
+    ]
+    assert checks.count_nodes(devices) == expected
+
+
 def two() -> list[Any]:
     return jax.devices()[:2]
 

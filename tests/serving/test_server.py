@@ -154,6 +154,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": []}, "prompt", "empty"),
     ({"stop": [1]}, "stop", "must be a text"),
     ({"stop": [""]}, "stop", "not empty"),
+    ({"stop": ["a" * 257]}, "stop", "at most 256 characters"),
+    ({"stop": ["a"] * 17}, "stop", "up to 16"),
     ({"seed": 1.5}, "seed", "integer"),
     ({"logprobs": 21}, "logprobs", "[0, 20]"),
     ({"echo": True, "logprobs": 1}, "echo", "not supported"),
@@ -162,6 +164,25 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": 3}, "stream_options", "object"),
     ({"messages": []}, "messages", "unknown field"),
 ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": ["a" * 256] * 16},
+        {"temperature": 0},
+        {"top_p": 1},
+        {"n": 4},
+        {"logprobs": 0},
+        {"logprobs": 20},
+        {"max_tokens": 1},
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_the_bounds_are_taken(server: Server, fields: dict[str, Any]) -> None:
+    status, answer, _ = server.ask(COMPLETIONS, ASKED | {"max_tokens": 2} | fields)
+    assert status == 200, answer
+    assert len(answer["choices"]) == fields.get("n", 1)
 
 
 @pytest.mark.parametrize(("fields", "param", "said"), BAD, ids=lambda v: str(v)[:30])

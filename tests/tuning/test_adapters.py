@@ -128,6 +128,8 @@ def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
 def test_merged_is_adapted(name: str) -> None:
     """Logits of the model with adapters beside its matrices, and of the one that has them in these."""
     config = with_adapters(MESHES[name])
+    biased = dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0)  # a bias is no parameter
+    config = dataclasses.replace(config, model=biased)
     with quick(), on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         beside = nnx.merge(graphdef, attached(config, params, random_adapters(config, params)), rest)
