@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import pathlib
-import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +28,7 @@ _PLACES = ("data.source", "data.validation_source", "data.test_source", "data.mi
 # What it doesn't take, because somebody else may have written the config: what is rendered or run beside the model,
 # and where metrics go.
 _OF_USER = ("tuning.chat_template", "train.wandb", "train.tasks", "train.tasks_every")
+_EXAMPLE = 'as load_config("tiny", {"model.top_k": 2})'
 _log = logging.getLogger(__name__)
 
 
@@ -152,19 +153,24 @@ def _names(overrides: Sequence[str]) -> set[str]:
 
 def _read(path: str, overrides: Sequence[str]) -> Config:
     name, _, argument = path.partition(":")
-    with _one_line(f"--config={path!r} could not be read"):
+    what = f"--config={path!r} could not be read"
+    with _one_line(what):
         file = _find(name)
+    with _one_line(what, str(file)):
         if file.suffix == ".json":
             return drop_user_fields(unresolve(Config.from_json(file.read_text(), name)), name, overrides)
         spec = importlib.util.spec_from_file_location("bigmac_config_file", file)
         assert spec and spec.loader, file  # is_file() holds; a name without .py has no loader
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"{name} has no get_config(); define one that returns a Config, {_EXAMPLE}")
         config = module.get_config(*([argument] if argument else []))
         if isinstance(config, ConfigDict):
             config = from_dict(config.to_dict())
         if not isinstance(config, Config):
-            raise TypeError(f"get_config() returned {type(config).__name__}, not a Config")
+            kind = type(config).__name__
+            raise ConfigError(f"get_config() of {name} returned {kind}, not a Config; return one, {_EXAMPLE}")
     return config
 
 
@@ -182,19 +188,20 @@ def _find(name: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turns whatever a user's config file raises into one line that names the place."""
+def _one_line(what: str, file: str = "") -> Iterator[None]:
+    """Turns whatever a user's config file raises into one line that names the line of that file, if it is one's."""
     try:
         yield
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        trace = sys.exc_info()[2]
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else "?")
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        if isinstance(error, SyntaxError) and error.filename == file:
+            lines.append(error.lineno)
+        where = f" at line {lines[-1]}" if lines else ""
         try:
             message = " ".join(str(error).split())
         except Exception:
             message = "its message cannot be printed"
-        raise ConfigError(f"{what}: {type(error).__name__} at line {line}: {message}") from None
+        raise ConfigError(f"{what}: {type(error).__name__}{where}: {message}") from None

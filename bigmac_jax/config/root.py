@@ -100,6 +100,12 @@ class Config(Section):
             values = parse_object(text)
         except ValueError as error:
             raise ConfigError(f"{name} is not valid JSON ({error}); restore it or start a new workdir") from None
+        if {"model_type", "architectures"} & set(values):
+            folder = os.path.dirname(name) or "."
+            raise ConfigError(
+                f"{folder} is a Hugging Face folder, not a run; make one with bigmac convert import "
+                f"--checkpoint={folder} --workdir=NEW, or train from it with --config.train.init_from={folder}"
+            )
         values.pop("cache_dir", None)
         return from_dict(values)
 

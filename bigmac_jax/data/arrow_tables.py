@@ -106,9 +106,8 @@ def _check_field(path: pathlib.Path, field: TextField, schema: Any) -> None:
     name, texts = field.name, [column.name for column in schema if _is_text(column.type)]
     is_null = name in schema.names and pa.types.is_null(schema.field(name).type)
     if name not in texts and not (is_null and field.skips_null):
-        raise field.type_error(
-            str(path), f"holds {schema.field(name).type}" if name in schema.names else "is missing", texts
-        )
+        found = f"holds {schema.field(name).type}" if name in schema.names else "is missing"
+        raise field.type_error(str(path), found, texts, schema.names)
 
 
 def _is_text(kind: Any) -> bool:

@@ -212,7 +212,7 @@ def _read_csv(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, cou
                     raise ConfigError(f"{place} has {len(row)} columns, its first line {len(names)}; check quotes")
                 values = dict(zip(names, row, strict=True))
                 if field.name not in values:
-                    raise field.type_error(place, "is missing", names)
+                    raise field.type_error(place, "is missing", names, names)
                 yield str(path), values[field.name], bool(replaced)
                 replaced.clear()
         except csv.Error as error:

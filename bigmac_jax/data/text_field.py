@@ -1,11 +1,13 @@
 """The field of a row that holds its text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.data.documents import ReadCounts
 
+# Fields of the rows that a model is tuned on, and the tuning.objective that reads them.
+_ROWS = {"chosen": "dpo", "messages": "sft", "conversations": "sft", "completion": "sft"}
 _SKIP = "leave such rows out with data.null_rows=skip"
 
 
@@ -24,21 +26,24 @@ class TextField(NamedTuple):
             return text
         others = [name for name, value in row.items() if isinstance(value, str)]
         if text is not None:
-            raise self.type_error(where(), f"holds {type(text).__name__}", others)
+            raise self.type_error(where(), f"holds {type(text).__name__}", others, row)
         if self.skips_null:
             counts.null += 1
             return None
         if self.name in row:
             raise self.null_error(where())
-        raise ConfigError(f"{self.type_error(where(), 'is missing', others)}, or {_SKIP}")
+        skip = "" if _ROWS.keys() & row else f", or {_SKIP}"
+        raise ConfigError(f"{self.type_error(where(), 'is missing', others, row)}{skip}")
 
     def null_error(self, place: str) -> ConfigError:
         """Makes the error of a row whose text is null."""
         return ConfigError(f"{place}: data.text_field={self.name!r} is null; mend the row, or {_SKIP}")
 
-    def type_error(self, place: str, found: str, others: list[str]) -> ConfigError:
-        """Makes the error of a row or column that is `found` not to be a text; `others` are."""
-        return ConfigError(
-            f"{place}: data.text_field={self.name!r} {found}; set data.text_field to a field of text, "
-            f"one of {', '.join(others) or '(none here)'}"
-        )
+    def type_error(self, place: str, found: str, others: list[str], names: Collection[str]) -> ConfigError:
+        """Makes the error of a row or column that is `found` not to be a text; of its fields, `names`, `others` are."""
+        found_rows = [name for name in _ROWS if name in names][:1]
+        fixes = [f"rows with {name} are of tuning.objective={_ROWS[name]}; give that" for name in found_rows]
+        if others:
+            fixes.append(f"set data.text_field to a field of text, one of {', '.join(others)}")
+        fix = ", or ".join(fixes) or "no field here is text: give another data.source"
+        return ConfigError(f"{place}: data.text_field={self.name!r} {found}; {fix}")

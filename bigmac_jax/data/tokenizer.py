@@ -268,6 +268,11 @@ def _load_gpt2() -> Tokenizer:
 
 def _load_bpe(config: Config) -> Tokenizer:
     """Our BPE of model.vocab_size tokens, from the cache or trained on the training split."""
+    if (aim := config.tuning.objective) != "pretrain":
+        raise ConfigError(
+            f"data.tokenizer=bpe is trained on texts, and tuning.objective={aim} has rows; give a model to begin with "
+            f"(train.init_from), whose tokenizer is taken, or another data.tokenizer"
+        )
     size = config.model.vocab_size
     train = open_documents(config.data, "train", config.cache_dir)
     path = make_cache_directory(config.cache_dir, "tokenizers") / f"bpe-{size}-{train.fingerprint[:20]}.sealed.json"

@@ -5,9 +5,11 @@ import json
 import math
 import pathlib
 import random
+import re
 from typing import Any
 
 import pytest
+from first_hour.pages import ROOT
 
 from bigmac_jax.config import (
     MAY_CHANGE,
@@ -29,6 +31,7 @@ from bigmac_jax.config import (
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import all_field_types
+from bigmac_jax.training.workdir import read_config
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
@@ -207,11 +210,11 @@ FILES = {
     "exits": ("import sys\nsys.exit(3)\n", ("SystemExit at line 2",)),
     "syntax": ("def get_config(:\n", ("SyntaxError at line 1",)),
     "imports nothing": ("import no_such_module\n", ("ModuleNotFoundError at line 1", "no_such_module")),
-    "no get_config": ("x = 1\n", ("get_config",)),
+    "no get_config": ("x = 1\n", ("broken.py has no get_config(); define one that returns a Config, as load_config(",)),
     "returns None": ("def get_config():\n    return None\n", ("NoneType, not a Config",)),
     "returns a number": ("def get_config():\n    return 7\n", ("int, not a Config",)),
     "returns the class": (MINIMAL.replace("Config()", "Config"), ("type, not a Config",)),
-    "wants an argument": ("def get_config(name):\n    return name\n", ("TypeError",)),
+    "wants an argument": ("def get_config(name):\n    return name\n", ("TypeError: get_config() missing",)),
     "invalid": (
         "from bigmac_jax.config import *\ndef get_config():\n    return Config(model=ModelConfig(top_k=99))\n",
         ("model.top_k=99",),
@@ -270,7 +273,29 @@ def test_a_file_with_an_argument_and_a_config_dict(tmp_path: pathlib.Path) -> No
         "def get_config(size):\n    return ConfigDict({'model': {'hidden_size': int(size)}})\n"
     )
     assert load_config(f"{path}:64").model.hidden_size == 64
-    assert "TypeError" in refusal(path)
+    assert "TypeError: get_config() missing" in refusal(path)  # no line of another file
+
+
+def test_a_config_file_as_the_docs_write_it(tmp_path: pathlib.Path) -> None:
+    """docs/training.md: a shipped config with changes, an argument, and a partial JSON file over the defaults."""
+    text = (ROOT / "docs" / "training.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "mine.py").write_text(text)
+    config = load_config(tmp_path / "mine.py")
+    assert config == load_config(f"{tmp_path}/mine.py:400") == load_config("tiny", {"train.steps": 400})
+    assert load_config(f"{tmp_path}/mine.py:7").train.steps == 7
+    (tmp_path / "part.json").write_text('{"train": {"steps": 7}}')
+    assert load_config(tmp_path / "part.json") == load_config({"train.steps": 7})
+
+
+@pytest.mark.parametrize("key", ["model_type", "architectures"])
+def test_a_folder_of_hugging_face_is_no_run(tmp_path: pathlib.Path, key: str) -> None:
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": 7, "{key}": "x"}}')
+    said = (
+        f"{tmp_path} is a Hugging Face folder, not a run; make one with bigmac convert import --checkpoint={tmp_path} "
+    )
+    assert refusal(tmp_path / "config.json").startswith(said)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_config(tmp_path)
 
 
 def test_from_dict_refuses_wrong_types() -> None:

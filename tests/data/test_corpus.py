@@ -237,7 +237,15 @@ def test_byte_order_mark_in_jsonl(tmp_path):
         ("[" * 100_000, "a.jsonl line 2 is not valid JSON"),
         ('["text"]', "line 2 is a JSON list; each line must be one JSON object"),
         ('{"body": "x"}', "line 2: data.text_field='text' is missing; set data.text_field to .*body"),
-        ('{"text": 7}', "line 2: data.text_field='text' holds int"),
+        ('{"text": 7}', "line 2: data.text_field='text' holds int; no field here is text: give another data.source$"),
+        ('{"id": 7}', "is missing; no field here is text: give another data.source, or leave such rows out with"),
+        ('{"messages": []}', "is missing; rows with messages are of tuning.objective=sft; give that$"),
+        ('{"conversations": []}', "is missing; rows with conversations are of tuning.objective=sft; give that$"),
+        (
+            '{"prompt": "a", "completion": "b"}',
+            "rows with completion are of tuning.objective=sft; .* prompt, completion$",
+        ),
+        ('{"prompt": [], "chosen": [], "rejected": []}', "is missing; rows with chosen are of tuning.objective=dpo"),
     ],
 )
 def test_bad_lines(tmp_path, line, message):

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, identity with the unsplit text, and clear refusals."""
 
+import dataclasses
 import json
 import random
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 from conftest import SAMPLE
 
-from bigmac_jax.config import ConfigError
+from bigmac_jax.config import Config, ConfigError, DataConfig, TrainConfig, TuningConfig
 from bigmac_jax.data import tokenizer as module
 from bigmac_jax.data.documents import Documents, cut_text
 from bigmac_jax.data.sotu import speech_files
@@ -34,6 +35,14 @@ def test_round_trip(tokenizer):
         assert tokenizer.eos_id not in ids
         assert not ids or 0 <= min(ids) <= max(ids) < tokenizer.vocab_size
     assert tokenizer.encode_batch([SAMPLE, "", "a b"]) == [tokenizer.encode(t) for t in (SAMPLE, "", "a b")]
+
+
+@pytest.mark.parametrize("tuning", ["sft", "dpo"])
+def test_rows_train_no_tokenizer(tuning):
+    config = Config(data=DataConfig(source="a.jsonl"), train=TrainConfig(init_from="x"))
+    config = dataclasses.replace(config, tuning=TuningConfig(tuning))
+    with pytest.raises(ConfigError, match=rf"{tuning} has rows; give a model to begin with \(train.init_from\)"):
+        load_tokenizer(config)
 
 
 def test_decode_never_fails(tokenizer):
