@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from model.tools import QUICK, assert_close, on_mesh, random_model, random_tokens, split_batch, split_tokens, tiny
+from model.tools import (
+    QUICK,
+    assert_close,
+    leaves,
+    on_mesh,
+    random_model,
+    random_tokens,
+    split_batch,
+    split_tokens,
+    tiny,
+)
 
 from bigmac_jax.data.batch import NO_TARGET, batch_from_windows
 from bigmac_jax.model.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
@@ -150,6 +160,36 @@ def test_token_scores(monkeypatch: pytest.MonkeyPatch, mesh: tuple[int, ...]) ->
     np.testing.assert_allclose(scores.nll_BL, expected, rtol=1e-5)
     np.testing.assert_array_equal(scores.likeliest_BL, logits_BLV.argmax(-1) == targets_BL)
     assert np.asarray(scores.likeliest_BL)[::2, -1].all() and not np.asarray(scores.likeliest_BL).all()
+
+
+def test_nll_of_tokens_over_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of two ranks, in chunks, and gradients of a sum that weighs each token, are those of one with whole
+    logits."""
+    limit_chunks(monkeypatch, 600)
+    fields = {"structure": "dense", "num_layers": 1, "tie_embeddings": False}
+    windows = random_tokens(tiny(**fields))
+    weights_BL = np.random.default_rng(5).standard_normal((8, 8)).astype(np.float32)
+
+    def in_chunks(model: Any, batch: Any) -> Any:
+        return jax.sharding.reshard(loss.token_nll(model, batch)[0], token_spec(2))
+
+    def whole(model: Any, batch: Any) -> Any:
+        log_p_BLV = jax.nn.log_softmax(model(batch.inputs_BL)[0])
+        return -jnp.take_along_axis(log_p_BLV, batch.targets_BL[..., None], -1)[..., 0]
+
+    def of_ranks(tensor: int, nll: Any) -> dict[str, Any]:
+        def total(model: Any, weights_BL: Any, batch: Any) -> Any:
+            nll_BL = nll(model, batch)
+            return jnp.sum(nll_BL * weights_BL), nll_BL
+
+        config = tiny((1, 1, 1, tensor), **fields)
+        with on_mesh(config):
+            step = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
+            batch = jax.tree.map(split_batch, batch_from_windows(windows))
+            gradients, nll_BL = step(random_model(config), split_tokens(weights_BL), batch)
+            return leaves(gradients) | {"nll_BL": np.asarray(nll_BL)}
+
+    assert_close(of_ranks(2, in_chunks), of_ranks(1, whole))
 
 
 @pytest.mark.parametrize("entries", [1, 7, 100, 1000, 2**22])

@@ -29,7 +29,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
-from bigmac_jax.training.step import merge_adapters, split_model
+from bigmac_jax.training.step import Trainer, TrainState, merge_adapters, split_model
 from bigmac_jax.tuning.peft import export_adapters
 
 ALL = "attention,projections,shared,experts,router"
@@ -138,6 +138,30 @@ def test_merged_is_adapted(name: str) -> None:
         without = np.asarray(jax.jit(lambda m, t: m(t)[0])(nnx.merge(graphdef, params, rest), tokens))
     assert np.abs(logits[0] - logits[1]).max() <= 1e-5 * np.abs(logits[0]).max()
     assert np.abs(logits[0] - without).max() > 1e-2 * np.abs(without).max()
+
+
+def test_the_model_that_is_evaluated() -> None:
+    """Of the average of the parameters where there is one, with adapters merged where there are some: W + s A B."""
+    config, scale = with_adapters(targets="attention"), 3.0 / 2
+    with quick(), on_mesh(config):
+        graphdef, params, rest = split_model(random_model(config))
+        adapters = random_adapters(config, params)
+        average = jax.tree.map(lambda v: 2 * v, adapters)
+        nothing: Any = None
+        trainer = Trainer(graphdef, nothing, nothing, nothing, nothing, nothing, nothing, config)
+        state = TrainState(np.int32(0), adapters, rest, None, average=average, base=params)  # type: ignore[arg-type]
+        found, base, pairs = (leaves(of) for of in (trainer.plain_model(state), params, average))
+        adapted_ = {name.removesuffix(".a") for name in pairs if name.endswith(".a")}
+        assert len(adapted_) == 4
+        expected = {
+            name: value + scale * pairs[f"{name}.a"] @ pairs[f"{name}.b"] if name in adapted_ else value
+            for name, value in base.items()
+        }
+        assert_close(found, expected)
+        whole = dataclasses.replace(config, tuning=TuningConfig())
+        alone = dataclasses.replace(state, params=params, average=None, base=None)
+        plain = trainer._replace(config=whole).plain_model(alone)
+        assert all((value == base[name]).all() for name, value in leaves(plain).items())
 
 
 @pytest.mark.full

@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.tools import QUICK, assert_close, leaves, on_mesh, random_model, some, split_batch, tiny
+from training.tools import quick
 
 from bigmac_jax.config import Config, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference.generator import Generator
+from bigmac_jax.model.mesh import place
 from bigmac_jax.training.dpo import dpo_loss, sum_pairs
 from bigmac_jax.training.loss import loss_fn, token_nll
+from bigmac_jax.tuning import reference_scores
+from bigmac_jax.tuning.reference_scores import reference_nll
 
 BETA = 0.3
 MESHES = {"1x1": (1, 1, 1, 1), "ep 2 x tensor 2": (1, 1, 2, 2), "2x2": (2, 1, 2, 1), "ep 8": (1, 1, 8, 1)}
@@ -106,6 +110,24 @@ def test_gradients_of_the_model_on_every_mesh(name: str) -> None:
         return -jnp.sum(jnp.asarray(weights, jnp.float32) * log_p[..., 0])
 
     assert_close(ours, gradients(one, weighted), 3e-5)
+
+
+def test_the_reference_scores_every_window_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven in batches of three, which two ranks make four: the last one is not full."""
+    config = tuned((2, 1, 1, 1), structure="dense", num_shared_experts=0)
+    batch = random_batch(config, 3)
+    rows = [np.stack([of[w] for of in batch[:3]] + [np.zeros_like(batch.inputs_BL[w])]) for w in range(8)]
+    shapes: list[Any] = []
+    monkeypatch.setattr(
+        reference_scores, "place", lambda b, spec: (shapes.append(b.inputs_BL.shape), place(b, spec))[1]
+    )
+    with quick(), on_mesh(config):
+        model = random_model(config)
+        found = reference_nll(model, rows[:7], batch_size=3)  # type: ignore[arg-type]
+        nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(model, jax.tree.map(split_batch, batch))
+    assert shapes == [(4, 16)] * 2 and found.shape == (7, 16) and found.dtype == np.float32
+    there = batch.targets_BL[:7] != NO_TARGET
+    np.testing.assert_allclose(found[there], np.asarray(nll_BL)[:7][there], rtol=1e-5)
 
 
 @pytest.mark.full

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -35,6 +36,16 @@ CASES = {
     ),
     "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the code of a model to a folder of its own, and imports it from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        for module in (transformers.dynamic_module_utils, transformers.utils.hub):
+            patch.setattr(module, "HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)

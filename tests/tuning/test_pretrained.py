@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from model.tools import leaves, on_mesh, random_model, tiny
 from safetensors.numpy import save_file
 from training.tools import quick, read_records, small
@@ -112,6 +114,20 @@ def test_it_resumes_bit_for_bit_without_the_other(base: tuple[Config, pathlib.Pa
         [record["loss"] for record in read_records(tmp_path / name) if "loss" in record] for name in ("whole", "halves")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("rows", [10, 4])
+def test_a_table_gets_more_rows_or_fewer(rows: int) -> None:
+    """The new ones are the mean of the old; the others stay, split over the ranks as they are to be."""
+    config = tiny((1, 1, 1, 2))
+    table = np.arange(24, dtype=np.float32).reshape(6, 4) ** 2
+    with on_mesh(config):
+        mesh = jax.sharding.get_mesh()
+        like = jax.ShapeDtypeStruct((rows, 4), np.float32, sharding=NamedSharding(mesh, P("tensor", None)))
+        found = pretrained_module._resize(jax.device_put(table, NamedSharding(mesh, P("tensor", None))), like)
+    expected = [*table, *[table.mean(0)] * 4][:rows]
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
+    assert found.sharding.shard_shape(found.shape) == (rows // 2, 4)
 
 
 @pytest.mark.full

@@ -1,14 +1,28 @@
 """convert.py latent, upcycle and widen: a run becomes another run, which is evaluated and trained further."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from training.tools import ROOT, write_config
+from model.tools import abstract_model, on_mesh, random_model, tiny
+from training.tools import ROOT, quick, small, write_config
 
-pytestmark = pytest.mark.full
+from bigmac_jax.config import Config, ConfigError, TrainConfig, TuningConfig
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
+from bigmac_jax.data.encoding import Counts
+from bigmac_jax.data.token_cache import MemoryStream
+from bigmac_jax.model.mesh import batch_spec, place
+from bigmac_jax.training import programs
+from bigmac_jax.training.new_run import write_new_run
+from bigmac_jax.tuning import conversion, restore_step
+from bigmac_jax.tuning.conversion import converted_run
+from bigmac_jax.tuning.conversion.converted_run import measure, new_run_config, sample_windows
 
 
 def command(*argv: str, code: int = 0) -> str:
@@ -27,6 +41,7 @@ def loss(workdir: pathlib.Path) -> float:
     return json.loads(command("eval.py", f"--workdir={workdir}", "--split=validation", "--json"))["loss"]
 
 
+@pytest.mark.full
 def test_latent(tmp_path: pathlib.Path) -> None:
     run, new = trained(tmp_path, "--config.model.structure=fine_grained"), tmp_path / "new"
     command("convert.py", "latent", run, f"--output={new}", "--ratio=0.5", "--tokens=2000", "--config.train.steps=4")
@@ -42,6 +57,7 @@ def test_latent(tmp_path: pathlib.Path) -> None:
     command("convert.py", "export", f"--workdir={new}", f"--output={tmp_path / 'exported'}")
 
 
+@pytest.mark.full
 def test_upcycle_and_widen(tmp_path: pathlib.Path) -> None:
     run, sparse, wide = trained(tmp_path, "--config.model.structure=dense"), tmp_path / "sparse", tmp_path / "wide"
     command("convert.py", "upcycle", run, f"--output={sparse}", "--experts=4", "--top_k=2")
@@ -52,6 +68,7 @@ def test_upcycle_and_widen(tmp_path: pathlib.Path) -> None:
     assert "fine_grained: 8 experts" in out
 
 
+@pytest.mark.full
 def test_refusals(tmp_path: pathlib.Path) -> None:
     run = trained(tmp_path)
     assert "can't be given a narrow exchange" in command(
@@ -69,6 +86,7 @@ def test_refusals(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.full
 def test_a_qwen3_moe(tmp_path: pathlib.Path) -> None:
     """From a folder in its layout to a narrow one that trains and is exported."""
     qwen = ("structure=fine_grained", "gated=true", "activation=silu", "num_shared_experts=0")
@@ -90,6 +108,7 @@ def test_a_qwen3_moe(tmp_path: pathlib.Path) -> None:
     command("train.py", f"--config={narrow / 'config.json'}", f"--workdir={narrow}", "--config.train.steps=3")
 
 
+@pytest.mark.full
 def test_another_teacher_is_refused(tmp_path: pathlib.Path) -> None:
     trained(tmp_path, "--config.train.steps=1")
     own = [f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'pupil'}"]
@@ -100,3 +119,133 @@ def test_another_teacher_is_refused(tmp_path: pathlib.Path) -> None:
         teacher = f"--config.tuning.teacher={tmp_path / 'run'}"
         assert why in command("train.py", *own, teacher, f"--config.{field}", code=2)
     assert "holds no model" in command("train.py", *own, "--config.tuning.teacher=nowhere", code=2)
+
+
+def memory_stream(count: int, eos_id: int = -1) -> MemoryStream:
+    return MemoryStream(np.arange(count), Counts(tokens=count), eos_id)
+
+
+def test_windows_are_spread_evenly_over_the_text() -> None:
+    """Of 97 tokens 24 windows of four; in batches of three that are padded to the two ranks."""
+    config = tiny((2, 1, 1), batch=2, length=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))
+    with on_mesh(config):
+        object.__setattr__(config.data, "batch_size", 3)
+        batches = sample_windows(config, memory_stream(97), 17)
+        assert [len(batch.inputs_BL) for batch in batches] == [4, 4]
+        inputs, targets = (np.concatenate(of) for of in list(zip(*batches, strict=True))[:2])
+        assert inputs[:5, 0].tolist() == [0, 4 * 6, 4 * 12, 4 * 17, 4 * 23] and (np.diff(inputs[:5]) == 1).all()
+        assert (targets[:5] == inputs[:5] + 1).all() and (targets[5:] == NO_TARGET).all()
+        assert sum(len(batch.inputs_BL) for batch in sample_windows(config, memory_stream(97), 16)) == 4
+        (few,) = sample_windows(config, memory_stream(16), 10**6)  # three windows, and a rest
+        assert few.inputs_BL[:, 0].tolist() == [0, 4, 8, 0] and few.segments_BL is None
+        with pytest.raises(ConfigError, match=r"has fewer tokens than a window of 4; use more text"):
+            sample_windows(config, memory_stream(4), 4)
+        object.__setattr__(config.data, "documents", "masked")
+        (masked,) = sample_windows(config, memory_stream(5, eos_id=2), 4)
+        assert masked.inputs_BL[0].tolist() == [0, 1, 2, 3]
+        assert masked.segments_BL is not None and masked.segments_BL[:2].tolist() == [[0, 0, 1, 1], [PADDING] * 4]
+
+
+def test_a_new_run_has_a_config_of_its_own() -> None:
+    """It begins with what is written, and is not tuned as the old one was."""
+    train = TrainConfig(init_from="x", tasks="arithmetic", tasks_every=5, steps=7, seed=3)
+    tuning = TuningConfig(lora_rank=2, teacher="y")
+    old = Config(model=tiny().model, train=train, tuning=tuning)
+    new = new_run_config(old, ["train.steps=9", "optimizer.learning_rate=0.5"])
+    assert new.train == TrainConfig(steps=9, seed=3) and new.tuning == TuningConfig()
+    assert new.optimizer == dataclasses.replace(old.optimizer, learning_rate=0.5)
+    assert (new.model, new.data) == (old.model, old.data)
+    for override, why in (
+        ("model.top_k=1", r"--config\.model\.top_k=1: the model says what it is"),
+        ("data.tokenizer=bytes", r"--config\.data\.tokenizer=bytes: a model keeps the tokenizer"),
+        ("train.init_from=x", r"give it to train\.py"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            new_run_config(old, ["train.steps=9", override])
+
+
+def test_a_report_measures_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over all targets of all batches, and the parameters of routed experts, or of a dense model's MLPs."""
+    with on_mesh(tiny()):
+        sparse, dense = (abstract_model(tiny(num_shared_experts=1, structure=of)) for of in ("bigmac", "dense"))
+    targets = np.array([[5, NO_TARGET], [7, 9]], np.int32)
+    batches = [Batch(targets, targets), Batch(targets[:1], targets[:1])]
+
+    def evaluate(model: Any, batch: Batch) -> Any:
+        factor = {id(dense): 1.0, id(sparse): 0.5}[id(model)]
+        return SimpleNamespace(nll_BL=factor * np.where(batch.targets_BL == NO_TARGET, 1000.0, batch.targets_BL))
+
+    monkeypatch.setattr(converted_run, "place", lambda batch, spec: batch)
+    monkeypatch.setattr(programs, "evaluate", evaluate)
+    layers = [conversion.LayerError(3, 0.5, 0.25, 0.125)]
+    report = measure("latent", dense, sparse, layers, batches)
+    # Dense: two layers of two matrices 16 × 64; bigmac: eight experts of two matrices 4 × 16 in each of two layers.
+    assert report == ("latent", (5 + 7 + 9 + 5) / 4, (5 + 7 + 9 + 5) / 8, (2 * 2 * 16 * 64, 2 * 8 * 2 * 4 * 16), layers)
+    assert report.lines()[0].startswith("layer 3: 50.0% of what the experts put out is lost (25.0% of their hidden")
+    assert report.lines()[1:] == [
+        "experts' parameters 4,096 → 2,048 (0.5 of them)",
+        "validation loss 6.5000 → 3.2500 nats a token, untrained",
+    ]
+
+
+@pytest.fixture
+def convert(command: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Converts a random model of one layer, which stands in `run`, to `new`; returns what there is to read."""
+
+    def converted(action: str, structure: str, **flags: Any) -> Any:
+        config = small(tmp_path, f"model.structure={structure}")
+        program, run, new = command("convert"), tmp_path / "run", tmp_path / "new"
+        monkeypatch.setattr(program.cli, "enter_mesh", lambda *_, **__: None)
+        monkeypatch.setattr(program.cli, "OVERRIDES", ["train.steps=9", f"cache_dir={config.cache_dir}"])
+        for name, value in ({"STEP": "latest", "TOKENS": 128} | flags).items():
+            monkeypatch.setattr(program, f"_{name}", SimpleNamespace(value=value))
+        write_new_run(run, config, random_model(config), ["before"])
+        program._convert(action, run, new)
+        report = json.loads((new / "conversion.json").read_text())
+        return config, random_model(config), restore_step(new, "latest", None), report, new
+
+    with quick(), on_mesh(small(tmp_path)):
+        yield converted
+
+
+def eight_windows(config: Config, split: str) -> np.ndarray:
+    """Spread evenly over a split's bytes, which begin with an end of text."""
+    rows = (pathlib.Path(config.data.source).parent / f"{split}.jsonl").read_text().splitlines()
+    tokens = [256, *(token for row in rows for token in [*json.loads(row)["text"].encode(), 256])]
+    starts = np.linspace(0, (len(tokens) - 1) // 16 - 1, 8).round().astype(int) * 16
+    return np.array([tokens[start : start + 17] for start in starts], np.int32)
+
+
+def loss_of(model: Any, windows: np.ndarray) -> float:
+    batch = place(batch_from_windows(windows), batch_spec(2))
+    return float(np.asarray(programs.evaluate(model, batch).nll_BL, np.float64).mean())
+
+
+def test_upcycle_by_the_command(convert: Any) -> None:
+    config, before, (new, after, step, _), report, folder = convert("upcycle", "dense", EXPERTS=4, TOP_K=2)
+    losses = [loss_of(model, eight_windows(config, "validation")) for model in (before, after)]
+    assert [report["loss_before"], report["loss_after"]] == pytest.approx(losses, rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and (report["action"], report["layers"]) == ("upcycle", [])
+    assert report["experts"] == [2 * 16 * 64, 4 * 2 * 16 * 64]
+    assert (new.model.structure, new.model.num_experts, new.model.top_k, new.train.steps) == ("fine_grained", 4, 2, 9)
+    assert step == 0 and not (folder / "conversion.png").exists()
+    assert json.loads((folder / "run.json").read_text())["history"] == ["before", "`bigmac convert upcycle`"]
+
+
+def test_latent_by_the_command(convert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W↓ and W↑ are fitted to the training split, and the losses are those of the other one."""
+    given, narrow = [], conversion.narrow
+    monkeypatch.setattr(conversion, "narrow", lambda *of: (given.append(of), narrow(*of))[1])
+    flags = {"RATIO": 0.5, "LATENT_NORM": "pre_dispatch"}
+    config, before, (new, after, _, _), report, folder = convert("latent", "fine_grained", **flags)
+    ((_, _, (batch,), *rest),) = given
+    assert rest == [0.5, "pre_dispatch"]
+    np.testing.assert_array_equal(batch.inputs_BL, eight_windows(config, "train")[:, :-1])
+    losses = [loss_of(model, eight_windows(config, "validation")) for model in (before, after)]
+    assert [report["loss_before"], report["loss_after"]] == pytest.approx(losses, rel=1e-6)
+    assert report["experts"] == [8 * 2 * 16 * 4, 8 * 2 * 8 * 4] and abs(losses[0] - losses[1]) > 1e-4
+    ((layer, total, inputs, outputs),) = (tuple(of.values()) for of in report["layers"])
+    assert layer == 0 and inputs > 0 and 0 < outputs < total < 1
+    assert (new.model.structure, new.model.down_ratio, new.model.latent_norm) == ("bigmac", 0.5, "pre_dispatch")
+    assert (folder / "conversion.png").stat().st_size > 10_000
