@@ -257,6 +257,7 @@ def load_chat(
     template = files.template or default
     date = files.date or datetime.datetime.now().isoformat() if dated and _DATE in template else ""
     chat = Chat(tokenizer, template, files.special, date)
+    chat.files = files._replace(template=template, date=date)
     for name, value in files.special.items():
         if value not in chat._names:
             log_once(logging.WARNING, f"{name}={value!r} is no special token of data.tokenizer; chat templates lack it")

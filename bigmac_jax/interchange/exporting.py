@@ -87,6 +87,7 @@ def export_model(
     with hosts.raise_together():  # now: later the other processes would wait for this one
         if hosts.is_first():
             tensor_files.check_new(output)
+        ends = tokenizer_files.end_ids(tokenizer, chat, config.model.vocab_size) if tokenizer else None
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
     specs = [Spec(t.name, t.shape_in(leaves), DTYPES["float32" if t.exact else dtype]) for t in tensors]
@@ -97,16 +98,15 @@ def export_model(
         return name
     with tensor_files.whole_or_nothing(output) as directory:
         tensor_files.write_shards(directory, tensor_files.split_shards(specs, size), arrays)
-        ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id if tokenizer else None}
+        ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": ends}
         values = layout.to_json(config, leaves) | {"dtype": dtype}
         write_json(directory / "config.json", values if layout is plain else values | ids | {"pad_token_id": None})
         if tokenizer:
-            tokenizer_files.write_tokenizer(directory, config, tokenizer, chat.special)
+            tokenizer_files.write_tokenizer(directory, config, tokenizer, chat)
         if chat.template:
             (directory / CHAT_TEMPLATE).write_text(chat.template)
         if tokenizer and layout is not plain:
-            ends = {"eos_token_id": tokenizer_files.end_ids(tokenizer, chat.special), "pad_token_id": tokenizer.eos_id}
-            write_json(directory / "generation_config.json", ids | ends)
+            write_json(directory / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
         for file in bigmac.CODE if layout is bigmac else ():
             shutil.copyfile(file, directory / file.name)
         card = model_card.make_card(config, name, trained, output.name, tokenizer is not None, bool(chat.template))

@@ -130,7 +130,9 @@ def find_tokenizer(directory: pathlib.Path, config: Config, given: Sequence[str]
             f"{given[-1]} gives other ids than the tokenizer of {directory}; drop it to take that, or give one that "
             f"only adds tokens to it"
         )
-    return tokenizer, own[1] if own and not chat.template else chat
+    if not own:
+        return tokenizer, chat
+    return tokenizer, chat._replace(ends=own[1].ends) if chat.template else own[1]
 
 
 def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> tuple[Config, Format, Checkpoint]:

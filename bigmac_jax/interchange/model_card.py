@@ -72,7 +72,8 @@ def make_card(
         if (length := config.data.sequence_length) < config.context_length:
             rows["vocabulary, context"] += f" (trained in windows of {length:,})"
     if trained is not None and trained.loss is not None:
-        rows["validation loss"] = f"{trained.loss:.4f} nats a token (perplexity {math.exp(trained.loss):.2f})"
+        of = {"sft": " of the answers", "dpo": " of the chosen answers"}.get(config.tuning.objective, "")
+        rows[f"validation loss{of}"] = f"{trained.loss:.4f} nats a token (perplexity {math.exp(trained.loss):.2f})"
     plain, own = model_type == "bigmac_jax", model_type == "bigmac"
     code = _PLAIN if plain else _MODEL if not has_tokenizer else _CHAT if chats else _PIPELINE
     return _CARD.format(

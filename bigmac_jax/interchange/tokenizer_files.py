@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.data.chat_files import ChatFiles, format_chat_files, read_chat
+from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles, format_chat_files, format_splits, read_chat
 from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 from bigmac_jax.interchange.tensor_files import write_json
@@ -19,14 +17,12 @@ from bigmac_jax.runtime import hosts, storage
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def write_tokenizer(
-    directory: pathlib.Path, config: Config, tokenizer: Tokenizer, special: Mapping[str, str] = MappingProxyType({})
-) -> None:
+def write_tokenizer(directory: pathlib.Path, config: Config, tokenizer: Tokenizer, chat: ChatFiles = NO_CHAT) -> None:
     """Writes the files with which transformers' PreTrainedTokenizerFast encodes text as `tokenizer` does. A
     SentencePiece model, which has no tokenizer.json, is copied.
 
     Args:
-      special: bos_token and the like, where these are others than the end of text.
+      chat: its special tokens are named; with its template they are single tokens in any text.
     """
     if isinstance(tokenizer, JsonTokenizer):
         json_text = tokenizer.json_text
@@ -50,9 +46,8 @@ def write_tokenizer(
         "pad_token": end,
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # text that happens to hold "<|endoftext|>" is text
-    } | {name: value for name, value in special.items() if whole.token_to_id(value) is not None}
-    write_json(directory / "tokenizer_config.json", settings)
+    } | {name: value for name, value in chat.special.items() if whole.token_to_id(value) is not None}
+    write_json(directory / "tokenizer_config.json", settings | format_splits(chat))
 
 
 def _make_byte_bpe() -> str:
@@ -82,13 +77,21 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     return tokenizers.Tokenizer.from_str(json_text).get_vocab(with_added_tokens=True)
 
 
-def end_ids(tokenizer: Tokenizer, special: Mapping[str, str]) -> int | list[int]:
-    """Tokens at which transformers' generation ends: the end of text, and what is called eos_token, if that differs."""
+def end_ids(tokenizer: Tokenizer, chat: ChatFiles, vocab_size: int) -> int | list[int]:
+    """Tokens at which transformers' generation ends: the end of text; if they differ, what ends an answer of the chat
+    template, what is called eos_token, and those of an imported model's config.json.
+
+    Raises:
+      ConfigError: the chat template is not Jinja.
+    """
+    ids: list[int | None] = [tokenizer.eos_id]
     if isinstance(tokenizer, JsonTokenizer):
-        other = tokenizers.Tokenizer.from_str(tokenizer.json_text).token_to_id(special.get("eos_token", ""))
-        if other not in (None, tokenizer.eos_id):
-            return [tokenizer.eos_id, other]
-    return tokenizer.eos_id
+        stop = Chat(tokenizer, chat.template, chat.special).stop if chat.template else ()
+        known = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+        ids += [known.token_to_id(name) for name in (*stop, chat.special.get("eos_token", ""))]
+    ids += [number for number in chat.ends if number < vocab_size]
+    found = list(dict.fromkeys(number for number in ids if number is not None))
+    return found if found[1:] else tokenizer.eos_id
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, ChatFiles]:

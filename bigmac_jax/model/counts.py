@@ -51,6 +51,13 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
     return Parameters(total, total - idle, parts, of_rank, moments)
 
 
+def adapted_parts(config: Config) -> list[str]:
+    """Those of tuning.lora_targets that the model has matrices of."""
+    declarations = _declarations(config.model, config.mesh.split_experts, config.data.sequence_length)
+    parts = {of.part for of, _ in declarations if of.decays}
+    return [part for part in config.tuning.lora_targets.split(",") if part in parts]
+
+
 @functools.lru_cache(maxsize=64)
 def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[tuple[Declaration, tuple[int, ...]]]:
     """What each parameter is, and its shape; from the abstract model, which takes no memory."""

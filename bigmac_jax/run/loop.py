@@ -124,6 +124,7 @@ class _Run:
         batches = _on_device(self.data, self.inputs.rows, self.config.data.batch_size)
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
+        score: Score | None = None
         vote = hosts.StopVote(stopped)
         while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
@@ -156,7 +157,7 @@ class _Run:
                 self._save(step, state, score)
         self._finish(pending)
         if step > self.first_step:
-            self._save(step, state, None)
+            self._save(step, state, score)
         with clock.timed("save"):
             self.checkpoints.wait()
         if step > self.first_step:

@@ -4,6 +4,7 @@ import pathlib
 
 from bigmac_jax.config import Config
 from bigmac_jax.config.mixture import parse_mixture
+from bigmac_jax.model.counts import adapted_parts
 from bigmac_jax.training.workdir import read_history
 
 _UNKNOWN = "what came before is not recorded"
@@ -35,7 +36,7 @@ def describe_training(config: Config, step: int) -> str:
             f", with the predictions of `{model_name(tuning.teacher)}` (distillation, weight {tuning.teacher_weight:g})"
         )
     if tuning.lora_rank:
-        targets = tuning.lora_targets.replace(",", ", ")
+        targets = ", ".join(adapted_parts(config))
         what += f"; adapters (LoRA) of rank {tuning.lora_rank}, alpha {tuning.lora_alpha:g}, on {targets}"
     elif train.init_from:
         what += "; all parameters" + ("" if tuning.train_router or not config.model.is_moe else " but the router")

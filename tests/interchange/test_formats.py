@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 from training.tools import text
 
 from bigmac_jax.config import ConfigError, ModelConfig
+from bigmac_jax.data.chat_files import ChatFiles, read_chat
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
 from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model, open_checkpoint
 from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
-from .tools import CLASSES, MODELS, NEMOTRON, OWN, QWEN, config_of, of_model, our_logits, tokens_of
+from .tools import CLASSES, MODELS, NEMOTRON, OWN, QWEN, config_of, of_model, our_logits, tokens_of, with_special_tokens
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -332,3 +333,25 @@ def test_tokenizers(tmp_path: pathlib.Path) -> None:
             assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == tokenizer.eos_id
             again, _ = import_model(tmp_path / name)
             assert again.data.tokenizer == str(tmp_path / name / "tokenizer.json")
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tied", "qwen"])
+def test_a_chat_template_has_whole_special_tokens_and_ends(name: str, tmp_path: pathlib.Path) -> None:
+    """In all files; and what is imported knows the ends again."""
+    tokenizer = with_special_tokens(JsonTokenizer(train_bpe(text(20, seed=3), 260)), "<|im_start|>", "<|im_end|>")
+    config, out = config_of(name), tmp_path / "out"
+    with on_mesh(config):
+        chat = ChatFiles(CHATML, ends=(7, config.model.vocab_size))
+        export_model(config, random_model(config), out, tokenizer=tokenizer, chat=chat)
+        assert "split_special_tokens" not in json.loads((out / "tokenizer_config.json").read_text())
+        expected = [tokenizer.eos_id, tokenizer.vocab_size - 1, 7]
+        for file in ("config.json", "generation_config.json"):
+            assert json.loads((out / file).read_text())["eos_token_id"] == expected
+        again, _ = import_model(out)
+    assert read_chat("", again.data.tokenizer, "data.tokenizer").ends == tuple(expected)

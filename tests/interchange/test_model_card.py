@@ -20,7 +20,8 @@ UNTRAINED = "it was not trained to follow instructions"
 
 def run_of(**fields: Any) -> Config:
     """With fields of data, train and tuning."""
-    config, tuning = tiny(batch=4), {"objective", "lora_rank", "lora_targets", "teacher", "train_router"}
+    config = tiny(batch=4, structure=fields.pop("structure", "bigmac"))
+    tuning = {"objective", "lora_rank", "lora_targets", "teacher", "train_router"}
     data = {"source": fields.pop("source", "sotu")}
     return dataclasses.replace(
         config,
@@ -51,12 +52,18 @@ KINDS: dict[str, tuple[dict[str, Any], Trained, list[str]]] = {
         ["It was fine-tuned on answers", "| began with | `base`: 9 steps on 288 tokens of sotu |",
          "| trained | 5 steps on the answers of rows.jsonl (supervised fine-tuning); adapters (LoRA) of rank 2, "
          "alpha 16, on attention, experts |"]),
+    "lora on what the model has": (  # with neither shared experts nor projections
+        LORA | {"source": ROWS, "structure": "fine_grained", "lora_targets": "attention,projections,shared,experts"},
+        Trained(5, 1.5, history=["`b`"]),
+        ["rank 2, alpha 16, on attention, experts |",
+         "| validation loss of the answers | 1.5000 nats a token (perplexity 4.48) |"]),
     "sft": (
         {"objective": "sft", "init_from": "b", "train_router": False, "source": ROWS}, Trained(5, history=["`b`"]),
         ["(supervised fine-tuning); all parameters but the router |"]),
     "dpo": (
-        {"objective": "dpo", "init_from": "sft", "source": ROWS}, Trained(5, history=["`sft`"]),
-        ["towards answers that were preferred", "5 steps on the preferences of rows.jsonl (DPO, beta 0.1); all par"]),
+        {"objective": "dpo", "init_from": "sft", "source": ROWS}, Trained(5, 1.5, history=["`sft`"]),
+        ["| validation loss of the chosen answers | 1.5000 nats",
+         "towards answers that were preferred", "5 steps on the preferences of rows.jsonl (DPO, beta 0.1); all par"]),
     "distilled": (
         {"teacher": "runs/large"}, Trained(5, history=()),
         ["learned from another model's", "160 tokens of sotu, with the predictions of `large` (distillation, "

@@ -11,11 +11,13 @@ import pytest
 from model.tools import on_mesh, random_model
 
 from bigmac_jax.config import DataConfig
+from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 from bigmac_jax.interchange import export_model, import_model
 
-from .tools import CLASSES, MODELS, config_of, our_logits
+from .test_formats import CHATML
+from .tools import CLASSES, MODELS, config_of, our_logits, with_special_tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -113,3 +115,26 @@ def test_tokenizers(kind: str, speech: str, tmp_path: pathlib.Path) -> None:
         **theirs("We", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False
     )
     assert 2 < out.shape[1] <= 7
+
+
+@pytest.mark.full
+def test_a_chat_has_the_ids_of_training_and_ends_where_the_server_ends_it(speech: str, tmp_path: pathlib.Path) -> None:
+    tokenizer = with_special_tokens(JsonTokenizer(train_bpe([speech], 260)), "<|im_start|>", "<|im_end|>")
+    config, chat = config_of("tied"), Chat(tokenizer, CHATML)
+    with on_mesh(config):
+        export_model(config, random_model(config), tmp_path / "out", tokenizer=tokenizer, chat=chat.files)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = [("system", "Be brief."), ("user", "Who? <b>"), ("assistant", "I."), ("user", "naïve 東京\n?")]
+    for n in (1, 2, 4):
+        messages = [{"role": role, "content": content} for role, content in turns[:n]]
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        assert list(found["input_ids"]) == chat.prompt(messages)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    (stop,) = chat.stop
+    ends = [tokenizer.eos_id, theirs.convert_tokens_to_ids(stop)]
+    assert model.config.eos_token_id == ends == model.generation_config.eos_token_id
+    with torch.no_grad():  # a head that writes nothing else
+        prompt = theirs("We", return_tensors="pt", return_token_type_ids=False)
+        bias = {(ends[1],): 1e4}
+        out = model.generate(**prompt, max_new_tokens=4, do_sample=False, sequence_bias=bias)
+    assert out[0, prompt["input_ids"].shape[1] :].tolist() == [ends[1]]

@@ -4,9 +4,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from model.tools import PAPER, QUICK, random_tokens, split_tokens, tiny
 
 from bigmac_jax.config import Config
+from bigmac_jax.data.tokenizer import JsonTokenizer
 
 NEMOTRON = {"latent_norm": "none", "positions": "none", "qk_norm": False, "router_scores": "sigmoid"}
 QWEN = {"structure": "fine_grained", "gated": True, "activation": "silu"}
@@ -64,3 +66,10 @@ def our_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
     """On the current mesh."""
     call = jax.jit(lambda model, tokens_BL: model(tokens_BL, evaluating=True)[0], compiler_options=QUICK)
     return np.asarray(call(model, split_tokens(tokens_BL)))
+
+
+def with_special_tokens(tokenizer: JsonTokenizer, *names: str) -> JsonTokenizer:
+    """The tokenizer with more tokens, behind its own."""
+    whole = tokenizers.Tokenizer.from_str(tokenizer.json_text)
+    whole.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in names])
+    return JsonTokenizer(whole.to_str())

@@ -115,6 +115,20 @@ def test_checkpoints_and_report(finished: Any) -> None:
     checkpoints.close()
 
 
+@pytest.mark.full
+def test_the_last_checkpoint_has_the_loss_of_its_evaluation(
+    copied: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is not the best, and no other save was due."""
+    config, workdir = copied
+    monkeypatch.setattr(Checkpoints, "best_loss", lambda _: -math.inf)
+    changes = ("train.steps=8", "train.eval_every=100", "train.checkpoint_every=100")
+    score = run(overridden(config, tmp_path, *changes), workdir).score
+    checkpoints = Checkpoints(workdir)
+    assert score and checkpoints.latest() == 8 and checkpoints.loss(8) == score.loss
+    checkpoints.close()
+
+
 def test_changed_moments_are_refused(copied: Any, tmp_path: pathlib.Path) -> None:
     config, workdir = copied
     before = (workdir / "config.json").read_text()

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
-from bigmac_jax.data.chat_files import read_chat_folder
+from bigmac_jax.data.chat_files import NO_CHAT, read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
@@ -198,11 +198,12 @@ def test_imports_and_exports_take_them_along(model: pathlib.Path, tmp_path: path
     chat = read_chat_folder(tmp_path / "run")
     assert (chat.template, chat.special) == (TEMPLATE, {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"})
     tokenizer = bpe()
-    write_tokenizer(tmp_path / "out", config_of(tmp_path), tokenizer, chat.special)
+    write_tokenizer(tmp_path / "out", config_of(tmp_path), tokenizer, chat)
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["eos_token"]) == ("<|begin|>", "<|im_end|>")
-    assert end_ids(tokenizer, chat.special) == [tokenizer.eos_id, tokenizer.vocab_size - 1]
-    assert end_ids(tokenizer, {}) == tokenizer.eos_id
+    assert end_ids(tokenizer, chat, 512) == [tokenizer.eos_id, tokenizer.vocab_size - 1]
+    assert end_ids(tokenizer, NO_CHAT, 512) == tokenizer.eos_id
+    assert "split_special_tokens" not in settings
 
 
 def test_a_name_that_the_tokenizer_does_not_have_is_told(
@@ -216,3 +217,61 @@ def test_a_name_that_the_tokenizer_does_not_have_is_told(
     empty = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, chat_template=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"holds neither chat_template\.jinja nor a tokenizer_config\.json with"):
         open_stream(empty, "train", ByteTokenizer())
+
+
+SPLITS: dict[str, tuple[dict[str, Any] | None, bool]] = {  # the tokenizer_config.json of a source, and what is exported
+    "no file": (None, True),
+    "no key": ({}, False),
+    "false": ({"split_special_tokens": False}, False),
+    "true": ({"split_special_tokens": True}, True),
+    "true, and a template": ({"split_special_tokens": True, "chat_template": TEMPLATE}, False),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_special_tokens_are_cut_only_where_the_source_does_and_no_template_writes_them(
+    case: str, tmp_path: pathlib.Path
+) -> None:
+    """From import to export, and where the workdir is a source itself."""
+    settings, splits = SPLITS[case]
+    (tmp_path / "tokenizer.json").write_text(bpe().json_text)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config, folder = config_of(tmp_path), tmp_path
+    for name in ("run", "again"):
+        data = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json"))
+        folder = tmp_path / name
+        folder.mkdir()
+        keep_tokenizer(folder, config, *read_tokenizer(dataclasses.replace(config, data=data)))
+        (folder / "out").mkdir()
+        write_tokenizer(folder / "out", config, bpe(), read_chat_folder(folder))
+        written = json.loads((folder / "out" / "tokenizer_config.json").read_text())
+        assert written.get("split_special_tokens") == (True if splits else None)
+
+
+def test_generation_ends_where_the_server_ends_an_answer(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Also where no eos_token names the token, but the template writes it."""
+    tokenizer = bpe()
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "chat_template.jinja").write_text(TEMPLATE.replace("{{ eos_token }}", "<|im_end|>"))
+    config = config_of(tmp_path, str(model / "tokenizer.json"))
+    begun(config, config, tokenizer, tmp_path / "run")
+    dialogue = load_dialogue(tokenizer, "", str(tmp_path / "run" / "tokenizer.json"), tmp_path / "run")
+    assert dialogue.stop == ("<|im_end|>",)
+    assert end_ids(tokenizer, read_chat_folder(tmp_path / "run"), 512) == [tokenizer.eos_id, tokenizer.vocab_size - 1]
+
+
+@pytest.mark.parametrize("kept", [(7, [7]), ([7, 9], [7, 9]), (None, []), (-1, []), ("7", []), ([True, 600], [])])
+def test_an_imported_eos_token_id_is_exported(kept: Any, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """By an import, and by a run that begins with the folder; 512 tokens is what the model has."""
+    given, expected = kept
+    (model / "config.json").write_text(json.dumps({"eos_token_id": given}))
+    tokenizer, workdir = bpe(), tmp_path / "run"
+    config = config_of(tmp_path, str(model / "tokenizer.json"))
+    begun(config, config, tokenizer, workdir)
+    imported = tmp_path / "imported"
+    imported.mkdir()
+    keep_tokenizer(imported, config, *read_tokenizer(config))
+    for folder in (workdir, imported):
+        ends = end_ids(tokenizer, read_chat_folder(folder), 512)
+        assert ends == [tokenizer.eos_id, tokenizer.vocab_size - 1, *expected]
