@@ -12,7 +12,7 @@ from bigmac_jax.config import Config, ConfigError, strict_json, with_mesh
 from bigmac_jax.config.names import ask
 from bigmac_jax.config.reads import evaluation_notes
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.pipeline import text_stream
+from bigmac_jax.data.pipeline import count_targets, text_stream
 from bigmac_jax.data.splits import SPLITS
 from bigmac_jax.data.token_cache import TokenStream
 from bigmac_jax.data.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
     documents = _DOCUMENTS.value or config.data.documents
     evaluations = {}
     for name, stream in streams.items():
-        with Progress(name, stream.num_tokens - 1, "token", scaled=True, silent=_is_quiet()) as bar:
+        with Progress(name, count_targets(stream), "token", scaled=True, silent=_is_quiet()) as bar:
             evaluations[name] = evaluate(model, stream, length, rows, bar.update, _STRIDE.value, documents)
     if _SOURCES.value:
         lines, result = report_sources(evaluations)

@@ -11,7 +11,8 @@ import jax
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import ConfigError, load_config, strict_json
+from bigmac_jax.config import ConfigError, strict_json
+from bigmac_jax.config.reading import load_with_base
 from bigmac_jax.config.reads import notes
 from bigmac_jax.planning import pictures, planner, report
 from bigmac_jax.planning.candidates import HEADROOM
@@ -41,8 +42,8 @@ def main() -> None:
     plot = storage.locate(_PLOT.value, "--plot")
     if _PLOT.value and plot.suffix != ".png":
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
-    config = load_config(_CONFIG.value, cli.OVERRIDES)
-    cli.warn(notes(config, cli.given_fields()))
+    config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
+    cli.warn(notes(config, cli.given_fields(), base=base))
     request = planner.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,

@@ -6,9 +6,10 @@ import sys
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, check_batch, load_config
-from bigmac_jax.config.reading import drop_user_fields, retrained, saved_places, unresolve
+from bigmac_jax.config import Config, ConfigError, check_batch
+from bigmac_jax.config.reading import drop_user_fields, load_with_base, retrained, saved_places, unresolve
 from bigmac_jax.config.reads import notes
+from bigmac_jax.data.chat_files import TEMPLATE_FILE
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.bad_steps import RunError
@@ -29,10 +30,10 @@ def main() -> int:
     with hosts.raise_together():
         workdir = locate_workdir(_WORKDIR.value)
         profile = _steps(_PROFILE.value)
-    config, named_by = _config(workdir)
+    config, base, named_by = _config(workdir)
     cli.agree(config, __name__)
     mesh = cli.enter_mesh(config)
-    cli.warn(notes(config, cli.given_fields(), mesh.shape["data"]))
+    cli.warn(notes(config, cli.given_fields(), mesh.shape["data"], base))
     try:
         places = saved_places(config, cli.OVERRIDES) if named_by else []
         result = train(config, workdir, profile, [f"reads {place}, which {named_by} names" for place in places])
@@ -48,11 +49,11 @@ def main() -> int:
     return 0
 
 
-def _config(workdir: pathlib.Path) -> tuple[Config, str]:
+def _config(workdir: pathlib.Path) -> tuple[Config, Config, str]:
     """Reads the config: --config's, or without it that of the model which the run begins with.
 
     Returns:
-      the config, and the name of the saved config that it comes from, or "".
+      the config, the same before the overrides, and the name of the saved config that it comes from, or "".
     """
     given = dict(override.partition("=")[::2] for override in cli.OVERRIDES)
     place = given.get("train.init_from")
@@ -60,17 +61,17 @@ def _config(workdir: pathlib.Path) -> tuple[Config, str]:
     file = _CONFIG.value.partition(":")[0] if own else str(place)
     with hosts.raise_together():
         if own:
-            config = load_config(_CONFIG.value, cli.OVERRIDES)
-            return config, file if file.endswith(".json") else ""
+            return *load_with_base(_CONFIG.value, cli.OVERRIDES), file if file.endswith(".json") else ""
         base = read_config(workdir) if has_run(workdir) else None
     if base:
         file = str(workdir)
     else:
         base = inherit_config(open_pretrained(str(place)), given)
     with hosts.raise_together():
-        config = retrained(drop_user_fields(unresolve(base), file, cli.OVERRIDES), cli.OVERRIDES)
+        base = drop_user_fields(unresolve(base), file, cli.OVERRIDES)
+        config = retrained(base, cli.OVERRIDES)
         check_batch(config, max(1, config.mesh.data))
-    return config, file
+    return config, base, file
 
 
 def _done(step: int) -> str:
@@ -80,13 +81,16 @@ def _done(step: int) -> str:
 
 
 def _next(workdir: str) -> str:
-    return f"bigmac eval --workdir={workdir}, bigmac generate --workdir={workdir} --prompt=TEXT"
+    chats = (locate_workdir(workdir) / TEMPLATE_FILE).exists()  # generate takes its prompt as it is
+    use = f"bigmac serve --workdir={workdir}" if chats else f"bigmac generate --workdir={workdir} --prompt=TEXT"
+    return f"bigmac eval --workdir={workdir}, {use}"
 
 
 def _finished(steps: int, step: int) -> str:
     workdir = _WORKDIR.value
+    has = f"{step} of {steps} steps" if step <= steps else f"{step} steps, more than train.steps={steps}"
     return (
-        f"{workdir} is finished: it has {step} of {steps} steps, and nothing was trained; for more of them give "
+        f"{workdir} is finished: it has {has}, and nothing was trained; for more of them give "
         f"--config.train.steps={2 * step}, for another run another --workdir; to use it: "
         f"{_next(workdir)}"
     )

@@ -46,11 +46,18 @@ def load_config(
     Raises:
       ConfigError: one line, whatever the input.
     """
+    return load_with_base(path, overrides)[0]
+
+
+def load_with_base(
+    path: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> tuple[Config, Config]:
+    """As `load_config`, with the config as it was before the overrides."""
     overrides = _as_overrides(overrides) if isinstance(overrides, Mapping) else overrides
-    config = with_overrides(Config(), _as_overrides(path)) if isinstance(path, Mapping) else _read(str(path), overrides)
-    config = with_overrides(config, overrides)
+    base = with_overrides(Config(), _as_overrides(path)) if isinstance(path, Mapping) else _read(str(path), overrides)
+    config = with_overrides(base, overrides)
     check_batch(config, max(1, config.mesh.data))
-    return config
+    return config, base
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from bigmac_jax.config.root import Config
@@ -152,18 +152,22 @@ def unread_for(config: Config, name: str) -> str:
     return next((why for condition in READ[name] if (why := condition(config))), "")
 
 
-def notes(config: Config, given: Iterable[str] = (), ranks: int = 0) -> list[str]:
-    """Writes a line for all fields that are set and not read, and one for each surprising context or learning rate.
+def notes(config: Config, given: Iterable[str] = (), ranks: int = 0, base: Config | None = None) -> list[str]:
+    """Writes a line for all fields that are set and not read, and one for each surprising width, context or learning
+    rate.
 
     Args:
       given: names of fields that were given whatever their value; others are set where they differ from the default.
       ranks: size of the data axis, where the config leaves that to the devices.
+      base: the config before anything was given: what only it sets, and does read, is nobody's mistake.
     """
-    config = _with_ranks(config, ranks)
+    given, config, base = set(given), _with_ranks(config, ranks), _with_ranks(base or config, ranks)
     values, defaults = flat_values(config), flat_values(Config())
-    names = [name for name, value in values.items() if name in set(given) or value != defaults[name]]
+    names = [name for name, value in values.items() if name in given or value != defaults[name]]
+    why = {name: unread_for(config, name) for name in names if name in given or not _only_of(base, name, values)}
     return [
-        *_line({name: unread_for(config, name) for name in names}, config),
+        *_line(why, config),
+        *_width_notes(config, given),
         *context_notes(config),
         *_schedule_notes(config),
     ]
@@ -190,6 +194,23 @@ def _line(why: dict[str, str], config: Config) -> list[str]:
     return [f"set, but not read: {told}"] if told else []
 
 
+def _only_of(base: Config, name: str, values: Mapping[str, Any]) -> bool:
+    return _value(base, name) == values[name] and not unread_for(base, name)
+
+
+def _width_notes(config: Config, given: Collection[str]) -> list[str]:
+    """A line if another structure was given, and the experts keep a width that was chosen for the config's own."""
+    model, width = config.model, "model.expert_hidden_size"
+    if not model.expert_hidden_size or "model.structure" not in given or width in given:
+        return []
+    paper = dataclasses.replace(model, expert_hidden_size=0).expert_width
+    return [
+        f"model.structure={model.structure} keeps the config's {width}={model.expert_hidden_size}, which gives another "
+        f"structure another size; 0 takes the paper's width ({paper}), and bigmac plan of the config as it is shows "
+        f"the width of equal size"
+    ]
+
+
 def context_notes(config: Config) -> list[str]:
     """A line if training and the declared context are of different lengths."""
     declared, length = config.model.context_length, config.data.sequence_length
@@ -198,7 +219,10 @@ def context_notes(config: Config) -> list[str]:
     if length > declared:
         return [f"data.sequence_length={length} is more than model.context_length={declared}: exports declare {length}"]
     learned = "; learned positions behind that stay as they are" if config.model.positions == "learned" else ""
-    return [f"exports declare model.context_length={declared}, and data.sequence_length={length} trains fewer{learned}"]
+    return [
+        f"exports still declare model.context_length={declared}, and this run trains on windows of "
+        f"data.sequence_length={length}{learned}"
+    ]
 
 
 def _schedule_notes(config: Config) -> list[str]:

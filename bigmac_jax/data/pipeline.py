@@ -268,6 +268,11 @@ def eval_batches(
         yield Batch(inputs_BL, targets_BL)
 
 
+def count_targets(stream: TokenStream | Conversations) -> int:
+    """The number of tokens that `eval_batches` of a stream has as targets, but for a mixture's few edges."""
+    return stream.num_tokens - (not isinstance(stream, Conversations))
+
+
 def pad_batch(batch: Batch, rows: int) -> Batch:
     """Adds rows without targets, up to a number of rows."""
     more = ((0, rows - len(batch.inputs_BL)), (0, 0))

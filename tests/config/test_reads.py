@@ -10,7 +10,7 @@ import pytest
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
-from bigmac_jax.config.reading import list_shipped
+from bigmac_jax.config.reading import list_shipped, load_with_base
 from bigmac_jax.config.reads import _WHATEVER, READ, evaluation_notes, notes, unread_for
 from bigmac_jax.config.section import all_field_types
 from bigmac_jax.data.batch import Batch
@@ -162,6 +162,33 @@ def test_what_is_shipped_sets_nothing_that_it_does_not_read(name: str) -> None:
     assert notes(load_config(name)) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("tiny", "model.num_shared_experts=0", ""),  # tiny sets their width, and reads it
+        ("tiny", "model.num_shared_experts=0 model.shared_expert_hidden_size=64", "set, but not read: model.shared_"),
+        ("tiny", "model.num_shared_experts=0 model.top_k=2 optimizer.momentum=0.9", "set, but not read: optimizer.mom"),
+        ("tiny", "model.structure=fine_grained", ""),  # its width is the paper's
+        ("qwen3_30b", "model.structure=bigmac",
+         "model.structure=bigmac keeps the config's model.expert_hidden_size=768, which gives another structure another"
+         " size; 0 takes the paper's width (2048), and bigmac plan of the config as it is shows the width of equal"),
+        ("qwen3_30b", "model.structure=bigmac model.expert_hidden_size=3056", ""),
+        ("qwen3_30b:bigmac", "", ""),
+    ],
+)  # fmt: skip
+def test_what_a_flag_makes_of_a_config(name: str, given: str, said: str) -> None:
+    overrides = given.split()
+    config, base = load_with_base(name, overrides)
+    found = notes(config, [override.partition("=")[0] for override in overrides], base=base)
+    assert len(found) == 1 and found[0].startswith(said) if said else not found
+
+
+def test_what_a_file_of_ones_own_sets_for_nothing() -> None:
+    own = {"model.structure": "dense", "model.top_k": 7}
+    config, base = load_with_base(own, ["train.steps=7"])
+    assert notes(config, ["train.steps"], base=base) == ["set, but not read: model.top_k=7 (model.structure=dense)"]
+
+
 def test_a_saved_config_says_what_its_own_said(tmp_path: pathlib.Path) -> None:
     """`auto` is saved as what it was, which nobody has set."""
     for structure in ("bigmac", "fine_grained", "vanilla"):
@@ -205,7 +232,7 @@ def test_a_rate_that_does_what_nobody_expects(overrides: str, line: str) -> None
     [
         ("", ""),
         ("model.context_length=256", ""),
-        ("model.context_length=300", "exports declare model.context_length=300, and data.sequence_length=256 trains"),
+        ("model.context_length=300", "exports still declare model.context_length=300, and this run trains on windows of data.sequence_length=256"),
         ("model.context_length=300 model.positions=learned", "; learned positions behind that stay as they are"),
         ("model.context_length=100",
          "data.sequence_length=256 is more than model.context_length=100: exports declare 256"),
@@ -237,7 +264,7 @@ def test_the_command_names_what_it_was_given(
     monkeypatch.setattr(cli, "agree", lambda *_: None)
     monkeypatch.setattr(cli, "enter_mesh", lambda config: make_mesh(config, devices=jax.devices()[:1]))
     monkeypatch.setattr(program, "locate_workdir", lambda _: tmp_path)
-    monkeypatch.setattr(program, "_config", lambda _: (load_config("tiny", cli.OVERRIDES), ""))
+    monkeypatch.setattr(program, "_config", lambda _: (*load_with_base("tiny", cli.OVERRIDES), ""))
     monkeypatch.setattr(program, "train", lambda *_: loop.Result(7, True, None))
     for flag in (program._WORKDIR, program._PROFILE):
         monkeypatch.setattr(type(flag), "value", "")
@@ -245,3 +272,19 @@ def test_the_command_names_what_it_was_given(
     assert caplog.messages == [
         "set, but not read: mesh.fsdp=True (a mesh of one rank); optimizer.momentum=0.95 (optimizer.name=adamw)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "has"), [(60, "it has 60 of 60 steps,"), (40, "it has 60 steps, more than train.steps=40,")]
+)
+def test_a_run_that_has_ended(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, command: Any, asked: int, has: str
+) -> None:
+    """One that learned dialogues is used in a chat: `generate` takes its prompt as it is."""
+    program = command("train")
+    monkeypatch.setattr(type(program._WORKDIR), "value", str(tmp_path))
+    line = program._finished(asked, 60)
+    assert has in line and f"generate --workdir={tmp_path} --prompt=TEXT" in line
+    (tmp_path / "chat_template.jinja").touch()
+    for line in (program._finished(asked, 60), program._done(60)):
+        assert line.endswith(f"bigmac eval --workdir={tmp_path}, bigmac serve --workdir={tmp_path}")

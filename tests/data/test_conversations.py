@@ -14,7 +14,7 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, Trai
 from bigmac_jax.data.batch import NO_TARGET, PADDING
 from bigmac_jax.data.chat_template import DEFAULT, Chat, ChatError
 from bigmac_jax.data.conversations import Conversations
-from bigmac_jax.data.pipeline import TrainIterator, eval_batches, open_stream
+from bigmac_jax.data.pipeline import TrainIterator, count_targets, eval_batches, open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
 
 EOS = 256
@@ -67,6 +67,15 @@ def test_prompt_and_completion(tmp_path: pathlib.Path) -> None:
     (sequence,) = conversations(tmp_path, [{"prompt": "1+1=", "completion": "2!"}]).sequences
     assert bytes_of(sequence) == ids("1+1=2!")
     assert bytes_of(sequence, "targets") == [NO_TARGET] * 3 + ids("2!¶")
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_how_many_tokens_an_evaluation_scores(tmp_path: pathlib.Path, objective: str) -> None:
+    """Else its progress ends at 106 % of 17 tokens."""
+    row = {"prompt": "a", "completion": "bc", "chosen": "bc", "rejected": "d"}
+    stream = conversations(tmp_path, [row] * 6, objective=objective)
+    targets = sum(int((batch.targets_BL != NO_TARGET).sum()) for batch in eval_batches(stream, 64, 2))
+    assert count_targets(stream) == targets == 18
 
 
 def test_without_a_prompt_the_first_token_is_predicted_from_an_end(tmp_path: pathlib.Path) -> None:
