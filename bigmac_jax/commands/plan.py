@@ -37,7 +37,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # whatever is here, the plan is for something else
     if cli.ARGUMENTS and not _SWEEP.value:
         meant = cli.meant_argument(cli.ARGUMENTS[0], ["config", "sweep"])
-        fix = meant if "?" in meant else "arguments follow --sweep, as in --sweep top_k=1,2"
+        fix = (
+            meant
+            if "?" in meant and "," not in cli.ARGUMENTS[0]
+            else "arguments follow --sweep, as in --sweep top_k=1,2"
+        )
         raise ConfigError(f"{cli.ARGUMENTS[0]!r} belongs to no flag; {fix}")
     plot = storage.locate(_PLOT.value, "--plot")
     if _PLOT.value and plot.suffix != ".png":

@@ -113,9 +113,8 @@ def find_files(source: str, setting: str) -> dict[pathlib.Path, int]:
         if beside := {p for p in found if kinds.is_side_file(p)}:
             found = {p: size for p, size in found.items() if p not in beside}
             names = ", ".join(sorted({p.name for p in beside})[:5])
-            log_once(
-                logging.INFO, f"{want}: {len(beside)} file{'s' * (len(beside) > 1)} beside the corpus left out: {names}"
-            )
+            count = "1 file" if len(beside) == 1 else f"{len(beside)} files"
+            log_once(logging.INFO, f"{want}: {count} beside the corpus left out: {names}")
     elif path.exists():
         found = {path: storage.file_size(path)}
     elif not (found := storage.find_files(path)):

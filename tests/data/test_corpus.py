@@ -109,7 +109,8 @@ def test_validation_source_may_be_a_file_beside_a_dataset(tmp_path):
 # --- local files ---
 
 
-def test_folder_file_and_glob(tmp_path):
+def test_folder_file_and_glob(tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = tmp_path / "texts"
     (folder / "deep").mkdir(parents=True)
     (folder / "b.txt").write_bytes("zwei\r\nZeilen ü".encode())
@@ -118,6 +119,10 @@ def test_folder_file_and_glob(tmp_path):
     (folder / ".hidden").write_text("nor this")
     own = {"validation_source": "-", "test_source": "-"}  # nothing held out
     assert read(tmp_path, source=str(folder), **own) == ["zwei\r\nZeilen ü", "three", "four"]
+    assert "2 files beside the corpus left out: .hidden, README.md" in caplog.text
+    (folder / ".hidden").unlink()
+    read(tmp_path, source=str(folder), **own)
+    assert "1 file beside the corpus left out: README.md" in caplog.text
     assert read(tmp_path, source=str(folder / "**" / "*.jsonl"), **own) == ["three", "four"]
     assert read(tmp_path, source=str(folder / "b.txt"), **own) == ["zwei\r\nZeilen ü"]
 

@@ -45,7 +45,7 @@ def test_the_command_gives_the_papers_digits() -> None:
         "fine_grained": ("3.73", "3490.67", "1488.00"),
     }.items():
         arguments = (f"--config={XL}", f"--config.model.structure={structure}", "--config.mesh.expert=32")
-        done = run(*arguments, "--devices=32", "--paper", "--json")
+        done = run(*arguments, "--config.model.projection_init=random", "--devices=32", "--paper", "--json")
         assert done.returncode == 0, done.stderr
         made = json.loads(done.stdout.splitlines()[-1])
         paper = made["paper"]
