@@ -181,15 +181,16 @@ def test_text_stream(tmp_path, caplog):
 
 def test_what_is_prepared_is_told(text_file, make_config, tmp_path, monkeypatch):
     (tmp_path / "held_out.txt").write_text("one two\n")
-    config = make_config(text_file, validation_source=str(tmp_path / "held_out.txt"), test_source="-")
-    make, asked, now = token_cache.make_shards, [], iter([10.0, 12.25, 20.0, 20.5, 30.0])
+    config = make_config(text_file, **dict.fromkeys(WHOLE, str(tmp_path / "held_out.txt")))
+    make, asked, now = token_cache.make_shards, [], iter([10.0, 12.25, 20.0, 20.5, 30.0, 31.0, 40.0])
     monkeypatch.setattr(token_cache, "make_shards", lambda *given: (asked.append(given[1]), make(*given))[1])
     monkeypatch.setattr(pipeline, "time", types.SimpleNamespace(perf_counter=now.__next__))
     assert list(prepare(config, ["train", "validation"], 3)) == [
         "train: 5,003 tokens of 1 documents, 5,001 bytes of text, 2.2 s",
         "validation: 10 tokens of 1 documents, 8 bytes of text, 0.5 s",
     ]
-    assert asked == [3, 3]
+    assert list(prepare(config, ["test"])) == ["test: 10 tokens of 1 documents, 8 bytes of text, 1.0 s"]
+    assert asked == [3, 3, 0]
     assert list((tmp_path / "cache" / "tokens").glob("train-*/index.json"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')

@@ -66,7 +66,7 @@ def test_random_access(rows, make_config, monkeypatch):
     monkeypatch.setattr(token_cache, "_OPEN", 2)
     stream = open_stream(make_config(rows[0]), "train", ByteTokenizer())
     whole = stream.tokens(0, stream.num_tokens)
-    assert whole.dtype == np.int32
+    assert whole.dtype == np.int32 and len(stream._files) == 2
     edges = stream._start[1:].tolist()
     assert len(edges) > 5 and whole[0] == EOS
     copy = pickle.loads(pickle.dumps(stream))
@@ -264,6 +264,7 @@ def test_a_kept_shard_is_fetched_once(tmp_path, monkeypatch):
     first = stream(here)
     assert first.tokens(3, 5).tolist() == [3, 4] and fetched == [(kept / "00000-001.bin", here / "00000-001.bin")]
     assert first.tokens(1, 7).tolist() == [1, 2, 3, 4, 5, 6] and len(fetched) == 2
+    assert first.tokens(1, 2).tolist() == [1] and first.tokens(4, 6).tolist() == [4, 5]
     assert stream(here).tokens(0, 8).tolist() == list(range(8)) and len(fetched) == 2
     assert stream(kept).tokens(0, 8).tolist() == list(range(8)) and len(fetched) == 2
     (here / "00000-000.bin").unlink()
