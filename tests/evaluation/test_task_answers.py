@@ -1,8 +1,10 @@
 """Tasks that are classified or written: what is asked, and figures against hand tables and other libraries."""
 
+import contextlib
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,6 +144,12 @@ def test_classes_are_judged_by_accuracy_and_f1() -> None:
 def test_answers_are_judged_in_the_order_of_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever completion ends first; the generator has the run's config, windows and batches."""
     made: list[Any] = []
+    bars: list[Any] = []
+
+    @contextlib.contextmanager
+    def progress(*given: Any, silent: bool) -> Iterator[Any]:
+        bars.append([*given, silent])
+        yield SimpleNamespace(update=lambda: bars.append("one more"))
 
     class Generator:
         def __init__(self, *given: Any) -> None:
@@ -153,11 +161,13 @@ def test_answers_are_judged_in_the_order_of_their_prompts(monkeypatch: pytest.Mo
             return [SimpleNamespace(text=f"{prompt.prompt[0]}") for prompt in prompts]
 
     monkeypatch.setattr(task_answers, "Generator", Generator)
+    monkeypatch.setattr(task_answers, "Progress", progress)
     model, tokenizer = SimpleNamespace(config=CONFIG), ByteTokenizer()
     examples = [Example("row", [], references=(reference,)) for reference in ("7", "x", "9")]
     prompts = [Prompt((number,)) for number in (7, 8, 9)]
     rows = write_answers(model, tokenizer, examples, prompts, ("exact_match",), 64, 5, True)  # type: ignore[arg-type]
     assert made == [(CONFIG, model, 64, 5, tokenizer)]
+    assert bars == [["completions", 3, "prompt", True], *["one more"] * 3]
     assert [row["exact_match"] for row in rows] == [1, 0, 1] and rows[1] == judge_answer("8", ("x",), ("exact_match",))
     with pytest.raises(ValueError, match="zip"):
         write_answers(model, tokenizer, examples[:2], prompts, (), 64, 5, True)  # type: ignore[arg-type]

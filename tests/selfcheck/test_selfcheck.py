@@ -15,6 +15,7 @@ import pytest
 from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
+from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.selfcheck import checks, rates
 from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
@@ -174,6 +175,10 @@ def test_what_the_hardware_files_expect() -> None:
     h100, v5e = expected("h100", 8), expected("v5e", 8)
     assert (h100["matmul bfloat16"], h100["memory"]) == (989.4e12, 3.35e12)
     assert h100["all-to-all"] == pytest.approx(450e9, rel=0.05)  # 64 MiB of it: the latency is small
+    link, sizes = load_hardware("h100").fast, {"data": 1, "node": 1, "expert": 8, "tensor": 1}
+    assert h100["all-to-all"] == pytest.approx(2**26 / (7 * link.latency + 2**26 / link.bandwidth), rel=1e-9)
+    planned = step_time(rates.training_config(8, cpu=False), sizes, load_hardware("h100"))
+    assert h100["training step"] == planned.tokens_per_s / 8
     # On 2 × 4 chips each sends 4/7 of it to the other half of the long axis, over 2 links of 50 GB/s for 4 chips.
     assert v5e["all-to-all"] == pytest.approx(50e9 * 7 / 8, rel=0.01)
     assert expected("h100", 1).keys() == {"matmul bfloat16", "memory", "training step"}

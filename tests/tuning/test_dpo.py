@@ -1,6 +1,9 @@
 """DPO against NumPy on random batches; what training and generation say of the same completion."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -117,14 +120,22 @@ def test_the_reference_scores_every_window_once(monkeypatch: pytest.MonkeyPatch)
     config = tuned((2, 1, 1, 1), structure="dense", num_shared_experts=0)
     batch = random_batch(config, 3)
     rows = [np.stack([of[w] for of in batch[:3]] + [np.zeros_like(batch.inputs_BL[w])]) for w in range(8)]
-    shapes: list[Any] = []
+    shapes, told = list[Any](), list[Any]()
     monkeypatch.setattr(
         reference_scores, "place", lambda b, spec: (shapes.append(b.inputs_BL.shape), place(b, spec))[1]
     )
+
+    @contextlib.contextmanager
+    def progress(*given: Any, silent: bool) -> Iterator[Any]:
+        told.append([*given, silent])
+        yield SimpleNamespace(update=told.append)
+
+    monkeypatch.setattr(reference_scores, "Progress", progress)
     with quick(), on_mesh(config):
         model = random_model(config)
         found = reference_nll(model, rows[:7], batch_size=3)  # type: ignore[arg-type]
         nll_BL = jax.jit(lambda m, b: token_nll(m, b)[0])(model, jax.tree.map(split_batch, batch))
+    assert told == [["reference", 7, "window", True], 4, 3]
     assert shapes == [(4, 16)] * 2 and found.shape == (7, 16) and found.dtype == np.float32
     there = batch.targets_BL[:7] != NO_TARGET
     np.testing.assert_allclose(found[there], np.asarray(nll_BL)[:7][there], rtol=1e-5)
