@@ -256,6 +256,13 @@ def test_attention_takes_time(bandwidth: float, seconds: float) -> None:
     assert exchange.matmuls == (("k", seconds),)
 
 
+def test_kernels_beside_an_exchange_are_at_their_peak() -> None:
+    """Whatever they read and write: three FLOPs, ten a second."""
+    module = program(start("s", "x"), kernel("k", 3, "x"), done("d", "s"))
+    (exchange,) = overlap(module, MESH, lambda _: WIRE, Rates(1.0, 10.0, 1.0)).exchanges
+    assert exchange.matmuls == (("k", 0.3),)
+
+
 UNKNOWN = 2**63 - 1  # cycles
 
 
@@ -280,6 +287,7 @@ def test_seconds_of_work() -> None:
     seconds = {
         loop.format(1) + ', backend_config={"known_trip_count":{"n":"3"}}': 3 * 4 / 2,
         loop.format(2): 4 / 2,
+        "%c = u16[8]{0} call(%x), to_apply=%body": 4 / 2,
         matmul("u", UNKNOWN, "x"): 2 * 2 * 2 * 2 / 4,
         other("o", 5, "x"): 5 / 2,
         kernel("k1", 40, "x"): 40 / 4 / 0.5,

@@ -289,6 +289,7 @@ def test_how_a_rate_is_told(command: Any) -> None:
     assert check.run() == "1.5 TFLOP/s a device, 25% of the hardware file's 6 T"
     alone = program._as_check(Rate("memory", "B", lambda: 2e10, None), found)
     assert alone.run() == "20 GB/s a device"
+    assert program._as_check(Rate("none", "B", lambda: 0.0, 5.0), {}).run() == "0 B/s a device"
     assert found == {
         "matmul": {"value": 1.5e12, "unit": "FLOP/s", "expected": 6e12, "share": 0.25},
         "memory": {"value": 2e10, "unit": "B/s", "expected": None, "share": None},

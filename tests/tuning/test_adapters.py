@@ -29,7 +29,7 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
-from bigmac_jax.training.step import Trainer, TrainState, merge_adapters, split_model
+from bigmac_jax.training.step import Trainer, TrainState, build_model, merge_adapters, split_model
 from bigmac_jax.tuning.peft import export_adapters
 
 ALL = "attention,projections,shared,experts,router"
@@ -142,7 +142,8 @@ def test_merged_is_adapted(name: str) -> None:
 
 def test_the_model_that_is_evaluated() -> None:
     """Of the average of the parameters where there is one, with adapters merged where there are some: W + s A B."""
-    config, scale = with_adapters(targets="attention"), 3.0 / 2
+    config, scale = with_adapters(targets="attention", lora_dropout=0.5), 3.0 / 2
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, balance="bias", balance_bias_rate=0.0))
     with quick(), on_mesh(config):
         graphdef, params, rest = split_model(random_model(config))
         adapters = random_adapters(config, params)
@@ -152,8 +153,8 @@ def test_the_model_that_is_evaluated() -> None:
         state = TrainState(np.int32(0), adapters, rest, None, average=average, base=params)  # type: ignore[arg-type]
         found, base, pairs = (leaves(of) for of in (trainer.plain_model(state), params, average))
         adapted_ = {name.removesuffix(".a") for name in pairs if name.endswith(".a")}
-        assert len(adapted_) == 4
-        expected = {
+        assert len(adapted_) == 4 and len(leaves(rest)) == 1
+        expected = leaves(rest) | {
             name: value + scale * pairs[f"{name}.a"] @ pairs[f"{name}.b"] if name in adapted_ else value
             for name, value in base.items()
         }
@@ -161,7 +162,11 @@ def test_the_model_that_is_evaluated() -> None:
         whole = dataclasses.replace(config, tuning=TuningConfig())
         alone = dataclasses.replace(state, params=params, average=None, base=None)
         plain = trainer._replace(config=whole).plain_model(alone)
-        assert all((value == base[name]).all() for name, value in leaves(plain).items())
+        assert all((value == (base | leaves(rest))[name]).all() for name, value in leaves(plain).items())
+        dropped = leaves(build_model(config, graphdef, adapters, state, jax.random.key(3)))
+        kept = leaves(attached(config, params, adapters, jax.random.key(3)))
+        assert all((dropped[name] == value).all() for name, value in kept.items())
+        assert any((kept[name] != value).any() for name, value in leaves(attached(config, params, adapters)).items())
 
 
 @pytest.mark.full

@@ -116,18 +116,17 @@ def test_it_resumes_bit_for_bit_without_the_other(base: tuple[Config, pathlib.Pa
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-@pytest.mark.parametrize("rows", [10, 4])
-def test_a_table_gets_more_rows_or_fewer(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "tensor"), [(10, 2), (4, 2), (7, 1)])
+def test_a_table_gets_more_rows_or_fewer(rows: int, tensor: int) -> None:
     """The new ones are the mean of the old; the others stay, split over the ranks as they are to be."""
-    config = tiny((1, 1, 1, 2))
-    table = np.arange(24, dtype=np.float32).reshape(6, 4) ** 2
-    with on_mesh(config):
-        mesh = jax.sharding.get_mesh()
-        like = jax.ShapeDtypeStruct((rows, 4), np.float32, sharding=NamedSharding(mesh, P("tensor", None)))
-        found = pretrained_module._resize(jax.device_put(table, NamedSharding(mesh, P("tensor", None))), like)
+    table = np.arange(48, dtype=np.float32).reshape(6, 8) ** 2
+    with on_mesh(tiny((1, 1, 1, tensor))):
+        split = NamedSharding(jax.sharding.get_mesh(), P("tensor", None))
+        like = jax.ShapeDtypeStruct((rows, 8), np.float32, sharding=split)
+        found = pretrained_module._resize(jax.device_put(table, split), like)
     expected = [*table, *[table.mean(0)] * 4][:rows]
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-6)
-    assert found.sharding.shard_shape(found.shape) == (rows // 2, 4)
+    assert found.sharding.shard_shape(found.shape) == (rows // tensor, 8)
 
 
 @pytest.mark.full

@@ -110,7 +110,8 @@ def test_a_folder_is_fetched_whole_or_not_at_all(
 
     with monkeypatch.context() as patch:
 
-        def half(*_: object, **__: object) -> None:
+        def half(names: list[str], local: list[str], **_: object) -> None:
+            assert len(names) == 3 and all(path.startswith(f"{target.parent}/.run.part-") for path in local)
             raise ConnectionResetError
 
         patch.setattr(storage.filesystem(folder), "get", half)
@@ -119,6 +120,8 @@ def test_a_folder_is_fetched_whole_or_not_at_all(
     assert found() == {"old.txt": b"old"}
     storage.fetch_tree(folder, target)
     assert found() == contents
+    storage.fetch_tree(folder, tmp_path / "not" / "there" / "yet")
+    assert (tmp_path / "not" / "there" / "yet" / "a.txt").read_bytes() == b"one"
     with storage.local_folder(folder) as copy:
         assert copy.name == "run" and (copy / "b" / "c.txt").read_bytes() == b"two"
     assert not copy.exists()
