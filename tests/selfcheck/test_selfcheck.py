@@ -181,6 +181,7 @@ def test_what_the_hardware_files_expect() -> None:
     assert h100["training step"] == planned.tokens_per_s / 8
     # On 2 × 4 chips each sends 4/7 of it to the other half of the long axis, over 2 links of 50 GB/s for 4 chips.
     assert v5e["all-to-all"] == pytest.approx(50e9 * 7 / 8, rel=0.01)
+    assert expected("h100", 2).keys() == h100.keys()
     assert expected("h100", 1).keys() == {"matmul bfloat16", "memory", "training step"}
     assert all(value and value > 0 for value in (*h100.values(), *v5e.values()))
     absent = [types.SimpleNamespace(platform="cpu")] * 2
@@ -217,23 +218,32 @@ def test_seconds_are_those_of_a_call_in_a_chain(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_rate_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two arrays of 2²⁴ numbers are read and one is written, in two seconds."""
-    timed = Timed(monkeypatch, 2.0)
-    assert rates.memory_rate(True) == 3 * 4 * 2**24 / 2 and timed.repeats == 20
-    assert timed.carry.shape == (2**24,) and timed.carry.dtype == np.float32
-    y = np.asarray(timed.function(timed.carry))
-    assert (y == 1.5).all() and timed.carry.is_deleted()
+    """Two arrays are read and one is written, in two seconds; here of eight threes instead of as many ones as asked."""
+    timed, asked = Timed(monkeypatch, 2.0), list[int]()
+
+    def ones(size: int, dtype: Any) -> np.ndarray:
+        asked.append(size)
+        return np.full(8, 3, dtype)
+
+    monkeypatch.setattr(rates, "np", types.SimpleNamespace(ones=ones, float32=np.float32))
+    for cpu in (True, False):
+        assert rates.memory_rate(cpu) == 3 * 4 * 8 / 2 and timed.repeats == 20
+        assert timed.carry.dtype == np.float32 and timed.carry.devices() == {jax.devices()[0]}
+        assert np.asarray(timed.function(timed.carry)).tolist() == [4.5] * 8 and timed.carry.is_deleted()
+    assert asked == [2**24] * 2 + [2**27] * 2
 
 
 def test_the_rate_of_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of three ranks sends five rows of 1024 numbers to each of the others, in half a second."""
-    timed, S = Timed(monkeypatch, 0.5), 3
-    assert rates.exchange_rate(jax.devices()[:S], 2 * 5.4 * 4096) == 2 * 5 * 1024 * 4 / 0.5 and timed.repeats == 10
-    assert timed.carry.shape == (S, S, 5, 1024) and timed.carry.sharding.shard_shape(timed.carry.shape)[0] == 1
-    numbers = np.arange(S * S, dtype=np.float32).reshape(S, S)[:, :, None, None] * np.ones((1, 1, 5, 1024), np.float32)
+    timed, devices = Timed(monkeypatch, 0.5), jax.devices()[4:7]
+    assert rates.exchange_rate(devices, 2 * 5.4 * 4096) == 2 * 5 * 1024 * 4 / 0.5 and timed.repeats == 10
+    assert timed.carry.shape == (3, 3, 5, 1024) and timed.carry.devices() == set(devices)
+    assert timed.carry.sharding.shard_shape(timed.carry.shape) == (1, 3, 5, 1024)
+    numbers = np.arange(9, dtype=np.float32).reshape(3, 3)[:, :, None, None] * np.ones((1, 1, 5, 1024), np.float32)
     with jax.set_mesh(timed.carry.sharding.mesh):
-        swapped = timed.function(jax.device_put(numbers, timed.carry.sharding))
-    np.testing.assert_array_equal(swapped, numbers.swapaxes(0, 1))
+        given = jax.device_put(numbers, timed.carry.sharding)
+        np.testing.assert_array_equal(timed.function(given), numbers.swapaxes(0, 1))
+    assert given.is_deleted()
     assert rates.exchange_rate(jax.devices()[:2], 1.0) == 1024 * 4 / 0.5  # a row at least
 
 
@@ -245,6 +255,7 @@ def test_the_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     class Trainer:
         def __init__(self, *given: Any) -> None:
             assert given[0] == config and given[1].shape == {"data": 1, "node": 1, "expert": 2, "tensor": 1}
+            assert given[1].devices.flatten().tolist() == jax.devices()[4:6]
 
         def init(self, key: Any) -> str:
             assert jax.random.key_data(key).tolist() == [0, 0]
@@ -258,12 +269,13 @@ def test_the_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
             return "after", None
 
     monkeypatch.setattr(rates, "make_trainer", Trainer)
-    assert rates.training_rate(config, two()) == 4 * 128 / 0.25
+    assert rates.training_rate(config, jax.devices()[4:6]) == 4 * 128 / 0.25
     assert (timed.carry, timed.repeats, timed.function("before")) == ("state", 3, "after")
     ((state, batch, rate),) = steps
-    assert (state, rate) == ("before", ("rate", 0)) and batch.inputs_BL.shape == batch.targets_BL.shape == (4, 128)
-    assert (np.asarray(batch.inputs_BL)[:, 1:] == np.asarray(batch.targets_BL)[:, :-1]).all()
-    assert 8000 < np.asarray(batch.inputs_BL).max() < config.model.vocab_size
+    assert (state, rate) == ("before", ("rate", 0))
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(4, 129), dtype=np.int32)
+    np.testing.assert_array_equal(batch.inputs_BL, tokens[:, :-1])
+    np.testing.assert_array_equal(batch.targets_BL, tokens[:, 1:])
 
 
 def test_rates_are_of_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
