@@ -219,3 +219,19 @@ def test_a_frozen_router_stays_and_does_not_decay() -> None:
     (router,) = (name for name in before if "router" in name)
     assert (after[router] == before[router]).all() and np.isfinite(metrics.loss)
     assert all((after[name] != before[name]).any() for name in before if name != router)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_gradient_goes_to_the_router_where_it_is_trained(trained: bool) -> None:
+    """Of the sum of all parameters of the model that a step builds: one, or none."""
+    config = dataclasses.replace(tiny(num_layers=1), tuning=TuningConfig(train_router=trained))
+    with quick(), on_mesh(config):
+        graphdef, params, rest = split_model(random_model(config))
+        state = TrainState(np.int32(0), params, rest, None)  # type: ignore[arg-type]
+
+        def total(params: nnx.State) -> Any:
+            return sum(leaf.sum() for leaf in jax.tree.leaves(build_model(config, graphdef, params, state)))
+
+        found = leaves(jax.grad(total)(params))
+    for name, value in found.items():
+        assert (value == (trained or "router" not in name)).all(), name
