@@ -176,7 +176,7 @@ def sent(structure: str, mesh: Mesh) -> Counter[tuple[str, str, tuple[int, ...]]
     return found
 
 
-@pytest.mark.parametrize(("structure", "mesh"), some(TABLE), ids=name)
+@pytest.mark.parametrize(("structure", "mesh"), some(TABLE, every=3), ids=name)
 def test_collectives_of_a_layer(structure: str, mesh: Mesh) -> None:
     found = sent(structure, mesh)
     vectors = {key: found.pop(key) for key in list(found) if len(key[2]) < 2}

@@ -61,7 +61,8 @@ def payload(found: list[Collective], width: int) -> list[Collective]:
             (name, *formats)
             for formats in (("bfloat16", "float32"), ("int8", "float8_e4m3"), ("float8_e4m3", ""))
             for name in STRATEGIES
-        ]
+        ],
+        every=3,
     ),
 )
 def test_every_payload_crosses_in_its_format(name: str, forward: str, backward: str) -> None:

@@ -108,7 +108,8 @@ def test_an_extra_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             ((2, 1, 1, 4), {"structure": "dense", "remat": "layer"}),
             ((2, 1, 1, 4), {"structure": "dense"}),
             ((1, 1, 2, 2, False, True), {"exchange": "dedup", "remat": "layer", "structure": "fine_grained"}),
-        ]
+        ],
+        every=3,
     ),
 )
 def test_bytes_over_tensor_are_the_counted_ones(mesh: tuple[Any, ...], model: dict[str, Any]) -> None:
