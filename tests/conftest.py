@@ -51,6 +51,18 @@ def command() -> Iterator[Callable[[str], Any]]:
             del sys.modules[module]
 
 
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the code of a model to a folder, and imports it from there: one of the test file's own."""
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        for module in (transformers.dynamic_module_utils, transformers.utils.hub):
+            patch.setattr(module, "HF_MODULES_CACHE", folder)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _devices() -> None:
     assert len(jax.devices("cpu")) == 8

@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,17 +24,7 @@ from .tools import OWN, config_of, of_model, our_logits, tokens_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
-pytestmark = pytest.mark.full
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of a model to a folder of its own, and imports it from there."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        for module in (transformers.dynamic_module_utils, transformers.utils.hub):
-            patch.setattr(module, "HF_MODULES_CACHE", folder)
-        yield
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("own_modules")]
 
 
 def load(folder: pathlib.Path, **options: Any) -> Any:

@@ -48,6 +48,21 @@ def other(name: str, cycles: int, *operands: str) -> str:
     return f"%{name} = u16[8]{{0}} add({arguments}), {estimate(cycles)}"
 
 
+def loop_of(*lines: str) -> str:
+    """The computations %body, of these lines on %q, and %condition of a loop."""
+    body = "\n  ".join(lines)
+    return f"""%body (q: u16[8]) -> u16[8] {{
+  %q = u16[8]{{0}} parameter(0)
+  {body}
+}}
+
+%condition (r: u16[8]) -> pred[] {{
+  %r = u16[8]{{0}} parameter(0)
+  ROOT %less = pred[] custom-call(%r)
+}}
+"""
+
+
 def kernel(name: str, flops: int, *operands: str) -> str:
     arguments = ", ".join(f"%{operand}" for operand in operands)
     config = json.dumps({"custom_call_config": {"cost_estimate": {"flops": str(flops)}}})
@@ -173,17 +188,7 @@ def test_synchronous_exchanges_hide_nothing_but_could() -> None:
 
 def test_loops_weigh() -> None:
     """Three layers forward hide 4 of 10 seconds each; an exchange outside hides 2, and the loops can't help it."""
-    body = "\n  ".join((start("s", "q"), matmul("m", 4, "q"), done("d", "s"), matmul("n", 1, "d")))
-    layers = f"""%body (q: u16[8]) -> u16[8] {{
-  %q = u16[8]{{0}} parameter(0)
-  {body}
-}}
-
-%condition (r: u16[8]) -> pred[] {{
-  %r = u16[8]{{0}} parameter(0)
-  ROOT %less = pred[] custom-call(%r)
-}}
-"""
+    layers = loop_of(start("s", "q"), matmul("m", 4, "q"), done("d", "s"), matmul("n", 1, "d"))
     loop = (
         '%loop = u16[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     )
@@ -195,16 +200,7 @@ def test_loops_weigh() -> None:
 
 
 def test_a_loop_of_products_hides_as_long_as_it_runs() -> None:
-    inner = f"""%body (q: u16[8]) -> u16[8] {{
-  %q = u16[8]{{0}} parameter(0)
-  {matmul("m", 2, "q")}
-}}
-
-%condition (r: u16[8]) -> pred[] {{
-  %r = u16[8]{{0}} parameter(0)
-  ROOT %less = pred[] custom-call(%r)
-}}
-"""
+    inner = loop_of(matmul("m", 2, "q"))
     loop = '%l = u16[8]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     assert measured(program(start("s", "x"), loop, done("d", "s"), before=inner)).hidden_seconds == 6
 
@@ -269,16 +265,7 @@ UNKNOWN = 2**63 - 1  # cycles
 def test_seconds_of_work() -> None:
     """Two cycles a second, four FLOPs and sixteen bytes: loops as often as they run, or once where that is not known;
     kernels at half the peak, or as fast as what they read and write passes; exchanges take none."""
-    body = f"""%body (q: u16[8]) -> u16[8] {{
-  %q = u16[8]{{0}} parameter(0)
-  {matmul("m", 4, "q")}
-}}
-
-%condition (r: u16[8]) -> pred[] {{
-  %r = u16[8]{{0}} parameter(0)
-  ROOT %less = pred[] custom-call(%r)
-}}
-"""
+    body = loop_of(matmul("m", 4, "q"))
     loop = "%l{} = u16[8]{{0}} while(%x), condition=%condition, body=%body"
     attention = (
         '%a = bf16[1,1,8,4] custom-call(%q), custom_call_target="tpu_custom_call", '

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from bigmac_jax.tuning.peft import export_adapters
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft", minversion="0.21")
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "gate"}
 ALL = "attention,projections,shared,experts"
@@ -36,16 +36,6 @@ CASES = {
     ),
     "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies the code of a model to a folder of its own, and imports it from there."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        for module in (transformers.dynamic_module_utils, transformers.utils.hub):
-            patch.setattr(module, "HF_MODULES_CACHE", folder)
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)
