@@ -116,14 +116,16 @@ class FieldType(NamedTuple):
             bits = value.bit_length()  # Python refuses to print very large ones
             shown = f"{str(value)[:20]}… ({len(str(abs(value)))} digits)" if bits < 4096 else f"({bits} bits)"
             raise ConfigError(f"{name}={shown} must be at most {_LARGEST_INT}")
-        if self.kind is str and self.choices:
-            listed = ", ".join(choice or '""' for choice in self.choices)
-            require(value in self.choices, f"{name}={value!r} must be one of {listed}{self.ask(value)}")
         if value in self.choices:
             return value
+        if self.kind is str and self.choices:
+            listed = ", ".join(choice or '""' for choice in self.choices)
+            raise ConfigError(f"{name}={value!r} must be one of {listed}{self.ask(value)}")
         if self.kind is float and (type(value) is int or value == "inf"):
             value = float(value)
-        require(type(value) is self.kind, f"{name}={value!r} must be of type {self}{self.ask(value)}")
+        own = type(value) is self.kind
+        if not own:
+            raise ConfigError(f"{name}={value!r} must be of type {self}{self.ask(value)}")
         if self.kind in (int, float):
             self.range.check(name, value)
         return value

@@ -191,7 +191,6 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     """Bytes on one rank, by part. Activations and temporaries are an estimate; the compiled program has what is really
     allocated."""
     m, data = config.model, config.data
-    moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
     dense = m.num_layers - m.moe_layers
@@ -203,11 +202,19 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     if config.execution.remat == "exchange":
         activations += m.moe_layers * exchanged_bytes(config, ranks, group)
     return {
-        "parameters": 4 * count.of_a_rank,
-        "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
-        "gradients": 4 * count.of_a_rank * (2 if config.train.accumulate_steps > 1 else 1),
+        **state_memory(config, count, config.train.accumulate_steps),
         "activations": round(activations),
         "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group, count)),
+    }
+
+
+def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int]:
+    """Bytes on one rank that no activation changes, with a batch in so many parts."""
+    moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    return {
+        "parameters": 4 * count.of_a_rank,
+        "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
+        "gradients": 4 * count.of_a_rank * (2 if parts > 1 else 1),
     }
 
 

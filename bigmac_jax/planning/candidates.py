@@ -1,5 +1,6 @@
 """Lists the valid ways to run a config on a machine and the memory that each takes; a search chooses from them."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ OVERLAP_CHUNKS = (1, 2, 4, 8)
 REMAT: tuple[Remat, ...] = ("none", "exchange", "layer")
 # The estimate of memory is off by -13 to +22 % (docs/planning.md).
 HEADROOM = 0.15
+# A section with other fields, checked once however many candidates have it.
+_with_fields = functools.lru_cache(maxsize=4096)(replace)
 
 
 @dataclass(frozen=True)
@@ -42,25 +45,30 @@ class Variant:
     fits: bool  # at least `Machine.headroom` is left
 
 
-def variants(config: Config, machine: Machine, lean: bool = False) -> Iterator[Variant]:
+def variants(config: Config, machine: Machine, lean: bool = False, fitting: bool = False) -> Iterator[Variant]:
     """Yields one way for every mesh, exchange, number of chunks and remat: the one whose batch goes in the fewest parts
     that fit, or if none fits, the smallest.
 
     Args:
       lean: leave out what only adds memory: several chunks, and no fsdp where fsdp is possible.
+      fitting: only what fits; a mesh whose parameters and optimizer alone don't is not looked at any further.
     """
     remats = REMAT if config.model.is_moe else ("none", "layer")  # nothing is exchanged in a dense layer
     chunks = (1,) if lean or not machine.hardware.overlaps else OVERLAP_CHUNKS
     for mesh, sizes in _meshes(config, machine, lean):
         count = counts.parameters(replace(config, mesh=mesh), sizes)
+        state = sum(counts.state_memory(config, count, parts=1).values())
+        if fitting and 1 - state / machine.hardware.memory_bytes < machine.headroom:
+            continue
         for (name, n), remat in itertools.product(_exchanges(config, mesh, machine, chunks), remats):
             fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
             try:
-                execution = replace(config.execution, **fields)
+                execution = _with_fields(config.execution, **fields)
                 executed = replace(config, mesh=mesh, execution=execution)
             except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
                 continue
-            if found := _fewest_parts(executed, sizes, count, machine):
+            found = _fewest_parts(executed, sizes, count, machine)
+            if found and (found.fits or not fitting):
                 yield found
 
 
@@ -120,7 +128,7 @@ def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Mach
     group, smallest = mesh_group(sizes, machine.hardware), None
     for parts in _divisors(sequences):
         try:
-            variant = replace(config, train=replace(config.train, accumulate_steps=parts))
+            variant = replace(config, train=_with_fields(config.train, accumulate_steps=parts))
             check_batch(variant, sizes["data"])
         except ConfigError:  # more chunks than tokens
             continue

@@ -29,6 +29,7 @@ from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
 from bigmac_jax.planning.sweep import parse_axes, sweep
+from bigmac_jax.planning.training_time import parse_tokens, training_time
 from bigmac_jax.planning.units import is_near
 
 
@@ -43,6 +44,7 @@ class Request(NamedTuple):
     sweep: tuple[str, ...] = ()
     search: bool = False
     headroom: float = HEADROOM  # the share of memory that a search leaves free
+    tokens: str = ""  # that a training takes, as 15T
 
 
 class Place(NamedTuple):
@@ -67,6 +69,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
       ConfigError: one line, for whatever cannot be planned.
     """
     place = _find_place(config, request)
+    tokens = _parse_tokens(request, place)
     searched: dict[str, Any] = {}
     if request.search:
         config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
@@ -83,6 +86,11 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         **_costs(config, sizes, place),
         "baselines": _baselines(config, place),
     }
+    if tokens:
+        for column in (result, *result["baselines"].values()):
+            if "time" in column:
+                seconds = column["time"]["total"]
+                column["training"] = training_time(tokens, result["tokens_per_step"], seconds, place.devices)
     if place.hardware:
         result["memory_available"] = place.hardware.memory_bytes
         result["fits"] = result["headroom"] >= 0
@@ -126,6 +134,17 @@ def _find_place(config: Config, request: Request) -> Place:
         if hardware and topology.torus is None:
             hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
     return Place(devices, topology, hardware, request.compile and topology is None)
+
+
+def _parse_tokens(request: Request, place: Place) -> int:
+    """The tokens that were asked for; 0 if none were."""
+    if request.tokens == "":
+        return 0
+    tokens = parse_tokens(str(request.tokens))
+    if place.hardware is None:
+        fix = "add --hardware=NAME, as in --hardware=h100"
+        raise ConfigError(f"--tokens={request.tokens} needs the time of a step; {fix}")
+    return tokens
 
 
 def _mesh_sizes(config: Config, place: Place) -> Sizes:

@@ -113,6 +113,10 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         row("predicted: share of exchange", lambda c: percent(c["time"]["exchange_share"]))
         row("predicted: tokens/s", lambda c: f"{c['time']['tokens_per_s']:,.0f}")
         row("predicted: MFU", lambda c: percent(c["time"]["mfu"]))
+    if "training" in next(iter(valid.values())):
+        asked = count(next(iter(valid.values()))["training"]["tokens"])
+        row(f"days for {asked} tokens, steps alone", lambda c: f"{c['training']['days']:,.1f}")
+        row("  device-hours", lambda c: f"{c['training']['device_hours']:,.0f}")
     return table
 
 

@@ -59,7 +59,8 @@ def what_would_fit(config: Config, machine: Machine) -> list[str]:
     """Flags of plan.py each of which alone makes something fit; of each kind the one that changes least."""
 
     def fits(other: Config, devices: int = machine.devices) -> bool:
-        return any(v.fits for v in variants(other, replace(machine, devices=devices, topology=None), lean=True))
+        here = replace(machine, devices=devices, topology=None)
+        return any(True for _ in variants(other, here, lean=True, fitting=True))
 
     more = next((machine.devices * n for n in MORE_DEVICES if fits(config, machine.devices * n)), 0)
     found = [f"--devices={more}"] if more else []

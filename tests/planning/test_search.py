@@ -40,6 +40,16 @@ def with_memory(size: float, devices: int = 8) -> Machine:
     return Machine(devices, replace(H100, memory_bytes=size), headroom=0)
 
 
+def test_what_fits_alone() -> None:
+    """Where all fits, some does and nothing does: the same, in the same order, as of all variants."""
+    sizes = sorted(sum(v.memory.values()) for v in variants(CONFIG, EIGHT))
+    for size, some in ((sizes[-1], True), (sizes[len(sizes) // 4], True), (sizes[0] / 9, False)):
+        found = list(variants(CONFIG, with_memory(size)))
+        fits = [v for v in found if v.fits]
+        assert list(variants(CONFIG, with_memory(size), fitting=True)) == fits and bool(fits) == some
+        assert (len(fits) == len(found)) == (size == sizes[-1])
+
+
 def settings(c: Candidate) -> tuple[Any, ...]:
     mesh, execution = c.config.mesh, c.config.execution
     return (*c.sizes.values(), mesh.fsdp, mesh.split_experts, execution.exchange, execution.overlap_chunks, execution.remat)  # fmt: skip  # noqa: E501
