@@ -7,8 +7,8 @@ nothing is changed. A test that takes ten times as long and a minute has failed.
 
 A JSON line a mutant in --results; run again, it goes on where it ended, and --again repeats those that survived.
 --equivalent=KEY --reason=TEXT says of a survivor that it computes the same; --report prints what there is. Which tests
-run which lines is measured first, by one run of all (needs the package coverage), and kept in --map while neither the
-package nor the tests change.
+run which lines is measured first, by one run of all (needs the package coverage), and kept in --map while the
+package stays: a folder of tests that has changed is measured again.
 
 Why not a library: mutmut changes functions in a process in which they are traced already, and neither module constants
 nor what other processes of a test run; cosmic-ray runs one command for all mutants, which would be ten minutes each.
@@ -191,16 +191,22 @@ def choose(measured: dict[str, Any], mutant: Mutant) -> list[str]:
 
 def read_map(plain: pathlib.Path) -> dict[str, Any]:
     """{seconds: of each test that passes, tests: by number, lines: of a file, with the numbers of their tests, done:
-    folders of tests}, kept after each of these."""
-    path, trees = ROOT / _MAP.value, [_git("rev-parse", f"HEAD:{name}") for name in ("bigmac_jax", "tests")]
-    measured: dict[str, Any] = {"trees": trees, "seconds": {}, "tests": [], "lines": {}, "done": []}
-    if path.exists() and (kept := json.loads(path.read_text()))["trees"] == trees:
+    folders of tests, and the tree of each}, kept after each of these. A folder that has changed is measured again."""
+    path, package = ROOT / _MAP.value, _git("rev-parse", "HEAD:bigmac_jax")
+    measured: dict[str, Any] = {"package": package, "seconds": {}, "tests": [], "lines": {}, "done": {}}
+    if path.exists() and (kept := json.loads(path.read_text()))["package"] == package:
         measured = kept
     tests = [test.relative_to(plain).as_posix() for test in sorted((plain / "tests").iterdir())]
     for target in _TESTS.value or [t for t in tests if t.startswith("tests/test_") or (plain / t).is_dir()]:
-        if target not in measured["done"]:
+        now = _git("rev-parse", f"HEAD:{target}")
+        if measured["done"].get(target) != now:
+            measured["seconds"] = {
+                test: seconds
+                for test, seconds in measured["seconds"].items()
+                if not pathlib.PurePath(test.partition("::")[0]).is_relative_to(target)
+            }
             _measure(plain, target, measured)
-            measured["done"].append(target)
+            measured["done"][target] = now
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(measured, allow_nan=False))
     return measured
