@@ -10,7 +10,16 @@ import pytest
 from absl import flags
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config, missing_place_fix
+from bigmac_jax.config import (
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    TrainConfig,
+    load_config,
+    missing_place_fix,
+    with_overrides,
+)
+from bigmac_jax.config import names as naming
 from bigmac_jax.config.other_names import _FIELDS, _FLAGS
 from bigmac_jax.config.section import FieldType, flat_values
 from config.test_names import FIELDS, FLAGS, TINY, flags_of, misspelled
@@ -245,3 +254,17 @@ def test_paths_that_are_not_there(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     )
     assert missing_place_fix("a/b", "give one", hub="did you mean hf:{place}?") == "give one; did you mean hf:a/b?"
     assert missing_place_fix("a/b", "give one", hub="") == "give one"
+
+
+def test_nothing_is_guessed_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search makes ten thousand configs: for each field of each it had compared words, ten times as long as all the
+    rest."""
+
+    def guess(*_: Any) -> Any:
+        raise AssertionError("looked for what may be meant")
+
+    monkeypatch.setattr(naming, "nearest_choice", guess)
+    config = with_overrides(load_config("tiny"), ["execution.exchange=dedup", "mesh.expert=2"])
+    assert dataclasses.replace(config.execution, remat="layer").remat == "layer"
+    with pytest.raises(AssertionError, match="looked"):
+        dataclasses.replace(config.execution, remat="layers")
