@@ -16,15 +16,19 @@ from bigmac_jax.config.reading import load_with_base
 from bigmac_jax.config.reads import notes
 from bigmac_jax.planning import pictures, planner, report
 from bigmac_jax.planning.candidates import HEADROOM
+from bigmac_jax.planning.hardware import HARDWARE
+from bigmac_jax.planning.topologies import GPUS, TPUS
 from bigmac_jax.runtime import storage
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", "A config file, or the name of one in configs/; FILE:ARGUMENT gives it one."
 )
 _DEVICES = flags.DEFINE_integer("devices", 0, "Plan for so many devices; 0: as many as the mesh needs.", lower_bound=0)
-_TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice, as v5e:4x8 or v5p:2x4x4, or hosts × GPUs: h100:4x8.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", f"A slice, v5e:4x8 or v5p:2x4x4, or hosts × GPUs, h100:4x8; {', '.join((*TPUS, *GPUS))}."
+)
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
-_HARDWARE = flags.DEFINE_string("hardware", "", "Predict times on paper, h100, v5e, v5p, v6e or a .toml file.")
+_HARDWARE = flags.DEFINE_string("hardware", "", f"Predict times on {', '.join(HARDWARE)} or a .toml file.")
 _PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=a,b,… more of them may follow: every combination, as a table.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the settings that are fastest, and plan for them.")

@@ -122,17 +122,29 @@ def _find_place(config: Config, request: Request) -> Place:
     hardware = load_hardware(name) if name else None
     devices = request.devices or max(1, config.mesh.data) * config.mesh.model_ranks
     if topology:
-        devices = math.prod(topology.shape)
+        machine = load_hardware(topology.kind)
+        devices = math.prod(topology.shape) * machine.cores
         if request.devices not in (0, devices):
             raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
-        kind = load_hardware(topology.kind).device_kind
-        if hardware and hardware.device_kind != kind:
+        if hardware and hardware.device_kind != machine.device_kind:
             raise ConfigError(
                 f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
-                f"{kind}; leave --hardware out"
+                f"{machine.device_kind}; leave --hardware out"
             )
         if hardware and topology.torus is None:
-            hardware = dataclasses.replace(hardware, machine_ranks=topology.shape[1])
+            most, together = hardware.machine_ranks, topology.shape[1]
+            if together > most:
+                raise ConfigError(
+                    f"--topology={topology.name} has {together} GPUs together, but NVLink joins at most {most} "
+                    f"{hardware.device_kind}; use --topology={topology.kind}:{-(-devices // most)}x{most}"
+                )
+            hardware = dataclasses.replace(hardware, machine_ranks=together)
+    elif (
+        hardware
+        and hardware.torus is None
+        and (together := hardware.ranks_together(devices)) > math.gcd(devices, hardware.machine_ranks)
+    ):
+        hardware = dataclasses.replace(hardware, machine_ranks=together)
     return Place(devices, topology, hardware, request.compile and topology is None)
 
 

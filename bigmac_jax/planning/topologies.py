@@ -1,4 +1,4 @@
-"""Machines that are only compiled for: slices of TPU chips and hosts of GPUs, whose compilers run anywhere."""
+"""Machines that are only compiled for: slices of TPU chips and hosts or racks of GPUs, whose compilers run anywhere."""
 
 import importlib.util
 import math
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from bigmac_jax.config import ConfigError
 
 # Names of topologies, which are those of hardware files.
-TPUS = ("v5e", "v5p", "v6e")
-GPUS = ("h100", "h200", "b200")
+TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+GPUS = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300")
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8, or hosts × GPUs, such as h100:4x8."""
+    """A slice of TPU chips, such as v5e:4x8, or hosts (racks) × GPUs, such as h100:4x8 or gb200:4x64."""
 
     name: str
     kind: str  # one of TPUS or GPUS
@@ -35,9 +35,9 @@ def parse_topology(name: str) -> Topology:
             f"--topology={name} must begin with one of {', '.join((*TPUS, *GPUS))}, as in --topology=v5e:4x8 (a slice) "
             f"or h100:4x8 (hosts × GPUs)"
         )
-    dimensions = 3 if kind == "v5p" else 2
+    dimensions = 3 if kind in ("v5p", "tpu7x") else 2
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
-        example = "v5p:2x4x4" if dimensions == 3 else f"{kind}:4x8"
+        example = f"{kind}:2x4x4" if dimensions == 3 else f"{kind}:4x8"
         raise ConfigError(f"--topology={name} must have {dimensions} sizes, as in --topology={example}")
     return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
 

@@ -8,6 +8,7 @@ import pytest
 from bigmac_jax.config import ConfigError
 from bigmac_jax.planning.hardware import HARDWARE, Link, load_hardware
 from bigmac_jax.planning.hardware.torus import Block, Torus, parts
+from bigmac_jax.planning.topologies import GPUS, TPUS
 
 FOLDER = pathlib.Path(load_hardware.__code__.co_filename).parent
 PLANE = Torus(dimensions=2, wrap_multiple=16, wrap_together=False)
@@ -15,14 +16,60 @@ CUBES = Torus(dimensions=3, wrap_multiple=4, wrap_together=True)
 
 
 def test_the_files() -> None:
-    assert HARDWARE == ("b200", "h100", "h200", "paper", "v5e", "v5p", "v6e")
+    assert set(HARDWARE) == {"paper", *TPUS, *GPUS}
     for name in HARDWARE:
         hardware = load_hardware(name)
-        assert (hardware.torus is not None) == (hardware.platform == "tpu")
+        assert (hardware.torus is not None) == (hardware.platform == "tpu") == (name in TPUS)
         assert hardware.fast.bandwidth > hardware.slow.bandwidth
+        # Data sheets: FP8 is twice as fast on Hopper, Blackwell and TPU7x, and no faster before.
+        eight_bit = None if name in ("paper", "v5e", "v5p", "v6e") else pytest.approx(2 * hardware.peak_flops, rel=1e-3)
+        assert hardware.peak_flops_8bit == eight_bit
     # As libtpu's topologies spell them.
-    kinds = {name: load_hardware(name).device_kind for name in ("v5e", "v5p", "v6e")}
-    assert kinds == {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+    kinds = {name: load_hardware(name).device_kind for name in TPUS}
+    assert kinds == {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_target_is_of_its_gpu(name: str) -> None:
+    """The name is that of the figures, and the memory at most a tenth above the data sheet's."""
+    hardware, target = load_hardware(name), (FOLDER / f"{name}.textproto").read_text()
+    assert f'device_description_str: "{hardware.device_kind}"' in target
+    (memory,) = re.findall(r"device_memory_size: (\d+)", target)
+    assert hardware.memory_bytes <= int(memory) < 1.1 * hardware.memory_bytes
+    capability = {"h": "{ major: 9 }", "2": "{ major: 10 }", "3": "{ major: 10 minor: 3 }"}
+    assert capability["h" if name[0] == "h" else name[-3]] in target
+
+
+def test_racks_of_72() -> None:
+    """The whole rack is one fast domain; a job takes as few racks as can be, all with as many."""
+    for name, wire in {"gb200": 50e9, "gb300": 100e9}.items():
+        rack = load_hardware(name)
+        assert (rack.peak_flops, rack.peak_flops_8bit, rack.machine_ranks) == (2.5e15, 5e15, 72)
+        assert (rack.fast.bandwidth, rack.slow.bandwidth) == (900e9, wire)
+        assert rack.fast == load_hardware("b300").fast
+        ranks = [rack.ranks_together(n) for n in (1, 8, 64, 72, 128, 144, 256)]
+        assert ranks == [1, 8, 64, 72, 64, 72, 64]
+    host = load_hardware("h800")
+    assert host.fast.bandwidth == 200e9  # of 400 in both directions
+    assert [host.ranks_together(n) for n in (2, 6, 7, 8, 12, 64)] == [2, 6, 7, 8, 4, 8]
+
+
+def test_a_chip_of_two_cores() -> None:
+    """Figures of the file are a chip's, those loaded are of a core; the cores of a chip are neighbours, and share its
+    links."""
+    core = load_hardware("tpu7x")
+    assert core.torus is not None and core.cores == 2
+    assert (core.peak_flops, core.peak_flops_8bit, core.memory_bytes) == (1153.5e12, 2307e12, 96e9)
+    assert (core.memory_bandwidth, core.machine_ranks) == (3690e9, 2 * 9216)
+    assert (core.fast.bandwidth, core.slow.bandwidth) == (50e9, 6.25e9)
+    assert core.torus.slice((4, 4, 4)) == Block((2, 4, 4, 4), (False, True, True, True))
+    assert [core.torus.near_cube(n) for n in (1, 2, 16, 128)] == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (4, 4, 4)]
+    # A chip's bytes over its links, whichever of its cores sends them: half of the cut's for twice as many senders.
+    chips = CUBES.slice((4, 4, 8))
+    cores = core.torus.slice((4, 4, 8))
+    assert 255 / 256 * cores.busiest_link() == pytest.approx(127 / 128 * chips.busiest_link())
+    inner, outer = parts(core.torus.slice((2, 2, 2)), 2)
+    assert (inner.shape, outer.shape, outer.stride) == ((2, 1, 1, 1), (1, 2, 2, 2), 1)
 
 
 def test_the_papers_cluster() -> None:
@@ -32,8 +79,8 @@ def test_the_papers_cluster() -> None:
 
 
 def test_clocks_give_the_peaks() -> None:
-    """MXUs × multipliers × two FLOPs; v6e's do two products a cycle."""
-    cycle = {"v5e": 4 * 128**2 * 2, "v5p": 8 * 128**2 * 2, "v6e": 2 * 256**2 * 2 * 2}
+    """MXUs × multipliers × two FLOPs; v6e's, and those of a core of TPU7x, do two products a cycle."""
+    cycle = {"v5e": 4 * 128**2 * 2, "v5p": 8 * 128**2 * 2, "v6e": 2 * 256**2 * 2 * 2, "tpu7x": 2 * 256**2 * 2 * 2}
     for name, flops in cycle.items():
         hardware = load_hardware(name)
         assert hardware.clock_hz is not None
@@ -91,7 +138,7 @@ def test_a_number_for_a_table(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["v4", "nowhere/x.toml", "", "."])
 def test_no_such_hardware(name: str) -> None:
-    known = "b200, h100, h200, paper, v5e, v5p, v6e"
+    known = ", ".join(HARDWARE)
     with pytest.raises(ConfigError, match=f"can't be read as a file; use one of {known}, or a path"):
         load_hardware(name)
 

@@ -258,11 +258,24 @@ def test_tables_show_everything_that_was_asked() -> None:
         assert part in text, part
 
 
-@pytest.mark.parametrize("name", [n for n in HARDWARE if n.startswith("v")])
+@pytest.mark.parametrize("name", [n for n in HARDWARE if n != "paper"])
 def test_topologies_bring_their_hardware(name: str) -> None:
-    shape = "2x4x4" if name == "v5p" else "4x8"
+    shape = {"v5p": "2x4x4", "tpu7x": "2x2x4"}.get(name, "1x32" if name.startswith("gb") else "4x8")
     made = plan(topology=f"{name}:{shape}")
-    assert made["hardware"] == name and made["time"]["total"] > 0
+    assert made["hardware"] == name and made["time"]["total"] > 0 and made["devices"] == 32
+    # Neither an exchange inside a rack nor one of the slice's two cores takes slow links.
+    slow = made["exchanges"]["all_to_all"]["padded_slow"]
+    assert (slow > 0) == (shape == "4x8" and name not in topologies.TPUS)
+
+
+def test_a_rack_is_one_machine_whatever_its_gpus() -> None:
+    """64 of 72 are not machines of eight, which is what divides both."""
+    fields = ("mesh.expert=64",)
+    rack = plan(overrides=fields, devices=64, hardware="gb200")
+    assert rack["time"] == plan(overrides=fields, topology="gb200:1x64")["time"]
+    assert rack["exchanges"]["all_to_all"]["padded_slow"] == 0
+    four = plan(overrides=fields, devices=256, hardware="gb200")
+    assert four["time"] == plan(overrides=fields, topology="gb200:4x64")["time"]
 
 
 def test_pictures(tmp_path: pathlib.Path) -> None:
@@ -283,8 +296,10 @@ NONSENSE = {
     "devices left over": ({"devices": 8}, ("mesh.expert=4", "mesh.data=1"), "= 4 must be the 8 devices"),
     "too few devices": ({"devices": 4}, EP32, "= 32 must be the 4 devices .* --devices=32"),
     "too small a slice": ({"topology": "v5e:4x4"}, EP32, "= 32 must be the 16 devices .* another mesh or --topology"),
+    "a host of more GPUs than NVLink joins": ({"topology": "h100:2x16"}, EP32, "at most 8 NVIDIA H100 .*=h100:4x8"),
+    "a rack of more": ({"topology": "gb200:1x144"}, EP32, "at most 72 NVIDIA GB200; use --topology=gb200:2x72"),
     "hardware of another chip": ({"topology": "v5e:4x8", "hardware": "v6e"}, EP32, "leave --hardware out"),
-    "unknown hardware": ({"hardware": "abacus"}, EP32, "b200, h100, h200, paper, v5e"),
+    "unknown hardware": ({"hardware": "abacus"}, EP32, ", ".join(HARDWARE)),
     "search without hardware": ({"search": True}, EP32, "--hardware=NAME"),
     "sweep without values": ({"sweep": ("top_k",)}, EP32, "FIELD=a,b"),
     "sweep of nothing": ({"sweep": (" ",)}, EP32, "FIELD=a,b"),

@@ -48,6 +48,12 @@ def test_programs(case: tuple) -> None:
     assert programs["step"]["largest_elements"] < room * EXPERTS // 8 * 256
 
 
+@pytest.mark.parametrize("topology", ["h800:1x8", "b300:1x8", "gb200:2x4", "gb300:2x4"])
+def test_the_other_gpus(topology: str) -> None:
+    made = compiled(topology, "step", "mesh.expert=8")
+    assert made["step"]["memory"]["total"] < made["available"] and "__cudnn$fmhaSoftmax" in made["step"]["calls"]
+
+
 @pytest.mark.parametrize("topology", ["h100:1x8", "b200:1x8"])
 def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
     # As wide as GPT3-XL: what is sent in no time is not worth a product beside it.

@@ -121,3 +121,11 @@ def test_decoding_reads_pages_by_jaxs_kernel_where_it_takes_the_heads(topology: 
 def test_heads_split_over_tensor_read_pages_by_the_kernel() -> None:
     made = compiled("v5e:4x8", "decode", "model.head_dim=128", "mesh.expert=8", "mesh.tensor=4")
     assert made["decode"]["calls"]["tpu_custom_call"] >= 3
+
+
+@pytest.mark.full
+def test_both_cores_of_a_chip_are_ranks() -> None:
+    """Eight of four chips, with a core's memory each."""
+    made = compiled("tpu7x:2x2x1", "step", "mesh.expert=8")
+    assert made["available"] == 96e9 > made["step"]["memory"]["total"]
+    assert [c for c in made["step"]["collectives"] if c[4] == "payload"]

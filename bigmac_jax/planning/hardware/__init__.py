@@ -41,6 +41,7 @@ class Hardware:
     overlaps: bool  # whether exchanges run beside computation
     fast: Link  # of one device inside the machine; on a torus one link and one hop
     slow: Link  # one device's share of the machine's links to others
+    peak_flops_8bit: float | None = None  # in 8-bit floats; None where they are no faster
     clock_hz: float | None = None  # cycles a second, in which a TPU's compiler estimates times
     torus: Torus | None = None  # how fast links are laid out; without it a switch joins each device with each
 
@@ -48,9 +49,20 @@ class Hardware:
         """Peak FLOPs a second of one device in matmuls of this dtype."""
         return self.peak_flops_float32 if dtype == "float32" else self.peak_flops
 
+    def ranks_together(self, ranks: int) -> int:
+        """Ranks of one machine where `ranks` take as few as possible, each as many: 64 of 256 in racks of 72."""
+        unit = math.gcd(ranks, self.machine_ranks)
+        return max(n for n in range(unit, self.machine_ranks + 1, unit) if ranks % n == 0)
+
+    @property
+    def cores(self) -> int:
+        """Devices that jax shows a chip as."""
+        return self.torus.cores if self.torus else 1
+
 
 def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
-    """Reads a machine's figures: one of HARDWARE, or a TOML file of that form.
+    """Reads a machine's figures: one of HARDWARE, or a TOML file of that form. What a file says of a chip with several
+    cores is divided by them: each is a device of jax.
 
     Raises:
       ConfigError: no such file, or a field that is missing, unknown, of the wrong type or not above 0.
@@ -73,7 +85,14 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
     if hardware.platform == "tpu" and (hardware.torus is None or hardware.clock_hz is None):
         missing = "torus" if hardware.torus is None else "clock_hz"
         raise ConfigError(f"{path.name}: platform='tpu' needs {missing}; see v5e.toml")
-    return hardware
+    return _of_a_core(hardware)
+
+
+def _of_a_core(chip: Hardware) -> Hardware:
+    n, divided = chip.cores, ("peak_flops", "peak_flops_float32", "peak_flops_8bit", "memory_bytes", "memory_bandwidth")
+    figures: dict[str, Any] = {name: value / n for name in divided if (value := getattr(chip, name))}
+    figures |= {name: Link(getattr(chip, name).bandwidth / n, getattr(chip, name).latency) for name in ("fast", "slow")}
+    return dataclasses.replace(chip, **figures, machine_ranks=chip.machine_ranks * n)
 
 
 _WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}

@@ -52,17 +52,21 @@ class Torus:
     dimensions: int  # number of axes
     wrap_multiple: int  # an axis whose length is a multiple of this is a ring
     wrap_together: bool  # axes are rings only if all of them can be
+    cores: int = 1  # devices that jax shows a chip as; they share its links
 
     def slice(self, shape: Shape) -> Block:
-        """The chips of a slice of this shape, whose axes are rings where they can be."""
+        """The chips of a slice of this shape, whose axes are rings where they can be; before them an axis of cores."""
         whole = [size % self.wrap_multiple == 0 for size in shape]
         if self.wrap_together and not (len(shape) == self.dimensions and all(whole)):
             whole = [False] * len(shape)
+        if self.cores > 1:
+            return Block((self.cores, *shape), (False, *whole))
         return Block(shape, tuple(whole))
 
-    def near_cube(self, chips: int) -> Shape:
-        """The most compact shape of so many chips, axes ascending: 4x8 for 32 chips on a plane."""
+    def near_cube(self, devices: int) -> Shape:
+        """The most compact shape of the chips of so many devices, axes ascending: 4x8 for 32 chips on a plane."""
         shape, factors, factor = [1] * self.dimensions, list[int](), 2
+        chips = -(-devices // self.cores)
         while chips > 1:
             if chips % factor:
                 factor += 1
