@@ -12,7 +12,7 @@ import time
 
 from absl import app, flags
 
-from benchmarks.quality import pages
+from benchmarks.quality import fit, pages
 from benchmarks.quality.grid import SEEDS, STUDIES
 from benchmarks.quality.runs import measure, write
 
@@ -48,6 +48,7 @@ def main(_: list[str]) -> None:
             print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
     if known and output == pathlib.Path(_DEFAULT):
         pages.write(pathlib.Path("docs"), list(known.values()))
+        pathlib.Path(fit.PATH).write_text(fit.text(list(known.values())))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Plans a configuration: makes the object that plan.py prints, with everything that the configuration costs."""
 
-import dataclasses
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
-from bigmac_jax.config import STRUCTURES, Config, ConfigError
+from bigmac_jax.config import STRUCTURES, Config, ConfigError, MeshConfig, ModelConfig
 from bigmac_jax.config.execution import Remat
-from bigmac_jax.config.model import Structure
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import (
     Sizes,
@@ -21,16 +20,16 @@ from bigmac_jax.model.counts import (
 )
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
-from bigmac_jax.planning import compiled_programs, paper, search, topologies
+from bigmac_jax.planning import comparison, compiled_programs, paper, search, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
-from bigmac_jax.planning.units import is_near
 
 
 class Request(NamedTuple):
@@ -45,6 +44,7 @@ class Request(NamedTuple):
     search: bool = False
     headroom: float = HEADROOM  # the share of memory that a search leaves free
     tokens: str = ""  # that a training takes, as 15T
+    compare: bool = False
 
 
 class Place(NamedTuple):
@@ -70,6 +70,9 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     """
     place = _find_place(config, request)
     tokens = _parse_tokens(request, place)
+    if request.compare:
+        comparison.check(config.model)
+        _require_hardware(place, "--compare")
     searched: dict[str, Any] = {}
     if request.search:
         config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
@@ -108,6 +111,9 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         result["restore"] = _restore(4 * result["parameters_per_rank"], programs, place)
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
+    if request.compare:
+        steps = _steps(config, place, request)
+        result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
     if request.sweep:
         result["sweep"] = [
             {"fields": fields, **_costs(swept, _mesh_sizes(swept, place), place)}
@@ -138,13 +144,13 @@ def _find_place(config: Config, request: Request) -> Place:
                     f"--topology={topology.name} has {together} GPUs together, but NVLink joins at most {most} "
                     f"{hardware.device_kind}; use --topology={topology.kind}:{-(-devices // most)}x{most}"
                 )
-            hardware = dataclasses.replace(hardware, machine_ranks=together)
+            hardware = replace(hardware, machine_ranks=together)
     elif (
         hardware
         and hardware.torus is None
         and (together := hardware.ranks_together(devices)) > math.gcd(devices, hardware.machine_ranks)
     ):
-        hardware = dataclasses.replace(hardware, machine_ranks=together)
+        hardware = replace(hardware, machine_ranks=together)
     return Place(devices, topology, hardware, request.compile and topology is None)
 
 
@@ -153,10 +159,14 @@ def _parse_tokens(request: Request, place: Place) -> int:
     if request.tokens == "":
         return 0
     tokens = parse_tokens(str(request.tokens))
-    if place.hardware is None:
-        fix = "add --hardware=NAME, as in --hardware=h100"
-        raise ConfigError(f"--tokens={request.tokens} needs the time of a step; {fix}")
+    _require_hardware(place, f"--tokens={request.tokens}")
     return tokens
+
+
+def _require_hardware(place: Place, flag: str) -> Hardware:
+    if place.hardware is None:
+        raise ConfigError(f"{flag} needs the time of a step; add --hardware=NAME, as in --hardware=h100")
+    return place.hardware
 
 
 def _mesh_sizes(config: Config, place: Place) -> Sizes:
@@ -221,7 +231,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
 
 def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> dict[str, Any]:
     """What a rank keeps for the backward pass with this execution.remat, and the seconds that follow."""
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat=remat))
+    config = replace(config, execution=replace(config.execution, remat=remat))
     costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)
     return {
         "remat": remat,
@@ -264,39 +274,40 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
     return best, described
 
 
+def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[ModelConfig, float] | str]:
+    """By structure, its model and the seconds of its step: on the plan's mesh, or after a search on the best of its
+    own; or why there is none."""
+    machine = Machine(place.devices, _require_hardware(place, "--compare"), place.torus, request.headroom)
+    found: dict[str, tuple[ModelConfig, float] | str] = {}
+    for name, other in alternatives(replace(config, mesh=MeshConfig()) if request.search else config).items():
+        try:
+            if isinstance(other, ConfigError):
+                raise other
+            if not request.search or other.model == config.model:
+                sizes = _mesh_sizes(config, place)
+                seconds = step_time(replace(config, model=other.model), sizes, machine.hardware, place.torus).total
+                found[name] = other.model, seconds
+            elif best := search.fastest(other, machine):
+                found[name] = other.model, best.times.total
+            else:
+                found[name] = f"does not fit on {place.devices} devices"
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
     """Costs of the other structures with the same fields, as large as the configured one; or why one cannot be."""
     found: dict[str, Any] = {}
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
-                other = _of_equal_size(config, structure, _mesh_sizes(config, place))
+                latent = config.model.latent_norm if structure == "bigmac" else "none"
+                other = of_equal_size(config, structure, latent)
                 found[structure] = _costs(other, _mesh_sizes(other, place), place)
             except ConfigError as error:
                 found[structure] = {"error": str(error)}
     return found
-
-
-def _of_equal_size(config: Config, structure: Structure, sizes: Sizes) -> Config:
-    """The config with another structure and as many parameters: its experts get the width that this takes, unless the
-    paper's comes near. A dense model has no idle experts: beside one, those that are active for a token are equal."""
-
-    def with_width(width: int) -> Config:
-        latent = config.model.latent_norm if structure == "bigmac" else "none"
-        fields: dict[str, Any] = {"structure": structure, "latent_norm": latent, "expert_hidden_size": width}
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
-
-    def size(of: Config) -> int:
-        count = parameters(of, sizes)
-        return count.active if "dense" in (structure, config.model.structure) else count.total
-
-    wanted, own = size(config), with_width(0)
-    if is_near(size(own), wanted):
-        return own
-    unit = 8 * config.mesh.tensor  # a width that matrix units take, and that the ranks of `tensor` divide
-    narrowest = size(with_width(unit))
-    each = size(with_width(2 * unit)) - narrowest
-    return with_width(unit * max(1, 1 + round((wanted - narrowest) / each)))
 
 
 def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,8 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     for key, table in tables.items():
         if key in plan and "compiler" not in plan[key]:
             console.print(table(plan[key]))
+    if "compare" in plan:
+        _compare(console, plan["compare"])
     if "programs" in plan:
         if "compiler" not in plan["program"]:
             _program_notes(console, plan["program"])
@@ -233,6 +235,36 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
         )
         if note := schedule.get("note"):
             console.print(note)
+
+
+def _compare(console: Console, found: Mapping[str, Any]) -> None:
+    """Structures at an equal loss, and whether what differs is more than its error."""
+    own, measured = found["of"], found["measured"]
+    (least, most), tokens = measured["widths"], count(measured["most_tokens"])
+    title = f"Time to the loss that {own} reaches in {count(found['tokens'])} tokens"
+    table = _table(title, "", "step", "behind at equal tokens", "measured at h", "tokens", "time", "days", "")
+    for row in found["structures"]:
+        step = duration(row["step"]) if "step" in row else ""
+        days = f"{row['seconds'] / 86400:,.2f}" if "seconds" in row else ""
+        if "time_factor" not in row:
+            table.add_row(row["structure"], step, *[""] * 4, days, row.get("error", "configured"))
+            continue
+        behind, factor, time = (row[name] for name in ("behind", "tokens_factor", "time_factor"))
+        said = "slower" if time["value"] > 1 else "faster"
+        table.add_row(
+            row["structure"], step, f"{behind['value']:+.3f} ± {behind['error']:.3f}", str(row["width"]),
+            *(f"× {of['value']:.3f} ± {of['error']:.3f}" for of in (factor, time)), days,
+            f"{said}, by {'more' if row['differs'] else 'no more'} than its error",
+        )  # fmt: skip
+    console.print(table)
+    if found["extrapolated"]:
+        console.print(
+            f"[bold]EXTRAPOLATED[/bold]: losses were measured at h = {least} to {most} with at most {tokens} tokens, "
+            f"this is h = {found['width']:,} with {count(found['tokens'])}"
+        )
+    console.print(
+        f"± is one standard error of the losses ({measured['page']}), without the steps'; the last column's is two"
+    )
 
 
 _TIME_COLUMNS = ("step", "exchange", "tokens/s")

@@ -49,6 +49,15 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
     return fit + sorted((c for c in timed if not c.fits), key=lambda c: (-c.headroom, -c.times.tokens_per_s))
 
 
+def fastest(config: Config, machine: Machine) -> Candidate | None:
+    """Finds the first of `search`; None if nothing fits."""
+    timed = (
+        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
+        for v in variants(config, machine, fitting=True)
+    )
+    return max(timed, key=lambda c: (c.times.tokens_per_s, c.headroom), default=None)
+
+
 def flags(before: Config, after: Config) -> list[str]:
     """The command-line flags that turn one config into the other."""
     old = flat_values(before)

@@ -1,0 +1,124 @@
+"""Structures at an equal loss: the tokens that each needs for it, by the quality study, and the time that those take.
+
+Loss falls by `slope` nats for e times the tokens, so a structure that is behind by a gap at equal tokens needs
+e^(gap / slope) times as many for the loss that the configured one reaches.
+"""
+
+import functools
+import math
+import pathlib
+import tomllib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.planning.structures import name_of
+
+ERRORS = 2  # standard errors that a difference must exceed to be one
+_RATIOS = {0.25: "bigmac 1/4", 0.5: "bigmac 1/2"}
+
+
+class Measured(NamedTuple):
+    """A figure and its standard error."""
+
+    value: float
+    error: float
+
+    def differs(self, other: float) -> bool:
+        """Whether it is further from `other` than its error explains."""
+        return abs(self.value - other) > ERRORS * self.error
+
+
+@functools.cache
+def study() -> dict[str, Any]:
+    """What quality.toml says."""
+    return tomllib.loads((pathlib.Path(__file__).parent / "quality.toml").read_text())
+
+
+def studied_name(model: ModelConfig) -> str:
+    """What the study calls this model's structure; "" if it has none like it."""
+    if model.structure == "bigmac":
+        ships = model.latent_norms == ("skip", "post_combine") and model.projection_init == "selection"
+        return _RATIOS.get(model.down_ratio, "") if ships else ""
+    is_studied = model.structure == "fine_grained" and model.latent_norms in ((), ("post_combine",))
+    return name_of(model) if is_studied else ""
+
+
+def gap(name: str, base: str, width: int) -> tuple[Measured, int] | None:
+    """(nats that one structure's loss is above the other's at equal tokens, the measured h that is nearest to `width`);
+    None of a pair that was not measured."""
+    found = [row for row in study()["gap"] if {name, base} == set(row["structures"])]
+    if not found:
+        return None
+    nearest = min(found, key=lambda row: abs(math.log(row["width"] / width)))
+    sign = 1 if nearest["structures"][0] == name else -1
+    return Measured(sign * nearest["nats"], nearest["error"]), nearest["width"]
+
+
+def tokens_factor(behind: Measured, slope: Measured) -> Measured:
+    """How many times the tokens make up for a gap of `behind` nats."""
+    folds = behind.value / slope.value
+    value = math.exp(folds)
+    return Measured(value, value * math.hypot(behind.error, folds * slope.error) / slope.value)
+
+
+def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str], tokens: int) -> dict[str, Any]:
+    """Makes what plan.py's JSON says of structures at an equal loss.
+
+    Args:
+      steps: by structure, the configured one first: (its model, seconds of its step), or why there is none.
+      tokens: that the configured one is trained on.
+    """
+    m, known, tokens_per_step = config.model, study(), config.data.batch_size * config.data.sequence_length
+    own = studied_name(m)
+    (least, most), slope = known["widths"], Measured(known["slope"]["nats"], known["slope"]["error"])
+    (_, first), *_ = (step for step in steps.values() if not isinstance(step, str))
+    rows = []
+    for name, step in steps.items():
+        row: dict[str, Any] = {"structure": name}
+        rows.append(row)
+        if isinstance(step, str):
+            row["error"] = step
+            continue
+        row["step"] = step[1]
+        if name == name_of(m):
+            row["seconds"] = tokens / tokens_per_step * first
+            continue
+        if (found := gap(studied_name(step[0]), own, m.hidden_size)) is None:
+            row["error"] = "its loss was not measured"
+            continue
+        behind, width = found
+        factor = tokens_factor(behind, slope)
+        time = Measured(*(value * step[1] / first for value in factor))
+        row |= {
+            "width": width,
+            "behind": behind._asdict(),
+            "tokens_factor": factor._asdict(),
+            "time_factor": time._asdict(),
+            "differs": time.differs(1.0),
+            "seconds": tokens / tokens_per_step * first * time.value,
+        }
+    inside = least <= m.hidden_size <= most and tokens <= known["most_tokens"]
+    return {
+        "of": name_of(m),
+        "tokens": tokens,
+        "width": m.hidden_size,
+        "measured": {"widths": known["widths"], "most_tokens": known["most_tokens"], "page": "docs/quality.md"},
+        "extrapolated": not inside,
+        "structures": rows,
+    }
+
+
+def check(model: ModelConfig) -> None:
+    """Raises ConfigError for a structure whose loss was not measured."""
+    if not studied_name(model):
+        given = f"model.structure={model.structure}"
+        if model.structure == "bigmac":
+            given += f", down_ratio={model.down_ratio:g}, latent_norm={model.latent_norm_kind}"
+            given += f", projection_init={model.projection_init}"
+        elif model.latent_norms:
+            given += f", latent_norm={model.latent_norm_kind}"
+        raise ConfigError(
+            f"--compare knows no loss of {given}; use bigmac with down_ratio=0.25 or 0.5, latent_norm=skip and "
+            "projection_init=selection, or fine_grained with latent_norm=none or post_combine"
+        )

@@ -1,0 +1,53 @@
+"""The structures that a config could have instead, each as large as the configured one."""
+
+from dataclasses import replace
+from typing import Any
+
+from bigmac_jax.config import STRUCTURES, Config, ConfigError, ModelConfig
+from bigmac_jax.config.model import LatentNorm, Structure
+from bigmac_jax.model.counts import parameters
+from bigmac_jax.planning.units import is_near
+
+CONTROL = "fine_grained, norm"  # against it one sees what the narrow exchange alone does (docs/quality.md)
+
+
+def name_of(model: ModelConfig) -> str:
+    """The structure, or CONTROL."""
+    is_control = model.structure == "fine_grained" and model.latent_norms == ("post_combine",)
+    return CONTROL if is_control else model.structure
+
+
+def alternatives(config: Config) -> dict[str, Config | ConfigError]:
+    """The config with each structure, its own first and as it is; or why it cannot have that one."""
+    kinds: list[tuple[Structure, LatentNorm]] = [(name, "auto") for name in reversed(STRUCTURES)]
+    kinds.insert(2, ("fine_grained", "post_combine"))
+    found: dict[str, Config | ConfigError] = {name_of(config.model): config}
+    for structure, latent in kinds:
+        name = CONTROL if latent == "post_combine" else structure
+        if name not in found:
+            try:
+                found[name] = of_equal_size(config, structure, latent)
+            except ConfigError as error:
+                found[name] = error
+    return found
+
+
+def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm) -> Config:
+    """The config with another structure and as many parameters: its experts get the width that this takes, unless the
+    paper's comes near. A dense model has no idle experts: beside one, those that are active for a token are equal."""
+
+    def with_width(width: int) -> Config:
+        fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, "expert_hidden_size": width}
+        return replace(config, model=replace(config.model, **fields))
+
+    def size(of: Config) -> int:
+        count = parameters(of, {})
+        return count.active if "dense" in (structure, config.model.structure) else count.total
+
+    wanted, own = size(config), with_width(0)
+    if is_near(size(own), wanted):
+        return own
+    unit = 8 * config.mesh.tensor  # a width that matrix units take, and that the ranks of `tensor` divide
+    narrowest = size(with_width(unit))
+    each = size(with_width(2 * unit)) - narrowest
+    return with_width(unit * max(1, 1 + round((wanted - narrowest) / each)))

@@ -1,0 +1,132 @@
+"""--compare: structures at an equal loss, by hand; the data file is the quality study's; what has no loss says so."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from benchmarks.quality import fit
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.planning import comparison
+from bigmac_jax.planning.candidates import Machine
+from bigmac_jax.planning.comparison import Measured, compare, gap, studied_name, tokens_factor
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.search import fastest
+from bigmac_jax.planning.structures import CONTROL, alternatives
+from planning.test_planner import plan, shown
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHIPS = ("mesh.expert=8", "model.latent_norm=skip", "model.projection_init=selection")
+
+
+def test_the_data_file_is_made_from_the_runs() -> None:
+    runs = json.loads((ROOT / "docs/results/quality.json").read_text())["runs"]
+    assert (ROOT / fit.PATH).read_text() == fit.text(runs)
+    page = (ROOT / "docs/quality.md").read_text()
+    for row in comparison.study()["gap"]:
+        assert f"| {row['nats']:+.3f} ± {row['error']:.3f} |" in page or row["structures"][0] == CONTROL, row
+    times = math.exp(0.344 / comparison.study()["slope"]["nats"])
+    assert times == pytest.approx(2.4, abs=0.005)  # "2.4 times the steps take 0.344 off"
+
+
+def test_a_gap_in_tokens_by_hand() -> None:
+    """0.1 nats of 0.5 an e-fold are e^0.2 of the tokens; errors of 0.01 and 0.05 are 0.02 each, together √2 · 0.02."""
+    found = tokens_factor(Measured(0.1, 0.01), Measured(0.5, 0.05))
+    assert found == pytest.approx((math.exp(0.2), math.exp(0.2) * math.sqrt(2) * 0.02))
+    assert tokens_factor(Measured(0.0, 0.01), Measured(0.5, 0.05)) == pytest.approx((1.0, 0.02))
+    assert tokens_factor(Measured(-0.1, 0.0), Measured(0.5, 0.0)) == pytest.approx((math.exp(-0.2), 0.0))
+    assert Measured(1.05, 0.02).differs(1.0) and not Measured(0.97, 0.02).differs(1.0)
+
+
+def test_the_nearest_width_that_was_measured() -> None:
+    assert gap("bigmac 1/4", "fine_grained", 96) == ((0.0228, 0.0111), 128)
+    assert gap("fine_grained", "bigmac 1/4", 4096) == ((0.0050, 0.0063), 256)
+    assert gap(CONTROL, "bigmac 1/4", 4096) == ((-0.0471, 0.0078), 128)
+    assert gap("", "fine_grained", 128) is None
+
+
+def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """e^0.2 of the tokens in steps of half the time: 0.61 of it; the configured one takes 10 steps of 4 s."""
+    row = {"structures": ["bigmac 1/4", "fine_grained"], "width": 128, "nats": 0.1, "error": 0.01}
+    known = {"widths": [64, 256], "most_tokens": 10**6, "slope": {"nats": 0.5, "error": 0.05}, "gap": [row]}
+    monkeypatch.setattr(comparison, "study", lambda: known)
+    config = load_config("tiny", ["model.structure=fine_grained", "data.batch_size=10", "data.sequence_length=100"])
+    ours = load_config("tiny", ["model.down_ratio=0.25"]).model
+    steps = {"fine_grained": (config.model, 4.0), "bigmac": (ours, 2.0), "dense": "no mesh"}
+    found = compare(config, steps, 10_000)
+    own, other, none = found["structures"]
+    assert own == {"structure": "fine_grained", "step": 4.0, "seconds": 40.0} and none["error"] == "no mesh"
+    assert tuple(other["time_factor"].values()) == pytest.approx(
+        (0.5 * math.exp(0.2), 0.5 * math.exp(0.2) * math.sqrt(2) * 0.02)
+    )
+    assert other["differs"] and other["seconds"] == pytest.approx(20 * math.exp(0.2))
+    assert not found["extrapolated"] and compare(config, steps, 10**7)["extrapolated"]
+
+
+def test_structures_of_a_plan() -> None:
+    made = plan(overrides=SHIPS, devices=8, hardware="h100", compare=True, tokens="1B")
+    rows = {row["structure"]: row for row in made["compare"]["structures"]}
+    assert list(rows) == ["bigmac", "fine_grained", CONTROL, "vanilla", "dense"]
+    assert rows["bigmac"]["step"] == made["time"]["total"]
+    assert rows["fine_grained"]["step"] == made["baselines"]["fine_grained"]["time"]["total"]
+    assert rows["dense"]["error"] == "its loss was not measured" and "4 ranks" in rows["vanilla"]["error"]
+    control = rows[CONTROL]
+    ratio = control["step"] / rows["bigmac"]["step"]
+    assert control["time_factor"]["value"] == pytest.approx(ratio * control["tokens_factor"]["value"])
+    assert 0 < control["tokens_factor"]["value"] < 1 and made["compare"]["extrapolated"]
+    text = shown(made)
+    assert "EXTRAPOLATED: losses were measured at h = 64 to 256 with at most 5.12 M tokens" in text
+    assert "slower, by" in text and "than its error" in text and "1.00 B tokens" in text
+
+
+@pytest.mark.full
+def test_with_a_search_each_has_its_own_mesh() -> None:
+    """So `vanilla`, whose four experts the plan's eight ranks don't divide, has one; the first is the plan's."""
+    made = plan(overrides=SHIPS, devices=8, hardware="h100", compare=True, search=True)
+    rows = {row["structure"]: row for row in made["compare"]["structures"]}
+    assert rows["bigmac"]["step"] == made["time"]["total"] and rows["vanilla"]["step"] > 0
+    other = load_config(f"{ROOT}/configs/paper/gpt3_xl.py", ("model.structure=fine_grained",))
+    best = fastest(other, Machine(8, load_hardware("h100")))
+    assert best and rows["fine_grained"]["step"] == best.times.total
+
+
+def test_a_control_has_the_others_beside_it() -> None:
+    config = load_config(
+        f"{ROOT}/configs/paper/gpt3_xl.py", ["model.structure=fine_grained", "model.latent_norm=post_combine"]
+    )
+    found = alternatives(config)
+    assert list(found) == [CONTROL, "bigmac", "fine_grained", "vanilla", "dense"] and found[CONTROL] is config
+    norms = {name: other.model.latent_norms for name, other in found.items() if not isinstance(other, ConfigError)}
+    assert norms["fine_grained"] == () and norms["bigmac"] == ("skip", "post_combine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "request_", "part"),
+    [
+        (("model.structure=dense",), {"hardware": "h100"}, "no loss of model.structure=dense; use bigmac"),
+        (("model.latent_norm=none",), {"hardware": "h100"}, "latent_norm=none, projection_init=random; use"),
+        ((*SHIPS, "model.down_ratio=0.125"), {"hardware": "h100"}, r"down_ratio=0\.125, latent_norm=skip"),
+        (("model.structure=fine_grained", "model.latent_norm=gate"), {"hardware": "h100"}, "latent_norm=gate; use"),
+        (SHIPS, {}, "--compare needs the time of a step; add --hardware=NAME"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(overrides: tuple[str, ...], request_: dict[str, str], part: str) -> None:
+    with pytest.raises(ConfigError, match=part) as error:
+        plan(overrides=overrides, compare=True, **request_)
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_the_study() -> None:
+    def name(*overrides: str) -> str:
+        return studied_name(load_config("tiny", overrides).model)
+
+    assert [name(), name("model.down_ratio=0.5"), name("model.projection_init=random")] == [
+        "bigmac 1/4",
+        "bigmac 1/2",
+        "",
+    ]
+    fine = "model.structure=fine_grained"
+    assert [name(fine), name(fine, "model.latent_norm=post_combine"), name(fine, "model.latent_norm=skip")] == [
+        "fine_grained", CONTROL, "",
+    ]  # fmt: skip
