@@ -1,0 +1,153 @@
+"""Published runs: the files' form, and that shapes, FLOPs and layouts agree with what their sources say."""
+
+import hashlib
+import pathlib
+import tomllib
+from typing import Any
+
+import pytest
+
+import bigmac_jax.planning
+
+FOLDER = pathlib.Path(bigmac_jax.planning.__file__).parent / "published"
+MODELS: dict[str, dict[str, Any]] = tomllib.loads((FOLDER / "models.toml").read_text())
+ROWS: list[dict[str, Any]] = [
+    row
+    for file in sorted(FOLDER.glob("*.toml"))
+    if file.stem != "models"
+    for row in tomllib.loads(file.read_text())["run"]
+]
+
+NUMBERS = ("devices", "batch", "length", "micro", "tensor", "stages", "virtual", "context", "expert")
+CHOICES: dict[str, set[Any]] = {
+    "machine": {"h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "v5e", "v5p", "v6e", "tpu7x"},
+    "precision": {"bf16", "fp8", "mxfp8", "nvfp4"},
+    "sharding": {"zero1", "fsdp", "none"},
+    "remat": {"none", "selective", "layer"},
+    "offload": {"", "inputs", "optimizer"},
+    "routing": {"forced", "natural"},
+    "causal": {True, False},
+    "overlap": {True, False},
+    "mtp": {True, False},
+}
+REQUIRED = {"model", "row", "software", "capacity", "source", "assumed", *NUMBERS, *CHOICES}
+FIGURES = {"tokens_per_s", "seconds", "tflops", "mfu"}
+ATTENTION = {"layers", "heads", "kv_heads", "head_size"}
+LATENT_ATTENTION = {"layers", "heads", "q_rank", "kv_rank", "head_size", "rope_size", "value_size"}
+BLOCKS = {
+    "moe": {"layers", "experts", "top_k", "width", "shared", "latent"},
+    "mlp": {"layers", "width"},
+    "mamba": {"layers", "heads", "head_size", "groups", "state", "conv"},
+}
+
+
+def attention(model: dict[str, Any]) -> int:
+    """Weights of one attention layer."""
+    hidden, a = model["hidden"], model["attention"]
+    if "q_rank" not in a:
+        return hidden * (2 * a["heads"] + 2 * a["kv_heads"]) * a["head_size"]
+    queries = a["heads"] * a["head_size"]
+    query = a["q_rank"] * (hidden + queries) if a["q_rank"] else hidden * queries
+    expanded = a["heads"] * (a["head_size"] - a["rope_size"] + a["value_size"])
+    keys_and_values = hidden * (a["kv_rank"] + a["rope_size"]) + a["kv_rank"] * expanded
+    return query + keys_and_values + a["heads"] * a["value_size"] * hidden
+
+
+def experts(model: dict[str, Any], count: int) -> int:
+    """Weights of one MoE layer with `count` of its experts."""
+    hidden, moe, matrices = model["hidden"], model["moe"], 3 if model["gated"] else 2
+    routed = matrices * (moe["latent"] or hidden) * moe["width"] * count
+    return routed + hidden * (matrices * moe["shared"] + moe["experts"] + 2 * moe["latent"])
+
+
+def mamba(model: dict[str, Any]) -> int:
+    hidden, m = model["hidden"], model["mamba"]
+    inner = m["heads"] * m["head_size"]
+    return hidden * (3 * inner + 2 * m["groups"] * m["state"] + m["heads"])
+
+
+def weights(model: dict[str, Any], *, active: bool, tables: int) -> int:
+    """Weights of the matrices, with `tables` of tokens; those that a token meets if `active`."""
+    total = model["attention"]["layers"] * attention(model) + tables * model["hidden"] * model["vocab"]
+    if "moe" in model:
+        total += model["moe"]["layers"] * experts(model, model["moe"]["top_k" if active else "experts"])
+    if "mlp" in model:
+        matrices = 3 if model["gated"] else 2
+        total += model["mlp"]["layers"] * matrices * model["hidden"] * model["mlp"]["width"]
+    if "mamba" in model:
+        total += model["mamba"]["layers"] * mamba(model)
+    return total
+
+
+def flops(model: dict[str, Any], row: dict[str, Any]) -> float:
+    """FLOPs of a step for one token. What isn't causal is whole in every layer, windows or not."""
+    hidden, a = model["hidden"], model["attention"]
+    seen = row["length"] / 2 if row["causal"] else row["length"]
+    window, windows = a.get("window", 0), a.get("window_layers", 0)
+    in_window = min(window * (1 - window / 2 / row["length"]), seen) if row["causal"] else seen
+    each = 2 * a["heads"] * (a["head_size"] + a.get("value_size", a["head_size"]))
+    forward = 2 * weights(model, active=True, tables=1)
+    forward += each * ((a["layers"] - windows) * seen + windows * in_window)
+    if "mamba" in model:
+        m = model["mamba"]
+        forward += m["layers"] * 7 * m["heads"] * m["head_size"] * m["state"]  # as Megatron counts the scan
+    if row["mtp"]:
+        module = 2 * hidden**2 + attention(model) + experts(model, model["moe"]["top_k"]) + hidden * model["vocab"]
+        forward += model["mtp"] * (2 * module + each * seen)
+    return 3 * forward
+
+
+def test_the_form() -> None:
+    assert len(ROWS) > 130 and all(isinstance(row["row"], str) for row in ROWS)
+    for row in ROWS:
+        name = row["row"]
+        assert set(row) >= REQUIRED and set(row) <= REQUIRED | FIGURES | {"peak", "differs"}, name
+        assert len(name.split(" | ")) == 3 and name == name.strip(), name
+        assert row["model"] in MODELS and all(row[key] in values for key, values in CHOICES.items()), name
+        assert all(type(row[key]) is int and row[key] > 0 for key in NUMBERS), name
+        assert row["source"] and row["software"] and row["capacity"] >= 0, name
+        assert FIGURES & set(row) and not {"tokens_per_s", "seconds"} <= set(row), name
+        assert ("mfu" in row) == ("peak" in row), name
+    assert len({row["row"] for row in ROWS}) == len(ROWS)
+    for name, model in MODELS.items():
+        assert model["source"], name
+        a = set(model["attention"]) - {"window", "window_layers"}
+        assert a == (LATENT_ATTENTION if "q_rank" in a else ATTENTION), name
+        assert all(set(model[key]) == keys for key, keys in BLOCKS.items() if key in model), name
+    assert {row["model"] for row in ROWS} == set(MODELS)
+
+
+def test_a_third_is_set_aside() -> None:
+    aside = [row for row in ROWS if int(hashlib.sha256(row["row"].encode()).hexdigest(), 16) % 3 == 0]
+    assert len(ROWS) / 4 < len(aside) < len(ROWS) / 2.5
+
+
+def test_parameters() -> None:
+    for name, model in MODELS.items():
+        tables = 1 if model["tied"] else 2
+        assert weights(model, active=False, tables=tables) == pytest.approx(model["parameters"], rel=0.03), name
+        # Sources differ on whether a token meets the table that it is looked up in.
+        counts = [weights(model, active=True, tables=count) for count in (1, tables)]
+        assert any(count == pytest.approx(model["active"], rel=0.03) for count in counts), name
+
+
+def test_layouts() -> None:
+    for row in ROWS:
+        name, ranks = row["row"], row["tensor"] * row["stages"] * row["context"]
+        assert row["devices"] % ranks == 0 and row["devices"] // row["stages"] % row["expert"] == 0, name
+        assert row["batch"] % (row["devices"] // ranks * row["micro"]) == 0, name
+        assert row["virtual"] == 1 or row["stages"] > 1, name
+        assert row["expert"] == 1 or "moe" in MODELS[row["model"]], name
+        assert not row["mtp"] or "mtp" in MODELS[row["model"]], name
+
+
+def test_flops() -> None:
+    """TFLOP/s over tokens/s is what the shape says, or the shape, mtp or causal is wrong, or `differs` says why."""
+    for row in ROWS:
+        tokens_per_s = row.get("tokens_per_s")
+        if "seconds" in row:
+            tokens_per_s = row["batch"] * row["length"] / row["seconds"] / row["devices"]
+        if tokens_per_s and "tflops" in row:
+            expected = flops(MODELS[row["model"]], row)
+            agrees = row["tflops"] * 1e12 / tokens_per_s == pytest.approx(expected, rel=0.035)
+            assert agrees != bool(row.get("differs")), (row["row"], expected)
