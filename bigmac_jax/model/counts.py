@@ -71,13 +71,19 @@ def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[
     return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
 
 
-def flops(config: Config) -> dict[str, float]:
-    """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention without credit for
-    causality; no padding, no rematerialisation."""
+def flops(config: Config, causal: bool = False) -> dict[str, float]:
+    """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention; no padding, no
+    rematerialisation.
+
+    Args:
+      causal: count half of attention's scores and values, as Megatron and MaxText do; a mask of documents changes
+        neither count.
+    """
     m, length = config.model, config.data.sequence_length
+    seen = length / 2 if causal else length
     h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
-    per_token: dict[str, int] = {
-        "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * length * q),
+    per_token: dict[str, float] = {
+        "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q),
         "output": h * m.vocab_size,
     }
     if m.is_moe:

@@ -43,6 +43,7 @@ def facts(run: Run) -> dict[str, str]:
         ),
         "tokens a second, median": _show(_over(run, "tokens_per_s", median), "{:,.0f}".format),
         "MFU, median": _show(_over(run, "mfu", median), "{:.1%}".format),
+        "MFU with causal attention, median": _show(_over(run, "mfu_causal", median), "{:.1%}".format),
         "dropped choices, mean": _show(_over(run, "moe/drop_rate", fmean), _drop_rate),
         "exchange a step": _show(last.get("moe/wire_bytes"), units.size),
         "device memory, peak": _show(_over(run, "memory/device_peak_bytes", max), units.size),

@@ -121,6 +121,7 @@ class RunConstants:
     def __init__(self, config: Config):
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_step = sum(flops(config).values())
+        self.causal_flops_per_step = sum(flops(config, causal=True).values())
         self.peak_flops = dense_matmul_rate(config.execution.dtype)
         self.wire_bytes = round(sum(exchange_traffic(config, ranks(), current_group()).padded))
 
@@ -140,6 +141,7 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "step_time_s": seconds,
         "tokens_per_s": run.tokens_per_step / seconds,
         "mfu": run.flops_per_step / seconds / run.peak_flops,
+        "mfu_causal": run.causal_flops_per_step / seconds / run.peak_flops,
     }
     if gaps is not None:
         record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}

@@ -37,7 +37,8 @@ def training(step: int, **more: Any) -> dict[str, Any]:
 
 def routed(step: int) -> dict[str, Any]:
     load = [[0.0, 1.0 + step / 1000, 2.0, 1.0 - step / 1000], [4.0, 0.0, 0.0, 0.0]]
-    return training(step, **{"moe/drop_rate": 0.25, "moe/wire_bytes": 3 << 20, "moe/load": load})
+    routing = {"moe/drop_rate": 0.25, "moe/wire_bytes": 3 << 20, "moe/load": load}
+    return training(step, mfu_causal=0.25, **routing)
 
 
 def evaluation(step: int, perplexity: float) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def test_tables(runs: list[Run]) -> None:
     assert routed_facts["validation perplexity, best"] == "40.00 at step 10"
     assert routed_facts["dropped choices, mean"] == "25.00% (model.capacity_factor=inf drops none)"
     assert routed_facts["exchange a step"] == "3.00 MiB"
+    assert routed_facts["MFU with causal attention, median"] == "25.0%" and routed_facts["MFU, median"] == "–"
     assert routed_facts["experts a layer, top-k"] == "4, top-2" and dense_facts["experts a layer, top-k"] == "dense"
     assert routed_facts["time of training steps"] == "1 h" and dense_facts["validation perplexity, last"] == "–"
     different, equal = differences(runs)

@@ -16,6 +16,7 @@ from training.tools import as_saved, quick, read_records, small
 
 from bigmac_jax.config import Config, ConfigError, load_config
 from bigmac_jax.data.tokenizer import load_tokenizer
+from bigmac_jax.model.counts import flops
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import Result, train
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -24,7 +25,8 @@ from bigmac_jax.training.metrics_file import drop_records
 from bigmac_jax.training.workdir import load_run_tokenizer, read_config
 from bigmac_jax.tuning import restore
 
-TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s", "mfu"}
+TRAINING = {"step", "tokens", "loss", "perplexity", "learning_rate", "grad_norm", "step_time_s", "tokens_per_s",
+            "mfu", "mfu_causal"}  # fmt: skip
 MOE = {"moe/balance_loss", "moe/z_loss", "moe/drop_rate", "moe/load_cv", "moe/max_load", "moe/router_entropy",
        "moe/wire_bytes"}  # fmt: skip
 EVALUATION = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
@@ -65,7 +67,7 @@ def test_result_and_config(finished: Any) -> None:
 
 
 def test_metrics_keep_the_contract(finished: Any) -> None:
-    _, workdir, _ = finished
+    config, workdir, _ = finished
     assert (workdir / "metrics.jsonl").read_text().endswith("}\n")
     training = [record for record in read_records(workdir) if "loss" in record]
     evaluations = [record for record in read_records(workdir) if "eval/loss" in record]
@@ -77,6 +79,9 @@ def test_metrics_keep_the_contract(finished: Any) -> None:
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
         assert record["tokens_per_s"] == pytest.approx(8 * 16 / record["step_time_s"])
         assert record["mfu"] > 0 and record["grad_norm"] > 0
+        scores = 6 * 8 * 16 * config.model.num_layers * 2 * 16 * config.model.num_heads * config.model.head_size
+        half_less = 1 - scores / 2 / sum(flops(config).values())
+        assert record["mfu_causal"] == pytest.approx(half_less * record["mfu"])
         assert 0 < record["moe/drop_rate"] < 1 and 0 < record["moe/router_entropy"] <= math.log(8)
         assert record["moe/max_load"] >= 1 and record["moe/balance_loss"] >= 0.99
         load_YE = np.asarray(record["moe/load"])

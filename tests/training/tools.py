@@ -71,7 +71,7 @@ def read_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def of_training(record: dict[str, Any]) -> dict[str, Any]:
     """What of a record does not depend on the clock: two equal runs have it in common."""
-    times = {"step_time_s", "tokens_per_s", "mfu", "memory/host_bytes"}
+    times = {"step_time_s", "tokens_per_s", "mfu", "mfu_causal", "memory/host_bytes"}
     return {k: v for k, v in record.items() if k not in times and not k.startswith(("start/", "goodput/"))}
 
 
