@@ -101,13 +101,14 @@ def test_the_form() -> None:
     assert len(ROWS) > 130 and all(isinstance(row["row"], str) for row in ROWS)
     for row in ROWS:
         name = row["row"]
-        assert set(row) >= REQUIRED and set(row) <= REQUIRED | FIGURES | {"peak", "differs"}, name
+        assert set(row) >= REQUIRED and set(row) <= REQUIRED | FIGURES | {"peak", "differs", "dedup"}, name
         assert len(name.split(" | ")) == 3 and name == name.strip(), name
         assert row["model"] in MODELS and all(row[key] in values for key, values in CHOICES.items()), name
         assert all(type(row[key]) is int and row[key] > 0 for key in NUMBERS), name
         assert row["source"] and row["software"] and row["capacity"] >= 0, name
         assert FIGURES & set(row) and not {"tokens_per_s", "seconds"} <= set(row), name
         assert ("mfu" in row) == ("peak" in row), name
+        assert row.get("dedup", False) is False or row["expert"] > 1, name
     assert len({row["row"] for row in ROWS}) == len(ROWS)
     for name, model in MODELS.items():
         assert model["source"], name
