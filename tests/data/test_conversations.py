@@ -5,6 +5,7 @@ import logging
 import math
 import pathlib
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -269,6 +270,21 @@ def test_rows_in_another_kind_of_file(tmp_path: pathlib.Path) -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"rows\.json is no \.jsonl file, and tuning reads rows; write it with"):
         open_stream(config, "train", ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({}, "data.source=sotu has texts, and tuning.objective=sft needs conversations; give a .jsonl file"),
+        ({"source": "a.jsonl", "validation_source": "tfds:b"}, "data.validation_source=tfds:b has texts, and "),
+        ({"mixture": "a.jsonl=1"}, "data.mixture is of texts, and tuning.objective=sft reads one source of rows; use "),
+    ],
+)
+def test_texts_are_refused_before_they_are_opened(data: dict[str, str], line: str, tmp_path: pathlib.Path) -> None:
+    config = Config(data=DataConfig(**data), tuning=TuningConfig("sft"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}"):
+        open_stream(config, "train", ByteTokenizer())
+    assert not (tmp_path / "cache").exists()
 
 
 BAD = [

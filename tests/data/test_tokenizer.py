@@ -164,6 +164,9 @@ def test_errors(make_config, tmp_path, monkeypatch, sotu):
         (tmp_path / "bad.model", 8192, "is not a SentencePiece model"),
         (tmp_path / "no_end.json", 8192, "no end-of-text token"),
         (tmp_path / "large.json", 8000, "model.vocab_size=8000 must be at least the 8192 .*use 8192"),
+        ("gpt2", 8192, "model.vocab_size=8192 must be at least the 50257 of data.tokenizer=gpt2; use 50304"),
+        ("bytes", 256, "model.vocab_size=256 must be at least the 257 of data.tokenizer=bytes; use 384"),
+        ("bpe", 100, "model.vocab_size=100 must be at least the 257 of data.tokenizer=bpe; use 384"),
     ]:
         with pytest.raises(ConfigError, match=message) as error:
             load_tokenizer(make_config("sotu", tokenizer=str(name), vocab_size=size))

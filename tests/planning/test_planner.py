@@ -278,6 +278,21 @@ def test_a_rack_is_one_machine_whatever_its_gpus() -> None:
     assert four["time"] == plan(overrides=fields, topology="gb200:4x64")["time"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("model.vocab_size=128",),
+        ("data.tokenizer=gpt2",),
+        ("tuning.objective=sft",),
+        ("tuning.objective=sft", "data.mixture=web=1,books=1"),
+    ],
+)
+def test_a_plan_reads_no_data(fields: tuple[str, ...]) -> None:
+    """So a vocabulary may be smaller than a tokenizer, and no file of conversations is needed."""
+    made = plan("configs/tiny.py", fields, devices=1, hardware="h100")
+    assert made["time"]["total"] > 0
+
+
 def test_pictures(tmp_path: pathlib.Path) -> None:
     import matplotlib.image
 
