@@ -35,6 +35,7 @@ _SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the settings tha
 _HEADROOM = flags.DEFINE_float("headroom", HEADROOM, "The share of memory that --search leaves free.", 0, 0.99)
 _TOKENS = flags.DEFINE_string("tokens", "", "Predict the days that so many tokens take: 15T, 300B, 1.5e12.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Compare the structures' times to an equal loss (docs/quality.md).")
+_SCALE = flags.DEFINE_string("scale", "", "How far each structure scales: 64..65536, or 64,256,1024.")
 _PLOT = flags.DEFINE_string("plot", "", "Write a picture to this .png file.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 
@@ -65,6 +66,7 @@ def main() -> None:
         headroom=_HEADROOM.value,
         tokens=_TOKENS.value,
         compare=_COMPARE.value,
+        scale=_SCALE.value,
     )
     result = planner.make_plan(config, request)
     if not _JSON.value:

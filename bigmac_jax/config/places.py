@@ -1,6 +1,7 @@
 """Paths that a config or a command line gives: local ones, and those in an object store."""
 
 import difflib
+import functools
 import itertools
 import os
 import pathlib
@@ -14,6 +15,7 @@ _MOST = 10_000  # entries of a folder that are compared with a name
 _LIKE = 0.7  # of difflib's ratio, from which on a path is suggested
 
 
+@functools.cache  # every config asks for the same few
 def check_place(place: str, name: str) -> str:
     """Checks a path, and returns its scheme: gs, s3, or "" on a local disk.
 

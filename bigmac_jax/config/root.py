@@ -168,7 +168,8 @@ def check_batch(config: Config, data: int, taken: str = "") -> None:
     fix = ", or set mesh.data" if taken else ""
     require(batch_size % shards == 0, f"data.batch_size={batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}{fix}")  # fmt: skip
     tokens = batch_size * config.data.sequence_length // (shards * mesh.tensor)
-    require(tokens % chunks == 0, f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {near_divisors(tokens, chunks)}")  # fmt: skip
+    if tokens % chunks:
+        raise ConfigError(f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {near_divisors(tokens, chunks)}")  # fmt: skip
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -37,15 +37,24 @@ class Parameters(NamedTuple):
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """Counts parameters by part of the model, and those of a rank on a mesh with these ranks by axis. A model is traced
     once, whatever meshes it is counted for."""
-    m, parts, of_rank, moments = config.model, dict[str, int](), 0, 0
-    ranks = {axis: sizes.get(axis, 1) for axis in AXES}
-    for of, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+    mesh, length, muon = config.mesh, config.data.sequence_length, config.optimizer.name == "muon"
+    ranks = tuple(sizes.get(axis, 1) for axis in AXES)
+    return _parameters(config.model, mesh.fsdp, mesh.split_experts, length, muon, ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parameters(
+    m: ModelConfig, fsdp: bool, split_experts: bool, length: int, muon: bool, of_axes: tuple[int, ...]
+) -> Parameters:
+    parts, of_rank, moments = dict[str, int](), 0, 0
+    ranks = dict(zip(AXES, of_axes, strict=True))
+    for of, shape in _declarations(m, split_experts, length):
         layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
         parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
-        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, config.mesh.fsdp, ranks)))
+        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, fsdp, ranks)))
         here = math.prod(layers) * math.prod(own) // split
         of_rank += here
-        moments += here * (1 if config.optimizer.name == "muon" and of.hidden_matrix else 2)
+        moments += here * (1 if muon and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     return Parameters(total, total - idle, parts, of_rank, moments)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,41 +45,54 @@ class Variant:
     fits: bool  # at least `Machine.headroom` is left
 
 
-def variants(config: Config, machine: Machine, lean: bool = False, fitting: bool = False) -> Iterator[Variant]:
+Axes = tuple[int, int, int, int]  # ranks along data, node, expert and tensor
+
+
+def variants(
+    config: Config, machine: Machine, lean: bool = False, fitting: bool = False, among: Collection[Axes] | None = None
+) -> Iterator[Variant]:
     """Yields one way for every mesh, exchange, number of chunks and remat: the one whose batch goes in the fewest parts
     that fit, or if none fits, the smallest.
 
     Args:
       lean: leave out what only adds memory: several chunks, and no fsdp where fsdp is possible.
-      fitting: only what fits; a mesh whose parameters and optimizer alone don't is not looked at any further.
+      fitting: only what fits and may be the fastest: no mesh whose parameters and optimizer alone don't fit is looked
+        at any further, and nothing is recomputed where the whole batch fits without.
+      among: the meshes to look at; None is all.
     """
     remats = REMAT if config.model.is_moe else ("none", "layer")  # nothing is exchanged in a dense layer
     chunks = (1,) if lean or not machine.hardware.overlaps else OVERLAP_CHUNKS
-    for mesh, sizes in _meshes(config, machine, lean):
+    for mesh, sizes in _meshes(config, machine, lean, among):
         count = counts.parameters(replace(config, mesh=mesh), sizes)
         state = sum(counts.state_memory(config, count, parts=1).values())
         if fitting and 1 - state / machine.hardware.memory_bytes < machine.headroom:
             continue
-        for (name, n), remat in itertools.product(_exchanges(config, mesh, machine, chunks), remats):
-            fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
-            try:
-                execution = _with_fields(config.execution, **fields)
-                executed = replace(config, mesh=mesh, execution=execution)
-            except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
-                continue
-            found = _fewest_parts(executed, sizes, count, machine)
-            if found and (found.fits or not fitting):
-                yield found
+        for name, n in _exchanges(config, mesh, machine, chunks):
+            for remat in remats:
+                fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
+                try:
+                    execution = _with_fields(config.execution, **fields)
+                    executed = replace(config, mesh=mesh, execution=execution)
+                except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
+                    continue
+                if found := _fewest_parts(executed, sizes, count, machine, fitting):
+                    yield found
+                    if fitting and found.config.train.accumulate_steps == 1:
+                        break
 
 
-def _meshes(config: Config, machine: Machine, lean: bool) -> Iterator[tuple[MeshConfig, Sizes]]:
+def _meshes(
+    config: Config, machine: Machine, lean: bool, among: Collection[Axes] | None
+) -> Iterator[tuple[MeshConfig, Sizes]]:
     """Meshes of all devices that are valid for any batch, and their sizes."""
     moe, devices = config.model.is_moe, machine.devices
     for tensor in _divisors(devices):
         for group in _divisors(devices // tensor) if moe else [1]:
             for node, split in itertools.product(_divisors(group), (False, True) if moe and tensor > 1 else (False,)):
-                # data=0 stays: all devices that are left are what it means.
-                data = devices // tensor // group if config.mesh.data else 0
+                left = devices // tensor // group
+                if among is not None and (left, node, group // node, tensor) not in among:
+                    continue
+                data = left if config.mesh.data else 0  # 0 stays: all devices that are left are what it means
                 try:
                     mesh = MeshConfig(data, node, group // node, tensor, split_experts=split)
                     sizes = axis_sizes(replace(config, mesh=mesh), devices, fit_batch=False)
@@ -120,26 +133,35 @@ def _exchanges(
             yield from ((name, n) for n in (chunks if mesh.expert_ranks > 1 else (1,)))
 
 
-def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine) -> Variant | None:
-    """The batch in the fewest parts that fit; if none do, with the least memory; None if ranks don't divide it."""
+def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine, fitting: bool) -> Variant | None:
+    """The batch in the fewest parts that fit; if none do, with the least memory, or None if only what fits is wanted;
+    None if ranks don't divide it."""
     sequences, left = divmod(config.data.batch_size, sizes["data"] * config.mesh.expert_ranks)
     if left:
         return None
-    group, smallest = mesh_group(sizes, machine.hardware), None
-    for parts in _divisors(sequences):
+    group = mesh_group(sizes, machine.hardware)
+
+    def variant(parts: int) -> Variant | None:
         try:
-            variant = replace(config, train=_with_fields(config.train, accumulate_steps=parts))
-            check_batch(variant, sizes["data"])
+            divided = replace(config, train=_with_fields(config.train, accumulate_steps=parts))
+            check_batch(divided, sizes["data"])
         except ConfigError:  # more chunks than tokens
-            continue
-        memory = counts.memory(variant, machine.devices, group, count)
+            return None
+        memory = counts.memory(divided, machine.devices, group, count)
         headroom = 1 - sum(memory.values()) / machine.hardware.memory_bytes
-        found = Variant(variant, sizes, memory, headroom, headroom >= machine.headroom)
+        return Variant(divided, sizes, memory, headroom, headroom >= machine.headroom)
+
+    numbers, smallest = _divisors(sequences), None
+    if fitting:  # more parts take less memory, but for the gradients that several parts add to
+        most = next(filter(None, map(variant, reversed(numbers))), None)
+        if most and not most.fits:
+            numbers = numbers[:1]
+    for found in filter(None, map(variant, numbers)):
         if found.fits:
             return found
-        if smallest is None or headroom > smallest.headroom:
+        if smallest is None or found.headroom > smallest.headroom:
             smallest = found
-    return smallest
+    return None if fitting else smallest
 
 
 def _divisors(n: int) -> list[int]:

@@ -9,15 +9,19 @@ from bigmac_jax.runtime import storage
 
 PALETTE = ("#1f4e79", "#c0504d", "#9bbb59", "#8064a2", "#4bacc6", "#f79646", "#7f7f7f", "#bfbfbf")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")  # for black and white
+STYLES = ("-o", "--s", ":^", "-.D", "-v", "--x", ":+", "-.*")
 
 
 def draw(plan: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draws a sweep if the plan has one, else memory, bytes of the exchange and, where they are known, times.
+    """Draws how structures scale, or a sweep, if the plan has one; else memory, bytes of the exchange and, where they
+    are known, times.
 
     Raises:
       ConfigError: the file cannot be written.
     """
-    if "sweep" in plan:
+    if "scale" in plan:
+        figure = _draw_scale(plan["scale"])
+    elif "sweep" in plan:
         figure = _draw_sweep(plan["sweep"])
     else:
         columns = {plan["structure"]: plan} | plan["baselines"]
@@ -105,13 +109,29 @@ def _draw_sweep(rows: list[Mapping[str, Any]]) -> Any:
     lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         lines.setdefault(tuple(row["fields"][name] for name in fields if name != along), []).append(row)
-    styles = ("-o", "--s", ":^", "-.D", "-v", "--x", ":+", "-.*")
     for (label, value), ax in zip(panels, axes, strict=True):
         for number, (rest, line) in enumerate(lines.items()):
             values = [_number(row["fields"][along]) for row in line]
-            style, color = styles[number % len(styles)], PALETTE[number % len(PALETTE)]
+            style, color = STYLES[number % len(STYLES)], PALETTE[number % len(PALETTE)]
             ax.plot(values, [value(row) for row in line], style, color=color, label=" ".join(rest) or None)
         ax.set(xlabel=along, ylabel=label, ylim=(0, None))
         if fields != [along]:
             ax.legend(fontsize=7)
+    return figure
+
+
+def _draw_scale(found: Mapping[str, Any]) -> Any:
+    """Tokens a second of a device over devices; a curve of each structure, with a ring where it stops scaling."""
+    figure, (ax,) = _panels(6, 3.8, 1)
+    for (name, curve), color, style in zip(found["structures"].items(), PALETTE, STYLES, strict=False):
+        points = [(p["devices"], p["tokens_per_s_per_device"]) for p in curve.get("points", ()) if "time" in p]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, color=color, label=name)
+            stops = (curve["stops"] or {}).get("devices")
+            ringed = [point for point in points if point[0] == stops]
+            ax.plot([x for x, _ in ringed], [y for _, y in ringed], "o", ms=12, mfc="none", color=color)
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="devices", ylabel="predicted tokens/s of a device", ylim=(0, None))
+    ax.set_title(f"{found['kind']} scaling; ring: under {100 * found['keeps']:.0f} %", fontsize=10)
+    ax.legend(fontsize=7)
     return figure

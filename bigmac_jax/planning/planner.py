@@ -20,7 +20,7 @@ from bigmac_jax.model.counts import (
 )
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
-from bigmac_jax.planning import comparison, compiled_programs, paper, search, topologies
+from bigmac_jax.planning import comparison, compiled_programs, paper, scaling, search, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
@@ -45,6 +45,7 @@ class Request(NamedTuple):
     headroom: float = HEADROOM  # the share of memory that a search leaves free
     tokens: str = ""  # that a training takes, as 15T
     compare: bool = False
+    scale: str = ""  # numbers of devices, as 64..65536
 
 
 class Place(NamedTuple):
@@ -73,6 +74,10 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.compare:
         comparison.check(config.model)
         _require_hardware(place, "--compare")
+    asked = scaling.parse_scale(request.scale) if request.scale else None
+    if asked:
+        _require_hardware(place, f"--scale={request.scale}")
+    own = config
     searched: dict[str, Any] = {}
     if request.search:
         config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
@@ -114,6 +119,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.compare:
         steps = _steps(config, place, request)
         result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
+    if asked:
+        result["scale"] = scaling.scale(own, asked, lambda devices: _machine(request, place, devices))
     if request.sweep:
         result["sweep"] = [
             {"fields": fields, **_costs(swept, _mesh_sizes(swept, place), place)}
@@ -145,13 +152,26 @@ def _find_place(config: Config, request: Request) -> Place:
                     f"{hardware.device_kind}; use --topology={topology.kind}:{-(-devices // most)}x{most}"
                 )
             hardware = replace(hardware, machine_ranks=together)
-    elif (
-        hardware
-        and hardware.torus is None
-        and (together := hardware.ranks_together(devices)) > math.gcd(devices, hardware.machine_ranks)
-    ):
-        hardware = replace(hardware, machine_ranks=together)
+    elif hardware:
+        hardware = _filled(hardware, devices)
     return Place(devices, topology, hardware, request.compile and topology is None)
+
+
+def _filled(hardware: Hardware, devices: int) -> Hardware:
+    """The hardware with as many GPUs of a machine as so many devices take of each."""
+    if hardware.torus is None and (together := hardware.ranks_together(devices)) > math.gcd(
+        devices, hardware.machine_ranks
+    ):
+        return replace(hardware, machine_ranks=together)
+    return hardware
+
+
+def _machine(request: Request, place: Place, devices: int) -> Machine:
+    """The plan's machine with another number of devices."""
+    hardware = _require_hardware(place, "--scale")
+    if place.topology is None:
+        hardware = load_hardware(request.hardware)
+    return Machine(devices, _filled(hardware, devices), headroom=request.headroom)
 
 
 def _parse_tokens(request: Request, place: Place) -> int:
@@ -288,7 +308,7 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
                 seconds = step_time(replace(config, model=other.model), sizes, machine.hardware, place.torus).total
                 found[name] = other.model, seconds
             elif best := search.fastest(other, machine):
-                found[name] = other.model, best.times.total
+                found[name] = other.model, best[0].times.total
             else:
                 found[name] = f"does not fit on {place.devices} devices"
         except ConfigError as error:

@@ -51,6 +51,8 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
             console.print(table(plan[key]))
     if "compare" in plan:
         _compare(console, plan["compare"])
+    if "scale" in plan:
+        _scale(console, plan["scale"])
     if "programs" in plan:
         if "compiler" not in plan["program"]:
             _program_notes(console, plan["program"])
@@ -264,6 +266,39 @@ def _compare(console: Console, found: Mapping[str, Any]) -> None:
         )
     console.print(
         f"± is one standard error of the losses ({measured['page']}), without the steps'; the last column's is two"
+    )
+
+
+def _scale(console: Console, found: Mapping[str, Any]) -> None:
+    """Tokens a second of a device, and where and why each structure stops scaling."""
+    devices, tokens = found["devices"], found["tokens_per_step"]
+    curves = {name: curve for name, curve in found["structures"].items() if "points" in curve}
+    each = (
+        f"{tokens[0] / devices[0]:,.0f} tokens of each device" if found["kind"] == "weak" else f"{tokens[0]:,} in all"
+    )
+    title = f"Tokens a second of a device, predicted; {found['kind']} scaling: a step has {each}"
+    table = _table(title, "devices", *curves)
+    for number, count_ in enumerate(devices):
+        points = [curve["points"][number] for curve in curves.values()]
+        cells = [f"{p['tokens_per_s_per_device']:,.0f}" if "time" in p else f"no {p['lacks']}" for p in points]
+        table.add_row(f"{count_:,}", *cells)
+    console.print(table)
+    lacks = {"memory": "nothing fits", "mesh": "no mesh is valid"}
+    for name, curve in found["structures"].items():
+        if "error" in curve:
+            console.print(f"{name}: {curve['error']}")
+        elif (stops := curve["stops"]) is None:
+            console.print(f"{name} keeps {percent(found['keeps'])} up to {devices[-1]:,} devices")
+        elif stops["term"] in lacks:
+            console.print(f"{name} stops at {stops['devices']:,} devices: {lacks[stops['term']]}")
+        else:
+            console.print(
+                f"{name} stops at {stops['devices']:,} devices, which keep {percent(stops['share'])}, by "
+                f"{stops['term']}: {duration(1e6 * stops['grew'][stops['term']])} more of a device for a million tokens"
+            )
+    console.print(
+        f"Scaling: a device keeps {percent(found['keeps'])} of what it does on the fewest. Each point is the best of "
+        "a search, where larger meshes grow from smaller ones (docs/planning.md)"
     )
 
 

@@ -4,13 +4,14 @@ import contextlib
 import heapq
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, check_batch, with_overrides
 from bigmac_jax.config.resuming import part_notes
 from bigmac_jax.config.section import flat_values
-from bigmac_jax.planning.candidates import Machine, Variant, variants
+from bigmac_jax.planning.candidates import Axes, Machine, Variant, variants
 from bigmac_jax.planning.cost import Times, step_time
 
 NEAREST = 12  # candidates that don't fit and are timed all the same
@@ -45,17 +46,35 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
         Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
         for v in itertools.chain((v for v in found if v.fits), missed)
     ]
-    fit = sorted((c for c in timed if c.fits), key=lambda c: (-c.times.tokens_per_s, -c.headroom))
+    fit = sorted((c for c in timed if c.fits), key=_rank)
     return fit + sorted((c for c in timed if not c.fits), key=lambda c: (-c.headroom, -c.times.tokens_per_s))
 
 
-def fastest(config: Config, machine: Machine) -> Candidate | None:
-    """Finds the first of `search`; None if nothing fits."""
-    timed = (
-        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
-        for v in variants(config, machine, fitting=True)
-    )
-    return max(timed, key=lambda c: (c.times.tokens_per_s, c.headroom), default=None)
+def fastest(config: Config, machine: Machine, among: Collection[Axes] | None = None) -> list[Candidate]:
+    """Finds the best candidate of each mesh on which something fits, in the order of `search`.
+
+    Args:
+      among: the meshes to look at; None is all.
+    """
+    best: dict[Axes, Candidate] = {}
+    for v in variants(config, machine, fitting=True, among=among):
+        times = step_time(v.config, v.sizes, machine.hardware, machine.topology)
+        found = Candidate(**vars(v), times=times)
+        mesh = axes(found)
+        if mesh not in best or _rank(found) < _rank(best[mesh]):
+            best[mesh] = found
+    return sorted(best.values(), key=_rank)
+
+
+def axes(candidate: Candidate) -> Axes:
+    """The ranks of its mesh."""
+    sizes = candidate.sizes
+    return sizes["data"], sizes["node"], sizes["expert"], sizes["tensor"]
+
+
+def _rank(candidate: Candidate) -> tuple[float, float]:
+    """The smaller the better, of those that fit."""
+    return -candidate.times.tokens_per_s, -candidate.headroom
 
 
 def flags(before: Config, after: Config) -> list[str]:

@@ -1,5 +1,6 @@
 """Chips on a grid, each linked to its neighbours: how much an exchange loads a link, and how many hops it takes."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,6 +79,7 @@ class Torus:
         return tuple(shape)
 
 
+@functools.lru_cache(maxsize=4096)  # a search asks for the same few ten thousand times
 def parts(whole: Block, ranks: int) -> tuple[Block, Block]:
     """Splits a block into (the chips of `ranks` consecutive ranks, the chips of every `ranks`-th rank): for instance an
     expert group, and the ranks that hold the same experts.

@@ -1,0 +1,141 @@
+"""--scale: how far each structure scales, and the term that stops it; by hand, and against the search in full."""
+
+import json
+import pathlib
+import resource
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bigmac_jax.config import ConfigError, MeshConfig, load_config
+from bigmac_jax.planning import pictures
+from bigmac_jax.planning.candidates import Machine
+from bigmac_jax.planning.scaling import Scale, _grown, exposed, parse_scale, scale, where_it_stops
+from bigmac_jax.planning.search import fastest, search
+from bigmac_jax.planning.structures import CONTROL, alternatives
+from planning.test_planner import plan, run, shown
+from planning.test_search import CONFIG, EIGHT, H100, with_memory
+
+SMALL = replace(CONFIG, data=replace(CONFIG.data, batch_size=32))
+
+
+def test_numbers_of_devices() -> None:
+    assert parse_scale("64..512") == Scale([64, 128, 256, 512], strong=False)
+    assert len(parse_scale("64..65536").devices) == 11 and parse_scale("24..48").devices == [24, 48]
+    assert parse_scale("1024,64,256:strong") == Scale([64, 256, 1024], strong=True)
+    assert parse_scale("8") == Scale([8], strong=False)
+
+
+@pytest.mark.parametrize("text", ["many", "64..", "64..1000", "512..64", "0..8", "64,0", "64..2097152", "8:weak", "8:", "-8", "nan", "64;128"])  # fmt: skip  # noqa: E501
+def test_what_are_no_numbers_of_devices(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--scale=.* must be numbers of devices") as error:
+        parse_scale(text)
+    assert "\n" not in str(error.value)
+
+
+def point(devices: int, **terms: float) -> dict[str, Any]:
+    """Of 1,000 tokens a device."""
+    time = {"matmul": 1.0, "exchange": 0.5, "hidden": 0.25, "gradients": 0.25} | terms
+    time["total"] = sum(time.values()) - 2 * time["hidden"]
+    rate = 1000 / time["total"]
+    return {"devices": devices, "tokens": 1000 * devices, "tokens_per_s_per_device": rate, "time": time}
+
+
+def test_what_stops_it_by_hand() -> None:
+    """1.5 s are 80 % of 1.875 s. At 32 devices the step takes 2.1 s, 71 %: 0.1 s are gradients', 0.5 s of the exchange,
+    whose hidden part is no more than before; of a token a thousandth of that."""
+    points = [point(8), point(16, gradients=0.6), point(32, gradients=0.35, exchange=1.0), point(64, gradients=9.0)]
+    found = where_it_stops(points)
+    assert found and (found["devices"], found["term"]) == (32, "exchange")
+    assert found["share"] == pytest.approx(1.5 / 2.1) and found["grew"]["exchange"] == pytest.approx(0.5 / 1000)
+    assert found["grew"]["gradients"] == pytest.approx(0.1 / 1000) and found["grew"]["matmul"] == 0
+    assert where_it_stops(points[:2]) is None
+    short: dict[str, Any] = {"devices": 16, "lacks": "memory"}
+    assert where_it_stops([point(8), short]) == {"devices": 16, "term": "memory"}
+    assert where_it_stops([short, point(32)]) is None  # the fewest on which something fits
+    assert where_it_stops([short, short | {"devices": 32}]) == {"devices": 16, "term": "memory"}
+
+
+def test_exposed_terms_are_all_of_a_step() -> None:
+    for candidate in search(CONFIG, EIGHT)[::40]:
+        time = candidate.times.as_dict()
+        assert sum(exposed(time).values()) == pytest.approx(time["total"])
+        assert not {"total", "mfu", "hidden"} & set(exposed(time))
+
+
+def test_meshes_that_grow() -> None:
+    best = search(CONFIG, EIGHT)[0]
+    d, n, e, t = best.sizes.values()
+    assert _grown([best], 2) == {(2 * d, n, e, t), (d, 2 * n, e, t), (d, n, 2 * e, t), (d, n, e, 2 * t)}
+    assert len(_grown([best], 4)) == 10 and _grown([best], 1) == {(d, n, e, t)}
+
+
+def test_the_fastest_is_the_searchs_first() -> None:
+    """Though it looks at less: not at what recomputes for nothing, nor at meshes that can't fit."""
+    sizes = sorted(sum(c.memory.values()) for c in search(CONFIG, EIGHT))
+    for size in (sizes[-1], sizes[len(sizes) // 4], sizes[3]):
+        first = search(CONFIG, with_memory(size))[0]
+        found = fastest(CONFIG, with_memory(size))
+        assert first.fits and found[0].times.tokens_per_s == first.times.tokens_per_s
+        assert len({tuple(c.sizes.values()) for c in found}) == len(found)
+    assert fastest(CONFIG, with_memory(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "strong"),
+    [([8, 16], False), *(pytest.param([8, 16, 32, 64], strong, marks=pytest.mark.full) for strong in (False, True))],
+)
+def test_points_are_those_of_the_search(devices: list[int], strong: bool) -> None:
+    """4 sequences on each device; and the same 32 on all."""
+    found = scale(SMALL, Scale(devices, strong), lambda n: Machine(n, H100))
+    assert found["batch_size"] == ([32] * len(devices) if strong else [4 * n for n in devices])
+    assert list(found["structures"]) == ["bigmac", "fine_grained", CONTROL, "vanilla", "dense"]
+    for n, batch, made in zip(devices, found["batch_size"], found["structures"]["bigmac"]["points"], strict=True):
+        config = replace(SMALL, mesh=MeshConfig(), data=replace(SMALL.data, batch_size=batch))
+        best = fastest(config, Machine(n, H100))[0]
+        assert made["tokens_per_s_per_device"] == pytest.approx(best.times.tokens_per_s / n, rel=0.02), n
+
+
+def test_a_mesh_that_there_is_not() -> None:
+    """One sequence for 8 ranks of `tensor` at most four: no mesh."""
+    config = replace(SMALL, data=replace(SMALL.data, batch_size=1))
+    found = scale(config, Scale([4, 8], strong=True), lambda n: Machine(n, H100))["structures"]["bigmac"]
+    assert found["points"][1] == {"devices": 8, "lacks": "mesh"} and found["stops"] == {"devices": 8, "term": "mesh"}
+    with pytest.raises(ConfigError, match=r"batch_size=1 on 4 devices .* on 6; use a multiple of 2") as error:
+        scale(config, Scale([4, 6], strong=False), lambda n: Machine(n, H100))
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_says_how_far_it_scales(tmp_path: pathlib.Path) -> None:
+    made = plan("configs/tiny.py", ("mesh.expert=2",), hardware="h100", scale="2,8")
+    curves = made["scale"]["structures"]
+    at_eight = curves["fine_grained"]["points"][1]
+    flags = [flag.removeprefix("--config.") for flag in at_eight["flags"]]
+    pasted = plan("configs/tiny.py", ("mesh.expert=2", *flags), devices=8, hardware="h100")
+    assert pasted["structure"] == "fine_grained" and pasted["time"] == at_eight["time"]
+    text = shown(made)
+    assert "weak scaling: a step has" in text and ("bigmac keeps" in text or "bigmac stops at" in text)
+    assert json.loads(json.dumps(made["scale"], allow_nan=False)) == made["scale"]
+    pictures.draw(made, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 5000
+    with pytest.raises(ConfigError, match=r"--scale=2,8 needs .* add --hardware=NAME"):
+        plan("configs/tiny.py", ("data.batch_size=32",), scale="2,8")
+
+
+@pytest.mark.full
+def test_to_65536_devices_in_a_minute() -> None:
+    """A model of 258 billion; on 512 devices what it finds is the search's."""
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # whatever else the machine does
+    done = run("--config=large:258b", "--hardware=h100", "--scale=64..65536", "--json")
+    assert done.returncode == 0, done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < 60
+    found = json.loads(done.stdout.splitlines()[-1])["scale"]
+    assert found["devices"][-1] == 65536 and len(found["devices"]) == 11
+    config = replace(load_config("large:258b"), mesh=MeshConfig(fsdp=True))
+    for name, structure in alternatives(config).items():
+        assert not isinstance(structure, ConfigError)
+        made = found["structures"][name]["points"][3]
+        batch = found["batch_size"][3]
+        best = fastest(replace(structure, data=replace(structure.data, batch_size=batch)), Machine(512, H100))[0]
+        assert made["tokens_per_s_per_device"] == pytest.approx(best.times.tokens_per_s / 512, rel=0.01), name
