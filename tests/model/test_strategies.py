@@ -101,18 +101,25 @@ def test_auto_takes_the_fewest_seconds(
 
 
 @pytest.mark.parametrize(
-    ("exchange", "factor"),
-    [("all_to_all", 1.0), ("all_to_all", math.inf), ("dedup", 1.0), ("hierarchical", 1.0), ("gather", 1.0)],
+    ("exchange", "factor", "buffer"),
+    [
+        *((exchange, 1.0, math.inf) for exchange in ("all_to_all", "dedup", "hierarchical", "gather")),
+        *((exchange, math.inf, 1.0) for exchange in ("all_to_all", "dedup", "hierarchical")),
+        ("all_to_all", math.inf, math.inf),
+    ],
 )
-def test_collectives_that_are_counted_are_those_of_the_program(exchange: str, factor: float) -> None:
-    """Not ragged's: on CPU its movements are emulated with others."""
-    config = tiny((1, 2, 2), exchange=exchange, capacity_factor=factor, length=4)
+def test_collectives_that_are_counted_are_those_of_the_program(exchange: str, factor: float, buffer: float) -> None:
+    """Not ragged's: on CPU its movements are emulated with others. In rounds, those of the first one."""
+    config = tiny((1, 2, 2), exchange=exchange, capacity_factor=factor, buffer_factor=buffer, length=4)
     with on_mesh(config):
         x_BLD = jax.ShapeDtypeStruct((8, 4, 16), np.float32, sharding=split_tokens(np.zeros((8, 4, 16))).sharding)
         layer = placed(abstract_layer(config), make_mesh(config))
         text = str(jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BLD))
-        counted = cost(choose_exchange(config, factor, 8), 8, config.model.choices).collectives
-    assert len(re.findall(r" (?:all_to_all|all_gather|reduce_scatter)\[", text)) == counted > 0
+        strategy = choose_exchange(config, factor, 8)
+    counted, rounds = cost(strategy, 8, 3).collectives, strategy.most_rounds(8, 3)
+    first, *further = text.split(" pmax[")  # whether there is a second round
+    assert len(re.findall(r" (?:all_to_all|all_gather|reduce_scatter)\[", first)) == counted > 0
+    assert bool(further) == (rounds > 1)
 
 
 def test_auto_gives_the_reference_and_says_why() -> None:

@@ -1,5 +1,6 @@
 """Processes that were told different things, do not come, or find the address taken: named before jax connects them."""
 
+import contextlib
 import pathlib
 import socket
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from training.runs import ENVIRONMENT
@@ -84,6 +87,16 @@ def test_one_is_missing() -> None:
     line = "MissingError: process 1 of 3 was not there in time"
     assert met([(0, 3), (2, 3)], seconds=1) == [line] * 2
     assert met([(1, 3)], seconds=0.5)[0].startswith("MissingError: process 1 did not reach process 0 at 127.0.0.1:")
+
+
+def test_nobody_is_waited_for_once_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a moment: the clock stands at the end, and there is nothing to listen at or to reach."""
+    monkeypatch.setattr(rendezvous, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    absent: Any = None
+    with contextlib.ExitStack() as stack:
+        heard, answer = rendezvous._gather(absent, stack, 3, 5.0)
+    assert (heard, answer) == ([], {"missing": "process 1 of 3 was not there in time"})
+    assert rendezvous._report(absent, absent, 3, 2, 5.0)["missing"].startswith("process 2 did not reach process 0 at")
 
 
 def test_strangers_and_those_who_left_do_not_count() -> None:

@@ -113,6 +113,8 @@ def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyP
     assert "off by" in red[kernel] and "on 2 of 2 devices; at most 3e-05 is rounding" in red[kernel]
     assert "off by 1.0e-02" in red[attention]
     assert red["exchange ragged"] == "RuntimeError: no such collective"
+    (trained,) = (result.detail.split() for result in results if result.check.part == "training")
+    assert [float(trained[1]), float(trained[3])] == pytest.approx([5.581, 4.578], abs=0.005)  # random tokens: log 264
     assert checks.advice(results) == {
         kernel: "execution.grouped_matmul=blocks",
         attention: "execution.attention=blocks",

@@ -22,6 +22,7 @@ from training.runs import LIMIT
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.serving import api
 from bigmac_jax.serving.limits import ApiError, Limits
+from bigmac_jax.serving.prometheus import Metrics
 from bigmac_jax.serving.protocol import make_protocol
 
 from .fakes import LONGEST, Served, held
@@ -238,6 +239,33 @@ async def test_health_looks_at_what_serves() -> None:
         status, answer = await served.ask("/health")
         assert status == 503 and "reading of a request" in answer["error"]["message"]
     assert (await chat)[0] == 200 and (await served.ask("/health"))[0] == 200
+
+
+def test_drafted_tokens_are_counted_once_however_often_they_are_read() -> None:
+    engine: Any = SimpleNamespace(drafts=SimpleNamespace(drafted=0, accepted=0), running=1, waiting=2, shards=2,
+                                  slots=4, pages=[SimpleNamespace(number=7, in_use=3)] * 2)  # fmt: skip
+    metrics = Metrics(engine)
+    for drafted, accepted in ((3, 1), (3, 1), (10, 6)):
+        engine.drafts.drafted, engine.drafts.accepted = drafted, accepted
+        lines = metrics.text().decode().splitlines()
+        expected = {
+            "drafted_tokens_total": drafted, "accepted_tokens_total": accepted, "completions_running": 1,
+            "completions_waiting": 2, "slots": 8, "cache_pages": 14, "cache_pages_used": 6,
+        }  # fmt: skip
+        assert {f"bigmac_{name} {value:.1f}" for name, value in expected.items()} <= set(lines)
+    engine.drafts = None
+    assert "bigmac_drafted_tokens_total 10.0" in metrics.text().decode()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([], 1), ([0.5] * 9, 1), ([11.0], 2), ([11.5], 3), ([5.0] * 99, 5), ([1e6], 60)]
+)
+def test_who_is_turned_away_waits_as_long_as_recent_requests(seconds: list[float], expected: int) -> None:
+    engine: Any = SimpleNamespace()
+    metrics = Metrics(engine)
+    for second in seconds:
+        metrics.count_request(second)
+    assert metrics.retry_seconds() == expected
 
 
 @pytest.mark.parametrize(

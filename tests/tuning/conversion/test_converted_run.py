@@ -18,6 +18,7 @@ from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
 from bigmac_jax.data.encoding import Counts
 from bigmac_jax.data.token_cache import MemoryStream
 from bigmac_jax.model.mesh import batch_spec, place
+from bigmac_jax.runtime import storage
 from bigmac_jax.training import programs
 from bigmac_jax.training.new_run import write_new_run
 from bigmac_jax.tuning import conversion, restore_step
@@ -190,6 +191,19 @@ def test_a_report_measures_before_and_after(monkeypatch: pytest.MonkeyPatch) -> 
         "experts' parameters 4,096 → 2,048 (0.5 of them)",
         "validation loss 6.5000 → 3.2500 nats a token, untrained",
     ]
+
+
+def test_the_picture_shows_the_errors_of_each_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    saved: dict[pathlib.Path, Any] = {}
+    monkeypatch.setattr(storage, "save_figure", lambda figure, file: saved.update({file: figure}))
+    layers = [conversion.LayerError(1, 0.5, 0.25, 0.125), conversion.LayerError(3, 0.9, 0.8, 0.7)]
+    converted_run._draw(converted_run.Report("latent", 1.0, 2.0, (4, 2), layers), tmp_path / "a.png")
+    (axis,) = saved[tmp_path / "a.png"].axes
+    assert [line.get_xydata().tolist() for line in axis.lines] == [
+        [[1, 0.5], [3, 0.9]], [[1, 0.25], [3, 0.8]], [[1, 0.125], [3, 0.7]]
+    ]  # fmt: skip
+    assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 0.9
+    assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
 @pytest.fixture
