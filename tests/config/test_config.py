@@ -30,7 +30,7 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.config.reading import retrained
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE
-from bigmac_jax.config.section import all_field_types
+from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.training.workdir import read_config
 
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
@@ -606,3 +606,25 @@ def test_results_have_no_nan() -> None:
     values = {"loss": math.nan, "by": [{"a": (math.inf, 1.5)}, -math.inf], "n": 3, "word": "NaN", "none": None}
     read = json.loads(strict_json(values), parse_constant=pytest.fail)
     assert read == {"loss": None, "by": [{"a": [None, 1.5]}, None], "n": 3, "word": "NaN", "none": None}
+
+
+def test_a_base_model_of_the_paper() -> None:
+    """Table 5; what is not listed is as by default."""
+    values, defaults = flat_values(load_config("paper/gpt3_xl")), flat_values(Config())
+    assert {name: value for name, value in values.items() if value != defaults[name]} == {
+        "model.num_layers": 24, "model.hidden_size": 2048, "model.num_heads": 16, "model.vocab_size": 50304,
+        "model.norm": "layernorm", "model.positions": "learned", "model.activation": "gelu", "model.use_bias": True,
+        "model.qk_norm": False, "model.dropout": 0.1, "model.num_experts": 64, "model.top_k": 8,
+        "model.latent_norm": "none", "model.projection_init": "random", "model.capacity_factor": 1.2,
+        "model.router_renormalize": False, "model.balance_scope": "part", "execution.dtype": "bfloat16",
+        "mesh.expert": 4, "data.source": "tfds:wikipedia/20230601.en", "data.tokenizer": "gpt2",
+        "data.sequence_length": 2048, "data.batch_size": 256, "optimizer.warmup_steps": 1200,
+        "optimizer.decay_steps": 5200, "train.steps": 6400, "train.eval_every": 400, "train.checkpoint_every": 400,
+    }  # fmt: skip
+    same = {
+        "model.structure": "bigmac", "model.down_ratio": 0.25, "model.tie_embeddings": True,
+        "model.balance_coefficient": 0.001, "optimizer.learning_rate": 3e-4, "optimizer.final_learning_rate": 3e-5,
+        "optimizer.b1": 0.9, "optimizer.b2": 0.95, "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.1,
+        "optimizer.clip_norm": 1.0, "train.seed": 1234, "train.log_every": 10,
+    }  # fmt: skip
+    assert values | same == values

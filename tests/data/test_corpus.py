@@ -13,7 +13,7 @@ from bigmac_jax.data import sotu as sotu_module
 from bigmac_jax.data import splits
 from bigmac_jax.data.corpus import JoinedDocuments, join_fingerprints, open_documents
 from bigmac_jax.data.documents import Documents, ReadCounts
-from bigmac_jax.data.splits import choose_split, text_key
+from bigmac_jax.data.splits import choose_split, hold_out, text_key
 
 SPLITS = ("train", "validation", "test")
 
@@ -163,6 +163,12 @@ def test_few_documents_are_held_out_by_a_share_of_the_text(tmp_path, caplog, cou
         assert all(abs(shares[split] - 0.05) < 0.6 / count for split in ("validation", "test")), shares
     line = next(r.message for r in caplog.records if "held out are" in r.message)
     assert f"{len(got['test'])} of {count} documents, {shares['test']:.1%} of the text, for test" in line
+
+
+@pytest.mark.parametrize("count", [1000, 1001])
+def test_few_documents_are_a_thousand(count):
+    held, line = hold_out(((str(i), 1) for i in range(count)), ("validation", "test"))
+    assert (held.few is None) == (count > 1000) == line.startswith("1 in 20 documents each for validation and test")
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -64,6 +64,8 @@ def test_texts_that_changed_places_are_other_data(tmp_path, make_config):
         ("a=1xtwo", "", "the epochs of a must be a number of at least 0, not 'two'"),
         ("a=1x0", "", "the epochs of a must be above 0, not '0'"),
         ("a=nan", "", "the weight of a must be a number of at least 0"),
+        ("a=1000000000", "", "the weight of a must be a number of at least 0, not '1000000000'"),
+        ("a=1x1e9", "", "the epochs of a must be a number of at least 0, not '1e9'"),
         ("a=1,a=2", "", "data.mixture names a twice"),
         ("ftp://a=1", "", "must be a local path, or begin with gs://"),
         ("", "5:a=1", "data.curriculum=5:a=1 needs data.mixture"),

@@ -1,6 +1,7 @@
 """A network that is not there, and a disk that is full: one line, in seconds."""
 
 import errno
+import threading
 import time
 import types
 
@@ -41,9 +42,10 @@ def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
         data_path=str(tmp_path / "some" / "config" / "1.0.0"),
         info=types.SimpleNamespace(full_name="some/config/1.0.0"),
     )
-    answering = set()
+    answering, waited_for = set(), []
 
     def head(url, timeout):
+        waited_for.append(not threading.current_thread().daemon)  # by Python's end
         if url not in answering:
             raise requests.ConnectionError
 
@@ -57,6 +59,7 @@ def test_what_was_downloaded_needs_no_network(tmp_path, monkeypatch):
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "x.INFO").write_text("{}")
     datasets._check_network(builder, "S")
+    assert waited_for == [False] * 4
 
 
 def test_a_full_disk_is_named(tmp_path):

@@ -126,6 +126,15 @@ def test_renders_are_linear_in_messages(roles: tuple[str, ...], prompt: bool, mo
         assert sum(seen) <= 10 * size + 2 * module._CHECKED and len(seen) < 100
 
 
+def test_turns_are_rendered_until_a_thousand_messages_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a hundred, by the first six turns; of the others those at twice the place of the last one, and the end."""
+    monkeypatch.setattr(module, "_CHECKED", 100)
+    chat = Chat(ByteTokenizer(), PLAIN)
+    seen = rendered(monkeypatch)
+    chat.pieces([{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(64)], False)
+    assert seen == [64, *range(1, 13), 23, 24, 47, 48, 63, 64, 64]  # first the whole, at last with marks
+
+
 def test_what_is_too_long_is_not_rendered_or_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     chat, seen, encoded = Chat(bpe(), PLAIN), rendered(monkeypatch), []
     monkeypatch.setattr(chat, "encode_batch", encoded.append)

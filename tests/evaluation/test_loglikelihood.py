@@ -1,8 +1,12 @@
 """Log-likelihoods: equal to one request at a time in float64, whatever the batch and the mesh; cut where they must."""
 
+import contextlib
+import hashlib
 import json
 import pathlib
+import struct
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -155,6 +159,31 @@ def test_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [result.loglikelihood for result in results] == [-1.0] * 8
     repeated = Request([0], [0] * 30)  # ten windows, of which nine are equal
     assert score_requests(None, [repeated], 3, 2)[0] == (-10.0, True, 30)  # type: ignore[arg-type]
+    # A bar counts the windows.
+    shown: list[Any] = []
+
+    @contextlib.contextmanager
+    def bar(*given: Any, **named: Any) -> Any:
+        shown.append((given, named))
+        yield SimpleNamespace(update=shown.append)
+
+    monkeypatch.setattr(loglikelihood, "Progress", bar)
+    score_requests(None, requests, 80, batch_size=4, title="t")  # type: ignore[arg-type]
+    assert shown == [(("t", 7, "window", 0), {"silent": False}), 3, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("tensor", "inputs", "length", "expected"), [
+    (1, 1, 80, 16), (1, 16, 80, 16), (1, 17, 80, 32), (1, 65, 80, 80), (1, 3, 9, 9), (2, 3, 9, 10), (2, 17, 80, 32),
+])  # fmt: skip
+def test_padded_lengths(tensor: int, inputs: int, length: int, expected: int) -> None:
+    with on_mesh(tiny((1, 1, 1, tensor))):
+        assert loglikelihood._bucket(inputs, length) == expected
+
+
+def test_a_window_keeps_its_key() -> None:
+    """Or the scores in an earlier run's log would be computed again."""
+    (window,) = cut_windows(Request([1, 2], [3, 4, 5]), 8)
+    assert loglikelihood._key(window) == hashlib.sha256(struct.pack("<5i", 1, 2, 3, 4, 5) + b"3").hexdigest()[:32]
 
 
 def test_a_killed_run_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

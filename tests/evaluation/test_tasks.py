@@ -314,6 +314,11 @@ def test_last_word_and_perplexity_by_hand() -> None:
     assert summary["word_perplexity"] == pytest.approx(math.exp(6 / 3))
     assert summary["byte_perplexity"] == pytest.approx(math.exp(6 / 12))
     assert summary["loglikelihood"] == -6.0
+    # What leaves the floats ends at e^700, which JSON can hold.
+    worst = summarise("perplexity", [judge("perplexity", documents[1], results(-1e4, tokens=1))])
+    names = ("perplexity", "word_perplexity", "byte_perplexity")
+    assert [worst[name] for name in names] == [math.exp(700)] * 3
+    assert summarise("last_word", [judge("last_word", pair, results(-1e4))])["perplexity"] == math.exp(700)
 
 
 def test_needles(tmp_path: pathlib.Path) -> None:

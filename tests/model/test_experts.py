@@ -9,6 +9,7 @@ import pytest
 from jax import Array
 
 from bigmac_jax.model import experts
+from bigmac_jax.model.kernels import grouped_matmul
 
 from .tools import PAPER, assert_close, tiny
 
@@ -62,3 +63,17 @@ def test_undefined_rows_reach_nothing(bias: bool, gated: bool, monkeypatch: pyte
         return gradients | {"y_NR": y_NR}
 
     assert_close(results("kernel"), results("blocks"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tile"), [(256, 256), (512, 256), (128, 128), (384, 128), (64, 256), (192, 256), (300, 256), (1, 256)]
+)
+def test_rows_of_a_tile(rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 or 256 on TPU, where they divide the rows; other kernels take any number."""
+    assert grouped_matmul.row_tile(rows) == 1
+    monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
+    assert grouped_matmul.row_tile(rows) == tile
+    # The whole matrix of an expert where it has at most a million entries.
+    assert grouped_matmul._tiling(rows, 2048, 512) == (tile, 2048, 512)
+    assert grouped_matmul._tiling(rows, 2048, 513) == (tile, 1024, 513)
+    assert grouped_matmul._tiling(rows, 600, 4096) == (tile, 600, 1024)

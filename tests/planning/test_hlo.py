@@ -417,6 +417,9 @@ def test_kernels_by_their_own_estimate() -> None:
         '%other = bf16[8,8]{1,0} custom-call(%k), custom_call_target="AllocateBuffer"',
     )
     assert matmul_flops(module) == (0, 1000)
+    silent = program('ROOT %k = bf16[8] custom-call(), custom_call_target="tpu_custom_call", '
+                     'backend_config={"custom_call_config":{}}')  # fmt: skip
+    assert matmul_flops(silent) == (0, 0)
 
 
 def attention_call(shape: str, target: str, path: str, extra: str = "") -> str:

@@ -1,17 +1,20 @@
 """The self-check: green on a machine that computes right, red in the right place on one that doesn't."""
 
+import contextlib
 import json
 import math
 import pathlib
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from bigmac_jax.commands import selfcheck as command
 from bigmac_jax.model import experts
 from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
@@ -83,6 +86,31 @@ def test_bad_flags(flag: str) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("at_terminal", [False, True])
+def test_a_check_is_named_before_it_runs(
+    at_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a line of its own, or at a terminal, which `rich` shows, for as long as it runs."""
+    shown: list[str] = []
+
+    @contextlib.contextmanager
+    def status(name: str) -> Iterator[None]:
+        shown.append(f"{name} begins")
+        yield
+        shown.append(f"{name} ends")
+
+    console = types.SimpleNamespace(is_terminal=at_terminal, status=status)
+    monkeypatch.setattr(command, "Console", lambda stderr: console)
+
+    def test() -> str:
+        shown.append(capsys.readouterr().err)
+        return "fine"
+
+    result = command._run(checks.Check("the wire", "exchange", "", test))
+    assert (result.ok, result.detail) == (True, "fine")
+    assert shown == (["the wire begins", "", "the wire ends"] if at_terminal else ["the wire …\n"])
+
+
 @pytest.mark.full
 def test_the_command_with_rates_is_green() -> None:
     done = selfcheck("--cpu_devices=2")
@@ -124,6 +152,10 @@ def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyP
 
 
 def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[Any] = []
+    monkeypatch.setattr(
+        checks.environment, "compiler_options", lambda device, ragged: options.append((device, ragged)) or {}
+    )
     even, attend = experts._even, jax.nn.dot_product_attention
     monkeypatch.setattr(experts, "_even", lambda *args: even(*args).at[5].set(0))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: attend(*a, **k).at[:, 7].set(0))
@@ -131,6 +163,7 @@ def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
         checks.check_experts(two(), True, "bfloat16")
     with pytest.raises(checks.MismatchError):
         checks.check_attention(two(), "xla", "bfloat16")
+    assert options == [(jax.devices()[0], False)] * 2
 
 
 @pytest.mark.full
