@@ -17,7 +17,15 @@ from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.mesh import AXES, ExpertGroup
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
-from bigmac_jax.planning.cost import gradient_bytes, matmul_flops, parameter_bytes, step_time
+from bigmac_jax.planning.cost import (
+    Setting,
+    SharedBytes,
+    gradient_bytes,
+    matmul_flops,
+    parameter_bytes,
+    step_time,
+    sum_seconds,
+)
 from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
 
 # Machines of four, whose numbers are easy to follow.
@@ -147,6 +155,24 @@ def test_who_shares_the_experts() -> None:
     dense = count.total - count.parts["experts"] + 257 * 64
     assert gradients == pytest.approx(4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * count.parts["experts"] / 2) / 100)
     assert step_time(config(accumulate=2), sizes(2, 1, 2), PLAIN).gradients == pytest.approx(2 * gradients)
+
+
+def test_who_shares_what_tensor_splits() -> None:
+    """Two groups of two, each rank of which is two tensor ranks: on two machines, and on one of eight."""
+    c, mesh = config(vocab_size=264), sizes(2, 1, 2) | {"tensor": 2}
+    count = counts.parameters(c, mesh)
+
+    def seconds(c: Config, hardware: Hardware, *shared: int) -> float:
+        setting = Setting(c, cluster(mesh, hardware), mesh_group(mesh, hardware), count)
+        return sum_seconds(setting, SharedBytes(*shared))
+
+    # All eight have four shares of a machine's 10; every second rank, which holds the same half, two.
+    assert seconds(c, PLAIN, 8000, 0, 0) == 2 * 7 / 8 * 8000 / 40
+    assert seconds(c, PLAIN, 0, 1000, 0) == 2 * 3 / 4 * (1000 / 2) / 20
+    # The tensor ranks of a group's rank hold its experts whole, or a half each.
+    one = replace(PLAIN, machine_ranks=8)
+    assert seconds(c, one, 0, 0, 600) == 2 * 3 / 4 * (600 / 2) / 100
+    assert seconds(on_mesh(c, split_experts=True), one, 0, 0, 600) == 2 * 1 / 2 * (600 / 2 / 2) / 100
 
 
 def traced(c: Config, mesh: tuple[int, ...]) -> list[Any]:

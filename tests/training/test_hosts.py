@@ -1,5 +1,6 @@
 """Several real processes (gloo, loopback): the same numbers as one, and an end whatever happens to one of them."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -293,6 +295,42 @@ def test_a_process_reads_the_rows_its_devices_hold(spec: P, expected: Sequence[i
     assert hosts.local_rows(OfProcess1(), 16) == list(expected)
     batch = np.arange(16 * 3).reshape(16, 3)
     np.testing.assert_array_equal(hosts.make_global_array(sharding, range(16), batch, 16), batch)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, ""),
+        ({"b": 3}, "process 1 was started with b=3, process 0 with b=2"),
+        ({"a": 0, "c": "z"}, "process 1 was started with a=0, c=z, process 0 with a=1, c=x"),
+        ({"d": 1}, "process 1 was started with another version of the program, process 0 with another version of"),
+    ],
+)
+def test_processes_compare_their_fields(other: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three, which are threads here; the third has the values of the first."""
+    own = threading.local()
+    barrier, messages = threading.Barrier(3), [np.zeros(0)] * 3
+
+    def process_allgather(message: np.ndarray) -> np.ndarray:
+        messages[own.process] = message
+        barrier.wait(10)
+        gathered = np.stack(messages)
+        barrier.wait(10)
+        return gathered
+
+    def compare(process: int) -> str:
+        own.process = process
+        try:
+            hosts.check_same({"a": 1, "b": 2, "c": "x"} | (other if process == 1 else {}))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", process_allgather)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(compare, range(3)))
+    assert len(set(answers)) == 1 and answers[0].startswith(said) and bool(answers[0]) == bool(said)
 
 
 def test_a_program_waits_once_until_all_have_compiled_it(monkeypatch: pytest.MonkeyPatch) -> None:
