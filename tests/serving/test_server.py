@@ -250,6 +250,19 @@ def test_a_body_of_small_chunks_is_cut(server: Server, size: int, status: bytes)
         assert raw.recv(100).startswith(b"HTTP/1.1 " + status)
 
 
+def test_a_short_body_may_come_in_small_chunks(server: Server) -> None:
+    """Of three bytes each, which have 5 bytes around them: up to a KiB of these is nothing."""
+    body = json.dumps(ASKED).encode()
+    with socket.create_connection(("127.0.0.1", server.port), 30) as raw:
+        given = "\r\n".join(f"{name}: {value}" for name, value in (HEADERS | {"Expect": "100-continue"}).items())
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\n{given}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw.sendall(head.encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 100 ")  # it has read the head by itself
+        parts = [body[i : i + 3] for i in range(0, len(body), 3)]
+        raw.sendall(b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 def test_what_is_no_http(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 30) as raw:
         raw.sendall(b"\x16\x03\x01 hello\r\n\r\n")

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.stores import BUCKET, Proxy, Server, gcs, s3
 from bigmac_jax.config import ConfigError, DataConfig
 from bigmac_jax.data.corpus import open_documents
+from bigmac_jax.data.files import Digests, file_digest
 from bigmac_jax.data.token_cache import open_cached_stream
 from bigmac_jax.data.token_shards import ShardStore
 from bigmac_jax.data.tokenizer import ByteTokenizer
@@ -228,6 +229,16 @@ def test_tokens_are_made_once_and_fetched_by_others(
     storage.remove_tree(kept.parent)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a fourth"))
     assert read() == text and made == [0, 0]
+
+
+def test_each_machine_keeps_digests_of_its_own(
+    place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
+    (tmp_path / "a.txt").write_text("some words")
+    assert Digests(place, "corpus")([tmp_path / "a.txt"]) == [file_digest(tmp_path / "a.txt")]
+    assert len(list((tmp_path / "machine").rglob("*.json"))) == 1
+    assert not list(storage.list_files(storage.locate(place, "cache_dir") / "digests"))
 
 
 def test_a_mirror(place: str) -> None:
