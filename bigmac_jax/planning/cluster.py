@@ -40,7 +40,7 @@ class Cluster:
     @property
     def machine(self) -> int:
         """Number of ranks that fast links join."""
-        return self.slice.chips if self.slice else math.gcd(self.ranks, self.hardware.machine_ranks)
+        return self.slice.chips if self.slice else self.hardware.ranks_together(self.ranks)
 
     @property
     def near(self) -> int:

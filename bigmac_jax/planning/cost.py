@@ -1,6 +1,6 @@
-"""The cost model of a training step: one function per term, each in seconds, from counts and a machine's figures.
+"""What a training step of a config asks of each rank, and its predicted seconds; `planning.job` has the terms.
 
-Nothing here is measured. A term is a function of a `Setting`; `step_time` puts them together.
+Nothing here is measured. What is sent is a function of a `Setting`.
 """
 
 from dataclasses import dataclass
@@ -14,52 +14,13 @@ from bigmac_jax.model.exchange import Gather, Hierarchical
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
-from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.hardware.torus import Shape as Torus
+from bigmac_jax.planning.job import Job, Times, predict
+from bigmac_jax.planning.shapes import Shape
 
-# AdamW reads a parameter, its gradient and two moments, and writes all but the gradient; clipping reads it once more.
-OPTIMIZER_BYTES = 4 * (4 + 3 + 1)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a training step by term, one after the other except for `hidden`."""
-
-    matmul: float  # with recomputation and the padding of experts' rows
-    exchange: float  # experts' rows and their metadata on the wire, as if nothing ran beside them
-    gradients: float  # summed over the ranks that share parameters
-    optimizer: float  # its passes over memory
-    hidden: float  # the part of `exchange` that runs beside matmuls, at best
-    tokens: int  # tokens of a step
-    at_peak: float  # seconds of the step's useful FLOPs (`counts.flops`) at the machine's peak
-    tensor: float = 0.0  # sequences gathered, and sums of them scattered, over mesh.tensor
-    parameters: float = 0.0  # parameters gathered from their shards, with mesh.fsdp
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        sent = self.exchange - self.hidden + self.tensor + self.parameters + self.gradients
-        return self.matmul + sent + self.optimizer
-
-    @property
-    def exchange_share(self) -> float:
-        """Share of the step that waits for the exchange."""
-        return (self.exchange - self.hidden) / self.total
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens a second of all ranks together."""
-        return self.tokens / self.total
-
-    @property
-    def mfu(self) -> float:
-        """Model FLOPs utilisation: the share of the machine's peak that useful FLOPs reach."""
-        return self.at_peak / self.total
-
-    def as_dict(self) -> dict[str, float]:
-        """All terms and what follows from them, for plan.py's JSON."""
-        names = ("matmul", "exchange", "hidden", "tensor", "parameters", "gradients", "optimizer", "total",
-                 "exchange_share", "tokens_per_s", "mfu")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+# On GPU gathers and sums are asynchronous, and the latency-hiding scheduler puts computation beside them. On TPU the
+# compiled steps wait for each (docs/planning.md).
+HIDE_SUMS = ("gpu",)
 
 
 @dataclass(frozen=True)
@@ -71,11 +32,6 @@ class Setting:
     group: ExpertGroup  # as the program sees it
     count: Parameters
 
-    @property
-    def peak(self) -> float:
-        """FLOPs a second of all ranks, at the peak."""
-        return self.here.ranks * self.here.hardware.flops_per_second(self.config.execution.dtype)
-
 
 class SharedBytes(NamedTuple):
     """Bytes of the whole model's parameters, or of their gradients, by who shares them."""
@@ -85,33 +41,62 @@ class SharedBytes(NamedTuple):
     experts: int  # what the expert group splits
 
 
-def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Shape | None = None) -> Times:
+def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None) -> Times:
     """Predicts the seconds of a training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
 
     Raises:
       ConfigError: as `cluster`.
     """
+    return predict(make_job(config, sizes, hardware, topology), hardware)
+
+
+def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None) -> Job:
+    """What a step asks of each rank; arguments and errors as for `step_time`."""
     here = cluster(sizes, hardware, topology)
     setting = Setting(config, here, mesh_group(sizes, hardware), parameters(config, sizes))
-    matmul, exchange = matmul_seconds(setting), exchange_seconds(setting)
-    return Times(
-        matmul=sum(matmul.values()),
-        exchange=exchange,
-        hidden=hidden_seconds(setting, exchange, matmul.get("experts", 0.0)),
-        tensor=tensor_seconds(setting),
-        parameters=gather_seconds(setting),
+    m, execution, chunks = config.model, config.execution, config.execution.overlap_chunks
+    padding = 1.0
+    if m.is_moe:
+        at_a_time = counts.tokens_at_a_time(config, here.ranks)
+        exchange = choose_exchange(config, m.capacity_factor, at_a_time, setting.group)
+        padding = counts.computed_rows(exchange, at_a_time, m.choices) / m.choices
+    return Job(
+        Shape.of(config),
+        config.data.sequence_length,
+        config.data.batch_size * config.data.sequence_length,
+        here.ranks,
+        dtype=execution.dtype,
+        parts=config.train.accumulate_steps,
+        tensor=here.tensor,
+        experts_over=here.group,
+        chunks=chunks if here.group > 1 else 1,
+        split_experts=config.mesh.split_experts,
+        causal=execution.attention != "xla",
+        forward_passes=counts.forward_passes(config),
+        again=recomputed(config),
+        padding=padding,
+        updated=setting.count.of_a_rank,
+        accumulated=setting.count.of_a_rank,
+        exchange=exchange_seconds(setting),
+        tensor_sent=tensor_seconds(setting),
+        gathers=gather_seconds(setting),
         gradients=gradient_seconds(setting),
-        optimizer=optimizer_seconds(setting),
-        tokens=config.data.batch_size * config.data.sequence_length,
-        at_peak=sum(counts.flops(config).values()) / setting.peak,
+        hidden_exchange=hardware.hidden_share * (chunks - 1) / chunks if hardware.overlaps else 0.0,
+        hides_sums=hardware.platform in HIDE_SUMS,
     )
 
 
-def matmul_seconds(setting: Setting) -> dict[str, float]:
-    """Seconds of the matrix products of each part of the model."""
-    flops = matmul_flops(setting.config, setting.here.ranks, setting.group)
-    reached = setting.peak * setting.here.hardware.matmul_efficiency
-    return {part: count / reached for part, count in flops.items()}
+def recomputed(config: Config) -> dict[str, float]:
+    """The share of each part's forward pass that runs again in the backward pass, for `Job.again`: what gradients need,
+    which is not logits; and where what the experts gave is kept, neither that, nor all projections."""
+    m = config.model
+    if not counts.recomputes(config):
+        return {}
+    again = dict.fromkeys(("attention", "scores", "passes", "router", "experts", "shared", "projections", "mlp"), 1.0)
+    if not counts.exchanges_again(config):
+        matrices = 3 if m.gated else 2
+        again |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}
+    return again
 
 
 def exchange_seconds(setting: Setting) -> float:
@@ -131,18 +116,6 @@ def exchange_seconds(setting: Setting) -> float:
         flat = payload.times(1 - around / sum(payload)).plus(metadata)
         return here.around(around, here.group) + here.exchange(flat, traffic.exchanges)
     return here.exchange(payload.plus(metadata), traffic.exchanges, isinstance(exchange, Hierarchical))
-
-
-def hidden_seconds(setting: Setting, exchange: float, experts: float) -> float:
-    """Seconds of the exchange that run beside the experts: all chunks but the first, which has nothing to compute yet.
-
-    Args:
-      exchange, experts: seconds of each.
-    """
-    if not setting.here.hardware.overlaps:
-        return 0.0
-    chunks = setting.config.execution.overlap_chunks
-    return (chunks - 1) / chunks * min(exchange, experts)
 
 
 def tensor_seconds(setting: Setting) -> float:
@@ -168,11 +141,6 @@ def gradient_seconds(setting: Setting) -> float:
     return seconds / 2 if config.mesh.fsdp else seconds  # a sum that stays scattered is half of one that all have
 
 
-def optimizer_seconds(setting: Setting) -> float:
-    """Seconds of the optimizer's passes over memory."""
-    return setting.count.of_a_rank * OPTIMIZER_BYTES / setting.here.hardware.memory_bandwidth
-
-
 def sum_seconds(setting: Setting, size: SharedBytes) -> float:
     """Seconds of an all-reduce of `size` over the ranks that share each part of it."""
     here, t = setting.here, setting.here.tensor
@@ -181,26 +149,6 @@ def sum_seconds(setting: Setting, size: SharedBytes) -> float:
     if not setting.config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
         experts = here.all_reduce(size.experts / here.group, replicas * t, here.group if t == 1 else 1)
     return here.all_reduce(size.everyone, here.ranks) + here.all_reduce(size.tensor / t, here.ranks // t, t) + experts
-
-
-def matmul_flops(config: Config, ranks: int, group: ExpertGroup) -> dict[str, float]:
-    """FLOPs that are really computed, by part: `counts.flops`, recomputation, and experts' rows that hold no token."""
-    m, flops = config.model, counts.flops(config)
-    # A forward pass is a third of a step's FLOPs. What is recomputed is what gradients need: not logits; and where what
-    # the experts gave is kept, neither that, nor projections.
-    first, again = counts.forward_passes(config) - 1, counts.recomputes(config)
-    recomputed = dict.fromkeys(flops, 1.0) | {"output": 0.0}
-    if again and not counts.exchanges_again(config):
-        matrices = 3 if m.gated else 2
-        recomputed |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}
-    done = {
-        part: count * (1 + (first * (part != "output") + again * recomputed[part]) / 3) for part, count in flops.items()
-    }
-    if m.is_moe:
-        tokens = counts.tokens_at_a_time(config, ranks)
-        exchange = choose_exchange(config, m.capacity_factor, tokens, group)
-        done["experts"] *= counts.computed_rows(exchange, tokens, m.choices) / m.choices
-    return done
 
 
 def _recomputed_projections(m: ModelConfig) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.planning.cluster import Cluster, cluster
-from bigmac_jax.planning.cost import OPTIMIZER_BYTES, Times
 from bigmac_jax.planning.hardware import Hardware, load_hardware
+from bigmac_jax.planning.job import OPTIMIZER_BYTES, Times
 
 RANKS = 32
 # The paper trains in BF16 (Table 4), and is taken to sum gradients so; it doesn't say. In float32 the shares of Table 1

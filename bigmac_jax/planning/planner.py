@@ -27,6 +27,7 @@ from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.job import TERMS
 from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
@@ -39,6 +40,7 @@ class Request(NamedTuple):
     topology: str = ""
     hardware: str = ""
     compile: bool = False
+    terms: bool = False
     paper: bool = False
     sweep: tuple[str, ...] = ()
     search: bool = False
@@ -106,6 +108,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
+    if request.terms:
+        result["terms"] = _terms(result)
     if request.paper:
         result["paper"] = _paper(config)
         if request.hardware == "paper":
@@ -271,6 +275,19 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
         "metadata_fast": round(traffic.metadata.fast),
         "metadata_slow": round(traffic.metadata.slow),
     }
+
+
+def _terms(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each term of the predicted step, and what it is; those that are hidden in others are negative."""
+    if "time" not in result:
+        raise ConfigError("--terms needs a machine whose times are predicted; add --hardware=NAME or --topology")
+    signs = {"hidden": -1, "hidden_sums": -1}
+    seconds = {term: signs.get(term, 1) * result["time"][term] for term in TERMS}
+    total = result["time"]["total"]
+    return [
+        {"term": term, "what": what, "seconds": seconds[term], "share": seconds[term] / total}
+        for term, what in TERMS.items()
+    ]
 
 
 def _paper(config: Config) -> dict[str, Any]:

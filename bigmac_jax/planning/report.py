@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmac_jax.model.mesh import describe_mesh
+from bigmac_jax.planning.job import TERMS
 from bigmac_jax.planning.units import count, duration, is_near, percent, size, work
 
 
@@ -40,6 +41,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     if "recomputation" in plan:
         console.print(_recomputation(plan["recomputation"]))
     tables: dict[str, Callable[[Any], Table]] = {
+        "terms": _terms,
         "paper": _paper,
         "paper_comparison": _comparison,
         "program": _program,
@@ -111,16 +113,25 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         row("share of it that is left", lambda c: percent(c["headroom"]))
     if all("time" in column for column in valid.values()):
         table.add_section()
-        here = [part for part in ("tensor", "parameters") if any(c["time"][part] for c in valid.values())]
-        for part in ("matmul", "exchange", "hidden", *here, "gradients", "optimizer", "total"):
+        here = [part for part in TERMS if any(c["time"][part] for c in valid.values())]
+        for part in (*here, "total"):
             row(f"predicted: {part}", lambda c, part=part: duration(c["time"][part]))
         row("predicted: share of exchange", lambda c: percent(c["time"]["exchange_share"]))
         row("predicted: tokens/s", lambda c: f"{c['time']['tokens_per_s']:,.0f}")
         row("predicted: MFU", lambda c: percent(c["time"]["mfu"]))
+        row("predicted: MFU, attention causal", lambda c: percent(c["time"]["mfu_causal"]))
     if "training" in next(iter(valid.values())):
         asked = count(next(iter(valid.values()))["training"]["tokens"])
         row(f"days for {asked} tokens, steps alone", lambda c: f"{c['training']['days']:,.1f}")
         row("  device-hours", lambda c: f"{c['training']['device_hours']:,.0f}")
+    return table
+
+
+def _terms(rows: list[Mapping[str, Any]]) -> Table:
+    table = _table("Terms of the predicted step (docs/planning-truth.md)", "", "seconds", "of the step", "what it is")
+    table.columns[-1].justify = "left"
+    for row in rows:
+        table.add_row(row["term"], duration(row["seconds"]), percent(row["share"]), row["what"])
     return table
 
 

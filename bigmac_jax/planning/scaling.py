@@ -12,19 +12,13 @@ from typing import Any, NamedTuple
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig
 from bigmac_jax.planning.candidates import Axes, Machine, variants
+from bigmac_jax.planning.job import exposed
 from bigmac_jax.planning.search import Candidate, axes, fastest, flags
 from bigmac_jax.planning.structures import alternatives
 
 KEEPS = 0.8  # of the fewest devices' tokens a second: a structure that keeps less has stopped scaling
 GROWN, BEND = 8, 0.02  # `_curve`
 _MOST = 2**20  # devices
-_NO_TERMS = (
-    "total",
-    "exchange_share",
-    "tokens_per_s",
-    "mfu",
-    "mfu_causal",
-)  # of Times.as_dict: what follows from terms
 
 
 class Scale(NamedTuple):
@@ -157,10 +151,3 @@ def where_it_stops(points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
 def _a_token(point: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a device for one of its tokens, by term."""
     return {term: seconds * point["devices"] / point["tokens"] for term, seconds in exposed(point["time"]).items()}
-
-
-def exposed(time: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of a step by term that nothing hides, from what `Times.as_dict` says: they sum to its total."""
-    terms = {name: seconds for name, seconds in time.items() if name not in _NO_TERMS}
-    hidden = terms.pop("hidden", 0.0)
-    return terms | {"exchange": terms["exchange"] - hidden}

@@ -1,4 +1,4 @@
-"""The cost model, worked by hand."""
+"""The cost model of a config, worked by hand; tests/planning/test_job.py has the terms of a rank alone."""
 
 import dataclasses
 import math
@@ -21,8 +21,9 @@ from bigmac_jax.planning.cost import (
     Setting,
     SharedBytes,
     gradient_bytes,
-    matmul_flops,
+    make_job,
     parameter_bytes,
+    recomputed,
     step_time,
     sum_seconds,
 )
@@ -30,10 +31,16 @@ from bigmac_jax.planning.hardware import Hardware, Link, load_hardware
 
 # Machines of four, whose numbers are easy to follow.
 PLAIN = Hardware(
-    "gpu", "plain", peak_flops=1e12, peak_flops_float32=5e11, matmul_efficiency=0.5, memory_bytes=1e10,
-    memory_bandwidth=1e11, machine_ranks=4, overlaps=True, fast=Link(100.0, 2.0), slow=Link(10.0, 3.0),
+    "gpu", "plain", peak_flops=1e12, peak_flops_float32=5e11, matmul_efficiency=0.5, attention_efficiency=0.25,
+    memory_bytes=1e10, memory_bandwidth=1e11, machine_ranks=4, overlaps=True, fast=Link(100.0, 2.0),
+    slow=Link(10.0, 3.0),
 )  # fmt: skip
 V5E, V5P = load_hardware("v5e"), load_hardware("v5p")
+
+
+def wide(X: int, Y: int) -> int:
+    """A product's sides, each longer by what a matrix unit takes to fill."""
+    return (X + 256) * (Y + 256)
 
 
 def sizes(data: int = 1, node: int = 1, expert: int = 1) -> dict[str, int]:
@@ -131,8 +138,15 @@ def test_a_step() -> None:
     """Two ranks of one machine: 4,096 tokens, 2 layers, fine_grained with experts of 64 → 16 → 64."""
     c = config()
     times = step_time(c, sizes(expert=2), PLAIN)
-    flops = 6 * 4096 * (2 * (4 * 64**2 + 2 * 64 * 64 + 64 * 32 + 2 * 4 * 64 * 16) + 64 * 257)
+    # A tile of 128 rows is half empty behind the 512 rows of each expert.
+    layer = wide(64, 192) + wide(64, 64) + wide(64, 32) + 4 * (wide(64, 16) + wide(16, 64)) * (512 + 64) / 512
+    flops = 6 * 4096 * (2 * layer + wide(64, 257))
     assert times.matmul == pytest.approx(flops / (2 * 5e11 * 0.5))
+    # Scores and values of half of the 64 tokens: twice forward, five times backward.
+    assert times.attention == pytest.approx(7 * 2 * 4096 * 2 * 64 * 32 / (2 * 5e11 * 0.25))
+    # Norms, residuals and rotary embeddings; activations and rows; in float32, thrice; the logits five times.
+    passed = 2 * (5 * 64 + 2 * 2 * 64 + 5 * 64 + 4 * (2 * 16 + 7 * 64) + 64)
+    assert times.memory == pytest.approx(4 * 2048 * (3 * passed + 5 * 257) / 1e11)
     # A rank sends half of its 2,048 · 4 rows of 64 float32, in 2 exchanges of 2 layers, forward and backward.
     assert times.exchange == pytest.approx(8 * 2 + 8 * 2048 * 4 / 2 * 64 * 4 / 100)
     experts = 2 * 32 * 2 * 64 * 16
@@ -141,11 +155,21 @@ def test_a_step() -> None:
     # The experts stand on one rank each; the embedding's gradient comes in two.
     assert times.gradients == pytest.approx(4 * (count.total - experts + 257 * 64) / 100)
     assert times.optimizer == pytest.approx(32 * (count.total - experts / 2) / 1e11)
-    assert times.hidden == 0
-    assert times.total == times.matmul + times.exchange + times.gradients + times.optimizer
+    computing = times.matmul + times.attention + times.memory  # which is shorter than the sums
+    assert times.hidden == times.bubble == 0 and times.hidden_sums == pytest.approx(0.85 * computing)
+    rest = times.exchange + times.gradients + times.optimizer
+    assert times.total == pytest.approx(rest + 0.15 * computing)
     assert times.exchange_share == times.exchange / times.total
     assert times.tokens_per_s == 4096 / times.total
-    assert times.mfu == pytest.approx(flops / (times.total * 2 * 5e11))
+    useful = 6 * 4096 * (2 * (4 * 64**2 + 64 * 32 + 2 * 4 * 64 * 16) + 64 * 257)
+    whole, causal = (useful + 6 * 4096 * 2 * 2 * 64 * keys for keys in (64, 32))
+    assert times.mfu == pytest.approx(whole / (times.total * 2 * 5e11))
+    assert times.mfu_causal == pytest.approx(causal / (times.total * 2 * 5e11))
+
+
+def test_on_tpu_sums_wait() -> None:
+    waiting = step_time(config(), sizes(expert=2), V5E)
+    assert waiting.gradients > 0 == waiting.hidden_sums
 
 
 def test_who_shares_the_experts() -> None:
@@ -257,22 +281,27 @@ def test_tensor_ranks_leave_less_of_a_machine_to_an_expert_group() -> None:
 
 
 def test_work_that_is_done_twice() -> None:
-    group, plain = ExpertGroup((1, 2), "gpu", ""), counts.flops(config())
-    assert matmul_flops(config(), 2, group) == plain
-    remat = matmul_flops(config(remat="layer"), 2, group)
-    assert remat["experts"] == pytest.approx(4 / 3 * plain["experts"]) and remat["output"] == plain["output"]
+    assert recomputed(config()) == {}
+    layer = recomputed(config(remat="layer"))
+    assert "output" not in layer and set(layer.values()) == {1.0}
+    # What the experts gave is kept: of their two matrices one is multiplied again, of three two; no W↑ follows.
+    kept = recomputed(config(remat="exchange", gated=False))
+    assert kept["experts"] == 1 / 2 and recomputed(config(remat="exchange", gated=True))["experts"] == 2 / 3
+    assert kept["projections"] == 0 and kept["attention"] == 1
+    plain = step_time(config(), sizes(expert=2), PLAIN)
+    again = step_time(config(remat="layer"), sizes(expert=2), PLAIN)
+    logits = 6 * 4096 * wide(64, 257) / (2 * 5e11 * 0.5)
+    assert again.matmul - logits == pytest.approx(4 / 3 * (plain.matmul - logits))
+    assert again.attention == pytest.approx(4.5 / 3.5 * plain.attention)
     # A first pass counts the loads of all parts, which takes no logits.
-    again = {part: (1 if part == "output" else 4 / 3) * count for part, count in plain.items()}
-    assert matmul_flops(config(2), 2, group) == pytest.approx(again)
-    assert matmul_flops(config(2, balance="none"), 2, group) == plain
+    jobs = [make_job(config(2, balance=balance), sizes(expert=2), PLAIN) for balance in ("aux_loss", "none")]
+    assert [(job.forward_passes, job.parts) for job in jobs] == [(2, 2), (1, 2)]
 
 
 def test_padded_rows_are_multiplied() -> None:
-    group, plain = ExpertGroup((1, 2), "gpu", ""), counts.flops(config())
     for factor, name, more in ((1.25, "all_to_all", 1.25), (1.25, "dedup", 1), (math.inf, "all_to_all", 1)):
-        flops = matmul_flops(config(capacity_factor=factor, exchange=name), 2, group)
-        assert flops["experts"] == pytest.approx(more * plain["experts"])
-        assert flops["attention"] == plain["attention"]
+        job = make_job(config(capacity_factor=factor, exchange=name), sizes(expert=2), PLAIN)
+        assert job.padding == pytest.approx(more)
 
 
 def test_overlap() -> None:
@@ -281,10 +310,13 @@ def test_overlap() -> None:
     c = config(overlap_chunks=4)
     times = step_time(c, sizes(expert=2), quick)
     assert times.hidden == pytest.approx(3 / 4 * times.exchange) and times.hidden > 0
-    experts = counts.flops(c)["experts"] / (2 * 5e11 * 0.5)
+    # Of an expert's 128 rows of a chunk comes a tile that is half empty.
+    rows = 4 * 16 * (128 + 64)  # four chunks of a rank's 16 experts
+    experts = 6 * 2 * rows * (wide(64, 16) + wide(16, 64)) / (5e11 * 0.5)
     slow = step_time(c, sizes(expert=2), PLAIN)
     assert slow.hidden == pytest.approx(3 / 4 * experts)
-    assert slow.total == pytest.approx(slow.matmul + slow.exchange + slow.gradients + slow.optimizer - slow.hidden)
+    third = replace(PLAIN, hidden_share=1 / 3)
+    assert step_time(c, sizes(expert=2), third).hidden == pytest.approx(experts / 4)
     assert step_time(c, sizes(expert=2), replace(quick, overlaps=False)).hidden == 0
 
 

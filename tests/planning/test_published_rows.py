@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import bigmac_jax.planning
+from bigmac_jax.planning import published
+from bigmac_jax.planning.hardware import load_hardware
 
 FOLDER = pathlib.Path(bigmac_jax.planning.__file__).parent / "published"
 MODELS: dict[str, dict[str, Any]] = tomllib.loads((FOLDER / "models.toml").read_text())
@@ -23,7 +25,7 @@ CHOICES: dict[str, set[Any]] = {
     "machine": {"h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "v5e", "v5p", "v6e", "tpu7x"},
     "precision": {"bf16", "fp8", "mxfp8", "nvfp4"},
     "sharding": {"zero1", "fsdp", "none"},
-    "remat": {"none", "selective", "layer"},
+    "remat": {"none", "selective", "half", "mlp", "layer"},
     "offload": {"", "inputs", "optimizer"},
     "routing": {"forced", "natural"},
     "causal": {True, False},
@@ -31,6 +33,7 @@ CHOICES: dict[str, set[Any]] = {
     "mtp": {True, False},
 }
 REQUIRED = {"model", "row", "software", "capacity", "source", "assumed", *NUMBERS, *CHOICES}
+OPTIONAL = {"peak", "differs", "dedup", "watts", "memory_bandwidth", "network"}
 FIGURES = {"tokens_per_s", "seconds", "tflops", "mfu"}
 ATTENTION = {"layers", "heads", "kv_heads", "head_size"}
 LATENT_ATTENTION = {"layers", "heads", "q_rank", "kv_rank", "head_size", "rope_size", "value_size"}
@@ -101,7 +104,7 @@ def test_the_form() -> None:
     assert len(ROWS) > 130 and all(isinstance(row["row"], str) for row in ROWS)
     for row in ROWS:
         name = row["row"]
-        assert set(row) >= REQUIRED and set(row) <= REQUIRED | FIGURES | {"peak", "differs", "dedup"}, name
+        assert set(row) >= REQUIRED and set(row) <= REQUIRED | FIGURES | OPTIONAL, name
         assert len(name.split(" | ")) == 3 and name == name.strip(), name
         assert row["model"] in MODELS and all(row[key] in values for key, values in CHOICES.items()), name
         assert all(type(row[key]) is int and row[key] > 0 for key in NUMBERS), name
@@ -152,3 +155,36 @@ def test_flops() -> None:
             expected = flops(MODELS[row["model"]], row)
             agrees = row["tflops"] * 1e12 / tokens_per_s == pytest.approx(expected, rel=0.035)
             assert agrees != bool(row.get("differs")), (row["row"], expected)
+
+
+def test_runs_are_what_the_cost_model_reads() -> None:
+    """The shapes' FLOPs and parameters, counted twice; a run's machine with what the run says of it."""
+    shapes, runs = published.load_shapes(), published.load_runs()
+    assert [run.row for run in runs] == [row["row"] for row in ROWS]
+    for name, model in MODELS.items():
+        tables = 1 if model["tied"] else 2
+        assert shapes[name].parameters() == pytest.approx(weights(model, active=False, tables=tables) + _modules(model))
+    for run, row in zip(runs, ROWS, strict=True):
+        model = MODELS[row["model"]]
+        scan = 3 * run.shape().scan_flops()
+        ours, theirs = 3 * run.shape().flops(run.length, run.causal) - scan, flops(model, row)
+        if "mamba" in model:
+            m = model["mamba"]
+            theirs -= 3 * m["layers"] * 7 * m["heads"] * m["head_size"] * m["state"]
+        if run.causal or not model["attention"].get("window"):
+            assert ours == pytest.approx(theirs, rel=1e-6), run.row
+        assert run.set_aside == (int(hashlib.sha256(row["row"].encode()).hexdigest(), 16) % 3 == 0)
+    slower = next(run for run in runs if run.watts == 500)
+    machine, plain = published.machine_of(slower), load_hardware("h100")
+    assert machine.matmul_efficiency == pytest.approx(plain.matmul_efficiency * 5 / 7)
+    assert machine.memory_bandwidth == 2.4e12 and machine.slow == plain.slow
+    shared = next(run for run in runs if run.network == 0.25)
+    assert published.machine_of(shared).slow.bandwidth == plain.slow.bandwidth / 4
+
+
+def _modules(model: dict[str, Any]) -> float:
+    """Weights of next-token modules, which the published total leaves out."""
+    if not model.get("mtp"):
+        return 0.0
+    hidden = model["hidden"]
+    return model["mtp"] * (2 * hidden**2 + attention(model) + experts(model, model["moe"]["experts"]))

@@ -34,7 +34,8 @@ class Hardware:
     device_kind: str
     peak_flops: float  # FLOPs a second of one device in 16-bit matmuls
     peak_flops_float32: float
-    matmul_efficiency: float  # the share of the peak that large matmuls reach
+    matmul_efficiency: float  # the share of the peak that large matmuls reach; fitted (docs/planning-truth.md)
+    attention_efficiency: float  # … and that attention's kernel reaches, forward and backward
     memory_bytes: float  # of one device
     memory_bandwidth: float  # of one device, bytes a second
     machine_ranks: int  # number of devices that fast links join
@@ -42,8 +43,14 @@ class Hardware:
     fast: Link  # of one device inside the machine; on a torus one link and one hop
     slow: Link  # one device's share of the machine's links to others
     peak_flops_8bit: float | None = None  # in 8-bit floats; None where they are no faster
+    watts: float | None = None  # of one device, which bound the products of GPUs
+    hidden_share: float = 1.0  # of what an overlapped exchange could hide, what it does hide
     clock_hz: float | None = None  # cycles a second, in which a TPU's compiler estimates times
     torus: Torus | None = None  # how fast links are laid out; without it a switch joins each device with each
+
+    def peak(self, dtype: str, eight_bit: bool) -> float:
+        """FLOPs a second of one device in products of this dtype, or in 8 bits where it has those."""
+        return self.peak_flops_8bit or self.peak_flops if eight_bit else self.flops_per_second(dtype)
 
     def flops_per_second(self, dtype: str) -> float:
         """Peak FLOPs a second of one device in matmuls of this dtype."""

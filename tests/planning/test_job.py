@@ -1,0 +1,189 @@
+"""The terms of the cost model, each worked by hand, and the shapes that they read."""
+
+import dataclasses
+
+import pytest
+
+from bigmac_jax.config.reading import load_config
+from bigmac_jax.model import counts
+from bigmac_jax.planning.hardware import Hardware, Link
+from bigmac_jax.planning.job import (
+    Job,
+    attention_seconds,
+    memory_seconds,
+    optimizer_seconds,
+    predict,
+    product_seconds,
+    row_passes,
+)
+from bigmac_jax.planning.shapes import Attention, Dense, Experts, Mamba, Shape
+
+# Products are bound by FLOPs wherever memory is not asked about.
+PLAIN = Hardware(
+    "tpu", "plain", peak_flops=1e12, peak_flops_float32=1e11, matmul_efficiency=0.5, attention_efficiency=0.25,
+    memory_bytes=1e10, memory_bandwidth=1e15, machine_ranks=4, overlaps=True, fast=Link(100.0, 2.0),
+    slow=Link(10.0, 3.0), peak_flops_8bit=2e12,
+)  # fmt: skip
+DENSE = Shape(32, 96, Attention(3, 4, 2, 8), mlp=Dense(3, 64))
+MOE = Shape(32, 96, Attention(3, 4, 2, 8), Experts(2, 16, 4, 24, shared=40, latent=8), Dense(1, 64))
+
+
+def wide(X: int, Y: float) -> float:
+    """A product's sides, each longer by what a matrix unit takes to fill."""
+    return (X + 256) * (Y + 256)
+
+
+def job(shape: Shape = DENSE, **fields: object) -> Job:
+    return dataclasses.replace(Job(shape, length=16, tokens=1024, ranks=1), **fields)
+
+
+@pytest.mark.parametrize("name", ["tiny", "modern", "qwen3_30b", "large", "latent_moe:eff", "paper/gpt3_xl"])
+def test_our_shapes_are_counted_alike(name: str) -> None:
+    """`counts` counts from the parameters that a model declares, `Shape` from its sizes."""
+    config = load_config(name)
+    length, tokens = config.data.sequence_length, config.data.sequence_length * config.data.batch_size
+    shape, of_model = Shape.of(config), counts.parameters(config, {})
+    assert 3 * tokens * shape.flops(length, causal=False) == pytest.approx(sum(counts.flops(config).values()))
+    for part in ("attention", "experts", "shared", "projections", "router"):
+        assert shape.parameters(part) == pytest.approx(of_model.parts.get(part, 0), rel=0.01), part
+    assert shape.parameters() == pytest.approx(of_model.total, rel=0.01)
+
+
+def test_published_numbers() -> None:
+    """DeepSeek-V3 by its report: 671 B parameters, 37 B a token; Qwen3-30B: 23.1 GFLOPs a token of 4,096."""
+    deepseek = Shape(
+        7168, 129280, Attention(61, 128, 0, 192, 128, q_rank=1536, kv_rank=512, rope_size=64),
+        Experts(58, 256, 8, 2048, shared=2048), Dense(3, 18432),
+    )  # fmt: skip
+    assert deepseek.parameters() == pytest.approx(671e9, rel=0.001)
+    active = deepseek.parameters() - deepseek.parameters("experts") * (1 - 8 / 256)
+    assert active == pytest.approx(37.5e9, rel=0.01)
+    qwen = Shape(2048, 151936, Attention(48, 32, 4, 128), Experts(48, 128, 8, 768))
+    assert 3 * qwen.flops(4096) == pytest.approx(23.08e9, rel=0.001)
+    assert 3 * qwen.flops(4096, causal=False) == pytest.approx(27.91e9, rel=0.001)
+
+
+def test_scores() -> None:
+    """A token of 16 sees 8 others on average; behind a window of 4 it sees 4 but for the first four."""
+    a = Attention(3, 4, 2, 8)
+    assert Shape(32, 96, a).score_flops(16) == 3 * 4 * 2 * 2 * 8 * 8
+    assert Shape(32, 96, a).score_flops(16, causal=False) == 3 * 4 * 2 * 2 * 8 * 16
+    windowed = Shape(32, 96, dataclasses.replace(a, window=4, window_layers=2))
+    assert windowed.score_flops(16) == 4 * 2 * 2 * 8 * (8 + 2 * (4 * (1 - 4 / 32)))
+    assert windowed.score_flops(2) == Shape(32, 96, a).score_flops(2)
+    # Latent attention: keys of 24, values of 16.
+    latent = Shape(32, 96, Attention(1, 4, 0, 24, 16, kv_rank=10, rope_size=8))
+    assert latent.score_flops(16) == 4 * 2 * (24 + 16) * 8
+    assert latent.parameters("attention") == 32 * 4 * 24 + 32 * (10 + 8) + 10 * 4 * (16 + 16) + 4 * 16 * 32
+
+
+def test_products_by_flops() -> None:
+    """1,024 tokens; forward once, backward twice; the table of logits is never recomputed."""
+    found = product_seconds(job(), PLAIN)
+    assert found == pytest.approx({
+        "attention": 6 * 1024 * 3 * (wide(32, 32 + 32) + wide(32, 32)) / 5e11,
+        "mlp": 6 * 1024 * 3 * (wide(32, 2 * 64) + wide(64, 32)) / 5e11,
+        "output": 6 * 1024 * wide(32, 96) / 5e11,
+    })  # fmt: skip
+    again = product_seconds(job(again={"mlp": 0.5}, forward_passes=2), PLAIN)
+    assert again["mlp"] == pytest.approx(4.5 / 3 * found["mlp"]) and again["output"] == found["output"]
+    float32 = product_seconds(job(dtype="float32"), PLAIN)
+    assert float32["mlp"] == pytest.approx(10 * found["mlp"])
+    eight_bit = product_seconds(job(eight_bit=True), PLAIN)
+    assert eight_bit["mlp"] == pytest.approx(found["mlp"] / 2) and eight_bit["output"] == found["output"]
+
+
+def test_products_are_shared() -> None:
+    """Twice the tokens on two ranks, of which each has half of the layers or of the experts, take as long; halves of
+    matrices are narrower, and take longer."""
+    one = product_seconds(job(MOE), PLAIN)
+    assert product_seconds(job(MOE, stages=2, parts=2, ranks=2, tokens=2048), PLAIN) == pytest.approx(one)
+    # Twice the rows of half of the experts: 512 of 8, and half a tile.
+    half = product_seconds(job(MOE, experts_over=2, ranks=2, tokens=2048), PLAIN)
+    assert half["experts"] == pytest.approx(one["experts"] * 8 * (512 + 128) / 16 / (256 + 128))
+    assert half["mlp"] == pytest.approx(one["mlp"])
+    parts = product_seconds(job(MOE, parts=2), PLAIN)
+    assert parts["experts"] == pytest.approx(one["experts"] * 2 * (128 + 128) / (256 + 128))
+    assert parts["mlp"] == pytest.approx(one["mlp"])
+    halves = product_seconds(job(MOE, tensor=2, ranks=2, tokens=2048), PLAIN)
+    assert halves["experts"] == pytest.approx(one["experts"])  # each rank has whole ones
+    assert halves["mlp"] == pytest.approx(6 * 2048 * (wide(32, 64) + wide(64, 16)) / 5e11)
+    split = product_seconds(job(MOE, tensor=2, ranks=2, tokens=2048, split_experts=True), PLAIN)
+    assert split["experts"] == pytest.approx(6 * 2 * 16 * (512 + 128) * (wide(8, 24) + wide(24, 4)) / 5e11)
+
+
+def test_products_by_bytes() -> None:
+    """A narrow product reads more than it computes: rows in and out, and its matrix, thrice."""
+    slow = dataclasses.replace(PLAIN, memory_bandwidth=1e6)
+    logits = 2 * (1024 * (32 + 96) + 32 * 96)
+    assert product_seconds(job(), slow)["output"] == pytest.approx(3 * logits / 1e6)
+    assert product_seconds(job(parts=2), slow)["output"] == pytest.approx(3 * (logits + 2 * 32 * 96) / 1e6)
+
+
+def test_grouped_products() -> None:
+    """1,024 tokens of 4 choices among 16 experts: 256 rows each, and half a tile of 128 or 256."""
+    matrices = 2 * 16 * (wide(8, 48) + wide(24, 8))  # of two layers, gate and up side by side
+    assert product_seconds(job(MOE), PLAIN)["experts"] == pytest.approx(6 * (256 + 128) * matrices / 5e11)
+    gpu = dataclasses.replace(PLAIN, platform="gpu")
+    assert product_seconds(job(MOE), gpu)["experts"] == pytest.approx(6 * (256 + 64) * matrices / 5e11)
+    chunked = product_seconds(job(MOE, chunks=4), gpu)
+    assert chunked["experts"] == pytest.approx(6 * 4 * (64 + 64) * matrices / 5e11)
+    uneven = product_seconds(job(MOE, padding=1.25, imbalance=2), gpu)
+    assert uneven["experts"] == pytest.approx(6 * (640 + 64) * matrices / 5e11)
+
+
+def test_attention() -> None:
+    flops = 1024 * 3 * 4 * 2 * 2 * 8 * 8
+    assert attention_seconds(job(), PLAIN) == pytest.approx(3.5 * flops / 2.5e11)
+    assert attention_seconds(job(causal=False), PLAIN) == pytest.approx(7 * flops / 2.5e11)
+    assert attention_seconds(job(again={"scores": 1.0}), PLAIN) == pytest.approx(4.5 * flops / 2.5e11)
+    mamba = Shape(32, 96, Attention(0, 4), mamba=Mamba(2, heads=4, head_size=16, groups=2, state=8))
+    scan = 2 * (128 * (2 * 8 + 64) + 4 * 64 * 8)
+    assert attention_seconds(job(mamba), PLAIN) == pytest.approx(3 * 1024 * scan / 1.5e11)  # at 15 % of the peak
+
+
+def test_passes_over_memory() -> None:
+    """Read and written: a norm 2 numbers, a sum 3, an activation of two products 3, rotary embeddings 2."""
+    passed = 3 * (5 * 32 + 2 * (32 + 16)) + 3 * (5 * 32 + 3 * 64)
+    assert DENSE.passed_numbers(row_passes=7) == passed
+    assert memory_seconds(job(), PLAIN) == pytest.approx(1024 * (2 * 3 * passed + 10 * 96) / 1e15)
+    assert memory_seconds(job(again={"passes": 1.0}), PLAIN) == pytest.approx(1024 * (8 * passed + 960) / 1e15)
+    # In 8 bits each product's input, and the gradient of its output, is read twice and written twice.
+    quantized = 6 * 3 * ((32 + 64) + (32 + 32) + (32 + 128) + (64 + 32))
+    assert memory_seconds(job(eight_bit=True), PLAIN) == pytest.approx(1024 * (6 * passed + 960 + quantized) / 1e15)
+    # Rows of 8: gathered and summed; sorted on both sides of an exchange; many times on TPU, but for batches.
+    attention, mlp = 3 * (5 * 32 + 2 * 48), 5 * 32 + 3 * 64
+    gpu = dataclasses.replace(PLAIN, platform="gpu")
+    for passes, machine, fields in (
+        (3, gpu, {}), (7, gpu, {"experts_over": 2}), (38, PLAIN, {}), (3, PLAIN, {"grouped": False}),
+    ):  # fmt: skip
+        assert row_passes(job(MOE, **fields), machine) == passes
+        of_moe = 5 * 32 + 3 * 40 + 8 + 4 * (3 * 24 + passes * 8)
+        assert MOE.passed_numbers(passes) == attention + mlp + 2 * of_moe
+
+
+def test_optimizer() -> None:
+    assert optimizer_seconds(job(updated=1e6), PLAIN) == pytest.approx(32e6 / 1e15)
+    assert optimizer_seconds(job(updated=1e6, accumulated=2e6, parts=4), PLAIN) == pytest.approx((32e6 + 64e6) / 1e15)
+
+
+def test_what_is_hidden() -> None:
+    """Sums by what is computed, the exchange by a share of it or of the experts."""
+    plain = predict(job(MOE, gathers=1e-4, gradients=2e-4, exchange=1e-3), PLAIN)
+    assert plain.hidden == plain.hidden_sums == 0
+    assert plain.total == pytest.approx(plain.computing + 1.3e-3)
+    hiding = predict(job(MOE, gathers=1e-9, gradients=2e-9, exchange=1e-9, hidden_exchange=0.4, hides_sums=True), PLAIN)
+    assert hiding.hidden == pytest.approx(0.4e-9) and hiding.hidden_sums == pytest.approx(3e-9)
+    gpu = dataclasses.replace(PLAIN, platform="gpu")  # sums take processors from what runs beside them
+    sharing = predict(job(MOE, gathers=1e-9, gradients=2e-9, hides_sums=True), gpu)
+    assert sharing.hidden_sums == pytest.approx(0.85 * 3e-9)
+    longer = predict(job(MOE, gathers=1.0, exchange=1.0, hidden_exchange=0.4, hides_sums=True), PLAIN)
+    assert longer.hidden == pytest.approx(0.4 * product_seconds(job(MOE), PLAIN)["experts"])
+    assert longer.hidden_sums == longer.computing
+
+
+def test_stages_wait() -> None:
+    """Of 4 stages three wait for the first part of 8, and for the last; with 2 stages a rank half as long."""
+    plain = predict(job(stages=4, parts=8, ranks=4, tokens=4096), PLAIN)
+    assert plain.bubble == pytest.approx(plain.computing * 3 / 8)
+    assert predict(job(stages=4, parts=8, virtual=2, ranks=4, tokens=4096), PLAIN).bubble == plain.bubble / 2
