@@ -30,6 +30,9 @@ _TOPOLOGY = flags.DEFINE_string(
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
 _HARDWARE = flags.DEFINE_string("hardware", "", f"Predict times on {', '.join(HARDWARE)} or a .toml file.")
 _TERMS = flags.DEFINE_bool("terms", False, "Show each term of the predicted step, and what it is.")
+_IMBALANCE = flags.DEFINE_string(
+    "imbalance", "", "The busiest rank's rows over the mean: a number, or a run's workdir, whose metrics say it."
+)
 _PAPER = flags.DEFINE_bool("paper", False, "Show the paper's formulas beside the model's own counts.")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "FIELD=a,b,… more of them may follow: every combination, as a table.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the mesh and the settings that are fastest, and plan for them.")
@@ -62,6 +65,7 @@ def main() -> None:
         hardware=_HARDWARE.value,
         compile=_COMPILE.value,
         terms=_TERMS.value,
+        imbalance=_IMBALANCE.value,
         paper=_PAPER.value,
         sweep=(*_SWEEP.value, *cli.ARGUMENTS),
         search=_SEARCH.value,

@@ -15,6 +15,7 @@ from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.load import EVEN, Load
 
 OVERLAP_CHUNKS = (1, 2, 4, 8)
 REMAT: tuple[Remat, ...] = ("none", "exchange", "layer")
@@ -31,6 +32,7 @@ class Machine:
     devices: int
     hardware: Hardware
     topology: Shape | None = None  # chips along each axis of a TPU slice
+    load: Load = EVEN
     headroom: float = HEADROOM  # the share of a device's memory that has to stay free
 
 

@@ -16,6 +16,7 @@ from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
 from bigmac_jax.planning.job import Job, Times, predict
+from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
 
 # On GPU gathers and sums are asynchronous, and the latency-hiding scheduler puts computation beside them. On TPU the
@@ -41,21 +42,24 @@ class SharedBytes(NamedTuple):
     experts: int  # what the expert group splits
 
 
-def step_time(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None) -> Times:
+def step_time(
+    config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN
+) -> Times:
     """Predicts the seconds of a training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
 
     Raises:
       ConfigError: as `cluster`.
     """
-    return predict(make_job(config, sizes, hardware, topology), hardware)
+    return predict(make_job(config, sizes, hardware, topology, load), hardware)
 
 
-def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None) -> Job:
+def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN) -> Job:
     """What a step asks of each rank; arguments and errors as for `step_time`."""
     here = cluster(sizes, hardware, topology)
     setting = Setting(config, here, mesh_group(sizes, hardware), parameters(config, sizes))
     m, execution, chunks = config.model, config.execution, config.execution.overlap_chunks
-    padding = 1.0
+    # Where experts have room for so many rows, the busiest computes and is sent no more than that.
+    padding, imbalance = 1.0, load.over(here.group) if config.dropless else 1.0
     if m.is_moe:
         at_a_time = counts.tokens_at_a_time(config, here.ranks)
         exchange = choose_exchange(config, m.capacity_factor, at_a_time, setting.group)
@@ -75,9 +79,10 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         forward_passes=counts.forward_passes(config),
         again=recomputed(config),
         padding=padding,
+        imbalance=imbalance,
         updated=setting.count.of_a_rank,
         accumulated=setting.count.of_a_rank,
-        exchange=exchange_seconds(setting),
+        exchange=exchange_seconds(setting) * imbalance,
         tensor_sent=tensor_seconds(setting),
         gathers=gather_seconds(setting),
         gradients=gradient_seconds(setting),

@@ -19,7 +19,7 @@ from bigmac_jax.model.counts import (
     tokens_at_a_time,
 )
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
+from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes
 from bigmac_jax.planning import comparison, compiled_programs, paper, scaling, search, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import mesh_group, physical_group
@@ -28,6 +28,7 @@ from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
 from bigmac_jax.planning.job import TERMS
+from bigmac_jax.planning.load import EVEN, Load, read_load
 from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     hardware: str = ""
     compile: bool = False
     terms: bool = False
+    imbalance: str = ""
     paper: bool = False
     sweep: tuple[str, ...] = ()
     search: bool = False
@@ -57,6 +59,7 @@ class Place(NamedTuple):
     topology: topologies.Topology | None
     hardware: Hardware | None
     simulated: bool  # the program of CPU devices is compiled, and their exchanges are what is counted
+    load: Load = EVEN
 
     @property
     def torus(self) -> Shape | None:
@@ -92,6 +95,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         "mesh": sizes,
         "structure": config.model.structure,
         "description": config.describe(),
+        "imbalance": place.load.over(math.prod(sizes[axis] for axis in EXPERT_GROUP)) if config.dropless else 1.0,
         "tokens_per_step": config.data.batch_size * config.data.sequence_length,
         **_costs(config, sizes, place),
         "baselines": _baselines(config, place),
@@ -158,7 +162,8 @@ def _find_place(config: Config, request: Request) -> Place:
             hardware = replace(hardware, machine_ranks=together)
     elif hardware:
         hardware = _filled(hardware, devices)
-    return Place(devices, topology, hardware, request.compile and topology is None)
+    load = read_load(request.imbalance, config)
+    return Place(devices, topology, hardware, request.compile and topology is None, load)
 
 
 def _filled(hardware: Hardware, devices: int) -> Hardware:
@@ -175,7 +180,7 @@ def _machine(request: Request, place: Place, devices: int) -> Machine:
     hardware = _require_hardware(place, "--scale")
     if place.topology is None:
         hardware = load_hardware(request.hardware)
-    return Machine(devices, _filled(hardware, devices), headroom=request.headroom)
+    return Machine(devices, _filled(hardware, devices), load=place.load, headroom=request.headroom)
 
 
 def _parse_tokens(request: Request, place: Place) -> int:
@@ -249,7 +254,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         if result["exchange"] not in result["exchanges"]:
             result["exchanges"]["hierarchical"] = result["exchanges"]["dedup"]  # which it is on one level
     if place.hardware:
-        result["time"] = step_time(config, sizes, place.hardware, place.torus).as_dict()
+        result["time"] = step_time(config, sizes, place.hardware, place.torus, place.load).as_dict()
     return result
 
 
@@ -304,7 +309,7 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
     """(the best config, or where nothing fits the nearest; what the plan says of the search)."""
     if place.hardware is None:
         raise ConfigError("--search needs a time for every candidate; add --hardware=NAME, as in --hardware=h100")
-    best, described = search.describe(config, Machine(place.devices, place.hardware, place.torus, headroom))
+    best, described = search.describe(config, Machine(place.devices, place.hardware, place.torus, place.load, headroom))
     if place.topology:
         would_fit = described["best"]["would_fit"]
         described["best"]["would_fit"] = [topologies.respell_devices(place.topology, flag) for flag in would_fit]
@@ -314,7 +319,7 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
 def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[ModelConfig, float] | str]:
     """By structure, its model and the seconds of its step: on the plan's mesh, or after a search on the best of its
     own; or why there is none."""
-    machine = Machine(place.devices, _require_hardware(place, "--compare"), place.torus, request.headroom)
+    machine = Machine(place.devices, _require_hardware(place, "--compare"), place.torus, place.load, request.headroom)
     found: dict[str, tuple[ModelConfig, float] | str] = {}
     for name, other in alternatives(replace(config, mesh=MeshConfig()) if request.search else config).items():
         try:
@@ -322,7 +327,9 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
                 raise other
             if not request.search or other.model == config.model:
                 sizes = _mesh_sizes(config, place)
-                seconds = step_time(replace(config, model=other.model), sizes, machine.hardware, place.torus).total
+                seconds = step_time(
+                    replace(config, model=other.model), sizes, machine.hardware, place.torus, place.load
+                ).total
                 found[name] = other.model, seconds
             elif best := search.fastest(other, machine):
                 found[name] = other.model, best[0].times.total

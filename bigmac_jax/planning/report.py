@@ -22,6 +22,10 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     console.print(
         f"{where}{', ' if where else ''}{describe_mesh(plan['mesh'])}, {plan['tokens_per_step']:,} tokens a step\n"
     )
+    if plan["imbalance"] > 1:
+        console.print(
+            f"the busiest rank has {plan['imbalance']:.2f} times the mean's rows, and the others wait for it\n"
+        )
     columns = {plan["structure"]: plan} | plan["baselines"]
     console.print(_costs(columns))
     for name, column in columns.items():

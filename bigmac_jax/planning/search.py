@@ -43,7 +43,7 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
         raise ConfigError(_why_none(config, machine.devices))
     missed = heapq.nlargest(NEAREST, (v for v in found if not v.fits), key=lambda v: v.headroom)
     timed = [
-        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology))
+        Candidate(**vars(v), times=step_time(v.config, v.sizes, machine.hardware, machine.topology, machine.load))
         for v in itertools.chain((v for v in found if v.fits), missed)
     ]
     fit = sorted((c for c in timed if c.fits), key=_rank)
@@ -58,7 +58,7 @@ def fastest(config: Config, machine: Machine, among: Collection[Axes] | None = N
     """
     best: dict[Axes, Candidate] = {}
     for v in variants(config, machine, fitting=True, among=among):
-        times = step_time(v.config, v.sizes, machine.hardware, machine.topology)
+        times = step_time(v.config, v.sizes, machine.hardware, machine.topology, machine.load)
         found = Candidate(**vars(v), times=times)
         mesh = axes(found)
         if mesh not in best or _rank(found) < _rank(best[mesh]):

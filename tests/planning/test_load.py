@@ -1,0 +1,61 @@
+"""How uneven routing makes a step longer, by hand; and where it is read from."""
+
+import json
+import pathlib
+
+import pytest
+
+from bigmac_jax.config import ConfigError
+from bigmac_jax.config.reading import load_config
+from bigmac_jax.planning.cost import make_job
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.load import EVEN, Load, read_load
+from bigmac_jax.planning.planner import Request, make_plan
+
+LAYERS = ((2.0, 0.0, 1.0, 1.0), (0.5, 0.5, 2.0, 1.0))
+
+
+def test_the_busiest_rank_by_hand() -> None:
+    """Of two ranks the first has (2 + 0) / 2 in one layer, the second (2 + 1) / 2 in the other."""
+    load = Load(1.0, LAYERS)
+    assert load.over(2) == pytest.approx((1 + 1.5) / 2)
+    assert load.over(4) == 2.0 and load.over(1) == 1.0
+    assert Load(1.3).over(8) == 1.3 and Load(1.3).over(1) == 1.0 and EVEN.over(8) == 1.0
+
+
+def test_it_is_read(tmp_path: pathlib.Path) -> None:
+    config = load_config("tiny", ["model.num_experts=4", "model.top_k=2"])
+    records = [{"step": step, "moe/load": [[1.0] * 4] * 2 if step < 19 else LAYERS} for step in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    found = read_load(str(tmp_path), config)  # of the last two records
+    assert found.layers_YE == ((1.5, 0.5, 1.0, 1.0), (0.75, 0.75, 1.5, 1.0))
+    assert read_load("1.25", config) == Load(1.25) and read_load("", config) == EVEN
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "message"),
+    [
+        ("0.5", (), "--imbalance=0.5 must be between 1 (even) and the 32 experts (one takes all)"),
+        ("64", (), "--imbalance=64 must be between 1 (even) and the 32 experts (one takes all)"),
+        ("nan", (), "--imbalance=nan must be a number, as 1.3, or the workdir of a run with experts"),
+        ("2", ("model.structure=dense",), "--imbalance=2 is of experts, and model.structure=dense has none; drop it"),
+    ],
+)
+def test_what_is_refused(text: str, fields: tuple[str, ...], message: str) -> None:
+    config = load_config("tiny", ["model.num_experts=32", *fields])
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config, Request(devices=8, hardware="h100", imbalance=text))
+    assert str(caught.value) == message
+
+
+def test_others_wait_for_the_busiest() -> None:
+    """Its experts' rows and what it is sent; not where each expert has room for so many and no more."""
+    config = load_config("qwen3_30b", ["mesh.expert=8", "model.capacity_factor=inf", "model.balance=none"])
+    sizes, hardware = {"data": 1, "node": 1, "expert": 8, "tensor": 1}, load_hardware("h100")
+    even, uneven = (make_job(config, sizes, hardware, load=load) for load in (EVEN, Load(1.5)))
+    assert uneven.exchange == pytest.approx(1.5 * even.exchange) and uneven.imbalance == 1.5
+    plans = [make_plan(config, Request(devices=8, hardware="h100", imbalance=text)) for text in ("", "1.5")]
+    assert [plan["imbalance"] for plan in plans] == [1.0, 1.5]
+    assert plans[1]["time"]["total"] > 1.1 * plans[0]["time"]["total"]
+    dropping = load_config("qwen3_30b", ["mesh.expert=8"])
+    assert make_job(dropping, sizes, hardware, load=Load(1.5)).imbalance == 1.0
