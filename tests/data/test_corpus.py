@@ -217,15 +217,17 @@ def test_fingerprint_follows_content(tmp_path):
 def test_broken_utf8_is_replaced_counted_and_named(tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes(b"good \xff\xfe bad")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "half \xc3"}\n{"text": "lone \\ud800 surrogate"}\n{"text": "fine"}\n')
+    (tmp_path / "c.csv").write_bytes(b"n,text\n1,all\n2,\xc3a\n3,of it\n\xff,\n")
+    (tmp_path / "d.json").write_bytes(b'[{"text": "\xff"}, {"text": "end"}]')
     with caplog.at_level(logging.WARNING):
         docs = open_documents(DataConfig(source=str(tmp_path), validation_source="-", test_source="-"), "train", "")
-        assert list(docs) == ["good �� bad", "half �", "lone � surrogate", "fine"]
+        texts = ["good �� bad", "half �", "lone � surrogate", "fine", "all", "�a", "of it", "�", "end"]
+        assert list(docs) == texts
         list(docs)
     lines = [record.message for record in caplog.records]
     assert len(lines) == 1
-    assert "3 documents" in lines[0]
-    assert "a.txt" in lines[0]
-    assert "b.jsonl" in lines[0]
+    assert "5 documents" in lines[0]
+    assert all(name in lines[0] for name in ("a.txt", "b.jsonl", "c.csv", "d.json"))
 
 
 def test_empty_documents_are_skipped_and_counted(tmp_path, caplog):
