@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from training.runs import LIMIT
 
 from bigmac_jax.inference.sampling import Sampling
@@ -239,6 +240,132 @@ async def test_health_looks_at_what_serves() -> None:
         status, answer = await served.ask("/health")
         assert status == 503 and "reading of a request" in answer["error"]["message"]
     assert (await chat)[0] == 200 and (await served.ask("/health"))[0] == 200
+
+
+class Transport:
+    """What a server's connection is written to; `given` are calls."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+        self.max_size = 0
+
+    def get_extra_info(self, name: str) -> Any:
+        return {"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}.get(name)
+
+    def is_closing(self) -> bool:
+        return "close" in self.given or "abort" in self.given
+
+    def write(self, data: bytes) -> None:
+        self.given.append(data)
+
+    def __getattr__(self, name: str) -> Any:  # close, abort, pause_reading, …
+        return lambda: self.given.append(name)
+
+
+class Connection:
+    """A connection of `make_protocol` to an application that answers without reading the body, or never."""
+
+    def __init__(self, answers: bool = False):
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            if not answers:
+                await asyncio.sleep(60)
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+
+        config = uvicorn.Config(app, http=make_protocol(Limits(arrival=3.0)), log_config=None, lifespan="off")
+        config.load()
+        self.protocol: Any = config.http_protocol_class(config, uvicorn.server.ServerState(), {})
+        self.transport = Transport()
+        self.protocol.connection_made(self.transport)
+
+    @property
+    def state(self) -> tuple[int, bool]:
+        """Bytes read at a time, and whether the time of arrival runs."""
+        return self.transport.max_size, self.protocol._arrival_timer is not None
+
+    async def take(self, data: bytes) -> tuple[int, bool]:
+        self.protocol.data_received(data)
+        for _ in range(5):
+            await asyncio.sleep(0)  # the application's turn
+        return self.state
+
+    @property
+    def refusal(self) -> bytes:
+        """The status that the protocol itself has answered, once it has closed; b"" if it has not."""
+        if self.transport.given[-1:] != ["close"]:
+            return b""
+        return next(given for given in self.transport.given if isinstance(given, bytes)).split()[1]
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+FEW, MANY = (1 << 11), (1 << 16)
+
+
+@alone
+async def test_a_request_has_its_seconds_from_its_first_byte_to_its_last() -> None:
+    connection = Connection()
+    when = connection.protocol._arrival_timer.when() - asyncio.get_running_loop().time()
+    assert connection.state == (FEW, True) and 2 < when <= 3
+    assert await connection.take(HEAD) == (FEW, True)  # the first one's run from the connection's beginning
+    # Once the head is there, the application has the request; its body comes in large parts.
+    assert await connection.take(b"Content-Length: 10\r\n\r\n12345") == (MANY, False)
+    assert await connection.take(b"67890") == (MANY, False)
+    assert not connection.transport.given
+    connection.protocol.connection_lost(None)
+
+
+@alone
+async def test_the_rest_of_an_answered_request_has_its_seconds_too() -> None:
+    connection = Connection(answers=True)
+    assert await connection.take(HEAD + b"Content-Length: 10\r\n\r\n12345") == (MANY, True)
+    assert b"HTTP/1.1 403 " in connection.transport.given[0]
+    timer = connection.protocol._arrival_timer
+    assert await connection.take(b"678") == (MANY, True) and connection.protocol._arrival_timer is timer
+    assert await connection.take(b"90") == (FEW, False)  # all is there: the next request may take its time to begin
+    assert await connection.take(HEAD) == (FEW, True) and connection.protocol._arrival_timer is not timer
+    connection.protocol._end()  # its seconds are over
+    assert connection.transport.given[-1] == "close"
+    connection.protocol.connection_lost(None)
+    assert connection.protocol._arrival_timer is None
+
+
+@alone
+async def test_a_request_that_does_not_arrive_is_refused() -> None:
+    connection = Connection()
+    await connection.take(HEAD)
+    connection.protocol._end()
+    assert connection.refusal == b"408"
+    written = len(connection.transport.given)
+    connection.protocol._end()  # once
+    assert len(connection.transport.given) == written
+
+
+def chunks(size: int, count: int) -> bytes:
+    return (b"%x\r\n" % size + b" " * size + b"\r\n") * count
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "status"),
+    [(1, 215, b""), (1, 216, b"400"), (16, 512, b""), (16, 513, b"400"), (24, 3000, b""), (100, 3000, b"")],
+)
+@alone
+async def test_chunks_may_have_a_quarter_of_a_body_around_them(size: int, count: int, status: bytes) -> None:
+    """And a KiB: a byte has five around it, 16 have six."""
+    connection = Connection()
+    assert await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") == (FEW, False)
+    await connection.take(chunks(size, count))
+    assert connection.refusal == status
+    connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize(("count", "ended"), [(2**17 // 6, False), (2**17 // 6 + 1, True)])
+@alone
+async def test_of_an_answered_request_128_kib_are_read_in_chunks(count: int, ended: bool) -> None:
+    connection = Connection(answers=True)
+    assert await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") == (FEW, True)
+    await connection.take(chunks(1, count))
+    assert (connection.transport.given[-1] == "abort") == connection.transport.is_closing() == ended
+    connection.protocol.connection_lost(None)
 
 
 def test_drafted_tokens_are_counted_once_however_often_they_are_read() -> None:
