@@ -353,18 +353,41 @@ async def test_chunks_may_have_a_quarter_of_a_body_around_them(size: int, count:
     """And a KiB: a byte has five around it, 16 have six."""
     connection = Connection()
     assert await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") == (FEW, False)
-    await connection.take(chunks(size, count))
+    for part in (count // 2, count - count // 2 - 1, 1):
+        assert not connection.transport.is_closing()
+        await connection.take(chunks(size, part))
     assert connection.refusal == status
     connection.protocol.connection_lost(None)
 
 
-@pytest.mark.parametrize(("count", "ended"), [(2**17 // 6, False), (2**17 // 6 + 1, True)])
+@pytest.mark.parametrize("more", [0, 1])
 @alone
-async def test_of_an_answered_request_128_kib_are_read_in_chunks(count: int, ended: bool) -> None:
+async def test_of_an_answered_request_128_kib_are_read_in_chunks(more: int) -> None:
+    """Of each of them."""
     connection = Connection(answers=True)
-    assert await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") == (FEW, True)
-    await connection.take(chunks(1, count))
-    assert (connection.transport.given[-1] == "abort") == connection.transport.is_closing() == ended
+    for _ in range(2):
+        assert await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") == (FEW, True)
+        assert await connection.take(chunks(1, 20_000)) == (FEW, True)
+        assert (await connection.take(b"0\r\n\r\n"))[1] is False
+    await connection.take(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    parts = chunks(1, 21_844), chunks(3 + more, 1)
+    assert sum(map(len, parts)) == 2**17 + more
+    for part in parts:
+        assert not connection.transport.is_closing()
+        await connection.take(part)
+    assert (connection.transport.given[-1] == "abort") == connection.transport.is_closing() == bool(more)
+    connection.protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@alone
+async def test_a_request_that_comes_with_the_last_one_has_its_seconds_too(together: bool) -> None:
+    connection = Connection(answers=True)
+    size, runs = await connection.take(HEAD + b"Content-Length: 0\r\n\r\n" + HEAD[: 20 * together])
+    assert (size, runs) == (MANY, together)
+    assert await connection.take(HEAD[20 * together :]) == (FEW, True)
+    assert await connection.take(b"Content-Length: 0\r\n\r\n") == (MANY, False)
+    assert b"".join(given for given in connection.transport.given if isinstance(given, bytes)).count(b" 403 ") == 2
     connection.protocol.connection_lost(None)
 
 
