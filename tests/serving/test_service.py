@@ -323,6 +323,8 @@ async def test_the_rest_of_an_answered_request_has_its_seconds_too() -> None:
     assert await connection.take(b"678") == (MANY, True) and connection.protocol._arrival_timer is timer
     assert await connection.take(b"90") == (FEW, False)  # all is there: the next request may take its time to begin
     assert await connection.take(HEAD) == (FEW, True) and connection.protocol._arrival_timer is not timer
+    assert await connection.take(b"Content-Length: 10\r\n\r\n") == (MANY, True)
+    assert await connection.take(b"1234567890" + HEAD) == (FEW, True)  # with the beginning of the next one
     connection.protocol._end()  # its seconds are over
     assert connection.transport.given[-1] == "close"
     connection.protocol.connection_lost(None)
