@@ -1,5 +1,6 @@
 """Where answers begin and end is found in renders that are linear in the messages, and as if each turn was rendered."""
 
+import datetime
 import itertools
 import json
 import random
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from bigmac_jax.data import chat_template as module
-from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, PromptLimit
+from bigmac_jax.data.chat_files import ChatFiles
+from bigmac_jax.data.chat_template import DEFAULT, PLAIN, Chat, ChatError, Messages, Piece, PromptLimit, load_chat
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, TooLongError, encode_at_most, train_bpe
 
 # In the manner of models that are in use; none is a copy.
@@ -98,6 +100,23 @@ def test_answers_are_cut_as_if_each_turn_was_rendered(name: str, monkeypatch: py
         assert found == expected, messages
         cut += sum(piece.answer for piece in found or ())
     assert (cut > 100) == (name not in {"with an end", "the prompt always", "the last one otherwise", *LOOSE})
+
+
+def test_a_dated_chat_has_one_date_in_all_that_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what ends an answer is found."""
+    ends = "{{ '<|im_start|>' if strftime_now('%Y') == '2020' else '<|im_end|>' }}"
+    template = f"{{% for m in messages %}}{{{{ m['content'] }}}}{ends}{{% endfor %}}"
+
+    def loaded(dated: bool, template: str = template, date: str = "2020-02-03") -> Chat:
+        monkeypatch.setattr(module, "read_chat", lambda *_: ChatFiles(template, {}, "a", date))
+        return load_chat(bpe(), "", "", "", dated=dated)
+
+    message = [{"role": "user", "content": "a"}]
+    of_then, of_now = loaded(True), loaded(False)
+    assert of_then.stop == ("<|im_start|>",) and of_then.pieces(message)[0].text == "a<|im_start|>"
+    assert of_now.stop == ("<|im_end|>",) and of_now.pieces(message)[0].text == "a<|im_end|>"
+    assert (of_then.files.date, of_now.files.date, loaded(True, PLAIN).files.date) == ("2020-02-03", "", "")
+    assert datetime.datetime.fromisoformat(loaded(True, date="").files.date)
 
 
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:

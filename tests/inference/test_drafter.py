@@ -11,6 +11,7 @@ from model.tools import QUICK, leaves, on_mesh, random_model, split_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference.drafter import Speculation, make_drafter
+from bigmac_jax.inference.drafts import Drafts
 from bigmac_jax.inference.kv_cache import Decoder, make_decoder
 from bigmac_jax.model.exchange import Local, Plan
 from bigmac_jax.model.mesh import EXPERT_GROUP
@@ -107,3 +108,28 @@ def test_what_saves_nothing_is_refused(mesh: tuple, fields: dict, how: dict, mes
 def test_values_out_of_range(how: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Speculation(**how)
+
+
+def test_drafting_pauses_after_a_window_of_too_few_accepted() -> None:
+    """512 drafted tokens are a window, and 512 steps a pause; what a request could not use was not drafted for it."""
+    drafts = Drafts(None, Speculation(4, least=0.5))  # type: ignore[arg-type]
+
+    def steps_without() -> int:
+        return next(steps for steps in range(1000) if drafts.should_draft())
+
+    for _ in range(126):
+        drafts.count(2, usable=9)
+    drafts.count(2, usable=4)
+    drafts.count(1, usable=3)
+    assert (drafts.drafted, drafts.accepted) == (127 * 4 + 3, 255) and steps_without() == 0
+    drafts.count(1, usable=1)  # the window is full: half of it were accepted
+    assert (drafts.drafted, drafts.accepted) == (512, 256) and steps_without() == 0
+    for accepted in (2,) * 127 + (1,):
+        assert steps_without() == 0
+        drafts.count(accepted, usable=4)
+    assert steps_without() == 512 and steps_without() == 0
+    for _ in range(127):
+        drafts.count(0, usable=4)
+    assert steps_without() == 0  # until the next window is full
+    drafts.count(0, usable=4)
+    assert steps_without() == 512

@@ -422,6 +422,13 @@ def test_kernels_by_their_own_estimate() -> None:
     assert matmul_flops(silent) == (0, 0)
 
 
+@pytest.mark.parametrize(("target", "products"), [("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaSoftmaxBackward", 4)])
+def test_cudnn_attention_computes_whole_squares(target: str, products: int) -> None:
+    """Of two rows of three heads, seven queries of width five: each product has 7 × 7 of them."""
+    module = program(f'ROOT %k = (bf16[2,3,7,5], u8[8]) custom-call(), custom_call_target="{target}"')
+    assert matmul_flops(module) == (0, products * 2 * 2 * 3 * 7 * 7 * 5)
+
+
 def attention_call(shape: str, target: str, path: str, extra: str = "") -> str:
     return (
         f"%k = (f32[8,128], bf16[{shape}]) custom-call(%table, %q, %x), "

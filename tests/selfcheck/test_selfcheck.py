@@ -111,6 +111,25 @@ def test_a_check_is_named_before_it_runs(
     assert shown == (["the wire begins", "", "the wire ends"] if at_terminal else ["the wire …\n"])
 
 
+@pytest.mark.parametrize(
+    ("value", "expected", "text"),
+    [
+        (2.5e12, 5e12, "2.5 TFLOP/s a device, 50% of the hardware file's 5 T"),
+        (1e9, 3e9, "1 GFLOP/s a device, 33% of the hardware file's 3 G"),
+        (999.9e6, None, "1e+03 MFLOP/s a device"),
+        (1234.0, 0.0, "1.23 kFLOP/s a device"),
+        (12.0, None, "12 FLOP/s a device"),
+    ],
+)
+def test_a_rate_is_told_beside_what_the_hardware_file_expects(value: float, expected: float | None, text: str) -> None:
+    found: dict[str, Any] = {}
+    check = command._as_check(Rate("matmul", "FLOP", lambda: value, expected), found)
+    assert (check.name, check.part, check.setting, found) == ("rate matmul", "rate", "", {})
+    assert check.run() == text
+    share = value / expected if expected else None
+    assert found == {"matmul": {"value": value, "unit": "FLOP/s", "expected": expected, "share": share}}
+
+
 @pytest.mark.full
 def test_the_command_with_rates_is_green() -> None:
     done = selfcheck("--cpu_devices=2")

@@ -1,5 +1,6 @@
 """A run holds what it needs, and says of what data, code and packages it is."""
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -19,6 +20,7 @@ from bigmac_jax.inference import Generator
 from bigmac_jax.interchange import export_model
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.loop import train
+from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -178,3 +180,30 @@ def test_an_old_run_answers_as_before(tokenizer: str, tmp_path: pathlib.Path, mo
     assert after[:2] == before[:2] and after[2].keys() == before[2].keys()
     assert [name for name in after[2] if after[2][name] != before[2][name]] == []
     assert any(name.endswith(".safetensors") for name in after[2])
+
+
+@pytest.mark.parametrize(("me", "sees"), [(0, True), (0, False), (1, True), (1, False)])
+def test_a_folder_that_is_not_shared_is_told_by_all(
+    me: int, sees: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 0 writes a word there, which process 1 finds or does not."""
+    monkeypatch.setattr(workdir_module, "_LATE", 0.5)
+    monkeypatch.setattr(hosts, "is_distributed", lambda: True)
+    monkeypatch.setattr(hosts, "is_first", lambda: me == 0)
+    monkeypatch.setattr(hosts, "raise_together", contextlib.nullcontext)
+    monkeypatch.setattr(hosts, "broadcast", lambda word: word or "the word")
+    told: list[str] = []
+
+    def gather(said: str) -> list[str]:
+        told.append(said)
+        return ["1", said] if me else [said, str(int(sees))]
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    if me and sees:
+        (tmp_path / ".seen").write_text("the word")
+    if me and not sees:
+        (tmp_path / ".seen").write_text("another run's")
+    with contextlib.nullcontext() if sees else pytest.raises(ConfigError, match="process 1 does not see what process"):
+        workdir_module.check_shared(tmp_path)
+    assert told == [str(int(sees or me == 0))]
+    assert (tmp_path / ".seen").exists() == (me == 1)  # process 0 takes it away
