@@ -124,7 +124,7 @@ def test_drafting_pauses_after_a_window_of_too_few_accepted() -> None:
     assert (drafts.drafted, drafts.accepted) == (127 * 4 + 3, 255) and steps_without() == 0
     drafts.count(1, usable=1)  # the window is full: half of it were accepted
     assert (drafts.drafted, drafts.accepted) == (512, 256) and steps_without() == 0
-    for accepted in (2,) * 127 + (1,):
+    for accepted in (2,) * 128 + (2,) * 127 + (1,):
         assert steps_without() == 0
         drafts.count(accepted, usable=4)
     assert steps_without() == 512 and steps_without() == 0

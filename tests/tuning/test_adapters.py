@@ -166,7 +166,11 @@ def test_the_model_that_is_evaluated() -> None:
         dropped = leaves(build_model(config, graphdef, adapters, state, jax.random.key(3)))
         kept = leaves(attached(config, params, adapters, jax.random.key(3)))
         assert all((dropped[name] == value).all() for name, value in kept.items())
-        assert any((kept[name] != value).any() for name, value in leaves(attached(config, params, adapters)).items())
+        # All tokens lose the same inputs of an adapter; the others count for 1 / (1 - p).
+        for name, value in leaves(attached(config, params, adapters)).items():
+            ratio = kept[name] / value if name.endswith("a") else np.ones(1)
+            assert (ratio == ratio[..., :1]).all() and (name.endswith("a") or (kept[name] == value).all())
+            assert set(np.unique(ratio)) == ({0, 2} if name.endswith("a") else {1})
 
 
 @pytest.mark.full
