@@ -39,6 +39,7 @@ class Engine:
     """As `inference.Engine`; `stuck`: its second step does not end."""
 
     shards, slots, longest, drafts = 1, 2, LONGEST, None
+    running, waiting, pages = 0, 0, ()
 
     def __init__(self, stuck: bool = False) -> None:
         self.jobs: list[Job] = []

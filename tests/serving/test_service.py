@@ -56,6 +56,24 @@ async def test_an_answer() -> None:
 
 
 @alone
+async def test_tokens_are_counted_and_timed() -> None:
+    """The first of a completion from its request's arrival, the others from the one before."""
+    served = Served()
+    arrived = time.monotonic()
+    for fields in ({}, {"n": 2, "prompt": "abc", "max_tokens": 4}):
+        assert (await served.ask(COMPLETIONS, SHORT | fields))[0] == 200
+    passed, metrics = time.monotonic() - arrived, dict[str, float]()
+    for line in served.worker.metrics.text().decode().splitlines():
+        if not line.startswith("#"):
+            metrics[line.split()[0].removeprefix("bigmac_")] = float(line.split()[1])
+    assert (metrics["prompt_tokens_total"], metrics["new_tokens_total"]) == (1 + 2 * 3, 2 + 2 * 4)
+    assert metrics["first_token_seconds_count"] == 3 and metrics["between_tokens_seconds_count"] == 1 + 2 * 3
+    # All of them within these requests, and the second one's completions side by side.
+    assert 0 < metrics["first_token_seconds_sum"] + metrics["between_tokens_seconds_sum"] <= 2 * passed
+    assert served.worker._waiting == 0
+
+
+@alone
 async def test_what_is_too_long_is_refused_before_it_is_rendered_or_encoded() -> None:
     served, done = Served(), []
     served.chat._render = lambda *given: done.append(given) or ""  # type: ignore[func-returns-value,method-assign]
