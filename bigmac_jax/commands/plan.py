@@ -29,6 +29,7 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
 _HARDWARE = flags.DEFINE_string("hardware", "", f"Predict times on {', '.join(HARDWARE)} or a .toml file.")
+_OPTIONS = flags.DEFINE_bool("options", False, "Show the compiler's options of the training step, and why.")
 _TERMS = flags.DEFINE_bool("terms", False, "Show each term of the predicted step, and what it is.")
 _IMBALANCE = flags.DEFINE_string(
     "imbalance", "", "The busiest rank's rows over the mean: a number, or a run's workdir, whose metrics say it."
@@ -64,6 +65,7 @@ def main() -> None:
         topology=_TOPOLOGY.value,
         hardware=_HARDWARE.value,
         compile=_COMPILE.value,
+        options=_OPTIONS.value,
         terms=_TERMS.value,
         imbalance=_IMBALANCE.value,
         paper=_PAPER.value,

@@ -18,6 +18,7 @@ from bigmac_jax.config import ConfigError, strict_json
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.runtime import environment, hosts
 from bigmac_jax.selfcheck import checks
+from bigmac_jax.selfcheck.host import host_checks
 from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
@@ -32,10 +33,11 @@ def main() -> int:
     if not _JSON.value and hosts.is_first():
         _show_machine(report)
     report["rates"] = {}
-    to_run = checks.all_checks(jax.devices())
+    name = report["device"]["hardware"]
+    hardware = load_hardware(name) if name else None
+    to_run = [*host_checks(jax.local_devices(), hardware), *checks.all_checks(jax.devices())]
     if not _QUICK.value:
-        name = report["device"]["hardware"]
-        rates = all_rates(jax.devices(), load_hardware(name) if name else None)
+        rates = all_rates(jax.devices(), hardware)
         to_run += [_as_check(rate, report["rates"]) for rate in rates]
     results = [_run(check) for check in to_run]
     report["checks"] = [

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from bigmac_jax.config.compiler_options import parse_options
 from bigmac_jax.config.errors import require
 from bigmac_jax.config.section import Count, Range, Section, Size
 
@@ -40,6 +41,8 @@ class ExecutionConfig(Section):
     # What the backward pass recomputes: nothing, each layer (layer), or all of it but the exchange (exchange).
     remat: Remat = "none"
     unroll_layers: Size = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
+    # XLA's for the training step, as "xla_NAME=VALUE …", over those that `bigmac plan --options` shows.
+    compiler_options: str = ""
 
     @property
     def room_factor(self) -> float:
@@ -56,6 +59,7 @@ class ExecutionConfig(Section):
         return 2 if self.dtype == "bfloat16" else 4
 
     def check(self) -> None:
+        parse_options(self.compiler_options)
         require(not self.asks_for_rounds or self.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={self.room_factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={self.exchange}; use buffer_factor=auto")  # fmt: skip
 
 

@@ -93,7 +93,7 @@ _TEXTS = _with("tuning.objective", "pretrain")
 _WHATEVER = {
     "model": "structure num_layers hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps positions "
     "context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout expert_hidden_size",
-    "execution": "dtype reduce_dtype attention remat unroll_layers",
+    "execution": "dtype reduce_dtype attention remat unroll_layers compiler_options",
     "mesh": "data node expert tensor",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
     "optimizer": "name schedule learning_rate warmup_steps b1 b2 eps moment_dtype average_decay weight_decay clip_norm",

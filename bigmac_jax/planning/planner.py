@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigmac_jax.config import STRUCTURES, Config, ConfigError, MeshConfig, ModelConfig
+from bigmac_jax.config.compiler_options import parse_options
 from bigmac_jax.config.execution import Remat
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import (
@@ -32,6 +33,7 @@ from bigmac_jax.planning.load import EVEN, Load, read_load
 from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
+from bigmac_jax.runtime import environment
 
 
 class Request(NamedTuple):
@@ -41,6 +43,7 @@ class Request(NamedTuple):
     topology: str = ""
     hardware: str = ""
     compile: bool = False
+    options: bool = False
     terms: bool = False
     imbalance: str = ""
     paper: bool = False
@@ -112,6 +115,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
+    if request.options:
+        result["compiler_options"] = _options(config, _require_hardware(place, "--options"))
     if request.terms:
         result["terms"] = _terms(result)
     if request.paper:
@@ -280,6 +285,17 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
         "metadata_fast": round(traffic.metadata.fast),
         "metadata_slow": round(traffic.metadata.slow),
     }
+
+
+def _options(config: Config, hardware: Hardware) -> list[dict[str, Any]]:
+    """The options that the training step is compiled with there; `why` of one that the config gives is ""."""
+    execution = config.execution
+    defaults = environment.default_options(hardware, execution.overlap_chunks > 1, execution.exchange == "ragged")
+    given = parse_options(execution.compiler_options)
+    options = {name: (value, why) for name, (value, why) in defaults.items()} | {
+        name: (value, "") for name, value in given.items()
+    }
+    return [{"name": name, "value": value, "why": why} for name, (value, why) in options.items()]
 
 
 def _terms(result: dict[str, Any]) -> list[dict[str, Any]]:

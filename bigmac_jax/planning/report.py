@@ -45,6 +45,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     if "recomputation" in plan:
         console.print(_recomputation(plan["recomputation"]))
     tables: dict[str, Callable[[Any], Table]] = {
+        "compiler_options": _options,
         "terms": _terms,
         "paper": _paper,
         "paper_comparison": _comparison,
@@ -128,6 +129,15 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         asked = count(next(iter(valid.values()))["training"]["tokens"])
         row(f"days for {asked} tokens, steps alone", lambda c: f"{c['training']['days']:,.1f}")
         row("  device-hours", lambda c: f"{c['training']['device_hours']:,.0f}")
+    return table
+
+
+def _options(rows: list[Mapping[str, Any]]) -> Table:
+    table = Table("option of the compiler", "", "why", title="The training step is compiled with", title_justify="left",
+                  title_style="bold", show_lines=True)  # fmt: skip
+    for row in rows:
+        value = str(row["value"]).lower() if isinstance(row["value"], bool) else str(row["value"])
+        table.add_row(row["name"], value, row["why"] or "execution.compiler_options")
     return table
 
 

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from bigmac_jax.config import Config
+from bigmac_jax.config.compiler_options import parse_options
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import update_bias
@@ -214,7 +215,10 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         in_shardings=(state_shardings, jax.sharding.NamedSharding(mesh, batch_spec(2)), everywhere),
         out_shardings=(state_shardings, None),
         compiler_options=environment.compiler_options(
-            mesh.devices.flat[0], execution.overlap_chunks > 1, execution.exchange == "ragged"
+            mesh.devices.flat[0],
+            execution.overlap_chunks > 1,
+            execution.exchange == "ragged",
+            parse_options(execution.compiler_options),
         ),
     )
     init, begin = jax.jit(programs.init, **once), jax.jit(programs.begin, donate_argnums=(0, 1), **once)

@@ -341,7 +341,7 @@ def changed(name: str) -> Config:
         "model.dropout": 0.5, "mesh.node": 2, "mesh.expert": 2, "mesh.data": 2, "data.batch_size": 32,
         "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9, "optimizer.projection_rate": 0.5,
         "optimizer.momentum": 0.9, "optimizer.average_decay": 0.9, "data.mixture": "x=1", "train.spike_factor": 2.0,
-        "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5,
+        "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5, "execution.compiler_options": "xla_a=1",
     }  # fmt: skip
     value, choices = FIELDS[name], all_field_types(Config)[name].choices
     if name in special:
@@ -429,7 +429,7 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExecutionConfig)])
 def test_a_moved_field_is_one_line_with_its_new_name(config_file: pathlib.Path, name: str) -> None:
     value = getattr(ExecutionConfig(), name)
-    if name in ("gather_dtype", "reduce_dtype"):  # never were the model's
+    if name in ("gather_dtype", "reduce_dtype", "compiler_options"):  # never were the model's
         assert "is not a field" in refusal(config_file, f"model.{name}={value}")
         return
     message = refusal(config_file, f"model.{name}={value}")
@@ -476,6 +476,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert written["model"].pop("vanilla_top_k") == 1 and written.pop("cache_dir")
     assert read["data"].pop("null_rows") == "stop"  # these fields are younger
     assert read["model"].pop("context_length") == 0
+    assert read["execution"].pop("compiler_options") == ""
     assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):
         check_resume(

@@ -358,3 +358,15 @@ def test_rounds_at_worst() -> None:
     made = plan(overrides=(*fields, "execution.buffer_factor=1.5"))
     assert made["most_rounds"] == 6 and "(of one round; at worst 6 rounds)" in shown(made)
     assert plan(overrides=fields)["exchanges"] == made["exchanges"]  # as auto is
+
+
+def test_options_of_the_compiler() -> None:
+    """Those of the machine, each with its reason, and those that the config gives, over them."""
+    config = load_config("qwen3_30b", ["execution.compiler_options=xla_tpu_enable_async_all_to_all=false xla_mine=3"])
+    found = make_plan(config, Request(topology="v6e:4x8", options=True))["compiler_options"]
+    assert {row["name"]: row["value"] for row in found} == {"xla_tpu_enable_async_all_to_all": False, "xla_mine": 3}
+    plain = make_plan(load_config("qwen3_30b"), Request(devices=32, hardware="h100", options=True))
+    (row,) = plain["compiler_options"]
+    assert row["name"] == "xla_gpu_enable_latency_hiding_scheduler" and "asynchronous" in row["why"]
+    with pytest.raises(ConfigError, match="--options"):
+        make_plan(config, Request(options=True))

@@ -49,7 +49,7 @@ def test_every_program_lowers(mesh: tuple[int, ...]) -> None:
 
 
 def test_a_program_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "compiler_options", lambda *args: {"xla_no_such_option": True})
+    monkeypatch.setattr(environment, "compiler_options", lambda *args, **_: {"xla_no_such_option": True})
     with pytest.raises(
         DoesNotCompileError, match=r"the program 'step' does not compile for cpu: \w+: .*no_such"
     ) as error:

@@ -1,10 +1,13 @@
-"""Which compiler options a device gets."""
+"""Which compiler options a device gets, and how much of a GPU's memory a process."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.runtime import environment
 from bigmac_jax.runtime.environment import compiler_options
 
 ASYNC = {"xla_tpu_enable_async_all_to_all": True}
@@ -32,5 +35,38 @@ def test_compiler_options(
         assert compiler_options(device, overlap=True) == always | in_chunks
         assert compiler_options(device, ragged=True) == ragged
         assert compiler_options(device, overlap=True, ragged=True) == ragged | in_chunks
+    given = {"xla_tpu_enable_async_all_to_all": False, "xla_other": 3}
+    assert compiler_options(SimpleNamespace(platform="tpu", device_kind="TPU v4"), given=given) == given
     monkeypatch.setenv("BIGMAC_KEEP_ENV", "1")
     assert compiler_options(device, overlap=True) == {}
+    assert compiler_options(device, given=given) == given
+
+
+@pytest.mark.parametrize(
+    ("devices", "given", "expected"),
+    [
+        (["/dev/nvidia0"], {}, "0.94"),
+        ([], {}, None),
+        (["/dev/nvidia0"], {"XLA_CLIENT_MEM_FRACTION": "0.5"}, "0.5"),
+        (["/dev/nvidia0"], {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, None),  # jax refuses both
+        (["/dev/nvidia0"], {"BIGMAC_KEEP_ENV": "1"}, None),
+    ],
+)
+def test_memory_of_a_gpu(
+    devices: list[str], given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "BIGMAC_KEEP_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(environment.glob, "glob", lambda pattern: devices if "nvidia" in pattern else [])
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda" if devices else "cpu")
+    monkeypatch.setattr(environment, "SETTINGS", {})
+    environment.prepare()
+    assert os.environ.get("XLA_CLIENT_MEM_FRACTION") == expected
+
+
+def test_it_is_what_plans_reckon_with() -> None:
+    """Bytes of the devices as their drivers say them (nvidia-smi, MiB)."""
+    for name, mebibytes in {"h100": 81_559, "h200": 143_771, "b200": 183_359, "gb200": 189_471}.items():
+        assert load_hardware(name).memory_bytes <= environment.GPU_MEMORY * mebibytes * 2**20

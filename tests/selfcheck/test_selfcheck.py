@@ -20,7 +20,7 @@ from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.selfcheck import checks, rates
+from bigmac_jax.selfcheck import checks, host, rates
 from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
 from bigmac_jax.training import step
 
@@ -363,3 +363,43 @@ def test_how_a_rate_is_told(command: Any) -> None:
     values = (12_345e9, 1e12, 999.4e9, 1e9, 5.678e6, 1e6, 1234, 1000, 999, 0.5)
     told = ["12.3 T", "1 T", "999 G", "1 G", "5.68 M", "1 M", "1.23 k", "1 k", "999 ", "0.5 "]
     assert list(map(program._scaled, values)) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.82.07  Wed Aug 27\nGCC: 12\n",
+            "580.82.07, CUDA 13",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  590.1  Release Build\n", "590.1, CUDA 13"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed\n", ""),
+        ("", "not said here"),
+    ],
+)
+def test_the_driver(text: str, expected: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
+    file = tmp_path / "version"
+    file.write_text(text)
+    if expected:
+        assert host.check_driver(file) == expected
+        return
+    with pytest.raises(checks.MismatchError, match=r"the driver is 570.124.06, and CUDA 13 needs 580 or newer; use"):
+        host.check_driver(file)
+
+
+def test_the_memory() -> None:
+    h100 = load_hardware("h100")
+    assert host.check_memory(round(0.94 * 85_520_809_984), h100) == "74.9 GiB"
+    assert host.check_memory(None, h100) == host.check_memory(1, None) == "not said here"
+    with pytest.raises(checks.MismatchError, match=r"jax gives a process 59.7 GiB of a GPU, and .* reckons with 74.5;"):
+        host.check_memory(round(0.75 * 85_520_809_984), h100)
+
+
+def test_hosts_of_gpus_alone_are_asked() -> None:
+    def device(platform: str) -> Any:
+        return types.SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 10**11})
+
+    assert host.host_checks([device("cpu")], None) == host.host_checks([device("tpu")], None) == []
+    found = host.host_checks([device("gpu")], load_hardware("h100"))
+    assert [check.name for check in found] == ["driver", "memory"] and found[1].run() == "93.1 GiB"

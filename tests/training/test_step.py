@@ -209,8 +209,8 @@ def test_the_schedule_is_no_part_of_the_programs() -> None:
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def options(device: Any, overlap: bool, ragged: bool) -> dict[str, bool]:
-        return {f"xla_of_{device.platform}_{overlap}": True}
+    def options(device: Any, overlap: bool, ragged: bool, given: dict[str, Any]) -> dict[str, bool]:
+        return {f"xla_of_{device.platform}_{overlap}": True} | given
 
     monkeypatch.setattr(environment, "compiler_options", options)
     config = tiny(overlap_chunks=chunks)
@@ -219,4 +219,14 @@ def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.Monkey
         batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
         lowered = trainer.step.lower(trainer.abstract_state, batch, trainer.rate(0))
         with pytest.raises(jax.errors.JaxRuntimeError, match=f"xla_of_cpu_{chunks > 1}"):
+            lowered.compile()
+
+
+def test_a_configs_options_reach_the_step() -> None:
+    config = tiny(compiler_options="xla_no_such=3")
+    with on_mesh(config):
+        trainer = make_trainer(config, make_mesh(config))
+        batch = jax.tree.map(split_batch, batch_from_windows(random_tokens(config)))
+        lowered = trainer.step.lower(trainer.abstract_state, batch, trainer.rate(0))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
             lowered.compile()
