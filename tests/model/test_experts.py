@@ -36,10 +36,19 @@ def kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
 kernel.defvjp(lambda *arguments: (kernel(*arguments), arguments), kernel_bwd)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gated", [True, False])
-def test_undefined_rows_reach_nothing(bias: bool, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "grouped_matmul", kernel)
+@pytest.mark.parametrize(
+    ("bias", "gated", "tile"),
+    [(True, True, 1), (True, False, 1), (False, True, 1), (False, False, 1), (True, True, 50)],
+)
+def test_undefined_rows_reach_nothing(bias: bool, gated: bool, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rows are padded to whole tiles."""
+
+    def in_tiles(x_MX: Array, *others: Any) -> Array:
+        assert x_MX.shape[0] % tile == 0
+        return kernel(x_MX, *others)
+
+    monkeypatch.setattr(experts, "grouped_matmul", in_tiles)
+    monkeypatch.setattr(experts, "row_tile", lambda rows: tile)
     monkeypatch.setattr(experts, "BLOCK", 8)
     rng = np.random.default_rng(0)
     shapes = {"w_in_eRF": (E, R, F), "w_out_eFR": (E, F, R)}

@@ -1,5 +1,6 @@
 """plan.py from a request to its tables: the paper's digits, side by side structures, sweeps, nonsense in one line."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,8 +16,8 @@ from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
-from bigmac_jax.planning.hardware import HARDWARE
-from bigmac_jax.planning.planner import Place, Request, _costs, make_plan
+from bigmac_jax.planning.hardware import HARDWARE, load_hardware
+from bigmac_jax.planning.planner import Place, Request, _costs, _restore, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 XL = "configs/paper/gpt3_xl.py"
@@ -370,3 +371,14 @@ def test_options_of_the_compiler() -> None:
     assert row["name"] == "xla_gpu_enable_latency_hiding_scheduler" and "asynchronous" in row["why"]
     with pytest.raises(ConfigError, match="--options"):
         make_plan(config, Request(options=True))
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(300, True), (299, False)])
+def test_bytes_that_reading_a_checkpoint_takes(memory: int, fits: bool) -> None:
+    """Training: parameters and Adam's two moments; decoding: parameters beside the weights that it made of them."""
+    place = Place(1, None, dataclasses.replace(load_hardware("h100"), memory_bytes=memory), False)
+    assert _restore(100, {}, place) == {"train": 300, "generate": 100, "fits": fits}
+    decode = {"decode": {"memory": {"arguments": 50}}}
+    assert _restore(100, decode, place._replace(hardware=None)) == {"train": 300, "generate": 150}
+    decode = {"decode": {"memory": {"arguments": 201}}}
+    assert _restore(100, decode, place) == {"train": 300, "generate": 301, "fits": False}
