@@ -4,7 +4,9 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from bigmac_jax.config import ConfigError, DataConfig
@@ -55,6 +57,37 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"hf:x needs the package datasets; pip install 'bigmac-jax\[datasets\]'"):
         open_documents(DataConfig(source="hf:x"), "train", str(tmp_path))
+
+
+def test_splits_that_a_data_set_lacks_are_held_out(tmp_path, monkeypatch):
+    """In the place of `datasets` stands what it returns: tables in Arrow files."""
+    texts, asked = {"train": [f"text {i}" for i in range(40)], "test": ["a test"]}, []
+    for split, rows in texts.items():
+        table = pa.table({"text": rows})
+        with pa.ipc.new_stream(str(tmp_path / f"{split}.arrow"), table.schema) as file:
+            file.write_table(table)
+
+    def load_dataset(path, config):
+        asked.append((path, config))
+        if path == "owner/set":
+            raise ValueError("no such data set")
+        return {split: SimpleNamespace(cache_files=[{"filename": str(tmp_path / f"{split}.arrow")}]) for split in texts}
+
+    library = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+
+    def read(source, split, **own):
+        return list(open_documents(DataConfig(source=source, **own), split, str(tmp_path)))
+
+    found = {split: read("hf:owner/name/config", split) for split in ("train", "validation", "test")}
+    assert set(asked) == {("owner/name", "config")}
+    assert sorted(found["train"] + found["validation"]) == sorted(texts["train"])
+    assert len(found["validation"]) == 2 and found["test"] == ["a test"]
+    assert read("hf:set", "train", validation_source="-") == texts["train"] and asked[-1] == ("set", None)
+    assert read("hf:owner/set", "test") == ["a test"] and asked[-2:] == [("owner/set", None), ("owner", "set")]
+    del texts["train"]
+    with pytest.raises(ConfigError, match=r"hf:set has no train split, only test; choose another data set"):
+        read("hf:set", "test")
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from training.tools import quick, text
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
-from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs
+from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, round_up_length
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests
 
@@ -314,3 +314,13 @@ def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
         for complete in (huge.generate, lambda prompts, **given: list(huge.stream(*prompts, **given))):
             with pytest.raises(ConfigError, match="prompt 1: the model gives NaN for token 1, for its activations"):
                 complete(["the"], max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("length", "multiple", "expected"),
+    [(1, 1, 16), (16, 1, 16), (17, 1, 32), (128, 1, 128), (129, 1, 256), (257, 1, 384),
+     (5, 3, 48), (49, 3, 96), (16, 32, 32), (129, 3, 384), (385, 3, 768)],
+)  # fmt: skip
+def test_lengths_are_rounded_up(length: int, multiple: int, expected: int) -> None:
+    """To 16, beyond 128 to 128, and to what tensor ranks divide."""
+    assert round_up_length(length, multiple) == expected

@@ -16,7 +16,17 @@ from training.tools import text
 from bigmac_jax.config import ConfigError, ModelConfig
 from bigmac_jax.data.chat_files import ChatFiles, read_chat
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
-from bigmac_jax.interchange import Trained, bigmac, choose_format, export_model, import_model, open_checkpoint
+from bigmac_jax.interchange import (
+    Trained,
+    bigmac,
+    choose_format,
+    export_model,
+    import_model,
+    layout,
+    nemotron_h,
+    open_checkpoint,
+    qwen3_moe,
+)
 from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
@@ -355,3 +365,15 @@ def test_a_chat_template_has_whole_special_tokens_and_ends(name: str, tmp_path: 
             assert json.loads((out / file).read_text())["eos_token_id"] == expected
         again, _ = import_model(out)
     assert read_chat("", again.data.tokenizer, "data.tokenizer").ends == tuple(expected)
+
+
+def test_defaults_of_published_classes() -> None:
+    """test_transformers.py compares all of them with the classes, where these are installed."""
+    nemotron, qwen = (layout.fill_json({"vocab_size": 9}, of._DEFAULTS, {}) for of in (nemotron_h, qwen3_moe))
+    sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok")
+    assert [nemotron[name] for name in sizes] == [9, 4096, 32, 8, 2]
+    assert [qwen[name] for name in sizes] == [9, 2048, 32, 4, 8]
+    assert (nemotron["n_routed_experts"], nemotron["moe_intermediate_size"], nemotron["head_dim"]) == (8, 7688, 128)
+    assert (qwen["num_experts"], qwen["moe_intermediate_size"], qwen["num_hidden_layers"]) == (128, 768, 24)
+    assert (nemotron["max_position_embeddings"], qwen["max_position_embeddings"]) == (4096, 32768)
+    assert nemotron["norm_topk_prob"] and not qwen["norm_topk_prob"]

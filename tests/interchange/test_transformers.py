@@ -14,7 +14,7 @@ from bigmac_jax.config import DataConfig
 from bigmac_jax.data.chat_template import Chat
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
-from bigmac_jax.interchange import export_model, import_model
+from bigmac_jax.interchange import export_model, import_model, nemotron_h, qwen3_moe
 
 from .test_formats import CHATML
 from .tools import CLASSES, MODELS, config_of, our_logits, with_special_tokens
@@ -138,3 +138,17 @@ def test_a_chat_has_the_ids_of_training_and_ends_where_the_server_ends_it(speech
         bias = {(ends[1],): 1e4}
         out = model.generate(**prompt, max_new_tokens=4, do_sample=False, sequence_bias=bias)
     assert out[0, prompt["input_ids"].shape[1] :].tolist() == [ends[1]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "others"),
+    [
+        (nemotron_h, "NemotronHConfig", {"layers_block_type", "hybrid_override_pattern", "dtype"}),
+        (qwen3_moe, "Qwen3MoeConfig", {"head_dim", "rope_theta", "dtype"}),  # told otherwise, or not at all
+    ],
+)
+def test_fields_that_a_config_leaves_out_are_as_in_the_class(ours: Any, theirs: str, others: set[str]) -> None:
+    config = getattr(transformers, theirs)()
+    assert {name: getattr(config, name) for name in ours._DEFAULTS.keys() - others} == {
+        name: value for name, value in ours._DEFAULTS.items() if name not in others
+    }
