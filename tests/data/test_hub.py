@@ -71,7 +71,7 @@ def test_splits_that_a_data_set_lacks_are_held_out(tmp_path, monkeypatch):
         asked.append((path, config))
         if path == "owner/set":
             raise ValueError("no such data set")
-        return {split: SimpleNamespace(cache_files=[{"filename": str(tmp_path / f"{split}.arrow")}]) for split in texts}
+        return {name: SimpleNamespace(cache_files=[{"filename": str(tmp_path / f"{name}.arrow")}]) for name in texts}
 
     library = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
     monkeypatch.setitem(sys.modules, "datasets", library)
