@@ -21,7 +21,7 @@ from bigmac_jax.config import (
 )
 from bigmac_jax.config import names as naming
 from bigmac_jax.config.other_names import _FIELDS, _FLAGS
-from bigmac_jax.config.section import flat_values
+from bigmac_jax.config.section import FieldType, Range, flat_values
 from config.test_names import FIELDS, FLAGS, TINY, flags_of, misspelled
 
 SEED = 42
@@ -255,3 +255,18 @@ def test_nothing_is_guessed_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPat
     assert dataclasses.replace(config.execution, remat="layer").remat == "layer"
     with pytest.raises(AssertionError, match="looked"):
         dataclasses.replace(config.execution, remat="layers")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "meant"),
+    [
+        (FieldType(int), "10k", "10000"), (FieldType(int), "2.5M", "2500000"), (FieldType(int), "1b", "1000000000"),
+        (FieldType(int), "1,000", "1000"), (FieldType(int), "6/3", "2"), (FieldType(int), "1/4", ""),
+        (FieldType(float), "1/4", "0.25"), (FieldType(float), "25%", "0.25"), (FieldType(float), "1/0", ""),
+        (FieldType(float), "1 k/8", "125"), (FieldType(float), "many", ""), (FieldType(float), "0.1/3", "0.0333333"),
+        (FieldType(float, range=Range(may_be_inf=True)), "none", "inf"), (FieldType(float), "none", ""),
+        (FieldType(int, range=Range(least=0)), "off", "0"), (FieldType(int, range=Range(least=1)), "off", ""),
+    ],
+)  # fmt: skip
+def test_numbers_that_may_be_meant(field: FieldType, text: str, meant: str) -> None:
+    assert field.ask(text) == (f"; did you mean {meant}?" if meant else "")
