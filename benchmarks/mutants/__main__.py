@@ -57,6 +57,7 @@ parallel = true
 context = ${{MUTANTS_TEST-}}
 disable_warnings = no-data-collected, module-not-imported, module-not-measured
 """
+_SLOW = "ended or too slow"  # which a busy machine may be the reason of: such a test is run once more
 _checked: dict[str, bool] = {}  # tests: whether they pass alone where nothing is changed
 _lock = threading.Lock()
 
@@ -123,7 +124,8 @@ def judge(plain: pathlib.Path, mutant: Mutant, tests: list[str], measured: dict[
             failed, why = run_tests(changed, tests, measured)
             if failed is None:
                 break
-            if passes_alone(plain, failed, measured):
+            slow = why == _SLOW and run_tests(changed, [failed], measured)[0] is None
+            if not slow and passes_alone(plain, failed, measured):
                 status, record["by"], record["why"] = "killed", failed, why
                 break
             tests.remove(failed)
@@ -157,7 +159,7 @@ def run_tests(root: pathlib.Path, tests: list[str], measured: dict[str, Any]) ->
     if code == 0:
         return None, ""
     # It fails where the tests are collected, or has ended within one.
-    return (lines[-1]["test"], "ended or too slow") if lines else (tests[0], "no test begins")
+    return (lines[-1]["test"], _SLOW) if lines else (tests[0], "no test begins")
 
 
 def choose(measured: dict[str, Any], mutant: Mutant) -> list[str]:

@@ -17,13 +17,14 @@ EXCLUDED_FILES = (
     "model/kernels/*_gpu.py",  # Triton
     "interchange/hf/*",  # torch, of the extra `hf`
     "evaluation/harness.py",  # lm_eval, of the extra `lm-eval`
-    "report/*", "planning/report.py", "planning/pictures.py", "tuning/conversion/picture.py",
+    "report/*", "planning/report.py", "planning/pictures.py",
 )  # fmt: skip
-# Functions that call the kernels of TPUs and GPUs. So does what stands under `if platform() == "tpu"` and the like.
+# Functions that call the kernels of TPUs and GPUs, or draw; and so does what stands under `if platform() == "tpu"`.
 EXCLUDED_FUNCTIONS = {
     "model/kernels/grouped_matmul.py": ("_gmm", "_tgmm", "_tiling"),
     "model/kernels/paged_attention.py": ("kernel",),
     "model/kernels/flash_attention.py": ("cudnn",),
+    "tuning/conversion/converted_run.py": ("_draw",),
 }
 _SAYING = {"print", "say", "warn", "info", "warning", "error", "exception", "debug", "log", "echo", "show", "notice"}
 _TYPING = {"isinstance", "issubclass", "cast", "TypeVar", "NewType", "hasattr"}

@@ -152,7 +152,8 @@ def sum_seconds(setting: Setting, size: SharedBytes) -> float:
     replicas = here.sizes["data"]
     experts = here.all_reduce(size.experts / here.group / t, replicas, here.group * t)
     if not setting.config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
-        experts = here.all_reduce(size.experts / here.group, replicas * t, here.group if t == 1 else 1)
+        # First over them, which are neighbours, then each its part over the replicas.
+        experts += here.all_reduce(size.experts / here.group, t)
     return here.all_reduce(size.everyone, here.ranks) + here.all_reduce(size.tensor / t, here.ranks // t, t) + experts
 
 

@@ -193,9 +193,11 @@ def test_who_shares_what_tensor_splits() -> None:
     # All eight have four shares of a machine's 10; every second rank, which holds the same half, two.
     assert seconds(c, PLAIN, 8000, 0, 0) == 2 * 7 / 8 * 8000 / 40
     assert seconds(c, PLAIN, 0, 1000, 0) == 2 * 3 / 4 * (1000 / 2) / 20
-    # The tensor ranks of a group's rank hold its experts whole, or a half each.
+    # The tensor ranks of a group's rank hold its experts whole, or a half each: whole ones are summed between them, and
+    # then a half between machines.
+    assert seconds(c, PLAIN, 0, 0, 600) == 2 * 1 / 2 * (600 / 2) / 100 + 2 * 1 / 2 * (600 / 2 / 2) / 10
     one = replace(PLAIN, machine_ranks=8)
-    assert seconds(c, one, 0, 0, 600) == 2 * 3 / 4 * (600 / 2) / 100
+    assert seconds(c, one, 0, 0, 600) == pytest.approx(2 * 3 / 4 * (600 / 2) / 100)
     assert seconds(on_mesh(c, split_experts=True), one, 0, 0, 600) == 2 * 1 / 2 * (600 / 2 / 2) / 100
 
 
