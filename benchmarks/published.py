@@ -3,13 +3,12 @@
 Predicts every run of `bigmac_jax/planning/published` from its shape, machine and layout, and prints the error: tokens a
 second predicted over measured, minus one. One constant for each kind of machine, the share of its peak that products
 reach, is fitted to two thirds of the rows (--fit); a third, chosen by a hash of what the rows say, judges. --docs
-writes docs/planning-truth.md's tables, its picture and docs/results/published.*. Half a minute of one core.
+writes docs/planning-truth.md's tables, its picture and docs/results/published.md. Half a minute of one core.
 """
 
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
@@ -244,9 +243,6 @@ def write(docs: pathlib.Path, runs: Sequence[Run], searched: Sequence[dict[str, 
         figures = f"{run.measured():,.0f} | {predicted:,.0f} | {error(run):+.0%}"
         table.append(f"| {_cell(run.row)}{mark} | {run.software} | {figures} |\n")
     put(docs / "results" / "published.md", table, title=TITLE)
-    results = [{"row": run.row, "measured": run.measured(), "predicted": predict_run(run).tokens_per_s / run.devices,
-                "set_aside": run.set_aside} for run in runs]  # fmt: skip
-    (docs / "results" / "published.json").write_text(json.dumps(results, indent=0, allow_nan=False) + "\n")
     draw(docs / "images" / "planning-truth.png", runs)
 
 
