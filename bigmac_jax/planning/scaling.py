@@ -17,7 +17,7 @@ from bigmac_jax.planning.search import Candidate, axes, fastest, flags
 from bigmac_jax.planning.structures import alternatives
 
 KEEPS = 0.8  # of the fewest devices' tokens a second: a structure that keeps less has stopped scaling
-GROWN, BEND = 8, 0.02  # `_curve`
+GROWN, BEND = 48, 0.02  # `_curve`
 _MOST = 2**20  # devices
 
 
