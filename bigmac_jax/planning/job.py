@@ -178,11 +178,12 @@ TERMS = {
     "optimizer": "the optimizer's passes over memory",
     "bubble": "stages that wait",
 }
+HIDDEN = ("hidden", "hidden_sums")  # terms that others are shorter by
 
 
 def exposed(time: Mapping[str, float]) -> dict[str, float]:
     """Seconds of `Times.as_dict` by term, without what is hidden: they add up to the step."""
-    terms = {term: time.get(term, 0.0) for term in TERMS if term not in ("hidden", "hidden_sums")}
+    terms = {term: time.get(term, 0.0) for term in TERMS if term not in HIDDEN}
     terms["exchange"] -= time.get("hidden", 0.0)
     sums = terms["parameters"] + terms["gradients"]
     for term in ("parameters", "gradients"):
@@ -195,9 +196,7 @@ def predict(job: Job, hardware: Hardware) -> Times:
     products = product_seconds(job, hardware)
     attention, memory = attention_seconds(job, hardware), memory_seconds(job, hardware)
     computing = sum(products.values()) + attention + memory
-    hidden_sums = (
-        HIDDEN_SUMS[hardware.platform] * min(job.gathers + job.gradients, computing) if job.hides_sums else 0.0
-    )
+    hidden_sums = HIDDEN_SUMS[hardware.platform] * min(job.gathers + job.gradients, computing)
     peak = job.ranks * hardware.flops_per_second(job.dtype)
     causal, whole = (3 * job.tokens * job.shape.flops(job.length, causal) for causal in (True, False))
     return Times(

@@ -28,7 +28,7 @@ from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
 from bigmac_jax.planning.hardware.torus import Shape
-from bigmac_jax.planning.job import TERMS
+from bigmac_jax.planning.job import HIDDEN, TERMS
 from bigmac_jax.planning.load import EVEN, Load, read_load
 from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
@@ -291,10 +291,7 @@ def _options(config: Config, hardware: Hardware) -> list[dict[str, Any]]:
     """The options that the training step is compiled with there; `why` of one that the config gives is ""."""
     execution = config.execution
     defaults = environment.default_options(hardware, execution.overlap_chunks > 1, execution.exchange == "ragged")
-    given = parse_options(execution.compiler_options)
-    options = {name: (value, why) for name, (value, why) in defaults.items()} | {
-        name: (value, "") for name, value in given.items()
-    }
+    options = defaults | {name: (value, "") for name, value in parse_options(execution.compiler_options).items()}
     return [{"name": name, "value": value, "why": why} for name, (value, why) in options.items()]
 
 
@@ -302,8 +299,7 @@ def _terms(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each term of the predicted step, and what it is; those that are hidden in others are negative."""
     if "time" not in result:
         raise ConfigError("--terms needs a machine whose times are predicted; add --hardware=NAME or --topology")
-    signs = {"hidden": -1, "hidden_sums": -1}
-    seconds = {term: signs.get(term, 1) * result["time"][term] for term in TERMS}
+    seconds = {term: (-1 if term in HIDDEN else 1) * result["time"][term] for term in TERMS}
     total = result["time"]["total"]
     return [
         {"term": term, "what": what, "seconds": seconds[term], "share": seconds[term] / total}
