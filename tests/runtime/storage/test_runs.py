@@ -35,9 +35,9 @@ from .conftest import entered
 # A process that is killed holds the lease for 30 s; here for 5.
 SHORT = """
 import runpy, sys
-from bigmac_jax.storage import locks
-locks.SECONDS, locks.AWAY = 5.0, 20.0
-locks.Lease.__init__.__defaults__ = (5.0, *locks.Lease.__init__.__defaults__[1:])
+from bigmac_jax.runtime import leases
+leases.SECONDS, leases.AWAY = 5.0, 20.0
+leases.Lease.__init__.__defaults__ = (5.0, *leases.Lease.__init__.__defaults__[1:])
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
