@@ -1,6 +1,7 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -165,25 +166,38 @@ def names(entry: Entry) -> tuple[str, ...]:
 
 
 def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_first: bool = False) -> P:
-    """Adds the axes that `spec` leaves to the largest dimension that is not split and that they divide (ZeRO-3: no two
-    ranks keep the same numbers); `spec` as it is where there is none.
+    """Adds the axes that `spec` leaves to dimensions that it does not split (ZeRO-3: no two ranks keep the same
+    numbers).
+
+    All stand on the largest dimension that they divide. Where there is none, the largest set of them that divides one
+    does, and what is left goes on in the same way; an axis that divides no dimension keeps copies.
 
     Args:
       rows_first: on the first dimension, if they divide what it has left.
     """
     left = tuple(axis for axis in AXES if axis not in axes_of(spec))
-    parts = math.prod(sizes[axis] for axis in left)
     entries = [*spec, *[None] * (len(shape) - len(spec))]
-    free = [i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0]
-    if parts == 1:
-        return spec
-    if rows_first and shape[0] % (parts * math.prod(sizes[axis] for axis in names(entries[0]))) == 0:
-        entries[0] = (*names(entries[0]), *left)
-    elif free:
-        entries[max(free, key=lambda i: shape[i])] = left
-    else:
-        return spec
+    while math.prod(sizes[axis] for axis in left) > 1:
+        sets = [axes for size in range(len(left), 0, -1) for axes in itertools.combinations(left, size)]
+        sets.sort(key=lambda axes: -math.prod(sizes[axis] for axis in axes))  # of equals, the longer first
+        found = ((axes, _dimension(shape, entries, axes, sizes, rows_first)) for axes in sets)
+        axes, dim = next(((axes, dim) for axes, dim in found if dim is not None), ((), 0))
+        if math.prod(sizes[axis] for axis in axes) == 1:
+            break
+        entries[dim] = (*names(entries[dim]), *axes)
+        left = tuple(axis for axis in left if axis not in axes)
     return P(*entries)
+
+
+def _dimension(
+    shape: Sequence[int], entries: Sequence[Entry], axes: tuple[str, ...], sizes: Mapping[str, int], rows_first: bool
+) -> int | None:
+    """The dimension that `axes` can split."""
+    parts = math.prod(sizes[axis] for axis in axes)
+    if rows_first and shape[0] % (parts * math.prod(sizes[axis] for axis in names(entries[0]))) == 0:
+        return 0
+    free = [i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0]
+    return max(free, key=lambda i: shape[i]) if free else None
 
 
 class Crossing(NamedTuple):
@@ -260,7 +274,8 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     """A policy of `jax.checkpoint`: keeps everything but gathered parameters, which are gathered again in the backward
     pass, and wider copies.
 
-    The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered.
+    The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered. (Where `data` divides no
+    dimension of a parameter, what other axes gather of it is kept.)
     """
     if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
         return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
-from bigmac_jax.model.mesh import batch_spec, token_spec
+from bigmac_jax.model.mesh import batch_spec, fully_sharded, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.compiled_programs import compile_program
@@ -92,6 +93,41 @@ def test_a_batch_of_one_with_a_group_for_every_expert() -> None:
 
 def test_remat_and_full_sharding() -> None:
     check(tiny((2, 1, 2, 2, True, True), remat="layer", unroll_layers=2))
+
+
+SIZES = {"data": 3, "node": 1, "expert": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "own", "sizes", "expected"),
+    [
+        ((16, 12), P(None, None), SIZES, P(None, ("data", "node", "expert", "tensor"))),  # the largest that all divide
+        ((16, 8), P(None, None), SIZES, P(("node", "expert", "tensor"), None)),  # data keeps copies
+        ((9, 16), P(None, None), SIZES, P(("data", "node", "tensor"), ("expert",))),  # the larger set first
+        ((8, 16, 9), P(("node", "expert"), None, None), SIZES, P(("node", "expert"), None, ("data", "tensor"))),
+        ((8, 16, 5), P(("node", "expert"), None, None), SIZES, P(("node", "expert"), None, None)),
+        ((12, 16), P("tensor", None), SIZES | {"tensor": 2}, P("tensor", ("node", "expert"))),
+    ],
+    ids=str,
+)
+def test_parameters_are_split_as_far_as_they_divide(
+    shape: tuple[int, ...], own: P, sizes: dict[str, int], expected: P
+) -> None:
+    assert fully_sharded(shape, own, sizes) == expected
+
+
+def test_a_table_is_split_by_rows_as_far_as_they_divide() -> None:
+    """Behind tensor's part of the rows, which are 12; columns would be more."""
+    sizes = SIZES | {"tensor": 2}
+    spec = fully_sharded((12, 64), P("tensor", None), sizes, rows_first=True)
+    assert spec == P(("tensor", "data", "node", "expert"), None)
+    assert fully_sharded((10, 64), P("tensor", None), sizes, rows_first=True) == P("tensor", ("node", "expert"))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 3, 1, True, False), full((3, 1, 2, 1, True, False))], ids=name)
+def test_axes_that_do_not_divide_together(mesh: Mesh) -> None:
+    """Two axes on two dimensions, and copies on a third: 6 ranks divide neither 16 nor 9."""
+    check(tiny(mesh, batch=6, num_heads=3, head_dim=3, num_experts=6, **PAPER))
 
 
 # What a training step sends, one layer of it: (kind, axes, width) → how often, forward + backward. Width is the last
