@@ -107,7 +107,9 @@ def test_programs_in_strings_import_what_there_is() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    found = {(module, name) for text in strings for module, names in _IMPORT.findall(text) for name in names.split(", ")}
+    found = {
+        (module, name) for text in strings for module, names in _IMPORT.findall(text) for name in names.split(", ")
+    }
     assert len(found) > 5
     for module, name in found:
         assert hasattr(importlib.import_module(module), name) or _is_module(f"{module}.{name}"), (module, name)

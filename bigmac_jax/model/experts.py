@@ -16,68 +16,72 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
-from bigmac_jax.model.groups import Groups, group
+from bigmac_jax.model.groups import Groups, Sorted, group, most_local, sort
+from bigmac_jax.model.kernels import even_matmul_tpu
 from bigmac_jax.model.kernels.grouped_matmul import grouped_matmul, row_tile
 from bigmac_jax.model.layers import activate, product
 from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks
 
-Weights = dict[str, Array]  # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR
+# w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR. Where a gate is not among
+# them, it stands beside W_in in w_in_eRF and b_in_eF, which are twice as wide.
+Weights = dict[str, Array]
 # Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
 # average) stays cheap.
 BLOCK = 64
 
 
 def apply_experts(
-    config: Config, w: Weights, rows_NR: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
+    config: Config, w: Weights, rows: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
 ) -> Array:
-    """Sums each row's experts → y_NR: `grouped_mlp` with this rank's experts, or with its part of every expert, whose
-    results the ranks of `tensor` add up. Arguments as for `grouped_mlp`."""
+    """Sums each row's experts → y, as rows: `grouped_mlp` with this rank's experts, or with its part of every expert,
+    whose results the ranks of `tensor` add up. Arguments as for `grouped_mlp`."""
     if not (config.mesh.split_experts and tensor_ranks() > 1):
-        return grouped_mlp(config, w, rows_NR, gate_NK, expert_NK, share)
+        return grouped_mlp(config, w, rows, gate_NK, expert_NK, share)
     # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
-    # Rows that stand by expert, as many for each, stand like that when they are gathered.
-    e = 1 if expert_NK is not None else w["w_in_eRF"].shape[0]
-    gate_NK, expert_NK = (None if v is None else _gather_tensor(v, 1) for v in (gate_NK, expert_NK))
+    gate_NK, expert_NK = (None if v is None else _gather_tensor(v) for v in (gate_NK, expert_NK))
     if "b_out_eR" in w:  # one of them adds it
         w = w | {"b_out_eR": jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)}
-    y_NR = grouped_mlp(config, w, _gather_tensor(rows_NR, e), gate_NK, expert_NK, share * tensor_ranks())
-    y_ebR = jax.lax.psum_scatter(y_NR.reshape(e, -1, y_NR.shape[1]), TENSOR, scatter_dimension=1, tiled=True)
-    return y_ebR.reshape(rows_NR.shape)
+    y = grouped_mlp(config, w, _gather_tensor(rows), gate_NK, expert_NK, share * tensor_ranks())
+    return jax.lax.psum_scatter(y, TENSOR, scatter_dimension=y.ndim - 2, tiled=True)
 
 
-def _gather_tensor(rows_NX: Array, groups: int) -> Array:
-    """The rows of all tensor ranks, group by group."""
-    rows = rows_NX.reshape(groups, -1, rows_NX.shape[1])
-    return jax.lax.all_gather(rows, TENSOR, axis=1, tiled=True).reshape(-1, rows_NX.shape[1])
+def _gather_tensor(rows: Array) -> Array:
+    """The rows [N, …] or [S, e, C, …] of all tensor ranks."""
+    return jax.lax.all_gather(rows, TENSOR, axis=rows.ndim - 2, tiled=True)
 
 
 @jax.named_scope("experts")
 def grouped_mlp(
     config: Config,
     weights: Weights,
-    rows_NR: Array,
+    rows: Array,
     gate_NK: Array | None,
     expert_NK: Array | None,
     share: int,
 ) -> Array:
-    """Sums what each row's experts make of it → y_NR.
+    """Sums what each row's experts make of it → y, as rows.
 
     Args:
+      rows: [N, R], or [S, e, C, R], C of each of S ranks for each expert.
       gate_NK: what their outputs are multiplied by; None if that happens elsewhere.
-      expert_NK: local experts, e where a choice's expert is elsewhere; None if rows stand sorted by expert, as many
-        for each.
+      expert_NK: local experts, e where a choice's expert is elsewhere; None for rows [S, e, C, R].
       share: rows of an expert when all get as many.
     """
+    if expert_NK is None:
+        return _even_mlp(config, weights, rows)
+    rows_NR, e = rows, len(weights["w_in_eRF"])
     w = {name: value.astype(rows_NR.dtype) for name, value in weights.items()}
     gate_NK = None if gate_NK is None else gate_NK.astype(rows_NR.dtype)
-    e, R = w["w_in_eRF"].shape[:2]
     implementation = _implementation(config)
-    if expert_NK is None:
-        rows_ebR = rows_NR.reshape(e, -1, R)
-        # On GPU a plain batched product is the fastest that there is.
-        kernel = implementation == "kernel" and platform() != "gpu"
-        y_ebR = _kernel(config, w, rows_ebR, None) if kernel else _mlp(config, w, rows_ebR)
-        return y_ebR.reshape(-1, R)
+    if implementation == "kernel":
+        by_expert = sort_for_kernel(expert_NK, e)
+
+        def kernel(rows_MR: Array) -> Array:
+            filled_M1 = (jnp.arange(len(rows_MR), dtype=jnp.int32) < jnp.sum(by_expert.sizes_e)).reshape(-1, 1)
+            return _kernel(config, weights, rows_MR, by_expert.expert_M, by_expert.sizes_e, filled_M1)
+
+        # All slots that are empty stand behind the last group, where nobody reads.
+        return _through(kernel, rows_NR, gate_NK, by_expert.slot_NK, by_expert.choice_M, zeros=False)
     groups = layout(config, expert_NK, e, share)
     if implementation == "batched":
         # In float32, so that the gradients of the rounds are added up in it.
@@ -85,16 +89,19 @@ def grouped_mlp(
         y_NR = _rest(config, wide, rows_NR, gate_NK, groups)
         return y_NR + _even(config, w, rows_NR, gate_NK, groups) if groups.even_eC.size else y_NR
 
-    def mlp(rows_nbR: Array) -> Array:
-        if implementation == "kernel":
-            return _kernel(config, w, rows_nbR, groups)
-        return _mlp(config, _of_experts(weights, groups.expert_n, rows_nbR.dtype), rows_nbR)
+    w_n = _of_experts(weights, groups.expert_n, rows_NR.dtype)
+    mlp = _in_blocks(functools.partial(_mlp, config, w_n), groups.block_nb)
+    return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb.reshape(-1))
 
-    return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb)
+
+def sort_for_kernel(expert_NK: Array, experts: int) -> Sorted:
+    """Where the kernel wants the rows: sorted, in a number of slots that its row tiles divide."""
+    rows = most_local(expert_NK, experts)
+    return sort(expert_NK, experts, rows + -rows % row_tile(rows))
 
 
 def layout(config: Config, expert_NK: Array, experts: int, share: int) -> Groups:
-    """Where the implementation wants the rows; arguments as for `grouped_mlp`."""
+    """Where the other implementations want the rows; arguments as for `grouped_mlp`."""
     if _implementation(config) == "batched":
         return group(expert_NK, experts, min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8)))
     return group(expert_NK, experts, 0, BLOCK)
@@ -107,12 +114,23 @@ def _implementation(config: Config) -> str:
 
 
 def _through(
-    mlp: Callable[[Array], Array], rows_NR: Array, gate_NK: Array | None, slot_NK: Array, choice_nb: Array
+    mlp: Callable[[Array], Array],
+    rows_NR: Array,
+    gate_NK: Array | None,
+    slot_NK: Array,
+    choice_M: Array,
+    zeros: bool = True,
 ) -> Array:
-    """Rows to their slots, through `mlp`, and the outputs of each row's choices summed."""
-    choice_M, R = choice_nb.reshape(-1), rows_NR.shape[1]
-    y_MR = mlp(spread(rows_NR, slot_NK, choice_M).reshape(*choice_nb.shape, R)).reshape(-1, R)
-    return collect(y_MR, slot_NK, choice_M) if gate_NK is None else weigh(y_MR, gate_NK, slot_NK, choice_M)
+    """Rows to their slots, through `mlp`, and the outputs of each row's choices summed. `zeros`: in empty slots."""
+    y_MR = mlp(spread(rows_NR, slot_NK, choice_M, zeros))
+    if gate_NK is None:
+        return collect(y_MR, slot_NK, choice_M, zeros)
+    return weigh(y_MR, gate_NK, slot_NK, choice_M, zeros)
+
+
+def _in_blocks(mlp: Callable[[Array], Array], choice_nb: Array) -> Callable[[Array], Array]:
+    """`mlp` of blocks [n, b, R] as one of rows [n·b, R]."""
+    return lambda rows_MR: mlp(rows_MR.reshape(*choice_nb.shape, -1)).reshape(rows_MR.shape)
 
 
 def _of_experts(weights: Weights, expert_n: Array, dtype: Any) -> Weights:
@@ -127,19 +145,26 @@ def _mlp(config: Config, w: Weights, rows_nbR: Array) -> Array:
         y_nbY = product(x_nbX, w_nXY)
         return y_nbY if b_nY is None else y_nbY + b_nY[:, None]
 
-    hidden = [affine(rows_nbR, w["w_in_eRF"], w.get("b_in_eF"))]
-    if config.model.gated:
-        hidden.append(affine(rows_nbR, w["w_gate_eRF"], w.get("b_gate_eF")))
+    hidden = _hidden(config, w, lambda matrix, bias: affine(rows_nbR, w[matrix], w.get(bias)))
     # Of the F wide arrays only those before and behind the activation are kept for the backward pass.
     active_nbF = jax.checkpoint(lambda *hidden: activate(config.model, *hidden))(*hidden)
     return affine(active_nbF, w["w_out_eFR"], w.get("b_out_eR"))
+
+
+def _hidden(config: Config, w: Weights, affine: Callable[[str, str], Array]) -> list[Array]:
+    """What the activation takes: x W_in + b_in, and where the experts are gated the gate's, from names of both."""
+    hidden = affine("w_in_eRF", "b_in_eF")
+    if not config.model.gated:
+        return [hidden]
+    return [hidden, affine("w_gate_eRF", "b_gate_eF")] if "w_gate_eRF" in w else jnp.split(hidden, 2, axis=-1)
 
 
 def _even(config: Config, w: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
     """The rows in even slots: one block an expert, so that the weights stay where they are."""
     slots = groups.even_eC.size
     slot_NK = jnp.minimum(groups.slot_NK, slots)
-    return _through(lambda rows_eCR: _mlp(config, w, rows_eCR), rows_NR, gate_NK, slot_NK, groups.even_eC)
+    mlp = _in_blocks(functools.partial(_mlp, config, w), groups.even_eC)
+    return _through(mlp, rows_NR, gate_NK, slot_NK, groups.even_eC.reshape(-1))
 
 
 def _rest(config: Config, weights: Weights, rows_NR: Array, gate_NK: Array | None, groups: Groups) -> Array:
@@ -158,7 +183,8 @@ def _rest(config: Config, weights: Weights, rows_NR: Array, gate_NK: Array | Non
         slot_NK = groups.slot_NK - groups.even_eC.size
         slot_NK = jnp.where(slot_NK < i * size * b, size * b, jnp.minimum(slot_NK - first * b, size * b))
         w_s = _of_experts(weights, expert_s, rows_NR.dtype)
-        return _through(lambda rows_sbR: _mlp(config, w_s, rows_sbR), rows_NR, gate_NK, slot_NK, choice_sb)
+        mlp = _in_blocks(functools.partial(_mlp, config, w_s), choice_sb)
+        return _through(mlp, rows_NR, gate_NK, slot_NK, choice_sb.reshape(-1))
 
     def over_rounds(groups: Groups, body: Callable[[Array, Any], Any], carry: Any) -> Any:
         filled = jnp.sum(groups.sizes_e) // b
@@ -184,30 +210,65 @@ def _rest(config: Config, weights: Weights, rows_NR: Array, gate_NK: Array | Non
     return rest(weights, rows_NR, gate_NK, groups)
 
 
-def _kernel(config: Config, w: Weights, rows_nbR: Array, groups: Groups | None) -> Array:
-    """A grouped matmul of the accelerator, which computes the filled blocks alone."""
-    n, b, R = rows_nbR.shape
-    M = n * b
-    padding = -M % row_tile(M)
-    if groups is None:  # block i belongs to expert i, and all are filled
-        expert_n, sizes_e = jnp.arange(n, dtype=jnp.int32), jnp.full_like(rows_nbR, b, jnp.int32, shape=(n,))
+def _even_mlp(config: Config, weights: Weights, rows_SeCR: Array) -> Array:
+    """The MLP of rows that each rank sent as many of to each expert."""
+    S, e, C, R = rows_SeCR.shape
+    kernel, F = _implementation(config) == "kernel", weights["w_in_eRF"].shape[2]
+    if (
+        kernel
+        and platform() == "tpu"
+        and even_matmul_tpu.fits(rows_SeCR.shape, R, F, itemsize=rows_SeCR.dtype.itemsize)
+    ):
+
+        def affine(x_SeCX: Array, matrix: str, bias: str) -> Array:
+            w = weights[matrix]
+            y_SeCY = even_matmul_tpu.even_matmul(x_SeCX, w, str(w.dtype))
+            return y_SeCY if bias not in weights else y_SeCY + weights[bias].astype(y_SeCY.dtype)[:, None]
+
+        hidden = _hidden(config, weights, functools.partial(affine, rows_SeCR))
+        return affine(activate(config.model, *hidden), "w_out_eFR", "b_out_eR")
+    rows_ebR = rows_SeCR.swapaxes(0, 1).reshape(e, S * C, R)
+    # On GPU a plain batched product is the fastest that there is.
+    if kernel and platform() != "gpu":
+        y_ebR = _even_kernel(config, weights, rows_ebR.reshape(-1, R), e)
     else:
-        expert_n, sizes_e = groups.expert_n, groups.sizes_e
+        y_ebR = _mlp(config, {name: value.astype(rows_SeCR.dtype) for name, value in weights.items()}, rows_ebR)
+    return y_ebR.reshape(e, S, C, R).swapaxes(0, 1)
+
+
+def _even_kernel(config: Config, w: Weights, rows_NR: Array, experts: int) -> Array:
+    """The kernel on rows that stand by expert, as many for each."""
+    N, each = len(rows_NR), len(rows_NR) // experts
+    sizes_e = jnp.full_like(rows_NR, each, jnp.int32, shape=(experts,))
+    padding = -N % row_tile(N)
+    rows_MR = jnp.pad(rows_NR, ((0, padding), (0, 0)))
+    expert_M = jnp.minimum(jnp.arange(N + padding, dtype=jnp.int32) // each, experts - 1)
+    filled_M1 = (jnp.arange(N + padding) < N).reshape(-1, 1) if padding else None
+    return _kernel(config, w, rows_MR, expert_M, sizes_e, filled_M1)[:N]
+
+
+def _kernel(
+    config: Config, w: Weights, rows_MR: Array, expert_M: Array, sizes_e: Array, filled_M1: Array | None
+) -> Array:
+    """A grouped matmul of the accelerator, which computes the filled rows alone.
+
+    Args:
+      expert_M: the expert of each row, of those behind the last group any.
+      sizes_e: rows of each expert.
+      filled_M1: the rows that are of an expert; None where all are.
+    """
 
     def affine(x_MX: Array, matrix: str, bias: str) -> Array:
         y_MY = grouped_matmul(x_MX, w[matrix], sizes_e)
         if bias not in w:
             return y_MY
-        biased_MY = y_MY + jnp.pad(jnp.repeat(w[bias][expert_n], b, axis=0), ((0, padding), (0, 0)))
-        if groups is None and not padding:
+        biased_MY = y_MY + w[bias].astype(y_MY.dtype)[expert_M]
+        if filled_M1 is None:
             return biased_MY
         # What stands behind the last group, in the gradient too, is undefined, NaN included. No row sees another's, but
         # a bias sums over them. (A mask that the chunks of an overlap share makes XLA fuse their activations, and so
         # wait for all of them.)
-        filled_M1 = (jnp.arange(y_MY.shape[0], dtype=jnp.int32) < jnp.sum(sizes_e)).reshape(-1, 1)
         return jnp.where(filled_M1, biased_MY, 0)
 
-    rows_MR = jnp.pad(rows_nbR.reshape(M, R), ((0, padding), (0, 0)))
-    hidden_MF = affine(rows_MR, "w_in_eRF", "b_in_eF")
-    gate_MF = affine(rows_MR, "w_gate_eRF", "b_gate_eF") if config.model.gated else None
-    return affine(activate(config.model, hidden_MF, gate_MF), "w_out_eFR", "b_out_eR")[:M].reshape(n, b, R)
+    hidden = _hidden(config, w, functools.partial(affine, rows_MR))
+    return affine(activate(config.model, *hidden), "w_out_eFR", "b_out_eR")

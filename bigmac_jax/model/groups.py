@@ -32,6 +32,50 @@ class Groups:
     sizes_e: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sorted:
+    """Choices in the order of their experts, without a gap: M slots, of which those behind the last expert's are empty.
+
+    slot_NK, choice_M: a choice's slot (M: its expert is elsewhere), and which choice fills a slot (N·K: none).
+    expert_M: the expert of each slot; empty ones count as the last expert's.
+    sizes_e: slots of each expert.
+    """
+
+    slot_NK: Array
+    choice_M: Array
+    expert_M: Array
+    sizes_e: Array
+
+
+@jax.named_scope("plan")
+def sort(expert_NK: Array, experts: int, slots: int) -> Sorted:
+    """Sorts choices by expert; an expert's stand by number.
+
+    Args:
+      expert_NK: as for `group`.
+      slots: M, at least the most choices that can be local (`most_local`).
+    """
+    choices = expert_NK.size
+    sorted_NK, order_NK = sorted_by(expert_NK, experts + 1)
+    sizes_e = jnp.diff(bounds_of(sorted_NK, experts))
+    place = jnp.arange(choices, dtype=jnp.int32)
+    local = sorted_NK < experts
+    slot = jnp.zeros_like(order_NK).at[order_NK].set(jnp.where(local, place, slots), unique_indices=True)
+
+    def of_slots(v: Array, empty: int) -> Array:
+        v = jnp.where(local, v, empty)[:slots]
+        return jnp.pad(v, (0, slots - v.size), constant_values=empty)
+
+    return Sorted(slot.reshape(expert_NK.shape), of_slots(order_NK, choices), of_slots(sorted_NK, experts - 1), sizes_e)
+
+
+def most_local(expert_NK: Array, experts: int) -> int:
+    """The most choices that can be of `experts` local ones, none of which a row chooses twice."""
+    N, K = expert_NK.shape
+    return N * min(K, experts)
+
+
 @jax.named_scope("plan")
 def group(expert_NK: Array, experts: int, even: int, block: int) -> Groups:
     """Groups choices by expert, an expert's by number.
@@ -41,7 +85,7 @@ def group(expert_NK: Array, experts: int, even: int, block: int) -> Groups:
       even: C.
     """
     N, K = expert_NK.shape
-    rows = N * min(K, experts)  # the most choices that can be local
+    rows = most_local(expert_NK, experts)
     b = min(block, rows)
     # Each expert's last block may hold a single row: Σ ceil(c/b) ≤ (Σ c + e·(b - 1)) / b.
     n = (rows + experts * (b - 1)) // b

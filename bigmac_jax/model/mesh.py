@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -169,8 +170,9 @@ def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_
     """Adds the axes that `spec` leaves to dimensions that it does not split (ZeRO-3: no two ranks keep the same
     numbers).
 
-    All stand on the largest dimension that they divide. Where there is none, the largest set of them that divides one
-    does, and what is left goes on in the same way; an axis that divides no dimension keeps copies.
+    All stand on the first dimension that they divide: parts of a leading dimension are gathered where they belong,
+    those of the last have to be moved there. Where there is none, the largest set of them that divides one does, and
+    what is left goes on in the same way; an axis that divides no dimension keeps copies.
 
     Args:
       rows_first: on the first dimension, if they divide what it has left.
@@ -196,8 +198,7 @@ def _dimension(
     parts = math.prod(sizes[axis] for axis in axes)
     if rows_first and shape[0] % (parts * math.prod(sizes[axis] for axis in names(entries[0]))) == 0:
         return 0
-    free = [i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0]
-    return max(free, key=lambda i: shape[i]) if free else None
+    return next((i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0), None)
 
 
 class Crossing(NamedTuple):
@@ -214,6 +215,18 @@ class Weight(NamedTuple):
     value: Array
     crossing: Crossing
     split: tuple[str, ...] = ()  # axes that it stays split over
+
+
+def can_join(w: Weight) -> bool:
+    """Whether a parameter can stand beside one of its shape: it is cast before it is gathered, and each rank has all of
+    its last dimension."""
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    return on_mesh and w.value.dtype != w.crossing.gather and not names(spec_of(w.value)[-1])
+
+
+def join(w: Weight, other: Weight) -> Weight:
+    """Two parameters of one shape beside each other along the last dimension, to be gathered as one."""
+    return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1))
 
 
 def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:

@@ -25,6 +25,8 @@ from bigmac_jax.model.mesh import (
     EXPERT_GROUP,
     TENSOR,
     Weight,
+    can_join,
+    join,
     on_each_rank,
     rank_spec,
     replicated_spec,
@@ -84,8 +86,21 @@ class Experts(nnx.Module):
             self.b_gate_eF = declare(None, "eF", F)
 
     def weights(self, config: Config) -> dict[str, Weight]:
-        """The parameters by name, for `on_each_rank`."""
-        return {name: weight(config, value) for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        """The parameters by name, for `on_each_rank`: in the dtype that their gradients are summed in, so that kernels
+        write those in it (`grouped_matmul`), and cast where they are multiplied. A gate may be in w_in_eRF, b_in_eF."""
+        execution = config.execution
+        # The cast copy would be kept for the backward pass by the one policy that keeps casts.
+        keeps_casts = config.mesh.fsdp and execution.remat == "none"
+        wide = "float32" in (execution.dtype, execution.reduce_dtype) and not keeps_casts
+        compute = "float32" if wide else execution.dtype
+        weights = {name: weight(config, v, compute) for name, v in vars(self).items() if isinstance(v, nnx.Param)}
+        # What is cast is copied anyway, and so the gate's matrices can stand beside W_in's: the rows are read once, and
+        # their gradient comes from one product instead of a sum of two.
+        if config.model.gated and can_join(weights["w_in_eRF"]):
+            for name, gate in (("w_in_eRF", "w_gate_eRF"), ("b_in_eF", "b_gate_eF")):
+                if gate in weights:
+                    weights[name] = join(weights[name], weights.pop(gate))
+        return weights
 
 
 class MoE(nnx.Module):

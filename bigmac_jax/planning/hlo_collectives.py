@@ -63,6 +63,9 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS or not use.times:
             continue
+        stage = fusion_stage(computation)
+        if stage in ("step", "done"):  # counted where it starts
+            continue
         if _is_reduce_scatter(computation, instruction):
             kind = "reduce-scatter"
         axes, ranks = _group_axes(_replica_groups(instruction, math.prod(mesh.values())), mesh)
@@ -76,7 +79,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         elif kind == "collective-permute":
             ranks = math.prod(mesh[axis] for axis in axes)
         dtypes = tuple({shape.dtype: None for shape in operands})
-        asynchronous = use.asynchronous or instruction.opcode != kind
+        asynchronous = use.asynchronous or stage == "start" or instruction.opcode != kind
         found.append(
             Collective(
                 instruction.name, computation.name, kind, axes, ranks, dtypes, size, use.times, use.loops, asynchronous,
@@ -84,6 +87,20 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             )
         )  # fmt: skip
     return found
+
+
+def fusion_stage(computation: Computation) -> str:
+    """Which part of an asynchronous collective this is, if it is one of TPU's fusions that carry one between products:
+    start, step (of which there may be several, each beside a product), done, or ""."""
+    targets = {instruction.target for instruction in computation.instructions}
+    if computation.name.startswith("async_collective_fusion"):
+        return "step"
+    return "start" if "AsyncCollectiveStart" in targets else "done" if "AsyncCollectiveDone" in targets else ""
+
+
+def channel(computation: Computation) -> str:
+    """The channel of a computation's collective, which its start, steps and done have in common."""
+    return next((i.attributes["channel_id"] for i in computation.instructions if "channel_id" in i.attributes), "")
 
 
 def _is_reduce_scatter(computation: Computation, instruction: Instruction) -> bool:

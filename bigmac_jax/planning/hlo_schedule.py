@@ -1,6 +1,6 @@
-"""Measures how much of the layer's exchange a compiled schedule hides behind matrix products.
+"""Measures how much of its collectives a compiled schedule hides behind matrix products.
 
-Instructions of a scheduled program stand in the order in which they start. An asynchronous exchange is a start and a
+Instructions of a scheduled program stand in the order in which they start. An asynchronous collective is a start and a
 done; what stands between them runs meanwhile. On TPU instructions carry the compiler's estimate of their cycles, except
 Mosaic kernels; their time, and on GPU that of all products, follows from their FLOPs.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bigmac_jax.planning.hlo import Computation, Instruction, Module
-from bigmac_jax.planning.hlo_collectives import Collective, collectives
+from bigmac_jax.planning.hlo_collectives import Collective, channel, collectives, fusion_stage
 from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_flops
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
@@ -21,7 +21,7 @@ _KERNEL_SHARE = 0.5  # of the peak is what attention is taken to reach: softmax 
 
 
 class Exchange(NamedTuple):
-    """One run of a payload exchange; times are in seconds."""
+    """One run of a collective; times are in seconds."""
 
     collective: Collective
     seconds: float  # on the wire
@@ -88,13 +88,18 @@ class Rates(NamedTuple):
 
 
 def overlap(
-    module: Module, mesh: Mapping[str, int], exchange_seconds: Callable[[Collective], float], rates: Rates
+    module: Module,
+    mesh: Mapping[str, int],
+    exchange_seconds: Callable[[Collective], float],
+    rates: Rates,
+    chosen: Callable[[Collective], bool] = lambda collective: collective.role == "payload",
 ) -> Overlap:
-    """Finds for each payload exchange which matrix products run while it is on the wire.
+    """Finds for each chosen collective which matrix products run while it is on the wire.
 
     Args:
       mesh: as for `collectives`.
       exchange_seconds: seconds of one run of a collective with the wire to itself.
+      chosen: by default the layer's exchanges.
 
     Raises:
       ValueError: the module is not scheduled.
@@ -103,12 +108,12 @@ def overlap(
         raise ValueError("the program must be scheduled (is_scheduled=true); pass the as_text() of a compiled program")
     inside: dict[str, dict[str, Collective]] = {}
     for collective in collectives(module, mesh):
-        if collective.role == "payload":
+        if chosen(collective):
             inside.setdefault(collective.computation, {})[collective.name] = collective
     costs = _Costs(module, rates)
     exchanges, possible = list[Exchange](), 0.0
     for name, use in module.uses.items():
-        if use.asynchronous:  # its exchange is the instruction that starts it
+        if use.asynchronous or use.fused:  # its exchange is the instruction that starts it
             continue
         computation = module.computations[name]
         found = {
@@ -172,23 +177,35 @@ class _Costs:
         return sum(self.flops(computation, instruction) for instruction in computation.instructions)
 
 
+def parameter_collective(collective: Collective) -> bool:
+    """Whether it gathers parameters or sums gradients: what is neither the exchange's nor of `tensor`'s ranks."""
+    return collective.role == "other" and collective.kind != "collective-permute" and collective.axes != ("tensor",)
+
+
 def _started_exchanges(
     instruction: Instruction, here: Mapping[str, Collective], inside: Mapping[str, Mapping[str, Collective]]
 ) -> list[Collective]:
-    """The payload collectives that an instruction is or, as an async-start does, wraps."""
+    """The collectives that an instruction is or, as an async-start or a fusion does, wraps."""
     if instruction.name in here:
         return [here[instruction.name]]
-    if instruction.opcode.endswith("-start"):
+    if instruction.opcode.endswith("-start") or instruction.opcode == "fusion":
         return [collective for name in instruction.calls for collective in inside.get(name, {}).values()]
     return []
 
 
-def _find_ends(computation: Computation) -> dict[int, int]:
+def _find_ends(module: Module, computation: Computation) -> dict[int, int]:
     """Position of each start → position of what waits for it."""
     starts: dict[str, int] = {}
     ends = {}
     for position, instruction in enumerate(computation.instructions):
-        if instruction.opcode.endswith("-start"):
+        if instruction.opcode == "fusion":
+            fused = module.computations[instruction.calls[0]]
+            stage = fusion_stage(fused)
+            if stage == "start":
+                starts[channel(fused)] = position
+            elif stage == "done" and channel(fused) in starts:
+                ends[starts[channel(fused)]] = position
+        elif instruction.opcode.endswith("-start"):
             starts[instruction.name] = position
         elif instruction.opcode.endswith(("-update", "-done")) and instruction.operands[0] in starts:
             starts[instruction.name] = starts[instruction.operands[0]]
@@ -203,7 +220,7 @@ def _in_flight(
     costs: _Costs,
 ) -> list[Exchange]:
     """A computation's exchanges in the order in which they end, which is that in which they take products' seconds."""
-    ends, free, exchanges = _find_ends(computation), dict[int, float](), list[Exchange]()
+    ends, free, exchanges = _find_ends(costs.module, computation), dict[int, float](), list[Exchange]()
     for start in sorted(found, key=lambda start: ends.get(start, start)):
         seconds, matmuls = exchange_seconds(found[start]), list[tuple[str, float]]()
         other = hidden = 0.0

@@ -249,6 +249,12 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
         for array in advice["largest"]:
             console.print(f"  {size(array['bytes']):>10}  {array['shape']}  {array['of']}")
     if schedule := program.get("schedule"):
+        _print_schedule(console, schedule)
+
+
+def _print_schedule(console: Console, schedule: Mapping[str, Any]) -> None:
+    """What runs beside a step's collectives."""
+    if schedule["exchange_seconds"]:
         console.print(
             f"schedule: {schedule['asynchronous_in_a_layer']} of {schedule['exchanges_in_a_layer']} payload exchanges "
             f"of the layer loop are asynchronous; {100 * schedule['hidden_share']:.1f} % of "
@@ -256,12 +262,20 @@ def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
             f"{100 * schedule['ceiling']:.1f} % ({100 * schedule['reached_of_ceiling']:.0f} % of what can be); "
             f"beside {100 * schedule['busy_seconds'] / schedule['exchange_seconds']:.0f} % the chip does something"
         )
+    parameters = schedule["parameters"]
+    if seconds := parameters["seconds"]:
         console.print(
-            f"by the compiler's estimates a step computes {duration(schedule['work_seconds'])}, and with the "
-            f"exchange that nothing runs beside takes {duration(schedule['estimated_step_seconds'])}"
+            f"gathers of parameters and sums of gradients: {duration(seconds)}, "
+            f"{parameters['asynchronous_in_a_step']} of {parameters['collectives_in_a_step']} asynchronous; "
+            f"{100 * parameters['hidden_seconds'] / seconds:.0f} % of it is hidden behind matmuls, beside "
+            f"{100 * parameters['busy_seconds'] / seconds:.0f} % the chip does something"
         )
-        if note := schedule.get("note"):
-            console.print(note)
+    console.print(
+        f"by the compiler's estimates a step computes {duration(schedule['work_seconds'])}, and with the "
+        f"collectives that nothing runs beside takes {duration(schedule['estimated_step_seconds'])}"
+    )
+    if note := schedule.get("note"):
+        console.print(note)
 
 
 def _compare(console: Console, found: Mapping[str, Any]) -> None:

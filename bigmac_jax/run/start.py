@@ -22,6 +22,7 @@ from bigmac_jax.model.mesh import batch_spec, describe_mesh
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest, run_data
+from bigmac_jax.training.accumulation import describe_first_pass
 from bigmac_jax.training.bad_steps import restore_losses
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.dashboards import check_dashboards
@@ -197,6 +198,8 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     mesh = jax.sharding.get_mesh()
     if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
         hosts.say(describe_auto(config))
+    if line := describe_first_pass(config):
+        hosts.say(line)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
     beside = f" of adapters beside {of_model:,} of the model" if of_model else ""

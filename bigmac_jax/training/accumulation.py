@@ -47,6 +47,18 @@ def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array
     return (mean, terms._replace(aux=aux)), gradients
 
 
+def describe_first_pass(config: Config) -> str:
+    """Says what counting the loads of all parts first costs, as a share of a step's passes; "" where nothing is."""
+    if not (config.model.counts_loads_first and config.train.accumulate_steps > 1):
+        return ""
+    # A backward pass is two forward ones, and one more where layers are recomputed.
+    passes = 1 + 3 + (config.execution.remat == "layer")
+    return (
+        f"a forward pass over all {config.train.accumulate_steps} parts of the batch counts the experts' loads first, "
+        f"about {100 / passes:.0f} % of a step; model.balance_scope=part, and balance=bias or quantile, need none"
+    )
+
+
 def split_rows(batch: Batch, parts: int) -> Batch:
     """Splits each array to [M, B/M, L]. Part m takes rows m, M + m, …: whatever rank a row is on, it stays there."""
 

@@ -231,10 +231,10 @@ def toy_layer(shape: tuple[Sizes, int, int, int], exchange: Strategy) -> Any:
 
     def layer(plan: Plan, x_TR: jax.Array, gates_TK: jax.Array, a_e: jax.Array) -> jax.Array:
         rows_NR, gate_NK = exchange.dispatch(plan, x_TR, gates_TK)
-        if plan.expert_NK is None:  # as many rows for each
-            weight_NK = jnp.repeat(a_e, rows_NR.shape[0] // a_e.size).reshape(-1, 1)
-        else:
-            weight_NK = jnp.append(a_e, 0)[plan.expert_NK]
+        if plan.expert_NK is None:  # as many rows of each rank for each
+            assert gate_NK is None
+            return exchange.combine(plan, rows_NR * a_e.reshape(1, -1, 1, 1), gates_TK)
+        weight_NK = jnp.append(a_e, 0)[plan.expert_NK]
         if gate_NK is not None:
             weight_NK = weight_NK * gate_NK
         return exchange.combine(plan, rows_NR * weight_NK.sum(1, keepdims=True), gates_TK)

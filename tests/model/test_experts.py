@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax import Array
 
-from bigmac_jax.model import experts
+from bigmac_jax.model import experts, moe
 from bigmac_jax.model.kernels import grouped_matmul
 
-from .tools import PAPER, assert_close, tiny
+from .tools import PAPER, assert_close, loss_and_gradients, on_mesh, some, tiny
 
 N, E, R, F = 40, 4, 16, 24
 
@@ -49,7 +49,7 @@ def test_undefined_rows_reach_nothing(bias: bool, gated: bool, tile: int, monkey
 
     monkeypatch.setattr(experts, "grouped_matmul", in_tiles)
     monkeypatch.setattr(experts, "row_tile", lambda rows: tile)
-    monkeypatch.setattr(experts, "BLOCK", 8)
+    monkeypatch.setattr(experts, "BLOCK", 8)  # of what it is compared with
     rng = np.random.default_rng(0)
     shapes = {"w_in_eRF": (E, R, F), "w_out_eFR": (E, F, R)}
     shapes |= {"w_gate_eRF": (E, R, F)} if gated else {}
@@ -86,3 +86,44 @@ def test_rows_of_a_tile(rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -
     assert grouped_matmul._tiling(rows, 2048, 512) == (tile, 2048, 512)
     assert grouped_matmul._tiling(rows, 2048, 513) == (tile, 1024, 513)
     assert grouped_matmul._tiling(rows, 600, 4096) == (tile, 600, 1024)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "bias"), some([("kernel", True), ("batched", True), ("blocks", False)], every=3)
+)
+def test_a_gate_beside_w_in_changes_nothing(implementation: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered narrowly is cast, and so gathered as one; the numbers are those of two parameters."""
+    fields = {"gated": True, "use_bias": bias, "grouped_matmul": implementation, "gather_dtype": "bfloat16"}
+    config = tiny((2, 1, 2, 1, True, False), remat="layer", **fields)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 9))
+    joined = loss_and_gradients(config, tokens)
+    monkeypatch.setattr(moe, "can_join", lambda w: False)
+    apart = loss_and_gradients(config, tokens)
+    np.testing.assert_allclose(joined[0], apart[0], rtol=1e-6)
+    assert_close(joined[1], apart[1])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "joined"),
+    [
+        ((1, 1, 2, 1, False, False), {"gather_dtype": "bfloat16"}, True),
+        ((2, 1, 2, 1, True, False), {"dtype": "bfloat16"}, True),
+        ((1, 1, 2, 1, False, False), {}, False),  # nothing is cast, so standing beside each other would be a copy
+        ((1, 1, 2, 2, False, True), {"dtype": "bfloat16"}, False),  # tensor has parts of both
+        ((1, 1, 2, 1, False, False), {"dtype": "bfloat16", "gated": False}, False),
+    ],
+)
+def test_what_stands_beside_each_other(
+    mesh: tuple[int, int, int, int, bool, bool], fields: dict[str, Any], joined: bool
+) -> None:
+    config = tiny(mesh, **{"gated": True, "use_bias": True} | fields)
+    with on_mesh(config):
+        weights = jax.eval_shape(lambda: _values(moe.MoE(config, jax.random.key(0)).experts.weights(config)))
+    both = config.model.gated and not joined
+    assert ("w_gate_eRF" in weights, "b_gate_eF" in weights) == (both, both)
+    assert weights["w_in_eRF"].shape[2] == (2 if joined else 1) * config.model.expert_width
+    assert weights["b_in_eF"].shape[1] == (2 if joined else 1) * config.model.expert_width
+
+
+def _values(weights: dict[str, Any]) -> dict[str, Array]:
+    return {name: weight.value for name, weight in weights.items()}

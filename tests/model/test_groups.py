@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.model.experts import grouped_mlp
-from bigmac_jax.model.groups import group
+from bigmac_jax.model.groups import group, sort
 
 from .tools import QUICK, assert_close, pairwise, tiny
 
@@ -40,6 +40,27 @@ def test_groups(
     assert groups.block_nb.tolist() == block_choices
     assert groups.expert_n.tolist() == block_experts
     assert groups.sizes_e.tolist() == sizes
+
+
+def test_sort() -> None:
+    """The same choices without gaps, in seven slots and one that is left."""
+    expert_NK = np.array([[2, 0], [3, 2], [0, 3], [2, 0]], np.int32)
+    by_expert = jax.jit(lambda experts: sort(experts, 3, 8))(expert_NK)
+    assert by_expert.slot_NK.tolist() == [[3, 0], [8, 4], [1, 8], [5, 2]]
+    assert by_expert.choice_M.tolist() == [1, 4, 7, 0, 3, 6, 8, 8]
+    assert by_expert.expert_M.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
+    assert by_expert.sizes_e.tolist() == [3, 0, 3]
+
+
+def test_sort_into_fewer_slots_than_choices() -> None:
+    """One local expert, which a row chooses at most once; and more slots than choices."""
+    expert_NK = np.array([[1, 0], [0, 1], [1, 1]], np.int32)
+    by_expert = sort(jnp.asarray(expert_NK), 1, 3)
+    assert (by_expert.slot_NK.tolist(), by_expert.choice_M.tolist()) == ([[3, 0], [1, 3], [3, 3]], [1, 2, 6])
+    by_expert = sort(jnp.asarray(expert_NK), 1, 8)
+    assert by_expert.slot_NK.tolist() == [[8, 0], [1, 8], [8, 8]]
+    assert by_expert.choice_M.tolist() == [1, 2, *[6] * 6]
+    assert by_expert.expert_M.tolist() == [0] * 8
 
 
 SKEWS = ("uniform", "one", "elsewhere")

@@ -18,6 +18,7 @@ from model.tools import QUICK, assert_close, leaves, on_mesh, pairwise, random_m
 from bigmac_jax.config import Config, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch, batch_from_windows
 from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.training.accumulation import describe_first_pass
 from bigmac_jax.training.step import TrainState, make_trainer, split_model
 
 STRUCTURES: dict[str, dict[str, Any]] = {
@@ -140,3 +141,21 @@ def test_balance_by_part_is_the_mean_of_the_parts_alone(mesh: tuple[Any, ...], p
         {n: found[n] for n in ("cross_entropy", "load", "z_loss")},
         {n: whole[n] for n in ("cross_entropy", "load", "z_loss")},
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "remat", "parts", "share"),
+    [
+        ({}, "none", 4, "25 %"),
+        ({}, "layer", 4, "20 %"),
+        ({}, "none", 1, ""),
+        ({"balance": "bias"}, "none", 4, ""),
+        ({"balance_scope": "part"}, "none", 4, ""),
+        ({"structure": "dense"}, "none", 4, ""),
+    ],
+    ids=str,
+)
+def test_a_pass_that_counts_loads_is_named(model: dict[str, Any], remat: str, parts: int, share: str) -> None:
+    config = dataclasses.replace(tiny(remat=remat, **model), train=TrainConfig(accumulate_steps=parts))
+    line = describe_first_pass(config)
+    assert share in line if share else line == ""

@@ -80,16 +80,16 @@ class AllToAll(Strategy[Slots | None]):
         if plan.routes is None:
             return x_TR, gates_TK
         S, R = self.ranks, x_TR.shape[-1]
-        rows_SPR = self.wire.swap(spread(x_TR, plan.routes.slot_TK, plan.routes.choice_M).reshape(S, -1, R))
+        # Nobody reads what comes back from an empty slot, and the gradient that goes there is zero.
+        rows_MR = spread(x_TR, plan.routes.slot_TK, plan.routes.choice_M, zeros=False)
+        rows_SPR = self.wire.swap(rows_MR.reshape(S, -1, R))
         if plan.expert_NK is None:
-            rows_SPR = rows_SPR.reshape(S, self.local_experts, -1, R).swapaxes(0, 1)
+            return rows_SPR.reshape(S, self.local_experts, -1, R), None
         return rows_SPR.reshape(-1, R), None
 
     def combine(self, plan: Plan[Slots | None], y_NR: Array, gates_TK: Array) -> Array:
         if plan.routes is None:
             return y_NR
         S, R = self.ranks, y_NR.shape[-1]
-        if plan.expert_NK is None:
-            y_NR = y_NR.reshape(self.local_experts, S, -1, R).swapaxes(0, 1)
         y_MR = self.wire.swap(y_NR.reshape(S, -1, R)).reshape(-1, R)
         return weigh(y_MR, gates_TK.astype(y_MR.dtype), plan.routes.slot_TK, plan.routes.choice_M)

@@ -2,19 +2,24 @@
 
 The transpose of a gather is a scatter-add, which is slow on every backend; but here the inverse of each movement is
 known. N rows with K places each; M slots. `slot_NK` is where row n stands the k-th time (M: nowhere), `choice_M` its
-inverse: which n·K + k fills a slot (N·K: none).
+inverse: which n·K + k fills a slot (N·K: none). Slots that nothing fills are zero, in gradients too, or with
+zeros=False anything finite: where nobody reads them, filling them would cost a pass over all slots.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from bigmac_jax.model.mesh import platform
 
 
-def take(x_NR: Array, index: Array) -> Array:
-    """Rows by index; zeros where the index is one past the end."""
-    return x_NR.at[index].get(mode="fill", fill_value=0)
+def take(x_NR: Array, index: Array, zeros: bool = True) -> Array:
+    """Rows by index; where the index is one past the end zeros, or without `zeros` the last row."""
+    return x_NR.at[index].get(mode="fill", fill_value=0) if zeros else x_NR.at[index].get(mode="clip")
 
 
 def inverse(slot_NK: Array, slots: int) -> Array:
@@ -27,61 +32,61 @@ def inverse(slot_NK: Array, slots: int) -> Array:
     )
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 @jax.named_scope("rows")
-def spread(x_NR: Array, slot_NK: Array, choice_M: Array) -> Array:
-    """rows_MR: row n in each of its slots, zeros in empty ones."""
-    return take(x_NR, choice_M // slot_NK.shape[1])
+def spread(x_NR: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
+    """rows_MR: row n in each of its slots."""
+    return take(x_NR, choice_M // slot_NK.shape[1], zeros)
 
 
-def _spread_fwd(x_NR: Array, slot_NK: Array, choice_M: Array) -> tuple[Array, Any]:
-    return spread(x_NR, slot_NK, choice_M), slot_NK
+def _spread_fwd(x_NR: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
+    return spread(x_NR, slot_NK, choice_M, zeros), slot_NK
 
 
 @jax.named_scope("rows")
-def _spread_bwd(slot_NK: Array, d_rows_MR: Array) -> tuple[Array, None, None]:
+def _spread_bwd(zeros: bool, slot_NK: Array, d_rows_MR: Array) -> tuple[Array, None, None]:
     return _sum([take(d_rows_MR, slot_N) for slot_N in slot_NK.T]), None, None
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 @jax.named_scope("rows")
-def collect(rows_MR: Array, slot_NK: Array, choice_M: Array) -> Array:
+def collect(rows_MR: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
     """y_NR = Σ_k rows at slot_NK, zeros for nowhere: the transpose of `spread`."""
     return _sum([take(rows_MR, slot_N) for slot_N in slot_NK.T])
 
 
-def _collect_fwd(rows_MR: Array, slot_NK: Array, choice_M: Array) -> tuple[Array, Any]:
-    return collect(rows_MR, slot_NK, choice_M), (slot_NK, choice_M)
+def _collect_fwd(rows_MR: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
+    return collect(rows_MR, slot_NK, choice_M, zeros), (slot_NK, choice_M)
 
 
 @jax.named_scope("rows")
-def _collect_bwd(saved: Any, dy_NR: Array) -> tuple[Array, None, None]:
+def _collect_bwd(zeros: bool, saved: Any, dy_NR: Array) -> tuple[Array, None, None]:
     slot_NK, choice_M = saved
-    return take(dy_NR, choice_M // slot_NK.shape[1]), None, None
+    return take(dy_NR, choice_M // slot_NK.shape[1], zeros), None, None
 
 
 collect.defvjp(_collect_fwd, _collect_bwd)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 @jax.named_scope("rows")
-def weigh(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array) -> Array:
+def weigh(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
     """y_NR = Σ_k weight_NK · rows at slot_NK."""
     return _sum([_column(w_N) * take(rows_MR, s_N) for w_N, s_N in zip(weight_NK.T, slot_NK.T, strict=True)])
 
 
-def _weigh_fwd(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array) -> tuple[Array, Any]:
-    return weigh(rows_MR, weight_NK, slot_NK, choice_M), (rows_MR, weight_NK, slot_NK, choice_M)
+def _weigh_fwd(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
+    return weigh(rows_MR, weight_NK, slot_NK, choice_M, zeros), (rows_MR, weight_NK, slot_NK, choice_M)
 
 
 @jax.named_scope("rows")
-def _weigh_bwd(saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
+def _weigh_bwd(zeros: bool, saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
     rows_MR, weight_NK, slot_NK, choice_M = saved
-    dy_MR = take(dy_NR, choice_M // slot_NK.shape[1])
-    d_rows_MR = _column(take(weight_NK.reshape(-1), choice_M)) * dy_MR
+    dy_MR = take(dy_NR, choice_M // slot_NK.shape[1], zeros=False)
+    d_rows_MR = _column(take(weight_NK.reshape(-1), choice_M, zeros)) * dy_MR  # an empty slot's weight is zero
     d_weight_M = jnp.sum(dy_MR * rows_MR, axis=-1)
     return d_rows_MR, take(d_weight_M, slot_NK), None, None
 
@@ -119,4 +124,7 @@ def _sum(parts: list[Array]) -> Array:
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total
+    if platform() != "tpu":
+        return total
+    # Row by row, as the parts are gathered: for a reader that wants columns XLA would turn over every part.
+    return with_layout_constraint(total, Layout(tuple(range(total.ndim))))

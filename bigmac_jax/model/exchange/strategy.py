@@ -39,8 +39,8 @@ class Plan(Generic[Routes]):
     """Which row goes where.
 
     routes: what the strategy's own `dispatch` and `combine` need.
-    expert_NK: the local experts of each row that arrives, e where there is none; None if the rows arrive sorted by
-      expert, as many for each.
+    expert_NK: the local experts of each row that arrives, e where there is none; None if the rows arrive as
+      [S, e, C, R], as many of each rank for each expert.
     counts_E: how many of this rank's choices fell on each expert, before any drop.
     dropped: how many choices were dropped on this rank.
     left_TK: experts of the choices that another round must send, E for those that this one did; None without rounds.

@@ -23,14 +23,17 @@ _MATRIX_TILE = 2**20
 
 
 def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
-    """Rows of group i times matrix i; rows behind the last group are undefined.
+    """Rows of group i times matrix i, in x's dtype; rows behind the last group are undefined.
+
+    The gradient of w is written in w's dtype, which may be wider than x's: what is added up next needs no pass that
+    widens it.
 
     On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
     v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`gpu_kernels`).
     """
     if platform() in ("tpu", "gpu"):
-        return _kernel(x_MX, w_eXY, sizes_e)
-    return _every_group(x_MX, w_eXY, sizes_e)
+        return _kernel(x_MX, w_eXY, sizes_e, str(w_eXY.dtype))
+    return _every_group(x_MX, w_eXY.astype(x_MX.dtype), sizes_e)
 
 
 def _every_group(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
@@ -43,19 +46,20 @@ def _every_group(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
     return functools.reduce(jnp.add, [jnp.where(group_M1 == i, x_MX @ w_XY, 0) for i, w_XY in enumerate(w_eXY)])
 
 
-@jax.custom_vjp
-def _kernel(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
-    return on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _kernel(x_MX: Array, w_eXY: Array, sizes_e: Array, gradient: str) -> Array:
+    return _kernel_fwd(x_MX, w_eXY, sizes_e, gradient)[0]
 
 
-def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array) -> tuple[Array, Any]:
-    return _kernel(x_MX, w_eXY, sizes_e), (x_MX, w_eXY, sizes_e)
+def _kernel_fwd(x_MX: Array, w_eXY: Array, sizes_e: Array, gradient: str) -> tuple[Array, Any]:
+    w_eXY = w_eXY.astype(x_MX.dtype)
+    return on_this_rank(partial(_gmm, transpose_rhs=False), x_MX, w_eXY, sizes_e), (x_MX, w_eXY, sizes_e)
 
 
-def _kernel_bwd(saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
+def _kernel_bwd(gradient: str, saved: Any, dy_MY: Array) -> tuple[Array, Array, None]:
     x_MX, w_eXY, sizes_e = saved
     dx_MX = on_this_rank(partial(_gmm, transpose_rhs=True), dy_MY, w_eXY, sizes_e)
-    return dx_MX, on_this_rank(partial(_tgmm, dtype=w_eXY.dtype), x_MX, dy_MY, sizes_e), None
+    return dx_MX, on_this_rank(partial(_tgmm, dtype=jnp.dtype(gradient)), x_MX, dy_MY, sizes_e), None
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)

@@ -1,0 +1,67 @@
+"""The TPU's products of rows that each rank sent as many of, interpreted on CPU, against einsum."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigmac_jax.model.kernels import even_matmul_tpu
+
+from .tools import assert_close
+
+
+@pytest.mark.parametrize(
+    ("S", "e", "C", "X", "Y", "dtype"),
+    [
+        (4, 2, 96, 40, 24, "float32"),  # three ranks do not divide four, so a tile has the rows of all
+        (4, 2, 80, 40, 24, "bfloat16"),
+        (2, 2, 13, 40, 24, "float32"),  # ranks one by one: their rows do not stand behind each other
+        pytest.param(2, 3, 133, 16, 300, "bfloat16", marks=pytest.mark.full),
+        (1, 2, 1040, 16, 24, "float32"),  # a rank's rows in several tiles
+        pytest.param(2, 2, 8, 4096, 200, "float32", marks=pytest.mark.full),  # columns in two tiles, the last cut off
+        pytest.param(1, 2, 16, 1100, 520, "bfloat16", marks=pytest.mark.full),  # the gradient in four
+    ],
+)
+def test_it_is_the_product_of_each_expert(S: int, e: int, C: int, X: int, Y: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((S, e, C, X), (e, X, Y), (S, e, C, Y)))
+    assert even_matmul_tpu.fits(x.shape, X, Y, itemsize=x.dtype.itemsize)
+
+    def kernel(x: jax.Array, w: jax.Array) -> jax.Array:
+        return even_matmul_tpu.even_matmul(x, w, "float32", True)
+
+    def reference(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum("SeCX,eXY->SeCY", x, w, precision="highest", preferred_element_type=jnp.float32)
+
+    def results(function: Any, x: jax.Array, w: jax.Array, dy: jax.Array) -> dict[str, jax.Array]:
+        y, pull = jax.vjp(function, x, w)
+        dx, dw = pull(dy.astype(y.dtype))
+        return {"y": y, "dx": dx, "dw": dw}
+
+    wide = [v.astype(jnp.float32) for v in (x, w, dy)]
+    # The weights' gradient is in float32 whatever the rows are, and so w is.
+    actual = results(kernel, x, wide[1], dy)
+    assert actual["dw"].dtype == jnp.float32
+    assert actual["y"].dtype == actual["dx"].dtype == x.dtype
+    expected = results(reference, *wide)
+    assert_close({"dw": actual.pop("dw")}, {"dw": expected.pop("dw")})
+    rounded = {name: v.astype(dtype).astype(jnp.float32) for name, v in expected.items()}
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    for name, v in actual.items():
+        scale = float(jnp.max(jnp.abs(rounded[name])))
+        np.testing.assert_allclose(v.astype(jnp.float32), rounded[name], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths", "itemsize", "expected"),
+    [
+        ((32, 4, 80, 2048), (2048, 1536), 2, True),
+        ((1, 4, 1000, 2048), (2048, 768), 2, False),  # no part of 1,000 rows is a multiple of sixteen
+        ((8, 4, 640, 2048), (2048, 768), 2, True),  # two tiles of 320
+        ((32, 4, 80, 2048), (2048, 16384), 2, False),
+    ],
+)
+def test_what_fits(shape: tuple[int, ...], widths: tuple[int, ...], itemsize: int, expected: bool) -> None:
+    assert even_matmul_tpu.fits(shape, *widths, itemsize=itemsize) == expected
