@@ -42,7 +42,7 @@ HF = ("torch>=2.10", "transformers>=5.8,<6")
 # MaxText asks for nothing itself; these let its training step run without Google Cloud. It needs Python 3.12 or later.
 MAXTEXT = (
     "maxtext>=0.2.5,<0.3", "absl-py", "aqtp", "array-record", "chex", "datasets", "drjax", "flax", "grain[parquet]",
-    "jax", "jaxtyping", "jinja2", "jsonlines", "ml-collections", "omegaconf", "optax", "orbax-checkpoint",
+    "jax[tpu]", "jaxtyping", "jinja2", "jsonlines", "ml-collections", "omegaconf", "optax", "orbax-checkpoint",
     "pathwaysutils", "pillow", "protobuf", "psutil", "pydantic", "qwix", "sentencepiece", "sympy", "tensorboardx",
     "tensorflow-cpu", "tiktoken", "tokamax", "transformers",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from bigmac_jax.config.section import Count, Range, Section, Size
 
 WireFormat = Literal["", "float32", "bfloat16", "float8_e4m3", "int8"]
 Remat = Literal["none", "layer", "exchange"]
-EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical")  # that take a finite buffer_factor
+EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical", "ragged")  # that take a finite buffer_factor
 # Measured (docs/exchange.md): with four experts or more on a rank it takes two or three rounds in the first hundreds
 # of steps, and one from then on.
 AUTO_BUFFER_FACTOR = 1.5

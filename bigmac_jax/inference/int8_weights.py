@@ -35,7 +35,7 @@ def quantize(declaration: Declaration, w: Array) -> Int8:
     scales, and in a square one an output.
     """
     X, Y = w.shape[-2:]
-    axis = -1 if declaration.rows_first or X < Y else -2
+    axis = -1 if declaration.table or X < Y else -2
     w = w.astype(jnp.float32)
     scale = jnp.max(jnp.abs(w), axis=axis, keepdims=True) / LEVELS
     return Int8(jnp.round(w / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)

@@ -166,39 +166,35 @@ def names(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], rows_first: bool = False) -> P:
-    """Adds the axes that `spec` leaves to dimensions that it does not split (ZeRO-3: no two ranks keep the same
-    numbers).
+def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> P:
+    """Adds the axes that `spec` leaves to the dimensions of a parameter (ZeRO-3: no two ranks keep the same numbers).
 
-    All stand on the first dimension that they divide: parts of a leading dimension are gathered where they belong,
-    those of the last have to be moved there. Where there is none, the largest set of them that divides one does, and
-    what is left goes on in the same way; an axis that divides no dimension keeps copies.
-
-    Args:
-      rows_first: on the first dimension, if they divide what it has left.
+    All stand on the first dimension that they divide, behind the axes that it has: parts of a leading dimension are
+    gathered where they belong, those of the last have to be moved there. Where there is none, the largest set of them
+    that divides one does, and what is left goes on in the same way; an axis that divides no dimension keeps copies.
     """
     left = tuple(axis for axis in AXES if axis not in axes_of(spec))
     entries = [*spec, *[None] * (len(shape) - len(spec))]
-    while math.prod(sizes[axis] for axis in left) > 1:
+    while _parts(sizes, left) > 1:
         sets = [axes for size in range(len(left), 0, -1) for axes in itertools.combinations(left, size)]
-        sets.sort(key=lambda axes: -math.prod(sizes[axis] for axis in axes))  # of equals, the longer first
-        found = ((axes, _dimension(shape, entries, axes, sizes, rows_first)) for axes in sets)
-        axes, dim = next(((axes, dim) for axes, dim in found if dim is not None), ((), 0))
-        if math.prod(sizes[axis] for axis in axes) == 1:
+        sets.sort(key=lambda axes: -_parts(sizes, axes))  # of equals, the longer first
+        found = (
+            (axes, dim)
+            for axes in sets
+            for dim, entry in enumerate(entries)
+            if shape[dim] % _parts(sizes, (*names(entry), *axes)) == 0
+        )
+        axes, dim = next(found, ((), 0))
+        if _parts(sizes, axes) == 1:
             break
         entries[dim] = (*names(entries[dim]), *axes)
         left = tuple(axis for axis in left if axis not in axes)
     return P(*entries)
 
 
-def _dimension(
-    shape: Sequence[int], entries: Sequence[Entry], axes: tuple[str, ...], sizes: Mapping[str, int], rows_first: bool
-) -> int | None:
-    """The dimension that `axes` can split."""
-    parts = math.prod(sizes[axis] for axis in axes)
-    if rows_first and shape[0] % (parts * math.prod(sizes[axis] for axis in names(entries[0]))) == 0:
-        return 0
-    return next((i for i, entry in enumerate(entries) if not names(entry) and shape[i] % parts == 0), None)
+def _parts(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
+    """Ranks along these axes together."""
+    return math.prod(sizes[axis] for axis in axes)
 
 
 class Crossing(NamedTuple):

@@ -44,7 +44,7 @@ class Declaration:
       selects: starts as a choice of coordinates instead: orthonormal, of the same mean square.
       slow: trained at optimizer.projection_rate.
       exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
-      rows_first: mesh.fsdp splits the first dimension if it can (a table's rows), not the largest.
+      table: its rows are looked up, or compared with.
     """
 
     dims: str
@@ -57,12 +57,12 @@ class Declaration:
     selects: bool = False
     slow: bool = False
     exact: bool = False
-    rows_first: bool = False
+    table: bool = False
 
     @property
     def hidden_matrix(self) -> bool:
         """Whether Muon trains the parameter: it is a matrix between hidden activations, no table, router or vector."""
-        return self.decays and not (self.rows_first or self.exact)
+        return self.decays and not (self.table or self.exact)
 
     @property
     def split(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ class Declaration:
     def spec(self, shape: tuple[int, ...], fsdp: bool, sizes: Mapping[str, int]) -> P:
         """PartitionSpec of the parameter, without stacked layers, on a mesh of `sizes`."""
         own = P(*(*self.axes, *[None] * (len(shape) - len(self.axes))))
-        return fully_sharded(shape, own, sizes, self.rows_first) if fsdp and not self.small else own
+        return fully_sharded(shape, own, sizes) if fsdp and not self.small else own
 
     def crossing(self, execution: ExecutionConfig) -> Crossing:
         """Dtypes in which ranks gather it and sum its gradient."""

@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
         # that isn't multiplied, and has a parameter of its own, starts as large as that.
         std = 0.02
         own = not (m.scale_embedding or m.tie_embeddings)
-        table = Declaration("VD", "embedding", std, axes=(TENSOR, None), rows_first=True)
+        table = Declaration("VD", "embedding", std, axes=(TENSOR, None), table=True)
         embedding = dataclasses.replace(table, value=math.sqrt(D) * std) if own else table
         positions = Declaration("LD", "embedding", std, decays=False)
         self.embedding_VD = parameter(config, keys[0], (V, D), embedding)

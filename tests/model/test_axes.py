@@ -96,17 +96,21 @@ def test_remat_and_full_sharding() -> None:
 
 
 SIZES = {"data": 3, "node": 1, "expert": 2, "tensor": 1}
+GROUP = ("node", "expert")
 
 
 @pytest.mark.parametrize(
     ("shape", "own", "sizes", "expected"),
     [
-        ((16, 12), P(None, None), SIZES, P(None, ("data", "node", "expert", "tensor"))),  # the largest that all divide
-        ((16, 8), P(None, None), SIZES, P(("node", "expert", "tensor"), None)),  # data keeps copies
+        ((12, 24), P(None, None), SIZES, P(("data", *GROUP, "tensor"), None)),  # the first that all divide
+        ((16, 12), P(None, None), SIZES, P(None, ("data", *GROUP, "tensor"))),
+        ((16, 8), P(None, None), SIZES, P((*GROUP, "tensor"), None)),  # data keeps copies
         ((9, 16), P(None, None), SIZES, P(("data", "node", "tensor"), ("expert",))),  # the larger set first
-        ((8, 16, 9), P(("node", "expert"), None, None), SIZES, P(("node", "expert"), None, ("data", "tensor"))),
-        ((8, 16, 5), P(("node", "expert"), None, None), SIZES, P(("node", "expert"), None, None)),
-        ((12, 16), P("tensor", None), SIZES | {"tensor": 2}, P("tensor", ("node", "expert"))),
+        ((12, 16, 9), P(GROUP, None, None), SIZES, P((*GROUP, "data", "tensor"), None, None)),  # behind what it has
+        ((8, 16, 9), P(GROUP, None, None), SIZES, P(GROUP, None, ("data", "tensor"))),
+        ((8, 16, 5), P(GROUP, None, None), SIZES, P(GROUP, None, None)),
+        ((12, 64), P("tensor", None), SIZES | {"tensor": 2}, P(("tensor", "data", *GROUP), None)),
+        ((10, 64), P("tensor", None), SIZES | {"tensor": 2}, P("tensor", GROUP)),
     ],
     ids=str,
 )
@@ -114,14 +118,6 @@ def test_parameters_are_split_as_far_as_they_divide(
     shape: tuple[int, ...], own: P, sizes: dict[str, int], expected: P
 ) -> None:
     assert fully_sharded(shape, own, sizes) == expected
-
-
-def test_a_table_is_split_by_rows_as_far_as_they_divide() -> None:
-    """Behind tensor's part of the rows, which are 12; columns would be more."""
-    sizes = SIZES | {"tensor": 2}
-    spec = fully_sharded((12, 64), P("tensor", None), sizes, rows_first=True)
-    assert spec == P(("tensor", "data", "node", "expert"), None)
-    assert fully_sharded((10, 64), P("tensor", None), sizes, rows_first=True) == P("tensor", ("node", "expert"))
 
 
 @pytest.mark.parametrize("mesh", [(2, 1, 3, 1, True, False), full((3, 1, 2, 1, True, False))], ids=name)

@@ -35,7 +35,7 @@ from .tools import (
     tiny,
 )
 
-EXCHANGES = ("all_to_all", "dedup", "hierarchical")
+EXCHANGES = ("all_to_all", "dedup", "hierarchical", "ragged")
 # data, node, expert, tensor, fsdp, split_experts
 MESHES = ((1, 1, 2), (1, 1, 8), (2, 1, 4), (1, 2, 4), (1, 2, 2, 2), (1, 1, 4, 2, True, True), (2, 2, 2, 1, True))
 FACTORS = (1.0, 1.5)
@@ -47,6 +47,8 @@ QUICK_CASES = [
     ("all_to_all", (1, 1, 4, 2, True, True), 1.5, 2, "same experts"),
     ("dedup", (2, 1, 4), 1.0, 2, "skewed"),
     ("hierarchical", (1, 2, 2, 2), 1.0, 1, "same experts"),
+    ("ragged", (1, 2, 4), 1.0, 2, "same experts"),
+    ("ragged", (2, 1, 4), 1.5, 1, "skewed"),
 ]
 REST = sorted(set(itertools.product(EXCHANGES, MESHES, FACTORS, CHUNKS, SKEWS)) - set(QUICK_CASES))
 FIELDS = ("exchange", "mesh", "factor", "chunks", "skew")
@@ -122,15 +124,16 @@ SAME = [(4, 5)] * len(EVEN)
         pytest.param("dedup", 1.5, 2, marks=pytest.mark.full),
         ("hierarchical", 1.0, 3),  # 56 rows of each of two ranks through a hop of 52 a round
         ("hierarchical", 1.5, 2),
+        ("ragged", 1.0, 4),  # 4 × 112 rows, 112 a round
     ],
 )
 def test_rounds_are_as_many_as_rows_need(exchange: str, factor: float, expected: int) -> None:
     made = STRATEGIES[exchange](8, (2, 2), math.inf, EXPERT_GROUP, buffer_factor=factor)
     assert taken(made, EVEN * 4) == 1
     assert taken(made, SAME * 4) == made.most_rounds(len(SAME), 2) == expected
-    # A rank whose rows all go to one takes as many, and the others wait for it.
+    # A rank whose rows all go to one takes as many, and the others wait for it. Where others share the room, fewer.
     alone = taken(made, EVEN * 3 + SAME)
-    assert alone == expected if exchange != "hierarchical" else 1 < alone <= expected
+    assert alone == expected if exchange not in ("hierarchical", "ragged") else 1 < alone <= expected
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -182,8 +185,7 @@ def test_auto_is_a_number_for_what_sends_in_rounds_and_nothing_to_the_others() -
     number = AUTO_BUFFER_FACTOR
     for exchange in EXCHANGES:
         assert program(exchange=exchange, buffer_factor="auto") == program(exchange=exchange, buffer_factor=number)
-    for exchange in ("gather", "ragged"):
-        assert program(exchange=exchange, buffer_factor="auto") == program(exchange=exchange)
+    assert program(exchange="gather", buffer_factor="auto") == program(exchange="gather")
     one_rank = (2, 1, 1)
     assert program(one_rank, buffer_factor="auto") == program(one_rank)
 
@@ -195,10 +197,8 @@ def test_an_exchange_that_auto_takes_has_what_was_asked() -> None:
         config = tiny((1, 1, 4), exchange="auto", buffer_factor=factor)
         with on_mesh(config):
             asked[factor] = predict_seconds(config, math.inf, 64)
-    assert asked[1.5].keys() == set(EXCHANGES) and asked["auto"].keys() == asked[math.inf].keys() == {
-        *EXCHANGES,
-        "gather",
-    }
+    here = {*EXCHANGES} - {"ragged"}  # which is emulated on CPU
+    assert asked[1.5].keys() == here and asked["auto"].keys() == asked[math.inf].keys() == here | {"gather"}
     assert asked["auto"]["gather"] == asked[math.inf]["gather"]
     assert asked["auto"]["all_to_all"] < asked[math.inf]["all_to_all"]
 

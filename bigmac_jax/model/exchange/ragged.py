@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
-from bigmac_jax.model.exchange.strategy import Plan, Slots, Strategy, count_choices, none_dropped
+from bigmac_jax.model.exchange.strategy import FEW_ROWS, Plan, Slots, Strategy, count_choices, none_dropped, room
 from bigmac_jax.model.exchange.wire import Wire
 from bigmac_jax.model.mesh import platform
 
@@ -56,24 +56,42 @@ class Sections:
 
 @dataclass(frozen=True)
 class Ragged(Strategy[Sections | None]):
-    """One row per (token, expert), exactly; dropless. A rank has room for its worst case, S·T·min(K, e) rows."""
+    """One row per (token, expert), exactly; dropless.
+
+    A rank has room for its worst case, S·T·min(K, e) rows, or in rounds for buffer_factor·T·K of them, at least
+    FEW_ROWS of each: ranks fill it in their order, each with the rows of its first experts there.
+    """
+
+    takes_rounds = True
+
+    def room(self, tokens: int, choices: int) -> int:
+        """Rows that a rank can take."""
+        worst = self._worst(tokens, choices)
+        if not self.in_rounds:
+            return worst
+        return room(max(self.buffer_factor * tokens * choices, self.ranks * FEW_ROWS), worst)
+
+    def most_rounds(self, tokens: int, choices: int) -> int:
+        return -(-self._worst(tokens, choices) // self.room(tokens, choices)) if self.in_rounds else 1
+
+    def _worst(self, tokens: int, choices: int) -> int:
+        return self.ranks * tokens * min(choices, self.local_experts)
 
     def plan(self, experts_TK: Array) -> Plan[Sections | None]:
         if self.ranks == 1:
             return Plan(None, experts_TK, count_choices(experts_TK, self.num_experts), none_dropped(experts_TK))
         (T, K), E, S, e = experts_TK.shape, self.num_experts, self.ranks, self.local_experts
+        rows, mine = self.room(T, K), jax.lax.dynamic_index_in_dim
         sorted_N, order_N = sorted_by(experts_TK, E)
-        counts_E = jnp.diff(bounds_of(sorted_N, E))
-        positions = jnp.arange(T * K, dtype=jnp.int32)
-        slot_N = jnp.where(sorted_N < E, positions, T * K)
-        slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
+        bounds_E = bounds_of(sorted_N, E)
+        counts_E, me = jnp.diff(bounds_E), jax.lax.axis_index(self.axis)
 
-        # How many rows every rank sends to every expert tells all the offsets.
-        counts_SE = self.wire.gather_metadata(counts_E)
-        me = jax.lax.axis_index(self.axis)
-        size_SD = counts_SE.reshape(S, S, e).sum(2)  # from rank S to rank D
-        in_S, out_D = before(size_SD, 1), before(size_SD, 0)  # where a section stands at its source, and on arrival
-        mine = jax.lax.dynamic_index_in_dim
+        # How many rows every rank has for every expert tells all the offsets.
+        counts_SDe = self.wire.gather_metadata(counts_E).reshape(S, S, e)
+        section_SD = counts_SDe.sum(2)  # what rank S has for rank D
+        in_S, out_D = before(section_SD, 1), before(section_SD, 0)  # where a section stands at its source, on arrival
+        size_SD = jnp.clip(rows - out_D, 0, section_SD)  # what there is room for, which this round sends
+        out_D = jnp.minimum(out_D, rows)
         there = Offsets(
             input_offsets=mine(in_S, me, 0, False),
             send_sizes=mine(size_SD, me, 0, False),
@@ -82,13 +100,20 @@ class Ragged(Strategy[Sections | None]):
         )
         back = Offsets(mine(out_D, me, 1, False), there.recv_sizes, mine(in_S, me, 1, False), there.send_sizes)
 
-        # Rows arrive by source, each source's sorted by expert.
-        ends_Se = jnp.cumsum(mine(counts_SE.reshape(S, S, e), me, 1, False).reshape(-1))
-        rows = jnp.arange(self.room(T, K), dtype=jnp.int32)
-        section = bin_of(rows, ends_Se)
+        # A rank's rows stand sorted by expert; the first of each section are sent.
+        place_N = jnp.arange(T * K, dtype=jnp.int32)
+        last_D = jnp.append(there.input_offsets + there.send_sizes, 0)  # of expert E's, which is none, nothing
+        slot_N = jnp.where(place_N < last_D[sorted_N // e], place_N, T * K)
+        slot_TK = jnp.zeros((T * K,), jnp.int32).at[order_N].set(slot_N, unique_indices=True).reshape(T, K)
+
+        # Rows arrive by source, each source's sorted by expert, the last of them perhaps cut off.
+        arrived_Se = jnp.minimum(jnp.cumsum(mine(counts_SDe, me, 1, False), axis=1), there.recv_sizes.reshape(S, 1))
+        ends_Se = arrived_Se + before(there.recv_sizes.reshape(S, 1), 0)
+        section = bin_of(jnp.arange(rows, dtype=jnp.int32), ends_Se.reshape(-1))
         expert_N1 = jnp.where(section < S * e, section % e, e).reshape(-1, 1)
         sections = Sections(Slots(slot_TK, inverse(slot_TK, T * K)), there, back)
-        return Plan(sections, expert_N1, counts_E, none_dropped(counts_E))
+        left_TK = jnp.where(slot_TK < T * K, E, experts_TK) if self.in_rounds else None
+        return Plan(sections, expert_N1, counts_E, none_dropped(counts_E), left_TK)
 
     def dispatch(self, plan: Plan[Sections | None], x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
         if plan.routes is None:
@@ -112,10 +137,6 @@ class Ragged(Strategy[Sections | None]):
             return ragged_all_to_all(wire_MW, x_NR.shape[0], sections.back, self.axis)
 
         return self.wire.move(x_NR, sections, there, back)
-
-    def room(self, tokens: int, choices: int) -> int:
-        """Rows that a rank can take."""
-        return self.ranks * tokens * min(choices, self.local_experts)
 
 
 def before(size_SD: Array, axis: int) -> Array:
