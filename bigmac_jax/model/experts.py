@@ -81,7 +81,7 @@ def grouped_mlp(
             return _kernel(config, weights, rows_MR, by_expert.expert_M, by_expert.sizes_e, filled_M1)
 
         # All slots that are empty stand behind the last group, where nobody reads.
-        return _through(kernel, rows_NR, gate_NK, by_expert.slot_NK, by_expert.choice_M, zeros=False)
+        return _through(kernel, rows_NR, gate_NK, by_expert.slot_NK, by_expert.choice_M, zero_slots=False)
     groups = layout(config, expert_NK, e, share)
     if implementation == "batched":
         # In float32, so that the gradients of the rounds are added up in it.
@@ -119,13 +119,15 @@ def _through(
     gate_NK: Array | None,
     slot_NK: Array,
     choice_M: Array,
-    zeros: bool = True,
+    zero_slots: bool = True,
 ) -> Array:
-    """Rows to their slots, through `mlp`, and the outputs of each row's choices summed. `zeros`: in empty slots."""
-    y_MR = mlp(spread(rows_NR, slot_NK, choice_M, zeros))
+    """Rows to their slots, through `mlp`, and the outputs of each row's choices summed. `zero_slots`: as in `rows`."""
+    # A row of no expert that its sender weighs is an empty place of its buffer, or one that it did not send.
+    zero_rows = zero_slots or gate_NK is not None or slot_NK.shape[1] > 1
+    y_MR = mlp(spread(rows_NR, slot_NK, choice_M, zero_slots, zero_rows))
     if gate_NK is None:
-        return collect(y_MR, slot_NK, choice_M, zeros)
-    return weigh(y_MR, gate_NK, slot_NK, choice_M, zeros)
+        return collect(y_MR, slot_NK, choice_M, zero_slots, zero_rows)
+    return weigh(y_MR, gate_NK, slot_NK, choice_M, zero_slots)
 
 
 def _in_blocks(mlp: Callable[[Array], Array], choice_nb: Array) -> Callable[[Array], Array]:

@@ -57,7 +57,7 @@ FIELDS = ("exchange", "mesh", "factor", "chunks", "skew")
 def run(exchange: str, mesh: tuple, factor: float, chunks: int, skew: str) -> None:
     ranks, T = math.prod(mesh[:4]), 64 // chunks
     config = tiny(mesh, exchange=exchange, buffer_factor=factor, overlap_chunks=chunks, length=8 * ranks,
-                  grouped_matmul="blocks" if chunks == 1 else "batched", balance="bias", use_bias=True)  # fmt: skip
+                  grouped_matmul="kernel" if chunks == 1 else "batched", balance="bias", use_bias=True)  # fmt: skip
     bias_E = np.zeros(8, np.float32)
     for expert, value in SKEWS[skew].items():
         bias_E[expert] = value

@@ -81,7 +81,7 @@ class AllToAll(Strategy[Slots | None]):
             return x_TR, gates_TK
         S, R = self.ranks, x_TR.shape[-1]
         # Nobody reads what comes back from an empty slot, and the gradient that goes there is zero.
-        rows_MR = spread(x_TR, plan.routes.slot_TK, plan.routes.choice_M, zeros=False)
+        rows_MR = spread(x_TR, plan.routes.slot_TK, plan.routes.choice_M, zero_slots=False)
         rows_SPR = self.wire.swap(rows_MR.reshape(S, -1, R))
         if plan.expert_NK is None:
             return rows_SPR.reshape(S, self.local_experts, -1, R), None

@@ -24,12 +24,14 @@ class Offsets:
 
 
 def ragged_all_to_all(x_NW: Array, rows: int, offsets: Offsets, axis: tuple[str, ...]) -> Array:
-    """Sends x's sections to their ranks → [rows, W], zeros where nothing arrives.
+    """Sends x's sections to their ranks → [rows, W], undefined where nothing arrives, NaN included.
 
     XLA:CPU has no such collective (jax#34755): there, every rank gathers all operands and picks its sections.
     """
-    output = jnp.zeros_like(x_NW, shape=(rows, x_NW.shape[1]))
+    shape = rows, x_NW.shape[1]
     if platform() != "cpu":
+        # Zeros would take longer to write than the rows take on the wire.
+        output = jax.lax.pcast(jax.lax.empty(shape, x_NW.dtype), tuple(jax.typeof(x_NW).mat.varying), to="varying")
         sections = offsets.input_offsets, offsets.send_sizes, offsets.output_offsets, offsets.recv_sizes
         return jax.lax.ragged_all_to_all(x_NW, output, *sections, axis_name=axis)
     everyone_SNW = jax.lax.all_gather(x_NW, axis)
@@ -41,7 +43,9 @@ def ragged_all_to_all(x_NW: Array, rows: int, offsets: Offsets, axis: tuple[str,
     rank_M = jnp.argmax(inside_MS, axis=1)
     index_M = source_S[rank_M] + row.reshape(-1) - start_S[rank_M]
     picked_MW = everyone_SNW.at[rank_M, index_M].get(mode="clip")
-    return jnp.where(inside_MS.any(axis=1, keepdims=True), picked_MW, output)
+    floats = jnp.issubdtype(x_NW.dtype, jnp.floating)
+    nothing = jnp.nan if floats else jnp.iinfo(x_NW.dtype).max  # which is NaN, too, where it stands for a small float
+    return jnp.where(inside_MS.any(axis=1, keepdims=True), picked_MW, jnp.asarray(nothing, x_NW.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +123,7 @@ class Ragged(Strategy[Sections | None]):
         if plan.routes is None:
             return x_TR, gates_TK
         assert plan.expert_NK is not None
-        rows_MR = spread(x_TR, plan.routes.slots.slot_TK, plan.routes.slots.choice_M)
+        rows_MR = spread(x_TR, plan.routes.slots.slot_TK, plan.routes.slots.choice_M, zero_slots=False)
         return self._move(rows_MR, plan.routes, plan.expert_NK.size), None
 
     def combine(self, plan: Plan[Sections | None], y_NR: Array, gates_TK: Array) -> Array:
@@ -127,7 +131,8 @@ class Ragged(Strategy[Sections | None]):
             return y_NR
         back = replace(plan.routes, there=plan.routes.back, back=plan.routes.there)
         y_MR = self._move(y_NR, back, gates_TK.size)
-        return weigh(y_MR, gates_TK.astype(y_MR.dtype), plan.routes.slots.slot_TK, plan.routes.slots.choice_M)
+        slots = plan.routes.slots
+        return weigh(y_MR, gates_TK.astype(y_MR.dtype), slots.slot_TK, slots.choice_M, zero_slots=False)
 
     def _move(self, x_NR: Array, sections: Sections, rows: int) -> Array:
         def there(wire_NW: Array, sections: Sections) -> Array:

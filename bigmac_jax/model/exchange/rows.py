@@ -2,8 +2,10 @@
 
 The transpose of a gather is a scatter-add, which is slow on every backend; but here the inverse of each movement is
 known. N rows with K places each; M slots. `slot_NK` is where row n stands the k-th time (M: nowhere), `choice_M` its
-inverse: which n·K + k fills a slot (N·K: none). Slots that nothing fills are zero, in gradients too, or with
-zeros=False anything finite: where nobody reads them, filling them would cost a pass over all slots.
+inverse: which n·K + k fills a slot (N·K: none).
+
+Slots that nothing fills, and rows that stand nowhere, are zero, in gradients too. Zeros cost a pass over all slots or
+rows; where nobody reads them, zero_slots=False and, for K = 1, zero_rows=False leave anything there.
 """
 
 import functools
@@ -32,40 +34,42 @@ def inverse(slot_NK: Array, slots: int) -> Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 @jax.named_scope("rows")
-def spread(x_NR: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
+def spread(x_NR: Array, slot_NK: Array, choice_M: Array, zero_slots: bool = True, zero_rows: bool = True) -> Array:
     """rows_MR: row n in each of its slots."""
-    return take(x_NR, choice_M // slot_NK.shape[1], zeros)
+    return take(x_NR, choice_M // slot_NK.shape[1], zero_slots)
 
 
-def _spread_fwd(x_NR: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
-    return spread(x_NR, slot_NK, choice_M, zeros), slot_NK
+def _spread_fwd(x_NR: Array, slot_NK: Array, choice_M: Array, zero_slots: bool, zero_rows: bool) -> tuple[Array, Any]:
+    return spread(x_NR, slot_NK, choice_M, zero_slots, zero_rows), slot_NK
 
 
 @jax.named_scope("rows")
-def _spread_bwd(zeros: bool, slot_NK: Array, d_rows_MR: Array) -> tuple[Array, None, None]:
-    return _sum([take(d_rows_MR, slot_N) for slot_N in slot_NK.T]), None, None
+def _spread_bwd(zero_slots: bool, zero_rows: bool, slot_NK: Array, d_rows_MR: Array) -> tuple[Array, None, None]:
+    return _of_rows(d_rows_MR, slot_NK, zero_rows), None, None
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 @jax.named_scope("rows")
-def collect(rows_MR: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
-    """y_NR = Σ_k rows at slot_NK, zeros for nowhere: the transpose of `spread`."""
-    return _sum([take(rows_MR, slot_N) for slot_N in slot_NK.T])
+def collect(rows_MR: Array, slot_NK: Array, choice_M: Array, zero_slots: bool = True, zero_rows: bool = True) -> Array:
+    """y_NR = Σ_k rows at slot_NK: the transpose of `spread`."""
+    return _of_rows(rows_MR, slot_NK, zero_rows)
 
 
-def _collect_fwd(rows_MR: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
-    return collect(rows_MR, slot_NK, choice_M, zeros), (slot_NK, choice_M)
+def _collect_fwd(
+    rows_MR: Array, slot_NK: Array, choice_M: Array, zero_slots: bool, zero_rows: bool
+) -> tuple[Array, Any]:
+    return collect(rows_MR, slot_NK, choice_M, zero_slots, zero_rows), (slot_NK, choice_M)
 
 
 @jax.named_scope("rows")
-def _collect_bwd(zeros: bool, saved: Any, dy_NR: Array) -> tuple[Array, None, None]:
+def _collect_bwd(zero_slots: bool, zero_rows: bool, saved: Any, dy_NR: Array) -> tuple[Array, None, None]:
     slot_NK, choice_M = saved
-    return take(dy_NR, choice_M // slot_NK.shape[1], zeros), None, None
+    return take(dy_NR, choice_M // slot_NK.shape[1], zero_slots), None, None
 
 
 collect.defvjp(_collect_fwd, _collect_bwd)
@@ -73,20 +77,22 @@ collect.defvjp(_collect_fwd, _collect_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 @jax.named_scope("rows")
-def weigh(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zeros: bool = True) -> Array:
+def weigh(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zero_slots: bool = True) -> Array:
     """y_NR = Σ_k weight_NK · rows at slot_NK."""
     return _sum([_column(w_N) * take(rows_MR, s_N) for w_N, s_N in zip(weight_NK.T, slot_NK.T, strict=True)])
 
 
-def _weigh_fwd(rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zeros: bool) -> tuple[Array, Any]:
-    return weigh(rows_MR, weight_NK, slot_NK, choice_M, zeros), (rows_MR, weight_NK, slot_NK, choice_M)
+def _weigh_fwd(
+    rows_MR: Array, weight_NK: Array, slot_NK: Array, choice_M: Array, zero_slots: bool
+) -> tuple[Array, Any]:
+    return weigh(rows_MR, weight_NK, slot_NK, choice_M, zero_slots), (rows_MR, weight_NK, slot_NK, choice_M)
 
 
 @jax.named_scope("rows")
-def _weigh_bwd(zeros: bool, saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
+def _weigh_bwd(zero_slots: bool, saved: Any, dy_NR: Array) -> tuple[Array, Array, None, None]:
     rows_MR, weight_NK, slot_NK, choice_M = saved
     dy_MR = take(dy_NR, choice_M // slot_NK.shape[1], zeros=False)
-    d_rows_MR = _column(take(weight_NK.reshape(-1), choice_M, zeros)) * dy_MR  # an empty slot's weight is zero
+    d_rows_MR = _column(take(weight_NK.reshape(-1), choice_M, zero_slots)) * dy_MR  # an empty slot's weight is zero
     d_weight_M = jnp.sum(dy_MR * rows_MR, axis=-1)
     return d_rows_MR, take(d_weight_M, slot_NK), None, None
 
@@ -118,6 +124,12 @@ def bin_of(position: Array, ends: Array) -> Array:
 
 def _column(v_N: Array) -> Array:
     return v_N.reshape(-1, 1)
+
+
+def _of_rows(rows_MR: Array, slot_NK: Array, zero_rows: bool) -> Array:
+    """Σ_k rows at slot_NK."""
+    assert zero_rows or slot_NK.shape[1] == 1, slot_NK.shape
+    return _sum([take(rows_MR, slot_N, zero_rows) for slot_N in slot_NK.T])
 
 
 def _sum(parts: list[Array]) -> Array:

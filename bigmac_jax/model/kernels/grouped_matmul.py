@@ -37,13 +37,16 @@ def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
 
 
 def _every_group(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
-    """A product over every group, of which each row keeps that of its own; zeros behind the last group.
+    """A product over every group, of which each row keeps that of its own. As the kernels do it reads no row behind the
+    last group, and leaves NaN there.
 
     It is what `jax.lax.ragged_dot` does on CPU, without it: inside the loops of a step in parts, chunks and rounds
     XLA:CPU (jaxlib 0.10.2) computes that wrongly at times, or aborts.
     """
     group_M1 = bin_of(jnp.arange(x_MX.shape[0], dtype=jnp.int32), jnp.cumsum(sizes_e)).reshape(-1, 1)
-    return functools.reduce(jnp.add, [jnp.where(group_M1 == i, x_MX @ w_XY, 0) for i, w_XY in enumerate(w_eXY)])
+    x_MX = jnp.where(group_M1 < len(w_eXY), x_MX, 0)
+    y_MY = functools.reduce(jnp.add, [jnp.where(group_M1 == i, x_MX @ w_XY, 0) for i, w_XY in enumerate(w_eXY)])
+    return jnp.where(group_M1 < len(w_eXY), y_MY, jnp.nan)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
