@@ -117,10 +117,11 @@ def main() -> None:
                 if given.table or given.picture:
                     continue
                 print(f"compiling {row.name}, {case}", file=sys.stderr, flush=True)
-                done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(
+                    command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
                 if done.returncode:
-                    line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                    print(json.dumps({"row": row.name, "case": case, "error": line[:300]}, allow_nan=False), flush=True)
+                    print(json.dumps({"row": row.name, "case": case, "error": reason(done.stderr)}, allow_nan=False))
                     continue
             measured = measure(file, row.topology)
             found.setdefault(row.name, {})[case] = measured
@@ -144,6 +145,17 @@ def commands(row: Row, folder: pathlib.Path, maxtext_python: str) -> dict[str, l
         file = str(program_file(folder, row, name).resolve())
         found[name] = [maxtext_python, "-m", "benchmarks.peers.maxtext_program", file, *settings]
     return found
+
+
+def environment() -> dict[str, str]:
+    """Without what this process' jax has said of its own libtpu, which another environment's jax would load."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+
+
+def reason(stderr: str) -> str:
+    """The line of a traceback that names the error."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if "Error" in line and not line.startswith(" ")), lines[-1])[:300]
 
 
 def compile_ours(row: Row, file: pathlib.Path) -> None:

@@ -70,7 +70,8 @@ class Generator:
       batch_size: prompts at a time.
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
-      consume: frees the model on the way, where memory is too short for two copies; then nothing can be scored.
+      consume: frees the model on the way, where memory is too short for two copies; then nothing can be scored. What
+        mesh.fsdp has split is gathered once, not for every token.
       weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores always use
         the model as it is.
       speculate: settings of speculative decoding, for experts on several ranks; by default there are no drafts.
@@ -107,7 +108,7 @@ class Generator:
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._decoder = make_decoder(config, model, exchange, consume, weights)
+        self._decoder = make_decoder(config, model, exchange, consume, weights, gathered=consume)
         self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
         if speculate.tokens:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
@@ -57,7 +58,12 @@ class Decoder:
 
 
 def make_decoder(
-    config: Config, model: Transformer, exchange: str = "auto", consume: bool = False, weights: str = ""
+    config: Config,
+    model: Transformer,
+    exchange: str = "auto",
+    consume: bool = False,
+    weights: str = "",
+    gathered: bool = False,
 ) -> Decoder:
     """Makes the decoder of a model; it never drops tokens.
 
@@ -68,6 +74,7 @@ def make_decoder(
         used any more.
       weights: float32, bfloat16 or int8; "" keeps execution.dtype. The computation is in the same dtype, with int8 in
         execution.dtype.
+      gathered: what mesh.fsdp has split is gathered now, and kept, instead of in every step.
 
     Raises:
       ConfigError: weights of another name.
@@ -82,26 +89,36 @@ def make_decoder(
     stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
     ends.first = ends.layers = None
     one_by_one = platform() == "cpu" and not config.execution.unroll_layers
-    groups = [
-        group for stack in stacks for group in _convert(config, stack, consume, weights, depth(stack) * one_by_one)
-    ]
-    return Decoder(_convert(config, ends, consume, weights)[0], tuple(groups))
+    convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
+    groups = [group for stack in stacks for group in convert(stack, layers=depth(stack) * one_by_one)]
+    return Decoder(convert(ends)[0], tuple(groups))
 
 
-def _convert(config: Config, tree: Any, consume: bool, weights: str, layers: int = 0) -> list[Any]:
+def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered: bool, layers: int = 0) -> list[Any]:
     """The tree with weights as the decoder keeps them, once, or once for each of its stacked layers."""
     leaves, treedef = jax.tree.flatten(tree)
     declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, tree))
     converted = []
-    for w, declaration in zip(leaves, declarations, strict=True):
+    for given, declaration in zip(leaves, declarations, strict=True):
+        w = given
         if not isinstance(declaration, Declaration):
             declaration = None  # a variable that is no parameter
         dtype = declaration.crossing(config.execution).compute if declaration else str(w.dtype)
+        if declaration and gathered and config.mesh.fsdp:
+            w = _gather(w, declaration, dtype if weights != "int8" else str(w.dtype))
         converted.append(_convert_leaf(w, declaration, dtype, weights == "int8", layers))
         if consume:
             jax.block_until_ready(converted[-1])
-            w.delete()
+            given.delete()
     return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _gather(w: Array, declaration: Declaration, dtype: str) -> Array:
+    """A parameter, perhaps of stacked layers, split as it is without mesh.fsdp."""
+    layers = w.ndim - len(declaration.dims)
+    own = declaration.spec(w.shape[layers:], False, jax.sharding.get_abstract_mesh().shape)
+    return jax.sharding.reshard(w.astype(dtype), P(*[None] * layers, *own))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

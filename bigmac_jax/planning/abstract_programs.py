@@ -84,7 +84,7 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
 
     def drafter(model: Transformer) -> Decoder:
-        return make_drafter(make_decoder(config, model), Speculation(DRAFTED))
+        return make_drafter(make_decoder(config, model, gathered=True), Speculation(DRAFTED))
 
     made = make_decode_programs(placed(jax.eval_shape(drafter, model), mesh))
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
@@ -101,7 +101,7 @@ def _verify_program(config: Config, mesh: Mesh) -> Program:
 def _serving(config: Config, mesh: Mesh) -> tuple[DecodePrograms, State, int]:
     """(the programs, the state of slots for `PROMPTS` prompts of data.sequence_length, pages of a slot)."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    decoder = placed(jax.eval_shape(functools.partial(make_decoder, config), model), mesh)
+    decoder = placed(jax.eval_shape(functools.partial(make_decoder, config, gathered=True), model), mesh)
     slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
     state = jax.eval_shape(lambda: make_state(decoder, slots, slots * pages, PAGE_SIZE))
     return make_decode_programs(decoder), placed(state, mesh), pages

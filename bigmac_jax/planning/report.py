@@ -135,9 +135,12 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 def _options(rows: list[Mapping[str, Any]]) -> Table:
     table = Table("option of the compiler", "", "why", title="The training step is compiled with", title_justify="left",
                   title_style="bold", show_lines=True)  # fmt: skip
+    before = ""
     for row in rows:
         value = str(row["value"]).lower() if isinstance(row["value"], bool) else str(row["value"])
-        table.add_row(row["name"], value, row["why"] or "execution.compiler_options")
+        why = row["why"] or "execution.compiler_options"
+        table.add_row(row["name"], value, "as above" if why == before else why)
+        before = why
     return table
 
 

@@ -10,7 +10,7 @@ from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batc
 from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
 from bigmac_jax.model.attention import Rows
-from bigmac_jax.model.mesh import batch_ranks
+from bigmac_jax.model.mesh import axes_of, batch_ranks
 
 ROWS, LENGTH, PAGE = 8, 20, 4
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
@@ -104,3 +104,20 @@ def test_steps_equal_the_full_forward_pass(structure: str, mesh: str, backbone: 
 def test_every_exchange(exchange: str) -> None:
     found, expected = paged_and_full(config_of("bigmac", "node", "present"), exchange)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("weights", ["", "int8"])
+def test_what_fsdp_split_is_gathered_once(weights: str) -> None:
+    """The same numbers, on each rank those that it computes with: of experts its own, of all else all."""
+    config = tiny((2, 1, 2, 1, True, False), batch=ROWS, length=LENGTH)
+    with on_mesh(config):
+        model = random_model(config)
+        split, gathered = (
+            jax.tree_util.tree_leaves_with_path(make_decoder(config, model, weights=weights, gathered=gathered))
+            for gathered in (False, True)
+        )
+    assert any("data" in axes_of(w.sharding.spec) for _, w in split)
+    for (path, w), (_, whole) in zip(split, gathered, strict=True):
+        np.testing.assert_array_equal(w, whole)
+        matrix_of_experts = "experts" in str(path) and whole.ndim == 4
+        assert axes_of(whole.sharding.spec) - {"tensor"} == ({"node", "expert"} if matrix_of_experts else set()), path
