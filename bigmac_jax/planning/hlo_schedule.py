@@ -17,7 +17,7 @@ from bigmac_jax.planning.hlo_collectives import Collective, channel, collectives
 from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_flops
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
-_KERNEL_SHARE = 0.5  # of the peak is what attention is taken to reach: softmax stands between its products
+KERNEL_SHARE = 0.5  # of the peak is what attention is taken to reach: softmax stands between its products
 
 
 class Exchange(NamedTuple):
@@ -93,6 +93,7 @@ def overlap(
     exchange_seconds: Callable[[Collective], float],
     rates: Rates,
     chosen: Callable[[Collective], bool] = lambda collective: collective.role == "payload",
+    kernel_share: float = 1.0,
 ) -> Overlap:
     """Finds for each chosen collective which matrix products run while it is on the wire.
 
@@ -100,6 +101,7 @@ def overlap(
       mesh: as for `collectives`.
       exchange_seconds: seconds of one run of a collective with the wire to itself.
       chosen: by default the layer's exchanges.
+      kernel_share: share of the peak that kernels reach while they run beside one; at 1 none hides more than it must.
 
     Raises:
       ValueError: the module is not scheduled.
@@ -110,7 +112,7 @@ def overlap(
     for collective in collectives(module, mesh):
         if chosen(collective):
             inside.setdefault(collective.computation, {})[collective.name] = collective
-    costs = _Costs(module, rates)
+    costs = _Costs(module, rates, kernel_share)
     exchanges, possible = list[Exchange](), 0.0
     for name, use in module.uses.items():
         if use.asynchronous or use.fused:  # its exchange is the instruction that starts it
@@ -135,7 +137,7 @@ def work_seconds(module: Module, rates: Rates) -> float:
     They are the compiler's estimates, and for kernels, which have none, their FLOPs at half the peak or their bytes,
     whichever takes longer.
     """
-    costs = _Costs(module, rates, kernel_share=_KERNEL_SHARE)
+    costs = _Costs(module, rates, kernel_share=KERNEL_SHARE)
     entry = module.computations[module.entry]
     return sum(costs.seconds(entry, instruction) for instruction in entry.instructions)
 
@@ -169,7 +171,7 @@ class _Costs:
         if instruction.opcode != "custom-call" or not seconds:
             return seconds
         size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
-        share = _KERNEL_SHARE if attention_kernel(instruction) else self.kernel_share
+        share = KERNEL_SHARE if attention_kernel(instruction) else self.kernel_share
         return max(seconds / share, size / self.rates.memory_bandwidth if share < 1 else 0)
 
     def _flops_within(self, name: str) -> int:
