@@ -127,14 +127,16 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
 
 
 def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
-    """Checks values and gradients of one rank's experts: rows sorted here, or as a capacity exchange gives them.
+    """Checks values and gradients of one rank's experts: rows sorted here, or as a capacity exchange gives them, C of
+    each of S ranks for each expert.
 
     Of the dropless choices most fall on one expert, some on none that is here, and two experts get none.
     """
-    N, K, e, R, F = 192, 2, 8, 128, 256
+    S, C, K, e, R, F = 2, 32, 2, 8, 128, 256
+    N = 192 if dropless else S * e * C
     draw = np.random.default_rng(0)
     x_NR, dy_NR = (draw.standard_normal((N, R)) for _ in range(2))
-    gate_NK, expert_NK = np.ones((N, 1)), np.repeat(np.arange(e), N // e)[:, None]
+    gate_NK, expert_NK = np.ones((N, 1)), np.tile(np.repeat(np.arange(e), C), S)[:, None]
     if dropless:
         gate_NK = draw.random((N, K))
         expert_NK = np.stack([np.where(np.arange(N) % 3, 1, 3), draw.choice([0, 2, 5, 6, e], N)], 1)
@@ -153,7 +155,7 @@ def check_experts(devices: Sequence[Any], dropless: bool, dtype: str) -> str:
         def mlp(x_NR: Array, gate_NK: Array, w: dict[str, Array]) -> Array:
             if dropless:
                 return grouped_mlp(config, w, x_NR, gate_NK, expert_NK, N * K // e)
-            return grouped_mlp(config, w, x_NR, None, None, N // e)
+            return grouped_mlp(config, w, x_NR.reshape(S, e, C, R), None, None, N // e).reshape(x_NR.shape)
 
         y, pull = jax.vjp(mlp, values["x"], values["gate"], {name: values[name] for name in w})
         dx, d_gate, dw = pull(values["dy"])

@@ -355,12 +355,28 @@ def test_environment(tmp_path: pathlib.Path, given: dict[str, str], printed: str
     assert result.stdout.strip() == printed
 
 
+# Gathers of parameters beside products, and sums of gradients on the sparse cores.
+GATHERS = {
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+    "xla_enable_async_all_gather",
+}
+SUMS = {
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    "xla_tpu_enable_reduce_scatter_offload_tracing",
+}
+
+
 @pytest.mark.parametrize(
     ("platform", "kind", "expected"),
     [
         ("cpu", "cpu", set()),
         ("gpu", "NVIDIA H100 80GB HBM3", {"xla_gpu_enable_latency_hiding_scheduler"}),
-        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"}),
+        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"} | GATHERS | SUMS),
+        ("tpu", "TPU v5", {"xla_tpu_enable_async_all_to_all"} | GATHERS),
+        ("tpu", "TPU7x", {"xla_tpu_enable_async_all_to_all"}),
         ("tpu", "TPU v5 lite", set()),  # refuses it in a group of 32
     ],
 )
@@ -371,7 +387,7 @@ def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypa
     assert options.keys() == expected
     with_chunks = environment.compiler_options(device, overlap=True)
     of_chunks = {
-        "TPU v6 lite": {"xla_tpu_multi_output_fusion_limit"},
+        **dict.fromkeys(("TPU v6 lite", "TPU v5", "TPU7x"), {"xla_tpu_multi_output_fusion_limit"}),
         "NVIDIA H100 80GB HBM3": {"xla_gpu_dot_merger_threshold_mb", "xla_disable_hlo_passes"},
     }
     assert with_chunks.keys() - expected == of_chunks.get(kind, set())

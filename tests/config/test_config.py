@@ -112,7 +112,7 @@ INVALID = {  # overrides: what the line must contain
     "model.capacity_factor=0": ("model.capacity_factor=0", "above 0", "inf"),
     "execution.buffer_factor=0.9": ("execution.buffer_factor=0.9", "at least 1"),
     "execution.buffer_factor=nan": ("execution.buffer_factor=nan", "finite"),
-    "execution.buffer_factor=2 execution.exchange=ragged": ("buffer_factor=2", "exchange=ragged", "buffer_factor=auto"),
+    "execution.buffer_factor=2 execution.exchange=gather": ("buffer_factor=2", "exchange=gather", "buffer_factor=auto"),
     "execution.buffer_factor=two": ("execution.buffer_factor='two'", "type float or auto"),
     "execution.buffer_factor=": ("execution.buffer_factor=''", "type float or auto"),
     "model.z_loss_coefficient=-1": ("z_loss_coefficient=-1.0", "at least 0"),

@@ -231,7 +231,7 @@ def test_rounds_limit_the_exchanges() -> None:
     model = replace(CONFIG.model, capacity_factor=float("inf"))
     found = search(replace(CONFIG, model=model, execution=replace(CONFIG.execution, buffer_factor=1.5)), EIGHT)
     names = {c.config.execution.exchange for c in found if c.config.mesh.expert_ranks > 1}
-    assert names == {"all_to_all", "dedup", "hierarchical"}
+    assert names == {"all_to_all", "dedup", "hierarchical", "ragged"}
 
 
 def test_a_search_times_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
