@@ -387,7 +387,7 @@ def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypa
     assert options.keys() == expected
     with_chunks = environment.compiler_options(device, overlap=True)
     of_chunks = {
-        **dict.fromkeys(("TPU v6 lite", "TPU v5", "TPU7x"), {"xla_tpu_multi_output_fusion_limit"}),
+        **{name: {"xla_tpu_multi_output_fusion_limit"} for name in ("TPU v6 lite", "TPU v5", "TPU7x")},
         "NVIDIA H100 80GB HBM3": {"xla_gpu_dot_merger_threshold_mb", "xla_disable_hlo_passes"},
     }
     assert with_chunks.keys() - expected == of_chunks.get(kind, set())
