@@ -1,5 +1,6 @@
 """The flags that generate and serve share: which model, and how it decodes."""
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -19,6 +20,9 @@ _MAX_LENGTH = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Completions at a time.", 1)
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
+)
+_UNROLL = flags.DEFINE_bool(
+    "unroll_layers", False, "On TPU and GPU: no loop over the layers, whose weights it copies; takes longer to compile."
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _SPECULATE = flags.DEFINE_integer(
@@ -42,6 +46,9 @@ def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation
     cli.enter_mesh(config, fit_batch=False)
     speculate.check(config)
     config, model = restore(workdir, _STEP.value, config)
+    if _UNROLL.value:
+        execution = dataclasses.replace(config.execution, unroll_layers=config.model.num_layers)
+        config = dataclasses.replace(config, execution=execution)
     return Generator(
         config, model, _MAX_LENGTH.value, BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,
         weights=_WEIGHTS.value, speculate=speculate,

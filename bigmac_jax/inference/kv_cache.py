@@ -88,7 +88,9 @@ def make_decoder(
     ends: Any = nnx.merge(split_model(abstract)[0], *split_model(model)[1:])
     stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
     ends.first = ends.layers = None
-    one_by_one = platform() == "cpu" and not config.execution.unroll_layers
+    # A loop over stacked layers copies the weights of each out of the stack, in every step.
+    together = config.execution.unroll_layers or (config.model.num_layers if platform() == "cpu" else 1)
+    one_by_one = together >= config.model.num_layers
     convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
     groups = [group for stack in stacks for group in convert(stack, layers=depth(stack) * one_by_one)]
     return Decoder(convert(ends)[0], tuple(groups))

@@ -355,7 +355,7 @@ def test_environment(tmp_path: pathlib.Path, given: dict[str, str], printed: str
     assert result.stdout.strip() == printed
 
 
-# Gathers of parameters beside products, and sums of gradients on the sparse cores.
+# Gathers of parameters beside products; sums of gradients and ragged exchanges on the sparse cores.
 GATHERS = {
     "xla_tpu_enable_async_collective_fusion",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
@@ -363,7 +363,8 @@ GATHERS = {
     "xla_tpu_overlap_compute_collective_tc",
     "xla_enable_async_all_gather",
 }
-SUMS = {
+SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     "xla_tpu_enable_reduce_scatter_offload_tracing",
 }
@@ -374,7 +375,7 @@ SUMS = {
     [
         ("cpu", "cpu", set()),
         ("gpu", "NVIDIA H100 80GB HBM3", {"xla_gpu_enable_latency_hiding_scheduler"}),
-        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"} | GATHERS | SUMS),
+        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"} | GATHERS | SPARSE_CORES),
         ("tpu", "TPU v5", {"xla_tpu_enable_async_all_to_all"} | GATHERS),
         ("tpu", "TPU7x", {"xla_tpu_enable_async_all_to_all"}),
         ("tpu", "TPU v5 lite", set()),  # refuses it in a group of 32

@@ -11,6 +11,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
 from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.mesh import axes_of, batch_ranks
+from bigmac_jax.model.transformer import init_model
 
 ROWS, LENGTH, PAGE = 8, 20, 4
 STRUCTURES = ("dense", "vanilla", "fine_grained", "bigmac")
@@ -121,3 +122,12 @@ def test_what_fsdp_split_is_gathered_once(weights: str) -> None:
         np.testing.assert_array_equal(w, whole)
         matrix_of_experts = "experts" in str(path) and whole.ndim == 4
         assert axes_of(whole.sharding.spec) - {"tensor"} == ({"node", "expert"} if matrix_of_experts else set()), path
+
+
+@pytest.mark.parametrize(("unroll", "groups"), [(0, 2), (1, 1), (2, 2)])
+def test_layers_stand_apart_where_no_loop_goes_through_them(unroll: int, groups: int) -> None:
+    """On CPU by default, elsewhere where all are unrolled: a loop would copy each layer's weights out of the stack."""
+    config = tiny((1, 1, 1), unroll_layers=unroll)
+    with on_mesh(config):
+        decoder = jax.eval_shape(lambda: make_decoder(config, init_model(config, jax.random.key(0))))
+    assert len(decoder.groups) == groups
