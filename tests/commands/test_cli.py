@@ -6,7 +6,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -353,51 +352,6 @@ def test_environment(tmp_path: pathlib.Path, given: dict[str, str], printed: str
     command: list[Any] = [sys.executable, script, starts, environment.__file__, "a b", "--c=d"]
     result = subprocess.run(command, env=clean | given, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == printed
-
-
-# Gathers of parameters beside products; sums of gradients and ragged exchanges on the sparse cores.
-GATHERS = {
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc",
-    "xla_enable_async_all_gather",
-}
-SPARSE_CORES = {
-    "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all",
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
-    "xla_tpu_enable_reduce_scatter_offload_tracing",
-}
-
-
-@pytest.mark.parametrize(
-    ("platform", "kind", "expected"),
-    [
-        ("cpu", "cpu", set()),
-        ("gpu", "NVIDIA H100 80GB HBM3", {"xla_gpu_enable_latency_hiding_scheduler"}),
-        ("tpu", "TPU v6 lite", {"xla_tpu_enable_async_all_to_all"} | GATHERS | SPARSE_CORES),
-        ("tpu", "TPU v5", {"xla_tpu_enable_async_all_to_all"} | GATHERS),
-        ("tpu", "TPU7x", {"xla_tpu_enable_async_all_to_all"}),
-        ("tpu", "TPU v5 lite", set()),  # refuses it in a group of 32
-    ],
-)
-def test_compiler_options(platform: str, kind: str, expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    device = types.SimpleNamespace(platform=platform, device_kind=kind)
-    monkeypatch.delenv("BIGMAC_KEEP_ENV", raising=False)
-    options = environment.compiler_options(device)
-    assert options.keys() == expected
-    with_chunks = environment.compiler_options(device, overlap=True)
-    of_chunks = {
-        **{name: {"xla_tpu_multi_output_fusion_limit"} for name in ("TPU v6 lite", "TPU v5", "TPU7x")},
-        "NVIDIA H100 80GB HBM3": {"xla_gpu_dot_merger_threshold_mb", "xla_disable_hlo_passes"},
-    }
-    assert with_chunks.keys() - expected == of_chunks.get(kind, set())
-    ragged = environment.compiler_options(device, ragged=True)
-    assert expected - ragged.keys() == ({"xla_gpu_enable_latency_hiding_scheduler"} if platform == "gpu" else set())
-    if platform == "gpu":  # every build of XLA knows the GPU's options, and refuses a name that it doesn't know
-        jax.jit(lambda x: x + 1, compiler_options=with_chunks).lower(1.0).compile()
-    monkeypatch.setenv("BIGMAC_KEEP_ENV", "1")
-    assert environment.compiler_options(device) == {}
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -20,7 +20,7 @@ from .tools import assert_close
         (2, 2, 13, 40, 24, "float32"),  # ranks one by one: their rows do not stand behind each other
         pytest.param(2, 3, 133, 16, 300, "bfloat16", marks=pytest.mark.full),
         (1, 2, 1040, 16, 24, "float32"),  # a rank's rows in several tiles
-        pytest.param(2, 2, 8, 4096, 200, "float32", marks=pytest.mark.full),  # columns in two tiles, the last cut off
+        pytest.param(2, 2, 8, 8192, 200, "float32", marks=pytest.mark.full),  # columns in two tiles, the last cut off
         pytest.param(1, 2, 16, 1100, 520, "bfloat16", marks=pytest.mark.full),  # the gradient in four
     ],
 )
@@ -61,6 +61,7 @@ def test_it_is_the_product_of_each_expert(S: int, e: int, C: int, X: int, Y: int
         ((1, 4, 1000, 2048), (2048, 768), 2, False),  # no part of 1,000 rows is a multiple of sixteen
         ((8, 4, 640, 2048), (2048, 768), 2, True),  # two tiles of 320
         ((32, 4, 80, 2048), (2048, 16384), 2, False),
+        ((32, 4, 80, 512), (512, 6144), 2, True),
     ],
 )
 def test_what_fits(shape: tuple[int, ...], widths: tuple[int, ...], itemsize: int, expected: bool) -> None:

@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from bigmac_jax.planning.hardware import load_hardware
@@ -11,6 +12,19 @@ from bigmac_jax.runtime import environment
 from bigmac_jax.runtime.environment import compiler_options
 
 ASYNC = {"xla_tpu_enable_async_all_to_all": True}
+GATHERS = {  # of parameters, beside products
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+SPARSE_CORES = {  # sums of gradients, and ragged exchanges
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_reduce_scatter_offload_tracing": True,
+    "xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all": True,
+}
+V5P, V6E = ASYNC | GATHERS, ASYNC | GATHERS | SPARSE_CORES
 FUSION = {"xla_tpu_multi_output_fusion_limit": 3}
 HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
 SPLIT = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "multi_output_fusion"}
@@ -19,7 +33,9 @@ SPLIT = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "multi_
 @pytest.mark.parametrize(
     ("platform", "kinds", "always", "in_chunks", "ragged"),
     [
-        ("tpu", ("TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"), ASYNC, FUSION, ASYNC),
+        ("tpu", ("TPU v4", "TPU7x"), ASYNC, FUSION, ASYNC),
+        ("tpu", ("TPU v5", "TPU v5p"), V5P, FUSION, V5P),
+        ("tpu", ("TPU v6 lite",), V6E, FUSION, V6E),
         ("tpu", ("TPU v5 lite", "TPU v3"), {}, {}, {}),
         ("gpu", ("NVIDIA H100 80GB HBM3",), HIDING, SPLIT, {}),
         ("cpu", ("cpu",), {}, {}, {}),
@@ -35,6 +51,9 @@ def test_compiler_options(
         assert compiler_options(device, overlap=True) == always | in_chunks
         assert compiler_options(device, ragged=True) == ragged
         assert compiler_options(device, overlap=True, ragged=True) == ragged | in_chunks
+    if platform == "gpu":  # every build of XLA knows the GPU's options, and refuses a name that it doesn't know
+        options = compiler_options(device, overlap=True)
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
     given = {"xla_tpu_enable_async_all_to_all": False, "xla_other": 3}
     assert compiler_options(SimpleNamespace(platform="tpu", device_kind="TPU v4"), given=given) == given
     monkeypatch.setenv("BIGMAC_KEEP_ENV", "1")

@@ -20,18 +20,14 @@ from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
 
 # Rows of a tile: at least as many as the matrix unit is wide, or weights come in more slowly than rows pass.
 _ROWS, _MOST_ROWS = 256, 512
-# Bytes of a tile of a matrix, and of rows. Each is there twice, one being read while the other is used; a kernel has
-# 16 MiB on v5e.
-_MATRIX_BYTES, _ROWS_BYTES = 2 << 20, 2 << 20
+_BYTES = 12 << 20  # of fast memory; a kernel has 16 MiB on v5e
 _LANES = 128
 
 
-def fits(shape: tuple[int, ...], *widths: int, itemsize: int) -> bool:
-    """Whether tiles of rows [S, e, C, …], and of a matrix with each of these widths, fit into fast memory."""
+def fits(shape: tuple[int, ...], *matrix: int, itemsize: int) -> bool:
+    """Whether tiles of rows [S, e, C, …] and of matrices X × Y, both ways, fit into fast memory."""
     rows = math.prod(_tile(shape, itemsize))
-    return all(
-        0 < rows * width * itemsize <= _ROWS_BYTES and width * _LANES * itemsize <= _MATRIX_BYTES for width in widths
-    )
+    return rows > 0 and all(_columns(rows, X, itemsize) > 0 for X in matrix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -71,17 +67,19 @@ def _tile(shape: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     return (1, parts[0]) if parts else (0, 0)
 
 
-def _columns(X: int, Y: int, itemsize: int) -> int:
-    """Columns of a tile of X × Y."""
-    most = _MATRIX_BYTES // (X * itemsize) // _LANES * _LANES
-    return min(Y, most)
+def _columns(rows: int, X: int, itemsize: int) -> int:
+    """The most columns of a tile of X × Y, multiplied with a tile of rows; 0 where there is no room."""
+    # What is read and written is there twice, one tile while the other is used; the product is in float32 first.
+    fixed, of_column = 2 * rows * X * itemsize, 2 * (X + rows) * itemsize + 4 * rows
+    return max(0, (_BYTES - fixed) // of_column // _LANES * _LANES)
 
 
 def _product(x_SeCX: Array, w: Array, *, transposed: bool, interpret: bool) -> Array:
     """x times w_eXY, or times the transposed w_eYX."""
     S, e, C, X = x_SeCX.shape
     Y, size = w.shape[1 if transposed else 2], x_SeCX.dtype.itemsize
-    (d, c), y = _tile(x_SeCX.shape, size), _columns(X, Y, size)
+    d, c = _tile(x_SeCX.shape, size)
+    y = min(Y, _columns(d * c, X, size))
     matrix = (None, y, X) if transposed else (None, X, y)
     tiles, of_rank = pl.cdiv(Y, y), C // c
     return pl.pallas_call(
