@@ -1,5 +1,6 @@
 """Completes prompts and scores texts with a model. B texts of L tokens."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from bigmac_jax.inference.jobs import Job, Step
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
 from bigmac_jax.model.transformer import Transformer, check_length
+from bigmac_jax.runtime import hosts
 from bigmac_jax.training.programs import evaluate
 
 Prompt = str | tuple[int, ...]  # text, or token ids
@@ -71,7 +74,7 @@ class Generator:
       tokenizer: by default the config's.
       exchange: the strategy of the MoE layers; `auto` is the fastest by the bytes and latencies of a step.
       consume: frees the model on the way, where memory is too short for two copies; then nothing can be scored. What
-        mesh.fsdp has split is gathered once, not for every token.
+        mesh.fsdp has split is gathered once, not for every token, where it takes at most half of a device's memory.
       weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores always use
         the model as it is.
       speculate: settings of speculative decoding, for experts on several ranks; by default there are no drafts.
@@ -108,7 +111,8 @@ class Generator:
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
-        self._decoder = make_decoder(config, model, exchange, consume, weights, gathered=consume)
+        gathered = consume and _fits_gathered(config, weights)
+        self._decoder = make_decoder(config, model, exchange, consume, weights, gathered=gathered)
         self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
         if speculate.tokens:
@@ -272,3 +276,19 @@ def _check_text(name: str, text: Prompt, vocab_size: int) -> None:
 def _completion(job: Job) -> Completion:
     text = job.text
     return Completion(text.text, tuple(text.tokens), tuple(text.logprobs), text.finish_reason, len(job.prompt))
+
+
+def _fits_gathered(config: Config, weights: str) -> bool:
+    """Whether a device's weights take at most half of its memory where mesh.fsdp splits none; a line says if not."""
+    if not config.mesh.fsdp:
+        return True
+    whole = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=False))
+    numbers = parameters(whole, jax.sharding.get_mesh().shape).of_a_rank
+    size = numbers * {"float32": 4, "int8": 1}.get(weights or config.execution.dtype, 2)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if size > memory / 2:
+        hosts.say(
+            f"weights stay split over ranks (mesh.fsdp), and are gathered for every token: whole they take "
+            f"{size / 2**30:.1f} GiB of a device"
+        )
+    return size <= memory / 2

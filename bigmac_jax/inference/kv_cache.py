@@ -45,7 +45,7 @@ class Decoder:
     """A model for decoding: weights in execution.dtype or int8, its layers in stacked groups that are scanned.
 
     A group is all layers of a kind, so that compilation does not take longer the more there are. On CPU it is one
-    layer, because there a step that reads one of several stacked layers copies it first.
+    layer, and elsewhere with execution.unroll_layers, because a step that reads one of stacked layers copies it first.
     """
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange
-from bigmac_jax.model.exchange import AllToAll, Strategy
+from bigmac_jax.model.exchange import AllToAll, Ragged, Strategy
 from bigmac_jax.model.exchange.costs import Sent, cost
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.mesh import AXES, ExpertGroup, axes_of
@@ -290,6 +290,8 @@ def exchanged_bytes(config: Config, ranks: int, group: ExpertGroup) -> float:
 
 def received_rows(exchange: Strategy, tokens: int, choices: int) -> float:
     """Rows that a rank receives in one exchange, empty ones and its own included."""
+    if isinstance(exchange, Ragged) and exchange.ranks > 1:  # it sends no empty row, but has room for them
+        return exchange.room(tokens, choices)
     sent = sum(cost(exchange, tokens, choices).dispatch)
     return sent * exchange.ranks / (exchange.ranks - 1) if sent else tokens * choices
 

@@ -153,6 +153,29 @@ def _mlp(config: Config, w: Weights, rows_nbR: Array) -> Array:
     return affine(active_nbF, w["w_out_eFR"], w.get("b_out_eR"))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_of_rows(b_eY: Array, expert_M: Array, dtype: str) -> Array:
+    """The bias of each row's expert → [M, Y], in `dtype`; its gradient is summed in float32."""
+    return jnp.matmul(_one_hot(b_eY, expert_M, dtype), b_eY.astype(dtype))
+
+
+def _one_hot(b_eY: Array, expert_M: Array, dtype: str) -> Array:
+    return jax.nn.one_hot(expert_M, len(b_eY), dtype=dtype)
+
+
+def _bias_fwd(b_eY: Array, expert_M: Array, dtype: str) -> tuple[Array, Any]:
+    return bias_of_rows(b_eY, expert_M, dtype), (b_eY, expert_M)
+
+
+def _bias_bwd(dtype: str, saved: Any, dy_MY: Array) -> tuple[Array, None]:
+    b_eY, expert_M = saved
+    one_hot_Me = _one_hot(b_eY, expert_M, dtype)
+    return jnp.einsum("Me,MY->eY", one_hot_Me, dy_MY, preferred_element_type=jnp.float32).astype(b_eY.dtype), None
+
+
+bias_of_rows.defvjp(_bias_fwd, _bias_bwd)
+
+
 def _hidden(config: Config, w: Weights, affine: Callable[[str, str], Array]) -> list[Array]:
     """What the activation takes: x W_in + b_in, and where the experts are gated the gate's, from names of both."""
     hidden = affine("w_in_eRF", "b_in_eF")
@@ -264,7 +287,7 @@ def _kernel(
         y_MY = grouped_matmul(x_MX, w[matrix], sizes_e)
         if bias not in w:
             return y_MY
-        biased_MY = y_MY + w[bias].astype(y_MY.dtype)[expert_M]
+        biased_MY = y_MY + bias_of_rows(w[bias], expert_M, str(y_MY.dtype))
         if filled_M1 is None:
             return biased_MY
         # What stands behind the last group, in the gradient too, is undefined, NaN included. No row sees another's, but

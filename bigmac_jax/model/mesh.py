@@ -283,12 +283,11 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     """A policy of `jax.checkpoint`: keeps everything but gathered parameters, which are gathered again in the backward
     pass, and wider copies.
 
-    The axes that `fully_sharded` adds begin with `data`, over which nothing else is gathered. (Where `data` divides no
-    dimension of a parameter, what other axes gather of it is kept.)
+    Ranks of `tensor` gather the sequence, which is kept. What the exchange gathers is kept by its name.
     """
     if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
         return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize
-    return not (primitive.name == "all_gather" and "data" in parameters["axis_name"])
+    return not (primitive.name == "all_gather" and set(names(parameters["axis_name"])) != {TENSOR})
 
 
 def spec_of(array: Array) -> P:

@@ -52,7 +52,7 @@ def describe_first_pass(config: Config) -> str:
     if not (config.model.counts_loads_first and config.train.accumulate_steps > 1):
         return ""
     # A backward pass is two forward ones, and one more where layers are recomputed.
-    passes = 1 + 3 + (config.execution.remat == "layer")
+    passes = 1 + 3 + (config.execution.remat != "none")
     return (
         f"a forward pass over all {config.train.accumulate_steps} parts of the batch counts the experts' loads first, "
         f"about {100 / passes:.0f} % of a step; model.balance_scope=part, and balance=bias or quantile, need none"

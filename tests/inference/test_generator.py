@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.inference import Completion, Generator, Request, Sampling
 from bigmac_jax.inference.decoding import DecodePrograms, make_decode_programs, round_up_length
+from bigmac_jax.inference.generator import _fits_gathered
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.inference.requests import check_output, make_answer, open_output, read_requests
 
@@ -324,3 +326,16 @@ def test_activations_that_overflow_are_an_error(generator: Generator) -> None:
 def test_lengths_are_rounded_up(length: int, multiple: int, expected: int) -> None:
     """To 16, beyond 128 to 128, and to what tensor ranks divide."""
     assert round_up_length(length, multiple) == expected
+
+
+@pytest.mark.parametrize(("memory", "gathered"), [(None, True), (1_000, False), (10**9, True)])
+def test_a_server_gathers_what_fits(
+    memory: int | None, gathered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What mesh.fsdp has split, where it takes at most half of the memory that a device says it has."""
+    config = config_on((2, 1, 1, 1, True))
+    with on_mesh(config):
+        device = SimpleNamespace(memory_stats=lambda: memory and {"bytes_limit": memory})
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        assert _fits_gathered(config, "") == gathered
+    assert ("weights stay split" in capsys.readouterr().out) != gathered

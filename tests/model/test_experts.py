@@ -89,6 +89,35 @@ def test_rows_of_a_tile(rows: int, tile: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
+    ("itemsize", "written", "X", "Y", "tile"),
+    [
+        (2, 4, 512, 2048, (512, 2048)),  # 2 · 256 · 2,560 · 2 + 12 · 2²⁰ bytes
+        (2, 4, 128, 8192, (128, 1024)),  # rows of 8,320 numbers leave no room
+        (2, 2, 256, 4096, (256, 4096)),
+        (4, 4, 1024, 1024, (1024, 512)),
+        (2, 4, 4096, 4096, (1024, 1024)),
+    ],
+)
+def test_tiles_of_a_gradient(
+    itemsize: int, written: int, X: int, Y: int, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They fit into the 16 MiB of v5e."""
+    monkeypatch.setattr(grouped_matmul, "row_tile", lambda rows: 256)
+    assert grouped_matmul._gradient_tiling(itemsize, written, 512, X, Y) == (256, *tile)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones stops at 256."""
+    expert_M = jnp.asarray([1] * 4096 + [2] * 3, jnp.int32)
+    b_eY = jnp.asarray([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], jnp.float32)
+    y_MY, pull = jax.vjp(lambda b_eY: experts.bias_of_rows(b_eY, expert_M, "bfloat16"), b_eY)
+    assert y_MY.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_MY.astype(jnp.float32), b_eY[expert_M])
+    (d_b_eY,) = pull(jnp.ones_like(y_MY))
+    np.testing.assert_array_equal(d_b_eY, [[0, 0], [4096, 4096], [3, 3]])
+
+
+@pytest.mark.parametrize(
     ("implementation", "bias"), some([("kernel", True), ("batched", True), ("blocks", False)], every=3)
 )
 def test_a_gate_beside_w_in_changes_nothing(implementation: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,11 @@ class Ragged(Strategy[Sections | None]):
 
     takes_rounds = True
 
+    @property
+    def dropless(self) -> bool:
+        """Whatever the capacity factor is."""
+        return True
+
     def room(self, tokens: int, choices: int) -> int:
         """Rows that a rank can take."""
         worst = self._worst(tokens, choices)

@@ -25,9 +25,12 @@ _LANES = 128
 
 
 def fits(shape: tuple[int, ...], *matrix: int, itemsize: int) -> bool:
-    """Whether tiles of rows [S, e, C, …] and of matrices X × Y, both ways, fit into fast memory."""
-    rows = math.prod(_tile(shape, itemsize))
-    return rows > 0 and all(_columns(rows, X, itemsize) > 0 for X in matrix)
+    """Whether tiles of rows [S, e, C, …] and of matrices X × Y, both ways, fit into fast memory, and fill the matrix
+    unit: where the rows of several ranks do not stand behind each other there, each rank's are a product of their own.
+    """
+    rows, C = math.prod(_tile(shape, itemsize)), shape[2]
+    full = C % (32 // itemsize) == 0 or C >= _ROWS // 2
+    return full and rows > 0 and all(_columns(rows, X, itemsize) > 0 for X in matrix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -114,7 +117,8 @@ def _outer(x_SeCX: Array, dy_SeCY: Array, *, dtype: Any, interpret: bool) -> Arr
     """Σ x ⊗ dy over the rows of each expert → dw_eXY, summed in float32."""
     (S, e, C, X), Y = x_SeCX.shape, dy_SeCY.shape[-1]
     size = x_SeCX.dtype.itemsize
-    (d, c), x, y = _tile(x_SeCX.shape, size), min(X, 1024), min(Y, 512)
+    d, c = _tile(x_SeCX.shape, size)
+    x, y = _outer_tile(d * c, X, Y, size)
     of_rank = C // c
     return pl.pallas_call(
         _outer_kernel,
@@ -136,6 +140,16 @@ def _outer(x_SeCX: Array, dy_SeCY: Array, *, dtype: Any, interpret: bool) -> Arr
         ),
         interpret=interpret,
     )(x_SeCX, dy_SeCY)
+
+
+def _outer_tile(rows: int, X: int, Y: int, itemsize: int) -> tuple[int, int]:
+    """Sides of a tile of the gradient, which is summed and perhaps written in float32."""
+    y = min(Y, 512)
+    for most in (1024, 512, 256):
+        x = min(X, most)
+        if 2 * rows * (x + y) * itemsize + (2 * 4 + 4) * x * y <= _BYTES:
+            break
+    return x, y
 
 
 def _outer_kernel(x_dCX: Any, dy_dCY: Any, dw_XY: Any, sum_XY: Any) -> None:

@@ -20,6 +20,7 @@ from bigmac_jax.model.mesh import AXES, platform
 # 8.5 MiB, its buffers doubled; a kernel has 16 MiB on v5e.
 _ROW_TILE = 256
 _MATRIX_TILE = 2**20
+_GRADIENT_BYTES = 15 << 20
 
 
 def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
@@ -82,7 +83,8 @@ def _tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, dtype: Any) -> Array:
         return grouped_matmul_gpu.tgmm(x_MX, dy_MY, sizes_e, dtype=dtype)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    return tgmm(x_MX.T, dy_MY, sizes_e, preferred_element_type=dtype, tiling=_tiling)
+    tiling = partial(_gradient_tiling, x_MX.dtype.itemsize, jnp.dtype(dtype).itemsize)
+    return tgmm(x_MX.T, dy_MY, sizes_e, preferred_element_type=dtype, tiling=tiling)
 
 
 def row_tile(rows: int) -> int:
@@ -99,6 +101,16 @@ def _tiling(M: int, X: int, Y: int) -> tuple[int, int, int]:
     An expert's whole matrix is one tile where it fits: it stays in fast memory while all rows of the expert pass.
     """
     return row_tile(M), *((X, Y) if X * Y <= _MATRIX_TILE else (min(X, 1024), min(Y, 1024)))
+
+
+def _gradient_tiling(itemsize: int, written: int, M: int, X: int, Y: int) -> tuple[int, int, int]:
+    """As `_tiling`, of what is summed in float32 and written in `written` bytes."""
+    rows = row_tile(M)
+    for x, y in ((X, Y), (1024, 1024), (1024, 512), (512, 512)):
+        tile = rows, min(X, x), min(Y, y)
+        if 2 * rows * (tile[1] + tile[2]) * itemsize + (2 * written + 4) * tile[1] * tile[2] <= _GRADIENT_BYTES:
+            break
+    return tile
 
 
 def on_this_rank(kernel: Callable[..., Any], *inputs: Any) -> Any:
