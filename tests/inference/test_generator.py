@@ -295,6 +295,7 @@ def test_scores_are_those_of_the_logits(mesh: tuple[int, ...]) -> None:
 def test_what_cannot_be_scored_is_said(generator: Generator) -> None:
     with quick():
         assert generator.score([]) == []
+        assert len(generator.score(["x" * LENGTH])[0].tokens) == LENGTH  # the longest
         for texts, message in (
             ("one text", "put the one text into brackets"),
             ([PROMPTS[0], ""], "text 2 is empty"),

@@ -188,3 +188,11 @@ def _modules(model: dict[str, Any]) -> float:
         return 0.0
     hidden = model["hidden"]
     return model["mtp"] * (2 * hidden**2 + attention(model) + experts(model, model["moe"]["experts"]))
+
+
+def test_what_exchanges_nothing() -> None:
+    """Runs of dense models, and those whose ranks have all experts; all others exchange."""
+    shapes = published.load_shapes()
+    for run in published.load_runs():
+        seconds = published.exchange_seconds(run, shapes[run.model], published.machine_of(run))
+        assert (seconds == 0) == (shapes[run.model].moe is None or run.expert == 1), run

@@ -91,6 +91,8 @@ def test_points_are_those_of_the_search(devices: list[int], strong: bool) -> Non
     """4 sequences on each device; and the same 32 on all."""
     found = scale(SMALL, Scale(devices, strong), lambda n: Machine(n, H100))
     assert found["batch_size"] == ([32] * len(devices) if strong else [4 * n for n in devices])
+    length = SMALL.data.sequence_length
+    assert found["tokens_per_step"] == [batch * length for batch in found["batch_size"]]
     assert list(found["structures"]) == ["bigmac", "fine_grained", CONTROL, "vanilla", "dense"]
     for n, batch, made in zip(devices, found["batch_size"], found["structures"]["bigmac"]["points"], strict=True):
         config = replace(SMALL, mesh=MeshConfig(), data=replace(SMALL.data, batch_size=batch))
