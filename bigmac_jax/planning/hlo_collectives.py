@@ -46,7 +46,8 @@ class Collective:
     def role(self) -> str:
         """payload or metadata of the layer's exchange, or other, by named scopes; metadata may be inside payload."""
         scopes = {METADATA: "metadata", PAYLOAD: "payload"}
-        return next((role for scope, role in scopes.items() if scope in self.op_name), "other")
+        of_kind = "payload" if self.kind == "ragged-all-to-all" else "other"  # XLA:GPU gives those no name
+        return next((role for scope, role in scopes.items() if scope in self.op_name), of_kind)
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:

@@ -335,6 +335,7 @@ def test_ragged_all_to_all() -> None:
         )
         (found,) = collectives(module, MESH)
         assert (found.kind, found.buffer_bytes, found.dtypes) == ("ragged-all-to-all", 64, ("bf16",))
+        assert found.role == "payload"  # the exchange alone has them, whether or not the program says so
 
 
 @pytest.mark.parametrize(
