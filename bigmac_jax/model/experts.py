@@ -88,7 +88,6 @@ def grouped_mlp(
         wide = {name: value.astype(jnp.float32) for name, value in weights.items()}
         y_NR = _rest(config, wide, rows_NR, gate_NK, groups)
         return y_NR + _even(config, w, rows_NR, gate_NK, groups) if groups.even_eC.size else y_NR
-
     w_n = _of_experts(weights, groups.expert_n, rows_NR.dtype)
     mlp = _in_blocks(functools.partial(_mlp, config, w_n), groups.block_nb)
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb.reshape(-1))
@@ -156,7 +155,8 @@ def _mlp(config: Config, w: Weights, rows_nbR: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def bias_of_rows(b_eY: Array, expert_M: Array, dtype: str) -> Array:
     """The bias of each row's expert → [M, Y], in `dtype`; its gradient is summed in float32."""
-    return jnp.matmul(_one_hot(b_eY, expert_M, dtype), b_eY.astype(dtype))
+    # Highest: of float32 an accelerator's matrix unit takes fewer bits by default, and would round the bias.
+    return jnp.matmul(_one_hot(b_eY, expert_M, dtype), b_eY.astype(dtype), precision="highest")
 
 
 def _one_hot(b_eY: Array, expert_M: Array, dtype: str) -> Array:
@@ -170,7 +170,8 @@ def _bias_fwd(b_eY: Array, expert_M: Array, dtype: str) -> tuple[Array, Any]:
 def _bias_bwd(dtype: str, saved: Any, dy_MY: Array) -> tuple[Array, None]:
     b_eY, expert_M = saved
     one_hot_Me = _one_hot(b_eY, expert_M, dtype)
-    return jnp.einsum("Me,MY->eY", one_hot_Me, dy_MY, preferred_element_type=jnp.float32).astype(b_eY.dtype), None
+    sum_over_rows = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    return sum_over_rows("Me,MY->eY", one_hot_Me, dy_MY).astype(b_eY.dtype), None
 
 
 bias_of_rows.defvjp(_bias_fwd, _bias_bwd)
