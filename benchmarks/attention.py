@@ -18,8 +18,9 @@ import numpy as np
 from absl import app, flags
 
 from bigmac_jax.config import Config
+from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.kernels.flash_attention import causal_attention
-from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, split_spec
+from bigmac_jax.model.mesh import batch_spec, make_mesh, split_spec
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.hlo_flops import attention_kernel, matmul_flops
 from bigmac_jax.planning.topologies import absent_devices, parse_topology

@@ -30,9 +30,10 @@ from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from benchmarks.trace import Part, breakdown  # noqa: E402
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, load_config  # noqa: E402
+from bigmac_jax.model.gathering import Crossing, Weight, on_each_rank  # noqa: E402
 from bigmac_jax.model.kernels.flash_attention import causal_attention  # noqa: E402
 from bigmac_jax.model.layers import product  # noqa: E402
-from bigmac_jax.model.mesh import Crossing, Weight, on_each_rank, replicated_spec, split_spec, token_spec  # noqa: E402
+from bigmac_jax.model.mesh import replicated_spec, split_spec, token_spec  # noqa: E402
 from bigmac_jax.selfcheck.rates import memory_rate  # noqa: E402
 from bigmac_jax.training.loss import linear_cross_entropy  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402

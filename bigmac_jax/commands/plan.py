@@ -27,6 +27,7 @@ _DEVICES = flags.DEFINE_integer("devices", 0, "Plan for so many devices; 0: as m
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "", f"A slice, v5e:4x8 or v5p:2x4x4, or hosts × GPUs, h100:4x8; {', '.join((*TPUS, *GPUS))}."
 )
+_SLICES = flags.DEFINE_integer("slices", 1, "So many slices of --topology, with slow links between.", lower_bound=1)
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
 _HARDWARE = flags.DEFINE_string("hardware", "", f"Predict times on {', '.join(HARDWARE)} or a .toml file.")
 _OPTIONS = flags.DEFINE_bool("options", False, "Show the compiler's options of the training step, and why.")
@@ -63,6 +64,7 @@ def main() -> None:
     request = planner.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,
+        slices=_SLICES.value,
         hardware=_HARDWARE.value,
         compile=_COMPILE.value,
         options=_OPTIONS.value,

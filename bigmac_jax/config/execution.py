@@ -10,6 +10,7 @@ from bigmac_jax.config.section import Count, Range, Section, Size
 
 WireFormat = Literal["", "float32", "bfloat16", "float8_e4m3", "int8"]
 Remat = Literal["none", "layer", "exchange"]
+_SELDOM = ("replica", "tensor")  # axes that an error leaves out where they split nothing
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical", "ragged")  # that take a finite buffer_factor
 # Measured (docs/exchange.md): with four experts or more on a rank it takes two or three rounds in the first hundreds
 # of steps, and one from then on.
@@ -73,6 +74,12 @@ class MeshConfig(Section):
     tensor: Count = 1  # splits attention's and dense layers' matrices, tables of tokens, the sequence everywhere else
     fsdp: bool = False  # parameters and optimizer state are sharded over every axis that would replicate them
     split_experts: bool = False  # experts' matrices, too, are split over `tensor`
+    # Slices or racks, with slow links between: parameters are sharded inside each, gradients summed across once a step.
+    replica: Count = 1
+    replica_optimizer: Literal["copied", "sharded"] = "copied"  # its state: a copy in each replica, or split over them
+
+    def check(self) -> None:
+        require(self.fsdp or self.replica_optimizer == "copied" or self.replica == 1, "mesh.replica_optimizer=sharded splits over replicas what each has split over its ranks; use it with mesh.fsdp=True")  # fmt: skip
 
     @property
     def expert_ranks(self) -> int:
@@ -80,12 +87,17 @@ class MeshConfig(Section):
 
     @property
     def model_ranks(self) -> int:
-        """Devices per model replica."""
+        """Devices that hold the experts once."""
         return self.expert_ranks * self.tensor
+
+    @property
+    def fixed_ranks(self) -> int:
+        """The product of all axes but `data`."""
+        return self.replica * self.model_ranks
 
     def describe(self, data: int = 0) -> str:
         """The product of the axes, for an error: `mesh.data × mesh.expert = 2 × 4`, or the names alone without `data`."""
-        axes = {"data": data, "node": self.node, "expert": self.expert, "tensor": self.tensor}
-        named = {name: size for name, size in axes.items() if (size > 0 and name != "tensor") or size > 1}
+        axes = {"replica": self.replica, "data": data, "node": self.node, "expert": self.expert, "tensor": self.tensor}
+        named = {name: size for name, size in axes.items() if (size > 0 and name not in _SELDOM) or size > 1}
         names = " × ".join(f"mesh.{name}" for name in named)
         return f"{names} = {' × '.join(map(str, named.values()))}" if data else names

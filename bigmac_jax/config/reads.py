@@ -53,7 +53,7 @@ def _ratio(config: Config) -> str:
 
 def _several_ranks(config: Config) -> str:
     mesh = config.mesh
-    return "a mesh of one rank" if mesh.data == 1 and mesh.model_ranks == 1 else ""
+    return "a mesh of one rank" if mesh.data == 1 and mesh.fixed_ranks == 1 else ""
 
 
 def _experts_elsewhere(config: Config) -> str:
@@ -94,7 +94,7 @@ _WHATEVER = {
     "model": "structure num_layers hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps positions "
     "context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout expert_hidden_size",
     "execution": "dtype reduce_dtype attention remat unroll_layers compiler_options",
-    "mesh": "data node expert tensor",
+    "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
     "optimizer": "name schedule learning_rate warmup_steps b1 b2 eps moment_dtype average_decay weight_decay clip_norm",
     "train": "init_from steps accumulate_steps seed log_every eval_every checkpoint_every keep_checkpoints on_bad_step "
@@ -125,6 +125,7 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "execution.buffer_factor": (_MOE, _experts_elsewhere),
     "mesh.fsdp": (_several_ranks,),
     "mesh.split_experts": (_MOE, _without("mesh.tensor", 1)),
+    "mesh.replica_optimizer": (_without("mesh.replica", 1),),
     "data.curriculum": (_without("data.mixture", ""),),
     "data.text_field": (_TEXTS, _named_texts),
     "data.null_rows data.packing": (_TEXTS,),

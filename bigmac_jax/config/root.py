@@ -164,9 +164,9 @@ def check_batch(config: Config, data: int, taken: str = "") -> None:
       ConfigError: it does not, or overlap_chunks doesn't divide a rank's tokens.
     """
     batch_size, mesh, chunks = config.data.batch_size, config.mesh, config.execution.overlap_chunks
-    shards = data * mesh.expert_ranks * config.train.accumulate_steps
-    fix = ", or set mesh.data" if taken else ""
-    require(batch_size % shards == 0, f"data.batch_size={batch_size} must be a multiple of mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}{fix}")  # fmt: skip
+    shards = mesh.replica * data * mesh.expert_ranks * config.train.accumulate_steps
+    fix, replica = ", or set mesh.data" if taken else "", "mesh.replica × " if mesh.replica > 1 else ""
+    require(batch_size % shards == 0, f"data.batch_size={batch_size} must be a multiple of {replica}mesh.data × mesh.node × mesh.expert × train.accumulate_steps = {shards}{taken}; use {-(-batch_size // shards) * shards}{fix}")  # fmt: skip
     tokens = batch_size * config.data.sequence_length // (shards * mesh.tensor)
     if tokens % chunks:
         raise ConfigError(f"execution.overlap_chunks={chunks} must divide the {tokens} tokens of a rank{taken}; use {near_divisors(tokens, chunks)}")  # fmt: skip

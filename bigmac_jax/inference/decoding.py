@@ -20,7 +20,8 @@ from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_
 from bigmac_jax.inference.packed_rows import pack_sampled, unpack_rows
 from bigmac_jax.inference.sampling import RowSampling, Sampled, sample
 from bigmac_jax.model.attention import Rows
-from bigmac_jax.model.mesh import batch_ranks, batch_spec, on_each_rank, tensor_ranks
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mesh import batch_ranks, batch_spec, tensor_ranks
 from bigmac_jax.runtime import hosts
 
 PROMPTS = 16  # prompts at a time, by default

@@ -21,16 +21,8 @@ from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
 from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
 from bigmac_jax.model.attention import KeyValues, Rows
-from bigmac_jax.model.mesh import (
-    TENSOR,
-    batch_ranks,
-    batch_spec,
-    cache_spec,
-    on_each_rank,
-    platform,
-    tensor_ranks,
-    token_spec,
-)
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split_model
@@ -161,7 +153,7 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
         layer = dequantize(layer, dtype)
         y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
         x_STD = x_STD + y_STD
-        return (x_STD + layer.feed_forward(x_STD, None, evaluating=True)[0], past), None
+        return (x_STD + layer.feed_forward(x_STD, evaluating=True)[0], past), None
 
     dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []

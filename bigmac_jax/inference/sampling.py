@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 from bigmac_jax.config.errors import require
-from bigmac_jax.model.mesh import on_each_rank, token_spec
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mesh import token_spec
 
 ALTERNATIVES = 20  # most likely tokens that can be returned with each sampled one
 _LARGEST = float(np.finfo(np.float32).max)

@@ -15,18 +15,11 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.kernels.paged_attention import paged_attention, write
 from bigmac_jax.model.layers import Linear, Norm, residual_scale, split_outputs
-from bigmac_jax.model.mesh import (
-    batch_spec,
-    cache_spec,
-    on_each_rank,
-    platform,
-    replicated_spec,
-    split_spec,
-    tensor_ranks,
-)
+from bigmac_jax.model.mesh import batch_spec, cache_spec, platform, replicated_spec, split_spec, tensor_ranks
 
 
 class Documents(NamedTuple):

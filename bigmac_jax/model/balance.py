@@ -1,6 +1,6 @@
 """What keeps the experts' loads even: a loss, or a bias that shifts the choice and is moved after each step.
 
-T tokens of the step, E experts, K top-k.
+T tokens of the step, E experts, K top-k, Y layers, U replicas.
 """
 
 import functools
@@ -11,7 +11,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.model.mesh import on_each_rank, rank_spec, replicated_spec, token_spec
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.layers import divisor
+from bigmac_jax.model.mesh import per_replica, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
@@ -29,12 +31,25 @@ def balance_loss(shares_E: Array, load_E: Array) -> Array:
     return shares_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * shares_E)
 
 
+def balance_losses(shares_YUE: Array, load_YUE: Array, load_YE: Array | None = None) -> Array:
+    """The balance loss of each layer, in means over each replica's tokens [Y, U].
+
+    Args:
+      load_YE: the load of a step that these tokens are a part of; by default it is these tokens'.
+    """
+    if load_YE is None:
+        load_YE = load_YUE.mean(1)
+        here_Y1 = 1 / divisor(load_YE.sum(-1, keepdims=True))  # not 1 where means are of more tokens than these
+        load_YE, shares_YUE = load_YE * here_Y1, shares_YUE * here_Y1[:, None]
+    return jax.vmap(jax.vmap(balance_loss, (0, None)))(shares_YUE, load_YE)
+
+
 def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Padding | None) -> Array:
     """Counts, for each expert, the biases with which tokens would choose it: the input of `solve_bias`.
 
     A token chooses an expert whose score and bias exceed its cut, the K+1st best of all experts, so that the bias that
-    it requires is cut - score. Returns the cumulative counts at the edges of `_BINS` bins [E, bins + 1]; or, of a batch
-    that is small enough, all required biases, sorted, [E, T].
+    it requires is cut - score. Returns the cumulative counts at the edges of `_BINS` bins [U, E, bins + 1]; or, of a
+    batch that is small enough, all required biases, sorted, [1, E, T].
     """
     m = config.model
     scores_BLE = jax.lax.stop_gradient(scores_BLE)
@@ -43,7 +58,7 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Pad
     required = functools.partial(_required, m)
     if sorts(config):
         required_BLE = required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E)
-        return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)
+        return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)[None]
 
     def counted(scores_BLE: Array, bias_E: Array, edges: Array, *mask: Array) -> Array:
         required_TE = required(scores_BLE, bias_E).reshape(-1, m.expert_count)
@@ -55,7 +70,7 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Pad
     given, specs = [scores_BLE, bias_E, edges], [token_spec(3), replicated_spec(1), replicated_spec(1)]
     if padding is not None:
         given, specs = [*given, padding.mask_BL], [*specs, token_spec(2)]
-    return on_each_rank(counted, given, in_spec=specs, out_specs=rank_spec(3)).sum(0)
+    return per_replica(on_each_rank(counted, given, in_spec=specs, out_specs=rank_spec(3))).sum(1)
 
 
 def _required(m: ModelConfig, scores_BLE: Array, bias_E: Array) -> Array:
@@ -96,9 +111,10 @@ def balance_bias(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padd
 
 
 def sorts(config: Config) -> bool:
-    """Whether required biases are sorted, not counted: a batch that is small, in one part, and has no padding."""
+    """Whether required biases are sorted, not counted: a batch that is small, in one part, of one replica, and has no
+    padding."""
     entries = config.data.batch_size * config.data.sequence_length * config.model.expert_count
-    whole = config.train.accumulate_steps == 1 and not config.has_segments
+    whole = config.train.accumulate_steps == config.mesh.replica == 1 and not config.has_segments
     return whole and entries <= _MOST_SORTED
 
 

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange
 from bigmac_jax.model.exchange import AllToAll, Ragged, Strategy
 from bigmac_jax.model.exchange.costs import Sent, cost
 from bigmac_jax.model.exchange.wire import row_bytes
-from bigmac_jax.model.mesh import AXES, ExpertGroup, axes_of
-from bigmac_jax.model.parameters import Declaration, declared
+from bigmac_jax.model.mesh import AXES, REPLICA, ExpertGroup, axes_of
+from bigmac_jax.model.parameters import Declaration, declared, shard_spec, state_spec
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
@@ -32,6 +33,9 @@ class Parameters(NamedTuple):
     parts: dict[str, int]
     of_a_rank: int
     moments_of_a_rank: int  # numbers that the optimizer keeps
+    updated_of_a_rank: int  # parameters that the optimizer updates, with mesh.replica_optimizer=sharded a part
+    shards_of_a_rank: int  # gradients that it sums with those of other replicas
+    scattered_of_a_rank: int  # of them, those whose sum is scattered over replicas
 
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
@@ -39,25 +43,38 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
     once, whatever meshes it is counted for."""
     mesh, length, muon = config.mesh, config.data.sequence_length, config.optimizer.name == "muon"
     ranks = tuple(sizes.get(axis, 1) for axis in AXES)
-    return _parameters(config.model, mesh.fsdp, mesh.split_experts, length, muon, ranks)
+    sharded = mesh.replica_optimizer == "sharded"
+    return _parameters(config.model, mesh.fsdp, mesh.split_experts, sharded, length, muon, ranks)
 
 
 @functools.lru_cache(maxsize=4096)
 def _parameters(
-    m: ModelConfig, fsdp: bool, split_experts: bool, length: int, muon: bool, of_axes: tuple[int, ...]
+    m: ModelConfig, fsdp: bool, split_experts: bool, sharded: bool, length: int, muon: bool, of_axes: tuple[int, ...]
 ) -> Parameters:
-    parts, of_rank, moments = dict[str, int](), 0, 0
+    parts, of_rank, moments, updated, shards, scattered = dict[str, int](), 0, 0, 0, 0, 0
     ranks = dict(zip(AXES, of_axes, strict=True))
     for of, shape in _declarations(m, split_experts, length):
         layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
         parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
-        split = math.prod(ranks[axis] for axis in axes_of(of.spec(own, fsdp, ranks)))
-        here = math.prod(layers) * math.prod(own) // split
-        of_rank += here
-        moments += here * (1 if muon and of.hidden_matrix else 2)
+        spec = P(*[None] * len(layers), *of.spec(own, fsdp, ranks))
+        specs = spec, state_spec(of, shape, spec, sharded, ranks), shard_spec(of, shape, spec, fsdp, ranks)
+        here, state, shard = (math.prod(shape) // math.prod(ranks[axis] for axis in axes_of(spec)) for spec in specs)
+        of_rank, updated, shards = of_rank + here, updated + state, shards + shard
+        scattered += shard if state < here else 0
+        moments += state * (1 if muon and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
-    return Parameters(total, total - idle, parts, of_rank, moments)
+    return Parameters(total, total - idle, parts, of_rank, moments, updated, shards, scattered)
+
+
+def replica_bytes(config: Config, sizes: Sizes) -> float:
+    """Bytes that a rank sends to other replicas in a step: its shards of the gradients, in execution.reduce_dtype, and
+    with mesh.replica_optimizer=sharded the float32 parameters that it has updated."""
+    count, replicas = parameters(config, sizes), sizes.get(REPLICA, 1)
+    reduced = 2 if config.execution.reduce_dtype == "bfloat16" else 4
+    # A sum that all have is a scatter and a gather; where parameters are updated in shards, these are gathered instead.
+    whole = count.shards_of_a_rank - count.scattered_of_a_rank
+    return (1 - 1 / replicas) * (2 * reduced * whole + (reduced + 4) * count.scattered_of_a_rank)
 
 
 def adapted_parts(config: Config) -> list[str]:

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.model.mesh import TENSOR, Weight, on_each_rank, platform, split_spec, tensor_ranks, token_spec
+from bigmac_jax.model.gathering import Weight, on_each_rank
+from bigmac_jax.model.mesh import TENSOR, platform, spec_of, split_spec, tensor_ranks, token_spec
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 
@@ -51,7 +52,8 @@ class Norm(nnx.Module):
         self.bias_D = parameter(config, None, (size,), zero) if layernorm else None
 
     def __call__(self, x: Array) -> Array:
-        return normalize(self.config.model, x, *(v[...] for v in (self.scale_D, self.bias_D) if v is not None))
+        scaled = functools.partial(normalize, self.config.model)
+        return on_each_rank(scaled, (x,), self.weights(), in_spec=[spec_of(x)], out_specs=spec_of(x))
 
     def weights(self) -> list[Weight]:
         """The scale, and LayerNorm's bias."""

@@ -1,6 +1,5 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
-import functools
 import itertools
 import math
 from collections import Counter
@@ -8,18 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ConfigError, check_batch
+from bigmac_jax.config.errors import near_divisors
 
+REPLICA = "replica"  # each holds the parameters, sharded over the other axes, and sums gradients with the others once
 TENSOR = "tensor"  # splits matrices of attention and dense layers, tables of tokens, and the sequence everywhere else
 EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
-BATCH = ("data", *EXPERT_GROUP)  # these split the batch
+BATCH = (REPLICA, "data", *EXPERT_GROUP)  # these split the batch
 AXES = (*BATCH, TENSOR)
+INSIDE = AXES[1:]  # a replica
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 
@@ -34,50 +35,64 @@ def axis_sizes(config: Config, devices: int, fit_batch: bool = True) -> dict[str
         (0 = the devices left) does not divide, or whose share execution.overlap_chunks does not.
     """
     mesh = config.mesh
-    data = mesh.data or devices // mesh.model_ranks
-    ranks = data * mesh.model_ranks
+    data = mesh.data or devices // mesh.fixed_ranks
+    ranks = data * mesh.fixed_ranks
     if not 0 < ranks <= devices:
-        needed = max(1, data) * mesh.model_ranks
+        needed = max(1, data) * mesh.fixed_ranks
         raise ConfigError(
             f"{mesh.describe(max(1, data))} = {needed} ranks must be at most the {devices} devices here; use fewer, or "
             f"--cpu_devices={needed} to simulate"
         )
     if not mesh.data and ranks != devices:
         raise ConfigError(
-            f"the {devices} devices must be a multiple of {mesh.describe()} = {mesh.model_ranks}, because "
+            f"the {devices} devices must be a multiple of {mesh.describe()} = {mesh.fixed_ranks}, because "
             f"mesh.data=0 takes all of them; use mesh.data={data} to leave {devices - ranks} idle"
         )
     if fit_batch:
         check_batch(config, data, "" if mesh.data else f" (mesh.data=0 took {data} of {devices} devices)")
-    return {"data": data, "node": mesh.node, "expert": mesh.expert, TENSOR: mesh.tensor}
+    return {REPLICA: mesh.replica, "data": data, "node": mesh.node, "expert": mesh.expert, TENSOR: mesh.tensor}
 
 
 def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config.mesh` over the first of `devices` (by default this job's), Explicit axes.
 
-    Devices stand by slice or host, so that `tensor`, then `expert`, stay where links are fast, and `node` and `data`
-    cross hosts.
+    Devices stand by slice or host, so that `tensor`, then `expert`, stay where links are fast, and `node`, `data` and
+    `replica` cross hosts.
 
     Raises:
       ConfigError: as `axis_sizes`, whose `fit_batch` this is; or expert × tensor ranks that lie across hosts although
-        mesh.node is there for that.
+        mesh.node is there for that, or across slices; or replicas that are parts of several.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices), fit_batch)
     granule = _granules(devices)
     near = sorted(devices, key=lambda device: (granule(device), device.process_index))  # their order is kept inside
     of_granule = list(Counter(map(granule, near)).values())
-    block = sizes["expert"] * sizes[TENSOR]
-    size = math.gcd(*of_granule)
-    if sizes["node"] > 1 and len(of_granule) > 1 and size % block:
-        fits = math.gcd(sizes["expert"], size // math.gcd(sizes[TENSOR], size))
-        raise ConfigError(
-            f"mesh.expert × mesh.tensor = {sizes['expert']} × {sizes[TENSOR]} must divide the {size} "
-            f"devices of a host, because mesh.node={sizes['node']} is what crosses hosts; "
-            f"use mesh.expert={fits}, mesh.tensor={math.gcd(sizes[TENSOR], size)}"
-        )
+    if len(of_granule) > 1:
+        _check_links(sizes, math.gcd(*of_granule), devices[0].platform)
     ranks = np.asarray(near[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
+    """Refuses a mesh that would put on slow links, between granules of `size` devices, what is not for them."""
+    near = "slice" if platform == "tpu" else "host"
+    expert, tensor, replicas = sizes["expert"], sizes[TENSOR], sizes[REPLICA]
+    block, replica = expert * tensor, math.prod(sizes.values()) // replicas
+    rule = f"mesh.expert × mesh.tensor = {expert} × {tensor} must divide the {size} devices of a {near}"
+    fits = math.gcd(expert, size // math.gcd(tensor, size))
+    fix = f"mesh.expert={fits}, mesh.tensor={math.gcd(tensor, size)}"
+    if sizes["node"] > 1 and size % block:
+        raise ConfigError(f"{rule}, because mesh.node={sizes['node']} is what crosses {near}s; use {fix}")
+    if platform == "tpu" and size % block:
+        raise ConfigError(
+            f"{rule}, or rows would cross {near}s; use {fix}, and mesh.node={expert // fits} if they are to"
+        )
+    if replicas > 1 and replica % size and size % replica:
+        raise ConfigError(
+            f"mesh.replica={replicas} makes replicas of {replica} devices, which must be a multiple of the {size} of a "
+            f"{near}, or divide them; use mesh.replica={near_divisors(replicas * replica // size, replicas)}"
+        )
 
 
 def _granules(devices: Sequence[Any]) -> Callable[[Any], int]:
@@ -113,6 +128,21 @@ def batch_ranks() -> int:
     """Number of ranks that the batch is split over; batch sizes are a multiple of it."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in BATCH)
+
+
+def replicas() -> int:
+    """Number of replicas of the current mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get(REPLICA, 1)
+
+
+def per_replica(v: Array) -> Array:
+    """Splits the first dimension, of the batch or of all ranks, into [replicas, what each has of it]: what is summed of
+    it then stays with its replica."""
+    shape = replicas(), v.shape[0] // replicas(), *v.shape[1:]
+    if jax.sharding.get_abstract_mesh().empty:
+        return v.reshape(shape)
+    first, *others = spec_of(v)
+    return v.reshape(shape, out_sharding=P(REPLICA, tuple(axis for axis in names(first) if axis != REPLICA), *others))
 
 
 def tensor_ranks() -> int:
@@ -166,14 +196,15 @@ def names(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int]) -> P:
-    """Adds the axes that `spec` leaves to the dimensions of a parameter (ZeRO-3: no two ranks keep the same numbers).
+def fully_sharded(shape: Sequence[int], spec: P, sizes: Mapping[str, int], over: Sequence[str] = INSIDE) -> P:
+    """Adds the axes of `over` that `spec` leaves to the dimensions of a parameter (ZeRO-3: no two ranks of a replica
+    keep the same numbers).
 
     All stand on the first dimension that they divide, behind the axes that it has: parts of a leading dimension are
     gathered where they belong, those of the last have to be moved there. Where there is none, the largest set of them
     that divides one does, and what is left goes on in the same way; an axis that divides no dimension keeps copies.
     """
-    left = tuple(axis for axis in AXES if axis not in axes_of(spec))
+    left = tuple(axis for axis in over if axis not in axes_of(spec))
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     while _parts(sizes, left) > 1:
         sets = [axes for size in range(len(left), 0, -1) for axes in itertools.combinations(left, size)]
@@ -197,99 +228,6 @@ def _parts(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
     return math.prod(sizes[axis] for axis in axes)
 
 
-class Crossing(NamedTuple):
-    """Dtypes in which a parameter comes to the ranks that use it, and its gradient back."""
-
-    compute: str  # it is used in
-    gather: str  # it is gathered in
-    reduce: str  # the ranks' gradients are summed in
-
-
-class Weight(NamedTuple):
-    """A parameter that `on_each_rank` gathers for each rank."""
-
-    value: Array
-    crossing: Crossing
-    split: tuple[str, ...] = ()  # axes that it stays split over
-
-
-def can_join(w: Weight) -> bool:
-    """Whether a parameter can stand beside one of its shape: it is cast before it is gathered, and each rank has all of
-    its last dimension."""
-    on_mesh = not jax.sharding.get_abstract_mesh().empty
-    return on_mesh and w.value.dtype != w.crossing.gather and not names(spec_of(w.value)[-1])
-
-
-def join(w: Weight, other: Weight) -> Weight:
-    """Two parameters of one shape beside each other along the last dimension, to be gathered as one."""
-    return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1))
-
-
-def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
-    """Gathers a parameter from its shards, inside `shard_map`; its gradient is summed over ranks and scattered back.
-
-    Args:
-      spec: how the shards stand.
-      split: axes that the result stays split over; its gradient is summed over the ranks of all others.
-    """
-    return _gather_weight(w, spec, split, crossing, w.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
-    return _gather(w, spec, split, crossing)
-
-
-def _gather(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
-    w = w.astype(crossing.gather)
-    for dim, axes in _gathered(spec, split):
-        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
-    shared = _shared(spec, split)
-    return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
-
-
-def _scatter_gradient(
-    spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array
-) -> tuple[Array]:
-    """The transpose of `_gather`, but for the dtype that the sum is computed in."""
-    dw = dw.astype(crossing.reduce)
-    if shared := _shared(spec, split):
-        dw = jax.lax.psum(dw, shared)
-    for dim, axes in reversed(_gathered(spec, split)):
-        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
-    if dw.dtype != dtype:
-        # XLA:TPU moves such a sum out of the loop over a batch's parts, and fails on the cast behind it.
-        dw = jax.lax.optimization_barrier(dw)
-    return (dw.astype(dtype),)
-
-
-# Not by calling `_gather_weight`: `all_but_gathered` has to see what is gathered.
-_gather_weight.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scatter_gradient)
-
-
-def _gathered(spec: P, split: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    """Dimensions that are gathered, and the axes that each is gathered over."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    over = [(dim, tuple(axis for axis in names(entry) if axis not in split)) for dim, entry in enumerate(spec)]
-    return [(dim, axes) for dim, axes in over if math.prod(sizes[axis] for axis in axes) > 1]
-
-
-def _shared(spec: P, split: tuple[str, ...]) -> tuple[str, ...]:
-    """Axes whose ranks all hold what this one does."""
-    return tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
-
-
-def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: keeps everything but gathered parameters, which are gathered again in the backward
-    pass, and wider copies.
-
-    Ranks of `tensor` gather the sequence, which is kept. What the exchange gathers is kept by its name.
-    """
-    if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
-        return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize
-    return not (primitive.name == "all_gather" and set(names(parameters["axis_name"])) != {TENSOR})
-
-
 def spec_of(array: Array) -> P:
     """The PartitionSpec of an array on the current mesh."""
     return jax.typeof(array).sharding.spec
@@ -305,43 +243,6 @@ def device_kind() -> str:
     """The kind of the current mesh's devices, such as 'TPU v5 lite' for v5e."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else jax.devices()[0].device_kind
-
-
-def on_each_rank(
-    function: Callable[..., Any],
-    arrays: Sequence[Array],
-    weights: Any = (),
-    in_spec: Callable[[int], P] | Sequence[P] = token_spec,
-    out_specs: Any = None,
-) -> Any:
-    """Calls `function(*arrays, *weights)` on each rank, with its part of the arrays, and with gathered weights in their
-    dtype of computation.
-
-    Without a mesh, it is called with the arrays themselves.
-
-    Args:
-      weights: a list or tuple of `Weight`, or a tree of them, which `function` takes as one last argument.
-      in_spec: how the arrays stand, each, or from their number of dimensions.
-      out_specs: by default a [B, L, D] of tokens.
-    """
-    weights = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
-    leaves, tree = jax.tree.flatten(weights, is_leaf=lambda node: isinstance(node, Weight))
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays, *jax.tree.unflatten(tree, [w.value.astype(w.crossing.compute) for w in leaves]))
-    specs = [spec_of(w.value) for w in leaves]
-    array_specs = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
-
-    def on_rank(*values: Array) -> Any:
-        shards = zip(values[len(arrays) :], specs, leaves, strict=True)
-        gathered = [gather_weight(shard, spec, w.split, w.crossing) for shard, spec, w in shards]
-        return function(*values[: len(arrays)], *jax.tree.unflatten(tree, gathered))
-
-    return jax.shard_map(
-        on_rank,
-        in_specs=(*array_specs, *specs),
-        out_specs=token_spec(3) if out_specs is None else out_specs,
-        axis_names=set(AXES),
-    )(*arrays, *(w.value for w in leaves))
 
 
 def place(values: Any, spec: P) -> Any:

@@ -1,7 +1,8 @@
 """The Mixture-of-Experts layer: router → exchange → experts → exchange → combine.
 
 `bigmac` (DCCA) projects tokens down to R = r·D before the first exchange and up after the second; `fine_grained` and
-`vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k.
+`vanilla` exchange rows of full width (R = D here). B batch, L length, D hidden, R row width, E experts, K top-k,
+U replicas.
 """
 
 import functools
@@ -15,20 +16,19 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.model.balance import balance_bias, balance_loss, required_bias
+from bigmac_jax.model.balance import balance_bias, balance_losses, required_bias
 from bigmac_jax.model.choose_exchange import choose_exchange, make_local
 from bigmac_jax.model.exchange import Plan, Strategy, further_rounds
 from bigmac_jax.model.experts import apply_experts
+from bigmac_jax.model.gathering import Weight, can_join, join, on_each_rank
 from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalize, product, residual_scale
 from bigmac_jax.model.mesh import (
     AXES,
     EXPERT_GROUP,
     TENSOR,
-    Weight,
-    can_join,
-    join,
-    on_each_rank,
+    per_replica,
     rank_spec,
+    replicas,
     replicated_spec,
     token_spec,
 )
@@ -36,23 +36,41 @@ from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding, Routing, choose_experts, score_experts
 
 
+class LayerStats(NamedTuple):
+    """What a layer reports beside its output: means over the tokens of each of U replicas, padding left out, so that
+    replicas need nothing of each other before the step's end."""
+
+    z_loss: Array  # [U]
+    shares: Array  # [U, E] of the router's normalised scores: P_e
+    load: Array  # [U, E] share of the (token, choice) pairs that went to each expert, drops included: f_e
+    drop_rate: Array  # [U] share of the pairs that found their expert full
+    router_entropy: Array  # [U] nats
+    quantile_stats: Array  # [U, …] what `balance.update_bias` takes beside the load; empty unless balance is quantile
+
+
+def empty_stats() -> LayerStats:
+    """What a layer without experts reports."""
+    zero, none = jnp.zeros((1,)), jnp.zeros((1, 0))
+    return LayerStats(zero, none, none, zero, zero, none)
+
+
 class Aux(NamedTuple):
-    """What a layer reports beside its output; `model(tokens)` returns it with a leading dimension of layers."""
+    """What `model(tokens)` returns beside logits, with a leading dimension of layers: of all tokens."""
 
     balance_loss: Array  # E · Σ_e f_e P_e over the whole step; enters the loss with model.balance_coefficient
     z_loss: Array
-    # Padding enters none of these.
-    shares: Array  # [E] mean over the tokens of the router's normalised scores: P_e
-    load: Array  # [E] share of the (token, choice) pairs that went to each expert, drops included: f_e
-    drop_rate: Array  # share of the pairs that found their expert full
-    router_entropy: Array  # nats
-    quantile_stats: Array  # what `balance.update_bias` takes beside the load; empty unless model.balance is quantile
+    shares: Array
+    load: Array
+    drop_rate: Array
+    router_entropy: Array
+    quantile_stats: Array
 
-
-def empty_aux() -> Aux:
-    """The Aux of a layer without experts."""
-    zero = jnp.zeros(())
-    return Aux(zero, zero, jnp.zeros((0,)), jnp.zeros((0,)), zero, zero, jnp.zeros((0,)))
+    @classmethod
+    def of(cls, stats: LayerStats, balance_YU: Array | None = None) -> "Aux":
+        """Joins the replicas' statistics [Y, U, …]; `balance_YU` is the balance loss where it is not that of these."""
+        if balance_YU is None:
+            balance_YU = balance_losses(stats.shares, stats.load)
+        return cls(balance_YU.mean(1), *(v.mean(1) for v in stats))
 
 
 class RouterBias(nnx.Variable):
@@ -135,12 +153,11 @@ class MoE(nnx.Module):
         self.draft_experts = 0  # experts of each rank that a draft computes, which sends nothing (`inference.drafter`)
 
     def __call__(
-        self, x_BLD: Array, load_E: Array | None = None, evaluating: bool = False, padding: Padding | None = None
-    ) -> tuple[Array, Aux]:
+        self, x_BLD: Array, evaluating: bool = False, padding: Padding | None = None
+    ) -> tuple[Array, LayerStats]:
         """Applies the layer to a whole step's tokens.
 
         Args:
-          load_E: the load for the balance loss, where the step is larger than x (gradient accumulation).
           evaluating: no choice is dropped, and none depends on another token.
           padding: tokens of no document, which no expert sees and no statistic counts.
         """
@@ -156,16 +173,17 @@ class MoE(nnx.Module):
             y_BLD = y_BLD * (1 + self.gate(x_BLD))  # (1 + x W_g) ⊙ y
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
-        return y_BLD, self.report(routing, counts_SE.sum(0), dropped_S.sum(), load_E, padding, quantile_stats)
+        return y_BLD, self.report(routing, counts_SE, dropped_S, padding, quantile_stats)
 
     def route(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Routing, Array]:
-        """Chooses each token's experts and their weights → routing, and `Aux.quantile_stats`."""
-        m, quantile_stats = self.config.model, jnp.zeros((0,))
+        """Chooses each token's experts and their weights → routing, and `LayerStats.quantile_stats`."""
+        m, quantile_stats = self.config.model, jnp.zeros((1, 0))
         scores = score_experts(m, x_BLD, weight(self.config, self.router_DE))
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
         if bias_E is not None and m.balance == "quantile" and not evaluating:
             if m.balance_step == "same":
-                bias_E = quantile_stats = balance_bias(m, scores.scores_BLE, bias_E, padding)
+                bias_E = balance_bias(m, scores.scores_BLE, bias_E, padding)
+                quantile_stats = bias_E[None]
             else:
                 quantile_stats = required_bias(self.config, scores.scores_BLE, bias_E, padding)
         return choose_experts(m, scores, bias_E, padding), quantile_stats
@@ -183,34 +201,14 @@ class MoE(nnx.Module):
         )
 
     def report(
-        self,
-        routing: Routing,
-        counts_E: Array,
-        dropped: Array,
-        load_E: Array | None,
-        padding: Padding | None,
-        quantile_stats: Array,
-    ) -> Aux:
-        """The layer's losses and statistics; `load_E` as for the layer."""
-        shares_E = routing.shares_E
+        self, routing: Routing, counts_SE: Array, dropped_S: Array, padding: Padding | None, quantile_stats: Array
+    ) -> LayerStats:
+        """The layer's statistics; S are all ranks."""
         choices: Any = routing.experts_BLK.size
         if padding is not None:
             choices = divisor(padding.tokens) * self.config.model.choices
-        own_load_E = counts_E / choices
-        if load_E is None:
-            load_E = own_load_E
-            if padding is not None:  # both over these tokens, whatever the step's other parts hold
-                here = choices / divisor(counts_E.sum())
-                load_E, shares_E = load_E * here, shares_E * here
-        return Aux(
-            balance_loss(shares_E, load_E),
-            routing.z_loss,
-            routing.shares_E,
-            own_load_E,
-            dropped / choices,
-            routing.entropy,
-            quantile_stats,
-        )
+        load_UE, drop_rate_U = (per_replica(v).sum(1) / (choices / replicas()) for v in (counts_SE, dropped_S))
+        return LayerStats(routing.z_loss_U, routing.shares_UE, load_UE, drop_rate_U, routing.entropy_U, quantile_stats)
 
 
 @jax.tree_util.register_dataclass

@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ExecutionConfig
-from bigmac_jax.model.mesh import Crossing, Entry, Weight, fully_sharded, names
+from bigmac_jax.model.gathering import Crossing, Weight
+from bigmac_jax.model.mesh import REPLICA, Entry, fully_sharded, names
 
 
 def leaf_name(path: Any) -> str:
@@ -83,6 +84,20 @@ class Declaration:
         return Crossing(execution.dtype, "bfloat16" if narrow else "float32", execution.reduce_dtype)
 
 
+def shard_spec(of: Declaration, shape: tuple[int, ...], spec: P, fsdp: bool, sizes: Mapping[str, int]) -> P:
+    """How a gradient stands while replicas add theirs, so that no two ranks of a replica send the same numbers.
+
+    Args:
+      shape, spec: of the parameter, with stacked layers.
+    """
+    return spec if fsdp or of.small else fully_sharded(shape, spec, sizes)
+
+
+def state_spec(of: Declaration, shape: tuple[int, ...], spec: P, sharded: bool, sizes: Mapping[str, int]) -> P:
+    """How the optimizer's state of a parameter stands, `sharded` over replicas or not; others as for `shard_spec`."""
+    return fully_sharded(shape, spec, sizes, over=(REPLICA,)) if sharded and not of.small else spec
+
+
 class Adapted(NamedTuple):
     """Stands where an array stood, for their sum: w + a b (`model.adapters`)."""
 
@@ -138,4 +153,5 @@ def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
     crossing = of.crossing(config.execution)
     value = variable.get_value()
     value = value.sum() if isinstance(value, Adapted) else value
-    return Weight(value, crossing._replace(compute=compute or crossing.compute), of.split)
+    split = (*of.split, REPLICA) if value.ndim > len(of.dims) else of.split  # (`training.replicas`)
+    return Weight(value, crossing._replace(compute=compute or crossing.compute), split)

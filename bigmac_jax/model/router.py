@@ -2,7 +2,7 @@
 
 `score_experts`, then `choose_experts`: between the two, a bias may be made from the scores (`balance.balance_bias`).
 
-D hidden, E experts, K top-k, G expert groups; leading dimensions (B, L) are the tokens of the whole step.
+D hidden, E experts, K top-k, G expert groups, U replicas; leading dimensions (B, L) are the tokens of the whole step.
 """
 
 import functools
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from bigmac_jax.config import ModelConfig
+from bigmac_jax.model.gathering import Weight, on_each_rank
 from bigmac_jax.model.layers import divisor, product
-from bigmac_jax.model.mesh import Weight, on_each_rank, token_spec
+from bigmac_jax.model.mesh import per_replica, replicas, token_spec
 
 
 class Routing(NamedTuple):
@@ -22,9 +23,10 @@ class Routing(NamedTuple):
 
     gates_BLK: Array  # float32; the weight of each chosen expert's output
     experts_BLK: Array  # int32; E: none, of padding
-    shares_E: Array  # mean over tokens of the normalised scores: P_e of the balance loss
-    z_loss: Array  # mean over tokens of logsumexp(logits)² (ST-MoE, equation 5)
-    entropy: Array  # mean over tokens, nats, of the normalised scores
+    # Means over the tokens of each replica of the mesh; those over the step are their means.
+    shares_UE: Array  # of the normalised scores: P_e of the balance loss
+    z_loss_U: Array  # of logsumexp(logits)² (ST-MoE, equation 5)
+    entropy_U: Array  # of the normalised scores, nats
 
 
 class Padding(NamedTuple):
@@ -85,9 +87,9 @@ def choose_experts(
 
     def mean(of_tokens: Array) -> Array:
         if padding is None:
-            return of_tokens.mean((0, 1))
+            return per_replica(of_tokens).mean((1, 2))
         mask = padding.mask_BL.reshape(padding.mask_BL.shape + (1,) * (of_tokens.ndim - 2))
-        return jnp.where(mask, 0, of_tokens).sum((0, 1)) / divisor(padding.tokens)
+        return per_replica(jnp.where(mask, 0, of_tokens)).sum((1, 2)) / divisor(padding.tokens / replicas())
 
     specs = token_spec(3), token_spec(3)
     given = (ranking_BLE, scores_BLE) if padding is None else (ranking_BLE, scores_BLE, padding.mask_BL)

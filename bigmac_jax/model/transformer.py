@@ -17,9 +17,10 @@ from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
+from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
-from bigmac_jax.model.mesh import TENSOR, Weight, all_but_gathered, on_each_rank, platform, tensor_ranks, token_spec
-from bigmac_jax.model.moe import Aux, MoE, empty_aux
+from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks, token_spec
+from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
@@ -43,25 +44,22 @@ class Block(nnx.Module):
         self,
         x_BLD: Array,
         key: Array | None,
-        load_E: Array | None,
         evaluating: bool,
         documents: Documents | None,
         padding: Padding | None = None,
-    ) -> tuple[Array, Aux]:
+    ) -> tuple[Array, LayerStats]:
         keys = (None, None) if key is None else jax.random.split(key)
         y_BLD = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, aux = self.feed_forward(x_BLD, load_E, evaluating, padding)
-        return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), aux
+        y_BLD, stats = self.feed_forward(x_BLD, evaluating, padding)
+        return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), stats
 
-    def feed_forward(
-        self, x_BLD: Array, load_E: Array | None, evaluating: bool, padding: Padding | None = None
-    ) -> tuple[Array, Aux]:
+    def feed_forward(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Array, LayerStats]:
         """The output of the second branch, which is added to x."""
         h_BLD = self.mlp_norm(x_BLD)
         if not isinstance(self.mlp, MoE):
-            return self.mlp(h_BLD), empty_aux()
-        return self.mlp(h_BLD, load_E, evaluating, padding)
+            return self.mlp(h_BLD), empty_stats()
+        return self.mlp(h_BLD, evaluating, padding)
 
 
 class Transformer(nnx.Module):
@@ -94,8 +92,8 @@ class Transformer(nnx.Module):
         Returns:
           (logits_BLV in float32, aux with a leading dimension of layers with experts)
         """
-        x_BLD, aux = self.features(tokens_BL, segments_BL, **options)
-        return self.logits(x_BLD), aux
+        x_BLD, stats = self.features(tokens_BL, segments_BL, **options)
+        return self.logits(x_BLD), Aux.of(stats)
 
     def features(
         self,
@@ -103,18 +101,16 @@ class Transformer(nnx.Module):
         segments_BL: Array | None = None,
         *,
         dropout_key: Array | None = None,
-        load_YE: Array | None = None,
         padding: Padding | None = None,
         evaluating: bool = False,
-    ) -> tuple[Array, Aux]:
-        """Computes the normalised output of the last layer, x_BLD, and aux.
+    ) -> tuple[Array, LayerStats]:
+        """Computes the normalised output of the last layer, x_BLD, and the statistics of layers with experts [Y, U, …].
 
         Args:
           tokens_BL: int32, L at most `config.context_length` with learned positions.
           segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
-          load_YE: loads for the balance loss, where the step is larger than this batch.
-          padding: what no expert sees and aux does not count; by default what is of no document.
+          padding: what no expert sees and no statistic counts; by default what is of no document.
           evaluating: no choice is dropped, and none depends on another token.
         """
         documents = None if segments_BL is None else find_documents(segments_BL)
@@ -122,12 +118,12 @@ class Transformer(nnx.Module):
             padding = Padding.of(segments_BL == PADDING)
         x_BLD, keys_Y = self.embedded(tokens_BL, None if documents is None else documents.position_BL, dropout_key)
 
-        def step(x_BLD: Array, xs: tuple[Block, Array | None, Array | None]) -> tuple[Array, Aux]:
-            layer, key, load_E = xs
-            return layer(x_BLD, key, load_E, evaluating, documents, padding)
+        def step(x_BLD: Array, xs: tuple[Block, Array | None]) -> tuple[Array, LayerStats]:
+            layer, key = xs
+            return layer(x_BLD, key, evaluating, documents, padding)
 
-        x_BLD, aux = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y, load_YE)
-        return self.final_norm(x_BLD), aux
+        x_BLD, stats = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y)
+        return self.final_norm(x_BLD), stats
 
     def embedded(
         self, tokens_BL: Array, position_BL: Array | None, dropout_key: Array | None
@@ -215,14 +211,13 @@ def through_layers(
     carry: Any,
     stacks: tuple[Any, Any],
     keys_Y: Array | None,
-    load_YE: Array | None,
 ) -> tuple[Any, Any]:
-    """Scans `step(carry, (layer, key, load_E))` over the layers, recomputed in the backward pass as execution.remat
+    """Scans `step(carry, (layer, key))` over the layers, recomputed in the backward pass as execution.remat
     says → the last carry, and what `step` reports of the layers with experts.
 
     Args:
       stacks: the layers without experts that come first, if there are any, and the others.
-      keys_Y: of all layers; load_YE: of those with experts.
+      keys_Y: of all layers.
     """
     execution, m = config.execution, config.model
     if execution.remat == "exchange":
@@ -236,9 +231,9 @@ def through_layers(
     (first, layers), split = stacks, m.first_dense_layers
     if split:
         keys = None if keys_Y is None else keys_Y[:split]
-        carry, _ = jax.lax.scan(step, carry, (first, keys, None), unroll=unroll)
+        carry, _ = jax.lax.scan(step, carry, (first, keys), unroll=unroll)
     keys = None if keys_Y is None else keys_Y[split:]
-    return jax.lax.scan(step, carry, (layers, keys, load_YE), unroll=unroll)
+    return jax.lax.scan(step, carry, (layers, keys), unroll=unroll)
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +12,14 @@ from bigmac_jax.config.execution import Remat
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.counts import Parameters, Sizes
-from bigmac_jax.model.mesh import axis_sizes
+from bigmac_jax.model.mesh import BATCH, axis_sizes
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
 from bigmac_jax.planning.load import EVEN, Load
 
 OVERLAP_CHUNKS = (1, 2, 4, 8)
+REPLICAS = 4  # numbers of replicas that are tried for a mesh
 REMAT: tuple[Remat, ...] = ("none", "exchange", "layer")
 # The estimate of memory is off by -13 to +22 % (docs/planning.md).
 HEADROOM = 0.15
@@ -47,7 +49,7 @@ class Variant:
     fits: bool  # at least `Machine.headroom` is left
 
 
-Axes = tuple[int, int, int, int]  # ranks along data, node, expert and tensor
+Axes = tuple[int, int, int, int, int]  # ranks along replica, data, node, expert and tensor
 
 
 def variants(
@@ -92,19 +94,31 @@ def _meshes(
         for group in _divisors(devices // tensor) if moe else [1]:
             for node, split in itertools.product(_divisors(group), (False, True) if moe and tensor > 1 else (False,)):
                 left = devices // tensor // group
-                if among is not None and (left, node, group // node, tensor) not in among:
-                    continue
-                data = left if config.mesh.data else 0  # 0 stays: all devices that are left are what it means
-                try:
-                    mesh = MeshConfig(data, node, group // node, tensor, split_experts=split)
-                    sizes = axis_sizes(replace(config, mesh=mesh), devices, fit_batch=False)
-                    near = cluster(sizes, machine.hardware, machine.topology).machine
-                except ConfigError:
-                    continue
-                between = node > 1 and near < devices and near % (mesh.expert * tensor)  # `make_mesh` refuses it
-                # What tensor ranks send in every layer is not for the links between machines.
-                if not (between or near % tensor):
-                    yield from ((m, sizes) for m in _sharded(config, mesh, sizes, lean))
+                for replicas in _replicas(machine, left):
+                    if among is not None and (replicas, left // replicas, node, group // node, tensor) not in among:
+                        continue
+                    # 0 stays: all devices that are left are what it means.
+                    data = left // replicas if config.mesh.data else 0
+                    try:
+                        mesh = MeshConfig(data, node, group // node, tensor, split_experts=split, replica=replicas)
+                        sizes = axis_sizes(replace(config, mesh=mesh), devices, fit_batch=False)
+                        near = cluster(sizes, machine.hardware, machine.topology).machine
+                    except ConfigError:
+                        continue
+                    # `make_mesh` refuses the first. What tensor ranks send in every layer is not for the links between
+                    # machines.
+                    between = node > 1 and near < devices and near % (mesh.expert * tensor)
+                    if not (between or near % tensor):
+                        yield from ((m, sizes) for m in _sharded(config, mesh, sizes, lean))
+
+
+def _replicas(machine: Machine, ranks: int) -> list[int]:
+    """Numbers of replicas to try where so many ranks share no experts: 1, and those that are as many whole machines, or
+    slices, each. Of more than `REPLICAS` the largest are left out, which are of few ranks each."""
+    near = machine.hardware.ranks_together(machine.devices)
+    if machine.topology:
+        near = math.prod(machine.topology) * machine.hardware.cores
+    return [n for n in _divisors(max(1, machine.devices // near)) if ranks % n == 0][:REPLICAS]
 
 
 def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iterator[MeshConfig]:
@@ -138,7 +152,7 @@ def _exchanges(
 def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Machine, fitting: bool) -> Variant | None:
     """The batch in the fewest parts that fit; if none do, with the least memory, or None if only what fits is wanted;
     None if ranks don't divide it."""
-    sequences, left = divmod(config.data.batch_size, sizes["data"] * config.mesh.expert_ranks)
+    sequences, left = divmod(config.data.batch_size, math.prod(sizes[axis] for axis in BATCH))
     if left:
         return None
     group = mesh_group(sizes, machine.hardware)

@@ -28,6 +28,16 @@ class Cluster:
         return math.prod(self.sizes.values())
 
     @property
+    def replicas(self) -> int:
+        """Number of replicas of the parameters."""
+        return self.sizes.get("replica", 1)
+
+    @property
+    def inside(self) -> int:
+        """Number of ranks of a replica."""
+        return self.ranks // self.replicas
+
+    @property
     def group(self) -> int:
         """Number of ranks that share one set of experts."""
         return self.sizes["node"] * self.sizes["expert"]

@@ -45,7 +45,7 @@ class SharedBytes(NamedTuple):
 def step_time(
     config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN
 ) -> Times:
-    """Predicts the seconds of a training step of `config` on a mesh of `sizes` (data, node, expert, tensor).
+    """Predicts the seconds of a training step of `config` on a mesh of `sizes` (ranks by axis).
 
     Raises:
       ConfigError: as `cluster`.
@@ -80,12 +80,13 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         again=recomputed(config),
         padding=padding,
         imbalance=imbalance,
-        updated=setting.count.of_a_rank,
+        updated=setting.count.updated_of_a_rank,
         accumulated=setting.count.of_a_rank,
         exchange=exchange_seconds(setting) * imbalance,
         tensor_sent=tensor_seconds(setting),
         gathers=gather_seconds(setting),
         gradients=gradient_seconds(setting),
+        replicas=replica_seconds(setting),
         hidden_exchange=hardware.hidden_share * (chunks - 1) / chunks if hardware.overlaps else 0.0,
         hides_sums=hardware.platform in HIDE_SUMS,
     )
@@ -146,15 +147,20 @@ def gradient_seconds(setting: Setting) -> float:
     return seconds / 2 if config.mesh.fsdp else seconds  # a sum that stays scattered is half of one that all have
 
 
+def replica_seconds(setting: Setting) -> float:
+    """Seconds of summing gradients over replicas, once a step, each rank its shard."""
+    here = setting.here
+    return here.around(counts.replica_bytes(setting.config, here.sizes), here.replicas, here.inside)
+
+
 def sum_seconds(setting: Setting, size: SharedBytes) -> float:
-    """Seconds of an all-reduce of `size` over the ranks that share each part of it."""
+    """Seconds of an all-reduce of `size` over the ranks of a replica that share each part of it."""
     here, t = setting.here, setting.here.tensor
-    replicas = here.sizes["data"]
-    experts = here.all_reduce(size.experts / here.group / t, replicas, here.group * t)
+    experts = here.all_reduce(size.experts / here.group / t, here.sizes["data"], here.group * t)
     if not setting.config.mesh.split_experts:  # then the tensor ranks, too, hold all of a group's
         # First over them, which are neighbours, then each its part over the replicas.
         experts += here.all_reduce(size.experts / here.group, t)
-    return here.all_reduce(size.everyone, here.ranks) + here.all_reduce(size.tensor / t, here.ranks // t, t) + experts
+    return here.all_reduce(size.everyone, here.inside) + here.all_reduce(size.tensor / t, here.inside // t, t) + experts
 
 
 def _recomputed_projections(m: ModelConfig) -> float:

@@ -60,7 +60,7 @@ class Job:
       imbalance: the busiest expert rank's rows over the mean.
       updated: parameters of a rank that the optimizer reads.
       accumulated: numbers of a rank's gradients while parts are added.
-      exchange, tensor_sent, gathers, gradients: seconds on the wire with nothing beside.
+      exchange, tensor_sent, gathers, gradients, replicas: seconds on the wire with nothing beside.
       hidden_exchange: the share of the exchange, or of experts if they are shorter, that runs beside experts.
       hides_sums: whether gathers and sums of gradients run beside computation.
     """
@@ -90,6 +90,7 @@ class Job:
     tensor_sent: float = 0.0
     gathers: float = 0.0
     gradients: float = 0.0
+    replicas: float = 0.0
     hidden_exchange: float = 0.0
     hides_sums: bool = False
 
@@ -125,6 +126,7 @@ class Times:
     attention: float = 0.0  # scores and values; the scan of Mamba layers
     memory: float = 0.0  # elementwise passes: norms, residuals, activations, rows to experts and back, the loss
     bubble: float = 0.0  # stages that wait for the first and the last part
+    replicas: float = 0.0  # gradients summed over replicas when all are known: nothing runs beside
     hidden_sums: float = 0.0  # the part of `parameters` and `gradients` that runs beside computation
     at_peak_causal: float = 0.0  # as at_peak, with half of attention's scores and values
 
@@ -137,7 +139,8 @@ class Times:
     def total(self) -> float:
         """Seconds of the whole step."""
         sums = self.parameters + self.gradients - self.hidden_sums
-        return self.computing + self.bubble + self.exchange - self.hidden + self.tensor + sums + self.optimizer
+        sent = self.exchange - self.hidden + self.tensor + sums + self.replicas
+        return self.computing + self.bubble + sent + self.optimizer
 
     @property
     def exchange_share(self) -> float:
@@ -175,6 +178,7 @@ TERMS = {
     "parameters": "parameters gathered",
     "gradients": "gradients summed",
     "hidden_sums": "… of both beside computation",
+    "replicas": "gradients' shards summed over replicas",
     "optimizer": "the optimizer's passes over memory",
     "bubble": "stages that wait",
 }
@@ -208,6 +212,7 @@ def predict(job: Job, hardware: Hardware) -> Times:
         tensor=job.tensor_sent,
         parameters=job.gathers,
         gradients=job.gradients,
+        replicas=job.replicas,
         hidden_sums=hidden_sums if job.hides_sums else 0.0,
         optimizer=optimizer_seconds(job, hardware),
         bubble=computing * (job.stages - 1) / (job.virtual * job.parts),

@@ -41,6 +41,7 @@ class Request(NamedTuple):
 
     devices: int = 0
     topology: str = ""
+    slices: int = 1  # of that topology, with slow links between
     hardware: str = ""
     compile: bool = False
     options: bool = False
@@ -94,6 +95,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         **searched,
         "devices": place.devices,
         "topology": request.topology,
+        "slices": request.slices,
         "hardware": request.hardware or (place.topology.kind if place.topology else ""),
         "mesh": sizes,
         "structure": config.model.structure,
@@ -143,13 +145,15 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
 
 
 def _find_place(config: Config, request: Request) -> Place:
-    topology = topologies.parse_topology(request.topology) if request.topology else None
+    topology = topologies.parse_topology(request.topology, request.slices) if request.topology else None
+    if request.slices > 1 and not topology:
+        raise ConfigError(f"--slices={request.slices} says how many of a --topology there are, as --topology=v6e:4x8")
     name = request.hardware or (topology.kind if topology else "")
     hardware = load_hardware(name) if name else None
-    devices = request.devices or max(1, config.mesh.data) * config.mesh.model_ranks
+    devices = request.devices or max(1, config.mesh.data) * config.mesh.fixed_ranks
     if topology:
         machine = load_hardware(topology.kind)
-        devices = math.prod(topology.shape) * machine.cores
+        devices = topology.chips * machine.cores
         if request.devices not in (0, devices):
             raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
         if hardware and hardware.device_kind != machine.device_kind:
@@ -206,8 +210,8 @@ def _require_hardware(place: Place, flag: str) -> Hardware:
 def _mesh_sizes(config: Config, place: Place) -> Sizes:
     """Ranks by axis of the mesh; ConfigError if devices would be idle."""
     mesh, devices = config.mesh, place.devices
-    data = mesh.data or max(1, devices // mesh.model_ranks)
-    if (ranks := data * mesh.model_ranks) != devices:
+    data = mesh.data or max(1, devices // mesh.fixed_ranks)
+    if (ranks := data * mesh.fixed_ranks) != devices:
         other = "another mesh or --topology" if place.topology else f"another mesh, or --devices={ranks}"
         raise ConfigError(
             f"{mesh.describe(data)} = {ranks} must be the {devices} devices that are planned for; use {other}"

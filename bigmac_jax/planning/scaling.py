@@ -107,9 +107,9 @@ def _curve(own: Config, places: Sequence[tuple[Config, Machine]]) -> list[dict[s
 def _grown(best: Sequence[Candidate], times: int) -> set[Axes]:
     """Meshes with `times` as many ranks, along any of their axes."""
     factors = [n for n in range(1, times + 1) if times % n == 0]
-    ways = [way for way in itertools.product(factors, repeat=4) if math.prod(way) == times]
+    ways = [way for way in itertools.product(factors, repeat=5) if math.prod(way) == times]
     meshes = [axes(candidate) for candidate in best]
-    return {(d * a, n * b, e * c, t * f) for d, n, e, t in meshes for a, b, c, f in ways}
+    return {(r * i, d * a, n * b, e * c, t * f) for r, d, n, e, t in meshes for i, a, b, c, f in ways}
 
 
 def _point(own: Config, config: Config, machine: Machine, found: Sequence[Candidate]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def fastest(config: Config, machine: Machine, among: Collection[Axes] | None = N
 def axes(candidate: Candidate) -> Axes:
     """The ranks of its mesh."""
     sizes = candidate.sizes
-    return sizes["data"], sizes["node"], sizes["expert"], sizes["tensor"]
+    return sizes["replica"], sizes["data"], sizes["node"], sizes["expert"], sizes["tensor"]
 
 
 def _rank(candidate: Candidate) -> tuple[float, float]:

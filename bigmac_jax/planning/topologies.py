@@ -15,11 +15,17 @@ GPUS = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300")
 
 
 class Topology(NamedTuple):
-    """A slice of TPU chips, such as v5e:4x8, or hosts (racks) × GPUs, such as h100:4x8 or gb200:4x64."""
+    """Slices of TPU chips, such as v5e:4x8, or hosts (racks) × GPUs, such as h100:4x8 or gb200:4x64."""
 
     name: str
     kind: str  # one of TPUS or GPUS
     shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """All of them: a chip of some TPUs is several devices of jax."""
+        return self.slices * math.prod(self.shape)
 
     @property
     def torus(self) -> tuple[int, ...] | None:
@@ -27,8 +33,9 @@ class Topology(NamedTuple):
         return self.shape if self.kind in TPUS else None
 
 
-def parse_topology(name: str) -> Topology:
-    """Reads KIND:SHAPE; ConfigError for a kind that is not known or a shape of other dimensions."""
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """Reads KIND:SHAPE, of so many slices; ConfigError for a kind that is not known, a shape of other dimensions, or
+    slices of GPUs."""
     kind, _, shape = name.partition(":")
     if kind not in (*TPUS, *GPUS):
         raise ConfigError(
@@ -39,7 +46,14 @@ def parse_topology(name: str) -> Topology:
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{dimensions - 1}}}", shape):
         example = f"{kind}:2x4x4" if dimensions == 3 else f"{kind}:4x8"
         raise ConfigError(f"--topology={name} must have {dimensions} sizes, as in --topology={example}")
-    return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
+    sizes = tuple(int(size) for size in shape.split("x"))
+    if slices > 1 and kind in GPUS:
+        hosts, gpus = sizes
+        raise ConfigError(
+            f"--slices={slices} is of TPUs; the hosts or racks of GPUs stand in the topology: use "
+            f"--topology={kind}:{slices * hosts}x{gpus}"
+        )
+    return Topology(name, kind, sizes, slices)
 
 
 def respell_devices(topology: Topology, flag: str) -> str:
@@ -97,7 +111,8 @@ def _tpus(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices)
     except Exception as error:
         raise ConfigError(f"--topology={topology.name} is not one that libtpu knows: {first_line(error)}") from None
 

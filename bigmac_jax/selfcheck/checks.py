@@ -21,8 +21,9 @@ from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.kernels.flash_attention import causal_attention
-from bigmac_jax.model.mesh import batch_spec, make_mesh, on_each_rank, place, rank_spec, replicated_spec, token_spec
+from bigmac_jax.model.mesh import batch_spec, make_mesh, place, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning.topologies import first_line
 from bigmac_jax.runtime import environment, hosts

@@ -16,7 +16,8 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, 
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.exchange.wire import Wire
-from bigmac_jax.model.mesh import EXPERT_GROUP, batch_spec, make_mesh, on_each_rank, place, rank_spec
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mesh import EXPERT_GROUP, batch_spec, make_mesh, place, rank_spec
 from bigmac_jax.planning import cluster, cost
 from bigmac_jax.planning.hardware import HARDWARE, Hardware, load_hardware
 from bigmac_jax.training.metrics import dense_matmul_rate

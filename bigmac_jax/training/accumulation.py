@@ -1,6 +1,6 @@
 """Gradient accumulation: the gradient of a batch in parts, where its activations don't fit at once.
 
-B batch, L length, M parts of the batch, Y layers, E experts.
+B batch, L length, M parts of the batch, Y layers, E experts, U replicas.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.model.balance import balance_loss
 from bigmac_jax.model.mesh import batch_spec, replicated_spec
 from bigmac_jax.training.dpo import count_pairs
-from bigmac_jax.training.loss import WHOLE, LossParts, Share
+from bigmac_jax.training.loss import WHOLE, LossTerms, Share
 
-Loss = Callable[[Any, Batch, Array, Share], tuple[Array, LossParts]]  # of parameters, rows, a key, and their share
+Loss = Callable[[Any, Batch, Array, Share], tuple[Array, LossTerms]]  # of parameters, rows, a key, and their share
 
 
 def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array) -> tuple[Any, Any]:
     """Computes ((loss, its terms), gradients) of a batch in train.accumulate_steps parts; the result is that of one."""
-    gradient, parts = jax.value_and_grad(loss, has_aux=True), config.train.accumulate_steps
+    gradient, parts = jax.grad(loss, has_aux=True), config.train.accumulate_steps
     if parts == 1:
-        return gradient(params, batch, key, WHOLE)
+        gradients, terms = gradient(params, batch, key, WHOLE)
+        return terms.join(), gradients
     xs, share = (split_rows(batch, parts), jax.random.split(key, parts)), count_share(config, batch)
     if config.model.counts_loads_first:
         # The balance loss is a product of two means over the whole step, so its gradient in one part needs the load of
         # all parts: a first forward pass counts it.
         def load(_: None, xs: tuple[Batch, Array]) -> tuple[None, Array]:
-            return None, loss(params, *xs, share)[1].aux.load
+            return None, loss(params, *xs, share)[1].stats.load
 
-        share = share._replace(load_YE=jax.lax.scan(load, None, xs)[1].mean(0))
+        share = share._replace(load_YE=jax.lax.scan(load, None, xs)[1].mean((0, 2)))
 
     def add(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *xs, share)), None
@@ -40,11 +40,8 @@ def accumulate(config: Config, loss: Loss, params: Any, batch: Batch, key: Array
     first = jax.tree.map(lambda v_M: v_M[0], xs)
     zeros = jax.tree.map(_zeros, jax.eval_shape(gradient, params, *first, share))
     total = jax.lax.scan(add, zeros, xs)[0]
-    (mean, terms), gradients = jax.tree.map(lambda total: total / parts, total)
-    aux = terms.aux
-    if config.model.is_moe and config.model.balance != "aux_loss":  # it is no term of the loss, and needs no first pass
-        aux = aux._replace(balance_loss=jax.vmap(balance_loss)(aux.shares, aux.load))
-    return (mean, terms._replace(aux=aux)), gradients
+    gradients, terms = jax.tree.map(lambda total: total / parts, total)
+    return terms.join(), gradients
 
 
 def describe_first_pass(config: Config) -> str:

@@ -18,16 +18,17 @@ from jax import Array
 
 from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.model.attention import find_documents
-from bigmac_jax.model.layers import divisor
-from bigmac_jax.model.mesh import AXES, Weight, on_each_rank, rank_spec, tensor_ranks, token_spec
+from bigmac_jax.model.gathering import Weight, on_each_rank
+from bigmac_jax.model.mesh import AXES, per_replica, rank_spec, tensor_ranks, token_spec
 from bigmac_jax.model.transformer import Transformer, through_layers
 from bigmac_jax.training.loss import (
     WHOLE,
-    LossParts,
+    LossTerms,
     Share,
     add_router_losses,
     gather_tensor_tokens,
     linear_cross_entropy,
+    mean_of_targets,
     num_chunks,
     reduce_tensor,
 )
@@ -46,21 +47,21 @@ def distilled_loss(
     batch: Batch,
     dropout_key: Array | None = None,
     share: Share = WHOLE,
-) -> tuple[Array, LossParts]:
+) -> tuple[Array, LossTerms]:
     """The loss of distillation; arguments and result as of `loss.loss_fn`. No gradient goes to the teacher."""
     tuning = model.config.tuning
-    x_BLD, teacher_BLD, hidden_Y, aux = _side_by_side(model, teacher, batch, dropout_key, share)
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
+    x_BLD, teacher_BLD, hidden_Y, stats = _side_by_side(model, teacher, batch, dropout_key, share)
+    ce_U = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
     tables = model.unembedding(), teacher.unembedding()
-    kl = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, share.targets)
-    loss = (1 - tuning.teacher_weight) * ce + tuning.teacher_weight * kl + tuning.hidden_weight * hidden_Y.mean()
-    return add_router_losses(model.config.model, loss, aux), LossParts(ce, aux, gaps=Gaps(kl, hidden_Y))
+    kl_U = divergence(x_BLD, teacher_BLD, *tables, batch.targets_BL, share.targets)
+    loss_U = (1 - tuning.teacher_weight) * ce_U + tuning.teacher_weight * kl_U + tuning.hidden_weight * hidden_Y.mean()
+    return add_router_losses(model.config.model, share, LossTerms(loss_U, ce_U, stats, gaps=Gaps(kl_U, hidden_Y)))
 
 
 def _side_by_side(
     model: Transformer, teacher: Transformer, batch: Batch, dropout_key: Array | None, share: Share
 ) -> tuple[Array, Array, Array, Any]:
-    """Computes features of both models, gaps between their layers, and the student's aux."""
+    """Computes features of both models, gaps between their layers, and the student's statistics."""
     documents = None if batch.segments_BL is None else find_documents(batch.segments_BL)
     padding = share.padding(batch)
     position_BL = None if documents is None else documents.position_BL
@@ -68,27 +69,29 @@ def _side_by_side(
 
     def step(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
         x_BLD, t_BLD = carry
-        (layer, of_teacher), key, load_E = xs
-        x_BLD, aux = layer(x_BLD, key, load_E, False, documents, padding)
-        t_BLD, _ = of_teacher(t_BLD, None, None, True, documents, padding)
+        (layer, of_teacher), key = xs
+        x_BLD, stats = layer(x_BLD, key, False, documents, padding)
+        t_BLD, _ = of_teacher(t_BLD, None, True, documents, padding)
         t_BLD = jax.lax.stop_gradient(t_BLD)
         ours, theirs = (v.astype(jnp.float32) for v in (x_BLD, t_BLD))
-        squares = [(jnp.square(v) * real_BL1).sum() for v in (ours - theirs, theirs)]
-        return (x_BLD, t_BLD), (aux, squares[0] / jnp.maximum(squares[1], 1e-20))
+        squares = [per_replica(jnp.square(v) * real_BL1).sum((1, 2, 3)) for v in (ours - theirs, theirs)]
+        return (x_BLD, t_BLD), (stats, squares)
 
     x_BLD, keys_Y = model.embedded(batch.inputs_BL, position_BL, dropout_key)
     carry = x_BLD, jax.lax.stop_gradient(teacher.embed(batch.inputs_BL, position_BL))
     stacks = (model.first, teacher.first), (model.layers, teacher.layers)
-    (x_BLD, t_BLD), (aux, hidden_Y) = through_layers(model.config, step, carry, stacks, keys_Y, share.load_YE)
-    return model.final_norm(x_BLD), jax.lax.stop_gradient(teacher.final_norm(t_BLD)), hidden_Y, aux
+    (x_BLD, t_BLD), (stats, squares) = through_layers(model.config, step, carry, stacks, keys_Y)
+    gaps_Y, sizes_Y = (squares_YU.sum(1) for squares_YU in squares)
+    hidden_Y = gaps_Y / jnp.maximum(sizes_Y, 1e-20)
+    return model.final_norm(x_BLD), jax.lax.stop_gradient(teacher.final_norm(t_BLD)), hidden_Y, stats
 
 
 @jax.named_scope("loss")
 def divergence(
     x_BLD: Array, teacher_BLD: Array, w_VD: Weight, teacher_VD: Weight, targets_BL: Array, targets: Array | None = None
 ) -> Array:
-    """Mean KL(teacher ‖ student) over the targets that are not NO_TARGET, nats. Logits are held chunk by chunk, and
-    computed again in the backward pass."""
+    """Mean KL(teacher ‖ student) over the targets that are not NO_TARGET, nats, [U]. Logits are held chunk by chunk,
+    and computed again in the backward pass."""
 
     def on_rank(x_BLD: Array, teacher_BLD: Array, targets_BL: Array, w_vD: Array, teacher_vD: Array) -> Array:
         x_TD, targets_T = gather_tensor_tokens(x_BLD, targets_BL)
@@ -110,7 +113,7 @@ def divergence(
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     frozen = teacher_VD._replace(value=jax.lax.stop_gradient(teacher_VD.value))
     sums = on_each_rank(on_rank, (x_BLD, teacher_BLD, targets_BL), (w_VD, frozen), out_specs=rank_spec(1))
-    return sums.sum() / divisor(targets)
+    return mean_of_targets(sums, targets)
 
 
 def _log_softmax(x_CD: Array, w_vD: Array) -> Array:

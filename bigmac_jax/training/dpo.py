@@ -12,10 +12,10 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, Batch
-from bigmac_jax.model.layers import divisor
-from bigmac_jax.model.mesh import batch_spec, on_each_rank
+from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mesh import batch_spec
 from bigmac_jax.model.transformer import Transformer
-from bigmac_jax.training.loss import WHOLE, LossParts, Share, add_router_losses, token_nll
+from bigmac_jax.training.loss import WHOLE, LossTerms, Share, add_router_losses, mean_of_targets, token_nll
 
 
 class PairMetrics(NamedTuple):
@@ -35,7 +35,7 @@ def dpo_loss(
     batch: Batch,
     dropout_key: Array | None = None,
     share: Share = WHOLE,
-) -> tuple[Array, LossParts]:
+) -> tuple[Array, LossTerms]:
     """Mean over pairs of -log sigmoid(beta · ((log p - log p_ref of the chosen) - (the same of the other))), plus the
     router's losses.
 
@@ -43,13 +43,13 @@ def dpo_loss(
       batch: with reference_BL, -log p_ref of each target.
     """
     config = model.config
-    nll_BL, aux = token_nll(model, batch, dropout_key, share)
+    nll_BL, stats = token_nll(model, batch, dropout_key, share)
     counts_BL = batch.targets_BL != NO_TARGET
     gain_BL = jnp.where(counts_BL, batch.reference_BL - jax.sharding.reshard(nll_BL, batch_spec(2)), 0)
     rows = sum_pairs(config, gain_BL, batch.segments_BL)
-    count = divisor(count_pairs(batch) if share.targets is None else share.targets)
-    loss, right, margin = (of_rows.sum() / count for of_rows in rows)
-    return add_router_losses(config.model, loss, aux), LossParts(loss, aux, PairMetrics(right, margin))
+    count = count_pairs(batch) if share.targets is None else share.targets
+    loss_U, *metrics = (mean_of_targets(of_rows, count) for of_rows in rows)
+    return add_router_losses(config.model, share, LossTerms(loss_U, loss_U, stats, pairs_U=PairMetrics(*metrics)))
 
 
 def sum_pairs(config: Config, gain_BL: Array, segments_BL: Array) -> tuple[Array, Array, Array]:

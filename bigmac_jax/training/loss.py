@@ -1,6 +1,7 @@
 """The training loss, and the scores of evaluation.
 
-B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers, E experts.
+B batch, L length, T tokens on this rank, C of a chunk, D hidden, V vocabulary, v of it on a rank, Y layers, E experts,
+U replicas.
 """
 
 import functools
@@ -13,25 +14,46 @@ from jax import Array
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.model.balance import balance_losses
+from bigmac_jax.model.gathering import Weight, on_each_rank
 from bigmac_jax.model.layers import divisor
 from bigmac_jax.model.mesh import (
     AXES,
     TENSOR,
-    Weight,
     batch_spec,
-    on_each_rank,
+    per_replica,
     platform,
     rank_spec,
+    replicas,
     tensor_ranks,
     token_spec,
 )
-from bigmac_jax.model.moe import Aux
+from bigmac_jax.model.moe import Aux, LayerStats
 from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Transformer, own_rows
 
 # Logits held at once by `linear_cross_entropy`, in entries: on CPU a chunk that stays in the last-level cache.
 _CHUNK_ENTRIES = {"cpu": 2**22}
 _CHUNK_ENTRIES_ACCELERATOR = 2**27
+
+
+class LossTerms(NamedTuple):
+    """The loss and its terms in means over each replica's tokens, and what is logged beside it."""
+
+    loss_U: Array
+    cross_entropy_U: Array  # nats; of a run with DPO, its loss
+    stats: LayerStats  # [Y, U, …]
+    balance_YU: Array | None = None  # the balance loss, where it is a term
+    pairs_U: Any = None  # `dpo.PairMetrics`
+    gaps: Any = None  # `distillation.Gaps` of a run with a teacher
+
+    def join(self) -> "tuple[Array, LossParts]":
+        """The loss, and its terms, in means over all replicas."""
+        aux = Aux.of(self.stats, self.balance_YU)
+        pairs, gaps = jax.tree.map(lambda v: v.mean(0), self.pairs_U), self.gaps
+        if gaps is not None:
+            gaps = gaps._replace(divergence=gaps.divergence.mean(0))
+        return self.loss_U.mean(), LossParts(self.cross_entropy_U.mean(), aux, pairs, gaps)
 
 
 class LossParts(NamedTuple):
@@ -64,32 +86,31 @@ WHOLE = Share()  # a batch that is no part of another
 
 def loss_fn(
     model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
-) -> tuple[Array, LossParts]:
+) -> tuple[Array, LossTerms]:
     """Cross-entropy of the targets, plus the router's losses, summed over layers."""
-    config = model.config.model
-    x_BLD, aux = _features(model, batch, dropout_key, share)
-    ce = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
-    return add_router_losses(config, ce, aux), LossParts(ce, aux)
+    x_BLD, stats = _features(model, batch, dropout_key, share)
+    ce_U = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
+    return add_router_losses(model.config.model, share, LossTerms(ce_U, ce_U, stats))
 
 
-def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, Aux]:
+def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, LayerStats]:
     return model.features(
         batch.inputs_BL,
         batch.segments_BL,
         dropout_key=dropout_key,
-        load_YE=share.load_YE,
         padding=share.padding(batch),
     )
 
 
-def add_router_losses(config: ModelConfig, loss: Array, aux: Aux) -> Array:
-    """Adds the router's losses, summed over layers."""
-    if not config.is_moe:
-        return loss
-    loss = loss + config.z_loss_coefficient * aux.z_loss.sum()
-    if config.balance == "aux_loss":
-        loss = loss + config.balance_coefficient * aux.balance_loss.sum()
-    return loss
+def add_router_losses(config: ModelConfig, share: Share, terms: LossTerms) -> tuple[Array, LossTerms]:
+    """Adds the router's losses, summed over layers → the loss to be differentiated, and its terms."""
+    loss_U, stats, balance_YU = terms.loss_U, terms.stats, None
+    if config.is_moe:
+        loss_U = loss_U + config.z_loss_coefficient * stats.z_loss.sum(0)
+        if config.balance == "aux_loss":
+            balance_YU = balance_losses(stats.shares, stats.load, share.load_YE)
+            loss_U = loss_U + config.balance_coefficient * balance_YU.sum(0)
+    return loss_U.mean(), terms._replace(loss_U=loss_U, balance_YU=balance_YU)
 
 
 class TokenScores(NamedTuple):
@@ -105,7 +126,7 @@ class TokenScores(NamedTuple):
 @jax.named_scope("loss")
 def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets: Array | None = None) -> Array:
     """Mean cross-entropy of the logits x wᵀ over the targets that are not NO_TARGET, nats, without ever holding all
-    logits. `targets` is the number to divide by, if not that of these targets.
+    logits, [U]. `targets` is the number to divide by of all replicas, if not that of these targets.
 
     Each rank computes a chunk's gradients while its logits are still in cache: the loss is a sum, so they are known up
     to a factor. Against whole logits, forward and backward take about a fifth less time on CPU (docs/performance.md),
@@ -122,7 +143,12 @@ def linear_cross_entropy(x_BLD: Array, w_VD: Weight, targets_BL: Array, targets:
     targets_BL = jax.sharding.reshard(targets_BL, token_spec(2))
     x_BLD, value = _table_first(x_BLD, w_VD.value)
     weights = (w_VD._replace(value=value),)
-    return on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)).sum() / divisor(targets)
+    return mean_of_targets(on_each_rank(on_rank, (x_BLD, targets_BL), weights, out_specs=rank_spec(1)), targets)
+
+
+def mean_of_targets(sums: Array, targets: Array) -> Array:
+    """The mean over each replica's share of all `targets` [U], from the sums of rows or of ranks."""
+    return per_replica(sums).sum(1) / divisor(targets / replicas())
 
 
 @jax.custom_vjp
@@ -152,9 +178,9 @@ def token_scores(model: Transformer, batch: Batch) -> TokenScores:
     padding = WHOLE.padding(batch)
     if padding is None:
         padding = Padding.of(_behind_targets(batch.targets_BL))
-    x_BLD, aux = model.features(batch.inputs_BL, batch.segments_BL, padding=padding, evaluating=True)
+    x_BLD, stats = model.features(batch.inputs_BL, batch.segments_BL, padding=padding, evaluating=True)
     nll_BL, likeliest_BL = _score_targets(model, x_BLD, batch.targets_BL, score)
-    return TokenScores(nll_BL, likeliest_BL, aux.load, aux.router_entropy, padding.tokens)
+    return TokenScores(nll_BL, likeliest_BL, stats.load.mean(1), stats.router_entropy.mean(1), padding.tokens)
 
 
 def _behind_targets(targets_BL: Array) -> Array:
@@ -169,15 +195,15 @@ def _behind_targets(targets_BL: Array) -> Array:
 
 def token_nll(
     model: Transformer, batch: Batch, dropout_key: Array | None = None, share: Share = WHOLE
-) -> tuple[Array, Aux]:
-    """-log p of each target as training computes it, nats, and the layers' aux; to be differentiated. The value at
-    NO_TARGET is any number."""
+) -> tuple[Array, LayerStats]:
+    """-log p of each target as training computes it, nats, and the layers' statistics; to be differentiated. The value
+    at NO_TARGET is any number."""
 
     def score(logits_Cv: Array, target_C: Array, _: Array) -> tuple[Array]:
         return (_log_sum_exp(logits_Cv) - target_C,)
 
-    x_BLD, aux = _features(model, batch, dropout_key, share)
-    return _score_targets(model, x_BLD, batch.targets_BL, score)[0], aux
+    x_BLD, stats = _features(model, batch, dropout_key, share)
+    return _score_targets(model, x_BLD, batch.targets_BL, score)[0], stats
 
 
 def _score_targets(model: Transformer, x_BLD: Array, targets_BL: Array, score: Callable[..., Any]) -> Any:

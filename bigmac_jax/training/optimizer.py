@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import Config
 from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import flat_values
-from bigmac_jax.model.mesh import AXES, axes_of, names, spec_of
+from bigmac_jax.model.mesh import AXES, INSIDE, axes_of, names, spec_of
 from bigmac_jax.model.parameters import map_declared
 
 # An orthogonal matrix times this × √(the longer side) has entries as large as AdamW's updates, so that one learning
@@ -174,7 +174,7 @@ def plan_moves(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> lis
     left = [shape[dim] // math.prod(sizes[axis] for axis in entries[dim]) for dim in leading]
     # Of axes that split one dimension the last goes first: the parts that it joins are neighbours.
     split = [(axis, dim) for dim in range(len(shape))[-2:] for axis in reversed(entries[dim])]
-    copies = [(axis, None) for axis in AXES if axis not in axes_of(spec)]
+    copies = [(axis, None) for axis in INSIDE if axis not in axes_of(spec)]  # each replica computes all
     moves = []
     for axis, before in [*split, *copies]:
         then = next((dim for dim in leading if left[dim] % sizes[axis] == 0), None)

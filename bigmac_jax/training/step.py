@@ -28,8 +28,9 @@ from bigmac_jax.runtime import environment
 from bigmac_jax.training.accumulation import accumulate
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.dpo import dpo_loss
-from bigmac_jax.training.loss import LossParts, Share, loss_fn, token_nll
+from bigmac_jax.training.loss import LossParts, LossTerms, Share, loss_fn, token_nll
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer, update_average
+from bigmac_jax.training.replicas import gather_shards, split_replicas, sum_gradients, take_shards
 
 RECENT_LOSSES = 32  # whose median a spike is measured by
 
@@ -128,11 +129,12 @@ class _Programs:
         losses = jnp.full(RECENT_LOSSES, jnp.inf) if config.train.spike_factor else None
         # A copy, or both would be one buffer that is donated twice.
         average = jax.tree.map(jnp.copy, params) if config.optimizer.average_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, self.optimizer.init(params), losses, average, base)
+        opt_state = self.optimizer.init(take_shards(config, params))
+        return TrainState(jnp.zeros((), jnp.int32), params, rest, opt_state, losses, average, base)
 
     def loss(
         self, state: TrainState, params: nnx.State, batch: Batch, key: Array, share: Share
-    ) -> tuple[Array, LossParts]:
+    ) -> tuple[Array, LossTerms]:
         model = build_model(self.config, self.graphdef, params, state, key)
         if state.teacher is not None:
             return distilled_loss(model, state.teacher, batch, key, share)
@@ -145,15 +147,18 @@ class _Programs:
 
     def gradient(self, state: TrainState, batch: Batch) -> tuple[tuple[Array, LossParts], nnx.State]:
         key = jax.random.fold_in(jax.random.key(self.config.train.seed), state.step)
-        return accumulate(self.config, functools.partial(self.loss, state), state.params, batch, key)
+        own = split_replicas(state.params)
+        found, gradients = accumulate(self.config, functools.partial(self.loss, state), own, batch, key)
+        return found, sum_gradients(self.config, gradients)
 
     def step(self, state: TrainState, batch: Batch, rate: Array) -> tuple[TrainState, StepMetrics]:
         (loss, parts), gradients = self.gradient(state, batch)  # summed over the parts of the batch
         grad_norm = optax.tree.norm(gradients)
         bad, losses = self._judge(loss, grad_norm, state.losses)
         with jax.named_scope("optimizer"):  # which clips, too
-            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params, rate=rate)
-            params = optax.apply_updates(state.params, updates)
+            shards = take_shards(self.config, state.params)
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, shards, rate=rate)
+            params = gather_shards(optax.apply_updates(shards, updates), state.params)
         average = state.average
         if average is not None:
             average = update_average(self.config, average, params, state.step + 1)

@@ -477,6 +477,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert read["data"].pop("null_rows") == "stop"  # these fields are younger
     assert read["model"].pop("context_length") == 0
     assert read["execution"].pop("compiler_options") == ""
+    assert read["mesh"].pop("replica") == 1 and read["mesh"].pop("replica_optimizer") == "copied"
     assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):
         check_resume(

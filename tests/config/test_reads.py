@@ -34,6 +34,7 @@ OTHER = {
     "execution.gather_dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
     "execution.wire_dtype_backward": "int8", "execution.buffer_factor": 1.1, "execution.overlap_chunks": 2,
     "execution.grouped_matmul": "batched", "mesh.fsdp": True, "mesh.split_experts": True,
+    "mesh.replica_optimizer": "sharded",
     "optimizer.final_learning_rate": 2e-4, "optimizer.projection_rate": 0.5, "optimizer.decay_steps": 7,
     "optimizer.momentum": 0.5, "tuning.train_router": False, "tuning.lora_alpha": 2, "tuning.lora_dropout": 0.5,
     "tuning.lora_targets": "attention", "tuning.teacher_weight": 0.1, "tuning.hidden_weight": 0.2,
@@ -124,7 +125,7 @@ MORE_READING = {
     "execution.buffer_factor": "mesh.expert=2", "execution.overlap_chunks": "",
     "execution.grouped_matmul": "execution.grouped_matmul=blocks",
     "optimizer.final_learning_rate": "", "optimizer.projection_rate": "", "tuning.train_router": "",
-    "mesh.split_experts": "mesh.tensor=2",
+    "mesh.split_experts": "mesh.tensor=2", "mesh.replica_optimizer": "mesh.replica=2",
 }  # fmt: skip
 
 

@@ -12,7 +12,15 @@ import pytest
 from bigmac_jax.config import Config, ModelConfig, TrainConfig
 from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model import balance
-from bigmac_jax.model.balance import balance_bias, balance_loss, required_bias, solve_bias, sorts, update_bias
+from bigmac_jax.model.balance import (
+    balance_bias,
+    balance_loss,
+    balance_losses,
+    required_bias,
+    solve_bias,
+    sorts,
+    update_bias,
+)
 from bigmac_jax.model.mesh import place, token_spec
 from bigmac_jax.model.router import Padding
 
@@ -30,20 +38,29 @@ def test_balance_loss_is_one_when_uniform_and_e_when_one_expert_takes_all(scores
     skewed = routed(np.tile(40 * np.eye(8)[3] - 20, (8, 1)), router_scores=scores, top_k=1)
     for routing, expected in ((spread, 1), (skewed, 8)):
         load_E = np.bincount(np.ravel(routing.experts_BLK), minlength=8) / 8
-        assert balance_loss(routing.shares_E, jnp.asarray(load_E)) == pytest.approx(expected, rel=1e-5)
+        assert balance_loss(routing.shares_UE[0], jnp.asarray(load_E)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_balance_loss_by_hand() -> None:
     """f = (1/2, 1/4, 1/4, 0) of the choices, P the mean softmax of two tokens."""
     routing = routed([LOG, [LOG[1], LOG[3], LOG[0], LOG[2]]])  # 0.4 0.3 0.2 0.1 and 0.3 0.1 0.4 0.2
     assert choices(routing) == [[0, 1], [2, 0]]
-    np.testing.assert_allclose(routing.shares_E, [0.35, 0.2, 0.3, 0.15], rtol=1e-6)
+    np.testing.assert_allclose(routing.shares_UE[0], [0.35, 0.2, 0.3, 0.15], rtol=1e-6)
     load_E = jnp.asarray([0.5, 0.25, 0.25, 0])
-    assert balance_loss(routing.shares_E, load_E) == pytest.approx(4 * (0.175 + 0.05 + 0.075))
+    assert balance_loss(routing.shares_UE[0], load_E) == pytest.approx(4 * (0.175 + 0.05 + 0.075))
     # The load is a count: no gradient passes through it.
-    d_shares, d_load = jax.grad(balance_loss, (0, 1))(routing.shares_E, load_E)
+    d_shares, d_load = jax.grad(balance_loss, (0, 1))(routing.shares_UE[0], load_E)
     np.testing.assert_allclose(d_shares, 4 * load_E)
     assert not d_load.any()
+
+
+def test_balance_losses_of_a_part() -> None:
+    """Of two replicas of a part with half of the tokens that means are of: over these, or with the step's load."""
+    shares_UE, load_UE = jnp.asarray([[0.3, 0.2], [0.1, 0.4]]), jnp.asarray([[0.5, 0.0], [0.3, 0.2]])
+    own = balance_losses(shares_UE[None], load_UE[None])  # f = (0.8, 0.2), P of the two (0.6, 0.4), (0.2, 0.8)
+    np.testing.assert_allclose(own, [[2 * (0.8 * 0.6 + 0.2 * 0.4), 2 * (0.8 * 0.2 + 0.2 * 0.8)]], rtol=1e-6)
+    given = balance_losses(shares_UE[None], load_UE[None], jnp.asarray([[0.5, 0.5]]))
+    np.testing.assert_allclose(given, [[2 * 0.5 * 0.5, 2 * 0.5 * 0.5]], rtol=1e-6)
 
 
 def test_the_sign_bias() -> None:
@@ -83,7 +100,7 @@ def compiled(config: Config, sorting: bool) -> Any:
     """One update, on the current mesh. `sorting` tells programs apart where a test has changed the limit."""
 
     def both(scores_BLE: Any, bias_E: Any, padding: Any) -> Any:
-        return solve_bias(config, required_bias(config, scores_BLE, bias_E, padding), bias_E)
+        return solve_bias(config, required_bias(config, scores_BLE, bias_E, padding)[0], bias_E)
 
     return jax.jit(both)
 
@@ -160,7 +177,7 @@ def test_parts_of_a_batch_are_counted_together() -> None:
     bias_E = jnp.linspace(-0.25, 0.25, 12)
     with on_mesh(config):
         halves = [place(v.reshape(4, 40, 12), token_spec(3)) for v in np.split(scores_TE, 2)]
-        counts = [required_bias(half, scores_BLE, bias_E, None) for scores_BLE in halves]
+        counts = [required_bias(half, scores_BLE, bias_E, None)[0] for scores_BLE in halves]
         found = solve_bias(parted, (counts[0] + counts[1]) / 2, bias_E)
         np.testing.assert_allclose(found, update(parted, scores_TE, np.asarray(bias_E)), atol=1e-6)
 

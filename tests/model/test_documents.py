@@ -35,7 +35,7 @@ def batch_of(tokens: np.ndarray, numbers: np.ndarray, counted: slice) -> Batch:
 
 def loss_and_gradients(model: Any, batch: Batch) -> dict[str, np.ndarray]:
     def loss(model: Any) -> jax.Array:
-        return loss_fn(model, batch)[1].cross_entropy
+        return loss_fn(model, batch)[1].cross_entropy_U.mean()
 
     value, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(model)
     # That of a bias on all keys is nothing but rounding: it moves all scores of a query alike.
@@ -100,13 +100,13 @@ def test_padding_goes_to_no_expert(mesh: tuple[int, ...], exchange: str) -> None
     padding_BL[:, 4:] = True
     x_BLD[padding_BL] = x_BLD[0, 5]  # all alike
     evaluating = exchange != "capacity"  # a real token loses no choice to padding: three quarters of the room are free
-    call = jax.jit(lambda layer, x, mask: layer(x, None, evaluating, Padding.of(mask)), compiler_options=QUICK)
+    call = jax.jit(lambda layer, x, mask: layer(x, evaluating, Padding.of(mask)), compiler_options=QUICK)
     with on_mesh(config):
         layer = jax.tree.map(lambda leaf: leaf[0], random_model(config).layers.mlp)
         y_BLD, aux = call(layer, split_tokens(x_BLD), split_tokens(padding_BL))
         short = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=4))
     with on_mesh(short):
-        real_BLD, real = jax.jit(lambda layer, x: layer(x, None, True), compiler_options=QUICK)(
+        real_BLD, real = jax.jit(lambda layer, x: layer(x, True), compiler_options=QUICK)(
             jax.tree.map(lambda leaf: leaf[0], random_model(short).layers.mlp), split_tokens(x_BLD[:, :4])
         )
     y_BLD = np.asarray(y_BLD)
@@ -132,7 +132,7 @@ def test_the_loss_is_the_mean_over_the_targets(mesh: tuple[int, ...]) -> None:
     with on_mesh(config):
         model, batch = random_model(config), masked_batch(config, 2)
         scores = jax.jit(token_scores, compiler_options=QUICK)(model, batch)
-        loss = jax.jit(loss_fn, compiler_options=QUICK)(model, batch)[1].cross_entropy
+        loss = jax.jit(loss_fn, compiler_options=QUICK)(model, batch)[1].cross_entropy_U.mean()
     counted = np.asarray(batch.targets_BL) != NO_TARGET
     assert float(loss) == pytest.approx(float(np.asarray(scores.nll_BL)[counted].mean()), rel=1e-6)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.kernels import flash_attention
 from bigmac_jax.model.kernels.flash_attention import block_length, causal_attention, choose_implementation, refusal
-from bigmac_jax.model.mesh import batch_spec, on_each_rank, split_spec
+from bigmac_jax.model.mesh import batch_spec, split_spec
 
 from .test_grouped_matmul_gpu import h100
 from .tools import QUICK, assert_close, on_mesh, pairwise, split_batch, tiny

@@ -28,21 +28,21 @@ def config(
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
-        ((1, 1, 1), (1, 1, 1, 1)),
-        ((2, 1, 2), (2, 1, 2, 1)),
-        ((1, 2, 4), (1, 2, 4, 1)),
-        ((0, 1, 1), (8, 1, 1, 1)),  # 0 takes what is left
-        ((0, 2, 2), (2, 2, 2, 1)),
-        ((0, 1, 8), (1, 1, 8, 1)),
-        ((0, 1, 2, 2), (2, 1, 2, 2)),
-        ((1, 2, 1, 4), (1, 2, 1, 4)),
+        ((1, 1, 1), (1, 1, 1, 1, 1)),
+        ((2, 1, 2), (1, 2, 1, 2, 1)),
+        ((1, 2, 4), (1, 1, 2, 4, 1)),
+        ((0, 1, 1), (1, 8, 1, 1, 1)),  # 0 takes what is left
+        ((0, 2, 2), (1, 2, 2, 2, 1)),
+        ((0, 1, 8), (1, 1, 1, 8, 1)),
+        ((0, 1, 2, 2), (1, 2, 1, 2, 2)),
+        ((1, 2, 1, 4), (1, 1, 2, 1, 4)),
     ],
 )
 def test_axes(mesh: tuple[int, ...], shape: tuple[int, ...]) -> None:
     made = make_mesh(config(*mesh))
-    assert made.axis_names == ("data", "node", "expert", "tensor")
+    assert made.axis_names == ("replica", "data", "node", "expert", "tensor")
     assert made.devices.shape == shape
-    assert made.axis_types == (AxisType.Explicit,) * 4
+    assert made.axis_types == (AxisType.Explicit,) * 5
     # Neighbours share a sequence, then a set of experts, its node axis outside.
     assert [d.id for d in made.devices.flat] == [d.id for d in jax.devices()[: np.prod(shape)]]
 
@@ -82,8 +82,8 @@ def shuffled(hosts: int, size: int, process: Callable[[int, int], int] = lambda 
 @pytest.mark.parametrize("sizes", [(1, 4, 8, 1), (2, 2, 4, 2), (4, 1, 8, 1), (1, 4, 2, 4), (2, 4, 2, 2)], ids=str)
 def test_experts_and_tensors_stay_inside_a_host(sizes: tuple[int, ...]) -> None:
     made = make_mesh(config(*sizes, batch=64), devices=shuffled(4, 8)).devices
-    assert made.shape == sizes
-    hosts = np.vectorize(lambda device: device.slice_index)(made)
+    assert made.shape == (1, *sizes)
+    hosts = np.vectorize(lambda device: device.slice_index)(made)[0]
     assert (hosts.reshape(-1, sizes[2] * sizes[3]) == hosts[..., :1, :1].reshape(-1, 1)).all()
     if sizes[0] * sizes[1] == 4:  # then each is a host of its own
         assert sorted(hosts[..., 0, 0].flat) == [0, 1, 2, 3]
@@ -102,14 +102,14 @@ def test_a_slice_of_tpus_is_near_whatever_its_hosts() -> None:
     """Two slices of two hosts: `expert` may cross hosts, `node` crosses slices."""
     devices = [Device(i, i // 4, "tpu", i // 8) for i in range(16)]
     slices = np.vectorize(lambda d: d.slice_index)(make_mesh(config(1, 2, 8), devices=devices[::-1]).devices)
-    assert (slices == np.array([0, 1]).reshape(1, 2, 1, 1)).all()
+    assert (slices == np.array([0, 1]).reshape(1, 1, 2, 1, 1)).all()
 
 
 def test_an_expert_axis_that_would_cross_hosts() -> None:
     with pytest.raises(ConfigError, match=r"mesh\.expert × mesh\.tensor = 4 × 3 must divide the 8 devices of a host"):
         make_mesh(config(1, 2, 4, 3, batch=64, length=255, heads=3), devices=shuffled(4, 8))
     # Without a node axis a flat group may cross them.
-    assert make_mesh(config(1, 1, 16, batch=64), devices=shuffled(2, 8)).devices.shape == (1, 1, 16, 1)
+    assert make_mesh(config(1, 1, 16, batch=64), devices=shuffled(2, 8)).devices.shape == (1, 1, 1, 16, 1)
 
 
 def test_devices_left_that_make_no_whole_group() -> None:

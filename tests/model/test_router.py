@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigmac_jax.config import ModelConfig
-from bigmac_jax.model.mesh import Crossing, Weight
+from bigmac_jax.model.gathering import Crossing, Weight
 from bigmac_jax.model.router import Routing, choose_experts, score_experts
 
 LOG = [math.log(v) for v in (4, 3, 2, 1)]  # softmax: 0.4, 0.3, 0.2, 0.1
@@ -67,7 +67,7 @@ def test_the_bias_moves_the_choice_and_not_the_gates() -> None:
     routing = routed([LOG], [0, -0.15, 0, 0.15], **model)  # ranking 0.4, 0.15, 0.2, 0.25
     assert choices(routing) == [[0, 3]]
     np.testing.assert_allclose(routing.gates_BLK[0], [[0.4, 0.1]], rtol=1e-6)
-    np.testing.assert_allclose(routing.shares_E, [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(routing.shares_UE[0], [0.4, 0.3, 0.2, 0.1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,15 @@ def test_the_bias_chooses_the_groups_too() -> None:
 def test_z_loss_and_entropy_by_hand() -> None:
     """logsumexp is log 10 for the first token and log 4 for the second."""
     routing = routed([LOG, [0, 0, 0, 0]])
-    assert routing.z_loss == pytest.approx((math.log(10) ** 2 + math.log(4) ** 2) / 2, rel=1e-6)
+    assert routing.z_loss_U[0] == pytest.approx((math.log(10) ** 2 + math.log(4) ** 2) / 2, rel=1e-6)
     first = -sum(p * math.log(p) for p in (0.4, 0.3, 0.2, 0.1))
-    assert routing.entropy == pytest.approx((first + math.log(4)) / 2, rel=1e-6)
+    assert routing.entropy_U[0] == pytest.approx((first + math.log(4)) / 2, rel=1e-6)
 
 
 def test_sigmoid_shares_are_normalised_per_token() -> None:
     routing = routed([[0, 0, 0, 0], LOG], router_scores="sigmoid")
     second = np.array([4 / 5, 3 / 4, 2 / 3, 1 / 2])
-    np.testing.assert_allclose(routing.shares_E, (0.25 + second / second.sum()) / 2, rtol=1e-6)
+    np.testing.assert_allclose(routing.shares_UE[0], (0.25 + second / second.sum()) / 2, rtol=1e-6)
 
 
 def test_the_router_computes_in_float32() -> None:
@@ -118,7 +118,7 @@ def test_the_router_computes_in_float32() -> None:
     config = ModelConfig(num_experts=2, top_k=1)
     routing = choose_experts(config, score_experts(config, x_BLD, Weight(w_DE, EXACT)), None)
     assert choices(routing) == [[1]]
-    assert routing.gates_BLK.dtype == routing.shares_E.dtype == jnp.float32
+    assert routing.gates_BLK.dtype == routing.shares_UE.dtype == jnp.float32
 
 
 def test_gates_carry_the_gradient_to_every_score() -> None:

@@ -125,9 +125,7 @@ def dropout_sums(mesh: tuple[int, int, int], seed: int | None, rate: float = 0.5
     with on_mesh(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Norm, "__call__", lambda self, x: x)
         key = None if seed is None else jax.random.key(seed)
-        run = jax.jit(
-            lambda m, t: m.features(t, dropout_key=key, load_YE=None, evaluating=False)[0], compiler_options=QUICK
-        )
+        run = jax.jit(lambda m, t: m.features(t, dropout_key=key, evaluating=False)[0], compiler_options=QUICK)
         return np.asarray(run(random_model(config, given), split_tokens(random_tokens(config)[:, :-1])))
 
 
@@ -249,19 +247,6 @@ def test_bfloat16_computes_near_float32() -> None:
     traced = forward(half)
     assert {dtype for dtype, _ in payloads(all_to_alls(traced.jaxpr.jaxpr))} == {"uint16"}  # its bits
     assert jax.tree.leaves(traced.out_info)[0].dtype == jnp.float32  # the logits
-
-
-def test_the_balance_loss_takes_a_given_load() -> None:
-    """As with gradient accumulation, where the step is larger than the batch at hand."""
-    config = tiny()
-    with on_mesh(config):
-        model, tokens = random_model(config), split_tokens(random_tokens(config)[:, :-1])
-        run = jax.jit(lambda load_YE: model(tokens, load_YE=load_YE)[1], compiler_options=QUICK)
-        own, given = run(None), run(jax.nn.one_hot(jnp.array([2, 5]), 8))
-        same = run(own.load)
-    np.testing.assert_allclose(same.balance_loss, own.balance_loss, rtol=1e-6)
-    np.testing.assert_array_equal(given.load, own.load)
-    assert (np.abs(given.balance_loss - own.balance_loss) > 1e-3).all()
 
 
 def test_more_tokens_than_learned_positions_are_refused() -> None:

@@ -138,8 +138,8 @@ def layer_and_gradients(config: Config, given: dict[str, np.ndarray] | None = No
     x_BLD, dy_BLD = (draw(shape).astype(np.float32) for _ in range(2))
 
     def loss(layer: MoE, x_BLD: Array, dy_BLD: Array) -> tuple[Array, Any]:
-        y_BLD, aux = layer(x_BLD)
-        return jnp.sum(y_BLD * dy_BLD), (y_BLD, aux.load, aux.drop_rate)
+        y_BLD, stats = layer(x_BLD)
+        return jnp.sum(y_BLD * dy_BLD), (y_BLD, stats.load.mean(0), stats.drop_rate)
 
     with on_mesh(config):
         layer = random_like(abstract_layer(config), config, given)

@@ -27,7 +27,7 @@ WIDTH, WIRE, EXPERTS, TOP_K, LENGTH = 2048, 512, 64, 8, 2048
 
 def main(topology: str, exchange: str, factor: str, chunks: str, sequences: str) -> None:
     devices = np.asarray(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    mesh = Mesh(devices.reshape(1, 1, -1, 1), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = Mesh(devices.reshape(1, 1, 1, -1, 1), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     model = ModelConfig(
         structure="bigmac", hidden_size=WIDTH, num_heads=16, num_layers=1, num_experts=EXPERTS, top_k=TOP_K,
         capacity_factor=float(factor),

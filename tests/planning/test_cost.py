@@ -203,7 +203,7 @@ def test_who_shares_what_tensor_splits() -> None:
 
 def traced(c: Config, mesh: tuple[int, ...]) -> list[Any]:
     """The abstract parameters of the model on this mesh."""
-    with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * 4)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, AXES, axis_types=(AxisType.Explicit,) * len(AXES))):
         model = jax.eval_shape(lambda: init_model(c, jax.random.key(0)))
     return jax.tree.leaves(nnx.state(model, nnx.Param))
 
@@ -213,10 +213,11 @@ def test_parameters_of_a_rank_are_what_the_sharded_model_gives_it(structure: str
     """Counted from what parameters declare, which knows of no mesh."""
     c = config(structure=structure, vocab_size=264, positions="learned", use_bias=True, num_shared_experts=1)
     for fsdp, split_experts, mesh in (
-        (False, False, (2, 1, 2, 1)),
-        (True, False, (2, 2, 1, 2)),
-        (True, True, (4, 1, 2, 1)),
-        (False, True, (2, 1, 2, 2)),
+        (False, False, (1, 2, 1, 2, 1)),
+        (True, False, (1, 2, 2, 1, 2)),
+        (True, False, (2, 2, 1, 1, 2)),  # whose replicas hold as much as one of them alone
+        (True, True, (1, 4, 1, 2, 1)),
+        (False, True, (1, 2, 1, 2, 2)),
     ):
         here = on_mesh(c, fsdp=fsdp, split_experts=split_experts)
         leaves, count = traced(here, mesh), counts.parameters(here, dict(zip(AXES, mesh, strict=True)))

@@ -108,8 +108,20 @@ def test_experts_beside_a_dense_model() -> None:
 
 
 def test_devices_follow_the_mesh() -> None:
-    assert plan(overrides=("mesh.expert=8", "mesh.data=2"))["mesh"] == {"data": 2, "node": 1, "expert": 8, "tensor": 1}
-    assert plan(overrides=("mesh.expert=8",), devices=32)["mesh"] == {"data": 4, "node": 1, "expert": 8, "tensor": 1}
+    assert plan(overrides=("mesh.expert=8", "mesh.data=2"))["mesh"] == {
+        "replica": 1,
+        "data": 2,
+        "node": 1,
+        "expert": 8,
+        "tensor": 1,
+    }
+    assert plan(overrides=("mesh.expert=8",), devices=32)["mesh"] == {
+        "replica": 1,
+        "data": 4,
+        "node": 1,
+        "expert": 8,
+        "tensor": 1,
+    }
     assert plan(topology="v6e:4x8")["devices"] == 32
 
 

@@ -67,9 +67,10 @@ def test_exposed_terms_are_all_of_a_step() -> None:
 
 def test_meshes_that_grow() -> None:
     best = search(CONFIG, EIGHT)[0]
-    d, n, e, t = best.sizes.values()
-    assert _grown([best], 2) == {(2 * d, n, e, t), (d, 2 * n, e, t), (d, n, 2 * e, t), (d, n, e, 2 * t)}
-    assert len(_grown([best], 4)) == 10 and _grown([best], 1) == {(d, n, e, t)}
+    r, d, n, e, t = best.sizes.values()
+    twice = {(r, 2 * d, n, e, t), (r, d, 2 * n, e, t), (r, d, n, 2 * e, t), (r, d, n, e, 2 * t)}
+    assert _grown([best], 2) == twice | {(2 * r, d, n, e, t)}
+    assert len(_grown([best], 4)) == 15 and _grown([best], 1) == {(r, d, n, e, t)}
 
 
 def test_the_fastest_is_the_searchs_first() -> None:

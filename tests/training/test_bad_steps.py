@@ -63,10 +63,10 @@ def _programs() -> Iterator[None]:
     loss_fn, compile_step = bigmac_jax.training.step.loss_fn, start._compile
 
     def marked(model: Any, batch: Any, *rest: Any) -> Any:
-        loss, parts = loss_fn(model, batch, *rest)
+        loss, terms = loss_fn(model, batch, *rest)
         tokens_BL = jnp.append(batch.inputs_BL, batch.targets_BL, axis=1)
         factor = jnp.where((tokens_BL == NAN).any(), jnp.nan, jnp.where((tokens_BL == SPIKE).any(), 4.0, 1.0))
-        return loss * factor, parts
+        return loss * factor, terms._replace(loss_U=terms.loss_U * factor)
 
     def once(make: Callable[..., Any], config_at: int) -> Callable[..., Any]:
         made: dict[Any, Any] = {}

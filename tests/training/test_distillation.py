@@ -67,7 +67,7 @@ def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
         found = []
         for number in range(config.model.num_layers):
             layer = jax.tree.map(lambda leaf: leaf[number], model.layers)  # noqa: B023
-            x_BLD, _ = layer(x_BLD, None, None, True, None)
+            x_BLD, _ = layer(x_BLD, None, True, None)
             found.append(x_BLD)
         return found
 
@@ -84,7 +84,7 @@ def reference(config: Config) -> tuple[float, dict[str, np.ndarray]]:
             for x, t in zip(ours, theirs, strict=True)
         ]
         plain, parts = loss_fn(model, batch)
-        return plain - weight * parts.cross_entropy + weight * kl + mu * sum(gaps) / len(gaps)
+        return plain - weight * parts.cross_entropy_U.mean() + weight * kl + mu * sum(gaps) / len(gaps)
 
     value, gradient = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
     return float(value), leaves(gradient)

@@ -20,7 +20,8 @@ from model.tools import (
 )
 
 from bigmac_jax.data.batch import NO_TARGET, batch_from_windows
-from bigmac_jax.model.mesh import TENSOR, Crossing, Weight, axes_of, replicated_spec, spec_of, token_spec
+from bigmac_jax.model.gathering import Crossing, Weight
+from bigmac_jax.model.mesh import TENSOR, axes_of, replicated_spec, spec_of, token_spec
 from bigmac_jax.training import loss
 from bigmac_jax.training.loss import linear_cross_entropy
 
@@ -52,7 +53,7 @@ def reference(x_BLD: Any, w_VD: Any, targets_BL: np.ndarray) -> dict[str, np.nda
 def _loss(x_BLD: Any, w_VD: Any, targets_BL: Any) -> Any:
     crossing = Crossing(str(w_VD.dtype), str(w_VD.dtype), "float32")
     over = TENSOR in axes_of(spec_of(w_VD))
-    return linear_cross_entropy(x_BLD, Weight(w_VD, crossing, (TENSOR,) if over else ()), targets_BL)
+    return linear_cross_entropy(x_BLD, Weight(w_VD, crossing, (TENSOR,) if over else ()), targets_BL).mean()
 
 
 def fused(

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from bigmac_jax.model.moe import empty_aux
+from bigmac_jax.model.moe import Aux, empty_stats
 from bigmac_jax.training.loss import LossParts
 from bigmac_jax.training.metrics import step_record
 from bigmac_jax.training.step import StepMetrics
@@ -17,7 +17,7 @@ def test_rates_of_a_step() -> None:
     run: Any = SimpleNamespace(
         tokens_per_step=4096, flops_per_step=6e12, causal_flops_per_step=4e12, peak_flops=1e13, wire_bytes=0
     )
-    parts = LossParts(jnp.float32(2.0), empty_aux())
+    parts = LossParts(jnp.float32(2.0), Aux(jnp.zeros(()), *empty_stats()))
     step = StepMetrics(jnp.float32(2.0), parts, jnp.float32(0.5), jnp.float32(1e-3), jnp.asarray(False))
     record = step_record(3, step, 2.0, run)
     assert (record["step"], record["tokens"], record["step_time_s"]) == (3, 3 * 4096, 2.0)

@@ -66,7 +66,7 @@ def _through(layer: Block, x_BLD: Array, documents: Documents | None) -> tuple[A
     """x_BLD behind the layer; of one with experts also what these are given, and the router's gates and choices."""
     x_BLD = x_BLD + layer.attention(layer.attention_norm(x_BLD), documents)
     h_BLD = layer.mlp_norm(x_BLD)
-    y_BLD, _ = layer.feed_forward(x_BLD, None, True)
+    y_BLD, _ = layer.feed_forward(x_BLD, True)
     if not isinstance(layer.mlp, MoE):
         return (x_BLD + y_BLD,)
     routing, _ = layer.mlp.route(h_BLD, True)

@@ -1,0 +1,151 @@
+"""Parameters on the way to the ranks that use them: gathered from their shards, their gradients summed and scattered
+back."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, spec_of, token_spec
+
+
+class Crossing(NamedTuple):
+    """Dtypes in which a parameter comes to the ranks that use it, and its gradient back."""
+
+    compute: str  # it is used in
+    gather: str  # it is gathered in
+    reduce: str  # the ranks' gradients are summed in
+
+
+class Weight(NamedTuple):
+    """A parameter that `on_each_rank` gathers for each rank."""
+
+    value: Array  # with REPLICA in `split`, each replica's own, along a dimension before the others
+    crossing: Crossing
+    split: tuple[str, ...] = ()  # axes that it stays split over
+
+
+def can_join(w: Weight) -> bool:
+    """Whether a parameter can stand beside one of its shape: it is cast before it is gathered, and each rank has all of
+    its last dimension."""
+    on_mesh = not jax.sharding.get_abstract_mesh().empty
+    return on_mesh and w.value.dtype != w.crossing.gather and not names(spec_of(w.value)[-1])
+
+
+def join(w: Weight, other: Weight) -> Weight:
+    """Two parameters of one shape beside each other along the last dimension, to be gathered as one."""
+    return w._replace(value=jnp.concatenate([w.value, other.value], axis=-1))
+
+
+def gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+    """Gathers a parameter from its shards, inside `shard_map`; its gradient is summed over ranks and scattered back.
+
+    Args:
+      spec: how the shards stand.
+      split: axes that the result stays split over; its gradient is summed over the ranks of all others.
+    """
+    return _gather_weight(w, spec, split, crossing, w.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gather_weight(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any) -> Array:
+    return _gather(w, spec, split, crossing)
+
+
+def _gather(w: Array, spec: P, split: tuple[str, ...], crossing: Crossing) -> Array:
+    w = w.astype(crossing.gather)
+    for dim, axes in _gathered(spec, split):
+        w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    shared = _shared(spec, split)
+    return (jax.lax.pcast(w, shared, to="varying") if shared else w).astype(crossing.compute)
+
+
+def _scatter_gradient(
+    spec: P, split: tuple[str, ...], crossing: Crossing, dtype: Any, _: None, dw: Array
+) -> tuple[Array]:
+    """The transpose of `_gather`, but for the dtype that the sum is computed in."""
+    dw = dw.astype(crossing.reduce)
+    if shared := _shared(spec, split):
+        dw = jax.lax.psum(dw, shared)
+    for dim, axes in reversed(_gathered(spec, split)):
+        dw = jax.lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True)
+    if dw.dtype != dtype:
+        # XLA:TPU moves such a sum out of the loop over a batch's parts, and fails on the cast behind it.
+        dw = jax.lax.optimization_barrier(dw)
+    return (dw.astype(dtype),)
+
+
+# Not by calling `_gather_weight`: `all_but_gathered` has to see what is gathered.
+_gather_weight.defvjp(lambda w, spec, split, crossing, _: (_gather(w, spec, split, crossing), None), _scatter_gradient)
+
+
+def _gathered(spec: P, split: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """Dimensions that are gathered, and the axes that each is gathered over."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    over = [(dim, tuple(axis for axis in names(entry) if axis not in split)) for dim, entry in enumerate(spec)]
+    return [(dim, axes) for dim, axes in over if math.prod(sizes[axis] for axis in axes) > 1]
+
+
+def _shared(spec: P, split: tuple[str, ...]) -> tuple[str, ...]:
+    """Axes whose ranks all hold what this one does."""
+    return tuple(axis for axis in AXES if axis not in axes_of(spec) and axis not in split)
+
+
+def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps everything but gathered parameters, which are gathered again in the backward
+    pass, and wider copies.
+
+    Ranks of `tensor` gather the sequence, which is kept. What the exchange gathers is kept by its name.
+    """
+    if primitive.name == "convert_element_type":  # of what was gathered narrowly, or a norm's input: cheap to do again
+        return inputs[0].dtype.itemsize >= parameters["new_dtype"].itemsize
+    if primitive.name in ("all_gather", "pvary"):  # the latter only says that ranks hold copies of what was gathered
+        return set(names(parameters.get("axis_name", ()))) == {TENSOR}
+    return True
+
+
+def on_each_rank(
+    function: Callable[..., Any],
+    arrays: Sequence[Array],
+    weights: Any = (),
+    in_spec: Callable[[int], P] | Sequence[P] = token_spec,
+    out_specs: Any = None,
+) -> Any:
+    """Calls `function(*arrays, *weights)` on each rank, with its part of the arrays, and with gathered weights in their
+    dtype of computation.
+
+    Without a mesh, it is called with the arrays themselves.
+
+    Args:
+      weights: a list or tuple of `Weight`, or a tree of them, which `function` takes as one last argument.
+      in_spec: how the arrays stand, each, or from their number of dimensions.
+      out_specs: by default a [B, L, D] of tokens.
+    """
+    weights = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
+    leaves, tree = jax.tree.flatten(weights, is_leaf=lambda node: isinstance(node, Weight))
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays, *jax.tree.unflatten(tree, [w.value.astype(w.crossing.compute) for w in leaves]))
+    specs = [spec_of(w.value) for w in leaves]
+    array_specs = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
+
+    def on_rank(*values: Array) -> Any:
+        shards = zip(values[len(arrays) :], specs, leaves, strict=True)
+        gathered = [
+            gather_weight(shard[0], P(*spec[1:]), w.split, w.crossing)
+            if REPLICA in w.split
+            else gather_weight(shard, spec, w.split, w.crossing)
+            for shard, spec, w in shards
+        ]
+        return function(*values[: len(arrays)], *jax.tree.unflatten(tree, gathered))
+
+    return jax.shard_map(
+        on_rank,
+        in_specs=(*array_specs, *specs),
+        out_specs=token_spec(3) if out_specs is None else out_specs,
+        axis_names=set(AXES),
+    )(*arrays, *(w.value for w in leaves))
