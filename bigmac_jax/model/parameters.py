@@ -106,7 +106,8 @@ class Adapted(NamedTuple):
     b: Array
 
     def sum(self) -> Array:
-        return self.w + jnp.matmul(self.a, self.b)
+        ab = jnp.matmul(self.a, self.b)  # of which each replica may have its own
+        return self.w.reshape((1,) * (ab.ndim - self.w.ndim) + self.w.shape) + ab
 
 
 def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Param:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,14 @@ from bigmac_jax.model.exchange.wire import METADATA, PAYLOAD
 from bigmac_jax.planning.hlo import Computation, Instruction, Module, integers
 
 KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
+
+
+class Transfer(NamedTuple):
+    """A TPU program's collective between slices: a send to the runtime, which does the rest, and a recv."""
+
+    kind: str  # one of KINDS
+    slices: int
+    name: str  # its send and its recv have in common
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     """
     found = []
     for computation, use, instruction in module.run():
-        kind = instruction.opcode.removesuffix("-start")
+        kind, between = instruction.opcode.removesuffix("-start"), transfer(instruction)
+        if between and instruction.opcode == "send":
+            kind = between.kind
         if kind not in KINDS or not use.times:
             continue
         stage = fusion_stage(computation)
@@ -69,8 +80,10 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             continue
         if _is_reduce_scatter(computation, instruction):
             kind = "reduce-scatter"
-        axes, ranks = _group_axes(_replica_groups(instruction, math.prod(mesh.values())), mesh)
-        operands = computation.operands(instruction)
+        devices = math.prod(mesh.values())
+        groups = _groups_between(between.slices, devices) if between else _replica_groups(instruction, devices)
+        axes, ranks = _group_axes(groups, mesh)
+        operands = computation.operands(instruction)[: 1 if between else None]  # a send has a token, too
         size = sum(shape.bytes for shape in operands)
         if kind == "all-gather":
             size *= ranks
@@ -80,7 +93,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         elif kind == "collective-permute":
             ranks = math.prod(mesh[axis] for axis in axes)
         dtypes = tuple({shape.dtype: None for shape in operands})
-        asynchronous = use.asynchronous or stage == "start" or instruction.opcode != kind
+        asynchronous = use.asynchronous or stage == "start" or instruction.opcode != kind  # a send is
         found.append(
             Collective(
                 instruction.name, computation.name, kind, axes, ranks, dtypes, size, use.times, use.loops, asynchronous,
@@ -88,6 +101,21 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             )
         )  # fmt: skip
     return found
+
+
+def transfer(instruction: Instruction) -> Transfer | None:
+    """What a send or a recv between slices is a part of; None for all other instructions."""
+    text = instruction.attributes.get("frontend_attributes", "")
+    if instruction.opcode not in ("send", "recv") or "_xla_megascale_transfer_type" not in text:
+        return None
+    found = {name: value for name, value in re.findall(r'_xla_(?:megascale|host_transfer)_(\w+)="([^"]*)"', text)}
+    slices = len(integers(found["target"].partition("x")[0].strip("{}")))  # {1,2}x{0:31}: of each slice 32 devices
+    return Transfer(found["transfer_type"].lower().replace("_", "-"), slices, found["rendezvous"])
+
+
+def _groups_between(slices: int, devices: int) -> list[list[int]]:
+    """Devices that stand at one place of each slice; a mesh goes through slice after slice."""
+    return np.arange(devices).reshape(slices, -1).T.tolist()
 
 
 def fusion_stage(computation: Computation) -> str:

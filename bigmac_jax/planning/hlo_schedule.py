@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bigmac_jax.planning.hlo import Computation, Instruction, Module
-from bigmac_jax.planning.hlo_collectives import Collective, channel, collectives, fusion_stage
+from bigmac_jax.planning.hlo_collectives import Collective, channel, collectives, fusion_stage, transfer
 from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_flops
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
@@ -197,7 +197,7 @@ def _started_exchanges(
 
 def _find_ends(module: Module, computation: Computation) -> dict[int, int]:
     """Position of each start → position of what waits for it."""
-    starts: dict[str, int] = {}
+    starts, names = dict[str, int](), dict[str, str]()
     ends = {}
     for position, instruction in enumerate(computation.instructions):
         if instruction.opcode == "fusion":
@@ -207,6 +207,11 @@ def _find_ends(module: Module, computation: Computation) -> dict[int, int]:
                 starts[channel(fused)] = position
             elif stage == "done" and channel(fused) in starts:
                 ends[starts[channel(fused)]] = position
+        elif between := transfer(instruction):  # what a send gives comes with the recv of its name
+            starts[between.name if instruction.opcode == "send" else instruction.name] = position
+            names[instruction.name] = between.name
+        elif instruction.opcode == "recv-done" and instruction.operands[0] in names:
+            ends[starts[names[instruction.operands[0]]]] = position
         elif instruction.opcode.endswith("-start"):
             starts[instruction.name] = position
         elif instruction.opcode.endswith(("-update", "-done")) and instruction.operands[0] in starts:

@@ -1,0 +1,216 @@
+"""Replicas: loss, gradients and new parameters are those of one device, and gradients cross once a step, in shards."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from model.tools import (
+    QUICK,
+    assert_close,
+    leaves,
+    on_mesh,
+    random_like,
+    random_model,
+    random_tokens,
+    split_batch,
+    tiny,
+)
+
+from bigmac_jax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig
+from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
+from bigmac_jax.model.counts import replica_bytes
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.planning import hlo
+from bigmac_jax.planning.compiled_programs import compile_program
+from bigmac_jax.planning.hlo_collectives import Collective, collectives
+from bigmac_jax.training.step import make_trainer, split_model
+
+# A large eps makes the update proportional to the gradient: Adam's own first step is its sign.
+LINEAR = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1.0, clip_norm=1.0)
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "bigmac": {"structure": "bigmac", "num_shared_experts": 1},
+    "fine_grained": {"structure": "fine_grained", "num_shared_experts": 2, "tie_embeddings": False},
+    "vanilla": {"structure": "vanilla", "first_dense_layers": 1, "dense_hidden_size": 24, "num_experts": 64},
+    "bias": {"structure": "bigmac", "router_scores": "sigmoid", "balance": "bias", "latent_norm": "gate"},
+    "quantile": {"structure": "fine_grained", "balance": "quantile"},
+    "gated": {"structure": "bigmac", "gated": True, "activation": "silu", "tie_embeddings": False},
+    "dense": {"structure": "dense"},
+}
+
+
+class Case(NamedTuple):
+    """A way to run a step on eight devices."""
+
+    structure: str
+    mesh: tuple[int, int, int, int, int]  # replica, data, node, expert, tensor
+    fsdp: bool
+    sharded: bool = False  # mesh.replica_optimizer
+    parts: int = 1
+    chunks: int = 1
+    remat: str = "none"
+    exchange: str = "all_to_all"
+    documents: bool = False
+    lora: int = 0
+
+
+def draw(seed: int) -> Case:
+    """Some way."""
+    random_ = random.Random(seed)
+    meshes = [m for m in itertools.product((2, 4, 8), (1, 2, 4), (1, 2), (1, 2, 4), (1, 2, 4)) if math.prod(m) == 8]
+    mesh, fsdp = random_.choice(meshes), random_.random() < 0.7
+    exchanges = ["all_to_all", "dedup", "gather", "ragged", *(["hierarchical"] if mesh[2] > 1 else [])]
+    structure = random_.choice(list(STRUCTURES))
+    return Case(
+        structure,
+        mesh,
+        fsdp,
+        fsdp and random_.random() < 0.5,
+        random_.choice((1, 2)),
+        1 if structure == "dense" else random_.choice((1, 2)),
+        random_.choice(("none", "layer", "none" if structure == "dense" else "exchange")),
+        "all_to_all" if structure == "dense" else random_.choice(exchanges),
+        random_.random() < 0.5,
+        2 * (structure not in ("bias", "quantile") and random_.random() < 0.4),
+    )
+
+
+COVERING = (
+    Case("bigmac", (2, 1, 1, 2, 2), True, parts=2, remat="layer", documents=True),
+    Case("gated", (2, 2, 1, 2, 1), False, chunks=2, exchange="dedup", lora=2),
+    Case("vanilla", (4, 1, 1, 2, 1), True, sharded=True, remat="exchange"),
+    Case("dense", (2, 4, 1, 1, 1), True, sharded=True, parts=2),
+)
+
+
+def make_config(case: Case) -> Config:
+    config = tiny((1, 1, 1), batch=16, z_loss_coefficient=0.01, **STRUCTURES[case.structure])
+    _, data, node, expert, tensor = case.mesh
+    targets = "attention,experts" if case.lora and case.structure != "dense" else "attention"
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(
+            data, node, expert, tensor, case.fsdp, replica=case.mesh[0],
+            replica_optimizer="sharded" if case.sharded else "copied",
+        ),
+        execution=dataclasses.replace(
+            config.execution, remat=case.remat, overlap_chunks=case.chunks, exchange=case.exchange
+        ),
+        data=dataclasses.replace(config.data, documents="masked" if case.documents else "stream"),
+        train=TrainConfig(accumulate_steps=case.parts, init_from="x" if case.lora else ""),
+        tuning=TuningConfig(lora_rank=case.lora, lora_targets=targets),
+        optimizer=LINEAR,
+    )  # fmt: skip
+
+
+def make_batch(config: Config) -> Batch:
+    """Random tokens; where documents are masked, some in each row, padding, and targets left out."""
+    tokens = random_tokens(config)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
+    if not config.has_segments:
+        return Batch(inputs, targets, None)
+    B, L = inputs.shape
+    numbers = np.sort(np.random.default_rng(1).integers(0, 3, (B, L)), axis=1).astype(np.int32)
+    numbers[1::3, L - 2 :] = PADDING
+    targets[numbers == PADDING] = NO_TARGET
+    targets[::2, 0] = NO_TARGET
+    return Batch(inputs, targets, numbers)
+
+
+@functools.cache
+def one_step(case: Case) -> tuple[Any, dict[str, np.ndarray]]:
+    """Metrics, and the whole state by name; every parameter was random before, adapters too."""
+    config = make_config(case)
+    with on_mesh(config):
+        mesh = jax.sharding.get_mesh()
+        trainer = make_trainer(config, mesh)
+        state = trainer.begin(*split_model(random_model(config))[1:], jax.random.key(0))
+        if case.lora:
+            state = dataclasses.replace(state, params=random_like(trainer.abstract_state.params, config))
+        arguments = state, jax.tree.map(split_batch, make_batch(config)), trainer.rate(np.int32(0))
+        step = trainer.step.lower(*arguments).compile(compiler_options=QUICK)
+        state, metrics = step(*arguments)
+        return jax.tree.map(np.asarray, metrics), leaves(state)
+
+
+def check(case: Case) -> None:
+    alone = Case(case.structure, (1, 1, 1, 1, 1), False, documents=case.documents, lora=case.lora)
+    (metrics, state), (expected_metrics, expected) = one_step(case), one_step(alone)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(getattr(metrics, name), getattr(expected_metrics, name), rtol=3e-6, err_msg=name)
+    aux, expected_aux = (m.parts.aux for m in (metrics, expected_metrics))
+    for name in ("z_loss", "load", "router_entropy", "balance_loss"):
+        np.testing.assert_allclose(getattr(aux, name), getattr(expected_aux, name), rtol=1e-5, err_msg=name)
+    moved = {name for name in expected if "router_bias" in name}
+    if case.structure == "quantile":  # counted, not sorted: to the width of a bin
+        for name in moved:
+            np.testing.assert_allclose(state[name], expected[name], atol=2 * 2 / 1000)
+    kept = {name for name in expected if np.abs(expected[name]).max() == 0}
+    for name in kept:
+        np.testing.assert_array_equal(state[name], expected[name])
+    left = kept | (moved if case.structure == "quantile" else set())
+    assert_close(
+        {n: v for n, v in state.items() if n not in left}, {n: v for n, v in expected.items() if n not in left}
+    )
+
+
+@pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(map(str, case[:2])))
+def test_equals_one_device(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(30))
+def test_equals_one_device_whatever_the_mesh(seed: int) -> None:
+    check(draw(seed))
+
+
+def across(config: Config) -> list[Collective]:
+    """What the compiled step sends between replicas."""
+    compiled = compile_program(config, jax.devices())
+    return [c for c in collectives(hlo.parse(compiled.text), compiled.mesh) if "replica" in c.axes]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_gradients_cross_once_in_shards(fsdp: bool, sharded: bool) -> None:
+    """With a batch in parts and layers in a loop: whatever is of a layer or of a part stays inside."""
+    if sharded and not fsdp:
+        return
+    config = make_config(Case("bigmac", (2, 1, 1, 2, 2), fsdp, sharded, parts=2, remat="layer"))
+    found = across(config)
+    sent = sum(c.sent_bytes for c in found)
+    assert {(c.times, c.loops) for c in found} == {(1, ())}
+    formula = replica_bytes(config, {"replica": 2, "data": 1, "node": 1, "expert": 2, "tensor": 2})
+    # Beside them loads, shares and means of two layers, and sums for the gradients' norm.
+    assert formula < sent <= formula + 400
+    kinds = {c.kind for c in found if c.sent_bytes > 1000}
+    assert kinds == ({"reduce-scatter", "all-gather"} if sharded else {"all-reduce"})
+
+
+def test_the_sum_is_in_the_asked_dtype() -> None:
+    """Of bfloat16 half the bytes; XLA:CPU adds in float32 whatever is asked, so the trace is read."""
+    for dtype in ("float32", "bfloat16"):
+        config = make_config(COVERING[0])
+        config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, reduce_dtype=dtype))
+        with on_mesh(config):
+            trainer = make_trainer(config, jax.sharding.get_mesh())
+            batch = jax.tree.map(split_batch, make_batch(config))
+            step = str(trainer.step.trace(trainer.abstract_state, batch, trainer.rate(np.int32(0))).jaxpr)
+        summed = re.findall(r":(\w+)\[[^=\n]*= psum(?:_invariant)?\[[^\]]*'replica',\)", step)
+        assert len(summed) > 10 and set(summed) == {"f32" if dtype == "float32" else "bf16"}
+
+
+def test_what_replicas_are_not_for() -> None:
+    config = make_config(COVERING[0])
+    with pytest.raises(ConfigError, match=r"replica_optimizer=sharded splits .*; use it with mesh\.fsdp=True"):
+        dataclasses.replace(config.mesh, fsdp=False, replica_optimizer="sharded")
+    batch = dataclasses.replace(config.data, batch_size=12)
+    with pytest.raises(ConfigError, match=r"a multiple of mesh\.replica × mesh\.data × .* = 8; use 16"):
+        make_mesh(dataclasses.replace(config, data=batch))
