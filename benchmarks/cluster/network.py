@@ -111,9 +111,11 @@ class Namespaces:
 
     def sent_bytes(self, host: int) -> int:
         """That left through the host's link, as the kernel counts them, headers included."""
-        command = ["ip", "-n", self.name(host), "-json", "-statistics", "link", "show", "eth0"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout
-        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
+        return _transmitted(self.name(host), "eth0")
+
+    def sent_by_machine(self, machine: int) -> int:
+        """As `sent_bytes`, of the link that joins a machine of several hosts with the others."""
+        return _transmitted(f"{self._prefix}switch", f"up{machine}")
 
     def _build(self) -> None:
         network, switch = self.network, f"{self._prefix}switch"
@@ -195,6 +197,12 @@ def _started(pid: int) -> str:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return ""
+
+
+def _transmitted(namespace: str, device: str) -> int:
+    command = ["ip", "-n", namespace, "-json", "-statistics", "link", "show", device]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout
+    return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
 
 def _ip(*arguments: str) -> None:

@@ -42,6 +42,11 @@ class Cluster:
         """That left through the host's link so far; None over loopback."""
         return self._namespaces.sent_bytes(host) if self._namespaces else None
 
+    def sent_by_machine(self, machine: int) -> int | None:
+        """That left through a machine's link to the others so far; None over loopback, or where each host is one."""
+        several = self.network.machine > 1
+        return self._namespaces.sent_by_machine(machine) if self._namespaces and several else None
+
     def run(
         self,
         command: Sequence[str],

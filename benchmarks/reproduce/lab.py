@@ -125,6 +125,7 @@ class Lab:
         command = [sys.executable, *case.command, f"--workdir={workdir}", f"--config.cache_dir={self.folder / 'cache'}"]
         metrics = workdir / "metrics.jsonl"
         counted: dict[int, list[int]] = {}
+        between: list[int] = []  # that left the first machine
         network = Network(self.hosts, case.rate, case.machine, case.fast_rate)
         with Cluster(network) as cluster:
 
@@ -134,6 +135,7 @@ class Lab:
                 for due in (WARM, WARM + case.steps):
                     if done >= due and due not in counted and network.shaped:
                         counted[due] = [cluster.sent_bytes(host) or 0 for host in range(network.hosts)]
+                        between.append(cluster.sent_by_machine(0) or 0)
                 return False
 
             code = cluster.run(command, logs, {"PYTHONPATH": str(ROOT)}, stop=count, limit=self.limit)
@@ -155,6 +157,8 @@ class Lab:
             first, last = counted.values()
             sent = [(after - before) / case.steps for before, after in zip(first, last, strict=True)]
             result["link_bytes_a_step"] = [round(bytes_) for bytes_ in sent]
+            if network.machine > 1:
+                result["machine_bytes_a_step"] = round((between[-1] - between[0]) / case.steps)
         for name in ("loss", "moe/drop_rate", "moe/wire_bytes"):
             if name in records[-1]:
                 result[name] = records[-1][name]
