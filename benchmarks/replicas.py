@@ -95,7 +95,7 @@ def _hosts(slow: float, fast: float) -> Hardware:
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "| Mbit/s between slices | parts | | s a step | predicted | with free links | MB that a slice sends | counted |",
+        "| Mbit/s between slices | parts | | s a step | predicted | free links | MB that a slice sends | counted |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [

@@ -132,6 +132,9 @@ def enter_mesh(config: Config, fit_batch: bool = True) -> jax.sharding.Mesh:
             f"the mesh's {mesh.size} ranks leave process {min(idle)} of {jax.process_count()} without a device; "
             f"use all {jax.device_count()} devices, or fewer processes"
         )
+    if len(replicas := mesh.devices) > 1:
+        processes = [{device.process_index for device in replica.flat} for replica in replicas]
+        watchdog.belong_to([f"replica {n}" for n, of in enumerate(processes) if jax.process_index() in of])
     jax.set_mesh(mesh)
     return mesh
 

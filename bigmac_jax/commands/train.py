@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+import jax
 from absl import flags
 
 from bigmac_jax.commands import cli
@@ -10,10 +11,11 @@ from bigmac_jax.config import Config, ConfigError, check_batch
 from bigmac_jax.config.reading import drop_user_fields, load_with_base, retrained, saved_places, unresolve
 from bigmac_jax.config.reads import notes
 from bigmac_jax.data.chat_files import TEMPLATE_FILE
+from bigmac_jax.run.elastic import fit_replicas
 from bigmac_jax.run.loop import train
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.bad_steps import RunError
-from bigmac_jax.training.workdir import has_run, locate_workdir, read_config
+from bigmac_jax.training.workdir import has_run, locate_workdir, read_config, read_run_json
 from bigmac_jax.tuning.pretrained import inherit_config, open_pretrained
 
 _CONFIG = flags.DEFINE_string(
@@ -32,6 +34,11 @@ def main() -> int:
         profile = _steps(_PROFILE.value)
     config, base, named_by = _config(workdir)
     cli.agree(config, __name__)
+    with hosts.raise_together():
+        before = read_run_json(workdir)["mesh"] if has_run(workdir) else {}
+        config, line = fit_replicas(config, before, jax.device_count())
+    if line:
+        hosts.say(line)
     mesh = cli.enter_mesh(config)
     cli.warn(notes(config, cli.given_fields(), mesh.shape["data"], base))
     try:

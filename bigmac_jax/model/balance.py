@@ -21,6 +21,7 @@ _MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every r
 BALANCE_BIAS = "evened"  # what `balance_bias` gives: execution.remat keeps it, whatever else it computes again
 # `balance_bias`: steps of the dual, and how each finds its quantiles: by 16 parts of a range five times, to 1e-6 of it.
 _DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
+QUANTILE_SUMS = _DUAL_STEPS * _SEARCHES  # of counts, over all ranks
 
 
 def balance_loss(shares_E: Array, load_E: Array) -> Array:

@@ -95,6 +95,11 @@ def _check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
         )
 
 
+def slices(mesh: Mesh) -> int:
+    """Slices, as the runtime knows them, that one replica of the mesh lies on."""
+    return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices[0].flat})
+
+
 def _granules(devices: Sequence[Any]) -> Callable[[Any], int]:
     """Maps a device to the group that fast links join, if the runtime knows it: a slice of TPUs, perhaps of several
     hosts, or the GPUs of a host, perhaps of several processes."""

@@ -18,7 +18,7 @@ from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
-from bigmac_jax.model.mesh import batch_spec, describe_mesh
+from bigmac_jax.model.mesh import batch_spec, describe_mesh, slices
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.clock import clock
 from bigmac_jax.training import manifest, run_data
@@ -28,6 +28,7 @@ from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.dashboards import check_dashboards
 from bigmac_jax.training.metrics import describe_auto
 from bigmac_jax.training.programs import evaluation_rows, step_program
+from bigmac_jax.training.replicas import describe_crossing
 from bigmac_jax.training.step import StepMetrics, Trainer, TrainState, make_trainer
 from bigmac_jax.training.workdir import (
     check_shared,
@@ -198,8 +199,9 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     mesh = jax.sharding.get_mesh()
     if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
         hosts.say(describe_auto(config))
-    if line := describe_first_pass(config):
-        hosts.say(line)
+    for line in (describe_first_pass(config), *describe_crossing(config, slices(mesh))):
+        if line:
+            hosts.say(line)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     of_model = sum(leaf.size for leaf in jax.tree.leaves(state.base))
     beside = f" of adapters beside {of_model:,} of the model" if of_model else ""

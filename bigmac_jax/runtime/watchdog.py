@@ -33,6 +33,12 @@ _LOOK = 0.5  # seconds between looks at what is known
 # the processor is busy, because a process that waits for another may spin.
 _SLOW, _LONG, _BUSY = 10, 600.0, 6
 _KEY = "bigmac/watch/"
+_belongs_to: list[str] = []  # what this process is a part of, beside its host
+
+
+def belong_to(parts: Sequence[str]) -> None:
+    """Says what this process is a part of, such as a replica, for the lines that name it."""
+    _belongs_to[:] = parts
 
 
 class _Peer:
@@ -75,7 +81,8 @@ class _Peer:
             return f"process {self.index}"
         step, phase = self.state["step"], self.phase
         at = ([f"step {step}"] if step else []) + ([] if phase in STEPPING or not phase else [phase])
-        return f"process {self.index} ({self.state['pid']} on {self.state['host']}, {', '.join(at) or 'start'})"
+        where = [f"{self.state['pid']} on {self.state['host']}", *self.state.get("of", ()), *(at or ["start"])]
+        return f"process {self.index} ({', '.join(where)})"
 
 
 class Watchdog:
@@ -182,8 +189,8 @@ class Watchdog:
         idle = now - clock.last_tick
         if clock.phase not in STEPPING and idle < _BUSY * self._patience(clock.phase):
             idle = min(idle, now - self._busy_at)
-        state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "step": clock.step,
-                 "started": clock.started, "phase": clock.phase, "idle": round(idle, 1), "beat": self._beats,
+        state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "of": _belongs_to,
+                 "step": clock.step, "started": clock.started, "phase": clock.phase, "idle": round(idle, 1), "beat": self._beats,
                  "ended": self._ended, "error": self._error}  # fmt: skip
         return json.dumps(state, allow_nan=False)
 

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
+from bigmac_jax.model.balance import QUANTILE_SUMS
 from bigmac_jax.model.mesh import AXES, REPLICA, names, replicas, spec_of
 from bigmac_jax.model.parameters import Declaration, map_declared, shard_spec, state_spec
 
@@ -74,3 +75,21 @@ def gather_shards(updated: Any, params: Any) -> Any:
 def _state_spec(config: Config, of: Declaration, shape: tuple[int, ...], spec: P) -> P:
     sharded = config.mesh.replica_optimizer == "sharded"
     return state_spec(of, shape, spec, sharded, jax.sharding.get_abstract_mesh().shape)
+
+
+def describe_crossing(config: Config, slices: int) -> list[str]:
+    """Says what crosses slow links in every layer, where a field would keep it inside.
+
+    Args:
+      slices: that a replica lies on.
+    """
+    lines = []
+    if slices > 1 and config.mesh.fsdp:
+        keeps = f"mesh.replica={slices * config.mesh.replica}"
+        lines.append(f"parameters are gathered across {slices} slices in every pass: {keeps} keeps that inside a slice")
+    if config.mesh.replica > 1 and config.model.is_moe and config.model.balance_step == "same":
+        lines.append(
+            f"model.balance_step=same counts the tokens of all replicas {QUANTILE_SUMS} times in each layer; "
+            f"balance_step=next asks them once a step"
+        )
+    return lines

@@ -19,7 +19,7 @@ from bigmac_jax.config import check_batch, load_config
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 HOST_FLAGS = ("coordinator", "num_processes", "process_id", "distributed", "peer_timeout")
-MANIFESTS = {"gke_tpu.yaml": 4, "gke_gpu.yaml": 8}  # → devices of a pod
+MANIFESTS = {"gke_tpu.yaml": 4, "gke_tpu_slices.yaml": 4, "gke_gpu.yaml": 8}  # → devices of a pod
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -104,6 +104,7 @@ def test_a_manifest_starts_what_can_run(name: str) -> None:
     overrides = [f"{flag[7:]}={value}" for flag, value in flags.items() if flag.startswith("config.")]
     assert {flag for flag in flags if "." not in flag} <= {*flags_of("train"), *HOST_FLAGS}
     config = load_config(flags["config"], overrides)
+    assert config.mesh.replica == jobs.get("replicas", 1)
     check_batch(config, devices * job["parallelism"] // config.mesh.model_ranks)
     if "coordinator" in flags:
         own, of = loaded["metadata"]["name"], jobs["name"]

@@ -1,5 +1,6 @@
 """The mesh: axes, order of the devices, and what does not fit."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
-from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.mesh import make_mesh, slices
 
 
 def config(
@@ -110,6 +111,41 @@ def test_an_expert_axis_that_would_cross_hosts() -> None:
         make_mesh(config(1, 2, 4, 3, batch=64, length=255, heads=3), devices=shuffled(4, 8))
     # Without a node axis a flat group may cross them.
     assert make_mesh(config(1, 1, 16, batch=64), devices=shuffled(2, 8)).devices.shape == (1, 1, 1, 16, 1)
+
+
+def two_slices(size: int = 8) -> list[Any]:
+    """Of TPUs, in an order that a runtime might name them in."""
+    devices = [Device(i, i // 4, "tpu", i // size) for i in range(2 * size)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+def on_slices(*mesh: int, replica: int) -> Config:
+    return dataclasses.replace(config(*mesh, batch=64), mesh=MeshConfig(*mesh, replica=replica))
+
+
+def test_replicas_are_slices() -> None:
+    """Whatever else a mesh has; replicas may be parts of a slice, too."""
+    for mesh, replica in (((2, 1, 4), 2), ((1, 1, 4, 2), 2), ((1, 1, 4), 4), ((1, 1, 8), 2)):
+        made = make_mesh(on_slices(*mesh, replica=replica), devices=two_slices())
+        assert made.devices.shape[0] == replica
+        for devices in made.devices:
+            assert len({device.slice_index for device in devices.flat}) == 1
+    assert slices(made) == 1 and slices(make_mesh(on_slices(2, 1, 8, replica=1), devices=two_slices())) == 2
+
+
+def test_what_is_not_for_links_between_slices() -> None:
+    rule = r"mesh\.expert × mesh\.tensor = 16 × 1 must divide the 8 devices of a slice, or rows would cross slices; "
+    with pytest.raises(
+        ConfigError, match=rule + r"use mesh\.expert=8, mesh\.tensor=1, and mesh\.node=2 if they are to"
+    ):
+        make_mesh(on_slices(1, 1, 16, replica=1), devices=two_slices())
+    assert make_mesh(on_slices(1, 2, 8, replica=1), devices=two_slices()).shape["node"] == 2  # which asks for it
+    three = [Device(i, i // 4, "tpu", i // 8) for i in range(24)]
+    rule = (
+        r"mesh\.replica=2 makes replicas of 12 devices, which must be a multiple of the 8 of a slice, or divide them; "
+    )
+    with pytest.raises(ConfigError, match=rule + r"use mesh\.replica=1 or 3"):
+        make_mesh(dataclasses.replace(on_slices(3, 1, 4, replica=2), data=DataConfig(batch_size=96)), devices=three)
 
 
 def test_devices_left_that_make_no_whole_group() -> None:

@@ -77,13 +77,14 @@ def made(
     tuning: dict[str, Any] | None = None,
     execution: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
+    replicas: bool = False,
 ) -> Case:
-    """A case by its fields; `mesh` is data, node, expert, tensor, fsdp, split_experts."""
+    """A case by its fields; `mesh` is data, or with `replicas` replica, node, expert, tensor, fsdp, split_experts."""
     tuning = tuning or {}
     config = Config(
         model=ModelConfig(**{"num_layers": 2, "vocab_size": VOCABULARY, "capacity_factor": math.inf} | model),
         execution=ExecutionConfig(**execution or {}),
-        mesh=MeshConfig(*mesh),
+        mesh=MeshConfig(1, *mesh[1:], replica=mesh[0]) if replicas else MeshConfig(*mesh),  # type: ignore[arg-type]
         # Nothing is read of either path.
         data=DataConfig(
             source="rows.jsonl",
@@ -97,7 +98,7 @@ def made(
         train=TrainConfig(accumulate_steps=parts, init_from="model"),
         tuning=TuningConfig(**tuning),
     )
-    check_batch(config, mesh[0])
+    check_batch(config, config.mesh.data)
     other = None
     if teacher is not None:
         other = dataclasses.replace(config, model=dataclasses.replace(config.model, **teacher), tuning=TuningConfig())
@@ -185,6 +186,7 @@ def _attempt(seed: int, draw: random.Random) -> Case:
         tuning=tuning,
         execution=execution,
         teacher=teacher,
+        replicas=mesh[0] > 1 and maybe(0.5),
     )
 
 

@@ -1,0 +1,103 @@
+"""A run that goes on with fewer replicas: the batch stays, in more parts, and one line says so."""
+
+import dataclasses
+import math
+import pathlib
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from training.tools import leaves_of, quick, read_records, small
+
+from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run.elastic import fit_replicas
+from bigmac_jax.run.loop import train
+
+
+def config(mesh: MeshConfig, batch: int, parts: int) -> Config:
+    data = DataConfig(tokenizer="bytes", batch_size=batch)
+    return Config(mesh=mesh, data=data, train=TrainConfig(accumulate_steps=parts))
+
+
+def test_half_of_the_replicas() -> None:
+    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
+    found, line = fit_replicas(four, {"data": 2}, 8)
+    assert (found.mesh.replica, found.train.accumulate_steps) == (2, 4)
+    assert (
+        line
+        == "2 of mesh.replica=4 replicas are here: the run goes on with them, its batch of 64 in 4 parts instead of 2"
+    )
+    assert found.mesh == dataclasses.replace(four.mesh, replica=2) and found.data == four.data
+
+
+def test_what_changes_nothing() -> None:
+    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
+    for before, devices in (({"data": 2}, 16), ({"data": 2}, 32), ({}, 8), ({"data": 2}, 6), ({"data": 2}, 2)):
+        assert fit_replicas(four, before, devices) == (four, "")
+    # All devices that the other axes leave: as many as the run had.
+    free = config(MeshConfig(replica=4, expert=2), 64, 2)
+    assert fit_replicas(free, {"data": 2}, 8)[0].mesh == MeshConfig(replica=2, data=2, expert=2)
+
+
+def test_replicas_that_do_not_divide_the_batch() -> None:
+    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
+    with pytest.raises(ConfigError, match=r"3 of mesh\.replica=4 replicas are here, .* 12 parts; start 2 of them"):
+        fit_replicas(four, {"data": 2}, 12)
+
+
+def test_no_part_is_larger_than_before() -> None:
+    """Whatever is left, whose parts hold the whole batch."""
+    draw = random.Random(0)
+    for _ in range(200):
+        replicas, data, expert, rows, parts = (draw.choice((1, 2, 3, 4, 6)) for _ in range(5))
+        batch = replicas * data * expert * rows * parts
+        before = config(MeshConfig(replica=replicas, data=data, expert=expert), batch, parts)
+        left = draw.randint(1, replicas)
+        try:
+            after, line = fit_replicas(before, {"data": data}, left * data * expert)
+        except ConfigError as error:
+            assert batch % (left * data * expert)
+            start = re.search(r"start (\d+) of them", str(error))
+            assert start and batch % (int(start[1]) * data * expert) == 0
+            continue
+        shards = after.mesh.replica * data * expert * after.train.accumulate_steps
+        assert batch % shards == 0 and batch // shards <= rows and bool(line) == (left < replicas)
+        assert after.mesh.replica == left
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sharded", ["copied", "sharded"])
+def test_a_run_on_other_numbers_of_replicas(sharded: str, tmp_path: pathlib.Path) -> None:
+    """Bit-equal on the same mesh; on one device, on fewer and on more replicas, and back, the losses of one run."""
+    base = ("mesh.data=1", "mesh.expert=2", "mesh.fsdp=True", "train.eval_every=0", "train.checkpoint_every=2")
+    meshes = {
+        "two": ("mesh.replica=2", f"mesh.replica_optimizer={sharded}"),
+        "four": ("mesh.replica=4", f"mesh.replica_optimizer={sharded}"),
+        "one": ("train.accumulate_steps=2",),
+        "data": ("mesh.data=2",),
+    }
+
+    def run(name: str, steps: int, workdir: pathlib.Path) -> Config:
+        made = small(tmp_path, *base, *meshes[name], f"train.steps={steps}", "optimizer.decay_steps=10")
+        with quick(), jax.set_mesh(make_mesh(made)):
+            train(made, workdir)
+        return made
+
+    whole = run("two", 6, tmp_path / "whole")
+    losses = [record["loss"] for record in read_records(tmp_path / "whole") if "loss" in record]
+    for first in meshes:
+        for second in meshes:
+            workdir = tmp_path / f"{first}-{second}"
+            run(first, 4, workdir)
+            last = run(second, 6, workdir)
+            found = [record["loss"] for record in read_records(workdir) if "loss" in record]
+            assert len(found) == len(losses) == 6 and math.isfinite(sum(found))
+            np.testing.assert_allclose(found, losses, rtol=2e-5)
+            if first == second == "two":
+                assert found == losses
+                expected, state = leaves_of(whole, tmp_path / "whole", 6), leaves_of(last, workdir, 6)
+                for name, value in expected.items():
+                    np.testing.assert_array_equal(state[name], value, err_msg=name)
