@@ -37,6 +37,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 50, "Kills.", lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", 2, "Of two simulated devices each.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is killed, and when.")
 _STORE = flags.DEFINE_enum("store", "", ["", "gs"], "Where the disturbed run lies; by default on a disk.")
+_REPLICAS = flags.DEFINE_bool("replicas", False, "Each process is a replica (mesh.replica), and not a part of one.")
 _PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 20, "As of train.py.", lower_bound=1)
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -176,7 +177,9 @@ def _config(folder: pathlib.Path, steps: int, processes: int) -> Config:
             dropout=0.1,
             balance="bias",
         ),
-        mesh=MeshConfig(data=processes, expert=2),
+        mesh=MeshConfig(1, 1, 2, fsdp=True, replica=processes, replica_optimizer="sharded")
+        if _REPLICAS.value
+        else MeshConfig(data=processes, expert=2),
         data=DataConfig(
             source=str(folder / "text.txt"), tokenizer="bytes", sequence_length=16, batch_size=4 * processes
         ),

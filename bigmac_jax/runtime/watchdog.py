@@ -190,8 +190,8 @@ class Watchdog:
         if clock.phase not in STEPPING and idle < _BUSY * self._patience(clock.phase):
             idle = min(idle, now - self._busy_at)
         state = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "of": _belongs_to,
-                 "step": clock.step, "started": clock.started, "phase": clock.phase, "idle": round(idle, 1), "beat": self._beats,
-                 "ended": self._ended, "error": self._error}  # fmt: skip
+                 "step": clock.step, "started": clock.started, "phase": clock.phase, "idle": round(idle, 1),
+                 "beat": self._beats, "ended": self._ended, "error": self._error}  # fmt: skip
         return json.dumps(state, allow_nan=False)
 
     def _patience(self, phase: str) -> float:

@@ -141,10 +141,8 @@ def test_what_is_not_for_links_between_slices() -> None:
         make_mesh(on_slices(1, 1, 16, replica=1), devices=two_slices())
     assert make_mesh(on_slices(1, 2, 8, replica=1), devices=two_slices()).shape["node"] == 2  # which asks for it
     three = [Device(i, i // 4, "tpu", i // 8) for i in range(24)]
-    rule = (
-        r"mesh\.replica=2 makes replicas of 12 devices, which must be a multiple of the 8 of a slice, or divide them; "
-    )
-    with pytest.raises(ConfigError, match=rule + r"use mesh\.replica=1 or 3"):
+    rule = r"mesh\.replica=2 makes replicas of 12 devices, which must be a multiple of the 8 of a slice, or divide "
+    with pytest.raises(ConfigError, match=rule + r"them; use mesh\.replica=1 or 3"):
         make_mesh(dataclasses.replace(on_slices(3, 1, 4, replica=2), data=DataConfig(batch_size=96)), devices=three)
 
 

@@ -216,6 +216,9 @@ def test_a_rank_keeps_its_own_chunk() -> None:
 def test_topologies() -> None:
     assert topologies.parse_topology("v5p:2x4x4") == ("v5p:2x4x4", "v5p", (2, 4, 4), 1)
     assert topologies.parse_topology("tpu7x:2x2x2").torus == (2, 2, 2)
+    assert topologies.parse_topology("v6e:4x8", slices=2).chips == 64
+    with pytest.raises(ConfigError, match=r"--slices=2 is of TPUs; .* use --topology=gb200:4x72"):
+        topologies.parse_topology("gb200:2x72", slices=2)
     for name, part in {"v7:4x8": "v5e, v5p, v6e", "v5e": "v5e:4x8", "v5e:4x8x2": "2 sizes", "v5p:4x8": "3 sizes",
                        "tpu7x:4x8": "3 sizes, as in --topology=tpu7x:2x4x4",
                        "v6e:0x8": "2 sizes", "v6e:4x": "2 sizes", "": "one of"}.items():  # fmt: skip

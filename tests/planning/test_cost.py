@@ -225,6 +225,34 @@ def test_parameters_of_a_rank_are_what_the_sharded_model_gives_it(structure: str
         assert count.of_a_rank == sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
 
+def test_replicas() -> None:
+    """Two of four ranks, each a machine: a rank sends half of its shards twice, on its own share of the slow link; what
+    is summed inside crosses no machine."""
+    mesh = {"replica": 2, "data": 2, "node": 1, "expert": 2, "tensor": 1}
+    c = replace(config(), mesh=MeshConfig(2, 1, 2, fsdp=True, replica=2))
+    count = counts.parameters(c, mesh)
+    assert count.of_a_rank == count.shards_of_a_rank == count.updated_of_a_rank and not count.scattered_of_a_rank
+    assert counts.replica_bytes(c, mesh) == 4 * count.of_a_rank
+    assert step_time(c, mesh, PLAIN).replicas == 4 * count.of_a_rank / 10
+    one = {**mesh, "replica": 1}
+    for term in ("gradients", "parameters"):
+        assert getattr(step_time(c, mesh, PLAIN), term) == getattr(step_time(c, one, PLAIN), term)
+    # Without fsdp shards are as small, so that no two ranks of a replica send the same.
+    whole = replace(c, mesh=replace(c.mesh, fsdp=False))
+    assert counts.replica_bytes(whole, mesh) == 4 * counts.parameters(whole, mesh).shards_of_a_rank
+    small = counts.parameters(c, mesh).parts["norms"]
+    assert counts.replica_bytes(whole, mesh) <= 4 * ((count.total - small) / 4 + small + 4)
+    # In two bytes half; where the optimizer's state is split, scattered gradients and float32 parameters.
+    half = replace(c, execution=replace(c.execution, reduce_dtype="bfloat16"))
+    assert counts.replica_bytes(half, mesh) == 2 * count.of_a_rank
+    split = replace(half, mesh=replace(half.mesh, replica_optimizer="sharded"))
+    of_split = counts.parameters(split, mesh)
+    assert of_split.scattered_of_a_rank == count.of_a_rank - small
+    assert of_split.updated_of_a_rank == small + (count.of_a_rank - small) / 2
+    assert of_split.moments_of_a_rank == 2 * of_split.updated_of_a_rank
+    assert counts.replica_bytes(split, mesh) == (2 + 4) / 2 * of_split.scattered_of_a_rank + 2 * small
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_in_half_precision(tied: bool) -> None:
     """Gathered in two bytes; summed in four, or with reduce_dtype in two. A table is read and written with."""

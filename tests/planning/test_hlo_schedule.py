@@ -262,6 +262,40 @@ def test_a_collective_that_fusions_carry() -> None:
     assert (of_parameters.exchange_seconds, of_parameters.hidden_seconds) == (WIRE, 7)
 
 
+def between_slices(name: str, opcode: str, kind: str, operand: str) -> str:
+    attributes = {"host_transfer_rendezvous": f"{kind}.7_0", "megascale_target": "{1,2}x{0:3}",
+                  "megascale_transfer_type": kind}  # fmt: skip
+    text = ",".join(f'_xla_{key}="{value}"' for key, value in attributes.items())
+    return (
+        f"%{name} = (u16[8]{{0}}, u32[], token[]) {opcode}(%{operand}, %after), channel_id=2, is_host_transfer=true, "
+        f"frontend_attributes={{{text}}}"
+    )
+
+
+@pytest.mark.parametrize(("kind", "sent"), [("ALL_REDUCE", 16), ("ALL_GATHER", 16), ("REDUCE_SCATTER", 8)])
+def test_a_collective_between_slices(kind: str, sent: float) -> None:
+    """Of two slices of four ranks: a send that the runtime answers with a recv, and the products before its end."""
+    mesh = {"replica": 2, "data": 1, "expert": 4}
+    module = program(
+        "%after = token[] after-all()",
+        between_slices("r", "recv", kind, "after").replace("(%after, %after)", "(%after)"),
+        between_slices("s", "send", kind, "x"),
+        matmul("m", 3, "x"),
+        "%sd = token[] send-done(%s), channel_id=2, is_host_transfer=true",
+        matmul("n", 4, "m"),
+        "%rd = (u16[8]{0}, token[]) recv-done(%r), channel_id=2, is_host_transfer=true",
+        "%y = u16[8]{0} get-tuple-element(%rd), index=0",
+        matmul("o", 5, "y"),
+    )
+    (found,) = collectives(module, mesh)
+    assert (found.kind, found.axes, found.ranks) == (kind.lower().replace("_", "-"), ("replica",), 2)
+    assert (found.asynchronous, found.dtypes, found.sent_bytes) == (True, ("u16",), sent)
+    of_parameters = overlap(
+        module, mesh, lambda collective: WIRE, Rates(clock_hz=1.0, peak_flops=1.0), parameter_collective
+    )
+    assert (of_parameters.exchange_seconds, of_parameters.hidden_seconds) == (WIRE, 7)
+
+
 def test_what_sums_gradients_and_gathers_parameters() -> None:
     """Not the exchange, nor what the ranks of tensor gather."""
     module = program(

@@ -221,6 +221,19 @@ def test_nothing_crashes(devices: int) -> None:
             assert {min(2, c.sizes["tensor"]) for c in search(c, Machine(devices, H100))} <= {1 + (devices == 32), 2}
 
 
+def test_replicas_are_whole_machines() -> None:
+    """Of four hosts: one replica, two of two hosts each, four; of a slice none, of two slices one each."""
+    hosts, slice_ = Machine(32, replace(H100, machine_ranks=8)), Machine(16, V5E, (4, 4))
+    wide = replace(CONFIG, data=replace(CONFIG.data, batch_size=64))
+    assert {c.sizes["replica"] for c in search(wide, hosts)} == {1, 2, 4}
+    assert {c.sizes["replica"] for c in search(wide, slice_)} == {1}
+    two = search(wide, replace(slice_, devices=32))
+    assert {c.sizes["replica"] for c in two} == {1, 2}
+    # Across slices parameters are not gathered where gradients alone can be summed.
+    (best,) = (c for c in two[:1])
+    assert best.sizes["replica"] == 2 and "--config.mesh.replica=2" in flags(wide, best.config)
+
+
 def test_a_dense_model_has_no_expert_group() -> None:
     found = search(replace(CONFIG, model=replace(CONFIG.model, structure="dense")), EIGHT)
     assert {tuple(c.sizes.values()) for c in found} == {(1, 8, 1, 1, 1), (1, 4, 1, 1, 2), (1, 2, 1, 1, 4)}

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -58,10 +59,11 @@ def test_launch_local(top_k: str, code: int, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.full
-def test_soak() -> None:
+@pytest.mark.parametrize("flags", [(), ("--replicas",)], ids=["one", "replicas"])
+def test_soak(flags: Sequence[str]) -> None:
     rounds = 3
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.soak", f"--rounds={rounds}"],
+        [sys.executable, "-m", "benchmarks.soak", f"--rounds={rounds}", *flags],
         cwd=ROOT, env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run
