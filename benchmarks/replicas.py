@@ -15,6 +15,7 @@ from absl import app, flags
 
 from benchmarks.reproduce.base import HOSTS, get_config
 from benchmarks.reproduce.lab import Case, Lab, Record
+from benchmarks.reproduce.machine import describe_machine
 from bigmac_jax.config import Config, with_overrides
 from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.planning.cost import make_job
@@ -25,6 +26,7 @@ _FAST = flags.DEFINE_integer("fast", 1000, "Mbit/s of a host's link inside its s
 _STEPS = flags.DEFINE_integer("steps", 5, "Of each case, after two that are not counted.", lower_bound=1)
 _FOLDER = flags.DEFINE_string("folder", "runs/replicas", "Where measurements stand; those that are there stay.")
 _SIZE = flags.DEFINE_string("size", "large", "Of benchmarks/reproduce/base.py.")
+_JSON = flags.DEFINE_string("json", "", "Write the rows and what they were measured on to this file.")
 _TABLE = flags.DEFINE_bool("table", False, "Print the table, not JSON.")
 
 COMMON = ("mesh.expert=2", "mesh.fsdp=True", "model.structure=bigmac", "data.batch_size=16", "data.sequence_length=384")
@@ -60,7 +62,11 @@ def main(_: Any) -> None:
                 alone, behind = lab.measure([lab.case(_SIZE.value, *fields), shaped])
                 rows.append(_row(arm, parts, rate, alone, behind, shaped))
                 if not _TABLE.value:
-                    print(json.dumps(rows[-1]._asdict()), flush=True)
+                    print(json.dumps(rows[-1]._asdict(), allow_nan=False), flush=True)
+    if _JSON.value:
+        command = f"python -m benchmarks.replicas --steps={_STEPS.value}"
+        record = {"command": command, "machine": describe_machine(), "rows": [row._asdict() for row in rows]}
+        pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if _TABLE.value:
         print(_table(rows))
 

@@ -46,7 +46,8 @@ _FIELDS = {
     "execution.dtype": "bf16 fp16 torch_dtype compute_dtype mixed_precision precision params_dtype",
     "execution.remat": "gradient_checkpointing activation_checkpointing remat_policy recompute recompute_granularity",
     "execution.attention": "attn_implementation attention_backend flash_attention use_flash_attn",
-    "mesh.data": "dp dp_size data_parallel_size data_parallelism ici_data_parallelism dcn_data_parallelism",
+    "mesh.data": "dp dp_size data_parallel_size data_parallelism ici_data_parallelism",
+    "mesh.replica": "dcn_data_parallelism dcn_dp num_slices hsdp hybrid_shard data_parallel_replicate_degree",
     "mesh.expert": "ep ep_size expert_parallel_size expert_parallelism expert_model_parallel_size "
     "ici_expert_parallelism",
     "mesh.tensor": "tp tp_size tensor_parallel_size tensor_parallelism tensor_model_parallel_size "

@@ -18,6 +18,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     if "best" in plan:
         _best(console, plan)
     where = plan["topology"] or (f"{plan['devices']} devices" if plan["devices"] > 1 else "")
+    where = f"{plan['slices']} × {where}" if plan["slices"] > 1 else where
     console.print(f"[bold]{plan['description']}[/bold]")
     console.print(
         f"{where}{', ' if where else ''}{describe_mesh(plan['mesh'])}, {plan['tokens_per_step']:,} tokens a step\n"

@@ -1,7 +1,7 @@
 """Compiles all programs of a small model for TPUs that are not there, and prints what they hold as JSON.
 
 Run by itself, because the TPU compiler's platform must not meet the tests' own: python -m programs.compiled TOPOLOGY
-NAMES OVERRIDES…
+NAMES OVERRIDES…; several slices as "v6e:4x8 x 2".
 """
 
 import json
@@ -22,7 +22,7 @@ from bigmac_jax.config import (
     OptimizerConfig,
     with_overrides,
 )
-from bigmac_jax.model.counts import parameters
+from bigmac_jax.model.counts import parameters, replica_bytes
 from bigmac_jax.model.mesh import AXES
 from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES
@@ -94,16 +94,17 @@ def _overlap(module: hlo.Module, compiled: Compiled) -> list[tuple[bool, int]]:
 
 
 def main(topology: str, names: str, *overrides: str) -> None:
-    shape = parse_topology(topology)
+    place, _, slices = topology.partition(" x ")
+    shape = parse_topology(place, int(slices or 1))
     devices = absent_devices(shape)
     config = with_overrides(small(), overrides)
-    data = config.mesh.data or len(devices) // config.mesh.model_ranks
+    data = config.mesh.data or len(devices) // config.mesh.fixed_ranks
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES} | {"data": data}
     state = 12 * parameters(config, sizes).of_a_rank
     made = {name: compile_program(config, devices, name) for name in (names.split(",") if names else NAMES)}
     available = load_hardware(shape.kind).memory_bytes
     print(json.dumps({name: facts(program, config) for name, program in made.items()} | {
-        "state": state, "available": available}))  # fmt: skip
+        "state": state, "available": available, "replica_bytes": replica_bytes(config, sizes)}))  # fmt: skip
 
 
 if __name__ == "__main__":

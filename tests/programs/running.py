@@ -32,6 +32,19 @@ def run_json(command: list[str], folder: pathlib.Path) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def check_replicas(topology: str, *overrides: str) -> None:
+    """Gradients cross once a step, in shards of the asked dtype, beside some kilobytes of statistics; tiles are padded.
+
+    Whatever else crosses is nothing of a layer or a part: no loop is around it.
+    """
+    made = compiled(topology, "step", "mesh.replica=2", "train.accumulate_steps=2", "data.batch_size=128", *overrides)
+    # Of two replicas: a rank sends half of a buffer, twice for a sum that all have.
+    found = [(kind, size) for kind, axes, size, times, _ in made["step"]["collectives"] if "replica" in axes]
+    assert {times for _, axes, _, times, _ in made["step"]["collectives"] if "replica" in axes} == {1}
+    sent = sum(size if kind == "all-reduce" else size / 2 for kind, size in found)
+    assert made["replica_bytes"] < sent < 1.03 * made["replica_bytes"] + 2**14
+
+
 def case_name(features: Iterable[str], case: tuple[Any, ...]) -> str:
     topology, *on = case
     return "-".join([topology.partition(":")[0], *(name for name, there in zip(features, on, strict=True) if there)])

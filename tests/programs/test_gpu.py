@@ -4,7 +4,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS
-from .running import case_name, compiled, planned
+from .running import case_name, check_replicas, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +46,11 @@ def test_programs(case: tuple) -> None:
     # No row times every expert: that is what plain `ragged_dot` is there. A rank reserves room for all ranks' rows.
     room = 64 * 256 // (2 if on["accumulate"] else 1) * 4
     assert programs["step"]["largest_elements"] < room * EXPERTS // 8 * 256
+
+
+@pytest.mark.parametrize(("topology", "expert"), [("h100:2x8", 8), ("gb200:2x16", 16), ("gb300:2x8", 8)])
+def test_what_crosses_hosts_or_racks(topology: str, expert: int) -> None:
+    check_replicas(topology, f"mesh.expert={expert}", "mesh.fsdp=True", "execution.reduce_dtype=bfloat16")
 
 
 @pytest.mark.parametrize("topology", ["h800:1x8", "b300:1x8", "gb200:2x4", "gb300:2x4"])

@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, VOCAB
-from .running import case_name, compiled
+from .running import case_name, check_replicas, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -61,6 +61,16 @@ def test_programs(case: tuple[Any, ...]) -> None:
         table = VOCAB * 256
         scattered = [buffer for kind, _, buffer, _, _ in programs["step"]["collectives"] if kind == "reduce-scatter"]
         assert max(scattered) >= 4 * table // (4 if "tensor" in features else 1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("mesh.fsdp=True", "execution.reduce_dtype=bfloat16"), pytest.param((), marks=pytest.mark.full),
+     pytest.param(("mesh.fsdp=True", "mesh.replica_optimizer=sharded"), marks=pytest.mark.full)],
+    ids="-".join,
+)  # fmt: skip
+def test_what_crosses_slices(overrides: tuple[str, ...]) -> None:
+    check_replicas("v6e:4x8 x 2", *overrides)
 
 
 def test_the_gradient_of_a_table_whose_shards_are_no_tiles_is_scattered() -> None:
