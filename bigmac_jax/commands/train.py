@@ -35,15 +35,16 @@ def main() -> int:
     config, base, named_by = _config(workdir)
     cli.agree(config, __name__)
     with hosts.raise_together():
-        before = read_run_json(workdir)["mesh"] if has_run(workdir) else {}
-        config, line = fit_replicas(config, before, jax.device_count())
+        asked, saved = config, read_config(workdir) if has_run(workdir) else None
+        config, line = fit_replicas(asked, saved, read_run_json(workdir)["mesh"], jax.device_count())
     if line:
         hosts.say(line)
     mesh = cli.enter_mesh(config)
     cli.warn(notes(config, cli.given_fields(), mesh.shape["data"], base))
     try:
         places = saved_places(config, cli.OVERRIDES) if named_by else []
-        result = train(config, workdir, profile, [f"reads {place}, which {named_by} names" for place in places])
+        reads = [f"reads {place}, which {named_by} names" for place in places]
+        result = train(config, workdir, profile, reads, asked)
     except RunError as error:
         hosts.say(f"error: {error}", file=sys.stderr)
         return 1

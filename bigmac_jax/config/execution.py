@@ -72,7 +72,7 @@ class MeshConfig(Section):
     node: Count = 1
     expert: Count = 1
     tensor: Count = 1  # splits attention's and dense layers' matrices, tables of tokens, the sequence everywhere else
-    fsdp: bool = False  # parameters and optimizer state are sharded over every axis that would replicate them
+    fsdp: bool = False  # parameters and optimizer state are sharded over every axis of a replica that has copies
     split_experts: bool = False  # experts' matrices, too, are split over `tensor`
     # Slices or racks, with slow links between: parameters are sharded inside each, gradients summed across once a step.
     replica: Count = 1

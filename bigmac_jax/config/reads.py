@@ -53,7 +53,7 @@ def _ratio(config: Config) -> str:
 
 def _several_ranks(config: Config) -> str:
     mesh = config.mesh
-    return "a mesh of one rank" if mesh.data == 1 and mesh.fixed_ranks == 1 else ""
+    return "a mesh of one rank" if mesh.data == 1 and mesh.model_ranks == 1 else ""
 
 
 def _experts_elsewhere(config: Config) -> str:

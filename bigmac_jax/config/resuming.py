@@ -41,7 +41,7 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
       mesh_before, mesh_after: ranks by axis.
     """
     before, after = flat_values(saved), flat_values(new)
-    before |= {f"mesh.{axis}": mesh_before.get(axis) for axis in mesh_after}
+    before |= {f"mesh.{axis}": mesh_before.get(axis, 1) for axis in mesh_after}
     after |= {f"mesh.{axis}": size for axis, size in mesh_after.items()}
     splits = ("train.accumulate_steps", *(f"mesh.{axis}" for axis in mesh_after), "execution.exchange",
               "execution.overlap_chunks")  # fmt: skip

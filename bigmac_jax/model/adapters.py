@@ -69,14 +69,16 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
     tuning, pairs = config.tuning, dict(nnx.to_flat_state(adapters))
     flat = dict(nnx.to_flat_state(base))
     for number, path in enumerate(sorted(adapted(config, base))):
-        a, b = (pairs[*path, name].get_value() for name in "ab")
+        w, (a, b) = flat[path].get_value(), (pairs[*path, name].get_value() for name in "ab")
         if dropout_key is not None and tuning.lora_dropout:
             # 2^16: these are other numbers than the model's own dropout draws.
-            own, spec = jax.random.fold_in(jax.random.fold_in(dropout_key, 1 << 16), number), P(*spec_of(a)[:-1], None)
-            kept = jax.random.bernoulli(own, 1 - tuning.lora_dropout, (*a.shape[:-1], 1), out_sharding=spec)
+            own, spec = jax.random.fold_in(jax.random.fold_in(dropout_key, 1 << 16), number), P(*spec_of(w)[:-1], None)
+            kept = jax.random.bernoulli(own, 1 - tuning.lora_dropout, (*w.shape[:-1], 1), out_sharding=spec)
+            if a.ndim > w.ndim:  # each replica has its own, and loses the same
+                kept = jnp.expand_dims(kept, w.ndim - len(declared(flat[path]).dims))
             a = jnp.where(kept, a / (1 - tuning.lora_dropout), 0)
         scale = tuning.lora_alpha / tuning.lora_rank
-        flat[path] = flat[path].replace(Adapted(flat[path].get_value(), a, scale * b))
+        flat[path] = flat[path].replace(Adapted(w, a, scale * b))
     return nnx.from_flat_state(flat)
 
 

@@ -69,13 +69,13 @@ def make_mesh(config: Config, fit_batch: bool = True, devices: Sequence[Any] | N
     near = sorted(devices, key=lambda device: (granule(device), device.process_index))  # their order is kept inside
     of_granule = list(Counter(map(granule, near)).values())
     if len(of_granule) > 1:
-        _check_links(sizes, math.gcd(*of_granule), devices[0].platform)
+        check_links(sizes, math.gcd(*of_granule), devices[0].platform)
     ranks = np.asarray(near[: math.prod(sizes.values())]).reshape(tuple(sizes.values()))
     return Mesh(ranks, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
-    """Refuses a mesh that would put on slow links, between granules of `size` devices, what is not for them."""
+def check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
+    """Refuses a mesh that would put on slow links, between slices or hosts of `size` devices, what is not for them."""
     near = "slice" if platform == "tpu" else "host"
     expert, tensor, replicas = sizes["expert"], sizes[TENSOR], sizes[REPLICA]
     block, replica = expert * tensor, math.prod(sizes.values()) // replicas
@@ -96,7 +96,9 @@ def _check_links(sizes: Mapping[str, int], size: int, platform: str) -> None:
 
 
 def slices(mesh: Mesh) -> int:
-    """Slices, as the runtime knows them, that one replica of the mesh lies on."""
+    """Slices of TPUs that one replica of the mesh lies on; 1 for other devices."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return 1
     return len({getattr(device, "slice_index", None) or 0 for device in mesh.devices[0].flat})
 
 

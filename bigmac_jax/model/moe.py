@@ -23,8 +23,8 @@ from bigmac_jax.model.experts import apply_experts
 from bigmac_jax.model.gathering import Weight, can_join, join, on_each_rank
 from bigmac_jax.model.layers import MLP, Linear, Norm, divisor, last_axes, normalize, product, residual_scale
 from bigmac_jax.model.mesh import (
-    AXES,
     EXPERT_GROUP,
+    INSIDE,
     TENSOR,
     per_replica,
     rank_spec,
@@ -300,7 +300,7 @@ def add_further_rounds(
     """y' of each chunk with what the chunks' buffers had no room for, which all tokens send together."""
     left_TK = jnp.concatenate([plan.left_TK for plan in plans if plan.left_TK is not None])
     in_round = functools.partial(routed, config, exchange)
-    more_TR = further_rounds(exchange, in_round, AXES, left_TK, jnp.concatenate(narrow_x), gates_TK, w_experts)
+    more_TR = further_rounds(exchange, in_round, INSIDE, left_TK, jnp.concatenate(narrow_x), gates_TK, w_experts)
     return [y_CR + more_CR for y_CR, more_CR in zip(narrow_y, jnp.split(more_TR, len(narrow_y)), strict=True)]
 
 

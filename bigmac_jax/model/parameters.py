@@ -78,7 +78,7 @@ class Declaration:
     def crossing(self, execution: ExecutionConfig) -> Crossing:
         """Dtypes in which ranks gather it and sum its gradient."""
         if self.exact:
-            return Crossing("float32", "float32", execution.reduce_dtype)
+            return Crossing("float32", "float32", "float32" if self.small else execution.reduce_dtype)
         # The narrower of the two: a cast behind the gather would give the same numbers, and send more.
         narrow = "bfloat16" in (execution.dtype, execution.gather_dtype)
         return Crossing(execution.dtype, "bfloat16" if narrow else "float32", execution.reduce_dtype)

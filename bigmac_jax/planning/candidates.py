@@ -12,7 +12,7 @@ from bigmac_jax.config.execution import Remat
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.counts import Parameters, Sizes
-from bigmac_jax.model.mesh import BATCH, axis_sizes
+from bigmac_jax.model.mesh import BATCH, axis_sizes, check_links
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
@@ -103,12 +103,11 @@ def _meshes(
                         mesh = MeshConfig(data, node, group // node, tensor, split_experts=split, replica=replicas)
                         sizes = axis_sizes(replace(config, mesh=mesh), devices, fit_batch=False)
                         near = cluster(sizes, machine.hardware, machine.topology).machine
+                        if near < devices:
+                            check_links(sizes, near, machine.hardware.platform)
                     except ConfigError:
                         continue
-                    # `make_mesh` refuses the first. What tensor ranks send in every layer is not for the links between
-                    # machines.
-                    between = node > 1 and near < devices and near % (mesh.expert * tensor)
-                    if not (between or near % tensor):
+                    if near % tensor == 0:  # what its ranks send in every layer is not for links between machines
                         yield from ((m, sizes) for m in _sharded(config, mesh, sizes, lean))
 
 
@@ -125,12 +124,16 @@ def _sharded(config: Config, mesh: MeshConfig, sizes: Sizes, lean: bool) -> Iter
     """The mesh without fsdp and with it. A field that makes no difference stays as the config has it."""
     if mesh.tensor == 1 or not config.model.is_moe:
         mesh = replace(mesh, split_experts=config.mesh.split_experts)
-    options = [replace(mesh, fsdp=fsdp) for fsdp in (False, True)]
-    without, sharded = (counts.parameters(replace(config, mesh=option), sizes).of_a_rank for option in options)
-    if without == sharded:
+    whole, sharded = (replace(mesh, fsdp=fsdp) for fsdp in (False, True))
+    if mesh.replica > 1:  # whose state may be split over them, too
+        split = replace(sharded, replica_optimizer="sharded")
+        yield from [split] if lean else (whole, sharded, split)
+        return
+    of_a_rank = {counts.parameters(replace(config, mesh=option), sizes).of_a_rank for option in (whole, sharded)}
+    if len(of_a_rank) == 1:
         yield replace(mesh, fsdp=config.mesh.fsdp)
     else:
-        yield from options[lean:]
+        yield from [sharded] if lean else (whole, sharded)
 
 
 def _exchanges(

@@ -18,7 +18,7 @@ class Transfer(NamedTuple):
     """A TPU program's collective between slices: a send to the runtime, which does the rest, and a recv."""
 
     kind: str  # one of KINDS
-    slices: int
+    target: str  # its groups, as the runtime is told them
     name: str  # its send and its recv have in common
 
 
@@ -81,7 +81,7 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         if _is_reduce_scatter(computation, instruction):
             kind = "reduce-scatter"
         devices = math.prod(mesh.values())
-        groups = _groups_between(between.slices, devices) if between else _replica_groups(instruction, devices)
+        groups = _groups_between(between.target, devices) if between else _replica_groups(instruction, devices)
         axes, ranks = _group_axes(groups, mesh)
         operands = computation.operands(instruction)[: 1 if between else None]  # a send has a token, too
         size = sum(shape.bytes for shape in operands)
@@ -108,14 +108,26 @@ def transfer(instruction: Instruction) -> Transfer | None:
     text = instruction.attributes.get("frontend_attributes", "")
     if instruction.opcode not in ("send", "recv") or "_xla_megascale_transfer_type" not in text:
         return None
-    found = {name: value for name, value in re.findall(r'_xla_(?:megascale|host_transfer)_(\w+)="([^"]*)"', text)}
-    slices = len(integers(found["target"].partition("x")[0].strip("{}")))  # {1,2}x{0:31}: of each slice 32 devices
-    return Transfer(found["transfer_type"].lower().replace("_", "-"), slices, found["rendezvous"])
+    found = {
+        name: value
+        for name, value in re.findall(r'_xla_(?:megascale|host_transfer)_(\w+)="?([^"]*?)"?(?=,_xla|}$)', text)
+    }
+    return Transfer(found["transfer_type"].lower().replace("_", "-"), found["target"], found["rendezvous"])
 
 
-def _groups_between(slices: int, devices: int) -> list[list[int]]:
-    """Devices that stand at one place of each slice; a mesh goes through slice after slice."""
-    return np.arange(devices).reshape(slices, -1).T.tolist()
+def _groups_between(target: str, devices: int) -> list[list[int]]:
+    """Devices of a transfer's groups; a mesh goes through slice after slice, of which each has as many.
+
+    {1,2}x{0:31} joins what stands at one place of slices 1 and 2, for each of 32 places. All other groups are listed:
+    200003 is device 3 of slice 2.
+    """
+    slices, _, places = target.partition("x")
+    if places:
+        count = int(places.strip("{}").partition(":")[2]) + 1
+        return [[(slice_ - 1) * count + place for slice_ in integers(slices.strip("{}"))] for place in range(count)]
+    listed = [integers(group) for group in re.findall(r"\{([\d, ]+)\}", target)]
+    count = devices // max(number // 100_000 for group in listed for number in group)
+    return [[(number // 100_000 - 1) * count + number % 100_000 for number in group] for group in listed]
 
 
 def fusion_stage(computation: Computation) -> str:

@@ -20,10 +20,10 @@ from bigmac_jax.model.counts import (
     tokens_at_a_time,
 )
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes
+from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes, check_links
 from bigmac_jax.planning import comparison, compiled_programs, paper, scaling, search, topologies
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
-from bigmac_jax.planning.cluster import mesh_group, physical_group
+from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
 from bigmac_jax.planning.hardware import Hardware, load_hardware
@@ -216,7 +216,10 @@ def _mesh_sizes(config: Config, place: Place) -> Sizes:
         raise ConfigError(
             f"{mesh.describe(data)} = {ranks} must be the {devices} devices that are planned for; use {other}"
         )
-    return axis_sizes(config, devices)
+    sizes = axis_sizes(config, devices)
+    if place.hardware and (near := cluster(sizes, place.hardware, place.torus).machine) < devices:
+        check_links(sizes, near, place.hardware.platform)
+    return sizes
 
 
 def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:

@@ -7,40 +7,38 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import REPLICA
 
 
-def fit_replicas(config: Config, before: Mapping[str, int], devices: int) -> tuple[Config, str]:
+def fit_replicas(config: Config, saved: Config | None, mesh: Mapping[str, int], devices: int) -> tuple[Config, str]:
     """The config for as many replicas as there are devices for, each as it was, with a batch in more parts so that none
-    holds more at a time; and a line that says so, "" where nothing changes.
+    has more sequences at a time; and a line that says so, "" where nothing changes.
 
     Args:
-      before: ranks by axis of the mesh that the run was last trained on; {} for a new run, which is left as it is.
+      saved: what the run was asked for before; None for a new run, which is left as it is, and so is one that is asked
+        for another number of replicas now.
+      mesh: ranks by axis of the mesh that it was last trained on.
 
     Raises:
       ConfigError: the replicas that are left don't divide the batch.
     """
-    mesh, train = config.mesh, config.train
-    data = mesh.data or before.get("data", 0)
-    ranks = data * mesh.model_ranks  # of a replica
-    left = devices // ranks if ranks else 0
-    if not before or not 0 < left < mesh.replica or devices % ranks:
+    asked, batch, before = config.mesh, config.data.batch_size, config.train.accumulate_steps
+    data = asked.data or mesh.get("data", 0)
+    same = all(mesh.get(axis) == getattr(asked, axis) for axis in ("node", "expert", "tensor"))
+    if saved is None or saved.mesh.replica != asked.replica or not (same and data):
         return config, ""
-    # The fewest parts of which none is larger than before.
-    of_a_replica, rest = divmod(config.data.batch_size, left * data * mesh.expert_ranks)
-    largest = config.data.batch_size // (mesh.replica * data * mesh.expert_ranks * train.accumulate_steps)
-    parts = next((n for n in range(1, of_a_replica + 1) if of_a_replica % n == 0 and of_a_replica // n <= largest), 0)
-    if rest or not parts:
+    ranks, shards = data * asked.model_ranks, data * asked.expert_ranks  # of a replica; that its batch is split over
+    left = devices // ranks
+    if not 0 < left < asked.replica or devices % ranks or batch % (shards * asked.replica * before):
+        return config, ""
+    if batch % (left * shards):
+        start = max(n for n in range(1, left + 1) if batch % (n * shards) == 0)
         raise ConfigError(
-            f"{left} of mesh.replica={mesh.replica} replicas are here, and data.batch_size={config.data.batch_size} "
-            f"does not divide over their {left * data * mesh.expert_ranks} parts; start {_divisor(config, data, left)} "
-            f"of them"
+            f"{left} of mesh.{REPLICA}={asked.replica} replicas are here, whose {left * shards} shards do not divide "
+            f"data.batch_size={batch}; start {start} of them"
         )
-    changed = replace(config, mesh=replace(mesh, replica=left, data=data), train=replace(train, accumulate_steps=parts))
-    return changed, (
-        f"{left} of mesh.{REPLICA}={mesh.replica} replicas are here: the run goes on with them, its batch of "
-        f"{config.data.batch_size} in {parts} parts instead of {train.accumulate_steps}"
+    rows, most = batch // (left * shards), batch // (asked.replica * shards * before)
+    parts = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+    mesh_left = replace(asked, replica=left, data=data)
+    fitted = replace(config, mesh=mesh_left, train=replace(config.train, accumulate_steps=parts))
+    return fitted, (
+        f"{left} of mesh.{REPLICA}={asked.replica} replicas are here: the run goes on with them, its batch of {batch} "
+        f"in {parts} parts instead of {before}"
     )
-
-
-def _divisor(config: Config, data: int, left: int) -> int:
-    """The most replicas, at most `left`, over which the batch divides."""
-    shards = data * config.mesh.expert_ranks
-    return max(n for n in range(1, left + 1) if config.data.batch_size % (n * shards) == 0)

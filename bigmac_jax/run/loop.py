@@ -43,13 +43,18 @@ class Result(NamedTuple):
 
 
 def train(
-    config: Config, workdir: pathlib.Path, profile: tuple[int, int] | None = None, notes: Sequence[str] = ()
+    config: Config,
+    workdir: pathlib.Path,
+    profile: tuple[int, int] | None = None,
+    notes: Sequence[str] = (),
+    asked: Config | None = None,
 ) -> Result:
     """Trains in `workdir` on the current mesh, from its newest checkpoint if it has one.
 
     Args:
       profile: (first, last) step of a trace for TensorBoard or Perfetto, written to workdir/profile.
       notes: lines to say before anything is read.
+      asked: what the workdir keeps, if the run was asked for more replicas than are here (`run.elastic`).
 
     Raises:
       ConfigError: the workdir was started with another config or is in use, or the data cannot be used.
@@ -61,7 +66,7 @@ def train(
         with lock_workdir(workdir):
             for note in notes:
                 hosts.say(note)
-            started = start(config, workdir)
+            started = start(config, workdir, with_absolute_places(asked or config))
             run = _Run(config, workdir, started)
             try:
                 return run.loop(started.state, profile)

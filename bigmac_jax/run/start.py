@@ -92,8 +92,9 @@ class Start(NamedTuple):
     position: dict[str, Any]
 
 
-def start(config: Config, workdir: pathlib.Path) -> Start:
-    """Opens data, models and checkpoints for the current mesh, and begins to compile; the workdir is locked.
+def start(config: Config, workdir: pathlib.Path, asked: Config) -> Start:
+    """Opens data, models and checkpoints for the current mesh, and begins to compile; the workdir is locked, and keeps
+    `asked`.
 
     Raises:
       ConfigError: the workdir was started with another config, or the data cannot be used.
@@ -118,7 +119,7 @@ def start(config: Config, workdir: pathlib.Path) -> Start:
         # Only now: a start that failed leaves the workdir free.
         fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
         history = None if resumed else pretrained.history_of(models.origin)
-        write_run(workdir, config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
+        write_run(workdir, asked, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
 
@@ -199,7 +200,7 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     mesh = jax.sharding.get_mesh()
     if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
         hosts.say(describe_auto(config))
-    for line in (describe_first_pass(config), *describe_crossing(config, slices(mesh))):
+    for line in (describe_first_pass(config), *describe_crossing(config, mesh.shape["data"], slices(mesh))):
         if line:
             hosts.say(line)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -77,19 +77,23 @@ def _state_spec(config: Config, of: Declaration, shape: tuple[int, ...], spec: P
     return state_spec(of, shape, spec, sharded, jax.sharding.get_abstract_mesh().shape)
 
 
-def describe_crossing(config: Config, slices: int) -> list[str]:
-    """Says what crosses slow links in every layer, where a field would keep it inside.
+def describe_crossing(config: Config, data: int, slices: int) -> list[str]:
+    """Says what crosses slow links more often than once a step, where a field would keep it inside.
 
     Args:
-      slices: that a replica lies on.
+      data: ranks along mesh.data.
+      slices: of TPUs, that a replica lies on.
     """
-    lines = []
-    if slices > 1 and config.mesh.fsdp:
-        keeps = f"mesh.replica={slices * config.mesh.replica}"
-        lines.append(f"parameters are gathered across {slices} slices in every pass: {keeps} keeps that inside a slice")
-    if config.mesh.replica > 1 and config.model.is_moe and config.model.balance_step == "same":
+    m, mesh, lines = config.model, config.mesh, []
+    if slices > 1 and mesh.fsdp and data % slices == 0:
+        fields = f"mesh.replica={slices * mesh.replica}" + (f" and mesh.data={data // slices}" if mesh.data else "")
+        lines.append(f"parameters are gathered across {slices} slices in every pass: {fields} keep that inside a slice")
+    if mesh.replica > 1 and m.is_moe and m.balance_step == "same":
         lines.append(
             f"model.balance_step=same counts the tokens of all replicas {QUANTILE_SUMS} times in each layer; "
             f"balance_step=next asks them once a step"
         )
+    if mesh.replica > 1 and m.is_moe and m.balance == "aux_loss" and m.balance_scope == "part":
+        parts = config.train.accumulate_steps
+        lines += [f"model.balance_scope=part adds up the replicas' loads {parts} times a step"] if parts > 1 else []
     return lines

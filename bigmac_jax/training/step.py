@@ -69,7 +69,7 @@ class Trainer(NamedTuple):
     begin: Any  # jitted: (params, rest of a model, key) → the state of a run that begins with it; both are donated
     step: Any  # jitted: (state, Batch, learning rate) → (state, StepMetrics); the state is donated
     rate: Any  # jitted, a program of its own: steps done → the learning rate, on every device
-    gradient: Any  # of a step, to be traced: (state, Batch) → ((loss, LossParts), gradients as params)
+    gradient: Any  # of a step, to be traced: (state, Batch) → ((loss, LossParts), gradients as the optimizer's state)
     abstract_state: TrainState  # shapes and shardings that a step takes
     config: Config
 

@@ -262,14 +262,30 @@ def test_a_collective_that_fusions_carry() -> None:
     assert (of_parameters.exchange_seconds, of_parameters.hidden_seconds) == (WIRE, 7)
 
 
-def between_slices(name: str, opcode: str, kind: str, operand: str) -> str:
-    attributes = {"host_transfer_rendezvous": f"{kind}.7_0", "megascale_target": "{1,2}x{0:3}",
-                  "megascale_transfer_type": kind}  # fmt: skip
-    text = ",".join(f'_xla_{key}="{value}"' for key, value in attributes.items())
+def between_slices(name: str, opcode: str, kind: str, operand: str, target: str = '"{1,2}x{0:3}"') -> str:
+    attributes = {"host_transfer_rendezvous": f'"{kind}.7_0"', "megascale_reduce_operation": '"SUM"',
+                  "megascale_target": target, "megascale_transfer_type": f'"{kind}"'}  # fmt: skip
+    text = ",".join(f"_xla_{key}={value}" for key, value in attributes.items())
     return (
         f"%{name} = (u16[8]{{0}}, u32[], token[]) {opcode}(%{operand}, %after), channel_id=2, is_host_transfer=true, "
         f"frontend_attributes={{{text}}}"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "axes", "ranks"),
+    [
+        ('"{1,2,3,4}x{0:1}"', ("replica", "data"), 4),
+        # Of four slices of two: pairs of slices, and all devices.
+        ("{{100000,200000},{100001,200001},{300000,400000},{300001,400001}}", ("data",), 2),
+        ("{{100000,300000},{100001,300001},{200000,400000},{200001,400001}}", ("replica",), 2),
+        ("{{100000,100001,200000,200001,300000,300001,400000,400001}}", ("replica", "data", "expert"), 8),
+    ],
+)
+def test_groups_between_slices(target: str, axes: tuple[str, ...], ranks: int) -> None:
+    module = program("%after = token[] after-all()", between_slices("s", "send", "ALL_REDUCE", "x", target))
+    (found,) = collectives(module, {"replica": 2, "data": 2, "expert": 2})
+    assert (found.axes, found.ranks) == (axes, ranks)
 
 
 @pytest.mark.parametrize(("kind", "sent"), [("ALL_REDUCE", 16), ("ALL_GATHER", 16), ("REDUCE_SCATTER", 8)])

@@ -22,28 +22,38 @@ def config(mesh: MeshConfig, batch: int, parts: int) -> Config:
     return Config(mesh=mesh, data=data, train=TrainConfig(accumulate_steps=parts))
 
 
+ON = {"data": 2, "node": 1, "expert": 2, "tensor": 1}  # the mesh of `FOUR`, whatever its replicas were
+FOUR = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
+
+
 def test_half_of_the_replicas() -> None:
-    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
-    found, line = fit_replicas(four, {"data": 2}, 8)
+    found, line = fit_replicas(FOUR, FOUR, ON, 8)
     assert (found.mesh.replica, found.train.accumulate_steps) == (2, 4)
     said = "the run goes on with them, its batch of 64 in 4 parts instead of 2"
     assert line == f"2 of mesh.replica=4 replicas are here: {said}"
-    assert found.mesh == dataclasses.replace(four.mesh, replica=2) and found.data == four.data
+    assert found.mesh == dataclasses.replace(FOUR.mesh, replica=2) and found.data == FOUR.data
 
 
 def test_what_changes_nothing() -> None:
-    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
-    for before, devices in (({"data": 2}, 16), ({"data": 2}, 32), ({}, 8), ({"data": 2}, 6), ({"data": 2}, 2)):
-        assert fit_replicas(four, before, devices) == (four, "")
+    for devices in (16, 32, 6, 2):
+        assert fit_replicas(FOUR, FOUR, ON, devices) == (FOUR, "")
+    assert fit_replicas(FOUR, None, {}, 8) == (FOUR, "")  # a new run
+    # Who asks for other replicas, or another mesh, is not short of a slice.
+    two = dataclasses.replace(FOUR, mesh=dataclasses.replace(FOUR.mesh, replica=2))
+    assert fit_replicas(FOUR, two, ON, 8) == (FOUR, "")
+    assert fit_replicas(FOUR, FOUR, ON | {"expert": 4}, 8) == (FOUR, "")
+    # A batch that never divided is for others to refuse.
+    odd = dataclasses.replace(FOUR, data=dataclasses.replace(FOUR.data, batch_size=10))
+    assert fit_replicas(odd, odd, ON, 4) == (odd, "")
     # All devices that the other axes leave: as many as the run had.
     free = config(MeshConfig(replica=4, expert=2), 64, 2)
-    assert fit_replicas(free, {"data": 2}, 8)[0].mesh == MeshConfig(replica=2, data=2, expert=2)
+    assert fit_replicas(free, free, ON, 8)[0].mesh == MeshConfig(replica=2, data=2, expert=2)
 
 
 def test_replicas_that_do_not_divide_the_batch() -> None:
-    four = config(MeshConfig(replica=4, data=2, expert=2), 64, 2)
-    with pytest.raises(ConfigError, match=r"3 of mesh\.replica=4 replicas are here, .* 12 parts; start 2 of them"):
-        fit_replicas(four, {"data": 2}, 12)
+    rule = r"3 of mesh\.replica=4 replicas are here, whose 12 shards do not divide data\.batch_size=64; start 2 of them"
+    with pytest.raises(ConfigError, match=rule):
+        fit_replicas(FOUR, FOUR, ON, 12)
 
 
 def test_no_part_is_larger_than_before() -> None:
@@ -56,7 +66,7 @@ def test_no_part_is_larger_than_before() -> None:
         before = config(MeshConfig(replica=replicas, data=data, expert=expert), batch, parts)
         left = draw.randint(1, replicas)
         try:
-            after, line = fit_replicas(before, {"data": data}, left * data * expert)
+            after, line = fit_replicas(before, before, ON | {"data": data, "expert": expert}, left * data * expert)
         except ConfigError as error:
             assert batch % (left * data * expert)
             start = re.search(r"start (\d+) of them", str(error))

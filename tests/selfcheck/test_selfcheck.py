@@ -308,7 +308,9 @@ def test_the_rate_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Trainer:
         def __init__(self, *given: Any) -> None:
-            assert given[0] == config and given[1].shape == {"data": 1, "node": 1, "expert": 2, "tensor": 1}
+            assert given[0] == config and dict(given[1].shape) == {
+                "replica": 1, "data": 1, "node": 1, "expert": 2, "tensor": 1,
+            }  # fmt: skip
             assert given[1].devices.flatten().tolist() == jax.devices()[4:6]
 
         def init(self, key: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,31 @@ def test_two_processes_go_on_from_one_that_was_fully_sharded(tmp_path: pathlib.P
     assert len(found) == len(expected) == 3
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.full
+def test_a_slice_that_dies_is_named_and_the_others_go_on(tmp_path: pathlib.Path) -> None:
+    """Two replicas of two processes each; then one of them, with the batch in twice the parts: the losses of a run that
+    nobody disturbed, to rounding, and a line that says so."""
+    file, steps = write_config(tmp_path), 40
+    fields = ("mesh.replica=2", "mesh.data=1", "mesh.expert=2", "mesh.fsdp=True", f"train.steps={steps}",
+              "train.eval_every=0", "train.checkpoint_every=5")  # fmt: skip
+    flags = ["--cpu_devices=1", "--peer_timeout=10", *(f"--config.{field}" for field in fields)]
+    with Job(4, file, tmp_path / "calm", *flags) as run:
+        assert run.wait() == [0] * 4, run.outputs
+    with Job(4, file, tmp_path / "run", *flags) as run:
+        run.until(12)
+        run.processes[3].kill()
+        assert run.wait()[:3] == [3] * 3, run.outputs
+        for output in run.outputs[:3]:
+            assert re.search(r"error: process 3 \(\d+ on \S+, replica 1, step \d+\) has died", output), output
+    with Job(2, file, tmp_path / "run", *flags) as run:
+        assert run.wait() == [0, 0], run.outputs
+    said = "the run goes on with them, its batch of 8 in 2 parts instead of 1"
+    assert f"1 of mesh.replica=2 replicas are here: {said}" in run.outputs[0]
+    losses = [{r["step"]: r["loss"] for r in read_records(tmp_path / name) if "loss" in r} for name in ("calm", "run")]
+    assert len(losses[0]) == len(losses[1]) == steps
+    np.testing.assert_allclose(*([of[step] for step in sorted(of)] for of in losses), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("top_k", "code"), [pytest.param("2", 0, marks=pytest.mark.full), ("99", 2)])
