@@ -421,7 +421,8 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
     before = Config(model=ModelConfig(**model))
     parts, ranks = TrainConfig(accumulate_steps=changes.pop("accumulate_steps", 1)), changes.pop("expert", 2)
     after = Config(model=before.model, execution=ExecutionConfig(**changes), train=parts)
-    notes = resume_notes(before, after, {"data": 1, "expert": 2}, {"data": 1, "expert": ranks})
+    # A run from before there were replicas had one.
+    notes = resume_notes(before, after, {"data": 1, "expert": 2}, {"replica": 1, "data": 1, "expert": ranks})
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True)), notes
     assert not any("\n" in note for note in notes)
 

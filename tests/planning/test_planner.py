@@ -123,6 +123,13 @@ def test_devices_follow_the_mesh() -> None:
         "tensor": 1,
     }
     assert plan(topology="v6e:4x8")["devices"] == 32
+    two = plan(topology="v6e:4x8", slices=2, overrides=("mesh.replica=2", "mesh.expert=8", "data.batch_size=64"))
+    assert two["mesh"] == {"replica": 2, "data": 4, "node": 1, "expert": 8, "tensor": 1}
+    assert two["time"]["replicas"] > 0
+    with pytest.raises(ConfigError, match=r"must divide the 32 devices of a slice, or rows would cross slices"):
+        plan(topology="v6e:4x8", slices=2, overrides=("mesh.expert=64", "model.num_experts=64", "data.batch_size=64"))
+    with pytest.raises(ConfigError, match=r"--slices=2 says how many of a --topology there are"):
+        plan(devices=32, slices=2)
 
 
 def test_exchanges_by_link() -> None:
