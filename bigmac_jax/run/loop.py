@@ -66,7 +66,7 @@ def train(
         with lock_workdir(workdir):
             for note in notes:
                 hosts.say(note)
-            started = start(config, workdir, with_absolute_places(asked or config))
+            started = start(config, workdir, asked and with_absolute_places(asked))
             run = _Run(config, workdir, started)
             try:
                 return run.loop(started.state, profile)

@@ -92,9 +92,9 @@ class Start(NamedTuple):
     position: dict[str, Any]
 
 
-def start(config: Config, workdir: pathlib.Path, asked: Config) -> Start:
+def start(config: Config, workdir: pathlib.Path, asked: Config | None = None) -> Start:
     """Opens data, models and checkpoints for the current mesh, and begins to compile; the workdir is locked, and keeps
-    `asked`.
+    `asked`, by default the config.
 
     Raises:
       ConfigError: the workdir was started with another config, or the data cannot be used.
@@ -119,7 +119,7 @@ def start(config: Config, workdir: pathlib.Path, asked: Config) -> Start:
         # Only now: a start that failed leaves the workdir free.
         fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
         history = None if resumed else pretrained.history_of(models.origin)
-        write_run(workdir, asked, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
+        write_run(workdir, asked or config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
 
