@@ -65,7 +65,12 @@ def main(_: Any) -> None:
                     print(json.dumps(rows[-1]._asdict(), allow_nan=False), flush=True)
     if _JSON.value:
         command = f"python -m benchmarks.replicas --steps={_STEPS.value}"
-        record = {"command": command, "machine": describe_machine(), "rows": [row._asdict() for row in rows]}
+        record = {
+            "name": "replicas",
+            "command": command,
+            "machine": describe_machine(),
+            "rows": [row._asdict() for row in rows],
+        }
         pathlib.Path(_JSON.value).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if _TABLE.value:
         print(_table(rows))

@@ -162,7 +162,11 @@ def check(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("case", COVERING, ids=lambda case: "-".join(map(str, case[:2])))
+@pytest.mark.parametrize(
+    "case",
+    [case if case.structure != "vanilla" else pytest.param(case, marks=pytest.mark.full) for case in COVERING],
+    ids=lambda case: "-".join(map(str, case[:2])),
+)
 def test_equals_one_device(case: Case) -> None:
     check(case)
 
@@ -179,7 +183,7 @@ def across(config: Config) -> list[Collective]:
     return [c for c in collectives(hlo.parse(compiled.text), compiled.mesh) if "replica" in c.axes]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_gradients_cross_once_in_shards(fsdp: bool, sharded: bool) -> None:
     """With a batch in parts and layers in a loop: whatever is of a layer or of a part stays inside."""
