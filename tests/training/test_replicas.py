@@ -157,9 +157,10 @@ def check(case: Case) -> None:
     for name in kept:
         np.testing.assert_array_equal(state[name], expected[name])
     left = kept | (moved if case.structure == "quantile" else set())
-    assert_close(
-        {n: v for n, v in state.items() if n not in left}, {n: v for n, v in expected.items() if n not in left}
-    )
+    # Second moments are squares of gradients, and so have twice their rounding.
+    squares = {name for name in expected if ".nu." in name} - left
+    for names, tolerance in ((squares, 3e-5), (expected.keys() - squares - left, 1e-5)):
+        assert_close({n: state[n] for n in names}, {n: expected[n] for n in names}, tolerance)
 
 
 @pytest.mark.parametrize(
