@@ -158,6 +158,7 @@ def check(case: Case) -> None:
         np.testing.assert_array_equal(state[name], expected[name])
     left = kept | (moved if case.structure == "quantile" else set())
     # Second moments are squares of gradients, and so have twice their rounding.
+    assert state.keys() == expected.keys()
     squares = {name for name in expected if ".nu." in name} - left
     for names, tolerance in ((squares, 3e-5), (expected.keys() - squares - left, 1e-5)):
         assert_close({n: state[n] for n in names}, {n: expected[n] for n in names}, tolerance)
