@@ -34,11 +34,13 @@ def main() -> int:
         profile = _steps(_PROFILE.value)
     config, base, named_by = _config(workdir)
     cli.agree(config, __name__)
-    with hosts.raise_together():
-        asked, saved = config, read_config(workdir) if has_run(workdir) else None
-        config, line = fit_replicas(asked, saved, read_run_json(workdir)["mesh"], jax.device_count())
-    if line:
-        hosts.say(line)
+    asked = config
+    if asked.mesh.replica > 1:
+        with hosts.raise_together():
+            saved = read_config(workdir) if has_run(workdir) else None
+            config, line = fit_replicas(asked, saved, read_run_json(workdir)["mesh"], jax.device_count())
+        if line:
+            hosts.say(line)
     mesh = cli.enter_mesh(config)
     cli.warn(notes(config, cli.given_fields(), mesh.shape["data"], base))
     try:
