@@ -1,7 +1,7 @@
 """A corpus as shards of tokens on disk, each written once by whoever comes first, and an index of all of them.
 
     UNIT-SHARD.bin    tokens, 16 or 32 bits each
-    UNIT-SHARD.json   the shard's record, until its unit is finished: a start after a kill goes on behind it
+    UNIT-SHARD.json   the shard's record, until all units are finished: a start after a kill goes on behind it
     UNIT.json         the records of a finished unit's shards
     index.json        all of them, once all units are finished
 
@@ -99,7 +99,8 @@ class ShardStore:
             words.skip(piece, last)
         counts = Counts(tokens=int(unit == 0 and not records))
         arrays = encode_pieces(parts, self.tokenizer, counts, words)
-        first, more = np.array([self.tokenizer.eos_id] * counts.tokens, self.dtype), True
+        first = np.array([self.tokenizer.eos_id] * counts.tokens, self.dtype)
+        more = not (records and records[-1].get("last"))
         while more:
             more, name = False, f"{unit:05}-{len(records):03}"
             shard = self.folder / f"{name}.bin"
@@ -112,16 +113,17 @@ class ShardStore:
                     if counts.tokens >= SHARD:
                         more = True
                         break
-            records.append({"name": name, **asdict(counts), "pieces": pieces, "digest": file_digest(shard)})
+            ends = {"pieces": pieces, "last": not more}
+            records.append({"name": name, **asdict(counts), **ends, "digest": file_digest(shard)})
             _write_record(self.folder / f"{name}.json", records[-1])
             first = first[:0]
             vars(counts).update(asdict(Counts()))
+        for _ in arrays:  # what was `seen` behind the last piece counts, too
+            pass
         if storage.is_store(self.kept):
             for record in records:
                 storage.send_file(self.folder / f"{record['name']}.bin", self.kept / f"{record['name']}.bin")
         _write_record(self.kept / f"{unit:05}.json", {"shards": records, "seen": asdict(seen)})
-        for record in records:
-            (self.folder / f"{record['name']}.json").unlink(missing_ok=True)
 
     def _read_finished_shards(self, unit: int) -> Iterator[Record]:
         """Yields the records of a unit's first shards, as far as they are intact."""
@@ -144,6 +146,8 @@ class ShardStore:
                 for shard in unit["shards"]:
                     counts.add(Counts(**{name: shard[name] for name in vars(counts)}))
             self.docs.report(seen)
+            for left in self.folder.glob("?????-*.json"):  # of shards whose units are finished
+                left.unlink(missing_ok=True)
             shards = [[s["name"], s["tokens"], s["digest"]] for unit in units for s in unit["shards"] if s["tokens"]]
             index = {"key": self.key, "dtype": self.dtype.name, "counts": asdict(counts), "shards": shards}
             for path in dict.fromkeys((self.folder / INDEX, self.kept / INDEX)):

@@ -164,6 +164,49 @@ def test_killed_half_way(make_config, tmp_path):
     assert {p.suffix for p in folder.glob("00000-*")} == {".bin"} and not list(folder.glob("*.part"))
 
 
+def test_killed_before_each_write(tmp_path, make_config, monkeypatch):
+    """And before each file that goes: in the end there are the same files, with the same in them."""
+
+    class Killed(BaseException):
+        pass
+
+    steps, last = 0, 0
+
+    def counted(function):
+        def step(*arguments, **options):
+            nonlocal steps
+            steps += 1
+            if steps == last:
+                raise Killed
+            return function(*arguments, **options)
+
+        return step
+
+    def files_of(config):
+        (folder,) = pathlib.Path(config.cache_dir).glob("tokens/train-*")
+        return {path.name: path.read_bytes() for path in folder.glob("[0-9i]*")}
+
+    monkeypatch.setattr(local_files, "UNIT", 1 << 13)
+    monkeypatch.setattr(token_shards, "SHARD", 1 << 12)
+    monkeypatch.setattr(encoding, "_BATCH", 1 << 11)
+    for module, name in [(token_shards, "_write_record"), (token_shards, "write_shard"), (pathlib.Path, "unlink")]:
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "word " * (300 + 100 * i)}) + "\n" for i in range(8)))
+    config = make_config(rows, **NOTHING_HELD_OUT)
+    open_stream(config, "train", ByteTokenizer())
+    expected, total = files_of(config), steps
+    assert total > 10 and len(expected) > 6
+    for cut in range(1, total + 1):
+        shutil.rmtree(config.cache_dir)
+        steps, last = 0, cut
+        with pytest.raises(Killed):
+            open_stream(config, "train", ByteTokenizer())
+        steps, last = 0, 0
+        open_stream(config, "train", ByteTokenizer())
+        assert files_of(config) == expected, cut
+
+
 def test_two_processes_at_once(make_config, tmp_path):
     source = "tfds:tiny_text/plain"  # so that the dataset, the tokenizer and the tokens are all to be made
     config = make_config(source, text_field="body", tokenizer="bpe", vocab_size=500)
