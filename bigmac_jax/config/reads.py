@@ -132,6 +132,11 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "optimizer.final_learning_rate optimizer.decay_steps": (_without("optimizer.schedule", "constant"),),
     "optimizer.projection_rate": (_BIGMAC, _with("tuning.lora_rank", 0)),
     "optimizer.momentum": (_with("optimizer.name", "muon"),),
+    "train.experts_per_checkpoint": (_MOE, _without("train.checkpoint_every", 0)),
+    "train.partial_checkpoint": (
+        _MOE,
+        *(_without(f"train.{n}", 0) for n in ("checkpoint_every", "experts_per_checkpoint")),
+    ),
     "train.max_bad_steps": (_without("train.on_bad_step", "stop"),),
     "train.tasks train.tasks_limit": (_without("train.tasks_every", 0),),
     "tuning.bad_rows": (_without("tuning.objective", "pretrain"),),

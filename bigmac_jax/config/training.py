@@ -83,6 +83,10 @@ class TrainConfig(Section):
     eval_every: Size = 0
     checkpoint_every: Size = 0  # the last step is always saved
     keep_checkpoints: Count = 2  # newest ones; the best by eval/loss is kept besides
+    # So many of each layer's experts are saved at a time, by turns; 0 = all. A restart takes the others from older saves
+    # and says what that loses. The best checkpoint and the last one are whole.
+    experts_per_checkpoint: Size = 0
+    partial_checkpoint: Literal["both", "weights", "optimizer"] = "both"  # the parts of an expert that are saved so
     # What happens at a bad step, whose loss or gradient is not finite or whose loss is a spike: the run stops, skips
     # the update, or rewinds to the newest checkpoint and goes on behind the data of the step.
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"

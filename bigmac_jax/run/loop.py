@@ -6,9 +6,10 @@ import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import Batch
@@ -26,6 +27,7 @@ from bigmac_jax.training.drop_notice import DropNotice
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, SilentWriter, StepTimer, step_record
 from bigmac_jax.training.metrics_file import read_records
+from bigmac_jax.training.partial_checkpoint import Learned
 from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.step import StepMetrics, TrainState
 from bigmac_jax.tuning.pretrained import with_absolute_places
@@ -85,6 +87,7 @@ class _Run:
         self.checkpoints, self.inputs, self.models = started.checkpoints, started.inputs, started.models
         self.data, self.first_step = started.inputs.batches, started.step
         self.bad_steps = started.position.get("bad_steps", 0)
+        self.learned = self._learned(started.position)
         self.batches_ahead = started.position["batches"] - started.step  # batches that rewinding has left out
         self.best = hosts.broadcast(started.checkpoints.best_loss())
         self.score: Score | None = None
@@ -99,6 +102,13 @@ class _Run:
         self.timer = StepTimer()
         self.drops = DropNotice(config)
 
+    def _learned(self, position: dict[str, Any]) -> Learned | None:
+        """What the experts have learned, of a run that saves some of them at a time."""
+        if not self.config.train.experts_per_checkpoint:
+            return None
+        model = self.config.model
+        return Learned.read(position.get("experts"), (model.moe_layers, model.expert_count))
+
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
             return SilentWriter()
@@ -110,6 +120,7 @@ class _Run:
         with clock.timed("compile"):
             train_step = self._compiled()
             self.constants = RunConstants(self.config)  # measures the machine, which has nothing else to do now
+        self._write_lost()
         with signals.stop_signals() as stopped:  # until here there was nothing to save: they ended the process
             clock.switch("first step")
             while True:
@@ -159,7 +170,7 @@ class _Run:
             # Process 0's say: the others' sums may differ in the last bit.
             new_best = score is not None and train.checkpoint_every > 0 and hosts.broadcast(score.loss < self.best)
             if new_best or saves:
-                self._save(step, state, score)
+                self._save(step, state, score, whole=new_best or last)
         self._finish(pending)
         if step > self.first_step:
             self._save(step, state, score)
@@ -194,6 +205,8 @@ class _Run:
         if bool(metrics.bad):
             self._bad(step, metrics)
             return
+        if self.learned is not None:
+            self.learned.add(np.asarray(metrics.parts.aux.load, np.float64))
         if clock.phase == "first step":
             self.writer.print(describe_start(self.compile_seconds))
             self.writer.write(start_record(step - 1))
@@ -233,14 +246,25 @@ class _Run:
         given = bad.step + self.batches_ahead
         with clock.timed("restore"):
             self.checkpoints.wait()
-            self.first_step, state, _ = restore_or_begin(self.config, self.trainer, self.checkpoints, self.models)
+            self.first_step, state, position = restore_or_begin(
+                self.config, self.trainer, self.checkpoints, self.models
+            )
+        self.learned = self._learned(position)
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
         self.data.set_state({"batches": given}, self.first_step)
         self.writer.close()
         self.writer = self._writer()
         self._report("rewind", self.first_step, bad, **{"from": bad.step})
+        self._write_lost()
         return state
+
+    def _write_lost(self) -> None:
+        """Writes what restarts have lost so far of the experts' updates."""
+        if self.learned is not None and self.first_step:
+            count = self.learned.count(self.config) or self.config.model.expert_count
+            lost = {"checkpoint/lost_updates": self.learned.lost_share, "checkpoint/experts": count}
+            self.writer.write({"step": self.first_step} | lost)
 
     def _report(self, event: str, step: int, bad: NonFiniteLossError, **more: int) -> None:
         """Reports a bad step to stderr and metrics.jsonl."""
@@ -287,12 +311,13 @@ class _Run:
         for line in describe_scores(summaries):
             self.writer.print(f"step {step}: {line}")
 
-    def _save(self, step: int, state: TrainState, score: Score | None) -> None:
+    def _save(self, step: int, state: TrainState, score: Score | None, whole: bool = True) -> None:
+        experts = 0 if whole or self.learned is None else self.learned.count(self.config)
         loss = None if score is None else score.loss
         with clock.timed("save"):
             position = save_position(self.data.get_state(), self.bad_steps, state)
             self.mirror.copy()  # a checkpoint's records are there before it is
-            self.checkpoints.save(state, position, self.config, step, loss)
+            self.checkpoints.save(state, position, self.config, step, loss, experts, self.learned)
         self.best = min(self.best, math.inf if loss is None else loss)
 
     def _stop_trace(self) -> None:

@@ -1,5 +1,5 @@
 """Orbax checkpoints: parameters, optimizer, data position, config and what run.json says; a directory a step, written
-in the background.
+in the background. It may hold some of the experts (`partial_checkpoint`).
 
 Before one is read its files are compared with its manifest, and while they are read its arrays with their checksums; a
 damaged one is named and passed over.
@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -33,6 +33,20 @@ from bigmac_jax.training.checkpoint_arrays import (
     check_shapes,
     find_nonfinite,
     read_arrays,
+)
+from bigmac_jax.training.partial_checkpoint import (
+    LEARNED,
+    TURN,
+    WHOLE,
+    Items,
+    Learned,
+    Turn,
+    expert_shape,
+    join_saves,
+    needed_saves,
+    next_turn,
+    read_turn,
+    take_turn,
 )
 from bigmac_jax.training.step import TrainState, evaluated_params
 from bigmac_jax.training.workdir import read_run_json
@@ -57,21 +71,50 @@ for _name in ("absl", "asyncio"):
 logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
 
 
+class _Needed(policies.PreservationPolicy):
+    """Keeps the saves that restoring one of the newest would read."""
+
+    def __init__(self, keep: int | None, needed: Callable[[Sequence[int]], set[int]]):
+        self._keep, self._needed = keep, needed
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [info.step for info in checkpoints]
+        needed = self._needed(steps[-self._keep :] if self._keep else steps)
+        return [step in needed for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of a workdir. A directory appears under its final name only when it is complete.
 
     Args:
-      keep: so many of the newest are kept, and the best. None is for a reader: it moves and removes nothing, not even
-        what a process that trains is just writing.
+      keep: so many of the newest are kept, with those that they take experts from, and the best. None is for a reader:
+        it moves and removes nothing, not even what a process that trains is just writing.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
         self._directory = storage.absolute(workdir) / "checkpoints"
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
+        self._shape = (0, 0)  # layers with experts, and experts
         if keep is not None:
             hosts.run_on_first(self._tidy)
+        self._turns = self._read_turns()
         self._manager = self._open()
+
+    def _read_turns(self) -> dict[int, Turn]:
+        """The turns of all saves but whole ones."""
+
+        def read() -> list[Any]:
+            steps = manifest.list_steps(self._directory.parent)
+            return [(step, dataclasses.astuple(read_turn(self._directory / str(step)))) for step in steps]
+
+        return {step: Turn(*turn) for step, turn in hosts.run_on_first(read)}
+
+    def _saves(self, steps: Iterable[int]) -> dict[int, Turn]:
+        return {step: self._turns.get(step, WHOLE) for step in steps}
+
+    def _needed(self, newest: Sequence[int]) -> set[int]:
+        return needed_saves(self._turns, newest, self._shape)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -82,7 +125,7 @@ class Checkpoints:
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
-                        policies.LatestN(self._keep),
+                        _Needed(self._keep, self._needed),
                         policies.BestN(
                             get_metric_fn=lambda metrics: metrics[_METRIC],
                             reverse=True,  # a small loss is a good one
@@ -99,22 +142,48 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, data_state: Any, config: Config, step: int, eval_loss: float | None) -> None:
-        """Copies the state to the host, and writes it in the background. A failure is logged, not raised."""
-        if hosts.broadcast(step in self._manager.all_steps()):  # a save is of all processes
-            return
+    def save(
+        self,
+        state: TrainState,
+        data_state: Any,
+        config: Config,
+        step: int,
+        eval_loss: float | None,
+        experts: int = 0,
+        learned: Learned | None = None,
+    ) -> None:
+        """Copies the state to the host, and writes it in the background. A failure is logged, not raised.
+
+        Args:
+          experts: so many of each layer's are saved, by turns; 0 = all. All are where one would have no copy.
+          learned: what they have learned, of a run that saves some.
+        """
+        self._shape = expert_shape(state.params)
+        kept: set[int] = set(hosts.broadcast(sorted(self._manager.all_steps())))  # a save is of all processes
+        if step in kept:
+            if experts or not self._turns.get(step, WHOLE).count:
+                return
+            self._manager.delete(step)  # of some experts, where all are wanted
+            kept.remove(step)
         self.wait()
+        turn, run = WHOLE, dict[str, Any](read_run_json(self._directory.parent)) | {manifest.STEP: step}
+        if learned is not None:
+            turn = next_turn(config, self._saves(kept), experts, self._shape)
+            run |= {TURN: dataclasses.astuple(turn)}
+            data_state = data_state | {LEARNED: learned.to_json()}
+        self._turns[step] = turn
+        items = take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn)
         self._remove_unfinished()
         self._saving = step
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.PyTreeSave(_model_item(state)),
-                    optimizer=ocp.args.PyTreeSave(_optimizer_item(state)),
+                    model=ocp.args.PyTreeSave(items["model"]),
+                    optimizer=ocp.args.PyTreeSave(items["optimizer"]),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
-                    run=ocp.args.JsonSave(read_run_json(self._directory.parent) | {manifest.STEP: step}),
+                    run=ocp.args.JsonSave(run),
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
@@ -166,7 +235,7 @@ class Checkpoints:
             try:
                 return step, *self.restore(step, abstract)
             except DamagedError as error:
-                hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
+                hosts.run_on_first(functools.partial(self._set_aside, error.step or step, str(error)))
         return None
 
     def newest_intact(self) -> int | None:
@@ -249,9 +318,22 @@ class Checkpoints:
 
     def _candidate(self, step: str, damaged: dict[int, str]) -> int:
         """The checkpoint that `step` asks for, on process 0; none of `damaged`, to which it adds what it finds."""
-        steps = sorted(self._manager.all_steps())
-        if not steps:
+        found = sorted(self._manager.all_steps())
+        steps = [number for number in found if not self._turns.get(number, WHOLE).count]
+        if not found:
             raise ConfigError(f"{self._directory} holds no checkpoint; train first")
+        if not steps or (step.isdecimal() and int(step) in {*found} - {*steps}):
+            raise ConfigError(
+                f"step={step} of {self._directory} holds some of the experts (train.experts_per_checkpoint); use "
+                + (f"a whole one of {steps}, or " if steps else "")
+                + "go on with the run: where it stops, it saves all"
+            )
+        if step == "latest" and steps[-1] < found[-1]:
+            _log.warning(
+                "checkpoint %d holds some of the experts (train.experts_per_checkpoint); %d, which is whole, is taken",
+                found[-1],
+                steps[-1],
+            )
         if step not in ("latest", "best"):
             if not step.isdecimal() or int(step) not in steps:
                 raise ConfigError(
@@ -312,15 +394,39 @@ class Checkpoints:
           DamagedError: an array differs from its checksums, or the model holds NaN or infinity.
           ConfigError: the checkpoint is of a model of another shape.
         """
-        directory = self._directory / str(step)
-        check_shapes(self._directory, step, _model_item(abstract))
-        items = read_arrays(directory, {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)})
+        check = {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)}
+        turn = self._turns.get(step, WHOLE)
+        check_shapes(self._directory, step, take_turn(check, turn)["model"])
+        items, position = self._read(step, check) if not turn.count else self._read_joined(step, check)
         model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
             params = _check_finite({"params": optimizer["params"]})["params"]
             state = dataclasses.replace(state, params=params, average=model["params"])
-        return state, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
+        return state, position
+
+    def _read(self, step: int, abstract: Items) -> tuple[Items, Any]:
+        """Reads the items that hold arrays, and the data position."""
+        directory = self._directory / str(step)
+        items = read_arrays(directory, abstract)
+        return items, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
+
+    def _read_joined(self, step: int, abstract: Items) -> tuple[Items, Any]:
+        """Reads a save of some experts, with the others from older ones; a line says what that loses."""
+
+        def read(source: int, wanted: Items) -> tuple[Items, Any]:
+            try:
+                if source < step:
+                    self._check(source)
+                return self._read(source, wanted)
+            except DamagedError as error:
+                raise DamagedError(str(error), source) from None
+
+        steps = hosts.run_on_first(lambda: manifest.list_steps(self._directory.parent))
+        items, position, line = join_saves(step, self._saves(steps), abstract, read)
+        if line:
+            hosts.say(line)
+        return items, position
 
     def close(self) -> None:
         """Waits for the save in progress, and ends Orbax's threads."""

@@ -23,7 +23,15 @@ _STATUS = re.compile(r"([A-Z_]{5,}): ")
 
 
 class DamagedError(Exception):
-    """A checkpoint can't be read; the message says in a few words what is wrong with it."""
+    """A checkpoint can't be read; the message says in a few words what is wrong with it.
+
+    Args:
+      step: of the checkpoint, where it is not the one that was asked for.
+    """
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step
 
 
 def write_checksums() -> None:

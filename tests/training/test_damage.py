@@ -610,11 +610,11 @@ def test_a_run_on_a_full_disk(
     config, finished = undisturbed
     save = Checkpoints.save
 
-    def save_to_a_full_disk(self: Checkpoints, state: Any, data: Any, config: Config, step: int, loss: Any) -> None:
+    def save_to_a_full_disk(self: Checkpoints, state: Any, data: Any, config: Config, step: int, *more: Any) -> None:
         if step == 4:
             self.wait()
             fill(small_disk)
-        save(self, state, data, config, step, loss)
+        save(self, state, data, config, step, *more)
 
     monkeypatch.setattr(Checkpoints, "save", save_to_a_full_disk)
     with pytest.raises(RunError, match=r"step 6 is not saved .* checkpoint of step 3 is kept; free space") as error:

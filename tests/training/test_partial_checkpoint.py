@@ -1,0 +1,325 @@
+"""Checkpoints of some of the experts: whose turn it is, what a restart takes from where, and what it loses."""
+
+import dataclasses
+import pathlib
+import random
+import shutil
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from model.tools import random_tokens
+
+from bigmac_jax import tuning
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.data.pipeline import TrainIterator
+from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.parameters import declared
+from bigmac_jax.run import loop
+from bigmac_jax.training.checkpoint import Checkpoints
+from bigmac_jax.training.partial_checkpoint import (
+    PARTS,
+    WHOLE,
+    Learned,
+    Turn,
+    join_copies,
+    needed_saves,
+    newest_copies,
+    next_turn,
+    read_turn,
+)
+from bigmac_jax.training.step import make_trainer
+
+from .tools import leaves_of, quick, read_records, session, small
+
+
+def turns(config: Config, shape: tuple[int, int], counts: list[int]) -> dict[int, Turn]:
+    """Those of saves 1, 2, … of so many experts each."""
+    saves: dict[int, Turn] = {}
+    for step, count in enumerate(counts, 1):
+        saves[step] = next_turn(config, saves, count, shape)
+    return saves
+
+
+def test_the_papers_example(tmp_path):
+    """Figure 4: three experts, layers 1, 3, 5 and 7 of the model have them: 1-0, 3-1, 5-2, 7-0, then 1-1, 3-2, …"""
+    config = small(tmp_path, "train.experts_per_checkpoint=1")
+    saves = turns(config, (4, 3), [1, 1, 1, 1])
+    assert saves[1].count == 0  # no expert has a copy before
+    found = [saves[step].entries((4, 3))[1].ravel().tolist() for step in (2, 3, 4)]
+    assert found == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2]]
+
+
+def test_turns_are_even(tmp_path):
+    """Over the experts of each layer, and over those of all layers, whatever N, K and the number of layers."""
+    draw, config = random.Random(0), small(tmp_path, "train.experts_per_checkpoint=1")
+    for _ in range(50):
+        experts, layers = draw.randint(2, 40), draw.randint(1, 9)
+        count, number = draw.randint(1, experts - 1), draw.randint(1, 60)
+        saves = turns(config, (layers, experts), [0, *[count] * number])
+        saved_YE = np.zeros((layers, experts), int)
+        for turn in list(saves.values())[1:]:
+            assert turn.count == count
+            saved_YE[turn.entries(saved_YE.shape)] += 1
+        assert (saved_YE.sum(1) == count * number).all() and np.ptp(saved_YE, axis=1).max() <= 1
+        assert newest_copies(saves, "weights", saved_YE.shape).min() >= max(1, number + 1 - -(-experts // count))
+
+
+def brute_copies(saves: dict[int, Turn], part: str, shape: tuple[int, int], last: int) -> list[list[int]]:
+    def has(turn: Turn, layer: int, expert: int) -> bool:
+        own = {(layer + turn.first + j) % shape[1] for j in range(turn.count)}
+        return turn.count == 0 or turn.of not in (part, "both") or expert in own
+
+    return [
+        [max((s for s, turn in saves.items() if s <= last and has(turn, i, e)), default=-1) for e in range(shape[1])]
+        for i in range(shape[0])
+    ]
+
+
+def test_what_is_needed():
+    """By the rule, written out: of each part of each expert the newest save that has it."""
+    draw = random.Random(1)
+    for _ in range(50):
+        shape = draw.randint(1, 4), draw.randint(2, 9)
+        steps = draw.sample(range(1, 100), draw.randint(1, 9))
+        saves = {
+            step: Turn(draw.randrange(shape[1]), draw.randrange(shape[1]), draw.choice(["both", *PARTS]))
+            for step in steps
+        }
+        newest = sorted(steps)[-draw.randint(1, 3) :]
+        needed = {*newest, max([step for step, turn in saves.items() if turn.count == 0], default=newest[0])}
+        for part in PARTS:
+            assert newest_copies(saves, part, shape).tolist() == brute_copies(saves, part, shape, 100)
+            for last in newest:
+                needed |= {s for row in brute_copies(saves, part, shape, last) for s in row} - {-1}
+        assert needed_saves(saves, newest, shape) == needed
+
+
+def test_what_is_lost():
+    """Two layers of two experts; 3 steps, a save of expert 0 alone, 1 step, another save; by hand."""
+    learned = {
+        1: Learned(np.array([[0.5, 0.5], [0.25, 0.75]])),
+        4: Learned(np.array([[1.5, 2.5], [1.0, 3.0]]), lost=0.5, doubled=1),
+    }
+    joined = join_copies(learned, np.array([[4, 1], [1, 4]]))
+    assert joined.updates_YE.tolist() == [[1.5, 0.5], [0.25, 3.0]]
+    assert joined.lost == 0.5 + (2 + 0.75) / 2 and joined.doubled == 2
+    assert joined.lost_share == 1.875 / (1.875 + (2 + 3.25) / 2)
+    whole = join_copies(learned, np.full((2, 2), 4))  # nothing is lost, nothing doubles
+    assert whole.to_json() == learned[4].to_json()
+
+
+MESHES = {
+    "one": (),
+    "experts": ("mesh.expert=4", "mesh.data=2", "mesh.fsdp=True"),
+    "all": ("mesh.node=2", "mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=True", "mesh.split_experts=True"),
+    "replicas": ("mesh.replica=2", "mesh.expert=2", "mesh.data=2", "mesh.fsdp=True", "mesh.replica_optimizer=sharded"),
+}
+OPTIMIZER = ("optimizer.name=muon", "optimizer.average_decay=0.5", "optimizer.moment_dtype=bfloat16")
+
+
+def expert_leaves(state: Any) -> dict[str, str]:
+    """The names of the experts' leaves of a state, and which part each is of; found by their declarations."""
+    found = {}
+    for name, tree in (("params", state.params), ("average", state.average), ("opt_state", state.opt_state)):
+        is_leaf = {"is_leaf": lambda node: hasattr(node, "declaration")}
+        for path, node in jax.tree_util.tree_flatten_with_path(tree, **is_leaf)[0]:
+            if hasattr(node, "declaration") and declared(node).part == "experts":
+                key = f"{name}{jax.tree_util.keystr(path)}"
+                found[key] = "optimizer" if name == "opt_state" else "weights"
+    return found
+
+
+def by_name(state: Any) -> dict[str, np.ndarray]:
+    names = ("step", "params", "average", "opt_state", "rest")
+    return {
+        f"{name}{jax.tree_util.keystr(path)}": np.asarray(leaf)
+        for name in names
+        for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(state, name))[0]
+    }
+
+
+def saved_steps(folder: pathlib.Path) -> set[int]:
+    return {int(path.name) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "of"),
+    [
+        ("one", "both"),
+        *(
+            pytest.param(mesh, of, marks=pytest.mark.full)
+            for mesh in ("experts", "all", "replicas")
+            for of in ("both", *PARTS)
+        ),
+    ],
+)
+def test_each_expert_is_of_the_save_that_the_rule_names(tmp_path, mesh, of):
+    """Bit by bit, with both optimizers and the average; everything else is of the newest save. As many saves stay as
+    are needed, and no more."""
+    layers, experts, K = 2, 8, 3
+    config = small(
+        tmp_path, f"model.num_layers={layers}", *(OPTIMIZER if mesh != "one" else ()), *MESHES[mesh],
+        f"train.experts_per_checkpoint={K}",
+        f"train.partial_checkpoint={of}", "train.keep_checkpoints=1",
+    )  # fmt: skip
+    states, saves = {}, {}
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    learned = Learned(np.zeros((layers, experts)))
+    with session(config) as run:
+        checkpoints = Checkpoints(workdir, keep=1)
+        for step in range(1, 6):
+            metrics = run.step(random_tokens(config, step))
+            learned.add(metrics.parts.aux.load)
+            checkpoints.save(run.state, {"batches": step}, config, step, None, K, learned)
+            states[step] = by_name(run.state)
+            # The first is whole; then layer i has (i + c·K + j) mod N.
+            saves[step] = WHOLE if step == 1 else Turn((step - 2) * K % experts, K, of)
+        checkpoints.wait()
+        copies = {part: np.array(brute_copies(saves, part, (layers, experts), 5)) for part in PARTS}
+        folder = workdir / "checkpoints"
+        assert saved_steps(folder) == {int(step) for part in PARTS for step in copies[part].flat} | {1, 5}
+        own = expert_leaves(run.state)
+        state, position = checkpoints.restore(5, run.trainer.abstract_state)
+        restored = by_name(state)
+        if mesh == "one":  # where it stops, all are saved, in the place of some
+            checkpoints.save(run.state, {"batches": 5}, config, 5, None, 0, learned)
+            checkpoints.save(run.state, {"batches": 5}, config, 5, None, K, learned)  # which changes nothing
+            checkpoints.wait()
+            assert read_turn(folder / "5") == Turn(1, 0, of) and saved_steps(folder) == {5}
+            again = by_name(checkpoints.restore(5, run.trainer.abstract_state)[0])
+            assert all(v.tobytes() == states[5][name].tobytes() for name, v in again.items())
+        checkpoints.close()
+    assert len(own) >= 6 and restored.keys() == states[5].keys()
+    for name, found in restored.items():
+        if name not in own and name.removesuffix(".value") not in own:
+            assert found.tobytes() == states[5][name].tobytes(), name
+            continue
+        part = own.get(name) or own[name.removesuffix(".value")]
+        for i in range(layers):
+            for e in range(experts):
+                wanted = states[copies[part][i, e]][name]
+                assert found[i, e].tobytes() == wanted[i, e].tobytes(), (name, i, e)
+    assert position["batches"] == 5 and position["experts"]["lost"] > 0
+
+
+class FaultError(Exception):
+    """The machine goes away."""
+
+
+def run(config: Config, workdir: pathlib.Path, fault: int = 0) -> None:
+    """Trains to the end, or until the fault, which the step of this number meets."""
+
+    def next_batch(self: TrainIterator) -> Any:
+        if fault and self.get_state()["batches"] >= fault - 1:
+            raise FaultError
+        return given(self)
+
+    given = TrainIterator.__next__
+    with pytest.MonkeyPatch.context() as patch, quick(), jax.set_mesh(make_mesh(config)):
+        patch.setattr(TrainIterator, "__next__", next_batch)
+        if fault:
+            with pytest.raises(FaultError):
+                loop.train(config, workdir)
+        else:
+            assert loop.train(config, workdir).finished
+
+
+def count_lost(workdir: pathlib.Path, saves: dict[int, Turn], step: int, shape: tuple[int, int]) -> float:
+    """The share of the choices until `step` that experts have not learned from, by the loads in metrics.jsonl."""
+    loads = {r["step"]: np.array(r["moe/load"]) / shape[1] for r in read_records(workdir) if "moe/load" in r}
+    copies = brute_copies(saves, "weights", shape, step)
+    lost = sum(loads[s][i][e] for s in range(1, step + 1) for i in range(shape[0]) for e in range(shape[1])
+               if s > copies[i][e])  # fmt: skip
+    return lost / (step * shape[0])
+
+
+@pytest.mark.full
+def test_a_run_with_a_fault(tmp_path, capsys, caplog):
+    """The saves are those of the rule; a start says what is lost, and goes on as a run from that state does; too much
+    doubles K; what others read is whole, and so are the best and the last save."""
+    config = small(
+        tmp_path, "model.num_layers=2", "train.experts_per_checkpoint=2", "train.steps=13", "train.eval_every=8",
+        "train.keep_checkpoints=2", "optimizer.decay_steps=20",
+    )  # fmt: skip
+    workdir = tmp_path / "run"
+    run(config, workdir, fault=12)
+    # Whole are the first, and the best, that of step 8, the first that was evaluated.
+    saves = {2: WHOLE, 4: Turn(0, 2), 6: Turn(2, 2), 8: WHOLE, 10: Turn(4, 2)}
+    folder = workdir / "checkpoints"
+    assert {int(path.name): read_turn(path).count for path in folder.iterdir()} == {8: 0, 10: 2}
+    with pytest.raises(ConfigError, match=r"step=10 .*some of the experts .*; use a whole one of \[8\], or go on"):
+        tuning.restore(workdir, "10")
+    caplog.clear()
+    tuning.restore(workdir)
+    assert "checkpoint 10 holds some of the experts (train.experts_per_checkpoint); 8, which is" in caplog.text
+
+    # The same state, as a whole save of another workdir.
+    whole = dataclasses.replace(config, train=dataclasses.replace(config.train, experts_per_checkpoint=0))
+    shutil.copytree(workdir, tmp_path / "whole")
+    with jax.set_mesh(make_mesh(config)):
+        reader = Checkpoints(workdir)
+        state, position = reader.restore(10, make_trainer(config, jax.sharding.get_mesh()).abstract_state)
+        reader.close()
+        shutil.rmtree(tmp_path / "whole" / "checkpoints")
+        writer = Checkpoints(tmp_path / "whole", keep=1)
+        writer.save(state, {"batches": position["batches"]}, whole, 10, None)
+        writer.close()
+    capsys.readouterr()
+    run(config, workdir)
+    share = count_lost(workdir, saves, 10, (2, 8))
+    said = "12 of 16 experts are of saves before step 10, the oldest of step 8 (train.experts_per_checkpoint); "
+    said += f"{share:.2%} of the experts' updates so far are lost, above 3.75%: from here on a save holds twice as many"
+    assert said in capsys.readouterr().out
+    (record,) = (record for record in read_records(workdir) if "checkpoint/lost_updates" in record)
+    assert record["step"] == 10 and record["checkpoint/experts"] == 4
+    np.testing.assert_allclose(record["checkpoint/lost_updates"], share, rtol=1e-3)
+    assert {int(path.name): read_turn(path).count for path in folder.iterdir()} == {
+        8: 0,
+        10: 2,
+        12: 4,
+        13: 0,
+    }  # 12 needs 10
+    assert read_turn(folder / "12").first == 6
+    run(whole, tmp_path / "whole")
+    chex.assert_trees_all_equal(leaves_of(config, workdir, 13), leaves_of(whole, tmp_path / "whole", 13))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damaged", [3, 4, 5])
+def test_damage_to_a_save(tmp_path, caplog, capsys, damaged):
+    """Another one that has the expert takes its place, at last the whole one; which, and what is lost, is said."""
+    config = small(tmp_path, "train.experts_per_checkpoint=3", "train.keep_checkpoints=1", "model.num_layers=2")
+    workdir, learned = tmp_path / "run", Learned(np.zeros((2, 8)))
+    workdir.mkdir()
+    states = {}
+    with session(config) as run:
+        checkpoints = Checkpoints(workdir, keep=2)
+        for step in range(1, 6):
+            learned.add(run.step(random_tokens(config, step)).parts.aux.load)
+            checkpoints.save(run.state, {"batches": step}, config, step, None, 3, learned)
+            states[step] = by_name(run.state)
+        checkpoints.close()
+        saves = {step: WHOLE if step == 1 else Turn((step - 2) * 3 % 8, 3) for step in range(1, 6)}
+        for path in (workdir / "checkpoints" / str(damaged)).glob("*/d/*"):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        checkpoints = Checkpoints(workdir, keep=2)
+        step, state, _ = checkpoints.restore_newest(run.trainer.abstract_state)
+        found = by_name(state)
+        checkpoints.close()
+        own = expert_leaves(run.state)
+    assert step == (4 if damaged == 5 else 5)
+    del saves[damaged]
+    copies = brute_copies(saves, "weights", (2, 8), step)
+    for name in own:
+        key = name if name in found else f"{name}.value"
+        for i in range(2):
+            for e in range(8):
+                assert found[key][i, e].tobytes() == states[copies[i][e]][key][i, e].tobytes()
+    assert f"checkpoint {damaged} is damaged: " in caplog.text
+    assert f"the oldest of step {min(min(row) for row in copies)} " in capsys.readouterr().out
