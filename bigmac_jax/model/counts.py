@@ -250,6 +250,23 @@ def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int
     }
 
 
+def checkpoint_bytes(config: Config, experts: int = 0) -> int:
+    """Bytes of the arrays of a checkpoint, by all ranks: parameters, optimizer state and average.
+
+    Args:
+      experts: it holds so many of each layer's (`training.partial_checkpoint`); 0 = all.
+    """
+    m, optimizer, of = config.model, config.optimizer, config.train.partial_checkpoint
+    moment, muon = 2 if optimizer.moment_dtype == "bfloat16" else 4, optimizer.name == "muon"
+    total = 0.0
+    for declaration, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+        share = experts / m.expert_count if experts and declaration.part == "experts" else 1
+        weights = 4 * (2 if optimizer.average_decay else 1) * (1 if of == "optimizer" else share)
+        moments = moment * (1 if muon and declaration.hidden_matrix else 2) * (1 if of == "weights" else share)
+        total += math.prod(shape) * (weights + moments)
+    return round(total)
+
+
 def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, count: Parameters) -> float:
     """Bytes beside activations at the worse of two moments: a layer's backward pass, whose gradients are as large as
     what it keeps, and the loss, with a chunk of logits and its softmax. Each holds its parameters as they are computed

@@ -12,6 +12,7 @@ from bigmac_jax.config.execution import Remat
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import (
     Sizes,
+    checkpoint_bytes,
     exchange_traffic,
     exchanged_bytes,
     flops,
@@ -248,6 +249,8 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "all_to_all_bytes_per_step": round(sum(exchange_traffic(config, ranks, group).padded)),
         "memory": parts | {"total": sum(parts.values())},
     }
+    if not config.tuning.lora_rank:
+        result["checkpoint"] = _checkpoint(config)
     if place.hardware:
         result["headroom"] = 1 - sum(parts.values()) / place.hardware.memory_bytes
     if m.is_moe:
@@ -362,6 +365,7 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
 def _baselines(config: Config, place: Place) -> dict[str, Any]:
     """Costs of the other structures with the same fields, as large as the configured one; or why one cannot be."""
     found: dict[str, Any] = {}
+    config = replace(config, train=replace(config.train, experts_per_checkpoint=0))  # others have other numbers of them
     for structure in reversed(STRUCTURES):
         if structure != config.model.structure:
             try:
@@ -381,6 +385,17 @@ def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
         devices, config = jax.devices("cpu"), compiled_programs.imitate_accelerators(config)
     target = compiled_programs.Target(devices, place.hardware, place.torus)
     return compiled_programs.describe_programs(config, target)
+
+
+def _checkpoint(config: Config) -> dict[str, int]:
+    """Bytes of a checkpoint; with train.experts_per_checkpoint also of one with so many experts, and of all that are
+    kept."""
+    whole, count, experts = checkpoint_bytes(config), config.train.experts_per_checkpoint, config.model.expert_count
+    if not count:
+        return {"bytes": whole}
+    partial = checkpoint_bytes(config, count)
+    saves = config.train.keep_checkpoints - 1 + -(-experts // count)  # so that each that is kept finds every expert
+    return {"bytes": whole, "partial_bytes": partial, "kept_bytes": saves * partial + whole}
 
 
 def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:

@@ -115,6 +115,11 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     row("all-to-all, all ranks", lambda c: size(c["all_to_all_bytes_per_step"]))
     for part in ("parameters", "optimizer", "gradients", "activations", "temporaries", "total"):
         row(f"memory of a rank: {part}", lambda c, part=part: size(c["memory"][part]))
+    if all("checkpoint" in column for column in valid.values()):
+        row("checkpoint", lambda c: size(c["checkpoint"]["bytes"]))
+        for key, label in (("partial_bytes", "  of some of the experts"), ("kept_bytes", "  all that are kept")):
+            if any(key in column["checkpoint"] for column in valid.values()):
+                row(label, lambda c, key=key: size(c["checkpoint"][key]) if key in c["checkpoint"] else "")
     if all("headroom" in column for column in valid.values()):
         row("share of it that is left", lambda c: percent(c["headroom"]))
     if all("time" in column for column in valid.values()):
