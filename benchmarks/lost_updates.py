@@ -46,12 +46,14 @@ class Arm:
 
     experts: int
     every: int  # 0: no fault
+    doubles: bool  # whether a restart that has lost too much doubles K
     saves: int
     steps: int
 
     @property
     def name(self) -> str:
-        return f"K = {self.experts}" if self.experts else "whole checkpoints" if self.every else "no fault"
+        doubles = ", doubled above 3.75 % lost" if self.doubles else ""
+        return f"K = {self.experts}{doubles}" if self.experts else "whole checkpoints" if self.every else "no fault"
 
     @property
     def faults(self) -> list[int]:
@@ -60,12 +62,17 @@ class Arm:
 
     def key(self, seed: int) -> str:
         """Of its workdir."""
-        return f"{self.experts}-every{self.every}-saves{self.saves}-{self.steps}-seed{seed}"
+        name = f"{self.experts}{'-doubles' if self.doubles else ''}"
+        return f"{name}-every{self.every}-saves{self.saves}-{self.steps}-seed{seed}"
 
 
 def arms(steps: int, every: int, saves: int) -> list[Arm]:
     """The run without a fault first, which the others are compared with."""
-    return [Arm(0, 0, saves, steps), *(Arm(experts, every, saves, steps) for experts in (0, 4, 2, 1))]
+    faulty = ((0, False), (4, False), (2, False), (1, False), (1, True))
+    return [
+        Arm(0, 0, False, saves, steps),
+        *(Arm(experts, every, doubles, saves, steps) for experts, doubles in faulty),
+    ]
 
 
 def main(_: list[str]) -> None:
@@ -99,7 +106,8 @@ def train(arm: Arm, seed: int, folder: pathlib.Path, cores: list[int]) -> Run:
     """Runs train.py, which ends at each fault and goes on; raises RuntimeError with its last line."""
     workdir, start = folder / arm.key(seed), time.monotonic()
     fields = [f"train.steps={arm.steps}", f"train.seed={seed}", "train.log_every=10", f"train.eval_every={arm.steps}",
-              f"train.checkpoint_every={arm.saves}", f"train.experts_per_checkpoint={arm.experts}"]  # fmt: skip
+              f"train.checkpoint_every={arm.saves}", f"train.experts_per_checkpoint={arm.experts}",
+              f"train.most_lost_updates={0.0375 if arm.doubles else 1}"]  # fmt: skip
     saved: list[int] = []
     folder.mkdir(parents=True, exist_ok=True)
     for fault in [*arm.faults, 0]:

@@ -5,6 +5,9 @@ A run of several processes is left alone. Another one, of the same config, is st
 again, and so on. A JSON line a round; in the summary `bit_equal` says whether both ended in the same state. The exit
 code is 1 if they did not, or a round hung. With --store=gs the disturbed run and its cache are on a server of Google
 Cloud Storage that is started here, the other one on a disk.
+
+With --experts=K the disturbed run saves K experts at a time (train.experts_per_checkpoint). Then each start is compared
+with a run that begins with the state that the rule names (`benchmarks.twin`): what both have saved next is bit-equal.
 """
 
 import contextlib
@@ -27,7 +30,8 @@ from absl import app, flags, logging
 
 from benchmarks import stores
 from benchmarks.ports import free_port
-from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from benchmarks.twin import Twin
+from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.runtime.storage import locate
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -38,6 +42,7 @@ _PROCESSES = flags.DEFINE_integer("processes", 2, "Of two simulated devices each
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is killed, and when.")
 _STORE = flags.DEFINE_enum("store", "", ["", "gs"], "Where the disturbed run lies; by default on a disk.")
 _REPLICAS = flags.DEFINE_bool("replicas", False, "Each process is a replica (mesh.replica), and not a part of one.")
+_EXPERTS = flags.DEFINE_integer("experts", 0, "K of 8 in a save; 0 = all.", 0, 7)
 _PEER_TIMEOUT = flags.DEFINE_integer("peer_timeout", 20, "As of train.py.", lower_bound=1)
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,6 +67,8 @@ def main(_: Any) -> int:
             os.environ.update(server.environment)
             place, disk = f"gs://{stores.BUCKET}", folder / "gs" / stores.BUCKET
         config = _config(folder, _ROUNDS.value * STEPS_A_ROUND, processes)
+        if _EXPERTS.value:
+            return _compare_starts(config, folder, place, disk, draw)
         start = time.monotonic()
         alone = _Job(folder, "alone", str(folder))
         alone.end(limit=60 * _ROUNDS.value + 300)
@@ -82,6 +89,29 @@ def main(_: Any) -> int:
     summary = {"rounds": _ROUNDS.value, "killed": killed, "hung": hung, "bit_equal": equal, "seed": _SEED.value}
     print(json.dumps({"name": "summary", **summary, "seconds": round(time.monotonic() - start, 1)}))
     return 0 if equal and not hung else 1
+
+
+def _compare_starts(config: Config, folder: pathlib.Path, place: str, disk: pathlib.Path, draw: random.Random) -> int:
+    """Kills a run that saves some experts, and compares what each start goes on to save with its twin."""
+    twin, start = Twin(config, locate(f"{place}/disturbed", "--store"), folder / "twin"), time.monotonic()
+    total = {"killed": 0, "hung": 0, "compared": 0, "unequal": 0}
+    for number in range(1, _ROUNDS.value + 1):
+        record = _round(folder, place, disk, draw)
+
+        def run(steps: int) -> None:
+            job = _Job(
+                folder, "twin", str(folder), f"--config.train.steps={steps}", "--config.train.experts_per_checkpoint=0"
+            )
+            if not job.end(limit=600) or any(job.codes):
+                raise RuntimeError(f"the twin failed:\n{job.output}")
+
+        record |= twin.compare(run)
+        for name in total:
+            total[name] += record[name]
+        print(json.dumps({"name": "round", "round": number, **record}), flush=True)
+    summary = {"rounds": _ROUNDS.value, **total, "seed": _SEED.value, "store": _STORE.value, "experts": _EXPERTS.value}
+    print(json.dumps({"name": "summary", **summary, "seconds": round(time.monotonic() - start, 1)}))
+    return 1 if total["hung"] or total["unequal"] or not total["compared"] else 0
 
 
 def _round(folder: pathlib.Path, place: str, disk: pathlib.Path, draw: random.Random) -> dict[str, Any]:
@@ -115,7 +145,7 @@ def _round(folder: pathlib.Path, place: str, disk: pathlib.Path, draw: random.Ra
 class _Job:
     """train.py as several processes, in a workdir `name` at `place`."""
 
-    def __init__(self, folder: pathlib.Path, name: str, place: str):
+    def __init__(self, folder: pathlib.Path, name: str, place: str, *more: str):
         coordinator = f"127.0.0.1:{free_port()}"
         self._logs = [folder / f"{name}.{i}.log" for i in range(_PROCESSES.value)]
         self._processes = []
@@ -124,7 +154,7 @@ class _Job:
             command += [f"--config.cache_dir={place}/cache"]
             if len(self._logs) > 1:
                 command += [f"--coordinator={coordinator}", f"--num_processes={len(self._logs)}", f"--process_id={i}"]
-            command += ["--cpu_devices=2", f"--peer_timeout={_PEER_TIMEOUT.value}"]
+            command += ["--cpu_devices=2", f"--peer_timeout={_PEER_TIMEOUT.value}", *more]
             with path.open("w") as log:
                 self._processes.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log))
 
@@ -168,7 +198,7 @@ def _config(folder: pathlib.Path, steps: int, processes: int) -> Config:
     (folder / "text.txt").write_text("\n\n".join(" ".join(draw.choices(words, k=60)) for _ in range(60)))
     config = Config(
         model=ModelConfig(
-            num_layers=1,
+            num_layers=2 if _EXPERTS.value else 1,
             hidden_size=16,
             num_heads=2,
             vocab_size=257,
@@ -183,7 +213,15 @@ def _config(folder: pathlib.Path, steps: int, processes: int) -> Config:
         data=DataConfig(
             source=str(folder / "text.txt"), tokenizer="bytes", sequence_length=16, batch_size=4 * processes
         ),
-        train=TrainConfig(steps=steps, log_every=1, eval_every=0, checkpoint_every=4),
+        optimizer=OptimizerConfig(decay_steps=1000),  # wherever a twin ends
+        train=TrainConfig(
+            steps=steps,
+            log_every=1,
+            eval_every=0,
+            checkpoint_every=4,
+            experts_per_checkpoint=_EXPERTS.value,
+            most_lost_updates=1.0,  # or all were saved soon
+        ),
         cache_dir=str(folder / "cache"),
     )
     (folder / "config.json").write_text(config.to_json())

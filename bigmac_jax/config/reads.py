@@ -133,7 +133,7 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "optimizer.projection_rate": (_BIGMAC, _with("tuning.lora_rank", 0)),
     "optimizer.momentum": (_with("optimizer.name", "muon"),),
     "train.experts_per_checkpoint": (_MOE, _without("train.checkpoint_every", 0)),
-    "train.partial_checkpoint": (
+    "train.partial_checkpoint train.most_lost_updates": (
         _MOE,
         *(_without(f"train.{n}", 0) for n in ("checkpoint_every", "experts_per_checkpoint")),
     ),

@@ -7,7 +7,8 @@ from bigmac_jax.config.section import flat_values
 # How it is executed, periodic actions, and where its data lies, as long as that is the same
 # (docs/training.md, "Resuming"; `training.run_data.check_data`).
 MAY_CHANGE = ("execution.", "mesh.", "train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every",
-              "train.checkpoint_every", "train.keep_checkpoints", "train.experts_per_checkpoint", "train.partial_checkpoint", "train.on_bad_step", "train.max_bad_steps",
+              "train.checkpoint_every", "train.keep_checkpoints", "train.experts_per_checkpoint",
+              "train.partial_checkpoint", "train.most_lost_updates", "train.on_bad_step", "train.max_bad_steps",
               "train.spike_factor", "train.wandb", "train.tasks", "tuning.chat_template", "data.source",
               "data.validation_source", "data.test_source", "data.mixture", "data.curriculum", "data.tokenizer",
               "data.num_workers", "cache_dir")  # fmt: skip

@@ -87,6 +87,8 @@ class TrainConfig(Section):
     # and says what that loses. The best checkpoint and the last one are whole.
     experts_per_checkpoint: Size = 0
     partial_checkpoint: Literal["both", "weights", "optimizer"] = "both"  # the parts of an expert that are saved so
+    # A share of the experts' updates; a restart that finds more of them lost doubles how many are saved; 1 = never.
+    most_lost_updates: Amount = 0.0375
     # What happens at a bad step, whose loss or gradient is not finite or whose loss is a spike: the run stops, skips
     # the update, or rewinds to the newest checkpoint and goes on behind the data of the step.
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"

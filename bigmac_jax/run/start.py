@@ -224,7 +224,7 @@ def restore_or_begin(
     """Step, state and data position of the newest intact checkpoint; without one, those that the run begins with."""
     origin, teacher = models
     with clock.timed("restore"):
-        found = checkpoints.restore_newest(trainer.abstract_state)
+        found = checkpoints.restore_newest(trainer.abstract_state, config.train.most_lost_updates)
         if found:
             step, state, position = found
             if config.tuning.lora_rank:

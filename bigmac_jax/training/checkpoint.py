@@ -223,7 +223,7 @@ class Checkpoints:
         """The newest checkpoint by name, whatever its state."""
         return self._manager.latest_step()
 
-    def restore_newest(self, abstract: TrainState) -> tuple[int, TrainState, Any] | None:
+    def restore_newest(self, abstract: TrainState, most_lost: float = 1.0) -> tuple[int, TrainState, Any] | None:
         """Restores the newest intact checkpoint → its number, and what `restore` returns; None if there is none.
 
         Damaged ones are named and moved to workdir/checkpoints-damaged.
@@ -233,7 +233,7 @@ class Checkpoints:
         """
         while (step := self.newest_intact()) is not None:
             try:
-                return step, *self.restore(step, abstract)
+                return step, *self.restore(step, abstract, most_lost)
             except DamagedError as error:
                 hosts.run_on_first(functools.partial(self._set_aside, error.step or step, str(error)))
         return None
@@ -387,8 +387,11 @@ class Checkpoints:
         storage.move(self._directory / str(step), target)
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
+    def restore(self, step: int, abstract: TrainState, most_lost: float = 1.0) -> tuple[TrainState, Any]:
         """Restores the state, sharded as `abstract`, and the data position.
+
+        Args:
+          most_lost: as of `partial_checkpoint.join_saves`.
 
         Raises:
           DamagedError: an array differs from its checksums, or the model holds NaN or infinity.
@@ -397,7 +400,7 @@ class Checkpoints:
         check = {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)}
         turn = self._turns.get(step, WHOLE)
         check_shapes(self._directory, step, take_turn(check, turn)["model"])
-        items, position = self._read(step, check) if not turn.count else self._read_joined(step, check)
+        items, position = self._read(step, check) if not turn.count else self._read_joined(step, check, most_lost)
         model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
@@ -411,7 +414,7 @@ class Checkpoints:
         items = read_arrays(directory, abstract)
         return items, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
-    def _read_joined(self, step: int, abstract: Items) -> tuple[Items, Any]:
+    def _read_joined(self, step: int, abstract: Items, most_lost: float) -> tuple[Items, Any]:
         """Reads a save of some experts, with the others from older ones; a line says what that loses."""
 
         def read(source: int, wanted: Items) -> tuple[Items, Any]:
@@ -423,7 +426,7 @@ class Checkpoints:
                 raise DamagedError(str(error), source) from None
 
         steps = hosts.run_on_first(lambda: manifest.list_steps(self._directory.parent))
-        items, position, line = join_saves(step, self._saves(steps), abstract, read)
+        items, position, line = join_saves(step, self._saves(steps), abstract, read, most_lost)
         if line:
             hosts.say(line)
         return items, position

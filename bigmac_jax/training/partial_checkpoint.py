@@ -24,7 +24,6 @@ from bigmac_jax.model.mesh import AXES, fully_sharded, spec_of
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.training.checkpoint_arrays import DamagedError
 
-MOST_LOST = 0.0375  # share of the experts' updates; a restart that finds more doubles K (the paper's threshold)
 TURN, LEARNED = "experts", "experts"  # keys in a checkpoint's items `run` and `data`
 PARTS = ("weights", "optimizer")  # of an expert, that a save may hold of some
 
@@ -210,13 +209,14 @@ class Learned(NamedTuple):
 
 
 def join_saves(
-    step: int, saves: Saves, abstract: Items, read: Callable[[int, Items], tuple[Items, Any]]
+    step: int, saves: Saves, abstract: Items, read: Callable[[int, Items], tuple[Items, Any]], most_lost: float
 ) -> tuple[Items, Any, str]:
     """Takes the save of `step`, and each expert that it lacks from the newest one before it that has it → the items,
     the position of `step` with what the experts have learned, and a line about what is lost, "" if nothing is.
 
     Args:
       saves: some of which are of later steps.
+      most_lost: a restart that finds a larger share of the updates lost doubles K.
       read: (the step of a save, abstract items, in which `...` is not read) → items, position.
 
     Raises:
@@ -239,9 +239,9 @@ def join_saves(
         items = jax.tree.map(functools.partial(_put_turn, saves[source]), items, found)
     learned = {source: Learned.read(position.get(LEARNED), shape) for source, position in positions.items()}
     older_YE = np.minimum(*copies.values())
-    joined = join_copies(learned, older_YE)
+    joined = join_copies(learned, older_YE, most_lost)
     doubled = joined.doubled > learned[step].doubled
-    line = _describe(step, older_YE, joined, doubled) if (older_YE < step).any() else ""
+    line = _describe(step, older_YE, joined, most_lost if doubled else 0) if (older_YE < step).any() else ""
     return items, positions[step] | {LEARNED: joined.to_json()}, line
 
 
@@ -250,7 +250,7 @@ def _only(items: Items, parts: Sequence[str]) -> Items:
     return map_experts(lambda part, leaf: leaf if part in parts else ..., items, lambda _: ...)
 
 
-def join_copies(learned: Mapping[int, Learned], copies_YE: np.ndarray) -> Learned:
+def join_copies(learned: Mapping[int, Learned], copies_YE: np.ndarray, most_lost: float) -> Learned:
     """What experts have learned that are of the saves `copies_YE`, where the newest of the saves is restored."""
     newest = learned[max(learned)]
     updates_YE = np.empty(copies_YE.shape)
@@ -258,14 +258,14 @@ def join_copies(learned: Mapping[int, Learned], copies_YE: np.ndarray) -> Learne
         updates_YE[copies_YE == step] = of_save.updates_YE[copies_YE == step]
     lost = float((newest.updates_YE - updates_YE).sum(1).mean())
     joined = Learned(updates_YE, newest.lost + lost, newest.doubled)
-    return joined._replace(doubled=joined.doubled + 1) if lost and joined.lost_share > MOST_LOST else joined
+    return joined._replace(doubled=joined.doubled + 1) if lost and joined.lost_share > most_lost else joined
 
 
-def _describe(step: int, copies_YE: np.ndarray, learned: Learned, doubled: bool) -> str:
+def _describe(step: int, copies_YE: np.ndarray, learned: Learned, most_lost: float) -> str:
     older = copies_YE[copies_YE < step]
-    doubles = f", above {MOST_LOST:.2%}: from here on a save holds twice as many" if doubled else ""
+    above = f", above train.most_lost_updates={most_lost:g}: from here on a save holds twice as many"
     return (
         f"{older.size} of {copies_YE.size} experts are of saves before step {step}, the oldest of step "
         f"{older.min(initial=step)} (train.experts_per_checkpoint); {learned.lost_share:.2%} of the experts' updates "
-        f"so far are lost{doubles}"
+        f"so far are lost{above if most_lost else ''}"
     )

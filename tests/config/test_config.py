@@ -369,7 +369,7 @@ def test_check_resume(name: str) -> None:
     """How a run is executed may change, and where its data lies; what is computed may not, and is refused by name."""
     allowed = {"train.steps", "train.accumulate_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
                "train.keep_checkpoints", "train.experts_per_checkpoint", "train.partial_checkpoint",
-               "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
+               "train.most_lost_updates", "train.on_bad_step", "train.max_bad_steps", "train.spike_factor", "cache_dir",
                "train.wandb", "data.source", "data.validation_source", "data.test_source", "data.tokenizer",
                "data.num_workers", "data.mixture", "train.tasks", "train.tasks_limit", "model.context_length",
                "tuning.chat_template", "optimizer.clip_norm", *RATES_MAY_CHANGE}  # fmt: skip
@@ -480,6 +480,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert read["model"].pop("context_length") == 0
     assert read["execution"].pop("compiler_options") == ""
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
+    assert read["train"].pop("most_lost_updates") == 0.0375
     assert read["mesh"].pop("replica") == 1 and read["mesh"].pop("replica_optimizer") == "copied"
     assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):

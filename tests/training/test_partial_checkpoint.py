@@ -103,11 +103,12 @@ def test_what_is_lost():
         1: Learned(np.array([[0.5, 0.5], [0.25, 0.75]])),
         4: Learned(np.array([[1.5, 2.5], [1.0, 3.0]]), lost=0.5, doubled=1),
     }
-    joined = join_copies(learned, np.array([[4, 1], [1, 4]]))
+    joined = join_copies(learned, np.array([[4, 1], [1, 4]]), 0.4)
     assert joined.updates_YE.tolist() == [[1.5, 0.5], [0.25, 3.0]]
     assert joined.lost == 0.5 + (2 + 0.75) / 2 and joined.doubled == 2
     assert joined.lost_share == 1.875 / (1.875 + (2 + 3.25) / 2)
-    whole = join_copies(learned, np.full((2, 2), 4))  # nothing is lost, nothing doubles
+    assert join_copies(learned, np.array([[4, 1], [1, 4]]), 0.42).doubled == 1
+    whole = join_copies(learned, np.full((2, 2), 4), 0)  # nothing is lost, nothing doubles
     assert whole.to_json() == learned[4].to_json()
 
 
@@ -272,7 +273,7 @@ def test_a_run_with_a_fault(tmp_path, capsys, caplog):
     run(config, workdir)
     share = count_lost(workdir, saves, 10, (2, 8))
     said = "12 of 16 experts are of saves before step 10, the oldest of step 8 (train.experts_per_checkpoint); "
-    said += f"{share:.2%} of the experts' updates so far are lost, above 3.75%: from here on a save holds twice as many"
+    said += f"{share:.2%} of the experts' updates so far are lost, above train.most_lost_updates=0.0375: from here on "
     assert said in capsys.readouterr().out
     (record,) = (record for record in read_records(workdir) if "checkpoint/lost_updates" in record)
     assert record["step"] == 10 and record["checkpoint/experts"] == 4
