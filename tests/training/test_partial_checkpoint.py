@@ -15,6 +15,7 @@ from model.tools import random_tokens
 from bigmac_jax import tuning
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import TrainIterator
+from bigmac_jax.model.counts import checkpoint_bytes
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.parameters import declared
 from bigmac_jax.run import loop
@@ -324,3 +325,34 @@ def test_damage_to_a_save(tmp_path, caplog, capsys, damaged):
                 assert found[key][i, e].tobytes() == states[copies[i][e]][key][i, e].tobytes()
     assert f"checkpoint {damaged} is damaged: " in caplog.text
     assert f"the oldest of step {min(min(row) for row in copies)} " in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("of", ["both", *PARTS])
+def test_bytes_on_disk(tmp_path, of):
+    """C = (P_ne + K/N · P_e)(B_w + B_o), parts that are not split are whole; on the disk, and as plan.py counts."""
+    config = small(
+        tmp_path, "model.num_layers=2", "model.hidden_size=128", "model.num_experts=16", "model.expert_hidden_size=128",
+        "train.experts_per_checkpoint=1", f"train.partial_checkpoint={of}", "model.down_ratio=0.5",
+    )  # fmt: skip
+    workdir, learned, sizes = tmp_path / "run", Learned(np.zeros((2, 16))), {}
+    workdir.mkdir()
+    with session(config) as run:
+        checkpoints = Checkpoints(workdir, keep=2)
+        for step in (1, 2):
+            run.step(random_tokens(config, step))
+            checkpoints.save(run.state, {"batches": step}, config, step, None, 1, learned)
+            checkpoints.wait()
+            folder = workdir / "checkpoints" / str(step)
+            sizes[step] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        leaves = {name: leaf.nbytes for name, leaf in by_name(run.state).items() if not name.startswith("rest")}
+        own = expert_leaves(run.state)
+        checkpoints.close()
+    parts = {name: own.get(name) or own.get(name.removesuffix(".value")) for name in leaves}
+    whole = sum(leaves.values())
+    partial = whole - 15 / 16 * sum(
+        n for name, n in leaves.items() if parts[name] in (PARTS if of == "both" else (of,))
+    )
+    assert sum(n for name, n in leaves.items() if parts[name]) > 0.6 * whole
+    np.testing.assert_allclose([checkpoint_bytes(config), checkpoint_bytes(config, 1)], [whole, partial], rtol=1e-4)
+    assert sizes[2] / sizes[1] == pytest.approx(partial / whole, rel=0.05)
