@@ -18,7 +18,7 @@ from bigmac_jax.model.parameters import declared
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.checkpoint_arrays import read_arrays
-from bigmac_jax.training.partial_checkpoint import Learned, read_turn, take_turn
+from bigmac_jax.training.partial_checkpoint import EXPERTS, Learned, read_turn, set_apart, take_turn
 from bigmac_jax.training.step import TrainState, make_trainer
 
 _Leaves = dict[str, np.ndarray]
@@ -128,9 +128,11 @@ class Twin:
         """The arrays of a save, as they lie there."""
         directory = workdir / "checkpoints" / str(step)
         with jax.set_mesh(self._mesh):
-            items = take_turn(_items(self._abstract), read_turn(directory))
-            found = read_arrays(directory, items)
-        return {_key(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]}
+            turn = read_turn(directory)
+            items = set_apart(take_turn(_items(self._abstract), turn), turn)
+            found = read_arrays(directory, {item: tree for item, tree in items.items() if (directory / item).exists()})
+        leaves = jax.tree_util.tree_flatten_with_path(found)[0]
+        return {_key(path).removeprefix(f"['{EXPERTS}']"): np.asarray(leaf) for path, leaf in leaves}
 
     def _equal(self, mine: _Leaves, its: _Leaves, step: int) -> bool:
         """Whether a save has what the twin's whole one has of the same experts."""

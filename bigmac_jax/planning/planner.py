@@ -394,8 +394,14 @@ def _checkpoint(config: Config) -> dict[str, int]:
     if not count:
         return {"bytes": whole}
     partial = checkpoint_bytes(config, count)
-    saves = config.train.keep_checkpoints - 1 + -(-experts // count)  # so that each that is kept finds every expert
-    return {"bytes": whole, "partial_bytes": partial, "kept_bytes": saves * partial + whole}
+    # So many more saves that each that is kept finds every expert; of them the experts alone, if both parts are split.
+    older, rest = -(-experts // count) - 1, (experts * partial - count * whole) // (experts - count)
+    kept = partial - rest if config.train.partial_checkpoint == "both" else partial
+    return {
+        "bytes": whole,
+        "partial_bytes": partial,
+        "kept_bytes": config.train.keep_checkpoints * partial + older * kept + whole,
+    }
 
 
 def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:

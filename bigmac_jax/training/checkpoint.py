@@ -35,6 +35,7 @@ from bigmac_jax.training.checkpoint_arrays import (
     read_arrays,
 )
 from bigmac_jax.training.partial_checkpoint import (
+    EXPERTS,
     LEARNED,
     TURN,
     WHOLE,
@@ -46,6 +47,7 @@ from bigmac_jax.training.partial_checkpoint import (
     needed_saves,
     next_turn,
     read_turn,
+    set_apart,
     take_turn,
 )
 from bigmac_jax.training.step import TrainState, evaluated_params
@@ -96,6 +98,7 @@ class Checkpoints:
         self._aside = self._directory.with_name("checkpoints-damaged")
         self._keep, self._saving = keep, 0
         self._shape = (0, 0)  # layers with experts, and experts
+        self._stripped = set[int]()  # saves of which the experts alone are left
         if keep is not None:
             hosts.run_on_first(self._tidy)
         self._turns = self._read_turns()
@@ -113,13 +116,20 @@ class Checkpoints:
     def _saves(self, steps: Iterable[int]) -> dict[int, Turn]:
         return {step: self._turns.get(step, WHOLE) for step in steps}
 
+    def _keep_experts_alone(self, kept: list[int]) -> None:
+        """Removes everything but the experts of saves that are older than the newest."""
+        for step in kept[: -(self._keep or len(kept))]:
+            if self._turns.get(step, WHOLE).splits_all and step not in self._stripped:
+                manifest.remove_items(self._directory / str(step), ("model", "optimizer"))
+                self._stripped.add(step)
+
     def _needed(self, newest: Sequence[int]) -> set[int]:
         return needed_saves(self._turns, newest, self._shape)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             self._directory,
-            handler_registry=array_handlers("model", "optimizer"),
+            handler_registry=array_handlers("model", "optimizer", EXPERTS),
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[_METRIC],
                 best_mode="min",
@@ -172,15 +182,16 @@ class Checkpoints:
             run |= {TURN: dataclasses.astuple(turn)}
             data_state = data_state | {LEARNED: learned.to_json()}
         self._turns[step] = turn
-        items = take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn)
+        if hosts.is_first():
+            self._keep_experts_alone(sorted(kept))
+        items = set_apart(take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn), turn)
         self._remove_unfinished()
         self._saving = step
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    model=ocp.args.PyTreeSave(items["model"]),
-                    optimizer=ocp.args.PyTreeSave(items["optimizer"]),
+                    **{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()},
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                     run=ocp.args.JsonSave(run),
@@ -243,7 +254,8 @@ class Checkpoints:
         Damaged ones are moved as by `restore_newest`."""
 
         def newest() -> int | None:
-            return max(manifest.list_steps(self._directory.parent), default=None)
+            found = reversed(manifest.list_steps(self._directory.parent))
+            return next((step for step in found if not self._is_stripped(self._directory / str(step))), None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
@@ -254,6 +266,11 @@ class Checkpoints:
         hosts.run_on_first(functools.partial(self._refuse_to_start_over, step))
         self._manager.reload()
         return step
+
+    def _is_stripped(self, path: pathlib.Path) -> bool:
+        """Whether the experts alone are left of a save; one whose manifest is damaged is looked at by `_check`."""
+        items = manifest.list_items(path) if read_turn(path).splits_all else set()
+        return bool(items) and "model" not in items
 
     def _refuse_to_start_over(self, step: int | None) -> None:
         if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
@@ -399,8 +416,8 @@ class Checkpoints:
         """
         check = {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)}
         turn = self._turns.get(step, WHOLE)
-        check_shapes(self._directory, step, take_turn(check, turn)["model"])
-        items, position = self._read(step, check) if not turn.count else self._read_joined(step, check, most_lost)
+        check_shapes(self._directory, step, set_apart(take_turn(check, turn), turn)["model"])
+        items, position = self._read_joined(step, check, most_lost) if turn.count else self._read(step, check)
         model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
@@ -411,7 +428,8 @@ class Checkpoints:
     def _read(self, step: int, abstract: Items) -> tuple[Items, Any]:
         """Reads the items that hold arrays, and the data position."""
         directory = self._directory / str(step)
-        items = read_arrays(directory, abstract)
+        needed = {item: tree for item, tree in abstract.items() if any(v is not ... for v in jax.tree.leaves(tree))}
+        items = abstract | read_arrays(directory, needed)
         return items, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
     def _read_joined(self, step: int, abstract: Items, most_lost: float) -> tuple[Items, Any]:

@@ -4,10 +4,18 @@ their chunks carry checksums, which are compared when they are read (`checkpoint
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from bigmac_jax.runtime.storage import file_size, is_store, list_files, list_folder, reason, write_atomically
+from bigmac_jax.runtime.storage import (
+    file_size,
+    is_store,
+    list_files,
+    list_folder,
+    reason,
+    remove_tree,
+    write_atomically,
+)
 
 NAME = "manifest.json"
 STEP = "step"  # the key, in the item `run`, of the step that a checkpoint is of, whatever its directory is called
@@ -82,6 +90,24 @@ def find_damage(
     by_size = sorted(wanted, key=lambda name: (-wanted[name][0] if is_read(name) else 0, name))
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(compare, sorted(by_size[index::count]))), None) or _find_other_step(directory)
+
+
+def list_items(directory: pathlib.Path) -> set[str]:
+    """The items that a checkpoint holds by its manifest; none if that is missing or damaged."""
+    try:
+        return {name.partition("/")[0] for name in json.loads((directory / NAME).read_bytes())}
+    except (OSError, ValueError):
+        return set()
+
+
+def remove_items(directory: pathlib.Path, items: Collection[str]) -> None:
+    """Removes items of a checkpoint, from the manifest first; one whose removal was interrupted can be asked again."""
+    entries = json.loads((directory / NAME).read_bytes())
+    kept = {name: entry for name, entry in entries.items() if name.partition("/")[0] not in items}
+    if len(kept) < len(entries):
+        write_atomically(directory / NAME, _text(kept).encode())
+    for item in items:
+        remove_tree(directory / item)
 
 
 def list_steps(workdir: pathlib.Path) -> list[int]:

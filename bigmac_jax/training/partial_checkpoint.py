@@ -2,6 +2,7 @@
 
 A save holds everything else whole, and K of each layer's experts, which take turns; a restart takes each expert from
 the newest save that has it. So a save is smaller, and a restart loses what the other experts have learned since theirs.
+The experts of a save are an item of their own: of older saves nothing else is kept.
 
 Y layers with experts, E experts, K of them in a save.
 """
@@ -25,6 +26,7 @@ from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.training.checkpoint_arrays import DamagedError
 
 TURN, LEARNED = "experts", "experts"  # keys in a checkpoint's items `run` and `data`
+EXPERTS = "experts"  # the item of a save of some, with the leaves that it splits
 PARTS = ("weights", "optimizer")  # of an expert, that a save may hold of some
 
 
@@ -44,6 +46,10 @@ class Turn:
     def splits(self, part: str) -> bool:
         """Whether the save lacks this part of some experts."""
         return self.count > 0 and self.of in (part, "both")
+
+    @property
+    def splits_all(self) -> bool:
+        return all(map(self.splits, PARTS))
 
     def entries(self, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """The layers and the experts that it holds, as an index of [Y, E]."""
@@ -121,7 +127,7 @@ def _are_experts(of: Declaration) -> bool:
 
 
 def take_turn(items: Items, turn: Turn) -> Items:
-    """What a save holds of a state; of an abstract one, its shapes."""
+    """The experts' leaves that a save splits become those of the turn, [Y, K, …]; of abstract ones, shapes."""
 
     def take(part: str, leaf: Any) -> Any:
         if not turn.splits(part):
@@ -160,6 +166,22 @@ def _entries(shape: tuple[int, ...], first: Array | int, count: int) -> tuple[Ar
     """`Turn.entries`, traced."""
     layer_YK, j_YK = (jax.lax.broadcasted_iota(jnp.int32, (shape[0], count), dim) for dim in (0, 1))
     return layer_YK, (layer_YK + first + j_YK) % shape[1]
+
+
+def set_apart(items: Items, turn: Turn) -> Items:
+    """Moves the leaves that a save splits into an item of their own; where they stood, and around them, is None."""
+    if not turn.count:
+        return items
+    split = map_experts(lambda part, leaf: leaf if turn.splits(part) else None, items, lambda _: None)
+    return map_experts(lambda part, leaf: None if turn.splits(part) else leaf, items) | {EXPERTS: split}
+
+
+def _put_back(items: Items) -> Items:
+    """Undoes `set_apart`."""
+    if EXPERTS not in items:
+        return items
+    rest = {item: tree for item, tree in items.items() if item != EXPERTS}
+    return jax.tree.map(lambda a, b: b if a is None else a, rest, items[EXPERTS], is_leaf=lambda leaf: leaf is None)
 
 
 def _put_turn(turn: Turn, w: Any, found: Any) -> Any:
@@ -235,8 +257,8 @@ def join_saves(
         wanted = take_turn(abstract, saves[source])
         if source < step:
             wanted = _only(wanted, [part for part in PARTS if (copies[part] == source).any()])
-        found, positions[source] = read(source, wanted)
-        items = jax.tree.map(functools.partial(_put_turn, saves[source]), items, found)
+        found, positions[source] = read(source, set_apart(wanted, saves[source]))
+        items = jax.tree.map(functools.partial(_put_turn, saves[source]), items, _put_back(found))
     learned = {source: Learned.read(position.get(LEARNED), shape) for source, position in positions.items()}
     older_YE = np.minimum(*copies.values())
     joined = join_copies(learned, older_YE, most_lost)
