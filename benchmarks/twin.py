@@ -61,7 +61,7 @@ class Twin:
         self._begun = 0  # the step that the run last began with
         self._has = np.zeros(self._shape)  # what each expert's state had learned then, in steps
         self._lost = 0.0
-        self._learned: dict[int, np.ndarray] = {}  # by save
+        self._learned: dict[int, tuple[np.ndarray, float]] = {}  # by save: what each had learned, and what was lost
 
     def compare(self, run: Callable[[int], None]) -> dict[str, Any]:
         """Compares what the run has saved since its last start with what the twin saves at that step, and makes the
@@ -90,21 +90,21 @@ class Twin:
         for step in steps:
             if step > self._begun:
                 since = [loads[number] for number in range(self._begun + 1, step + 1)]
-                self._learned[step] = self._has + np.sum(since, axis=0)
+                self._learned[step] = self._has + np.sum(since, axis=0), self._lost
 
     def _begin(self, newest: int, steps: list[int]) -> dict[str, Any]:
         """Makes the twin: each expert of the newest save that has it, all else of the newest."""
         saves = {step: self._read(self._workdir, step) for step in steps}
-        leaves, has, oldest = dict(saves[newest]), self._learned[newest].copy(), newest
+        leaves, oldest, (learned, lost) = dict(saves[newest]), newest, self._learned[newest]
+        has = learned.copy()
         leaves |= {name: np.zeros((*self._shape, *leaves[name].shape[2:]), leaves[name].dtype) for name in self._own}
         for layer, expert in np.ndindex(self._shape):
             source = max(step for step in steps if self._place(step, layer, expert) is not None)
             for name in self._own:
                 leaves[name][layer, expert] = saves[source][name][layer, self._place(source, layer, expert)]
-            has[layer, expert] = self._learned[source][layer, expert]
+            has[layer, expert] = self._learned[source][0][layer, expert]
             oldest = min(oldest, source)
-        self._lost += float((self._learned[newest] - has).sum(1).mean())
-        self._begun, self._has = newest, has
+        self._begun, self._has, self._lost = newest, has, lost + float((learned - has).sum(1).mean())
         position = json.loads((self._workdir / "checkpoints" / str(newest) / "data" / "metadata").read_bytes())
         self._write(leaves, position)
         with jax.set_mesh(self._mesh):

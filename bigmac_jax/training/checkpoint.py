@@ -255,7 +255,7 @@ class Checkpoints:
 
         def newest() -> int | None:
             found = reversed(manifest.list_steps(self._directory.parent))
-            return next((step for step in found if not self._is_stripped(self._directory / str(step))), None)
+            return next((number for number in found if not self._is_stripped(self._directory / str(number))), None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
