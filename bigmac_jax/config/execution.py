@@ -12,6 +12,7 @@ WireFormat = Literal["", "float32", "bfloat16", "float8_e4m3", "int8"]
 Remat = Literal["none", "layer", "exchange"]
 _SELDOM = ("replica", "tensor")  # axes that an error leaves out where they split nothing
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical", "ragged")  # that take a finite buffer_factor
+EXCHANGES_BY_EXPERT = ("auto", "all_to_all")  # that count room by expert, as model.overflow=next needs
 # Measured (docs/exchange.md): with four experts or more on a rank it takes two or three rounds in the first hundreds
 # of steps, and one from then on.
 AUTO_BUFFER_FACTOR = 1.5

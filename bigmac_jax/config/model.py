@@ -57,6 +57,10 @@ class ModelConfig(Section):
     projection_init: Literal["selection", "random"] = "selection"
     # An expert takes at most ceil(f·T·K/E) rows of a rank and drops the rest; inf = takes all.
     capacity_factor: Annotated[float, Range(may_be_inf=True)] = math.inf
+    # What becomes, in training, of a choice that finds its expert full: it is dropped, or it goes to the best of the
+    # token's next overflow_tries experts that has room (exchange=all_to_all; docs/exchange.md).
+    overflow: Literal["drop", "next"] = "drop"
+    overflow_tries: Count = 2
     # The router (always float32, full width).
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
@@ -204,6 +208,10 @@ class ModelConfig(Section):
         require(self.balance != "quantile" or (groups == best and k < experts), f"model.balance=quantile needs a free choice of fewer experts than there are, not model.top_k={k} of {experts} in top_groups={best} of {groups} groups; use balance=bias")  # fmt: skip
         require(self.balance == "quantile" or self.balance_step == "next", f"model.balance_step={self.balance_step} is for balance=quantile, not {self.balance}; use balance=quantile, or balance_step=next")  # fmt: skip
         require(self.capacity_factor > 0, f"model.capacity_factor={self.capacity_factor:g} must be above 0; use inf for no limit (dropless)")  # fmt: skip
+        require(self.overflow == "drop" or math.isfinite(self.capacity_factor), f"model.overflow={self.overflow} moves choices that find their expert full, and with model.capacity_factor=inf none is; use overflow=drop, or a finite capacity_factor")  # fmt: skip
+        left = best * (experts // groups) - k  # experts that a token may go to beside its choices
+        fix = f"use overflow_tries={left}" if left else "use overflow=drop"
+        require(self.overflow == "drop" or self.overflow_tries <= left, f"model.overflow_tries={self.overflow_tries} must be at most {left}, the experts that a token can choose beside its model.top_k={k}; {fix}")  # fmt: skip
         # What stands behind the combine is bigmac's control, too: is it the latent that costs quality, or the missing norm?
         narrow = self.structure == "bigmac" or set(self.latent_norms) <= {"post_combine", "skip", "gate"}
         require(narrow, f"model.latent_norm={self.latent_norm} needs structure=bigmac, not {self.structure}; use latent_norm=none, post_combine, skip or gate")  # fmt: skip

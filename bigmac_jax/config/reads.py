@@ -114,6 +114,8 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.shared_expert_hidden_size": (_MOE, _without("model.num_shared_experts", 0)),
     "model.projection_init": (_BIGMAC,),
     "model.capacity_factor": (_MOE, _capacity),
+    "model.overflow": (_MOE, _without("model.capacity_factor", math.inf)),
+    "model.overflow_tries": (_MOE, _with("model.overflow", "next")),
     "model.router_renormalize": (_MOE, _several_choices),
     "model.balance_coefficient model.balance_scope": (_MOE, _with("model.balance", "aux_loss")),
     "model.balance_step": (_MOE, _with("model.balance", "quantile")),
@@ -181,7 +183,8 @@ def notes(config: Config, given: Iterable[str] = (), ranks: int = 0, base: Confi
 
 def evaluation_notes(config: Config, given: Iterable[str], ranks: int = 0) -> list[str]:
     """As `notes`, for fields that are given to an evaluation, which drops nothing."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, capacity_factor=math.inf))
+    dropless = dataclasses.replace(config.model, capacity_factor=math.inf, overflow="drop")
+    config = dataclasses.replace(config, model=dropless)
     config = _with_ranks(config, ranks)
     return _line({name: "no training" if name in _TRAINING else unread_for(config, name) for name in given}, config)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigmac_jax.config.errors import ConfigError, near_divisors, near_ranks, require
-from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
+from bigmac_jax.config.execution import EXCHANGES_BY_EXPERT, ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import ModelConfig
 from bigmac_jax.config.names import unknown_field
 from bigmac_jax.config.objects import parse_object
@@ -68,7 +68,9 @@ class Config(Section):
         if not m.is_moe:
             return f"dense: one MLP of width {m.expert_width} a layer"
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
-        capacity = "dropless" if self.dropless else f"capacity factor {m.capacity_factor:g}"
+        capacity = f"capacity factor {m.capacity_factor:g}"
+        capacity += ", overflow to the next expert" if m.overflow == "next" else ""
+        capacity = "dropless" if self.dropless else capacity
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
@@ -158,7 +160,8 @@ class Config(Section):
 
 
 def check_batch(config: Config, data: int, taken: str = "") -> None:
-    """Checks that a step's batch divides over `data` ranks of the data axis, as training needs.
+    """Checks what training needs and evaluation doesn't: that a step's batch divides over `data` ranks of the data axis,
+    and that the exchange can do what model.overflow says.
 
     Args:
       taken: says how `data` was found, if the config does not have it.
@@ -166,6 +169,9 @@ def check_batch(config: Config, data: int, taken: str = "") -> None:
     Raises:
       ConfigError: it does not, or overlap_chunks doesn't divide a rank's tokens.
     """
+    model, exchange = config.model, config.execution.exchange
+    moves = model.is_moe and model.overflow == "next"
+    require(not moves or exchange in EXCHANGES_BY_EXPERT, f"model.overflow=next needs an exchange that counts room by expert ({', '.join(EXCHANGES_BY_EXPERT)}), not execution.exchange={exchange}; use exchange=all_to_all, or overflow=drop")  # fmt: skip
     batch_size, mesh, chunks = config.data.batch_size, config.mesh, config.execution.overlap_chunks
     shards = mesh.replica * data * mesh.expert_ranks * config.train.accumulate_steps
     fix, replica = ", or set mesh.data" if taken else "", "mesh.replica × " if mesh.replica > 1 else ""

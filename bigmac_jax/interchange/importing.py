@@ -35,7 +35,7 @@ from bigmac_jax.training.new_run import check_new, check_no_run, write_new_run
 # What an import or a conversion may set: all that is not the model's function.
 MAY_SET = (
     "mesh.", "execution.", "data.", "optimizer.", "train.", "tuning.", "cache_dir", "model.dropout",
-    "model.capacity_factor", "model.context_length", "model.balance_", "model.z_loss_coefficient",
+    "model.capacity_factor", "model.overflow", "model.context_length", "model.balance_", "model.z_loss_coefficient",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ class LayerStats(NamedTuple):
     z_loss: Array  # [U]
     shares: Array  # [U, E] of the router's normalised scores: P_e
     load: Array  # [U, E] share of the (token, choice) pairs that went to each expert, drops included: f_e
-    drop_rate: Array  # [U] share of the pairs that found their expert full
+    drop_rate: Array  # [U] share of the pairs that were dropped, because their expert was full
+    moved_rate: Array  # [U, 1] share that went to another, because theirs was full; empty unless overflow is next
     router_entropy: Array  # [U] nats
     quantile_stats: Array  # [U, …] what `balance.update_bias` takes beside the load; empty unless balance is quantile
 
@@ -51,7 +52,7 @@ class LayerStats(NamedTuple):
 def empty_stats() -> LayerStats:
     """What a layer without experts reports."""
     zero, none = jnp.zeros((1,)), jnp.zeros((1, 0))
-    return LayerStats(zero, none, none, zero, zero, none)
+    return LayerStats(zero, none, none, zero, none, zero, none)
 
 
 class Aux(NamedTuple):
@@ -62,6 +63,7 @@ class Aux(NamedTuple):
     shares: Array
     load: Array
     drop_rate: Array
+    moved_rate: Array
     router_entropy: Array
     quantile_stats: Array
 
@@ -186,7 +188,9 @@ class MoE(nnx.Module):
                 quantile_stats = bias_E[None]
             else:
                 quantile_stats = required_bias(self.config, scores.scores_BLE, bias_E, padding)
-        return choose_experts(m, scores, bias_E, padding), quantile_stats
+        moves = m.overflow == "next" and not evaluating
+        place = functools.partial(place_on_rank, self.config) if moves else None
+        return choose_experts(m, scores, bias_E, padding, place), quantile_stats
 
     def weights(self) -> "RowWeights":
         """What `layer_on_rank` computes with, for `on_each_rank`."""
@@ -208,7 +212,8 @@ class MoE(nnx.Module):
         if padding is not None:
             choices = divisor(padding.tokens) * self.config.model.choices
         load_UE, drop_rate_U = (per_replica(v).sum(1) / (choices / replicas()) for v in (counts_SE, dropped_S))
-        return LayerStats(routing.z_loss_U, routing.shares_UE, load_UE, drop_rate_U, routing.entropy_U, quantile_stats)
+        router = routing.moved_U1, routing.entropy_U, quantile_stats
+        return LayerStats(routing.z_loss_U, routing.shares_UE, load_UE, drop_rate_U, *router)
 
 
 @jax.tree_util.register_dataclass
@@ -228,6 +233,21 @@ class RowWeights:
     dispatch_norm: list[Any]
     combine_norm: list[Any]
     skip_1: Any
+
+
+def place_on_rank(config: Config, ranked_BLN: Array) -> Array:
+    """experts_BLK: this rank's choices, of the best N experts of each token, with those that find an expert full moved
+    to the next with room, in each chunk as `layer_on_rank` sends it."""
+    ranked_TN, K = ranked_BLN.reshape(-1, ranked_BLN.shape[-1]), config.model.choices
+    chunks = count_chunks(config, len(ranked_TN))
+    exchange = choose_exchange(config, config.model.capacity_factor, len(ranked_TN) // chunks)
+    placed = [exchange.place(ranked_CN, K) for ranked_CN in jnp.split(ranked_TN, chunks)]
+    return jnp.concatenate(placed).reshape(*ranked_BLN.shape[:-1], K)
+
+
+def count_chunks(config: Config, tokens: int) -> int:
+    """How many chunks a rank's tokens go in: `overlap_chunks`, or fewer where they don't divide its tokens."""
+    return math.gcd(config.execution.overlap_chunks, tokens)
 
 
 def layer_on_rank(
@@ -252,7 +272,7 @@ def layer_on_rank(
       y_BLD; counts_1E, choices of each expert; dropped_1.
     """
     x_TD, gates_TK, experts_TK = (v.reshape(-1, v.shape[-1]) for v in (x_BLD, gates_BLK, experts_BLK))
-    chunks = math.gcd(config.execution.overlap_chunks, len(x_TD))
+    chunks = count_chunks(config, len(x_TD))
     exchange: Strategy
     if draft_experts:
         exchange = make_local(config, draft_experts)

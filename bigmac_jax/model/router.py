@@ -6,6 +6,7 @@ D hidden, E experts, K top-k, G expert groups, U replicas; leading dimensions (B
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ class Routing(NamedTuple):
     shares_UE: Array  # of the normalised scores: P_e of the balance loss
     z_loss_U: Array  # of logsumexp(logits)² (ST-MoE, equation 5)
     entropy_U: Array  # of the normalised scores, nats
+    moved_U1: Array  # share of the choices that `place` moved; [1, 0] without it
 
 
 class Padding(NamedTuple):
@@ -62,12 +64,18 @@ def score_experts(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
 
 @jax.named_scope("router")
 def choose_experts(
-    config: ModelConfig, scores: Scores, bias_E: Array | None, padding: Padding | None = None
+    config: ModelConfig,
+    scores: Scores,
+    bias_E: Array | None,
+    padding: Padding | None = None,
+    place: Callable[[Array], Array] | None = None,
 ) -> Routing:
     """Chooses the K best experts of each token; for padding none, with gates of zero.
 
     Args:
       bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
+      place: makes a rank's experts_BLK of its ranked_BLN, each token's K + overflow_tries best, E for padding; by
+        default the choice is the K best. Gates are of the experts that it gives.
     """
     logits_BLE, scores_BLE = scores
     softmax = config.router_scores == "softmax"
@@ -77,13 +85,19 @@ def choose_experts(
         ranking_BLE = ranking_BLE + bias_E.reshape(1, 1, -1)
 
     # Told rank by rank: XLA would gather the scores of all ranks for a top-k, and choose for all of them.
-    def choose(ranking_BLE: Array, scores_BLE: Array, *padding: Array) -> tuple[Array, Array]:
-        experts_BLK = jax.lax.top_k(_in_best_groups(config, ranking_BLE), config.choices)[1]
-        gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
-        if not padding:
-            return experts_BLK, gates_BLK
-        mask_BL1 = padding[0][..., None]
-        return jnp.where(mask_BL1, config.expert_count, experts_BLK), jnp.where(mask_BL1, 0, gates_BLK)
+    def choose(ranking_BLE: Array, scores_BLE: Array, *padding: Array) -> tuple[Array, Array, Array]:
+        best = config.choices + (config.overflow_tries if place else 0)
+        ranked_BLN = jax.lax.top_k(_in_best_groups(config, ranking_BLE), best)[1]
+        if place:  # of a slice of a top-k XLA makes a sort, which takes six times as long on CPU
+            ranked_BLN = jax.lax.optimization_barrier(ranked_BLN)
+        if padding:
+            ranked_BLN = jnp.where(padding[0][..., None], config.expert_count, ranked_BLN)
+        experts_BLK = place(ranked_BLN) if place else ranked_BLN
+        gates_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1, mode="clip")
+        if padding:
+            gates_BLK = jnp.where(padding[0][..., None], 0, gates_BLK)
+        moved_BLK = experts_BLK != ranked_BLN[..., : config.choices]
+        return experts_BLK, gates_BLK, moved_BLK.astype(jnp.float32).mean(-1, keepdims=True)
 
     def mean(of_tokens: Array) -> Array:
         if padding is None:
@@ -91,9 +105,9 @@ def choose_experts(
         mask = padding.mask_BL.reshape(padding.mask_BL.shape + (1,) * (of_tokens.ndim - 2))
         return per_replica(jnp.where(mask, 0, of_tokens)).sum((1, 2)) / divisor(padding.tokens / replicas())
 
-    specs = token_spec(3), token_spec(3)
+    specs = token_spec(3), token_spec(3), token_spec(3)
     given = (ranking_BLE, scores_BLE) if padding is None else (ranking_BLE, scores_BLE, padding.mask_BL)
-    experts_BLK, gates_BLK = on_each_rank(choose, given, out_specs=specs)
+    experts_BLK, gates_BLK, moved_BL1 = on_each_rank(choose, given, out_specs=specs)
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:
         gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)
@@ -103,6 +117,7 @@ def choose_experts(
         mean(shares_BLE),
         mean(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))),
         mean(-(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1)),
+        mean(moved_BL1) if place else jnp.zeros((1, 0)),
     )
 
 

@@ -35,4 +35,5 @@ def measured_drops(config: Config) -> dict[str, Any] | None:
         return None
     measured = {name: found._asdict() for name, found in MEASURED.items()}
     balance = m.balance if m.balance_step == "next" else f"{m.balance}, balance_step={m.balance_step}"
+    balance += ", overflow=next" if m.overflow == "next" else ""
     return {"balance": balance, "at_factor": FACTOR, "measured": measured}

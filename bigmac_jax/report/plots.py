@@ -71,6 +71,9 @@ def _drops(axis: Axes, training: Records) -> None:
         return
     for layer, drops_n in enumerate(by_layer_nY.T):
         axis.plot(_column(training, "step"), drops_n, lw=1, label=f"layer {layer}")
+    moved = 100 * np.asarray(_column(training, "moe/moved_rate"), float)
+    if np.isfinite(moved).any():
+        axis.plot(_column(training, "step"), moved, "--", lw=1, color="grey", label="moved, mean of layers")
     axis.set(xlabel="step", ylabel="dropped choices, %", title="drop rate", ylim=(0, None))
     axis.grid(alpha=0.3)
     if by_layer_nY.shape[1] <= 8:

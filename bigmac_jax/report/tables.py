@@ -45,6 +45,7 @@ def facts(run: Run) -> dict[str, str]:
         "MFU, median": _show(_over(run, "mfu", median), "{:.1%}".format),
         "MFU with causal attention, median": _show(_over(run, "mfu_causal", median), "{:.1%}".format),
         "dropped choices, mean": _show(_over(run, "moe/drop_rate", fmean), _drop_rate),
+        "moved choices, mean": _show(_over(run, "moe/moved_rate", fmean), "{:.2%}".format),
         "exchange a step": _show(last.get("moe/wire_bytes"), units.size),
         "device memory, peak": _show(_over(run, "memory/device_peak_bytes", max), units.size),
         "host memory, most": _show(_over(run, "memory/host_bytes", max), units.size),

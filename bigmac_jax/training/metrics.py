@@ -168,6 +168,7 @@ def moe_record(aux: Aux, run: RunConstants) -> dict[str, Any]:
         "moe/z_loss": float(np.mean(aux.z_loss)),
         "moe/drop_rate": float(np.mean(aux.drop_rate)),
         "moe/drop_rate_by_layer": [round(float(rate), 6) for rate in aux.drop_rate],
+        **({"moe/moved_rate": float(np.mean(aux.moved_rate))} if np.size(aux.moved_rate) else {}),
         "moe/load_cv": float(np.mean(relative_YE.std(1))),  # standard deviation over mean; 0 is balanced
         "moe/max_load": float(np.mean(relative_YE.max(1))),  # busiest expert over the mean
         "moe/router_entropy": float(np.mean(aux.router_entropy)),

@@ -44,8 +44,8 @@ from bigmac_jax.training.workdir import has_run, read_config, read_run_json, use
 INIT_FROM = "init_from"  # the key of a run's pretrained model in run.json's `data`
 # Fields of the model that may differ from the pretrained one's without a word, and those that may with one.
 _FREE = (
-    "dropout", "capacity_factor", "balance_coefficient", "balance_scope", "balance_bias_rate", "z_loss_coefficient",
-    "projection_init", "context_length",
+    "dropout", "capacity_factor", "overflow", "overflow_tries", "balance_coefficient", "balance_scope",
+    "balance_bias_rate", "z_loss_coefficient", "projection_init", "context_length",
 )  # fmt: skip
 _TOLD = ("vocab_size", "rope_theta", "balance", "balance_step")
 _log = logging.getLogger(__name__)

@@ -185,6 +185,13 @@ INVALID = {  # overrides: what the line must contain
     "model.capacity_factor=inf model.balance=quantile model.balance_step=same":
         ("balance_step=same sends an answer", "balance_step=next"),
     "model.balance=quantile model.top_k=32": ("balance=quantile", "model.top_k=32 of 32"),
+    "model.overflow=next": ("model.overflow=next", "capacity_factor=inf none is", "use overflow=drop"),
+    "model.overflow=next model.capacity_factor=1.25 execution.exchange=dedup": (
+        "model.overflow=next", "(auto, all_to_all), not execution.exchange=dedup", "use exchange=all_to_all"),
+    "model.overflow=next model.capacity_factor=1.25 model.top_k=31": (
+        "model.overflow_tries=2 must be at most 1", "model.top_k=31", "use overflow_tries=1"),
+    "model.overflow=next model.capacity_factor=1.25 model.num_expert_groups=4 model.top_groups=1 model.top_k=8": (
+        "must be at most 0", "use overflow=drop"),
     "model.group_scores=best": ("'best'", "top_k, top_2"),
     "model.projection_init=ones": ("'ones'", "selection, random"),
     "optimizer.projection_rate=-1": ("-1", "at least 0"),
@@ -358,7 +365,7 @@ def changed(name: str) -> Config:
 
 # Fields that have no other valid value while the rest is as it is.
 BOUND = ("model.top_groups", "data.packing", "data.curriculum", "train.tasks_every", "tuning.objective",
-         "tuning.lora_rank", "model.balance_step")  # fmt: skip
+         "tuning.lora_rank", "model.balance_step", "model.overflow")  # fmt: skip
 
 
 BEFORE = flat(dataclasses.asdict(Config().resolved))
@@ -396,6 +403,12 @@ def test_the_step_that_quantiles_are_of_stays() -> None:
     next_, same = (Config(model=ModelConfig(balance="quantile", balance_step=step)) for step in ("next", "same"))
     with pytest.raises(ConfigError, match=r"model\.balance_step='same' differs from 'next'"):
         check_resume(next_, same)
+
+
+def test_what_becomes_of_an_overflow_stays() -> None:
+    drop, next_ = (Config(model=ModelConfig(overflow=overflow, **FULL)) for overflow in ("drop", "next"))
+    with pytest.raises(ConfigError, match=r"model\.overflow='next' differs from 'drop'"):
+        check_resume(drop, next_)
 
 
 FULL = {"capacity_factor": 1.25}
@@ -478,6 +491,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert written["model"].pop("vanilla_top_k") == 1 and written.pop("cache_dir")
     assert read["data"].pop("null_rows") == "stop"  # these fields are younger
     assert read["model"].pop("context_length") == 0
+    assert read["model"].pop("overflow") == "drop" and read["model"].pop("overflow_tries") == 2
     assert read["execution"].pop("compiler_options") == ""
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
     assert read["train"].pop("most_lost_updates") == 0.0375
@@ -581,6 +595,7 @@ def test_resolved_sizes() -> None:
     ("fields", "end"),
     [
         (FULL, "capacity factor 1.25"),
+        (FULL | {"overflow": "next"}, "capacity factor 1.25, overflow to the next expert"),
         ({}, "dropless"),
         (FULL | {"exchange": "gather"}, "dropless"),  # whatever the factor says
         (FULL | {"exchange": "ragged"}, "dropless"),

@@ -27,7 +27,8 @@ OTHER = {
     "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3,
     "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
     "model.shared_expert_hidden_size": 24, "model.latent_norm": "post_combine", "model.projection_init": "random",
-    "model.capacity_factor": 1.5, "model.router_scores": "sigmoid", "model.router_renormalize": False,
+    "model.capacity_factor": 1.5, "model.overflow": "next", "model.overflow_tries": 1,
+    "model.router_scores": "sigmoid", "model.router_renormalize": False,
     "model.router_scale": 3, "model.balance": "bias", "model.balance_coefficient": 0.3, "model.balance_step": "same",
     "model.balance_scope": "part", "model.balance_bias_rate": 0.2, "model.z_loss_coefficient": 0.1,
     "model.num_expert_groups": 2, "model.top_groups": 2, "model.group_scores": "top_2",
@@ -46,7 +47,7 @@ HOST = {"data.curriculum", "data.text_field", "data.null_rows", "data.packing", 
         "train.most_lost_updates",
         "tuning.bad_rows"}  # fmt: skip
 # Refused, not named, where they are not read.
-REFUSED = {"model.first_dense_layers", "model.latent_norm", "model.balance_step"}
+REFUSED = {"model.first_dense_layers", "model.latent_norm", "model.balance_step", "model.overflow"}
 # Read by types alone: over which axes of one rank an array stands.
 TYPES = {"mesh.fsdp", "mesh.split_experts"}
 # A config, and some of the fields that it does not read.
@@ -117,6 +118,7 @@ MORE_READING = {
     "model.first_dense_layers": "", "model.num_shared_experts": "model.num_shared_experts=0",
     "model.shared_expert_hidden_size": "", "model.latent_norm": "", "model.projection_init": "",
     "model.router_scores": "", "model.router_renormalize": "", "model.router_scale": "", "model.balance": "",
+    "model.overflow": "model.capacity_factor=1", "model.overflow_tries": "model.capacity_factor=1 model.overflow=next",
     "model.balance_step": "model.balance=quantile", "model.balance_scope": "train.accumulate_steps=2",
     "model.balance_bias_rate": "model.balance=bias", "model.z_loss_coefficient": "",
     "model.num_expert_groups": "model.num_expert_groups=8 model.top_groups=1 model.top_k=2",

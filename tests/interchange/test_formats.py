@@ -272,8 +272,8 @@ EXPRESSED = {
     "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
 }  # fmt: skip
 TRAINING = {
-    "dropout", "capacity_factor", "balance_coefficient", "balance_step", "balance_scope", "balance_bias_rate",
-    "z_loss_coefficient", "projection_init",
+    "dropout", "capacity_factor", "overflow", "overflow_tries", "balance_coefficient", "balance_step", "balance_scope",
+    "balance_bias_rate", "z_loss_coefficient", "projection_init",
 }  # fmt: skip
 
 

@@ -54,6 +54,21 @@ def test_gates(model: dict[str, Any], gates: list[float]) -> None:
     assert routing.gates_BLK.dtype == jnp.float32
 
 
+def test_gates_are_of_the_experts_that_were_placed() -> None:
+    """The second choice of the first token, which is full, goes to its third expert; 0.4 and 0.2 of 0.6 remain."""
+    config = ModelConfig(num_experts=4, top_k=2, capacity_factor=1.0, overflow="next", overflow_tries=1)
+
+    def place(ranked_BLN: jax.Array) -> jax.Array:
+        assert ranked_BLN.tolist() == [[[0, 1, 2], [3, 2, 1]]]
+        return jnp.asarray([[[0, 2], [3, 2]]])
+
+    scores = score_experts(config, jnp.asarray([[LOG, LOG[::-1]]]), Weight(jnp.eye(4), EXACT))
+    routing = choose_experts(config, scores, None, place=place)
+    np.testing.assert_allclose(routing.gates_BLK[0], [[2 / 3, 1 / 3], [4 / 7, 3 / 7]], rtol=1e-6)
+    np.testing.assert_allclose(routing.moved_U1, [[0.25]])
+    assert routing.experts_BLK.tolist() == [[[0, 2], [3, 2]]] and routed([LOG]).moved_U1.size == 0
+
+
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_ties_go_to_the_lowest_index(scores: str) -> None:
     logits = [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 1]]

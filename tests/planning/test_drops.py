@@ -60,6 +60,8 @@ def test_where_nothing_is_dropped_nothing_is_said() -> None:
     same = load_config(f"{ROOT}/configs/tiny.py", fields)
     report.show(make_plan(same, Request(devices=1)), Console(file=output, width=200, highlight=False))
     assert re.search(r"quantile, balance_step=same \(configured\) +│ +not measured ", output.getvalue())
+    moving = drops.measured_drops(load_config(f"{ROOT}/configs/tiny.py", (*fields[:1], "model.overflow=next")))
+    assert moving is not None and moving["balance"] == "aux_loss, overflow=next"
     for field in ("model.capacity_factor=inf", "execution.exchange=ragged", "model.structure=dense"):
         assert (
             drops.measured_drops(load_config(f"{ROOT}/configs/tiny.py", ("model.capacity_factor=1.5", field))) is None

@@ -248,6 +248,11 @@ def test_rounds_limit_the_exchanges() -> None:
     assert names == {"all_to_all", "dedup", "hierarchical", "ragged"}
 
 
+def test_overflow_limits_the_exchanges() -> None:
+    model = replace(CONFIG.model, capacity_factor=1.25, overflow="next", overflow_tries=1)
+    assert {c.config.execution.exchange for c in search(replace(CONFIG, model=model), EIGHT)} == {"all_to_all"}
+
+
 def test_a_search_times_no_more_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
     monkeypatch.setattr(searching, "step_time", lambda *a: timed.append(a) or step_time(*a))

@@ -19,7 +19,8 @@ from bigmac_jax.report.runs import Run, read_runs
 from bigmac_jax.report.series import POINTS, curves, expert_load, thin
 from bigmac_jax.report.tables import differences, facts
 
-CHARTS = ["loss", "eval/perplexity", "moe/drop_rate", "moe/wire_bytes", "tokens_per_s", "step_time_s"]  # of `runs`
+CHARTS = ["loss", "eval/perplexity", "moe/drop_rate", "moe/moved_rate", "moe/wire_bytes", "tokens_per_s",
+          "step_time_s"]  # fmt: skip  # of `runs`
 VOID = {"meta", "link", "input", "br"}
 MOE = Config(model=ModelConfig(num_layers=2, hidden_size=16, num_heads=1, vocab_size=384, num_experts=4, top_k=2))
 DENSE = Config(model=ModelConfig("dense", num_layers=2, hidden_size=16, num_heads=1, vocab_size=384))
@@ -37,7 +38,7 @@ def training(step: int, **more: Any) -> dict[str, Any]:
 
 def routed(step: int) -> dict[str, Any]:
     load = [[0.0, 1.0 + step / 1000, 2.0, 1.0 - step / 1000], [4.0, 0.0, 0.0, 0.0]]
-    routing = {"moe/drop_rate": 0.25, "moe/wire_bytes": 3 << 20, "moe/load": load}
+    routing = {"moe/drop_rate": 0.25, "moe/moved_rate": 0.125, "moe/wire_bytes": 3 << 20, "moe/load": load}
     return training(step, mfu_causal=0.25, **routing)
 
 
@@ -128,6 +129,7 @@ def test_tables(runs: list[Run]) -> None:
     assert routed_facts["validation perplexity, last"] == "70.00"
     assert routed_facts["validation perplexity, best"] == "40.00 at step 10"
     assert routed_facts["dropped choices, mean"] == "25.00% (model.capacity_factor=inf drops none)"
+    assert routed_facts["moved choices, mean"] == "12.50%" and dense_facts["moved choices, mean"] == "–"
     assert routed_facts["exchange a step"] == "3.00 MiB"
     assert routed_facts["MFU with causal attention, median"] == "25.0%" and routed_facts["MFU, median"] == "–"
     assert routed_facts["experts a layer, top-k"] == "4, top-2" and dense_facts["experts a layer, top-k"] == "dense"

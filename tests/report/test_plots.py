@@ -22,7 +22,7 @@ def evaluation(step: int, loss: float | None) -> dict[str, Any]:
     return {"step": step, "eval/loss": loss, "eval/perplexity": loss, "eval/bits_per_byte": loss}
 
 
-EXPERTS = {"moe/load": [[0.5, 1.5, 1.0], [1.0, 1.0, 1.0]], "moe/drop_rate_by_layer": [0.1, 0.0]}
+EXPERTS = {"moe/load": [[0.5, 1.5, 1.0], [1.0, 1.0, 1.0]], "moe/drop_rate_by_layer": [0.1, 0.0], "moe/moved_rate": 0.2}
 LOGGED = {
     "dense": [training(1), training(2)],
     "moe": [training(1, **EXPERTS), evaluation(1, 4.0), training(2, **EXPERTS), evaluation(2, 3.0)],

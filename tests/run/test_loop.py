@@ -94,6 +94,21 @@ def test_metrics_keep_the_contract(finished: Any) -> None:
     assert all(record.keys() == EVALUATION for record in evaluations)
 
 
+@pytest.mark.full
+def test_moves_are_counted_wherever_a_step_is_split(tmp_path: pathlib.Path) -> None:
+    """In every replica, rank, part and chunk: what a first step would drop it moves or drops; loads count both."""
+    fields = ("model.capacity_factor=1.0", "mesh.expert=2", "mesh.data=2", "mesh.replica=2", "mesh.fsdp=True",
+              "train.accumulate_steps=2", "data.batch_size=16", "execution.overlap_chunks=2",
+              "train.steps=1")  # fmt: skip
+    rates = {}
+    for overflow in ("drop", "next"):
+        run(small(tmp_path, *fields, f"model.overflow={overflow}"), tmp_path / overflow)
+        record = next(record for record in read_records(tmp_path / overflow) if "loss" in record)
+        rates[overflow] = record["moe/drop_rate"], record.get("moe/moved_rate", 0.0)
+        np.testing.assert_allclose(np.asarray(record["moe/load"]).mean(1), 1, atol=1e-3)
+    assert 0 < rates["next"][1] < 1 and sum(rates["next"]) == pytest.approx(rates["drop"][0], rel=1e-5)
+
+
 def test_tensorboard_holds_the_scalars(finished: Any) -> None:
     _, workdir, _ = finished
     (file,) = (workdir / "tb").glob("events.out.tfevents.*")

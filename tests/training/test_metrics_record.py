@@ -8,7 +8,7 @@ import pytest
 
 from bigmac_jax.model.moe import Aux, empty_stats
 from bigmac_jax.training.loss import LossParts
-from bigmac_jax.training.metrics import step_record
+from bigmac_jax.training.metrics import moe_record, step_record
 from bigmac_jax.training.step import StepMetrics
 
 
@@ -25,4 +25,8 @@ def test_rates_of_a_step() -> None:
     assert (record["mfu"], record["mfu_causal"]) == pytest.approx((0.3, 0.2))
     assert record["perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert (record["grad_norm"], record["learning_rate"]) == pytest.approx((0.5, 1e-3))
+    mean = Aux(jnp.ones(2), *(jnp.full((2, *v.shape[1:]), 0.5) for v in empty_stats()))
+    moving = mean._replace(load=jnp.full((2, 4), 0.25), moved_rate=jnp.asarray([[0.25], [0.125]]))
+    without = mean._replace(load=moving.load)
+    assert moe_record(moving, run)["moe/moved_rate"] == 0.1875 and "moe/moved_rate" not in moe_record(without, run)
     assert not any(name.startswith(("moe/", "dpo/", "teacher/")) for name in record)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, sorted_by, spread, weigh
+from bigmac_jax.model.exchange.rows import bin_of, bounds_of, inverse, places_in_line, sorted_by, spread, weigh
 from bigmac_jax.model.exchange.strategy import Plan, Slots, Strategy, count_choices, none_dropped, room, round_room
 
 
@@ -21,6 +21,7 @@ class AllToAll(Strategy[Slots | None]):
     """
 
     takes_rounds = True
+    moves_choices = True
 
     def capacity(self, tokens: int, choices: int) -> int:
         """C, rows an expert takes from one rank."""
@@ -39,6 +40,33 @@ class AllToAll(Strategy[Slots | None]):
     def _worst(self, tokens: int, choices: int) -> int:
         return tokens * min(choices, self.local_experts)
 
+    def place(self, ranked_TN: Array, choices: int) -> Array:
+        """Moves choices that find their expert full to the token's next experts → experts_TK, which `plan` takes.
+
+        1. All choices take places as `plan` gives them: first choices before second ones, then in token order, C on an
+           expert. The others wait.
+        2. One after the other, columns K + 1 to N get a try. In each, every token with a choice that waits offers the
+           first of these, the one of lowest rank, to its expert in that column. The expert takes offers while it has
+           room: first choices before second ones, then in token order. What it takes waits no longer.
+        3. A choice that still waits keeps its expert, and is dropped.
+
+        An expert that turned a choice away in step 1 is full and gets no other, so that `plan`, which knows nothing of
+        tries, drops what waited and nothing else.
+        """
+        experts_TK, E, C = ranked_TN[:, :choices], self.num_experts, self.capacity(len(ranked_TN), choices)
+        place_KT, bounds_E = places_in_line(experts_TK.T, E)
+        waits_TK = (place_KT.T >= C) & (experts_TK < E)
+        taken_E = jnp.minimum(jnp.diff(bounds_E), C)
+        for next_T in ranked_TN[:, choices:].T:
+            first_T = jnp.argmax(waits_TK, axis=1).astype(jnp.int32)
+            offered_T = jnp.where(waits_TK.any(1), next_T, E)
+            place_T, bounds_E = places_in_line(offered_T * choices + first_T, E, choices)
+            moves_T = (offered_T < E) & (taken_E.at[offered_T].get(mode="clip") + place_T < C)
+            moves_TK = moves_T[:, None] & (first_T[:, None] == jnp.arange(choices)[None])
+            experts_TK = jnp.where(moves_TK, next_T[:, None], experts_TK)
+            waits_TK, taken_E = waits_TK & ~moves_TK, jnp.minimum(taken_E + jnp.diff(bounds_E), C)
+        return experts_TK
+
     def plan(self, experts_TK: Array) -> Plan[Slots | None]:
         if not self.dropless:
             return self._plan_capacity(experts_TK)
@@ -47,13 +75,11 @@ class AllToAll(Strategy[Slots | None]):
         return self._plan_dropless(experts_TK)
 
     def _plan_capacity(self, experts_TK: Array) -> Plan[Slots | None]:
-        (T, K), E, C = experts_TK.shape, self.num_experts, self.capacity(*experts_TK.shape)
-        # First choices of all tokens, then second ones; sorting by expert keeps that order.
-        sorted_KT, order_KT = sorted_by(experts_TK.T, E)
-        bounds_E = bounds_of(sorted_KT, E)
-        rank_KT = jnp.arange(T * K, dtype=jnp.int32) - bounds_E[sorted_KT]  # place among the choices of its expert
-        slot_KT = jnp.where((sorted_KT < E) & (rank_KT < C), sorted_KT * C + rank_KT, E * C)
-        slot_TK = jnp.zeros((K * T,), jnp.int32).at[order_KT].set(slot_KT, unique_indices=True).reshape(K, T).T
+        E, C = self.num_experts, self.capacity(*experts_TK.shape)
+        # First choices of all tokens, then second ones.
+        place_KT, bounds_E = places_in_line(experts_TK.T, E)
+        place_TK = place_KT.T
+        slot_TK = jnp.where((experts_TK < E) & (place_TK < C), experts_TK * C + place_TK, E * C)
         dropped = jnp.sum((slot_TK == E * C) & (experts_TK < E), dtype=jnp.int32)
         return Plan(Slots(slot_TK, inverse(slot_TK, E * C)), None, jnp.diff(bounds_E), dropped)
 

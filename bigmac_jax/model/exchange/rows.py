@@ -117,6 +117,21 @@ def bounds_of(sorted_keys: Array, keys: int) -> Array:
     return jnp.searchsorted(sorted_keys, edges, method="scan_unrolled").astype(jnp.int32)
 
 
+def places_in_line(key: Array, lines: int, turns: int = 1) -> tuple[Array, Array]:
+    """Each entry's place in its line, and [lines + 1] how the lines stand behind each other.
+
+    Args:
+      key: line · turns + turn, whose lines lie in [0, lines]; the last one is nobody's. Lower turns stand first, equal
+        ones as they come.
+    """
+    sorted_N, order_N = sorted_by(key, (lines + 1) * turns)
+    line_N = sorted_N // turns
+    bounds = bounds_of(line_N, lines)
+    place_N = jnp.arange(key.size, dtype=jnp.int32) - bounds[line_N]
+    place_N = jnp.zeros((key.size,), jnp.int32).at[order_N].set(place_N, unique_indices=True)
+    return place_N.reshape(key.shape), bounds
+
+
 def bin_of(position: Array, ends: Array) -> Array:
     """Which of the bins, given by their ends, each position lies in; the number of bins behind the last one."""
     return jnp.searchsorted(ends, position, side="right", method="scan_unrolled").astype(jnp.int32)

@@ -68,6 +68,8 @@ class Strategy(Generic[Routes]):
     sums_at_experts: ClassVar[bool] = False
     # Whether it can send in rounds.
     takes_rounds: ClassVar[bool] = False
+    # Whether it counts room by expert, so that `place` can move choices to experts that have some.
+    moves_choices: ClassVar[bool] = False
 
     num_experts: int
     sizes: tuple[int, int]
@@ -103,6 +105,14 @@ class Strategy(Generic[Routes]):
     def wire(self) -> Wire:
         """The links between all ranks of the group."""
         return Wire(self.axis, self.forward, self.backward)
+
+    def place(self, ranked_TN: Array, choices: int) -> Array:
+        """Moves choices that find their expert full to the token's next experts → experts_TK, which `plan` takes.
+
+        Args:
+          ranked_TN: each token's N >= K best experts, best first; E where there is none.
+        """
+        raise NotImplementedError
 
     def plan(self, experts_TK: Array) -> Plan[Routes]:
         """Plans one round. Expert E is none: padding's, or a choice that an earlier round sent."""

@@ -38,8 +38,8 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
         )
     target = with_model(
         config, structure="fine_grained", num_experts=experts, top_k=top_k, expert_hidden_size=m.expert_width,
-        router_renormalize=True, router_scale=1.0, num_shared_experts=0, capacity_factor=math.inf, latent_norm="none",
-        first_dense_layers=0, num_expert_groups=1, top_groups=1,
+        router_renormalize=True, router_scale=1.0, num_shared_experts=0, capacity_factor=math.inf, overflow="drop",
+        latent_norm="none", first_dense_layers=0, num_expert_groups=1, top_groups=1,
     )  # fmt: skip
     leaves = named_leaves(model)
     given = {
