@@ -130,7 +130,8 @@ class Twin:
         with jax.set_mesh(self._mesh):
             turn = read_turn(directory)
             items = set_apart(take_turn(_items(self._abstract), turn), turn)
-            found = read_arrays(directory, {item: tree for item, tree in items.items() if (directory / item).exists()})
+            left = manifest.list_items(directory)  # of an older one the experts alone
+            found = read_arrays(directory, {item: tree for item, tree in items.items() if item in left})
         leaves = jax.tree_util.tree_flatten_with_path(found)[0]
         return {_key(path).removeprefix(f"['{EXPERTS}']"): np.asarray(leaf) for path, leaf in leaves}
 
