@@ -61,7 +61,10 @@ class ModelConfig(Section):
     # token's next overflow_tries experts that has room (exchange=all_to_all; docs/exchange.md).
     overflow: Literal["drop", "next"] = "drop"
     overflow_tries: Count = 2
-    # The router (always float32, full width).
+    # The router (always float32, full width). Logits are x W (linear) or x W + b (affine). hyper: a frozen random network
+    # makes W and b from one trained vector a layer (HyperRouter). frozen: a linear one that stays as it was drawn.
+    router: Literal["linear", "affine", "hyper", "frozen"] = "linear"
+    hyper_width: Count = 64  # hidden width of hyper's network
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     router_renormalize: bool = True  # the chosen gates, if several, are divided by their sum
     router_scale: float = 1.0  # gates are multiplied by it

@@ -108,6 +108,10 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.num_experts model.first_dense_layers model.num_shared_experts model.latent_norm model.router_scores "
     "model.router_scale model.balance model.z_loss_coefficient execution.overlap_chunks execution.grouped_matmul "
     "tuning.train_router": (_MOE,),
+    "model.router": (_MOE,),
+    "model.hyper_width": (_MOE, _with("model.router", "hyper")),
+    "train.choices_from": (_MOE, _without("model.structure", "vanilla")),
+    "train.choices_steps": (_MOE, _without("model.structure", "vanilla"), _without("train.choices_from", 0)),
     "model.top_k": (_MOE, _without("model.structure", "vanilla")),
     "model.dense_hidden_size": (_MOE, _without("model.first_dense_layers", 0)),
     "model.down_ratio": (_MOE, _ratio),

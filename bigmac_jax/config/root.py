@@ -52,6 +52,11 @@ class Config(Section):
         return self.data.documents == "masked" or self.tuning.objective != "pretrain"
 
     @property
+    def grows_choices(self) -> bool:
+        """True if a token is sent to fewer experts than model.top_k at first."""
+        return self.train.choices_from > 0 and self.model.structure not in ("dense", "vanilla")
+
+    @property
     def projection_rate(self) -> float:
         """The learning rate of W↓ and W↑ over that of all else."""
         slow = self.model.structure == "bigmac" and self.model.projection_init == "selection"
@@ -75,9 +80,11 @@ class Config(Section):
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
         how = how if m.structure == "bigmac" else ""
+        router = "" if m.router == "linear" else f", router {m.router}"
+        router += f" of width {m.hyper_width}" if m.router == "hyper" else ""
         instead = f" instead of {m.hidden_size}" if m.wire_size != m.hidden_size else ""
         return (
-            f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}, "
+            f"{m.structure}: {m.expert_count} experts of width {m.expert_width} a layer, top-{m.choices}{router}, "
             f"rows of {m.wire_size} numbers{instead} in the exchange{norm}{how}{shared}{first}, {capacity}"
         )
 
@@ -116,6 +123,7 @@ class Config(Section):
         model = self.model
         check_place(self.cache_dir, "cache_dir")
         self._check_tuning()
+        self._check_choices()
         if self.mesh.tensor > 1:
             self._check_tensor()
         if model.is_moe:
@@ -139,6 +147,18 @@ class Config(Section):
             require(begins, "tuning.objective=dpo compares with the model that it begins with; give train.init_from")
             require(self.dropless, f"model.capacity_factor={model.capacity_factor:g} drops other choices of an answer in training than of its reference, and a sampler drops none; use capacity_factor=inf with tuning.objective=dpo")  # fmt: skip
             require(model.balance_step == "next", "model.balance_step=same sends an answer to other experts in training than its reference does; use balance_step=next with tuning.objective=dpo")  # fmt: skip
+
+    def _check_choices(self) -> None:
+        """Choices grow to model.top_k from fewer, whose gates still tell the router something."""
+        model, first, steps = self.model, self.train.choices_from, self.train.choices_steps
+        if not self.grows_choices:
+            return
+        given = f"train.choices_from={first}"
+        require(first < model.choices, f"{given} must be below model.top_k={model.top_k}; use 0 for top_k from the first step on")  # fmt: skip
+        require(steps > 0, f"{given} needs train.choices_steps, in which choices grow to model.top_k={model.top_k}; use choices_steps={self.train.steps} for the whole run")  # fmt: skip
+        require(first > 1 or not model.router_renormalize, f"{given} with model.router_renormalize leaves a gate that is always 1, from which the router learns nothing; use choices_from=2")  # fmt: skip
+        require(model.balance != "quantile", f"{given}: model.balance=quantile solves its bias for model.top_k choices; use balance=bias or aux_loss")  # fmt: skip
+        require(self.tuning.objective != "dpo", f"{given} sends an answer to fewer experts in training than its reference does; use choices_from=0 with tuning.objective=dpo")  # fmt: skip
 
     def _check_tensor(self) -> None:
         """Widths that are split over mesh.tensor are multiples of it."""

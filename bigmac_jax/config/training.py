@@ -78,6 +78,10 @@ class TrainConfig(Section):
     init_from: str = ""  # the model a run begins with: a workdir, an export or a folder of Hugging Face; "" = random
     steps: Count = 1000
     accumulate_steps: Count = 1  # the batch is computed in this many parts
+    # A token's choices grow from so many to model.top_k, in equal parts of the first choices_steps steps; 0 = top_k from
+    # the first step on. Evaluation always takes top_k.
+    choices_from: Size = 0
+    choices_steps: Size = 0
     seed: Size = 1234
     log_every: Size = 10
     eval_every: Size = 0

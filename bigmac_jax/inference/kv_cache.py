@@ -24,6 +24,7 @@ from bigmac_jax.model.attention import KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.parameters import Declaration, map_declared
+from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split_model
 
@@ -72,6 +73,7 @@ def make_decoder(
       ConfigError: weights of another name.
     """
     require(weights in WEIGHTS, f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
+    config, model = plain_router(config, model)  # or every step would make its matrix
     dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
     changes: Any = {"exchange": exchange, "overlap_chunks": 1, "remat": "none", "dtype": dtype}
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, **changes))

@@ -54,6 +54,7 @@ _MLP = {
 }
 _MOE = {
     "router_DE": "router.weight",
+    "router_logit_bias_E": "router.bias",
     "router_bias_E": "router.e_score_correction_bias",
     "down.w_DF": "latent_down.weight",
     "up.w_DF": "latent_up.weight",
@@ -135,6 +136,7 @@ def _computed(config: Config) -> dict[str, Any]:
         "scoring_func": m.router_scores,
         "norm_topk_prob": m.router_renormalize,
         "routed_scaling_factor": m.router_scale,
+        "router_logit_bias": m.router == "affine",
         "router_bias": m.has_router_bias,
         "n_group": m.num_expert_groups,
         "topk_group": m.top_groups,
@@ -144,6 +146,11 @@ def _computed(config: Config) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     config = read_description(values["bigmac_jax"], checkpoint)
+    if config.model.is_moe and config.model.router == "hyper":
+        raise ConfigError(
+            f"{checkpoint.directory / 'config.json'}: model.router=hyper must be affine: an export has the "
+            f"matrix that the network makes, not the network"
+        )
     for name, value in _computed(config).items():
         if values.get(name, value) != value:
             raise ConfigError(

@@ -21,6 +21,7 @@ from bigmac_jax.interchange.model_card import Trained
 from bigmac_jax.interchange.tensor_files import DTYPES, Spec, write_json
 from bigmac_jax.model.mesh import replicated_spec
 from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 
@@ -88,6 +89,7 @@ def export_model(
         if hosts.is_first():
             tensor_files.check_new(output)
         ends = tokenizer_files.end_ids(tokenizer, chat, config.model.vocab_size) if tokenizer else None
+    config, model = plain_router(config, model)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
     specs = [Spec(t.name, t.shape_in(leaves), DTYPES["float32" if t.exact else dtype]) for t in tensors]

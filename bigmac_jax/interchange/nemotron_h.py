@@ -43,6 +43,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
         use_bias=False,
         qk_norm=False,
         latent_norm=(not m.latent_norms, "none"),
+        router=(m.router in ("linear", "frozen"), "linear or frozen (its router's logits have no bias)"),
         router_scores="sigmoid",
         num_experts=(not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
         group_scores=(m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),

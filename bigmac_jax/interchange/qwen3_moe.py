@@ -32,6 +32,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
         use_bias=False,
         qk_norm=True,
         latent_norm=(not m.latent_norms, "none"),
+        router=(m.router in ("linear", "frozen"), "linear or frozen (its router's logits have no bias)"),
         router_scores="softmax",
         router_scale=1,
         balance=(not m.has_router_bias, "aux_loss or none (its router has no bias)"),

@@ -19,19 +19,21 @@ from bigmac_jax.model.exchange import AllToAll, Ragged, Strategy
 from bigmac_jax.model.exchange.costs import Sent, cost
 from bigmac_jax.model.exchange.wire import row_bytes
 from bigmac_jax.model.mesh import AXES, REPLICA, ExpertGroup, axes_of
-from bigmac_jax.model.parameters import Declaration, declared, shard_spec, state_spec
+from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, state_spec
 from bigmac_jax.model.transformer import init_model
 
 Sizes = dict[str, int]  # ranks by axis of the mesh
 
 
 class Parameters(NamedTuple):
-    """`active`: those that a token meets, all of its top-k experts included. Parts sum to `total`."""
+    """`active`: those that a token meets, all of its top-k experts included. Parts sum to `total`; frozen ones count in
+    both."""
 
     total: int
     active: int
     parts: dict[str, int]
     of_a_rank: int
+    trained_of_a_rank: int  # those that get a gradient
     moments_of_a_rank: int  # numbers that the optimizer keeps
     updated_of_a_rank: int  # parameters that the optimizer updates, with mesh.replica_optimizer=sharded a part
     shards_of_a_rank: int  # gradients that it sums with those of other replicas
@@ -51,7 +53,7 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
 def _parameters(
     m: ModelConfig, fsdp: bool, split_experts: bool, sharded: bool, length: int, muon: bool, of_axes: tuple[int, ...]
 ) -> Parameters:
-    parts, of_rank, moments, updated, shards, scattered = dict[str, int](), 0, 0, 0, 0, 0
+    parts, of_rank, trained, moments, updated, shards, scattered = dict[str, int](), 0, 0, 0, 0, 0, 0
     ranks = dict(zip(AXES, of_axes, strict=True))
     for of, shape in _declarations(m, split_experts, length):
         layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
@@ -59,12 +61,15 @@ def _parameters(
         spec = P(*[None] * len(layers), *of.spec(own, fsdp, ranks))
         specs = spec, state_spec(of, shape, spec, sharded, ranks), shard_spec(of, shape, spec, fsdp, ranks)
         here, state, shard = (math.prod(shape) // math.prod(ranks[axis] for axis in axes_of(spec)) for spec in specs)
-        of_rank, updated, shards = of_rank + here, updated + state, shards + shard
+        of_rank += here
+        if not of.trained:
+            continue
+        trained, updated, shards = trained + here, updated + state, shards + shard
         scattered += shard if state < here else 0
         moments += state * (1 if muon and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
-    return Parameters(total, total - idle, parts, of_rank, moments, updated, shards, scattered)
+    return Parameters(total, total - idle, parts, of_rank, trained, moments, updated, shards, scattered)
 
 
 def replica_bytes(config: Config, sizes: Sizes) -> float:
@@ -80,7 +85,7 @@ def replica_bytes(config: Config, sizes: Sizes) -> float:
 def adapted_parts(config: Config) -> list[str]:
     """Those of tuning.lora_targets that the model has matrices of."""
     declarations = _declarations(config.model, config.mesh.split_experts, config.data.sequence_length)
-    parts = {of.part for of, _ in declarations if of.decays}
+    parts = {of.part for of, _ in declarations if of.decays and of.trained}
     return [part for part in config.tuning.lora_targets.split(",") if part in parts]
 
 
@@ -93,13 +98,19 @@ def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[
     none = AbstractMesh((), ())  # jax lets no mesh be changed for one of another size
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(one):
         traced = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    leaves = jax.tree.leaves(nnx.state(traced, nnx.Param), is_leaf=lambda node: isinstance(node, nnx.Param))
+    kinds = nnx.Param, Frozen
+    leaves = jax.tree.leaves(nnx.state(traced, kinds), is_leaf=lambda node: isinstance(node, kinds))
     return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
 
 
+def computed_with(m: ModelConfig, count: Parameters) -> int:
+    """Numbers that come to the ranks in a pass: of a router its matrix, whatever makes that."""
+    return count.total - count.parts.get("router", 0) + m.moe_layers * m.hidden_size * m.expert_count
+
+
 def flops(config: Config, causal: bool = False) -> dict[str, float]:
-    """Matmul FLOPs of a training step by part: 6 a token and active parameter, and attention; no padding, no
-    rematerialisation.
+    """Matmul FLOPs of a training step by part: 6 a token and active parameter, attention, and what makes a hyper
+    router's matrix; no padding, no rematerialisation.
 
     Args:
       causal: count half of attention's scores and values, as Megatron and MaxText do; a mask of documents changes
@@ -121,7 +132,12 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
         }
     per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
-    return {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+    found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+    if m.is_moe and m.router == "hyper":
+        # Not a token's: W and b are made in each pass over a layer, and their gradient goes to the vector alone.
+        network = m.hyper_width * (h + (h + 1) * m.expert_count)
+        found["router"] += 4.0 * m.moe_layers * config.train.accumulate_steps * network
+    return found
 
 
 def projections(m: ModelConfig) -> dict[str, int]:
@@ -245,8 +261,9 @@ def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int
     moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     return {
         "parameters": 4 * count.of_a_rank,
-        "optimizer": moment * count.moments_of_a_rank + 4 * count.of_a_rank * (config.optimizer.average_decay > 0),
-        "gradients": 4 * count.of_a_rank * (2 if parts > 1 else 1),
+        "optimizer": moment * count.moments_of_a_rank
+        + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),
+        "gradients": 4 * count.trained_of_a_rank * (2 if parts > 1 else 1),
     }
 
 
@@ -274,7 +291,7 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     m, mesh, execution = config.model, config.mesh, config.execution
     summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
-    shared = count.total - experts - table * (1 if m.tie_embeddings else 2)
+    shared = computed_with(m, count) - experts - table * (1 if m.tie_embeddings else 2)
     of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
     of_layer += shared / m.num_layers
     # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair

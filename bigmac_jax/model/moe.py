@@ -34,6 +34,7 @@ from bigmac_jax.model.mesh import (
 )
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.router import Padding, Routing, choose_experts, score_experts
+from bigmac_jax.model.router_weights import router_parameters, router_weights
 
 
 class LayerStats(NamedTuple):
@@ -89,7 +90,7 @@ class Experts(nnx.Module):
         scale = 1.0 if m.structure == "bigmac" else residual_scale(config)
         along = {"e": EXPERT_GROUP, "F": TENSOR if config.mesh.split_experts else None, "R": None}
 
-        def declare(key: Array | None, dims: str, *shape: int, std: float = 0.0) -> nnx.Param:
+        def declare(key: Array | None, dims: str, *shape: int, std: float = 0.0) -> nnx.Variable:
             matrix, axes = len(dims) == 3, tuple(along[dim] for dim in dims)
             declaration = Declaration(dims, "experts", std, not matrix, axes, decays=matrix, small=not matrix)
             return parameter(config, key, (E, *shape), declaration)
@@ -135,8 +136,7 @@ class MoE(nnx.Module):
         m = config.model
         D, R, E = m.hidden_size, m.wire_size, m.expert_count
         keys = jax.random.split(key, 5)
-        router = Declaration("DE", "router", 1 / math.sqrt(D), exact=True)
-        self.router_DE = parameter(config, keys[0], (D, E), router)
+        self.router_DE, self.router_logit_bias_E, self.hyper = router_parameters(config, keys[0])
         zeros_E = jnp.zeros(E, jnp.float32, out_sharding=replicated_spec(1))
         self.router_bias_E = RouterBias(zeros_E) if m.has_router_bias else None
         self.experts = Experts(config, keys[1])
@@ -155,16 +155,21 @@ class MoE(nnx.Module):
         self.draft_experts = 0  # experts of each rank that a draft computes, which sends nothing (`inference.drafter`)
 
     def __call__(
-        self, x_BLD: Array, evaluating: bool = False, padding: Padding | None = None
+        self,
+        x_BLD: Array,
+        evaluating: bool = False,
+        padding: Padding | None = None,
+        choices: Array | None = None,
     ) -> tuple[Array, LayerStats]:
         """Applies the layer to a whole step's tokens.
 
         Args:
           evaluating: no choice is dropped, and none depends on another token.
           padding: tokens of no document, which no expert sees and no statistic counts.
+          choices: how many experts a token takes, if fewer than model.top_k.
         """
         capacity_factor = math.inf if evaluating else self.config.model.capacity_factor
-        routing, quantile_stats = self.route(x_BLD, evaluating, padding)  # T and p(x)
+        routing, quantile_stats = self.route(x_BLD, evaluating, padding, choices)  # T and p(x)
         y_BLD, counts_SE, dropped_S = on_each_rank(  # y = widen(x', routed(x')), x' = narrow(x)
             functools.partial(layer_on_rank, self.config, capacity_factor, self.draft_experts),
             (x_BLD, routing.gates_BLK, routing.experts_BLK),
@@ -177,10 +182,13 @@ class MoE(nnx.Module):
             y_BLD = y_BLD + self.shared(x_BLD)
         return y_BLD, self.report(routing, counts_SE, dropped_S, padding, quantile_stats)
 
-    def route(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Routing, Array]:
+    def route(
+        self, x_BLD: Array, evaluating: bool, padding: Padding | None = None, choices: Array | None = None
+    ) -> tuple[Routing, Array]:
         """Chooses each token's experts and their weights → routing, and `LayerStats.quantile_stats`."""
         m, quantile_stats = self.config.model, jnp.zeros((1, 0))
-        scores = score_experts(m, x_BLD, weight(self.config, self.router_DE))
+        weights = router_weights(self.config, self.router_DE, self.router_logit_bias_E, self.hyper)
+        scores = score_experts(m, x_BLD, weights)
         bias_E = None if self.router_bias_E is None else self.router_bias_E[...]
         if bias_E is not None and m.balance == "quantile" and not evaluating:
             if m.balance_step == "same":
@@ -190,7 +198,7 @@ class MoE(nnx.Module):
                 quantile_stats = required_bias(self.config, scores.scores_BLE, bias_E, padding)
         moves = m.overflow == "next" and not evaluating
         place = functools.partial(place_on_rank, self.config) if moves else None
-        return choose_experts(m, scores, bias_E, padding, place), quantile_stats
+        return choose_experts(m, scores, bias_E, padding, place, choices), quantile_stats
 
     def weights(self) -> "RowWeights":
         """What `layer_on_rank` computes with, for `on_each_rank`."""
@@ -208,9 +216,10 @@ class MoE(nnx.Module):
         self, routing: Routing, counts_SE: Array, dropped_S: Array, padding: Padding | None, quantile_stats: Array
     ) -> LayerStats:
         """The layer's statistics; S are all ranks."""
-        choices: Any = routing.experts_BLK.size
+        tokens: Any = math.prod(routing.experts_BLK.shape[:2])
         if padding is not None:
-            choices = divisor(padding.tokens) * self.config.model.choices
+            tokens = divisor(padding.tokens)
+        choices = tokens * routing.choices
         load_UE, drop_rate_U = (per_replica(v).sum(1) / (choices / replicas()) for v in (counts_SE, dropped_S))
         router = routing.moved_U1, routing.entropy_U, quantile_stats
         return LayerStats(routing.z_loss_U, routing.shares_UE, load_UE, drop_rate_U, *router)

@@ -46,6 +46,7 @@ class Declaration:
       slow: trained at optimizer.projection_rate.
       exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
       table: its rows are looked up, or compared with.
+      trained: whether a run trains it; if not, it stays what it starts as.
     """
 
     dims: str
@@ -59,6 +60,7 @@ class Declaration:
     slow: bool = False
     exact: bool = False
     table: bool = False
+    trained: bool = True
 
     @property
     def hidden_matrix(self) -> bool:
@@ -98,6 +100,11 @@ def state_spec(of: Declaration, shape: tuple[int, ...], spec: P, sharded: bool, 
     return fully_sharded(shape, spec, sizes, over=(REPLICA,)) if sharded and not of.small else spec
 
 
+class Frozen(nnx.Variable):
+    """A parameter that is declared `trained=False`. It stands with what no gradient updates (`TrainState.rest`): it has
+    no gradient, no moments, no decay and no average."""
+
+
 class Adapted(NamedTuple):
     """Stands where an array stood, for their sum: w + a b (`model.adapters`)."""
 
@@ -110,7 +117,7 @@ class Adapted(NamedTuple):
         return self.w.reshape((1,) * (ab.ndim - self.w.ndim) + self.w.shape) + ab
 
 
-def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Param:
+def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declaration: Declaration) -> nnx.Variable:
     """A float32 parameter, drawn where it will stand: each rank draws its shard. Values don't depend on the mesh."""
     assert len(shape) == len(declaration.dims), declaration
     spec = declaration.spec(shape, config.mesh.fsdp, jax.sharding.get_abstract_mesh().shape)
@@ -120,7 +127,8 @@ def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declara
         assert key is not None, declaration
         draw = _selection if declaration.selects else jax.random.normal
         value = declaration.value * draw(key, shape, out_sharding=spec)
-    return nnx.Param(value, declaration=declaration)
+    kind = nnx.Param if declaration.trained else Frozen
+    return kind(value, declaration=declaration)
 
 
 def _selection(key: Array, shape: tuple[int, ...], out_sharding: P) -> Array:
@@ -141,14 +149,14 @@ def map_declared(function: Callable[[Declaration, Array], Any], tree: Any) -> An
     """Maps `function(declaration, array)` over the parameters of `tree`; other variables stay."""
 
     def apply(node: Any) -> Any:
-        if not isinstance(node, nnx.Param):
+        if not isinstance(node, nnx.Param | Frozen):
             return node
         return jax.tree.map(lambda leaf: function(declared(node), leaf), node)
 
     return jax.tree.map(apply, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def weight(config: Config, variable: nnx.Param, compute: str = "") -> Weight:
+def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
     """Makes a `Weight` for `on_each_rank`, gathered in the dtype `compute`, by default that of the computation."""
     of = declared(variable)
     crossing = of.crossing(config.execution)

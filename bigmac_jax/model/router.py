@@ -5,8 +5,7 @@
 D hidden, E experts, K top-k, G expert groups, U replicas; leading dimensions (B, L) are the tokens of the whole step.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from jax import Array
 
 from bigmac_jax.config import ModelConfig
 from bigmac_jax.model.gathering import Weight, on_each_rank
-from bigmac_jax.model.layers import divisor, product
+from bigmac_jax.model.layers import divisor, last_axes, product
 from bigmac_jax.model.mesh import per_replica, replicas, token_spec
 
 
@@ -23,7 +22,8 @@ class Routing(NamedTuple):
     """The choice of each token, first choice first, and what the losses need."""
 
     gates_BLK: Array  # float32; the weight of each chosen expert's output
-    experts_BLK: Array  # int32; E: none, of padding
+    experts_BLK: Array  # int32; E: none, of padding and of what is above `choices`
+    choices: Array | int  # of each token
     # Means over the tokens of each replica of the mesh; those over the step are their means.
     shares_UE: Array  # of the normalised scores: P_e of the balance loss
     z_loss_U: Array  # of logsumexp(logits)² (ST-MoE, equation 5)
@@ -52,12 +52,16 @@ class Scores(NamedTuple):
 
 
 @jax.named_scope("router")
-def score_experts(config: ModelConfig, x_BLD: Array, w_DE: Weight) -> Scores:
-    """Scores every expert for every token."""
+def score_experts(config: ModelConfig, x_BLD: Array, weights: Sequence[Weight]) -> Scores:
+    """Scores every expert for every token. `weights` are w_DE, and perhaps a bias_E (`router_weights`)."""
+
     # Float32 to the last bit: the default of TPU is one pass in bfloat16, of an H100 TF32, and rounding like that
     # changes which experts 1 to 2 % of the tokens are sent to.
-    exact = functools.partial(product, precision=jax.lax.Precision.HIGHEST)
-    logits_BLE = on_each_rank(exact, (x_BLD.astype(jnp.float32),), (w_DE,))
+    def exact(x_BLD: Array, w_DE: Array, bias_E: Array | None = None) -> Array:
+        logits_BLE = product(x_BLD, w_DE, jax.lax.Precision.HIGHEST)
+        return logits_BLE if bias_E is None else logits_BLE + last_axes(bias_E, logits_BLE)
+
+    logits_BLE = on_each_rank(exact, (x_BLD.astype(jnp.float32),), weights)
     softmax = config.router_scores == "softmax"
     return Scores(logits_BLE, jax.nn.softmax(logits_BLE) if softmax else jax.nn.sigmoid(logits_BLE))
 
@@ -69,6 +73,7 @@ def choose_experts(
     bias_E: Array | None,
     padding: Padding | None = None,
     place: Callable[[Array], Array] | None = None,
+    choices: Array | None = None,
 ) -> Routing:
     """Chooses the K best experts of each token; for padding none, with gates of zero.
 
@@ -76,6 +81,7 @@ def choose_experts(
       bias_E: shifts the choice but not the gates (DeepSeek-V3's balancing without a loss).
       place: makes a rank's experts_BLK of its ranked_BLN, each token's K + overflow_tries best, E for padding; by
         default the choice is the K best. Gates are of the experts that it gives.
+      choices: how many of the K are taken (`training.choices`); the others are as a token of padding has them.
     """
     logits_BLE, scores_BLE = scores
     softmax = config.router_scores == "softmax"
@@ -108,12 +114,19 @@ def choose_experts(
     specs = token_spec(3), token_spec(3), token_spec(3)
     given = (ranking_BLE, scores_BLE) if padding is None else (ranking_BLE, scores_BLE, padding.mask_BL)
     experts_BLK, gates_BLK, moved_BL1 = on_each_rank(choose, given, out_specs=specs)
+    if choices is not None:
+        taken_11K = (jnp.arange(config.choices) < choices)[None, None]
+        experts_BLK, gates_BLK = (
+            jnp.where(taken_11K, experts_BLK, config.expert_count),
+            jnp.where(taken_11K, gates_BLK, 0),
+        )
     # A single gate over itself would be 1, and no gradient of the loss would reach the router.
     if config.router_renormalize and config.choices > 1:
         gates_BLK = gates_BLK / jnp.maximum(gates_BLK.sum(-1, keepdims=True), 1e-20)
     return Routing(
         gates_BLK * config.router_scale,
         experts_BLK,
+        config.choices if choices is None else choices,
         mean(shares_BLE),
         mean(jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))),
         mean(-(shares_BLE * jnp.log(jnp.maximum(shares_BLE, 1e-20))).sum(-1)),

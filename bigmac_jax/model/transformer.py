@@ -47,19 +47,22 @@ class Block(nnx.Module):
         evaluating: bool,
         documents: Documents | None,
         padding: Padding | None = None,
+        choices: Array | None = None,
     ) -> tuple[Array, LayerStats]:
         keys = (None, None) if key is None else jax.random.split(key)
         y_BLD = self.attention(self.attention_norm(x_BLD), documents)
         x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, stats = self.feed_forward(x_BLD, evaluating, padding)
+        y_BLD, stats = self.feed_forward(x_BLD, evaluating, padding, choices)
         return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), stats
 
-    def feed_forward(self, x_BLD: Array, evaluating: bool, padding: Padding | None = None) -> tuple[Array, LayerStats]:
+    def feed_forward(
+        self, x_BLD: Array, evaluating: bool, padding: Padding | None = None, choices: Array | None = None
+    ) -> tuple[Array, LayerStats]:
         """The output of the second branch, which is added to x."""
         h_BLD = self.mlp_norm(x_BLD)
         if not isinstance(self.mlp, MoE):
             return self.mlp(h_BLD), empty_stats()
-        return self.mlp(h_BLD, evaluating, padding)
+        return self.mlp(h_BLD, evaluating, padding, choices)
 
 
 class Transformer(nnx.Module):
@@ -102,6 +105,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: Array | None = None,
         padding: Padding | None = None,
+        choices: Array | None = None,
         evaluating: bool = False,
     ) -> tuple[Array, LayerStats]:
         """Computes the normalised output of the last layer, x_BLD, and the statistics of layers with experts [Y, U, …].
@@ -111,6 +115,7 @@ class Transformer(nnx.Module):
           segments_BL: documents that don't see each other (`data.batch.Batch`).
           dropout_key: no dropout without one.
           padding: what no expert sees and no statistic counts; by default what is of no document.
+          choices: how many experts a token takes, if fewer than model.top_k (train.choices_from).
           evaluating: no choice is dropped, and none depends on another token.
         """
         documents = None if segments_BL is None else find_documents(segments_BL)
@@ -120,7 +125,7 @@ class Transformer(nnx.Module):
 
         def step(x_BLD: Array, xs: tuple[Block, Array | None]) -> tuple[Array, LayerStats]:
             layer, key = xs
-            return layer(x_BLD, key, evaluating, documents, padding)
+            return layer(x_BLD, key, evaluating, documents, padding, choices)
 
         x_BLD, stats = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y)
         return self.final_norm(x_BLD), stats

@@ -81,7 +81,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         padding=padding,
         imbalance=imbalance,
         updated=setting.count.updated_of_a_rank,
-        accumulated=setting.count.of_a_rank,
+        accumulated=setting.count.trained_of_a_rank,
         exchange=exchange_seconds(setting) * imbalance,
         tensor_sent=tensor_seconds(setting),
         gathers=gather_seconds(setting),
@@ -190,5 +190,5 @@ def _shared_numbers(config: Config, count: Parameters) -> tuple[int, int, int]:
     m, parts = config.model, count.parts
     table, experts = m.vocab_size * m.hidden_size, parts.get("experts", 0)
     split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + 2 * table
-    everyone = count.total - experts - split + (table if m.tie_embeddings else 0)
+    everyone = counts.computed_with(m, count) - experts - split + (table if m.tie_embeddings else 0)
     return everyone, split, experts

@@ -70,7 +70,7 @@ def _side_by_side(
     def step(carry: tuple[Array, Array], xs: Any) -> tuple[tuple[Array, Array], Any]:
         x_BLD, t_BLD = carry
         (layer, of_teacher), key = xs
-        x_BLD, stats = layer(x_BLD, key, False, documents, padding)
+        x_BLD, stats = layer(x_BLD, key, False, documents, padding, share.choices)
         t_BLD, _ = of_teacher(t_BLD, None, True, documents, padding)
         t_BLD = jax.lax.stop_gradient(t_BLD)
         ours, theirs = (v.astype(jnp.float32) for v in (x_BLD, t_BLD))

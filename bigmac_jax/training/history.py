@@ -39,7 +39,8 @@ def describe_training(config: Config, step: int) -> str:
         targets = ", ".join(adapted_parts(config))
         what += f"; adapters (LoRA) of rank {tuning.lora_rank}, alpha {tuning.lora_alpha:g}, on {targets}"
     elif train.init_from:
-        what += "; all parameters" + ("" if tuning.train_router or not config.model.is_moe else " but the router")
+        trained = tuning.train_router and config.model.router != "frozen"
+        what += "; all parameters" + ("" if trained or not config.model.is_moe else " but the router")
     return f"{step:,} steps on {what}"
 
 

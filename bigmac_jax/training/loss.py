@@ -75,6 +75,7 @@ class Share(NamedTuple):
     targets: Array | None = None  # with DPO, pairs
     tokens: Array | None = None  # padding left out
     load_YE: Array | None = None  # for the balance loss
+    choices: Array | None = None  # how many experts a token takes now, if fewer than model.top_k
 
     def padding(self, batch: Batch) -> Padding | None:
         """The positions that belong to no document."""
@@ -99,6 +100,7 @@ def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share
         batch.segments_BL,
         dropout_key=dropout_key,
         padding=share.padding(batch),
+        choices=share.choices,
     )
 
 

@@ -122,6 +122,9 @@ class RunConstants:
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_step = sum(flops(config).values())
         self.causal_flops_per_step = sum(flops(config, causal=True).values())
+        # While a token's choices are fewer than model.top_k (train.choices_from), so are the experts' FLOPs.
+        self.choices = config.model.choices
+        self.flops_per_choice = flops(config).get("experts", 0.0) / max(1, self.choices)
         self.peak_flops = dense_matmul_rate(config.execution.dtype)
         self.wire_bytes = round(sum(exchange_traffic(config, ranks(), current_group()).padded))
 
@@ -130,6 +133,7 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
     """The line of metrics.jsonl for a training step, on the host."""
     metrics = jax.device_get(metrics)
     loss, aux, pairs, gaps = metrics.parts
+    spared = 0.0 if metrics.choices is None else run.flops_per_choice * (run.choices - int(metrics.choices))
     record = {"step": step, "tokens": step * run.tokens_per_step, "loss": float(loss)}
     if pairs is None:
         record["perplexity"] = math.exp(min(float(loss), 700))
@@ -140,9 +144,11 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         "grad_norm": float(metrics.grad_norm),
         "step_time_s": seconds,
         "tokens_per_s": run.tokens_per_step / seconds,
-        "mfu": run.flops_per_step / seconds / run.peak_flops,
-        "mfu_causal": run.causal_flops_per_step / seconds / run.peak_flops,
+        "mfu": (run.flops_per_step - spared) / seconds / run.peak_flops,
+        "mfu_causal": (run.causal_flops_per_step - spared) / seconds / run.peak_flops,
     }
+    if metrics.choices is not None:
+        record["moe/choices"] = int(metrics.choices)
     if gaps is not None:
         record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}
     return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})

@@ -22,10 +22,12 @@ from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import update_bias
 from bigmac_jax.model.mesh import batch_spec, placed, platform, replicated_spec
+from bigmac_jax.model.moe import RouterBias
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.accumulation import accumulate
+from bigmac_jax.training.choices import choices_at
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.dpo import dpo_loss
 from bigmac_jax.training.loss import LossParts, LossTerms, Share, loss_fn, token_nll
@@ -38,7 +40,7 @@ RECENT_LOSSES = 32  # whose median a spike is measured by
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. `rest` holds what no gradient updates: the router's balance biases."""
+    """All that a step changes. `rest` holds what no gradient updates: the router's balance biases, and frozen parts."""
 
     step: Array  # int32, steps done
     params: nnx.State
@@ -59,6 +61,7 @@ class StepMetrics(NamedTuple):
     grad_norm: Array
     learning_rate: Array
     bad: Array  # bool: the loss or the gradient is not finite, or the loss is a spike
+    choices: Array | None = None  # experts that a token was sent to; None without train.choices_from
 
 
 class Trainer(NamedTuple):
@@ -136,6 +139,7 @@ class _Programs:
         self, state: TrainState, params: nnx.State, batch: Batch, key: Array, share: Share
     ) -> tuple[Array, LossTerms]:
         model = build_model(self.config, self.graphdef, params, state, key)
+        share = share._replace(choices=choices_at(self.config, state.step))
         if state.teacher is not None:
             return distilled_loss(model, state.teacher, batch, key, share)
         if self.config.tuning.objective != "dpo":
@@ -167,7 +171,7 @@ class _Programs:
             before = (state.params, state.rest, state.opt_state, state.average)
             params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
         after = TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher)
-        return after, StepMetrics(loss, parts, grad_norm, rate, bad)
+        return after, StepMetrics(loss, parts, grad_norm, rate, bad, choices_at(self.config, state.step))
 
     def _judge(self, loss: Array, grad_norm: Array, losses: Array | None) -> tuple[Array, Array | None]:
         """Whether a step is bad, and the recent losses after it."""
@@ -182,7 +186,13 @@ class _Programs:
         config, aux = self.config, parts.aux
         if not (config.model.is_moe and config.model.has_router_bias):
             return rest, parts
-        rest = jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), rest)
+
+        def update(variable: nnx.Variable) -> nnx.Variable:
+            if not isinstance(variable, RouterBias):
+                return variable
+            return jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), variable)
+
+        rest = jax.tree.map(update, rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
         return rest, parts._replace(aux=aux._replace(quantile_stats=aux.load[:, :0]))  # large, and read here alone
 
 

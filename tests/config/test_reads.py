@@ -24,7 +24,8 @@ SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "mod
          "mesh.data=1")  # fmt: skip
 # Another value of each field that is not always read.
 OTHER = {
-    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3,
+    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.router": "frozen",
+    "model.hyper_width": 9, "train.choices_from": 2, "train.choices_steps": 7,
     "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
     "model.shared_expert_hidden_size": 24, "model.latent_norm": "post_combine", "model.projection_init": "random",
     "model.capacity_factor": 1.5, "model.overflow": "next", "model.overflow_tries": 1,
@@ -107,13 +108,15 @@ def test_what_is_not_read_changes_no_program(overrides: str) -> None:
 
 # A config for which a field is read.
 READING = {
-    "model.top_k": "",
+    "model.top_k": "", "model.hyper_width": "model.router=hyper",
     "model.capacity_factor": "", "model.down_ratio": "",
     "model.balance_coefficient": "", "execution.wire_dtype": "mesh.expert=2",
     "optimizer.momentum": "optimizer.name=muon",
     "optimizer.decay_steps": "", "mesh.fsdp": "mesh.data=2",
 }  # fmt: skip
 MORE_READING = {
+    "model.router": "", "train.choices_from": "train.choices_steps=5",
+    "train.choices_steps": "train.choices_from=3",
     "model.rope_theta": "", "model.num_experts": "", "model.dense_hidden_size": "model.first_dense_layers=1",
     "model.first_dense_layers": "", "model.num_shared_experts": "model.num_shared_experts=0",
     "model.shared_expert_hidden_size": "", "model.latent_norm": "", "model.projection_init": "",

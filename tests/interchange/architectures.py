@@ -146,6 +146,7 @@ def bigmac_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x
     """Experts between W↓ and W↑, around which stand what `latent_norms` names."""
     norms = config["latent_norms"]
     logits_E = w[f"{moe}.router.weight"] @ x_D
+    logits_E = logits_E + w[f"{moe}.router.bias"] if config["router_logit_bias"] else logits_E
     scores = softmax(logits_E) if config["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits_E))
     bias_E = w[f"{moe}.router.e_score_correction_bias"] if config["router_bias"] else 0
     chosen = choose_experts(config, scores + bias_E, config["group_score_topk"])

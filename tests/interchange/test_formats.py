@@ -60,7 +60,7 @@ def test_an_export_computes_the_same_and_comes_back(name: str, tmp_path: pathlib
             assert getattr(again.model, field) == getattr(config.model, field), field
 
 
-EVERY_TENSOR = ("tiny", "tiny untied", "paper", "biased", "normed")
+EVERY_TENSOR = ("tiny", "tiny untied", "paper", "biased", "normed", "affine")
 PLAIN = {"positions": "learned", "norm": "layernorm", "activation": "gelu", "use_bias": True, "gated": True}
 
 
@@ -202,6 +202,7 @@ NEMOTRON_HAS_NO = {
     "router_scores=softmax": {"router_scores": "softmax"},
     "group_scores=top_k": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
     "first_dense_layers=1": {"first_dense_layers": 1},
+    "router=affine": {"router": "affine"},
 }
 QWEN_HAS_NO = {
     "latent_norm=post_combine": {"latent_norm": "post_combine"},
@@ -213,6 +214,7 @@ QWEN_HAS_NO = {
     "positions=none": {"positions": "none"},
     "qk_norm=False": {"qk_norm": False},
     "balance=quantile": {"balance": "quantile"},
+    "router=hyper": {"router": "hyper"},
     "top_groups=1": {"num_expert_groups": 2, "top_groups": 1},
 }
 
@@ -249,6 +251,40 @@ def test_our_own_class_computes_the_same_and_comes_back(name: str, tmp_path: pat
         assert f"class {name}(" in (out / f"{module}.py").read_text()
 
 
+@pytest.mark.parametrize("kind", ["bigmac", pytest.param("plain", marks=pytest.mark.full)])
+def test_a_hyper_router_is_exported_as_the_matrix_that_it_makes(kind: str, tmp_path: pathlib.Path) -> None:
+    """Logits of the class to 1e-4. What is read again is an affine router, and no network."""
+    config, out = tiny(batch=4, router="hyper", hyper_width=6), tmp_path / "out"
+    with on_mesh(config):
+        model, tokens = random_model(config), tokens_of(config)
+        export_model(config, model, out, format=kind)
+        ours = our_logits(model, tokens)
+        if kind == "bigmac":
+            np.testing.assert_allclose(logits(out, tokens), ours, atol=1e-4, rtol=0)
+        again, copy = import_model(out)
+        np.testing.assert_allclose(our_logits(copy, tokens), ours, atol=2e-6, rtol=0)
+    model_now = dataclasses.replace(config.resolved.model, router="affine")
+    assert again.model == model_now and not [name for name in leaves(copy) if "hyper" in name]
+    tensors = load_file(out / "model.safetensors")
+    assert [name for name in tensors if "hyper" in name] == []
+    values = json.loads((out / "config.json").read_text())
+    (values["bigmac_jax"] if kind == "bigmac" else values["config"])["model"]["router"] = "hyper"
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="router=hyper must be affine" if kind == "bigmac" else "lacks layers"):
+        import_model(out)
+
+
+def test_a_frozen_router_has_a_class_of_its_own_no_more_than_a_linear_one(tmp_path: pathlib.Path) -> None:
+    """transformers' class has no word for it: what is read again is linear, and would be trained."""
+    config = tiny(batch=4, **QWEN, router="frozen")
+    with on_mesh(config):
+        model = random_model(config)
+        assert export_model(config, model, tmp_path / "out") == "qwen3_moe"
+        again, copy = import_model(tmp_path / "out")
+    assert again.model.router == "linear"
+    np.testing.assert_array_equal(leaves(copy)["layers.mlp.router_DE"], leaves(model)["layers.mlp.router_DE"])
+
+
 def test_models_that_have_every_tensor() -> None:
     """Those of which `make test` judges the values: together they hold each tensor that the class may have."""
     found = set()
@@ -269,11 +305,11 @@ EXPRESSED = {
     "positions", "rope_theta", "context_length", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings",
     "scale_embedding", "num_experts", "top_k", "down_ratio", "expert_hidden_size", "num_shared_experts",
     "shared_expert_hidden_size", "latent_norm", "router_scores", "router_renormalize", "router_scale", "balance",
-    "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size",
+    "num_expert_groups", "top_groups", "group_scores", "first_dense_layers", "dense_hidden_size", "router",
 }  # fmt: skip
 TRAINING = {
     "dropout", "capacity_factor", "overflow", "overflow_tries", "balance_coefficient", "balance_step", "balance_scope",
-    "balance_bias_rate", "z_loss_coefficient", "projection_init",
+    "balance_bias_rate", "z_loss_coefficient", "projection_init", "hyper_width",
 }  # fmt: skip
 
 
@@ -289,12 +325,12 @@ def test_own_models_cover_every_value() -> None:
     models = [config_of(name).model for name in OWN]
     computed = (
         "structure", "norm", "positions", "activation", "gated", "use_bias", "qk_norm", "tie_embeddings", "latent_norm",
-        "scale_embedding", "router_scores", "router_renormalize", "balance", "group_scores",
+        "scale_embedding", "router", "router_scores", "router_renormalize", "balance", "group_scores",
     )  # fmt: skip
     found = {name: {getattr(model, name) for model in models} for name in computed}
     assert {name: len(values) for name, values in found.items()} == {
         "structure": 4, "norm": 2, "positions": 3, "activation": 3, "latent_norm": 5, "balance": 4, "router_scores": 2,
-        "group_scores": 2,
+        "group_scores": 2, "router": 3,
         **dict.fromkeys(("gated", "use_bias", "qk_norm", "tie_embeddings", "scale_embedding", "router_renormalize"), 2),
     }  # fmt: skip
 

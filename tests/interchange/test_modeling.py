@@ -48,10 +48,10 @@ def exported(config: Any, folder: pathlib.Path, given: Any = None, **options: An
     return model
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [*OWN, "hyper"])
 def test_logits(name: str, tmp_path: pathlib.Path) -> None:
     """To 1e-4. With a cache, a token at a time or in parts, they are those of the whole."""
-    config = config_of(name)
+    config = tiny(batch=4, router="hyper", hyper_width=6) if name == "hyper" else config_of(name)
     with on_mesh(config):
         tokens_BL = tokens_of(config)
         ours = our_logits(exported(config, tmp_path / "out"), tokens_BL)

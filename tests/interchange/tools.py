@@ -40,6 +40,9 @@ OWN: dict[str, dict[str, Any]] = {
                "num_layers": 3, "first_dense_layers": 1, "dense_hidden_size": 20},
     "normed": {"structure": "fine_grained", "latent_norm": "post_combine", "norm": "layernorm",
                "num_expert_groups": 2, "top_groups": 1, "top_k": 4, "group_scores": "top_2", "router_scale": 0.5},
+    # Logits with a bias, which is also what a hyper router is exported as; and a matrix that stays as it was drawn.
+    "affine": {"router": "affine", "structure": "fine_grained", "gated": True, "activation": "silu"},
+    "frozen": {"router": "frozen"},
     "vanilla": PAPER | {"structure": "vanilla", "num_experts": 128, "gated": True,
                         "tie_embeddings": False, "down_ratio": 0.25},
     "dense": {"structure": "dense", "positions": "learned", "gated": True, "tie_embeddings": False},

@@ -143,10 +143,19 @@ def feed_forward(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Arra
     return y_BLD + (mlp(config, part(p, "shared"), x_BLD) if config.num_shared_experts else 0.0), report
 
 
+def made_logits(p: Parameters, x_BLD: Array) -> Array:
+    """W x + b, of what a network puts out: an expert's row and bias are a sum over its hidden units."""
+    hidden_H = p["vector_D"] @ p["in_DH"]
+    hidden_H = jnp.where(hidden_H > 0, hidden_H, 0.0)
+    w_DE = sum(hidden_H[h] * p["out_DHE"][:, h] for h in range(len(hidden_H)))
+    return x_BLD @ w_DE + sum(hidden_H[h] * p["out_HE"][h] for h in range(len(hidden_H)))
+
+
 def router(config: ModelConfig, p: Parameters, x_BLD: Array) -> tuple[Array, Layer]:
     """A gate for every expert, zero unless chosen."""
     E, K = config.expert_count, config.choices
-    logits_BLE = x_BLD @ p["router_DE"]
+    logits_BLE = x_BLD @ p["router_DE"] if "router_DE" in p else made_logits(part(p, "hyper"), x_BLD)
+    logits_BLE = logits_BLE + p.get("router_logit_bias_E", 0.0)
     if config.router_scores == "softmax":
         scores_BLE = normalised_BLE = jax.nn.softmax(logits_BLE, axis=-1)
     else:

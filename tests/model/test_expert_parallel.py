@@ -51,6 +51,11 @@ ROUTERS = {
     "groups": {"router_renormalize": False, "num_expert_groups": 4, "top_groups": 2, "router_scale": 2.5},
     "unbalanced": {"router_scores": "sigmoid", "router_renormalize": False, "balance": "none"},
 }
+MADE = {
+    "hyper": {"router": "hyper", "hyper_width": 6, "z_loss_coefficient": 0.1},
+    "affine": {"router": "affine", "router_scores": "sigmoid", "balance": "bias"},
+    "frozen": {"router": "frozen", "num_expert_groups": 4, "top_groups": 2},
+}
 BACKBONES = {
     "paper": PAPER,
     "present": PRESENT | {"num_kv_heads": 2},
@@ -69,8 +74,10 @@ COVERING = [
     ((1, 2, 4), "paper", "softmax", "paper", "dropless"),
     ((2, 1, 2), "normed", "sigmoid", "present", "capacity"),
     ((1, 1, 8), "control", "softmax", "paper", "dropless"),
+    ((2, 1, 4), "bigmac", "hyper", "present", "capacity"),
 ]
 EVERYWHERE = set(itertools.product(MESHES + MORE_MESHES, STRUCTURES, ROUTERS, BACKBONES, ["dropless"]))
+EVERYWHERE |= set(itertools.product(MESHES, ["fine_grained", "bigmac"], MADE, ["present"], ["dropless"]))
 REST = sorted((EVERYWHERE | set(PAIRS)) - set(COVERING))
 
 
@@ -110,7 +117,7 @@ def name(value: Any) -> str:
 
 
 def build(mesh: tuple[int, ...], structure: str, router: str, backbone: str, layout: str) -> Config:
-    return tiny(mesh, **(STRUCTURES[structure] | ROUTERS[router] | BACKBONES[backbone] | LAYOUTS[layout]))
+    return tiny(mesh, **(STRUCTURES[structure] | (ROUTERS | MADE)[router] | BACKBONES[backbone] | LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize(("mesh", "structure", "router", "backbone", "layout"), COVERING, ids=name)

@@ -18,13 +18,14 @@ LOG = [math.log(v) for v in (4, 3, 2, 1)]  # softmax: 0.4, 0.3, 0.2, 0.1
 EXACT = Crossing("float32", "float32", "float32")
 
 
-def routed(logits: Any, bias: Any = None, **model: Any) -> Routing:
+def routed(logits: Any, bias: Any = None, take: int | None = None, **model: Any) -> Routing:
     """Routes one sequence of tokens, [L, E] logits."""
     logits_BLE = jnp.asarray(logits, jnp.float32)[None]
     E = logits_BLE.shape[-1]
     config = ModelConfig(**({"structure": "bigmac", "num_experts": E, "top_k": 2} | model))
-    scores = score_experts(config, logits_BLE, Weight(jnp.eye(E), EXACT))
-    return choose_experts(config, scores, None if bias is None else jnp.asarray(bias, jnp.float32))
+    scores = score_experts(config, logits_BLE, [Weight(jnp.eye(E), EXACT)])
+    taken = None if take is None else jnp.int32(take)
+    return choose_experts(config, scores, None if bias is None else jnp.asarray(bias, jnp.float32), choices=taken)
 
 
 def choices(routing: Routing) -> list[list[int]]:
@@ -131,7 +132,7 @@ def test_the_router_computes_in_float32() -> None:
     """Two experts that bfloat16 cannot tell apart."""
     x_BLD, w_DE = jnp.ones((1, 1, 1), jnp.bfloat16), jnp.asarray([[1.0, 1.001]])
     config = ModelConfig(num_experts=2, top_k=1)
-    routing = choose_experts(config, score_experts(config, x_BLD, Weight(w_DE, EXACT)), None)
+    routing = choose_experts(config, score_experts(config, x_BLD, [Weight(w_DE, EXACT)]), None)
     assert choices(routing) == [[1]]
     assert routing.gates_BLK.dtype == routing.shares_UE.dtype == jnp.float32
 
@@ -139,4 +140,33 @@ def test_the_router_computes_in_float32() -> None:
 def test_gates_carry_the_gradient_to_every_score() -> None:
     """Renormalised softmax gates are a softmax over the chosen logits; d g_0 / d logit_i = g_0 (δ_0i − g_i)."""
     g = jax.grad(lambda logits: routed([logits]).gates_BLK[0, 0, 0])(jnp.asarray(LOG))
+    np.testing.assert_allclose(g, [12 / 49, -12 / 49, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("take", "model", "experts", "gates"),
+    [
+        # Softmax 0.4, 0.3, 0.2, 0.1, best first; expert 4 is none.
+        (3, {}, [0, 1, 2], [4 / 9, 3 / 9, 2 / 9]),
+        (2, {}, [0, 1, 4], [4 / 7, 3 / 7, 0]),
+        (1, {"router_renormalize": False}, [0, 4, 4], [0.4, 0, 0]),
+        (2, {"router_renormalize": False, "router_scale": 2.5}, [0, 1, 4], [1.0, 0.75, 0]),
+        (2, {"router_scores": "sigmoid"}, [0, 1, 4], [16 / 31, 15 / 31, 0]),
+        # Two groups of two, one of which is allowed: what is taken is the best of that.
+        (1, {"top_k": 2, "num_expert_groups": 2, "router_renormalize": False}, [0, 4], [0.4, 0]),
+    ],
+)
+def test_fewer_choices_are_the_first_ones(
+    take: int, model: dict[str, Any], experts: list[int], gates: list[float]
+) -> None:
+    routing = routed([LOG], take=take, **{"top_k": 3} | model)
+    assert choices(routing) == [experts] and routing.choices == take
+    np.testing.assert_allclose(routing.gates_BLK[0], [gates], rtol=1e-6)
+    everything = routed([LOG], **{"top_k": 3} | model)
+    np.testing.assert_array_equal(routing.shares_UE, everything.shares_UE)  # of all scores, whatever is taken
+
+
+def test_gates_of_fewer_choices_have_the_gradient_of_those() -> None:
+    """As of a top-2 (above): the third choice is not there."""
+    g = jax.grad(lambda logits: routed([logits], take=2, top_k=3).gates_BLK[0, 0, 0])(jnp.asarray(LOG))
     np.testing.assert_allclose(g, [12 / 49, -12 / 49, 0, 0], atol=1e-6)

@@ -75,7 +75,7 @@ def random_like(abstract: Any, config: Config, given: dict[str, np.ndarray] | No
             value = 1 + 0.1 * value
         elif "bias" in name or ".b_" in name:
             value *= 0.1
-        else:
+        elif "vector" not in name:
             value /= math.sqrt(leaf.shape[-2])
         return jax.device_put(value, leaf.sharding)
 

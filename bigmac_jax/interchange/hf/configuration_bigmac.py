@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "scoring_func": "softmax",  # softmax | sigmoid
     "norm_topk_prob": True,  # the chosen gates are divided by their sum
     "routed_scaling_factor": 1.0,  # gates are multiplied by it
+    "router_logit_bias": False,  # a bias of the logits
     "router_bias": False,  # a bias that shifts the choice of experts, not their gates
     "n_group": 1,  # experts are chosen from the best topk_group of n_group groups
     "topk_group": 1,

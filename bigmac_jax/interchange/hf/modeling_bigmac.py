@@ -111,13 +111,15 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_logit_bias else None
         bias_E = torch.zeros(config.num_experts) if config.router_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """gates_TK, experts_TK."""
         config = self.config
-        logits_TE = functional.linear(x_TD.float(), self.weight.float())
+        bias_E = None if self.bias is None else self.bias.float()
+        logits_TE = functional.linear(x_TD.float(), self.weight.float(), bias_E)
         scores_TE = logits_TE.softmax(-1) if config.scoring_func == "softmax" else logits_TE.sigmoid()
         bias_E = self.e_score_correction_bias
         ranking_TE = self.in_best_groups(scores_TE if bias_E is None else scores_TE + bias_E.float())
@@ -240,7 +242,7 @@ class BigMacPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding, Router)):
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, (nn.Linear, Norm)) and module.bias is not None:
+        if isinstance(module, (nn.Linear, Norm, Router)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Router) and module.e_score_correction_bias is not None:
             nn.init.zeros_(module.e_score_correction_bias)

@@ -68,6 +68,10 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
         raise ConfigError(f"model.structure={m.structure} can't be widened, only fine_grained and bigmac")
     if m.num_expert_groups > 1:
         raise ConfigError(f"model.num_expert_groups={m.num_expert_groups} must be 1: copies would leave their group")
+    if m.router == "hyper":
+        raise ConfigError(
+            "model.router=hyper can't be widened: its matrix is made, not stored; export and import the run"
+        )
     if copies < 2:
         raise ConfigError(f"--copies={copies} must be at least 2")
     if m.top_k == 1 and m.router_renormalize:  # its gate was not divided by itself; the copies' are, by their sum
@@ -84,7 +88,9 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
     given = {}
     for name, leaf in named_leaves(model).items():
         part = name.removeprefix("layers.mlp.")
-        axis = {"router_DE": 2, "router_bias_E": 1}.get(part, 1 if part.startswith("experts.") else None)
+        axis = {"router_DE": 2, "router_bias_E": 1, "router_logit_bias_E": 1}.get(
+            part, 1 if part.startswith("experts.") else None
+        )
         if part == name or axis is None:
             continue
         value = np.repeat(np.asarray(leaf, np.float32), copies, axis=axis)
