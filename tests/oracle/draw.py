@@ -78,6 +78,7 @@ def made(
     execution: dict[str, Any] | None = None,
     teacher: dict[str, Any] | None = None,
     replicas: bool = False,
+    choices_from: int = 0,
 ) -> Case:
     """A case by its fields; `mesh` is data, or with `replicas` replica, node, expert, tensor, fsdp, split_experts."""
     tuning = tuning or {}
@@ -95,7 +96,12 @@ def made(
             batch_size=math.prod(mesh[:3]) * parts * rows,
         ),
         optimizer=READABLE,
-        train=TrainConfig(accumulate_steps=parts, init_from="model"),
+        train=TrainConfig(
+            accumulate_steps=parts,
+            init_from="model",
+            choices_from=choices_from,
+            choices_steps=10 if choices_from else 0,
+        ),
         tuning=TuningConfig(**tuning),
     )
     check_batch(config, config.mesh.data)
@@ -174,19 +180,28 @@ def _attempt(seed: int, draw: random.Random) -> Case:
         "unroll_layers": one_of(0, 1, 1, 1),  # all at once take twice as long to compile
         "buffer_factor": math.inf if exchange in ("gather", "ragged") else one_of(math.inf, math.inf, 1.5),
     }
+    rows, parts, length = one_of(1, 2, 3), 1 if solves else one_of(1, 2, 3), one_of(8, 12, 16)
+    replicas = mesh[0] > 1 and maybe(0.5)
+    choices_from = 0
+    if structure != "dense":
+        model |= {"router": one_of("linear", "linear", "hyper", "affine", "frozen"), "hyper_width": 6}
+        least, most = 1 + model["router_renormalize"], model["top_k"]
+        if structure != "vanilla" and least < most and model["balance"] != "quantile" and objective != "dpo":
+            choices_from = one_of(0, least)
     return made(
         seed,
         model,
         (*mesh, fsdp, split_experts),
-        rows=one_of(1, 2, 3),
-        parts=1 if solves else one_of(1, 2, 3),
-        length=one_of(8, 12, 16),
+        rows=rows,
+        parts=parts,
+        length=length,
         documents=documents,
         padded=padded,
         tuning=tuning,
         execution=execution,
         teacher=teacher,
-        replicas=mesh[0] > 1 and maybe(0.5),
+        replicas=replicas,
+        choices_from=choices_from,
     )
 
 
@@ -237,7 +252,7 @@ def value(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> np.nd
         v = 0.1 * v
     elif name.endswith(".b"):
         v = 0.2 * v  # W + (alpha / rank) A B is of the size of W
-    else:
+    elif "vector" not in name:
         v = v / math.sqrt(shape[-2])
     return v.astype(np.float32)
 

@@ -107,7 +107,7 @@ def loss(config: Config, teacher: Config | None, trained: Values, given: Given, 
     p = with_adapters(config, given.base, trained) if tuning.lora_rank else trained
     if not tuning.train_router:
         p = {name: jax.lax.stop_gradient(v) if is_router(name) else v for name, v in p.items()}
-    x_BLD, streams, layers = through(config, p, biases, sample)
+    x_BLD, streams, layers = through(config, p, biases, sample, config.train.choices_from)  # of the first step
     log_p_BLV = log_softmax(x_BLD @ table(m, p).T)
     nll_BL = picked(log_p_BLV, sample.targets_BL)
     counts_BL = sample.targets_BL >= 0
@@ -174,7 +174,7 @@ def preferences(beta: float, gain_BL: Any, segments_BL: Any) -> tuple[Any, Any, 
 
 
 def is_router(name: str) -> bool:
-    return name.removesuffix(".a").removesuffix(".b").endswith("router_DE")
+    return name.removesuffix(".a").removesuffix(".b").endswith(("router_DE", "router_logit_bias_E", "hyper.vector_D"))
 
 
 def with_adapters(config: Config, base: Values, adapters: Values) -> Values:
@@ -194,8 +194,12 @@ def table(m: ModelConfig, p: Values) -> Any:
     return p["embedding_VD"] if m.tie_embeddings else p["unembedding_VD"]
 
 
-def through(config: Config, p: Values, rest: Values, sample: Sample) -> tuple[Any, list[Any], Layers]:
-    """The normalised features, the residual stream behind each layer, and what the routers report."""
+def through(config: Config, p: Values, rest: Values, sample: Sample, taken: int = 0) -> tuple[Any, list[Any], Layers]:
+    """The normalised features, the residual stream behind each layer, and what the routers report.
+
+    Args:
+      taken: how many experts a token is sent to; 0: the config's.
+    """
     m = config.model
     same_BLL = sample.segments_BL[:, :, None] == sample.segments_BL[:, None, :]
     L = sample.inputs_BL.shape[1]
@@ -219,7 +223,7 @@ def through(config: Config, p: Values, rest: Values, sample: Sample) -> tuple[An
         if stack == "first" or m.structure == "dense":
             x_BLD = x_BLD + mlp(m, given, h_BLD)
         else:
-            routed = router(m, given, under(state, "mlp"), h_BLD, real_BL)
+            routed = router(m, taken, given, under(state, "mlp"), h_BLD, real_BL)
             x_BLD = x_BLD + experts(m, given, routed.gates_BLE, h_BLD)
             found.append(statistics(config, routed, real_BL))
         streams.append(x_BLD)
@@ -308,9 +312,18 @@ def experts(m: ModelConfig, p: Values, gates_BLE: Any, x_BLD: Any) -> Any:
     return y_BLD + mlp(m, under(p, "shared"), x_BLD) if m.num_shared_experts else y_BLD
 
 
-def router(m: ModelConfig, p: Values, biases: Values, x_BLD: Any, real_BL: Any) -> Routed:
-    E, K = p["router_DE"].shape[-1], 1 if m.structure == "vanilla" else m.top_k
-    logits_BLE = x_BLD @ p["router_DE"]
+def logits(p: Values, x_BLD: Any) -> Any:
+    """x W + b: a matrix and perhaps a bias, or what a network of one hidden layer, relu, puts out at a vector."""
+    if "hyper.vector_D" not in p:
+        return x_BLD @ p["router_DE"] + p.get("router_logit_bias_E", 0.0)
+    h_H = jnp.maximum(p["hyper.vector_D"] @ p["hyper.in_DH"], 0.0)
+    return x_BLD @ jnp.einsum("H,DHE->DE", h_H, p["hyper.out_DHE"]) + h_H @ p["hyper.out_HE"]
+
+
+def router(m: ModelConfig, taken: int, p: Values, biases: Values, x_BLD: Any, real_BL: Any) -> Routed:
+    """`biases`: what no gradient is taken of, parts of a router among it."""
+    logits_BLE = logits(p | biases, x_BLD)
+    E, K = logits_BLE.shape[-1], 1 if m.structure == "vanilla" else m.top_k
     if m.router_scores == "softmax":
         scores_BLE = shares_BLE = jnp.exp(log_softmax(logits_BLE))
     else:
@@ -324,7 +337,7 @@ def router(m: ModelConfig, p: Values, biases: Values, x_BLD: Any, real_BL: Any) 
     if "router_bias_E.solved" in biases:
         # What is solved puts a token of each expert on the very edge, on which side is a matter of rounding.
         wanted_E, bias_E = evened(K, fixed_BLE, bias_E, real_BL), biases["router_bias_E.solved"]
-    chosen_BLE, margin_BL = best(m, K, fixed_BLE + bias_E)
+    chosen_BLE, margin_BL = best(m, K, taken or K, fixed_BLE + bias_E)
     gates_BLE = jnp.where(chosen_BLE & real_BL[..., None], scores_BLE, 0.0)
     if m.router_renormalize and K > 1:
         sums_BL1 = gates_BLE.sum(-1, keepdims=True)
@@ -332,8 +345,8 @@ def router(m: ModelConfig, p: Values, biases: Values, x_BLD: Any, real_BL: Any) 
     return Routed(m.router_scale * gates_BLE, chosen_BLE, shares_BLE, logits_BLE, wanted_E, margin_BL)
 
 
-def best(m: ModelConfig, K: int, ranking_BLE: Any) -> tuple[Any, Any]:
-    """Which experts are among the K best of the best groups, and by how much the choice was clear."""
+def best(m: ModelConfig, K: int, taken: int, ranking_BLE: Any) -> tuple[Any, Any]:
+    """Which experts are among the `taken` best of the best groups, and by how much the choice was clear."""
     E, groups = ranking_BLE.shape[-1], m.num_expert_groups
     margin_BL = jnp.full(ranking_BLE.shape[:2], jnp.inf)
     if m.top_groups < groups:
@@ -346,9 +359,9 @@ def best(m: ModelConfig, K: int, ranking_BLE: Any) -> tuple[Any, Any]:
         allowed_BLG = strength_BLG >= sorted_BLG[..., -m.top_groups, None]
         ranking_BLE = jnp.where(jnp.repeat(allowed_BLG, size, -1), ranking_BLE, -jnp.inf)
     sorted_BLE = jnp.sort(ranking_BLE, -1)
-    if K < E:
-        margin_BL = jnp.minimum(margin_BL, sorted_BLE[..., -K] - sorted_BLE[..., -K - 1])
-    return ranking_BLE >= sorted_BLE[..., -K, None], margin_BL
+    if taken < E:
+        margin_BL = jnp.minimum(margin_BL, sorted_BLE[..., -taken] - sorted_BLE[..., -taken - 1])
+    return ranking_BLE >= sorted_BLE[..., -taken, None], margin_BL
 
 
 def evened(K: int, scores_BLE: Any, bias_E: Any, real_BL: Any) -> Any:
