@@ -164,7 +164,10 @@ def inherit_config(origin: Pretrained, given: Mapping[str, str]) -> Config:
         data = dataclasses.replace(
             data, source=DataConfig.source, validation_source="", test_source="", mixture="", curriculum=""
         )
-    train = dataclasses.replace(config.train, init_from=origin.place, tasks="", tasks_every=0)
+    # Choices have grown: they don't begin anew.
+    train = dataclasses.replace(
+        config.train, init_from=origin.place, tasks="", tasks_every=0, choices_from=0, choices_steps=0
+    )
     return dataclasses.replace(config, data=data, train=train, tuning=TuningConfig())
 
 

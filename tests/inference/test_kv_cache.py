@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from model.tools import PAPER, PRESENT, QUICK, on_mesh, random_model, split_batch, split_tokens, tiny
+from model.tools import PAPER, PRESENT, QUICK, abstract_model, on_mesh, random_model, split_batch, split_tokens, tiny
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
@@ -105,6 +105,26 @@ def test_steps_equal_the_full_forward_pass(structure: str, mesh: str, backbone: 
 def test_every_exchange(exchange: str) -> None:
     found, expected = paged_and_full(config_of("bigmac", "node", "present"), exchange)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["1x1", "tensor"])
+@pytest.mark.parametrize("router", ["hyper", "affine", "frozen"])
+def test_every_router(router: str, mesh: str) -> None:
+    found, expected = paged_and_full(config_of("bigmac", mesh, "gated", router=router, hyper_width=6), "auto")
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_decoder_has_the_matrix_and_no_network() -> None:
+    """Or every step would make it. In float32, whatever the weights' dtype is."""
+    config = tiny(router="hyper", hyper_width=6)
+    with on_mesh(config):
+        decoder = jax.eval_shape(lambda model: make_decoder(config, model, weights="int8"), abstract_model(config))
+    moe: Any = decoder.groups[0].mlp
+    assert moe.hyper is None and decoder.config.model.router == "affine"
+    for name, shape in (("router_DE", (16, 8)), ("router_logit_bias_E", (8,))):
+        value = getattr(moe, name).get_value()
+        assert (value.shape[1:], str(value.dtype)) == (shape, "float32")
 
 
 @pytest.mark.parametrize("weights", ["", "int8"])

@@ -187,7 +187,7 @@ def _attempt(seed: int, draw: random.Random) -> Case:
         model |= {"router": one_of("linear", "linear", "hyper", "affine", "frozen"), "hyper_width": 6}
         least, most = 1 + model["router_renormalize"], model["top_k"]
         if structure != "vanilla" and least < most and model["balance"] != "quantile" and objective != "dpo":
-            choices_from = one_of(0, least)
+            choices_from = one_of(0, least, least, least)
     return made(
         seed,
         model,

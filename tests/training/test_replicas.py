@@ -41,6 +41,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "bias": {"structure": "bigmac", "router_scores": "sigmoid", "balance": "bias", "latent_norm": "gate"},
     "quantile": {"structure": "fine_grained", "balance": "quantile"},
     "gated": {"structure": "bigmac", "gated": True, "activation": "silu", "tie_embeddings": False},
+    "hyper": {"structure": "bigmac", "router": "hyper", "hyper_width": 6},
+    "frozen": {"structure": "fine_grained", "router": "frozen"},
     "dense": {"structure": "dense"},
 }
 
@@ -88,6 +90,8 @@ COVERING = (
     Case("gated", (2, 2, 1, 2, 1), False, chunks=2, exchange="dedup", lora=2, dropout=0.5),
     Case("vanilla", (4, 1, 1, 2, 1), True, sharded=True, remat="exchange"),
     Case("dense", (2, 4, 1, 1, 1), True, sharded=True, parts=2),
+    Case("hyper", (2, 2, 1, 2, 1), True, sharded=True, parts=2, remat="layer", exchange="dedup", documents=True),
+    Case("frozen", (2, 1, 1, 2, 2), False, remat="exchange"),
 )
 
 
@@ -105,7 +109,10 @@ def make_config(case: Case) -> Config:
             config.execution, remat=case.remat, overlap_chunks=case.chunks, exchange=case.exchange
         ),
         data=dataclasses.replace(config.data, documents="masked" if case.documents else "stream"),
-        train=TrainConfig(accumulate_steps=case.parts, init_from="x" if case.lora else ""),
+        train=TrainConfig(
+            accumulate_steps=case.parts, init_from="x" if case.lora else "",
+            choices_from=2 if case.structure in ("hyper", "frozen") else 0, choices_steps=5,
+        ),
         tuning=TuningConfig(lora_rank=case.lora, lora_targets=targets, lora_dropout=case.dropout if case.lora else 0.0),
         optimizer=LINEAR,
     )  # fmt: skip
@@ -166,7 +173,10 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [case if case.structure != "vanilla" else pytest.param(case, marks=pytest.mark.full) for case in COVERING],
+    [
+        pytest.param(case, marks=pytest.mark.full) if case.structure in ("vanilla", "hyper", "frozen") else case
+        for case in COVERING
+    ],
     ids=lambda case: "-".join(map(str, case[:2])),
 )
 def test_equals_one_device(case: Case) -> None:

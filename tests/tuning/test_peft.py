@@ -35,6 +35,7 @@ CASES = {
         (1, 1, 1),
     ),
     "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
+    "hyper": ("bigmac", BIGMAC | {"router": "hyper", "hyper_width": 6}, "attention,experts", (1, 1, 1)),
 }
 
 

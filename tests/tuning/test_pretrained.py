@@ -242,6 +242,9 @@ def test_the_config_of_a_run_that_names_none(base: tuple[Config, pathlib.Path]) 
     assert config.model == base[0].resolved.model and config.train.init_from == str(base[1] / "run")
     assert config.data.validation_source == "" and config.tuning == TuningConfig()
     of_export = inherit_config(open_pretrained(str(base[1] / "export")), {"data.source": "sotu"})
+    grown = with_fields(base[0], model={"top_k": 4}, train={"choices_from": 2, "choices_steps": 3})
+    train = inherit_config(Pretrained("there", "4", "", grown), {}).train
+    assert (train.choices_from, train.choices_steps) == (0, 0)  # its choices have grown
     assert of_export.model == base[0].resolved.model and of_export.data.tokenizer.endswith("export/tokenizer.json")
 
 

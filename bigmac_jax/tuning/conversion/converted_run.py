@@ -64,7 +64,7 @@ def new_run_config(config: Config, overrides: Sequence[str]) -> Config:
             raise ConfigError(f"--config.{override}: the model says what it is; only how it is trained can be set here")
         if override.startswith("data.tokenizer="):
             raise ConfigError(f"--config.{override}: a model keeps the tokenizer that it was trained with; drop it")
-    train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0)
+    train = dataclasses.replace(config.train, init_from="", tasks="", tasks_every=0, choices_from=0, choices_steps=0)
     fresh = dataclasses.replace(config, train=train, tuning=TuningConfig())
     return check_new(retrained(fresh, overrides))
 

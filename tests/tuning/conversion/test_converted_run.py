@@ -153,7 +153,9 @@ def test_windows_are_spread_evenly_over_the_text() -> None:
 
 def test_a_new_run_has_a_config_of_its_own() -> None:
     """It begins with what is written, and is not tuned as the old one was."""
-    train = TrainConfig(init_from="x", tasks="arithmetic", tasks_every=5, steps=7, seed=3)
+    train = TrainConfig(
+        init_from="x", tasks="arithmetic", tasks_every=5, steps=7, seed=3, choices_from=2, choices_steps=5
+    )
     tuning = TuningConfig(lora_rank=2, teacher="y")
     old = Config(model=tiny().model, train=train, tuning=tuning)
     new = new_run_config(old, ["train.steps=9", "optimizer.learning_rate=0.5"])

@@ -28,6 +28,7 @@ SPARSE: dict[str, dict[str, Any]] = {
         ("softmax", "sigmoid"), (True, False), ("aux_loss", "bias", "quantile")
     )
 }  # fmt: skip
+SPARSE |= {router: {"router": router, "router_scale": 2.0} for router in ("affine", "frozen")}
 CHEAP = ("softmax, renormalised, bias", "softmax, as it is, quantile", "sigmoid, as it is, aux_loss")
 
 
@@ -85,6 +86,7 @@ def test_noise_makes_copies_differ() -> None:
         ({"num_expert_groups": 2, "top_groups": 1}, lambda *of: widen(*of, 2), "num_expert_groups=2"),
         ({"top_k": 1}, lambda *of: widen(*of, 2), "top_k=1"),
         ({}, lambda *of: widen(*of, 1), "--copies=1"),
+        ({"router": "hyper"}, lambda *of: widen(*of, 2), "router=hyper can't be widened"),
     ],
 )
 def test_refusals(fields: dict[str, Any], change: Any, match: str) -> None:
