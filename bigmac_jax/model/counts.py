@@ -26,10 +26,11 @@ Sizes = dict[str, int]  # ranks by axis of the mesh
 
 
 class Parameters(NamedTuple):
-    """`active`: those that a token meets, all of its top-k experts included. Parts sum to `total`; frozen ones count in
-    both."""
+    """`computed`: those that a pass computes with, of a router the matrix and bias, whatever makes them. `active`: of
+    these, those that a token meets, all of its top-k experts included. Parts sum to `total`, frozen ones among them."""
 
     total: int
+    computed: int
     active: int
     parts: dict[str, int]
     of_a_rank: int
@@ -69,7 +70,10 @@ def _parameters(
         moments += state * (1 if muon and of.hidden_matrix else 2)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
-    return Parameters(total, total - idle, parts, of_rank, trained, moments, updated, shards, scattered)
+    computed = total
+    if m.is_moe and m.router == "hyper":
+        computed += m.moe_layers * (m.hidden_size + 1) * m.expert_count - parts["router"]
+    return Parameters(total, computed, computed - idle, parts, of_rank, trained, moments, updated, shards, scattered)
 
 
 def replica_bytes(config: Config, sizes: Sizes) -> float:
@@ -101,11 +105,6 @@ def _declarations(model: ModelConfig, split_experts: bool, length: int) -> list[
     kinds = nnx.Param, Frozen
     leaves = jax.tree.leaves(nnx.state(traced, kinds), is_leaf=lambda node: isinstance(node, kinds))
     return [(declared(leaf), jax.tree.leaves(leaf)[0].shape) for leaf in leaves]
-
-
-def computed_with(m: ModelConfig, count: Parameters) -> int:
-    """Numbers that come to the ranks in a pass: of a router its matrix, whatever makes that."""
-    return count.total - count.parts.get("router", 0) + m.moe_layers * m.hidden_size * m.expert_count
 
 
 def flops(config: Config, causal: bool = False) -> dict[str, float]:
@@ -291,7 +290,7 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     m, mesh, execution = config.model, config.mesh, config.execution
     summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
-    shared = computed_with(m, count) - experts - table * (1 if m.tie_embeddings else 2)
+    shared = count.computed - experts - table * (1 if m.tie_embeddings else 2)
     of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
     of_layer += shared / m.num_layers
     # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair

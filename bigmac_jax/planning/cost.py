@@ -190,5 +190,5 @@ def _shared_numbers(config: Config, count: Parameters) -> tuple[int, int, int]:
     m, parts = config.model, count.parts
     table, experts = m.vocab_size * m.hidden_size, parts.get("experts", 0)
     split = sum(parts.get(part, 0) for part in ("attention", "mlp")) + 2 * table
-    everyone = counts.computed_with(m, count) - experts - split + (table if m.tie_embeddings else 0)
+    everyone = count.computed - experts - split + (table if m.tie_embeddings else 0)
     return everyone, split, experts

@@ -34,7 +34,8 @@ def alternatives(config: Config) -> dict[str, Config | ConfigError]:
 
 def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm) -> Config:
     """The config with another structure and as many parameters: its experts get the width that this takes, unless the
-    paper's comes near. A dense model has no idle experts: beside one, those that are active for a token are equal."""
+    paper's comes near. A hyper router counts as the matrix that it makes. A dense model has no idle experts: beside
+    one, those that are active for a token are equal."""
 
     def with_width(width: int) -> Config:
         fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, "expert_hidden_size": width}
@@ -42,7 +43,7 @@ def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm)
 
     def size(of: Config) -> int:
         count = parameters(of, {})
-        return count.active if "dense" in (structure, config.model.structure) else count.total
+        return count.active if "dense" in (structure, config.model.structure) else count.computed
 
     wanted, own = size(config), with_width(0)
     if is_near(size(own), wanted):

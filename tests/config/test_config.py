@@ -365,7 +365,7 @@ def changed(name: str) -> Config:
 
 # Fields that have no other valid value while the rest is as it is.
 BOUND = ("model.top_groups", "data.packing", "data.curriculum", "train.tasks_every", "tuning.objective",
-         "tuning.lora_rank", "model.balance_step", "model.overflow")  # fmt: skip
+         "tuning.lora_rank", "model.balance_step", "model.overflow", "train.choices_from")  # fmt: skip
 
 
 BEFORE = flat(dataclasses.asdict(Config().resolved))
@@ -492,6 +492,8 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert read["data"].pop("null_rows") == "stop"  # these fields are younger
     assert read["model"].pop("context_length") == 0
     assert read["model"].pop("overflow") == "drop" and read["model"].pop("overflow_tries") == 2
+    assert (read["model"].pop("router"), read["model"].pop("hyper_width")) == ("linear", 64)
+    assert read["train"].pop("choices_from") == read["train"].pop("choices_steps") == 0
     assert read["execution"].pop("compiler_options") == ""
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
     assert read["train"].pop("most_lost_updates") == 0.0375

@@ -30,3 +30,16 @@ def test_rates_of_a_step() -> None:
     without = mean._replace(load=moving.load)
     assert moe_record(moving, run)["moe/moved_rate"] == 0.1875 and "moe/moved_rate" not in moe_record(without, run)
     assert not any(name.startswith(("moe/", "dpo/", "teacher/")) for name in record)
+
+
+def test_fewer_choices_are_fewer_flops() -> None:
+    """Two of four choices, of 1e12 FLOPs each: the other two are not done, and don't count."""
+    run: Any = SimpleNamespace(
+        tokens_per_step=4096, flops_per_step=6e12, causal_flops_per_step=4e12, peak_flops=1e13, wire_bytes=0,
+        choices=4, flops_per_choice=1e12,
+    )  # fmt: skip
+    parts = LossParts(jnp.float32(2.0), Aux(jnp.zeros(()), *empty_stats()))
+    values = jnp.float32(2.0), parts, jnp.float32(0.5), jnp.float32(1e-3), jnp.asarray(False)
+    record = step_record(3, StepMetrics(*values, choices=jnp.int32(2)), 2.0, run)
+    assert record["moe/choices"] == 2 and (record["mfu"], record["mfu_causal"]) == pytest.approx((0.2, 0.1))
+    assert "moe/choices" not in step_record(3, StepMetrics(*values), 2.0, run)

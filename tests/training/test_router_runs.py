@@ -17,7 +17,7 @@ from bigmac_jax.training.step import make_trainer
 from .tools import host, session, small
 
 ROUTERS = {
-    "hyper": ("model.router=hyper", "model.hyper_width=6"),
+    "hyper": ("model.router=hyper", "model.hyper_width=6", "model.balance=bias"),
     "frozen": ("model.router=frozen",),
 }
 FROZEN = {"hyper": {"hyper.in_DH", "hyper.out_DHE", "hyper.out_HE"}, "frozen": {"router_DE"}}
@@ -85,6 +85,8 @@ def test_frozen_parts_after_100_steps(router: str, mesh: tuple[str, ...], tmp_pa
         assert choices == [3] * 10 + [4] * 60  # 30 to 39: the second third of 60 steps
         chex.assert_trees_all_equal(leaves(host(run.state)), ended)
     before, after = of_routers(begun, "rest"), of_routers(ended, "rest")
+    if router == "hyper":  # balancing moves its own bias, beside them
+        assert (before.pop("router_bias_E") != after.pop("router_bias_E")).any()
     assert before.keys() == after.keys() == FROZEN[router]
     jax.tree.map(np.testing.assert_array_equal, after, before)
     moved = {name for name in begun if name.startswith("params.") and (begun[name] != ended[name]).any()}
