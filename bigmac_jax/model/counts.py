@@ -276,6 +276,9 @@ def checkpoint_bytes(config: Config, experts: int = 0) -> int:
     moment, muon = 2 if optimizer.moment_dtype == "bfloat16" else 4, optimizer.name == "muon"
     total = 0.0
     for declaration, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
+        if not declaration.trained:  # itself alone
+            total += 4 * math.prod(shape)
+            continue
         share = experts / m.expert_count if experts and declaration.part == "experts" else 1
         weights = 4 * (2 if optimizer.average_decay else 1) * (1 if of == "optimizer" else share)
         moments = moment * (1 if muon and declaration.hidden_matrix else 2) * (1 if of == "weights" else share)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from model.tools import tiny
 
-from bigmac_jax.config import Config, MeshConfig, TrainConfig, TuningConfig
-from bigmac_jax.model.counts import adapted_parts, flops, parameters, state_memory
+from bigmac_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig
+from bigmac_jax.model.counts import adapted_parts, checkpoint_bytes, flops, parameters, state_memory
 from bigmac_jax.planning.cost import _shared_numbers
 
 
@@ -34,6 +34,9 @@ def test_numbers(router: str, kept: int, trained: int, computed: int) -> None:
     assert count.moments_of_a_rank == 2 * count.trained_of_a_rank == 2 * count.updated_of_a_rank
     memory = state_memory(config, count, 1)
     assert memory["parameters"] == 4 * count.total
+    averaged = dataclasses.replace(config, optimizer=OptimizerConfig(average_decay=0.9))
+    assert checkpoint_bytes(config) == memory["parameters"] + memory["optimizer"]
+    assert checkpoint_bytes(averaged) == checkpoint_bytes(config) + memory["gradients"]
     assert memory["gradients"] == 4 * count.trained_of_a_rank == memory["optimizer"] / 2
     assert (
         "router" in adapted_parts(dataclasses.replace(config, tuning=TuningConfig(lora_targets="attention,router")))
