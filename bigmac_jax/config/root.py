@@ -157,6 +157,7 @@ class Config(Section):
         require(first < model.choices, f"{given} must be below model.top_k={model.top_k}; use 0 for top_k from the first step on")  # fmt: skip
         require(steps > 0, f"{given} needs train.choices_steps, in which choices grow to model.top_k={model.top_k}; use choices_steps={self.train.steps} for the whole run")  # fmt: skip
         require(first > 1 or not model.router_renormalize, f"{given} with model.router_renormalize leaves a gate that is always 1, from which the router learns nothing; use choices_from=2")  # fmt: skip
+        require(model.overflow == "drop", f"{given}: model.overflow={model.overflow} finds room for model.top_k choices, those that are not taken yet among them; use overflow=drop")  # fmt: skip
         require(model.balance != "quantile", f"{given}: model.balance=quantile solves its bias for model.top_k choices; use balance=bias or aux_loss")  # fmt: skip
         require(self.tuning.objective != "dpo", f"{given} sends an answer to fewer experts in training than its reference does; use choices_from=0 with tuning.objective=dpo")  # fmt: skip
 

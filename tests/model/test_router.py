@@ -63,7 +63,7 @@ def test_gates_are_of_the_experts_that_were_placed() -> None:
         assert ranked_BLN.tolist() == [[[0, 1, 2], [3, 2, 1]]]
         return jnp.asarray([[[0, 2], [3, 2]]])
 
-    scores = score_experts(config, jnp.asarray([[LOG, LOG[::-1]]]), Weight(jnp.eye(4), EXACT))
+    scores = score_experts(config, jnp.asarray([[LOG, LOG[::-1]]]), [Weight(jnp.eye(4), EXACT)])
     routing = choose_experts(config, scores, None, place=place)
     np.testing.assert_allclose(routing.gates_BLK[0], [[2 / 3, 1 / 3], [4 / 7, 3 / 7]], rtol=1e-6)
     np.testing.assert_allclose(routing.moved_U1, [[0.25]])

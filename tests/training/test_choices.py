@@ -80,6 +80,9 @@ def test_what_does_not_combine() -> None:
     config.check()
     with pytest.raises(ConfigError, match="balance=quantile solves its bias for"):
         dataclasses.replace(config, model=dataclasses.replace(config.model, balance="quantile")).check()
+    moving = dataclasses.replace(config.model, capacity_factor=1.25, overflow="next")
+    with pytest.raises(ConfigError, match=r"choices_from=2: model\.overflow=next finds room .*; use overflow=drop"):
+        dataclasses.replace(config, model=moving)
     tuned = dataclasses.replace(config.train, init_from="x")
     with pytest.raises(ConfigError, match="to fewer experts in training than its reference does; use choices_from=0"):
         dataclasses.replace(config, train=tuned, tuning=TuningConfig(objective="dpo")).check()

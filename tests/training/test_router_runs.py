@@ -11,6 +11,7 @@ from model.tools import leaves, on_mesh, random_tokens
 
 from bigmac_jax.data.batch import Batch
 from bigmac_jax.model.mesh import batch_spec
+from bigmac_jax.run.start import _describe
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.step import make_trainer
 
@@ -51,6 +52,23 @@ def test_what_is_frozen_is_no_parameter_of_the_optimizer(router: str, tmp_path: 
         assert [found for found in names if found.endswith(f"mlp.{name}")] == [f"rest.layers.mlp.{name}"]
     if router == "hyper":  # two moments, the average, and itself
         assert len([name for name in names if name.endswith("mlp.hyper.vector_D")]) == 4
+
+
+@pytest.mark.parametrize(
+    ("router", "frozen"), [("hyper", "and 912 that stay as they were drawn, "), ("frozen", "and 128 that"), ("", ",")]
+)
+def test_a_start_says_what_stays(
+    router: str, frozen: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 · 6 + 6 · 8 · 17 numbers are 912; eight experts."""
+    config = small(tmp_path, *ROUTERS.get(router, ()))
+    with on_mesh(config):
+        state = make_trainer(config, jax.sharding.get_mesh()).abstract_state
+        _describe(config, state, 10, 0, None)
+    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    out = capsys.readouterr().out
+    assert f"{params:,} parameters{' ' * (router != '')}{frozen}" in out and "10 training tokens" in out
+    assert (", router hyper of width 6," in out, ", router frozen," in out) == (router == "hyper", router == "frozen")
 
 
 @pytest.mark.full
