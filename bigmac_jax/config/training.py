@@ -81,7 +81,7 @@ class TrainConfig(Section):
     # A token's choices grow from so many to model.top_k, in equal parts of the first choices_steps steps; 0 = top_k from
     # the first step on. Evaluation always takes top_k.
     choices_from: Size = 0
-    choices_steps: Size = 0
+    choices_steps: Size = 0  # choices_from needs them
     seed: Size = 1234
     log_every: Size = 10
     eval_every: Size = 0
