@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.routers import CHOICES, Condition, conditions, read, table
+from benchmarks.router_runs import CHOICES, Condition, conditions, read, table
 from bigmac_jax.config import load_config
 from bigmac_jax.training.choices import choices_at
 
