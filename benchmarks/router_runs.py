@@ -1,5 +1,6 @@
 """The runs of `benchmarks.routers`: what they are, how one is trained and scored, and their table and picture."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 
 from benchmarks.quality.runs import CONFIG, ROOT, command
 from bigmac_jax import tuning
-from bigmac_jax.config import with_mesh
+from bigmac_jax.config import TrainConfig, with_mesh
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.training.programs import evaluation_rows
@@ -82,6 +83,7 @@ def score(workdir: pathlib.Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with jax.set_mesh(make_mesh(config, fit_batch=False)):
         _, model = tuning.restore(workdir, "latest", config)
+        config = dataclasses.replace(config, train=TrainConfig())  # whose choices may begin with those of half
         for end, choices in (("", CHOICES), ("_of_half", CHOICES // 2)):
             scored = rebuild_model(with_model(config, top_k=choices), model, {})
             told = evaluate(scored, stream, config.data.sequence_length, evaluation_rows(config))
