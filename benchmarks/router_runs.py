@@ -147,6 +147,7 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
+    even = {"entropies": float(np.log(EXPERTS)), "loads": 1.0}  # of a router without a preference
     labels = {"entropies": "router entropy, nats", "loads": "busiest expert over the mean"}
     for axis, (field, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
         for condition in conditions(1):
@@ -155,8 +156,8 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
                 steps, values = own[0][:, 0], np.mean([curve[:, 1] for curve in own], axis=0)
                 style = {"color": ROUTERS[condition.router], "ls": "--" if condition.grows else "-"}
                 axis.plot(steps, values, label=condition.name, **style)
-        axis.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axis.set(xlabel="step", ylabel=label, ylim=(0, 1.05 * max(axis.get_ylim()[1], even[field])))
         axis.grid(alpha=0.3)
-    figure.axes[0].axhline(np.log(EXPERTS), color="gray", ls=":", lw=1)
+    figure.axes[0].axhline(even["entropies"], color="gray", ls=":", lw=1)
     figure.axes[1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
