@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from absl import app, flags
 
 from benchmarks import faulty_train
-from benchmarks.quality.runs import CONFIG, ROOT, measure, write
+from benchmarks.quality.runs import CONFIG, ROOT, read_file, train_missing, within
 from bigmac_jax.runtime.storage import list_files
 from bigmac_jax.training.partial_checkpoint import read_turn
 
@@ -77,29 +76,20 @@ def arms(steps: int, every: int, saves: int) -> list[Arm]:
 
 def main(_: list[str]) -> None:
     output, steps = pathlib.Path(_OUTPUT.value), _STEPS.value
-    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
     compared = arms(steps, _EVERY.value, _SAVES.value)
     if not (_TABLE.value or _PICTURE.value):
         runs = [(arm, int(seed)) for seed in _SEEDS.value for arm in compared]
-        runs = [(arm, seed) for arm, seed in runs if arm.key(seed) not in known]
-        start = time.monotonic()
-        for ended, run in enumerate(measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value, train), 1):
-            known[run["key"]] = run
-            write(output, "lost_updates", list(known.values()))
-            left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
-            print(
-                f"{ended} of {len(runs)}: {run['key']}: held-out loss {run['loss']:.4f}, "
-                f"{run['lost']:.2%} of the updates lost; {left:.0f} min left",
-                flush=True,
-            )
-    found = [
-        [run for run in known.values() if run["key"].rpartition("-seed")[0] == arm.key(0)[:-6]] for arm in compared
-    ]
-    pairs = [(arm, runs) for arm, runs in zip(compared, found, strict=True) if runs]
+        train_missing("lost_updates", runs, output, pathlib.Path(_FOLDER.value), _JOBS.value, train, _say)
+    known = read_file(output)
+    pairs = [(arm, [known[key] for seed in _SEEDS.value if (key := arm.key(int(seed))) in known]) for arm in compared]
     if _PICTURE.value:
         picture(pairs, pathlib.Path(_PICTURE.value))
     else:
         print(table(pairs))
+
+
+def _say(run: Run) -> str:
+    return f"held-out loss {run['loss']:.4f}, {run['lost']:.2%} of the updates lost"
 
 
 def train(arm: Arm, seed: int, folder: pathlib.Path, cores: list[int]) -> Run:
@@ -166,20 +156,16 @@ def table(pairs: list[tuple[Arm, list[Run]]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     base = {run["seed"]: run["loss"] for run in pairs[0][1]}
     for arm, runs in pairs:
+        if not runs:
+            continue
         size = runs[0]["save_bytes"] / runs[0]["whole_bytes"] if arm.experts else 1.0
         over = [1000 * (run["loss"] - base[run["seed"]]) for run in runs if run["seed"] in base]
         lines.append(
-            f"| {arm.name} | {len(runs)} | {size:.1%} | {_within([100 * run['lost'] for run in runs], 2)} | "
+            f"| {arm.name} | {len(runs)} | {size:.1%} | {within([100 * run['lost'] for run in runs], 2)} | "
             f"{', '.join(str(k) for k in sorted({run['experts'] for run in runs})) if arm.experts else 'all'} | "
-            f"{_within([run['loss'] for run in runs], 4)} | {_within(over, 1)} |"
+            f"{within([run['loss'] for run in runs], 4)} | {within(over, 1)} |"
         )
     return "\n".join(lines)
-
-
-def _within(values: list[float], digits: int) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else ""
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 def picture(pairs: list[tuple[Arm, list[Run]]], path: pathlib.Path) -> None:

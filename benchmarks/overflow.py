@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags
 
-from benchmarks.quality.runs import CONFIG, command, measure, write
+from benchmarks.quality.runs import CONFIG, command, read_file, train_missing, within
 
 _STEPS = flags.DEFINE_integer("steps", 1000, "Of a run.", lower_bound=20)
 _SEEDS = flags.DEFINE_list("seeds", ["1", "2", "3"], "Of train.seed.")
@@ -59,25 +59,18 @@ def arms(steps: int) -> list[Arm]:
 
 def main(_: list[str]) -> None:
     output, steps = pathlib.Path(_OUTPUT.value), _STEPS.value
-    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
     if not (_TABLE.value or _PICTURE.value):
         runs = [(arm, int(seed)) for seed in _SEEDS.value for arm in arms(steps)]
-        runs = [(arm, seed) for arm, seed in runs if arm.key(seed) not in known]
-        start = time.monotonic()
-        for ended, run in enumerate(measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value, train), 1):
-            known[run["key"]] = run
-            write(output, "overflow", list(known.values()))
-            left = (len(runs) - ended) * (time.monotonic() - start) / ended / 60
-            print(
-                f"{ended} of {len(runs)}: {run['key']}: held-out loss {run['loss']:.4f}, "
-                f"{run['dropped']:.2%} dropped, {run['moved']:.2%} moved; {left:.0f} min left",
-                flush=True,
-            )
-    found = [run for run in known.values() if run["steps"] == steps]
+        train_missing("overflow", runs, output, pathlib.Path(_FOLDER.value), _JOBS.value, train, _say)
+    found = [run for run in read_file(output).values() if run["steps"] == steps]
     if _PICTURE.value:
         picture(found, pathlib.Path(_PICTURE.value))
     else:
         print(table(found))
+
+
+def _say(run: Run) -> str:
+    return f"held-out loss {run['loss']:.4f}, {run['dropped']:.2%} dropped, {run['moved']:.2%} moved"
 
 
 def train(arm: Arm, seed: int, folder: pathlib.Path, cores: list[int]) -> Run:
@@ -117,11 +110,11 @@ def table(runs: list[Run]) -> str:
         cells = [arm.name, str(len(found))]
         for name in ("dropped", "moved"):
             cells += [
-                _within([100 * run[name] for run in found], 2),
-                _within([100 * _last(run, name) for run in found], 2),
+                within([100 * run[name] for run in found], 2),
+                within([100 * _last(run, name) for run in found], 2),
             ]
         over = [1000 * (run["loss"] - dropless[run["seed"]]) for run in found if run["seed"] in dropless]
-        cells += [_within([run["loss"] for run in found], 4), "" if arm.factor == "inf" else _within(over, 1, "+")]
+        cells += [within([run["loss"] for run in found], 4), "" if arm.factor == "inf" else within(over, 1, "+")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -160,13 +153,6 @@ def _by_arm(runs: list[Run]) -> list[tuple[Arm, list[Run]]]:
 def _last(run: Run, name: str) -> float:
     values = run["series"][name]
     return float(np.mean(values[-max(1, len(values) // 10) :]))
-
-
-def _within(values: list[float], digits: int, sign: str = "") -> str:
-    if not values:
-        return ""
-    mean = f"{np.mean(values):{sign}.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ and --picture=FILE make the table and the picture of docs/routers.md of what the
 import json
 import os
 import pathlib
-import time
 from typing import Any
 
 from absl import app, flags, logging
 
-from benchmarks.quality.runs import measure, write
+from benchmarks.quality.runs import read_file, train_missing
 from benchmarks.router_runs import conditions, draw, score, table, train
 
 _STEPS = flags.DEFINE_integer("steps", 1000, "Of a run.", lower_bound=1)
@@ -38,24 +37,19 @@ def main(_: Any) -> None:
         print(json.dumps(score(pathlib.Path(_SCORE.value)), allow_nan=False))
         return
     output = pathlib.Path(_OUTPUT.value)
-    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
     if not (_TABLE.value or _PICTURE.value):
         # All arms of a seed before the next: a study with one seed is a study.
         runs = [(condition, seed) for seed in map(int, _SEEDS.value) for condition in conditions(_STEPS.value)]
-        missing, start = {condition.key(seed) for condition, seed in runs} - known.keys(), time.monotonic()
-        print(f"{len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
-        folder = pathlib.Path(_FOLDER.value)
-        for ended, record in enumerate(measure(runs, known, folder, _JOBS.value, train), 1):
-            known[record["key"]] = record
-            write(output, "routers", list(known.values()))
-            left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
-            reached = f"{record['key']}: loss {record['loss']:.4f}, entropy {record['entropy']:.2f}"
-            print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
-    of_steps = [run for run in known.values() if run["steps"] == _STEPS.value]
+        train_missing("routers", runs, output, pathlib.Path(_FOLDER.value), _JOBS.value, train, _say)
+    of_steps = [run for run in read_file(output).values() if run["steps"] == _STEPS.value]
     if _TABLE.value:
         print(table(of_steps))
     if _PICTURE.value:
         draw(of_steps, pathlib.Path(_PICTURE.value))
+
+
+def _say(run: dict[str, Any]) -> str:
+    return f"loss {run['loss']:.4f}, entropy {run['entropy']:.2f}"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,39 @@ def measure(
         yield from pool.map(one, waiting)
 
 
+def train_missing(
+    name: str, runs: list[Any], output: pathlib.Path, folder: pathlib.Path, jobs: int, train: Any, say: Any
+) -> list[dict[str, Any]]:
+    """Trains the runs of a study that its file lacks, and writes each down when it ends → all that the file has.
+
+    Args:
+      train, jobs: as of `measure`.
+      say: describes what a run has reached.
+    """
+    known = read_file(output)
+    missing, start = {run[0].key(run[1]) for run in runs} - known.keys(), time.monotonic()
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
+    for ended, record in enumerate(measure(runs, known, folder, jobs, train), 1):
+        known[record["key"]] = record
+        write(output, name, list(known.values()))
+        left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
+        print(f"{ended} of {len(missing)}: {record['key']}: {say(record)}; {left:.0f} min left", flush=True)
+    return list(known.values())
+
+
+def read_file(output: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The runs of a study's file by key; none without one."""
+    return {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
+
+
+def within(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Mean ± standard error."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):{sign}.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+
 def _train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
     """Runs train.py, which goes on where it was stopped; raises RuntimeError with its last line."""
     workdir, start = folder / condition.key(seed), time.monotonic()
