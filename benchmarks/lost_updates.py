@@ -24,6 +24,7 @@ from absl import app, flags
 from benchmarks import faulty_train
 from benchmarks.quality.runs import CONFIG, ROOT, read_file, train_missing, within
 from bigmac_jax.runtime.storage import list_files
+from bigmac_jax.training import manifest
 from bigmac_jax.training.partial_checkpoint import read_turn
 
 _STEPS = flags.DEFINE_integer("steps", 1000, "Of a run.", lower_bound=20)
@@ -107,7 +108,8 @@ def train(arm: Arm, seed: int, folder: pathlib.Path, cores: list[int]) -> Run:
         if code != (faulty_train.CODE if fault else 0):
             log = workdir.with_suffix(".log")
             raise RuntimeError(f"{arm.key(seed)} ended with {code}: {(log.read_text().splitlines() or ['?'])[-1]}")
-        saved += [_size(path) for path in (workdir / "checkpoints").iterdir() if read_turn(path).count]
+        last = workdir / "checkpoints" / str(max(manifest.list_steps(workdir)))
+        saved += [_size(last)] if read_turn(last).count else []
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lost = [record for record in records if "checkpoint/lost_updates" in record]
     run = {

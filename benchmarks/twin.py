@@ -113,7 +113,7 @@ class Twin:
             reader.close()
         restored = all(leaves[name].tobytes() == np.asarray(leaf).tobytes() for name, leaf in _named(state))
         counted = self._lost / (self._lost + has.sum(1).mean())
-        share = Learned.read(joined["experts"], self._shape).lost_share
+        share = Learned.read(joined["experts"], self._shape, newest).lost_share
         agrees = abs(share - counted) <= 1e-3 * max(counted, 1e-2)  # loads are logged with four digits
         figures = {"oldest": oldest, "lost": round(share, 5), "counted": round(counted, 5)}
         return figures | {"restored": restored, "agrees": bool(agrees)}

@@ -396,11 +396,12 @@ def _checkpoint(config: Config) -> dict[str, int]:
     partial = checkpoint_bytes(config, count)
     # So many more saves that each that is kept finds every expert; of them the experts alone, if both parts are split.
     older, rest = -(-experts // count) - 1, (experts * partial - count * whole) // (experts - count)
+    wholes = 1 + bool(config.train.eval_every)  # the last one, and the best
     kept = partial - rest if config.train.partial_checkpoint == "both" else partial
     return {
         "bytes": whole,
         "partial_bytes": partial,
-        "kept_bytes": config.train.keep_checkpoints * partial + older * kept + whole,
+        "kept_bytes": config.train.keep_checkpoints * partial + older * kept + wholes * whole,
     }
 
 

@@ -27,7 +27,7 @@ from bigmac_jax.training.drop_notice import DropNotice
 from bigmac_jax.training.goodput import Goodput, describe_start, start_record
 from bigmac_jax.training.metrics import MetricsWriter, RunConstants, SilentWriter, StepTimer, step_record
 from bigmac_jax.training.metrics_file import read_records
-from bigmac_jax.training.partial_checkpoint import Learned
+from bigmac_jax.training.partial_checkpoint import LEARNED, Learned
 from bigmac_jax.training.programs import evaluation_rows
 from bigmac_jax.training.step import StepMetrics, TrainState
 from bigmac_jax.tuning.pretrained import with_absolute_places
@@ -103,11 +103,12 @@ class _Run:
         self.drops = DropNotice(config)
 
     def _learned(self, position: dict[str, Any]) -> Learned | None:
-        """What the experts have learned, of a run that saves some of them at a time."""
-        if not self.config.train.experts_per_checkpoint:
+        """What the experts have learned, of a run that saves some of them at a time, or has once."""
+        train, model = self.config.train, self.config.model
+        if not (train.experts_per_checkpoint or LEARNED in position):
             return None
-        model = self.config.model
-        return Learned.read(position.get("experts"), (model.moe_layers, model.expert_count))
+        shape = model.moe_layers, model.expert_count
+        return Learned.read(position.get(LEARNED), shape, self.first_step).asked_for(train.experts_per_checkpoint)
 
     def _writer(self) -> MetricsWriter | SilentWriter:
         if not hosts.is_first():
@@ -141,8 +142,8 @@ class _Run:
         self.timer.restart()
         pending: tuple[int, StepMetrics] | None = None
         score: Score | None = None
-        vote = hosts.StopVote(stopped)
-        while step < train.steps and not (step > self.first_step and vote.passed()):  # stopped, it has saved something
+        vote, stopping = hosts.StopVote(stopped), False
+        while step < train.steps and not stopping:
             if profile and not self.tracing and profile[0] <= step + 1 <= profile[1]:
                 jax.profiler.start_trace(str(self.mirror.folder / "profile"))
                 self.tracing = True
@@ -161,6 +162,7 @@ class _Run:
             evaluates = train.eval_every and (step % train.eval_every == 0 or last)
             scores_tasks = train.tasks_every and (step % train.tasks_every == 0 or last)
             saves = train.checkpoint_every and step % train.checkpoint_every == 0
+            stopping = vote.passed()  # once a step: what is saved at the last one is whole
             if evaluates or scores_tasks or saves:
                 self._finish(pending)  # only a state whose loss is known to be finite is evaluated or kept
                 pending = None
@@ -170,7 +172,7 @@ class _Run:
             # Process 0's say: the others' sums may differ in the last bit.
             new_best = score is not None and train.checkpoint_every > 0 and hosts.broadcast(score.loss < self.best)
             if new_best or saves:
-                self._save(step, state, score, whole=new_best or last)
+                self._save(step, state, score, whole=new_best or last or stopping)
         self._finish(pending)
         if step > self.first_step:
             self._save(step, state, score)
@@ -262,7 +264,7 @@ class _Run:
     def _write_lost(self) -> None:
         """Writes what restarts have lost so far of the experts' updates."""
         if self.learned is not None and self.first_step:
-            count = self.learned.count(self.config) or self.config.model.expert_count
+            count = self.learned.in_a_save or self.config.model.expert_count
             lost = {"checkpoint/lost_updates": self.learned.lost_share, "checkpoint/experts": count}
             self.writer.write({"step": self.first_step} | lost)
 
@@ -312,7 +314,7 @@ class _Run:
             self.writer.print(f"step {step}: {line}")
 
     def _save(self, step: int, state: TrainState, score: Score | None, whole: bool = True) -> None:
-        experts = 0 if whole or self.learned is None else self.learned.count(self.config)
+        experts = 0 if whole or self.learned is None else self.learned.in_a_save
         loss = None if score is None else score.loss
         with clock.timed("save"):
             position = save_position(self.data.get_state(), self.bad_steps, state)

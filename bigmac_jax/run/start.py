@@ -112,6 +112,8 @@ def start(config: Config, workdir: pathlib.Path, asked: Config | None = None) ->
     unfinished = (hosts.broadcast(checkpoints.latest()) or 0) < config.train.steps
     compiling = _compile(trainer, config) if unfinished else None
     step, state, position = restore_or_begin(config, trainer, checkpoints, models)
+    if step >= config.train.steps and not checkpoints.holds_all(step):
+        hosts.say(f"checkpoint {step} holds some of the experts; train on, with train.steps above {step}, to save all")
     _score_reference(config, trainer, inputs, models.origin)
     inputs.batches.set_state(position, step)
     if hosts.is_first():
@@ -228,7 +230,7 @@ def restore_or_begin(
     """Step, state and data position of the newest intact checkpoint; without one, those that the run begins with."""
     origin, teacher = models
     with clock.timed("restore"):
-        found = checkpoints.restore_newest(trainer.abstract_state, config.train.most_lost_updates)
+        found = checkpoints.restore_newest(trainer.abstract_state, config.train)
         if found:
             step, state, position = found
             if config.tuning.lora_rank:

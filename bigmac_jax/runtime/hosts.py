@@ -30,6 +30,7 @@ from bigmac_jax.runtime import rendezvous, stderr
 
 EXIT_CODE = 3  # of a process that ends because another one failed
 _MESSAGE = 1024  # bytes of a message between processes; a longer one is cut
+_LONG = "#"  # stands before the length of a value that follows in a message of its own
 _LEAST = 30  # seconds; importing takes its time, and the watchdog, which says more than jax, is to come first
 _FIELDS = 512  # fields that processes compare at most
 _abort_handler: Any = None
@@ -252,7 +253,14 @@ def raise_together() -> Iterator[None]:
 
 def broadcast(value: Any) -> Any:
     """Process 0's JSON value, in all processes: for what was read from files that others may see later."""
-    return json.loads(gather(json.dumps(value, allow_nan=True))[0])  # a loss may be NaN
+    text = json.dumps(value, allow_nan=True).encode()  # a loss may be NaN
+    if not is_distributed():
+        return json.loads(text)
+    told = gather(text.decode() if len(text) <= _MESSAGE else f"{_LONG}{len(text)}")[0]
+    if not told.startswith(_LONG):
+        return json.loads(told)
+    size = 1 << int(told.removeprefix(_LONG)).bit_length()  # of few sizes, each of which is a program
+    return json.loads(bytes(multihost_utils.process_allgather(np.frombuffer(text[:size].ljust(size), np.uint8))[0]))
 
 
 def run_on_first(find: Callable[[], Any]) -> Any:

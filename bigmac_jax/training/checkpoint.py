@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import orbax.checkpoint.checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
 from bigmac_jax.training.atomic_save import temporary_path_class
@@ -76,12 +76,12 @@ logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Req
 class _Needed(policies.PreservationPolicy):
     """Keeps the saves that restoring one of the newest would read."""
 
-    def __init__(self, keep: int | None, needed: Callable[[Sequence[int]], set[int]]):
-        self._keep, self._needed = keep, needed
+    def __init__(self, needed: Callable[[Sequence[int]], set[int]]):
+        self._needed = needed
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = [info.step for info in checkpoints]
-        needed = self._needed(steps[-self._keep :] if self._keep else steps)
+        needed = self._needed(steps)
         return [step in needed for step in steps]
 
 
@@ -120,11 +120,15 @@ class Checkpoints:
         """Removes everything but the experts of saves that are older than the newest."""
         for step in kept[: -(self._keep or len(kept))]:
             if self._turns.get(step, WHOLE).splits_all and step not in self._stripped:
-                manifest.remove_items(self._directory / str(step), ("model", "optimizer"))
                 self._stripped.add(step)
+                try:
+                    manifest.remove_items(self._directory / str(step), ("model", "optimizer"))
+                except storage.errors(ValueError) as error:  # it takes room, and nothing else
+                    _log.warning("checkpoint %d keeps more than its experts (%s)", step, storage.reason(error))
 
-    def _needed(self, newest: Sequence[int]) -> set[int]:
-        return needed_saves(self._turns, newest, self._shape)
+    def _needed(self, steps: Sequence[int]) -> set[int]:
+        """Which of the saves that there are stay."""
+        return needed_saves(self._saves(steps), steps[-self._keep :] if self._keep else steps, self._shape)
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -135,7 +139,7 @@ class Checkpoints:
                 best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
-                        _Needed(self._keep, self._needed),
+                        _Needed(self._needed),
                         policies.BestN(
                             get_metric_fn=lambda metrics: metrics[_METRIC],
                             reverse=True,  # a small loss is a good one
@@ -168,25 +172,21 @@ class Checkpoints:
           experts: so many of each layer's are saved, by turns; 0 = all. All are where one would have no copy.
           learned: what they have learned, of a run that saves some.
         """
-        self._shape = expert_shape(state.params)
-        kept: set[int] = set(hosts.broadcast(sorted(self._manager.all_steps())))  # a save is of all processes
-        if step in kept:
-            if experts or not self._turns.get(step, WHOLE).count:
-                return
-            self._manager.delete(step)  # of some experts, where all are wanted
-            kept.remove(step)
         self.wait()
+        kept: list[int] = hosts.broadcast(sorted(self._manager.all_steps()))  # a save is of all processes
+        if step in kept:
+            return
+        self._shape = expert_shape(state.params)
         turn, run = WHOLE, dict[str, Any](read_run_json(self._directory.parent)) | {manifest.STEP: step}
         if learned is not None:
             turn = next_turn(config, self._saves(kept), experts, self._shape)
             run |= {TURN: dataclasses.astuple(turn)}
             data_state = data_state | {LEARNED: learned.to_json()}
-        self._turns[step] = turn
         if hosts.is_first():
-            self._keep_experts_alone(sorted(kept))
+            self._keep_experts_alone(kept)
         items = set_apart(take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn), turn)
         self._remove_unfinished()
-        self._saving = step
+        self._saving, self._turns[step] = step, turn
         try:
             self._manager.save(
                 step,
@@ -234,7 +234,9 @@ class Checkpoints:
         """The newest checkpoint by name, whatever its state."""
         return self._manager.latest_step()
 
-    def restore_newest(self, abstract: TrainState, most_lost: float = 1.0) -> tuple[int, TrainState, Any] | None:
+    def restore_newest(
+        self, abstract: TrainState, train: TrainConfig | None = None
+    ) -> tuple[int, TrainState, Any] | None:
         """Restores the newest intact checkpoint → its number, and what `restore` returns; None if there is none.
 
         Damaged ones are named and moved to workdir/checkpoints-damaged.
@@ -244,7 +246,7 @@ class Checkpoints:
         """
         while (step := self.newest_intact()) is not None:
             try:
-                return step, *self.restore(step, abstract, most_lost)
+                return step, *self.restore(step, abstract, train)
             except DamagedError as error:
                 hosts.run_on_first(functools.partial(self._set_aside, error.step or step, str(error)))
         return None
@@ -286,6 +288,10 @@ class Checkpoints:
             damage = manifest.find_damage(self._directory / str(step), without=without, share=share)
         if damage := next(filter(None, hosts.gather(damage or "")), ""):
             raise DamagedError(damage)
+
+    def holds_all(self, step: int) -> bool:
+        """Whether a checkpoint holds every expert."""
+        return not self._turns.get(step, WHOLE).count
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
@@ -343,7 +349,7 @@ class Checkpoints:
             raise ConfigError(
                 f"step={step} of {self._directory} holds some of the experts (train.experts_per_checkpoint); use "
                 + (f"a whole one of {steps}, or " if steps else "")
-                + "go on with the run: where it stops, it saves all"
+                + f"{'' if steps else 'none: '}go on with the run, which saves all where it stops"
             )
         if step == "latest" and steps[-1] < found[-1]:
             _log.warning(
@@ -404,11 +410,11 @@ class Checkpoints:
         storage.move(self._directory / str(step), target)
         _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
 
-    def restore(self, step: int, abstract: TrainState, most_lost: float = 1.0) -> tuple[TrainState, Any]:
+    def restore(self, step: int, abstract: TrainState, train: TrainConfig | None = None) -> tuple[TrainState, Any]:
         """Restores the state, sharded as `abstract`, and the data position.
 
         Args:
-          most_lost: as of `partial_checkpoint.join_saves`.
+          train: of a run that goes on from there; a reader has none.
 
         Raises:
           DamagedError: an array differs from its checksums, or the model holds NaN or infinity.
@@ -417,7 +423,7 @@ class Checkpoints:
         check = {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)}
         turn = self._turns.get(step, WHOLE)
         check_shapes(self._directory, step, set_apart(take_turn(check, turn), turn)["model"])
-        items, position = self._read_joined(step, check, most_lost) if turn.count else self._read(step, check)
+        items, position = self._read_joined(step, check, train) if turn.count else self._read(step, check)
         model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
         if abstract.average is not None:
@@ -432,7 +438,7 @@ class Checkpoints:
         items = abstract | read_arrays(directory, needed)
         return items, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
 
-    def _read_joined(self, step: int, abstract: Items, most_lost: float) -> tuple[Items, Any]:
+    def _read_joined(self, step: int, abstract: Items, train: TrainConfig | None) -> tuple[Items, Any]:
         """Reads a save of some experts, with the others from older ones; a line says what that loses."""
 
         def read(source: int, wanted: Items) -> tuple[Items, Any]:
@@ -444,7 +450,7 @@ class Checkpoints:
                 raise DamagedError(str(error), source) from None
 
         steps = hosts.run_on_first(lambda: manifest.list_steps(self._directory.parent))
-        items, position, line = join_saves(step, self._saves(steps), abstract, read, most_lost)
+        items, position, line = join_saves(step, self._saves(steps), abstract, read, train)
         if line:
             hosts.say(line)
         return items, position

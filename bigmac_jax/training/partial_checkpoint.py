@@ -20,9 +20,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, TrainConfig
 from bigmac_jax.model.mesh import AXES, fully_sharded, spec_of
 from bigmac_jax.model.parameters import Declaration, map_declared
+from bigmac_jax.runtime import storage
 from bigmac_jax.training.checkpoint_arrays import DamagedError
 
 TURN, LEARNED = "experts", "experts"  # keys in a checkpoint's items `run` and `data`
@@ -98,8 +99,10 @@ def read_turn(directory: pathlib.Path) -> Turn:
     """Which experts a checkpoint holds."""
     try:
         return Turn(*json.loads((directory / "run" / "metadata").read_bytes())[TURN])
-    except (OSError, ValueError, KeyError, TypeError):  # one without is whole; one that is damaged is found to be
-        return WHOLE
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if storage.is_store(directory) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # a moment without it says nothing
+        return WHOLE  # one without is whole; one that is damaged is found to be
 
 
 def expert_shape(params: Any) -> tuple[int, int]:
@@ -145,11 +148,16 @@ def take_turn(items: Items, turn: Turn) -> Items:
 @functools.partial(jax.jit, static_argnames="count")
 def _take(w_YE: Array, first: Array | int, count: int) -> Array:
     """w_YK of a turn, dealt out so that every rank writes as much, as far as it divides."""
-    shape = (w_YE.shape[0], count, *w_YE.shape[2:])
-    spec = fully_sharded(shape, P(), jax.sharding.get_abstract_mesh().shape, over=AXES)
-    # Ranks add up what they have, and zeros: as whole numbers, so that no bit changes, -0.0 neither.
-    bits_YE = jax.lax.bitcast_convert_type(w_YE, f"uint{8 * w_YE.dtype.itemsize}")
-    bits_YK = bits_YE.at[_entries(w_YE.shape, first, count)].get(out_sharding=spec, mode="promise_in_bounds")
+    spec = fully_sharded((count, *w_YE.shape[2:]), P(), jax.sharding.get_abstract_mesh().shape, over=AXES)
+
+    def of_layer(_: None, layer: Array) -> tuple[None, Array]:
+        # Ranks add up what they have, and zeros: as whole numbers, so that no bit changes, -0.0 neither.
+        bits_YE = jax.lax.bitcast_convert_type(w_YE, f"uint{8 * w_YE.dtype.itemsize}")
+        at = layer, _experts_of(layer, first, count, w_YE.shape[1])
+        return None, bits_YE.at[at].get(out_sharding=spec, mode="promise_in_bounds")
+
+    # A layer at a time: for a moment every rank holds all that is taken of it.
+    _, bits_YK = jax.lax.scan(of_layer, None, jnp.arange(w_YE.shape[0]))
     return jax.lax.bitcast_convert_type(bits_YK, w_YE.dtype)
 
 
@@ -157,15 +165,18 @@ def _take(w_YE: Array, first: Array | int, count: int) -> Array:
 def _put(w_YE: Array, w_YK: Array, first: Array | int) -> Array:
     """w_YE with the experts of a turn in their places."""
     spec = spec_of(w_YE)
-    entries = _entries(w_YE.shape, first, w_YK.shape[1])
-    w_YK = jax.sharding.reshard(w_YK, P(None, None, *spec[2:]))
-    return w_YE.at[entries].set(w_YK, out_sharding=spec, mode="promise_in_bounds", unique_indices=True)
+
+    def put_layer(layer: Array, w_YE: Array) -> Array:
+        w_K = w_YK.at[layer].get(out_sharding=P(None, *spec[2:]), mode="promise_in_bounds")
+        at = layer, _experts_of(layer, first, w_YK.shape[1], w_YE.shape[1])
+        return w_YE.at[at].set(w_K, out_sharding=spec, mode="promise_in_bounds", unique_indices=True)
+
+    return jax.lax.fori_loop(0, w_YE.shape[0], put_layer, w_YE)
 
 
-def _entries(shape: tuple[int, ...], first: Array | int, count: int) -> tuple[Array, Array]:
-    """`Turn.entries`, traced."""
-    layer_YK, j_YK = (jax.lax.broadcasted_iota(jnp.int32, (shape[0], count), dim) for dim in (0, 1))
-    return layer_YK, (layer_YK + first + j_YK) % shape[1]
+def _experts_of(layer: Array, first: Array | int, count: int, experts: int) -> Array:
+    """Those of a layer in a turn, as `Turn.entries` has them."""
+    return (layer + first + jnp.arange(count)) % experts
 
 
 def set_apart(items: Items, turn: Turn) -> Items:
@@ -187,7 +198,10 @@ def _put_back(items: Items) -> Items:
 def _put_turn(turn: Turn, w: Any, found: Any) -> Any:
     if found is ...:
         return w
-    return found if found.shape == w.shape else _put(w, found, turn.first)
+    if found.shape == w.shape:
+        return found
+    w = jnp.zeros(w.shape, w.dtype, device=w.sharding) if isinstance(w, jax.ShapeDtypeStruct) else w
+    return _put(w, found, turn.first)
 
 
 class Learned(NamedTuple):
@@ -197,22 +211,29 @@ class Learned(NamedTuple):
       updates_YE: float64; 1 is all choices of a step in that layer. Of an expert whose parts are of different saves
         it counts the older.
       lost: the mean over layers of the updates that are lost.
-      doubled: how often K was doubled, since a restart found that too much was lost.
+      asked, doubled: train.experts_per_checkpoint, and how often K was doubled since that was asked for, because a
+        restart found that too much was lost.
     """
 
     updates_YE: np.ndarray
     lost: float = 0.0
+    asked: int = 0
     doubled: int = 0
 
     @classmethod
-    def read(cls, saved: Mapping[str, Any] | None, shape: tuple[int, int]) -> "Learned":
-        """What a save's JSON says; nothing where it has none, whose run counts from there."""
+    def read(cls, saved: Mapping[str, Any] | None, shape: tuple[int, int], step: int) -> "Learned":
+        """What the JSON of the save of `step` says; one that has none has counted nothing, and takes its steps as even
+        over the experts."""
         if not saved:
-            return cls(np.zeros(shape))
-        return cls(np.array(saved["updates"], np.float64).reshape(shape), saved["lost"], saved["doubled"])
+            return cls(np.full(shape, step / max(1, shape[1])))
+        return cls(**{**saved, "updates_YE": np.array(saved["updates_YE"], np.float64).reshape(shape)})
 
     def to_json(self) -> dict[str, Any]:
-        return {"updates": self.updates_YE.tolist(), "lost": self.lost, "doubled": self.doubled}
+        return self._asdict() | {"updates_YE": self.updates_YE.tolist()}
+
+    def asked_for(self, experts: int) -> "Learned":
+        """The same for a run that asks for so many in a save: another number is not doubled yet."""
+        return self if experts == self.asked else self._replace(asked=experts, doubled=0)
 
     def add(self, load_YE: np.ndarray) -> None:
         """Counts a step, by each expert's share of its choices."""
@@ -224,22 +245,27 @@ class Learned(NamedTuple):
         steps = self.lost + self.updates_YE.sum(1).mean() if self.updates_YE.size else 0.0
         return self.lost / steps if steps else 0.0
 
-    def count(self, config: Config) -> int:
+    @property
+    def in_a_save(self) -> int:
         """Experts of each layer in the next save; 0: all."""
-        count = config.train.experts_per_checkpoint << self.doubled
-        return count if count < config.model.expert_count else 0
+        count = self.asked << self.doubled
+        return count if count < self.updates_YE.shape[1] else 0
 
 
 def join_saves(
-    step: int, saves: Saves, abstract: Items, read: Callable[[int, Items], tuple[Items, Any]], most_lost: float
+    step: int,
+    saves: Saves,
+    abstract: Items,
+    read: Callable[[int, Items], tuple[Items, Any]],
+    train: TrainConfig | None = None,
 ) -> tuple[Items, Any, str]:
     """Takes the save of `step`, and each expert that it lacks from the newest one before it that has it → the items,
     the position of `step` with what the experts have learned, and a line about what is lost, "" if nothing is.
 
     Args:
       saves: some of which are of later steps.
-      most_lost: a restart that finds a larger share of the updates lost doubles K.
       read: (the step of a save, abstract items, in which `...` is not read) → items, position.
+      train: of the run that goes on: where more than its most_lost_updates are lost, K doubles.
 
     Raises:
       DamagedError: no save is left that holds one of the experts; or as `read`.
@@ -251,19 +277,20 @@ def join_saves(
         if (copies_YE < 0).any():
             layer, expert = np.argwhere(copies_YE < 0)[0]
             raise DamagedError(f"no save is left that holds expert {expert} of layer {layer} (counted from 0)")
-    items = map_experts(lambda _, leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
-    positions = {}
+    items, positions = abstract, {}
     for source in sorted({int(number) for copies_YE in copies.values() for number in copies_YE.flat}):
         wanted = take_turn(abstract, saves[source])
         if source < step:
             wanted = _only(wanted, [part for part in PARTS if (copies[part] == source).any()])
         found, positions[source] = read(source, set_apart(wanted, saves[source]))
         items = jax.tree.map(functools.partial(_put_turn, saves[source]), items, _put_back(found))
-    learned = {source: Learned.read(position.get(LEARNED), shape) for source, position in positions.items()}
+    learned = {source: Learned.read(position.get(LEARNED), shape, source) for source, position in positions.items()}
     older_YE = np.minimum(*copies.values())
-    joined = join_copies(learned, older_YE, most_lost)
-    doubled = joined.doubled > learned[step].doubled
-    line = _describe(step, older_YE, joined, most_lost if doubled else 0) if (older_YE < step).any() else ""
+    joined = join_copies(learned, older_YE)
+    lost_more = joined.lost > learned[step].lost and joined.lost_share > (train.most_lost_updates if train else 1)
+    if doubles := lost_more and bool(train and train.experts_per_checkpoint):
+        joined = joined._replace(doubled=joined.doubled + 1)
+    line = _describe(step, older_YE, joined, doubles) if (older_YE < step).any() else ""
     return items, positions[step] | {LEARNED: joined.to_json()}, line
 
 
@@ -272,22 +299,21 @@ def _only(items: Items, parts: Sequence[str]) -> Items:
     return map_experts(lambda part, leaf: leaf if part in parts else ..., items, lambda _: ...)
 
 
-def join_copies(learned: Mapping[int, Learned], copies_YE: np.ndarray, most_lost: float) -> Learned:
+def join_copies(learned: Mapping[int, Learned], copies_YE: np.ndarray) -> Learned:
     """What experts have learned that are of the saves `copies_YE`, where the newest of the saves is restored."""
     newest = learned[max(learned)]
     updates_YE = np.empty(copies_YE.shape)
     for step, of_save in learned.items():
         updates_YE[copies_YE == step] = of_save.updates_YE[copies_YE == step]
     lost = float((newest.updates_YE - updates_YE).sum(1).mean())
-    joined = Learned(updates_YE, newest.lost + lost, newest.doubled)
-    return joined._replace(doubled=joined.doubled + 1) if lost and joined.lost_share > most_lost else joined
+    return newest._replace(updates_YE=updates_YE, lost=newest.lost + lost)
 
 
-def _describe(step: int, copies_YE: np.ndarray, learned: Learned, most_lost: float) -> str:
+def _describe(step: int, copies_YE: np.ndarray, learned: Learned, doubles: bool) -> str:
     older = copies_YE[copies_YE < step]
-    above = f", above train.most_lost_updates={most_lost:g}: from here on a save holds twice as many"
+    above = ", above train.most_lost_updates: from here on a save holds twice as many, or all"
     return (
         f"{older.size} of {copies_YE.size} experts are of saves before step {step}, the oldest of step "
         f"{older.min(initial=step)} (train.experts_per_checkpoint); {learned.lost_share:.2%} of the experts' updates "
-        f"so far are lost{above if most_lost else ''}"
+        f"so far are lost{above if doubles else ''}"
     )
