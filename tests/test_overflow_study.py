@@ -1,6 +1,6 @@
 """The table of benchmarks.overflow, from runs by hand."""
 
-from benchmarks.overflow import table
+from benchmarks.overflow_runs import table
 
 
 def test_means_over_seeds_and_differences_to_the_dropless_run_of_a_seed() -> None:

@@ -246,8 +246,8 @@ def test_rewind_to_the_beginning_and_past_damage(
     feed({1: NAN, 6: NAN})
     save = Checkpoints.save
 
-    def damaging_save(self: Checkpoints, state: Any, data: Any, config: Config, step: int, loss: Any) -> None:
-        save(self, state, data, config, step, loss)
+    def damaging_save(self: Checkpoints, state: Any, data: Any, config: Config, step: int, *more: Any) -> None:
+        save(self, state, data, config, step, *more)
         if step == 4 and data["batches"] == 5:
             self.wait()
             (workdir / "checkpoints" / "4" / "data" / "metadata").unlink()
