@@ -182,6 +182,7 @@ def notes(config: Config, given: Iterable[str] = (), ranks: int = 0, base: Confi
         *_width_notes(config, given),
         *context_notes(config),
         *_schedule_notes(config),
+        *_choices_notes(config),
     ]
 
 
@@ -235,6 +236,18 @@ def context_notes(config: Config) -> list[str]:
     return [
         f"exports still declare model.context_length={declared}, and this run trains on windows of "
         f"data.sequence_length={length}{learned}"
+    ]
+
+
+def _choices_notes(config: Config) -> list[str]:
+    """A line if choices that grow do not come to as many as evaluation takes."""
+    train, most = config.train, config.model.choices
+    if not config.grows_choices or train.choices_steps <= train.steps:
+        return []
+    reached = train.choices_from + (train.steps - 1) * (most - train.choices_from + 1) // train.choices_steps
+    return [
+        f"train.choices_steps={train.choices_steps} of train.steps={train.steps}: choices reach {reached}, and "
+        f"evaluation takes model.top_k={most}"
     ]
 
 

@@ -132,6 +132,8 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
     per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
     found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
+    if m.is_moe and m.router == "frozen":  # no gradient of its matrix
+        found["router"] *= 4 / 6
     if m.is_moe and m.router == "hyper":
         # Not a token's: W and b are made in each pass over a layer, and their gradient goes to the vector alone.
         network = m.hyper_width * (h + (h + 1) * m.expert_count)

@@ -39,6 +39,8 @@ def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm)
 
     def with_width(width: int) -> Config:
         fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, "expert_hidden_size": width}
+        if structure != config.model.structure:  # which may have too few experts for it; a plan is the same without
+            fields["overflow"] = "drop"
         return replace(config, model=replace(config.model, **fields))
 
     def size(of: Config) -> int:

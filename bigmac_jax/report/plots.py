@@ -64,14 +64,16 @@ def _drops(axis: Axes, training: Records) -> None:
     layers = np.shape(training[-1]["moe/load"])[:1]
     training = [r for r in training if np.shape(r.get("moe/drop_rate_by_layer", 0)) == layers]
     by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training], float)
-    if not by_layer_nY.any():  # nothing to see: how far the busiest expert is from needing a drop
+    moved = 100 * np.asarray(_column(training, "moe/moved_rate"), float)
+    if (
+        not by_layer_nY.any() and not (moved > 0).any()
+    ):  # nothing to see: how far the busiest expert is from needing a drop
         axis.plot(_column(training, "step"), _column(training, "moe/max_load"), lw=1)
         axis.set(xlabel="step", ylabel="busiest expert, times the mean", title="no choice dropped", ylim=(0, None))
         axis.grid(alpha=0.3)
         return
     for layer, drops_n in enumerate(by_layer_nY.T):
         axis.plot(_column(training, "step"), drops_n, lw=1, label=f"layer {layer}")
-    moved = 100 * np.asarray(_column(training, "moe/moved_rate"), float)
     if np.isfinite(moved).any():
         axis.plot(_column(training, "step"), moved, "--", lw=1, color="grey", label="moved, mean of layers")
     axis.set(xlabel="step", ylabel="dropped choices, %", title="drop rate", ylim=(0, None))

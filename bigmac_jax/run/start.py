@@ -211,7 +211,7 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     beside = f" of adapters beside {of_model:,} of the model" if of_model else ""
     variables = jax.tree.leaves(state.rest, is_leaf=lambda node: isinstance(node, Frozen))
     if frozen := sum(variable.get_value().size for variable in variables if isinstance(variable, Frozen)):
-        beside += f" and {frozen:,} that stay as they were drawn"
+        beside += f" and {frozen:,} that are not trained"
     hosts.say(
         f"{parameters:,} parameters{beside}, {tokens:,} training tokens, "
         + describe_mesh(mesh.shape)

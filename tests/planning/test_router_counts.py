@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 from model.tools import tiny
 
-from bigmac_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig
+from bigmac_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig, load_config
+from bigmac_jax.config.reads import notes
 from bigmac_jax.model.counts import adapted_parts, checkpoint_bytes, flops, parameters, state_memory
 from bigmac_jax.planning.cost import _shared_numbers
+from bigmac_jax.planning.structures import of_equal_size
 
 
 def of(router: str) -> Config:
@@ -59,3 +61,16 @@ def test_flops(parts: int) -> None:
     linear, hyper = (flops(dataclasses.replace(of(router), train=train))["router"] for router in ("linear", "hyper"))
     assert linear == 6 * 64 * 2 * 128
     assert hyper - linear == 2 * parts * 4 * NETWORK
+
+
+def test_other_structures_are_planned_without_overflow():
+    """Of two experts with one choice, there would be one left for the two tries."""
+    config = load_config("tiny", ("model.capacity_factor=1.25", "model.overflow=next"))
+    assert of_equal_size(config, "vanilla", "none").model.overflow == "drop"
+
+
+def test_choices_that_do_not_reach_top_k_are_told():
+    grown = ("train.choices_from=2", "train.choices_steps=100", "model.top_k=4", "train.steps={}")
+    (line,) = notes(load_config("tiny", [field.format(60) for field in (*grown, "optimizer.warmup_steps=1")]))
+    assert line == "train.choices_steps=100 of train.steps=60: choices reach 3, and evaluation takes model.top_k=4"
+    assert not notes(load_config("tiny", [field.format(100) for field in (*grown, "optimizer.warmup_steps=1")]))

@@ -55,7 +55,7 @@ def test_what_is_frozen_is_no_parameter_of_the_optimizer(router: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("router", "frozen"), [("hyper", "and 912 that stay as they were drawn, "), ("frozen", "and 128 that"), ("", ",")]
+    ("router", "frozen"), [("hyper", "and 912 that are not trained, "), ("frozen", "and 128 that"), ("", ",")]
 )
 def test_a_start_says_what_stays(
     router: str, frozen: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
