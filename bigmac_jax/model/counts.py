@@ -67,13 +67,22 @@ def _parameters(
             continue
         trained, updated, shards = trained + here, updated + state, shards + shard
         scattered += shard if state < here else 0
-        moments += state * (1 if muon and of.hidden_matrix else 2)
+        moments += state * _moments(of, muon)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     computed = total
     if m.is_moe and m.router == "hyper":
         computed += m.moe_layers * (m.hidden_size + 1) * m.expert_count - parts["router"]
     return Parameters(total, computed, computed - idle, parts, of_rank, trained, moments, updated, shards, scattered)
+
+
+def _moments(of: Declaration, muon: bool) -> int:
+    """Numbers that the optimizer keeps for one of a parameter."""
+    return 1 if muon and of.hidden_matrix else 2
+
+
+def _moment_bytes(config: Config) -> int:
+    return 2 if config.optimizer.moment_dtype == "bfloat16" else 4
 
 
 def replica_bytes(config: Config, sizes: Sizes) -> float:
@@ -259,10 +268,9 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
 
 def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int]:
     """Bytes on one rank that no activation changes, with a batch in so many parts."""
-    moment = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     return {
         "parameters": 4 * count.of_a_rank,
-        "optimizer": moment * count.moments_of_a_rank
+        "optimizer": _moment_bytes(config) * count.moments_of_a_rank
         + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.trained_of_a_rank * (2 if parts > 1 else 1),
     }
@@ -275,7 +283,6 @@ def checkpoint_bytes(config: Config, experts: int = 0) -> int:
       experts: it holds so many of each layer's (`training.partial_checkpoint`); 0 = all.
     """
     m, optimizer, of = config.model, config.optimizer, config.train.partial_checkpoint
-    moment, muon = 2 if optimizer.moment_dtype == "bfloat16" else 4, optimizer.name == "muon"
     total = 0.0
     for declaration, shape in _declarations(m, config.mesh.split_experts, config.data.sequence_length):
         if not declaration.trained:  # itself alone
@@ -283,7 +290,8 @@ def checkpoint_bytes(config: Config, experts: int = 0) -> int:
             continue
         share = experts / m.expert_count if experts and declaration.part == "experts" else 1
         weights = 4 * (2 if optimizer.average_decay else 1) * (1 if of == "optimizer" else share)
-        moments = moment * (1 if muon and declaration.hidden_matrix else 2) * (1 if of == "weights" else share)
+        kept = _moment_bytes(config) * _moments(declaration, optimizer.name == "muon")
+        moments = kept * (1 if of == "weights" else share)
         total += math.prod(shape) * (weights + moments)
     return round(total)
 

@@ -65,9 +65,7 @@ def _drops(axis: Axes, training: Records) -> None:
     training = [r for r in training if np.shape(r.get("moe/drop_rate_by_layer", 0)) == layers]
     by_layer_nY = 100 * np.asarray([r["moe/drop_rate_by_layer"] for r in training], float)
     moved = 100 * np.asarray(_column(training, "moe/moved_rate"), float)
-    if (
-        not by_layer_nY.any() and not (moved > 0).any()
-    ):  # nothing to see: how far the busiest expert is from needing a drop
+    if not (by_layer_nY.any() or (moved > 0).any()):  # how far the busiest expert is from needing a drop
         axis.plot(_column(training, "step"), _column(training, "moe/max_load"), lw=1)
         axis.set(xlabel="step", ylabel="busiest expert, times the mean", title="no choice dropped", ylim=(0, None))
         axis.grid(alpha=0.3)

@@ -105,7 +105,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _read_turns(self) -> dict[int, Turn]:
-        """The turns of all saves but whole ones."""
+        """Which experts each save holds."""
 
         def read() -> list[Any]:
             steps = manifest.list_steps(self._directory.parent)
@@ -257,7 +257,7 @@ class Checkpoints:
 
         def newest() -> int | None:
             found = reversed(manifest.list_steps(self._directory.parent))
-            return next((number for number in found if not self._is_stripped(self._directory / str(number))), None)
+            return next((number for number in found if not self._is_stripped(number)), None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
@@ -269,9 +269,10 @@ class Checkpoints:
         self._manager.reload()
         return step
 
-    def _is_stripped(self, path: pathlib.Path) -> bool:
+    def _is_stripped(self, step: int) -> bool:
         """Whether the experts alone are left of a save; one whose manifest is damaged is looked at by `_check`."""
-        items = manifest.list_items(path) if read_turn(path).splits_all else set()
+        split = self._turns.get(step, WHOLE).splits_all
+        items = manifest.list_items(self._directory / str(step)) if split else set()
         return bool(items) and "model" not in items
 
     def _refuse_to_start_over(self, step: int | None) -> None:
@@ -342,7 +343,7 @@ class Checkpoints:
     def _candidate(self, step: str, damaged: dict[int, str]) -> int:
         """The checkpoint that `step` asks for, on process 0; none of `damaged`, to which it adds what it finds."""
         found = sorted(self._manager.all_steps())
-        steps = [number for number in found if not self._turns.get(number, WHOLE).count]
+        steps = [number for number in found if self.holds_all(number)]
         if not found:
             raise ConfigError(f"{self._directory} holds no checkpoint; train first")
         if not steps or (step.isdecimal() and int(step) in {*found} - {*steps}):
