@@ -47,7 +47,7 @@ def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation
     speculate.check(config)
     config, model = restore(workdir, _STEP.value, config)
     if _UNROLL.value:
-        execution = dataclasses.replace(config.execution, unroll_layers=config.model.num_layers)
+        execution = dataclasses.replace(config.execution, unroll_layers=config.model.depth)
         config = dataclasses.replace(config, execution=execution)
     return Generator(
         config, model, _MAX_LENGTH.value, BATCH_SIZE.value, exchange=_EXCHANGE.value, consume=True,

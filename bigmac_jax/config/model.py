@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from bigmac_jax.config.blocks import BRANCHES, LONGEST, Loop, Stack, find_loops, make_stacks, split_layers
 from bigmac_jax.config.errors import near_divisors, require
 from bigmac_jax.config.section import Amount, Count, Positive, Range, Section, Share, Size
 
@@ -22,6 +23,9 @@ class ModelConfig(Section):
 
     structure: Structure = "bigmac"
     num_layers: Count = 4
+    # The residual branches of a layer, in order: * attention, M Mamba-2, E experts, - an MLP; empty = *E, of dense *-. The
+    # model is num_layers times these, so a pattern that doesn't repeat is all of it, with num_layers=1.
+    blocks: str = ""
     hidden_size: Count = 256  # h
     num_heads: Count = 4
     num_kv_heads: Size = 0  # 0 = num_heads; fewer is grouped-query attention
@@ -94,8 +98,39 @@ class ModelConfig(Section):
         return self.structure != "dense"
 
     @property
+    def loops(self) -> tuple[Loop, ...]:
+        """The loops that the layers are computed in."""
+        if not self.blocks:
+            first, others = self.first_dense_layers, Loop(("*E" if self.is_moe else "*-",), self.num_layers)
+            return (Loop(("*-",), first), others._replace(trips=self.num_layers - first)) if first else (others,)
+        return (Loop(split_layers(self.blocks), self.num_layers),) if self.num_layers > 1 else find_loops(self.blocks)
+
+    @property
+    def stacks_of_loops(self) -> tuple[tuple[Stack, ...], ...]:
+        """The stacks of layers that each loop goes through."""
+        return make_stacks(self.loops)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks of layers."""
+        return tuple(stack for of_loop in self.stacks_of_loops for stack in of_loop)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers: of branches that take each token by itself, with those before them."""
+        return sum(loop.trips * len(loop.layers) for loop in self.loops)
+
+    def count_branches(self, letters: str) -> int:
+        """Number of residual branches of these kinds (`blocks`)."""
+        return sum(loop.trips * sum(map("".join(loop.layers).count, letters)) for loop in self.loops)
+
+    @property
     def moe_layers(self) -> int:
-        return self.num_layers - self.first_dense_layers if self.is_moe else 0
+        return self.count_branches("E")
+
+    @property
+    def mlp_layers(self) -> int:
+        return self.count_branches("-")
 
     @property
     def mlp_width(self) -> int:
@@ -175,7 +210,12 @@ class ModelConfig(Section):
 
     def check(self) -> None:
         h, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
-        first, layers = self.first_dense_layers, self.num_layers
+        first, layers, blocks = self.first_dense_layers, self.num_layers, self.blocks
+        require(len(blocks) <= LONGEST, f"model.blocks has {len(blocks)} branches, which must be at most {LONGEST}; use a shorter one that model.num_layers repeats")  # fmt: skip
+        require(not set(blocks) - set(BRANCHES), f"model.blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); use *E")  # fmt: skip
+        experts = "E" in blocks or not blocks
+        require(not blocks or experts == self.is_moe, f"model.blocks={blocks} has {'' if experts else 'no '}layers with experts (E), and model.structure={self.structure} {'has experts' if self.is_moe else 'none'}; use {'another structure' if experts else 'structure=dense'}")  # fmt: skip
+        require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use blocks={'*-' * first}{'*E' * (layers - first)} with num_layers=1 and first_dense_layers=0")  # fmt: skip
         require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
         require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
         require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip

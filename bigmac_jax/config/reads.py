@@ -85,14 +85,20 @@ def _named_texts(config: Config) -> str:
     return "data.source=sotu" if not data.mixture and set(own) == {"sotu"} else ""
 
 
+def _some_mlps(config: Config) -> str:
+    """Some layers have an MLP in the experts' place."""
+    return "" if config.model.mlp_layers else "model.first_dense_layers=0"
+
+
 _MOE = _without("model.structure", "dense")
 _BIGMAC = _with("model.structure", "bigmac")
 _TEXTS = _with("tuning.objective", "pretrain")
 
 # Fields that are read whatever the others are.
 _WHATEVER = {
-    "model": "structure num_layers hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps positions "
-    "context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout expert_hidden_size",
+    "model": "structure num_layers blocks hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps "
+    "positions context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout "
+    "expert_hidden_size",
     "execution": "dtype reduce_dtype attention remat unroll_layers compiler_options",
     "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
@@ -105,7 +111,7 @@ _WHATEVER = {
 # Other fields, and the conditions under which they are read, all of which must hold.
 _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.rope_theta": (_with("model.positions", "rope"),),
-    "model.num_experts model.first_dense_layers model.num_shared_experts model.latent_norm model.router_scores "
+    "model.num_experts model.num_shared_experts model.latent_norm model.router_scores "
     "model.router_scale model.balance model.z_loss_coefficient execution.overlap_chunks execution.grouped_matmul "
     "tuning.train_router": (_MOE,),
     "model.router": (_MOE,),
@@ -113,7 +119,8 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "train.choices_from": (_MOE, _without("model.structure", "vanilla")),
     "train.choices_steps": (_MOE, _without("model.structure", "vanilla"), _without("train.choices_from", 0)),
     "model.top_k": (_MOE, _without("model.structure", "vanilla")),
-    "model.dense_hidden_size": (_MOE, _without("model.first_dense_layers", 0)),
+    "model.first_dense_layers": (_MOE, _with("model.blocks", "")),
+    "model.dense_hidden_size": (_MOE, _some_mlps),
     "model.down_ratio": (_MOE, _ratio),
     "model.shared_expert_hidden_size": (_MOE, _without("model.num_shared_experts", 0)),
     "model.projection_init": (_BIGMAC,),

@@ -71,12 +71,14 @@ class Config(Section):
         """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model
         if not m.is_moe:
-            return f"dense: one MLP of width {m.expert_width} a layer"
+            blocks = f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
+            return f"dense: one MLP of width {m.expert_width} a layer{blocks}"
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
         capacity = f"capacity factor {m.capacity_factor:g}"
         capacity += ", overflow to the next expert" if m.overflow == "next" else ""
         capacity = "dropless" if self.dropless else capacity
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
+        first += f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
         how = how if m.structure == "bigmac" else ""
@@ -173,8 +175,8 @@ class Config(Section):
         kv = model.kv_heads
         require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
         require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
-        if model.first_dense_layers:
-            divides("the first MLPs' width (model.dense_hidden_size)", model.mlp_width)
+        if model.is_moe and model.mlp_layers:
+            divides("the MLPs' width (model.dense_hidden_size)", model.mlp_width)
         if not model.is_moe or self.mesh.split_experts:
             width = "the experts' width" if model.is_moe else "the MLP's width"
             divides(f"{width} (model.expert_hidden_size)", model.expert_width)

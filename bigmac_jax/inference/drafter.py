@@ -66,12 +66,14 @@ def make_drafter(decoder: Decoder, speculation: Speculation) -> Decoder:
     """Makes the draft model of a decoder: the same arrays, and MoE layers that compute experts of the token's rank."""
     held = decoder.config.model.expert_count // math.prod(current_group().sizes)
 
-    def draft(group: Block) -> Block:
-        if not isinstance(group.mlp, MoE):
-            return group
-        drafting = copy.copy(group)
-        drafting.mlp = copy.copy(group.mlp)
-        drafting.mlp.draft_experts = speculation.local_experts or held
+    def draft(layer: Block) -> Block:
+        experts = getattr(layer, "mlp", None)
+        if not isinstance(experts, MoE):
+            return layer
+        drafting, experts = copy.copy(layer), copy.copy(experts)
+        experts.draft_experts = speculation.local_experts or held
+        drafting.mlp = experts
         return drafting
 
-    return dataclasses.replace(decoder, groups=tuple(map(draft, decoder.groups)))
+    groups = tuple(tuple(map(draft, group)) for group in decoder.groups)
+    return dataclasses.replace(decoder, groups=groups)

@@ -20,16 +20,18 @@ from jax.sharding import PartitionSpec as P
 from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
 from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
-from bigmac_jax.model.attention import KeyValues, Rows
+from bigmac_jax.model.attention import Attention, KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
+from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.transformer import Block, Transformer, init_model
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
-Cache = tuple[KeyValues, ...]  # the keys and values of every group of layers, in pages
+Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
+Cache = tuple[tuple[tuple[KeyValues, ...], ...], ...]  # of each group, layer and branch with a past: in pages
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +39,13 @@ Cache = tuple[KeyValues, ...]  # the keys and values of every group of layers, i
 class Decoder:
     """A model for decoding: weights in execution.dtype or int8, its layers in stacked groups that are scanned.
 
-    A group is all layers of a kind, so that compilation does not take longer the more there are. On CPU it is one
-    layer, and elsewhere with execution.unroll_layers, because a step that reads one of stacked layers copies it first.
+    A group is a loop over layers (`stacks_of_loops`), so that compilation does not take longer the more there are. On
+    CPU it is one trip, and elsewhere with execution.unroll_layers, because a step that reads one of stacked layers
+    copies it first.
     """
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
-    groups: tuple[Block, ...]
+    groups: tuple[Group, ...]
 
     @property
     def config(self) -> Config:
@@ -76,17 +79,20 @@ def make_decoder(
     config, model = plain_router(config, model)  # or every step would make its matrix
     dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
     changes: Any = {"exchange": exchange, "overlap_chunks": 1, "remat": "none", "dtype": dtype}
-    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, **changes))
+    execution = dataclasses.replace(config.execution, **changes)
+    config = dataclasses.replace(config, execution=execution)
     # No array is made here: the mesh may be of devices that are only compiled for.
     abstract = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     ends: Any = nnx.merge(split_model(abstract)[0], *split_model(model)[1:])
-    stacks = [stack for stack in (ends.first, ends.layers) if stack is not None]
-    ends.first = ends.layers = None
+    stacks = dict(zip(config.model.stacks, ends.stacks(), strict=True))
+    for stack in stacks:
+        setattr(ends, stack.name, None)
     # A loop over stacked layers copies the weights of each out of the stack, in every step.
-    together = config.execution.unroll_layers or (config.model.num_layers if platform() == "cpu" else 1)
-    one_by_one = together >= config.model.num_layers
+    one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
     convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
-    groups = [group for stack in stacks for group in convert(stack, layers=depth(stack) * one_by_one)]
+    groups: list[Group] = []
+    for loop in config.model.stacks_of_loops:
+        groups += zip(*(convert(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop), strict=True)
     return Decoder(convert(ends)[0], tuple(groups))
 
 
@@ -131,15 +137,20 @@ def make_cache(decoder: Decoder, pages: int, page_size: int) -> Cache:
     read is there once for each of them."""
     m, dtype = decoder.config.model, decoder.config.execution.dtype
 
-    def make_group(group: Block) -> KeyValues:
-        shape = max(m.kv_heads, tensor_ranks()), batch_ranks() * depth(group) * pages, page_size, m.head_size
+    def make(trips: int) -> KeyValues:
+        shape = max(m.kv_heads, tensor_ranks()), batch_ranks() * trips * pages, page_size, m.head_size
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
-    return tuple(map(make_group, decoder.groups))
+    return tuple(
+        tuple(
+            tuple(make(_trips(group)) for _, mixer in layer.mixers() if isinstance(mixer, Attention)) for layer in group
+        )
+        for group in decoder.groups
+    )
 
 
-def depth(group: Block) -> int:
-    """Number of layers of a group."""
+def _trips(group: Group) -> int:
+    """Number of times that a loop goes through its layers."""
     return jax.tree.leaves(group)[0].shape[0]
 
 
@@ -150,21 +161,44 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
     be any.
     """
 
-    def step(carry: tuple[Array, KeyValues], xs: tuple[Block, Array]) -> tuple[tuple[Array, KeyValues], None]:
-        (x_STD, past), (layer, first) = carry, xs
-        layer = dequantize(layer, dtype)
-        y_STD, past = layer.attention.step(layer.attention_norm(x_STD), past, first, rows)
-        x_STD = x_STD + y_STD
-        return (x_STD + layer.feed_forward(x_STD, evaluating=True)[0], past), None
+    def step(carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], None]:
+        (x_STD, pasts), (group, trip) = carry, xs
+        after = []
+        for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
+            x_STD, of_layer = _through_layer(layer, x_STD, of_layer, (trip, _trips(group)), rows)
+            after.append(of_layer)
+        return (x_STD, tuple(after)), None
 
     dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
     for group, past in zip(model.groups, cache, strict=True):
-        pages = past.keys.shape[1] // batch_ranks()
-        first_Y = jnp.arange(0, pages, pages // depth(group), dtype=jnp.int32)
-        (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, first_Y))
+        trips = jnp.arange(_trips(group), dtype=jnp.int32)
+        (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, trips))
         groups.append(past)
     return x_STD, tuple(groups)
+
+
+def _through_layer(
+    layer: Block, x_STD: Array, pasts: tuple[KeyValues, ...], turn: tuple[Array, int], rows: Rows
+) -> tuple[Array, tuple[KeyValues, ...]]:
+    """One layer of a group.
+
+    Args:
+      pasts: of its branches, with those of all trips.
+      turn: which trip of how many it is.
+    """
+    given, after, (trip, trips) = iter(pasts), [], turn
+    for norm, mixer in layer.mixers():
+        h_STD = norm(x_STD)
+        if isinstance(mixer, Attention):
+            past = next(given)
+            first = trip * (past.keys.shape[1] // batch_ranks() // trips)
+            y_STD, past = mixer.step(h_STD, past, first, rows)
+            after.append(past)
+        else:
+            y_STD = mixer(h_STD, evaluating=True)[0] if isinstance(mixer, MoE) else mixer(h_STD)
+        x_STD = x_STD + y_STD
+    return x_STD, tuple(after)
 
 
 def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:

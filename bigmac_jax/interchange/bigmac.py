@@ -15,6 +15,7 @@ from bigmac_jax.interchange.layout import (
     Leaves,
     Tensor,
     describe_config,
+    find_other_blocks,
     read_description,
     split_leaf,
 )
@@ -74,7 +75,7 @@ _MOE = {
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
-    return []
+    return layout.find_violations(vars(config), blocks=find_other_blocks(config, "first", "layers"))
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
@@ -82,13 +83,14 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
         if leaf in _ENDS:
             yield Tensor(_ENDS[leaf], leaf)
             continue
-        stack, ours, before, layers = split_leaf(config, leaf)
-        feed_forward = _MOE if stack == "layers" and config.is_moe else _MLP
+        stack, ours = split_leaf(config, leaf)
+        assert stack is not None
+        feed_forward = _MOE if stack.experts else _MLP
         of_layer = _LAYER | {f"mlp.{name}": f"mlp.{theirs}" for name, theirs in feed_forward.items()}
         transposed, exact = ours.endswith(("w_DF", "router_DE")), "router" in ours
-        for layer in range(layers):
-            name = f"model.layers.{before + layer}.{of_layer[ours]}"
-            yield Tensor(name, leaf, layer, transposed=transposed, exact=exact)
+        for place, layer in enumerate(stack.layers):
+            name = f"model.layers.{layer}.{of_layer[ours]}"
+            yield Tensor(name, leaf, place, transposed=transposed, exact=exact)
 
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _computed(config: Config) -> dict[str, Any]:
     """The fields of `hf/configuration_bigmac.py`, which says what they mean."""
     m = config.model
     fields = layout.common_json(config) | {
-        "num_hidden_layers": m.num_layers,
+        "num_hidden_layers": m.depth,
         "norm": m.norm,
         "norm_eps": m.norm_eps,
         "hidden_act": ACTIVATIONS[m.activation],
@@ -120,9 +122,9 @@ def _computed(config: Config) -> dict[str, Any]:
         "positions": m.positions,
         "rope_theta": m.rope_theta,
         "qk_norm": m.qk_norm,
-        "mlp_layer_types": ["dense"] * (m.num_layers - m.moe_layers) + ["sparse"] * m.moe_layers,
+        "mlp_layer_types": ["dense"] * m.mlp_layers + ["sparse"] * m.moe_layers,
     }
-    if m.moe_layers < m.num_layers:
+    if m.mlp_layers:
         fields |= {"intermediate_size": m.mlp_width}
     if not m.is_moe:
         return fields

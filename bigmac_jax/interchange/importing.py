@@ -159,9 +159,9 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     matrices = model.moe_layers * model.expert_count if model.is_moe else 0
     numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     # Or their names alone would fill the memory. A layer's experts may be one tensor.
-    if model.num_layers > count or matrices > numbers:
+    if model.depth > count or matrices > numbers:
         raise ConfigError(
-            f"{file}: {model.num_layers} layers with {model.expert_count} experts need more than the {count} tensors "
+            f"{file}: {model.depth} layers with {model.expert_count} experts need more than the {count} tensors "
             f"of {directory}"
         )
     return retrained(config, overrides), layout, checkpoint

@@ -20,20 +20,26 @@ from bigmac_jax.config import (
     ModelConfig,
     from_dict,
 )
+from bigmac_jax.config.blocks import Stack
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.interchange.tokenizer_files import TOKENIZER_FILES
 
 Leaves = dict[str, Any]  # our parameters, or their shapes, by name
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "relu2": "relu2"}  # ours is the tanh approximation
-STACKS = ("first.", "layers.")  # begin the names of layers' parameters: of layers without experts, and of the others
 _LONGEST = 4096  # tokens of a window in which an imported model is trained, whatever it could take
 
 
-def split_leaf(config: ModelConfig, leaf: str) -> tuple[str, str, int, int]:
-    """Splits the name of a layer's parameter: (stack, name in a layer, layers before the stack, layers in it)."""
-    stack, _, name = leaf.partition(".")
-    first = config.first_dense_layers
-    return (stack, name, 0, first) if stack == "first" else (stack, name, first, config.num_layers - first)
+def split_leaf(config: ModelConfig, leaf: str) -> tuple[Stack | None, str]:
+    """Splits the name of a parameter: its stack, None for one that is of no layer, and its name in a layer."""
+    first, _, name = leaf.partition(".")
+    stack = next((stack for stack in config.stacks if stack.name == first), None)
+    return (stack, name) if stack else (None, leaf)
+
+
+def find_other_blocks(config: ModelConfig, *names: str) -> tuple[bool, str]:
+    """For `find_violations`: whether all layers are attention with experts or an MLP behind it, in stacks of these
+    names."""
+    return {stack.name for stack in config.stacks} <= set(names), "empty (attention and experts in turn)"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def make_card(
     m, count = config.model, parameters(config, dict(jax.sharding.get_mesh().shape))
     rows = {
         "structure": config.describe(),
-        "layers, hidden size": f"{m.num_layers}, {m.hidden_size}",
+        "layers, hidden size": f"{m.depth}, {m.hidden_size}",
         "vocabulary, context": f"{m.vocab_size:,}, {config.context_length:,} tokens",
         "parameters": f"{count.total:,}" + (f", of which a token meets {count.active:,}" if m.is_moe else ""),
     }

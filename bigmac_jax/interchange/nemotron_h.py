@@ -35,6 +35,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
     return layout.find_violations(
         vars(m),
         first_dense_layers=0,
+        blocks=layout.find_other_blocks(config, "layers"),
         structure=(m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
         norm="rmsnorm",
         positions=(m.positions == "none", "none (its attention has no rotary embedding)"),
@@ -53,7 +54,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
     scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
     yield Tensor("backbone.embeddings.weight", "embedding_VD", scale=scale)
-    for layer in range(config.num_layers):
+    for layer in range(config.depth):
         attention, moe = f"backbone.layers.{2 * layer}", f"backbone.layers.{2 * layer + 1}"
         yield Tensor(f"{attention}.norm.weight", "layers.attention_norm.scale_D", layer)
         yield from attention_tensors(f"{attention}.mixer", layer)
@@ -92,9 +93,9 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     return layout.common_json(config) | {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "num_hidden_layers": 2 * m.num_layers,
-        "layers_block_type": _LAYERS * m.num_layers,
-        "hybrid_override_pattern": "*E" * m.num_layers,  # the same, as serving engines read it
+        "num_hidden_layers": 2 * m.depth,
+        "layers_block_type": _LAYERS * m.depth,
+        "hybrid_override_pattern": "*E" * m.depth,  # the same, as serving engines read it
         "layer_norm_epsilon": m.norm_eps,
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,

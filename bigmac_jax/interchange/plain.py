@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.interchange.layout import STACKS, Leaves, Tensor, describe_config, read_description, split_leaf
+from bigmac_jax.interchange.layout import Leaves, Tensor, describe_config, read_description, split_leaf
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _DIMENSIONS = {
@@ -28,12 +28,12 @@ def find_obstacles(config: ModelConfig) -> list[str]:
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
     for leaf in leaves:
-        if not leaf.startswith(STACKS):
+        stack, name = split_leaf(config, leaf)
+        if stack is None:
             yield Tensor(leaf, leaf)
             continue
-        _, name, before, layers = split_leaf(config, leaf)
-        for layer in range(layers):
-            yield Tensor(f"layers.{before + layer}.{name}", leaf, layer)
+        for place, layer in enumerate(stack.layers):
+            yield Tensor(f"layers.{layer}.{name}", leaf, place)
 
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:

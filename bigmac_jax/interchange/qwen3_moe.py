@@ -25,6 +25,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
     return layout.find_violations(
         vars(m),
         first_dense_layers=0,
+        blocks=layout.find_other_blocks(config, "layers"),
         structure="fine_grained",
         norm="rmsnorm",
         positions="rope",
@@ -44,7 +45,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
     scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
     yield Tensor("model.embed_tokens.weight", "embedding_VD", scale=scale)
-    for layer in range(config.num_layers):
+    for layer in range(config.depth):
         prefix = f"model.layers.{layer}"
         yield Tensor(f"{prefix}.input_layernorm.weight", "layers.attention_norm.scale_D", layer)
         yield from attention_tensors(f"{prefix}.self_attn", layer)
@@ -69,7 +70,7 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     return layout.common_json(config) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "num_hidden_layers": m.num_layers,
+        "num_hidden_layers": m.depth,
         "rope_theta": m.rope_theta,  # where it stood before transformers 5, and where it stands now
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
         "rms_norm_eps": m.norm_eps,

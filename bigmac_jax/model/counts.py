@@ -128,7 +128,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
     seen = length / 2 if causal else length
     h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
     per_token: dict[str, float] = {
-        "attention": m.num_layers * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q),
+        "attention": m.count_branches("*") * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q),
         "output": h * m.vocab_size,
     }
     if m.is_moe:
@@ -138,7 +138,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
             "shared": m.moe_layers * matrices * h * m.shared_width,
             "projections": m.moe_layers * sum(projections(m).values()),
         }
-    per_token["mlp"] = (m.num_layers - m.moe_layers) * matrices * h * m.mlp_width
+    per_token["mlp"] = m.mlp_layers * matrices * h * m.mlp_width
     tokens = config.data.batch_size * length
     found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
     if m.is_moe and m.router == "frozen":  # no gradient of its matrix
@@ -186,8 +186,8 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     passes = forward_passes(config)
     tokens = config.data.batch_size * config.data.sequence_length / ranks
     # What a recomputed layer ends in is not summed again.
-    moved = m.num_layers * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
-    moved += (m.num_layers - m.moe_layers) * tokens * m.hidden_size * (2 * passes + 2 + again)
+    moved = m.count_branches("*M") * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
+    moved += m.mlp_layers * tokens * m.hidden_size * (2 * passes + 2 + again)
     if m.is_moe and config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
         group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
@@ -251,12 +251,11 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     m, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
-    dense = m.num_layers - m.moe_layers
-    kept = [_kept_by_a_layer(config, ranks, group, experts) for experts in (m.is_moe, False)]
+    kept = {stack: _kept_by_a_layer(config, ranks, group, stack.blocks) for stack in m.stacks}
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
-    largest = max(kept[: 1 + bool(dense)])
-    layers = largest if recomputes(config) else (m.num_layers - dense) * kept[0] + dense * kept[1]
-    activations = tokens * size * (m.num_layers * m.hidden_size + layers)
+    largest = max(kept.values())
+    layers = largest if recomputes(config) else sum(len(stack.layers) * each for stack, each in kept.items())
+    activations = tokens * size * (m.depth * m.hidden_size + layers)
     if config.execution.remat == "exchange":
         activations += m.moe_layers * exchanged_bytes(config, ranks, group)
     return {
@@ -305,7 +304,7 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
     shared = count.computed - experts - table * (1 if m.tie_embeddings else 2)
     of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
-    of_layer += shared / m.num_layers
+    of_layer += shared / m.depth
     # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
     # of a sequence's first 4,096 tokens, however long it is and however many there are.
     pairs = min(tokens, 4096) * min(config.data.sequence_length, 4096)
@@ -317,21 +316,25 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     return max(backward, loss - (layer if recomputes(config) else 0))
 
 
-def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, experts: bool) -> float:
-    """Numbers a token that a layer, with experts or without, keeps for its backward pass."""
+def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, blocks: str) -> float:
+    """Numbers a token that a layer of these branches keeps for its backward pass."""
     m, gathered = config.model, (config.mesh.tensor - 1) * config.model.hidden_size
     matrices = 3 if m.gated else 2
     scores = 2 * m.num_heads * config.data.sequence_length if config.execution.attention == "xla" else 0  # of no kernel
     heads = 2 * (m.num_heads + m.kv_heads) * m.head_size + scores
-    kept = 2.0 * m.hidden_size + heads + gathered
-    if not experts:
-        return kept + m.hidden_size + matrices * m.mlp_width + gathered
-    tokens = tokens_at_a_time(config, ranks)
-    exchange = choose_exchange(config, m.capacity_factor, tokens, group)
-    rows = received_rows(exchange, tokens, m.choices) / tokens
-    gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
-    kept += m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
-    return kept + 4 * rows * m.wire_size + matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+    of_branch = {
+        "*": 2.0 * m.hidden_size + heads + gathered,
+        "-": m.hidden_size + matrices * m.mlp_width + gathered,
+    }
+    if "E" in blocks:
+        tokens = tokens_at_a_time(config, ranks)
+        exchange = choose_exchange(config, m.capacity_factor, tokens, group)
+        rows = received_rows(exchange, tokens, m.choices) / tokens
+        gated = 2 * m.hidden_size if "gate" in m.latent_norms else 0  # what W↑ gives, and x W_g
+        computed = matrices * computed_rows(exchange, tokens, m.choices) * m.expert_width
+        at_full_width = m.hidden_size + gated + matrices * m.shared_width + 2 * m.expert_count
+        of_branch["E"] = at_full_width + 4 * rows * m.wire_size + computed
+    return sum(of_branch[branch] for branch in blocks)
 
 
 def _back_again(config: Config, exchange: Strategy) -> bool:

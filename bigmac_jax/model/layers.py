@@ -19,8 +19,8 @@ from bigmac_jax.model.parameters import Declaration, parameter, weight
 
 
 def residual_scale(config: Config) -> float:
-    """Factor on the initial std of the matrix that ends a residual branch (GPT-2); a layer has two branches."""
-    return 1 / math.sqrt(2 * config.model.num_layers)
+    """Factor on the initial std of the matrix that ends a residual branch (GPT-2)."""
+    return 1 / math.sqrt(config.model.count_branches("*ME-"))
 
 
 def activate(config: ModelConfig, x: Array, gate: Array | None = None) -> Array:

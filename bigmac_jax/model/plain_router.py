@@ -19,8 +19,9 @@ def plain_router(config: Config, model: Transformer) -> tuple[Config, Transforme
         return config, model
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, router="affine"))
     leaves: dict[str, Any] = named_leaves(model)
-    layers: Any = model.layers
-    leaves["layers.mlp.router_DE"], leaves["layers.mlp.router_logit_bias_E"] = _make(layers.mlp.hyper)
+    for stack in filter(lambda stack: stack.experts, config.model.stacks):
+        w, b = (f"{stack.name}.mlp.{name}" for name in ("router_DE", "router_logit_bias_E"))
+        leaves[w], leaves[b] = _make(getattr(model, stack.name).mlp.hyper)
     abstract = jax.eval_shape(lambda: init_model(plain, jax.random.key(0)))
     return plain, jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], abstract)
 

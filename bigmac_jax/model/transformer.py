@@ -1,10 +1,11 @@
-"""The decoder-only transformer. B batch, L length, D hidden, V vocabulary, v of a rank, Y layers, E experts."""
+"""The decoder-only model: residual branches between an embedding and logits. B batch, L length, D hidden, V vocabulary,
+v of a rank, Y layers, E experts."""
 
 import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.blocks import name_branches
 from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
@@ -28,17 +30,20 @@ from bigmac_jax.runtime import hosts
 _log = logging.getLogger(__name__)
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each on a residual branch."""
+TokenMixer = Attention
+Mixer = TokenMixer | MLP | MoE
 
-    def __init__(self, config: Config, key: Array, experts: bool):
-        self.config = config
-        m = config.model
-        attention, feed_forward = jax.random.split(key)
-        self.attention_norm = Norm(config, m.hidden_size)
-        self.attention = Attention(config, attention)
-        self.mlp_norm = Norm(config, m.hidden_size)
-        self.mlp = MoE(config, feed_forward) if experts else MLP(config, feed_forward, m.mlp_width)
+
+class Block(nnx.Module):
+    """A layer: some residual branches (`model.blocks`), each a norm and a mixer, as `mlp_norm` and `mlp`."""
+
+    mlp: MLP | MoE  # the last one, if it takes each token by itself
+
+    def __init__(self, config: Config, key: Array, blocks: str):
+        self.config, self.branches = config, tuple(name_branches(blocks))
+        for branch, letter, own in zip(self.branches, blocks, jax.random.split(key, len(blocks)), strict=True):
+            setattr(self, f"{branch}_norm", Norm(config, config.model.hidden_size))
+            setattr(self, branch, _make_mixer(config, own, letter))
 
     def __call__(
         self,
@@ -49,24 +54,33 @@ class Block(nnx.Module):
         padding: Padding | None = None,
         choices: Array | None = None,
     ) -> tuple[Array, LayerStats]:
-        keys = (None, None) if key is None else jax.random.split(key)
-        y_BLD = self.attention(self.attention_norm(x_BLD), documents)
-        x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, keys[0])
-        y_BLD, stats = self.feed_forward(x_BLD, evaluating, padding, choices)
-        return x_BLD + dropout(y_BLD, self.config.model.dropout, keys[1]), stats
+        keys = [None] * len(self.branches) if key is None else jax.random.split(key, len(self.branches))
+        stats = empty_stats()
+        for (norm, mixer), of_branch in zip(self.mixers(), keys, strict=True):
+            h_BLD = norm(x_BLD)
+            if isinstance(mixer, MoE):
+                y_BLD, stats = mixer(h_BLD, evaluating, padding, choices)
+            else:
+                y_BLD = mixer(h_BLD) if isinstance(mixer, MLP) else mixer(h_BLD, documents)
+            x_BLD = x_BLD + dropout(y_BLD, self.config.model.dropout, of_branch)
+        return x_BLD, stats
 
-    def feed_forward(
-        self, x_BLD: Array, evaluating: bool, padding: Padding | None = None, choices: Array | None = None
-    ) -> tuple[Array, LayerStats]:
-        """The output of the second branch, which is added to x."""
-        h_BLD = self.mlp_norm(x_BLD)
-        if not isinstance(self.mlp, MoE):
-            return self.mlp(h_BLD), empty_stats()
-        return self.mlp(h_BLD, evaluating, padding, choices)
+    def mixers(self) -> Iterator[tuple[Norm, Mixer]]:
+        """Each branch in turn: it adds mixer(norm(x)) to x."""
+        for branch in self.branches:
+            yield getattr(self, f"{branch}_norm"), getattr(self, branch)
+
+
+def _make_mixer(config: Config, key: Array, letter: str) -> Mixer:
+    if letter == "-":
+        return MLP(config, key, config.model.mlp_width)
+    mixers: dict[str, Callable[[Config, Array], Mixer]] = {"*": Attention, "E": MoE}
+    return mixers[letter](config, key)
 
 
 class Transformer(nnx.Module):
-    """Layers stacked along a leading dimension and scanned; `first` are those without experts before the others."""
+    """A token's embedding, layers, and logits of the next token. The layers of a stack (`config.model.stacks`) are one
+    `Block`, whose parameters have a leading dimension."""
 
     def __init__(self, config: Config, key: Array):
         self.config = config
@@ -83,9 +97,10 @@ class Transformer(nnx.Module):
         self.embedding_VD = parameter(config, keys[0], (V, D), embedding)
         learned, longest = m.positions == "learned", config.context_length
         self.positions_LD = parameter(config, keys[1], (longest, D), positions) if learned else None
-        keys_Y, first = jax.random.split(keys[2], m.num_layers), m.first_dense_layers
-        self.first = jax.vmap(lambda k: Block(config, k, experts=False))(keys_Y[:first]) if first else None
-        self.layers = jax.vmap(lambda k: Block(config, k, experts=m.is_moe))(keys_Y[first:])
+        keys_Y = jax.random.split(keys[2], m.depth)
+        for stack in m.stacks:
+            make = functools.partial(Block, config, blocks=stack.blocks)
+            setattr(self, stack.name, jax.vmap(make)(_of_layers(keys_Y, stack.layers)))
         self.final_norm = Norm(config, D)
         self.unembedding_VD = None if m.tie_embeddings else parameter(config, keys[3], (V, D), table)
 
@@ -127,8 +142,12 @@ class Transformer(nnx.Module):
             layer, key = xs
             return layer(x_BLD, key, evaluating, documents, padding, choices)
 
-        x_BLD, stats = through_layers(self.config, step, x_BLD, (self.first, self.layers), keys_Y)
+        x_BLD, stats = through_layers(self.config, step, x_BLD, self.stacks(), keys_Y)
         return self.final_norm(x_BLD), stats
+
+    def stacks(self) -> list[Block]:
+        """The layers, a stack of them each, in the order of `config.model.stacks`."""
+        return [getattr(self, stack.name) for stack in self.config.model.stacks]
 
     def embedded(
         self, tokens_BL: Array, position_BL: Array | None, dropout_key: Array | None
@@ -137,7 +156,7 @@ class Transformer(nnx.Module):
         config, x_BLD = self.config.model, self.embed(tokens_BL, position_BL)
         if dropout_key is None or not config.dropout:
             return x_BLD, None
-        drawn = jax.random.split(dropout_key, 1 + config.num_layers)
+        drawn = jax.random.split(dropout_key, 1 + config.depth)
         return dropout(x_BLD, config.dropout, drawn[0]), drawn[1:]
 
     @jax.named_scope("embedding")
@@ -214,14 +233,14 @@ def through_layers(
     config: Config,
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
-    stacks: tuple[Any, Any],
+    stacks: Sequence[Any],
     keys_Y: Array | None,
 ) -> tuple[Any, Any]:
     """Scans `step(carry, (layer, key))` over the layers, recomputed in the backward pass as execution.remat
-    says → the last carry, and what `step` reports of the layers with experts.
+    says → the last carry, and what `step` reports of the layers with experts (of all, if none has), [Y, …].
 
     Args:
-      stacks: the layers without experts that come first, if there are any, and the others.
+      stacks: of layers, as `config.model.stacks` has them.
       keys_Y: of all layers.
     """
     execution, m = config.execution, config.model
@@ -232,13 +251,32 @@ def through_layers(
     elif config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
         step = jax.checkpoint(step, policy=all_but_gathered)
     # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
-    unroll = execution.unroll_layers or (m.num_layers if platform() == "cpu" else 1)
-    (first, layers), split = stacks, m.first_dense_layers
-    if split:
-        keys = None if keys_Y is None else keys_Y[:split]
-        carry, _ = jax.lax.scan(step, carry, (first, keys), unroll=unroll)
-    keys = None if keys_Y is None else keys_Y[split:]
-    return jax.lax.scan(step, carry, (layers, keys), unroll=unroll)
+    unroll = execution.unroll_layers or (m.depth if platform() == "cpu" else 1)
+
+    def through_loop(carry: Any, xs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        reported = []
+        for layer in xs:
+            carry, of_layer = step(carry, layer)
+            reported.append(of_layer)
+        return carry, reported
+
+    found, given = [], iter(stacks)
+    for loop in m.stacks_of_loops:
+        keys = [None if keys_Y is None else _of_layers(keys_Y, stack.layers) for stack in loop]
+        carry, reported = jax.lax.scan(through_loop, carry, [(next(given), key) for key in keys], unroll=unroll)
+        kept = [of for of, stack in zip(reported, loop, strict=True) if stack.experts or not m.is_moe]
+        found += [kept[0] if len(kept) == 1 else jax.tree.map(_in_turn, *kept)] if kept else []
+    return carry, found[0] if len(found) == 1 else jax.tree.map(lambda *of: jnp.concatenate(of), *found)
+
+
+def _of_layers(values_Y: Array, layers: range) -> Array:
+    return values_Y[layers.start : layers.stop : layers.step]
+
+
+def _in_turn(*stacks: Array) -> Array:
+    """One array [Y, …] of what several stacks of a loop report, in the order of the layers."""
+    turns = jnp.stack(stacks, axis=1)
+    return turns.reshape(turns.shape[0] * turns.shape[1], *turns.shape[2:])
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -130,7 +130,7 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
     for collective in found:
         sent[collective.role] += ranks * collective.times * collective.sent_bytes
     buffers = sum(ranks * c.times * c.buffer_bytes for c in found if c.role == "payload")
-    layers = {config.model.moe_layers or config.model.num_layers, config.model.first_dense_layers} - {0}
+    layers = {loop.trips for loop in config.model.loops}
     result: dict[str, Any] = {
         "compile_seconds": round(compiled.seconds, 1),
         "device_kind": device.device_kind,

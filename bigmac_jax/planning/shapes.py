@@ -101,9 +101,9 @@ class Shape:
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,
-            attention=Attention(m.num_layers, m.num_heads, m.kv_heads, m.head_size),
+            attention=Attention(m.count_branches("*"), m.num_heads, m.kv_heads, m.head_size),
             moe=experts,
-            mlp=Dense(m.num_layers - m.moe_layers, m.mlp_width),
+            mlp=Dense(m.mlp_layers, m.mlp_width),
             gated=m.gated,
             tied=m.tie_embeddings,
         )

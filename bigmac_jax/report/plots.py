@@ -24,7 +24,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path | None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplots(2, 2)
     figure.suptitle(
-        f"{config.model.structure}, {config.model.num_layers} layers, width {config.model.hidden_size}, "
+        f"{config.model.structure}, {config.model.depth} layers, width {config.model.hidden_size}, "
         f"step {training[-1]['step']:,} of {config.train.steps:,}"
     )
     _losses(axes[0, 0], training, evaluations)

@@ -28,7 +28,7 @@ def facts(run: Run) -> dict[str, str]:
     events = [r["event"] for r in run.events]
     return {
         "structure": model.structure,
-        "layers × width": f"{model.num_layers} × {model.hidden_size}",
+        "layers × width": f"{model.depth} × {model.hidden_size}",
         "experts a layer, top-k": f"{model.expert_count}, top-{model.choices}" if model.is_moe else "dense",
         "parameters": _parameters(run),
         "steps": f"{last['step']:,}" + (f" of {planned:,}" if planned != last["step"] else ""),

@@ -38,7 +38,7 @@ class Gaps(NamedTuple):
     """How far the student is from its teacher."""
 
     divergence: Array  # KL(teacher ‖ student), nats a target
-    hidden_Y: Array  # |x - x'|² / |x'|² of each layer behind model.first_dense_layers
+    hidden_Y: Array  # |x - x'|² / |x'|² of each layer with experts
 
 
 def distilled_loss(
@@ -79,7 +79,7 @@ def _side_by_side(
 
     x_BLD, keys_Y = model.embedded(batch.inputs_BL, position_BL, dropout_key)
     carry = x_BLD, jax.lax.stop_gradient(teacher.embed(batch.inputs_BL, position_BL))
-    stacks = (model.first, teacher.first), (model.layers, teacher.layers)
+    stacks = list(zip(model.stacks(), teacher.stacks(), strict=True))
     (x_BLD, t_BLD), (stats, squares) = through_layers(model.config, step, carry, stacks, keys_Y)
     gaps_Y, sizes_Y = (squares_YU.sum(1) for squares_YU in squares)
     hidden_Y = gaps_Y / jnp.maximum(sizes_Y, 1e-20)

@@ -23,7 +23,7 @@ from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.balance import update_bias
 from bigmac_jax.model.mesh import batch_spec, placed, platform, replicated_spec
 from bigmac_jax.model.moe import RouterBias
-from bigmac_jax.model.parameters import map_declared
+from bigmac_jax.model.parameters import leaf_name, map_declared
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.runtime import environment
 from bigmac_jax.training.accumulation import accumulate
@@ -187,12 +187,16 @@ class _Programs:
         if not (config.model.is_moe and config.model.has_router_bias):
             return rest, parts
 
-        def update(variable: nnx.Variable) -> nnx.Variable:
+        experts = {stack.name: stack.experts for stack in config.model.stacks}
+
+        def update(path: Any, variable: nnx.Variable) -> nnx.Variable:
             if not isinstance(variable, RouterBias):
                 return variable
-            return jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, aux.load, aux.quantile_stats), variable)
+            layers = experts[leaf_name(path).partition(".")[0]]
+            load, stats = (v[layers.start : layers.stop : layers.step] for v in (aux.load, aux.quantile_stats))
+            return jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, load, stats), variable)
 
-        rest = jax.tree.map(update, rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        rest = jax.tree.map_with_path(update, rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
         return rest, parts._replace(aux=aux._replace(quantile_stats=aux.load[:, :0]))  # large, and read here alone
 
 

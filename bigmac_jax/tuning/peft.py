@@ -67,7 +67,7 @@ def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator
     kind = choose_format(config)
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
     # What makes a hyper router's matrix is no tensor of an export (`plain_router`).
-    base = {name: leaf for name, leaf in base.items() if not name.startswith("layers.mlp.hyper.")}
+    base = {name: leaf for name, leaf in base.items() if ".mlp.hyper." not in name}
     for tensor in FORMATS[kind].tensors(config.model, base):
         if tensor.leaf not in matrices:
             continue

@@ -17,7 +17,7 @@ def open_teacher(workdir: pathlib.Path, config: Config) -> Pretrained:
       ConfigError: as `open_recorded`; or its layers can't be compared with the run's.
     """
     found = open_recorded(workdir, config.tuning.teacher, TEACHER, "tuning.teacher")
-    layers = ("num_layers", "first_dense_layers") + (("hidden_size",) if config.tuning.hidden_weight else ())
+    layers = ("num_layers", "first_dense_layers", "blocks") + (("hidden_size",) if config.tuning.hidden_weight else ())
     for name in ("vocab_size", *layers):
         own, wanted = getattr(found.config.model, name), getattr(config.model, name)
         if own != wanted:

@@ -14,7 +14,7 @@ from bigmac_jax.data.batch import NO_TARGET, Batch
 from bigmac_jax.model.attention import Documents, find_documents
 from bigmac_jax.model.mesh import batch_spec, place
 from bigmac_jax.model.moe import MoE
-from bigmac_jax.model.transformer import Block, Transformer
+from bigmac_jax.model.transformer import Block, TokenMixer, Transformer
 
 
 class ExpertInputs(NamedTuple):
@@ -37,23 +37,26 @@ def walk(model: Transformer, batches: Sequence[Batch], visit: Callable[[int, Blo
         model.embed(b.inputs_BL, None if of is None else of.position_BL)
         for b, of in zip(on_mesh, documents, strict=True)
     ]
-    for layer in _layers(model.first):
-        xs = [_through(layer, x, of)[0] for x, of in zip(xs, documents, strict=True)]
-    for number, layer in enumerate(_layers(model.layers)):
+    number = 0
+    for layer in _layers(model):
         outputs = [_through(layer, x, of) for x, of in zip(xs, documents, strict=True)]
         xs = [x for x, *_ in outputs]
+        if len(outputs[0]) == 1:
+            continue
         seen = (
             np.concatenate([np.asarray(of[i]).reshape(-1, of[i].shape[-1]) for of in outputs])[counts]
             for i in (1, 2, 3)
         )
         visit(number, layer, ExpertInputs(*seen))
+        number += 1
 
 
-def _layers(stack: Block | None) -> Iterator[Block]:
-    """Takes the layers of a stack one by one."""
-    if stack is not None:
-        for number in range(len(jax.tree.leaves(stack)[0])):
-            yield _layer(stack, number)
+def _layers(model: Transformer) -> Iterator[Block]:
+    """Takes the layers one by one."""
+    for loop in model.config.model.stacks_of_loops:
+        for trip in range(len(loop[0].layers)):
+            for stack in loop:
+                yield _layer(getattr(model, stack.name), trip)
 
 
 @jax.jit(static_argnums=1)
@@ -64,10 +67,13 @@ def _layer(stack: Block, number: int) -> Block:
 @jax.jit
 def _through(layer: Block, x_BLD: Array, documents: Documents | None) -> tuple[Array, ...]:
     """x_BLD behind the layer; of one with experts also what these are given, and the router's gates and choices."""
-    x_BLD = x_BLD + layer.attention(layer.attention_norm(x_BLD), documents)
-    h_BLD = layer.mlp_norm(x_BLD)
-    y_BLD, _ = layer.feed_forward(x_BLD, True)
-    if not isinstance(layer.mlp, MoE):
-        return (x_BLD + y_BLD,)
-    routing, _ = layer.mlp.route(h_BLD, True)
-    return x_BLD + y_BLD, h_BLD, routing.gates_BLK, routing.experts_BLK
+    y_BLD, _ = layer(x_BLD, None, True, documents)
+    *before, (norm, mixer) = layer.mixers()
+    if not isinstance(mixer, MoE):  # experts end a layer
+        return (y_BLD,)
+    for own_norm, mixes in before:
+        assert isinstance(mixes, TokenMixer)
+        x_BLD = x_BLD + mixes(own_norm(x_BLD), documents)
+    h_BLD = norm(x_BLD)
+    routing, _ = mixer.route(h_BLD, True)
+    return y_BLD, h_BLD, routing.gates_BLK, routing.experts_BLK

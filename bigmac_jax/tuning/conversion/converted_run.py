@@ -127,8 +127,8 @@ def _loss(model: Transformer, batches: Sequence[Batch]) -> float:
 
 
 def _experts(model: Transformer) -> int:
-    part = "layers.mlp.experts." if model.config.model.is_moe else "layers.mlp."
-    return sum(leaf.size for name, leaf in named_leaves(model).items() if name.startswith(part))
+    part = ".mlp.experts." if model.config.model.is_moe else ".mlp."
+    return sum(leaf.size for name, leaf in named_leaves(model).items() if part in name)
 
 
 def _draw(report: Report, file: pathlib.Path) -> None:

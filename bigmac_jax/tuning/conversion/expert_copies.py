@@ -36,6 +36,10 @@ def upcycle(config: Config, model: Transformer, experts: int, top_k: int) -> tup
             f"--top_k={top_k} must be at least 2: a single gate is not divided by itself, and the model would not "
             f"begin as the dense one"
         )
+    if m.blocks:
+        raise ConfigError(
+            f"model.blocks={m.blocks} can't be upcycled, only attention and MLPs in turn (an empty pattern)"
+        )
     target = with_model(
         config, structure="fine_grained", num_experts=experts, top_k=top_k, expert_hidden_size=m.expert_width,
         router_renormalize=True, router_scale=1.0, num_shared_experts=0, capacity_factor=math.inf, overflow="drop",
@@ -87,11 +91,11 @@ def widen(config: Config, model: Transformer, copies: int, noise: float = 0.01) 
     draw = np.random.default_rng(config.train.seed).standard_normal
     given = {}
     for name, leaf in named_leaves(model).items():
-        part = name.removeprefix("layers.mlp.")
+        part = name.partition(".mlp.")[2]
         axis = {"router_DE": 2, "router_bias_E": 1, "router_logit_bias_E": 1}.get(
             part, 1 if part.startswith("experts.") else None
         )
-        if part == name or axis is None:
+        if axis is None:
             continue
         value = np.repeat(np.asarray(leaf, np.float32), copies, axis=axis)
         if part == "router_DE" or ".w_" in part:

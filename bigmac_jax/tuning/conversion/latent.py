@@ -88,7 +88,7 @@ def narrow(
         projection_init="random",  # fitted to what was trained, and so not held still
         expert_hidden_size=m.expert_width,
         shared_expert_hidden_size=m.shared_expert_hidden_size or (m.latent_size if m.num_shared_experts else 0),
-        dense_hidden_size=m.mlp_width if m.first_dense_layers else m.dense_hidden_size,
+        dense_hidden_size=m.mlp_width if m.mlp_layers else m.dense_hidden_size,
     )
     layers: list[Leaves] = []
     errors: list[LayerError] = []
@@ -101,7 +101,12 @@ def narrow(
         errors.append(error._replace(layer=number))
 
     walk(model, batches, fit)
-    given = {f"layers.mlp.{name}": np.stack([leaves[name] for leaves in layers]) for name in layers[0]}
+    given = {
+        f"{stack.name}.mlp.{name}": np.stack([layers[number][name] for number in stack.experts])
+        for stack in m.stacks
+        for name in layers[0]
+        if stack.experts
+    }
     return target, rebuild_model(target, model, given), errors
 
 
