@@ -349,6 +349,7 @@ def changed(name: str) -> Config:
         "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9, "optimizer.projection_rate": 0.5,
         "optimizer.momentum": 0.9, "optimizer.average_decay": 0.9, "data.mixture": "x=1", "train.spike_factor": 2.0,
         "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5, "execution.compiler_options": "xla_a=1",
+        "model.blocks": "*E*-",
     }  # fmt: skip
     value, choices = FIELDS[name], all_field_types(Config)[name].choices
     if name in special:
