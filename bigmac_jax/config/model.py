@@ -39,6 +39,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     scale_embedding: bool = True  # what is read of the embedding is multiplied by √h
     dropout: Share = 0.0  # of the embedding and of each residual branch
+    blocks: str = ""  # a letter a layer; M is a Mamba layer
     # The feed-forward layer. `vanilla` turns num_experts into e·r/4 experts of width 4h, and sends a token to one.
     num_experts: Count = 32  # e
     top_k: Count = 4  # K
@@ -96,6 +97,10 @@ class ModelConfig(Section):
     @property
     def moe_layers(self) -> int:
         return self.num_layers - self.first_dense_layers if self.is_moe else 0
+
+    @property
+    def mamba_layers(self) -> int:
+        return self.blocks.count("M")
 
     @property
     def mlp_width(self) -> int:
