@@ -169,24 +169,19 @@ def mix(
       (y_BLI, the past of the next tokens, its convolutions' only if there is a `count_B`)
     """
     m = config.model
-    B, L, _ = projected.inner_BLI.shape
     if past is None:
-        past = jax.tree.map(lambda v: _varying_like(projected.inner_BLI, v), first_past(config, weights, B))
+        past = jax.tree.map(lambda v: _varying_like(projected.inner_BLI, v), first_past(config, weights, len(projected.inner_BLI)))
     inputs = projected.inner_BLI, projected.b_BLF, projected.c_BLF
     taps, biases, tails = weights[:3], weights[3:6], past[:3]
     x_BLI, b_BLF, c_BLF = (convolve(*given, position_BL) for given in zip(inputs, tails, taps, biases, strict=True))
     least, most = m.mamba_least_step, m.mamba_most_step
     dt_BLN = time_step(projected.time_BLN, weights.time_bias_N, least, most, count_B)
     log_BLN = -jnp.exp(weights.a_log_N)[None, None] * dt_BLN
-    x_BLNP, b_BLGS, c_BLGS = (
-        v.reshape(B, L, -1, size)
-        for v, size in ((x_BLI, m.mamba_head_dim), *((v, m.mamba_state) for v in (b_BLF, c_BLF)))
-    )
-    steps = Steps(x_BLNP, dt_BLN, log_BLN, b_BLGS, c_BLGS)
-    y_BLNP, states_BNPS = scan_states(steps, past.states_BNPS, config.execution.mamba_chunk, position_BL)
+    steps = Steps(x_BLI, dt_BLN, log_BLN, b_BLF, c_BLF)
+    y_BLI, states_BNPS = scan_states(steps, past.states_BNPS, config.execution.mamba_chunk, position_BL)
     norm = recomputed(functools.partial(gated_norm, m.norm_eps))
-    scale_GI = weights.scale_D.reshape(b_BLGS.shape[2], -1)
-    y_BLI = norm(y_BLNP.reshape(B, L, -1), x_BLI, projected.gate_BLI, weights.skip_N, scale_GI)
+    scale_GI = weights.scale_D.reshape(b_BLF.shape[-1] // m.mamba_state, -1)
+    y_BLI = norm(y_BLI, x_BLI, projected.gate_BLI, weights.skip_N, scale_GI)
     if count_B is not None:
         tails = tuple(last_inputs(x_BLF, tail, count_B) for x_BLF, tail in zip(inputs, tails, strict=True))
     return y_BLI, Past(*tails, states_BNPS)

@@ -72,30 +72,37 @@ def time_step(time_BLN: Array, bias_N: Array, least: float, most: float, count_B
 
 
 @jax.named_scope("gated_norm")
-def gated_norm(eps: float, y_BLI: Array, x_BLI: Array, z_BLI: Array, skip_N: Array, scale_GI: Array) -> Array:
-    """RMSNorm of (y + skip · x) · SiLU(z) by group, computed in float32.
+def gated_norm(eps: float, y_BLI: Array, x_BLI: Array, gate_BLI: Array, skip_N: Array, scale_GI: Array) -> Array:
+    """RMSNorm of (y + skip · x) · SiLU(gate) by group, computed in float32.
 
     Args:
       skip_N: a number a head.
       scale_GI: by group.
     """
-    B, L, I = y_BLI.shape  # noqa: E741
-    dtype = z_BLI.dtype
-    y_BLI, x_BLI, z_BLI = (v.astype(jnp.float32) for v in (y_BLI, x_BLI, z_BLI))
-    y_BLI += jnp.repeat(skip_N, I // skip_N.shape[0])[None, None] * x_BLI
-    y_BLGI = (y_BLI * jax.nn.silu(z_BLI)).reshape(B, L, *scale_GI.shape)
-    y_BLGI *= jax.lax.rsqrt(jnp.square(y_BLGI).mean(-1, keepdims=True) + eps)
-    return (y_BLGI * scale_GI[None, None]).reshape(B, L, I).astype(dtype)
+    skip_I = jnp.repeat(skip_N, y_BLI.shape[-1] // skip_N.shape[0])
+    y_BLI, x_BLI, silu_BLI = (v.astype(jnp.float32) for v in (y_BLI, x_BLI, gate_BLI))
+    y_BLI = (y_BLI + skip_I[None, None] * x_BLI) * jax.nn.silu(silu_BLI)
+    # Group by group: on TPU [B, L, G, I / G] is another layout, to which all of y would be copied.
+    groups = jnp.split(y_BLI, scale_GI.shape[0], axis=-1)
+    normed = [
+        (y_BLI * jax.lax.rsqrt(jnp.square(y_BLI).mean(-1, keepdims=True) + eps) * scale_I[None, None])
+        for y_BLI, scale_I in zip(groups, scale_GI, strict=True)
+    ]
+    return jnp.concatenate(normed, axis=-1).astype(gate_BLI.dtype)
 
 
 class Steps(NamedTuple):
-    """What a state space does at each position: h = exp(log) h + dt · x ⊗ b, and y = h · c."""
+    """What a state space does at each position: h = exp(log) h + dt · x ⊗ b, and y = h · c.
 
-    x_BLNP: Array
+    Heads and groups stand beside each other in x, b and c, as they come from projections: apart they are another layout
+    on TPU, which only a chunk at a time is copied to.
+    """
+
+    x_BLI: Array  # I = N · P
     dt_BLN: Array  # float32, at least 0
     log_BLN: Array  # float32, at most 0
-    b_BLGS: Array
-    c_BLGS: Array
+    b_BLF: Array  # F = G · S
+    c_BLF: Array
 
 
 def scan_states(steps: Steps, state_BNPS: Array, chunk: int, position_BL: Array | None = None) -> tuple[Array, Array]:
@@ -109,37 +116,35 @@ def scan_states(steps: Steps, state_BNPS: Array, chunk: int, position_BL: Array 
       position_BL: within the document: where it is 0 nothing is left of the state. None: all is one.
 
     Returns:
-      (y_BLNP in the dtype of x, the state behind the last position)
+      (y_BLI in the dtype of x, the state behind the last position)
     """
-    B, L, N, P = steps.x_BLNP.shape
-    _, _, G, S = steps.b_BLGS.shape
-    Q = min(chunk, L)
+    B, L, I = steps.x_BLI.shape  # noqa: E741
+    _, N, P, S = state_BNPS.shape
+    G, Q = steps.b_BLF.shape[-1] // S, min(chunk, L)
 
     def chunked(v_BL: Array) -> Array:
         """[B, L, …] to [C, B, Q, …]; positions behind the last have zeros: they do nothing."""
         v_BL = jnp.pad(v_BL, [(0, 0), (0, -L % Q), *[(0, 0)] * (v_BL.ndim - 2)])
         return v_BL.reshape(B, -1, Q, *v_BL.shape[2:]).swapaxes(0, 1)
 
-    x_CBQNP, dt_CBQN, log_CBQN, b_CBQGS, c_CBQGS = map(chunked, steps)
+    x_CBQI, dt_CBQN, log_CBQN, b_CBQF, c_CBQF = map(chunked, steps)
     dt_CBGMQ, log_CBGMQ = (v.reshape(-1, B, Q, G, N // G).transpose(0, 1, 3, 4, 2) for v in (dt_CBQN, log_CBQN))
     sum_CBGMQ = jnp.cumsum(jnp.maximum(log_CBGMQ, _LEAST_LOG), axis=-1)
     begun_CBQ = None
     if position_BL is not None:
         begun_CBQ = jnp.cumsum(chunked((position_BL == 0).astype(jnp.int32)), axis=-1)
-    x_CBQGMP = x_CBQNP.reshape(-1, B, Q, G, N // G, P)
-    state_BGMPS = state_BNPS.reshape(B, G, -1, P, S)
-    chunks = _Chunk(x_CBQGMP, dt_CBGMQ, sum_CBGMQ, b_CBQGS, c_CBQGS)
-    y_CBQGMP, state_BGMPS = _over_chunks(chunks, state_BGMPS, begun_CBQ)
-    y_BLNP = y_CBQGMP.swapaxes(0, 1).reshape(B, -1, N, P)[:, :L]
-    return y_BLNP, state_BGMPS.reshape(state_BNPS.shape)
+    chunks = _Chunk(x_CBQI, dt_CBGMQ, sum_CBGMQ, b_CBQF, c_CBQF)
+    y_CBQI, state_BGMPS = _over_chunks(chunks, state_BNPS.reshape(B, G, N // G, P, S), begun_CBQ)
+    y_BLI = y_CBQI.swapaxes(0, 1).reshape(B, -1, I)[:, :L]
+    return y_BLI, state_BGMPS.reshape(state_BNPS.shape)
 
 
 class _Chunk(NamedTuple):
-    x_BQGMP: Array
+    x_BQI: Array
     dt_BGMQ: Array
     sum_BGMQ: Array  # of the logs of the decays, from the chunk's first position
-    b_BQGS: Array
-    c_BQGS: Array
+    b_BQF: Array
+    c_BQF: Array
 
 
 @jax.custom_vjp
@@ -147,30 +152,30 @@ def _over_chunks(chunks: _Chunk, state_BGMPS: Array, begun_CBQ: Array | None) ->
     """Scans `_chunk`. Its backward pass keeps the state before each chunk; what is of Q × Q is made again."""
 
     def step(state_BGMPS: Array, given: Any) -> tuple[Array, Array]:
-        y_BQGMP, state_BGMPS = _chunk(state_BGMPS, *given)
-        return state_BGMPS, y_BQGMP
+        y_BQI, state_BGMPS = _chunk(state_BGMPS, *given)
+        return state_BGMPS, y_BQI
 
-    state_BGMPS, y_CBQGMP = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
-    return y_CBQGMP, state_BGMPS
+    state_BGMPS, y_CBQI = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
+    return y_CBQI, state_BGMPS
 
 
 def _over_chunks_fwd(chunks: _Chunk, state_BGMPS: Array, begun_CBQ: Array | None) -> tuple[tuple[Array, Array], Any]:
     def step(state_BGMPS: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
-        y_BQGMP, next_BGMPS = _chunk(state_BGMPS, *given)
-        return next_BGMPS, (y_BQGMP, state_BGMPS)
+        y_BQI, next_BGMPS = _chunk(state_BGMPS, *given)
+        return next_BGMPS, (y_BQI, state_BGMPS)
 
-    state_BGMPS, (y_CBQGMP, states_CBGMPS) = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
-    return (y_CBQGMP, state_BGMPS), (states_CBGMPS, chunks, begun_CBQ)
+    state_BGMPS, (y_CBQI, states_CBGMPS) = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
+    return (y_CBQI, state_BGMPS), (states_CBGMPS, chunks, begun_CBQ)
 
 
 def _over_chunks_bwd(saved: Any, gradients: tuple[Array, Array]) -> tuple[_Chunk, Array, None]:
     def step(d_state_BGMPS: Array, given: Any) -> tuple[Array, _Chunk]:
-        state_BGMPS, chunk, begun_BQ, dy_BQGMP = given
+        state_BGMPS, chunk, begun_BQ, dy_BQI = given
         _, pull = jax.vjp(lambda state_BGMPS, chunk: _chunk(state_BGMPS, chunk, begun_BQ), state_BGMPS, chunk)
-        return pull((dy_BQGMP, d_state_BGMPS))
+        return pull((dy_BQI, d_state_BGMPS))
 
-    dy_CBQGMP, d_state_BGMPS = gradients
-    d_state_BGMPS, d_chunks = jax.lax.scan(step, d_state_BGMPS, (*saved, dy_CBQGMP), reverse=True)
+    dy_CBQI, d_state_BGMPS = gradients
+    d_state_BGMPS, d_chunks = jax.lax.scan(step, d_state_BGMPS, (*saved, dy_CBQI), reverse=True)
     return d_chunks, d_state_BGMPS, None
 
 
@@ -179,13 +184,15 @@ _over_chunks.defvjp(_over_chunks_fwd, _over_chunks_bwd)
 
 @jax.named_scope("state_space")
 def _chunk(state_BGMPS: Array, chunk: _Chunk, begun_BQ: Array | None) -> tuple[Array, Array]:
-    """One chunk → (y_BQGMP, the state behind it). No exponent is above 0.
+    """One chunk → (y_BQI, the state behind it). No exponent is above 0.
 
     Args:
       begun_BQ: documents that begin in the chunk up to each position.
     """
-    x_BQGMP, dt_BGMQ, sum_BGMQ, b_BQGS, c_BQGS = chunk
-    Q, dtype = x_BQGMP.shape[1], x_BQGMP.dtype
+    x_BQI, dt_BGMQ, sum_BGMQ, b_BQF, c_BQF = chunk
+    B, G, M, P, S = state_BGMPS.shape
+    Q, dtype = x_BQI.shape[1], x_BQI.dtype
+    x_BQGMP, b_BQGS, c_BQGS = x_BQI.reshape(B, Q, G, M, P), b_BQF.reshape(B, Q, G, S), c_BQF.reshape(B, Q, G, S)
     seen_BQJ = jnp.tri(Q, dtype=bool)[None]
     enters_BGMQ, leaves_BGMQ = jnp.exp(sum_BGMQ), jnp.exp(sum_BGMQ[..., -1:] - sum_BGMQ)
     stays_BGM = enters_BGMQ[..., -1]
@@ -204,7 +211,7 @@ def _chunk(state_BGMPS: Array, chunk: _Chunk, begun_BQ: Array | None) -> tuple[A
     y_BQGMP += _product("BQGS,BGMPS->BQGMP", c_BQGS, state_BGMPS.astype(dtype)) * _by_position(enters_BGMQ)
     left_BQGMP = (added_BQGMP * _by_position(leaves_BGMQ)).astype(dtype)
     state_BGMPS = stays_BGM[..., None, None] * state_BGMPS + _product("BQGS,BQGMP->BGMPS", b_BQGS, left_BQGMP)
-    return y_BQGMP.astype(dtype), state_BGMPS
+    return y_BQGMP.astype(dtype).reshape(x_BQI.shape), state_BGMPS
 
 
 def _by_position(v_BGMQ: Array) -> Array:

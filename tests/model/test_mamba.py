@@ -222,3 +222,20 @@ def test_the_layer_is_the_recurrence(case: dict[str, Any]) -> None:
     case = dict(case)
     documents = case.pop("documents", False)
     compare(small(**case), documents)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 1, 2, 2),
+        *(
+            pytest.param(mesh, marks=pytest.mark.full)
+            for mesh in ((1, 1, 4), (1, 1, 1, 4), (1, 2, 1, 2), (2, 2, 2), (2, 1, 2, 2, True), (8, 1, 1, 1, True))
+        ),
+    ],
+)
+@pytest.mark.parametrize("documents", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_on_a_mesh(mesh: tuple[int, ...], documents: bool) -> None:
+    """Heads and groups over `tensor`, the batch over all others."""
+    config = small(mesh, length=12, batch=8, mamba_groups=4, mamba_chunk=5, mamba_bias=True)
+    compare(config, documents)
