@@ -134,19 +134,20 @@ class Mamba(nnx.Module):
         return Projected(*split_outputs(x_BLD, self.gate, self.inner, self.b, self.c, self.time))
 
     def _weights(self) -> Weights:
-        own = (getattr(self, name) for name in Weights._fields[:-1])
-        return Weights(*(v if v is None else weight(self.config, v) for v in (*own, self.norm.scale_D)))
+        own: Any = [*(getattr(self, name) for name in Weights._fields[:-1]), self.norm.scale_D]
+        own = [v if v is None else weight(self.config, v) for v in own]
+        return Weights(*own)
 
 
 def first_past(config: Config, weights: Weights, rows: int) -> Past:
     """The past of `rows` sequences that begin, on one rank, as wide as its weights."""
     m = config.model
-    tails = (
-        jnp.zeros((rows, m.mamba_conv - 1, w_KF.shape[1]), config.execution.dtype)
-        for w_KF in (weights.conv_inner_KF, weights.conv_b_KF, weights.conv_c_KF)
-    )
-    states = jnp.zeros((rows, weights.a_log_N.shape[0], m.mamba_head_dim, m.mamba_state), jnp.float32)
-    return Past(*tails, states)
+
+    def tail(w_KF: Array) -> Array:
+        return jnp.zeros((rows, m.mamba_conv - 1, w_KF.shape[1]), config.execution.dtype)
+
+    states_BNPS = jnp.zeros((rows, weights.a_log_N.shape[0], m.mamba_head_dim, m.mamba_state), jnp.float32)
+    return Past(tail(weights.conv_inner_KF), tail(weights.conv_b_KF), tail(weights.conv_c_KF), states_BNPS)
 
 
 def mix(
@@ -170,10 +171,11 @@ def mix(
     """
     m = config.model
     if past is None:
-        past = jax.tree.map(lambda v: _varying_like(projected.inner_BLI, v), first_past(config, weights, len(projected.inner_BLI)))
-    inputs = projected.inner_BLI, projected.b_BLF, projected.c_BLF
-    taps, biases, tails = weights[:3], weights[3:6], past[:3]
-    x_BLI, b_BLF, c_BLF = (convolve(*given, position_BL) for given in zip(inputs, tails, taps, biases, strict=True))
+        past = _first_past_like(config, weights, projected.inner_BLI)
+    inputs, tails = (projected.inner_BLI, projected.b_BLF, projected.c_BLF), list(past[:3])
+    x_BLI, b_BLF, c_BLF = (
+        convolve(*given, position_BL) for given in zip(inputs, tails, weights[:3], weights[3:6], strict=True)
+    )
     least, most = m.mamba_least_step, m.mamba_most_step
     dt_BLN = time_step(projected.time_BLN, weights.time_bias_N, least, most, count_B)
     log_BLN = -jnp.exp(weights.a_log_N)[None, None] * dt_BLN
@@ -183,18 +185,19 @@ def mix(
     scale_GI = weights.scale_D.reshape(b_BLF.shape[-1] // m.mamba_state, -1)
     y_BLI = norm(y_BLI, x_BLI, projected.gate_BLI, weights.skip_N, scale_GI)
     if count_B is not None:
-        tails = tuple(last_inputs(x_BLF, tail, count_B) for x_BLF, tail in zip(inputs, tails, strict=True))
-    return y_BLI, Past(*tails, states_BNPS)
+        tails = [last_inputs(x_BLF, tail_BKF, count_B) for x_BLF, tail_BKF in zip(inputs, tails, strict=True)]
+    inner_BKF, b_BKF, c_BKF = tails
+    return y_BLI, Past(inner_BKF, b_BKF, c_BKF, states_BNPS)
 
 
-def _varying_like(x: Array, v: Array) -> Array:
-    """`v`, said to differ from rank to rank as `x` does."""
-    axes = tuple(jax.typeof(x).mat.varying)
-    return jax.lax.pcast(v, axes, to="varying") if axes else v
+def _first_past_like(config: Config, weights: Weights, x_BLI: Array) -> Past:
+    """`first_past` of as many rows as x has, said to differ from rank to rank as x does."""
+    past, axes = first_past(config, weights, len(x_BLI)), tuple(jax.typeof(x_BLI).mat.varying)
+    return jax.lax.pcast(past, axes, to="varying") if axes else past
 
 
 def token_products(m: ModelConfig, chunk: int) -> dict[str, int]:
-    """Multiply-adds of a token's matrix products in one Mamba layer's forward pass: a training step has 6 FLOPs for each.
+    """Multiply-adds of a token in the matrix products of a Mamba layer's forward pass, of 6 FLOPs in a training step.
 
     Args:
       chunk: execution.mamba_chunk; half of a chunk's products with itself are masked, and counted.

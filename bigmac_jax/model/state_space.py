@@ -118,25 +118,7 @@ def scan_states(steps: Steps, state_BNPS: Array, chunk: int, position_BL: Array 
     Returns:
       (y_BLI in the dtype of x, the state behind the last position)
     """
-    B, L, I = steps.x_BLI.shape  # noqa: E741
-    _, N, P, S = state_BNPS.shape
-    G, Q = steps.b_BLF.shape[-1] // S, min(chunk, L)
-
-    def chunked(v_BL: Array) -> Array:
-        """[B, L, …] to [C, B, Q, …]; positions behind the last have zeros: they do nothing."""
-        v_BL = jnp.pad(v_BL, [(0, 0), (0, -L % Q), *[(0, 0)] * (v_BL.ndim - 2)])
-        return v_BL.reshape(B, -1, Q, *v_BL.shape[2:]).swapaxes(0, 1)
-
-    x_CBQI, dt_CBQN, log_CBQN, b_CBQF, c_CBQF = map(chunked, steps)
-    dt_CBGMQ, log_CBGMQ = (v.reshape(-1, B, Q, G, N // G).transpose(0, 1, 3, 4, 2) for v in (dt_CBQN, log_CBQN))
-    sum_CBGMQ = jnp.cumsum(jnp.maximum(log_CBGMQ, _LEAST_LOG), axis=-1)
-    begun_CBQ = None
-    if position_BL is not None:
-        begun_CBQ = jnp.cumsum(chunked((position_BL == 0).astype(jnp.int32)), axis=-1)
-    chunks = _Chunk(x_CBQI, dt_CBGMQ, sum_CBGMQ, b_CBQF, c_CBQF)
-    y_CBQI, state_BGMPS = _over_chunks(chunks, state_BNPS.reshape(B, G, N // G, P, S), begun_CBQ)
-    y_BLI = y_CBQI.swapaxes(0, 1).reshape(B, -1, I)[:, :L]
-    return y_BLI, state_BGMPS.reshape(state_BNPS.shape)
+    return _scan(min(chunk, steps.x_BLI.shape[1]), steps, state_BNPS, position_BL)
 
 
 class _Chunk(NamedTuple):
@@ -147,39 +129,75 @@ class _Chunk(NamedTuple):
     c_BQF: Array
 
 
-@jax.custom_vjp
-def _over_chunks(chunks: _Chunk, state_BGMPS: Array, begun_CBQ: Array | None) -> tuple[Array, Array]:
-    """Scans `_chunk`. Its backward pass keeps the state before each chunk; what is of Q × Q is made again."""
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(Q: int, steps: Steps, state_BNPS: Array, position_BL: Array | None) -> tuple[Array, Array]:
+    """`scan_states` by chunks of Q. Its backward pass keeps the state before each; what is of Q × Q is made again."""
 
     def step(state_BGMPS: Array, given: Any) -> tuple[Array, Array]:
         y_BQI, state_BGMPS = _chunk(state_BGMPS, *given)
         return state_BGMPS, y_BQI
 
-    state_BGMPS, y_CBQI = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
-    return y_CBQI, state_BGMPS
+    state_BGMPS = _grouped(steps, state_BNPS)
+    state_BGMPS, y_CBQI = jax.lax.scan(step, state_BGMPS, (_chunks(Q, state_BGMPS, steps), _begun(Q, position_BL)))
+    return _joined(y_CBQI, steps), state_BGMPS.reshape(state_BNPS.shape)
 
 
-def _over_chunks_fwd(chunks: _Chunk, state_BGMPS: Array, begun_CBQ: Array | None) -> tuple[tuple[Array, Array], Any]:
+def _scan_fwd(Q: int, steps: Steps, state_BNPS: Array, position_BL: Array | None) -> tuple[tuple[Array, Array], Any]:
     def step(state_BGMPS: Array, given: Any) -> tuple[Array, tuple[Array, Array]]:
         y_BQI, next_BGMPS = _chunk(state_BGMPS, *given)
         return next_BGMPS, (y_BQI, state_BGMPS)
 
-    state_BGMPS, (y_CBQI, states_CBGMPS) = jax.lax.scan(step, state_BGMPS, (chunks, begun_CBQ))
-    return (y_CBQI, state_BGMPS), (states_CBGMPS, chunks, begun_CBQ)
+    state_BGMPS = _grouped(steps, state_BNPS)
+    chunks = _chunks(Q, state_BGMPS, steps)
+    state_BGMPS, (y_CBQI, states_CBGMPS) = jax.lax.scan(step, state_BGMPS, (chunks, _begun(Q, position_BL)))
+    return (_joined(y_CBQI, steps), state_BGMPS.reshape(state_BNPS.shape)), (steps, position_BL, states_CBGMPS)
 
 
-def _over_chunks_bwd(saved: Any, gradients: tuple[Array, Array]) -> tuple[_Chunk, Array, None]:
+def _scan_bwd(Q: int, saved: Any, gradients: tuple[Array, Array]) -> tuple[Steps, Array, None]:
     def step(d_state_BGMPS: Array, given: Any) -> tuple[Array, _Chunk]:
         state_BGMPS, chunk, begun_BQ, dy_BQI = given
         _, pull = jax.vjp(lambda state_BGMPS, chunk: _chunk(state_BGMPS, chunk, begun_BQ), state_BGMPS, chunk)
         return pull((dy_BQI, d_state_BGMPS))
 
-    dy_CBQI, d_state_BGMPS = gradients
-    d_state_BGMPS, d_chunks = jax.lax.scan(step, d_state_BGMPS, (*saved, dy_CBQI), reverse=True)
-    return d_chunks, d_state_BGMPS, None
+    (dy_BLI, d_state_BNPS), (steps, position_BL, states_CBGMPS) = gradients, saved
+    chunks, pull = jax.vjp(partial(_chunks, Q, states_CBGMPS[0]), steps)
+    given = states_CBGMPS, chunks, _begun(Q, position_BL), _chunked(Q, dy_BLI)
+    d_state_BGMPS, d_chunks = jax.lax.scan(step, _grouped(steps, d_state_BNPS), given, reverse=True)
+    return *pull(d_chunks), d_state_BGMPS.reshape(d_state_BNPS.shape), None
 
 
-_over_chunks.defvjp(_over_chunks_fwd, _over_chunks_bwd)
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _chunked(Q: int, v_BL: Array) -> Array:
+    """[B, L, …] to [C, B, Q, …]; positions behind the last have zeros: they do nothing."""
+    B, L = v_BL.shape[:2]
+    v_BL = jnp.pad(v_BL, [(0, 0), (0, -L % Q), *[(0, 0)] * (v_BL.ndim - 2)])
+    return v_BL.reshape(B, -1, Q, *v_BL.shape[2:]).swapaxes(0, 1)
+
+
+def _joined(y_CBQI: Array, steps: Steps) -> Array:
+    """The way back, to the shape of x."""
+    B, L, _ = steps.x_BLI.shape
+    return y_CBQI.swapaxes(0, 1).reshape(B, -1, y_CBQI.shape[-1])[:, :L]
+
+
+def _grouped(steps: Steps, state_BNPS: Array) -> Array:
+    B, _, P, S = state_BNPS.shape
+    return state_BNPS.reshape(B, steps.b_BLF.shape[-1] // S, -1, P, S)
+
+
+def _chunks(Q: int, state_BGMPS: Array, steps: Steps) -> _Chunk:
+    """All chunks: each array with C before its other dimensions."""
+    B, G, M = state_BGMPS.shape[:3]
+    x_CBQI, dt_CBQN, log_CBQN, b_CBQF, c_CBQF = (_chunked(Q, v_BL) for v_BL in steps)
+    dt_CBGMQ, log_CBGMQ = (v.reshape(-1, B, Q, G, M).transpose(0, 1, 3, 4, 2) for v in (dt_CBQN, log_CBQN))
+    return _Chunk(x_CBQI, dt_CBGMQ, jnp.cumsum(jnp.maximum(log_CBGMQ, _LEAST_LOG), axis=-1), b_CBQF, c_CBQF)
+
+
+def _begun(Q: int, position_BL: Array | None) -> Array | None:
+    """Number of documents that begin in a position's chunk up to it."""
+    return None if position_BL is None else jnp.cumsum(_chunked(Q, (position_BL == 0).astype(jnp.int32)), axis=-1)
 
 
 @jax.named_scope("state_space")

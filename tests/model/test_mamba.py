@@ -1,7 +1,5 @@
 """The Mamba mixer against a recurrence that goes step by step, and its adjoint, in float64 NumPy."""
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.config import Config, ConfigError, MeshConfig, ModelConfig
-from bigmac_jax.model import mamba
+from bigmac_jax.config import Config, ModelConfig
 from bigmac_jax.model.attention import Documents, find_documents
-from bigmac_jax.model.gathering import on_each_rank
-from bigmac_jax.model.mamba import Mamba, Past, Projected, first_past, mix, token_products
-from bigmac_jax.model.mesh import batch_spec, make_mesh, placed, split_spec
-from bigmac_jax.planning import hlo
-from bigmac_jax.planning.hlo_flops import matmul_flops
+from bigmac_jax.model.mamba import Mamba
+from bigmac_jax.model.mesh import make_mesh, placed
 
 from .tools import QUICK, assert_close, leaves, on_mesh, split_batch, split_tokens, tiny
 
@@ -51,11 +45,11 @@ def expected(m: ModelConfig, p: Values, x_BLD: np.ndarray, position_BL: np.ndarr
     before, after = {}, {}  # SiLU
     for name, conv in CONVOLUTIONS.items():
         u = np.zeros_like(projected[name]) + p.get(f"{conv}_bias_F", 0.0)
-        for l in range(L):
+        for at in range(L):
             for back in range(K):
-                whole = position_BL[:, l] >= back
-                if l >= back:
-                    u[:, l] += whole[:, None] * p[f"{conv}_KF"][K - 1 - back] * projected[name][:, l - back]
+                whole = position_BL[:, at] >= back
+                if at >= back:
+                    u[:, at] += whole[:, None] * p[f"{conv}_KF"][K - 1 - back] * projected[name][:, at - back]
         before[name], after[name] = u, silu(u)
     raw = np.logaddexp(0, projected["time"] + p["time_bias_N"])
     dt = np.clip(raw, m.mamba_least_step, m.mamba_most_step)
@@ -63,12 +57,12 @@ def expected(m: ModelConfig, p: Values, x_BLD: np.ndarray, position_BL: np.ndarr
     decay = np.exp(a * dt) * (position_BL > 0)[:, :, None]
     x = after["inner"].reshape(B, L, N, P)
     b, c = (np.repeat(after[name].reshape(B, L, G, S), N // G, axis=2) for name in ("b", "c"))
-    h = np.zeros((B, L + 1, N, P, S))  # h[:, l] is the state before position l
+    h = np.zeros((B, L + 1, N, P, S))  # h[:, at] is the state before that position
     y = np.zeros((B, L, N, P))
-    for l in range(L):
-        added = (dt[:, l, :, None] * x[:, l])[..., None] * b[:, l, :, None]
-        h[:, l + 1] = decay[:, l, :, None, None] * h[:, l] + added
-        y[:, l] = (h[:, l + 1] * c[:, l, :, None]).sum(-1)
+    for at in range(L):
+        added = (dt[:, at, :, None] * x[:, at])[..., None] * b[:, at, :, None]
+        h[:, at + 1] = decay[:, at, :, None, None] * h[:, at] + added
+        y[:, at] = (h[:, at + 1] * c[:, at, :, None]).sum(-1)
     v = (y + p["skip_N"][:, None] * x).reshape(B, L, -1)
     w = (v * silu(projected["gate"])).reshape(B, L, G, -1)
     r = 1 / np.sqrt((w * w).mean(-1, keepdims=True) + m.norm_eps)
@@ -94,16 +88,16 @@ def expected(m: ModelConfig, p: Values, x_BLD: np.ndarray, position_BL: np.ndarr
     d_dt, da = np.zeros_like(dt), np.zeros_like(a)
     db, dc = np.zeros_like(b), np.zeros_like(c)
     dh = np.zeros((B, N, P, S))
-    for l in reversed(range(L)):
-        dh += dv[:, l, ..., None] * c[:, l, :, None]
-        dc[:, l] = (dv[:, l, ..., None] * h[:, l + 1]).sum(2)
-        d_dt[:, l] = (dh * x[:, l, ..., None] * b[:, l, :, None]).sum((2, 3))
-        dx[:, l] += dt[:, l, :, None] * (dh * b[:, l, :, None]).sum(3)
-        db[:, l] = dt[:, l, :, None] * (dh * x[:, l, ..., None]).sum(2)
-        d_log = (dh * h[:, l]).sum((2, 3)) * decay[:, l]
-        d_dt[:, l] += d_log * a
-        da += (d_log * dt[:, l]).sum(0)
-        dh = dh * decay[:, l, :, None, None]
+    for at in reversed(range(L)):
+        dh += dv[:, at, ..., None] * c[:, at, :, None]
+        dc[:, at] = (dv[:, at, ..., None] * h[:, at + 1]).sum(2)
+        d_dt[:, at] = (dh * x[:, at, ..., None] * b[:, at, :, None]).sum((2, 3))
+        dx[:, at] += dt[:, at, :, None] * (dh * b[:, at, :, None]).sum(3)
+        db[:, at] = dt[:, at, :, None] * (dh * x[:, at, ..., None]).sum(2)
+        d_log = (dh * h[:, at]).sum((2, 3)) * decay[:, at]
+        d_dt[:, at] += d_log * a
+        da += (d_log * dt[:, at]).sum(0)
+        dh = dh * decay[:, at, :, None, None]
     found["a_log_N"] = da * a
     d["time"] = d_dt * (dt == raw) * sigmoid(projected["time"] + p["time_bias_N"])
     found["time_bias_N"] = d["time"].sum((0, 1))
@@ -114,11 +108,11 @@ def expected(m: ModelConfig, p: Values, x_BLD: np.ndarray, position_BL: np.ndarr
         if f"{conv}_bias_F" in p:
             found[f"{conv}_bias_F"] = du.sum((0, 1))
         d[name], found[f"{conv}_KF"] = np.zeros_like(du), np.zeros_like(p[f"{conv}_KF"])
-        for l in range(L):
-            for back in range(min(K, l + 1)):
-                whole = du[:, l] * (position_BL[:, l] >= back)[:, None]
-                found[f"{conv}_KF"][K - 1 - back] += (whole * projected[name][:, l - back]).sum(0)
-                d[name][:, l - back] += whole * p[f"{conv}_KF"][K - 1 - back]
+        for at in range(L):
+            for back in range(min(K, at + 1)):
+                whole = du[:, at] * (position_BL[:, at] >= back)[:, None]
+                found[f"{conv}_KF"][K - 1 - back] += (whole * projected[name][:, at - back]).sum(0)
+                d[name][:, at - back] += whole * p[f"{conv}_KF"][K - 1 - back]
     found["dx"] = sum(linear_back(name, x_BLD, d[name]) for name in projected)
     return found
 
@@ -169,8 +163,8 @@ def segments_of(config: Config) -> np.ndarray:
 def positions_of(segments_BL: np.ndarray) -> np.ndarray:
     found = np.zeros_like(segments_BL)
     for row, segments in zip(found, segments_BL, strict=True):
-        for l in range(1, len(row)):
-            row[l] = row[l - 1] + 1 if segments[l] == segments[l - 1] else 0
+        for at in range(1, len(row)):
+            row[at] = row[at - 1] + 1 if segments[at] == segments[at - 1] else 0
     return found
 
 
