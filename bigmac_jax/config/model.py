@@ -84,6 +84,16 @@ class ModelConfig(Section):
     top_groups: Count = 1
     # A group is as good as its K / top_groups best experts (top_k, DeepSeek-V3's report), or its two best (top_2).
     group_scores: Literal["top_k", "top_2"] = "top_k"
+    # Mamba-2 layers.
+    mamba_heads: Size = 0  # N; 0 = 2h / mamba_head_dim
+    mamba_head_dim: Count = 64  # P
+    mamba_groups: Count = 1  # that share B and C, and are normed together
+    mamba_state: Count = 128  # a head keeps P × so many numbers
+    mamba_conv: Count = 4  # taps of the convolution
+    mamba_conv_bias: bool = True
+    mamba_bias: bool = False  # of the projections
+    mamba_least_step: Amount = 0.0  # limits of Δt
+    mamba_most_step: Annotated[float, Range(above=0, may_be_inf=True)] = math.inf
 
     @property
     def head_size(self) -> int:
@@ -131,6 +141,19 @@ class ModelConfig(Section):
     @property
     def mlp_layers(self) -> int:
         return self.count_branches("-")
+
+    @property
+    def mamba_layers(self) -> int:
+        return self.count_branches("M")
+
+    @property
+    def mamba_head_count(self) -> int:
+        return self.mamba_heads or 2 * self.hidden_size // self.mamba_head_dim
+
+    @property
+    def mamba_width(self) -> int:
+        """I, the width of a Mamba layer's heads together."""
+        return self.mamba_head_count * self.mamba_head_dim
 
     @property
     def mlp_width(self) -> int:
@@ -223,6 +246,8 @@ class ModelConfig(Section):
         require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
         if self.is_moe:
             self._check_experts()
+        if self.mamba_layers:
+            self._check_mamba()
 
     @property
     def _fitting_heads(self) -> str:
@@ -232,6 +257,13 @@ class ModelConfig(Section):
         step = least * self.num_heads
         size = max(1, h // step) * step
         return ", or ".join(heads + ([] if heads and size % 8 else [f"model.hidden_size={size}"]))
+
+    def _check_mamba(self) -> None:
+        h, size, heads, groups = self.hidden_size, self.mamba_head_dim, self.mamba_head_count, self.mamba_groups
+        require(self.mamba_heads > 0 or (2 * h % size == 0), f"2 × model.hidden_size = {2 * h} must be a multiple of model.mamba_head_dim={size}; use mamba_head_dim={near_divisors(2 * h, size)}, or give model.mamba_heads")  # fmt: skip
+        require(heads % groups == 0, f"model.mamba_heads={heads} must be a multiple of model.mamba_groups={groups}; use {near_divisors(heads, groups)} groups")  # fmt: skip
+        least, most = self.mamba_least_step, self.mamba_most_step
+        require(least < most, f"model.mamba_least_step={least:g} must be below model.mamba_most_step={most:g}; use mamba_least_step=0")  # fmt: skip
 
     def _check_experts(self) -> None:
         h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices

@@ -20,7 +20,8 @@ from bigmac_jax.config.tuning import TuningConfig
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 # Fields that were the model's, and are execution's now.
-_MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - {"gather_dtype", "reduce_dtype", "compiler_options"}
+_YOUNGER = {"gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk"}
+_MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - _YOUNGER
 # Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
 _REMOVED = {"model.vanilla_top_k": 1}
 _REMOVED_VALUES = {("model.latent_norm", "both"), ("model.latent_norm", "scale")}
@@ -175,6 +176,8 @@ class Config(Section):
         kv = model.kv_heads
         require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
         require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
+        if model.mamba_layers:
+            divides("model.mamba_groups", model.mamba_groups)  # of which the heads are a multiple
         if model.is_moe and model.mlp_layers:
             divides("the MLPs' width (model.dense_hidden_size)", model.mlp_width)
         if not model.is_moe or self.mesh.split_experts:

@@ -1,7 +1,7 @@
 """What a model computes for a token, whoever trains it: products, attention's scores, and the passes between them.
 
-`Shape.of` takes ours from a config; those of published runs (`planning.published`) also have latent attention (MLA),
-windows and Mamba-2 layers, which no config of ours has. Numbers are those of a forward pass and of one token, summed
+`Shape.of` takes ours from a config; those of published runs (`planning.published`) also have latent attention (MLA) and
+windows, which no config of ours has. Numbers are those of a forward pass and of one token, summed
 over the layers.
 """
 
@@ -98,12 +98,14 @@ class Shape:
             narrow = m.wire_size if m.structure == "bigmac" else 0
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0
             experts = Experts(m.moe_layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
+        mamba = Mamba(m.mamba_layers, m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state)
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,
             attention=Attention(m.count_branches("*"), m.num_heads, m.kv_heads, m.head_size),
             moe=experts,
             mlp=Dense(m.mlp_layers, m.mlp_width),
+            mamba=mamba if mamba.layers else None,
             gated=m.gated,
             tied=m.tie_embeddings,
         )
