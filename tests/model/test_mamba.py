@@ -123,7 +123,7 @@ def expected(m: ModelConfig, p: Values, x_BLD: np.ndarray, position_BL: np.ndarr
 
 
 def small(mesh: tuple[int, ...] = (1, 1, 1), length: int = 8, batch: int = 2, **fields: Any) -> Config:
-    sizes = {"mamba_head_dim": 4, "mamba_heads": 8, "mamba_groups": 2, "mamba_state": 6, "blocks": "MM"}
+    sizes = {"mamba_head_dim": 4, "mamba_heads": 8, "mamba_groups": 2, "mamba_state": 6, "blocks": "M-"}
     return tiny(mesh, batch, length, structure="dense", **sizes | fields)
 
 
