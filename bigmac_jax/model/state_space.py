@@ -14,7 +14,8 @@ from jax import Array
 
 from bigmac_jax.model.mesh import platform
 
-# Log of a decay below which it is nothing in float32: sums of logs stay so small that their differences are exact.
+# Log of a decay below which it is nothing in float32. Decays are differences of sums of logs, which a large one would
+# leave inexact.
 _LEAST_LOG = -88.0
 
 
