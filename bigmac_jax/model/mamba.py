@@ -193,7 +193,7 @@ def mix(
 def _first_past_like(config: Config, weights: Weights, x_BLI: Array) -> Past:
     """`first_past` of as many rows as x has, said to differ from rank to rank as x does."""
     past, axes = first_past(config, weights, len(x_BLI)), tuple(jax.typeof(x_BLI).mat.varying)
-    return jax.lax.pcast(past, axes, to="varying") if axes else past
+    return jax.tree.map(lambda v: jax.lax.pcast(v, axes, to="varying") if axes else v, past)
 
 
 def token_products(m: ModelConfig, chunk: int) -> dict[str, int]:
