@@ -213,11 +213,11 @@ def only_keys(after: Cache, before: Cache) -> Cache:
 def _advance(
     model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
 ) -> tuple[Array, Cache, Seen]:
-    def step(carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], Any]:
+    def step(trips: int, carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], Any]:
         (x_STD, pasts), (group, trip) = carry, xs
         after, seen = [], []
         for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
-            x_STD, of_layer, projected = _through_layer(layer, x_STD, of_layer, (trip, _trips(group)), rows, settles)
+            x_STD, of_layer, projected = _through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
             after.append(of_layer)
             seen.append(projected)
         return (x_STD, tuple(after)), tuple(seen)
@@ -225,8 +225,9 @@ def _advance(
     dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
     for group, pasts in zip(model.groups, cache, strict=True):
-        trips = jnp.arange(_trips(group), dtype=jnp.int32)
-        (x_STD, pasts), seen = jax.lax.scan(step, (x_STD, pasts), (group, trips))
+        trips = _trips(group)
+        of_trips = group, jnp.arange(trips, dtype=jnp.int32)
+        (x_STD, pasts), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts), of_trips)
         groups.append((pasts, seen))
     return x_STD, tuple(pasts for pasts, _ in groups), tuple(seen for _, seen in groups)
 
