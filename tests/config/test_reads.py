@@ -24,6 +24,8 @@ SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "mod
          "mesh.data=1")  # fmt: skip
 # Another value of each field that is not always read.
 OTHER = {
+    "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 8, "model.qk_norm": False,
+    "execution.attention": "xla",
     "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.router": "frozen",
     "model.hyper_width": 9, "train.choices_from": 2, "train.choices_steps": 7,
     "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
@@ -63,6 +65,9 @@ CONFIGS = {
     "model.capacity_factor=1.25": (
         "model.down_ratio", "model.capacity_factor", "model.balance_coefficient", "mesh.fsdp", "execution.wire_dtype",
         "execution.buffer_factor"),
+    "model.blocks=ME model.mamba_head_dim=16": (
+        "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.qk_norm", "execution.attention",
+        "model.rope_theta", "model.dense_hidden_size"),
     "model.balance=quantile model.capacity_factor=inf execution.dtype=bfloat16 optimizer.schedule=constant": (
         "execution.exchange", "execution.gather_dtype", "optimizer.decay_steps", "optimizer.final_learning_rate"),
     "model.balance=bias model.balance_bias_rate=0 model.positions=none train.init_from=x tuning.lora_rank=2 "
