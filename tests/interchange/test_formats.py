@@ -188,7 +188,6 @@ def test_fused_experts_are_read(tmp_path: pathlib.Path) -> None:
 
 
 NEMOTRON_HAS_NO = {
-    "structure=dense": {"structure": "dense"},
     "structure=vanilla": {"structure": "vanilla", "num_experts": 128},
     "positions=rope": {"positions": "rope"},
     "positions=learned": {"positions": "learned"},
@@ -201,7 +200,6 @@ NEMOTRON_HAS_NO = {
     "latent_norm=auto": {"latent_norm": "auto"},  # which is skip
     "router_scores=softmax": {"router_scores": "softmax"},
     "group_scores=top_k": {"num_expert_groups": 2, "top_groups": 1},  # judged by three experts, not by two
-    "first_dense_layers=1": {"first_dense_layers": 1},
     "router=affine": {"router": "affine"},
 }
 QWEN_HAS_NO = {
