@@ -1,5 +1,6 @@
 """A directory of safetensors → a model, or a workdir, as a run at step 0."""
 
+import functools
 import logging
 import math
 import pathlib
@@ -199,7 +200,7 @@ def _read_leaf(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint:
     if None in parts:
         return _place(abstract.shape, sharding, parts[None], checkpoint)
     own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
-    value = jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype, out_sharding=sharding.spec))()
+    value = _zeros(abstract.shape, abstract.dtype, sharding.spec)
     for layer, tensors in parts.items():
         value = _set_layer(value, _place(abstract.shape[1:], own, tensors, checkpoint), layer)
     return value
@@ -229,6 +230,11 @@ def _read_part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarr
         return np.ascontiguousarray(checkpoint.read(tensor.name, (index[0], slice(None), index[1]))[:, 0].T)
     value = checkpoint.read(tensor.name, index)
     return np.ascontiguousarray(value.T) if turned else value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, spec: P) -> Array:
+    return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
 @jax.jit(donate_argnums=0)
