@@ -104,9 +104,8 @@ _TEXTS = _with("tuning.objective", "pretrain")
 
 # Fields that are read whatever the others are.
 _WHATEVER = {
-    "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps positions context_length activation gated "
-    "use_bias tie_embeddings scale_embedding dropout "
-    "expert_hidden_size",
+    "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps positions context_length activation "
+    "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size",
     "execution": "dtype reduce_dtype remat unroll_layers compiler_options",
     "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",

@@ -15,10 +15,10 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ModelConfig
-from bigmac_jax.model.attention import Documents
+from bigmac_jax.model.attention import Documents, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.layers import Linear, residual_scale, split_outputs
-from bigmac_jax.model.mesh import TENSOR, batch_spec, split_spec
+from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, split_spec
 from bigmac_jax.model.parameters import Declaration, parameter, weight
 from bigmac_jax.model.state_space import (
     Steps,
@@ -113,7 +113,7 @@ class Mamba(nnx.Module):
 
     def __call__(self, x_BLD: Array, documents: Documents | None = None) -> Array:
         """Mixes whole sequences, from their first position; of each rank's own tokens."""
-        projected = self._projected(x_BLD)
+        projected = self.project(x_BLD)
         positions = () if documents is None else (documents.position_BL,)
 
         def on_rank(*arrays: Any) -> Array:
@@ -129,8 +129,34 @@ class Mamba(nnx.Module):
         )
         return self.out(y_BLI)
 
-    def _projected(self, x_BLD: Array) -> Projected:
-        """Of each rank's own tokens, whole sequences, F split."""
+    def step(self, projected: Projected, past: Past, rows: Rows) -> tuple[Array, Past]:
+        """Mixes the next tokens of sequences.
+
+        Args:
+          projected: of the rows of each shard side by side (`project`).
+          past: of each slot, [S, B, …]. A row at position 0 begins without one.
+
+        Returns:
+          (y_STD, the past with the tokens of the rows)
+        """
+        given = [v for v in rows[1:] if v is not None]
+
+        def on_rank(*arrays: Any) -> tuple[Array, tuple[Array, ...]]:
+            projected, past, of_rows, weights = Projected(*arrays[:5]), Past(*arrays[5:9]), arrays[9:-1], arrays[-1]
+            step = _step_row_by_row if rows.slot_SW is not None else _step_slots
+            return step(self.config, projected, past, weights, *(v[0] for v in of_rows))
+
+        y_STI, past = on_each_rank(
+            on_rank,
+            (*projected, *past, *given),
+            [self._weights()],
+            in_spec=(*[split_spec(3)] * len(projected), *_past_specs(), *[batch_spec(2)] * len(given)),
+            out_specs=(split_spec(3), _past_specs()),
+        )
+        return self.out(y_STI), Past(*past)
+
+    def project(self, x_BLD: Array) -> Projected:
+        """Of each rank's own tokens → whole sequences, F split."""
         return Projected(*split_outputs(x_BLD, self.gate, self.inner, self.b, self.c, self.time))
 
     def _weights(self) -> Weights:
@@ -193,7 +219,59 @@ def mix(
 def _first_past_like(config: Config, weights: Weights, x_BLI: Array) -> Past:
     """`first_past` of as many rows as x has, said to differ from rank to rank as x does."""
     past, axes = first_past(config, weights, len(x_BLI)), tuple(jax.typeof(x_BLI).mat.varying)
-    return jax.lax.pcast(past, axes, to="varying") if axes else past
+    return jax.tree.map(lambda v: jax.lax.pcast(v, axes, to="varying") if axes else v, past)
+
+
+def make_past(config: Config, slots: int, layers: int) -> Past:
+    """The past of so many slots on each batch shard before their first token, for some layers [Y, S, B, …]."""
+    m, dtype = config.model, config.execution.dtype
+    F = m.mamba_groups * m.mamba_state
+    tails = [(m.mamba_conv - 1, width) for width in (m.mamba_width, F, F)]
+    shapes = [*tails, (m.mamba_head_count, m.mamba_head_dim, m.mamba_state)]
+    leading = layers, batch_ranks(), slots
+    arrays = (
+        jnp.zeros((*leading, *shape), of, out_sharding=P(None, *spec))
+        for shape, of, spec in zip(shapes, (*[dtype] * 3, jnp.float32), _past_specs(), strict=True)
+    )
+    return Past(*arrays)
+
+
+def _past_specs() -> tuple[P, P, P, P]:
+    """Of each slot's past [S, B, …]: each batch shard its own slots, features and heads over `tensor`."""
+    tail = P(*batch_spec(3), TENSOR)
+    return tail, tail, tail, P(*batch_spec(2), TENSOR, None, None)
+
+
+def _step_slots(
+    config: Config, projected: Projected, past: Past, weights: Weights, _: Array, count_W: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    """`Mamba.step` on one rank, whose S is 1, where row w has slot w. None begins: its prompt has been read."""
+    rows = Projected(*(v.reshape(len(count_W), -1, v.shape[-1]) for v in projected))
+    y_WCI, after = mix(config, rows, weights, Past(*(v[0] for v in past)), count_W)
+    return y_WCI.reshape(1, -1, y_WCI.shape[-1]), tuple(v[None] for v in after)
+
+
+def _step_row_by_row(
+    config: Config,
+    projected: Projected,
+    past: Past,
+    weights: Weights,
+    position_W: Array,
+    count_W: Array,
+    slot_W: Array,
+) -> tuple[Array, tuple[Array, ...]]:
+    """`Mamba.step` on one rank, whose S is 1, where a row may go on where the one before it ends."""
+
+    def step(past: Past, row: Any) -> tuple[Past, Array]:
+        tokens, position, count, slot = row
+        before = jax.tree.map(lambda v_B: jnp.where(position == 0, 0, v_B[slot])[None], past)
+        y_1CI, after = mix(config, Projected(*(v[None] for v in tokens)), weights, before, count[None])
+        # The slot of a row of nothing is out of range, and dropped.
+        return jax.tree.map(lambda v_B, v_1: v_B.at[slot].set(v_1[0], mode="drop"), past, after), y_1CI[0]
+
+    rows = Projected(*(v.reshape(len(count_W), -1, v.shape[-1]) for v in projected))
+    after, y_WCI = jax.lax.scan(step, Past(*(v[0] for v in past)), (rows, position_W, count_W, slot_W))
+    return y_WCI.reshape(1, -1, y_WCI.shape[-1]), tuple(v[None] for v in after)
 
 
 def token_products(m: ModelConfig, chunk: int) -> dict[str, int]:

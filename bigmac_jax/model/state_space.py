@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Log of a decay below which it is nothing in float32: sums of logs stay so small that their differences are exact.
+from bigmac_jax.model.mesh import platform
+
+# Log of a decay below which it is nothing in float32. Decays are differences of sums of logs, which a large one would
+# leave inexact.
 _LEAST_LOG = -88.0
 
 
@@ -211,17 +214,19 @@ def _chunk(state_BGMPS: Array, chunk: _Chunk, begun_BQ: Array | None) -> tuple[A
     B, G, M, P, S = state_BGMPS.shape
     Q, dtype = x_BQI.shape[1], x_BQI.dtype
     x_BQGMP, b_BQGS, c_BQGS = x_BQI.reshape(B, Q, G, M, P), b_BQF.reshape(B, Q, G, S), c_BQF.reshape(B, Q, G, S)
-    seen_BQJ = jnp.tri(Q, dtype=bool)[None]
+    before_BQJ = jnp.tri(Q, k=-1, dtype=bool)[None]
     enters_BGMQ, leaves_BGMQ = jnp.exp(sum_BGMQ), jnp.exp(sum_BGMQ[..., -1:] - sum_BGMQ)
     stays_BGM = enters_BGMQ[..., -1]
     if begun_BQ is not None:
-        seen_BQJ = seen_BQJ & (begun_BQ[:, :, None] == begun_BQ[:, None, :])
+        before_BQJ = before_BQJ & (begun_BQ[:, :, None] == begun_BQ[:, None, :])
         first_BQ, last_BQ = begun_BQ == 0, begun_BQ == begun_BQ[:, -1:]
         enters_BGMQ = jnp.where(first_BQ[:, None, None], enters_BGMQ, 0)
         leaves_BGMQ = jnp.where(last_BQ[:, None, None], leaves_BGMQ, 0)
         stays_BGM = jnp.where(first_BQ[:, -1:, None], stays_BGM, 0)
     decay_BGMQJ = sum_BGMQ[..., :, None] - sum_BGMQ[..., None, :]
-    decay_BGMQJ = jnp.exp(jnp.where(seen_BQJ[:, None, None], decay_BGMQJ, -jnp.inf))
+    # Of a position itself it is 1, with no gradient: large ones would have to cancel.
+    itself_QJ = jnp.where(jnp.eye(Q, dtype=bool), 0, -jnp.inf)
+    decay_BGMQJ = jnp.exp(jnp.where(before_BQJ[:, None, None], decay_BGMQJ, itself_QJ[None, None, None]))
     scores_BGQJ = _product("BQGS,BJGS->BGQJ", c_BQGS, b_BQGS)
     mixed_BGMQJ = (scores_BGQJ[:, :, None] * decay_BGMQJ).astype(dtype)
     added_BQGMP = x_BQGMP * _by_position(dt_BGMQ)  # in float32
@@ -240,6 +245,8 @@ def _by_position(v_BGMQ: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, a: Array, b: Array) -> Array:
     """An einsum that sums in float32, as do its gradients; these, too, take inputs in the dtype of a and b."""
+    if platform() == "cpu":  # which multiplies no 16-bit numbers to 32-bit sums
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
