@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.config.blocks import BRANCHES, name_branches
+from bigmac_jax.config.blocks import name_branches
 from bigmac_jax.interchange import layout
 from bigmac_jax.interchange.layout import (
     Leaves,
@@ -236,28 +236,24 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
 def _read_pattern(v: dict[str, Any], checkpoint: Checkpoint) -> str:
     """The letters of `model.blocks` from a list of names, from a pattern, or from both; raises ConfigError for any
     other letter or name, or if they disagree."""
+    file = checkpoint.directory / "config.json"
     kinds, pattern, count = v["layers_block_type"], v["hybrid_override_pattern"], v.get("num_hidden_layers")
-    layout.check_json(
-        checkpoint,
-        v,
-        layers_block_type=(
-            kinds is None or not [kind for kind in kinds if kind not in _LETTERS],
-            f"a list of {', '.join(_KINDS.values())}",
-        ),
-        hybrid_override_pattern=(not set(pattern or "") - set(BRANCHES), f"made of {' '.join(BRANCHES)}"),
-    )
+    if unknown := [kind for kind in kinds or () if kind not in _LETTERS]:
+        raise ConfigError(
+            f"{file}: layers_block_type has {unknown[0]}, and may have {', '.join(_KINDS.values())}; bigmac_jax has no "
+            f"such model"
+        )
+    known = not set(pattern or "") - set(_KINDS)
+    layout.check_json(checkpoint, v, hybrid_override_pattern=(known, f"made of {' '.join(_KINDS)}"))
     named = pattern if kinds is None else "".join(_LETTERS[kind] for kind in kinds)
     if not named:
-        raise ConfigError(
-            f"{checkpoint.directory / 'config.json'} has neither layers_block_type nor hybrid_override_pattern; "
-            f"get a good copy"
-        )
-    layout.check_json(
-        checkpoint,
+        raise ConfigError(f"{file} has neither layers_block_type nor hybrid_override_pattern; get a good copy")
+    if wrong := layout.find_violations(
         v,
         hybrid_override_pattern=(not pattern or pattern == named, f"{named}, as layers_block_type has it"),
         num_hidden_layers=(count in (None, len(named)), f"{len(named)}, the number of blocks in {named}"),
-    )
+    ):
+        raise ConfigError(f"{file}: {wrong[0]}; make them agree, or get a good copy")
     return named
 
 
