@@ -153,7 +153,7 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "another length": (with_config(num_hidden_layers=7), r"num_hidden_layers=7 must be 6, the number of blocks in MM"),
     "two patterns": (with_config(hybrid_override_pattern="MM*EM-"), r"=MM\*EM- must be MM\*E-M, as layers_block_type"),
     "a letter": (with_config(hybrid_override_pattern="MM*E-X"), r"hybrid_override_pattern=MM\*E-X must be made of"),
-    "a kind": (with_config(layers_block_type=[*KINDS[:5], "rwkv"]), "has rwkv, and may have full_attention, linear_attention, moe, mlp"),
+    "a kind": (with_config(layers_block_type=[*KINDS[:5], "rwkv"]), "has rwkv, and may have full_att"),
     "no list": (with_config(layers_block_type=7), "config.json is not a config of nemotron_h"),
     "no pattern": (with_config(layers_block_type=None, hybrid_override_pattern=None), "neither layers_block_type nor"),
     "an order that does not fit": (
