@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model.tools import on_mesh, random_model
+from model.tools import on_mesh, random_model, tiny
 from safetensors.numpy import load_file
 
 from bigmac_jax.interchange import export_model, import_model
 
-from .tools import config_of, our_logits
+from .tools import HYBRID, HYBRIDS, config_of, our_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd sizes": ("MMM*M-E", {"mamba_num_heads": 6, "mamba_head_dim": 5, "n_groups": 3, "ssm_state_size": 7,
                               "conv_kernel": 3, "head_dim": 6, "chunk_size": 11}),
     "nothing but Mamba": ("MMM", {"n_groups": 2}),
-    "mixers at the end": ("M-*M", {"n_groups": 1, "time_step_min": 0.0}),
+    "mixers at the end": ("M-*M", {"n_groups": 1, "time_step_min": 1e-6}),
     "two experts in turn": ("*EEM", {"moe_latent_size": 8, "n_group": 4, "topk_group": 2}),
     "one expert": ("MEME", {"num_experts_per_tok": 1, "norm_topk_prob": False, "conv_kernel": 2}),
     "dense": ("*-*-", {}),
@@ -134,3 +134,16 @@ def test_both_ways(name: str, tmp_path: pathlib.Path) -> None:
         assert type(read).__name__ == "NemotronHForCausalLM"
         assert not any(report.values()), report
         check_greedy(other, *greedy(read.eval(), prompt, count), prompt.shape[1])
+
+
+@pytest.mark.full
+def test_a_step_without_a_limit(tmp_path: pathlib.Path) -> None:
+    """Our default, of which the class cannot take the logarithm to draw parameters; it loads, and computes the same."""
+    config = tiny(batch=4, **HYBRID | HYBRIDS["no experts"] | {"mamba_least_step": 0.0})
+    prompt = np.random.default_rng(0).integers(3, 257, (1, 20))
+    with on_mesh(config):
+        model = random_model(config)
+        export_model(config, model, tmp_path / "out")
+        read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert read.config.time_step_min == 0
+        check_greedy(model, *greedy(read.eval(), prompt, 20), prompt.shape[1])

@@ -1,5 +1,6 @@
 """NemotronH in any pattern of blocks, by an independent reading of the class; and what is not read."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -22,17 +23,7 @@ from bigmac_jax.model.parameters import named_leaves
 
 from .architectures import logits
 from .test_errors import with_config, with_tensors
-from .tools import NEMOTRON, our_logits, tokens_of
-
-MAMBA = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_least_step": 0.7}
-HYBRID = NEMOTRON | MAMBA | {"scale_embedding": False, "tie_embeddings": False, "num_layers": 1}
-# The dimensions of all of them: in_proj has rows of 16 gates, 16 inner, twice 12 of B and C, and 4 time steps.
-HYBRIDS: dict[str, dict[str, Any]] = {
-    "all kinds": {"blocks": "MM*E-M", "mamba_bias": True, "num_shared_experts": 1, "dense_hidden_size": 20,
-                  "balance": "bias"},
-    "no experts": {"blocks": "M-M*-", "structure": "dense", "mamba_conv_bias": False, "expert_hidden_size": 20},
-    "runs": {"blocks": "ME*MEE", "num_layers": 2, "structure": "fine_grained", "mamba_conv": 3, "mamba_groups": 4},
-}  # fmt: skip
+from .tools import HYBRID, HYBRIDS, our_logits, tokens_of
 
 
 def hybrid(name: str, mesh: tuple[Any, ...] = (1, 1, 1)) -> Config:
@@ -53,6 +44,9 @@ def test_a_hybrid_computes_the_same_and_comes_back(name: str, tmp_path: pathlib.
         for folder in ("out", "plain"):
             again, copy = import_model(tmp_path / folder)
             assert again.model.stacks == config.model.stacks
+            for field in dataclasses.fields(config.model):
+                if field.name.startswith("mamba"):
+                    assert getattr(again.model, field.name) == getattr(config.model, field.name), field.name
             assert choose_format(again) == "nemotron_h"
             jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
 

@@ -48,6 +48,15 @@ OWN: dict[str, dict[str, Any]] = {
     "dense": {"structure": "dense", "positions": "learned", "gated": True, "tie_embeddings": False},
     "dense paper": PAPER | {"structure": "dense", "expert_hidden_size": 24},
 }  # fmt: skip
+MAMBA = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_least_step": 0.7}
+HYBRID = NEMOTRON | MAMBA | {"scale_embedding": False, "tie_embeddings": False, "num_layers": 1}
+# Other orders of NemotronH's blocks. In in_proj of the first are rows of 16 gates, 16 inner, 12 of B, 12 of C, 4 steps.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "all kinds": {"blocks": "MM*E-M", "mamba_bias": True, "num_shared_experts": 1, "dense_hidden_size": 20,
+                  "balance": "bias"},
+    "no experts": {"blocks": "M-M*-", "structure": "dense", "mamba_conv_bias": False, "expert_hidden_size": 20},
+    "runs": {"blocks": "ME*MEE", "num_layers": 2, "structure": "fine_grained", "mamba_conv": 3, "mamba_groups": 4},
+}  # fmt: skip
 CLASSES = {"qwen": "qwen3_moe", "qwen tied": "qwen3_moe"}
 
 
