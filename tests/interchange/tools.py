@@ -1,5 +1,6 @@
 """Configs that have an equivalent, and logits of ours."""
 
+import functools
 from typing import Any
 
 import jax
@@ -76,8 +77,13 @@ def tokens_of(config: Config) -> np.ndarray:
 
 def our_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
     """On the current mesh."""
-    call = jax.jit(lambda model, tokens_BL: model(tokens_BL, evaluating=True)[0], compiler_options=QUICK)
-    return np.asarray(call(model, split_tokens(tokens_BL)))
+    return np.asarray(_logits(model, split_tokens(tokens_BL)))
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)  # a model of the same config is compiled once
+def _logits(model: Any, tokens_BL: jax.Array) -> jax.Array:
+    logits_BLV: jax.Array = model(tokens_BL, evaluating=True)[0]
+    return logits_BLV
 
 
 def with_special_tokens(tokenizer: JsonTokenizer, *names: str) -> JsonTokenizer:
