@@ -71,6 +71,11 @@ def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator
     for tensor in FORMATS[kind].tensors(config.model, base):
         if tensor.leaf not in matrices:
             continue
+        if tensor.rows:
+            raise ConfigError(
+                f"--format=peft: PEFT has no place for adapters of {tensor.leaf}, which is a part of {tensor.name} in "
+                f"{kind}; export the whole model with --format=auto"
+            )
         if tensor.expert is not None or "router" in tensor.leaf:
             what = "experts" if tensor.expert is not None else "router"
             raise ConfigError(
