@@ -133,6 +133,8 @@ class Config(Section):
             name, experts, ranks = model.count_name, model.expert_count, self.mesh.expert_ranks
             saved = self.train.experts_per_checkpoint
             require(saved < experts, f"train.experts_per_checkpoint={saved} must be below {name}={experts}; use fewer, or 0, which saves all")  # fmt: skip
+            several = sum(bool(stack.experts) for stack in self.model.stacks) > 1
+            require(not (saved and several), f"train.experts_per_checkpoint={saved} saves experts of one stack of layers in turn, and model.blocks={self.model.blocks} has several; use experts_per_checkpoint=0")  # fmt: skip
             require(not (saved and self.tuning.lora_rank), f"train.experts_per_checkpoint={saved} saves some of the experts, and tuning.lora_rank={self.tuning.lora_rank} trains adapters, which are small; use experts_per_checkpoint=0")  # fmt: skip
             require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {near_ranks(experts, ranks)} ranks")  # fmt: skip
 

@@ -59,6 +59,7 @@ class Mamba:
     groups: int
     state: int
     conv: int = 4
+    chunk: int = 128  # positions that are computed at once
 
     @property
     def inner(self) -> int:
@@ -98,7 +99,10 @@ class Shape:
             narrow = m.wire_size if m.structure == "bigmac" else 0
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0
             experts = Experts(m.moe_layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
-        mamba = Mamba(m.mamba_layers, m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state)
+        mamba = Mamba(
+            m.mamba_layers, m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state, m.mamba_conv,
+            config.execution.mamba_chunk,
+        )  # fmt: skip
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,
@@ -167,11 +171,11 @@ class Shape:
             seen += a.window_layers * (near * (1 - near / length / 2) if causal else length)
         return size * seen
 
-    def scan_flops(self, chunk: int = 128) -> float:
+    def scan_flops(self) -> float:
         """FLOPs of Mamba-2's scan in chunks: scores and values inside a chunk, and the state in and out."""
         if (b := self.mamba) is None:
             return 0.0
-        return b.layers * (chunk * (b.groups * b.state + b.inner) + 4 * b.inner * b.state)
+        return b.layers * (b.chunk * (b.groups * b.state + b.inner) + 4 * b.inner * b.state)
 
     def flops(self, length: int, causal: bool = True) -> float:
         """FLOPs of the forward pass of a token; three times that are a training step's."""
