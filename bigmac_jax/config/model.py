@@ -238,7 +238,7 @@ class ModelConfig(Section):
         require(not set(blocks) - set(BRANCHES), f"model.blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); use *E")  # fmt: skip
         experts = "E" in blocks or not blocks
         require(not blocks or experts == self.is_moe, f"model.blocks={blocks} has {'' if experts else 'no '}layers with experts (E), and model.structure={self.structure} {'has experts' if self.is_moe else 'none'}; use {'another structure' if experts else 'structure=dense'}")  # fmt: skip
-        require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use blocks={'*-' * first}{'*E' * (layers - first)} with num_layers=1 and first_dense_layers=0")  # fmt: skip
+        require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use first_dense_layers=0, or no blocks")  # fmt: skip
         require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
         require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
         require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip

@@ -98,7 +98,7 @@ def test_counts() -> None:
         ),
         (
             {"blocks": "*E", "first_dense_layers": 1},
-            r"use blocks=\*-\*E\*E\*E with num_layers=1 and first_dense_layers=0",
+            r"use first_dense_layers=0, or no blocks",
         ),
     ],
 )

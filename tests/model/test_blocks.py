@@ -17,6 +17,7 @@ from .tools import QUICK, leaves, on_mesh, random_model, random_tokens, split_to
 MAMBA: dict[str, Any] = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 3}
 PATTERNS = [("ME*EM-", 2), ("*EME*EM-ME", 1), ("E*", 2), ("MM*E", 1)]
 SEVERAL = ("ME*E", 2)
+QUICK_PATTERN = ("MM*E", 1)
 
 
 def of_pattern(blocks: str, times: int, **fields: Any) -> Config:
@@ -42,7 +43,7 @@ def one_by_one(model: Transformer, tokens_BL: jax.Array) -> tuple[jax.Array, lis
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("layer", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
-    ("blocks", "times"), [PATTERNS[0], *(pytest.param(*of, marks=pytest.mark.full) for of in PATTERNS[1:])]
+    ("blocks", "times"), [pytest.param(*of, marks=[] if of == QUICK_PATTERN else pytest.mark.full) for of in PATTERNS]
 )
 def test_values_and_gradients(blocks: str, times: int, remat: str) -> None:
     config = of_pattern(blocks, times, remat=remat)
@@ -65,7 +66,7 @@ def test_values_and_gradients(blocks: str, times: int, remat: str) -> None:
             np.testing.assert_allclose(value, other, atol=1e-5 * np.abs(other).max())
         right = leaves(right)
         for name, value in leaves(gradients).items():
-            assert np.abs(value - right[name]).max() <= 1e-5 * np.abs(right[name]).max() + 1e-12, name
+            assert np.abs(value - right[name]).max() <= 3e-5 * np.abs(right[name]).max() + 1e-12, name
 
 
 @pytest.mark.full
