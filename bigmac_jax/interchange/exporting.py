@@ -16,7 +16,7 @@ from bigmac_jax.data.chat_files import NO_CHAT, ChatFiles
 from bigmac_jax.data.chat_files import TEMPLATE_FILE as CHAT_TEMPLATE
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import bigmac, model_card, nemotron_h, plain, qwen3_moe, tensor_files, tokenizer_files
-from bigmac_jax.interchange.layout import Format, Leaves, Tensor
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor, stored_shapes
 from bigmac_jax.interchange.model_card import Trained
 from bigmac_jax.interchange.tensor_files import DTYPES, Spec, write_json
 from bigmac_jax.model.mesh import replicated_spec
@@ -92,7 +92,8 @@ def export_model(
     config, model = plain_router(config, model)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))
-    specs = [Spec(t.name, t.shape_in(leaves), DTYPES["float32" if t.exact else dtype]) for t in tensors]
+    dtypes = {tensor.name: DTYPES["float32" if tensor.exact else dtype] for tensor in tensors}
+    specs = [Spec(stored, shape, dtypes[stored]) for stored, shape in stored_shapes(tensors, leaves).items()]
     arrays = _read_values(tensors, leaves)
     if not hosts.is_first():
         for _ in arrays:  # takes part in gathering
@@ -117,18 +118,28 @@ def export_model(
 
 
 def _read_values(tensors: Iterable[Tensor], leaves: Leaves) -> Iterator[np.ndarray]:
-    """The tensors' values, on process 0; a layer of a parameter is gathered once for all of its tensors."""
-    for (leaf, layer), parts in itertools.groupby(tensors, lambda tensor: (tensor.leaf, tensor.layer)):
-        value = gather_layer(leaves[leaf], layer) if leaf else None
-        for tensor in parts:
-            yield np.zeros(tensor.shape, np.float32) if value is None else _convert(tensor, value)
-        del value  # before the next one comes
+    """The stored tensors' values, on process 0; a layer of a parameter is gathered once for all of its tensors."""
+    held: dict[tuple[str, int | None], np.ndarray] = {}  # one layer of a parameter
+
+    def read(tensor: Tensor) -> np.ndarray:
+        if not tensor.leaf:
+            return np.zeros(tensor.shape, np.float32)
+        if (key := (tensor.leaf, tensor.layer)) not in held:
+            held.clear()  # before the next one comes
+            held[key] = gather_layer(leaves[tensor.leaf], tensor.layer)
+        return _convert(tensor, held[key])
+
+    for _, parts in itertools.groupby(tensors, lambda tensor: tensor.name):
+        found = [read(tensor) for tensor in parts]
+        yield found[0] if len(found) == 1 else np.concatenate(found)
+        del found
 
 
 def _convert(tensor: Tensor, layer: np.ndarray) -> np.ndarray:
-    """The tensor as it is stored, from the layer of the parameter that holds it."""
+    """The tensor as it is stored, or its part, from the layer of the parameter that holds it."""
     value = layer if tensor.expert is None else layer[tensor.expert]
     value = value.T if tensor.transposed else value
+    value = value.T[:, None] if tensor.depthwise else value
     # In float32, as the model multiplies: the product is the same to the last bit.
     return value if tensor.scale == 1 else value * np.float32(tensor.scale)
 

@@ -1,5 +1,6 @@
 """A directory of safetensors → a model, or a workdir, as a run at step 0."""
 
+import functools
 import logging
 import math
 import pathlib
@@ -21,7 +22,7 @@ from bigmac_jax.data.chat_files import ChatFiles
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.interchange import tokenizer_files
 from bigmac_jax.interchange.exporting import FORMATS
-from bigmac_jax.interchange.layout import Format, Leaves, Tensor
+from bigmac_jax.interchange.layout import Format, Leaves, Tensor, stored_shapes
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 from bigmac_jax.model.mesh import make_mesh, placed
 from bigmac_jax.model.parameters import leaf_name, named_leaves
@@ -66,6 +67,10 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     model = jax.tree_util.tree_map_with_path(
         lambda path, leaf: _read_leaf(leaf, parts[leaf_name(path)], checkpoint), abstract
     )
+    if (left_out := checkpoint.left_out) and hosts.is_first():
+        _log.warning(
+            "%d tensors of %s are left out (%s): no model here has them", len(left_out), directory, left_out[0]
+        )
     if leaf := find_nonfinite(model):
         stored = (tensor.name for tensor in tensors if tensor.leaf == leaf)
         bad = next((name for name in stored if not np.isfinite(checkpoint.read(name)).all()), leaf)
@@ -172,15 +177,16 @@ def _match_tensors(layout: Format, config: Config, leaves: Leaves, checkpoint: C
     other."""
     tensors = list(layout.tensors(config.model, leaves))
     tables = {tensor.leaf for tensor in tensors if tensor.layer is None and tensor.name in checkpoint}
+    shapes = stored_shapes(tensors, leaves)
     for tensor in tensors:
         if tensor.name not in checkpoint:
             if not tensor.leaf or tensor.leaf in tables:  # zeros, or a table that stands under another name
                 continue
             raise ConfigError(f"{checkpoint.directory} lacks {tensor.name}, which its config.json asks for")
-        wanted, found = tensor.shape_in(leaves), checkpoint.shape(tensor.name)
+        wanted, found = shapes[tensor.name], checkpoint.shape(tensor.name)
         if tensor.leaf and found != wanted:
             raise ConfigError(f"{tensor.name} of {checkpoint.directory} is {found}, its config.json says {wanted}")
-    if others := sorted(checkpoint.names() - {tensor.name for tensor in tensors}):
+    if others := sorted(checkpoint.names() - set(shapes)):
         raise ConfigError(
             f"{checkpoint.directory} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}, which a "
             f"model of its config.json does not have"
@@ -194,7 +200,7 @@ def _read_leaf(abstract: Any, parts: dict[int | None, list[Tensor]], checkpoint:
     if None in parts:
         return _place(abstract.shape, sharding, parts[None], checkpoint)
     own = NamedSharding(sharding.mesh, P(*sharding.spec[1:]))
-    value = jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype, out_sharding=sharding.spec))()
+    value = _zeros(abstract.shape, abstract.dtype, sharding.spec)
     for layer, tensors in parts.items():
         value = _set_layer(value, _place(abstract.shape[1:], own, tensors, checkpoint), layer)
     return value
@@ -213,9 +219,22 @@ def _place(shape: tuple[int, ...], sharding: Any, tensors: list[Tensor], checkpo
 
 
 def _read_part(tensor: Tensor, index: Index, checkpoint: Checkpoint) -> np.ndarray:
-    if not tensor.transposed:
-        return checkpoint.read(tensor.name, index)
-    return np.ascontiguousarray(checkpoint.read(tensor.name, index[::-1]).T)
+    """Reads a part of a parameter, and no more than it."""
+    turned = tensor.transposed or tensor.depthwise
+    index = index[::-1] if turned else index
+    if rows := tensor.rows:
+        wanted: slice = index[0]
+        own = range(rows.start, rows.stop)[wanted]
+        index = (slice(own.start, own.stop), *index[1:])
+    if tensor.depthwise:
+        return np.ascontiguousarray(checkpoint.read(tensor.name, (index[0], slice(None), index[1]))[:, 0].T)
+    value = checkpoint.read(tensor.name, index)
+    return np.ascontiguousarray(value.T) if turned else value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, spec: P) -> Array:
+    return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
 @jax.jit(donate_argnums=0)

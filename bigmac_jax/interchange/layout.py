@@ -7,8 +7,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from bigmac_jax.config import (
@@ -46,23 +46,27 @@ def find_other_blocks(config: ModelConfig, *names: str) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint, or what it holds of one parameter (`rows`)."""
 
     name: str  # in the checkpoint
     leaf: str  # our parameter, such as layers.mlp.experts.w_in_eRF; "" for one of zeros that we don't have
     layer: int | None = None  # the part of the parameter; None where it has no such dimension
     expert: int | None = None
     transposed: bool = False  # ours is x @ w, [inputs, outputs]; torch's Linear stores [outputs, inputs]
+    depthwise: bool = False  # ours is [taps, features]; torch's Conv1d stores [features, 1, taps]
+    rows: slice | None = None  # those of the stored tensor, if it has several parameters, one behind the other
     scale: float = 1.0  # factor of the exported tensor
     exact: bool = False  # float32 whatever the checkpoint's dtype is
     shape: tuple[int, ...] = ()  # of a tensor that we don't have
 
     def shape_in(self, leaves: Leaves) -> tuple[int, ...]:
-        """The tensor's shape in the checkpoint."""
+        """The tensor's shape in the checkpoint; with `rows`, the shape of these."""
         if not self.leaf:
             return self.shape
         stacked = (self.layer is not None) + (self.expert is not None)
         own = tuple(leaves[self.leaf].shape[stacked:])
+        if self.depthwise:
+            return own[1], 1, own[0]
         return own[::-1] if self.transposed else own
 
 
@@ -74,7 +78,8 @@ class Format(Protocol):
         ...
 
     def tensors(self, config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
-        """All tensors of a checkpoint; those into which one layer of a parameter is split follow each other."""
+        """All tensors of a checkpoint; those into which one layer of a parameter is split follow each other, and so do
+        the parts of one tensor."""
         ...
 
     def to_json(self, config: Config, leaves: Leaves) -> dict[str, Any]:
@@ -86,8 +91,26 @@ class Format(Protocol):
         ...
 
     def split_stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-        """The tensors of `tensors` that a stored one holds: (name, part of the stored one)."""
+        """The tensors of `tensors` that a stored one holds: (name, part of the stored one); none, if it is left out."""
         ...
+
+
+def one_behind_the_other(leaves: Leaves, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors of one name, as the parts of it."""
+    first = 0
+    for tensor in tensors:
+        end = first + tensor.shape_in(leaves)[0]
+        yield replace(tensor, rows=slice(first, end))
+        first = end
+
+
+def stored_shapes(tensors: Iterable[Tensor], leaves: Leaves) -> dict[str, tuple[int, ...]]:
+    """The shapes of whole tensors of a checkpoint, in their order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        shape = tensor.shape_in(leaves)
+        shapes[tensor.name] = (tensor.rows.stop, *shape[1:]) if tensor.rows else shape
+    return shapes
 
 
 def find_violations(values: Mapping[str, Any], **wanted: Any) -> list[str]:
@@ -128,10 +151,10 @@ def common_json(config: Config) -> dict[str, Any]:
     }
 
 
-def attention_tensors(prefix: str, layer: int) -> Iterator[Tensor]:
+def attention_tensors(prefix: str, layer: int, branch: str = "layers.attention") -> Iterator[Tensor]:
     """The four matrices of attention, which every class calls q_proj, k_proj, v_proj and o_proj."""
     for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
-        yield Tensor(f"{prefix}.{theirs}.weight", f"layers.attention.{ours}.w_DF", layer, transposed=True)
+        yield Tensor(f"{prefix}.{theirs}.weight", f"{branch}.{ours}.w_DF", layer, transposed=True)
 
 
 def split_experts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
@@ -149,12 +172,14 @@ def split_experts(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Inde
             yield f"{fused[1]}.{expert}.{fused[2]}.weight", (expert,)
 
 
-def expert_tensors(config: ModelConfig, prefix: str, layer: int, names: dict[str, str]) -> Iterator[Tensor]:
+def expert_tensors(
+    config: ModelConfig, prefix: str, layer: int, names: dict[str, str], branch: str = "layers.mlp"
+) -> Iterator[Tensor]:
     """A tensor for each expert and matrix; `names`: ours → theirs."""
     for ours, theirs in names.items():
         for expert in range(config.expert_count):
             name = f"{prefix}.experts.{expert}.{theirs}.weight"
-            yield Tensor(name, f"layers.mlp.experts.{ours}", layer, expert, transposed=True)
+            yield Tensor(name, f"{branch}.experts.{ours}", layer, expert, transposed=True)
 
 
 # Fields beside `model` that describe a model: the windows that it was trained on, and what it is computed in.
@@ -190,7 +215,7 @@ def find_tokenizer_file(checkpoint: Checkpoint) -> pathlib.Path:
 def make_config(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Config:
     """The config of a checkpoint, from the fields that all classes have (`v`) and those of one class."""
     heads, size = v["num_attention_heads"], v["head_dim"]
-    model |= {
+    fields: dict[str, Any] = {
         "hidden_size": v["hidden_size"],
         "num_heads": heads,
         "num_kv_heads": v["num_key_value_heads"],
@@ -198,14 +223,17 @@ def make_config(v: dict[str, Any], checkpoint: Checkpoint, **model: Any) -> Conf
         "vocab_size": v["vocab_size"],
         "context_length": v["max_position_embeddings"],
         "scale_embedding": False,
-        "top_k": v["num_experts_per_tok"],
-        "expert_hidden_size": v["moe_intermediate_size"],
-        "latent_norm": "none",
-        "projection_init": "random",  # nor were they trained slowly
-        "router_renormalize": v["norm_topk_prob"],
-        "capacity_factor": math.inf,
     }
+    if model["structure"] != "dense":
+        fields |= {
+            "top_k": v["num_experts_per_tok"],
+            "expert_hidden_size": v["moe_intermediate_size"],
+            "latent_norm": "none",
+            "projection_init": "random",  # nor were they trained slowly
+            "router_renormalize": v["norm_topk_prob"],
+            "capacity_factor": math.inf,
+        }
     execution = ExecutionConfig("bfloat16" if v["dtype"] == "bfloat16" else "float32")
     length = min(v["max_position_embeddings"], _LONGEST)
     data = DataConfig(tokenizer=str(find_tokenizer_file(checkpoint)), sequence_length=length)
-    return Config(ModelConfig(**model), execution, data=data)
+    return Config(ModelConfig(**fields | model), execution, data=data)

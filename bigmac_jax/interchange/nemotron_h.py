@@ -1,18 +1,28 @@
-"""transformers' NemotronH: attention and MoE layers in turn, one norm before each.
+"""transformers' NemotronH: blocks of attention, Mamba-2, experts or an MLP in any order, one norm before each.
 
-Its MoE is ours: a sigmoid router of full width, whose bias shifts the choice alone, relu² experts without a gate
+Its blocks are our residual branches (`model.blocks`): block 5 is the branch of that number, whatever layer it is in.
+Its experts are ours: a sigmoid router of full width, whose bias shifts the choice alone, relu² experts without a gate
 between `fc1_latent_proj` (W↓) and `fc2_latent_proj` (W↑), and a shared expert of full width. A model without a shared
 expert is written with one of zeros, because the class always has one; without W↓ and W↑, moe_latent_size is null.
+Mamba's five projections are one matrix there, and its three convolutions one.
 """
 
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.config import Config, ConfigError, ModelConfig
+from bigmac_jax.config.blocks import name_branches
 from bigmac_jax.interchange import layout
-from bigmac_jax.interchange.layout import Leaves, Tensor, attention_tensors, expert_tensors, make_config
+from bigmac_jax.interchange.layout import (
+    Leaves,
+    Tensor,
+    attention_tensors,
+    expert_tensors,
+    make_config,
+    one_behind_the_other,
+)
 from bigmac_jax.interchange.tensor_files import Checkpoint, Index
 
 _ZERO_WIDTH = 64  # of the shared expert that stands for none; small, and a multiple of what tensor parallelism splits
@@ -23,20 +33,43 @@ _DEFAULTS: dict[str, Any] = {
     "n_routed_experts": 8, "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688,
     "moe_latent_size": None, "num_experts_per_tok": 2, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
     "norm_topk_prob": True, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "layers_block_type": None,
-    "hybrid_override_pattern": None, "dtype": "float32",
+    "hybrid_override_pattern": None, "dtype": "float32", "intermediate_size": 21504, "mamba_num_heads": 128,
+    "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True,
+    "use_bias": False, "time_step_min": 0.001, "mamba_hidden_act": "silu",
 }  # fmt: skip
-_OTHER_NAMES = {"num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "torch_dtype": "dtype"}
-_LAYERS = ["full_attention", "moe"]
-_LEGACY = {"*": "full_attention", "E": "moe", "attention": "full_attention"}
+_OTHER_NAMES = {
+    "num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "torch_dtype": "dtype",
+    "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_min": "time_step_min",
+}  # fmt: skip
+_KINDS = {"*": "full_attention", "M": "linear_attention", "E": "moe", "-": "mlp"}
+_LETTERS = {kind: letter for letter, kind in _KINDS.items()} | {"attention": "*", "mamba": "M"}  # and older names
+# What lies one behind the other in `in_proj` and in `conv1d`.
+_PROJECTED = ("gate", "inner", "b", "c", "time")
+_CONVOLVED = ("inner", "b", "c")
+
+
+class _Block(NamedTuple):
+    """One of the class's blocks."""
+
+    letter: str
+    branch: str  # what our parameters of it begin with: layers.mlp
+    layer: int  # the place in these
+
+
+def _blocks(config: ModelConfig) -> Iterator[_Block]:
+    """All blocks, in their order."""
+    layers = sorted((layer, place, stack) for stack in config.stacks for place, layer in enumerate(stack.layers))
+    for _, place, stack in layers:
+        for letter, branch in zip(stack.blocks, name_branches(stack.blocks), strict=True):
+            yield _Block(letter, f"{stack.name}.{branch}", place)
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
     m, groups = config, config.num_expert_groups
-    return layout.find_violations(
+    found = layout.find_violations(
         vars(m),
-        first_dense_layers=0,
-        blocks=layout.find_other_blocks(config, "layers"),
-        structure=(m.structure in ("bigmac", "fine_grained"), "bigmac or fine_grained"),
+        structure=(m.structure != "vanilla", "bigmac, fine_grained or dense"),
         norm="rmsnorm",
         positions=(m.positions == "none", "none (its attention has no rotary embedding)"),
         activation="relu2",
@@ -44,29 +77,65 @@ def find_obstacles(config: ModelConfig) -> list[str]:
         use_bias=False,
         qk_norm=False,
         latent_norm=(not m.latent_norms, "none"),
-        router=(m.router in ("linear", "frozen"), "linear or frozen (its router's logits have no bias)"),
-        router_scores="sigmoid",
-        num_experts=(not m.is_moe or m.expert_count >= 2 * groups, "at least two a group"),
-        group_scores=(m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
     )
+    if m.is_moe:
+        found += layout.find_violations(
+            vars(m),
+            router=(m.router in ("linear", "frozen"), "linear or frozen (its router's logits have no bias)"),
+            router_scores="sigmoid",
+            num_experts=(m.expert_count >= 2 * groups, "at least two a group"),
+            group_scores=(m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
+        )
+    if m.mamba_layers:
+        found += layout.find_violations(vars(m), mamba_most_step=math.inf)
+    return found
 
 
 def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
     scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
     yield Tensor("backbone.embeddings.weight", "embedding_VD", scale=scale)
-    for layer in range(config.depth):
-        attention, moe = f"backbone.layers.{2 * layer}", f"backbone.layers.{2 * layer + 1}"
-        yield Tensor(f"{attention}.norm.weight", "layers.attention_norm.scale_D", layer)
-        yield from attention_tensors(f"{attention}.mixer", layer)
-        yield Tensor(f"{moe}.norm.weight", "layers.mlp_norm.scale_D", layer)
-        yield from _moe_tensors(config, leaves, f"{moe}.mixer", layer)
+    for number, block in enumerate(_blocks(config)):
+        name, branch, layer = f"backbone.layers.{number}", block.branch, block.layer
+        yield Tensor(f"{name}.norm.weight", f"{branch}_norm.scale_D", layer)
+        if block.letter == "*":
+            yield from attention_tensors(f"{name}.mixer", layer, branch)
+        elif block.letter == "M":
+            yield from _mamba_tensors(config, leaves, f"{name}.mixer", branch, layer)
+        elif block.letter == "E":
+            yield from _moe_tensors(config, leaves, f"{name}.mixer", branch, layer)
+        else:
+            yield from _mlp_tensors(f"{name}.mixer", branch, layer)
     yield Tensor("backbone.norm_f.weight", "final_norm.scale_D")
     yield Tensor("lm_head.weight", "embedding_VD" if config.tie_embeddings else "unembedding_VD")
 
 
-def _moe_tensors(config: ModelConfig, leaves: Leaves, moe: str, layer: int) -> Iterator[Tensor]:
-    yield Tensor(f"{moe}.gate.weight", "layers.mlp.router_DE", layer, transposed=True, exact=True)
-    bias = "layers.mlp.router_bias_E"
+def _mlp_tensors(name: str, branch: str, layer: int) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.up_proj.weight", f"{branch}.up.w_DF", layer, transposed=True)
+    yield Tensor(f"{name}.down_proj.weight", f"{branch}.down.w_DF", layer, transposed=True)
+
+
+def _mamba_tensors(config: ModelConfig, leaves: Leaves, mixer: str, branch: str, layer: int) -> Iterator[Tensor]:
+    def parts(name: str, ours: list[str], transposed: bool = False, depthwise: bool = False) -> Iterator[Tensor]:
+        leaf_names = (f"{branch}.{leaf}" for leaf in ours)
+        each = (Tensor(f"{mixer}.{name}", leaf, layer, None, transposed, depthwise) for leaf in leaf_names)
+        return one_behind_the_other(leaves, each)
+
+    yield from parts("in_proj.weight", [f"{name}.w_DF" for name in _PROJECTED], transposed=True)
+    yield from parts("conv1d.weight", [f"conv_{name}_KF" for name in _CONVOLVED], depthwise=True)
+    if config.mamba_conv_bias:
+        yield from parts("conv1d.bias", [f"conv_{name}_bias_F" for name in _CONVOLVED])
+    for theirs, ours in {"A_log": "a_log_N", "D": "skip_N", "dt_bias": "time_bias_N"}.items():
+        yield Tensor(f"{mixer}.{theirs}", f"{branch}.{ours}", layer, exact=True)
+    yield Tensor(f"{mixer}.norm.weight", f"{branch}.norm.scale_D", layer)
+    yield Tensor(f"{mixer}.out_proj.weight", f"{branch}.out.w_DF", layer, transposed=True)
+    if config.mamba_bias:
+        yield from parts("in_proj.bias", [f"{name}.b_F" for name in _PROJECTED])
+        yield Tensor(f"{mixer}.out_proj.bias", f"{branch}.out.b_F", layer)
+
+
+def _moe_tensors(config: ModelConfig, leaves: Leaves, moe: str, branch: str, layer: int) -> Iterator[Tensor]:
+    yield Tensor(f"{moe}.gate.weight", f"{branch}.router_DE", layer, transposed=True, exact=True)
+    bias = f"{branch}.router_bias_E"
     yield Tensor(
         f"{moe}.gate.e_score_correction_bias",
         bias if bias in leaves else "",
@@ -75,32 +144,54 @@ def _moe_tensors(config: ModelConfig, leaves: Leaves, moe: str, layer: int) -> I
         shape=(config.expert_count,),
     )
     if config.structure == "bigmac":
-        yield Tensor(f"{moe}.fc1_latent_proj.weight", "layers.mlp.down.w_DF", layer, transposed=True)
-        yield Tensor(f"{moe}.fc2_latent_proj.weight", "layers.mlp.up.w_DF", layer, transposed=True)
-    yield from expert_tensors(config, moe, layer, {"w_in_eRF": "up_proj", "w_out_eFR": "down_proj"})
-    up, down = f"{moe}.shared_experts.up_proj.weight", f"{moe}.shared_experts.down_proj.weight"
+        yield Tensor(f"{moe}.fc1_latent_proj.weight", f"{branch}.down.w_DF", layer, transposed=True)
+        yield Tensor(f"{moe}.fc2_latent_proj.weight", f"{branch}.up.w_DF", layer, transposed=True)
+    yield from expert_tensors(config, moe, layer, {"w_in_eRF": "up_proj", "w_out_eFR": "down_proj"}, branch)
     if config.shared_width:
-        yield Tensor(up, "layers.mlp.shared.up.w_DF", layer, transposed=True)
-        yield Tensor(down, "layers.mlp.shared.down.w_DF", layer, transposed=True)
+        yield from _mlp_tensors(f"{moe}.shared_experts", f"{branch}.shared", layer)
     else:
-        yield Tensor(up, "", layer, shape=(_ZERO_WIDTH, config.hidden_size))
-        yield Tensor(down, "", layer, shape=(config.hidden_size, _ZERO_WIDTH))
+        shape = _ZERO_WIDTH, config.hidden_size
+        yield Tensor(f"{moe}.shared_experts.up_proj.weight", "", layer, shape=shape)
+        yield Tensor(f"{moe}.shared_experts.down_proj.weight", "", layer, shape=shape[::-1])
 
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
     m = config.model
-    limited = m.top_groups < m.num_expert_groups
-    return layout.common_json(config) | {
+    pattern = "".join(block.letter for block in _blocks(m))
+    fields = layout.common_json(config) | {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
-        "num_hidden_layers": 2 * m.depth,
-        "layers_block_type": _LAYERS * m.depth,
-        "hybrid_override_pattern": "*E" * m.depth,  # the same, as serving engines read it
+        "num_hidden_layers": len(pattern),
+        "layers_block_type": [_KINDS[letter] for letter in pattern],
+        "hybrid_override_pattern": pattern,  # the same, as serving engines read it
         "layer_norm_epsilon": m.norm_eps,
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,
         "attention_bias": False,
-        "use_bias": False,
+        "use_bias": bool(m.mamba_layers) and m.mamba_bias,
+        # The class ties nothing, so lm_head is there whatever this says.
+        "tie_word_embeddings": m.tie_embeddings and not m.scale_embedding,
+    }
+    if m.mlp_layers:
+        fields |= {"intermediate_size": m.mlp_width}
+    if m.mamba_layers:
+        fields |= {
+            "mamba_num_heads": m.mamba_head_count,
+            "mamba_head_dim": m.mamba_head_dim,
+            "n_groups": m.mamba_groups,
+            "ssm_state_size": m.mamba_state,
+            "conv_kernel": m.mamba_conv,
+            "use_conv_bias": m.mamba_conv_bias,
+            "mamba_proj_bias": m.mamba_bias,
+            "mamba_hidden_act": "silu",
+            "time_step_min": m.mamba_least_step,
+        }
+    return fields | (_moe_json(m) if m.is_moe else {})
+
+
+def _moe_json(m: ModelConfig) -> dict[str, Any]:
+    limited = m.top_groups < m.num_expert_groups
+    return {
         "moe_latent_size": m.latent_size if m.structure == "bigmac" else None,
         "n_routed_experts": m.expert_count,
         "num_experts_per_tok": m.choices,
@@ -111,24 +202,90 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "routed_scaling_factor": m.router_scale,
         "n_group": m.num_expert_groups if limited else 1,
         "topk_group": m.top_groups if limited else 1,
-        # The class ties nothing, so lm_head is there whatever this says.
-        "tie_word_embeddings": m.tie_embeddings and not m.scale_embedding,
     }
 
 
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
-    layers = [_LEGACY.get(name, name) for name in v["layers_block_type"] or v["hybrid_override_pattern"] or ()]
-    count = len(layers) // 2
+    pattern = _read_pattern(v, checkpoint)
+    layout.check_json(
+        checkpoint,
+        v,
+        mlp_hidden_act="relu2",
+        mlp_bias=(not v["mlp_bias"], "false"),
+        sliding_window=(v["sliding_window"] is None, "null"),
+    )
+    model = _of_pattern(pattern) | {
+        "structure": "dense",
+        "positions": "none",
+        "activation": "relu2",
+        "qk_norm": False,
+        "norm_eps": float(v["layer_norm_epsilon"]),
+        "tie_embeddings": v["tie_word_embeddings"]
+        and _same(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
+    }
+    if "M" in pattern:
+        model |= _mamba_fields(v, checkpoint)
+    if "E" in pattern:
+        model |= _moe_fields(v, checkpoint, pattern)
+    if "-" in pattern:
+        model |= {"dense_hidden_size" if "E" in pattern else "expert_hidden_size": v["intermediate_size"]}
+    return make_config(v, checkpoint, **model)
+
+
+def _read_pattern(v: dict[str, Any], checkpoint: Checkpoint) -> str:
+    """The letters of `model.blocks` from a list of names, from a pattern, or from both; raises ConfigError for any
+    other letter or name, or if they disagree."""
+    file = checkpoint.directory / "config.json"
+    kinds, pattern, count = v["layers_block_type"], v["hybrid_override_pattern"], v.get("num_hidden_layers")
+    if unknown := [kind for kind in kinds or () if kind not in _LETTERS]:
+        raise ConfigError(
+            f"{file}: layers_block_type has {unknown[0]}, and may have {', '.join(_KINDS.values())}; bigmac_jax has no "
+            f"such model"
+        )
+    known = not set(pattern or "") - set(_KINDS)
+    layout.check_json(checkpoint, v, hybrid_override_pattern=(known, f"made of {' '.join(_KINDS)}"))
+    named = pattern if kinds is None else "".join(_LETTERS[kind] for kind in kinds)
+    if not named:
+        raise ConfigError(f"{file} has neither layers_block_type nor hybrid_override_pattern; get a good copy")
+    if wrong := layout.find_violations(
+        v,
+        hybrid_override_pattern=(not pattern or pattern == named, f"{named}, as layers_block_type has it"),
+        num_hidden_layers=(count in (None, len(named)), f"{len(named)}, the number of blocks in {named}"),
+    ):
+        raise ConfigError(f"{file}: {wrong[0]}; make them agree, or get a good copy")
+    return named
+
+
+def _of_pattern(pattern: str) -> dict[str, Any]:
+    """The fields of a model with such blocks. Attention and experts in turn, behind MLPs or not, need no pattern."""
+    if turns := re.fullmatch(r"((?:\*-)*)((?:\*E)*)", pattern):
+        first = len(turns[1]) // 2 if turns[2] else 0
+        return {"num_layers": len(pattern) // 2, "first_dense_layers": first}
+    return {"num_layers": 1, "blocks": pattern}
+
+
+def _mamba_fields(v: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    layout.check_json(checkpoint, v, mamba_hidden_act="silu")
+    return {
+        "mamba_heads": v["mamba_num_heads"],
+        "mamba_head_dim": v["mamba_head_dim"],
+        "mamba_groups": v["n_groups"],
+        "mamba_state": v["ssm_state_size"],
+        "mamba_conv": v["conv_kernel"],
+        "mamba_conv_bias": v["use_conv_bias"],
+        "mamba_bias": v["use_bias"],
+        # The class clamps by this one, and reads time_step_limit nowhere.
+        "mamba_least_step": float(v["time_step_min"]),
+    }
+
+
+def _moe_fields(v: dict[str, Any], checkpoint: Checkpoint, pattern: str) -> dict[str, Any]:
     groups, best_groups, experts, latent = v["n_group"], v["topk_group"], v["n_routed_experts"], v["moe_latent_size"]
     limited = best_groups < groups
     layout.check_json(
         checkpoint,
-        v | {"layers_block_type": layers},
-        layers_block_type=(count > 0 and layers == _LAYERS * count, "full_attention, moe, and so on in turn"),
-        mlp_hidden_act="relu2",
-        mlp_bias=(not v["mlp_bias"], "false"),
-        sliding_window=(v["sliding_window"] is None, "null"),
+        v,
         moe_latent_size=(latent is None or latent <= v["hidden_size"], "at most hidden_size"),
         norm_topk_prob=(
             v["num_experts_per_tok"] > 1 or not v["norm_topk_prob"],
@@ -136,34 +293,26 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         ),
         n_group=(not limited or experts >= 2 * groups, "at most half of n_routed_experts"),
     )
-    moe = [f"backbone.layers.{2 * layer + 1}.mixer" for layer in range(count)]
+    moe = [f"backbone.layers.{number}.mixer" for number, letter in enumerate(pattern) if letter == "E"]
 
     def all_zero(*names: str) -> bool:
         found = [f"{prefix}.{name}" for prefix in moe for name in names if f"{prefix}.{name}" in checkpoint]
         return not any(checkpoint.read(name).any() for name in found)
 
     shared = not all_zero("shared_experts.up_proj.weight", "shared_experts.down_proj.weight")
-    return make_config(
-        v,
-        checkpoint,
-        structure="fine_grained" if latent is None else "bigmac",
-        num_layers=count,
-        positions="none",
-        activation="relu2",
-        qk_norm=False,
-        norm_eps=float(v["layer_norm_epsilon"]),
-        num_experts=experts,
-        down_ratio=min(latent or v["moe_intermediate_size"], v["hidden_size"]) / v["hidden_size"],
-        num_shared_experts=int(shared),
-        shared_expert_hidden_size=v["moe_shared_expert_intermediate_size"] if shared else 0,
-        router_scores="sigmoid",
-        router_scale=float(v["routed_scaling_factor"]),
-        balance="aux_loss" if all_zero("gate.e_score_correction_bias") else "bias",
-        num_expert_groups=groups if limited else 1,
-        top_groups=best_groups if limited else 1,
-        group_scores="top_2" if limited else "top_k",
-        tie_embeddings=v["tie_word_embeddings"] and _same(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
-    )
+    return {
+        "structure": "fine_grained" if latent is None else "bigmac",
+        "num_experts": experts,
+        "down_ratio": min(latent or v["moe_intermediate_size"], v["hidden_size"]) / v["hidden_size"],
+        "num_shared_experts": int(shared),
+        "shared_expert_hidden_size": v["moe_shared_expert_intermediate_size"] if shared else 0,
+        "router_scores": "sigmoid",
+        "router_scale": float(v["routed_scaling_factor"]),
+        "balance": "aux_loss" if all_zero("gate.e_score_correction_bias") else "bias",
+        "num_expert_groups": groups if limited else 1,
+        "top_groups": best_groups if limited else 1,
+        "group_scores": "top_2" if limited else "top_k",
+    }
 
 
 def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:

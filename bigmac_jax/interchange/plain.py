@@ -18,6 +18,8 @@ _DIMENSIONS = {
     "R": "width of the rows that experts take",
     "V": "vocabulary",
     "L": "positions",
+    "K": "taps of a convolution",
+    "N": "heads",
     "1": "a single number",
 }
 

@@ -127,15 +127,16 @@ class Checkpoint:
         self, directory: pathlib.Path, split_stored: Callable[[str, tuple[int, ...]], Iterator[tuple[str, Index]]]
     ):
         self.directory = directory
+        self.left_out: list[str] = []  # stored tensors that no model has
         self._where: dict[str, tuple[Any, Index]] = {}  # name → the stored tensor, and the part of it
         for path in self._paths():
             try:
                 file = safe_open(path, framework="numpy")
                 for stored in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(stored)
-                    self._where |= {
-                        name: (tensor, part) for name, part in split_stored(stored, tuple(tensor.get_shape()))
-                    }
+                    own = {name: (tensor, part) for name, part in split_stored(stored, tuple(tensor.get_shape()))}
+                    self._where |= own
+                    self.left_out += [] if own else [stored]
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
                     f"{path} is not a whole safetensors file ({storage.reason(error)}); copy it again"

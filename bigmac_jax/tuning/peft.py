@@ -71,8 +71,13 @@ def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator
     for tensor in FORMATS[kind].tensors(config.model, base):
         if tensor.leaf not in matrices:
             continue
-        if tensor.expert is not None or "router" in tensor.leaf:
-            what = "experts" if tensor.expert is not None else "router"
+        kinds = {
+            "experts": tensor.expert is not None,
+            "router": "router" in tensor.leaf,
+            "mamba": ".mamba" in tensor.leaf,
+        }
+        if what := next((name for name, found in kinds.items() if found), ""):
+            # Mamba's five projections are one matrix in NemotronH, and PEFT refuses its out_proj.
             raise ConfigError(
                 f"--format=peft: PEFT has no place for adapters of the {what} of {kind}; export the whole model with "
                 f"--format=auto, or train without {what} in tuning.lora_targets"

@@ -40,19 +40,59 @@ def logits(directory: pathlib.Path, tokens_BL: np.ndarray) -> np.ndarray:
 
 
 def nemotron_h(config: dict[str, Any], w: dict[str, np.ndarray], tokens_L: np.ndarray) -> np.ndarray:
-    """x ← x + mixer(norm(x)) in each of its layers, which are attention or experts."""
+    """x ← x + mixer(norm(x)) in each of its blocks."""
     eps = config["layer_norm_epsilon"]
     x_LD = w["backbone.embeddings.weight"][tokens_L]
     assert config["num_hidden_layers"] == len(config["layers_block_type"]) == len(config["hybrid_override_pattern"])
     for i, kind in enumerate(config["layers_block_type"]):
-        assert config["hybrid_override_pattern"][i] == {"full_attention": "*", "moe": "E"}[kind]
+        letters = {"full_attention": "*", "moe": "E", "linear_attention": "M", "mlp": "-"}
+        assert config["hybrid_override_pattern"][i] == letters[kind]
         mixer = f"backbone.layers.{i}.mixer"
         h_LD = rms(x_LD, w[f"backbone.layers.{i}.norm.weight"], eps)
         if kind == "full_attention":
             x_LD = x_LD + attention(config, w, mixer, h_LD, lambda q_LH: q_LH, lambda k_LH: k_LH)
+        elif kind == "linear_attention":
+            x_LD = x_LD + mamba(config, w, mixer, h_LD)
         else:
-            x_LD = x_LD + np.stack([nemotron_experts(config, w, mixer, h_D) for h_D in h_LD])
+            feed_forward = {"moe": nemotron_experts, "mlp": nemotron_mlp}[kind]
+            x_LD = x_LD + np.stack([feed_forward(config, w, mixer, h_D) for h_D in h_LD])
     return rms(x_LD, w["backbone.norm_f.weight"], eps) @ w["lm_head.weight"].T
+
+
+def mamba(config: dict[str, Any], w: dict[str, np.ndarray], mixer: str, x_LD: np.ndarray) -> np.ndarray:
+    """Mamba-2, token by token and head by head."""
+    heads, size, groups, state = (
+        config[name] for name in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+    )
+    inner, taps, kernel = heads * size, config["conv_kernel"], w[f"{mixer}.conv1d.weight"]
+    assert (f"{mixer}.conv1d.bias" in w, f"{mixer}.in_proj.bias" in w) == (config["use_conv_bias"], config["use_bias"])
+    both = x_LD @ w[f"{mixer}.in_proj.weight"].T + w.get(f"{mixer}.in_proj.bias", 0)
+    gate, line, time = both[:, :inner], both[:, inner:-heads], both[:, -heads:]
+    padded = np.concatenate([np.zeros((taps - 1, line.shape[1])), line])
+    convolved = np.stack([(padded[i : i + taps].T * kernel[:, 0]).sum(1) for i in range(len(x_LD))])
+    convolved = silu(convolved + w.get(f"{mixer}.conv1d.bias", 0))
+    step = np.maximum(np.log1p(np.exp(time + w[f"{mixer}.dt_bias"])), config["time_step_min"])
+    y = np.zeros((len(x_LD), inner))
+    for n in range(heads):
+        g, memory = n // (heads // groups), np.zeros((size, state))
+        for i, row in enumerate(convolved):
+            x = row[n * size : (n + 1) * size]
+            b, c = (row[inner + (g + k * groups) * state :][:state] for k in (0, 1))
+            memory = memory * np.exp(-np.exp(w[f"{mixer}.A_log"][n]) * step[i, n]) + step[i, n] * np.outer(x, b)
+            y[i, n * size : (n + 1) * size] = memory @ c + w[f"{mixer}.D"][n] * x
+    y = (y * silu(gate)).reshape(len(x_LD), groups, -1)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + config["layer_norm_epsilon"])
+    y = y.reshape(len(x_LD), inner) * w[f"{mixer}.norm.weight"]
+    return y @ w[f"{mixer}.out_proj.weight"].T + w.get(f"{mixer}.out_proj.bias", 0)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def nemotron_mlp(config: dict[str, Any], w: dict[str, np.ndarray], name: str, x_D: np.ndarray) -> np.ndarray:
+    assert config["mlp_hidden_act"] == "relu2" and not config["mlp_bias"]
+    return w[f"{name}.down_proj.weight"] @ np.maximum(w[f"{name}.up_proj.weight"] @ x_D, 0) ** 2
 
 
 def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str, x_D: np.ndarray) -> np.ndarray:
@@ -64,7 +104,7 @@ def nemotron_experts(config: dict[str, Any], w: dict[str, np.ndarray], moe: str,
     gates = gates * config["routed_scaling_factor"]
 
     def mlp(name: str, v: np.ndarray) -> np.ndarray:
-        return w[f"{name}.down_proj.weight"] @ np.maximum(w[f"{name}.up_proj.weight"] @ v, 0) ** 2
+        return nemotron_mlp(config, w, name, v)
 
     latent = config["moe_latent_size"] is not None
     x_R = w[f"{moe}.fc1_latent_proj.weight"] @ x_D if latent else x_D

@@ -82,14 +82,19 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     "a class that is no name": (with_config(model_type=["bigmac"]), "model_type=.'bigmac'. must be one of"),
     "another class": (with_config(model_type="llama"), "model_type=llama must be one of nemotron_h, qwen3_moe, bigmac"),
     "wrong type": (with_config(hidden_size="many"), "config.json is not a config of nemotron_h"),
-    "Mamba layers": (with_config(layers_block_type=["mamba", "moe"]), r"layers_block_type=\['mamba', 'moe'\] must be"),
+    "other blocks": (
+        with_config(layers_block_type=["rwkv", "moe"]),
+        "layers_block_type has rwkv, and may have full_att",
+    ),
     "no layers": (with_config(layers_block_type=[], hybrid_override_pattern=""), "layers_block_type"),
     "biases": (with_config(mlp_bias=True), "mlp_bias=True must be false"),
     "groups": (with_config(n_group=5, topk_group=1), "n_group=5 must be at most half of n_routed_experts"),
     "one gate": (with_config(num_experts_per_tok=1, n_group=1, topk_group=1), "norm_topk_prob=True must be false"),
     "another shape": (with_config(head_dim=4), r"q_proj.weight of .* is \(24, 16\), its config.json says \(16, 16\)"),
     "more layers": (
-        with_config(layers_block_type=["full_attention", "moe"] * 3),
+        with_config(
+            layers_block_type=["full_attention", "moe"] * 3, hybrid_override_pattern="*E" * 3, num_hidden_layers=6
+        ),
         "lacks backbone.layers.4.norm.weight",
     ),
     "fewer experts": (

@@ -1,5 +1,6 @@
 """Configs that have an equivalent, and logits of ours."""
 
+import functools
 from typing import Any
 
 import jax
@@ -48,6 +49,15 @@ OWN: dict[str, dict[str, Any]] = {
     "dense": {"structure": "dense", "positions": "learned", "gated": True, "tie_embeddings": False},
     "dense paper": PAPER | {"structure": "dense", "expert_hidden_size": 24},
 }  # fmt: skip
+MAMBA = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_least_step": 0.7}
+HYBRID = NEMOTRON | MAMBA | {"scale_embedding": False, "tie_embeddings": False, "num_layers": 1}
+# Other orders of NemotronH's blocks. In in_proj of the first are rows of 16 gates, 16 inner, 12 of B, 12 of C, 4 steps.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "all kinds": {"blocks": "MM*E-M", "mamba_bias": True, "num_shared_experts": 1, "dense_hidden_size": 20,
+                  "balance": "bias"},
+    "no experts": {"blocks": "M-M*-", "structure": "dense", "mamba_conv_bias": False, "expert_hidden_size": 20},
+    "runs": {"blocks": "ME*MEE", "num_layers": 2, "structure": "fine_grained", "mamba_conv": 3, "mamba_groups": 4},
+}  # fmt: skip
 CLASSES = {"qwen": "qwen3_moe", "qwen tied": "qwen3_moe"}
 
 
@@ -67,8 +77,13 @@ def tokens_of(config: Config) -> np.ndarray:
 
 def our_logits(model: Any, tokens_BL: np.ndarray) -> np.ndarray:
     """On the current mesh."""
-    call = jax.jit(lambda model, tokens_BL: model(tokens_BL, evaluating=True)[0], compiler_options=QUICK)
-    return np.asarray(call(model, split_tokens(tokens_BL)))
+    return np.asarray(_logits(model, split_tokens(tokens_BL)))
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)  # a model of the same config is compiled once
+def _logits(model: Any, tokens_BL: jax.Array) -> jax.Array:
+    logits_BLV: jax.Array = model(tokens_BL, evaluating=True)[0]
+    return logits_BLV
 
 
 def with_special_tokens(tokenizer: JsonTokenizer, *names: str) -> JsonTokenizer:

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from interchange.tools import MODELS, our_logits
-from model.tools import on_mesh, random_model, random_tokens, tiny
+from interchange.tools import HYBRID, HYBRIDS, MODELS, our_logits
+from model.tools import abstract_model, on_mesh, random_model, random_tokens, tiny
 
-from bigmac_jax.config import Config, TuningConfig
+from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.interchange import choose_format, export_model
 from bigmac_jax.model.adapters import attached, make_adapters, merged
+from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split_model
-from bigmac_jax.tuning.peft import export_adapters
+from bigmac_jax.tuning.peft import _adapted_tensors, export_adapters
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -34,12 +35,18 @@ CASES = {
         "attention,projections,shared",
         (1, 1, 1),
     ),
+    "hybrid": (
+        "nemotron_h",
+        HYBRID | HYBRIDS["all kinds"] | {"balance_bias_rate": 0.0},
+        "attention,projections,shared",
+        (1, 1, 1),
+    ),
     "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
     "hyper": ("bigmac", BIGMAC | {"router": "hyper", "hyper_width": 6}, "attention,experts", (1, 1, 1)),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*(n for n in CASES if n != "hybrid"), pytest.param("hybrid", marks=pytest.mark.full)])
 def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
     kind, fields, targets, mesh = CASES[name]
     plain: Config = tiny(mesh, **fields)
@@ -67,3 +74,16 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
         found = tuned(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     assert np.abs(ours - before).max() > 0.1
     np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
+
+
+def test_mamba_has_no_place() -> None:
+    """PEFT refuses out_proj of any NemotronH, and in_proj is five matrices of ours."""
+    config: Config = tiny(**HYBRID | HYBRIDS["all kinds"])
+    with on_mesh(config):
+        base = named_leaves(abstract_model(config))
+    for matrix in ("mamba0.gate", "mamba1.out"):
+        leaf = f"layers0_0.{matrix}.w_DF"
+        with pytest.raises(
+            ConfigError, match="no place for adapters of the mamba of nemotron_h; export the whole model"
+        ):
+            list(_adapted_tensors(config, {f"{leaf}.a": None, f"{leaf}.b": None}, base))
