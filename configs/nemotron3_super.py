@@ -18,6 +18,6 @@ BLOCKS = "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME"
 def get_config() -> Config:
     return nemotron3(
         BLOCKS, 4096, 32, 128, ranks=64, structure="bigmac", num_experts=512, top_k=22,
-        down_ratio=1 / 4, projection_init="random", expert_hidden_size=2688, 
+        down_ratio=1 / 4, projection_init="random", expert_hidden_size=2688,
         shared_expert_hidden_size=5376, router_scale=5.0,
     )  # fmt: skip

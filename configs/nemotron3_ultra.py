@@ -13,6 +13,6 @@ BLOCKS = "MEMEMEM*EMEMEM*E" + "MEMEMEM*EMEMEMEM*EMEMEM*E" * 3 + "MEMEMEM*EMEMEME
 def get_config() -> Config:
     return nemotron3(
         BLOCKS, 8192, 64, 256, ranks=64, structure="bigmac", num_experts=512, top_k=22,
-        down_ratio=1 / 4, projection_init="random", expert_hidden_size=5120, 
+        down_ratio=1 / 4, projection_init="random", expert_hidden_size=5120,
         shared_expert_hidden_size=10240, router_scale=5.0,
     )  # fmt: skip

@@ -156,7 +156,7 @@ class Mamba(nnx.Module):
         return self.out(y_STI), Past(*past)
 
     def project(self, x_BLD: Array) -> Projected:
-        """Of each rank's own tokens → whole sequences, F split."""
+        """Projects each rank's own tokens → whole sequences, F split."""
         return Projected(*split_outputs(x_BLD, self.gate, self.inner, self.b, self.c, self.time))
 
     def _weights(self) -> Weights:
