@@ -13,6 +13,7 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.model.mesh import batch_spec, replicated_spec
+from bigmac_jax.model.next_tokens import look_ahead
 from bigmac_jax.training.dpo import count_pairs
 from bigmac_jax.training.loss import WHOLE, LossTerms, Share
 
@@ -73,7 +74,10 @@ def count_share(config: Config, batch: Batch) -> Share:
     parts = config.train.accumulate_steps
     counted = count_pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
     tokens = None if batch.segments_BL is None else jnp.sum(batch.segments_BL != PADDING) / parts
-    return Share(counted / parts, tokens)
+    modules = config.model.mtp_modules if config.trains_mtp else 0
+    ahead = [look_ahead(batch, number + 1) for number in range(modules)]
+    shares = [[jnp.sum(of) / parts for of in (b.targets_BL != NO_TARGET, b.segments_BL != PADDING)] for b in ahead]
+    return Share(counted / parts, tokens, ahead=tuple(Share(*counts) for counts in shares))
 
 
 def _zeros(of: jax.ShapeDtypeStruct) -> Array:
