@@ -232,7 +232,8 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
         return there.plus(combine.times(combines * forward + backward))
 
     spent = cost(exchange, tokens, m.choices)
-    here = m.count_trained("E") * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
+    parts = config.train.accumulate_steps * config.execution.overlap_chunks
+    here = m.count_trained("E") * parts  # layers of a rank in a step
     return Traffic(
         rows(spent.useful, spent.useful).times(here * ranks),
         rows(spent.dispatch, spent.combine).times(here * ranks),
@@ -307,7 +308,8 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
     shared = count.computed - experts - table * (1 if m.tie_embeddings else 2)
-    of_layer = experts / max(1, m.count_trained("E")) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
+    split = math.prod(group.sizes) * (mesh.tensor if mesh.split_experts else 1)
+    of_layer = experts / max(1, m.count_trained("E")) / split
     of_layer += shared / (m.depth + m.mtp_modules)
     # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
     # of a sequence's first 4,096 tokens, however long it is and however many there are.

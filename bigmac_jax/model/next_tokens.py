@@ -46,7 +46,7 @@ class NextTokens(nnx.Module):
         self,
         x_BLD: Array,
         read_BLD: Array,
-        keys: tuple[Array | None, Array | None],
+        key: Array | None,
         documents: Documents | None,
         padding: Padding,
         choices: Array | None,
@@ -56,9 +56,10 @@ class NextTokens(nnx.Module):
         Args:
           x_BLD: the features before it.
           read_BLD: the embedding of the token that each position reads.
-          keys: of dropout, of the embedding and of the layer.
+          key: of dropout, of the embedding and of the layer.
           documents, padding, choices: as a `Block` takes them.
         """
+        keys = (None, None) if key is None else jax.random.split(key)
         read_BLD = dropout(read_BLD, self.config.model.dropout, keys[0])
         both_BLX = jnp.concatenate([self.embedding_norm(read_BLD), self.hidden_norm(x_BLD)], axis=-1)
         x_BLD, stats = self.layers(self.projection(both_BLX), keys[1], False, documents, padding, choices)

@@ -175,12 +175,12 @@ class Transformer(nnx.Module):
         config, documents = self.config, None if segments_BL is None else find_documents(segments_BL)
         # A position keeps its number, whichever token is read there.
         read_BLD = self.embed(tokens_BL, None if documents is None else documents.position_BL)
-        keys = None, None
-        if dropout_key is not None and config.model.dropout:  # others than the `embedded` draws
-            keys = jax.random.split(jax.random.fold_in(dropout_key, 1 + config.model.depth + number))
+        key = None
+        if dropout_key is not None and config.model.dropout:  # others than `embedded` draws
+            key = jax.random.fold_in(dropout_key, 1 + config.model.depth + number)
 
         def step(x_BLD: Array, module: NextTokens) -> tuple[Array, LayerStats]:
-            return module(x_BLD, read_BLD, keys, documents, padding, choices)
+            return module(x_BLD, read_BLD, key, documents, padding, choices)
 
         module = jax.tree.map(lambda w: jax.lax.index_in_dim(w, number, keepdims=False), self.mtp)
         x_BLD, stats = recomputed(config, step)(x_BLD, module)
@@ -331,7 +331,7 @@ def init_model(config: Config, key: Array) -> Transformer:
 
 
 def without_next_tokens(config: Config, model: Transformer) -> tuple[Config, Transformer]:
-    """The model as it decodes: without its next-token modules. Arrays are shared with `model`, which may be abstract."""
+    """The model without its next-token modules, as it decodes. Arrays are shared with `model`, which may be abstract."""
     if not config.model.mtp_modules:
         return config, model
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_modules=0, mtp_blocks=""))

@@ -98,7 +98,8 @@ class Shape:
         if m.is_moe:
             narrow = m.wire_size if m.structure == "bigmac" else 0
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0
-            experts = Experts(m.count_trained("E") - mtp, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
+            layers = m.count_trained("E") - mtp
+            experts = Experts(layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,

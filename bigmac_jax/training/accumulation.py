@@ -75,9 +75,14 @@ def count_share(config: Config, batch: Batch) -> Share:
     counted = count_pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
     tokens = None if batch.segments_BL is None else jnp.sum(batch.segments_BL != PADDING) / parts
     modules = config.model.mtp_modules if config.trains_mtp else 0
-    ahead = [look_ahead(batch, number + 1) for number in range(modules)]
-    shares = [[jnp.sum(of) / parts for of in (b.targets_BL != NO_TARGET, b.segments_BL != PADDING)] for b in ahead]
-    return Share(counted / parts, tokens, ahead=tuple(Share(*counts) for counts in shares))
+    return Share(
+        counted / parts, tokens, ahead=tuple(_count_ahead(batch, number + 1, parts) for number in range(modules))
+    )
+
+
+def _count_ahead(batch: Batch, by: int, parts: int) -> Share:
+    ahead = look_ahead(batch, by)
+    return Share(jnp.sum(ahead.targets_BL != NO_TARGET) / parts, jnp.sum(ahead.segments_BL != PADDING) / parts)
 
 
 def _zeros(of: jax.ShapeDtypeStruct) -> Array:
