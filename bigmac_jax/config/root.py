@@ -75,15 +75,16 @@ class Config(Section):
     def describe(self) -> str:
         """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model
+        blocks = f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
+        blocks += f", next-token modules {m.mtp_stack.blocks} × {m.mtp_modules}" if m.mtp_modules else ""
         if not m.is_moe:
-            blocks = f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
             return f"dense: one MLP of width {m.expert_width} a layer{blocks}"
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
         capacity = f"capacity factor {m.capacity_factor:g}"
         capacity += ", overflow to the next expert" if m.overflow == "next" else ""
         capacity = "dropless" if self.dropless else capacity
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
-        first += f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
+        first += blocks
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
         how = how if m.structure == "bigmac" else ""
