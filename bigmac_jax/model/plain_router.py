@@ -20,7 +20,7 @@ def plain_router(config: Config, model: Transformer) -> tuple[Config, Transforme
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, router="affine"))
     leaves: dict[str, Any] = named_leaves(model)
     layers: dict[str, Any] = {stack.name: getattr(model, stack.name) for stack in config.model.stacks if stack.experts}
-    if config.model.mtp_modules and config.model.mtp_stack.experts:
+    if model.mtp is not None and config.model.mtp_stack.experts:
         layers["mtp.layers"] = model.mtp.layers
     for stack, of_stack in layers.items():
         w, b = (f"{stack}.mlp.{name}" for name in ("router_DE", "router_logit_bias_E"))

@@ -331,7 +331,7 @@ def init_model(config: Config, key: Array) -> Transformer:
 
 
 def without_next_tokens(config: Config, model: Transformer) -> tuple[Config, Transformer]:
-    """The model without its next-token modules, as it decodes. Arrays are shared with `model`, which may be abstract."""
+    """The model without next-token modules, as it decodes. Arrays are shared with `model`, which may be abstract."""
     if not config.model.mtp_modules:
         return config, model
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_modules=0, mtp_blocks=""))
