@@ -27,6 +27,7 @@ from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.programs import evaluate
 from bigmac_jax.training.step import TrainState, make_trainer, split_model
 from bigmac_jax.tuning import restore
+from bigmac_jax.tuning.pretrained import compare_models, load_parameters, open_pretrained
 
 from .next_tokens_reference import expected
 from .tools import leaves_of, quick, read_records, session, small
@@ -229,6 +230,14 @@ def test_a_run_says_their_loss_and_resumes_bit_equal(tmp_path: pathlib.Path) -> 
     with jax.set_mesh(make_mesh(config)):
         _, model = restore(whole, config=config)
         assert any(name.startswith("mtp") for name in named_leaves(model))
+        # A run that begins with it can leave them out, and says so.
+        plain, without = without_next_tokens(config, model)
+        origin = open_pretrained(str(whole))
+        assert compare_models(origin, plain) == ["model.mtp_modules 2 → 0"]
+        begun = leaves(load_parameters(origin, plain)[0])
+        assert begun
+        for name, value in begun.items():
+            np.testing.assert_array_equal(value, leaves(without)[name], err_msg=name)
 
 
 @pytest.mark.full
