@@ -51,7 +51,7 @@ class NextTokens(nnx.Module):
         padding: Padding,
         choices: Array | None,
     ) -> tuple[Array, LayerStats]:
-        """Computes the module's features and its layer's statistics.
+        """Computes the module's features before `final_norm`, and its layer's statistics.
 
         Args:
           x_BLD: the features before it.
@@ -62,8 +62,7 @@ class NextTokens(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         read_BLD = dropout(read_BLD, self.config.model.dropout, keys[0])
         both_BLX = jnp.concatenate([self.embedding_norm(read_BLD), self.hidden_norm(x_BLD)], axis=-1)
-        x_BLD, stats = self.layers(self.projection(both_BLX), keys[1], False, documents, padding, choices)
-        return self.final_norm(x_BLD), stats
+        return self.layers(self.projection(both_BLX), keys[1], False, documents, padding, choices)
 
 
 def look_ahead(batch: Batch, by: int) -> Batch:

@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
 
         module = jax.tree.map(lambda w: jax.lax.index_in_dim(w, number, keepdims=False), self.mtp)
         x_BLD, stats = recomputed(config, step)(x_BLD, module)
-        return x_BLD, jax.tree.map(lambda v: v[None], stats)
+        return module.final_norm(x_BLD), jax.tree.map(lambda v: v[None], stats)
 
     def stacks(self) -> list[Block]:
         """The layers, a stack of them each, in the order of `config.model.stacks`."""
