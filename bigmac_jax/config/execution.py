@@ -40,6 +40,7 @@ class ExecutionConfig(Section):
     # blocks is for CPU, xla for any device, splash for TPU, cudnn and triton for GPU; auto takes the fastest.
     attention: Literal["auto", "blocks", "xla", "cudnn", "splash", "triton"] = "auto"
     grouped_matmul: Literal["auto", "batched", "blocks", "kernel"] = "auto"  # docs/exchange.md
+    mamba_chunk: Count = 256  # positions that a Mamba layer computes at once
     # What the backward pass recomputes: nothing, each layer (layer), or all of it but the exchange (exchange).
     remat: Remat = "none"
     unroll_layers: Size = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere

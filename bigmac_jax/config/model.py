@@ -84,6 +84,16 @@ class ModelConfig(Section):
     top_groups: Count = 1
     # A group is as good as its K / top_groups best experts (top_k, DeepSeek-V3's report), or its two best (top_2).
     group_scores: Literal["top_k", "top_2"] = "top_k"
+    # Mamba-2 layers.
+    mamba_heads: Size = 0  # N; 0 = 2h / mamba_head_dim
+    mamba_head_dim: Count = 64  # P
+    mamba_groups: Count = 1  # that share B and C, and are normed together
+    mamba_state: Count = 128  # a head keeps P × so many numbers
+    mamba_conv: Count = 4  # taps of the convolution
+    mamba_conv_bias: bool = True
+    mamba_bias: bool = False  # of the projections
+    mamba_least_step: Amount = 0.0  # limits of Δt
+    mamba_most_step: Annotated[float, Range(above=0, may_be_inf=True)] = math.inf
     # Next-token modules (MTP, DeepSeek-V3, 2.2): the k-th learns to predict the k-th token behind the next one. They are
     # trained beside the model, and no evaluation or answer needs them.
     mtp_modules: Size = 0
@@ -152,6 +162,19 @@ class ModelConfig(Section):
     @property
     def mlp_layers(self) -> int:
         return self.count_branches("-")
+
+    @property
+    def mamba_layers(self) -> int:
+        return self.count_branches("M")
+
+    @property
+    def mamba_head_count(self) -> int:
+        return self.mamba_heads or 2 * self.hidden_size // self.mamba_head_dim
+
+    @property
+    def mamba_width(self) -> int:
+        """I, the width of a Mamba layer's heads together."""
+        return self.mamba_head_count * self.mamba_head_dim
 
     @property
     def mlp_width(self) -> int:
@@ -236,7 +259,7 @@ class ModelConfig(Section):
         require(not set(blocks) - set(BRANCHES), f"model.blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); use *E")  # fmt: skip
         experts = "E" in blocks or not blocks
         require(not blocks or experts == self.is_moe, f"model.blocks={blocks} has {'' if experts else 'no '}layers with experts (E), and model.structure={self.structure} {'has experts' if self.is_moe else 'none'}; use {'another structure' if experts else 'structure=dense'}")  # fmt: skip
-        require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use blocks={'*-' * first}{'*E' * (layers - first)} with num_layers=1 and first_dense_layers=0")  # fmt: skip
+        require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use first_dense_layers=0, or no blocks")  # fmt: skip
         require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
         require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
         require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip
@@ -245,6 +268,8 @@ class ModelConfig(Section):
         require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
         if self.is_moe:
             self._check_experts()
+        if self.count_trained("M"):
+            self._check_mamba()
 
     def _check_mtp(self) -> None:
         blocks, fix = self.mtp_blocks, f"use {'*E' if self.is_moe else '*-'}"
@@ -260,6 +285,13 @@ class ModelConfig(Section):
         step = least * self.num_heads
         size = max(1, h // step) * step
         return ", or ".join(heads + ([] if heads and size % 8 else [f"model.hidden_size={size}"]))
+
+    def _check_mamba(self) -> None:
+        h, size, heads, groups = self.hidden_size, self.mamba_head_dim, self.mamba_head_count, self.mamba_groups
+        require(self.mamba_heads > 0 or (2 * h % size == 0), f"2 × model.hidden_size = {2 * h} must be a multiple of model.mamba_head_dim={size}; use mamba_head_dim={near_divisors(2 * h, size)}, or give model.mamba_heads")  # fmt: skip
+        require(heads % groups == 0, f"model.mamba_heads={heads} must be a multiple of model.mamba_groups={groups}; use {near_divisors(heads, groups)} groups")  # fmt: skip
+        least, most = self.mamba_least_step, self.mamba_most_step
+        require(least < most, f"model.mamba_least_step={least:g} must be below model.mamba_most_step={most:g}; use mamba_least_step=0")  # fmt: skip
 
     def _check_experts(self) -> None:
         h, r, experts, k = self.hidden_size, self.down_ratio, self.expert_count, self.choices

@@ -51,6 +51,14 @@ def _ratio(config: Config) -> str:
     return _shown(config, "model.expert_hidden_size") if own else ""
 
 
+def _attention(config: Config) -> str:
+    return "" if config.model.count_trained("*") else "no attention"
+
+
+def _mamba(config: Config) -> str:
+    return "" if config.model.count_trained("M") else "no Mamba layer"
+
+
 def _several_ranks(config: Config) -> str:
     mesh = config.mesh
     return "a mesh of one rank" if mesh.data == 1 and mesh.model_ranks == 1 else ""
@@ -101,10 +109,10 @@ _TEXTS = _with("tuning.objective", "pretrain")
 
 # Fields that are read whatever the others are.
 _WHATEVER = {
-    "model": "structure num_layers blocks hidden_size num_heads num_kv_heads head_dim vocab_size norm norm_eps "
-    "positions context_length activation gated use_bias qk_norm tie_embeddings scale_embedding dropout "
-    "expert_hidden_size mtp_modules",
-    "execution": "dtype reduce_dtype attention remat unroll_layers compiler_options",
+    "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps positions context_length activation "
+    "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size "
+    "mtp_modules",
+    "execution": "dtype reduce_dtype remat unroll_layers compiler_options",
     "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
     "optimizer": "name schedule learning_rate warmup_steps b1 b2 eps moment_dtype average_decay weight_decay clip_norm",
@@ -115,7 +123,8 @@ _WHATEVER = {
 }
 # Other fields, and the conditions under which they are read, all of which must hold.
 _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
-    "model.rope_theta": (_with("model.positions", "rope"),),
+    "model.num_heads model.num_kv_heads model.head_dim model.qk_norm execution.attention": (_attention,),
+    "model.rope_theta": (_attention, _with("model.positions", "rope")),
     "model.num_experts model.num_shared_experts model.latent_norm model.router_scores "
     "model.router_scale model.balance model.z_loss_coefficient execution.overlap_chunks execution.grouped_matmul "
     "tuning.train_router": (_MOE,),
@@ -137,6 +146,10 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.balance_step": (_MOE, _with("model.balance", "quantile")),
     "model.balance_bias_rate": (_MOE, _with("model.balance", "bias")),
     "model.num_expert_groups model.top_groups model.group_scores": (_MOE, _some_groups),
+    "model.mamba_heads model.mamba_head_dim model.mamba_groups model.mamba_state model.mamba_conv "
+    "model.mamba_conv_bias model.mamba_bias model.mamba_least_step model.mamba_most_step execution.mamba_chunk": (
+        _mamba,
+    ),
     "execution.gather_dtype": (_without("execution.dtype", "bfloat16"),),
     "execution.exchange": (_MOE, _exchange),
     "execution.wire_dtype execution.wire_dtype_backward": (_MOE, _wire),

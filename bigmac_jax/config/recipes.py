@@ -1,5 +1,7 @@
 """Settings that several config files share."""
 
+from typing import Any
+
 from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import ModelConfig, Structure
 from bigmac_jax.config.root import Config
@@ -50,4 +52,44 @@ def paper(structure: Structure, num_layers: int, hidden_size: int, num_heads: in
             clip_norm=1.0,
         ),
         train=TrainConfig(steps=6400, seed=1234, log_every=10, eval_every=400, checkpoint_every=400),
+    )
+
+
+def nemotron3(blocks: str, hidden_size: int, num_heads: int, mamba_heads: int, ranks: int, **model: Any) -> Config:
+    """A model of Nemotron 3's family: Mamba-2, experts and a little attention, none of which has positions.
+
+    Args:
+      ranks: of the experts.
+      model: what else differs in the family.
+    """
+    return Config(
+        model=ModelConfig(
+            **model,
+            num_layers=1,
+            blocks=blocks,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=2,
+            head_dim=128,
+            vocab_size=131072,
+            norm_eps=1e-5,
+            positions="none",
+            context_length=262_144,
+            qk_norm=False,
+            tie_embeddings=False,
+            scale_embedding=False,
+            latent_norm="none",
+            projection_init="random",
+            num_shared_experts=1,
+            router_scores="sigmoid",
+            balance="bias",
+            mamba_heads=mamba_heads,
+            mamba_groups=8,
+            mamba_least_step=0.001,  # as transformers' class computes it
+        ),
+        execution=ExecutionConfig(dtype="bfloat16", remat="layer"),
+        mesh=MeshConfig(expert=ranks, fsdp=True),
+        data=DataConfig(source="tfds:wikipedia/20230601.en", sequence_length=4096, batch_size=512),
+        optimizer=OptimizerConfig(learning_rate=4e-4, final_learning_rate=4e-6, warmup_steps=2000, b2=0.95),
+        train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=500),
     )

@@ -20,7 +20,8 @@ from bigmac_jax.config.tuning import TuningConfig
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 # Fields that were the model's, and are execution's now.
-_MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - {"gather_dtype", "reduce_dtype", "compiler_options"}
+_YOUNGER = {"gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk"}
+_MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - _YOUNGER
 # Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
 _REMOVED = {"model.vanilla_top_k": 1}
 _REMOVED_VALUES = {("model.latent_norm", "both"), ("model.latent_norm", "scale")}
@@ -139,6 +140,8 @@ class Config(Section):
             name, experts, ranks = model.count_name, model.expert_count, self.mesh.expert_ranks
             saved = self.train.experts_per_checkpoint
             require(saved < experts, f"train.experts_per_checkpoint={saved} must be below {name}={experts}; use fewer, or 0, which saves all")  # fmt: skip
+            several = sum(bool(stack.experts) for stack in self.model.stacks) > 1
+            require(not (saved and several), f"train.experts_per_checkpoint={saved} saves experts of one stack of layers in turn, and model.blocks={self.model.blocks} has several; use experts_per_checkpoint=0")  # fmt: skip
             require(not (saved and self.tuning.lora_rank), f"train.experts_per_checkpoint={saved} saves some of the experts, and tuning.lora_rank={self.tuning.lora_rank} trains adapters, which are small; use experts_per_checkpoint=0")  # fmt: skip
             require(experts % ranks == 0, f"{name}={experts} must be a multiple of mesh.node × mesh.expert = {ranks}; use {-(-experts // ranks) * ranks}, or {near_ranks(experts, ranks)} ranks")  # fmt: skip
 
@@ -192,6 +195,8 @@ class Config(Section):
         kv = model.kv_heads
         require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
         require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
+        if model.count_trained("M"):
+            divides("model.mamba_groups", model.mamba_groups)  # of which the heads are a multiple
         if model.is_moe and model.count_trained("-"):
             divides("the MLPs' width (model.dense_hidden_size)", model.mlp_width)
         if not model.is_moe or self.mesh.split_experts:

@@ -9,7 +9,7 @@ from bigmac_jax.config.places import check_place
 from bigmac_jax.config.section import Amount, Section, Share, Size
 
 # Parts of the model that adapters can stand on, as their parameters declare them.
-LORA_TARGETS = ("attention", "projections", "shared", "experts", "mlp", "router")
+LORA_TARGETS = ("attention", "projections", "shared", "experts", "mlp", "mamba", "router")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TuningConfig(Section):
     lora_rank: Size = 0  # of the adapters (LoRA) that are trained instead of the model; 0 = the model itself
     lora_alpha: Amount = 16.0  # adapters are multiplied by it / lora_rank
     lora_dropout: Share = 0.0  # of inputs of the adapters; all tokens of a step lose the same ones
-    lora_targets: str = "attention,projections,shared,experts"  # parts that get them; mlp and router, too, if named
+    lora_targets: str = "attention,projections,shared,experts"  # parts that get them; mlp, mamba, router, too, if named
     teacher: str = ""  # a model to learn from besides the text: a workdir, an export or a folder; "" = none
     # Weight of the divergence from its predictions in the loss; the text's loss has the rest.
     teacher_weight: Amount = 0.5

@@ -16,7 +16,17 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, compute_logits, make_cache
+from bigmac_jax.inference.kv_cache import (
+    Cache,
+    Decoder,
+    advance,
+    compute_last_logits,
+    compute_logits,
+    make_cache,
+    only_keys,
+    settle,
+    try_out,
+)
 from bigmac_jax.inference.packed_rows import pack_sampled, unpack_rows
 from bigmac_jax.inference.sampling import RowSampling, Sampled, sample
 from bigmac_jax.model.attention import Rows
@@ -73,7 +83,7 @@ def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> Stat
     def make() -> State:
         shape = batch_ranks(), slots
         zeros = (jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2))
-        return State(make_cache(decoder, pages, page_size), *zeros)
+        return State(make_cache(decoder, pages, page_size, slots), *zeros)
 
     return jax.jit(make)()
 
@@ -81,21 +91,22 @@ def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> Stat
 def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Array]:
     """Reads rows of prompts. The token after a prompt's last row goes to its slot."""
     model = jax.tree.unflatten(tree, weights)
-    sampling, rows, slot_SW, tokens_SWC = unpack_rows(rows_SWX, row_size)
+    sampling, rows, last_SW, tokens_SWC = unpack_rows(rows_SWX, row_size)
     tokens_ST = jnp.reshape(tokens_SWC, (tokens_SWC.shape[0], -1), out_sharding=batch_spec(2))
     x_STD, cache = advance(model, state.cache, tokens_ST, rows)
     next_SW = rows.position_SW + rows.count_SW
     sampled = sample(compute_last_logits(model, x_STD, rows.count_SW), sampling, next_SW)
 
-    def start_slots(slot_SW: Array, *values: Array) -> tuple[Array, Array]:
-        token_SB, position_SB, token_SW, next_SW = values
+    def start_slots(*values: Array) -> tuple[Array, Array]:
+        slot_SW, last_SW, token_SB, position_SB, token_SW, next_SW = values
         # Out of range, and dropped, if the prompt goes on.
-        slot_W = jnp.where(slot_SW[0] > 0, slot_SW[0] - 1, token_SB.shape[1])
+        slot_W = jnp.where(last_SW[0] > 0, slot_SW[0], token_SB.shape[1])
         token_SB = token_SB.at[0, slot_W].set(token_SW[0], mode="drop")
         return token_SB, position_SB.at[0, slot_W].set(next_SW[0], mode="drop")
 
     token_SW = jax.sharding.reshard(sampled.token, batch_spec(2))
-    arrays = slot_SW, state.token_SB, state.position_SB, token_SW, next_SW
+    assert rows.slot_SW is not None
+    arrays = rows.slot_SW, last_SW, state.token_SB, state.position_SB, token_SW, next_SW
     token_SB, position_SB = on_each_rank(start_slots, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 2)
     return State(cache, token_SB, position_SB), pack_sampled(sampled, jnp.ones_like(rows.count_SW))
 
@@ -116,7 +127,7 @@ def _draft(tree: Any, weights: list[Array], state: State, slots_SBX: Array, *, t
         return state, state.token_SB
 
     after, drafted_GSB = jax.lax.scan(decode_once, state, None, length=tokens)
-    return State(after.cache, state.token_SB, state.position_SB), drafted_GSB
+    return State(only_keys(after.cache, state.cache), state.token_SB, state.position_SB), drafted_GSB
 
 
 def _decode_once(model: Decoder, state: State, slots_SBX: Array) -> tuple[State, Sampled]:
@@ -151,7 +162,7 @@ def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, s
     tokens_ST = on_each_rank(side_by_side, (state.token_SB, drafted_GSB), in_spec=specs, out_specs=batch_spec(2))
     count_SB = jnp.clip(slots.count_SW - state.position_SB, 0, C)
     position_SB = jnp.where(count_SB > 0, state.position_SB, 0)
-    x_STD, cache = advance(model, state.cache, tokens_ST, Rows(slots.table_SWK, position_SB, count_SB))
+    x_STD, cache, seen = try_out(model, state.cache, tokens_ST, Rows(slots.table_SWK, position_SB, count_SB))
 
     def repeat(slots_SB: Array) -> Array:
         """A slot's value for each of its tokens, [S, T]."""
@@ -172,7 +183,7 @@ def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, s
 
     arrays = jax.sharding.reshard(sampled.token, batch_spec(2)), tokens_ST, state.token_SB, state.position_SB, count_SB
     token_SB, position_SB, new_SB = on_each_rank(accept, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 3)
-    return State(cache, token_SB, position_SB), pack_sampled(sampled, repeat(new_SB))
+    return State(settle(model, cache, seen, new_SB), token_SB, position_SB), pack_sampled(sampled, repeat(new_SB))
 
 
 def slots_per_shard(requests: int) -> int:

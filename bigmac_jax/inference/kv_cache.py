@@ -22,16 +22,19 @@ from bigmac_jax.config.errors import require
 from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
 from bigmac_jax.model.attention import Attention, KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
+from bigmac_jax.model.mamba import Mamba, Past, Projected, make_past
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
-from bigmac_jax.model.transformer import Block, Transformer, init_model, without_next_tokens
+from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
-Cache = tuple[tuple[tuple[KeyValues, ...], ...], ...]  # of each group, layer and branch with a past: in pages
+Pasts = tuple[KeyValues | Past, ...]  # of the branches of a layer that have one: in pages, or of each slot
+Cache = tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
+Seen = tuple[tuple[tuple[Projected, ...], ...], ...]  # likewise: the tokens of Mamba layers whose past waits for them
 
 
 @jax.tree_util.register_dataclass
@@ -133,18 +136,21 @@ def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: b
     return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
 
 
-def make_cache(decoder: Decoder, pages: int, page_size: int) -> Cache:
-    """An empty cache with so many pages for each batch shard and layer. A key-value head that several ranks of `tensor`
-    read is there once for each of them."""
+def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:
+    """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer. A key-value head
+    that several ranks of `tensor` read is there once for each of them."""
     m, dtype = decoder.config.model, decoder.config.execution.dtype
 
-    def make(trips: int) -> KeyValues:
+    def make(mixer: TokenMixer, trips: int) -> KeyValues | Past:
+        if isinstance(mixer, Mamba):
+            return make_past(decoder.config, slots, trips)
         shape = max(m.kv_heads, tensor_ranks()), batch_ranks() * trips * pages, page_size, m.head_size
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
     return tuple(
         tuple(
-            tuple(make(_trips(group)) for _, mixer in layer.mixers() if isinstance(mixer, Attention)) for layer in group
+            tuple(make(mixer, _trips(group)) for _, mixer in layer.mixers() if isinstance(mixer, TokenMixer))
+            for layer in group
         )
         for group in decoder.groups
     )
@@ -161,45 +167,108 @@ def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple
     Decoding is this with one token a row; a prompt is read in rows of some pages. Tokens of a row beyond its count may
     be any.
     """
+    return _advance(model, cache, tokens_ST, rows)[:2]
 
-    def step(carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], None]:
-        (x_STD, pasts), (group, trip) = carry, xs
+
+def try_out(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache, Seen]:
+    """As `advance`, for tokens of which it is not known yet how many will stay: Mamba layers' pasts are what they were,
+    and `settle` adds to them. What attention has too many is written over."""
+    return _advance(model, cache, tokens_ST, rows, settles=False)
+
+
+def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
+    """The cache with the first `count_SB` tokens of each slot, of those that were tried out."""
+
+    def step(pasts: Any, xs: Any) -> tuple[Any, None]:
+        group, trip, seen = xs
         after = []
+        for layer, of_layer, seen_by_layer in zip(group, pasts, seen, strict=True):
+            mixers = [mixer for _, mixer in layer.mixers() if isinstance(mixer, TokenMixer)]
+            given, settled = iter(seen_by_layer), []
+            for mixer, past in zip(mixers, of_layer, strict=True):
+                if isinstance(mixer, Mamba):
+                    past = _update(past, mixer.step(next(given), _take(past, trip), rows)[1], trip)
+                settled.append(past)
+            after.append(tuple(settled))
+        return tuple(after), None
+
+    rows, after = Rows(count_SB, count_SB, count_SB), []  # of which Mamba layers read the count alone
+    for group, pasts, seen_by_group in zip(model.groups, cache, seen, strict=True):
+        if any(seen_by_group):
+            trips = jnp.arange(_trips(group), dtype=jnp.int32)
+            pasts = jax.lax.scan(step, pasts, (dequantize(group, model.config.execution.dtype), trips, seen_by_group))[
+                0
+            ]
+        after.append(pasts)
+    return tuple(after)
+
+
+def only_keys(after: Cache, before: Cache) -> Cache:
+    """The cache `after` some steps, with Mamba layers' pasts as they were."""
+    leaves = [jax.tree.leaves(of, is_leaf=lambda node: isinstance(node, KeyValues | Past)) for of in (after, before)]
+    kept = [new if isinstance(new, KeyValues) else old for new, old in zip(*leaves, strict=True)]
+    tree = jax.tree.structure(after, is_leaf=lambda node: isinstance(node, KeyValues | Past))
+    return jax.tree.unflatten(tree, kept)
+
+
+def _advance(
+    model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
+) -> tuple[Array, Cache, Seen]:
+    def step(trips: int, carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], Any]:
+        (x_STD, pasts), (group, trip) = carry, xs
+        after, seen = [], []
         for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
-            x_STD, of_layer = _through_layer(layer, x_STD, of_layer, (trip, _trips(group)), rows)
+            x_STD, of_layer, projected = _through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
             after.append(of_layer)
-        return (x_STD, tuple(after)), None
+            seen.append(projected)
+        return (x_STD, tuple(after)), tuple(seen)
 
     dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
-    for group, past in zip(model.groups, cache, strict=True):
-        trips = jnp.arange(_trips(group), dtype=jnp.int32)
-        (x_STD, past), _ = jax.lax.scan(step, (x_STD, past), (group, trips))
-        groups.append(past)
-    return x_STD, tuple(groups)
+    for group, pasts in zip(model.groups, cache, strict=True):
+        trips = _trips(group)
+        of_trips = group, jnp.arange(trips, dtype=jnp.int32)
+        (x_STD, pasts), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts), of_trips)
+        groups.append((pasts, seen))
+    return x_STD, tuple(pasts for pasts, _ in groups), tuple(seen for _, seen in groups)
 
 
 def _through_layer(
-    layer: Block, x_STD: Array, pasts: tuple[KeyValues, ...], turn: tuple[Array, int], rows: Rows
-) -> tuple[Array, tuple[KeyValues, ...]]:
-    """One layer of a group.
+    layer: Block, x_STD: Array, pasts: Pasts, turn: tuple[Array, int], rows: Rows, settles: bool
+) -> tuple[Array, Pasts, tuple[Projected, ...]]:
+    """One layer of a group → x, the pasts, and what Mamba layers have seen if it doesn't settle.
 
     Args:
       pasts: of its branches, with those of all trips.
       turn: which trip of how many it is.
     """
-    given, after, (trip, trips) = iter(pasts), [], turn
+    given, (trip, trips) = iter(pasts), turn
+    after: list[KeyValues | Past] = []
+    seen: list[Projected] = []
     for norm, mixer in layer.mixers():
         h_STD = norm(x_STD)
         if isinstance(mixer, Attention):
-            past = next(given)
+            past: Any = next(given)
             first = trip * (past.keys.shape[1] // batch_ranks() // trips)
             y_STD, past = mixer.step(h_STD, past, first, rows)
             after.append(past)
+        elif isinstance(mixer, Mamba):
+            projected, past = mixer.project(h_STD), next(given)
+            y_STD, of_trip = mixer.step(projected, _take(past, trip), rows)
+            after.append(_update(past, of_trip, trip) if settles else past)
+            seen += [] if settles else [projected]
         else:
             y_STD = mixer(h_STD, evaluating=True)[0] if isinstance(mixer, MoE) else mixer(h_STD)
         x_STD = x_STD + y_STD
-    return x_STD, tuple(after)
+    return x_STD, tuple(after), tuple(seen)
+
+
+def _take(past: Past, trip: Array) -> Past:
+    return jax.tree.map(lambda v: jax.lax.dynamic_index_in_dim(v, trip, keepdims=False), past)
+
+
+def _update(past: Past, of_trip: Past, trip: Array) -> Past:
+    return jax.tree.map(lambda v, new: jax.lax.dynamic_update_index_in_dim(v, new, trip, 0), past, of_trip)
 
 
 def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:

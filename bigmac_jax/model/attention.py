@@ -103,6 +103,7 @@ class Rows(NamedTuple):
     table_SWK: Array  # int32; the sequence's pages, in order
     position_SW: Array  # int32; of the first token
     count_SW: Array  # int32; how many of the C there are
+    slot_SW: Array | None = None  # int32; whose past a Mamba layer goes on with, row by row; None: row w has slot w
 
 
 class Attention(nnx.Module):
@@ -153,7 +154,7 @@ class Attention(nnx.Module):
         specs = (*[split_spec(4)] * 3, *[cache_spec()] * 2, replicated_spec(0))
         y_STNH, *past = on_each_rank(
             functools.partial(_append_and_attend, self.config.model),
-            (*self._heads(x_STD), *past, first, *rows),
+            (*self._heads(x_STD), *past, first, *rows[:3]),
             in_spec=(*specs, batch_spec(3), batch_spec(2), batch_spec(2)),
             out_specs=(split_spec(4), cache_spec(), cache_spec()),
         )

@@ -18,6 +18,7 @@ from bigmac_jax.model.choose_exchange import choose_exchange, make_exchange
 from bigmac_jax.model.exchange import AllToAll, Ragged, Strategy
 from bigmac_jax.model.exchange.costs import Sent, cost
 from bigmac_jax.model.exchange.wire import row_bytes
+from bigmac_jax.model.mamba import token_products
 from bigmac_jax.model.mesh import AXES, REPLICA, ExpertGroup, axes_of
 from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, state_spec
 from bigmac_jax.model.transformer import init_model
@@ -141,6 +142,8 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
             "projections": moe * sum(projections(m).values()),
         }
     per_token["mlp"] = m.count_trained("-") * matrices * h * m.mlp_width
+    if mamba := m.count_trained("M"):
+        per_token["mamba"] = mamba * sum(token_products(m, config.execution.mamba_chunk).values())
     tokens = config.data.batch_size * length
     found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
     if m.is_moe and m.router == "frozen":  # no gradient of its matrix
@@ -331,6 +334,12 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, blocks: str
     of_branch = {
         "*": 2.0 * m.hidden_size + heads + gathered,
         "-": m.hidden_size + matrices * m.mlp_width + gathered,
+        # What the projections, the convolutions and the scan give; of each chunk the states before it, in float32.
+        "M": 2.0 * m.hidden_size
+        + gathered
+        + 4 * m.mamba_width
+        + 4 * m.mamba_groups * m.mamba_state
+        + 2 * m.mamba_width * m.mamba_state / config.execution.mamba_chunk,
     }
     if "E" in blocks:
         tokens = tokens_at_a_time(config, ranks)

@@ -37,11 +37,12 @@ class Declaration:
 
     Attributes:
       dims: a letter a dimension, as in the names: "eRF". Layers, which stack it, come before them.
-      part: of the model, for counts: attention, experts, router, shared, projections, mlp, embedding, norms.
+      part: of the model, for counts: attention, mamba, experts, router, shared, projections, mlp, embedding, norms.
       value: what it starts as: the standard deviation of N(0, value²), or with `constant` every entry.
       axes: of the mesh, that each dimension is split over, whatever mesh.fsdp is.
       decays: whether weight decay makes it smaller: matrices and tables of tokens, not norms, biases and positions.
       small: too small to be worth a gather: mesh.fsdp leaves it whole.
+      draw: draws what it starts as instead, in place of N(0, 1): a function of key, shape and out_sharding.
       selects: starts as a choice of coordinates instead: orthonormal, of the same mean square.
       slow: trained at optimizer.projection_rate.
       exact: multiplied in float32 whatever execution.dtype is, and so gathered in float32.
@@ -56,6 +57,7 @@ class Declaration:
     axes: tuple[Entry, ...] = ()
     decays: bool = True
     small: bool = False
+    draw: Callable[..., Array] | None = None
     selects: bool = False
     slow: bool = False
     exact: bool = False
@@ -125,7 +127,7 @@ def parameter(config: Config, key: Array | None, shape: tuple[int, ...], declara
         value = jnp.full(shape, declaration.value, jnp.float32, out_sharding=spec)
     else:
         assert key is not None, declaration
-        draw = _selection if declaration.selects else jax.random.normal
+        draw = _selection if declaration.selects else declaration.draw or jax.random.normal
         value = declaration.value * draw(key, shape, out_sharding=spec)
     kind = nnx.Param if declaration.trained else Frozen
     return kind(value, declaration=declaration)

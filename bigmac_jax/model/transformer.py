@@ -21,6 +21,7 @@ from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
+from bigmac_jax.model.mamba import Mamba
 from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
@@ -31,7 +32,7 @@ from bigmac_jax.runtime import hosts
 _log = logging.getLogger(__name__)
 
 
-TokenMixer = Attention
+TokenMixer = Attention | Mamba
 Mixer = TokenMixer | MLP | MoE
 
 
@@ -75,7 +76,7 @@ class Block(nnx.Module):
 def _make_mixer(config: Config, key: Array, letter: str) -> Mixer:
     if letter == "-":
         return MLP(config, key, config.model.mlp_width)
-    mixers: dict[str, Callable[[Config, Array], Mixer]] = {"*": Attention, "E": MoE}
+    mixers: dict[str, Callable[[Config, Array], Mixer]] = {"*": Attention, "M": Mamba, "E": MoE}
     return mixers[letter](config, key)
 
 

@@ -98,7 +98,8 @@ def recomputed(config: Config) -> dict[str, float]:
     m = config.model
     if not counts.recomputes(config):
         return {}
-    again = dict.fromkeys(("attention", "scores", "passes", "router", "experts", "shared", "projections", "mlp"), 1.0)
+    parts = "attention", "mamba", "scores", "passes", "router", "experts", "shared", "projections", "mlp"
+    again = dict.fromkeys(parts, 1.0)
     if not counts.exchanges_again(config):
         matrices = 3 if m.gated else 2
         again |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}

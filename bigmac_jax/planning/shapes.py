@@ -1,7 +1,7 @@
 """What a model computes for a token, whoever trains it: products, attention's scores, and the passes between them.
 
-`Shape.of` takes ours from a config; those of published runs (`planning.published`) also have latent attention (MLA),
-windows and Mamba-2 layers, which no config of ours has. Numbers are those of a forward pass and of one token, summed
+`Shape.of` takes ours from a config; those of published runs (`planning.published`) also have latent attention (MLA) and
+windows, which no config of ours has. Numbers are those of a forward pass and of one token, summed
 over the layers.
 """
 
@@ -59,6 +59,7 @@ class Mamba:
     groups: int
     state: int
     conv: int = 4
+    chunk: int = 128  # positions that are computed at once
 
     @property
     def inner(self) -> int:
@@ -100,12 +101,17 @@ class Shape:
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0
             layers = m.count_trained("E") - mtp
             experts = Experts(layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
+        mamba = Mamba(
+            m.count_trained("M"), m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state, m.mamba_conv,
+            config.execution.mamba_chunk,
+        )  # fmt: skip
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,
             attention=Attention(m.count_trained("*") - mtp, m.num_heads, m.kv_heads, m.head_size),
             moe=experts,
             mlp=Dense(m.count_trained("-"), m.mlp_width),
+            mamba=mamba if mamba.layers else None,
             gated=m.gated,
             tied=m.tie_embeddings,
             mtp=mtp,
@@ -168,11 +174,11 @@ class Shape:
             seen += a.window_layers * (near * (1 - near / length / 2) if causal else length)
         return size * seen
 
-    def scan_flops(self, chunk: int = 128) -> float:
+    def scan_flops(self) -> float:
         """FLOPs of Mamba-2's scan in chunks: scores and values inside a chunk, and the state in and out."""
         if (b := self.mamba) is None:
             return 0.0
-        return b.layers * (chunk * (b.groups * b.state + b.inner) + 4 * b.inner * b.state)
+        return b.layers * (b.chunk * (b.groups * b.state + b.inner) + 4 * b.inner * b.state)
 
     def flops(self, length: int, causal: bool = True) -> float:
         """FLOPs of the forward pass of a token; three times that are a training step's."""

@@ -349,7 +349,7 @@ def changed(name: str) -> Config:
         "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9, "optimizer.projection_rate": 0.5,
         "optimizer.momentum": 0.9, "optimizer.average_decay": 0.9, "data.mixture": "x=1", "train.spike_factor": 2.0,
         "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5, "execution.compiler_options": "xla_a=1",
-        "model.blocks": "*E*-", "model.mtp_blocks": "*-",
+        "model.blocks": "*E*-", "model.mtp_blocks": "*-", "model.mamba_most_step": 2.0,
     }  # fmt: skip
     value, choices = FIELDS[name], all_field_types(Config)[name].choices
     if name in special:
@@ -445,7 +445,7 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExecutionConfig)])
 def test_a_moved_field_is_one_line_with_its_new_name(config_file: pathlib.Path, name: str) -> None:
     value = getattr(ExecutionConfig(), name)
-    if name in ("gather_dtype", "reduce_dtype", "compiler_options"):  # never were the model's
+    if name in ("gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk"):  # never were the model's
         assert "is not a field" in refusal(config_file, f"model.{name}={value}")
         return
     message = refusal(config_file, f"model.{name}={value}")
@@ -491,7 +491,10 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     written, read = json.loads(SAVED), json.loads(config.to_json())
     assert written["model"].pop("vanilla_top_k") == 1 and written.pop("cache_dir")
     assert read["data"].pop("null_rows") == "stop"  # these fields are younger
-    assert read["model"].pop("context_length") == 0
+    assert read["model"].pop("context_length") == 0 and read["execution"].pop("mamba_chunk")
+    mamba = {name: read["model"].pop(name) for name in list(read["model"]) if name.startswith("mamba_")}
+    assert len(mamba) == 9 and mamba["mamba_most_step"] == "inf"
+    assert read["model"].pop("blocks") == ""
     assert read["model"].pop("overflow") == "drop" and read["model"].pop("overflow_tries") == 2
     assert (read["model"].pop("router"), read["model"].pop("hyper_width")) == ("linear", 64)
     assert read["train"].pop("choices_from") == read["train"].pop("choices_steps") == 0

@@ -33,6 +33,9 @@ OTHER = {
     "model.router_scale": 3, "model.balance": "bias", "model.balance_coefficient": 0.3, "model.balance_step": "same",
     "model.balance_scope": "part", "model.balance_bias_rate": 0.2, "model.z_loss_coefficient": 0.1,
     "model.num_expert_groups": 2, "model.top_groups": 2, "model.group_scores": "top_2",
+    "model.mamba_heads": 8, "model.mamba_head_dim": 16, "model.mamba_groups": 2, "model.mamba_state": 8,
+    "model.mamba_conv": 3, "model.mamba_conv_bias": False, "model.mamba_bias": True, "model.mamba_least_step": 0.01,
+    "model.mamba_most_step": 0.5, "execution.mamba_chunk": 8,
     "execution.gather_dtype": "bfloat16", "execution.exchange": "dedup", "execution.wire_dtype": "int8",
     "execution.wire_dtype_backward": "int8", "execution.buffer_factor": 1.1, "execution.overlap_chunks": 2,
     "execution.grouped_matmul": "batched", "mesh.fsdp": True, "mesh.split_experts": True,
@@ -134,6 +137,7 @@ MORE_READING = {
     "model.mtp_blocks": "model.mtp_modules=1", "train.mtp_weight": "model.mtp_modules=1",
     "mesh.split_experts": "mesh.tensor=2", "mesh.replica_optimizer": "mesh.replica=2",
 }  # fmt: skip
+MORE_READING |= {name: "model.blocks=ME model.mamba_head_dim=8" for name in OTHER if ".mamba_" in name}
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ MESHES = {"1x1": (1, 1, 1), "2x2": (2, 1, 2), "1x8": (1, 1, 8), "tensor": (1, 1,
 MODELS: dict[str, dict[str, Any]] = {
     "present": {**PRESENT, "num_kv_heads": 2, "num_shared_experts": 1},
     "paper": PAPER,
+    "hybrid": {**PRESENT, "mamba_heads": 8, "mamba_head_dim": 4, "mamba_groups": 4, "mamba_state": 6, "mamba_chunk": 3},
     "gated": {**PRESENT, "gated": True, "activation": "silu", "positions": "none", "tie_embeddings": False},
 }
 QUICK_CASES = [
@@ -28,6 +29,7 @@ QUICK_CASES = [
     ("fine_grained", "tensor", "paper"),
     ("bigmac", "1x8", "present"),
     ("bigmac", "2x2", "gated"),
+    ("bigmac", "1x1", "hybrid"),
     ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
 ]
 
@@ -42,6 +44,8 @@ def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
     values = {"num_experts": experts, "down_ratio": 0.5, "capacity_factor": 0.5, **MODELS[backbone], **model}
     if backbone == "gated" and structure != "dense":
         values |= {"num_layers": 3, "first_dense_layers": 1}
+    if backbone == "hybrid":
+        values |= {"blocks": "MM*E-ME" if structure != "dense" else "M*-M-", "num_layers": 1 + (mesh == "1x1")}
     return tiny(MESHES[mesh], batch=ROWS, length=LENGTH, structure=structure, **values)
 
 
@@ -67,13 +71,15 @@ def paged_and_full(config: Config, exchange: str) -> tuple[np.ndarray, np.ndarra
         # Any order of pages, one that belongs to nobody among them.
         order = [draw.permutation(B * pages + 1)[: B * pages].reshape(B, pages) for _ in range(shards)]
         table_NK = np.concatenate(order).astype(np.int32)
-        cache = jax.jit(lambda: make_cache(decoder, B * pages + 1, PAGE))()
+        cache = jax.jit(lambda: make_cache(decoder, B * pages + 1, PAGE, B))()
         run = jax.jit(step, donate_argnums=1, compiler_options=QUICK)
         found, expected = [], []
 
         def take(tokens_NC: np.ndarray, position_N: np.ndarray, count_N: np.ndarray) -> None:
             nonlocal cache
-            rows = Rows(*(split_batch(v.reshape(shards, B, *v.shape[1:])) for v in (table_NK, position_N, count_N)))
+            slot_N = np.tile(np.arange(B, dtype=np.int32), shards)
+            given = (table_NK, position_N, count_N) + ((slot_N,) if tokens_NC.ndim > 1 else ())
+            rows = Rows(*(split_batch(v.reshape(shards, B, *v.shape[1:])) for v in given))
             logits, cache = run(decoder, cache, split_batch(tokens_NC.reshape(shards, -1)), rows)
             there = count_N > 0
             found.append(np.asarray(logits).reshape(ROWS, -1)[there])
@@ -120,7 +126,7 @@ def test_a_decoder_has_the_matrix_and_no_network() -> None:
     config = tiny(router="hyper", hyper_width=6)
     with on_mesh(config):
         decoder = jax.eval_shape(lambda model: make_decoder(config, model, weights="int8"), abstract_model(config))
-    moe: Any = decoder.groups[0].mlp
+    moe: Any = decoder.groups[0][0].mlp
     assert moe.hyper is None and decoder.config.model.router == "affine"
     for name, shape in (("router_DE", (16, 8)), ("router_logit_bias_E", (8,))):
         value = getattr(moe, name).get_value()
