@@ -19,6 +19,7 @@ from bigmac_jax.config.reads import context_notes
 from bigmac_jax.data.chat_files import read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.interchange import Trained, choose_format, export_model, import_run
+from bigmac_jax.model.transformer import without_next_tokens
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.history import history_before, history_with, model_name
 from bigmac_jax.training.new_run import check_no_run
@@ -119,6 +120,11 @@ def _convert(action: str, workdir: pathlib.Path, output: pathlib.Path) -> None:
         raise ConfigError(f"{workdir} was tuned on conversations and has no text; convert the model that it began with")
     cli.enter_mesh(saved, fit_batch=False)
     _, model, step, _ = restore_step(workdir, _STEP.value, saved)
+    if saved.model.mtp_modules:
+        hosts.say(
+            f"{output} is without the next-token modules of {workdir} (model.mtp_modules={saved.model.mtp_modules})"
+        )
+        saved, model = without_next_tokens(saved, model)
 
     for split in ("train", "validation"):
         say_data_place(workdir, saved, split)

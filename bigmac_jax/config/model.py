@@ -94,6 +94,10 @@ class ModelConfig(Section):
     mamba_bias: bool = False  # of the projections
     mamba_least_step: Amount = 0.0  # limits of Δt
     mamba_most_step: Annotated[float, Range(above=0, may_be_inf=True)] = math.inf
+    # Next-token modules (MTP, DeepSeek-V3, 2.2): the k-th learns to predict the k-th token behind the next one. They are
+    # trained beside the model, and no evaluation or answer needs them.
+    mtp_modules: Size = 0
+    mtp_blocks: str = ""  # the branches of a module's one layer, as in blocks; empty = those of the model's last layer
 
     @property
     def head_size(self) -> int:
@@ -133,6 +137,23 @@ class ModelConfig(Section):
     def count_branches(self, letters: str) -> int:
         """Number of residual branches of these kinds (`blocks`)."""
         return sum(loop.trips * sum(map("".join(loop.layers).count, letters)) for loop in self.loops)
+
+    @property
+    def mtp_stack(self) -> Stack:
+        """The next-token modules, as a stack of layers behind the model's; of no layers without them."""
+        blocks, modules, before = self.mtp_blocks or self.loops[-1].layers[-1], self.mtp_modules, self.moe_layers
+        experts = range(before, before + modules) if "E" in blocks else range(0)
+        return Stack("mtp", blocks, range(self.depth, self.depth + modules), experts)
+
+    @property
+    def trained_stacks(self) -> tuple[Stack, ...]:
+        """All stacks of layers, that of the next-token modules last."""
+        return (*self.stacks, self.mtp_stack) if self.mtp_modules else self.stacks
+
+    def count_trained(self, letters: str) -> int:
+        """As `count_branches`, with those of the next-token modules: what a training step computes."""
+        of_a_module = sum(map(self.mtp_stack.blocks.count, letters))
+        return self.count_branches(letters) + self.mtp_modules * of_a_module
 
     @property
     def moe_layers(self) -> int:
@@ -243,11 +264,18 @@ class ModelConfig(Section):
         require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
         require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip
         require(first == 0 or (self.is_moe and first < layers), f"model.first_dense_layers={first} must be below model.num_layers={layers} of a structure with experts, not {self.structure}; use 0")  # fmt: skip
+        self._check_mtp()
         require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
         if self.is_moe:
             self._check_experts()
-        if self.mamba_layers:
+        if self.count_trained("M"):
             self._check_mamba()
+
+    def _check_mtp(self) -> None:
+        blocks, fix = self.mtp_blocks, f"use {'*E' if self.is_moe else '*-'}"
+        require(not set(blocks) - set(BRANCHES), f"model.mtp_blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); {fix}")  # fmt: skip
+        require(len(split_layers(blocks)) < 2, f"model.mtp_blocks={blocks} must be one layer, as a next-token module has, which ends in E or -; {fix}")  # fmt: skip
+        require(self.is_moe or "E" not in blocks, f"model.mtp_blocks={blocks} has experts (E), and model.structure={self.structure} none; {fix}")  # fmt: skip
 
     @property
     def _fitting_heads(self) -> str:

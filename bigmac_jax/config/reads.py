@@ -52,11 +52,11 @@ def _ratio(config: Config) -> str:
 
 
 def _attention(config: Config) -> str:
-    return "" if config.model.count_branches("*") else "no attention"
+    return "" if config.model.count_trained("*") else "no attention"
 
 
 def _mamba(config: Config) -> str:
-    return "" if config.model.mamba_layers else "no Mamba layer"
+    return "" if config.model.count_trained("M") else "no Mamba layer"
 
 
 def _several_ranks(config: Config) -> str:
@@ -95,9 +95,14 @@ def _named_texts(config: Config) -> str:
 
 def _some_mlps(config: Config) -> str:
     """Some layers have an MLP in the experts' place."""
-    return "" if config.model.mlp_layers else "model.first_dense_layers=0"
+    return "" if config.model.count_trained("-") else "model.first_dense_layers=0"
 
 
+def _trained_mtp(config: Config) -> str:
+    return "" if config.trains_mtp else _shown(config, "tuning.lora_rank" if config.model.mtp_modules else _MTP)
+
+
+_MTP = "model.mtp_modules"
 _MOE = _without("model.structure", "dense")
 _BIGMAC = _with("model.structure", "bigmac")
 _TEXTS = _with("tuning.objective", "pretrain")
@@ -105,7 +110,8 @@ _TEXTS = _with("tuning.objective", "pretrain")
 # Fields that are read whatever the others are.
 _WHATEVER = {
     "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps positions context_length activation "
-    "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size",
+    "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size "
+    "mtp_modules",
     "execution": "dtype reduce_dtype remat unroll_layers compiler_options",
     "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
@@ -162,6 +168,8 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
         _MOE,
         *(_without(f"train.{n}", 0) for n in ("checkpoint_every", "experts_per_checkpoint")),
     ),
+    "model.mtp_blocks": (_without(_MTP, 0),),
+    "train.mtp_weight": (_trained_mtp,),
     "train.max_bad_steps": (_without("train.on_bad_step", "stop"),),
     "train.tasks train.tasks_limit": (_without("train.tasks_every", 0),),
     "tuning.bad_rows": (_without("tuning.objective", "pretrain"),),

@@ -68,18 +68,24 @@ class Config(Section):
         """Tokens that the model takes, and rows of its learned positions, whatever windows it is trained on now."""
         return max(self.model.context_length, self.data.sequence_length)
 
+    @property
+    def trains_mtp(self) -> bool:
+        """True if next-token modules are trained: adapters leave them alone."""
+        return self.model.mtp_modules > 0 and not self.tuning.lora_rank
+
     def describe(self) -> str:
         """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model
+        blocks = f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
+        blocks += f", next-token modules {m.mtp_stack.blocks} × {m.mtp_modules}" if m.mtp_modules else ""
         if not m.is_moe:
-            blocks = f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
             return f"dense: one MLP of width {m.expert_width} a layer{blocks}"
         shared = f", shared experts of width {m.shared_width}" if m.shared_width else ""
         capacity = f"capacity factor {m.capacity_factor:g}"
         capacity += ", overflow to the next expert" if m.overflow == "next" else ""
         capacity = "dropless" if self.dropless else capacity
         first = f", no experts in the first {m.first_dense_layers} layers" if m.first_dense_layers else ""
-        first += f", layers {m.blocks} × {m.num_layers}" if m.blocks else ""
+        first += blocks
         norm = f", latent norm {m.latent_norm_kind}" if m.latent_norms else ""
         how = f", projection init {m.projection_init}, projection rate {self.projection_rate:g}"
         how = how if m.structure == "bigmac" else ""
@@ -127,6 +133,7 @@ class Config(Section):
         check_place(self.cache_dir, "cache_dir")
         self._check_tuning()
         self._check_choices()
+        self._check_mtp()
         if self.mesh.tensor > 1:
             self._check_tensor()
         if model.is_moe:
@@ -166,6 +173,16 @@ class Config(Section):
         require(model.balance != "quantile", f"{given}: model.balance=quantile solves its bias for model.top_k choices; use balance=bias or aux_loss")  # fmt: skip
         require(self.tuning.objective != "dpo", f"{given} sends an answer to fewer experts in training than its reference does; use choices_from=0 with tuning.objective=dpo")  # fmt: skip
 
+    def _check_mtp(self) -> None:
+        """What next-token modules are not trained with."""
+        modules, length, saved = self.model.mtp_modules, self.data.sequence_length, self.train.experts_per_checkpoint
+        given = f"model.mtp_modules={modules}"
+        require(modules < length, f"{given} must be below data.sequence_length={length}, or a window has no token that the last one predicts; use 1")  # fmt: skip
+        instead = "use mtp_modules=0, which leaves a pretrained model's out"
+        require(not modules or self.tuning.objective != "dpo", f"{given} are not trained by tuning.objective=dpo; {instead}")  # fmt: skip
+        require(not modules or not self.tuning.teacher, f"{given} are not trained beside a teacher (tuning.teacher); {instead}")  # fmt: skip
+        require(not (saved and self.model.mtp_stack.experts), f"train.experts_per_checkpoint={saved} saves some experts of the model's layers, and next-token modules ({given}) have experts, too; use experts_per_checkpoint=0, or model.mtp_blocks=*-")  # fmt: skip
+
     def _check_tensor(self) -> None:
         """Widths that are split over mesh.tensor are multiples of it."""
         model, tensor = self.model, self.mesh.tensor
@@ -178,9 +195,9 @@ class Config(Section):
         kv = model.kv_heads
         require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
         require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
-        if model.mamba_layers:
+        if model.count_trained("M"):
             divides("model.mamba_groups", model.mamba_groups)  # of which the heads are a multiple
-        if model.is_moe and model.mlp_layers:
+        if model.is_moe and model.count_trained("-"):
             divides("the MLPs' width (model.dense_hidden_size)", model.mlp_width)
         if not model.is_moe or self.mesh.split_experts:
             width = "the experts' width" if model.is_moe else "the MLP's width"

@@ -83,6 +83,7 @@ class TrainConfig(Section):
     choices_from: Size = 0
     choices_steps: Size = 0  # choices_from needs them
     seed: Size = 1234
+    mtp_weight: Positive = 0.3  # of the mean of next-token modules' losses; DeepSeek-V3's of its first 10 T tokens
     log_every: Size = 10
     eval_every: Size = 0
     checkpoint_every: Size = 0  # the last step is always saved

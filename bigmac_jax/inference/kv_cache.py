@@ -27,7 +27,7 @@ from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, p
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
-from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model
+from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
@@ -79,6 +79,7 @@ def make_decoder(
       ConfigError: weights of another name.
     """
     require(weights in WEIGHTS, f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
+    config, model = without_next_tokens(config, model)
     config, model = plain_router(config, model)  # or every step would make its matrix
     dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
     changes: Any = {"exchange": exchange, "overlap_chunks": 1, "remat": "none", "dtype": dtype}

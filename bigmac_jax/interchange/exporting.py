@@ -1,6 +1,7 @@
 """A model → a directory of safetensors, which transformers or `import_model` loads."""
 
 import itertools
+import logging
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,9 +23,10 @@ from bigmac_jax.interchange.tensor_files import DTYPES, Spec, write_json
 from bigmac_jax.model.mesh import replicated_spec
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.model.plain_router import plain_router
-from bigmac_jax.model.transformer import Transformer
+from bigmac_jax.model.transformer import Transformer, without_next_tokens
 from bigmac_jax.runtime import hosts, storage
 
+_log = logging.getLogger(__name__)
 FORMATS: dict[str, Format] = {
     "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac": bigmac, "bigmac_jax": plain,
 }  # fmt: skip
@@ -89,6 +91,11 @@ def export_model(
         if hosts.is_first():
             tensor_files.check_new(output)
         ends = tokenizer_files.end_ids(tokenizer, chat, config.model.vocab_size) if tokenizer else None
+    if name != "bigmac_jax" and config.model.mtp_modules:
+        if hosts.is_first():
+            _log.warning("%s has no place for next-token modules (model.mtp_modules=%d), which only --format=plain "
+                         "holds; it is written without", name, config.model.mtp_modules)  # fmt: skip
+        config, model = without_next_tokens(config, model)
     config, model = plain_router(config, model)
     layout, leaves = FORMATS[name], named_leaves(model)
     tensors = list(layout.tensors(config.model, leaves))

@@ -30,9 +30,10 @@ _LONGEST = 4096  # tokens of a window in which an imported model is trained, wha
 
 
 def split_leaf(config: ModelConfig, leaf: str) -> tuple[Stack | None, str]:
-    """Splits the name of a parameter: its stack, None for one that is of no layer, and its name in a layer."""
+    """Splits the name of a parameter: its stack, None for one that is of no layer, and its name in a layer.
+    Next-token modules are a stack of their own."""
     first, _, name = leaf.partition(".")
-    stack = next((stack for stack in config.stacks if stack.name == first), None)
+    stack = next((stack for stack in config.trained_stacks if stack.name == first), None)
     return (stack, name) if stack else (None, leaf)
 
 

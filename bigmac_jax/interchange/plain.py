@@ -1,6 +1,7 @@
 """Our own names, for any config: config.json holds the model's, and says of each tensor its shape and its dimensions.
 
-A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's.
+A layer's tensors are x @ w, [inputs, outputs], as in the model; layers.3.attention.query.w_DF is the fourth layer's,
+and mtp.0.projection.w_DF the first next-token module's.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
             yield Tensor(leaf, leaf)
             continue
         for place, layer in enumerate(stack.layers):
-            yield Tensor(f"layers.{layer}.{name}", leaf, place)
+            of = f"mtp.{place}" if stack.name == "mtp" else f"layers.{layer}"
+            yield Tensor(f"{of}.{name}", leaf, place)
 
 
 def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:

@@ -31,8 +31,10 @@ def adapted(config: Config, params: nnx.State) -> dict[Path, nnx.Param]:
     tuning = config.tuning
     if not tuning.lora_rank:
         return {}
+    # The next-token modules of a pretrained model stay as they are.
+    flat = [(path, param) for path, param in nnx.to_flat_state(params) if path[0] != "mtp"]
     # Biases and norms, which do not decay either, are no matrices: experts' biases have two dimensions as well.
-    matrices = {path: param for path, param in nnx.to_flat_state(params) if declared(param).decays}
+    matrices = {path: param for path, param in flat if declared(param).decays}
     parts = {declared(param).part for param in matrices.values()}
     wanted = set(tuning.lora_targets.split(","))
     if not wanted & parts:

@@ -115,7 +115,8 @@ def sorts(config: Config) -> bool:
     """Whether required biases are sorted, not counted: a batch that is small, in one part, of one replica, and has no
     padding."""
     entries = config.data.batch_size * config.data.sequence_length * config.model.expert_count
-    whole = config.train.accumulate_steps == config.mesh.replica == 1 and not config.has_segments
+    padded = config.has_segments or config.model.mtp_modules > 0
+    whole = config.train.accumulate_steps == config.mesh.replica == 1 and not padded
     return whole and entries <= _MOST_SORTED
 
 

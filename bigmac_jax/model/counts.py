@@ -73,7 +73,7 @@ def _parameters(
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     computed = total
     if m.is_moe and m.router == "hyper":
-        computed += m.moe_layers * (m.hidden_size + 1) * m.expert_count - parts["router"]
+        computed += m.count_trained("E") * (m.hidden_size + 1) * m.expert_count - parts["router"]
     return Parameters(total, computed, computed - idle, parts, of_rank, trained, moments, updated, shards, scattered)
 
 
@@ -128,20 +128,22 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
     m, length = config.model, config.data.sequence_length
     seen = length / 2 if causal else length
     h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
+    moe = m.count_trained("E")
     per_token: dict[str, float] = {
-        "attention": m.count_branches("*") * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q),
-        "output": h * m.vocab_size,
+        "attention": m.count_trained("*") * (2 * h * q + 2 * h * m.kv_heads * m.head_size + 2 * seen * q)
+        + 2 * h * h * m.mtp_modules,
+        "output": h * m.vocab_size * (1 + m.mtp_modules),
     }
     if m.is_moe:
         per_token |= {
-            "router": m.moe_layers * h * m.expert_count,
-            "experts": m.moe_layers * matrices * m.choices * m.wire_size * m.expert_width,
-            "shared": m.moe_layers * matrices * h * m.shared_width,
-            "projections": m.moe_layers * sum(projections(m).values()),
+            "router": moe * h * m.expert_count,
+            "experts": moe * matrices * m.choices * m.wire_size * m.expert_width,
+            "shared": moe * matrices * h * m.shared_width,
+            "projections": moe * sum(projections(m).values()),
         }
-    per_token["mlp"] = m.mlp_layers * matrices * h * m.mlp_width
-    if m.mamba_layers:
-        per_token["mamba"] = m.mamba_layers * sum(token_products(m, config.execution.mamba_chunk).values())
+    per_token["mlp"] = m.count_trained("-") * matrices * h * m.mlp_width
+    if mamba := m.count_trained("M"):
+        per_token["mamba"] = mamba * sum(token_products(m, config.execution.mamba_chunk).values())
     tokens = config.data.batch_size * length
     found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
     if m.is_moe and m.router == "frozen":  # no gradient of its matrix
@@ -149,7 +151,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
     if m.is_moe and m.router == "hyper":
         # Not a token's: W and b are made in each pass over a layer, and their gradient goes to the vector alone.
         network = m.hyper_width * (h + (h + 1) * m.expert_count)
-        found["router"] += 4.0 * m.moe_layers * config.train.accumulate_steps * network
+        found["router"] += 4.0 * moe * config.train.accumulate_steps * network
     return found
 
 
@@ -189,8 +191,8 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     passes = forward_passes(config)
     tokens = config.data.batch_size * config.data.sequence_length / ranks
     # What a recomputed layer ends in is not summed again.
-    moved = m.count_branches("*M") * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
-    moved += m.mlp_layers * tokens * m.hidden_size * (2 * passes + 2 + again)
+    moved = m.count_trained("*M") * tokens * m.hidden_size * (2 * passes + 2 + 2 * again)
+    moved += m.count_trained("-") * tokens * m.hidden_size * (2 * passes + 2 + again)
     if m.is_moe and config.mesh.split_experts:
         at_a_time = tokens_at_a_time(config, ranks)
         group = ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
@@ -198,9 +200,9 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
         rows = tokens / at_a_time * received_rows(exchange, at_a_time, m.choices)
         # Sums that an exchange brings back are needed again with the exchange alone.
         repeated = again + (exchanges_again(config) and _back_again(config, exchange))
-        moved += m.moe_layers * rows * m.wire_size * (2 * passes + 2 + repeated)
-    tables = tokens * m.hidden_size * (passes + 3)
-    ids = 4 * tokens * (passes + 1)
+        moved += m.count_trained("E") * rows * m.wire_size * (2 * passes + 2 + repeated)
+    tables = tokens * m.hidden_size * (passes + 3) * (1 + m.mtp_modules)
+    ids = 4 * tokens * (passes + 1) * (1 + m.mtp_modules)
     return (t - 1) * (config.execution.dtype_bytes * (moved + tables) + ids)
 
 
@@ -233,7 +235,8 @@ def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str =
         return there.plus(combine.times(combines * forward + backward))
 
     spent = cost(exchange, tokens, m.choices)
-    here = m.moe_layers * config.train.accumulate_steps * config.execution.overlap_chunks  # layers of a rank in a step
+    parts = config.train.accumulate_steps * config.execution.overlap_chunks
+    here = m.count_trained("E") * parts  # layers of a rank in a step
     return Traffic(
         rows(spent.useful, spent.useful).times(here * ranks),
         rows(spent.dispatch, spent.combine).times(here * ranks),
@@ -254,13 +257,15 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     m, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
-    kept = {stack: _kept_by_a_layer(config, ranks, group, stack.blocks) for stack in m.stacks}
+    kept = {stack: _kept_by_a_layer(config, ranks, group, stack.blocks) for stack in m.trained_stacks}
+    if m.mtp_modules:  # what its norms and its projection are given
+        kept[m.mtp_stack] += 5 * m.hidden_size
     # Rematerialised layers keep what enters them, and one at a time all that it computes.
     largest = max(kept.values())
     layers = largest if recomputes(config) else sum(len(stack.layers) * each for stack, each in kept.items())
-    activations = tokens * size * (m.depth * m.hidden_size + layers)
+    activations = tokens * size * ((m.depth + 2 * m.mtp_modules) * m.hidden_size + layers)
     if config.execution.remat == "exchange":
-        activations += m.moe_layers * exchanged_bytes(config, ranks, group)
+        activations += m.count_trained("E") * exchanged_bytes(config, ranks, group)
     return {
         **state_memory(config, count, config.train.accumulate_steps),
         "activations": round(activations),
@@ -306,8 +311,9 @@ def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, 
     summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
     shared = count.computed - experts - table * (1 if m.tie_embeddings else 2)
-    of_layer = experts / max(1, m.moe_layers) / math.prod(group.sizes) / (mesh.tensor if mesh.split_experts else 1)
-    of_layer += shared / m.depth
+    split = math.prod(group.sizes) * (mesh.tensor if mesh.split_experts else 1)
+    of_layer = experts / max(1, m.count_trained("E")) / split
+    of_layer += shared / (m.depth + m.mtp_modules)
     # Compiled programs hold more than what is counted here (docs/planning.md): about four numbers a head for each pair
     # of a sequence's first 4,096 tokens, however long it is and however many there are.
     pairs = min(tokens, 4096) * min(config.data.sequence_length, 4096)

@@ -19,9 +19,12 @@ def plain_router(config: Config, model: Transformer) -> tuple[Config, Transforme
         return config, model
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, router="affine"))
     leaves: dict[str, Any] = named_leaves(model)
-    for stack in filter(lambda stack: stack.experts, config.model.stacks):
-        w, b = (f"{stack.name}.mlp.{name}" for name in ("router_DE", "router_logit_bias_E"))
-        leaves[w], leaves[b] = _make(getattr(model, stack.name).mlp.hyper)
+    layers: dict[str, Any] = {stack.name: getattr(model, stack.name) for stack in config.model.stacks if stack.experts}
+    if model.mtp is not None and config.model.mtp_stack.experts:
+        layers["mtp.layers"] = model.mtp.layers
+    for stack, of_stack in layers.items():
+        w, b = (f"{stack}.mlp.{name}" for name in ("router_DE", "router_logit_bias_E"))
+        leaves[w], leaves[b] = _make(of_stack.mlp.hyper)
     abstract = jax.eval_shape(lambda: init_model(plain, jax.random.key(0)))
     return plain, jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], abstract)
 

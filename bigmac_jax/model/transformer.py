@@ -24,7 +24,8 @@ from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mamba import Mamba
 from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
-from bigmac_jax.model.parameters import Declaration, parameter, weight
+from bigmac_jax.model.next_tokens import NextTokens
+from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
 
@@ -104,6 +105,12 @@ class Transformer(nnx.Module):
             setattr(self, stack.name, jax.vmap(make)(_of_layers(keys_Y, stack.layers)))
         self.final_norm = Norm(config, D)
         self.unembedding_VD = None if m.tie_embeddings else parameter(config, keys[3], (V, D), table)
+        own_key = jax.random.fold_in(key, len(keys))  # so that the model itself begins as it would without modules
+        self.mtp = self._next_tokens(jax.random.split(own_key, m.mtp_modules)) if m.mtp_modules else None
+
+    def _next_tokens(self, keys_K: Array) -> NextTokens:
+        make_layer = functools.partial(Block, self.config, blocks=self.config.model.mtp_stack.blocks)
+        return jax.vmap(functools.partial(NextTokens, self.config, make_layer))(keys_K)
 
     def __call__(self, tokens_BL: Array, segments_BL: Array | None = None, **options: Any) -> tuple[Array, Aux]:
         """Computes logits of the next token; arguments as for `features`.
@@ -145,6 +152,40 @@ class Transformer(nnx.Module):
 
         x_BLD, stats = through_layers(self.config, step, x_BLD, self.stacks(), keys_Y)
         return self.final_norm(x_BLD), stats
+
+    def next_features(
+        self,
+        number: int,
+        x_BLD: Array,
+        tokens_BL: Array,
+        segments_BL: Array | None,
+        *,
+        dropout_key: Array | None,
+        padding: Padding,
+        choices: Array | None,
+    ) -> tuple[Array, LayerStats]:
+        """Computes the features and the statistics [1, U, …] of a next-token module; other arguments are those of
+        `features`.
+
+        Args:
+          number: of the module, from 0.
+          x_BLD: features of the module before, of the first one the model's.
+          tokens_BL: the token that stands number + 1 behind each position; any at `padding`.
+          padding: with the positions that no such token follows.
+        """
+        config, documents = self.config, None if segments_BL is None else find_documents(segments_BL)
+        # A position keeps its number, whichever token is read there.
+        read_BLD = self.embed(tokens_BL, None if documents is None else documents.position_BL)
+        key = None
+        if dropout_key is not None and config.model.dropout:  # others than `embedded` draws
+            key = jax.random.fold_in(dropout_key, 1 + config.model.depth + number)
+
+        def step(x_BLD: Array, module: NextTokens) -> tuple[Array, LayerStats]:
+            return module(x_BLD, read_BLD, key, documents, padding, choices)
+
+        module = jax.tree.map(lambda w: jax.lax.index_in_dim(w, number, keepdims=False), self.mtp)
+        x_BLD, stats = recomputed(config, step)(x_BLD, module)
+        return module.final_norm(x_BLD), jax.tree.map(lambda v: v[None], stats)
 
     def stacks(self) -> list[Block]:
         """The layers, a stack of them each, in the order of `config.model.stacks`."""
@@ -244,13 +285,7 @@ def through_layers(
       stacks: of layers, as `config.model.stacks` has them.
       keys_Y: of all layers.
     """
-    execution, m = config.execution, config.model
-    if execution.remat == "exchange":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED, BALANCE_BIAS))
-    elif execution.remat == "layer":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(BALANCE_BIAS))
-    elif config.mesh.fsdp:  # a layer's parameters are gathered again for its backward pass, not kept
-        step = jax.checkpoint(step, policy=all_but_gathered)
+    execution, m, step = config.execution, config.model, recomputed(config, step)
     # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
     unroll = execution.unroll_layers or (m.depth if platform() == "cpu" else 1)
 
@@ -270,6 +305,17 @@ def through_layers(
     return carry, found[0] if len(found) == 1 else jax.tree.map(lambda *of: jnp.concatenate(of), *found)
 
 
+def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The step through a layer, computed again in the backward pass as execution.remat says."""
+    remat, names = config.execution.remat, jax.checkpoint_policies.save_only_these_names
+    if remat == "exchange":
+        return jax.checkpoint(step, policy=names(EXCHANGED, BALANCE_BIAS))
+    if remat == "layer":
+        return jax.checkpoint(step, policy=names(BALANCE_BIAS))
+    # With mesh.fsdp a layer's parameters are gathered again for its backward pass, not kept.
+    return jax.checkpoint(step, policy=all_but_gathered) if config.mesh.fsdp else step
+
+
 def _of_layers(values_Y: Array, layers: range) -> Array:
     return values_Y[layers.start : layers.stop : layers.step]
 
@@ -283,6 +329,15 @@ def _in_turn(*stacks: Array) -> Array:
 def init_model(config: Config, key: Array) -> Transformer:
     """A new model, sharded on the current mesh (`jax.set_mesh`); under `jax.eval_shape` it costs no memory."""
     return jax.jit(functools.partial(Transformer, config))(key)
+
+
+def without_next_tokens(config: Config, model: Transformer) -> tuple[Config, Transformer]:
+    """The model without next-token modules, as it decodes. Arrays are shared with `model`, which may be abstract."""
+    if not config.model.mtp_modules:
+        return config, model
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mtp_modules=0, mtp_blocks=""))
+    leaves, abstract = named_leaves(model), jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
+    return config, jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], abstract)
 
 
 def check_length(name: str, length: int, config: Config) -> None:

@@ -93,25 +93,28 @@ class Shape:
     @classmethod
     def of(cls, config: Config) -> "Shape":
         """The shape of a model of ours."""
-        m = config.model
-        experts = None
+        m, experts = config.model, None
+        # A next-token module is counted with attention and experts, whatever its layer has.
+        mtp = m.mtp_modules if config.trains_mtp else 0
         if m.is_moe:
             narrow = m.wire_size if m.structure == "bigmac" else 0
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0
-            experts = Experts(m.moe_layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
+            layers = m.count_trained("E") - mtp
+            experts = Experts(layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
         mamba = Mamba(
-            m.mamba_layers, m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state, m.mamba_conv,
+            m.count_trained("M"), m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state, m.mamba_conv,
             config.execution.mamba_chunk,
         )  # fmt: skip
         return cls(
             hidden=m.hidden_size,
             vocab=m.vocab_size,
-            attention=Attention(m.count_branches("*"), m.num_heads, m.kv_heads, m.head_size),
+            attention=Attention(m.count_trained("*") - mtp, m.num_heads, m.kv_heads, m.head_size),
             moe=experts,
-            mlp=Dense(m.mlp_layers, m.mlp_width),
+            mlp=Dense(m.count_trained("-"), m.mlp_width),
             mamba=mamba if mamba.layers else None,
             gated=m.gated,
             tied=m.tie_embeddings,
+            mtp=mtp,
         )
 
     @property

@@ -13,6 +13,7 @@ from jax import Array
 from bigmac_jax.config import Config
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.model.mesh import batch_spec, replicated_spec
+from bigmac_jax.model.next_tokens import look_ahead
 from bigmac_jax.training.dpo import count_pairs
 from bigmac_jax.training.loss import WHOLE, LossTerms, Share
 
@@ -73,7 +74,15 @@ def count_share(config: Config, batch: Batch) -> Share:
     parts = config.train.accumulate_steps
     counted = count_pairs(batch) if config.tuning.objective == "dpo" else jnp.sum(batch.targets_BL != NO_TARGET)
     tokens = None if batch.segments_BL is None else jnp.sum(batch.segments_BL != PADDING) / parts
-    return Share(counted / parts, tokens)
+    modules = config.model.mtp_modules if config.trains_mtp else 0
+    return Share(
+        counted / parts, tokens, ahead=tuple(_count_ahead(batch, number + 1, parts) for number in range(modules))
+    )
+
+
+def _count_ahead(batch: Batch, by: int, parts: int) -> Share:
+    ahead = look_ahead(batch, by)
+    return Share(jnp.sum(ahead.targets_BL != NO_TARGET) / parts, jnp.sum(ahead.segments_BL != PADDING) / parts)
 
 
 def _zeros(of: jax.ShapeDtypeStruct) -> Array:

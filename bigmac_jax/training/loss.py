@@ -29,6 +29,7 @@ from bigmac_jax.model.mesh import (
     token_spec,
 )
 from bigmac_jax.model.moe import Aux, LayerStats
+from bigmac_jax.model.next_tokens import look_ahead
 from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Transformer, own_rows
 
@@ -46,6 +47,7 @@ class LossTerms(NamedTuple):
     balance_YU: Array | None = None  # the balance loss, where it is a term
     pairs_U: Any = None  # `dpo.PairMetrics`
     gaps: Any = None  # `distillation.Gaps` of a run with a teacher
+    next_KU: Array | None = None  # cross-entropy of the K next-token modules, nats
 
     def join(self) -> "tuple[Array, LossParts]":
         """The loss, and its terms, in means over all replicas."""
@@ -53,7 +55,8 @@ class LossTerms(NamedTuple):
         pairs, gaps = jax.tree.map(lambda v: v.mean(0), self.pairs_U), self.gaps
         if gaps is not None:
             gaps = gaps._replace(divergence=gaps.divergence.mean(0))
-        return self.loss_U.mean(), LossParts(self.cross_entropy_U.mean(), aux, pairs, gaps)
+        next_K = None if self.next_KU is None else self.next_KU.mean(1)
+        return self.loss_U.mean(), LossParts(self.cross_entropy_U.mean(), aux, pairs, gaps, next_K)
 
 
 class LossParts(NamedTuple):
@@ -63,6 +66,7 @@ class LossParts(NamedTuple):
     aux: Aux
     pairs: Any = None  # `dpo.PairMetrics`
     gaps: Any = None  # `distillation.Gaps` of a run with a teacher
+    next_K: Array | None = None  # cross-entropy of the K next-token modules, nats
 
 
 class Share(NamedTuple):
@@ -76,6 +80,7 @@ class Share(NamedTuple):
     tokens: Array | None = None  # padding left out
     load_YE: Array | None = None  # for the balance loss
     choices: Array | None = None  # how many experts a token takes now, if fewer than model.top_k
+    ahead: "tuple[Share, ...]" = ()  # the same for what each next-token module sees (`look_ahead`)
 
     def padding(self, batch: Batch) -> Padding | None:
         """The positions that belong to no document."""
@@ -91,7 +96,36 @@ def loss_fn(
     """Cross-entropy of the targets, plus the router's losses, summed over layers."""
     x_BLD, stats = _features(model, batch, dropout_key, share)
     ce_U = linear_cross_entropy(x_BLD, model.unembedding(), batch.targets_BL, share.targets)
-    return add_router_losses(model.config.model, share, LossTerms(ce_U, ce_U, stats))
+    terms = LossTerms(ce_U, ce_U, stats)
+    if model.config.trains_mtp:
+        terms = _add_next_tokens(model, x_BLD, batch, dropout_key, share, terms)
+    return add_router_losses(model.config.model, share, terms)
+
+
+def _add_next_tokens(
+    model: Transformer, x_BLD: Array, batch: Batch, dropout_key: Array | None, share: Share, terms: LossTerms
+) -> LossTerms:
+    """Adds the mean of the next-token modules' losses, each a mean over its own targets, with train.mtp_weight, and
+    their layers' statistics behind the model's (DeepSeek-V3, equations 21 to 25). `x_BLD` is the model's features."""
+    losses, stats = [], [terms.stats]
+    for number in range(model.config.model.mtp_modules):
+        ahead, own = look_ahead(batch, number + 1), share.ahead[number] if share.ahead else WHOLE
+        padding = own.padding(ahead)
+        assert padding is not None
+        x_BLD, of_module = model.next_features(
+            number,
+            x_BLD,
+            ahead.inputs_BL,
+            batch.segments_BL,
+            dropout_key=dropout_key,
+            padding=padding,
+            choices=share.choices,
+        )
+        losses.append(linear_cross_entropy(x_BLD, model.unembedding(), ahead.targets_BL, own.targets))
+        stats += [of_module] if model.config.model.mtp_stack.experts else []
+    next_KU, joined = jnp.stack(losses), jax.tree.map(lambda *of: jnp.concatenate(of), *stats)
+    loss_U = terms.loss_U + model.config.train.mtp_weight * next_KU.mean(0)
+    return terms._replace(loss_U=loss_U, stats=joined, next_KU=next_KU)
 
 
 def _features(model: Transformer, batch: Batch, dropout_key: Array | None, share: Share) -> tuple[Array, LayerStats]:

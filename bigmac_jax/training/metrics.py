@@ -132,7 +132,7 @@ class RunConstants:
 def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstants) -> dict[str, Any]:
     """The line of metrics.jsonl for a training step, on the host."""
     metrics = jax.device_get(metrics)
-    loss, aux, pairs, gaps = metrics.parts
+    loss, aux, pairs, gaps, next_K = metrics.parts
     spared = 0.0 if metrics.choices is None else run.flops_per_choice * (run.choices - int(metrics.choices))
     record = {"step": step, "tokens": step * run.tokens_per_step, "loss": float(loss)}
     if pairs is None:
@@ -151,6 +151,10 @@ def step_record(step: int, metrics: StepMetrics, seconds: float, run: RunConstan
         record["moe/choices"] = int(metrics.choices)
     if gaps is not None:
         record |= {"teacher/divergence": float(gaps.divergence), "teacher/hidden": float(np.mean(gaps.hidden_Y))}
+    if next_K is not None:
+        record["mtp/loss"] = float(np.mean(next_K))
+        numbered = enumerate(next_K if len(next_K) > 1 else (), 1)
+        record |= {f"mtp/loss_{number}": float(of_module) for number, of_module in numbered}
     return record | memory_record() | (moe_record(aux, run) if aux.load.shape[-1] else {})
 
 

@@ -187,12 +187,13 @@ class _Programs:
         if not (config.model.is_moe and config.model.has_router_bias):
             return rest, parts
 
-        experts = {stack.name: stack.experts for stack in config.model.stacks}
+        experts = {stack.name: stack.experts for stack in config.model.trained_stacks}
 
         def update(path: Any, variable: nnx.Variable) -> nnx.Variable:
-            if not isinstance(variable, RouterBias):
+            layers = experts.get(leaf_name(path).partition(".")[0], range(0))
+            # Of next-token modules that are not trained there is no load.
+            if not isinstance(variable, RouterBias) or layers.stop > len(aux.load):
                 return variable
-            layers = experts[leaf_name(path).partition(".")[0]]
             load, stats = (v[layers.start : layers.stop : layers.step] for v in (aux.load, aux.quantile_stats))
             return jax.tree.map(lambda bias_YE: update_bias(config, bias_YE, load, stats), variable)
 

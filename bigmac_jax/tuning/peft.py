@@ -66,8 +66,8 @@ def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator
     """The tensors of an export that have adapters; raises ConfigError for those that PEFT has no place for."""
     kind = choose_format(config)
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
-    # What makes a hyper router's matrix is no tensor of an export (`plain_router`).
-    base = {name: leaf for name, leaf in base.items() if ".mlp.hyper." not in name}
+    # What makes a hyper router's matrix is no tensor of an export (`plain_router`), and next-token modules have none.
+    base = {name: leaf for name, leaf in base.items() if ".mlp.hyper." not in name and not name.startswith("mtp.")}
     for tensor in FORMATS[kind].tensors(config.model, base):
         if tensor.leaf not in matrices:
             continue

@@ -223,6 +223,9 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
         read = any(not unread_for(of, f"model.{field.name}") for of in (origin.config, config))
         if old == new or field.name in _FREE or not read:
             continue
+        if field.name.startswith("mtp_") and not now.mtp_modules:  # its next-token modules are left out
+            told += [f"model.mtp_modules {old} → 0"] if field.name == "mtp_modules" else []
+            continue
         if field.name not in _TOLD:
             raise ConfigError(
                 f"model.{field.name}={new!r} differs from {old!r} of train.init_from={origin.place}, whose parameters "

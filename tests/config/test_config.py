@@ -349,7 +349,7 @@ def changed(name: str) -> Config:
         "train.accumulate_steps": 2, "optimizer.b1": 0.8, "optimizer.b2": 0.9, "optimizer.projection_rate": 0.5,
         "optimizer.momentum": 0.9, "optimizer.average_decay": 0.9, "data.mixture": "x=1", "train.spike_factor": 2.0,
         "tuning.teacher_weight": 0.7, "tuning.lora_dropout": 0.5, "execution.compiler_options": "xla_a=1",
-        "model.blocks": "*E*-", "model.mamba_most_step": 2.0,
+        "model.blocks": "*E*-", "model.mtp_blocks": "*-", "model.mamba_most_step": 2.0,
     }  # fmt: skip
     value, choices = FIELDS[name], all_field_types(Config)[name].choices
     if name in special:
@@ -501,6 +501,8 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert read["execution"].pop("compiler_options") == ""
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
     assert read["train"].pop("most_lost_updates") == 0.0375
+    assert (read["model"].pop("mtp_modules"), read["model"].pop("mtp_blocks")) == (0, "")
+    assert read["train"].pop("mtp_weight") == 0.3
     assert read["mesh"].pop("replica") == 1 and read["mesh"].pop("replica_optimizer") == "copied"
     assert read == written and Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match=r"model\.capacity_factor=inf differs from 1\.25, "):

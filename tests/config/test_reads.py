@@ -45,7 +45,7 @@ OTHER = {
     "optimizer.final_learning_rate": 2e-4, "optimizer.projection_rate": 0.5, "optimizer.decay_steps": 7,
     "optimizer.momentum": 0.5, "tuning.train_router": False, "tuning.lora_alpha": 2, "tuning.lora_dropout": 0.5,
     "tuning.lora_targets": "attention", "tuning.teacher_weight": 0.1, "tuning.hidden_weight": 0.2,
-    "tuning.dpo_beta": 0.3,
+    "tuning.dpo_beta": 0.3, "model.mtp_blocks": "*-", "train.mtp_weight": 0.7,
 }  # fmt: skip
 # Read by the host alone.
 HOST = {"data.curriculum", "data.text_field", "data.null_rows", "data.packing", "train.max_bad_steps", "train.tasks",
@@ -124,7 +124,7 @@ READING = {
 }  # fmt: skip
 MORE_READING = {
     "model.router": "", "train.choices_from": "train.choices_steps=5",
-    "train.choices_steps": "train.choices_from=3",
+    "train.choices_steps": "train.choices_from=3 train.choices_steps=5",
     "model.rope_theta": "", "model.num_experts": "", "model.dense_hidden_size": "model.first_dense_layers=1",
     "model.first_dense_layers": "", "model.num_shared_experts": "model.num_shared_experts=0",
     "model.shared_expert_hidden_size": "", "model.latent_norm": "", "model.projection_init": "",
@@ -139,7 +139,8 @@ MORE_READING = {
     "execution.buffer_factor": "mesh.expert=2", "execution.overlap_chunks": "",
     "execution.grouped_matmul": "execution.grouped_matmul=blocks",
     "optimizer.final_learning_rate": "", "optimizer.projection_rate": "", "tuning.train_router": "",
-    "mesh.split_experts": "mesh.tensor=2", "mesh.replica_optimizer": "mesh.replica=2",
+    "model.mtp_blocks": "model.mtp_modules=1", "train.mtp_weight": "model.mtp_modules=1",
+    "mesh.split_experts": "mesh.tensor=2", "mesh.replica_optimizer": "mesh.replica=2 mesh.fsdp=True",
 }  # fmt: skip
 MORE_READING |= {name: "model.blocks=ME model.mamba_head_dim=8" for name in OTHER if ".mamba_" in name}
 
