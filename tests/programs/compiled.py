@@ -38,6 +38,11 @@ VOCAB, EXPERTS, CHUNK = 4192, 64, 2**18
 loss._CHUNK_ENTRIES_ACCELERATOR = CHUNK  # of logits: so that a small batch has more than one chunk of them
 
 
+# Mamba in half of the layers, and a module that predicts the token behind the next one.
+HYBRID = ("model.blocks=ME*E", "model.num_layers=2", "model.first_dense_layers=0", "model.mtp_modules=1",
+          "model.mamba_groups=4", "model.mamba_state=64")  # fmt: skip
+
+
 def small() -> Config:
     """Two layers as wide as a tile needs, in bfloat16, over 32 ranks; of a bigmac model with all that makes programs
     differ: grouped heads, a shared expert, a norm of the latent, a finite capacity."""

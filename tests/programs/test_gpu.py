@@ -3,7 +3,7 @@
 import pytest
 from model.tools import pairwise
 
-from .compiled import CHUNK, EXPERTS
+from .compiled import CHUNK, EXPERTS, HYBRID
 from .running import case_name, check_replicas, compiled, planned
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +16,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "remat, from a random start": ("execution.remat=layer", "model.projection_init=random"),
     "dropless": ("model.capacity_factor=inf",),
     "by quantiles of its own": ("model.balance=quantile", "model.balance_step=same"),
+    "hybrid": HYBRID,
 }
 EXCHANGES = ("all_to_all", "ragged", "hierarchical")
 CASES = sorted(pairwise(["h100:1x8", "b200:1x8"], *[[False, True]] * len(FEATURES), EXCHANGES))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from model.tools import pairwise
 
-from .compiled import CHUNK, EXPERTS, VOCAB
+from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
 from .running import case_name, check_replicas, compiled
 
 pytestmark = pytest.mark.tpu
@@ -30,6 +30,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "remat, from a random start": ("execution.remat=layer", "model.projection_init=random"),
     "dropless, by quantiles": ("model.capacity_factor=inf", *QUANTILES),
     "by quantiles of its own": ("model.balance_step=same", *QUANTILES),
+    "hybrid": HYBRID,
 }
 CASES = sorted(pairwise(["v5e:4x8", "v6e:4x8"], *[[False, True]] * len(FEATURES)))
 
