@@ -309,7 +309,7 @@ EXPRESSED = {
 }  # fmt: skip
 TRAINING = {
     "dropout", "capacity_factor", "overflow", "overflow_tries", "balance_coefficient", "balance_step", "balance_scope",
-    "balance_bias_rate", "z_loss_coefficient", "projection_init", "hyper_width",
+    "balance_bias_rate", "z_loss_coefficient", "projection_init", "hyper_width", "mtp_modules", "mtp_blocks",
 }  # fmt: skip
 
 
