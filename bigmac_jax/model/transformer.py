@@ -322,6 +322,8 @@ def _of_layers(values_Y: Array, layers: range) -> Array:
 
 def _in_turn(*stacks: Array) -> Array:
     """One array [Y, …] of what several stacks of a loop report, in the order of the layers."""
+    if stacks[0].shape[0] == 1:
+        return jnp.concatenate(stacks)  # a reshape of several dimensions of 1 would lose how the others are split
     turns = jnp.stack(stacks, axis=1)
     return turns.reshape(turns.shape[0] * turns.shape[1], *turns.shape[2:])
 

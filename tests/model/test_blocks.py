@@ -15,7 +15,7 @@ from bigmac_jax.model.transformer import Transformer
 from .tools import QUICK, leaves, on_mesh, random_model, random_tokens, split_tokens, tiny
 
 MAMBA: dict[str, Any] = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 3}
-PATTERNS = [("ME*EM-", 2), ("*EME*EM-ME", 1), ("E*", 2), ("MM*E", 1)]
+PATTERNS = [("ME*EM-", 2), ("*EME*EM-ME", 1), ("E*", 2), ("MM*E", 1), ("ME*EEE", 1)]
 SEVERAL = ("ME*E", 2)
 QUICK_PATTERN = ("MM*E", 1)
 
