@@ -23,8 +23,8 @@ class ModelConfig(Section):
 
     structure: Structure = "bigmac"
     num_layers: Count = 4
-    # The residual branches of a layer, in order: * attention, M Mamba-2, E experts, - an MLP; empty = *E, of dense *-. The
-    # model is num_layers times these, so a pattern that doesn't repeat is all of it, with num_layers=1.
+    # The residual branches of a layer, in order: * attention, M Mamba-2, E experts (of dense an MLP), - an MLP; empty = *E.
+    # The model is num_layers times these, so a pattern that doesn't repeat is all of it, with num_layers=1.
     blocks: str = ""
     hidden_size: Count = 256  # h
     num_heads: Count = 4
@@ -117,7 +117,8 @@ class ModelConfig(Section):
         if not self.blocks:
             first, others = self.first_dense_layers, Loop(("*E" if self.is_moe else "*-",), self.num_layers)
             return (Loop(("*-",), first), others._replace(trips=self.num_layers - first)) if first else (others,)
-        return (Loop(split_layers(self.blocks), self.num_layers),) if self.num_layers > 1 else find_loops(self.blocks)
+        blocks = self.blocks if self.is_moe else self.blocks.replace("E", "-")
+        return (Loop(split_layers(blocks), self.num_layers),) if self.num_layers > 1 else find_loops(blocks)
 
     @property
     def stacks_of_loops(self) -> tuple[tuple[Stack, ...], ...]:
@@ -257,8 +258,7 @@ class ModelConfig(Section):
         first, layers, blocks = self.first_dense_layers, self.num_layers, self.blocks
         require(len(blocks) <= LONGEST, f"model.blocks has {len(blocks)} branches, which must be at most {LONGEST}; use a shorter one that model.num_layers repeats")  # fmt: skip
         require(not set(blocks) - set(BRANCHES), f"model.blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); use *E")  # fmt: skip
-        experts = "E" in blocks or not blocks
-        require(not blocks or experts == self.is_moe, f"model.blocks={blocks} has {'' if experts else 'no '}layers with experts (E), and model.structure={self.structure} {'has experts' if self.is_moe else 'none'}; use {'another structure' if experts else 'structure=dense'}")  # fmt: skip
+        require(not blocks or "E" in blocks or not self.is_moe, f"model.blocks={blocks} has no experts (E), and model.structure={self.structure} has; use structure=dense")  # fmt: skip
         require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use first_dense_layers=0, or no blocks")  # fmt: skip
         require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
         require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip

@@ -82,6 +82,8 @@ def test_counts() -> None:
     model = ModelConfig(blocks="MM*E-ME", num_layers=3)
     assert [model.count_branches(letter) for letter in "*ME-"] == [3, 9, 6, 3]
     assert (model.depth, model.moe_layers, model.mlp_layers, model.mamba_layers) == (9, 6, 3, 9)
+    dense = ModelConfig("dense", blocks="ME*E", num_layers=2, latent_norm="none")  # one field changes the structure
+    assert (dense.moe_layers, dense.mlp_layers, dense.mamba_layers) == (0, 4, 2)
     model = ModelConfig(num_layers=2**31 - 1)  # no pattern is written out
     assert model.moe_layers == model.depth == 2**31 - 1
 
@@ -91,11 +93,7 @@ def test_counts() -> None:
     [
         ({"blocks": "MX*E"}, r"model\.blocks=MX\*E may have the letters \* M E - .*; use \*E"),
         ({"blocks": "*E" * 300}, r"model\.blocks has 600 branches, which must be at most 512; use a shorter one"),
-        ({"blocks": "*-"}, r"model\.blocks=\*- has no layers with experts \(E\), and model\.structure=bigmac has exp"),
-        (
-            {"blocks": "*E", "structure": "dense", "latent_norm": "none"},
-            r"has layers with experts .* use another struc",
-        ),
+        ({"blocks": "*-"}, r"model\.blocks=\*- has no experts \(E\), and model\.structure=bigmac has; use structure=d"),
         (
             {"blocks": "*E", "first_dense_layers": 1},
             r"use first_dense_layers=0, or no blocks",

@@ -24,7 +24,7 @@ SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "mod
          "mesh.data=1")  # fmt: skip
 # Another value of each field that is not always read.
 OTHER = {
-    "model.num_heads": 2, "model.num_kv_heads": 1, "model.head_dim": 8, "model.qk_norm": False,
+    "model.num_heads": 8, "model.num_kv_heads": 1, "model.head_dim": 8, "model.qk_norm": False,
     "execution.attention": "xla",
     "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.router": "frozen",
     "model.hyper_width": 9, "train.choices_from": 2, "train.choices_steps": 7,

@@ -76,7 +76,7 @@ def test_a_layer_computes_its_own_experts(mesh: tuple, local_experts: int) -> No
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def _layer(drafter: Decoder, x_BLD: jax.Array) -> jax.Array:
-    layer = jax.tree.map(lambda leaf: leaf[0], drafter.groups[0])
+    layer = jax.tree.map(lambda leaf: leaf[0], drafter.groups[0][0])
     return layer.mlp(x_BLD, evaluating=True)[0]
 
 

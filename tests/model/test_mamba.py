@@ -295,7 +295,7 @@ def pieces(config: Config, counts_PB: np.ndarray, C: int) -> tuple[Values, Value
         return on_rows(layer, x_BLD, None, count_B)
 
     def on_rows(layer: Mamba, x_BLD: jax.Array, past: Past | None, count_B: jax.Array) -> Any:
-        projected, given = layer._projected(x_BLD), [*past] if past else []
+        projected, given = layer.project(x_BLD), [*past] if past else []
 
         def on_rank(*arrays: Any) -> Any:
             projected, (*past, count_B, weights) = Projected(*arrays[:5]), arrays[5:]
