@@ -30,7 +30,7 @@ _DRAFT_WITH = flags.DEFINE_enum(
     "draft_with",
     Speculation.by,
     DRAFTERS,
-    "What drafts: mtp, the model's next-token module; local, the experts of each rank; auto, the module if there is one.",
+    "What drafts: mtp, the model's next-token module; local, the experts of each rank; auto, mtp if there is one.",
 )
 _LOCAL_EXPERTS = flags.DEFINE_integer(
     "local_experts", 0, "Experts of each rank that local drafts use; 0 = all that it holds. Fewer are for study."

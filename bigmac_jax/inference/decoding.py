@@ -84,9 +84,9 @@ def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> Stat
 
     def make() -> State:
         shape = batch_ranks(), slots
-        zeros = (jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2))
+        zeros = [jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2)]
         sizes = pages, page_size, slots
-        return State(make_cache(decoder, *sizes), *zeros, make_ahead(decoder, *sizes))
+        return State(make_cache(decoder, *sizes), zeros[0], zeros[1], make_ahead(decoder, *sizes))
 
     return jax.jit(make)()
 

@@ -9,7 +9,7 @@ model's; what a draft writes is written again when the draft was verified. Of se
 S batch shards, B slots of one, W rows, C tokens of a row, T = W · C, D hidden, G drafted tokens.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, token_spec
 from bigmac_jax.model.next_tokens import NextTokens
+from bigmac_jax.model.transformer import Block
 
 
 class Ahead(NamedTuple):
@@ -35,8 +36,8 @@ def make_ahead(decoder: Decoder, pages: int, page_size: int, slots: int) -> Ahea
     """The state of a decoder's next-token module before its first step; None without a module."""
     if decoder.next_tokens is None:
         return None
-    config = decoder.config
-    pasts = make_pasts(config, decoder.next_tokens.layers, pages, page_size, slots)
+    config, layer = decoder.config, cast(Block, decoder.next_tokens.layers)
+    pasts = make_pasts(config, layer, pages, page_size, slots)
     shape = batch_ranks(), slots, config.model.hidden_size
     return Ahead(pasts, jnp.zeros(shape, config.execution.dtype, out_sharding=token_spec(3)))
 
@@ -133,5 +134,5 @@ def _read(model: Decoder, pasts: Pasts, h_STD: Array, next_ST: Array, rows: Rows
     module: NextTokens = dequantize(stacked, dtype)
     read_STD = dequantize(model.ends, dtype).embed(next_ST, positions(rows, next_ST.shape[1]))
     x_STD, turn = module.join(h_STD, read_STD), (jnp.zeros((), jnp.int32), 1)
-    x_STD, pasts, _ = through_layer(module.layers, x_STD, pasts, turn, rows)
+    x_STD, pasts, _ = through_layer(cast(Block, module.layers), x_STD, pasts, turn, rows)
     return module.final_norm(x_STD), pasts
