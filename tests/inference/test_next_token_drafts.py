@@ -1,5 +1,6 @@
 """Drafts by a next-token module: its cache is what its training form computes, whatever comes, goes and is refused."""
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,17 @@ import pytest
 from model.tools import leaf_name, on_mesh, random_model, split_batch, split_tokens, tiny
 from training.tools import quick
 
-from bigmac_jax.config import Config
-from bigmac_jax.inference import Generator, Speculation
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.inference import Generator, Request, Sampling, Speculation
 from bigmac_jax.inference.decoding import State
 from bigmac_jax.inference.engine import Engine
+from bigmac_jax.inference.int8_weights import Int8
 from bigmac_jax.inference.jobs import Job
+from bigmac_jax.model.mesh import axes_of, spec_of
 from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Transformer
 
-from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, Alone, assert_as_alone, config_on, play, schedule
+from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, WORDS, Alone, assert_as_alone, config_on, play, schedule
 from .test_mamba_decoding import hybrid
 
 SIZES: dict[str, Any] = {"chunk": CHUNK, "page_size": PAGE}
@@ -71,8 +74,8 @@ class Drafted:
 
 
 def watch(engine: Engine) -> list[Drafted]:
-    """What the engine's drafts will find, and draft."""
-    drafts, seen = engine.drafts, []
+    """What the engine's drafts will find, and draft; in a quarter of its steps it doesn't draft."""
+    drafts, seen, draw = engine.drafts, [], random.Random(0)
     assert drafts is not None
     draft = drafts.programs.draft
 
@@ -88,6 +91,7 @@ def watch(engine: Engine) -> list[Drafted]:
         return state, drafted_GSB
 
     drafts.programs = drafts.programs._replace(draft=watched)
+    drafts.should_draft = lambda: draw.random() < 0.75  # type: ignore[method-assign]
     return seen
 
 
@@ -177,7 +181,64 @@ def test_any_schedule_gives_what_each_gets_alone(
         seen = watch(engine)
         for seed in seeds:
             plans = schedule(seed)
-            assert_as_alone(play(drafting, engine, plans), plans, alone)
+            jobs = play(drafting, engine, plans)
+            assert_as_alone(jobs, plans, alone)
+            assert not any(job.reused for job in jobs)  # a page's last token was not read by the module
         assert assert_as_in_training(model, seen) > 20 * len(seeds)
     assert drafting.drafts is not None
     assert 0 < drafting.drafts.accepted < drafting.drafts.drafted
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
+def test_weights_of_fewer_bits_that_are_consumed_and_gathered(weights: str) -> None:
+    """The module's are kept like the model's, and the model's arrays are freed."""
+    config = config_of("plain", (2, 1, 1, 1, True), mtp_modules=2)
+    requests = [Request(WORDS[5 * i : 7 * i + 4], Sampling(12, float(i % 2), ignore_eos=True)) for i in range(6)]
+    with quick(), on_mesh(config):
+        texts, generators = [], []
+        for how in (None, Speculation(3, least=0.0)):
+            model = guessing_model(config)
+            generator = Generator(config, model, consume=True, weights=weights, speculate=how)
+            texts.append([completion.tokens for completion in generator.generate(requests)])
+            generators.append(generator)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(model))
+    assert texts[0] == texts[1]
+    plain, drafting = generators
+    assert plain.drafts is None and plain._decoder.next_tokens is None
+    assert drafting.drafts is not None and 0 < drafting.drafts.accepted < drafting.drafts.drafted
+    module = drafting._decoder.next_tokens
+    assert module is not None
+    w = module.projection.w_DF.get_value()
+    assert isinstance(w, Int8) == (weights == "int8")
+    for leaf in jax.tree.leaves(w):
+        assert leaf.shape[0] == 1 and not axes_of(spec_of(leaf))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(w)} == ({"int8", "float32"} if weights == "int8" else {weights})
+
+
+def test_who_drafts() -> None:
+    """The module where there is one, unless the experts of each rank are asked for."""
+    with on_mesh(config := config_of("plain", (1, 1, 2))):
+        plain = config_of("plain", (1, 1, 2), mtp_modules=0)
+        by_module = [
+            [
+                Speculation(tokens, by=by).by_module(of)
+                for tokens, by in ((2, "auto"), (2, "mtp"), (2, "local"), (0, "mtp"))
+            ]
+            for of in (config, plain)
+        ]
+        assert by_module == [[True, True, False, False], [False, True, False, False]]
+        for how in (Speculation(2), Speculation(2, 3, by="local"), Speculation(0, 9, by="mtp")):
+            how.check(config)
+        with pytest.raises(
+            ConfigError, match=r"draft_with=mtp needs a next-token module, and model\.mtp_modules=0; use"
+        ):
+            Speculation(2, by="mtp").check(plain)
+        with pytest.raises(
+            ConfigError, match="local_experts=3 is for drafts by the experts of each rank, and a next-t"
+        ):
+            Speculation(2, 3).check(config)
+    with pytest.raises(ConfigError, match="draft_with='eagle' must be one of auto, mtp, local"):
+        Speculation(2, by="eagle")
+    with on_mesh(config := config_of("dense", (1, 1, 1))):
+        Speculation(2).check(config)
