@@ -51,8 +51,8 @@ class Speculation:
         return self.tokens > 0 and (self.by == "mtp" or (self.by == "auto" and config.model.mtp_modules > 0))
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError if there is no module that could draft, or if drafts by the experts of each rank can save no
-        exchange for a model on the current mesh."""
+        """Raises ConfigError if a model has no module that could draft, or if drafts without exchange save none on the
+        current mesh."""
         if not self.tokens:
             return
         m, ranks = config.model, math.prod(current_group().sizes)
