@@ -12,6 +12,7 @@ prefill_mtp, decode_mtp, draft_mtp and verify_mtp are those of a model whose nex
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -116,7 +117,7 @@ def _serving(config: Config, mesh: Mesh, by_module: bool = False) -> tuple[Decod
     return make_decode_programs(decoder), placed(state, mesh), pages
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Config, Mesh], Program]] = {
     "init": _init_program,
     "step": _step_program,
     "evaluate": _evaluate_program,
