@@ -68,9 +68,14 @@ def make_stacks(loops: tuple[Loop, ...]) -> tuple[tuple[Stack, ...], ...]:
         for place, blocks in enumerate(body):
             name = ("first", "layers")[number - len(loops)] if plain else f"layers{number}_{place}"
             before = expert + sum("E" in earlier for earlier in body[:place])
-            experts = range(before, before + trips * with_experts, with_experts) if "E" in blocks else range(0)
-            layers = range(layer + place, layer + place + trips * len(body), len(body))
+            experts = _every(with_experts, before, trips) if "E" in blocks else range(0)
+            layers = _every(len(body), layer + place, trips)
             of_loop.append(Stack(name, blocks, layers, experts))
         layer, expert = layer + trips * len(body), expert + trips * with_experts
         runs.append(tuple(of_loop))
     return tuple(runs)
+
+
+def _every(step: int, first: int, count: int) -> range:
+    """So many numbers, `step` apart; it stops behind the last."""
+    return range(first, first + step * (count - 1) + 1, step)

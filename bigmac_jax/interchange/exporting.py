@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 FORMATS: dict[str, Format] = {
     "nemotron_h": nemotron_h, "qwen3_moe": qwen3_moe, "bigmac": bigmac, "bigmac_jax": plain,
 }  # fmt: skip
+_WITH_NEXT_TOKENS = ("nemotron_h", "bigmac_jax")
 
 
 def choose_format(config: Config, name: str = "auto") -> str:
@@ -91,10 +92,10 @@ def export_model(
         if hosts.is_first():
             tensor_files.check_new(output)
         ends = tokenizer_files.end_ids(tokenizer, chat, config.model.vocab_size) if tokenizer else None
-    if name != "bigmac_jax" and config.model.mtp_modules:
+    if name not in _WITH_NEXT_TOKENS and config.model.mtp_modules:
         if hosts.is_first():
-            _log.warning("%s has no place for next-token modules (model.mtp_modules=%d), which only --format=plain "
-                         "holds; it is written without", name, config.model.mtp_modules)  # fmt: skip
+            _log.warning("%s has no place for next-token modules (model.mtp_modules=%d), which --format=plain and "
+                         "nemotron_h hold; it is written without", name, config.model.mtp_modules)  # fmt: skip
         config, model = without_next_tokens(config, model)
     config, model = plain_router(config, model)
     layout, leaves = FORMATS[name], named_leaves(model)

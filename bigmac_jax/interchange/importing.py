@@ -69,7 +69,10 @@ def import_model(directory: str | pathlib.Path, overrides: Sequence[str] = ()) -
     )
     if (left_out := checkpoint.left_out) and hosts.is_first():
         _log.warning(
-            "%d tensors of %s are left out (%s): no model here has them", len(left_out), directory, left_out[0]
+            "%d tensors of %s are left out (%s): config.json does not ask for them",
+            len(left_out),
+            directory,
+            left_out[0],
         )
     if leaf := find_nonfinite(model):
         stored = (tensor.name for tensor in tensors if tensor.leaf == leaf)
@@ -161,7 +164,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is not a config of {kind} ({type(error).__name__}: {error})") from None
     model, count = config.model, len(checkpoint.names())
-    matrices = model.moe_layers * model.expert_count if model.is_moe else 0
+    matrices = model.count_trained("E") * model.expert_count
     numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     # Or their names alone would fill the memory. A layer's experts may be one tensor.
     if model.depth > count or matrices > numbers:

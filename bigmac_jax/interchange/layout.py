@@ -88,11 +88,12 @@ class Format(Protocol):
         ...
 
     def from_json(self, values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-        """The config of a checkpoint; raises ConfigError where we have no equivalent."""
+        """The config of a checkpoint, which leaves out tensors that it does not ask for, if other readers do so, too;
+        raises ConfigError where we have no equivalent."""
         ...
 
     def split_stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-        """The tensors of `tensors` that a stored one holds: (name, part of the stored one); none, if it is left out."""
+        """The tensors of `tensors` that a stored one holds: (name, part of the stored one)."""
         ...
 
 

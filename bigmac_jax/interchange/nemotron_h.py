@@ -5,6 +5,9 @@ Its experts are ours: a sigmoid router of full width, whose bias shifts the choi
 between `fc1_latent_proj` (W↓) and `fc2_latent_proj` (W↑), and a shared expert of full width. A model without a shared
 expert is written with one of zeros, because the class always has one; without W↓ and W↑, moe_latent_size is null.
 Mamba's five projections are one matrix there, and its three convolutions one.
+
+Files hold next-token modules, too, which serving engines read and transformers' class ignores. mtp.layers.3 is the
+fourth of their blocks, which are numbered on from one module to the next.
 """
 
 import math
@@ -13,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bigmac_jax.config import Config, ConfigError, ModelConfig
-from bigmac_jax.config.blocks import name_branches
+from bigmac_jax.config.blocks import name_branches, split_layers
 from bigmac_jax.interchange import layout
 from bigmac_jax.interchange.layout import (
     Leaves,
@@ -36,12 +39,14 @@ _DEFAULTS: dict[str, Any] = {
     "hybrid_override_pattern": None, "dtype": "float32", "intermediate_size": 21504, "mamba_num_heads": 128,
     "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True,
     "use_bias": False, "time_step_min": 0.001, "mamba_hidden_act": "silu",
+    "num_nextn_predict_layers": 0, "mtp_layers_block_type": None, "mtp_hybrid_override_pattern": None,
 }  # fmt: skip
 _OTHER_NAMES = {
     "num_local_experts": "n_routed_experts", "layer_types": "layers_block_type", "torch_dtype": "dtype",
     "mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_conv_bias": "use_conv_bias",
     "mamba_dt_min": "time_step_min",
 }  # fmt: skip
+_MTP_BLOCKS = "*E"  # the class's own, where a config.json has modules and no blocks
 _KINDS = {"*": "full_attention", "M": "linear_attention", "E": "moe", "-": "mlp"}
 _LETTERS = {kind: letter for letter, kind in _KINDS.items()} | {"attention": "*", "mamba": "M"}  # and older names
 # What lies one behind the other in `in_proj` and in `conv1d`.
@@ -58,11 +63,15 @@ class _Block(NamedTuple):
 
 
 def _blocks(config: ModelConfig) -> Iterator[_Block]:
-    """All blocks, in their order."""
+    """The model's blocks, in their order."""
     layers = sorted((layer, place, stack) for stack in config.stacks for place, layer in enumerate(stack.layers))
     for _, place, stack in layers:
-        for letter, branch in zip(stack.blocks, name_branches(stack.blocks), strict=True):
-            yield _Block(letter, f"{stack.name}.{branch}", place)
+        yield from _blocks_of_layer(stack.name, stack.blocks, place)
+
+
+def _blocks_of_layer(stack: str, letters: str, place: int) -> Iterator[_Block]:
+    for letter, branch in zip(letters, name_branches(letters), strict=True):
+        yield _Block(letter, f"{stack}.{branch}", place)
 
 
 def find_obstacles(config: ModelConfig) -> list[str]:
@@ -86,7 +95,7 @@ def find_obstacles(config: ModelConfig) -> list[str]:
             num_experts=(m.expert_count >= 2 * groups, "at least two a group"),
             group_scores=(m.top_groups == groups or m.group_best == 2, "top_2 (its router's)"),
         )
-    if m.mamba_layers:
+    if m.count_trained("M"):
         found += layout.find_violations(vars(m), mamba_most_step=math.inf)
     return found
 
@@ -95,18 +104,36 @@ def tensors(config: ModelConfig, leaves: Leaves) -> Iterator[Tensor]:
     scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
     yield Tensor("backbone.embeddings.weight", "embedding_VD", scale=scale)
     for number, block in enumerate(_blocks(config)):
-        name, branch, layer = f"backbone.layers.{number}", block.branch, block.layer
-        yield Tensor(f"{name}.norm.weight", f"{branch}_norm.scale_D", layer)
-        if block.letter == "*":
-            yield from attention_tensors(f"{name}.mixer", layer, branch)
-        elif block.letter == "M":
-            yield from _mamba_tensors(config, leaves, f"{name}.mixer", branch, layer)
-        elif block.letter == "E":
-            yield from _moe_tensors(config, leaves, f"{name}.mixer", branch, layer)
-        else:
-            yield from _mlp_tensors(f"{name}.mixer", branch, layer)
+        yield from _block_tensors(config, leaves, f"backbone.layers.{number}", block)
     yield Tensor("backbone.norm_f.weight", "final_norm.scale_D")
     yield Tensor("lm_head.weight", "embedding_VD" if config.tie_embeddings else "unembedding_VD")
+    for module in range(config.mtp_modules):
+        yield from _next_token_tensors(config, leaves, module)
+
+
+def _block_tensors(config: ModelConfig, leaves: Leaves, name: str, block: _Block) -> Iterator[Tensor]:
+    letter, branch, layer = block
+    yield Tensor(f"{name}.norm.weight", f"{branch}_norm.scale_D", layer)
+    if letter == "*":
+        yield from attention_tensors(f"{name}.mixer", layer, branch)
+    elif letter == "M":
+        yield from _mamba_tensors(config, leaves, f"{name}.mixer", branch, layer)
+    elif letter == "E":
+        yield from _moe_tensors(config, leaves, f"{name}.mixer", branch, layer)
+    else:
+        yield from _mlp_tensors(f"{name}.mixer", branch, layer)
+
+
+def _next_token_tensors(config: ModelConfig, leaves: Leaves, module: int) -> Iterator[Tensor]:
+    """A module's blocks. What stands before them is the first one's, and the norm behind them the last one's."""
+    letters = config.mtp_stack.blocks
+    names = [f"mtp.layers.{module * len(letters) + number}" for number in range(len(letters))]
+    yield Tensor(f"{names[0]}.enorm.weight", "mtp.embedding_norm.scale_D", module)
+    yield Tensor(f"{names[0]}.hnorm.weight", "mtp.hidden_norm.scale_D", module)
+    yield Tensor(f"{names[0]}.eh_proj.weight", "mtp.projection.w_DF", module, transposed=True)
+    for name, block in zip(names, _blocks_of_layer("mtp.layers", letters, module), strict=True):
+        yield from _block_tensors(config, leaves, name, block)
+    yield Tensor(f"{names[-1]}.final_layernorm.weight", "mtp.final_norm.scale_D", module)
 
 
 def _mlp_tensors(name: str, branch: str, layer: int) -> Iterator[Tensor]:
@@ -168,13 +195,20 @@ def to_json(config: Config, leaves: Leaves) -> dict[str, Any]:
         "mlp_hidden_act": "relu2",
         "mlp_bias": False,
         "attention_bias": False,
-        "use_bias": bool(m.mamba_layers) and m.mamba_bias,
+        "use_bias": m.count_trained("M") > 0 and m.mamba_bias,
         # The class ties nothing, so lm_head is there whatever this says.
         "tie_word_embeddings": m.tie_embeddings and not m.scale_embedding,
     }
-    if m.mlp_layers:
+    if m.mtp_modules:
+        letters = m.mtp_stack.blocks
+        fields |= {
+            "num_nextn_predict_layers": m.mtp_modules,
+            "mtp_layers_block_type": [_KINDS[letter] for letter in letters],
+            "mtp_hybrid_override_pattern": letters,
+        }
+    if m.count_trained("-"):
         fields |= {"intermediate_size": m.mlp_width}
-    if m.mamba_layers:
+    if m.count_trained("M"):
         fields |= {
             "mamba_num_heads": m.mamba_head_count,
             "mamba_head_dim": m.mamba_head_dim,
@@ -208,6 +242,8 @@ def _moe_json(m: ModelConfig) -> dict[str, Any]:
 def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
     v = layout.fill_json(values, _DEFAULTS, _OTHER_NAMES)
     pattern = _read_pattern(v, checkpoint)
+    modules, of_module = _read_next_tokens(v, checkpoint, pattern)
+    everywhere = pattern + of_module
     layout.check_json(
         checkpoint,
         v,
@@ -216,6 +252,8 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         sliding_window=(v["sliding_window"] is None, "null"),
     )
     model = _of_pattern(pattern) | {
+        "mtp_modules": modules,
+        "mtp_blocks": "" if of_module == split_layers(pattern)[-1] else of_module,
         "structure": "dense",
         "positions": "none",
         "activation": "relu2",
@@ -224,37 +262,65 @@ def from_json(values: dict[str, Any], checkpoint: Checkpoint) -> Config:
         "tie_embeddings": v["tie_word_embeddings"]
         and _same(checkpoint, "backbone.embeddings.weight", "lm_head.weight"),
     }
-    if "M" in pattern:
+    if "M" in everywhere:
         model |= _mamba_fields(v, checkpoint)
     if "E" in pattern:
-        model |= _moe_fields(v, checkpoint, pattern)
-    if "-" in pattern:
+        blocks = {"backbone": pattern, "mtp": of_module * modules}
+        mixers = [f"{name}.layers.{i}.mixer" for name in blocks for i, kind in enumerate(blocks[name]) if kind == "E"]
+        model |= _moe_fields(v, checkpoint, mixers)
+    if "-" in everywhere:
         model |= {"dense_hidden_size" if "E" in pattern else "expert_hidden_size": v["intermediate_size"]}
     return make_config(v, checkpoint, **model)
 
 
-def _read_pattern(v: dict[str, Any], checkpoint: Checkpoint) -> str:
+def _read_pattern(v: dict[str, Any], checkpoint: Checkpoint, of: str = "") -> str:
     """The letters of `model.blocks` from a list of names, from a pattern, or from both; raises ConfigError for any
-    other letter or name, or if they disagree."""
+    other letter or name, or if they disagree. `of`: what the names of their fields begin with."""
     file = checkpoint.directory / "config.json"
-    kinds, pattern, count = v["layers_block_type"], v["hybrid_override_pattern"], v.get("num_hidden_layers")
+    kinds_field, pattern_field = f"{of}layers_block_type", f"{of}hybrid_override_pattern"
+    kinds, pattern, count = v[kinds_field], v[pattern_field], v.get("num_hidden_layers")
     if unknown := [kind for kind in kinds or () if kind not in _LETTERS]:
         raise ConfigError(
-            f"{file}: layers_block_type has {unknown[0]}, and may have {', '.join(_KINDS.values())}; bigmac_jax has no "
+            f"{file}: {kinds_field} has {unknown[0]}, and may have {', '.join(_KINDS.values())}; bigmac_jax has no "
             f"such model"
         )
     known = not set(pattern or "") - set(_KINDS)
-    layout.check_json(checkpoint, v, hybrid_override_pattern=(known, f"made of {' '.join(_KINDS)}"))
+    layout.check_json(checkpoint, v, **{pattern_field: (known, f"made of {' '.join(_KINDS)}")})
     named = pattern if kinds is None else "".join(_LETTERS[kind] for kind in kinds)
     if not named:
-        raise ConfigError(f"{file} has neither layers_block_type nor hybrid_override_pattern; get a good copy")
-    if wrong := layout.find_violations(
-        v,
-        hybrid_override_pattern=(not pattern or pattern == named, f"{named}, as layers_block_type has it"),
-        num_hidden_layers=(count in (None, len(named)), f"{len(named)}, the number of blocks in {named}"),
-    ):
+        raise ConfigError(f"{file} has neither {kinds_field} nor {pattern_field}; get a good copy")
+    wanted = {pattern_field: (not pattern or pattern == named, f"{named}, as {kinds_field} has it")}
+    if not of:
+        wanted["num_hidden_layers"] = count in (None, len(named)), f"{len(named)}, the number of blocks in {named}"
+    if wrong := layout.find_violations(v, **wanted):
         raise ConfigError(f"{file}: {wrong[0]}; make them agree, or get a good copy")
     return named
+
+
+def _read_next_tokens(v: dict[str, Any], checkpoint: Checkpoint, pattern: str) -> tuple[int, str]:
+    """The number of next-token modules, and the letters of each; without any, their tensors are left out.
+
+    Raises:
+      ConfigError: none here is like that, or there are too few tensors of them.
+    """
+    modules = v["num_nextn_predict_layers"]
+    if not modules:
+        checkpoint.leave_out("mtp.")
+        return 0, ""
+    if not (v["mtp_layers_block_type"] or v["mtp_hybrid_override_pattern"]):
+        v = v | {"mtp_layers_block_type": None, "mtp_hybrid_override_pattern": _MTP_BLOCKS}
+    letters = _read_pattern(v, checkpoint, "mtp_")
+    one = len(split_layers(letters)) == 1, "one layer, which ends in its experts or its MLP"
+    fits = "E" in pattern or "E" not in letters, f"without experts, as {pattern} is"
+    for right in (one, fits):
+        layout.check_json(checkpoint, {"mtp_hybrid_override_pattern": letters}, mtp_hybrid_override_pattern=right)
+    there, least = sum(name.startswith("mtp.") for name in checkpoint.names()), modules * len(letters)
+    if there < least:  # each has a norm
+        raise ConfigError(
+            f"{checkpoint.directory / 'config.json'}: num_nextn_predict_layers={modules} asks for {least} blocks, "
+            f"and {there} tensors mtp.* are there; get a good copy, or set it to 0, which reads the model without them"
+        )
+    return modules, letters
 
 
 def _of_pattern(pattern: str) -> dict[str, Any]:
@@ -280,7 +346,7 @@ def _mamba_fields(v: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _moe_fields(v: dict[str, Any], checkpoint: Checkpoint, pattern: str) -> dict[str, Any]:
+def _moe_fields(v: dict[str, Any], checkpoint: Checkpoint, mixers: list[str]) -> dict[str, Any]:
     groups, best_groups, experts, latent = v["n_group"], v["topk_group"], v["n_routed_experts"], v["moe_latent_size"]
     limited = best_groups < groups
     layout.check_json(
@@ -293,10 +359,9 @@ def _moe_fields(v: dict[str, Any], checkpoint: Checkpoint, pattern: str) -> dict
         ),
         n_group=(not limited or experts >= 2 * groups, "at most half of n_routed_experts"),
     )
-    moe = [f"backbone.layers.{number}.mixer" for number, letter in enumerate(pattern) if letter == "E"]
 
     def all_zero(*names: str) -> bool:
-        found = [f"{prefix}.{name}" for prefix in moe for name in names if f"{prefix}.{name}" in checkpoint]
+        found = [f"{prefix}.{name}" for prefix in mixers for name in names if f"{prefix}.{name}" in checkpoint]
         return not any(checkpoint.read(name).any() for name in found)
 
     shared = not all_zero("shared_experts.up_proj.weight", "shared_experts.down_proj.weight")
@@ -321,5 +386,4 @@ def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def split_stored(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
-    if not name.startswith("mtp."):  # for predicting several tokens, which the class leaves out as well
-        yield from layout.split_experts(re.sub(r"^model\.", "backbone.", name), shape)  # `model.` in transformers
+    yield from layout.split_experts(re.sub(r"^model\.", "backbone.", name), shape)  # `model.` in transformers

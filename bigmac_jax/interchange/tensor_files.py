@@ -127,16 +127,15 @@ class Checkpoint:
         self, directory: pathlib.Path, split_stored: Callable[[str, tuple[int, ...]], Iterator[tuple[str, Index]]]
     ):
         self.directory = directory
-        self.left_out: list[str] = []  # stored tensors that no model has
-        self._where: dict[str, tuple[Any, Index]] = {}  # name → the stored tensor, and the part of it
+        self.left_out: list[str] = []  # stored tensors that are not asked for
+        self._where: dict[str, tuple[str, Any, Index]] = {}  # name → the stored tensor's name, it, and the part of it
         for path in self._paths():
             try:
                 file = safe_open(path, framework="numpy")
                 for stored in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(stored)
-                    own = {name: (tensor, part) for name, part in split_stored(stored, tuple(tensor.get_shape()))}
-                    self._where |= own
-                    self.left_out += [] if own else [stored]
+                    parts = split_stored(stored, tuple(tensor.get_shape()))
+                    self._where |= {name: (stored, tensor, part) for name, part in parts}
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
                     f"{path} is not a whole safetensors file ({storage.reason(error)}); copy it again"
@@ -163,15 +162,20 @@ class Checkpoint:
     def names(self) -> set[str]:
         return set(self._where)
 
+    def leave_out(self, prefix: str) -> None:
+        """Forgets the tensors whose names begin like this."""
+        names = [name for name in self._where if name.startswith(prefix)]
+        self.left_out += dict.fromkeys(self._where.pop(name)[0] for name in names)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        tensor, part = self._where[name]
+        _, tensor, part = self._where[name]
         shape = tensor.get_shape()
         sizes = [len(range(size)[entry]) for size, entry in zip(shape, part, strict=False) if isinstance(entry, slice)]
         return (*sizes, *shape[len(part) :])
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A tensor, or the part of it that slices take, in float32."""
-        tensor, part = self._where[name]
+        _, tensor, part = self._where[name]
         if tensor.get_dtype() not in _STORED:
             raise ConfigError(f"{name} is {tensor.get_dtype()}; only {', '.join(_STORED)} can be imported")
         if part:

@@ -22,7 +22,7 @@ from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mamba import Mamba
-from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks, token_spec
+from bigmac_jax.model.mesh import TENSOR, platform, spec_of, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
@@ -323,7 +323,9 @@ def _of_layers(values_Y: Array, layers: range) -> Array:
 def _in_turn(*stacks: Array) -> Array:
     """One array [Y, …] of what several stacks of a loop report, in the order of the layers."""
     turns = jnp.stack(stacks, axis=1)
-    return turns.reshape(turns.shape[0] * turns.shape[1], *turns.shape[2:])
+    # The sharding is given, because a reshape of dimensions of 1 forgets how the others are split.
+    shape = turns.shape[0] * turns.shape[1], *turns.shape[2:]
+    return jnp.reshape(turns, shape, out_sharding=spec_of(stacks[0]))
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -307,7 +307,7 @@ EXPRESSED = {
 }  # fmt: skip
 TRAINING = {
     "dropout", "capacity_factor", "overflow", "overflow_tries", "balance_coefficient", "balance_step", "balance_scope",
-    "balance_bias_rate", "z_loss_coefficient", "projection_init", "hyper_width",
+    "balance_bias_rate", "z_loss_coefficient", "projection_init", "hyper_width", "mtp_modules", "mtp_blocks",
 }  # fmt: skip
 REFUSED = {
     "blocks", "mamba_heads", "mamba_head_dim", "mamba_groups", "mamba_state", "mamba_conv", "mamba_conv_bias",

@@ -14,9 +14,10 @@ import pytest
 from model.tools import on_mesh, random_model, tiny
 from safetensors.numpy import load_file
 
+from bigmac_jax.config import ConfigError
 from bigmac_jax.interchange import export_model, import_model
 
-from .tools import HYBRID, HYBRIDS, config_of, our_logits
+from .tools import HYBRID, HYBRIDS, NEXT, config_of, our_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -147,3 +148,24 @@ def test_a_step_without_a_limit(tmp_path: pathlib.Path) -> None:
         read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert read.config.time_step_min == 0
         check_greedy(model, *greedy(read.eval(), prompt, 20), prompt.shape[1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["two with Mamba", "published"])
+def test_next_token_modules_are_there_and_ignored(name: str, tmp_path: pathlib.Path) -> None:
+    """No tensor is left over, and the logits are the model's own. What transformers saves again has a config.json with
+    modules and no tensor of them, which a line says."""
+    config = tiny(batch=4, **HYBRID | NEXT[name])
+    prompt = np.random.default_rng(0).integers(3, 257, (1, 20))
+    with on_mesh(config):
+        model = random_model(config)
+        export_model(config, model, tmp_path / "out")
+        read, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(report.values()), report
+        modules, blocks = config.model.mtp_modules, config.model.mtp_stack.blocks
+        assert read.config.num_nextn_predict_layers == modules
+        assert read.config.mtp_layers_block_type == [KINDS[letter] for letter in blocks]
+        check_greedy(model, *greedy(read.eval(), prompt, 20), prompt.shape[1])
+        read.save_pretrained(tmp_path / "again")
+        with pytest.raises(ConfigError, match=f"={modules} asks for {modules * len(blocks)} blocks, and 0 tensors"):
+            import_model(tmp_path / "again")

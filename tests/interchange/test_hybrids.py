@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 import pathlib
 import tracemalloc
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from model.tools import abstract_model, leaves, on_mesh, random_model, tiny
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.interchange import choose_format, export_model, import_model, import_run, nemotron_h
@@ -199,22 +198,6 @@ def test_no_equivalent_names_the_field() -> None:
     with pytest.raises(ConfigError, match=r"--format=nemotron_h: model.mamba_most_step=2.0 must be inf; use --format"):
         choose_format(config, "nemotron_h")
     assert choose_format(config) == "bigmac_jax"
-
-
-def test_heads_of_the_next_tokens_are_left_out_in_so_many_words(
-    exported: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, model, folder = exported
-    tensors = load_file(folder / "float32/model.safetensors")
-    extra = {f"mtp.layers.0.{name}.weight": np.zeros((3, 3), np.float32) for name in ("eh_proj", "norm")}
-    save_file(tensors | extra, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((folder / "float32/config.json").read_bytes())
-    with on_mesh(config), caplog.at_level(logging.WARNING):
-        _, copy = import_model(tmp_path)
-    assert [line for line in caplog.messages if "left out" in line] == [
-        f"2 tensors of {tmp_path} are left out (mtp.layers.0.eh_proj.weight): no model here has them"
-    ]
-    jax.tree.map(np.testing.assert_array_equal, leaves(copy), leaves(model))
 
 
 @pytest.mark.full

@@ -58,6 +58,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "no experts": {"blocks": "M-M*-", "structure": "dense", "mamba_conv_bias": False, "expert_hidden_size": 20},
     "runs": {"blocks": "ME*MEE", "num_layers": 2, "structure": "fine_grained", "mamba_conv": 3, "mamba_groups": 4},
 }  # fmt: skip
+# Next-token modules, some with blocks that the model itself has none of.
+NEXT: dict[str, dict[str, Any]] = {
+    "two with Mamba": {"blocks": "*EE", "mtp_modules": 2, "mtp_blocks": "M*E", "balance": "bias", "mamba_bias": True},
+    "published": {"blocks": "MEM*E", "mtp_modules": 1, "mtp_blocks": "*E", "num_shared_experts": 1, "balance": "bias"},
+    "no pattern": {"num_layers": 2, "mtp_modules": 3, "structure": "fine_grained", "scale_embedding": True},
+    "no experts in them": {"blocks": "ME*E", "mtp_modules": 2, "mtp_blocks": "**-", "dense_hidden_size": 20},
+    "no experts": {"blocks": "M*", "mtp_modules": 1, "mtp_blocks": "*-", "structure": "dense",
+                   "expert_hidden_size": 20},
+}  # fmt: skip
 CLASSES = {"qwen": "qwen3_moe", "qwen tied": "qwen3_moe"}
 
 
