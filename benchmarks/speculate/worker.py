@@ -35,6 +35,7 @@ _RUN = flags.DEFINE_string("run", "runs/tiny", "A run of train.py.")
 _OUTPUT = flags.DEFINE_string("output", "speculate.jsonl", "Where the result goes.")
 _DRAFTS = flags.DEFINE_list("drafts", "4", "Tokens of a draft.")
 _LOCAL = flags.DEFINE_integer("local_experts", 0, "As of generate.py.")
+_DRAFT_WITH = flags.DEFINE_string("draft_with", "auto", "As of generate.py.")
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "As of generate.py.")
 _BATCHES = flags.DEFINE_list("batches", "16", "Prompts at a time.")
 _PROMPTS = flags.DEFINE_integer("prompts", 0, "Of a round; 0 = a batch.")
@@ -50,7 +51,7 @@ def main() -> None:
         workdir = locate_workdir(_RUN.value)
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         most, lengths = max(map(int, _BATCHES.value)), [int(tokens) for tokens in _DRAFTS.value]
-        ways = {tokens: Speculation(tokens, _LOCAL.value, least=0.0) for tokens in lengths}
+        ways = {tokens: Speculation(tokens, _LOCAL.value, 0.0, _DRAFT_WITH.value) for tokens in lengths}
     cli.agree(config, __name__)
     cli.enter_mesh(config, fit_batch=False)
     config, model = restore(workdir, "latest", config)

@@ -8,7 +8,7 @@ from absl import flags
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator
-from bigmac_jax.inference.drafter import Speculation
+from bigmac_jax.inference.drafter import DRAFTERS, Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
 from bigmac_jax.tuning import restore
 
@@ -25,11 +25,15 @@ _UNROLL = flags.DEFINE_bool(
     "unroll_layers", False, "On TPU and GPU: no loop over the layers, whose weights it copies; takes longer to compile."
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
-_SPECULATE = flags.DEFINE_integer(
-    "speculate", 0, "Tokens that are drafted with the experts of each rank, and verified at once; 0 drafts none."
+_SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that are drafted, and verified at once; 0 drafts none.")
+_DRAFT_WITH = flags.DEFINE_enum(
+    "draft_with",
+    Speculation.by,
+    DRAFTERS,
+    "What drafts: mtp, the model's next-token module; local, the experts of each rank; auto, mtp if there is one.",
 )
 _LOCAL_EXPERTS = flags.DEFINE_integer(
-    "local_experts", 0, "Experts of each rank that drafts use; 0 = all that it holds. Fewer are for study."
+    "local_experts", 0, "Experts of each rank that local drafts use; 0 = all that it holds. Fewer are for study."
 )
 _LEAST_ACCEPTANCE = flags.DEFINE_float(
     "least_acceptance", Speculation.least, "Drafts pause while a smaller share of their tokens is accepted."
@@ -38,7 +42,7 @@ _LEAST_ACCEPTANCE = flags.DEFINE_float(
 
 def speculation() -> Speculation:
     """How tokens are drafted; raises ConfigError for a value out of its range."""
-    return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _LEAST_ACCEPTANCE.value)
+    return Speculation(_SPECULATE.value, _LOCAL_EXPERTS.value, _LEAST_ACCEPTANCE.value, _DRAFT_WITH.value)
 
 
 def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:

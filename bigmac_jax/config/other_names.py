@@ -119,6 +119,7 @@ _FLAGS = {
     "batch_size": "bs max_num_seqs max_batch_size eval_batch_size",
     "weights": "quantization quantize",
     "speculate": "num_speculative_tokens draft_tokens",
+    "draft_with": "speculative_algorithm",
     "model_name": "served_model_name",
     "api_key_file": "api_key",
     "host": "bind ip address",

@@ -27,6 +27,7 @@ from bigmac_jax.inference.kv_cache import (
     settle,
     try_out,
 )
+from bigmac_jax.inference.next_token_drafts import Ahead, draft, make_ahead, read_prompts, read_sampled
 from bigmac_jax.inference.packed_rows import pack_sampled, unpack_rows
 from bigmac_jax.inference.sampling import RowSampling, Sampled, sample
 from bigmac_jax.model.attention import Rows
@@ -46,6 +47,7 @@ class State(NamedTuple):
     cache: Cache
     token_SB: Array  # each slot's last token, to be read next
     position_SB: Array  # where it will stand
+    ahead: Ahead | None  # of a decoder's next-token module
 
 
 class DecodePrograms(NamedTuple):
@@ -58,7 +60,7 @@ class DecodePrograms(NamedTuple):
     weights: list[Array]
     prefill: Any  # (weights, state, rows_SWX, row_size=C) → (State, sampled, a token for each row)
     decode: Any  # (weights, state, slots_SBX) → (State, sampled, a token for each slot)
-    draft: Any  # (weights, state, slots_SBX, tokens=G) → (State, drafted_GSB); of a draft model
+    draft: Any  # (weights, state, slots_SBX, tokens=G) → (State, drafted_GSB); of a draft model, or by the module
     verify: Any  # (weights, state, drafted_GSB, slots_SBX) → (State, sampled, G + 1 tokens in a row for each slot)
 
 
@@ -82,8 +84,9 @@ def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> Stat
 
     def make() -> State:
         shape = batch_ranks(), slots
-        zeros = (jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2))
-        return State(make_cache(decoder, pages, page_size, slots), *zeros)
+        zeros = [jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2)]
+        sizes = pages, page_size, slots
+        return State(make_cache(decoder, *sizes), zeros[0], zeros[1], make_ahead(decoder, *sizes))
 
     return jax.jit(make)()
 
@@ -91,24 +94,27 @@ def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> Stat
 def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Array]:
     """Reads rows of prompts. The token after a prompt's last row goes to its slot."""
     model = jax.tree.unflatten(tree, weights)
-    sampling, rows, last_SW, tokens_SWC = unpack_rows(rows_SWX, row_size)
+    sampling, rows, following_SW, tokens_SWC = unpack_rows(rows_SWX, row_size)
     tokens_ST = jnp.reshape(tokens_SWC, (tokens_SWC.shape[0], -1), out_sharding=batch_spec(2))
     x_STD, cache = advance(model, state.cache, tokens_ST, rows)
     next_SW = rows.position_SW + rows.count_SW
     sampled = sample(compute_last_logits(model, x_STD, rows.count_SW), sampling, next_SW)
 
     def start_slots(*values: Array) -> tuple[Array, Array]:
-        slot_SW, last_SW, token_SB, position_SB, token_SW, next_SW = values
+        slot_SW, following_SW, token_SB, position_SB, token_SW, next_SW = values
         # Out of range, and dropped, if the prompt goes on.
-        slot_W = jnp.where(last_SW[0] > 0, slot_SW[0], token_SB.shape[1])
+        slot_W = jnp.where(following_SW[0] < 0, slot_SW[0], token_SB.shape[1])
         token_SB = token_SB.at[0, slot_W].set(token_SW[0], mode="drop")
         return token_SB, position_SB.at[0, slot_W].set(next_SW[0], mode="drop")
 
     token_SW = jax.sharding.reshard(sampled.token, batch_spec(2))
     assert rows.slot_SW is not None
-    arrays = rows.slot_SW, last_SW, state.token_SB, state.position_SB, token_SW, next_SW
+    arrays = rows.slot_SW, following_SW, state.token_SB, state.position_SB, token_SW, next_SW
     token_SB, position_SB = on_each_rank(start_slots, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 2)
-    return State(cache, token_SB, position_SB), pack_sampled(sampled, jnp.ones_like(rows.count_SW))
+    ahead = state.ahead
+    if ahead is not None:
+        ahead = read_prompts(model, ahead, x_STD, tokens_ST, rows, following_SW, token_SW)
+    return State(cache, token_SB, position_SB, ahead), pack_sampled(sampled, jnp.ones_like(rows.count_SW))
 
 
 def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> tuple[State, Array]:
@@ -118,16 +124,20 @@ def _decode(tree: Any, weights: list[Array], state: State, slots_SBX: Array) -> 
 
 
 def _draft(tree: Any, weights: list[Array], state: State, slots_SBX: Array, *, tokens: int) -> tuple[State, Array]:
-    """The draft model's next tokens for every slot that decodes. It writes to the cache where `_verify` writes again;
-    the slots keep their token and position."""
+    """The next tokens of the next-token module, or of the draft model, for every slot that decodes. It writes to the
+    cache where `_verify` writes again; the slots keep their token and position."""
     model = jax.tree.unflatten(tree, weights)
+    if state.ahead is not None:
+        sampling, slots, _, _ = unpack_rows(slots_SBX)
+        ahead, drafted_GSB = draft(model, state.ahead, state.position_SB, sampling, slots, tokens)
+        return state._replace(ahead=ahead), drafted_GSB
 
     def decode_once(state: State, _: None) -> tuple[State, Array]:
         state, _sampled = _decode_once(model, state, slots_SBX)
         return state, state.token_SB
 
     after, drafted_GSB = jax.lax.scan(decode_once, state, None, length=tokens)
-    return State(only_keys(after.cache, state.cache), state.token_SB, state.position_SB), drafted_GSB
+    return state._replace(cache=only_keys(after.cache, state.cache)), drafted_GSB
 
 
 def _decode_once(model: Decoder, state: State, slots_SBX: Array) -> tuple[State, Sampled]:
@@ -139,7 +149,10 @@ def _decode_once(model: Decoder, state: State, slots_SBX: Array) -> tuple[State,
     position_SB = state.position_SB + active_SB
     sampled = sample(compute_last_logits(model, x_SBD, active_SB), sampling, position_SB)
     token_SB = jnp.where(active_SB > 0, jax.sharding.reshard(sampled.token, batch_spec(2)), state.token_SB)
-    return State(cache, token_SB, position_SB), sampled
+    ahead = state.ahead
+    if ahead is not None:
+        ahead = read_sampled(model, ahead, x_SBD, token_SB, rows)
+    return State(cache, token_SB, position_SB, ahead), sampled
 
 
 def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, slots_SBX: Array) -> tuple[State, Array]:
@@ -162,7 +175,8 @@ def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, s
     tokens_ST = on_each_rank(side_by_side, (state.token_SB, drafted_GSB), in_spec=specs, out_specs=batch_spec(2))
     count_SB = jnp.clip(slots.count_SW - state.position_SB, 0, C)
     position_SB = jnp.where(count_SB > 0, state.position_SB, 0)
-    x_STD, cache, seen = try_out(model, state.cache, tokens_ST, Rows(slots.table_SWK, position_SB, count_SB))
+    rows = Rows(slots.table_SWK, position_SB, count_SB)
+    x_STD, cache, seen = try_out(model, state.cache, tokens_ST, rows)
 
     def repeat(slots_SB: Array) -> Array:
         """A slot's value for each of its tokens, [S, T]."""
@@ -181,9 +195,14 @@ def _verify(tree: Any, weights: list[Array], state: State, drafted_GSB: Array, s
         last_SB = jnp.take_along_axis(sampled_SBC, jnp.maximum(new_SB - 1, 0)[..., None], -1)[..., 0]
         return jnp.where(new_SB > 0, last_SB, token_SB), position_SB + new_SB, new_SB
 
-    arrays = jax.sharding.reshard(sampled.token, batch_spec(2)), tokens_ST, state.token_SB, state.position_SB, count_SB
+    sampled_ST = jax.sharding.reshard(sampled.token, batch_spec(2))
+    arrays = sampled_ST, tokens_ST, state.token_SB, state.position_SB, count_SB
     token_SB, position_SB, new_SB = on_each_rank(accept, arrays, in_spec=batch_spec, out_specs=(batch_spec(2),) * 3)
-    return State(settle(model, cache, seen, new_SB), token_SB, position_SB), pack_sampled(sampled, repeat(new_SB))
+    ahead = state.ahead
+    if ahead is not None:
+        ahead = read_sampled(model, ahead, x_STD, sampled_ST, rows._replace(count_SW=new_SB))
+    cache = settle(model, cache, seen, new_SB)
+    return State(cache, token_SB, position_SB, ahead), pack_sampled(sampled, repeat(new_SB))
 
 
 def slots_per_shard(requests: int) -> int:

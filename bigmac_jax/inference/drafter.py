@@ -1,5 +1,5 @@
-"""The draft model of speculative decoding, which exchanges nothing: the model itself with only the experts of a token's
-own rank.
+"""What drafts in speculative decoding: a next-token module, or a draft model that exchanges nothing, which is the model
+itself with only the experts of a token's own rank.
 
 Attention, dense layers and shared experts are the model's; a chosen expert of another rank is left out. (After SpecMoE,
 arXiv 2604.10152. To compute an expert that is near in its place was tried, and fewer tokens were accepted.)
@@ -17,6 +17,8 @@ from bigmac_jax.model.mesh import current_group
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Block
 
+DRAFTERS = ("auto", "mtp", "local")
+
 
 @dataclass(frozen=True)
 class Speculation:
@@ -26,6 +28,8 @@ class Speculation:
       tokens: length of a draft; 0 turns drafting off.
       local_experts: how many experts of each rank a draft may use; 0 = all that it holds. Fewer are for study.
       least: drafting pauses while a smaller share of the drafted tokens is accepted.
+      by: `mtp`, the model's first next-token module drafts (`next_token_drafts`); `local`, the experts of each rank;
+        `auto`, the module where the model has one.
 
     Raises:
       ConfigError: a value out of its range.
@@ -34,17 +38,36 @@ class Speculation:
     tokens: int = 0
     local_experts: int = 0
     least: float = 0.25
+    by: str = "auto"
 
     def __post_init__(self) -> None:
         require(0 <= self.tokens <= 32, f"speculate={self.tokens} must lie in [0, 32]; 0 drafts nothing")
         require(self.local_experts >= 0, f"local_experts={self.local_experts} must be at least 0 (all of a rank)")
         require(0 <= self.least <= 1, f"least_acceptance={self.least} must lie in [0, 1]; 0 drafts always")
+        require(self.by in DRAFTERS, f"draft_with={self.by!r} must be one of {', '.join(DRAFTERS)}; use auto")
+
+    def by_module(self, config: Config) -> bool:
+        """Whether a next-token module drafts for a model."""
+        return self.tokens > 0 and (self.by == "mtp" or (self.by == "auto" and config.model.mtp_modules > 0))
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError if drafting can save no exchange for a model on the current mesh."""
+        """Raises ConfigError if a model has no module that could draft, or if drafts without exchange save none on the
+        current mesh."""
         if not self.tokens:
             return
         m, ranks = config.model, math.prod(current_group().sizes)
+        if self.by_module(config):
+            require(
+                m.mtp_modules > 0,
+                f"draft_with=mtp needs a next-token module, and model.mtp_modules={m.mtp_modules}; use "
+                f"draft_with=local, or speculate=0",
+            )
+            require(
+                not self.local_experts,
+                f"local_experts={self.local_experts} is for drafts by the experts of each rank, and a next-token "
+                f"module drafts; use local_experts=0, or draft_with=local",
+            )
+            return
         require(
             m.is_moe,
             f"speculate={self.tokens} drafts with the experts that a rank holds, and model.structure={m.structure} "

@@ -17,7 +17,7 @@ class Drafts:
     """Drafts and verifies for an engine, and pauses while too few drafted tokens are accepted.
 
     Attributes:
-      programs: those of the draft model.
+      programs: those of the draft model; of the model, if its next-token module drafts.
       tokens: length of a draft.
       drafted, accepted: number of tokens so far.
     """

@@ -57,7 +57,8 @@ class Engine:
       positions: size of the cache in tokens; a request reserves its prompt's and max_tokens, in whole pages.
       longest: tokens of prompt and completion that a request may have.
       chunk: tokens of prompts that a step reads on each batch shard.
-      reuse: whether prompts that begin alike share what was computed (prefix caching); never with Mamba layers.
+      reuse: whether prompts that begin alike share what was computed (prefix caching); never with Mamba layers, nor
+        with a next-token module.
       drafts: for speculative decoding.
 
     Attributes:
@@ -93,8 +94,9 @@ class Engine:
                 f"which must hold the longest request, {longest} tokens; use at least "
                 f"{self.shards * self._table_size * page_size}"
             )
-        # A Mamba layer's past is of a whole prompt, and not of its pages.
-        reuse = reuse and not decoder.config.model.mamba_layers
+        # A Mamba layer's past is of a whole prompt, and not of its pages; a next-token module has read the token behind
+        # a page, too.
+        reuse = reuse and not decoder.config.model.mamba_layers and decoder.next_tokens is None
         self.pages = [PageAllocator(pages, page_size, reuse) for _ in range(self.shards)]
         self._state = make_state(decoder, self.slots, pages, page_size)
         self._widths = _prefill_widths(chunk, self._row_size)
@@ -190,10 +192,10 @@ class Engine:
             while at.read < len(job.prompt) and used[at.shard] < width:
                 tokens, position = job.prompt[at.read : at.read + self._row_size], at.read
                 at.read += len(tokens)
-                last = at.read == len(job.prompt)
-                packed = self._pack(job, len(tokens), tokens, position, at.slot, last)
+                following = job.prompt[at.read] if at.read < len(job.prompt) else -1
+                packed = self._pack(job, len(tokens), tokens, position, at.slot, following)
                 rows_SWX[at.shard, used[at.shard], : len(packed)] = packed
-                if last:
+                if following < 0:
                     ended.append((job, at.shard, used[at.shard]))
                 used[at.shard] += 1
             if at.read > before:

@@ -77,14 +77,15 @@ class Generator:
         mesh.fsdp has split is gathered once, not for every token, where it takes at most half of a device's memory.
       weights: float32, bfloat16 or int8 (a scale for every channel); by default as execution.dtype. Scores always use
         the model as it is.
-      speculate: settings of speculative decoding, for experts on several ranks; by default there are no drafts.
+      speculate: settings of speculative decoding, for a model with a next-token module or experts on several ranks; by
+        default there are no drafts.
 
     Attributes:
       drafts: counts drafted and accepted tokens; None without drafts.
 
     Raises:
       ConfigError: max_length exceeds the learned positions, or batch_size is below 1; the tokenizer cannot be loaded;
-        drafts would save nothing.
+        drafts would save nothing, or there is no module that could draft.
     """
 
     def __init__(
@@ -112,12 +113,13 @@ class Generator:
         self.vocab_size = config.model.vocab_size
         self._model = None if consume else model
         gathered = consume and _fits_gathered(config, weights)
-        self._decoder = make_decoder(config, model, exchange, consume, weights, gathered=gathered)
+        by_module = speculate.by_module(config)
+        self._decoder = make_decoder(config, model, exchange, consume, weights, gathered, next_tokens=by_module)
         self._programs = make_decode_programs(self._decoder)
         self.drafts: Drafts | None = None
         if speculate.tokens:
-            drafter = make_drafter(self._decoder, speculate)
-            self.drafts = Drafts(make_decode_programs(drafter), speculate)
+            own = None if by_module else make_decode_programs(make_drafter(self._decoder, speculate))
+            self.drafts = Drafts(own or self._programs, speculate)
 
     def generate(
         self,

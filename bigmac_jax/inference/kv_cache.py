@@ -25,6 +25,7 @@ from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mamba import Mamba, Past, Projected, make_past
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
@@ -49,6 +50,7 @@ class Decoder:
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Group, ...]
+    next_tokens: NextTokens | None = None  # the module that drafts (`next_token_drafts`), its parameters one deep
 
     @property
     def config(self) -> Config:
@@ -63,6 +65,7 @@ def make_decoder(
     consume: bool = False,
     weights: str = "",
     gathered: bool = False,
+    next_tokens: bool = False,
 ) -> Decoder:
     """Makes the decoder of a model; it never drops tokens.
 
@@ -74,12 +77,14 @@ def make_decoder(
       weights: float32, bfloat16 or int8; "" keeps execution.dtype. The computation is in the same dtype, with int8 in
         execution.dtype.
       gathered: what mesh.fsdp has split is gathered now, and kept, instead of in every step.
+      next_tokens: keeps the model's first next-token module, for drafts; the others, or all, are left out.
 
     Raises:
       ConfigError: weights of another name.
     """
     require(weights in WEIGHTS, f"weights={weights!r} must be float32, bfloat16 or int8, or empty for execution.dtype")
-    config, model = without_next_tokens(config, model)
+    if not next_tokens:
+        config, model = without_next_tokens(config, model)
     config, model = plain_router(config, model)  # or every step would make its matrix
     dtype = weights if weights in ("float32", "bfloat16") else config.execution.dtype
     changes: Any = {"exchange": exchange, "overlap_chunks": 1, "remat": "none", "dtype": dtype}
@@ -91,13 +96,16 @@ def make_decoder(
     stacks = dict(zip(config.model.stacks, ends.stacks(), strict=True))
     for stack in stacks:
         setattr(ends, stack.name, None)
+    modules, ends.mtp = ends.mtp, None
     # A loop over stacked layers copies the weights of each out of the stack, in every step.
     one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
     convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
     groups: list[Group] = []
     for loop in config.model.stacks_of_loops:
         groups += zip(*(convert(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop), strict=True)
-    return Decoder(convert(ends)[0], tuple(groups))
+    if modules is not None:
+        modules = convert(modules, layers=config.model.mtp_modules)[0]
+    return Decoder(convert(ends)[0], tuple(groups), modules)
 
 
 def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered: bool, layers: int = 0) -> list[Any]:
@@ -137,23 +145,26 @@ def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: b
 
 
 def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:
-    """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer. A key-value head
-    that several ranks of `tensor` read is there once for each of them."""
-    m, dtype = decoder.config.model, decoder.config.execution.dtype
+    """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer."""
+    sizes = pages, page_size, slots
+    return tuple(
+        tuple(make_pasts(decoder.config, layer, *sizes, trips=_trips(group)) for layer in group)
+        for group in decoder.groups
+    )
 
-    def make(mixer: TokenMixer, trips: int) -> KeyValues | Past:
+
+def make_pasts(config: Config, layer: Block, pages: int, page_size: int, slots: int, trips: int = 1) -> Pasts:
+    """The empty pasts of a layer, in all trips. A key-value head that several ranks of `tensor` read is there once for
+    each of them."""
+    m, dtype = config.model, config.execution.dtype
+
+    def make(mixer: TokenMixer) -> KeyValues | Past:
         if isinstance(mixer, Mamba):
-            return make_past(decoder.config, slots, trips)
+            return make_past(config, slots, trips)
         shape = max(m.kv_heads, tensor_ranks()), batch_ranks() * trips * pages, page_size, m.head_size
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
-    return tuple(
-        tuple(
-            tuple(make(mixer, _trips(group)) for _, mixer in layer.mixers() if isinstance(mixer, TokenMixer))
-            for layer in group
-        )
-        for group in decoder.groups
-    )
+    return tuple(make(mixer) for _, mixer in layer.mixers() if isinstance(mixer, TokenMixer))
 
 
 def _trips(group: Group) -> int:
@@ -203,8 +214,8 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
     return tuple(after)
 
 
-def only_keys(after: Cache, before: Cache) -> Cache:
-    """The cache `after` some steps, with Mamba layers' pasts as they were."""
+def only_keys(after: Any, before: Any) -> Any:
+    """The cache, or a layer's pasts, `after` some steps, with Mamba layers' pasts as they were."""
     leaves = [jax.tree.leaves(of, is_leaf=lambda node: isinstance(node, KeyValues | Past)) for of in (after, before)]
     kept = [new if isinstance(new, KeyValues) else old for new, old in zip(*leaves, strict=True)]
     tree = jax.tree.structure(after, is_leaf=lambda node: isinstance(node, KeyValues | Past))
@@ -218,13 +229,13 @@ def _advance(
         (x_STD, pasts), (group, trip) = carry, xs
         after, seen = [], []
         for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
-            x_STD, of_layer, projected = _through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
+            x_STD, of_layer, projected = through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
             after.append(of_layer)
             seen.append(projected)
         return (x_STD, tuple(after)), tuple(seen)
 
     dtype = model.config.execution.dtype
-    x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, _positions(rows, tokens_ST.shape[1])), []
+    x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
     for group, pasts in zip(model.groups, cache, strict=True):
         trips = _trips(group)
         of_trips = group, jnp.arange(trips, dtype=jnp.int32)
@@ -233,8 +244,8 @@ def _advance(
     return x_STD, tuple(pasts for pasts, _ in groups), tuple(seen for _, seen in groups)
 
 
-def _through_layer(
-    layer: Block, x_STD: Array, pasts: Pasts, turn: tuple[Array, int], rows: Rows, settles: bool
+def through_layer(
+    layer: Block, x_STD: Array, pasts: Pasts, turn: tuple[Array, int], rows: Rows, settles: bool = True
 ) -> tuple[Array, Pasts, tuple[Projected, ...]]:
     """One layer of a group → x, the pasts, and what Mamba layers have seen if it doesn't settle.
 
@@ -273,10 +284,15 @@ def _update(past: Past, of_trip: Past, trip: Array) -> Past:
 
 def compute_last_logits(model: Decoder, x_STD: Array, count_SW: Array) -> Array:
     """Float32 logits_SWV for the token after each row's last."""
-    if x_STD.shape[:2] != count_SW.shape:  # in rows of one token it is the last
-        specs = token_spec(3), batch_spec(2)
-        x_STD = on_each_rank(_take_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
-    return compute_logits(model, x_STD)
+    return compute_logits(model, take_last(x_STD, count_SW))
+
+
+def take_last(x_STD: Array, count_SW: Array) -> Array:
+    """x_SWD of each row's last token."""
+    if x_STD.shape[:2] == count_SW.shape:  # rows of one token
+        return x_STD
+    specs = token_spec(3), batch_spec(2)
+    return on_each_rank(_take_last, (x_STD, count_SW), in_spec=specs, out_specs=token_spec(3))
 
 
 def compute_logits(model: Decoder, x_STD: Array) -> Array:
@@ -285,7 +301,7 @@ def compute_logits(model: Decoder, x_STD: Array) -> Array:
     return ends.logits(ends.final_norm(x_STD))
 
 
-def _positions(rows: Rows, tokens: int) -> Array:
+def positions(rows: Rows, tokens: int) -> Array:
     """position_ST of the rows' tokens, side by side; tokens beyond a row's count get the position of its first."""
 
     def on_rank(position_SW: Array, count_SW: Array) -> Array:

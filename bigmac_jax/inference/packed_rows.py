@@ -19,7 +19,7 @@ from bigmac_jax.model.mesh import batch_spec, replicated_spec, token_spec
 # What a packed row begins with; its K pages and C tokens follow. All zeros are a row of nothing, or an idle slot.
 _HEAD = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "seed": np.uint32, "request": np.int32,
          "alternatives": np.int32, "count": np.int32, "position": np.int32, "slot": np.int32,
-         "last": np.int32}  # fmt: skip
+         "following": np.int32}  # fmt: skip
 
 
 def packed_size(pages: int, tokens: int = 0) -> int:
@@ -29,7 +29,7 @@ def packed_size(pages: int, tokens: int = 0) -> int:
 
 def pack_row(
     sampling: Sampling, request: int, count: int, table: Sequence[int], tokens: Sequence[int] = (), position: int = 0,
-    slot: int = -1, last: bool = False,
+    slot: int = -1, following: int = -1,
 ) -> np.ndarray:  # fmt: skip
     """Encodes a slot, or a row of a prompt, as int32 numbers for `unpack_rows`.
 
@@ -38,17 +38,17 @@ def pack_row(
       table: all K pages.
       position: of the row's first token.
       slot: of a prompt's row, the slot that it is read for.
-      last: whether it is the last row of its prompt: the token after it goes to the slot.
+      following: the prompt's token behind the row; -1: there is none, and the one that is sampled goes to the slot.
     """
     s = sampling
-    head = s.temperature, s.top_k, s.top_p, s.seed, request, s.logprobs, count, position, slot + 1, last
+    head = s.temperature, s.top_k, s.top_p, s.seed, request, s.logprobs, count, position, slot + 1, following + 1
     numbers = np.array([head], np.dtype(list(_HEAD.items()))).view(np.int32)
     return np.concatenate([numbers, np.array([*table, *tokens], np.int32)])
 
 
 def unpack_rows(packed_SWX: Array, tokens: int = 0) -> tuple[RowSampling, Rows, Array, Array]:
     """Decodes `pack_row`'s numbers inside a program, for rows of so many tokens → sampling settings, pages, positions
-    and, of rows with tokens, slots; which rows end a prompt, int32; tokens_SWC."""
+    and, of rows with tokens, slots; following_SW, -1 where a row ends its prompt; tokens_SWC."""
 
     def cut(start: int, stop: int) -> Array:
         # On a mesh of one rank, jax 0.12 forgets in a slice how the whole is sharded.
@@ -58,12 +58,12 @@ def unpack_rows(packed_SWX: Array, tokens: int = 0) -> tuple[RowSampling, Rows, 
     for i, dtype in enumerate(_HEAD.values()):
         column = jax.sharding.reshard(packed_SWX[..., i], batch_spec(2))
         columns.append(jax.lax.bitcast_convert_type(column, dtype))
-    *settings, count, position, slot, last = columns
+    *settings, count, position, slot, following = columns
     end = packed_SWX.shape[-1]
     table, row = cut(len(_HEAD), end - tokens), cut(end - tokens, end)
     # Row w of slots is slot w. A row of nothing has a slot that is out of range.
     of_rows = jnp.where(slot > 0, slot - 1, jnp.iinfo(jnp.int32).max) if tokens else None
-    return RowSampling(*settings), Rows(table, position, count, of_rows), last, row
+    return RowSampling(*settings), Rows(table, position, count, of_rows), following - 1, row
 
 
 def pack_sampled(sampled: Sampled, count_SW: Array) -> Array:

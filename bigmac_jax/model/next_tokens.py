@@ -61,8 +61,12 @@ class NextTokens(nnx.Module):
         """
         keys = (None, None) if key is None else jax.random.split(key)
         read_BLD = dropout(read_BLD, self.config.model.dropout, keys[0])
+        return self.layers(self.join(x_BLD, read_BLD), keys[1], False, documents, padding, choices)
+
+    def join(self, x_BLD: Array, read_BLD: Array) -> Array:
+        """Computes what the module's layer is given, from the features before it and what each position reads."""
         both_BLX = jnp.concatenate([self.embedding_norm(read_BLD), self.hidden_norm(x_BLD)], axis=-1)
-        return self.layers(self.projection(both_BLX), keys[1], False, documents, padding, choices)
+        return self.projection(both_BLX)
 
 
 def look_ahead(batch: Batch, by: int) -> Batch:

@@ -7,9 +7,12 @@ prefill   → parts of prompts read into the cache, and the next token of each p
 decode    → one more token in every slot
 draft     → some tokens in every slot, by what each rank holds: nothing is sent
 verify    → those of them that decode would have chosen, and one more
+
+prefill_mtp, decode_mtp, draft_mtp and verify_mtp are those of a model whose next-token module drafts.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -66,15 +69,15 @@ def _evaluate_program(config: Config, mesh: Mesh) -> Program:
     return Program("evaluate", evaluate, (trainer.model(state), batch), {}, beside)
 
 
-def _prefill_program(config: Config, mesh: Mesh) -> Program:
-    made, state, pages = _serving(config, mesh)
+def _prefill_program(config: Config, mesh: Mesh, by_module: bool = False) -> Program:
+    made, state, pages = _serving(config, mesh, by_module)
     rows, row_size = slots_per_shard(PROMPTS) * -(-pages // ROW_PAGES), ROW_PAGES * PAGE_SIZE
     packed = abstract(mesh, batch_spec(3), batch_ranks(), rows, packed_size(pages, row_size))
     return Program("prefill", made.prefill, (made.weights, state, packed), {"row_size": row_size})
 
 
-def _decode_program(config: Config, mesh: Mesh) -> Program:
-    made, state, pages = _serving(config, mesh)
+def _decode_program(config: Config, mesh: Mesh, by_module: bool = False) -> Program:
+    made, state, pages = _serving(config, mesh, by_module)
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
     return Program("decode", made.decode, (made.weights, state, packed), {})
 
@@ -91,23 +94,30 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
 
 
-def _verify_program(config: Config, mesh: Mesh) -> Program:
-    made, state, pages = _serving(config, mesh)
+def _draft_by_module_program(config: Config, mesh: Mesh) -> Program:
+    made, state, pages = _serving(config, mesh, by_module=True)
+    packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
+    return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
+
+
+def _verify_program(config: Config, mesh: Mesh, by_module: bool = False) -> Program:
+    made, state, pages = _serving(config, mesh, by_module)
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
     drafted = abstract(mesh, P(None, *batch_spec(2)), DRAFTED, *state.token_SB.shape)
     return Program("verify", made.verify, (made.weights, state, drafted, packed), {})
 
 
-def _serving(config: Config, mesh: Mesh) -> tuple[DecodePrograms, State, int]:
+def _serving(config: Config, mesh: Mesh, by_module: bool = False) -> tuple[DecodePrograms, State, int]:
     """(the programs, the state of slots for `PROMPTS` prompts of data.sequence_length, pages of a slot)."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
-    decoder = placed(jax.eval_shape(functools.partial(make_decoder, config, gathered=True), model), mesh)
+    make = functools.partial(make_decoder, config, gathered=True, next_tokens=by_module)
+    decoder = placed(jax.eval_shape(make, model), mesh)
     slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
     state = jax.eval_shape(lambda: make_state(decoder, slots, slots * pages, PAGE_SIZE))
     return make_decode_programs(decoder), placed(state, mesh), pages
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[Config, Mesh], Program]] = {
     "init": _init_program,
     "step": _step_program,
     "evaluate": _evaluate_program,
@@ -115,5 +125,9 @@ _MAKERS = {
     "decode": _decode_program,
     "draft": _draft_program,
     "verify": _verify_program,
+    "prefill_mtp": functools.partial(_prefill_program, by_module=True),
+    "decode_mtp": functools.partial(_decode_program, by_module=True),
+    "draft_mtp": _draft_by_module_program,
+    "verify_mtp": functools.partial(_verify_program, by_module=True),
 }
 NAMES = ("init", "step", "evaluate", "prefill", "decode")  # the programs of every run

@@ -21,9 +21,9 @@ SIZES: dict[str, Any] = {"chunk": CHUNK, "page_size": PAGE}
 CASES = [((1, 1, 1), 2, 1), ((1, 1, 1), 2, 4), ((1, 1, 2), 0, 3), ((2, 1, 2), 0, 4), ((1, 2, 1, 2, True, True), 0, 3)]
 
 
-def hybrid(mesh: tuple[int, ...]) -> Config:
+def hybrid(mesh: tuple[int, ...], **fields: Any) -> Config:
     sizes = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 8}
-    return config_on(mesh, blocks="M*EME", **sizes)
+    return config_on(mesh, blocks="M*EME", **sizes, **fields)
 
 
 def compare(mesh: tuple[int, ...], local: int, tokens: int, seeds: range) -> None:

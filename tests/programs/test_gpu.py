@@ -54,6 +54,13 @@ def test_what_crosses_hosts_or_racks(topology: str, expert: int) -> None:
     check_replicas(topology, f"mesh.expert={expert}", "mesh.fsdp=True", "execution.reduce_dtype=bfloat16")
 
 
+def test_a_next_token_module_drafts() -> None:
+    made = compiled("h100:1x8", "draft_mtp,verify_mtp", *HYBRID, "mesh.expert=8")
+    for name in ("draft_mtp", "verify_mtp"):
+        assert made[name]["memory"]["total"] < made["available"]
+        assert [c for c in made[name]["collectives"] if c[4] == "payload"]
+
+
 @pytest.mark.parametrize("topology", ["h800:1x8", "b300:1x8", "gb200:2x4", "gb300:2x4"])
 def test_the_other_gpus(topology: str) -> None:
     made = compiled(topology, "step", "mesh.expert=8")

@@ -9,6 +9,7 @@ import pytest
 from model.tools import QUICK, leaves, on_mesh, tiny
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig
+from bigmac_jax.inference.decoding import DRAFTED
 from bigmac_jax.model.parameters import map_declared
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning import hlo
@@ -116,3 +117,18 @@ def test_a_draft_exchanges_nothing(mesh: tuple[int, ...]) -> None:
     assert not [c for c in found["draft"] if c.role != "other"]
     assert config.mesh.fsdp or {axis for c in found["draft"] for axis in c.axes} <= {"tensor"}
     assert sum(c.times for c in found["verify"] if c.role == "payload") == 2 * config.model.num_layers
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [(1, 1, 2), (2, 2, 2), (1, 2, 1, 2, False, True)])
+def test_a_next_token_module_exchanges_as_a_layer(mesh: tuple[int, ...]) -> None:
+    """Once in every program that reads tokens, and for every token of a draft but the first."""
+    config = tiny(mesh, num_kv_heads=2, mtp_modules=2, exchange="all_to_all")
+    devices = jax.devices()[: math.prod(int(size) for size in mesh[:4])]
+    exchanges = {}
+    for name in ("prefill_mtp", "decode_mtp", "draft_mtp", "verify_mtp"):
+        compiled = compile_program(config, devices, name)
+        found = collectives(hlo.parse(compiled.text), compiled.mesh)
+        exchanges[name] = sum(c.times for c in found if c.role == "payload") / 2
+    layers = config.model.num_layers + 1
+    assert exchanges == {"prefill_mtp": layers, "decode_mtp": layers, "draft_mtp": DRAFTED - 1, "verify_mtp": layers}

@@ -129,6 +129,16 @@ def test_decoding_reads_pages_by_jaxs_kernel_where_it_takes_the_heads(topology: 
     assert [c for c in wide["verify"]["collectives"] if c[4] == "payload"]
 
 
+def test_a_next_token_module_drafts() -> None:
+    """A hybrid's, with attention and experts: jax's kernel reads its pages, and its experts exchange."""
+    made = compiled("v6e:4x8", "draft_mtp,verify_mtp", *HYBRID, "model.head_dim=128")
+    narrow = compiled("v6e:4x8", "draft_mtp", *HYBRID)["draft_mtp"]
+    for name in ("draft_mtp", "verify_mtp"):
+        assert made[name]["memory"]["total"] < made["available"]
+        assert [c for c in made[name]["collectives"] if c[4] == "payload"]
+    assert made["draft_mtp"]["calls"]["tpu_custom_call"] == narrow["calls"]["tpu_custom_call"] + 1
+
+
 def test_heads_split_over_tensor_read_pages_by_the_kernel() -> None:
     made = compiled("v5e:4x8", "decode", "model.head_dim=128", "mesh.expert=8", "mesh.tensor=4")
     assert made["decode"]["calls"]["tpu_custom_call"] >= 3
