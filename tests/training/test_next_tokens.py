@@ -29,10 +29,18 @@ from bigmac_jax.training.step import TrainState, make_trainer, split_model
 from bigmac_jax.tuning import restore
 from bigmac_jax.tuning.pretrained import compare_models, load_parameters, open_pretrained
 
-from .next_tokens_reference import expected
 from .tools import leaves_of, quick, read_records, session, small
 
 B, L = 8, 8
+
+
+def expected(*arguments: Any, **options: Any) -> Any:
+    pytest.importorskip("torch")  # the reference is PyTorch's gradients in float64
+    from . import next_tokens_reference
+
+    return next_tokens_reference.expected(*arguments, **options)
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "experts": {"z_loss_coefficient": 0.1, "num_layers": 1},
     "dense": {"structure": "dense", "positions": "learned", "tie_embeddings": False, "norm": "layernorm"},
