@@ -93,7 +93,14 @@ class Alone:
         return self.known[key]
 
 
-@pytest.fixture(scope="module", params=[(1, 1, 1), (2, 1, 2), (1, 1, 8)], ids=["1x1", "2x2", "1x8"])
+MESHES = [
+    pytest.param((1, 1, 1), id="1x1"),
+    pytest.param((2, 1, 2), id="2x2"),
+    pytest.param((1, 1, 8), id="1x8", marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(scope="module", params=MESHES)
 def engines(request: pytest.FixtureRequest) -> Iterator[tuple[Generator, Engine, Alone]]:
     config = config_on(request.param)
     with quick(), on_mesh(config):

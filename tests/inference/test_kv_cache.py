@@ -28,7 +28,6 @@ QUICK_CASES = [
     ("fine_grained", "1x1", "gated"),
     ("fine_grained", "tensor", "paper"),
     ("bigmac", "1x8", "present"),
-    ("bigmac", "2x2", "gated"),
     ("bigmac", "1x1", "hybrid"),
     ("bigmac", "heads", "present"),  # two key-value heads on four ranks of tensor
 ]

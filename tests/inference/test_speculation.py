@@ -107,6 +107,7 @@ def test_all_is_accepted_where_experts_give_nothing() -> None:
         assert [size for size in sizes if size] == [6, 5, 5]
 
 
+@pytest.mark.full
 def test_not_all_where_they_are_left_out(two_ranks: tuple[Config, Any]) -> None:
     """What is accepted and what is not: the tokens are those without drafts."""
     config, model = two_ranks

@@ -65,11 +65,11 @@ BACKBONES = {
 # The capacity layout with room for every choice (f·T·K/E >= T) drops nothing either.
 LAYOUTS = {"dropless": {}, "capacity": {"capacity_factor": 8.0}}
 
-# A sixth of what has every pair of levels of the main ones, and what does not meet the exchange once each; the product
+# A ninth of what has every pair of levels of the main ones, and what does not meet the exchange once each; the product
 # is for `-m full`, and so is the first of the pairs: other tests have what it has.
 PAIRS = pairwise(MESHES, ["vanilla", "fine_grained", "bigmac"], ["softmax", "sigmoid", "groups"], BACKBONES, LAYOUTS)
 COVERING = [
-    *PAIRS[3::6],
+    *PAIRS[3::9],
     ((2, 1, 4), "pre_dispatch", "unbalanced", "gated", "dropless"),
     ((1, 2, 4), "paper", "softmax", "paper", "dropless"),
     ((2, 1, 2), "normed", "sigmoid", "present", "capacity"),

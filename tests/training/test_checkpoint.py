@@ -75,7 +75,7 @@ def restore_and_go_on(run: Session, workdir: pathlib.Path, state: TrainState, ne
 
 
 @pytest.mark.parametrize(
-    "mesh", ["1x1", "tensor", *(pytest.param(m, marks=pytest.mark.full) for m in ("2x2", "two machines"))]
+    "mesh", ["1x1", *(pytest.param(m, marks=pytest.mark.full) for m in ("tensor", "2x2", "two machines"))]
 )
 def test_elastic(saved: dict[str, Any], mesh: str) -> None:
     """Saved on eight ranks (where the fixture restores it, too), restored on other meshes."""

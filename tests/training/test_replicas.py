@@ -174,7 +174,9 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=pytest.mark.full) if case.structure in ("vanilla", "hyper", "frozen") else case
+        pytest.param(case, marks=pytest.mark.full)
+        if case.structure in ("vanilla", "hyper", "frozen", "gated")
+        else case
         for case in COVERING
     ],
     ids=lambda case: "-".join(map(str, case[:2])),
