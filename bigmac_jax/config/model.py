@@ -11,6 +11,7 @@ from bigmac_jax.config.section import Amount, Count, Positive, Range, Section, S
 Structure = Literal["dense", "vanilla", "fine_grained", "bigmac"]
 LatentNorm = Literal["auto", "none", "pre_dispatch", "post_combine", "skip", "gate"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+_MOST_MODULES = 16  # next-token modules
 
 
 @dataclass(frozen=True)
@@ -254,15 +255,13 @@ class ModelConfig(Section):
         return "vanilla's num_experts" if self.structure == "vanilla" else "model.num_experts"
 
     def check(self) -> None:
-        h, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
         first, layers, blocks = self.first_dense_layers, self.num_layers, self.blocks
         require(len(blocks) <= LONGEST, f"model.blocks has {len(blocks)} branches, which must be at most {LONGEST}; use a shorter one that model.num_layers repeats")  # fmt: skip
         require(not set(blocks) - set(BRANCHES), f"model.blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); use *E")  # fmt: skip
         require(not blocks or "E" in blocks or not self.is_moe, f"model.blocks={blocks} has no experts (E), and model.structure={self.structure} has; use structure=dense")  # fmt: skip
         require(not (blocks and first), f"model.first_dense_layers={first} is for models without model.blocks, which says it itself; use first_dense_layers=0, or no blocks")  # fmt: skip
-        require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
-        require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
-        require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip
+        if self.count_trained("*"):
+            self._check_attention()
         require(first == 0 or (self.is_moe and first < layers), f"model.first_dense_layers={first} must be below model.num_layers={layers} of a structure with experts, not {self.structure}; use 0")  # fmt: skip
         self._check_mtp()
         require(self.is_moe or not self.latent_norms, f"model.latent_norm={self.latent_norm} needs a layer with experts, not structure=dense; use latent_norm=none")  # fmt: skip
@@ -271,8 +270,16 @@ class ModelConfig(Section):
         if self.count_trained("M"):
             self._check_mamba()
 
+    def _check_attention(self) -> None:
+        h, heads, kv = self.hidden_size, self.num_heads, self.kv_heads
+        require(self.head_dim > 0 or h % heads == 0, f"model.hidden_size={h} must be a multiple of model.num_heads={heads}; use {self._fitting_heads}")  # fmt: skip
+        require(heads % kv == 0, f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv}; use {near_divisors(heads, kv)} key-value heads")  # fmt: skip
+        require(self.positions != "rope" or self.head_size % 2 == 0, f"{'model.head_dim' if self.head_dim else 'model.hidden_size / model.num_heads'} = {self.head_size} must be even for positions=rope; use {self.head_dim + 1 if self.head_dim else self._fitting_heads}, or positions=learned")  # fmt: skip
+
     def _check_mtp(self) -> None:
         blocks, fix = self.mtp_blocks, f"use {'*E' if self.is_moe else '*-'}"
+        require(len(blocks) <= LONGEST, f"model.mtp_blocks has {len(blocks)} branches, which must be at most {LONGEST}; {fix}")  # fmt: skip
+        require(self.mtp_modules <= _MOST_MODULES, f"model.mtp_modules={self.mtp_modules} must be at most {_MOST_MODULES}: each is compiled, with an output of its own; use 1")  # fmt: skip
         require(not set(blocks) - set(BRANCHES), f"model.mtp_blocks={blocks} may have the letters {' '.join(BRANCHES)} (attention, Mamba-2, experts, an MLP); {fix}")  # fmt: skip
         require(len(split_layers(blocks)) < 2, f"model.mtp_blocks={blocks} must be one layer, as a next-token module has, which ends in E or -; {fix}")  # fmt: skip
         require(self.is_moe or "E" not in blocks, f"model.mtp_blocks={blocks} has experts (E), and model.structure={self.structure} none; {fix}")  # fmt: skip

@@ -95,7 +95,9 @@ def _named_texts(config: Config) -> str:
 
 def _some_mlps(config: Config) -> str:
     """Some layers have an MLP in the experts' place."""
-    return "" if config.model.count_trained("-") else "model.first_dense_layers=0"
+    if config.model.count_trained("-"):
+        return ""
+    return f"model.blocks={config.model.blocks}" if config.model.blocks else "model.first_dense_layers=0"
 
 
 def _trained_mtp(config: Config) -> str:

@@ -64,6 +64,11 @@ class Config(Section):
         return self.optimizer.projection_rate or (1 / 8 if slow else 1.0)
 
     @property
+    def mamba_chunk(self) -> int:
+        """Positions that a Mamba layer computes at once in training."""
+        return min(self.execution.mamba_chunk, self.data.sequence_length)
+
+    @property
     def context_length(self) -> int:
         """Tokens that the model takes, and rows of its learned positions, whatever windows it is trained on now."""
         return max(self.model.context_length, self.data.sequence_length)
@@ -191,9 +196,10 @@ class Config(Section):
             require(value % tensor == 0, f"{name}={value} must be a multiple of mesh.tensor={tensor}; use mesh.tensor={near_ranks(value, tensor)}")  # fmt: skip
 
         divides("data.sequence_length", self.data.sequence_length)
-        divides("model.num_heads", model.num_heads)
         kv = model.kv_heads
-        require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
+        if model.count_trained("*"):
+            divides("model.num_heads", model.num_heads)
+            require(kv % tensor == 0 or tensor % kv == 0, f"model.num_kv_heads={kv} must be a multiple of mesh.tensor={tensor}, or divide it; use mesh.tensor={near_ranks(kv, tensor)}")  # fmt: skip
         require(model.vocab_size % tensor == 0, f"model.vocab_size={model.vocab_size} must be a multiple of mesh.tensor={tensor}; use {-(-model.vocab_size // tensor) * tensor}, or mesh.tensor={near_ranks(model.vocab_size, tensor)}")  # fmt: skip
         if model.count_trained("M"):
             divides("model.mamba_groups", model.mamba_groups)  # of which the heads are a multiple

@@ -53,6 +53,10 @@ class Speculation:
     def check(self, config: Config) -> None:
         """Raises ConfigError if a model has no module that could draft, or if drafts without exchange save none on the
         current mesh."""
+        require(
+            self.tokens > 0 or self.by == "auto",
+            f"draft_with={self.by} says how tokens are drafted, and speculate=0 drafts none; use speculate=1 or more",
+        )
         if not self.tokens:
             return
         m, ranks = config.model, math.prod(current_group().sizes)

@@ -167,7 +167,7 @@ def open_checkpoint(directory: pathlib.Path, overrides: Sequence[str] = ()) -> t
     matrices = model.count_trained("E") * model.expert_count
     numbers = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     # Or their names alone would fill the memory. A layer's experts may be one tensor.
-    if model.depth > count or matrices > numbers:
+    if model.depth + model.mtp_modules > count or matrices > numbers:
         raise ConfigError(
             f"{file}: {model.depth} layers with {model.expert_count} experts need more than the {count} tensors "
             f"of {directory}"

@@ -143,7 +143,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
         }
     per_token["mlp"] = m.count_trained("-") * matrices * h * m.mlp_width
     if mamba := m.count_trained("M"):
-        per_token["mamba"] = mamba * sum(token_products(m, config.execution.mamba_chunk).values())
+        per_token["mamba"] = mamba * sum(token_products(m, config.mamba_chunk).values())
     tokens = config.data.batch_size * length
     found = {part: 6.0 * tokens * count for part, count in per_token.items() if count}
     if m.is_moe and m.router == "frozen":  # no gradient of its matrix
@@ -339,7 +339,7 @@ def _kept_by_a_layer(config: Config, ranks: int, group: ExpertGroup, blocks: str
         + gathered
         + 4 * m.mamba_width
         + 4 * m.mamba_groups * m.mamba_state
-        + 2 * m.mamba_width * m.mamba_state / config.execution.mamba_chunk,
+        + 2 * m.mamba_width * m.mamba_state / config.mamba_chunk,
     }
     if "E" in blocks:
         tokens = tokens_at_a_time(config, ranks)

@@ -202,6 +202,9 @@ def mix(
     x_BLI, b_BLF, c_BLF = (
         convolve(*given, position_BL) for given in zip(inputs, tails, weights[:3], weights[3:6], strict=True)
     )
+    if count_B is not None:  # a step of 0 would not do: what an idle slot computes may be NaN
+        real_BL = jnp.arange(x_BLI.shape[1], dtype=count_B.dtype)[None] < count_B[:, None]
+        x_BLI, b_BLF, c_BLF = (jnp.where(real_BL[:, :, None], v, 0) for v in (x_BLI, b_BLF, c_BLF))
     least, most = m.mamba_least_step, m.mamba_most_step
     dt_BLN = time_step(projected.time_BLN, weights.time_bias_N, least, most, count_B)
     log_BLN = -jnp.exp(weights.a_log_N)[None, None] * dt_BLN

@@ -103,7 +103,7 @@ class Shape:
             experts = Experts(layers, m.expert_count, m.choices, m.expert_width, m.shared_width, narrow, gate)
         mamba = Mamba(
             m.count_trained("M"), m.mamba_head_count, m.mamba_head_dim, m.mamba_groups, m.mamba_state, m.mamba_conv,
-            config.execution.mamba_chunk,
+            config.mamba_chunk,
         )  # fmt: skip
         return cls(
             hidden=m.hidden_size,

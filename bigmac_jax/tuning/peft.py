@@ -6,6 +6,7 @@ parameter there, which PEFT takes for [E, outputs, inputs]: A is [E · r, Y] and
 together, its columns apart.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
     # What makes a hyper router's matrix is no tensor of an export (`plain_router`), and next-token modules have none.
     base = {name: leaf for name, leaf in base.items() if ".mlp.hyper." not in name and not name.startswith("mtp.")}
-    for tensor in FORMATS[kind].tensors(config.model, base):
+    model = dataclasses.replace(config.model, mtp_modules=0, mtp_blocks="")
+    for tensor in FORMATS[kind].tensors(model, base):
         if tensor.leaf not in matrices:
             continue
         kinds = {

@@ -17,8 +17,9 @@ def open_teacher(workdir: pathlib.Path, config: Config) -> Pretrained:
       ConfigError: as `open_recorded`; or its layers can't be compared with the run's.
     """
     found = open_recorded(workdir, config.tuning.teacher, TEACHER, "tuning.teacher")
-    layers = ("num_layers", "first_dense_layers", "blocks") + (("hidden_size",) if config.tuning.hidden_weight else ())
-    for name in ("vocab_size", *layers):
+    loops = [[(stack.name, len(stack.layers)) for stack in of.model.stacks] for of in (found.config, config)]
+    layers = ("num_layers", "first_dense_layers", "blocks", "structure") if loops[0] != loops[1] else ()
+    for name in ("vocab_size", *layers, *(("hidden_size",) if config.tuning.hidden_weight else ())):
         own, wanted = getattr(found.config.model, name), getattr(config.model, name)
         if own != wanted:
             raise ConfigError(

@@ -3,16 +3,17 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, on_mesh, random_model, split_batch
+from model.tools import QUICK, on_mesh, random_model, split_batch, split_tokens
 from training.tools import quick
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator, Speculation
 from bigmac_jax.inference.kv_cache import Cache, advance, make_cache, make_decoder, settle, try_out
 from bigmac_jax.model.attention import Rows
-from bigmac_jax.model.mamba import Past
+from bigmac_jax.model.mamba import Past, make_past
 
 from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, Alone, assert_as_alone, config_on, play, schedule
 
@@ -89,3 +90,17 @@ def test_what_is_refused_was_never_there() -> None:
         np.testing.assert_array_equal(new[:, :, stays_B == 0], old[:, :, stays_B == 0])
         moved_B = (new != old).any(tuple(axis for axis in range(new.ndim) if axis != 2))
         assert moved_B.tolist() == (stays_B > 0).tolist()
+
+
+def test_what_an_idle_slot_computes_reaches_no_past() -> None:
+    """Not even NaN, which a request that overflowed may have left where an idle slot reads."""
+    config, B = hybrid((1, 1, 1)), 4
+    with on_mesh(config):
+        layer: Any = jax.tree.map(lambda leaf: leaf[0], random_model(config).layers0_0.mamba)
+        past = jax.tree.map(lambda v: jnp.ones_like(v[0]), make_past(config, B, 1))
+        counts = split_batch(np.array([[0, 1, 0, 1]], np.int32))
+        x_SBD = jnp.ones((1, B, config.model.hidden_size)).at[0, ::2].set(jnp.nan)
+        _, after = layer.step(layer.project(split_tokens(x_SBD)), past, Rows(counts, counts, counts))
+    for old, new in zip(past, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[0, ::2], np.asarray(old)[0, ::2])
+        assert np.isfinite(np.asarray(new)).all() and (np.asarray(new)[0, 1::2] != np.asarray(old)[0, 1::2]).any()
