@@ -251,12 +251,16 @@ def test_who_drafts() -> None:
             for of in (config, plain)
         ]
         assert by_module == [[True, True, False, False], [False, True, False, False]]
-        for how in (Speculation(2), Speculation(2, 3, by="local"), Speculation(0, 9, by="mtp")):
+        for how in (Speculation(2), Speculation(2, 3, by="local"), Speculation(0, 9)):
             how.check(config)
         with pytest.raises(
             ConfigError, match=r"draft_with=mtp needs a next-token module, and model\.mtp_modules=0; use"
         ):
             Speculation(2, by="mtp").check(plain)
+        with pytest.raises(
+            ConfigError, match=r"draft_with=mtp says how tokens are drafted, and speculate=0 drafts none"
+        ):
+            Speculation(0, by="mtp").check(config)
         with pytest.raises(
             ConfigError, match="local_experts=3 is for drafts by the experts of each rank, and a next-t"
         ):
