@@ -1,5 +1,6 @@
 """The device mesh: named axes, and the PartitionSpecs that everything else is written in."""
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -238,6 +240,40 @@ def _parts(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
 def spec_of(array: Array) -> P:
     """The PartitionSpec of an array on the current mesh."""
     return jax.typeof(array).sharding.spec
+
+
+def join(*arrays: Array) -> Array:
+    """Concatenates arrays along their first dimension, which is split over nothing."""
+    ends = list(itertools.accumulate(map(len, arrays)))
+    return _put_together(tuple(zip([0, *ends[:-1]], ends, [1] * len(ends), strict=True)), arrays)
+
+
+def interleave(*arrays: Array) -> Array:
+    """Joins arrays [Y, …] to one whose rows are in turn of each."""
+    rows = len(arrays) * len(arrays[0])
+    return _put_together(tuple((place, rows, len(arrays)) for place in range(len(arrays))), arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _put_together(places: tuple[tuple[int, int, int], ...], arrays: tuple[Array, ...]) -> Array:
+    """Each array's rows stand at its place (first, end, step) of the whole."""
+    if places[0][2] == 1:
+        return jnp.concatenate(arrays)
+    turns = jnp.stack(arrays, axis=1)
+    # The sharding is given, because a reshape of dimensions of 1 forgets how the others are split.
+    shape = turns.shape[0] * turns.shape[1], *turns.shape[2:]
+    return jnp.reshape(turns, shape, out_sharding=spec_of(arrays[0]))
+
+
+def _take_apart(places: tuple[tuple[int, int, int], ...], _: None, dy: Array) -> tuple[tuple[Array, ...]]:
+    parts = (dy[first:end:step] for first, end, step in places)
+    if jax.sharding.get_abstract_mesh().empty:
+        return (tuple(parts),)
+    # On a mesh of one rank, jax 0.12 forgets in a slice how the whole is sharded.
+    return (tuple(jax.sharding.reshard(part, spec_of(dy)) for part in parts),)
+
+
+_put_together.defvjp(lambda places, arrays: (_put_together(places, arrays), None), _take_apart)
 
 
 def platform() -> str:

@@ -22,7 +22,7 @@ from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mamba import Mamba
-from bigmac_jax.model.mesh import TENSOR, platform, spec_of, tensor_ranks, token_spec
+from bigmac_jax.model.mesh import TENSOR, interleave, join, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
@@ -301,8 +301,8 @@ def through_layers(
         keys = [None if keys_Y is None else _of_layers(keys_Y, stack.layers) for stack in loop]
         carry, reported = jax.lax.scan(through_loop, carry, [(next(given), key) for key in keys], unroll=unroll)
         kept = [of for of, stack in zip(reported, loop, strict=True) if stack.experts or not m.is_moe]
-        found += [kept[0] if len(kept) == 1 else jax.tree.map(_in_turn, *kept)] if kept else []
-    return carry, found[0] if len(found) == 1 else jax.tree.map(lambda *of: jnp.concatenate(of), *found)
+        found += [kept[0] if len(kept) == 1 else jax.tree.map(interleave, *kept)] if kept else []
+    return carry, found[0] if len(found) == 1 else jax.tree.map(join, *found)
 
 
 def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -318,14 +318,6 @@ def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> C
 
 def _of_layers(values_Y: Array, layers: range) -> Array:
     return values_Y[layers.start : layers.stop : layers.step]
-
-
-def _in_turn(*stacks: Array) -> Array:
-    """One array [Y, …] of what several stacks of a loop report, in the order of the layers."""
-    turns = jnp.stack(stacks, axis=1)
-    # The sharding is given, because a reshape of dimensions of 1 forgets how the others are split.
-    shape = turns.shape[0] * turns.shape[1], *turns.shape[2:]
-    return jnp.reshape(turns, shape, out_sharding=spec_of(stacks[0]))
 
 
 def init_model(config: Config, key: Array) -> Transformer:

@@ -21,6 +21,7 @@ from bigmac_jax.model.mesh import (
     AXES,
     TENSOR,
     batch_spec,
+    join,
     per_replica,
     platform,
     rank_spec,
@@ -123,7 +124,7 @@ def _add_next_tokens(
         )
         losses.append(linear_cross_entropy(x_BLD, model.unembedding(), ahead.targets_BL, own.targets))
         stats += [of_module] if model.config.model.mtp_stack.experts else []
-    next_KU, joined = jnp.stack(losses), jax.tree.map(lambda *of: jnp.concatenate(of), *stats)
+    next_KU, joined = jnp.stack(losses), jax.tree.map(join, *stats)
     loss_U = terms.loss_U + model.config.train.mtp_weight * next_KU.mean(0)
     return terms._replace(loss_U=loss_U, stats=joined, next_KU=next_KU)
 
