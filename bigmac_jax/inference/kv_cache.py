@@ -206,20 +206,23 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
     rows, after = Rows(count_SB, count_SB, count_SB), []  # of which Mamba layers read the count alone
     for group, pasts, seen_by_group in zip(model.groups, cache, seen, strict=True):
         if any(seen_by_group):
-            trips = jnp.arange(_trips(group), dtype=jnp.int32)
-            pasts = jax.lax.scan(step, pasts, (dequantize(group, model.config.execution.dtype), trips, seen_by_group))[
-                0
-            ]
+            xs = (
+                dequantize(group, model.config.execution.dtype),
+                jnp.arange(_trips(group), dtype=jnp.int32),
+                seen_by_group,
+            )
+            pasts = jax.lax.scan(step, pasts, xs)[0]
         after.append(pasts)
     return tuple(after)
 
 
 def only_keys(after: Any, before: Any) -> Any:
     """The cache, or a layer's pasts, `after` some steps, with Mamba layers' pasts as they were."""
-    leaves = [jax.tree.leaves(of, is_leaf=lambda node: isinstance(node, KeyValues | Past)) for of in (after, before)]
-    kept = [new if isinstance(new, KeyValues) else old for new, old in zip(*leaves, strict=True)]
-    tree = jax.tree.structure(after, is_leaf=lambda node: isinstance(node, KeyValues | Past))
-    return jax.tree.unflatten(tree, kept)
+
+    def choose(new: KeyValues | Past, old: KeyValues | Past) -> KeyValues | Past:
+        return new if isinstance(new, KeyValues) else old
+
+    return jax.tree.map(choose, after, before, is_leaf=lambda node: isinstance(node, KeyValues | Past))
 
 
 def _advance(

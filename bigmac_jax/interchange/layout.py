@@ -40,9 +40,8 @@ def split_leaf(config: ModelConfig, leaf: str) -> tuple[Stack | None, str]:
 def find_other_blocks(config: ModelConfig, *names: str) -> tuple[bool, str]:
     """For `find_violations`: whether all layers are attention with experts or an MLP behind it, in stacks of these
     names."""
-    return not config.blocks or {stack.name for stack in config.stacks} <= set(
-        names
-    ), "empty (attention and experts in turn)"
+    plain = {stack.name for stack in config.stacks} <= set(names)
+    return plain or not config.blocks, "empty (attention and experts in turn)"
 
 
 @dataclass(frozen=True)

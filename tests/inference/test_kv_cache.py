@@ -44,7 +44,7 @@ def config_of(structure: str, mesh: str, backbone: str, **model: Any) -> Config:
     if backbone == "gated" and structure != "dense":
         values |= {"num_layers": 3, "first_dense_layers": 1}
     if backbone == "hybrid":
-        values |= {"blocks": "MM*E-ME" if structure != "dense" else "M*-M-", "num_layers": 1 + (mesh == "1x1")}
+        values |= {"blocks": "M*E-ME" if structure != "dense" else "M*-M-", "num_layers": 1 + (mesh == "1x1")}
     return tiny(MESHES[mesh], batch=ROWS, length=LENGTH, structure=structure, **values)
 
 
