@@ -19,6 +19,10 @@ def test_equals_a_loop_over_sequences(monkeypatch: pytest.MonkeyPatch, C: int, a
     table_WK = draw.permutation(PAGES)[: 4 * 7].reshape(4, 7).astype(np.int32)
     keys, values = (draw.standard_normal((G, PAGES, PAGE, H)).astype(np.float32) for _ in range(2))
     q_GWCNH = draw.standard_normal((G, 4, C, heads, H)).astype(np.float32)
+    # What no sequence has written is another's that is gone.
+    for w, length in enumerate(length_W):
+        for page, first in zip(table_WK[w], range(0, 7 * PAGE, PAGE), strict=True):
+            keys[:, page, max(0, length - first) :] = values[:, page, max(0, length - first) :] = np.nan
     # The last C positions of each sequence; of a shorter one the first position again.
     position_WC = np.maximum(length_W[:, None] - C + np.arange(C), 0).astype(np.int32)
     attend = jax.jit(paged_attention.paged_attention)

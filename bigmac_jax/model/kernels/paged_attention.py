@@ -71,7 +71,10 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
         page_Gwk = jnp.arange(G, dtype=jnp.int32)[:, None, None] * n + page_wk[None]
         k_GwMH, v_GwMH = (v.reshape(G * n, p, H)[page_Gwk].reshape(G, w, M, H) for v in (keys_GnpH, values_GnpH))
         scores_GwXM = jnp.einsum("GwXH,GwMH->GwXM", q_GWXH[:, :w], k_GwMH, preferred_element_type=jnp.float32)
-        seen_wXM = i * M + jnp.arange(M, dtype=jnp.int32)[None, None] <= position_WX[:w, :, None]
+        at_M = i * M + jnp.arange(M, dtype=jnp.int32)
+        # What stands where the row has written nothing is another request's, and may be NaN, which a share of 0 keeps.
+        v_GwMH = jnp.where((at_M[None] <= last_W[:w, None])[None, ..., None], v_GwMH, 0)
+        seen_wXM = at_M[None, None] <= position_WX[:w, :, None]
         scores_GwXM = jnp.where(seen_wXM[None], scores_GwXM, -jnp.inf)
         most_GwX = scores_GwXM.max(-1)
         if before is not None:
