@@ -61,9 +61,9 @@ def arms(steps: int) -> list[Arm]:
 
 def train(arm: Arm, seed: int, folder: pathlib.Path, cores: list[int]) -> Run:
     """Runs train.py, which goes on where it was stopped; raises RuntimeError with its last line."""
-    workdir, start = folder / arm.key(seed), time.monotonic()
+    workdir, start, quarter = folder / arm.key(seed), time.monotonic(), max(1, arm.steps // 4)
     fields = (*arm.fields, f"train.seed={seed}", f"train.steps={arm.steps}", "train.log_every=10",
-              f"train.eval_every={max(1, arm.steps // 4)}", f"train.checkpoint_every={max(1, arm.steps // 4)}")  # fmt: skip
+              f"train.eval_every={quarter}", f"train.checkpoint_every={quarter}")  # fmt: skip
     flags = (f"--config={CONFIGS[arm.mixers][0]}", *(f"--config.{field}" for field in fields))
     command(workdir, cores, "train.py", *flags)
     config = arm.config()
