@@ -294,6 +294,17 @@ def read_model(origin: Pretrained, source: Config) -> Transformer:
         return import_model(directory, overrides)[1]
 
 
+def read_base(workdir: str | pathlib.Path, config: Config) -> nnx.State:
+    """Reads the parameters that the adapters of a run were trained on, onto the current mesh.
+
+    Raises:
+      ConfigError: that model is gone.
+    """
+    if hosts.is_first():
+        _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
+    return load_parameters(open_init_from(storage.locate(workdir, "workdir"), config), config)[0]
+
+
 def _resize(table: Array, like: Any) -> Array:
     """Gives a table [V, D] more rows, or positions [L, D] fewer. For a moment each rank holds it whole."""
 
@@ -341,9 +352,7 @@ def restore_step(
     found = restore_parts(workdir, step, config)
     config, params = found.config, found.params
     if config.tuning.lora_rank:
-        if hosts.is_first():
-            _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
-        base, _ = load_parameters(open_init_from(storage.locate(workdir, "workdir"), config), config)
+        base = read_base(workdir, config)
         merge = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
         params = merge(base, params)
     return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss
