@@ -89,7 +89,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path, read_base: Callab
         base = named_leaves(read_base())
     values: dict[str, np.ndarray] = {}
     for place in places:
-        found = _whole(config, place, adapters, base) if place.whole else _pair(place, adapters, base)
+        found = _whole(config, place, adapters, base) if place.whole else _pair(place, adapters)
         inside = ".base_layer" * _depth(place, places)
         values |= {f"{_PREFIX}{place.module}{inside}.{name}": value for name, value in found.items()}
     if hosts.is_first():
@@ -136,21 +136,21 @@ def _all_places(config: Config, kind: str, base: Leaves) -> Iterator[_Place]:
     yield from places.values()
 
 
-def _pair(place: _Place, adapters: Leaves, base: Leaves) -> dict[str, np.ndarray]:
-    """lora_A and lora_B of a place; zero where a part of it has no adapters."""
-    of_parts, first = [], 0
+def _pair(place: _Place, adapters: Leaves) -> dict[str, np.ndarray]:
+    """lora_A and lora_B of a place."""
+    parts: list[tuple[slice, np.ndarray, np.ndarray]] = []
+    first = 0
     for tensor in place.parts:
-        size = base[tensor.leaf].shape[-1 if tensor.transposed else -2]
-        if f"{tensor.leaf}.a" in adapters:
-            a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
-            if not tensor.transposed:  # experts that are [E, X, Y], which PEFT takes for [E, outputs, inputs]
-                a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-            of_parts.append((slice(first, first + size), *(m.reshape(-1, *m.shape[-2:]) for m in (a, b))))
-        first += size
-    a_ErX = np.concatenate([a_EXr.swapaxes(1, 2) for _, a_EXr, _ in of_parts], axis=1)
+        a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
+        if not tensor.transposed:  # experts that are [E, X, Y], which PEFT takes for [E, outputs, inputs]
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+        a_EXr, b_ErY = (matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (a, b))
+        parts.append((slice(first, first + b_ErY.shape[2]), a_EXr, b_ErY))
+        first += b_ErY.shape[2]
+    a_ErX = np.concatenate([a_EXr.swapaxes(1, 2) for _, a_EXr, _ in parts], axis=1)
     b_EYr = np.zeros((a_ErX.shape[0], first, a_ErX.shape[1]), np.float32)
     column = 0
-    for rows, _, b_ErY in of_parts:
+    for rows, _, b_ErY in parts:
         b_EYr[:, rows, column : column + b_ErY.shape[1]] = b_ErY.swapaxes(1, 2)
         column += b_ErY.shape[1]
     b_YrE = b_EYr.transpose(1, 2, 0)
@@ -178,6 +178,7 @@ def _depth(place: _Place, places: list[_Place]) -> int:
 def _settings(config: Config, places: list[_Place]) -> dict[str, Any]:
     """The contents of adapter_config.json."""
     tuning, adapted = config.tuning, [place for place in places if not place.whole]
+    # Keys are patterns to PEFT.
     several = {re.escape(place.name): len(place.parts) for place in adapted if len(place.parts) > 1}
     return {
         "peft_type": "LORA",

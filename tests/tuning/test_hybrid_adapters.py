@@ -36,7 +36,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 peft = pytest.importorskip("peft", minversion="0.21")
 
 ALL = "attention,projections,shared,experts,mlp,mamba,router"
-LATENT, NONE = {"moe_latent_size": 8}, {"moe_latent_size": None}
+LATENT, NONE, EVEN = {"moe_latent_size": 8}, {"moe_latent_size": None}, {"vocab_size": 264}
 # Blocks, fields of their config, what is adapted, the mesh.
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
     "latent": ("ME*-", LATENT, ALL, {}),
@@ -44,8 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
     "biases": ("M-*EM", LATENT | {"use_bias": True}, ALL, {}),
     "runs": ("MEMEM*EMEMEM*E-", NONE, ALL, {}),
     "by default": ("ME*-", LATENT, TuningConfig.lora_targets, {}),
-    "on a mesh": ("ME*-", LATENT, ALL, {"data": 2, "expert": 2, "tensor": 2}),
-    "no latent, on a mesh": ("EM-*", NONE | {"n_groups": 4}, ALL, {"expert": 4, "tensor": 2}),
+    "on a mesh": ("ME*-", LATENT | EVEN, ALL, {"data": 2, "expert": 2, "tensor": 2}),
+    "no latent, on a mesh": ("EM-*", NONE | EVEN | {"n_groups": 4}, ALL, {"expert": 4, "tensor": 2}),
 } | {f"{target} alone": ("ME*-", LATENT, target, {}) for target in ALL.split(",")}  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_tuned_and_exported(name: str, tmp_path: pathlib.Path) -> None:
         assert export_model(saved, model, tmp_path / "whole") == "nemotron_h"
         parts = restore_parts(tmp_path / "run", "latest", config)
         numbers = export_adapters(parts, tmp_path / "adapters", lambda: read_base(tmp_path / "run", parts.config))
-    assert np.abs(ours - logits_of(theirs, tokens)).max() > 0.05  # training is felt
+    assert np.abs(ours - logits_of(theirs, tokens)).max() > 1e-3  # training is felt
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     np.testing.assert_allclose(logits_of(whole, tokens), ours, atol=1e-4, rtol=0)
 
@@ -128,7 +128,7 @@ def test_tuned_and_exported(name: str, tmp_path: pathlib.Path) -> None:
     kept = json.loads((tmp_path / "adapters/adapter_config.json").read_text())["modules_to_save"] or []
     assert len(kept) == (pattern.count("M") if "mamba" in targets else 0)
     assert all(module.endswith("mixer.out_proj") for module in kept)
-    assert 0 < numbers and {name for name in files if ".lora_" not in name} == {
+    assert numbers > 0 and {name for name in files if ".lora_" not in name} == {
         f"base_model.model.{module}.{part}"
         for module in kept
         for part in ("weight", "bias")
