@@ -29,6 +29,7 @@ from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir, read
 from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.peft import export_adapters
+from bigmac_jax.tuning.pretrained import read_base
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -75,7 +76,8 @@ def _export(workdir: pathlib.Path) -> None:
     cli.agree(meshed, __name__)
     cli.enter_mesh(meshed, fit_batch=False)
     if peft:
-        numbers = export_adapters(restore_parts(workdir, _STEP.value, meshed), _OUTPUT.value)
+        run = restore_parts(workdir, _STEP.value, meshed)
+        numbers = export_adapters(run, _OUTPUT.value, lambda: read_base(workdir, run.config))
         hosts.say(f"{_OUTPUT.value}: {numbers:,} parameters of adapters, for peft.PeftModel.from_pretrained")
         return
     _, model, step, loss = restore_step(workdir, _STEP.value, meshed)

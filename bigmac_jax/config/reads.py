@@ -55,6 +55,11 @@ def _attention(config: Config) -> str:
     return "" if config.model.count_trained("*") else "no attention"
 
 
+def _positions(config: Config) -> str:
+    """Attention has rotary ones or none; learned ones are added to the embedding, whatever reads that."""
+    return "" if config.model.positions == "learned" else _attention(config)
+
+
 def _mamba(config: Config) -> str:
     return "" if config.model.count_trained("M") else "no Mamba layer"
 
@@ -111,7 +116,7 @@ _TEXTS = _with("tuning.objective", "pretrain")
 
 # Fields that are read whatever the others are.
 _WHATEVER = {
-    "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps positions context_length activation "
+    "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps context_length activation "
     "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size "
     "mtp_modules",
     "execution": "dtype reduce_dtype remat unroll_layers compiler_options",
@@ -126,6 +131,7 @@ _WHATEVER = {
 # Other fields, and the conditions under which they are read, all of which must hold.
 _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.num_heads model.num_kv_heads model.head_dim model.qk_norm execution.attention": (_attention,),
+    "model.positions": (_positions,),
     "model.rope_theta": (_attention, _with("model.positions", "rope")),
     "model.num_experts model.num_shared_experts model.latent_norm model.router_scores "
     "model.router_scale model.balance model.z_loss_coefficient execution.overlap_chunks execution.grouped_matmul "

@@ -78,6 +78,12 @@ class Config(Section):
         """True if next-token modules are trained: adapters leave them alone."""
         return self.model.mtp_modules > 0 and not self.tuning.lora_rank
 
+    @property
+    def step_model(self) -> ModelConfig:
+        """The model that a training step computes: without next-token modules that it leaves alone."""
+        alone = self.model.mtp_modules > 0 and not self.trains_mtp
+        return dataclasses.replace(self.model, mtp_modules=0, mtp_blocks="") if alone else self.model
+
     def describe(self) -> str:
         """One line: the structure, its experts, the width of the exchange, and its capacity."""
         m = self.model

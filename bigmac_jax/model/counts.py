@@ -4,6 +4,7 @@ Of the model that is trained, term by term; `paper` has the paper's own formulas
 width, F expert hidden, E experts, K top-k.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -44,11 +45,16 @@ class Parameters(NamedTuple):
 
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """Counts parameters by part of the model, and those of a rank on a mesh with these ranks by axis. A model is traced
-    once, whatever meshes it is counted for."""
+    once, whatever meshes it is counted for. Modules that a step leaves alone are held, and neither computed with nor
+    updated."""
     mesh, length, muon = config.mesh, config.data.sequence_length, config.optimizer.name == "muon"
     ranks = tuple(sizes.get(axis, 1) for axis in AXES)
     sharded = mesh.replica_optimizer == "sharded"
-    return _parameters(config.model, mesh.fsdp, mesh.split_experts, sharded, length, muon, ranks)
+    held, used = (
+        _parameters(model, mesh.fsdp, mesh.split_experts, sharded, length, muon, ranks)
+        for model in (config.model, config.step_model)
+    )
+    return used._replace(total=held.total, parts=held.parts, of_a_rank=held.of_a_rank)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,8 +103,9 @@ def replica_bytes(config: Config, sizes: Sizes) -> float:
 
 
 def adapted_parts(config: Config) -> list[str]:
-    """Those of tuning.lora_targets that the model has matrices of."""
-    declarations = _declarations(config.model, config.mesh.split_experts, config.data.sequence_length)
+    """Those of tuning.lora_targets that the model has matrices of; next-token modules get no adapters."""
+    model = dataclasses.replace(config.model, mtp_modules=0, mtp_blocks="")
+    declarations = _declarations(model, config.mesh.split_experts, config.data.sequence_length)
     parts = {of.part for of, _ in declarations if of.decays and of.trained}
     return [part for part in config.tuning.lora_targets.split(",") if part in parts]
 
@@ -125,7 +132,7 @@ def flops(config: Config, causal: bool = False) -> dict[str, float]:
       causal: count half of attention's scores and values, as Megatron and MaxText do; a mask of documents changes
         neither count.
     """
-    m, length = config.model, config.data.sequence_length
+    m, length = config.step_model, config.data.sequence_length
     seen = length / 2 if causal else length
     h, q, matrices = m.hidden_size, m.num_heads * m.head_size, 3 if m.gated else 2
     moe = m.count_trained("E")
@@ -184,7 +191,7 @@ def tensor_bytes(config: Config, sizes: Sizes) -> float:
     dense MLP, and with mesh.split_experts the experts, whose rows are `wire_size` wide. Of the tables of tokens each
     rank has some rows: it reads them for all ranks' tokens and scatters the sums, and for the loss gathers tokens.
     """
-    m, t, again = config.model, sizes.get("tensor", 1), recomputes(config)
+    m, t, again = config.step_model, sizes.get("tensor", 1), recomputes(config)
     if t == 1:
         return 0.0
     ranks = math.prod(sizes.values())
@@ -217,7 +224,7 @@ class Traffic(NamedTuple):
 
 def exchange_traffic(config: Config, ranks: int, group: ExpertGroup, name: str = "") -> Traffic:
     """Counts a training step's exchange bytes with the strategy `name`, by default the configured one."""
-    m, tokens = config.model, tokens_at_a_time(config, ranks)
+    m, tokens = config.step_model, tokens_at_a_time(config, ranks)
     if not m.is_moe:
         return Traffic(Sent(0, 0), Sent(0, 0), Sent(0, 0), 0)
     if name:
@@ -254,7 +261,7 @@ def tokens_at_a_time(config: Config, ranks: int) -> int:
 def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) -> dict[str, int]:
     """Bytes on one rank, by part. Activations and temporaries are an estimate; the compiled program has what is really
     allocated."""
-    m, data = config.model, config.data
+    m, data = config.step_model, config.data
     tokens = data.batch_size * data.sequence_length // (ranks * config.train.accumulate_steps)
     size = config.execution.dtype_bytes
     kept = {stack: _kept_by_a_layer(config, ranks, group, stack.blocks) for stack in m.trained_stacks}
@@ -269,7 +276,7 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     return {
         **state_memory(config, count, config.train.accumulate_steps),
         "activations": round(activations),
-        "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group, count)),
+        "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group)),
     }
 
 
@@ -303,11 +310,12 @@ def checkpoint_bytes(config: Config, experts: int = 0) -> int:
     return round(total)
 
 
-def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup, count: Parameters) -> float:
+def _temporaries(config: Config, tokens: int, layer: float, group: ExpertGroup) -> float:
     """Bytes beside activations at the worse of two moments: a layer's backward pass, whose gradients are as large as
     what it keeps, and the loss, with a chunk of logits and its softmax. Each holds its parameters as they are computed
     with, and where mesh.fsdp gathered them, their whole gradients."""
-    m, mesh, execution = config.model, config.mesh, config.execution
+    m, mesh, execution = config.step_model, config.mesh, config.execution
+    count = parameters(dataclasses.replace(config, model=m), {})
     summed = (2 if execution.reduce_dtype == "bfloat16" else 4) if mesh.fsdp else 0
     experts, table = count.parts.get("experts", 0), m.vocab_size * m.hidden_size
     shared = count.computed - experts - table * (1 if m.tie_embeddings else 2)

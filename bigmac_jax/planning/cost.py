@@ -3,7 +3,7 @@
 Nothing here is measured. What is sent is a function of a `Setting`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from bigmac_jax.config import Config, ModelConfig
@@ -56,7 +56,8 @@ def step_time(
 def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus | None = None, load: Load = EVEN) -> Job:
     """What a step asks of each rank; arguments and errors as for `step_time`."""
     here = cluster(sizes, hardware, topology)
-    setting = Setting(config, here, mesh_group(sizes, hardware), parameters(config, sizes))
+    computed = parameters(replace(config, model=config.step_model), sizes)
+    setting = Setting(config, here, mesh_group(sizes, hardware), computed)
     m, execution, chunks = config.model, config.execution, config.execution.overlap_chunks
     # Where experts have room for so many rows, the busiest computes and is sent no more than that.
     padding, imbalance = 1.0, load.over(here.group) if config.dropless else 1.0

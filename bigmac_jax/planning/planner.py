@@ -280,7 +280,7 @@ def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> 
     return {
         "remat": remat,
         "activations": costs["memory"]["activations"],
-        "exchanged": round(config.model.count_trained("E") * exchanged_bytes(config, place.devices, group)),
+        "exchanged": round(config.step_model.count_trained("E") * exchanged_bytes(config, place.devices, group)),
         "exchange": costs["time"]["exchange"],
         "total": costs["time"]["total"],
     }

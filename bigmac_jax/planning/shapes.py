@@ -93,9 +93,9 @@ class Shape:
     @classmethod
     def of(cls, config: Config) -> "Shape":
         """The shape of a model of ours."""
-        m, experts = config.model, None
+        m, experts = config.step_model, None
         # A next-token module is counted with attention and experts, whatever its layer has.
-        mtp = m.mtp_modules if config.trains_mtp else 0
+        mtp = m.mtp_modules
         if m.is_moe:
             narrow = m.wire_size if m.structure == "bigmac" else 0
             gate = m.hidden_size**2 if "gate" in m.latent_norms else 0

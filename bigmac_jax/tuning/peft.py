@@ -2,17 +2,24 @@
 `PeftModel.from_pretrained(base, folder)` adds to the export of the model that they were trained on.
 
 X inputs and Y outputs of a matrix, r rank, E experts. PEFT's A is [r, X] and its B [Y, r]. A layer's experts are one
-parameter there, which PEFT takes for [E, outputs, inputs]: A is [E · r, Y] and B [X, r · E]; an expert's rows stand
+parameter there, which PEFT takes for [E, outputs, inputs]: A is [E · r, X] and B [Y, r · E]; an expert's rows stand
 together, its columns apart.
+
+Several of our matrices may be one of the class: k that read the same inputs and write outputs of their own (Mamba's
+five projections, gate and up of Qwen3Moe's experts). Their adapters are one of rank k · r, with their A one behind the
+other and their B along the diagonal of its B; alpha is k times as large, so that the scale alpha / r stays.
 """
 
-import dataclasses
 import json
+import logging
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import Config, ConfigError
@@ -23,12 +30,45 @@ from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training.restore import Restored
 
+_log = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
-_ORDER = ["", "up_proj", "gate_proj", "down_proj"]  # in which our class' experts declare their parameters
+# In which a class declares its experts' parameters.
+_ORDER = ["", "weight", "gate_up_proj", "up_proj", "gate_proj", "down_proj"]
+_FUSED = {"qwen3_moe": {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}}  # of experts
+# PEFT refuses adapters of modules with this name in a class with Mamba, because a fused kernel would read their weight
+# past them. It does keep such a module whole.
+_WHOLE = {"nemotron_h": "out_proj"}
+# Of the class, modules that are no Linear: their weight is a parameter to PEFT.
+_ROUTERS = ("gate", "router")
 
 
-def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
+@dataclass(frozen=True)
+class _Place:
+    """What PEFT adapts, or keeps whole.
+
+    Attributes:
+      module: of the class.
+      parameter: its name in a module that is no Linear; "" for the `weight` of a Linear.
+      whole: PEFT takes no adapter there.
+      parts: of our parameters, one behind the other in its outputs; of a layer's experts the first stands for all.
+    """
+
+    module: str
+    parameter: str
+    whole: bool
+    parts: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
+
+
+def export_adapters(run: Restored, output: str | pathlib.Path, read_base: Callable[[], nnx.State]) -> int:
     """Writes the adapters of a checkpoint → how many parameters they have. With several processes, all must call it.
+
+    Args:
+      read_base: the parameters that the adapters were trained on. It is called only if some go whole: NemotronH's
+        out_proj.
 
     Raises:
       ConfigError: a run without adapters, some that PEFT has no place for, or `output` is there already.
@@ -37,78 +77,123 @@ def export_adapters(run: Restored, output: str | pathlib.Path) -> int:
     if not config.tuning.lora_rank:
         raise ConfigError("--format=peft is of adapters, and this run trains the whole model; use --format=auto")
     output = storage.absolute(storage.locate(output, "--output"))
-    adapters = named_leaves(run.params)
-    tensors = list(_adapted_tensors(config, adapters, named_leaves(run.base)))
+    adapters, base = named_leaves(run.params), named_leaves(run.base)
+    places = _find_places(config, adapters, base)
     with hosts.raise_together():
         if hosts.is_first():
             tensor_files.check_new(output)
+    if whole := [place for place in places if place.whole]:
+        if hosts.is_first():
+            _log.warning("PEFT takes no adapters of %s: %d of them are written whole, adapters merged",
+                         _WHOLE[choose_format(config)], len(whole))  # fmt: skip
+        base = named_leaves(read_base())
     values: dict[str, np.ndarray] = {}
-    for tensor in tensors:
-        module, parameter = _module(tensor)
-        # Parameters of one module are wrapped one around the other, in their order in the class; the last is outermost.
-        others = sorted((_module(t)[1] for t in tensors if _module(t)[0] == module), key=_ORDER.index)
-        inside = ".base_layer" * (len(others) - 1 - others.index(parameter))
-        a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
-        if a.ndim == 2:
-            rows, columns = a.T, b.T
-        else:  # PEFT takes [E, X, Y] for [E, outputs, inputs]
-            rows, columns = b.reshape(-1, b.shape[-1]), a.transpose(1, 2, 0).reshape(a.shape[1], -1)
-        for name, value in (("A", rows), ("B", columns)):
-            values[f"{_PREFIX}{module}{inside}.lora_{name}.weight"] = np.ascontiguousarray(value)
+    for place in places:
+        found = _whole(config, place, adapters, base) if place.whole else _pair(place, adapters)
+        inside = ".base_layer" * _depth(place, places)
+        values |= {f"{_PREFIX}{place.module}{inside}.{name}": value for name, value in found.items()}
     if hosts.is_first():
         with tensor_files.whole_or_nothing(output) as directory:
             save_file(values, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-            settings = json.dumps(_settings(config, tensors), indent=2, allow_nan=False)
+            settings = json.dumps(_settings(config, places), indent=2, allow_nan=False)
             (directory / "adapter_config.json").write_text(settings + "\n")
-    return sum(value.size for value in values.values())
+    return sum(leaf.size for leaf in adapters.values())
 
 
-def _adapted_tensors(config: Config, adapters: Leaves, base: Leaves) -> Iterator[Tensor]:
-    """The tensors of an export that have adapters; raises ConfigError for those that PEFT has no place for."""
+def _find_places(config: Config, adapters: Leaves, base: Leaves) -> list[_Place]:
+    """Where each adapter goes; raises ConfigError for those that PEFT has no place for."""
     kind = choose_format(config)
+    rest = f"export the whole model with --format={'plain' if kind == 'bigmac_jax' else 'auto'}"
+    if kind == "bigmac_jax":
+        raise ConfigError(f"--format=peft: transformers has no class for this model, which PEFT would adapt; {rest}")
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
-    # What makes a hyper router's matrix is no tensor of an export (`plain_router`), and next-token modules have none.
+    places = [place for place in _all_places(config, kind, base) if any(t.leaf in matrices for t in place.parts)]
+    if left := matrices - {tensor.leaf for place in places for tensor in place.parts}:
+        # What makes a hyper router's matrix is no tensor of an export (`plain_router`).
+        raise ConfigError(f"--format=peft: {kind} has no matrix for adapters of {min(left)}; {rest}")
+    return places
+
+
+def _all_places(config: Config, kind: str, base: Leaves) -> Iterator[_Place]:
+    # Next-token modules have no adapters.
     base = {name: leaf for name, leaf in base.items() if ".mlp.hyper." not in name and not name.startswith("mtp.")}
-    model = dataclasses.replace(config.model, mtp_modules=0, mtp_blocks="")
-    for tensor in FORMATS[kind].tensors(model, base):
-        if tensor.leaf not in matrices:
-            continue
-        kinds = {
-            "experts": tensor.expert is not None,
-            "router": "router" in tensor.leaf,
-            "mamba": ".mamba" in tensor.leaf,
-        }
-        if what := next((name for name, found in kinds.items() if found), ""):
-            # Mamba's five projections are one matrix in NemotronH, and PEFT refuses its out_proj.
-            raise ConfigError(
-                f"--format=peft: PEFT has no place for adapters of the {what} of {kind}; export the whole model with "
-                f"--format=auto, or train without {what} in tuning.lora_targets"
-            )
-        yield tensor
+    places: dict[str, _Place] = {}
+    for tensor in FORMATS[kind].tensors(replace(config.model, mtp_modules=0, mtp_blocks=""), base):
+        module, _, parameter = tensor.name.rpartition(".")
+        if tensor.expert is not None:  # a tensor of each in files, one of all in the class
+            if tensor.expert:
+                continue
+            module, _, parameter = module.rpartition(".")
+            module, parameter = module.removesuffix(".0"), _FUSED.get(kind, {}).get(parameter, parameter)
+        last = module.rpartition(".")[2]
+        if parameter == "weight" and last not in _ROUTERS:
+            parameter = ""
+        if module.startswith("backbone."):  # as files of NemotronH have it; its class has `model`, and renames
+            module = module.replace("backbone", "model", 1)
+        place = _Place(module, parameter, last == _WHOLE.get(kind), (tensor,))
+        known = places.get(place.name, place)
+        places[place.name] = place if known is place else replace(known, parts=(*known.parts, tensor))
+    yield from places.values()
 
 
-def _module(tensor: Tensor) -> tuple[str, str]:
-    """The module of a tensor, and its parameter's name there; "" for the `weight` of a Linear."""
-    module, _, name = tensor.name.rpartition(".")
-    if module.startswith("backbone."):  # as files of NemotronH have it; its class has `model`, and renames
-        module = module.replace("backbone", "model", 1)
-    return module, "" if name == "weight" else name
+def _pair(place: _Place, adapters: Leaves) -> dict[str, np.ndarray]:
+    """lora_A and lora_B of a place."""
+    parts: list[tuple[slice, np.ndarray, np.ndarray]] = []
+    first = 0
+    for tensor in place.parts:
+        a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
+        if not tensor.transposed:  # experts that are [E, X, Y], which PEFT takes for [E, outputs, inputs]
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+        a_EXr, b_ErY = (matrix.reshape(-1, *matrix.shape[-2:]) for matrix in (a, b))
+        parts.append((slice(first, first + b_ErY.shape[2]), a_EXr, b_ErY))
+        first += b_ErY.shape[2]
+    a_ErX = np.concatenate([a_EXr.swapaxes(1, 2) for _, a_EXr, _ in parts], axis=1)
+    b_EYr = np.zeros((a_ErX.shape[0], first, a_ErX.shape[1]), np.float32)
+    column = 0
+    for rows, _, b_ErY in parts:
+        b_EYr[:, rows, column : column + b_ErY.shape[1]] = b_ErY.swapaxes(1, 2)
+        column += b_ErY.shape[1]
+    b_YrE = b_EYr.transpose(1, 2, 0)
+    pair = {"A": a_ErX.reshape(-1, a_ErX.shape[2]), "B": b_YrE.reshape(first, -1)}
+    return {f"lora_{name}.weight": np.ascontiguousarray(value) for name, value in pair.items()}
 
 
-def _settings(config: Config, tensors: list[Tensor]) -> dict[str, Any]:
+def _whole(config: Config, place: _Place, adapters: Leaves, base: Leaves) -> dict[str, np.ndarray]:
+    """A Linear of the class with its adapters merged."""
+    (tensor,) = place.parts
+    a, b = (gather_layer(adapters[f"{tensor.leaf}.{name}"], tensor.layer) for name in "ab")
+    w = gather_layer(base[tensor.leaf], tensor.layer) + config.tuning.lora_alpha / config.tuning.lora_rank * a @ b
+    found = {"weight": np.ascontiguousarray(w.T)}
+    if (bias := tensor.leaf.replace("w_DF", "b_F")) in base:
+        found["bias"] = gather_layer(base[bias], tensor.layer)
+    return found
+
+
+def _depth(place: _Place, places: list[_Place]) -> int:
+    """Parameters of one module are wrapped one around the other, in their order in the class; the last is outermost."""
+    names = sorted((other.parameter for other in places if other.module == place.module), key=_ORDER.index)
+    return len(names) - 1 - names.index(place.parameter)
+
+
+def _settings(config: Config, places: list[_Place]) -> dict[str, Any]:
     """The contents of adapter_config.json."""
-    tuning, modules = config.tuning, [_module(tensor) for tensor in tensors]
+    tuning, adapted = config.tuning, [place for place in places if not place.whole]
+    # Keys are patterns to PEFT.
+    several = {re.escape(place.name): len(place.parts) for place in adapted if len(place.parts) > 1}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.train.init_from,
         "r": tuning.lora_rank,
         "lora_alpha": tuning.lora_alpha,
+        "rank_pattern": {name: count * tuning.lora_rank for name, count in several.items()},
+        "alpha_pattern": {name: count * tuning.lora_alpha for name, count in several.items()},
         "lora_dropout": 0.0,  # theirs drops other inputs, and is refused beside parameters
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         # Whole names: the end of one may be that of a matrix without an adapter, too.
-        "target_modules": [module for module, name in modules if not name],
-        "target_parameters": [f"{module}.{name}" for module, name in modules if name],
+        "target_modules": [place.name for place in adapted if not place.parameter],
+        "target_parameters": [place.name for place in adapted if place.parameter],
+        "modules_to_save": [place.name for place in places if place.whole] or None,
     }

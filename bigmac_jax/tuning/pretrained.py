@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,21 @@ _FREE = (
     "balance_bias_rate", "z_loss_coefficient", "projection_init", "context_length",
 )  # fmt: skip
 _TOLD = ("vocab_size", "rope_theta", "balance", "balance_step")
+_LAYERS = ("num_layers", "blocks", "first_dense_layers")
+# Fields that may say the same in several ways: what each is computed as.
+_COMPUTED: dict[str, Callable[[ModelConfig], Any]] = {
+    **dict.fromkeys(_LAYERS, lambda m: m.loops),  # by which parameters are stacked and called
+    "num_kv_heads": lambda m: m.kv_heads,
+    "head_dim": lambda m: m.head_size,
+    "num_experts": lambda m: m.expert_count,
+    "dense_hidden_size": lambda m: m.mlp_width,
+    "down_ratio": lambda m: (m.wire_size, m.expert_count, m.expert_width, m.shared_width),
+    "expert_hidden_size": lambda m: m.expert_width,
+    **dict.fromkeys(("num_shared_experts", "shared_expert_hidden_size"), lambda m: m.shared_width),
+    "group_scores": lambda m: m.group_best,
+    "mamba_heads": lambda m: m.mamba_head_count,
+    "mtp_blocks": lambda m: m.mtp_stack.blocks,
+}
 _log = logging.getLogger(__name__)
 
 
@@ -226,6 +241,13 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
         if field.name.startswith("mtp_") and not now.mtp_modules:  # its next-token modules are left out
             told += [f"model.mtp_modules {old} → 0"] if field.name == "mtp_modules" else []
             continue
+        if field.name in _COMPUTED and _COMPUTED[field.name](before) == _COMPUTED[field.name](now):
+            continue
+        if field.name in _LAYERS and _branches(before) == _branches(now):
+            raise ConfigError(
+                f"{_spelled(now)} gives the layers of train.init_from={origin.place} in other loops, by which its "
+                f"parameters are stacked; use {_spelled(before)}"
+            )
         if field.name not in _TOLD:
             raise ConfigError(
                 f"model.{field.name}={new!r} differs from {old!r} of train.init_from={origin.place}, whose parameters "
@@ -260,6 +282,18 @@ def compare_models(origin: Pretrained, config: Config) -> list[str]:
     return told
 
 
+def _branches(m: ModelConfig) -> str:
+    """All residual branches of a model, in their order."""
+    return "".join("".join(loop.layers) * loop.trips for loop in m.loops)
+
+
+def _spelled(m: ModelConfig) -> str:
+    """The fields that say which layers a model has."""
+    return f"model.blocks={m.blocks or repr('')} with " + " and ".join(
+        f"model.{name}={getattr(m, name)}" for name in ("num_layers", "first_dense_layers")
+    )
+
+
 def load_parameters(origin: Pretrained, config: Config) -> tuple[nnx.State, nnx.State]:
     """Reads the parameters and the rest of a model, in the shapes of `config`, onto the current mesh.
 
@@ -292,6 +326,17 @@ def read_model(origin: Pretrained, source: Config) -> Transformer:
         with hosts.raise_together():  # a store may fail for one process alone
             directory = stack.enter_context(storage.local_folder(origin.folder))
         return import_model(directory, overrides)[1]
+
+
+def read_base(workdir: str | pathlib.Path, config: Config) -> nnx.State:
+    """Reads the parameters that the adapters of a run were trained on, onto the current mesh.
+
+    Raises:
+      ConfigError: that model is gone.
+    """
+    if hosts.is_first():
+        _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
+    return load_parameters(open_init_from(storage.locate(workdir, "workdir"), config), config)[0]
 
 
 def _resize(table: Array, like: Any) -> Array:
@@ -341,9 +386,7 @@ def restore_step(
     found = restore_parts(workdir, step, config)
     config, params = found.config, found.params
     if config.tuning.lora_rank:
-        if hosts.is_first():
-            _log.info("reads train.init_from=%s, which the adapters of %s are of", config.train.init_from, workdir)
-        base, _ = load_parameters(open_init_from(storage.locate(workdir, "workdir"), config), config)
+        base = read_base(workdir, config)
         merge = jax.jit(lambda base, adapters: merged(attached(config, base, adapters)), donate_argnums=0)
         params = merge(base, params)
     return config, nnx.merge(found.graphdef, params, found.rest), found.step, found.loss

@@ -26,8 +26,8 @@ SMALL = ("model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "mod
 OTHER = {
     "model.num_heads": 8, "model.num_kv_heads": 1, "model.head_dim": 8, "model.qk_norm": False,
     "execution.attention": "xla",
-    "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3, "model.router": "frozen",
-    "model.hyper_width": 9, "train.choices_from": 2, "train.choices_steps": 7,
+    "model.positions": "none", "model.rope_theta": 500, "model.num_experts": 64, "model.top_k": 3,
+    "model.router": "frozen", "model.hyper_width": 9, "train.choices_from": 2, "train.choices_steps": 7,
     "model.first_dense_layers": 1, "model.dense_hidden_size": 8, "model.down_ratio": 0.5, "model.num_shared_experts": 2,
     "model.shared_expert_hidden_size": 24, "model.latent_norm": "post_combine", "model.projection_init": "random",
     "model.capacity_factor": 1.5, "model.overflow": "next", "model.overflow_tries": 1,
@@ -67,7 +67,7 @@ CONFIGS = {
         "execution.buffer_factor"),
     "model.blocks=ME model.mamba_head_dim=16": (
         "model.num_heads", "model.num_kv_heads", "model.head_dim", "model.qk_norm", "execution.attention",
-        "model.rope_theta", "model.dense_hidden_size"),
+        "model.positions", "model.rope_theta", "model.dense_hidden_size"),
     "model.balance=quantile model.capacity_factor=inf execution.dtype=bfloat16 optimizer.schedule=constant": (
         "execution.exchange", "execution.gather_dtype", "optimizer.decay_steps", "optimizer.final_learning_rate"),
     "model.balance=bias model.balance_bias_rate=0 model.positions=none train.init_from=x tuning.lora_rank=2 "
@@ -125,7 +125,8 @@ READING = {
 MORE_READING = {
     "model.router": "", "train.choices_from": "train.choices_steps=5",
     "train.choices_steps": "train.choices_from=3 train.choices_steps=5",
-    "model.rope_theta": "", "model.num_experts": "", "model.dense_hidden_size": "model.first_dense_layers=1",
+    "model.positions": "", "model.rope_theta": "", "model.num_experts": "",
+    "model.dense_hidden_size": "model.first_dense_layers=1",
     "model.first_dense_layers": "", "model.num_shared_experts": "model.num_shared_experts=0",
     "model.shared_expert_hidden_size": "", "model.latent_norm": "", "model.projection_init": "",
     "model.router_scores": "", "model.router_renormalize": "", "model.router_scale": "", "model.balance": "",
@@ -165,6 +166,16 @@ def test_the_line_is_short_and_one() -> None:
         "set, but not read: model.top_k=8, model.router_scale=2 (model.structure=dense); optimizer.momentum=0.9 "
         "(optimizer.name=adamw); tuning.lora_alpha=8 (tuning.lora_rank=0)"
     ]
+
+
+def test_learned_positions_are_of_the_embedding() -> None:
+    """Other positions are attention's alone."""
+    overrides = [*SMALL, "model.blocks=ME", "model.mamba_head_dim=16", "model.num_heads=4"]
+    said = {of: notes(load_config("tiny", [*overrides, f"model.positions={of}"]), ["model.positions"]) for of in
+            ("rope", "none", "learned")}  # fmt: skip
+    for positions in ("rope", "none"):
+        assert f"model.positions={positions}" in said[positions][0] and said[positions][0].endswith("(no attention)")
+    assert not any("positions" in line for line in said["learned"])
 
 
 def test_a_field_that_was_given_is_set_whatever_its_value() -> None:

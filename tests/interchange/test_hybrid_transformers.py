@@ -3,7 +3,6 @@
 Needs the extra `hf`. Text is generated without a cache: with one, the class does not clamp Mamba's step from below.
 """
 
-import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -17,18 +16,12 @@ from safetensors.numpy import load_file
 from bigmac_jax.config import ConfigError
 from bigmac_jax.interchange import export_model, import_model
 
+from .nemotron import KINDS, their_model
 from .tools import HYBRID, HYBRIDS, NEXT, config_of, our_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
-KINDS = {"*": "full_attention", "M": "linear_attention", "E": "moe", "-": "mlp"}
-SIZES = {
-    "vocab_size": 257, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "intermediate_size": 40,
-    "moe_shared_expert_intermediate_size": 20, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 8,
-    "ssm_state_size": 16, "time_step_min": 0.3, "chunk_size": 16, "layer_norm_epsilon": 1e-3,
-}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("M*E", {"n_groups": 1, "moe_latent_size": 8}),
     # As the published ones: Nemotron-H, Nemotron 3 Nano, and Super, whose runs are of several lengths.
@@ -49,23 +42,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("*-*-", {}),
     "dense first": ("*-*-*E*E", {"moe_latent_size": 8}),
 }  # fmt: skip
-
-
-def their_model(name: str) -> Any:
-    """One that transformers initialised, with biases, norms and steps that are felt: some of the steps are clamped."""
-    pattern, fields = MODELS[name]
-    kinds = [KINDS[letter] for letter in pattern]
-    torch.manual_seed(0)
-    theirs = transformers.NemotronHForCausalLM(
-        transformers.NemotronHConfig(**SIZES | fields, layers_block_type=kinds)
-    ).eval()
-    with torch.no_grad():
-        for parameter, value in itertools.chain(theirs.named_parameters(), theirs.named_buffers()):
-            if value.ndim > 1:
-                value.mul_(2 if "mamba" in parameter else 4)  # logits of the size that trained ones have
-            else:
-                value.add_(0.2 * torch.randn_like(value) - (1.5 if "dt_bias" in parameter else 0))
-    return theirs
 
 
 def greedy(model: Any, prompt_BL: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +91,8 @@ def test_both_ways(name: str, tmp_path: pathlib.Path) -> None:
     """A model of theirs, imported: logits to 1e-4 and 100 greedy tokens; exported again, every tensor is bit-equal. And
     one of ours, exported: no tensor is missing or left over, logits and text are the same."""
     count, prompt = (100 if name != "small" else 20), np.random.default_rng(0).integers(3, 257, (1, 37))
-    theirs = their_model(name)
+    pattern, fields = MODELS[name]
+    theirs = their_model(pattern, **fields)
     theirs.save_pretrained(tmp_path / "theirs")
     with on_mesh(config_of("bigmac")):
         config, model = import_model(tmp_path / "theirs", ["execution.mamba_chunk=8", "mesh.data=1"])
@@ -127,7 +104,7 @@ def test_both_ways(name: str, tmp_path: pathlib.Path) -> None:
         for tensor, value in before.items():
             np.testing.assert_array_equal(after[tensor], value, err_msg=tensor)
         values = json.loads((tmp_path / "again/config.json").read_text())
-        assert values["hybrid_override_pattern"] == MODELS[name][0]
+        assert values["hybrid_override_pattern"] == pattern
 
         other = random_model(config)
         export_model(config, other, tmp_path / "ours", max_shard_size="100KB")

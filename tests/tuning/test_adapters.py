@@ -119,7 +119,8 @@ def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
             f"layers.mlp.experts.{name}" for name in ("w_in_eRF", "w_gate_eRF", "w_out_eFR")
         }
         assert not any("b_" in name for name in names)
-        export_adapters(Restored(config, graphdef, adapters, rest, params, 1, None), tmp_path / "adapters")
+        run = Restored(config, graphdef, adapters, rest, params, 1, None)
+        export_adapters(run, tmp_path / "adapters", lambda: params)
     exported = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     assert len(exported) == 2 * len(names)
 

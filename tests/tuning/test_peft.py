@@ -16,7 +16,7 @@ from bigmac_jax.model.adapters import attached, make_adapters, merged
 from bigmac_jax.model.parameters import named_leaves
 from bigmac_jax.training.restore import Restored
 from bigmac_jax.training.step import split_model
-from bigmac_jax.tuning.peft import _adapted_tensors, export_adapters
+from bigmac_jax.tuning.peft import _find_places, export_adapters
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
@@ -24,29 +24,26 @@ peft = pytest.importorskip("peft", minversion="0.21")
 pytestmark = pytest.mark.usefixtures("own_modules")
 
 BIGMAC = {"num_layers": 2, "num_shared_experts": 1, "latent_norm": "gate"}
-ALL = "attention,projections,shared,experts"
+ALL = "attention,projections,shared,experts,router"
 # The class that it is exported as, fields of the model, what is adapted, the mesh.
 CASES = {
     "bigmac": ("bigmac", BIGMAC, ALL, (1, 1, 1)),
     "bigmac, gated, on a mesh": ("bigmac", BIGMAC | {"gated": True, "num_kv_heads": 2}, ALL, (2, 1, 2)),
-    "nemotron": (
-        "nemotron_h",
-        MODELS["bigmac"] | {"balance_bias_rate": 0.0},
-        "attention,projections,shared",
-        (1, 1, 1),
-    ),
+    "nemotron": ("nemotron_h", MODELS["bigmac"] | {"balance_bias_rate": 0.0}, ALL, (1, 1, 1)),
     "hybrid": (
         "nemotron_h",
         HYBRID | HYBRIDS["all kinds"] | {"balance_bias_rate": 0.0},
-        "attention,projections,shared",
+        f"{ALL},mamba,mlp",
         (1, 1, 1),
     ),
-    "qwen": ("qwen3_moe", MODELS["qwen"], "attention", (1, 1, 1)),
+    "qwen": ("qwen3_moe", MODELS["qwen"], "attention,experts,router", (1, 1, 1)),
+    "qwen, on a mesh": ("qwen3_moe", MODELS["qwen"], "experts", (2, 1, 2)),
     "hyper": ("bigmac", BIGMAC | {"router": "hyper", "hyper_width": 6}, "attention,experts", (1, 1, 1)),
 }
+FULL = {"hybrid", "qwen, on a mesh"}
 
 
-@pytest.mark.parametrize("name", [*(n for n in CASES if n != "hybrid"), pytest.param("hybrid", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in FULL)) for n in CASES])
 def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
     kind, fields, targets, mesh = CASES[name]
     plain: Config = tiny(mesh, **fields)
@@ -65,7 +62,8 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
             lambda v: jax.device_put(0.3 * draw(v.shape).astype(np.float32), v.sharding),
             make_adapters(config, base, jax.random.key(0)),
         )
-        numbers = export_adapters(Restored(config, graphdef, adapters, rest, base, 1, None), tmp_path / "adapters")
+        run = Restored(config, graphdef, adapters, rest, base, 1, None)
+        numbers = export_adapters(run, tmp_path / "adapters", lambda: base)
         ours = our_logits(nnx.merge(graphdef, merged(attached(config, base, adapters)), rest), tokens)
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(adapters))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
@@ -76,14 +74,21 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(found, ours, atol=1e-5 * np.abs(ours).max(), rtol=0)
 
 
-def test_mamba_has_no_place() -> None:
-    """PEFT refuses out_proj of any NemotronH, and in_proj is five matrices of ours."""
-    config: Config = tiny(**HYBRID | HYBRIDS["all kinds"])
+def test_what_has_no_place(tmp_path: pathlib.Path) -> None:
+    """A model that no class of transformers is like, and a matrix that the class does not have. Nothing is written."""
+    plain: Config = tiny(**HYBRID | {"blocks": "M*E", "latent_norm": "gate"})
+    train = dataclasses.replace(plain.train, init_from="some")
+    config = dataclasses.replace(plain, tuning=TuningConfig(lora_rank=2, lora_targets="attention"), train=train)
     with on_mesh(config):
-        base = named_leaves(abstract_model(config))
-    for matrix in ("mamba0.gate", "mamba1.out"):
-        leaf = f"layers0_0.{matrix}.w_DF"
-        with pytest.raises(
-            ConfigError, match="no place for adapters of the mamba of nemotron_h; export the whole model"
-        ):
-            list(_adapted_tensors(config, {f"{leaf}.a": None, f"{leaf}.b": None}, base))
+        graphdef, base, rest = split_model(abstract_model(config))
+        adapters = jax.eval_shape(lambda: make_adapters(config, base, jax.random.key(0)))
+    run = Restored(config, graphdef, adapters, rest, base, 1, None)
+    with pytest.raises(ConfigError, match="has no class for this model, which PEFT would adapt; export the whole mod"):
+        export_adapters(run, tmp_path / "adapters", lambda: base)
+    assert not list(tmp_path.iterdir())
+
+    config = tiny(**HYBRID | HYBRIDS["all kinds"])
+    with on_mesh(config):
+        leaves = named_leaves(abstract_model(config))
+    with pytest.raises(ConfigError, match=r"nemotron_h has no matrix for adapters of layers\.other\.w; "):
+        _find_places(config, {"layers.other.w.a": None, "layers.other.w.b": None}, leaves)

@@ -1,0 +1,108 @@
+"""Adapters beside next-token modules, which a step of theirs leaves alone: what is counted of training is that of the
+model without modules; what a rank holds is not."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import pytest
+from model.tools import on_mesh, some, tiny
+
+from bigmac_jax.config import Config, ExecutionConfig, TuningConfig
+from bigmac_jax.model import counts
+from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.planning.cost import make_job, step_time
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.shapes import Shape
+from bigmac_jax.training.programs import step_program
+from bigmac_jax.training.step import make_trainer
+
+MAMBA = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6}
+HYBRID = MAMBA | {"num_layers": 1, "num_shared_experts": 1}
+# Modules whose branches the model has, and some that it has none of.
+MODELS: dict[str, dict[str, Any]] = {
+    "experts": {"mtp_modules": 2},
+    "dense": {"structure": "dense", "mtp_modules": 1},
+    "hybrid": HYBRID | {"blocks": "ME*E", "mtp_modules": 2, "mtp_blocks": "*M-", "dense_hidden_size": 20},
+    "Mamba in modules alone": HYBRID | {"blocks": "*-*E", "mtp_modules": 1, "mtp_blocks": "M*E"},
+    "hyper": {"router": "hyper", "hyper_width": 6, "mtp_modules": 1},
+}
+HARDWARE = load_hardware("h100")
+MESHES = [(1, 1, 1), (2, 2, 2, 1, True), (1, 1, 2, 2, False, True)]  # data, node, expert, tensor, fsdp, split_experts
+
+
+def config_of(name: str, mesh: Any, modules: bool = True, **execution: Any) -> Config:
+    fields = MODELS[name] | ({} if modules else {"mtp_modules": 0, "mtp_blocks": ""})
+    config = tiny(mesh, batch=8, length=8, **fields)
+    train = dataclasses.replace(config.train, init_from="some")
+    tuning = TuningConfig(lora_rank=2, lora_targets="attention,mamba")
+    return dataclasses.replace(config, execution=ExecutionConfig(**execution), train=train, tuning=tuning)
+
+
+def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
+    """Everything that is counted of a training step."""
+    ranks, group = math.prod(sizes.values()), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
+    count = counts.parameters(config, sizes)
+    memory = counts.memory(config, ranks, group, count)
+    return {
+        "flops": (counts.flops(config), counts.flops(config, causal=True)),
+        "exchange": counts.exchange_traffic(config, ranks, group),
+        "tensor": counts.tensor_bytes(config, sizes),
+        "replicas": counts.replica_bytes(config, sizes | {"replica": 2}),
+        "memory": {part: size for part, size in memory.items() if part != "parameters"},
+        "parameters": count._replace(total=0, parts={}, of_a_rank=0),
+        "adapted": counts.adapted_parts(config),
+        "shape": Shape.of(config),
+        "job": make_job(config, sizes, HARDWARE),
+        "seconds": step_time(config, sizes, HARDWARE).as_dict(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "remat"), some(itertools.product(MODELS, MESHES, ("none", "layer", "exchange")), every=7)
+)
+def test_training_is_that_of_the_model_alone(name: str, mesh: Any, remat: str) -> None:
+    with_, without = (config_of(name, mesh, modules, remat=remat) for modules in (True, False))
+    sizes = {"replica": 1} | {axis: getattr(with_.mesh, axis) for axis in ("data", "node", "expert", "tensor")}
+    assert trained(with_, sizes) == trained(without, sizes)
+    whole = dataclasses.replace(with_, tuning=TuningConfig())
+    assert counts.flops(whole)["output"] == (1 + with_.model.mtp_modules) * counts.flops(without)["output"]
+    held, group = counts.parameters(with_, sizes), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
+    of_whole = counts.parameters(whole, sizes)
+    assert (held.total, held.parts, held.of_a_rank) == (of_whole.total, of_whole.parts, of_whole.of_a_rank)
+    assert counts.memory(with_, 8, group, held)["parameters"] == 4 * of_whole.of_a_rank
+    assert held.total > counts.parameters(without, sizes).total
+
+
+@pytest.mark.full
+def test_a_plan() -> None:
+    """Of a machine, with the structures that it is compared to: nothing differs but the parameters that it holds."""
+    held = {"parameters_total", "parameters", "parameters_per_rank", "memory", "headroom", "description"}
+
+    def of_training(plan: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in plan.items() if name not in held | {"baselines"}}
+
+    request = Request(devices=2, hardware="h100")
+    plans = [make_plan(config_of("experts", (1, 1, 2), modules), request) for modules in (True, False)]
+    columns = [[plan, *plan["baselines"].values()] for plan in plans]
+    assert [of_training(column) for column in columns[0]] == [of_training(column) for column in columns[1]]
+    assert plans[0]["memory"]["parameters"] > plans[1]["memory"]["parameters"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["experts", "hybrid"])
+def test_compiled(name: str) -> None:
+    """The compiled step does as much work with modules as without, and holds their parameters."""
+    flops, held = [], []
+    for modules in (True, False):
+        config = config_of(name, (1, 1, 1), modules)
+        with on_mesh(config):
+            trainer = make_trainer(config, jax.sharding.get_mesh())
+            compiled = step_program(config, jax.sharding.get_mesh(), trainer).lower().compile()
+        flops.append(compiled.cost_analysis()["flops"])
+        held.append(sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state.base)))
+        assert held[-1] == counts.parameters(config, {}).total
+    assert flops[0] == pytest.approx(flops[1], rel=1e-3) and held[0] > held[1]
