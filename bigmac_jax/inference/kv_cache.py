@@ -9,7 +9,7 @@ of p positions.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,29 @@ from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
+from bigmac_jax.model.resident import (
+    Ring,
+    compute_layer,
+    is_resident,
+    order_of_layers,
+    stack_in_host,
+    start_ring,
+    with_experts,
+)
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
 Pasts = tuple[KeyValues | Past, ...]  # of the branches of a layer that have one: in pages, or of each slot
-Cache = tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
 Seen = tuple[tuple[tuple[Projected, ...], ...], ...]  # likewise: the tokens of Mamba layers whose past waits for them
+
+
+class Cache(NamedTuple):
+    """What a decoder keeps between steps."""
+
+    pasts: tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
+    ring: Ring | None = None  # of a decoder whose experts stand in host memory
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +66,8 @@ class Decoder:
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Group, ...]
     next_tokens: NextTokens | None = None  # the module that drafts (`next_token_drafts`), its parameters one deep
+    # The experts' parameters in host memory, [Y, …]; the layers are without. None where all stand on the device.
+    store: Any = None
 
     @property
     def config(self) -> Config:
@@ -100,12 +117,15 @@ def make_decoder(
     # A loop over stacked layers copies the weights of each out of the stack, in every step.
     one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
     convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
+    store = None
+    if is_resident(config):
+        store = _hold_experts(config, stacks, consume=consume, weights=weights, gathered=gathered)
     groups: list[Group] = []
     for loop in config.model.stacks_of_loops:
         groups += zip(*(convert(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop), strict=True)
     if modules is not None:
         modules = convert(modules, layers=config.model.mtp_modules)[0]
-    return Decoder(convert(ends)[0], tuple(groups), modules)
+    return Decoder(convert(ends)[0], tuple(groups), modules, store)
 
 
 def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered: bool, layers: int = 0) -> list[Any]:
@@ -125,6 +145,29 @@ def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered
             jax.block_until_ready(converted[-1])
             given.delete()
     return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
+
+
+def _hold_experts(config: Config, stacks: dict[Any, Block], *, consume: bool, weights: str, gathered: bool) -> Any:
+    """Takes the experts of all layers from the stacks → their parameters in host memory, as the decoder keeps them."""
+    given = {stack: of.mlp.experts for stack, of in stacks.items() if stack.experts}
+    leaves, trees = zip(*map(jax.tree.flatten, given.values()), strict=True)
+    declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, next(iter(given.values()))))
+    held = []
+    for arrays, declaration in zip(zip(*leaves, strict=True), declarations, strict=True):
+        dtype = declaration.crossing(config.execution).compute
+        gathers, int8 = gathered and config.mesh.fsdp, weights == "int8"
+
+        def convert(w: Array, of: Declaration = declaration, dtype: str = dtype, gathers: bool = gathers) -> Any:
+            w = _gather(w, of, str(w.dtype) if int8 else dtype) if gathers else w
+            return _convert_leaf(w, of, dtype, int8, 0)[0]
+
+        held.append(stack_in_host(arrays, order_of_layers(config), convert))
+        if consume:
+            for array in arrays:
+                array.delete()
+    for stack in given:
+        stacks[stack] = with_experts(stacks[stack], None)
+    return jax.tree.unflatten(trees[0], held)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -147,10 +190,12 @@ def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: b
 def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:
     """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer."""
     sizes = pages, page_size, slots
-    return tuple(
+    pasts = tuple(
         tuple(make_pasts(decoder.config, layer, *sizes, trips=_trips(group)) for layer in group)
         for group in decoder.groups
     )
+    resident = decoder.config.execution.resident_layers
+    return Cache(pasts, None if decoder.store is None else start_ring(decoder.store, resident))
 
 
 def make_pasts(config: Config, layer: Block, pages: int, page_size: int, slots: int, trips: int = 1) -> Pasts:
@@ -204,7 +249,7 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
         return tuple(after), None
 
     rows, after = Rows(count_SB, count_SB, count_SB), []  # of which Mamba layers read the count alone
-    for group, pasts, seen_by_group in zip(model.groups, cache, seen, strict=True):
+    for group, pasts, seen_by_group in zip(model.groups, cache.pasts, seen, strict=True):
         if any(seen_by_group):
             xs = (
                 dequantize(group, model.config.execution.dtype),
@@ -213,11 +258,11 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
             )
             pasts = jax.lax.scan(step, pasts, xs)[0]
         after.append(pasts)
-    return tuple(after)
+    return cache._replace(pasts=tuple(after))
 
 
 def only_keys(after: Any, before: Any) -> Any:
-    """The cache, or a layer's pasts, `after` some steps, with Mamba layers' pasts as they were."""
+    """The pasts `after` some steps, with those of Mamba layers as they were."""
 
     def choose(new: KeyValues | Past, old: KeyValues | Past) -> KeyValues | Past:
         return new if isinstance(new, KeyValues) else old
@@ -228,23 +273,28 @@ def only_keys(after: Any, before: Any) -> Any:
 def _advance(
     model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
 ) -> tuple[Array, Cache, Seen]:
-    def step(trips: int, carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], Any]:
-        (x_STD, pasts), (group, trip) = carry, xs
+    def step(trips: int, carry: tuple[Array, Any, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any, Any], Any]:
+        (x_STD, pasts, ring), (group, trip) = carry, xs
         after, seen = [], []
-        for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
-            x_STD, of_layer, projected = through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
+        for layer, of_layer in zip(group, pasts, strict=True):
+
+            def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
+                return through_layer(dequantize(layer, dtype), x_STD, of_layer, (trip, trips), rows, settles)
+
+            (x_STD, of_layer, projected), ring = compute_layer(model.store, ring, layer, compute)
             after.append(of_layer)
             seen.append(projected)
-        return (x_STD, tuple(after)), tuple(seen)
+        return (x_STD, tuple(after), ring), tuple(seen)
 
     dtype = model.config.execution.dtype
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
-    for group, pasts in zip(model.groups, cache, strict=True):
+    ring = cache.ring
+    for group, pasts in zip(model.groups, cache.pasts, strict=True):
         trips = _trips(group)
         of_trips = group, jnp.arange(trips, dtype=jnp.int32)
-        (x_STD, pasts), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts), of_trips)
+        (x_STD, pasts, ring), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts, ring), of_trips)
         groups.append((pasts, seen))
-    return x_STD, tuple(pasts for pasts, _ in groups), tuple(seen for _, seen in groups)
+    return x_STD, Cache(tuple(pasts for pasts, _ in groups), ring), tuple(seen for _, seen in groups)
 
 
 def through_layer(
