@@ -15,27 +15,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
-from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
+from bigmac_jax.inference.decoder_weights import convert, hold_experts
+from bigmac_jax.inference.int8_weights import dequantize
 from bigmac_jax.model.attention import Attention, KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mamba import Mamba, Past, Projected, make_past
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.next_tokens import NextTokens
-from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
 from bigmac_jax.model.resident import (
     Ring,
     compute_layer,
     is_resident,
-    order_of_layers,
-    stack_in_host,
     start_ring,
-    with_experts,
 )
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
@@ -116,75 +112,17 @@ def make_decoder(
     modules, ends.mtp = ends.mtp, None
     # A loop over stacked layers copies the weights of each out of the stack, in every step.
     one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
-    convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
+    to_decoder = functools.partial(convert, config, consume=consume, weights=weights, gathered=gathered)
     store = None
     if is_resident(config):
-        store = _hold_experts(config, stacks, consume=consume, weights=weights, gathered=gathered)
+        stacks, store = hold_experts(config, stacks, consume=consume, weights=weights, gathered=gathered)
     groups: list[Group] = []
     for loop in config.model.stacks_of_loops:
-        groups += zip(*(convert(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop), strict=True)
+        parts = [to_decoder(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop]
+        groups += zip(*parts, strict=True)
     if modules is not None:
-        modules = convert(modules, layers=config.model.mtp_modules)[0]
-    return Decoder(convert(ends)[0], tuple(groups), modules, store)
-
-
-def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered: bool, layers: int = 0) -> list[Any]:
-    """The tree with weights as the decoder keeps them, once, or once for each of its stacked layers."""
-    leaves, treedef = jax.tree.flatten(tree)
-    declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, tree))
-    converted = []
-    for given, declaration in zip(leaves, declarations, strict=True):
-        w = given
-        if not isinstance(declaration, Declaration):
-            declaration = None  # a variable that is no parameter
-        dtype = declaration.crossing(config.execution).compute if declaration else str(w.dtype)
-        if declaration and gathered and config.mesh.fsdp:
-            w = _gather(w, declaration, dtype if weights != "int8" else str(w.dtype))
-        converted.append(_convert_leaf(w, declaration, dtype, weights == "int8", layers))
-        if consume:
-            jax.block_until_ready(converted[-1])
-            given.delete()
-    return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
-
-
-def _hold_experts(config: Config, stacks: dict[Any, Block], *, consume: bool, weights: str, gathered: bool) -> Any:
-    """Takes the experts of all layers from the stacks → their parameters in host memory, as the decoder keeps them."""
-    given = {stack: of.mlp.experts for stack, of in stacks.items() if stack.experts}
-    leaves, trees = zip(*map(jax.tree.flatten, given.values()), strict=True)
-    declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, next(iter(given.values()))))
-    held = []
-    for arrays, declaration in zip(zip(*leaves, strict=True), declarations, strict=True):
-        dtype = declaration.crossing(config.execution).compute
-        gathers, int8 = gathered and config.mesh.fsdp, weights == "int8"
-
-        def convert(w: Array, of: Declaration = declaration, dtype: str = dtype, gathers: bool = gathers) -> Any:
-            w = _gather(w, of, str(w.dtype) if int8 else dtype) if gathers else w
-            return _convert_leaf(w, of, dtype, int8, 0)[0]
-
-        held.append(stack_in_host(arrays, order_of_layers(config), convert))
-        if consume:
-            for array in arrays:
-                array.delete()
-    for stack in given:
-        stacks[stack] = with_experts(stacks[stack], None)
-    return jax.tree.unflatten(trees[0], held)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _gather(w: Array, declaration: Declaration, dtype: str) -> Array:
-    """A parameter, perhaps of stacked layers, split as it is without mesh.fsdp."""
-    layers = w.ndim - len(declaration.dims)
-    own = declaration.spec(w.shape[layers:], False, jax.sharding.get_abstract_mesh().shape)
-    return jax.sharding.reshard(w.astype(dtype), P(*[None] * layers, *own))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: bool, layers: int) -> tuple[Any, ...]:
-    converted = quantize(declaration, w) if declaration and int8 and should_quantize(declaration) else w.astype(dtype)
-    if not layers:
-        return (converted,)
-    parts, tree = jax.tree.flatten(converted)
-    return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
+        modules = to_decoder(modules, layers=config.model.mtp_modules)[0]
+    return Decoder(to_decoder(ends)[0], tuple(groups), modules, store)
 
 
 def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:

@@ -45,9 +45,15 @@ def start_ring(store: Any, layers: int) -> Ring:
     return Ring(first, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def compute_layer(store: Any, ring: Ring | None, layer: Any, compute: Callable[[Any], Any]) -> tuple[Any, Ring | None]:
+def compute_layer(
+    store: Any, ring: Ring | None, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], Ring | None]:
     """Calls `compute(layer)`, with the experts of the ring if the layer's own are in host memory, and copies what the
-    ring needs next meanwhile → what it returns, and the ring."""
+    ring needs next meanwhile → what it returns, and the ring.
+
+    Args:
+      compute: a layer → what it makes of its tokens, and others.
+    """
     if not lacks_experts(layer):
         return compute(layer), ring
     assert ring is not None
@@ -60,9 +66,12 @@ def compute_layer(store: Any, ring: Ring | None, layer: Any, compute: Callable[[
     # Nothing here depends on what is computed, so that the copy starts with the layer.
     coming = jax.tree.map(fetch, store)
     own = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, slot, keepdims=False), ring.slots)
-    result = compute(with_experts(layer, own))
+    made, *others = compute(with_experts(layer, own))
+    # Its slot is free when it has been computed: what has come by then takes it, and not before, or the products would
+    # wait for the copy.
+    made, coming = jax.lax.optimization_barrier((made, coming))
     slots = jax.tree.map(lambda w, row: jax.lax.dynamic_update_index_in_dim(w, row, slot, 0), ring.slots, coming)
-    return result, Ring(slots, (at + 1) % layers, (slot + 1) % held)
+    return (made, *others), Ring(slots, (at + 1) % layers, (slot + 1) % held)
 
 
 def _depths(store: Any, ring: Ring) -> tuple[int, int]:
@@ -151,9 +160,12 @@ def stack_in_host(
       arrays: of each stack.
       order: as of `order_of_layers`.
     """
-    if convert is None and len(arrays) == 1:
+    if convert is None and len(arrays) == 1:  # as it stands
         return jax.device_put(arrays[0], host_sharding(arrays[0]))
     rows = (take_layer(arrays[stack], place) for stack, place in order)
+    if isinstance(arrays[0], jax.core.Tracer):  # in `jax.eval_shape`, which asks for shapes alone
+        row = next(rows)
+        return jax.tree.map(lambda v: jnp.stack([v] * len(order)), convert(row) if convert else row)
     return _write_rows(map(convert or (lambda row: row), rows), len(order))
 
 
