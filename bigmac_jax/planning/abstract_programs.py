@@ -142,4 +142,5 @@ _MAKERS: dict[str, Callable[[Config, Mesh], Program]] = {
     "draft_mtp": _draft_by_module_program,
     "verify_mtp": functools.partial(_verify_program, by_module=True),
 }
+SERVING = ("prefill", "decode")  # those of a run whose experts stand in host memory: no step trains it there
 NAMES = ("init", "step", "evaluate", "prefill", "decode")  # the programs of every run
