@@ -219,12 +219,12 @@ def _advance(
             def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
                 return through_layer(dequantize(layer, dtype), x_STD, of_layer, (trip, trips), rows, settles)
 
-            (x_STD, of_layer, projected), ring = compute_layer(model.store, ring, layer, compute)
+            (x_STD, of_layer, projected), ring = compute_layer(model.store, ring, resident, layer, compute)
             after.append(of_layer)
             seen.append(projected)
         return (x_STD, tuple(after), ring), tuple(seen)
 
-    dtype = model.config.execution.dtype
+    dtype, resident = model.config.execution.dtype, model.config.execution.resident_layers
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
     ring = cache.ring
     for group, pasts in zip(model.groups, cache.pasts, strict=True):

@@ -1,7 +1,7 @@
 """Experts in host memory: of all layers they stand there, and of K layers on the device, in a ring. While a layer
 computes, what the layer K behind it needs is copied (SE-MoE, arXiv 2205.10034).
 
-Y layers with experts, in the order in which they are computed; K of the ring.
+Y layers with experts, in the order in which they are computed; K of the ring, in P slots.
 """
 
 import copy
@@ -30,7 +30,7 @@ class Ring(NamedTuple):
     """The experts on the device: those of the K layers that are computed next, the first of the model's behind its
     last."""
 
-    slots: Any  # the tree of a layer's parameters, each [K, …]
+    slots: Any  # the tree of a layer's parameters, each [P, …]
     layer: Array  # int32: the layer that is computed next
     slot: Array  # int32: where it stands; those behind it follow, and begin again at 0
 
@@ -41,43 +41,41 @@ def start_ring(store: Any, layers: int) -> Ring:
     Args:
       store: the tree of a layer's parameters, each [Y, …] in host memory.
     """
-    first = jax.tree.map(lambda w: jax.device_put(w[:layers], jax.memory.Space.Device), store)
+    # One slot alone would be no ring to a compiler: it copies into what a layer has read, and so behind the layer.
+    slots = max(2, layers)
+    first = jax.tree.map(lambda w: jax.device_put(w[:slots], jax.memory.Space.Device), store)
     return Ring(first, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def compute_layer(
-    store: Any, ring: Ring | None, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
+    store: Any, ring: Ring | None, layers: int, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
 ) -> tuple[tuple[Any, ...], Ring | None]:
     """Calls `compute(layer)`, with the experts of the ring if the layer's own are in host memory, and copies what the
     ring needs next meanwhile → what it returns, and the ring.
 
     Args:
+      layers: K.
       compute: a layer → what it makes of its tokens, and others.
     """
     if not lacks_experts(layer):
         return compute(layer), ring
     assert ring is not None
-    (layers, held), (_, at, slot) = _depths(store, ring), ring
+    (Y, P), (_, at, slot) = (jax.tree.leaves(tree)[0].shape[0] for tree in (store, ring.slots)), ring
 
     def fetch(w: Array) -> Array:
-        row = jax.lax.dynamic_index_in_dim(w, (at + held) % layers, keepdims=False)
+        row = jax.lax.dynamic_index_in_dim(w, (at + layers) % Y, keepdims=False)
         return jax.device_put(row, jax.memory.Space.Device)
 
     # Nothing here depends on what is computed, so that the copy starts with the layer.
     coming = jax.tree.map(fetch, store)
     own = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, slot, keepdims=False), ring.slots)
     made, *others = compute(with_experts(layer, own))
-    # Its slot is free when it has been computed: what has come by then takes it, and not before, or the products would
-    # wait for the copy.
+    # What has come takes a slot when the layer has been computed, and not before, or the products would wait for the
+    # copy: the layer's own, which is free then.
     made, coming = jax.lax.optimization_barrier((made, coming))
-    slots = jax.tree.map(lambda w, row: jax.lax.dynamic_update_index_in_dim(w, row, slot, 0), ring.slots, coming)
-    return (made, *others), Ring(slots, (at + 1) % layers, (slot + 1) % held)
-
-
-def _depths(store: Any, ring: Ring) -> tuple[int, int]:
-    """Y and K."""
-    layers, held = (jax.tree.leaves(tree)[0].shape[0] for tree in (store, ring.slots))
-    return layers, held
+    free = (slot + layers) % P
+    slots = jax.tree.map(lambda w, row: jax.lax.dynamic_update_index_in_dim(w, row, free, 0), ring.slots, coming)
+    return (made, *others), Ring(slots, (at + 1) % Y, (slot + 1) % P)
 
 
 def lacks_experts(layer: Any) -> bool:

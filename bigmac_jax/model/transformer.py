@@ -301,7 +301,7 @@ def through_layers(
             def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
                 return step(carry, (layer, key))
 
-            (carry, of_layer), ring = compute_layer(store, ring, layer, compute)
+            (carry, of_layer), ring = compute_layer(store, ring, execution.resident_layers, layer, compute)
             reported.append(of_layer)
         return (carry, ring), reported
 

@@ -26,7 +26,7 @@ def describe(config: Config, sizes: Sizes, hardware: Hardware | None) -> dict[st
         "layers": layers,
         "resident_layers": held,
         "host_bytes": layers * of_layer,
-        "ring_bytes": held * of_layer,
+        "ring_bytes": max(2, held) * of_layer,  # of one layer, too, there are two slots
         "copied_bytes_per_step": layers * of_layer,
     }
     if hardware is None:
