@@ -10,6 +10,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.drafter import DRAFTERS, Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
+from bigmac_jax.model.resident import check_resident, is_resident, with_resident_layers
 from bigmac_jax.tuning import restore
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: the --workdir of bigmac train.")
@@ -23,6 +24,9 @@ _WEIGHTS = flags.DEFINE_enum(
 )
 _UNROLL = flags.DEFINE_bool(
     "unroll_layers", False, "On TPU and GPU: no loop over the layers, whose weights it copies; takes longer to compile."
+)
+_RESIDENT = flags.DEFINE_integer(
+    "resident_layers", None, "Experts stand in host memory, of so many layers on the device; 0: all on the device.", 0
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that are drafted, and verified at once; 0 drafts none.")
@@ -47,9 +51,10 @@ def speculation() -> Speculation:
 
 def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:
     """A generator of the run's model, on the mesh of `config`, which becomes the current one."""
-    cli.enter_mesh(config, fit_batch=False)
+    config = with_resident_layers(config, _RESIDENT.value)
+    check_resident(config, cli.enter_mesh(config, fit_batch=False))
     speculate.check(config)
-    config, model = restore(workdir, _STEP.value, config)
+    config, model = restore(workdir, _STEP.value, config, in_host=is_resident(config))
     if _UNROLL.value:
         execution = dataclasses.replace(config.execution, unroll_layers=config.model.depth)
         config = dataclasses.replace(config, execution=execution)

@@ -20,6 +20,7 @@ from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
 from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
+from bigmac_jax.model.resident import check_resident, hold, is_resident, with_resident_layers
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress, Waiting
@@ -50,6 +51,9 @@ _DOCUMENTS = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Sequences at a time; 0 takes a part of the run's step.", lower_bound=0
 )
+_RESIDENT = flags.DEFINE_integer(
+    "resident_layers", None, "Experts stand in host memory, of so many layers on the device; 0: all on the device.", 0
+)
 _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
 
@@ -73,6 +77,7 @@ def main() -> None:
         score = _choose(trained)
     cli.agree(trained.config, __name__)
     mesh = cli.enter_mesh(trained.config, fit_batch=False)
+    check_resident(trained.config, mesh)
     cli.warn(evaluation_notes(trained.config, cli.given_fields(), mesh.shape["data"]))
     lines, result = score()
     if not _JSON.value:
@@ -83,7 +88,7 @@ def main() -> None:
 def _read_run() -> Trained:
     workdir = locate_workdir(_WORKDIR.value)
     saved = read_config(workdir)
-    config = with_mesh(saved, cli.OVERRIDES)
+    config = with_resident_layers(with_mesh(saved, cli.OVERRIDES), _RESIDENT.value)
     if _SPLIT.value not in SPLITS:
         raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test{ask(_SPLIT.value, SPLITS)}")
     length = check_windows(config, _LENGTH.value, _STRIDE.value)
@@ -154,7 +159,9 @@ def _score_texts(trained: Trained, streams: Streams) -> Outcome:
 
 def _read_model(trained: Trained, step: str) -> Transformer:
     with Waiting("reading the model", _is_quiet()):
-        return restore(trained.workdir, step, trained.config)[1]
+        resident = is_resident(trained.config)
+        model = restore(trained.workdir, step, trained.config, in_host=resident)[1]
+        return hold(trained.config, model) if resident else model
 
 
 def _is_quiet() -> bool:

@@ -43,6 +43,9 @@ class ExecutionConfig(Section):
     mamba_chunk: Count = 256  # positions that a Mamba layer computes at once
     # What the backward pass recomputes: nothing, each layer (layer), or all of it but the exchange (exchange).
     remat: Remat = "none"
+    # Of eval, generate and serve: the experts of all layers stand in host memory, so many layers of them on the device;
+    # 0 = all on the device.
+    resident_layers: Size = 0
     unroll_layers: Size = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
     # XLA's for the training step, as "xla_NAME=VALUE …", over those that `bigmac plan --options` shows.
     compiler_options: str = ""

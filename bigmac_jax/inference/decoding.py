@@ -5,6 +5,7 @@ S batch shards, B slots of one, W rows of prompts, C tokens of a row, G drafted 
 (`inference.packed_rows`).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -82,13 +83,14 @@ def _jit(function: Callable[..., Any], tree: Any, mesh: Mesh) -> hosts.Jit:
 def make_state(decoder: Decoder, slots: int, pages: int, page_size: int) -> State:
     """Makes the state of an engine before its first step; slots and pages are numbers for each batch shard."""
 
-    def make() -> State:
+    def make(store: Any) -> State:
         shape = batch_ranks(), slots
         zeros = [jnp.zeros(shape, jnp.int32, out_sharding=batch_spec(2)) for _ in range(2)]
         sizes = pages, page_size, slots
-        return State(make_cache(decoder, *sizes), zeros[0], zeros[1], make_ahead(decoder, *sizes))
+        cache = make_cache(dataclasses.replace(decoder, store=store), *sizes)
+        return State(cache, zeros[0], zeros[1], make_ahead(decoder, *sizes))
 
-    return jax.jit(make)()
+    return jax.jit(make)(decoder.store)
 
 
 def _prefill(tree: Any, weights: list[Array], state: State, rows_SWX: Array, *, row_size: int) -> tuple[State, Array]:
@@ -137,7 +139,8 @@ def _draft(tree: Any, weights: list[Array], state: State, slots_SBX: Array, *, t
         return state, state.token_SB
 
     after, drafted_GSB = jax.lax.scan(decode_once, state, None, length=tokens)
-    return state._replace(cache=only_keys(after.cache, state.cache)), drafted_GSB
+    pasts = only_keys(after.cache.pasts, state.cache.pasts)
+    return state._replace(cache=after.cache._replace(pasts=pasts)), drafted_GSB
 
 
 def _decode_once(model: Decoder, state: State, slots_SBX: Array) -> tuple[State, Sampled]:

@@ -23,6 +23,7 @@ from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.inference.text import BROKEN, Text
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, place, tensor_ranks
+from bigmac_jax.model.resident import check_resident, hold, is_resident
 from bigmac_jax.model.transformer import Transformer, check_length
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.programs import evaluate
@@ -111,7 +112,8 @@ class Generator:
         self.tokenizer = tokenizer or load_tokenizer(config)
         self.mesh = jax.sharding.get_mesh()
         self.vocab_size = config.model.vocab_size
-        self._model = None if consume else model
+        check_resident(config, self.mesh)
+        self._model = None if consume else hold(config, model) if is_resident(config) else model
         gathered = consume and _fits_gathered(config, weights)
         by_module = speculate.by_module(config)
         self._decoder = make_decoder(config, model, exchange, consume, weights, gathered, next_tokens=by_module)

@@ -9,33 +9,44 @@ of p positions.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
-from bigmac_jax.inference.int8_weights import dequantize, quantize, should_quantize
+from bigmac_jax.inference.decoder_weights import convert, hold_experts
+from bigmac_jax.inference.int8_weights import dequantize
 from bigmac_jax.model.attention import Attention, KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mamba import Mamba, Past, Projected, make_past
 from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.next_tokens import NextTokens
-from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.plain_router import plain_router
+from bigmac_jax.model.resident import (
+    Ring,
+    compute_layer,
+    is_resident,
+    start_ring,
+)
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
 Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
 Pasts = tuple[KeyValues | Past, ...]  # of the branches of a layer that have one: in pages, or of each slot
-Cache = tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
 Seen = tuple[tuple[tuple[Projected, ...], ...], ...]  # likewise: the tokens of Mamba layers whose past waits for them
+
+
+class Cache(NamedTuple):
+    """What a decoder keeps between steps."""
+
+    pasts: tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
+    ring: Ring | None = None  # of a decoder whose experts stand in host memory
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +62,8 @@ class Decoder:
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
     groups: tuple[Group, ...]
     next_tokens: NextTokens | None = None  # the module that drafts (`next_token_drafts`), its parameters one deep
+    # The experts' parameters in host memory, [Y, …]; the layers are without. None where all stand on the device.
+    store: Any = None
 
     @property
     def config(self) -> Config:
@@ -99,58 +112,28 @@ def make_decoder(
     modules, ends.mtp = ends.mtp, None
     # A loop over stacked layers copies the weights of each out of the stack, in every step.
     one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
-    convert = functools.partial(_convert, config, consume=consume, weights=weights, gathered=gathered)
+    to_decoder = functools.partial(convert, config, consume=consume, weights=weights, gathered=gathered)
+    store = None
+    if is_resident(config):
+        stacks, store = hold_experts(config, stacks, consume=consume, weights=weights, gathered=gathered)
     groups: list[Group] = []
     for loop in config.model.stacks_of_loops:
-        groups += zip(*(convert(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop), strict=True)
+        parts = [to_decoder(stacks[stack], layers=len(stack.layers) * one_by_one) for stack in loop]
+        groups += zip(*parts, strict=True)
     if modules is not None:
-        modules = convert(modules, layers=config.model.mtp_modules)[0]
-    return Decoder(convert(ends)[0], tuple(groups), modules)
-
-
-def _convert(config: Config, tree: Any, *, consume: bool, weights: str, gathered: bool, layers: int = 0) -> list[Any]:
-    """The tree with weights as the decoder keeps them, once, or once for each of its stacked layers."""
-    leaves, treedef = jax.tree.flatten(tree)
-    declarations = jax.tree.leaves(map_declared(lambda declaration, _: declaration, tree))
-    converted = []
-    for given, declaration in zip(leaves, declarations, strict=True):
-        w = given
-        if not isinstance(declaration, Declaration):
-            declaration = None  # a variable that is no parameter
-        dtype = declaration.crossing(config.execution).compute if declaration else str(w.dtype)
-        if declaration and gathered and config.mesh.fsdp:
-            w = _gather(w, declaration, dtype if weights != "int8" else str(w.dtype))
-        converted.append(_convert_leaf(w, declaration, dtype, weights == "int8", layers))
-        if consume:
-            jax.block_until_ready(converted[-1])
-            given.delete()
-    return [jax.tree.unflatten(treedef, part) for part in zip(*converted, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _gather(w: Array, declaration: Declaration, dtype: str) -> Array:
-    """A parameter, perhaps of stacked layers, split as it is without mesh.fsdp."""
-    layers = w.ndim - len(declaration.dims)
-    own = declaration.spec(w.shape[layers:], False, jax.sharding.get_abstract_mesh().shape)
-    return jax.sharding.reshard(w.astype(dtype), P(*[None] * layers, *own))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _convert_leaf(w: Array, declaration: Declaration | None, dtype: str, int8: bool, layers: int) -> tuple[Any, ...]:
-    converted = quantize(declaration, w) if declaration and int8 and should_quantize(declaration) else w.astype(dtype)
-    if not layers:
-        return (converted,)
-    parts, tree = jax.tree.flatten(converted)
-    return tuple(jax.tree.unflatten(tree, [part[layer : layer + 1] for part in parts]) for layer in range(layers))
+        modules = to_decoder(modules, layers=config.model.mtp_modules)[0]
+    return Decoder(to_decoder(ends)[0], tuple(groups), modules, store)
 
 
 def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> Cache:
     """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer."""
     sizes = pages, page_size, slots
-    return tuple(
+    pasts = tuple(
         tuple(make_pasts(decoder.config, layer, *sizes, trips=_trips(group)) for layer in group)
         for group in decoder.groups
     )
+    resident = decoder.config.execution.resident_layers
+    return Cache(pasts, None if decoder.store is None else start_ring(decoder.store, resident))
 
 
 def make_pasts(config: Config, layer: Block, pages: int, page_size: int, slots: int, trips: int = 1) -> Pasts:
@@ -204,7 +187,7 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
         return tuple(after), None
 
     rows, after = Rows(count_SB, count_SB, count_SB), []  # of which Mamba layers read the count alone
-    for group, pasts, seen_by_group in zip(model.groups, cache, seen, strict=True):
+    for group, pasts, seen_by_group in zip(model.groups, cache.pasts, seen, strict=True):
         if any(seen_by_group):
             xs = (
                 dequantize(group, model.config.execution.dtype),
@@ -213,11 +196,11 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
             )
             pasts = jax.lax.scan(step, pasts, xs)[0]
         after.append(pasts)
-    return tuple(after)
+    return cache._replace(pasts=tuple(after))
 
 
 def only_keys(after: Any, before: Any) -> Any:
-    """The cache, or a layer's pasts, `after` some steps, with Mamba layers' pasts as they were."""
+    """The pasts `after` some steps, with those of Mamba layers as they were."""
 
     def choose(new: KeyValues | Past, old: KeyValues | Past) -> KeyValues | Past:
         return new if isinstance(new, KeyValues) else old
@@ -228,23 +211,28 @@ def only_keys(after: Any, before: Any) -> Any:
 def _advance(
     model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
 ) -> tuple[Array, Cache, Seen]:
-    def step(trips: int, carry: tuple[Array, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any], Any]:
-        (x_STD, pasts), (group, trip) = carry, xs
+    def step(trips: int, carry: tuple[Array, Any, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any, Any], Any]:
+        (x_STD, pasts, ring), (group, trip) = carry, xs
         after, seen = [], []
-        for layer, of_layer in zip(dequantize(group, dtype), pasts, strict=True):
-            x_STD, of_layer, projected = through_layer(layer, x_STD, of_layer, (trip, trips), rows, settles)
+        for layer, of_layer in zip(group, pasts, strict=True):
+
+            def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
+                return through_layer(dequantize(layer, dtype), x_STD, of_layer, (trip, trips), rows, settles)
+
+            (x_STD, of_layer, projected), ring = compute_layer(model.store, ring, resident, layer, compute)
             after.append(of_layer)
             seen.append(projected)
-        return (x_STD, tuple(after)), tuple(seen)
+        return (x_STD, tuple(after), ring), tuple(seen)
 
-    dtype = model.config.execution.dtype
+    dtype, resident = model.config.execution.dtype, model.config.execution.resident_layers
     x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
-    for group, pasts in zip(model.groups, cache, strict=True):
+    ring = cache.ring
+    for group, pasts in zip(model.groups, cache.pasts, strict=True):
         trips = _trips(group)
         of_trips = group, jnp.arange(trips, dtype=jnp.int32)
-        (x_STD, pasts), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts), of_trips)
+        (x_STD, pasts, ring), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts, ring), of_trips)
         groups.append((pasts, seen))
-    return x_STD, tuple(pasts for pasts, _ in groups), tuple(seen for _, seen in groups)
+    return x_STD, Cache(tuple(pasts for pasts, _ in groups), ring), tuple(seen for _, seen in groups)
 
 
 def through_layer(

@@ -26,6 +26,7 @@ from bigmac_jax.model.mesh import TENSOR, interleave, join, platform, tensor_ran
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
+from bigmac_jax.model.resident import compute_layer, start_ring
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
 
@@ -83,6 +84,8 @@ def _make_mixer(config: Config, key: Array, letter: str) -> Mixer:
 class Transformer(nnx.Module):
     """A token's embedding, layers, and logits of the next token. The layers of a stack (`config.model.stacks`) are one
     `Block`, whose parameters have a leading dimension."""
+
+    resident: Any = None  # the experts of all layers, in host memory (`resident.hold`); None: the layers have their own
 
     def __init__(self, config: Config, key: Array):
         self.config = config
@@ -150,7 +153,7 @@ class Transformer(nnx.Module):
             layer, key = xs
             return layer(x_BLD, key, evaluating, documents, padding, choices)
 
-        x_BLD, stats = through_layers(self.config, step, x_BLD, self.stacks(), keys_Y)
+        x_BLD, stats = through_layers(self.config, step, x_BLD, self.stacks(), keys_Y, self.resident)
         return self.final_norm(x_BLD), stats
 
     def next_features(
@@ -277,6 +280,7 @@ def through_layers(
     carry: Any,
     stacks: Sequence[Any],
     keys_Y: Array | None,
+    store: Any = None,
 ) -> tuple[Any, Any]:
     """Scans `step(carry, (layer, key))` over the layers, recomputed in the backward pass as execution.remat
     says → the last carry, and what `step` reports of the layers with experts (of all, if none has), [Y, …].
@@ -284,25 +288,31 @@ def through_layers(
     Args:
       stacks: of layers, as `config.model.stacks` has them.
       keys_Y: of all layers.
+      store: the experts that the layers lack, in host memory.
     """
     execution, m, step = config.execution, config.model, recomputed(config, step)
     # On CPU a loop copies what each layer keeps for the backward pass into one array of all layers, and out again.
     unroll = execution.unroll_layers or (m.depth if platform() == "cpu" else 1)
 
     def through_loop(carry: Any, xs: Sequence[Any]) -> tuple[Any, list[Any]]:
-        reported = []
-        for layer in xs:
-            carry, of_layer = step(carry, layer)
-            reported.append(of_layer)
-        return carry, reported
+        (carry, ring), reported = carry, []
+        for layer, key in xs:
 
+            def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
+                return step(carry, (layer, key))
+
+            (carry, of_layer), ring = compute_layer(store, ring, execution.resident_layers, layer, compute)
+            reported.append(of_layer)
+        return (carry, ring), reported
+
+    carry = carry, None if store is None else start_ring(store, execution.resident_layers)
     found, given = [], iter(stacks)
     for loop in m.stacks_of_loops:
         keys = [None if keys_Y is None else _of_layers(keys_Y, stack.layers) for stack in loop]
         carry, reported = jax.lax.scan(through_loop, carry, [(next(given), key) for key in keys], unroll=unroll)
         kept = [of for of, stack in zip(reported, loop, strict=True) if stack.experts or not m.is_moe]
         found += [kept[0] if len(kept) == 1 else jax.tree.map(interleave, *kept)] if kept else []
-    return carry, found[0] if len(found) == 1 else jax.tree.map(join, *found)
+    return carry[0], found[0] if len(found) == 1 else jax.tree.map(join, *found)
 
 
 def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:

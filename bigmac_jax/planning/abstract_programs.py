@@ -11,8 +11,10 @@ verify    → those of them that decode would have chosen, and one more
 prefill_mtp, decode_mtp, draft_mtp and verify_mtp are those of a model whose next-token module drafts.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +36,7 @@ from bigmac_jax.inference.drafter import Speculation, make_drafter
 from bigmac_jax.inference.kv_cache import Decoder, make_decoder
 from bigmac_jax.inference.packed_rows import packed_size
 from bigmac_jax.model.mesh import batch_ranks, batch_spec, placed
+from bigmac_jax.model.resident import placed_in_host
 from bigmac_jax.model.transformer import Transformer, init_model
 from bigmac_jax.training.programs import Program, abstract, abstract_batch, evaluate, evaluation_rows, step_program
 from bigmac_jax.training.step import make_trainer
@@ -89,7 +92,7 @@ def _draft_program(config: Config, mesh: Mesh) -> Program:
     def drafter(model: Transformer) -> Decoder:
         return make_drafter(make_decoder(config, model, gathered=True), Speculation(DRAFTED))
 
-    made = make_decode_programs(placed(jax.eval_shape(drafter, model), mesh))
+    made = make_decode_programs(_place_decoder(jax.eval_shape(drafter, model), mesh))
     packed = abstract(mesh, batch_spec(3), *state.token_SB.shape, packed_size(pages))
     return Program("draft", made.draft, (made.weights, state, packed), {"tokens": DRAFTED})
 
@@ -111,10 +114,19 @@ def _serving(config: Config, mesh: Mesh, by_module: bool = False) -> tuple[Decod
     """(the programs, the state of slots for `PROMPTS` prompts of data.sequence_length, pages of a slot)."""
     model = jax.eval_shape(lambda: init_model(config, jax.random.key(0)))
     make = functools.partial(make_decoder, config, gathered=True, next_tokens=by_module)
-    decoder = placed(jax.eval_shape(make, model), mesh)
+    decoder = _place_decoder(jax.eval_shape(make, model), mesh)
     slots, pages = slots_per_shard(PROMPTS), -(-config.data.sequence_length // PAGE_SIZE)
-    state = jax.eval_shape(lambda: make_state(decoder, slots, slots * pages, PAGE_SIZE))
-    return make_decode_programs(decoder), placed(state, mesh), pages
+
+    def make_empty(store: Any) -> State:
+        return make_state(dataclasses.replace(decoder, store=store), slots, slots * pages, PAGE_SIZE)
+
+    return make_decode_programs(decoder), placed(jax.eval_shape(make_empty, decoder.store), mesh), pages
+
+
+def _place_decoder(decoder: Decoder, mesh: Mesh) -> Decoder:
+    """An abstract decoder on `mesh`: its store in the host memory."""
+    store = placed_in_host(decoder.store, mesh)
+    return dataclasses.replace(placed(dataclasses.replace(decoder, store=None), mesh), store=store)
 
 
 _MAKERS: dict[str, Callable[[Config, Mesh], Program]] = {
@@ -130,4 +142,5 @@ _MAKERS: dict[str, Callable[[Config, Mesh], Program]] = {
     "draft_mtp": _draft_by_module_program,
     "verify_mtp": functools.partial(_verify_program, by_module=True),
 }
+SERVING = ("prefill", "decode")  # those of a run whose experts stand in host memory: no step trains it there
 NAMES = ("init", "step", "evaluate", "prefill", "decode")  # the programs of every run

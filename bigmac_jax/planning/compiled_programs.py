@@ -15,7 +15,7 @@ import jax
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.costs import Sent
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.planning import hlo, hlo_schedule
+from bigmac_jax.planning import hlo, hlo_schedule, host_copies
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
 from bigmac_jax.planning.hardware import Hardware
@@ -68,14 +68,20 @@ def compile_program(config: Config, devices: Sequence[Any], name: str = "step") 
         program = make_program(name, config, mesh)
         compiled = program.lower().compile(compiler_options=options)
     stats = compiled.memory_analysis()
-    arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
+    text = compiled.as_text()
+    # Of the arguments, what the layout puts into host memory; on GPU some versions count it as the device's.
+    in_host = host_copies.argument_bytes(hlo.parse(text))
+    counted = 0 if stats.host_argument_size_in_bytes else in_host
+    arguments, code = stats.argument_size_in_bytes - counted, stats.generated_code_size_in_bytes
     # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold. The peak that
     # CPU states leaves out nearly all of it.
     peak = getattr(stats, "peak_memory_in_bytes", 0) if device.platform == "tpu" else 0
     held = peak or arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
+    if in_host:
+        memory["host"] = in_host
     seconds = time.perf_counter() - start
-    return Compiled(name, compiled.as_text(), seconds, memory, _bytes_of_rank(program.beside), dict(mesh.shape))
+    return Compiled(name, text, seconds, memory, _bytes_of_rank(program.beside), dict(mesh.shape))
 
 
 @contextlib.contextmanager
@@ -145,6 +151,8 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
         "memory_beside": compiled.beside,
         "collectives": _summarize(found, layers),
     }
+    if "host" in compiled.memory:
+        result["host_copies"] = _describe_copies(host_copies.host_copies(module), hardware)
     if not hardware:
         return result
     needed = compiled.memory["total"] + compiled.beside
@@ -161,6 +169,20 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
             why = "BIGMAC_KEEP_ENV is set" if hardware.overlaps else refusal
             result["schedule"]["note"] = f"compiled without asynchronous all-to-alls: {why}, docs/exchange.md"
     return result
+
+
+def _describe_copies(found: Sequence[host_copies.HostCopy], hardware: Hardware | None) -> dict[str, Any]:
+    """What a rank copies from host memory in one execution, and what runs meanwhile; runs of the copies are counted."""
+    copied = sum(copy.times * copy.bytes for copy in found)
+    described: dict[str, Any] = {
+        "copies": sum(copy.times for copy in found),
+        "asynchronous": sum(copy.times for copy in found if copy.asynchronous),
+        "beside_products": sum(copy.times for copy in found if copy.products),
+        "bytes": copied,
+    }
+    if hardware and hardware.host_bandwidth:
+        described["seconds"] = copied / hardware.host_bandwidth
+    return described
 
 
 def _summarize(found: Sequence[Collective], layers: set[int]) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ def _started_exchanges(
     return []
 
 
-def _find_ends(module: Module, computation: Computation) -> dict[int, int]:
+def find_ends(module: Module, computation: Computation) -> dict[int, int]:
     """Position of each start → position of what waits for it."""
     starts, names = dict[str, int](), dict[str, str]()
     ends = {}
@@ -227,7 +227,7 @@ def _in_flight(
     costs: _Costs,
 ) -> list[Exchange]:
     """A computation's exchanges in the order in which they end, which is that in which they take products' seconds."""
-    ends, free, exchanges = _find_ends(costs.module, computation), dict[int, float](), list[Exchange]()
+    ends, free, exchanges = find_ends(costs.module, computation), dict[int, float](), list[Exchange]()
     for start in sorted(found, key=lambda start: ends.get(start, start)):
         seconds, matmuls = exchange_seconds(found[start]), list[tuple[str, float]]()
         other = hidden = 0.0

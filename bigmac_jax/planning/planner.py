@@ -22,7 +22,9 @@ from bigmac_jax.model.counts import (
 )
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes, check_links
-from bigmac_jax.planning import comparison, compiled_programs, paper, scaling, search, topologies
+from bigmac_jax.model.resident import is_resident
+from bigmac_jax.planning import comparison, compiled_programs, paper, residency, scaling, search, topologies
+from bigmac_jax.planning.abstract_programs import NAMES, SERVING
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
 from bigmac_jax.planning.cost import step_time
@@ -128,10 +130,13 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
             result["paper_comparison"] = [row._asdict() for row in paper.comparison(place.hardware)]
     if request.compile:
         programs = result["programs"] = _programs(config, place)
-        result["program"] = programs["step"]
-        result["restore"] = _restore(4 * result["parameters_per_rank"], programs, place)
+        if "step" in programs:
+            result["program"] = programs["step"]
+        result["restore"] = _restore(config, sizes, programs, place)
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
+    if is_resident(config):
+        result["resident"] = residency.describe(config, sizes, place.hardware)
     if request.compare:
         steps = _steps(config, place, request)
         result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
@@ -384,7 +389,7 @@ def _programs(config: Config, place: Place) -> dict[str, dict[str, Any]]:
         jax.config.update("jax_num_cpu_devices", place.devices)
         devices, config = jax.devices("cpu"), compiled_programs.imitate_accelerators(config)
     target = compiled_programs.Target(devices, place.hardware, place.torus)
-    return compiled_programs.describe_programs(config, target)
+    return compiled_programs.describe_programs(config, target, SERVING if is_resident(config) else NAMES)
 
 
 def _checkpoint(config: Config) -> dict[str, int]:
@@ -405,10 +410,15 @@ def _checkpoint(config: Config) -> dict[str, int]:
     }
 
 
-def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+def _restore(config: Config, sizes: Sizes, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
     """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
-    them leaf by leaf, beside the weights that it made of them."""
-    need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
+    them leaf by leaf, beside the weights that it made of them. Experts that are to stand in host memory are read into
+    that."""
+    numbers = parameters(config, sizes).of_a_rank
+    if is_resident(config):
+        need = {"generate": 4 * (numbers - residency.expert_numbers(config, sizes))}
+    else:
+        need = {"train": 12 * numbers, "generate": 4 * numbers}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
     fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}

@@ -61,8 +61,10 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
         _compare(console, plan["compare"])
     if "scale" in plan:
         _scale(console, plan["scale"])
+    if "resident" in plan:
+        _resident(console, plan["resident"], plan.get("programs", {}).get("decode", {}).get("host_copies"))
     if "programs" in plan:
-        if "compiler" not in plan["program"]:
+        if "compiler" not in plan.get("program", {"compiler": ""}):
             _program_notes(console, plan["program"])
         console.print(_programs(plan))
         for name, program in plan["programs"].items():
@@ -235,9 +237,30 @@ def _programs(plan: Mapping[str, Any]) -> Table:
         cells = (memory["arguments"], memory["temporaries"], memory["total"], program["memory_beside"])
         table.add_row(name, *map(size, cells), yes[program.get("fits")], f"{program['compile_seconds']} s")
     restore = plan["restore"]
-    for name in ("train", "generate"):
+    for name in filter(restore.__contains__, ("train", "generate")):
         table.add_row(f"restore, to {name}", "", "", size(restore[name]), "", yes[restore.get("fits")], "")
     return table
+
+
+def _resident(console: Console, found: Mapping[str, Any], copies: Mapping[str, Any] | None) -> None:
+    """Experts in host memory: bytes, the copies of a decode step, and times of a token."""
+    console.print(
+        f"experts in host memory: {size(found['host_bytes'])} of {found['layers']} layers for each rank, "
+        f"{size(found['ring_bytes'])} of {found['resident_layers']} layers on the device"
+    )
+    if copies:
+        console.print(
+            f"a decode step copies {size(copies['bytes'])} from there in {copies['copies']:,} copies, "
+            f"{copies['asynchronous']:,} asynchronous, {copies['beside_products']:,} beside matrix products"
+        )
+    if "decode" not in found:
+        return
+    table = _table("A step that decodes, predicted", "requests", "copies", "the device meanwhile", "step", "a token",
+                   "all experts on the device")  # fmt: skip
+    for row in found["decode"]:
+        names = ("copy_ms", "compute_ms", "step_ms", "ms_per_token", "on_device_ms")
+        table.add_row(f"{row['requests']:,}", *(f"{row[name]:,.2f} ms" for name in names))
+    console.print(table)
 
 
 def _program_notes(console: Console, program: Mapping[str, Any]) -> None:

@@ -111,7 +111,9 @@ def _tpus(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        several: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        if math.prod(topology.shape) == 1:  # hosts of 2 × 2 chips would not divide it
+            several["chips_per_host_bounds"] = (1, 1, 1)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices)
     except Exception as error:
         raise ConfigError(f"--topology={topology.name} is not one that libtpu knows: {first_line(error)}") from None

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from bigmac_jax.config import ConfigError
 from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.resident import in_host, take_layer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.storage import is_store
 
@@ -95,8 +96,13 @@ def read_arrays(directory: pathlib.Path, abstract: dict[str, Any]) -> dict[str, 
 def find_nonfinite(tree: Any) -> str:
     """The name of the first array that holds NaN or infinity; "" if none does. All processes must call it."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    finite = jax.device_get(_are_finite([leaf for _, leaf in paths]))
-    return next((leaf_name(path) for (path, _), good in zip(paths, finite, strict=True) if not good), "")
+    here = [(path, leaf) for path, leaf in paths if not in_host(leaf)]
+    finite = jax.device_get(_are_finite([leaf for _, leaf in here]))
+    if bad := next((leaf_name(path) for (path, _), good in zip(here, finite, strict=True) if not good), ""):
+        return bad
+    # A device looks at one layer of what stands in host memory at a time.
+    layers = ((path, take_layer(leaf, layer)) for path, leaf in paths if in_host(leaf) for layer in range(len(leaf)))
+    return next((leaf_name(path) for path, layer in layers if not jax.device_get(_are_finite([layer]))[0]), "")
 
 
 @jax.jit

@@ -12,6 +12,7 @@ from flax import nnx
 from bigmac_jax.config import Config
 from bigmac_jax.model.adapters import make_adapters
 from bigmac_jax.model.mesh import make_mesh, placed
+from bigmac_jax.model.resident import experts_in_host
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
@@ -49,7 +50,9 @@ class Restored(NamedTuple):
     loss: float | None
 
 
-def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None) -> Restored:
+def restore_parts(
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None, in_host: bool = False
+) -> Restored:
     """Reads a checkpoint; arguments and errors as for `tuning.restore`."""
     workdir = storage.locate(workdir, "workdir")
     if hosts.is_first():
@@ -65,6 +68,9 @@ def restore_parts(workdir: str | pathlib.Path, step: str = "latest", config: Con
         params = base
         if config.tuning.lora_rank:
             params = jax.eval_shape(lambda key: make_adapters(config, base, key), jax.random.key(0))
-        number, tree = checkpoints.restore_model(str(step), placed({"params": params, "rest": rest}, mesh))
+        abstract = placed({"params": params, "rest": rest}, mesh)
+        if in_host and not config.tuning.lora_rank:
+            abstract = experts_in_host(abstract, mesh)
+        number, tree = checkpoints.restore_model(str(step), abstract)
         loss = hosts.run_on_first(lambda: checkpoints.loss(number))
         return Restored(config, graphdef, tree["params"], tree["rest"], base, number, loss)

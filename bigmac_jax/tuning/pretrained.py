@@ -362,7 +362,7 @@ def _digest(directory: pathlib.Path) -> str:
 
 
 def restore(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None, in_host: bool = False
 ) -> tuple[Config, Transformer]:
     """Reads the config and the model of a training run; adapters are merged into the model that they were trained on.
 
@@ -372,18 +372,20 @@ def restore(
     Args:
       step: "latest", "best" (by eval/loss) or a number.
       config: the run's config with another mesh; by default as it was saved.
+      in_host: reads the experts into host memory, for `resident.hold` or a decoder; with adapters they come to the
+        devices first.
 
     Raises:
       ConfigError: no such run or checkpoint; or the model that adapters were trained on is gone.
     """
-    return restore_step(workdir, step, config)[:2]
+    return restore_step(workdir, step, config, in_host)[:2]
 
 
 def restore_step(
-    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None
+    workdir: str | pathlib.Path, step: str = "latest", config: Config | None = None, in_host: bool = False
 ) -> tuple[Config, Transformer, int, float | None]:
     """As `restore`; also the checkpoint's step, and its eval/loss if it was evaluated."""
-    found = restore_parts(workdir, step, config)
+    found = restore_parts(workdir, step, config, in_host)
     config, params = found.config, found.params
     if config.tuning.lora_rank:
         base = read_base(workdir, config)

@@ -30,6 +30,7 @@ from bigmac_jax.planning.compiled_programs import Compiled, compile_program
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.hlo_collectives import collectives
 from bigmac_jax.planning.hlo_flops import matmul_flops
+from bigmac_jax.planning.host_copies import host_copies
 from bigmac_jax.planning.topologies import absent_devices, parse_topology
 from bigmac_jax.training import loss
 
@@ -86,6 +87,7 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         "kernels": sorted(set(re.findall(r"grouped_matmul_\w+", compiled.text))),
         "calls": dict(Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.text))),
         "overlap": _overlap(module, compiled),
+        "host_copies": [[c.bytes, c.times, c.asynchronous, len(c.products)] for c in host_copies(module)],
         "seconds": round(compiled.seconds, 1),
     }
 

@@ -32,6 +32,20 @@ def run_json(command: list[str], folder: pathlib.Path) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+# Layers wide enough that a copy of one's experts takes longer than what the compilers find beside it.
+WIDE = ("model.num_layers=4", "model.hidden_size=2048", "model.num_heads=16", "model.head_dim=128",
+        "model.expert_hidden_size=2048")  # fmt: skip
+
+
+def check_host_copies(program: dict[str, Any], layers: int, of_layer: int) -> None:
+    """The experts of all layers are arguments in host memory, and no others; each layer's are copied once, while
+    products of a layer run."""
+    assert program["memory"]["host"] == layers * of_layer
+    assert sum(size * times for size, times, _, _ in program["host_copies"]) == layers * of_layer
+    assert all(asynchronous and products >= 3 for _, _, asynchronous, products in program["host_copies"])
+    assert program["memory"]["arguments"] < layers * of_layer
+
+
 def check_replicas(topology: str, *overrides: str) -> None:
     """Gradients cross once a step, in shards of the asked dtype, beside some kilobytes of statistics; tiles are padded.
 

@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
-from .running import case_name, check_replicas, compiled
+from .running import WIDE, case_name, check_host_copies, check_replicas, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -150,3 +150,11 @@ def test_both_cores_of_a_chip_are_ranks() -> None:
     made = compiled("tpu7x:2x2x1", "step", "mesh.expert=8")
     assert made["available"] == 96e9 > made["step"]["memory"]["total"]
     assert [c for c in made["step"]["collectives"] if c[4] == "payload"]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_experts_are_copied_from_host_memory_beside_products(layers: int) -> None:
+    made = compiled("v6e:1x1", "decode,prefill", "mesh.expert=1", *WIDE, f"execution.resident_layers={layers}")
+    for program in made.values():
+        if isinstance(program, dict):
+            check_host_copies(program, layers=4, of_layer=2 * 2 * EXPERTS * 512 * 2048)

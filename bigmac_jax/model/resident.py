@@ -1,0 +1,238 @@
+"""Experts in host memory: of all layers they stand there, and of K layers on the device, in a ring. While a layer
+computes, what the layer K behind it needs is copied (SE-MoE, arXiv 2205.10034).
+
+Y layers with experts, in the order in which they are computed; K of the ring, in P slots.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.errors import require
+from bigmac_jax.model.mesh import spec_of
+from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.parameters import leaf_name
+
+HOST = "pinned_host"  # jax's name of host memory that a device copies from
+
+
+class Ring(NamedTuple):
+    """The experts on the device: those of the K layers that are computed next, the first of the model's behind its
+    last."""
+
+    slots: Any  # the tree of a layer's parameters, each [P, …]
+    layer: Array  # int32: the layer that is computed next
+    slot: Array  # int32: where it stands; those behind it follow, and begin again at 0
+
+
+def start_ring(store: Any, layers: int) -> Ring:
+    """The ring of so many layers before the first one is computed.
+
+    Args:
+      store: the tree of a layer's parameters, each [Y, …] in host memory.
+    """
+    # One slot alone would be no ring to a compiler: it copies into what a layer has read, and so behind the layer.
+    slots = max(2, layers)
+    first = jax.tree.map(lambda w: jax.device_put(w[:slots], jax.memory.Space.Device), store)
+    return Ring(first, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def compute_layer(
+    store: Any, ring: Ring | None, layers: int, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], Ring | None]:
+    """Calls `compute(layer)`, with the experts of the ring if the layer's own are in host memory, and copies what the
+    ring needs next meanwhile → what it returns, and the ring.
+
+    Args:
+      layers: K.
+      compute: a layer → what it makes of its tokens, and others.
+    """
+    if not lacks_experts(layer):
+        return compute(layer), ring
+    assert ring is not None
+    (Y, P), (_, at, slot) = (jax.tree.leaves(tree)[0].shape[0] for tree in (store, ring.slots)), ring
+
+    def fetch(w: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(w, (at + layers) % Y, keepdims=False)
+        return jax.device_put(row, jax.memory.Space.Device)
+
+    # Nothing here depends on what is computed, so that the copy starts with the layer.
+    coming = jax.tree.map(fetch, store)
+    own = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, slot, keepdims=False), ring.slots)
+    made, *others = compute(with_experts(layer, own))
+    # What has come takes a slot when the layer has been computed, and not before, or the products would wait for the
+    # copy: the layer's own, which is free then.
+    made, coming = jax.lax.optimization_barrier((made, coming))
+    free = (slot + layers) % P
+    slots = jax.tree.map(lambda w, row: jax.lax.dynamic_update_index_in_dim(w, row, free, 0), ring.slots, coming)
+    return (made, *others), Ring(slots, (at + 1) % Y, (slot + 1) % P)
+
+
+def lacks_experts(layer: Any) -> bool:
+    """Whether the experts of a layer, or of a stack of layers, are elsewhere."""
+    mlp = getattr(layer, "mlp", None)
+    return isinstance(mlp, MoE) and mlp.experts is None
+
+
+def with_experts(layer: Any, experts: Any) -> Any:
+    """The layer with other experts; None takes them away. The layer that is given stays."""
+    layer, mlp = copy.copy(layer), copy.copy(layer.mlp)
+    mlp.experts, layer.mlp = experts, mlp
+    return layer
+
+
+def is_resident(config: Config) -> bool:
+    """Whether experts stand in host memory: execution.resident_layers are fewer than the layers with experts."""
+    return 0 < config.execution.resident_layers < config.model.moe_layers
+
+
+def with_resident_layers(config: Config, layers: int | None) -> Config:
+    """The config with other execution.resident_layers; None keeps its own."""
+    if layers is None:
+        return config
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, resident_layers=layers))
+
+
+def check_resident(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where execution.resident_layers asks for what the model or the devices of a mesh do not have;
+    nothing is compiled."""
+    layers = config.execution.resident_layers
+    if not layers:
+        return
+    require(
+        config.model.is_moe,
+        f"resident_layers={layers} is of experts, and model.structure={config.model.structure} has none; use "
+        f"resident_layers=0",
+    )
+    device = mesh.devices.flat[0]
+    try:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+    except jax.errors.JaxRuntimeError:  # a GPU that is only compiled for does not say
+        return
+    if HOST not in kinds:
+        raise ConfigError(
+            f"resident_layers={layers} keeps experts in host memory, of which {device.device_kind} copies none: it has "
+            f"the memory kinds {', '.join(kinds) or 'none'}, not {HOST}; use resident_layers=0"
+        )
+
+
+def order_of_layers(config: Config) -> list[tuple[int, int]]:
+    """Of each layer with experts, in the order in which they are computed, its stack's number among those with experts
+    and its place there."""
+    stacks = [stack.experts for stack in config.model.stacks if stack.experts]
+    places = {layer: (number, place) for number, stack in enumerate(stacks) for place, layer in enumerate(stack)}
+    return [places[layer] for layer in range(len(places))]
+
+
+def hold(config: Config, model: Any) -> Any:
+    """The model with its experts in host memory, as an evaluation computes it; arrays that are there are shared."""
+    model = copy.copy(model)
+    stacks = [stack.name for stack in config.model.stacks if stack.experts]
+    experts = [getattr(model, name).mlp.experts for name in stacks]
+    leaves, trees = zip(*map(jax.tree.flatten, experts), strict=True)
+    order = order_of_layers(config)
+    held = [stack_in_host(arrays, order) for arrays in zip(*leaves, strict=True)]
+    model.resident = nnx.data(jax.tree.unflatten(trees[0], held))
+    for name in stacks:
+        setattr(model, name, with_experts(getattr(model, name), None))
+    return model
+
+
+def stack_in_host(
+    arrays: Sequence[Array], order: Sequence[tuple[int, int]], convert: Callable[[Array], Any] | None = None
+) -> Any:
+    """A parameter of all layers in host memory, [Y, …]; by `convert`, from one layer's array to a tree, a tree of them.
+    A device holds one layer of it at a time.
+
+    Args:
+      arrays: of each stack.
+      order: as of `order_of_layers`.
+    """
+    if convert is None and len(arrays) == 1:  # as it stands
+        return jax.device_put(arrays[0], host_sharding(arrays[0]))
+    rows = (take_layer(arrays[stack], place) for stack, place in order)
+    if isinstance(arrays[0], jax.core.Tracer):  # in `jax.eval_shape`, which asks for shapes alone
+        row = next(rows)
+        return jax.tree.map(lambda v: jnp.stack([v] * len(order)), convert(row) if convert else row)
+    return _write_rows(map(convert or (lambda row: row), rows), len(order))
+
+
+def in_host(array: Array) -> bool:
+    """Whether an array stands in host memory."""
+    return array.sharding.memory_kind == HOST
+
+
+@jax.jit
+def take_layer(w: Array, place: Any) -> Array:
+    """One layer of a parameter [layers, …], on the device."""
+    row = jax.lax.dynamic_index_in_dim(w, place, keepdims=False)
+    return jax.device_put(row, jax.memory.Space.Device)
+
+
+def _write_rows(rows: Iterable[Any], count: int) -> Any:
+    """Stacks rows, which are trees of arrays, in host memory, one at a time."""
+    tree, written, shardings, shapes = None, list[dict[Any, np.ndarray]](), list[NamedSharding](), list[Any]()
+    for place, row in enumerate(rows):
+        leaves, tree = jax.tree.flatten(row)
+        if not place:
+            shapes = [(count, *leaf.shape) for leaf in leaves]
+            shardings = [
+                NamedSharding(leaf.sharding.mesh, P(None, *spec_of(leaf)), memory_kind=HOST) for leaf in leaves
+            ]
+            written = [
+                {s.device: np.empty((count, *s.data.shape), s.data.dtype) for s in leaf.addressable_shards}
+                for leaf in leaves
+            ]
+        for leaf, shards in zip(leaves, written, strict=True):
+            for shard in leaf.addressable_shards:
+                shards[shard.device][place] = shard.data
+    assert tree is not None
+    stacked = []
+    for shape, sharding, shards in zip(shapes, shardings, written, strict=True):
+        pieces = [
+            jax.device_put(shard, jax.sharding.SingleDeviceSharding(device, memory_kind=HOST))
+            for device, shard in shards.items()
+        ]
+        stacked.append(jax.make_array_from_single_device_arrays(shape, sharding, pieces))
+        shards.clear()
+    return jax.tree.unflatten(tree, stacked)
+
+
+def host_sharding(array: Array) -> NamedSharding:
+    """The array's sharding, in host memory."""
+    return NamedSharding(jax.sharding.get_mesh(), spec_of(array), memory_kind=HOST)
+
+
+def experts_in_host(abstract: Any, mesh: Mesh) -> Any:
+    """The abstract parameters of a model, those of its layers' experts to be read into host memory. Next-token modules
+    keep theirs on the device."""
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = leaf_name(path).split(".")
+        if "mtp" in names or names[-3:-1] != ["mlp", "experts"]:
+            return leaf
+        sharding = NamedSharding(mesh, leaf.sharding.spec, memory_kind=HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def placed_in_host(tree: Any, mesh: Mesh) -> Any:
+    """Puts an abstract tree into the host memory of a mesh, whose devices may only be compiled for: the sharding is of
+    the abstract mesh, for GPUs that are not there know no memory kinds."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh.abstract_mesh, leaf.sharding.spec, memory_kind=HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)

@@ -1,0 +1,104 @@
+"""Plans of experts in host memory: bytes and times by hand, and copies read from a program's text."""
+
+import dataclasses
+import io
+import pathlib
+
+import pytest
+from rich.console import Console
+
+from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.planning import hlo, report, residency, topologies
+from bigmac_jax.planning.hardware import load_hardware
+from bigmac_jax.planning.host_copies import HostCopy, argument_bytes, host_copies
+from bigmac_jax.planning.planner import Request, make_plan
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+ONE = ("mesh.expert=1", "mesh.fsdp=False", "execution.resident_layers=2")
+# A layer of Qwen3-30B in bfloat16: three matrices of 2,048 × 768 for each of 128 experts.
+QWEN_LAYER = 2 * 128 * 3 * 2048 * 768
+
+
+def test_qwen_on_one_v6e() -> None:
+    made = make_plan(load_config(f"{CONFIGS}/qwen3_30b.py", ONE), Request(topology="v6e:1x1"))
+    found = made["resident"]
+    assert (found["layers"], found["host_bytes"]) == (48, 48 * QWEN_LAYER)
+    assert found["ring_bytes"] == 2 * QWEN_LAYER
+    one, _, many = found["decode"]
+    assert (one["requests"], many["requests"]) == (1, 64)
+    for row in found["decode"]:  # the link is what such a step waits for, whatever the number of requests
+        assert row["step_ms"] == row["copy_ms"] == pytest.approx(1e3 * 48 * QWEN_LAYER / 32e9)
+        assert row["ms_per_token"] == row["step_ms"] / row["requests"]
+    # Without: 8 of 128 experts, attention, norms, router and logits, and the cache of 4,096 positions are read once.
+    attention, router = 2 * 2048 * 128 * (32 + 4), 2048 * 128
+    norms = 2 * 2048 + 2 * 128
+    dense = 48 * (attention + router + norms) + 2048 + 151936 * 2048
+    cache = 48 * 4096 * 2 * 4 * 128
+    read = 2 * (dense + cache) + 48 * QWEN_LAYER * 8 / 128
+    assert one["on_device_ms"] == pytest.approx(1e3 * read / 1638e9)
+    assert one["compute_ms"] == pytest.approx(1e3 * (read + 5 * 48 * QWEN_LAYER) / 1638e9)
+    output = io.StringIO()
+    report.show(made, Console(file=output, width=200, highlight=False))
+    assert "experts in host memory: 54.00 GiB of 48 layers" in output.getvalue()
+    assert "1,811.94 ms" in output.getvalue()
+
+
+def test_each_rank_has_its_part() -> None:
+    config = load_config(f"{CONFIGS}/qwen3_30b.py", ("mesh.fsdp=False", "execution.resident_layers=1"))
+    assert residency.expert_numbers(config, {"expert": 4}) == 48 * QWEN_LAYER // 2 // 4
+    assert residency.describe(config, {"expert": 4}, None)["ring_bytes"] == 2 * QWEN_LAYER // 4  # two slots, at least
+    unknown = dataclasses.replace(load_hardware("v6e"), host_bandwidth=None)
+    with pytest.raises(ConfigError, match=r"^resident_layers=1 needs .* TPU v6 lite .*; add host_bandwidth$"):
+        residency.describe(config, {"expert": 4}, unknown)
+
+
+def test_nothing_of_it_where_all_stands_on_the_device() -> None:
+    for layers in (0, 48):
+        overrides = ("mesh.fsdp=False", f"execution.resident_layers={layers}")
+        assert "resident" not in make_plan(load_config(f"{CONFIGS}/qwen3_30b.py", overrides), Request())
+
+
+TEXT = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(bf16[4,8,8]{2,1,0:T(8,128)(2,1)S(5)}, \
+f32[3]{0:S(5)}, bf16[8,8]{1,0})->(bf16[8,8]{1,0})}
+
+%sliced (p.0: bf16[4,8,8], p.1: s32[]) -> bf16[1,8,8] {
+  %p.0 = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %p.1 = s32[] parameter(1)
+  ROOT %slice.0 = bf16[1,8,8]{2,1,0} dynamic-slice(%p.0, %p.1, %p.1, %p.1), dynamic_slice_sizes={1,8,8}
+}
+
+%multiplied (q.0: bf16[8,8]) -> bf16[8,8] {
+  %q.0 = bf16[8,8]{1,0} parameter(0)
+  ROOT %dot.0 = bf16[8,8]{1,0} dot(%q.0, %q.0), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[4,8,8], b: f32[3], x: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[4,8,8]{2,1,0:S(5)} parameter(0)
+  %b = f32[3]{0:S(5)} parameter(1)
+  %x = bf16[8,8]{1,0} parameter(2)
+  %i = s32[] constant(1)
+  %copy-start.1 = (f32[3]{0}, f32[3]{0:S(5)}, u32[]) copy-start(%b)
+  %early = ((bf16[4,8,8]{2,1,0:S(5)}, s32[]), bf16[1,8,8]{2,1,0}, u32[]) fusion-start(%a, %i), kind=kLoop, calls=%sliced
+  %copy-done.1 = f32[3]{0} copy-done(%copy-start.1)
+  %product = bf16[8,8]{1,0} fusion(%x), kind=kOutput, calls=%multiplied
+  %late = bf16[1,8,8]{2,1,0} fusion-done(%early)
+  %read = bf16[1,8,8]{2,1,0} fusion(%a, %i), kind=kLoop, calls=%sliced
+  ROOT %add = bf16[8,8]{1,0} add(%product, %x)
+}
+"""
+
+
+def test_copies_from_a_host() -> None:
+    """One beside a product, one beside nothing, and a kernel that reads the host's memory itself."""
+    module = hlo.parse(TEXT)
+    assert argument_bytes(module) == 2 * 4 * 8 * 8 + 3 * 4
+    assert host_copies(module) == [
+        HostCopy("copy-start.1", 12, 1, True, ()),
+        HostCopy("early", 128, 1, True, ("product",)),
+        HostCopy("read", 128, 1, False, ()),
+    ]
+    assert argument_bytes(hlo.parse(TEXT.replace("S(5)", "S(1)"))) == 0
+
+
+def test_one_chip_is_a_topology() -> None:
+    assert topologies.parse_topology("v6e:1x1").chips == 1
