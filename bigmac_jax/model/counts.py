@@ -174,7 +174,7 @@ def recomputes(config: Config) -> bool:
 
 def exchanges_again(config: Config) -> bool:
     """Whether the recomputed forward pass exchanges rows again."""
-    return config.execution.remat == "layer"
+    return config.execution.remat in ("layer", "offload")
 
 
 def tensor_bytes(config: Config, sizes: Sizes) -> float:

@@ -23,6 +23,7 @@ EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = (REPLICA, "data", *EXPERT_GROUP)  # these split the batch
 AXES = (*BATCH, TENSOR)
 INSIDE = AXES[1:]  # a replica
+HOST = "pinned_host"  # jax's name of the memory beside a device that it copies from by itself
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 
