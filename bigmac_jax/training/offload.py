@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.mesh import HOST
@@ -22,17 +22,14 @@ Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # gradients, state, paramet
 def check_host_memory(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if something is to be kept in host memory, and the mesh's devices reach none."""
     execution, device = config.execution, mesh.devices.flat[0]
-    fields = {
-        "execution.remat=offload": execution.remat == "offload",
-        "execution.offload_optimizer=True": execution.offload_optimizer,
-    }
-    if asked := [name for name, on in fields.items() if on]:
-        kinds = [memory.kind for memory in device.addressable_memories()]
-        if HOST not in kinds:
-            fix = "remat=layer, offload_optimizer=False"
-            raise ConfigError(
-                f"{' and '.join(asked)} needs {HOST} memory, and jax knows {' and '.join(kinds)} of {device.device_kind}; use {fix}"
-            )
+    fields = {"remat=offload": execution.remat == "offload", "offload_optimizer=True": execution.offload_optimizer}
+    asked = " and ".join(f"execution.{field}" for field, on in fields.items() if on)
+    kinds = [memory.kind for memory in device.addressable_memories()]  # none of a device that is only compiled for
+    if asked and kinds and HOST not in kinds:
+        raise ConfigError(
+            f"{asked} needs {HOST} memory, but {device.device_kind} has {', '.join(kinds)} alone; use "
+            f"execution.remat=layer and execution.offload_optimizer=False"
+        )
 
 
 def in_host_memory(opt_state: Any) -> Any:
@@ -41,7 +38,10 @@ def in_host_memory(opt_state: Any) -> Any:
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.ndim == 0:
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(HOST))
+        sharding = leaf.sharding.with_memory_kind(HOST)
+        if sharding.memory_kind != HOST:  # jax knows no memory of devices that are only compiled for
+            sharding = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec, memory_kind=HOST)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(place, opt_state)
 
