@@ -14,7 +14,7 @@ import jax
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.costs import Sent
-from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.mesh import HOST, make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
     name: str
     text: str  # HLO, on TPU in the order of the schedule
     seconds: float  # to trace and compile
-    memory: dict[str, int]  # bytes of a rank
+    memory: dict[str, int]  # bytes of a rank; `host` is beside its device
     beside: int  # bytes of a rank that are alive at the same time, and that the program knows nothing of
     mesh: dict[str, int]
 
@@ -69,11 +69,14 @@ def compile_program(config: Config, devices: Sequence[Any], name: str = "step") 
         compiled = program.lower().compile(compiler_options=options)
     stats = compiled.memory_analysis()
     arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
-    # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold. The peak that
-    # CPU states leaves out nearly all of it.
+    # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold, and arguments in host
+    # memory, which it counts. The peak that CPU states leaves out nearly all of it.
     peak = getattr(stats, "peak_memory_in_bytes", 0) if device.platform == "tpu" else 0
+    peak -= min(peak, stats.host_argument_size_in_bytes)
     held = peak or arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
+    memory["host"] = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
+    memory["host"] += stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes
     seconds = time.perf_counter() - start
     return Compiled(name, compiled.as_text(), seconds, memory, _bytes_of_rank(program.beside), dict(mesh.shape))
 
@@ -95,7 +98,7 @@ def _one_line(program: str, device: Any) -> Iterator[None]:
 
 
 def _bytes_of_rank(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -254,4 +257,6 @@ def _field_to_change(config: Config, target: Target, name: str) -> str:
         return f"--config.train.accumulate_steps={factor * steps}"
     if not config.mesh.fsdp:
         return "--config.mesh.fsdp=True"
+    if name in ("step", "evaluate") and not config.execution.offload_optimizer:
+        return "--config.execution.offload_optimizer=True"
     return "more ranks in mesh.expert, or a smaller model"

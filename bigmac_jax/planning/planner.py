@@ -16,6 +16,7 @@ from bigmac_jax.model.counts import (
     exchange_traffic,
     exchanged_bytes,
     flops,
+    host_memory,
     memory,
     parameters,
     tokens_at_a_time,
@@ -117,7 +118,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if dropped := measured_drops(config):
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
-        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
+        names = [name for name in REMAT if name != "offload" or place.hardware.host_bandwidth]
+        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in names]
     if request.options:
         result["compiler_options"] = _options(config, _require_hardware(place, "--options"))
     if request.terms:
@@ -129,7 +131,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.compile:
         programs = result["programs"] = _programs(config, place)
         result["program"] = programs["step"]
-        result["restore"] = _restore(4 * result["parameters_per_rank"], programs, place)
+        result["restore"] = _restore(config, 4 * result["parameters_per_rank"], programs, place)
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.compare:
@@ -237,7 +239,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and with hardware also times."""
     m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
-    parts = memory(config, ranks, group, count)
+    parts, beside = memory(config, ranks, group, count), host_memory(config, ranks, count)
     result: dict[str, Any] = {
         "expert_width": m.expert_width,
         "parameters_total": count.total,
@@ -248,6 +250,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "flops": work,
         "all_to_all_bytes_per_step": round(sum(exchange_traffic(config, ranks, group).padded)),
         "memory": parts | {"total": sum(parts.values())},
+        "host_memory": beside | {"total": sum(beside.values())},
     }
     if not config.tuning.lora_rank:
         result["checkpoint"] = _checkpoint(config)
@@ -280,6 +283,7 @@ def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> 
     return {
         "remat": remat,
         "activations": costs["memory"]["activations"],
+        "host": costs["host_memory"]["activations"],
         "exchanged": round(config.model.count_trained("E") * exchanged_bytes(config, place.devices, group)),
         "exchange": costs["time"]["exchange"],
         "total": costs["time"]["total"],
@@ -405,10 +409,11 @@ def _checkpoint(config: Config) -> dict[str, int]:
     }
 
 
-def _restore(parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+def _restore(config: Config, parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
     """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
     them leaf by leaf, beside the weights that it made of them."""
-    need = {"train": 3 * parameters_bytes, "generate": parameters_bytes}
+    state = parameters_bytes * (1 if config.execution.offload_optimizer else 3)
+    need = {"train": state, "generate": parameters_bytes}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
     fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}

@@ -46,13 +46,23 @@ def in_host_memory(opt_state: Any) -> Any:
     return jax.tree.map(place, opt_state)
 
 
+def on_device(leaf: Any) -> Any:
+    """An array, or an abstract one, in the devices' memory."""
+    if leaf.sharding.memory_kind != HOST:
+        return leaf
+    sharding = leaf.sharding.with_memory_kind("device")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.device_put(leaf, sharding)
+
+
 def to_device(tree: Any) -> Any:
-    """The arrays of a state in the devices' memory; inside `jax.jit` and outside."""
+    """The arrays of a state in the devices' memory, inside `jax.jit`."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), tree)
 
 
 def to_host(tree: Any) -> Any:
-    """The moments of an optimizer's state in host memory; counts stay."""
+    """The moments of an optimizer's state in host memory, inside `jax.jit`; counts stay."""
     return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else jax.device_put(leaf, jax.memory.Space.Host), tree)
 
 
