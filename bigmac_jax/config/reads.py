@@ -185,7 +185,12 @@ READ: dict[str, tuple[Condition, ...]] = {
     **{name: conditions for names, conditions in _CONDITIONAL.items() for name in names.split()},
 }
 # Fields that an evaluation can be given and does not read.
-_TRAINING = ("execution.remat", "execution.offload_optimizer", "execution.reduce_dtype", "execution.wire_dtype_backward")
+_TRAINING = (
+    "execution.remat",
+    "execution.offload_optimizer",
+    "execution.reduce_dtype",
+    "execution.wire_dtype_backward",
+)
 
 
 def unread_for(config: Config, name: str) -> str:

@@ -62,8 +62,8 @@ class Job:
       accumulated: numbers of a rank's gradients while parts are added.
       exchange, tensor_sent, gathers, gradients, replicas: seconds on the wire with nothing beside.
       hidden_exchange: the share of the exchange, or of experts if they are shorter, that runs beside experts.
-      moments, entered: bytes of the optimizer's moments and of what enters layers that a rank keeps in host memory; each
-        is copied there and back once a step.
+      moments, entered: bytes of the optimizer's moments and of what enters layers that a rank copies to host memory and
+        back in a step.
       hides_sums: whether gathers and sums of gradients run beside computation.
     """
 
@@ -294,7 +294,7 @@ def host_seconds(job: Job, hardware: Hardware, computing: float) -> float:
     """Seconds of copies to host memory and back, but for what runs beside the layers' computation.
 
     What enters a layer goes there in the forward pass and comes back in the backward pass, beside the layers around it.
-    Moments come and go when gradients are known, and little is computed then. All take bandwidth of the device's memory.
+    Moments come and go when gradients are known, and little is computed then. All take bandwidth of device memory.
     """
     if not (job.moments or job.entered):
         return 0.0

@@ -409,7 +409,9 @@ def _checkpoint(config: Config) -> dict[str, int]:
     }
 
 
-def _restore(config: Config, parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+def _restore(
+    config: Config, parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place
+) -> dict[str, Any]:
     """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
     them leaf by leaf, beside the weights that it made of them."""
     state = parameters_bytes * (1 if config.execution.offload_optimizer else 3)

@@ -31,9 +31,9 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
     """Finds the ways to run `config` on all devices that fit into memory, by tokens a second; behind them the `NEAREST`
     that don't, by memory.
 
-    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat, offload_optimizer and accumulate_steps. None of these
-    changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and what
-    `part_notes` names.
+    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat, offload_optimizer and accumulate_steps.
+    None of these changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and
+    what `part_notes` names.
 
     Raises:
       ConfigError: no mesh of so many devices is valid.

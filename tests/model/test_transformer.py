@@ -52,7 +52,9 @@ def test_causal(model: dict[str, Any]) -> None:
     assert (reach_LL[np.triu_indices(8, 1)] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["layer", *(pytest.param(r, marks=pytest.mark.full) for r in ("exchange", "offload"))])
+@pytest.mark.parametrize(
+    "remat", ["layer", *(pytest.param(r, marks=pytest.mark.full) for r in ("exchange", "offload"))]
+)
 def test_remat_changes_nothing(remat: str) -> None:
     none, again = (tiny((1, 1, 2), num_layers=1, dropout=0.3, remat=name) for name in ("none", remat))
     tokens, key = random_tokens(none), jax.random.key(1)
@@ -99,7 +101,7 @@ def test_what_crossed_is_kept(exchange: str, mesh: tuple[int, ...], wire_dtype: 
 
 
 def backward(config: Config) -> tuple[int, int, int]:
-    """(exchanges of a forward and backward pass, elements that the forward scan keeps, those of them in host memory)."""
+    """(exchanges of a forward and backward pass, elements that the forward scan keeps, those in host memory)."""
     with on_mesh(config):
         tokens = split_tokens(random_tokens(config)[:, :-1])
         loss = jax.grad(lambda model: jnp.square(model(tokens)[0]).mean())
