@@ -226,9 +226,9 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
     Args:
       teacher: the config of tuning.teacher, if there is one.
     """
+    check_host_memory(config, mesh)
     # No array is made here: the mesh may be of devices that are only compiled for.
     programs, execution = _Programs(config), config.execution
-    check_host_memory(config, mesh)
     begun = placed(jax.eval_shape(lambda: programs.init(jax.random.key(0))), mesh)
     if execution.offload_optimizer:
         begun = dataclasses.replace(begun, opt_state=in_host_memory(begun.opt_state))

@@ -85,6 +85,24 @@ def test_of_equally_fast_ones_the_smallest_comes_first(monkeypatch: pytest.Monke
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
 
 
+def test_moments_go_to_host_memory_where_nothing_fits_without() -> None:
+    """On each mesh by itself, and nowhere on a machine that is not known to have any."""
+    on_device = [v for v in variants(CONFIG, with_memory(1e12)) if v.fits]
+    assert not any(v.config.execution.offload_optimizer for v in on_device)
+    small = with_memory(min(sum(v.memory.values()) for v in on_device) * 0.8)
+    found = [v for v in variants(CONFIG, small) if v.fits]
+    assert found and all(v.config.execution.offload_optimizer and v.memory["optimizer"] == 0 for v in found)
+    assert "--config.execution.offload_optimizer=True" in describe(CONFIG, small)[1]["best"]["flags"]
+    without = replace(small, hardware=replace(small.hardware, host_bandwidth=None))
+    assert not any(v.fits for v in variants(CONFIG, without))
+    assert {v.config.execution.remat for v in variants(CONFIG, without)} == set(REMAT) - {"offload"}
+
+
+def test_of_two_that_fit_whole_the_one_without_copies_is_faster() -> None:
+    found = [c.config.execution.remat for c in search(CONFIG, EIGHT)]
+    assert found.index("layer") < found.index("offload")
+
+
 def test_order() -> None:
     found = search(CONFIG, EIGHT)
     assert all(c.fits and c.headroom >= 0.15 for c in found)

@@ -13,9 +13,9 @@ from model.tools import assert_close, leaves, on_mesh, random_tokens, tiny
 
 from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig
 from bigmac_jax.model.mesh import HOST, make_mesh
+from bigmac_jax.training import step
 from bigmac_jax.training.checkpoint import Checkpoints
 from bigmac_jax.training.offload import check_host_memory
-from bigmac_jax.training.step import make_trainer
 
 from .tools import Session, session
 
@@ -128,12 +128,12 @@ def test_devices_without_host_memory_are_refused_in_a_line() -> None:
     check_host_memory(both, mesh_of())  # compiled for alone
 
 
-def test_it_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_refused_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(config: Config, mesh: Any) -> None:
         raise ConfigError("no host memory")
 
-    monkeypatch.setattr("bigmac_jax.training.step.check_host_memory", refuse)
-    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("something is jitted"))
+    monkeypatch.setattr(step, "check_host_memory", refuse)
+    monkeypatch.setattr(step, "_Programs", lambda _: pytest.fail("something is traced"))
     config = make_config("layers", offload_optimizer=True)
     with on_mesh(config), pytest.raises(ConfigError, match="no host memory"):
-        make_trainer(config, make_mesh(config))
+        step.make_trainer(config, make_mesh(config))
