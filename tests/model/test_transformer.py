@@ -64,6 +64,17 @@ def test_remat_changes_nothing(remat: str) -> None:
     assert_close({"loss": loss} | gradients, {"loss": expected} | of_none)
 
 
+@pytest.mark.full
+def test_offload_gives_the_bits_of_layer() -> None:
+    layer, offload = (tiny((1, 1, 2), num_layers=2, dropout=0.3, remat=name) for name in ("layer", "offload"))
+    (loss, gradients, _), (expected, of_layer, _) = (
+        loss_and_gradients(config, random_tokens(layer), dropout_key=jax.random.key(1)) for config in (offload, layer)
+    )
+    assert loss == expected and gradients.keys() == of_layer.keys()
+    for name, gradient in of_layer.items():
+        np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+
+
 def test_remat_recomputes() -> None:
     configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange", "offload")}
     sent = {remat: backward(config) for remat, config in configs.items()}
