@@ -131,7 +131,9 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if request.compile:
         programs = result["programs"] = _programs(config, place)
         result["program"] = programs["step"]
-        result["restore"] = _restore(config, 4 * result["parameters_per_rank"], programs, place)
+        result["restore"] = _restore(
+            4 * result["parameters_per_rank"], programs, place, config.execution.offload_optimizer
+        )
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if request.compare:
