@@ -412,11 +412,11 @@ def _checkpoint(config: Config) -> dict[str, int]:
 
 
 def _restore(
-    config: Config, parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place
+    parameters_bytes: int, programs: dict[str, dict[str, Any]], place: Place, offloads: bool = False
 ) -> dict[str, Any]:
     """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
     them leaf by leaf, beside the weights that it made of them."""
-    state = parameters_bytes * (1 if config.execution.offload_optimizer else 3)
+    state = parameters_bytes * (1 if offloads else 3)
     need = {"train": state, "generate": parameters_bytes}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
