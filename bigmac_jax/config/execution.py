@@ -9,7 +9,7 @@ from bigmac_jax.config.errors import require
 from bigmac_jax.config.section import Count, Range, Section, Size
 
 WireFormat = Literal["", "float32", "bfloat16", "float8_e4m3", "int8"]
-Remat = Literal["none", "layer", "exchange"]
+Remat = Literal["none", "layer", "exchange", "offload"]
 _SELDOM = ("replica", "tensor")  # axes that an error leaves out where they split nothing
 EXCHANGES_IN_ROUNDS = ("auto", "all_to_all", "dedup", "hierarchical", "ragged")  # that take a finite buffer_factor
 EXCHANGES_BY_EXPERT = ("auto", "all_to_all")  # that count room by expert, as model.overflow=next needs
@@ -41,8 +41,10 @@ class ExecutionConfig(Section):
     attention: Literal["auto", "blocks", "xla", "cudnn", "splash", "triton"] = "auto"
     grouped_matmul: Literal["auto", "batched", "blocks", "kernel"] = "auto"  # docs/exchange.md
     mamba_chunk: Count = 256  # positions that a Mamba layer computes at once
-    # What the backward pass recomputes: nothing, each layer (layer), or all of it but the exchange (exchange).
+    # What the backward pass recomputes: nothing, each layer (layer), all of it but the exchange (exchange), or each
+    # layer from what entered it, which waits in host memory (offload).
     remat: Remat = "none"
+    offload_optimizer: bool = False  # moments are kept in host memory, and updated layer by layer
     # Of eval, generate and serve: the experts of all layers stand in host memory, so many layers of them on the device;
     # 0 = all on the device.
     resident_layers: Size = 0

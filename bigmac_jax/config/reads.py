@@ -119,7 +119,7 @@ _WHATEVER = {
     "model": "structure num_layers blocks hidden_size vocab_size norm norm_eps context_length activation "
     "gated use_bias tie_embeddings scale_embedding dropout expert_hidden_size "
     "mtp_modules",
-    "execution": "dtype reduce_dtype remat unroll_layers compiler_options",
+    "execution": "dtype reduce_dtype remat offload_optimizer unroll_layers compiler_options",
     "mesh": "data node expert tensor replica",
     "data": "source validation_source test_source mixture tokenizer sequence_length documents batch_size num_workers",
     "optimizer": "name schedule learning_rate warmup_steps b1 b2 eps moment_dtype average_decay weight_decay clip_norm",
@@ -192,7 +192,12 @@ READ: dict[str, tuple[Condition, ...]] = {
     **{name: conditions for names, conditions in _CONDITIONAL.items() for name in names.split()},
 }
 # Fields that an evaluation can be given and does not read.
-_TRAINING = ("execution.remat", "execution.reduce_dtype", "execution.wire_dtype_backward")
+_TRAINING = (
+    "execution.remat",
+    "execution.offload_optimizer",
+    "execution.reduce_dtype",
+    "execution.wire_dtype_backward",
+)
 
 
 def unread_for(config: Config, name: str) -> str:

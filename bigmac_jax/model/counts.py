@@ -181,7 +181,7 @@ def recomputes(config: Config) -> bool:
 
 def exchanges_again(config: Config) -> bool:
     """Whether the recomputed forward pass exchanges rows again."""
-    return config.execution.remat == "layer"
+    return config.execution.remat in ("layer", "offload")
 
 
 def tensor_bytes(config: Config, sizes: Sizes) -> float:
@@ -267,10 +267,12 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     kept = {stack: _kept_by_a_layer(config, ranks, group, stack.blocks) for stack in m.trained_stacks}
     if m.mtp_modules:  # what its norms and its projection are given
         kept[m.mtp_stack] += 5 * m.hidden_size
-    # Rematerialised layers keep what enters them, and one at a time all that it computes.
+    # Rematerialised layers keep what enters them, and one at a time all that it computes. With remat=offload what
+    # enters a layer and the next one is there, while one is copied and one is used.
     largest = max(kept.values())
     layers = largest if recomputes(config) else sum(len(stack.layers) * each for stack, each in kept.items())
-    activations = tokens * size * ((m.depth + 2 * m.mtp_modules) * m.hidden_size + layers)
+    entered = min(2, m.depth) + m.mtp_modules if config.execution.remat == "offload" else m.depth + 2 * m.mtp_modules
+    activations = tokens * size * (entered * m.hidden_size + layers)
     if config.execution.remat == "exchange":
         activations += m.count_trained("E") * exchanged_bytes(config, ranks, group)
     return {
@@ -284,9 +286,21 @@ def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int
     """Bytes on one rank that no activation changes, with a batch in so many parts."""
     return {
         "parameters": 4 * count.of_a_rank,
-        "optimizer": _moment_bytes(config) * count.moments_of_a_rank
+        # Of moments in host memory a layer's are here at a time, when activations are not.
+        "optimizer": _moment_bytes(config) * count.moments_of_a_rank * (not config.execution.offload_optimizer)
         + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.trained_of_a_rank * (2 if parts > 1 else 1),
+    }
+
+
+def host_memory(config: Config, ranks: int, count: Parameters) -> dict[str, int]:
+    """Bytes that one rank keeps in host memory, by part."""
+    execution, m, parts = config.execution, config.model, config.train.accumulate_steps
+    tokens = config.data.batch_size * config.data.sequence_length // (ranks * parts)
+    entered = tokens * (m.depth + m.mtp_modules) * m.hidden_size * execution.dtype_bytes
+    return {
+        "optimizer": _moment_bytes(config) * count.moments_of_a_rank * execution.offload_optimizer,
+        "activations": entered * (execution.remat == "offload"),
     }
 
 

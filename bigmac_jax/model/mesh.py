@@ -23,6 +23,7 @@ EXPERT_GROUP = ("node", "expert")  # the ranks that share one set of experts
 BATCH = (REPLICA, "data", *EXPERT_GROUP)  # these split the batch
 AXES = (*BATCH, TENSOR)
 INSIDE = AXES[1:]  # a replica
+HOST = "pinned_host"  # jax's name of the memory beside a device that it copies from by itself
 Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 
 
@@ -280,6 +281,24 @@ def platform() -> str:
     """cpu, gpu or tpu: the platform of the current mesh's devices, which may only be compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def check_host_memory(mesh: Mesh, asked: str, instead: str) -> None:
+    """Raises ConfigError if the mesh's devices reach no host memory; one that is only compiled for doesn't say.
+
+    Args:
+      asked: what needs it.
+      instead: what to use without.
+    """
+    device = mesh.devices.flat[0]
+    try:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+    except jax.errors.JaxRuntimeError:
+        return
+    if kinds and HOST not in kinds:
+        raise ConfigError(
+            f"{asked} needs {HOST} memory, and {device.device_kind} has {', '.join(kinds)} alone; use {instead}"
+        )
 
 
 def device_kind() -> str:

@@ -17,13 +17,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
-from bigmac_jax.model.mesh import spec_of
+from bigmac_jax.model.mesh import HOST, check_host_memory, spec_of
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import leaf_name
-
-HOST = "pinned_host"  # jax's name of host memory that a device copies from
 
 
 class Ring(NamedTuple):
@@ -114,21 +112,12 @@ def check_resident(config: Config, mesh: Mesh) -> None:
         f"resident_layers={layers} is of experts, and model.structure={config.model.structure} has none; use "
         f"resident_layers=0",
     )
-    device = mesh.devices.flat[0]
-    try:
-        kinds = [memory.kind for memory in device.addressable_memories()]
-    except jax.errors.JaxRuntimeError:  # a GPU that is only compiled for does not say
-        return
-    if HOST not in kinds:
-        raise ConfigError(
-            f"resident_layers={layers} keeps experts in host memory, of which {device.device_kind} copies none: it has "
-            f"the memory kinds {', '.join(kinds) or 'none'}, not {HOST}; use resident_layers=0"
-        )
+    check_host_memory(mesh, f"resident_layers={layers}", "resident_layers=0")
 
 
 def order_of_layers(config: Config) -> list[tuple[int, int]]:
-    """Of each layer with experts, in the order in which they are computed, its stack's number among those with experts
-    and its place there."""
+    """Lists for each layer with experts, in the order in which they are computed, its stack's number among those with
+    experts and its place there."""
     stacks = [stack.experts for stack in config.model.stacks if stack.experts]
     places = {layer: (number, place) for number, stack in enumerate(stacks) for place, layer in enumerate(stack)}
     return [places[layer] for layer in range(len(places))]

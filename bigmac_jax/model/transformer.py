@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.config.blocks import name_branches
@@ -22,7 +23,7 @@ from bigmac_jax.model.exchange.wire import EXCHANGED
 from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mamba import Mamba
-from bigmac_jax.model.mesh import TENSOR, interleave, join, platform, tensor_ranks, token_spec
+from bigmac_jax.model.mesh import HOST, TENSOR, interleave, join, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
@@ -33,6 +34,7 @@ from bigmac_jax.runtime import hosts
 _log = logging.getLogger(__name__)
 
 
+ENTERED = "entered"  # what enters a layer: execution.remat=offload moves it to host memory
 TokenMixer = Attention | Mamba
 Mixer = TokenMixer | MLP | MoE
 
@@ -322,8 +324,24 @@ def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> C
         return jax.checkpoint(step, policy=names(EXCHANGED, BALANCE_BIAS))
     if remat == "layer":
         return jax.checkpoint(step, policy=names(BALANCE_BIAS))
+    if remat == "offload":
+        return jax.checkpoint(_entered(step), policy=_OFFLOAD)
     # With mesh.fsdp a layer's parameters are gathered again for its backward pass, not kept.
     return jax.checkpoint(step, policy=all_but_gathered) if config.mesh.fsdp else step
+
+
+# Of a layer its input alone is kept, in host memory: XLA copies it there and back beside the layers around it.
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[BALANCE_BIAS],
+    names_which_can_be_offloaded=[ENTERED],
+    offload_src="device",
+    offload_dst=HOST,
+)
+
+
+def _entered(step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The step with a name on what enters the layer."""
+    return lambda carry, xs: step(checkpoint_name(carry, ENTERED), xs)
 
 
 def _of_layers(values_Y: Array, layers: range) -> Array:

@@ -20,7 +20,7 @@ from bigmac_jax.planning.load import EVEN, Load
 
 OVERLAP_CHUNKS = (1, 2, 4, 8)
 REPLICAS = 4  # numbers of replicas that are tried for a mesh
-REMAT: tuple[Remat, ...] = ("none", "exchange", "layer")
+REMAT: tuple[Remat, ...] = ("none", "exchange", "layer", "offload")  # the more memory the sooner
 # The estimate of memory is off by -13 to +22 % (docs/planning.md).
 HEADROOM = 0.15
 # A section with other fields, checked once however many candidates have it.
@@ -56,7 +56,7 @@ def variants(
     config: Config, machine: Machine, lean: bool = False, fitting: bool = False, among: Collection[Axes] | None = None
 ) -> Iterator[Variant]:
     """Yields one way for every mesh, exchange, number of chunks and remat: the one whose batch goes in the fewest parts
-    that fit, or if none fits, the smallest.
+    that fit, or if none fits, the smallest. Moments go to host memory on meshes alone where nothing fits without.
 
     Args:
       lean: leave out what only adds memory: several chunks, and no fsdp where fsdp is possible.
@@ -64,25 +64,48 @@ def variants(
         at any further, and nothing is recomputed where the whole batch fits without.
       among: the meshes to look at; None is all.
     """
-    remats = REMAT if config.model.is_moe else ("none", "layer")  # nothing is exchanged in a dense layer
-    chunks = (1,) if lean or not machine.hardware.overlaps else OVERLAP_CHUNKS
+    hardware = machine.hardware
+    remats = [r for r in REMAT if config.model.is_moe or r != "exchange"]  # nothing is exchanged in a dense layer
+    if not hardware.host_bandwidth:
+        remats.remove("offload")
+    offloads = (False, True) if hardware.host_bandwidth else (False,)
+    chunks = (1,) if lean or not hardware.overlaps else OVERLAP_CHUNKS
     for mesh, sizes in _meshes(config, machine, lean, among):
         count = counts.parameters(replace(config, mesh=mesh), sizes)
-        state = sum(counts.state_memory(config, count, parts=1).values())
-        if fitting and 1 - state / machine.hardware.memory_bytes < machine.headroom:
-            continue
-        for name, n in _exchanges(config, mesh, machine, chunks):
-            for remat in remats:
-                fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
-                try:
-                    execution = _with_fields(config.execution, **fields)
-                    executed = replace(config, mesh=mesh, execution=execution)
-                except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
-                    continue
-                if found := _fewest_parts(executed, sizes, count, machine, fitting):
-                    yield found
-                    if fitting and found.config.train.accumulate_steps == 1:
-                        break
+        for offloads_optimizer in offloads:
+            execution = _with_fields(config.execution, offload_optimizer=offloads_optimizer)
+            placed, fits = replace(config, mesh=mesh, execution=execution), False
+            state = sum(counts.state_memory(placed, count, parts=1).values())
+            if fitting and 1 - state / hardware.memory_bytes < machine.headroom:
+                continue
+            for found in _ways(placed, sizes, count, machine, remats, chunks, fitting):
+                fits |= found.fits
+                yield found
+            if fits:
+                break
+
+
+def _ways(
+    config: Config,
+    sizes: Sizes,
+    count: Parameters,
+    machine: Machine,
+    remats: Collection[Remat],
+    chunks: tuple[int, ...],
+    fitting: bool,
+) -> Iterator[Variant]:
+    """The variants of a config on its mesh; arguments as in `variants`."""
+    for name, n in _exchanges(config, config.mesh, machine, chunks):
+        for remat in remats:
+            fields: dict[str, Any] = {"exchange": name, "overlap_chunks": n, "remat": remat}
+            try:
+                executed = replace(config, execution=_with_fields(config.execution, **fields))
+            except ConfigError:  # an exchange that takes no rounds, as execution.buffer_factor asks
+                continue
+            if found := _fewest_parts(executed, sizes, count, machine, fitting):
+                yield found
+                if fitting and found.config.train.accumulate_steps == 1:
+                    break
 
 
 def _meshes(

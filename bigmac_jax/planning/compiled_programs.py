@@ -14,7 +14,7 @@ import jax
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.model.exchange.costs import Sent
-from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.mesh import HOST, make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule, host_copies
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
     name: str
     text: str  # HLO, on TPU in the order of the schedule
     seconds: float  # to trace and compile
-    memory: dict[str, int]  # bytes of a rank
+    memory: dict[str, int]  # bytes of a rank; `host` is beside its device
     beside: int  # bytes of a rank that are alive at the same time, and that the program knows nothing of
     mesh: dict[str, int]
 
@@ -70,16 +70,17 @@ def compile_program(config: Config, devices: Sequence[Any], name: str = "step") 
     stats = compiled.memory_analysis()
     text = compiled.as_text()
     # Of the arguments, what the layout puts into host memory; on GPU some versions count it as the device's.
-    in_host = host_copies.argument_bytes(hlo.parse(text))
-    counted = 0 if stats.host_argument_size_in_bytes else in_host
+    arguments_in_host = host_copies.argument_bytes(hlo.parse(text))
+    counted = 0 if stats.host_argument_size_in_bytes else arguments_in_host
     arguments, code = stats.argument_size_in_bytes - counted, stats.generated_code_size_in_bytes
-    # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold. The peak that
-    # CPU states leaves out nearly all of it.
+    # On TPU temp_size adds up what is never alive together; its peak is what the chip must hold, and arguments in host
+    # memory, which it counts. The peak that CPU states leaves out nearly all of it.
     peak = getattr(stats, "peak_memory_in_bytes", 0) if device.platform == "tpu" else 0
+    peak -= min(peak, stats.host_argument_size_in_bytes)
     held = peak or arguments + stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
     memory = {"total": held + code, "arguments": arguments, "temporaries": held - arguments, "code": code}
-    if in_host:
-        memory["host"] = in_host
+    memory["host"] = arguments_in_host + stats.host_temp_size_in_bytes
+    memory["host"] += max(0, stats.host_output_size_in_bytes - stats.host_alias_size_in_bytes)
     seconds = time.perf_counter() - start
     return Compiled(name, text, seconds, memory, _bytes_of_rank(program.beside), dict(mesh.shape))
 
@@ -101,7 +102,7 @@ def _one_line(program: str, device: Any) -> Iterator[None]:
 
 
 def _bytes_of_rank(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
@@ -151,7 +152,7 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
         "memory_beside": compiled.beside,
         "collectives": _summarize(found, layers),
     }
-    if "host" in compiled.memory:
+    if compiled.memory["host"]:
         result["host_copies"] = _describe_copies(host_copies.host_copies(module), hardware)
     if not hardware:
         return result
@@ -276,4 +277,6 @@ def _field_to_change(config: Config, target: Target, name: str) -> str:
         return f"--config.train.accumulate_steps={factor * steps}"
     if not config.mesh.fsdp:
         return "--config.mesh.fsdp=True"
+    if name in ("step", "evaluate") and not config.execution.offload_optimizer:
+        return "--config.execution.offload_optimizer=True"
     return "more ranks in mesh.expert, or a smaller model"

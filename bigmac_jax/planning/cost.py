@@ -6,7 +6,7 @@ Nothing here is measured. What is sent is a function of a `Setting`.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from bigmac_jax.config import Config, ModelConfig
+from bigmac_jax.config import Config, ConfigError, ModelConfig
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
@@ -65,6 +65,12 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         at_a_time = counts.tokens_at_a_time(config, here.ranks)
         exchange = choose_exchange(config, m.capacity_factor, at_a_time, setting.group)
         padding = counts.computed_rows(exchange, at_a_time, m.choices) / m.choices
+    at_host = counts.host_memory(config, here.ranks, setting.count)
+    if sum(at_host.values()) and not hardware.host_bandwidth:
+        raise ConfigError(
+            f"execution.remat={execution.remat} and execution.offload_optimizer={execution.offload_optimizer} copy to "
+            f"host memory, and the file of {hardware.device_kind} has no host_bandwidth; add it, as in h100.toml"
+        )
     return Job(
         Shape.of(config),
         config.data.sequence_length,
@@ -89,6 +95,8 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         gradients=gradient_seconds(setting),
         replicas=replica_seconds(setting),
         hidden_exchange=hardware.hidden_share * (chunks - 1) / chunks if hardware.overlaps else 0.0,
+        moments=at_host["optimizer"],
+        entered=at_host["activations"] * config.train.accumulate_steps,
         hides_sums=hardware.platform in HIDE_SUMS,
     )
 

@@ -62,6 +62,8 @@ class Job:
       accumulated: numbers of a rank's gradients while parts are added.
       exchange, tensor_sent, gathers, gradients, replicas: seconds on the wire with nothing beside.
       hidden_exchange: the share of the exchange, or of experts if they are shorter, that runs beside experts.
+      moments, entered: bytes of the optimizer's moments and of what enters layers that a rank copies to host memory and
+        back in a step.
       hides_sums: whether gathers and sums of gradients run beside computation.
     """
 
@@ -92,6 +94,8 @@ class Job:
     gradients: float = 0.0
     replicas: float = 0.0
     hidden_exchange: float = 0.0
+    moments: float = 0.0
+    entered: float = 0.0
     hides_sums: bool = False
 
     @property
@@ -128,6 +132,7 @@ class Times:
     bubble: float = 0.0  # stages that wait for the first and the last part
     replicas: float = 0.0  # gradients summed over replicas when all are known: nothing runs beside
     hidden_sums: float = 0.0  # the part of `parameters` and `gradients` that runs beside computation
+    host: float = 0.0  # copies to host memory and back that nothing hides
     at_peak_causal: float = 0.0  # as at_peak, with half of attention's scores and values
 
     @property
@@ -140,7 +145,7 @@ class Times:
         """Seconds of the whole step."""
         sums = self.parameters + self.gradients - self.hidden_sums
         sent = self.exchange - self.hidden + self.tensor + sums + self.replicas
-        return self.computing + self.bubble + sent + self.optimizer
+        return self.computing + self.bubble + sent + self.optimizer + self.host
 
     @property
     def exchange_share(self) -> float:
@@ -180,6 +185,7 @@ TERMS = {
     "hidden_sums": "… of both beside computation",
     "replicas": "gradients' shards summed over replicas",
     "optimizer": "the optimizer's passes over memory",
+    "host": "copies to host memory and back",
     "bubble": "stages that wait",
 }
 HIDDEN = ("hidden", "hidden_sums")  # terms that others are shorter by
@@ -215,6 +221,7 @@ def predict(job: Job, hardware: Hardware) -> Times:
         replicas=job.replicas,
         hidden_sums=hidden_sums if job.hides_sums else 0.0,
         optimizer=optimizer_seconds(job, hardware),
+        host=host_seconds(job, hardware, computing),
         bubble=computing * (job.stages - 1) / (job.virtual * job.parts),
         tokens=job.tokens,
         at_peak=whole / peak,
@@ -281,3 +288,19 @@ def optimizer_seconds(job: Job, hardware: Hardware) -> float:
     """Seconds of the optimizer's passes over memory, and of adding up gradients where the batch goes in parts."""
     added = job.accumulated * ACCUMULATION_BYTES * job.parts if job.parts > 1 else 0.0
     return (job.updated * OPTIMIZER_BYTES + added) / hardware.memory_bandwidth
+
+
+def host_seconds(job: Job, hardware: Hardware, computing: float) -> float:
+    """Seconds of copies to host memory and back, but for what runs beside the layers' computation.
+
+    What enters a layer goes there in the forward pass and comes back in the backward pass, beside the layers around it.
+    Moments come and go when gradients are known, and little is computed then. All take bandwidth of device memory.
+    """
+    if not (job.moments or job.entered):
+        return 0.0
+    assert hardware.host_bandwidth, hardware.device_kind
+    forward = job.forward_passes / (job.forward_passes + job.again.get("passes", 0.0) + BACKWARD)
+    one_way = job.entered / hardware.host_bandwidth
+    waits = max(0.0, one_way - forward * computing) + max(0.0, one_way - (1 - forward) * computing)
+    passes = 2 * (job.moments + job.entered) / hardware.memory_bandwidth
+    return 2 * job.moments / hardware.host_bandwidth + waits + passes

@@ -16,6 +16,7 @@ from bigmac_jax.model.counts import (
     exchange_traffic,
     exchanged_bytes,
     flops,
+    host_memory,
     memory,
     parameters,
     tokens_at_a_time,
@@ -119,7 +120,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if dropped := measured_drops(config):
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
-        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in REMAT]
+        names = [name for name in REMAT if name != "offload" or place.hardware.host_bandwidth]
+        result["recomputation"] = [_recomputation(config, name, sizes, place) for name in names]
     if request.options:
         result["compiler_options"] = _options(config, _require_hardware(place, "--options"))
     if request.terms:
@@ -242,7 +244,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and with hardware also times."""
     m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
-    parts = memory(config, ranks, group, count)
+    parts, beside = memory(config, ranks, group, count), host_memory(config, ranks, count)
     result: dict[str, Any] = {
         "expert_width": m.expert_width,
         "parameters_total": count.total,
@@ -253,6 +255,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
         "flops": work,
         "all_to_all_bytes_per_step": round(sum(exchange_traffic(config, ranks, group).padded)),
         "memory": parts | {"total": sum(parts.values())},
+        "host_memory": beside | {"total": sum(beside.values())},
     }
     if not config.tuning.lora_rank:
         result["checkpoint"] = _checkpoint(config)
@@ -285,6 +288,7 @@ def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> 
     return {
         "remat": remat,
         "activations": costs["memory"]["activations"],
+        "host": costs["host_memory"]["activations"],
         "exchanged": round(config.step_model.count_trained("E") * exchanged_bytes(config, place.devices, group)),
         "exchange": costs["time"]["exchange"],
         "total": costs["time"]["total"],
@@ -411,14 +415,14 @@ def _checkpoint(config: Config) -> dict[str, int]:
 
 
 def _restore(config: Config, sizes: Sizes, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
-    """Bytes of a rank that reading a checkpoint takes: train.py reads the state; generate.py reads parameters and casts
-    them leaf by leaf, beside the weights that it made of them. Experts that are to stand in host memory are read into
-    that."""
+    """Bytes of a rank that reading a checkpoint takes: train.py reads the state, of which moments may stand in host
+    memory; generate.py reads parameters and casts them leaf by leaf, beside the weights that it made of them. Experts
+    that are to stand in host memory are read into that."""
     numbers = parameters(config, sizes).of_a_rank
     if is_resident(config):
         need = {"generate": 4 * (numbers - residency.expert_numbers(config, sizes))}
     else:
-        need = {"train": 12 * numbers, "generate": 4 * numbers}
+        need = {"train": (4 if config.execution.offload_optimizer else 12) * numbers, "generate": 4 * numbers}
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
     fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}

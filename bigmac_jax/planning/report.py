@@ -117,6 +117,9 @@ def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     row("all-to-all, all ranks", lambda c: size(c["all_to_all_bytes_per_step"]))
     for part in ("parameters", "optimizer", "gradients", "activations", "temporaries", "total"):
         row(f"memory of a rank: {part}", lambda c, part=part: size(c["memory"][part]))
+    for part in ("optimizer", "activations"):
+        if any(column["host_memory"][part] for column in valid.values()):
+            row(f"host memory of a rank: {part}", lambda c, part=part: size(c["host_memory"][part]))
     if all("checkpoint" in column for column in valid.values()):
         row("checkpoint", lambda c: size(c["checkpoint"]["bytes"]))
         for key, label in (("partial_bytes", "  of some of the experts"), ("kept_bytes", "  all that are kept")):
@@ -187,10 +190,13 @@ def _drops(drops: Mapping[str, Any]) -> Table:
 
 def _recomputation(rows: list[Mapping[str, Any]]) -> Table:
     table = _table("What a rank keeps for the backward pass, by execution.remat; predicted",
-                   "", "activations", "of the exchange", "exchange", "step")  # fmt: skip
+                   "", "activations", "of the exchange", "in host memory", "exchange", "step")  # fmt: skip
     for row in rows:
-        kept = size(row["exchanged"]) if row["remat"] != "layer" else ""
-        table.add_row(row["remat"], size(row["activations"]), kept, duration(row["exchange"]), duration(row["total"]))
+        kept = size(row["exchanged"]) if row["remat"] in ("none", "exchange") else ""
+        host = size(row["host"]) if row["host"] else ""
+        table.add_row(
+            row["remat"], size(row["activations"]), kept, host, duration(row["exchange"]), duration(row["total"])
+        )
     return table
 
 
@@ -397,12 +403,13 @@ def _search(rows: list[Mapping[str, Any]]) -> Table:
     """The first dozen."""
     title = "The fastest that fit, by the cost model" if any(row["fits"] for row in rows) else "The nearest to fit"
     table = _table(title, "data × node × expert × tensor", "fsdp", "split experts", "exchange", "chunks", "remat",
-                   "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
-    yes = {True: "yes", False: ""}
+                   "moments", "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
+    yes, where = {True: "yes", False: ""}, {True: "host", False: ""}
     for row in rows[:12]:
         table.add_row(
             " × ".join(map(str, row["mesh"].values())), yes[row["fsdp"]], yes[row["split_experts"]], row["exchange"],
-            str(row["overlap_chunks"]), row["remat"], str(row["accumulate_steps"]), size(row["memory"]),
+            str(row["overlap_chunks"]), row["remat"], where[row["offload_optimizer"]],
+            str(row["accumulate_steps"]), size(row["memory"]),
             percent(row["headroom"]), *_time_cells(row["time"]),
         )  # fmt: skip
     return table

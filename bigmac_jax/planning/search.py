@@ -31,9 +31,9 @@ def search(config: Config, machine: Machine) -> list[Candidate]:
     """Finds the ways to run `config` on all devices that fit into memory, by tokens a second; behind them the `NEAREST`
     that don't, by memory.
 
-    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat and accumulate_steps. None of these
-    changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and what
-    `part_notes` names.
+    They differ in mesh, fsdp, split_experts, exchange, overlap_chunks, remat, offload_optimizer and accumulate_steps.
+    None of these changes what is computed, except for drops (which rows a full expert drops depends on the ranks) and
+    what `part_notes` names.
 
     Raises:
       ConfigError: no mesh of so many devices is valid.
@@ -155,6 +155,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "exchange": execution.exchange,
         "overlap_chunks": execution.overlap_chunks,
         "remat": execution.remat,
+        "offload_optimizer": execution.offload_optimizer,
         "accumulate_steps": candidate.config.train.accumulate_steps,
         "fits": candidate.fits,
         "memory": sum(candidate.memory.values()),

@@ -61,7 +61,8 @@ def optimizer_notes(before: Config, after: Config, step: int) -> list[str]:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Builds the update rule: clip, AdamW or Muon, weight decay, learning rate, frozen parameters.
 
-    The rate is given to each update as `rate`, so that a program knows neither the schedule nor its length.
+    The rate is given to each update as `rate`, so that a program knows neither the schedule nor its length; the norm of
+    all gradients as `norm`, so that some parameters can be updated before others.
     """
     optimizer = config.optimizer
     scaled = optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps)
@@ -75,10 +76,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     if config.projection_rate != 1:
         rule = optax.chain(rule, _scale_projections(config.projection_rate))
     if optimizer.clip_norm:
-        rule = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
+        rule = optax.chain(_clip(optimizer.clip_norm), rule)
     if config.tuning.train_router:
         return optax.with_extra_args_support(rule)
     return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, _router_labels)  # nor does it decay
+
+
+def _clip(longest: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` with a norm that is given; without one, of what is updated."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Array | None = None, **_: Any) -> tuple[Any, Any]:
+        length = optax.tree.norm(updates) if norm is None else norm
+        kept = length < longest
+        return jax.tree.map(lambda u: jnp.where(kept, u, (u / length.astype(u.dtype)) * longest), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _scale_by_rate() -> optax.GradientTransformationExtraArgs:

@@ -25,6 +25,7 @@ from bigmac_jax.model.mesh import AXES, fully_sharded, spec_of
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.runtime import storage
 from bigmac_jax.training.checkpoint_arrays import DamagedError
+from bigmac_jax.training.offload import on_device
 
 TURN, LEARNED = "experts", "experts"  # keys in a checkpoint's items `run` and `data`
 EXPERTS = "experts"  # the item of a save of some, with the leaves that it splits
@@ -135,6 +136,7 @@ def take_turn(items: Items, turn: Turn) -> Items:
     def take(part: str, leaf: Any) -> Any:
         if not turn.splits(part):
             return leaf
+        leaf = on_device(leaf)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             taken = jax.eval_shape(functools.partial(_take, count=turn.count), leaf, 0)
             return jax.ShapeDtypeStruct(
@@ -200,8 +202,9 @@ def _put_turn(turn: Turn, w: Any, found: Any) -> Any:
         return w
     if found.shape == w.shape:
         return found
+    kept, w = w.sharding, on_device(w)
     w = jnp.zeros(w.shape, w.dtype, device=w.sharding) if isinstance(w, jax.ShapeDtypeStruct) else w
-    return _put(w, found, turn.first)
+    return jax.device_put(_put(w, found, turn.first), kept)
 
 
 class Learned(NamedTuple):

@@ -31,6 +31,7 @@ from bigmac_jax.training.choices import choices_at
 from bigmac_jax.training.distillation import distilled_loss
 from bigmac_jax.training.dpo import dpo_loss
 from bigmac_jax.training.loss import LossParts, LossTerms, Share, loss_fn, token_nll
+from bigmac_jax.training.offload import check_offload, in_host_memory, update_by_layers
 from bigmac_jax.training.optimizer import learning_rate, make_optimizer, update_average
 from bigmac_jax.training.replicas import gather_shards, split_replicas, sum_gradients, take_shards
 
@@ -159,17 +160,26 @@ class _Programs:
         (loss, parts), gradients = self.gradient(state, batch)  # summed over the parts of the batch
         grad_norm = optax.tree.norm(gradients)
         bad, losses = self._judge(loss, grad_norm, state.losses)
+        skips = self.config.train.on_bad_step == "skip"
+
+        def update(gradients: Any, opt_state: Any, shards: Any) -> tuple[Any, Any]:
+            updates, after = self.optimizer.update(gradients, opt_state, shards, rate=rate, norm=grad_norm)
+            after = optax.apply_updates(shards, updates), after
+            return _unless(bad, after, (shards, opt_state)) if skips else after
+
         with jax.named_scope("optimizer"):  # which clips, too
             shards = take_shards(self.config, state.params)
-            updates, opt_state = self.optimizer.update(gradients, state.opt_state, shards, rate=rate)
-            params = gather_shards(optax.apply_updates(shards, updates), state.params)
+            if self.config.execution.offload_optimizer:
+                params, opt_state = update_by_layers(update, gradients, state.opt_state, shards)
+            else:
+                params, opt_state = update(gradients, state.opt_state, shards)
+            params = gather_shards(params, state.params)
         average = state.average
         if average is not None:
             average = update_average(self.config, average, params, state.step + 1)
         rest, parts = self._balance(state.rest, parts)
-        if self.config.train.on_bad_step == "skip":
-            before = (state.params, state.rest, state.opt_state, state.average)
-            params, rest, opt_state, average = _unless(bad, (params, rest, opt_state, average), before)
+        if skips:
+            rest, average = _unless(bad, (rest, average), (state.rest, state.average))
         after = TrainState(state.step + 1, params, rest, opt_state, losses, average, state.base, state.teacher)
         return after, StepMetrics(loss, parts, grad_norm, rate, bad, choices_at(self.config, state.step))
 
@@ -216,9 +226,12 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
     Args:
       teacher: the config of tuning.teacher, if there is one.
     """
+    check_offload(config, mesh)
     # No array is made here: the mesh may be of devices that are only compiled for.
     programs, execution = _Programs(config), config.execution
     begun = placed(jax.eval_shape(lambda: programs.init(jax.random.key(0))), mesh)
+    if execution.offload_optimizer:
+        begun = dataclasses.replace(begun, opt_state=in_host_memory(begun.opt_state))
     abstract = begun
     if teacher is not None:
         of_teacher = jax.eval_shape(lambda: init_model(teacher, jax.random.key(0)))

@@ -175,7 +175,7 @@ def test_what_cannot_be_is_one_line() -> None:
     other: Any = SimpleNamespace(devices=np.array([_Device(device_kind="some chip")]))
     check_resident(config, mesh)
     check_resident(with_resident_layers(config, 0), other)
-    with pytest.raises(ConfigError, match=r"^resident_layers=2 .* some chip .* memory kinds device, not .*=0$"):
+    with pytest.raises(ConfigError, match=r"^resident_layers=2 needs .* some chip has device alone; use .*=0$"):
         check_resident(config, other)
     dense = with_resident_layers(tiny(structure="dense"), 1)
     with pytest.raises(ConfigError, match=r"^resident_layers=1 is of experts, .*structure=dense has none; .*=0$"):

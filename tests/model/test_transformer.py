@@ -52,7 +52,9 @@ def test_causal(model: dict[str, Any]) -> None:
     assert (reach_LL[np.triu_indices(8, 1)] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["layer", pytest.param("exchange", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "remat", ["layer", *(pytest.param(r, marks=pytest.mark.full) for r in ("exchange", "offload"))]
+)
 def test_remat_changes_nothing(remat: str) -> None:
     none, again = (tiny((1, 1, 2), num_layers=1, dropout=0.3, remat=name) for name in ("none", remat))
     tokens, key = random_tokens(none), jax.random.key(1)
@@ -62,13 +64,28 @@ def test_remat_changes_nothing(remat: str) -> None:
     assert_close({"loss": loss} | gradients, {"loss": expected} | of_none)
 
 
+@pytest.mark.full
+def test_offload_gives_the_bits_of_layer() -> None:
+    layer, offload = (tiny((1, 1, 2), num_layers=2, dropout=0.3, remat=name) for name in ("layer", "offload"))
+    (loss, gradients, _), (expected, of_layer, _) = (
+        loss_and_gradients(config, random_tokens(layer), dropout_key=jax.random.key(1)) for config in (offload, layer)
+    )
+    assert loss == expected and gradients.keys() == of_layer.keys()
+    for name, gradient in of_layer.items():
+        np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+
+
 def test_remat_recomputes() -> None:
-    configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange")}
+    configs = {remat: tiny((1, 1, 2), dropout=0.3, remat=remat) for remat in ("none", "layer", "exchange", "offload")}
     sent = {remat: backward(config) for remat, config in configs.items()}
     assert sent["none"][0] == 2 * 4  # two layers; forward and backward exchange twice each
     assert sent["layer"][0] == 2 * 6  # and the backward pass repeats the forward's
     assert sent["exchange"][0] == 2 * 4
     assert sent["layer"][1] < sent["exchange"][1] < sent["none"][1] / 3
+    # What enters two layers is kept in host memory, and all else as with `layer`.
+    entered = 2 * configs["offload"].data.batch_size * 8 * configs["offload"].model.hidden_size
+    assert sent["offload"] == (sent["layer"][0], sent["layer"][1], entered)
+    assert {kept[2] for remat, kept in sent.items() if remat != "offload"} == {0}
 
 
 @pytest.mark.parametrize(
@@ -94,14 +111,16 @@ def test_what_crossed_is_kept(exchange: str, mesh: tuple[int, ...], wire_dtype: 
         assert 0 <= plan < 100 and kept["fine_grained"] == 2 * there_and_back * 4 * R + plan
 
 
-def backward(config: Config) -> tuple[int, int]:
-    """(exchanges of a forward and backward pass, elements that the forward scan keeps)."""
+def backward(config: Config) -> tuple[int, int, int]:
+    """(exchanges of a forward and backward pass, elements that the forward scan keeps, those in host memory)."""
     with on_mesh(config):
         tokens = split_tokens(random_tokens(config)[:, :-1])
         loss = jax.grad(lambda model: jnp.square(model(tokens)[0]).mean())
         jaxpr = jax.jit(loss).trace(abstract_model(config)).jaxpr.jaxpr
     scan = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
-    return len(payloads(all_to_alls(jaxpr))), sum(v.aval.size for v in scan.outvars)
+    kept = [v.aval for v in scan.outvars]
+    at_host = sum(aval.size for aval in kept if aval.memory_space == jax.memory.Space.Host)
+    return len(payloads(all_to_alls(jaxpr))), sum(aval.size for aval in kept), at_host
 
 
 def test_dropout_keeps_the_mean() -> None:

@@ -128,7 +128,10 @@ def test_what_to_change_counts_the_sequences_of_a_rank() -> None:
     made = tiny((1, 1, 2, 2), batch=4, remat="layer")
     assert field_to_change(made, 4) == "--config.train.accumulate_steps=2"
     assert field_to_change(tiny((1, 1, 2, 2), batch=2, remat="layer"), 4) == "--config.mesh.fsdp=True"
-    assert "smaller model" in field_to_change(tiny((1, 1, 2, 2, True), batch=2, remat="layer"), 4)
+    sharded = tiny((1, 1, 2, 2, True), batch=2, remat="layer")
+    assert field_to_change(sharded, 4) == "--config.execution.offload_optimizer=True"
+    offloaded = dataclasses.replace(sharded.execution, offload_optimizer=True)
+    assert "smaller model" in field_to_change(dataclasses.replace(sharded, execution=offloaded), 4)
 
 
 def test_scopes_name_the_payload() -> None:

@@ -408,3 +408,32 @@ def test_nothing_is_sent() -> None:
 def test_what_does_not_fit(mesh: dict[str, int], hardware: Hardware, topology: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}$"):
         cluster(mesh, hardware, topology)
+
+
+def test_copies_to_host_memory() -> None:
+    """Nothing hides those of moments; of what enters layers what takes longer than the layers do is waited for."""
+    slow, fast = (replace(PLAIN, host_bandwidth=rate) for rate in (1.0, 1e30))
+    ranks, parts = sizes(expert=2), 2
+    layer = config(parts, remat="layer")
+    base = step_time(layer, ranks, PLAIN)
+    count = counts.parameters(layer, ranks)
+    moments = config(parts, remat="layer", offload_optimizer=True)
+    copied = 4 * count.moments_of_a_rank
+    assert counts.host_memory(moments, 2, count) == {"optimizer": copied, "activations": 0}
+    found = step_time(moments, ranks, slow)
+    passes = 2 * copied / PLAIN.memory_bandwidth
+    assert found.host == pytest.approx(2 * copied + passes)
+    assert found.total - base.total == pytest.approx(found.host)
+    assert step_time(moments, ranks, fast).host == pytest.approx(passes)
+
+    entered = config(parts, remat="offload")
+    data, m = entered.data, entered.model
+    tokens = data.batch_size * data.sequence_length // 2
+    at_a_time = tokens // parts * m.num_layers * m.hidden_size * entered.execution.dtype_bytes
+    assert counts.host_memory(entered, 2, count) == {"optimizer": 0, "activations": at_a_time}
+    passes = 2 * parts * at_a_time / PLAIN.memory_bandwidth
+    waits = 2 * parts * at_a_time - base.computing
+    assert step_time(entered, ranks, slow).host == pytest.approx(waits + passes)
+    assert step_time(entered, ranks, fast).host == pytest.approx(passes)
+    with pytest.raises(ConfigError, match=r"has no host_bandwidth; add it, as in h100\.toml"):
+        step_time(entered, ranks, replace(PLAIN, host_bandwidth=None))

@@ -85,6 +85,31 @@ def test_of_equally_fast_ones_the_smallest_comes_first(monkeypatch: pytest.Monke
     assert left == sorted(left, reverse=True) and left[0] > left[-1]
 
 
+def test_moments_go_to_host_memory_where_nothing_fits_without() -> None:
+    """On each mesh by itself, and nowhere on a machine that is not known to have any."""
+    smallest = [v for v in variants(CONFIG, with_memory(1.0)) if not v.config.execution.offload_optimizer]
+    least = min(sum(v.memory.values()) for v in smallest)
+    places = dict[Any, set[bool]]()
+    for v in variants(CONFIG, with_memory(1.2 * least)):
+        if v.fits:
+            mesh = tuple(v.sizes.values()), v.config.mesh.fsdp, v.config.mesh.split_experts
+            places.setdefault(mesh, set()).add(v.config.execution.offload_optimizer)
+    assert sorted(map(sorted, places.values()))[0] == [False] and [True] in map(sorted, places.values())
+    assert all(len(where) == 1 for where in places.values())
+    small = with_memory(0.98 * least)
+    found = [v for v in variants(CONFIG, small) if v.fits]
+    assert found and all(v.config.execution.offload_optimizer and v.memory["optimizer"] == 0 for v in found)
+    assert "--config.execution.offload_optimizer=True" in describe(CONFIG, small)[1]["best"]["flags"]
+    without = replace(small, hardware=replace(small.hardware, host_bandwidth=None))
+    assert not any(v.fits for v in variants(CONFIG, without))
+    assert {v.config.execution.remat for v in variants(CONFIG, without)} == set(REMAT) - {"offload"}
+
+
+def test_of_two_that_fit_whole_the_one_without_copies_is_faster() -> None:
+    found = [c.config.execution.remat for c in search(CONFIG, EIGHT)]
+    assert found.index("layer") < found.index("offload")
+
+
 def test_order() -> None:
     found = search(CONFIG, EIGHT)
     assert all(c.fits and c.headroom >= 0.15 for c in found)
@@ -237,7 +262,7 @@ def test_replicas_are_whole_machines() -> None:
 def test_a_dense_model_has_no_expert_group() -> None:
     found = search(replace(CONFIG, model=replace(CONFIG.model, structure="dense")), EIGHT)
     assert {tuple(c.sizes.values()) for c in found} == {(1, 8, 1, 1, 1), (1, 4, 1, 1, 2), (1, 2, 1, 1, 4)}
-    assert {c.config.execution.remat for c in found} == {"none", "layer"}
+    assert {c.config.execution.remat for c in found} == {"none", "layer", "offload"}
     assert len({settings(c) for c in found}) == len(found)
 
 

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 TESTS = pathlib.Path(__file__).parents[1]
 
 
@@ -62,3 +64,16 @@ def check_replicas(topology: str, *overrides: str) -> None:
 def case_name(features: Iterable[str], case: tuple[Any, ...]) -> str:
     topology, *on = case
     return "-".join([topology.partition(":")[0], *(name for name, there in zip(features, on, strict=True) if there)])
+
+
+def check_host_memory(topology: str) -> None:
+    """Moments and what enters layers are in host memory, and no copy of them is left on the device."""
+    layers, tokens, D = 8, 512, 256
+    fields = f"model.num_layers={layers}", "mesh.fsdp=True"
+    kept = compiled(topology, "step", *fields, "execution.remat=layer")["step"]["memory"]
+    offloaded = "execution.remat=offload", "execution.offload_optimizer=True"
+    moved = compiled(topology, "step", *fields, *offloaded)["step"]["memory"]
+    moments = kept["arguments"] - moved["arguments"]
+    assert kept["host"] == 0 and moments > kept["arguments"] / 2
+    assert moved["host"] == pytest.approx(moments + 2 * layers * tokens * D, rel=0.02)
+    assert kept["total"] - moved["total"] > 0.8 * moved["host"]

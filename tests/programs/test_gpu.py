@@ -4,7 +4,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID
-from .running import WIDE, case_name, check_host_copies, check_replicas, compiled, planned
+from .running import WIDE, case_name, check_host_copies, check_host_memory, check_replicas, compiled, planned
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +77,11 @@ def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
     )  # fmt: skip
     overlap = made["step"]["overlap"]
     assert len(overlap) == 16 and all(asynchronous and products for asynchronous, products in overlap), overlap
+
+
+@pytest.mark.full
+def test_state_in_host_memory() -> None:
+    check_host_memory("h100:4x8")
 
 
 @pytest.mark.parametrize("ranks", [8, 32])

@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
-from .running import WIDE, case_name, check_host_copies, check_replicas, compiled
+from .running import WIDE, case_name, check_host_copies, check_host_memory, check_replicas, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -72,6 +72,11 @@ def test_programs(case: tuple[Any, ...]) -> None:
 )  # fmt: skip
 def test_what_crosses_slices(overrides: tuple[str, ...]) -> None:
     check_replicas("v6e:4x8 x 2", *overrides)
+
+
+@pytest.mark.full
+def test_state_in_host_memory() -> None:
+    check_host_memory("v6e:4x8")
 
 
 def test_the_gradient_of_a_table_whose_shards_are_no_tiles_is_scattered() -> None:

@@ -130,6 +130,7 @@ def test_what_is_lost():
 MESHES = {
     "one": (),
     "experts": ("mesh.expert=4", "mesh.data=2", "mesh.fsdp=True"),
+    "host": ("mesh.expert=2", "mesh.data=2", "execution.offload_optimizer=True"),
     "all": ("mesh.node=2", "mesh.expert=2", "mesh.tensor=2", "mesh.fsdp=True", "mesh.split_experts=True"),
     "replicas": ("mesh.replica=2", "mesh.expert=2", "mesh.data=2", "mesh.fsdp=True", "mesh.replica_optimizer=sharded"),
 }
@@ -167,7 +168,7 @@ def saved_steps(folder: pathlib.Path) -> set[int]:
         ("one", "both"),
         *(
             pytest.param(mesh, of, marks=pytest.mark.full)
-            for mesh in ("experts", "all", "replicas")
+            for mesh in ("experts", "host", "all", "replicas")
             for of in ("both", *PARTS)
         ),
     ],

@@ -42,7 +42,7 @@ class Hardware:
     overlaps: bool  # whether exchanges run beside computation
     fast: Link  # of one device inside the machine; on a torus one link and one hop
     slow: Link  # one device's share of the machine's links to others
-    host_bandwidth: float | None = None  # of one device, bytes a second that it reads of its host's memory
+    host_bandwidth: float | None = None  # of one device to its host's memory, bytes a second one way
     peak_flops_8bit: float | None = None  # in 8-bit floats; None where they are no faster
     watts: float | None = None  # of one device, which bound the products of GPUs
     hidden_share: float = 1.0  # of what an overlapped exchange could hide, what it does hide
@@ -97,15 +97,8 @@ def load_hardware(name_or_path: str | pathlib.Path) -> Hardware:
 
 
 def _of_a_core(chip: Hardware) -> Hardware:
-    n = chip.cores
-    divided = (
-        "peak_flops",
-        "peak_flops_float32",
-        "peak_flops_8bit",
-        "memory_bytes",
-        "memory_bandwidth",
-        "host_bandwidth",
-    )
+    n, divided = chip.cores, ("peak_flops", "peak_flops_float32", "peak_flops_8bit", "memory_bytes", "memory_bandwidth",
+                  "host_bandwidth")  # fmt: skip
     figures: dict[str, Any] = {name: value / n for name in divided if (value := getattr(chip, name))}
     figures |= {name: Link(getattr(chip, name).bandwidth / n, getattr(chip, name).latency) for name in ("fast", "slow")}
     return dataclasses.replace(chip, **figures, machine_ranks=chip.machine_ranks * n)
