@@ -134,7 +134,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         programs = result["programs"] = _programs(config, place)
         if "step" in programs:
             result["program"] = programs["step"]
-        result["restore"] = _restore(config, sizes, programs, place)
+        result["restore"] = _restore(_bytes_read(config, sizes), programs, place)
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if is_resident(config):
@@ -414,15 +414,19 @@ def _checkpoint(config: Config) -> dict[str, int]:
     }
 
 
-def _restore(config: Config, sizes: Sizes, programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
-    """Bytes of a rank that reading a checkpoint takes: train.py reads the state, of which moments may stand in host
-    memory; generate.py reads parameters and casts them leaf by leaf, beside the weights that it made of them. Experts
+def _bytes_read(config: Config, sizes: Sizes) -> dict[str, int]:
+    """Counts the bytes of a checkpoint that train.py and generate.py read onto a rank's device; moments and experts
     that are to stand in host memory are read into that."""
     numbers = parameters(config, sizes).of_a_rank
     if is_resident(config):
-        need = {"generate": 4 * (numbers - residency.expert_numbers(config, sizes))}
-    else:
-        need = {"train": (4 if config.execution.offload_optimizer else 12) * numbers, "generate": 4 * numbers}
+        return {"generate": 4 * (numbers - residency.expert_numbers(config, sizes))}
+    return {"train": (4 if config.execution.offload_optimizer else 12) * numbers, "generate": 4 * numbers}
+
+
+def _restore(need: dict[str, int], programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:
+    """Bytes of a rank that reading a checkpoint takes: of `_bytes_read`, which generate.py casts leaf by leaf, beside
+    the weights that it made of them."""
+    need = dict(need)
     if "memory" in programs.get("decode", {}):
         need["generate"] += programs["decode"]["memory"]["arguments"]
     fits = {"fits": max(need.values()) <= place.hardware.memory_bytes} if place.hardware else {}

@@ -33,6 +33,7 @@ from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.training.workdir import read_config
 
+YOUNGER = ("gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk", "resident_layers", "offload_optimizer")
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
 
@@ -445,7 +446,7 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ExecutionConfig)])
 def test_a_moved_field_is_one_line_with_its_new_name(config_file: pathlib.Path, name: str) -> None:
     value = getattr(ExecutionConfig(), name)
-    if name in ("gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk"):  # never were the model's
+    if name in YOUNGER:  # never were the model's
         assert "is not a field" in refusal(config_file, f"model.{name}={value}")
         return
     message = refusal(config_file, f"model.{name}={value}")
@@ -499,6 +500,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert (read["model"].pop("router"), read["model"].pop("hyper_width")) == ("linear", 64)
     assert read["train"].pop("choices_from") == read["train"].pop("choices_steps") == 0
     assert read["execution"].pop("compiler_options") == "" and not read["execution"].pop("offload_optimizer")
+    assert read["execution"].pop("resident_layers") == 0
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
     assert read["train"].pop("most_lost_updates") == 0.0375
     assert (read["model"].pop("mtp_modules"), read["model"].pop("mtp_blocks")) == (0, "")

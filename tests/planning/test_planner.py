@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
-from bigmac_jax.planning.planner import Place, Request, _costs, _restore, make_plan
+from bigmac_jax.planning.planner import Place, Request, _bytes_read, _costs, _restore, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 XL = "configs/paper/gpt3_xl.py"
@@ -396,13 +397,24 @@ def test_options_of_the_compiler() -> None:
         make_plan(config, Request(options=True))
 
 
+def test_bytes_that_are_read_onto_a_device() -> None:
+    """Parameters and two moments in float32; not what is to stand in host memory."""
+    tiny = load_config("tiny")
+    numbers, experts = parameters(tiny, {}).total, parameters(tiny, {}).parts["experts"]
+    assert _bytes_read(tiny, {}) == {"train": 12 * numbers, "generate": 4 * numbers}
+    moments = load_config("tiny", ["execution.offload_optimizer=True"])
+    assert _bytes_read(moments, {}) == {"train": 4 * numbers, "generate": 4 * numbers}
+    resident = load_config("tiny", ["execution.resident_layers=1"])
+    assert _bytes_read(resident, {}) == {"generate": 4 * (numbers - experts)}
+
+
 @pytest.mark.parametrize(("memory", "fits"), [(300, True), (299, False)])
 def test_bytes_that_reading_a_checkpoint_takes(memory: int, fits: bool) -> None:
     """Training: parameters and Adam's two moments; decoding: parameters beside the weights that it made of them."""
     place = Place(1, None, dataclasses.replace(load_hardware("h100"), memory_bytes=memory), False)
-    assert _restore(100, {}, place, offloads=True)["train"] == 100
-    assert _restore(100, {}, place) == {"train": 300, "generate": 100, "fits": fits}
+    read = {"train": 300, "generate": 100}
+    assert _restore(read, {}, place) == {"train": 300, "generate": 100, "fits": fits}
     decode = {"decode": {"memory": {"arguments": 50}}}
-    assert _restore(100, decode, place._replace(hardware=None)) == {"train": 300, "generate": 150}
+    assert _restore(read, decode, place._replace(hardware=None)) == {"train": 300, "generate": 150}
     decode = {"decode": {"memory": {"arguments": 201}}}
-    assert _restore(100, decode, place) == {"train": 300, "generate": 301, "fits": False}
+    assert _restore(read, decode, place) == {"train": 300, "generate": 301, "fits": False}
