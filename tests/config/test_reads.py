@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from model.tools import some
 
 from bigmac_jax.commands import cli
 from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
@@ -100,7 +101,7 @@ def test_every_field_stands_in_the_table() -> None:
     assert set(OTHER) | HOST == set(READ) - always and not set(OTHER) & HOST
 
 
-@pytest.mark.parametrize("overrides", CONFIGS, ids=lambda overrides: overrides.split()[0])
+@pytest.mark.parametrize("overrides", some(CONFIGS), ids=lambda overrides: overrides.split()[0])
 def test_what_is_not_read_changes_no_program(overrides: str) -> None:
     base = (*SMALL, *overrides.split())
     config = load_config("tiny", base)
@@ -147,7 +148,7 @@ MORE_READING |= {name: "model.blocks=ME model.mamba_head_dim=8" for name in OTHE
 
 
 @pytest.mark.parametrize(
-    "name", [*READING, *(pytest.param(name, marks=pytest.mark.full) for name in MORE_READING)]
+    "name", [*some(READING), *(pytest.param(name, marks=pytest.mark.full) for name in MORE_READING)]
 )  # fmt: skip
 def test_what_is_read_changes_a_program(name: str) -> None:
     base = (*SMALL, *(READING | MORE_READING)[name].split())

@@ -111,6 +111,7 @@ def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, layers: i
     _evaluate(model, layers)
 
 
+@pytest.mark.full
 def test_evaluation_goes_through_the_ring() -> None:
     _evaluate("two stacks", 3, (1, 1, 1))
 

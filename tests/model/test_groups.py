@@ -86,7 +86,7 @@ COVERING = pairwise(SKEWS, LAYOUTS, (False, True))
 @pytest.mark.parametrize(
     ("skew", "layout", "gated"),
     [
-        pytest.param(*case, marks=() if case in COVERING else pytest.mark.full)
+        pytest.param(*case, marks=() if case in COVERING[::2] else pytest.mark.full)
         for case in itertools.product(SKEWS, LAYOUTS, (False, True))
     ],
 )

@@ -59,7 +59,7 @@ def check(config: Config, given: dict[str, np.ndarray] | None = None) -> np.ndar
     return actual["load"]
 
 
-@pytest.mark.parametrize(FIELDS, COVERING, ids=name)
+@pytest.mark.parametrize(FIELDS, some(COVERING), ids=name)
 def test_equals_the_reference(exchange: str, mesh: tuple, chunks: int, model: str, matmul: str) -> None:
     run(exchange, mesh, chunks, model, matmul)
 

@@ -138,6 +138,7 @@ def test_the_command_with_rates_is_green() -> None:
         assert words in done.stdout
 
 
+@pytest.mark.full
 def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch = Gather.dispatch
 

@@ -260,6 +260,7 @@ def test_rewind_to_the_beginning_and_past_damage(
     assert [path.name for path in (workdir / "checkpoints-damaged").iterdir()] == ["4"]
 
 
+@pytest.mark.full
 def test_spikes(tmp_path: pathlib.Path, feed: Any) -> None:
     """The first is not seen, for want of losses to compare; the next is, also by a run that has just been resumed."""
     config = bad_config(tmp_path, "skip", "train.spike_factor=2", "train.steps=22")
