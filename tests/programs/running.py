@@ -68,8 +68,8 @@ def case_name(features: Iterable[str], case: tuple[Any, ...]) -> str:
 
 def check_host_memory(topology: str) -> None:
     """Moments and what enters layers are in host memory, and no copy of them is left on the device."""
-    layers, tokens, D = 8, 512, 256
-    fields = f"model.num_layers={layers}", "mesh.fsdp=True"
+    layers, tokens, D = 4, 512, 2048
+    fields = *WIDE, "mesh.fsdp=True"
     kept = compiled(topology, "step", *fields, "execution.remat=layer")["step"]["memory"]
     offloaded = "execution.remat=offload", "execution.offload_optimizer=True"
     moved = compiled(topology, "step", *fields, *offloaded)["step"]["memory"]

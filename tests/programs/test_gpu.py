@@ -108,7 +108,7 @@ def test_models_of_this_size_fit() -> None:
         assert made["fits"] and set(made["programs"]) == {"init", "step", "evaluate", "prefill", "decode"}, file
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_experts_are_copied_from_host_memory_beside_products(layers: int) -> None:
     made = compiled("h100:1x1", "decode,prefill", "mesh.expert=1", *WIDE, f"execution.resident_layers={layers}")
     for program in made.values():

@@ -157,7 +157,7 @@ def test_both_cores_of_a_chip_are_ranks() -> None:
     assert [c for c in made["step"]["collectives"] if c[4] == "payload"]
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_experts_are_copied_from_host_memory_beside_products(layers: int) -> None:
     made = compiled("v6e:1x1", "decode,prefill", "mesh.expert=1", *WIDE, f"execution.resident_layers={layers}")
     for program in made.values():
