@@ -27,12 +27,7 @@ from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, p
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.plain_router import plain_router
-from bigmac_jax.model.resident import (
-    Ring,
-    compute_layer,
-    is_resident,
-    start_ring,
-)
+from bigmac_jax.model.resident import Ring, compute_layer, is_resident, start_ring
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 

@@ -5,7 +5,6 @@ Needs the extra `hf`. Text is generated without a cache: with one, the class doe
 
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .tools import HYBRID, HYBRIDS, NEXT, config_of, our_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("M*E", {"n_groups": 1, "moe_latent_size": 8}),
@@ -75,15 +75,6 @@ def check_greedy(model: Any, tokens_BL: np.ndarray, theirs: np.ndarray, start: i
     assert np.abs(theirs).max() > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(ours[:, start - 1 : -1].argmax(-1), tokens_BL[:, start:])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than such small models compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ["small", *(pytest.param(n, marks=pytest.mark.full) for n in list(MODELS)[1:])])

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from .compiled import EXPERTS
+
 TESTS = pathlib.Path(__file__).parents[1]
 
 
@@ -39,13 +41,16 @@ WIDE = ("model.num_layers=4", "model.hidden_size=2048", "model.num_heads=16", "m
         "model.expert_hidden_size=2048")  # fmt: skip
 
 
-def check_host_copies(program: dict[str, Any], layers: int, of_layer: int) -> None:
-    """The experts of all layers are arguments in host memory, and no others; each layer's are copied once, while
-    products of a layer run."""
-    assert program["memory"]["host"] == layers * of_layer
-    assert sum(size * times for size, times, _, _ in program["host_copies"]) == layers * of_layer
-    assert all(asynchronous and products >= 3 for _, _, asynchronous, products in program["host_copies"])
-    assert program["memory"]["arguments"] < layers * of_layer
+def check_host_copies(topology: str, resident: int) -> None:
+    """With so many layers of experts on the device: the experts of all layers are arguments in host memory, and no
+    others; each layer's are copied once, while products of a layer run."""
+    asked = "mesh.expert=1", *WIDE, f"execution.resident_layers={resident}"
+    made, experts = compiled(topology, "decode,prefill", *asked), 4 * 2 * 2 * EXPERTS * 512 * 2048
+    for program in (made["decode"], made["prefill"]):
+        assert program["memory"]["host"] == experts
+        assert sum(size * times for size, times, _, _ in program["host_copies"]) == experts
+        assert all(asynchronous and products >= 3 for _, _, asynchronous, products in program["host_copies"])
+        assert program["memory"]["arguments"] < experts
 
 
 def check_replicas(topology: str, *overrides: str) -> None:

@@ -6,7 +6,6 @@ Needs the extra `hf`.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from .test_adapters import random_adapters
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
+pytestmark = pytest.mark.usefixtures("one_thread")
 peft = pytest.importorskip("peft", minversion="0.21")
 
 ALL = "attention,projections,shared,experts,mlp,mamba,router"
@@ -47,15 +47,6 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, int]]] = {
     "on a mesh": ("ME*-", LATENT | EVEN, ALL, {"data": 2, "expert": 2, "tensor": 2}),
     "no latent, on a mesh": ("EM-*", NONE | EVEN | {"n_groups": 4}, ALL, {"expert": 4, "tensor": 2}),
 } | {f"{target} alone": ("ME*-", LATENT, target, {}) for target in ALL.split(",")}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads wait for each other longer than such small models compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tuning_of(folder: pathlib.Path, base: pathlib.Path, targets: str, mesh: dict[str, int]) -> Config:
