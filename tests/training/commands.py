@@ -11,6 +11,15 @@ import runpy
 import sys
 import time
 
+# What the commands import, so that it is imported once; the commands' own modules define flags, each its own.
+import bigmac_jax.evaluation.tasks.task_jobs
+import bigmac_jax.inference
+import bigmac_jax.interchange
+import bigmac_jax.report.page
+import bigmac_jax.run.loop
+import bigmac_jax.tuning.conversion
+import bigmac_jax.tuning.peft  # noqa: F401
+
 
 def become(argv: list[str], out: pathlib.Path) -> None:
     """Makes this process the command `argv`, as if Python had been started with it."""
