@@ -93,7 +93,9 @@ def connect(coordinator: str, num_processes: int, process_id: int, detect: bool,
         raise PeerError(
             f"{me} did not reach all others within {seconds} s ({str(error).splitlines()[0]}); {fix}"
         ) from None
-    on_abort(lambda: _end(f"process {jax.process_index()} aborted: another one is gone, or the lines above say why"))
+    # jax.process_index() waits for the devices, and these for all processes: for ever, where one died in between.
+    line = f"process {_number()} aborted: another one is gone, or the lines above say why"
+    on_abort(lambda: _end(line))
     atexit.register(on_abort, None)  # before jax's own, which leaves the others
     if jax.process_index():
         logging.getLogger("bigmac_jax").setLevel(logging.WARNING)
@@ -158,9 +160,18 @@ def coordination_store() -> Any:
 
     It has no public name. tests/runtime/test_coordination_store.py says what broke when another jax has it elsewhere.
     """
+    return _jax_job().client
+
+
+def _number() -> int:
+    """This process' number, which is known before its devices are."""
+    return int(_jax_job().process_id)
+
+
+def _jax_job() -> Any:
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def gather(message: str) -> list[str]:

@@ -17,6 +17,7 @@ def test_the_store_is_there_and_does_what_is_asked_of_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed, "global_state", state)
     try:
         store = hosts.coordination_store()
+        assert hosts._number() == 0
         store.key_value_set("a/1", "x")
         store.key_value_set("a/1", "y", allow_overwrite=True)
         with pytest.raises(JaxRuntimeError, match="ALREADY_EXISTS"):
