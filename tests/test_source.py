@@ -1,11 +1,11 @@
 """Rules of the source text that no linter has."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,14 +15,17 @@ FILES += sorted(path for folder in ("bigmac_jax", "benchmarks", "tests") for pat
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
-def _own(function: Function) -> Iterator[ast.AST]:
+@functools.cache  # of the many functions of the tests, each is asked several times
+def _own(function: Function) -> list[ast.AST]:
     """The nodes of a function, those of functions inside it left out."""
     queue: list[ast.AST] = [function.body] if isinstance(function, ast.Lambda) else list(function.body)
+    found = []
     while queue:
         node = queue.pop()
-        yield node
+        found.append(node)
         if not isinstance(node, Function):
             queue += ast.iter_child_nodes(node)
+    return found
 
 
 def _targets(node: ast.AST) -> set[str]:
@@ -30,6 +33,7 @@ def _targets(node: ast.AST) -> set[str]:
     return {n.id for g in getattr(node, "generators", []) for n in ast.walk(g.target) if isinstance(n, ast.Name)}
 
 
+@functools.cache
 def _bound(function: Function) -> set[str]:
     """Names that are the function's own: arguments, assigned names, functions inside it."""
     arguments = function.args
@@ -56,10 +60,11 @@ def shadowed(tree: ast.Module) -> list[tuple[int, str]]:
             if isinstance(node, Function):
                 visit(node, free | _bound(function))
 
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, Function) for n in _own(f)}
-    for node in ast.walk(tree):
-        if isinstance(node, Function) and id(node) not in inside:
-            visit(node, set())
+    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
+    inside = {inner for function in functions for inner in _own(function) if isinstance(inner, Function)}
+    for function in functions:
+        if function not in inside:
+            visit(function, set())
     return found
 
 

@@ -3,7 +3,6 @@
 import codecs
 import logging
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.runtime import storage
 
 _BUFFERED_BATCHES = 4
+_ENDLESS = 1 << 62  # rows of all epochs; of sys.maxsize Grain finds no number of batches, where a batch is one row
 _log = logging.getLogger(__name__)
 Stream = CachedStream | JoinedStream | Conversations
 
@@ -211,7 +211,7 @@ class TrainIterator(Iterator[Batch]):
             source, n = mixture.locate(sample) if mixture else (0, sample)
             return sources[source][n]
 
-        dataset = grain.MapDataset.range(sys.maxsize).map(read).batch(len(rows))[self._given :]
+        dataset = grain.MapDataset.range(_ENDLESS).map(read).batch(len(rows))[self._given :]
         # One thread suffices by far (docs/data.md), and the training step wants the cores.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BUFFERED_BATCHES)
         batches = dataset.to_iter_dataset(options)

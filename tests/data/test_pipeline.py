@@ -78,7 +78,7 @@ def test_the_seed_decides(small, make_config, text_file):
     assert (take(TrainIterator(*small), 3) != take(TrainIterator(other, small[1]), 3)).any()
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, BATCH])
 def test_processes_share_the_global_batches(small, count):
     config, stream = small
     dataset = shuffle_windows(config, make_windows(config, stream))
