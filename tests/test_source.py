@@ -2,10 +2,12 @@
 
 import ast
 import functools
+import gc
 import importlib
 import importlib.util
 import pathlib
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +15,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(path for folder in ("bigmac_jax", "benchmarks", "tests", ".") for path in (ROOT / folder).glob("*.py"))
 FILES += sorted(path for folder in ("bigmac_jax", "benchmarks", "tests") for path in (ROOT / folder).glob("*/**/*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@pytest.fixture(autouse=True)
+def no_collections() -> Iterator[None]:
+    """Trees of all files are many objects, and each collection would look through all that a worker has compiled."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @functools.cache  # of the many functions of the tests, each is asked several times

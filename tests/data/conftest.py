@@ -1,5 +1,6 @@
 """Small configs over text in a temporary directory, and one prepared cache of the embedded corpus."""
 
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -39,8 +40,9 @@ def text_file(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def sotu(tmp_path_factory: pytest.TempPathFactory):
-    """(config, tokenizer, {split: stream}) of the embedded corpus with its own BPE."""
-    config = Config(cache_dir=str(tmp_path_factory.mktemp("sotu")))
+    """(config, tokenizer, {split: stream}) of the embedded corpus with its own BPE; workers share a cache."""
+    folder = tmp_path_factory.getbasetemp()
+    config = Config(cache_dir=str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "sotu"))
     tokenizer = load_tokenizer(config)
     return (
         config,

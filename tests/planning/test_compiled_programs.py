@@ -270,10 +270,12 @@ def test_memory_holds_what_layers_keep() -> None:
     assert large - small > 4 * m.num_layers * tokens * m.choices * m.expert_width
 
 
+@pytest.mark.full
 def test_a_description_is_json() -> None:
     assert json.loads(json.dumps(compiled(config(MESHES["1x4"], "dedup"))))["memory"]["total"] > 0
 
 
+@pytest.mark.full
 def test_advice_names_a_field_and_the_largest_arrays() -> None:
     made = config(MESHES["1x4"], "all_to_all")
     module = hlo.parse(compiled_programs.compile_program(made, jax.devices("cpu")[:4]).text)

@@ -354,6 +354,7 @@ def test_nonsense_is_one_line(name: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.full
 def test_nonsense_ends_the_command_with_2(tmp_path: pathlib.Path) -> None:
     """A hardware file with a missing field; an argument that belongs to nothing; names of files that cannot be."""
     text = (ROOT / "bigmac_jax/planning/hardware/h100.toml").read_text()

@@ -158,6 +158,7 @@ def test_changed_moments_are_refused(copied: Any, tmp_path: pathlib.Path) -> Non
     assert (workdir / "config.json").read_text() == before
 
 
+@pytest.mark.full
 def test_another_learning_rate_goes_on_with_a_line(copied: Any, tmp_path: pathlib.Path, caplog: Any) -> None:
     config, workdir = copied
     changes = ("optimizer.learning_rate=0.02", "optimizer.final_learning_rate=0.02", "optimizer.clip_norm=0.5")

@@ -79,7 +79,10 @@ def test_the_command_is_green() -> None:
     assert report["versions"]["jax"] == jax.__version__
 
 
-@pytest.mark.parametrize("flag", ["--cpu_devices=two", "--fast", "--config.model.top_k=2"])
+@pytest.mark.parametrize(
+    "flag",
+    [*(pytest.param(f, marks=pytest.mark.full) for f in ("--cpu_devices=two", "--fast")), "--config.model.top_k=2"],
+)
 def test_bad_flags(flag: str) -> None:
     done = selfcheck(flag)
     assert (done.returncode, done.stdout) == (2, "")

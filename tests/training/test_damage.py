@@ -603,6 +603,7 @@ def test_without_its_config(undisturbed: Any, tmp_path: pathlib.Path, caplog: py
         read_config(workdir)
 
 
+@pytest.mark.full
 def test_a_run_on_a_full_disk(
     undisturbed: Any, small_disk: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
