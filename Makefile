@@ -86,7 +86,7 @@ reproduce-quick: $(VENV)/installed
 
 # What a narrow exchange costs in quality (docs/quality.md): many hours, resumable.
 quality: $(VENV)/installed
-	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality --text=embedded
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,54 +1,76 @@
-"""python -m benchmarks.quality [--studies=norms,ratios --seeds=1,2,3 --jobs=2 --folder=runs/quality]
+"""python -m benchmarks.quality [--studies=length,control --seeds=1,2,3 --jobs=2 --folder=runs/quality]
 
-Trains what the studies of `benchmarks.quality.grid` compare. Each run is a process of its own and is written down when
-it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and pictures of what there
-is.
+Trains what is compared on text that no run reads twice (benchmarks.quality.unrepeated), or with --text=embedded on the
+embedded corpus, as docs/quality.md had it first (benchmarks.quality.grid). Each run is a process of its own and is
+written down when it ends; started again, it goes on where it stopped. --jobs=0 runs nothing, and makes tables and
+pictures of what there is.
+
+    python -m benchmarks.quality --device=gpu --minutes=40      wider models on a GPU, one after the other, for so long
 """
 
-import json
+import functools
+import math
 import os
 import pathlib
+import sys
 import time
 
 from absl import app, flags
 
-from benchmarks.quality import fit, pages
-from benchmarks.quality.grid import SEEDS, STUDIES
-from benchmarks.quality.runs import measure, write
+from benchmarks.quality import corpus, fit, grid, pages, unrepeated
+from benchmarks.quality.runs import Machine, StoppedError, read_file, train_missing, train_on_sotu
 
-_STUDIES = flags.DEFINE_list("studies", list(STUDIES), "Which, in their order.")
-_SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in SEEDS], "Of train.seed.")
-_JOBS = flags.DEFINE_integer("jobs", len(os.sched_getaffinity(0)), "Runs at a time.", lower_bound=0)
+_TEXT = flags.DEFINE_enum("text", "unrepeated", ["unrepeated", "embedded"], "What is read.")
+_STUDIES = flags.DEFINE_list("studies", [], "Which, in their order; all of them by default.")
+_SEEDS = flags.DEFINE_list("seeds", [str(seed) for seed in grid.SEEDS], "Of train.seed.")
+_JOBS = flags.DEFINE_integer("jobs", -1, "Runs at a time; by default one a core, or a GPU.", lower_bound=-1)
 _FOLDER = flags.DEFINE_string("folder", "runs/quality", "Of the runs.")
-_DEFAULT = "docs/results/quality.json"  # of which the page is made
-_OUTPUT = flags.DEFINE_string("output", _DEFAULT, "Where the figures go.")
+_OUTPUT = flags.DEFINE_string("output", "", "Where the figures go, by default to docs/results.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What trains.")
+_MINUTES = flags.DEFINE_float("minutes", 0, "After which no run goes on; 0: when all have ended.", lower_bound=0)
+_EMBEDDED, _UNREPEATED = "docs/results/quality.json", "docs/results/unrepeated.json"  # of which the pages are made
 
 
 def main(_: list[str]) -> None:
-    output = pathlib.Path(_OUTPUT.value)
-    known = {run["key"]: run for run in json.loads(output.read_text())["runs"]} if output.exists() else {}
-    if unknown := [name for name in _STUDIES.value if name not in STUDIES]:
-        raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(STUDIES)}")
+    start, embedded, gpu = time.monotonic(), _TEXT.value == "embedded", _DEVICE.value == "gpu"
+    if embedded and gpu:
+        raise app.UsageError("--device=gpu trains on --text=unrepeated alone")
+    studies = grid.STUDIES if embedded else unrepeated.GPU_STUDIES if gpu else unrepeated.STUDIES
+    if unknown := [name for name in _STUDIES.value if name not in studies]:
+        raise app.UsageError(f"--studies={unknown[0]} must be of {', '.join(studies)}")
     # A whole study with one seed says little: all seeds of one before the next.
     runs = [
         (condition, seed)
-        for name in _STUDIES.value
+        for name in _STUDIES.value or studies
         for seed in map(int, _SEEDS.value)
-        for condition in STUDIES[name]
+        for condition in studies[name]
         if seed in condition.seeds
     ]
-    missing = {condition.key(seed) for condition, seed in runs} - known.keys()
-    if _JOBS.value:
-        start = time.monotonic()
-        for ended, record in enumerate(measure(runs, known, pathlib.Path(_FOLDER.value), _JOBS.value), 1):
-            known[record["key"]] = record
-            write(output, "quality", list(known.values()))
-            left = (len(missing) - ended) * (time.monotonic() - start) / ended / 60
-            reached = f"{record['key']}: loss {record['loss']:.4f}"
-            print(f"{ended} of {len(missing)}: {reached}, {left:.0f} min left", flush=True)
-    if known and output == pathlib.Path(_DEFAULT):
-        pages.write(pathlib.Path("docs"), list(known.values()))
-        pathlib.Path(fit.PATH).write_text(fit.text(list(known.values())))
+    output = pathlib.Path(_OUTPUT.value or (_EMBEDDED if embedded else _UNREPEATED))
+    jobs = _JOBS.value if _JOBS.value >= 0 else 1 if gpu else len(os.sched_getaffinity(0))
+    if jobs:
+        machine = Machine(_DEVICE.value, start + 60 * _MINUTES.value if _MINUTES.value else math.inf)
+        train = functools.partial(train_on_sotu if embedded else unrepeated.train, machine=machine)
+        try:
+            if not embedded:
+                corpus.prepare(unrepeated.CORPUS)
+            train_missing(output.stem, runs, output, pathlib.Path(_FOLDER.value), jobs, train, _say)
+        except StoppedError:
+            print(f"stopped after {_MINUTES.value:g} minutes; the same command goes on")
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    if not (known := list(read_file(output).values())):
+        return
+    if not embedded:
+        print(unrepeated.table(known))
+        unrepeated.draw(known, pathlib.Path("docs/images/quality/unrepeated.png"))
+    elif output == pathlib.Path(_EMBEDDED):
+        pages.write(pathlib.Path("docs"), known)
+        pathlib.Path(fit.PATH).write_text(fit.text(known))
+
+
+def _say(run: dict[str, float]) -> str:
+    return f"loss {run['loss']:.4f}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Trains what a study compares, one process a run, and reads what it reached."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,15 +26,29 @@ _RANKS = 8  # of the expert group that wire bytes are counted for
 Run = tuple[Condition, int]
 
 
+class Machine(NamedTuple):
+    """What runs are trained on, and when they must end."""
+
+    device: str = "cpu"
+    end: float = math.inf  # of time.monotonic
+
+
+CPU = Machine()
+
+
+class StoppedError(RuntimeError):
+    """A run's time is over; it goes on where it is when it is called again."""
+
+
 def measure(
-    runs: list[Any], known: dict[str, dict[str, Any]], folder: pathlib.Path, jobs: int, train: Any = None
+    runs: list[Any], known: dict[str, dict[str, Any]], folder: pathlib.Path, jobs: int, train: Any
 ) -> Iterator[Any]:
-    """The record of each run that is not in `known`, as it ends: `jobs` at a time, each on its share of the cores.
+    """The record of each run that is not in `known`, as it ends: `jobs` at a time, each on its share of the cores. What
+    one raises is raised when those that run beside it have ended; none begins behind it.
 
     Args:
-      train: what is called for each, by default `train`.
+      train: what is called for each.
     """
-    train = train or _train
     waiting = [run for run in dict.fromkeys(runs) if run[0].key(run[1]) not in known]
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number::jobs] for number in range(jobs)]
@@ -44,8 +60,18 @@ def measure(
         finally:
             shares.append(share)
 
+    failed: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, waiting)
+        for run in as_completed([pool.submit(one, run) for run in waiting]):
+            if run.cancelled():
+                continue
+            if error := run.exception():
+                failed.append(error)
+                pool.shutdown(wait=False, cancel_futures=True)
+            else:
+                yield run.result()
+    if failed:
+        raise failed[0]
 
 
 def train_missing(
@@ -81,27 +107,39 @@ def within(values: Sequence[float], digits: int, sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
 
 
-def _train(condition: Condition, seed: int, folder: pathlib.Path, cores: list[int]) -> dict[str, Any]:
-    """Runs train.py, which goes on where it was stopped; raises RuntimeError with its last line."""
+def train_on_sotu(
+    condition: Condition, seed: int, folder: pathlib.Path, cores: list[int], machine: Machine = CPU
+) -> dict[str, Any]:
+    """Runs train.py, which goes on where it was stopped; raises as `command` does."""
     workdir, start = folder / condition.key(seed), time.monotonic()
-    command(workdir, cores, "train.py", f"--config={CONFIG}", *(f"--config.{f}" for f in condition.overrides(seed)))
+    flags = (f"--config={CONFIG}", *(f"--config.{field}" for field in condition.overrides(seed)))
+    command(workdir, cores, "train.py", *flags, machine=machine)
     record = describe(condition, seed) | read(workdir) | {"seconds": round(time.monotonic() - start)}
     shutil.rmtree(workdir / "checkpoints")
     return record
 
 
-def command(workdir: pathlib.Path, cores: list[int], script: str, *flags: str) -> str:
+def command(workdir: pathlib.Path, cores: list[int], script: str, *flags: str, machine: Machine = CPU) -> str:
     """Runs a script of the repository on some cores → its standard output; what else it says goes to a log beside the
-    workdir, whose last line a RuntimeError has."""
+    workdir, whose last line a RuntimeError has. When its time is over it gets a SIGTERM, at which train.py saves, and
+    StoppedError is raised."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.parent / f"{workdir.name}.log"
+    if time.monotonic() >= machine.end:
+        raise StoppedError(workdir.name)
+    devices, platform = (("--cpu_devices=1",), "cpu") if machine.device == "cpu" else ((), "cuda")
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, script, f"--workdir={workdir}", "--cpu_devices=1", *flags],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            [sys.executable, script, f"--workdir={workdir}", *devices, *flags],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"JAX_PLATFORMS": platform},
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=None if math.isinf(machine.end) else machine.end - time.monotonic())
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+            raise StoppedError(workdir.name) from None
     if process.returncode:
         raise RuntimeError(f"{script} of {workdir.name}: {(log.read_text().strip().splitlines() or ['?'])[-1]} ({log})")
     return output

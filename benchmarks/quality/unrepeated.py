@@ -1,0 +1,143 @@
+"""What is compared on text that no run reads twice (benchmarks.quality.corpus), and what the arms reach.
+
+The arms are those of `grid`, with as many parameters, of which as many are active. `r = 1/4, twice` and `four times`
+have more and smaller experts, of which a token takes as many more: they send half of the bytes of `fine_grained`, and
+as many.
+docs/notes/unrepeated.md has the predictions and the rules that decide, written before the runs.
+"""
+
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TABLEAU_COLORS
+from matplotlib.figure import Figure
+
+from benchmarks.quality.grid import RATE, RATES, SEEDS, SELECTS, Condition, Fields, bigmac, fine_grained
+from benchmarks.quality.runs import CONFIG, CPU, Machine, command, describe, read, within
+
+CORPUS = pathlib.Path("runs/corpus")
+TEXT: Fields = {f"data.{name}": f"{CORPUS}/{split}.jsonl" for name, split in
+                (("source", "train"), ("validation_source", "validation"), ("test_source", "test"))}  # fmt: skip
+# Steps of 2,048 tokens; the last are all of the text but 0.1 %.
+LENGTHS = (1000, 2500, 5000, 6690)
+FINE, CONTROL, SHIPPED, HALF, TWICE, FOUR = (
+    "fine_grained", "control", "r = 1/4", "r = 1/2", "r = 1/4, twice", "r = 1/4, four times"
+)  # fmt: skip
+
+
+def fields(name: str, width: int, norm: str | None = None) -> Fields:
+    """The fields of an arm; `norm` is another than it ships with."""
+    if name in (FINE, CONTROL):
+        return fine_grained(width, norm or ("post_combine" if name == CONTROL else "none"))
+    parts, more = {SHIPPED: (4, 1), HALF: (2, 1), TWICE: (4, 2), FOUR: (4, 4)}[name]
+    return bigmac(parts, width, norm or "skip", more) | SELECTS
+
+
+def arm(name: str, width: int = 128, steps: int = LENGTHS[-1], seeds: tuple[int, ...] = SEEDS) -> Condition:
+    return Condition(name, fields(name, width) | TEXT, width, steps, seeds)
+
+
+def _without_norm(name: str, steps: int) -> Condition:
+    return Condition(f"{name}, no norm", fields(name, 128, "none") | TEXT, 128, steps)
+
+
+def _at_rate(name: str, factor: float, width: int, steps: int) -> Condition:
+    rate = {"optimizer.learning_rate": RATES[width] * factor}
+    return Condition(f"{name}{RATE}{factor:g}", fields(name, width) | TEXT | rate, width, steps, SEEDS[:1])
+
+
+# Study → conditions, in the order in which they answer most.
+STUDIES: dict[str, list[Condition]] = {
+    "length": [arm(name, steps=steps) for steps in LENGTHS for name in (FINE, SHIPPED)],
+    "control": [arm(CONTROL, steps=steps) for steps in LENGTHS],
+    "bytes": [arm(name, steps=2500) for name in (TWICE, FOUR, HALF)],
+    "bytes, all text": [arm(name) for name in (TWICE, HALF)],
+    "no norm": [_without_norm(SHIPPED, 2500)],
+    "rates": [_at_rate(name, factor, 128, 2500) for factor in (0.5, 2.0) for name in (FINE, CONTROL, SHIPPED, TWICE)],
+    "width 64": [arm(name, 64, 2500) for name in (FINE, CONTROL, SHIPPED, HALF, TWICE)],
+}
+# A GPU takes wider models, the answers that decide most first.
+GPU_STUDIES: dict[str, list[Condition]] = {
+    f"width {width}": [arm(name, width) for name in (FINE, CONTROL, SHIPPED, TWICE, FOUR, HALF)]
+    for width in (256, 512, 128)
+}
+
+
+def train(
+    condition: Condition, seed: int, folder: pathlib.Path, cores: list[int], machine: Machine = CPU
+) -> dict[str, Any]:
+    """Trains an arm, and reads how well it predicts text of the kind that it learnt from, and of another.
+
+    Raises:
+      RuntimeError: a script ended with an error, whose last line this is.
+      StoppedError: its time was over; it goes on when it is called again.
+    """
+    workdir, start = folder / condition.key(seed), time.monotonic()
+    flags = (f"--config={CONFIG}", *(f"--config.{field}" for field in condition.overrides(seed)))
+    command(workdir, cores, "train.py", *flags, machine=machine)
+    score = command(workdir, cores, "eval.py", f"--text_file={CORPUS / 'outside.jsonl'}", "--json", machine=machine)
+    record = describe(condition, seed) | read(workdir) | outside(score)
+    shutil.rmtree(workdir / "checkpoints")
+    return record | {"device": machine.device, "seconds": round(time.monotonic() - start)}
+
+
+def outside(score: str) -> dict[str, float]:
+    """What eval.py printed of text of a kind that is not trained on."""
+    read = json.loads(score.splitlines()[-1])
+    return {f"outside_{name}": read[name] for name in ("loss", "bits_per_byte")}
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds ± standard error; differences are of equal seeds, and of the best rate that was tried with one.
+
+    Args:
+      runs: records of `train`.
+    """
+    lines = [
+        "| h | steps | arm | seeds | bytes a token | loss | over fine_grained | over the control "
+        "| bits a byte | of another kind |",
+        "|---" * 10 + "|",
+    ]
+    arms: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (run["width"], run["steps"])):
+        arms.setdefault((run["width"], run["steps"], run["name"]), []).append(run)
+    for (width, steps, name), own in arms.items():
+        cells = [f"{width}", f"{steps:,}", name, f"{len(own)}", f"{own[0]['wire_bytes']:,.0f}"]
+        cells.append(within([run["loss"] for run in own], 3))
+        cells += [within(_over(own, arms.get((width, steps, base), [])), 3, "+") for base in (FINE, CONTROL)]
+        cells += [within([run[key] for run in own], 3) for key in ("bits_per_byte", "outside_bits_per_byte")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
+    """Losses less those of another arm, seed by seed; none of an arm over itself."""
+    theirs = {run["seed"]: run for run in base}
+    pairs = [(run, theirs[run["seed"]]) for run in own if run["seed"] in theirs]
+    return [run["loss"] - other["loss"] for run, other in pairs if run is not other]
+
+
+def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """What each arm of h = 128 loses against fine_grained, over the tokens; a bar is a standard error."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, color in zip((SHIPPED, CONTROL, TWICE, HALF, FOUR), TABLEAU_COLORS, strict=False):
+        points = []
+        for steps in LENGTHS:
+            own, base = ([run for run in runs if (run["name"], run["width"], run["steps"]) == (of, 128, steps)]
+                         for of in (name, FINE))  # fmt: skip
+            if apart := _over(own, base):
+                error = np.std(apart, ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
+                points.append((own[0]["tokens"] / 1e6, np.mean(apart), error))
+        if points:
+            axis.errorbar(*np.transpose(points), label=name, color=color, marker="o", capsize=3)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="tokens, millions, each read once", ylabel="loss − fine_grained's, nats a token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
