@@ -53,23 +53,24 @@ def measure(
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[number::jobs] for number in range(jobs)]
 
-    def one(run: Any) -> dict[str, Any]:
+    failed: list[Exception] = []
+
+    def one(run: Any) -> dict[str, Any] | None:
+        if failed:
+            return None
         share = shares.pop()
         try:
-            return train(*run, folder, share)
+            return dict(train(*run, folder, share))
+        except Exception as error:
+            failed.append(error)
+            return None
         finally:
             shares.append(share)
 
-    failed: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:
-        for run in as_completed([pool.submit(one, run) for run in waiting]):
-            if run.cancelled():
-                continue
-            if error := run.exception():
-                failed.append(error)
-                pool.shutdown(wait=False, cancel_futures=True)
-            else:
-                yield run.result()
+        for ended in as_completed([pool.submit(one, run) for run in waiting]):
+            if record := ended.result():
+                yield record
     if failed:
         raise failed[0]
 
