@@ -13,7 +13,7 @@ from model.tools import QUICK, abstract_layer, on_mesh, random_like, random_mode
 from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
-from bigmac_jax.inference import Generator, Speculation
+from bigmac_jax.inference import Generator, Sampling, Speculation
 from bigmac_jax.inference.int8_weights import Int8
 from bigmac_jax.model.mesh import HOST
 from bigmac_jax.model.resident import check_resident, hold, host_sharding, in_host, is_resident, with_resident
@@ -168,19 +168,24 @@ def test_who_leaves() -> None:
 
 
 def test_greedy_tokens_are_those_of_experts_on_the_device() -> None:
-    config = tiny(length=LENGTH, structure="bigmac")
+    """And no expert is copied, or counted, for a slot without a request."""
+    config, prompts = tiny(length=LENGTH, structure="bigmac"), ([200], [5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6])
+    sampling, found = Sampling(max_tokens=12, ignore_eos=True), []
     with quick(), on_mesh(config):
         parameters = random_model(config)
-        prompts = [[5, 7, 11], [200], [3, 1, 4, 1, 5, 9, 2, 6]]
-        expected, found = (
-            [done.tokens for done in _generator(config, parameters, experts).generate(prompts, max_tokens=12)]
-            for experts in (0, 3)
-        )
-    assert expected == found and len({tuple(tokens) for tokens in expected}) == 3
-
-
-def _generator(config: Config, parameters: Any, experts: int, **options: Any) -> Generator:
-    return Generator(with_resident(config, experts=experts), parameters, LENGTH, **options)
+        for experts in (0, 3):
+            generator = Generator(with_resident(config, experts=experts), parameters)
+            engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
+            jobs = [generator.job(prompt, sampling) for prompt in prompts]
+            for part in (jobs[:1], jobs[1:]):
+                for job in part:
+                    engine.submit(job)
+                while engine.busy:
+                    engine.step()
+                if isinstance(held := engine._state.cache.experts, Held) and part == jobs[:1]:
+                    assert (np.asarray(held.uses_YE).sum(1) == config.model.top_k * 12).all()  # of the tokens read
+            found.append([job.text.tokens for job in jobs])
+    assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 3
 
 
 def compare(model: str, experts: int, how: Speculation | None, weights: str, seeds: range) -> int:
@@ -256,7 +261,8 @@ def test_texts_are_scored() -> None:
     with quick(), on_mesh(config):
         parameters = random_model(config)
         (expected,), (found,) = (
-            _generator(config, parameters, experts).score(["the peace of the nation"]) for experts in (0, 3)
+            Generator(with_resident(config, experts=experts), parameters).score(["the peace of the nation"])
+            for experts in (0, 3)
         )
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
 
