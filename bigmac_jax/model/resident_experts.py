@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config
 from bigmac_jax.model.exchange.strategy import count_choices
@@ -139,8 +140,8 @@ class HeldMoE(MoE):
 
             def put(slots_YN: Array, store_YE: Array) -> Array:
                 zeros = [jnp.zeros((), jnp.int32)] * (store_YE.ndim - 2)
-                row_11 = jax.lax.dynamic_slice(store_YE, (layer, expert, *zeros), (1, 1, *store_YE.shape[2:]))
-                row_11 = jax.device_put(row_11, jax.memory.Space.Device)
+                row_1 = jax.lax.dynamic_slice_in_dim(_flat(store_YE), layer * E + expert, 1)
+                row_11 = jnp.expand_dims(jax.device_put(row_1, jax.memory.Space.Device), 0)
                 return jax.lax.dynamic_update_slice(slots_YN, row_11, (layer, slot, *zeros))
 
             slots = [put(*pair) for pair in zip(slots, self.store, strict=True)]
@@ -182,6 +183,12 @@ def find_slots(expert_N: Array, experts: int) -> Array:
 
 def _index(w: Array, layer: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+
+
+def _flat(w_YE: Array) -> Array:
+    """[Y · E, …]: a copy from host memory starts and ends in one dimension."""
+    (Y, E, *shape), (_, *spec) = w_YE.shape, spec_of(w_YE)
+    return jnp.reshape(w_YE, (Y * E, *shape), out_sharding=P(*spec))
 
 
 # On one rank.
