@@ -62,8 +62,8 @@ def _describe_experts(config: Config, sizes: Sizes, hardware: Hardware | None) -
     """As `describe`, where the most used experts of every layer stand on the device.
 
     Each request is taken to choose top-k of E experts at random, and each expert to be as likely in a slot as any
-    other, so that of those that are chosen N / E stand there: real routing is less even, and copies less. The copies wait
-    for the router, and the layer for the copies, so that the times add up.
+    other, so that of those that are chosen N / E stand there: real routing is less even, and copies less. The copies
+    wait for the router, and the layer for the copies, so that the times add up.
     """
     m, held = config.model, config.execution.resident_experts
     check_one_rank(config, sizes)

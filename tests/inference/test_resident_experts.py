@@ -128,7 +128,7 @@ def test_the_slots_are_those_of_a_loop(slots: int, latent_norm: str) -> None:
         for w_YN, w_YE in zip(held.slots, jax.tree.leaves(layers.stacked), strict=True):
             for layer, of in enumerate(brute):
                 np.testing.assert_array_equal(w_YN[layer], np.asarray(w_YE)[layer, of.slots])
-        assert sum(of.copies for of in brute) > 50 and (slots > 5 or max(of.rounds for of in brute) > 40)
+        assert sum(of.copies for of in brute) > 30 and (slots > 5 or max(of.rounds for of in brute) > 40)
         # What stands in slots is not read again: in host memory is nothing but NaN now.
         broken = jax.tree.map(lambda w: jax.device_put(jnp.full_like(w, jnp.nan), host_sharding(w)), layers.stacked)
         layer, alone = 0, 0
@@ -279,7 +279,7 @@ def test_what_cannot_be_is_one_line() -> None:
         mesh = jax.sharding.get_mesh()
     check_resident(config, mesh)
     other: Any = SimpleNamespace(devices=np.array([_Device(device_kind="some chip")]), shape={"expert": 1})
-    with pytest.raises(ConfigError, match=rf"^resident_experts=2 needs {HOST} .* some chip .*; use resident_experts=0$"):
+    with pytest.raises(ConfigError, match=rf"^resident_experts=2 needs {HOST} .* some chip .*; use .*=0$"):
         check_resident(config, other)
     for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1, 2)):
         with on_mesh(config_of("dense first", sizes)):
