@@ -217,15 +217,13 @@ def compare(model: str, experts: int, how: Speculation | None, weights: str, see
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("weights", ["", "int8"])
-@pytest.mark.parametrize("experts", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize(("experts", "weights"), [(1, ""), (1, "int8"), (4, ""), (4, "int8"), (7, ""), (8, "")])
 def test_joining_requests_and_weights(experts: int, weights: str) -> None:
     assert compare("two stacks", experts, None, weights, range(2)) > 50
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("experts", [1, 4])
-@pytest.mark.parametrize("model", ["two loops", "dense first", "one by one"])
+@pytest.mark.parametrize(("model", "experts"), [("two loops", 1), ("dense first", 4), ("one by one", 4)])
 def test_any_model(model: str, experts: int) -> None:
     assert compare(model, experts, None, "", range(2)) > 50
 
@@ -240,8 +238,7 @@ def test_drafts(model: str, by: str, local: int, weights: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize(("model", "experts"), zip(MODELS, (1, 4, 3, 1, 4), strict=True))
 def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, experts: int) -> None:
     config = with_resident(config_of(model, remat="layer"), experts=experts)
     with on_mesh(config):
