@@ -238,7 +238,7 @@ def test_drafts(model: str, by: str, local: int, weights: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("model", "experts"), zip(MODELS, (1, 4, 3, 1, 4), strict=True))
+@pytest.mark.parametrize(("model", "experts"), list(zip(MODELS, (1, 4, 3, 1, 4), strict=True)))
 def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, experts: int) -> None:
     config = with_resident(config_of(model, remat="layer"), experts=experts)
     with on_mesh(config):
