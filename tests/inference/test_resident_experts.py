@@ -253,13 +253,15 @@ def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, experts: 
 
 
 @pytest.mark.full
-def test_texts_are_scored() -> None:
+@pytest.mark.parametrize("asked", [{"experts": 3}, {"layers": 2}])
+def test_texts_are_scored(asked: dict[str, int]) -> None:
+    """By a model that was made to stand on the device."""
     config = config_of("dense first")
     with quick(), on_mesh(config):
         parameters = random_model(config)
         (expected,), (found,) = (
-            Generator(with_resident(config, experts=experts), parameters).score(["the peace of the nation"])
-            for experts in (0, 3)
+            Generator(with_resident(config, **of), parameters).score(["the peace of the nation"])
+            for of in ({"layers": 0}, asked)
         )
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
 
