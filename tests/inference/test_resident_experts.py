@@ -168,24 +168,30 @@ def test_who_leaves() -> None:
 
 
 def test_greedy_tokens_are_those_of_experts_on_the_device() -> None:
-    """And no expert is copied, or counted, for a slot without a request."""
+    """Those that the whole model thinks likeliest. No expert is copied, or counted, for a slot without a request."""
     config, prompts = tiny(length=LENGTH, structure="bigmac"), ([200], [5, 7, 11], [3, 1, 4, 1, 5, 9, 2, 6])
-    sampling, found = Sampling(max_tokens=12, ignore_eos=True), []
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
     with quick(), on_mesh(config):
-        parameters = random_model(config)
-        for experts in (0, 3):
-            generator = Generator(with_resident(config, experts=experts), parameters)
-            engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
-            jobs = [generator.job(prompt, sampling) for prompt in prompts]
-            for part in (jobs[:1], jobs[1:]):
-                for job in part:
-                    engine.submit(job)
-                while engine.busy:
-                    engine.step()
-                if isinstance(held := engine._state.cache.experts, Held) and part == jobs[:1]:
-                    assert (np.asarray(held.uses_YE).sum(1) == config.model.top_k * 12).all()  # of the tokens read
-            found.append([job.text.tokens for job in jobs])
-    assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) == 3
+        model = random_model(config)
+        generator = Generator(with_resident(config, experts=3), model)
+        engine = generator.engine(SLOTS, (), POSITIONS, **SIZES)
+        jobs = [generator.job(prompt, sampling) for prompt in prompts]
+        for part in (jobs[:1], jobs[1:]):
+            for job in part:
+                engine.submit(job)
+            while engine.busy:
+                engine.step()
+            held = engine._state.cache.experts
+            assert isinstance(held, Held)
+            if part == jobs[:1]:
+                assert (np.asarray(held.uses_YE).sum(1) == config.model.top_k * 12).all()  # of the tokens read
+        read_BL = np.zeros((len(jobs), LENGTH), np.int32)
+        for row_L, prompt, job in zip(read_BL, prompts, jobs, strict=True):
+            row_L[: len(prompt) + 12] = [*prompt, *job.text.tokens]
+        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True)[0].argmax(-1), compiler_options=QUICK)
+        likeliest_BL = np.asarray(run(model, split_tokens(read_BL)))
+    expected = [row_L[len(of) - 1 :][:12].tolist() for row_L, of in zip(likeliest_BL, prompts, strict=True)]
+    assert [job.text.tokens for job in jobs] == expected and len(set(map(tuple, expected))) == 3
 
 
 def compare(model: str, experts: int, how: Speculation | None, weights: str, seeds: range) -> int:
