@@ -10,7 +10,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.drafter import DRAFTERS, Speculation
 from bigmac_jax.inference.kv_cache import WEIGHTS
-from bigmac_jax.model.resident import check_resident, is_resident, with_resident_layers
+from bigmac_jax.model.resident import check_resident, is_resident, with_resident
 from bigmac_jax.tuning import restore
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: the --workdir of bigmac train.")
@@ -25,8 +25,11 @@ _WEIGHTS = flags.DEFINE_enum(
 _UNROLL = flags.DEFINE_bool(
     "unroll_layers", False, "On TPU and GPU: no loop over the layers, whose weights it copies; takes longer to compile."
 )
-_RESIDENT = flags.DEFINE_integer(
+_RESIDENT_LAYERS = flags.DEFINE_integer(
     "resident_layers", None, "Experts stand in host memory, of so many layers on the device; 0: all on the device.", 0
+)
+_RESIDENT_EXPERTS = flags.DEFINE_integer(
+    "resident_experts", None, "Likewise, with so many experts of every layer on the device, the most used ones.", 0
 )
 _EXCHANGE = flags.DEFINE_string("exchange", "auto", "Strategy of the MoE layers' exchange; auto is the fastest here.")
 _SPECULATE = flags.DEFINE_integer("speculate", 0, "Tokens that are drafted, and verified at once; 0 drafts none.")
@@ -51,7 +54,7 @@ def speculation() -> Speculation:
 
 def load_generator(workdir: pathlib.Path, config: Config, speculate: Speculation) -> Generator:
     """A generator of the run's model, on the mesh of `config`, which becomes the current one."""
-    config = with_resident_layers(config, _RESIDENT.value)
+    config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
     check_resident(config, cli.enter_mesh(config, fit_batch=False))
     speculate.check(config)
     config, model = restore(workdir, _STEP.value, config, in_host=is_resident(config))

@@ -20,7 +20,7 @@ from bigmac_jax.evaluation.loglikelihood import check_windows
 from bigmac_jax.evaluation.perplexity import evaluate
 from bigmac_jax.evaluation.sources import has_own_sources, open_sources, report_sources
 from bigmac_jax.evaluation.tasks.task_jobs import Job, describe_scores, open_jobs, score_jobs
-from bigmac_jax.model.resident import check_resident, hold, is_resident, with_resident_layers
+from bigmac_jax.model.resident import check_resident, hold, is_resident, with_resident
 from bigmac_jax.model.transformer import Transformer
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.runtime.progress import Progress, Waiting
@@ -51,8 +51,11 @@ _DOCUMENTS = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Sequences at a time; 0 takes a part of the run's step.", lower_bound=0
 )
-_RESIDENT = flags.DEFINE_integer(
+_RESIDENT_LAYERS = flags.DEFINE_integer(
     "resident_layers", None, "Experts stand in host memory, of so many layers on the device; 0: all on the device.", 0
+)
+_RESIDENT_EXPERTS = flags.DEFINE_integer(
+    "resident_experts", None, "Likewise, with so many experts of every layer on the device, the most used ones.", 0
 )
 _JSON = flags.DEFINE_bool("json", False, "Print the JSON object alone.")
 
@@ -88,7 +91,7 @@ def main() -> None:
 def _read_run() -> Trained:
     workdir = locate_workdir(_WORKDIR.value)
     saved = read_config(workdir)
-    config = with_resident_layers(with_mesh(saved, cli.OVERRIDES), _RESIDENT.value)
+    config = with_resident(with_mesh(saved, cli.OVERRIDES), _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
     if _SPLIT.value not in SPLITS:
         raise ConfigError(f"--split={_SPLIT.value} must be train, validation or test{ask(_SPLIT.value, SPLITS)}")
     length = check_windows(config, _LENGTH.value, _STRIDE.value)

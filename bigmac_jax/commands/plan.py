@@ -14,7 +14,7 @@ from bigmac_jax.commands import cli
 from bigmac_jax.config import ConfigError, strict_json
 from bigmac_jax.config.reading import load_with_base
 from bigmac_jax.config.reads import notes
-from bigmac_jax.model.resident import with_resident_layers
+from bigmac_jax.model.resident import with_resident
 from bigmac_jax.planning import pictures, planner, report
 from bigmac_jax.planning.candidates import HEADROOM
 from bigmac_jax.planning.hardware import HARDWARE
@@ -30,8 +30,11 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "So many slices of --topology, with slow links between.", lower_bound=1)
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile init, step, evaluate, prefill, decode, and read them.")
-_RESIDENT = flags.DEFINE_integer(
+_RESIDENT_LAYERS = flags.DEFINE_integer(
     "resident_layers", None, "Plan generate and serve with experts in host memory, of so many layers on the device.", 0
+)
+_RESIDENT_EXPERTS = flags.DEFINE_integer(
+    "resident_experts", None, "Likewise, with so many experts of every layer on the device, the most used ones.", 0
 )
 _HARDWARE = flags.DEFINE_string("hardware", "", f"Predict times on {', '.join(HARDWARE)} or a .toml file.")
 _OPTIONS = flags.DEFINE_bool("options", False, "Show the compiler's options of the training step, and why.")
@@ -65,7 +68,7 @@ def main() -> None:
         raise ConfigError(f"--plot={_PLOT.value} must end in .png")
     config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
     cli.warn(notes(config, cli.given_fields(), base=base))
-    config = with_resident_layers(config, _RESIDENT.value)
+    config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
     request = planner.Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,

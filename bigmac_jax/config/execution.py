@@ -48,6 +48,8 @@ class ExecutionConfig(Section):
     # Of eval, generate and serve: the experts of all layers stand in host memory, so many layers of them on the device;
     # 0 = all on the device.
     resident_layers: Size = 0
+    # Likewise, but so many experts of every layer on the device, those that are used most; for one device.
+    resident_experts: Size = 0
     unroll_layers: Size = 0  # layers in a step of the loop over them; 0 = all on CPU, 1 elsewhere
     # XLA's for the training step, as "xla_NAME=VALUE …", over those that `bigmac plan --options` shows.
     compiler_options: str = ""
@@ -68,6 +70,7 @@ class ExecutionConfig(Section):
 
     def check(self) -> None:
         parse_options(self.compiler_options)
+        require(not (self.resident_layers and self.resident_experts), f"resident_layers={self.resident_layers} and resident_experts={self.resident_experts} are two ways to keep experts in host memory; set one of them to 0")  # fmt: skip
         require(not self.asks_for_rounds or self.exchange in EXCHANGES_IN_ROUNDS, f"execution.buffer_factor={self.room_factor:g} needs an exchange that sends in rounds ({', '.join(EXCHANGES_IN_ROUNDS)}), not exchange={self.exchange}; use buffer_factor=auto")  # fmt: skip
 
 

@@ -158,7 +158,7 @@ _CONDITIONAL: dict[str, tuple[Condition, ...]] = {
     "model.mamba_conv_bias model.mamba_bias model.mamba_least_step model.mamba_most_step execution.mamba_chunk": (
         _mamba,
     ),
-    "execution.resident_layers": (_MOE,),
+    "execution.resident_layers execution.resident_experts": (_MOE,),
     "execution.gather_dtype": (_without("execution.dtype", "bfloat16"),),
     "execution.exchange": (_MOE, _exchange),
     "execution.wire_dtype execution.wire_dtype_backward": (_MOE, _wire),

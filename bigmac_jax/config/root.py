@@ -20,7 +20,10 @@ from bigmac_jax.config.tuning import TuningConfig
 # Tokenizers whose size is known without reading a file; `bpe` is trained to model.vocab_size.
 TOKENIZER_SIZES = {"bytes": 257, "gpt2": 50257}
 # Fields that were the model's, and are execution's now.
-_YOUNGER = {"gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk", "resident_layers", "offload_optimizer"}
+_YOUNGER = {
+    "gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk", "resident_layers", "resident_experts",
+    "offload_optimizer",
+}  # fmt: skip
 _MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - _YOUNGER
 # Fields that are gone, with their defaults, which a saved config may hold; for other values there is this commit.
 _REMOVED = {"model.vanilla_top_k": 1}

@@ -27,7 +27,9 @@ from bigmac_jax.model.mesh import TENSOR, batch_ranks, batch_spec, cache_spec, p
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.plain_router import plain_router
-from bigmac_jax.model.resident import Ring, compute_layer, is_resident, start_ring
+from bigmac_jax.model.resident import Ring, compute_layer, is_resident, start
+from bigmac_jax.model.resident_experts import Held
+from bigmac_jax.model.router import Padding
 from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_model, without_next_tokens
 from bigmac_jax.training.step import split_model
 
@@ -41,7 +43,7 @@ class Cache(NamedTuple):
     """What a decoder keeps between steps."""
 
     pasts: tuple[tuple[Pasts, ...], ...]  # of the layers of each group, in all trips
-    ring: Ring | None = None  # of a decoder whose experts stand in host memory
+    experts: Ring | Held | None = None  # on the device, of a decoder whose experts stand in host memory
 
 
 @jax.tree_util.register_dataclass
@@ -127,8 +129,7 @@ def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> 
         tuple(make_pasts(decoder.config, layer, *sizes, trips=_trips(group)) for layer in group)
         for group in decoder.groups
     )
-    resident = decoder.config.execution.resident_layers
-    return Cache(pasts, None if decoder.store is None else start_ring(decoder.store, resident))
+    return Cache(pasts, None if decoder.store is None else start(decoder.store, decoder.config.execution))
 
 
 def make_pasts(config: Config, layer: Block, pages: int, page_size: int, slots: int, trips: int = 1) -> Pasts:
@@ -207,41 +208,54 @@ def _advance(
     model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
 ) -> tuple[Array, Cache, Seen]:
     def step(trips: int, carry: tuple[Array, Any, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any, Any], Any]:
-        (x_STD, pasts, ring), (group, trip) = carry, xs
+        (x_STD, pasts, experts), (group, trip) = carry, xs
         after, seen = [], []
         for layer, of_layer in zip(group, pasts, strict=True):
 
             def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
-                return through_layer(dequantize(layer, dtype), x_STD, of_layer, (trip, trips), rows, settles)
+                return through_layer(widen(layer), x_STD, of_layer, (trip, trips), rows, settles, idle)
 
-            (x_STD, of_layer, projected), ring = compute_layer(model.store, ring, resident, layer, compute)
+            (x_STD, of_layer, projected, _), experts = compute_layer(
+                model.store, experts, execution, layer, compute, widen
+            )
             after.append(of_layer)
             seen.append(projected)
-        return (x_STD, tuple(after), ring), tuple(seen)
+        return (x_STD, tuple(after), experts), tuple(seen)
 
-    dtype, resident = model.config.execution.dtype, model.config.execution.resident_layers
-    x_STD, groups = dequantize(model.ends, dtype).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
-    ring = cache.ring
+    execution, experts = model.config.execution, cache.experts
+    widen = functools.partial(dequantize, dtype=execution.dtype)
+    # Experts are not copied for tokens that nobody asked for.
+    idle = find_idle(rows, tokens_ST.shape[1]) if isinstance(experts, Held) else None
+    x_STD, groups = widen(model.ends).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
     for group, pasts in zip(model.groups, cache.pasts, strict=True):
         trips = _trips(group)
         of_trips = group, jnp.arange(trips, dtype=jnp.int32)
-        (x_STD, pasts, ring), seen = jax.lax.scan(functools.partial(step, trips), (x_STD, pasts, ring), of_trips)
+        carry = x_STD, pasts, experts
+        (x_STD, pasts, experts), seen = jax.lax.scan(functools.partial(step, trips), carry, of_trips)
         groups.append((pasts, seen))
-    return x_STD, Cache(tuple(pasts for pasts, _ in groups), ring), tuple(seen for _, seen in groups)
+    return x_STD, Cache(tuple(pasts for pasts, _ in groups), experts), tuple(seen for _, seen in groups)
 
 
 def through_layer(
-    layer: Block, x_STD: Array, pasts: Pasts, turn: tuple[Array, int], rows: Rows, settles: bool = True
-) -> tuple[Array, Pasts, tuple[Projected, ...]]:
-    """One layer of a group → x, the pasts, and what Mamba layers have seen if it doesn't settle.
+    layer: Block,
+    x_STD: Array,
+    pasts: Pasts,
+    turn: tuple[Array, int],
+    rows: Rows,
+    settles: bool = True,
+    idle: Padding | None = None,
+) -> tuple[Array, Pasts, tuple[Projected, ...], Any]:
+    """One layer of a group → x, the pasts, what Mamba layers have seen if it doesn't settle, and what its MoE reports.
 
     Args:
       pasts: of its branches, with those of all trips.
       turn: which trip of how many it is.
+      idle: tokens that go to no expert.
     """
     given, (trip, trips) = iter(pasts), turn
     after: list[KeyValues | Past] = []
     seen: list[Projected] = []
+    reported: Any = None
     for norm, mixer in layer.mixers():
         h_STD = norm(x_STD)
         if isinstance(mixer, Attention):
@@ -254,10 +268,12 @@ def through_layer(
             y_STD, of_trip = mixer.step(projected, _take(past, trip), rows)
             after.append(_update(past, of_trip, trip) if settles else past)
             seen += [] if settles else [projected]
+        elif isinstance(mixer, MoE):
+            y_STD, reported = mixer(h_STD, evaluating=True, padding=idle)
         else:
-            y_STD = mixer(h_STD, evaluating=True)[0] if isinstance(mixer, MoE) else mixer(h_STD)
+            y_STD = mixer(h_STD)
         x_STD = x_STD + y_STD
-    return x_STD, tuple(after), tuple(seen)
+    return x_STD, tuple(after), tuple(seen), reported
 
 
 def _take(past: Past, trip: Array) -> Past:
@@ -296,6 +312,16 @@ def positions(rows: Rows, tokens: int) -> Array:
         return (position_SW[..., None] + step_SWC).reshape(1, -1)
 
     return on_each_rank(on_rank, (rows.position_SW, rows.count_SW), in_spec=batch_spec, out_specs=batch_spec(2))
+
+
+def find_idle(rows: Rows, tokens: int) -> Padding:
+    """The tokens beyond each row's count, of all that stand side by side."""
+
+    def on_rank(count_SW: Array) -> Array:
+        step_C = jnp.arange(tokens // count_SW.shape[1], dtype=jnp.int32)[None, None]
+        return (step_C >= count_SW[..., None]).reshape(1, -1)
+
+    return Padding.of(on_each_rank(on_rank, (rows.count_SW,), in_spec=batch_spec, out_specs=batch_spec(2)))
 
 
 def _take_last(x_STD: Array, count_SW: Array) -> Array:

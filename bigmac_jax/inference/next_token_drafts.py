@@ -134,5 +134,5 @@ def _read(model: Decoder, pasts: Pasts, h_STD: Array, next_ST: Array, rows: Rows
     module: NextTokens = dequantize(stacked, dtype)
     read_STD = dequantize(model.ends, dtype).embed(next_ST, positions(rows, next_ST.shape[1]))
     x_STD, turn = module.join(h_STD, read_STD), (jnp.zeros((), jnp.int32), 1)
-    x_STD, pasts, _ = through_layer(cast(Block, module.layers), x_STD, pasts, turn, rows)
+    x_STD, pasts, *_ = through_layer(cast(Block, module.layers), x_STD, pasts, turn, rows)
     return module.final_norm(x_STD), pasts

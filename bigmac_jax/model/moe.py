@@ -176,11 +176,7 @@ class MoE(nnx.Module):
             self.weights(),
             out_specs=(token_spec(3), rank_spec(2), rank_spec(1)),
         )
-        if self.gate is not None:
-            y_BLD = y_BLD * (1 + self.gate(x_BLD))  # (1 + x W_g) ⊙ y
-        if self.shared is not None:
-            y_BLD = y_BLD + self.shared(x_BLD)
-        return y_BLD, self.report(routing, counts_SE, dropped_S, padding, quantile_stats)
+        return self.finish(x_BLD, y_BLD), self.report(routing, counts_SE, dropped_S, padding, quantile_stats)
 
     def route(
         self, x_BLD: Array, evaluating: bool, padding: Padding | None = None, choices: Array | None = None
@@ -200,11 +196,17 @@ class MoE(nnx.Module):
         place = functools.partial(place_on_rank, self.config) if moves else None
         return choose_experts(m, scores, bias_E, padding, place, choices), quantile_stats
 
+    def finish(self, x_BLD: Array, y_BLD: Array) -> Array:
+        """Adds what every token gets beside its routed experts' y."""
+        if self.gate is not None:
+            y_BLD = y_BLD * (1 + self.gate(x_BLD))  # (1 + x W_g) ⊙ y
+        return y_BLD if self.shared is None else y_BLD + self.shared(x_BLD)
+
     def weights(self) -> "RowWeights":
-        """What `layer_on_rank` computes with, for `on_each_rank`."""
+        """What `layer_on_rank` computes with, for `on_each_rank`; no experts where they are elsewhere."""
         config = self.config
         return RowWeights(
-            experts=self.experts.weights(config),
+            experts={} if self.experts is None else self.experts.weights(config),
             down_DR=None if self.down is None else weight(config, self.down.w_DF),
             up_RD=None if self.up is None else weight(config, self.up.w_DF),
             dispatch_norm=[] if self.dispatch_norm is None else self.dispatch_norm.weights(),

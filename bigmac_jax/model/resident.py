@@ -1,12 +1,14 @@
 """Experts in host memory: of all layers they stand there, and of K layers on the device, in a ring. While a layer
-computes, what the layer K behind it needs is copied (SE-MoE, arXiv 2205.10034).
+computes, what the layer K behind it needs is copied (SE-MoE, arXiv 2205.10034). Or of every layer those stand on the
+device that are used most (`resident_experts`).
 
 Y layers with experts, in the order in which they are computed; K of the ring, in P slots.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +19,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config
+from bigmac_jax.config import Config, ExecutionConfig
 from bigmac_jax.config.errors import require
-from bigmac_jax.model.mesh import HOST, check_host_memory, spec_of
+from bigmac_jax.model.mesh import HOST, check_host_memory, describe_mesh, spec_of
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.parameters import leaf_name
+from bigmac_jax.model.resident_experts import Held, compute_held, start_held
 
 
 class Ring(NamedTuple):
@@ -31,6 +34,17 @@ class Ring(NamedTuple):
     slots: Any  # the tree of a layer's parameters, each [P, …]
     layer: Array  # int32: the layer that is computed next
     slot: Array  # int32: where it stands; those behind it follow, and begin again at 0
+
+
+def start(store: Any, execution: ExecutionConfig) -> Ring | Held:
+    """What stands on the device before the first layer is computed.
+
+    Args:
+      store: the tree of a layer's parameters, each [Y, …] in host memory.
+    """
+    if execution.resident_experts:
+        return start_held(store, execution.resident_experts)
+    return start_ring(store, execution.resident_layers)
 
 
 def start_ring(store: Any, layers: int) -> Ring:
@@ -46,18 +60,37 @@ def start_ring(store: Any, layers: int) -> Ring:
 
 
 def compute_layer(
-    store: Any, ring: Ring | None, layers: int, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
-) -> tuple[tuple[Any, ...], Ring | None]:
-    """Calls `compute(layer)`, with the experts of the ring if the layer's own are in host memory, and copies what the
-    ring needs next meanwhile → what it returns, and the ring.
+    store: Any,
+    on_device: Ring | Held | None,
+    execution: ExecutionConfig,
+    layer: Any,
+    compute: Callable[[Any], tuple[Any, ...]],
+    dequantize: Callable[[Any], Any] = lambda tree: tree,
+) -> tuple[tuple[Any, ...], Ring | Held | None]:
+    """Calls `compute(layer)`, with experts that stand on the device if the layer's own are in host memory → what it
+    returns, and what stands there then.
+
+    Args:
+      compute: a layer → what it makes of its tokens, others, and what its MoE reports.
+      dequantize: makes parameters that are multiplied of copied ones, where `compute` does not see these.
+    """
+    if on_device is None or not lacks_experts(layer):
+        return compute(layer), on_device
+    if isinstance(on_device, Held):
+        return compute_held(store, on_device, layer, compute, dequantize)
+    return compute_with_ring(store, on_device, execution.resident_layers, layer, compute)
+
+
+def compute_with_ring(
+    store: Any, ring: Ring, layers: int, layer: Any, compute: Callable[[Any], tuple[Any, ...]]
+) -> tuple[tuple[Any, ...], Ring]:
+    """Calls `compute(layer)` with the experts of the ring, and copies what the ring needs next meanwhile → what it
+    returns, and the ring.
 
     Args:
       layers: K.
       compute: a layer → what it makes of its tokens, and others.
     """
-    if not lacks_experts(layer):
-        return compute(layer), ring
-    assert ring is not None
     (Y, P), (_, at, slot) = (jax.tree.leaves(tree)[0].shape[0] for tree in (store, ring.slots)), ring
 
     def fetch(w: Array) -> Array:
@@ -90,29 +123,56 @@ def with_experts(layer: Any, experts: Any) -> Any:
 
 
 def is_resident(config: Config) -> bool:
-    """Whether experts stand in host memory: execution.resident_layers are fewer than the layers with experts."""
-    return 0 < config.execution.resident_layers < config.model.moe_layers
+    """Whether experts stand in host memory: execution.resident_layers are fewer than the layers with experts, or
+    resident_experts than a layer's experts."""
+    execution, m = config.execution, config.model
+    return m.is_moe and (0 < execution.resident_layers < m.moe_layers or holds_experts(config))
 
 
-def with_resident_layers(config: Config, layers: int | None) -> Config:
-    """The config with other execution.resident_layers; None keeps its own."""
-    if layers is None:
-        return config
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, resident_layers=layers))
+def holds_experts(config: Config) -> bool:
+    """Whether those experts of every layer stand on the device that are used most, and not all."""
+    return 0 < config.execution.resident_experts < config.model.expert_count
+
+
+def with_resident(config: Config, layers: int | None = None, experts: int | None = None) -> Config:
+    """The config with other execution.resident_layers and resident_experts; None keeps its own.
+
+    Raises:
+      ConfigError: both.
+    """
+    asked = {"resident_layers": layers, "resident_experts": experts}
+    changes: Any = {name: value for name, value in asked.items() if value is not None}
+    return (
+        dataclasses.replace(config, execution=dataclasses.replace(config.execution, **changes)) if changes else config
+    )
 
 
 def check_resident(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where execution.resident_layers asks for what the model or the devices of a mesh do not have;
-    nothing is compiled."""
-    layers = config.execution.resident_layers
-    if not layers:
-        return
+    """Raises ConfigError where execution.resident_layers or resident_experts asks for what the model or the devices of
+    a mesh do not have; nothing is compiled."""
+    execution, m = config.execution, config.model
+    asked = {"resident_layers": execution.resident_layers, "resident_experts": execution.resident_experts}
+    for name, value in asked.items():
+        if not value:
+            continue
+        require(m.is_moe, f"{name}={value} is of experts, and model.structure={m.structure} has none; use {name}=0")
+        check_host_memory(mesh, f"{name}={value}", f"{name}=0")
+    if holds_experts(config):
+        check_one_rank(config, mesh.shape)
+
+
+def check_one_rank(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where execution.resident_experts would be of several ranks.
+
+    Args:
+      sizes: of the mesh's axes.
+    """
+    ranks = math.prod(sizes.values())
     require(
-        config.model.is_moe,
-        f"resident_layers={layers} is of experts, and model.structure={config.model.structure} has none; use "
-        f"resident_layers=0",
+        ranks == 1,
+        f"resident_experts={config.execution.resident_experts} is for one device, and this mesh has {ranks} "
+        f"({describe_mesh(sizes)}); use resident_layers=1, or a mesh of one",
     )
-    check_host_memory(mesh, f"resident_layers={layers}", "resident_layers=0")
 
 
 def order_of_layers(config: Config) -> list[tuple[int, int]]:
@@ -124,8 +184,10 @@ def order_of_layers(config: Config) -> list[tuple[int, int]]:
 
 
 def hold(config: Config, model: Any) -> Any:
-    """The model with its experts in host memory, as an evaluation computes it; arrays that are there are shared."""
-    model = copy.copy(model)
+    """The model with its experts in host memory, as an evaluation computes it; arrays that are there are shared. The
+    model may have been made with other execution.resident_layers and resident_experts."""
+    model, execution = copy.copy(model), config.execution
+    model.config = with_resident(model.config, execution.resident_layers, execution.resident_experts)
     stacks = [stack.name for stack in config.model.stacks if stack.experts]
     experts = [getattr(model, name).mlp.experts for name in stacks]
     leaves, trees = zip(*map(jax.tree.flatten, experts), strict=True)

@@ -27,7 +27,7 @@ from bigmac_jax.model.mesh import HOST, TENSOR, interleave, join, platform, tens
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
 from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
-from bigmac_jax.model.resident import compute_layer, start_ring
+from bigmac_jax.model.resident import compute_layer, start
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
 
@@ -297,17 +297,17 @@ def through_layers(
     unroll = execution.unroll_layers or (m.depth if platform() == "cpu" else 1)
 
     def through_loop(carry: Any, xs: Sequence[Any]) -> tuple[Any, list[Any]]:
-        (carry, ring), reported = carry, []
+        (carry, on_device), reported = carry, []
         for layer, key in xs:
 
             def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
                 return step(carry, (layer, key))
 
-            (carry, of_layer), ring = compute_layer(store, ring, execution.resident_layers, layer, compute)
+            (carry, of_layer), on_device = compute_layer(store, on_device, execution, layer, compute)
             reported.append(of_layer)
-        return (carry, ring), reported
+        return (carry, on_device), reported
 
-    carry = carry, None if store is None else start_ring(store, execution.resident_layers)
+    carry = carry, None if store is None else start(store, execution)
     found, given = [], iter(stacks)
     for loop in m.stacks_of_loops:
         keys = [None if keys_Y is None else _of_layers(keys_Y, stack.layers) for stack in loop]

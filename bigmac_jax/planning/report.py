@@ -250,22 +250,34 @@ def _programs(plan: Mapping[str, Any]) -> Table:
 
 def _resident(console: Console, found: Mapping[str, Any], copies: Mapping[str, Any] | None) -> None:
     """Experts in host memory: bytes, the copies of a decode step, and times of a token."""
+    by_layer = "resident_layers" in found
+    held = f"{size(found['ring_bytes'])} of {found['resident_layers']} layers" if by_layer else (
+        f"{size(found['slot_bytes'])} of {found['resident_experts']} experts of each layer")  # fmt: skip
     console.print(
         f"experts in host memory: {size(found['host_bytes'])} of {found['layers']} layers for each rank, "
-        f"{size(found['ring_bytes'])} of {found['resident_layers']} layers on the device"
+        f"{held} on the device"
     )
-    if copies:
+    if copies and by_layer:  # else the program does not say how often it copies
         console.print(
             f"a decode step copies {size(copies['bytes'])} from there in {copies['copies']:,} copies, "
             f"{copies['asynchronous']:,} asynchronous, {copies['beside_products']:,} beside matrix products"
         )
     if "decode" not in found:
         return
-    table = _table("A step that decodes, predicted", "requests", "copies", "the device meanwhile", "step", "a token",
-                   "all experts on the device")  # fmt: skip
+    names = ("copy_ms", "compute_ms", "step_ms", "ms_per_token", "on_device_ms")
+    times = (
+        "copies",
+        "the device meanwhile" if by_layer else "the device",
+        "step",
+        "a token",
+        "all experts on the device",
+    )
+    counts = () if by_layer else ("chosen_experts", "missing_experts")
+    of_counts = () if by_layer else ("chosen of a layer", "copied of a layer")
+    table = _table("A step that decodes, predicted", "requests", *of_counts, *times)
     for row in found["decode"]:
-        names = ("copy_ms", "compute_ms", "step_ms", "ms_per_token", "on_device_ms")
-        table.add_row(f"{row['requests']:,}", *(f"{row[name]:,.2f} ms" for name in names))
+        numbers = (f"{row[name]:,.1f}" for name in counts)
+        table.add_row(f"{row['requests']:,}", *numbers, *(f"{row[name]:,.2f} ms" for name in names))
     console.print(table)
 
 

@@ -33,7 +33,10 @@ from bigmac_jax.config.resuming import RATES_MAY_CHANGE
 from bigmac_jax.config.section import all_field_types, flat_values
 from bigmac_jax.training.workdir import read_config
 
-YOUNGER = ("gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk", "resident_layers", "offload_optimizer")
+YOUNGER = (
+    "gather_dtype", "reduce_dtype", "compiler_options", "mamba_chunk", "resident_layers", "resident_experts",
+    "offload_optimizer",
+)  # fmt: skip
 MINIMAL = "from bigmac_jax.config import Config\n\ndef get_config():\n    return Config()\n"
 
 
@@ -500,7 +503,7 @@ def test_a_config_of_an_earlier_version_is_read_as_it_was_written() -> None:
     assert (read["model"].pop("router"), read["model"].pop("hyper_width")) == ("linear", 64)
     assert read["train"].pop("choices_from") == read["train"].pop("choices_steps") == 0
     assert read["execution"].pop("compiler_options") == "" and not read["execution"].pop("offload_optimizer")
-    assert read["execution"].pop("resident_layers") == 0
+    assert read["execution"].pop("resident_layers") == read["execution"].pop("resident_experts") == 0
     assert read["train"].pop("experts_per_checkpoint") == 0 and read["train"].pop("partial_checkpoint") == "both"
     assert read["train"].pop("most_lost_updates") == 0.0375
     assert (read["model"].pop("mtp_modules"), read["model"].pop("mtp_blocks")) == (0, "")

@@ -51,7 +51,7 @@ OTHER = {
 # Read by the host alone.
 HOST = {"data.curriculum", "data.text_field", "data.null_rows", "data.packing", "train.max_bad_steps", "train.tasks",
         "train.tasks_limit", "train.experts_per_checkpoint", "train.partial_checkpoint",
-        "train.most_lost_updates", "execution.resident_layers",
+        "train.most_lost_updates", "execution.resident_layers", "execution.resident_experts",
         "tuning.bad_rows"}  # fmt: skip
 # Refused, not named, where they are not read.
 REFUSED = {"model.first_dense_layers", "model.latent_norm", "model.balance_step", "model.overflow"}

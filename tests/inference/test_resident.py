@@ -24,7 +24,7 @@ from bigmac_jax.model.resident import (
     lacks_experts,
     order_of_layers,
     take_layer,
-    with_resident_layers,
+    with_resident,
 )
 
 from .test_engine import CHUNK, LENGTH, PAGE, POSITIONS, SLOTS, Alone, assert_as_alone, play, schedule
@@ -51,7 +51,7 @@ def compare(model: str, mesh: tuple[int, ...], layers: int, how: Speculation | N
     with quick(), on_mesh(config):
         parameters = random_model(config)
         plain = Generator(config, parameters, weights=weights)
-        resident = Generator(with_resident_layers(config, layers), parameters, weights=weights, speculate=how)
+        resident = Generator(with_resident(config, layers), parameters, weights=weights, speculate=how)
         held = resident._decoder.store
         assert (held is not None) == (layers < config.model.moe_layers)
         if held is not None:
@@ -117,7 +117,7 @@ def test_evaluation_goes_through_the_ring() -> None:
 
 
 def _evaluate(model: str, layers: int, mesh: tuple[int, ...] = (1, 1, 2)) -> None:
-    config = with_resident_layers(config_of(model, mesh), layers)
+    config = with_resident(config_of(model, mesh), layers)
     with on_mesh(config):
         given = random_model(config)
         held = hold(config, given)
@@ -143,7 +143,7 @@ def test_the_order_of_layers() -> None:
 
 
 def test_what_stands_on_the_device_is_the_ring() -> None:
-    config = with_resident_layers(config_of("dense first"), 2)
+    config = with_resident(config_of("dense first"), 2)
     with quick(), on_mesh(config):
         given = random_model(config)
         generator = Generator(config, given)
@@ -156,7 +156,7 @@ def test_what_stands_on_the_device_is_the_ring() -> None:
             np.testing.assert_array_equal(slots_keRF[layer], take_layer(w_yeRF, layer))
         layers = [layer for group in generator._decoder.groups for layer in group]
         assert [lacks_experts(layer) for layer in layers] == [False, True]
-    assert not is_resident(with_resident_layers(config, 3)) and not is_resident(with_resident_layers(config, 0))
+    assert not is_resident(with_resident(config, 3)) and not is_resident(with_resident(config, 0))
 
 
 def _rings(state: Any) -> list[Ring]:
@@ -170,15 +170,15 @@ class _Device(SimpleNamespace):
 
 def test_what_cannot_be_is_one_line() -> None:
     """Before anything is compiled: the device is none of jax's."""
-    config = with_resident_layers(config_of("dense first"), 2)
+    config = with_resident(config_of("dense first"), 2)
     with on_mesh(config):
         mesh = jax.sharding.get_mesh()
     other: Any = SimpleNamespace(devices=np.array([_Device(device_kind="some chip")]))
     check_resident(config, mesh)
-    check_resident(with_resident_layers(config, 0), other)
+    check_resident(with_resident(config, 0), other)
     with pytest.raises(ConfigError, match=r"^resident_layers=2 needs .* some chip has device alone; use .*=0$"):
         check_resident(config, other)
-    dense = with_resident_layers(tiny(structure="dense"), 1)
+    dense = with_resident(tiny(structure="dense"), 1)
     with pytest.raises(ConfigError, match=r"^resident_layers=1 is of experts, .*structure=dense has none; .*=0$"):
         check_resident(dense, mesh)
     with on_mesh(dense), pytest.raises(ConfigError, match="resident_layers=1"):
@@ -186,6 +186,6 @@ def test_what_cannot_be_is_one_line() -> None:
 
 
 def test_the_config_keeps_its_own_where_no_flag_is_given() -> None:
-    config = with_resident_layers(config_of("dense first"), 2)
-    assert with_resident_layers(config, None) is config
-    assert dataclasses.replace(config, execution=config_of("dense first").execution) == with_resident_layers(config, 0)
+    config = with_resident(config_of("dense first"), 2)
+    assert with_resident(config, None) is config
+    assert dataclasses.replace(config, execution=config_of("dense first").execution) == with_resident(config, 0)

@@ -52,9 +52,38 @@ def test_each_rank_has_its_part() -> None:
         residency.describe(config, {"expert": 4}, unknown)
 
 
+def test_the_most_used_experts_of_qwen_on_one_v6e() -> None:
+    """By hand, with 16 of 128 experts of a layer on the device, of which a token takes 8 by chance."""
+    config = load_config(f"{CONFIGS}/qwen3_30b.py", (*ONE[:2], "execution.resident_experts=16"))
+    made = make_plan(config, Request(topology="v6e:1x1"))
+    found = made["resident"]
+    assert (found["host_bytes"], found["slot_bytes"]) == (48 * QWEN_LAYER, 48 * QWEN_LAYER // 8)
+    one, eight, many = found["decode"]
+    assert (one["chosen_experts"], one["missing_experts"]) == (8, 7)
+    assert many["chosen_experts"] == pytest.approx(128 * (1 - (15 / 16) ** 64))
+    for row in found["decode"]:
+        assert row["missing_experts"] == pytest.approx(7 / 8 * row["chosen_experts"])
+        assert row["copy_ms"] == pytest.approx(1e3 * 48 * QWEN_LAYER / 128 * row["missing_experts"] / 32e9)
+        assert row["step_ms"] == pytest.approx(row["copy_ms"] + row["compute_ms"])  # nothing runs beside a copy
+        assert row["ms_per_token"] == row["step_ms"] / row["requests"]
+    # One round reads and writes the 16 slots of each layer, and what came was written, read and written.
+    passes = (2 * 16 + 3 * 7) / 128
+    assert one["compute_ms"] - one["on_device_ms"] == pytest.approx(1e3 * passes * 48 * QWEN_LAYER / 1638e9)
+    passes = (2 * eight["chosen_experts"] + 3 * eight["missing_experts"]) / 128  # in rounds of 16
+    assert eight["compute_ms"] - eight["on_device_ms"] == pytest.approx(1e3 * passes * 48 * QWEN_LAYER / 1638e9)
+    output = io.StringIO()
+    report.show(made, Console(file=output, width=200, highlight=False))
+    assert "54.00 GiB of 48 layers for each rank, 6.75 GiB of 16 experts of each layer" in output.getvalue()
+    unknown = dataclasses.replace(load_hardware("v6e"), host_bandwidth=None)
+    with pytest.raises(ConfigError, match=r"^resident_experts=16 needs .* TPU v6 lite .*; add host_bandwidth$"):
+        residency.describe(config, {}, unknown)
+    with pytest.raises(ConfigError, match=r"^resident_experts=16 is for one device, .* has 4 \(mesh expert 4\); use"):
+        residency.describe(config, {"expert": 4, "data": 1}, None)
+
+
 def test_nothing_of_it_where_all_stands_on_the_device() -> None:
-    for layers in (0, 48):
-        overrides = ("mesh.fsdp=False", f"execution.resident_layers={layers}")
+    for field in ("resident_layers=0", "resident_layers=48", "resident_experts=128"):
+        overrides = ("mesh.fsdp=False", f"execution.{field}")
         assert "resident" not in make_plan(load_config(f"{CONFIGS}/qwen3_30b.py", overrides), Request())
 
 

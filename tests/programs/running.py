@@ -53,6 +53,18 @@ def check_host_copies(topology: str, resident: int) -> None:
         assert program["memory"]["arguments"] < experts
 
 
+def check_expert_copies(topology: str, resident: int) -> None:
+    """With so many experts of every layer on the device: the experts of all layers are arguments in host memory. A loop
+    of unknown length copies one expert in each trip, of which the program counts one for each layer."""
+    asked = "mesh.expert=1", *WIDE, f"execution.resident_experts={resident}"
+    program, of_layer = compiled(topology, "decode", *asked)["decode"], 2 * 2 * EXPERTS * 512 * 2048
+    assert program["memory"]["host"] == 4 * of_layer
+    assert sum(size * times for size, times, _, _ in program["host_copies"]) == 4 * of_layer // EXPERTS
+    # No layer's experts are on the device but for those in slots, which a layer may copy out of the stack.
+    assert program["memory"]["arguments"] < 4 * of_layer
+    assert program["memory"]["temporaries"] < of_layer
+
+
 def check_replicas(topology: str, *overrides: str) -> None:
     """Gradients cross once a step, in shards of the asked dtype, beside some kilobytes of statistics; tiles are padded.
 

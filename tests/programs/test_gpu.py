@@ -4,7 +4,15 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID
-from .running import case_name, check_host_copies, check_host_memory, check_replicas, compiled, planned
+from .running import (
+    case_name,
+    check_expert_copies,
+    check_host_copies,
+    check_host_memory,
+    check_replicas,
+    compiled,
+    planned,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -111,3 +119,7 @@ def test_models_of_this_size_fit() -> None:
 @pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_experts_are_copied_from_host_memory_beside_products(layers: int) -> None:
     check_host_copies("h100:1x1", layers)
+
+
+def test_experts_are_copied_one_by_one() -> None:
+    check_expert_copies("h100:1x1", 16)

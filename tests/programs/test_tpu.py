@@ -10,7 +10,7 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
-from .running import case_name, check_host_copies, check_host_memory, check_replicas, compiled
+from .running import case_name, check_expert_copies, check_host_copies, check_host_memory, check_replicas, compiled
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -160,3 +160,7 @@ def test_both_cores_of_a_chip_are_ranks() -> None:
 @pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_experts_are_copied_from_host_memory_beside_products(layers: int) -> None:
     check_host_copies("v6e:1x1", layers)
+
+
+def test_experts_are_copied_one_by_one() -> None:
+    check_expert_copies("v6e:1x1", 16)
