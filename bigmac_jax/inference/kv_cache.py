@@ -213,20 +213,20 @@ def _advance(
         for layer, of_layer in zip(group, pasts, strict=True):
 
             def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
-                return through_layer(widen(layer), x_STD, of_layer, (trip, trips), rows, settles, idle)
+                return through_layer(as_computed(layer), x_STD, of_layer, (trip, trips), rows, settles, idle)
 
             (x_STD, of_layer, projected, _), experts = compute_layer(
-                model.store, experts, execution, layer, compute, widen
+                model.store, experts, execution, layer, compute, as_computed
             )
             after.append(of_layer)
             seen.append(projected)
         return (x_STD, tuple(after), experts), tuple(seen)
 
     execution, experts = model.config.execution, cache.experts
-    widen = functools.partial(dequantize, dtype=execution.dtype)
+    as_computed = functools.partial(dequantize, dtype=execution.dtype)
     # Experts are not copied for tokens that nobody asked for.
     idle = find_idle(rows, tokens_ST.shape[1]) if isinstance(experts, Held) else None
-    x_STD, groups = widen(model.ends).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
+    x_STD, groups = as_computed(model.ends).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
     for group, pasts in zip(model.groups, cache.pasts, strict=True):
         trips = _trips(group)
         of_trips = group, jnp.arange(trips, dtype=jnp.int32)
