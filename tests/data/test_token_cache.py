@@ -207,6 +207,7 @@ def test_killed_before_each_write(tmp_path, make_config, monkeypatch):
         assert files_of(config) == expected, cut
 
 
+@pytest.mark.full
 def test_two_processes_at_once(make_config, tmp_path):
     source = "tfds:tiny_text/plain"  # so that the dataset, the tokenizer and the tokens are all to be made
     config = make_config(source, text_field="body", tokenizer="bpe", vocab_size=500)

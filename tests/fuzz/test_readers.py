@@ -189,7 +189,7 @@ def test_they_are_500() -> None:
     assert sum(reader.count for reader in READERS.values()) >= 500
 
 
-@pytest.mark.parametrize("share", [0.3, pytest.param(1.0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("share", [0.15, pytest.param(1.0, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader(scene: pathlib.Path, name: str, share: float) -> None:
     reader = READERS[name]

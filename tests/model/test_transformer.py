@@ -251,6 +251,7 @@ def test_layers_and_experts_start_different() -> None:
     assert len({matrix.tobytes() for layer in w_YeRF for matrix in layer}) == 8 * 8
 
 
+@pytest.mark.full
 def test_bfloat16_computes_near_float32() -> None:
     exact, half = (tiny((1, 1, 2), dtype=dtype, z_loss_coefficient=0.1) for dtype in ("float32", "bfloat16"))
     tokens = random_tokens(exact)

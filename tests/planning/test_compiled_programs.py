@@ -184,6 +184,7 @@ def test_parameters_are_the_models() -> None:
     assert parameters(gated, {"expert": 4}).parts["projections"] == 2 * (2 * 16 * 4 + 16 * 16)
 
 
+@pytest.mark.full
 def test_first_dense_layers_are_counted() -> None:
     """By hand, and as the compiled step has them."""
     made = tiny((1, 1, 4), num_layers=3, first_dense_layers=1, dense_hidden_size=24, capacity_factor=1.0, num_experts=8,

@@ -197,6 +197,7 @@ def test_a_search_puts_what_fits_first() -> None:
     assert json.loads(json.dumps(made))["search"] == found
 
 
+@pytest.mark.full
 def test_the_best_is_what_its_flags_give() -> None:
     """plan.py says of the best mesh what it says of the config with the flags pasted."""
     made = plan(devices=32, hardware="h100", search=True)

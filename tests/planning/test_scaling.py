@@ -73,6 +73,7 @@ def test_meshes_that_grow() -> None:
     assert len(_grown([best], 4)) == 15 and _grown([best], 1) == {(r, d, n, e, t)}
 
 
+@pytest.mark.full
 def test_the_fastest_is_the_searchs_first() -> None:
     """Though it looks at less: not at what recomputes for nothing, nor at meshes that can't fit."""
     sizes = sorted(sum(c.memory.values()) for c in search(CONFIG, EIGHT))

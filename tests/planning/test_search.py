@@ -235,7 +235,7 @@ def test_a_slice() -> None:
         search(CONFIG, Machine(8, V5E, (4, 4)))  # 16 chips
 
 
-@pytest.mark.parametrize("devices", [1, 3, 7, 32])
+@pytest.mark.parametrize("devices", [1, 3, 7, pytest.param(32, marks=pytest.mark.full)])
 def test_nothing_crashes(devices: int) -> None:
     for structure in ("dense", "vanilla", "fine_grained"):
         c = replace(CONFIG, model=replace(CONFIG.model, structure=structure, num_experts=32))
@@ -246,6 +246,7 @@ def test_nothing_crashes(devices: int) -> None:
             assert {min(2, c.sizes["tensor"]) for c in search(c, Machine(devices, H100))} <= {1 + (devices == 32), 2}
 
 
+@pytest.mark.full
 def test_replicas_are_whole_machines() -> None:
     """Of four hosts: one replica, two of two hosts each, four; of a slice none, of two slices one each."""
     hosts, slice_ = Machine(32, replace(H100, machine_ranks=8)), Machine(16, V5E, (4, 4))

@@ -274,6 +274,7 @@ def test_lines_are_flushed_and_strict_json(tmp_path: pathlib.Path) -> None:
     writer.close()
 
 
+@pytest.mark.full
 def test_a_run_keeps_its_tokenizer(tmp_path: pathlib.Path) -> None:
     """Whatever becomes of the text that it was trained on, and of the cache; a copy that changed is refused."""
     fields = "data.tokenizer=bpe", "model.vocab_size=320", "train.steps=1", "train.eval_every=0"

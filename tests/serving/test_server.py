@@ -416,6 +416,7 @@ def test_nothing_was_a_traceback(server: Server) -> None:
     assert "Traceback" not in server.output and "failed" not in server.output, server.output
 
 
+@pytest.mark.full
 def test_sigterm_lets_running_requests_end(server: Server) -> None:
     """The last test of this server."""
     body = ASKED | {"max_tokens": 400}

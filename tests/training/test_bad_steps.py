@@ -157,6 +157,7 @@ def by_hand(config: Config, left_out: set[int]) -> dict[str, np.ndarray]:
         return leaves(host(state))
 
 
+@pytest.mark.full
 def test_skip(tmp_path: pathlib.Path, feed: Any, caplog: pytest.LogCaptureFixture) -> None:
     """On two expert ranks. One bad step too many ends the run; it is resumed with a larger bound."""
     config, workdir = bad_config(tmp_path, "skip", "mesh.expert=2"), tmp_path / "run"

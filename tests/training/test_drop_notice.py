@@ -62,6 +62,7 @@ def test_where_nothing_can_be_dropped_nothing_is_read(config: Config) -> None:
     assert not said(config, [math.nan] * 200)
 
 
+@pytest.mark.full
 def test_training_says_it_without_logging(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

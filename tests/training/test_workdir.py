@@ -54,6 +54,7 @@ def copied(finished: Any, tmp_path: pathlib.Path) -> Iterator[tuple[Config, path
         yield moved, tmp_path / "all" / "run"
 
 
+@pytest.mark.full
 def test_a_run_and_its_checkpoints_name_their_data_code_and_packages(finished: Any) -> None:
     _, workdir = finished
     found = read_run_json(workdir)
