@@ -133,8 +133,8 @@ def command(workdir: pathlib.Path, cores: list[int], script: str, *flags: str, m
         process = subprocess.Popen(
             [sys.executable, script, f"--workdir={workdir}", *devices, *flags],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"JAX_PLATFORMS": platform},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
+        os.sched_setaffinity(process.pid, cores)
         try:
             output, _ = process.communicate(timeout=None if math.isinf(machine.end) else machine.end - time.monotonic())
         except subprocess.TimeoutExpired:
