@@ -117,7 +117,12 @@ def test_evaluation_goes_through_the_ring() -> None:
 
 
 def _evaluate(model: str, layers: int, mesh: tuple[int, ...] = (1, 1, 2)) -> None:
-    config = with_resident(config_of(model, mesh), layers)
+    of_plain = assert_evaluates_as_on_the_device(with_resident(config_of(model, mesh), layers), 1e-6)
+    assert np.ptp(of_plain.load, axis=0).max() > 0  # layers differ
+
+
+def assert_evaluates_as_on_the_device(config: Config, tolerance: float) -> Any:
+    """Compares logits, to a share of the largest one, and loads → the statistics of the model on the device."""
     with on_mesh(config):
         given = random_model(config)
         held = hold(config, given)
@@ -125,9 +130,9 @@ def _evaluate(model: str, layers: int, mesh: tuple[int, ...] = (1, 1, 2)) -> Non
         tokens_BL = split_tokens(random_tokens(config)[:, :-1])
         run = jax.jit(lambda model, tokens: model(tokens, evaluating=True), compiler_options=QUICK)
         (expected, of_plain), (found, of_held) = run(given, tokens_BL), run(held, tokens_BL)
-    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
     np.testing.assert_array_equal(of_held.load, of_plain.load)
-    assert np.ptp(of_plain.load, axis=0).max() > 0  # layers differ
+    return of_plain
 
 
 def test_the_order_of_layers() -> None:

@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.tools import QUICK, abstract_layer, on_mesh, random_like, random_model, random_tokens, split_tokens, tiny
+from model.tools import QUICK, abstract_layer, on_mesh, random_like, random_model, split_tokens, tiny
 from training.tools import quick
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.inference import Generator, Sampling, Speculation
 from bigmac_jax.inference.int8_weights import Int8
 from bigmac_jax.model.mesh import HOST
-from bigmac_jax.model.resident import check_resident, hold, host_sharding, in_host, is_resident, with_resident
+from bigmac_jax.model.resident import check_resident, host_sharding, in_host, is_resident, with_resident
 from bigmac_jax.model.resident_experts import Held, HeldMoE, choose_round, least_used, start_held
 from bigmac_jax.model.router import Padding
 
 from .test_engine import LENGTH, POSITIONS, SLOTS, Alone, assert_as_alone, play, schedule
-from .test_resident import MODELS, SIZES, config_of
+from .test_resident import MODELS, SIZES, assert_evaluates_as_on_the_device, config_of
 
 E, K, LAYERS = 8, 2, 3
 
@@ -246,16 +246,7 @@ def test_drafts(model: str, by: str, local: int, weights: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(("model", "experts"), list(zip(MODELS, (1, 4, 3, 1, 4), strict=True)))
 def test_a_model_in_host_memory_evaluates_as_on_the_device(model: str, experts: int) -> None:
-    config = with_resident(config_of(model, remat="layer"), experts=experts)
-    with on_mesh(config):
-        given = random_model(config)
-        held = hold(config, given)
-        assert all(in_host(leaf) for leaf in jax.tree.leaves(held.resident))
-        tokens_BL = split_tokens(random_tokens(config)[:, :-1])
-        run = jax.jit(lambda model, tokens: model(tokens, evaluating=True), compiler_options=QUICK)
-        (expected, of_plain), (found, of_held) = run(given, tokens_BL), run(held, tokens_BL)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_array_equal(of_held.load, of_plain.load)
+    assert_evaluates_as_on_the_device(with_resident(config_of(model, remat="layer"), experts=experts), 1e-5)
 
 
 @pytest.mark.full
