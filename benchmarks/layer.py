@@ -138,7 +138,7 @@ def _routing(config: Config) -> Callable[[], float]:
         made: Any = plan
         if plan.expert_NK is not None:
             share = experts_TK.size // exchange.local_experts
-            made = plan, layout(config, plan.expert_NK, exchange.local_experts, share)
+            made = plan, layout(config, plan.expert_NK, exchange.local_experts, share, plan.most_local)
         return jax.tree.map(lambda value: value[None], made)
 
     def routing(layer: MoE, x_BLD: Array) -> Any:

@@ -13,11 +13,14 @@ import part
 import pytest
 from absl import flags
 
+from bigmac_jax.runtime import environment
+
 if jax.__version_info__[:2] == (0, 10):
     # These programs take seconds to compile and milliseconds to run; without the fusion emitters it is half as long.
     # Later versions have no such flag.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_num_cpu_devices", 8)
+environment.order_collectives(jax.__version_info__)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

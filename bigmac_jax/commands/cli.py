@@ -70,6 +70,7 @@ def _guard(main: Callable[[], int | None], distributed: bool, _: Sequence[str]) 
     if CPU_DEVICES.value:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
+        environment.order_collectives(jax.__version_info__)
     try:
         clock.switch("devices")
         if distributed:

@@ -16,7 +16,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
-from bigmac_jax.model.groups import Groups, Sorted, group, most_local, sort
+from bigmac_jax.model.groups import Groups, Sorted, group, most_chosen, sort
 from bigmac_jax.model.kernels import even_matmul_tpu
 from bigmac_jax.model.kernels.grouped_matmul import grouped_matmul, row_tile
 from bigmac_jax.model.layers import activate, product
@@ -31,17 +31,24 @@ BLOCK = 64
 
 
 def apply_experts(
-    config: Config, w: Weights, rows: Array, gate_NK: Array | None, expert_NK: Array | None, share: int
+    config: Config,
+    w: Weights,
+    rows: Array,
+    gate_NK: Array | None,
+    expert_NK: Array | None,
+    share: int,
+    most_local: int | None = None,
 ) -> Array:
     """Sums each row's experts → y, as rows: `grouped_mlp` with this rank's experts, or with its part of every expert,
     whose results the ranks of `tensor` add up. Arguments as for `grouped_mlp`."""
     if not (config.mesh.split_experts and tensor_ranks() > 1):
-        return grouped_mlp(config, w, rows, gate_NK, expert_NK, share)
+        return grouped_mlp(config, w, rows, gate_NK, expert_NK, share, most_local)
     # Each rank has a part of every expert: it takes the rows of all tensor ranks, R wide, and they sum the results.
     gate_NK, expert_NK = (None if v is None else _gather_tensor(v) for v in (gate_NK, expert_NK))
     if "b_out_eR" in w:  # one of them adds it
         w = w | {"b_out_eR": jnp.where(jax.lax.axis_index(TENSOR) == 0, w["b_out_eR"], 0)}
-    y = grouped_mlp(config, w, _gather_tensor(rows), gate_NK, expert_NK, share * tensor_ranks())
+    of_all = share * tensor_ranks(), most_local and most_local * tensor_ranks()
+    y = grouped_mlp(config, w, _gather_tensor(rows), gate_NK, expert_NK, *of_all)
     return jax.lax.psum_scatter(y, TENSOR, scatter_dimension=y.ndim - 2, tiled=True)
 
 
@@ -58,6 +65,7 @@ def grouped_mlp(
     gate_NK: Array | None,
     expert_NK: Array | None,
     share: int,
+    most_local: int | None = None,
 ) -> Array:
     """Sums what each row's experts make of it → y, as rows.
 
@@ -66,6 +74,7 @@ def grouped_mlp(
       gate_NK: what their outputs are multiplied by; None if that happens elsewhere.
       expert_NK: local experts, e where a choice's expert is elsewhere; None for rows [S, e, C, R].
       share: rows of an expert when all get as many.
+      most_local: how many choices are of a local expert at most; None: as many as the shape of expert_NK allows.
     """
     if expert_NK is None:
         return _even_mlp(config, weights, rows)
@@ -74,7 +83,7 @@ def grouped_mlp(
     gate_NK = None if gate_NK is None else gate_NK.astype(rows_NR.dtype)
     implementation = _implementation(config)
     if implementation == "kernel":
-        by_expert = sort_for_kernel(expert_NK, e)
+        by_expert = sort_for_kernel(expert_NK, e, most_local)
 
         def kernel(rows_MR: Array) -> Array:
             filled_M1 = (jnp.arange(len(rows_MR), dtype=jnp.int32) < jnp.sum(by_expert.sizes_e)).reshape(-1, 1)
@@ -82,7 +91,7 @@ def grouped_mlp(
 
         # All slots that are empty stand behind the last group, where nobody reads.
         return _through(kernel, rows_NR, gate_NK, by_expert.slot_NK, by_expert.choice_M, zero_slots=False)
-    groups = layout(config, expert_NK, e, share)
+    groups = layout(config, expert_NK, e, share, most_local)
     if implementation == "batched":
         # In float32, so that the gradients of the rounds are added up in it.
         wide = {name: value.astype(jnp.float32) for name, value in weights.items()}
@@ -93,17 +102,18 @@ def grouped_mlp(
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb.reshape(-1))
 
 
-def sort_for_kernel(expert_NK: Array, experts: int) -> Sorted:
+def sort_for_kernel(expert_NK: Array, experts: int, most_local: int | None = None) -> Sorted:
     """Where the kernel wants the rows: sorted, in a number of slots that its row tiles divide."""
-    rows = most_local(expert_NK, experts)
+    rows = most_local or most_chosen(expert_NK, experts)
     return sort(expert_NK, experts, rows + -rows % row_tile(rows))
 
 
-def layout(config: Config, expert_NK: Array, experts: int, share: int) -> Groups:
+def layout(config: Config, expert_NK: Array, experts: int, share: int, most_local: int | None = None) -> Groups:
     """Where the other implementations want the rows; arguments as for `grouped_mlp`."""
     if _implementation(config) == "batched":
-        return group(expert_NK, experts, min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8)))
-    return group(expert_NK, experts, 0, BLOCK)
+        even, block = min(share, expert_NK.shape[0]), max(1, min(BLOCK, share // 8))
+        return group(expert_NK, experts, even, block, most_local)
+    return group(expert_NK, experts, 0, BLOCK, most_local)
 
 
 def _implementation(config: Config) -> str:

@@ -54,7 +54,7 @@ def sort(expert_NK: Array, experts: int, slots: int) -> Sorted:
 
     Args:
       expert_NK: as for `group`.
-      slots: M, at least the most choices that can be local (`most_local`).
+      slots: M, at least the most choices that can be local (`most_chosen`).
     """
     choices = expert_NK.size
     sorted_NK, order_NK = sorted_by(expert_NK, experts + 1)
@@ -70,22 +70,23 @@ def sort(expert_NK: Array, experts: int, slots: int) -> Sorted:
     return Sorted(slot.reshape(expert_NK.shape), of_slots(order_NK, choices), of_slots(sorted_NK, experts - 1), sizes_e)
 
 
-def most_local(expert_NK: Array, experts: int) -> int:
+def most_chosen(expert_NK: Array, experts: int) -> int:
     """The most choices that can be of `experts` local ones, none of which a row chooses twice."""
     N, K = expert_NK.shape
     return N * min(K, experts)
 
 
 @jax.named_scope("plan")
-def group(expert_NK: Array, experts: int, even: int, block: int) -> Groups:
+def group(expert_NK: Array, experts: int, even: int, block: int, most_local: int | None = None) -> Groups:
     """Groups choices by expert, an expert's by number.
 
     Args:
       expert_NK: local experts, without repetition in a row; `experts` where a choice's expert is elsewhere.
       even: C.
+      most_local: the most choices that are local; None: as many as can be.
     """
     N, K = expert_NK.shape
-    rows = most_local(expert_NK, experts)
+    rows = most_local or most_chosen(expert_NK, experts)
     b = min(block, rows)
     # Each expert's last block may hold a single row: Σ ceil(c/b) ≤ (Σ c + e·(b - 1)) / b.
     n = (rows + experts * (b - 1)) // b

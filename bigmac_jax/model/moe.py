@@ -315,7 +315,7 @@ def routed(
     """y'_TR = Σ_{i∈T} p_i(x) E_i(x'): dispatch, experts, combine."""
     rows_NR, gate_NK = exchange.dispatch(plan, x_TR, gates_TK)
     share = gates_TK.size // exchange.local_experts
-    y_NR = apply_experts(config, w_experts, rows_NR, gate_NK, plan.expert_NK, share)
+    y_NR = apply_experts(config, w_experts, rows_NR, gate_NK, plan.expert_NK, share, plan.most_local)
     return exchange.combine(plan, y_NR, gates_TK)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.model.experts import grouped_mlp
+from bigmac_jax.model.experts import grouped_mlp, sort_for_kernel
 from bigmac_jax.model.groups import group, sort
 
 from .tools import QUICK, assert_close, pairwise, tiny
@@ -50,6 +50,16 @@ def test_sort() -> None:
     assert by_expert.choice_M.tolist() == [1, 4, 7, 0, 3, 6, 8, 8]
     assert by_expert.expert_M.tolist() == [0, 0, 0, 2, 2, 2, 2, 2]
     assert by_expert.sizes_e.tolist() == [3, 0, 3]
+
+
+def test_groups_of_a_bound() -> None:
+    """Where at most three choices are local there are blocks for three, and not for all twelve."""
+    expert_NK = jnp.asarray([[2, 0], [3, 3], [3, 3], [3, 3], [2, 3], [3, 3]], jnp.int32)
+    bounded, whole = group(expert_NK, 3, 0, 2, 3), group(expert_NK, 3, 0, 2)
+    assert (len(bounded.expert_n), len(whole.expert_n)) == (3, 7)  # (3 + 3·1) / 2, (12 + 3·1) / 2
+    assert bounded.block_nb.tolist() == [[1, 12], [0, 8], [12, 12]]
+    assert bounded.slot_NK.tolist() == [[2, 0], [6, 6], [6, 6], [6, 6], [3, 6], [6, 6]]
+    assert sort_for_kernel(expert_NK, 3, 3).choice_M.tolist() == [1, 0, 8]
 
 
 def test_sort_into_fewer_slots_than_choices() -> None:

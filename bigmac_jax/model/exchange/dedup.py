@@ -19,7 +19,8 @@ class Dedup(Strategy[HopPlans]):
 
     A pair of ranks has room for f times the rows expected at uniform routing, at most T, which is also what f = inf
     takes; when it is full, first choices go before second ones, then token order. In rounds it has room for
-    buffer_factor times the expected rows, at least FEW_ROWS.
+    buffer_factor times the expected rows, at least FEW_ROWS, and of their choices for as many times the expected ones:
+    a rank computes few more choices than fall on it, and not min(K, e) for each row.
     """
 
     sums_at_experts = True
@@ -29,7 +30,9 @@ class Dedup(Strategy[HopPlans]):
         """The hops from here to the experts; empty on one rank."""
         if self.ranks == 1:
             return []
-        return [Hop(self.wire, self.ranks, self.local_experts, self._capacity(tokens, tokens, choices, self.ranks))]
+        capacity = self._capacity(tokens, tokens, choices, self.ranks)
+        most = self._most_choices(capacity, tokens, choices)
+        return [Hop(self.wire, self.ranks, self.local_experts, capacity, most)]
 
     def _capacity(self, at_most: int, tokens: int, choices: int, destinations: int) -> int:
         """C of a hop to each of `destinations`, which share the experts, for the rows of `tokens`."""
@@ -40,13 +43,20 @@ class Dedup(Strategy[HopPlans]):
             return round_room(self.buffer_factor, expected, at_most)
         return room(self.capacity_factor * expected, at_most)
 
+    def _most_choices(self, capacity: int, tokens: int, choices: int) -> int:
+        """P of the last hop, by which a rank gets the choices of `tokens` of each source."""
+        of_row = min(choices, self.local_experts)
+        if not self.in_rounds:
+            return capacity * of_row
+        return round_room(self.buffer_factor, tokens * choices / self.ranks, capacity * of_row, of_row)
+
     def most_rounds(self, tokens: int, choices: int) -> int:
         if not self.in_rounds:
             return 1
         # Through each hop pass the rows that arrived with it, or as many as it has room for.
         rows, a_round = tokens, tokens
         for hop in self.hops(tokens, choices):
-            a_round = min(a_round, hop.capacity)
+            a_round = min(a_round, hop.capacity, hop.choices // min(choices, hop.experts))
             rounds, rows, a_round = -(-rows // a_round), rows * hop.ranks, a_round * hop.ranks
         return rounds
 
@@ -59,15 +69,16 @@ class Dedup(Strategy[HopPlans]):
             plans.append(hop_plan)
             left.append(left_NK)
         counts_E, dropped = count_choices(experts_TK, self.num_experts), none_dropped(experts_TK)
+        most_local = hops[-1].ranks * hops[-1].choices if hops else None
         if not self.in_rounds:
             dropped = sum((jnp.sum(left_NK, dtype=jnp.int32) for left_NK in left), dropped)
-            return Plan(tuple(plans), chosen[-1], counts_E, dropped)
+            return Plan(tuple(plans), chosen[-1], counts_E, dropped, most_local=most_local)
         # A choice that finds no room at a later hop is sent again from here.
         left_TK = left[-1]
         for hop, hop_plan, before_TK, here_TK in list(zip(hops, plans, chosen[:-1], left, strict=True))[-2::-1]:
             left_TK = here_TK | hop.report_back(hop_plan, before_TK, left_TK)
         left_TK = jnp.where(left_TK, experts_TK, self.num_experts)
-        return Plan(tuple(plans), chosen[-1], counts_E, dropped, left_TK)
+        return Plan(tuple(plans), chosen[-1], counts_E, dropped, left_TK, most_local)
 
     def dispatch(self, plan: Plan[HopPlans], x_TR: Array, gates_TK: Array) -> tuple[Array, Array | None]:
         for hop, hop_plan in self._hops_of(plan, gates_TK):
@@ -100,8 +111,9 @@ class Hierarchical(Dedup):
             reached *= size
             # After the first hop a rank holds the rows of the ranks with its number in every machine.
             sources = tokens * reached // size
-            capacity = self._capacity(rows, sources, choices, reached)
-            wire = Wire((axis,), self.forward, self.backward)
-            hops.append(Hop(wire, size, self.num_experts // reached, capacity))
+            capacity, experts = self._capacity(rows, sources, choices, reached), self.num_experts // reached
+            last = reached == self.ranks  # of rows that go on, the choices cost nothing
+            most = self._most_choices(capacity, sources, choices) if last else capacity * min(choices, experts)
+            hops.append(Hop(Wire((axis,), self.forward, self.backward), size, experts, capacity, most))
             rows = size * capacity
         return hops

@@ -1,6 +1,7 @@
 """One hop of deduplicated rows: a token's row goes once to every destination that holds one of its experts.
 
-T tokens on this rank, K choices, S destinations with w experts each, C rows a pair at most.
+T tokens on this rank, K choices, S destinations with w experts each; a pair of ranks has room for C rows, which have
+P choices of the destination's experts together.
 """
 
 import math
@@ -28,13 +29,15 @@ class Hop:
     """Attributes:
     ranks: S.
     experts: w, per destination.
-    capacity: C; T is enough for every choice.
+    capacity: C; T is enough for every token.
+    choices: P, at least those of one row; C·min(K, w) is enough for all that C rows can have.
     """
 
     wire: Wire
     ranks: int
     experts: int
     capacity: int
+    choices: int
 
     def plan(self, expert_TK: Array) -> tuple[HopPlan, Array, Array]:
         """Chooses the rows that are sent, and tells the receivers their experts.
@@ -46,20 +49,26 @@ class Hop:
           (plan, expert_NK of the N = S·C rows that arrive, w where there is none; left_TK, the choices that found no
           room)
         """
-        (T, K), S, w, C = expert_TK.shape, self.ranks, self.experts, self.capacity
+        (T, K), S, w, C, P = expert_TK.shape, self.ranks, self.experts, self.capacity, self.choices
         destination_TK = expert_TK // w
         # [T, S]: the first choice that goes there, or K.
         here_TKS = destination_TK[..., None] == jnp.arange(S, dtype=jnp.int32).reshape(1, 1, S)
         first_TS = jnp.min(jnp.where(here_TKS, jnp.arange(K, dtype=jnp.int32).reshape(1, K, 1), K), axis=1)
+        chosen_TS = jnp.sum(here_TKS, axis=1, dtype=jnp.int32)
+        bounded = min(K, w) * C > P
         start_S = C * jnp.arange(S, dtype=jnp.int32)
         if C >= T:  # room for all: a token's slot is its own number
             token = jnp.arange(T, dtype=jnp.int32).reshape(T, 1)
-            slot_TS = jnp.where(first_TS < K, start_S.reshape(1, S) + token, S * C)
+            fits_TS = jnp.cumsum(chosen_TS, axis=0) <= P if bounded else True
+            slot_TS = jnp.where((first_TS < K) & fits_TS, start_S.reshape(1, S) + token, S * C)
         else:
             # First choices go before second ones, then token order; one integer holds both.
             order_ST = jnp.sort((first_TS * T + jnp.arange(T, dtype=jnp.int32).reshape(T, 1)).T, axis=-1)[:, :C]
             slot_SC = start_S.reshape(S, 1) + jnp.arange(C, dtype=jnp.int32).reshape(1, C)
             slot_SC = jnp.where(order_ST < K * T, slot_SC, S * C)
+            if bounded:
+                chosen_SC = jnp.take_along_axis(chosen_TS.T, order_ST % T, axis=1)
+                slot_SC = jnp.where(jnp.cumsum(chosen_SC, axis=1) <= P, slot_SC, S * C)
             slot_TS = (
                 jnp.full_like(first_TS, S * C)
                 .at[order_ST % T, jnp.arange(S, dtype=jnp.int32).reshape(S, 1)]

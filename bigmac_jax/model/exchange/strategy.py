@@ -8,7 +8,7 @@ T tokens and K choices on this rank, S = node × expert ranks, E experts, e = E/
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import jax
@@ -44,6 +44,7 @@ class Plan(Generic[Routes]):
     counts_E: how many of this rank's choices fell on each expert, before any drop.
     dropped: how many choices were dropped on this rank.
     left_TK: experts of the choices that another round must send, E for those that this one did; None without rounds.
+    most_local: how many choices of expert_NK are local at most; None: as many as its shape allows.
     """
 
     routes: Routes
@@ -51,6 +52,7 @@ class Plan(Generic[Routes]):
     counts_E: Array
     dropped: Array
     left_TK: Array | None = None
+    most_local: int | None = field(default=None, metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ def room(rows: float, at_most: int) -> int:
     return min(at_most, max(1, math.ceil(round(rows, 6))))
 
 
-def round_room(factor: float, expected: float, worst: int) -> int:
-    """Rows that a pair of ranks has room for in each round."""
-    return room(max(factor * expected, FEW_ROWS), worst)
+def round_room(factor: float, expected: float, worst: int, choices: int = 1) -> int:
+    """Rows that a pair of ranks has room for in each round, or choices, of which a row has `choices` at most."""
+    return room(max(factor * expected, FEW_ROWS * choices), worst)
 
 
 def count_choices(experts_TK: Array, experts: int) -> Array:
