@@ -38,6 +38,7 @@ class Parameters(NamedTuple):
     of_a_rank: int
     trained_of_a_rank: int  # those that get a gradient
     moments_of_a_rank: int  # numbers that the optimizer keeps
+    moments_in_slices: int  # of them, those that a TPU keeps in host memory if asked to
     updated_of_a_rank: int  # parameters that the optimizer updates, with mesh.replica_optimizer=sharded a part
     shards_of_a_rank: int  # gradients that it sums with those of other replicas
     scattered_of_a_rank: int  # of them, those whose sum is scattered over replicas
@@ -61,7 +62,8 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
 def _parameters(
     m: ModelConfig, fsdp: bool, split_experts: bool, sharded: bool, length: int, muon: bool, of_axes: tuple[int, ...]
 ) -> Parameters:
-    parts, of_rank, trained, moments, updated, shards, scattered = dict[str, int](), 0, 0, 0, 0, 0, 0
+    parts, of_rank, trained, moments, in_slices, updated = dict[str, int](), 0, 0, 0, 0, 0
+    shards = scattered = 0
     ranks = dict(zip(AXES, of_axes, strict=True))
     for of, shape in _declarations(m, split_experts, length):
         layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
@@ -74,13 +76,16 @@ def _parameters(
             continue
         trained, updated, shards = trained + here, updated + state, shards + shard
         scattered += shard if state < here else 0
-        moments += state * _moments(of, muon)
+        kept = state * _moments(of, muon)
+        columns = shape[-1] // math.prod(ranks[axis] for axis in axes_of(specs[1][len(shape) - 1 :]))
+        moments, in_slices = moments + kept, in_slices + kept * of.sliced_in_host_memory(columns)
     total = sum(parts.values())
     idle = parts["experts"] * (m.expert_count - m.choices) // m.expert_count if m.is_moe else 0
     computed = total
     if m.is_moe and m.router == "hyper":
         computed += m.count_trained("E") * (m.hidden_size + 1) * m.expert_count - parts["router"]
-    return Parameters(total, computed, computed - idle, parts, of_rank, trained, moments, updated, shards, scattered)
+    of_a_rank = of_rank, trained, moments, in_slices, updated, shards, scattered
+    return Parameters(total, computed, computed - idle, parts, *of_a_rank)
 
 
 def _moments(of: Declaration, muon: bool) -> int:
@@ -276,30 +281,37 @@ def memory(config: Config, ranks: int, group: ExpertGroup, count: Parameters) ->
     if config.execution.remat == "exchange":
         activations += m.count_trained("E") * exchanged_bytes(config, ranks, group)
     return {
-        **state_memory(config, count, config.train.accumulate_steps),
+        **state_memory(config, count, config.train.accumulate_steps, group.platform),
         "activations": round(activations),
         "temporaries": round(_temporaries(config, tokens, tokens * size * largest, group)),
     }
 
 
-def state_memory(config: Config, count: Parameters, parts: int) -> dict[str, int]:
-    """Bytes on one rank that no activation changes, with a batch in so many parts."""
+def state_memory(config: Config, count: Parameters, parts: int, platform: str) -> dict[str, int]:
+    """Bytes on one rank of a platform that no activation changes, with a batch in so many parts."""
     return {
         "parameters": 4 * count.of_a_rank,
         # Of moments in host memory a layer's are here at a time, when activations are not.
-        "optimizer": _moment_bytes(config) * count.moments_of_a_rank * (not config.execution.offload_optimizer)
+        "optimizer": _moment_bytes(config) * (count.moments_of_a_rank - _moments_in_host(config, count, platform))
         + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),
         "gradients": 4 * count.trained_of_a_rank * (2 if parts > 1 else 1),
     }
 
 
-def host_memory(config: Config, ranks: int, count: Parameters) -> dict[str, int]:
-    """Bytes that one rank keeps in host memory, by part."""
+def _moments_in_host(config: Config, count: Parameters, platform: str) -> int:
+    """Moments of a rank that stand in host memory."""
+    if not config.execution.offload_optimizer:
+        return 0
+    return count.moments_in_slices if platform == "tpu" else count.moments_of_a_rank
+
+
+def host_memory(config: Config, ranks: int, count: Parameters, platform: str) -> dict[str, int]:
+    """Bytes that one rank of a platform keeps in host memory, by part."""
     execution, m, parts = config.execution, config.model, config.train.accumulate_steps
     tokens = config.data.batch_size * config.data.sequence_length // (ranks * parts)
     entered = tokens * (m.depth + m.mtp_modules) * m.hidden_size * execution.dtype_bytes
     return {
-        "optimizer": _moment_bytes(config) * count.moments_of_a_rank * execution.offload_optimizer,
+        "optimizer": _moment_bytes(config) * _moments_in_host(config, count, platform),
         "activations": entered * (execution.remat == "offload"),
     }
 

@@ -31,6 +31,9 @@ def named_leaves(model: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
+_LANES = 128  # of a TPU
+
+
 @dataclass(frozen=True)
 class Declaration:
     """A parameter.
@@ -68,6 +71,11 @@ class Declaration:
     def hidden_matrix(self) -> bool:
         """Whether Muon trains the parameter: it is a matrix between hidden activations, no table, router or vector."""
         return self.decays and not (self.table or self.exact)
+
+    def sliced_in_host_memory(self, columns: int) -> bool:
+        """Whether XLA:TPU updates layers of it in host memory, with so many columns on a rank: of a matrix that fills
+        whole lanes. Of vectors in bfloat16, two of which share a sublane, it compiles no slice."""
+        return len(self.dims) > 1 and columns % _LANES == 0
 
     @property
     def split(self) -> tuple[str, ...]:

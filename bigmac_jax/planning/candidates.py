@@ -75,7 +75,7 @@ def variants(
         for offloads_optimizer in offloads:
             execution = _with_fields(config.execution, offload_optimizer=offloads_optimizer)
             placed, fits = replace(config, mesh=mesh, execution=execution), False
-            state = sum(counts.state_memory(placed, count, parts=1).values())
+            state = sum(counts.state_memory(placed, count, 1, hardware.platform).values())
             if fitting and 1 - state / hardware.memory_bytes < machine.headroom:
                 continue
             for found in _ways(placed, sizes, count, machine, remats, chunks, fitting):

@@ -65,7 +65,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         at_a_time = counts.tokens_at_a_time(config, here.ranks)
         exchange = choose_exchange(config, m.capacity_factor, at_a_time, setting.group)
         padding = counts.computed_rows(exchange, at_a_time, m.choices) / m.choices
-    at_host = counts.host_memory(config, here.ranks, setting.count)
+    at_host = counts.host_memory(config, here.ranks, setting.count, setting.group.platform)
     if sum(at_host.values()) and not hardware.host_bandwidth:
         raise ConfigError(
             f"execution.remat={execution.remat} and execution.offload_optimizer={execution.offload_optimizer} copy to "

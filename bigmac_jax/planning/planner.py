@@ -244,7 +244,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and with hardware also times."""
     m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
-    parts, beside = memory(config, ranks, group, count), host_memory(config, ranks, count)
+    parts, beside = memory(config, ranks, group, count), host_memory(config, ranks, count, group.platform)
     result: dict[str, Any] = {
         "expert_width": m.expert_width,
         "parameters_total": count.total,

@@ -16,7 +16,6 @@ from bigmac_jax.config import Config
 from bigmac_jax.model.mesh import HOST, check_host_memory
 from bigmac_jax.model.parameters import Declaration, map_declared
 
-_LANES = 128  # of a TPU
 Update = Callable[[Any, Any, Any], tuple[Any, Any]]  # gradients, state, parameters → parameters, state
 
 
@@ -29,28 +28,27 @@ def check_offload(config: Config, mesh: Mesh) -> None:
         check_host_memory(mesh, asked, "execution.remat=layer and execution.offload_optimizer=False")
 
 
-def _moves(leaf: Any) -> bool:
-    """Whether an array of an optimizer's state, or a layer's part of it, stands in host memory. Counts stay on the
-    device; on TPU so does what doesn't fill whole lanes in its last dimension, of which XLA updates no slice there."""
+def _moves(of: Declaration, leaf: Any) -> bool:
+    """Whether a moment, or a layer's part of it, stands in host memory."""
     sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf).sharding
     device = getattr(sharding.mesh, "abstract_mesh", sharding.mesh).abstract_device
-    if leaf.ndim == 0 or device is None or device.platform != "tpu":
-        return bool(leaf.ndim)
-    return bool(sharding.shard_shape(leaf.shape)[-1] % _LANES == 0)
+    if device is None or device.platform != "tpu":
+        return True
+    return of.sliced_in_host_memory(sharding.shard_shape(leaf.shape)[-1])
 
 
 def in_host_memory(opt_state: Any) -> Any:
-    """The abstract state of an optimizer with its moments in host memory."""
+    """The abstract state of an optimizer with its moments in host memory; counts stay on the device."""
 
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if not _moves(leaf):
+    def place(of: Declaration, leaf: Any) -> Any:
+        if not _moves(of, leaf):
             return leaf
         sharding = leaf.sharding.with_memory_kind(HOST)
         if sharding.memory_kind != HOST:  # jax knows no memory of devices that are only compiled for
             sharding = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec, memory_kind=HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, opt_state)
+    return map_declared(place, opt_state)
 
 
 def on_device(leaf: Any) -> Any:
@@ -70,7 +68,11 @@ def to_device(tree: Any) -> Any:
 
 def to_host(tree: Any) -> Any:
     """The moments of an optimizer's state in host memory, inside `jax.jit`."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Host) if _moves(leaf) else leaf, tree)
+
+    def move(of: Declaration, leaf: Array) -> Array:
+        return jax.device_put(leaf, jax.memory.Space.Host) if _moves(of, leaf) else leaf
+
+    return map_declared(move, tree)
 
 
 def update_by_layers(update: Update, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:

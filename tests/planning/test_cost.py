@@ -410,6 +410,29 @@ def test_what_does_not_fit(mesh: dict[str, int], hardware: Hardware, topology: A
         cluster(mesh, hardware, topology)
 
 
+def test_moments_that_fill_no_lanes_stay_on_a_tpu() -> None:
+    """Those of w_in of experts 192 wide, of which a tensor rank has 96 columns; and always of the router's matrix, which
+    has four, and of vectors."""
+    whole, split = (
+        Config(
+            model=ModelConfig(num_layers=2, hidden_size=256, num_heads=2, vocab_size=512, num_experts=4, top_k=2,
+                              num_shared_experts=0, expert_hidden_size=width, structure="fine_grained", norm="rmsnorm"),
+            mesh=MeshConfig(tensor=2, split_experts=True, fsdp=False),
+            execution=ExecutionConfig(offload_optimizer=True),
+        )
+        for width in (256, 192)
+    )  # fmt: skip
+    ranks, stay = {"tensor": 2}, []
+    for config in (whole, split):
+        count = counts.parameters(config, ranks)
+        of_tpu, of_gpu = (counts.host_memory(config, 2, count, platform)["optimizer"] for platform in ("tpu", "gpu"))
+        assert of_gpu == 4 * count.moments_of_a_rank
+        stay.append(counts.state_memory(config, count, 1, "tpu")["optimizer"])
+        assert stay[-1] == of_gpu - of_tpu
+    norms = 2 * (2 * 256 + 2 * 128) + 256  # of two layers' branches and their heads, and the last one
+    assert stay == [8 * (2 * 256 * 4 + norms), 8 * (2 * 256 * 4 + norms + 2 * 4 * 256 * 96)]
+
+
 def test_copies_to_host_memory() -> None:
     """Nothing hides those of moments; of what enters layers what takes longer than the layers do is waited for."""
     slow, fast = (replace(PLAIN, host_bandwidth=rate) for rate in (1.0, 1e30))
@@ -419,7 +442,7 @@ def test_copies_to_host_memory() -> None:
     count = counts.parameters(layer, ranks)
     moments = config(parts, remat="layer", offload_optimizer=True)
     copied = 4 * count.moments_of_a_rank
-    assert counts.host_memory(moments, 2, count) == {"optimizer": copied, "activations": 0}
+    assert counts.host_memory(moments, 2, count, "gpu") == {"optimizer": copied, "activations": 0}
     found = step_time(moments, ranks, slow)
     passes = 2 * copied / PLAIN.memory_bandwidth
     assert found.host == pytest.approx(2 * copied + passes)
@@ -430,7 +453,7 @@ def test_copies_to_host_memory() -> None:
     data, m = entered.data, entered.model
     tokens = data.batch_size * data.sequence_length // 2
     at_a_time = tokens // parts * m.num_layers * m.hidden_size * entered.execution.dtype_bytes
-    assert counts.host_memory(entered, 2, count) == {"optimizer": 0, "activations": at_a_time}
+    assert counts.host_memory(entered, 2, count, "gpu") == {"optimizer": 0, "activations": at_a_time}
     passes = 2 * parts * at_a_time / PLAIN.memory_bandwidth
     waits = 2 * parts * at_a_time - base.computing
     assert step_time(entered, ranks, slow).host == pytest.approx(waits + passes)

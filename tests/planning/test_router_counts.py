@@ -34,7 +34,7 @@ def test_numbers(router: str, kept: int, trained: int, computed: int) -> None:
     assert _shared_numbers(config, count)[0] - _shared_numbers(of("linear"), linear)[0] == 2 * (computed - 128)
     assert count.of_a_rank == count.total and count.trained_of_a_rank == count.total - 2 * (kept - trained)
     assert count.moments_of_a_rank == 2 * count.trained_of_a_rank == 2 * count.updated_of_a_rank
-    memory = state_memory(config, count, 1)
+    memory = state_memory(config, count, 1, "tpu")
     assert memory["parameters"] == 4 * count.total
     averaged = dataclasses.replace(config, optimizer=OptimizerConfig(average_decay=0.9))
     assert checkpoint_bytes(config) == memory["parameters"] + memory["optimizer"]
