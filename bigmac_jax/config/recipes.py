@@ -1,9 +1,12 @@
 """Settings that several config files share."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from bigmac_jax.config.errors import require
 from bigmac_jax.config.execution import ExecutionConfig, MeshConfig
 from bigmac_jax.config.model import ModelConfig, Structure
+from bigmac_jax.config.reading import with_overrides
 from bigmac_jax.config.root import Config
 from bigmac_jax.config.training import DataConfig, OptimizerConfig, TrainConfig
 
@@ -91,3 +94,13 @@ def nemotron3(blocks: str, hidden_size: int, num_heads: int, mamba_heads: int, r
         optimizer=OptimizerConfig(learning_rate=4e-4, final_learning_rate=4e-6, warmup_steps=2000, b2=0.95),
         train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=500),
     )
+
+
+def on_machine(config: Config, machine: str, layouts: Mapping[str, str]) -> Config:
+    """The config as it lies on a machine: with the fields of its layout, written as on a command line.
+
+    Raises:
+      ConfigError: there is no layout for the machine.
+    """
+    require(machine in layouts, f"there is no layout for {machine!r}; use {' or '.join(layouts)}, or fields of mesh")
+    return with_overrides(config, layouts[machine].split())

@@ -411,8 +411,8 @@ def test_what_does_not_fit(mesh: dict[str, int], hardware: Hardware, topology: A
 
 
 def test_moments_that_fill_no_lanes_stay_on_a_tpu() -> None:
-    """Those of w_in of experts 192 wide, of which a tensor rank has 96 columns; and always of the router's matrix, which
-    has four, and of vectors."""
+    """Those of w_in of experts 192 wide, of which a tensor rank has 96 columns; and always those of the router's
+    matrix, which has four, and of vectors."""
     whole, split = (
         Config(
             model=ModelConfig(num_layers=2, hidden_size=256, num_heads=2, vocab_size=512, num_experts=4, top_k=2,
