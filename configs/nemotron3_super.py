@@ -20,8 +20,7 @@ BLOCKS = "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME"
 LAYOUTS = {
     "h100": "mesh.node=8 mesh.expert=8 execution.exchange=hierarchical execution.overlap_chunks=2 "
     "train.accumulate_steps=4",
-    "v5p": "mesh.expert=128 execution.exchange=dedup execution.remat=exchange execution.overlap_chunks=2 "
-    "train.accumulate_steps=4",
+    "v5p": "mesh.expert=128 execution.exchange=dedup execution.remat=exchange train.accumulate_steps=4",
 }
 
 

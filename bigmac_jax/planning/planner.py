@@ -309,7 +309,12 @@ def _traffic(config: Config, ranks: int, group: ExpertGroup, name: str) -> dict[
 def _options(config: Config, hardware: Hardware) -> list[dict[str, Any]]:
     """The options that the training step is compiled with there; `why` of one that the config gives is ""."""
     execution = config.execution
-    defaults = environment.default_options(hardware, execution.overlap_chunks > 1, execution.exchange == "ragged")
+    defaults = environment.default_options(
+        hardware,
+        overlap=execution.overlap_chunks > 1,
+        ragged=execution.exchange == "ragged",
+        offload=execution.offload_optimizer,
+    )
     options = defaults | {name: (value, "") for name, value in parse_options(execution.compiler_options).items()}
     return [{"name": name, "value": value, "why": why} for name, (value, why) in options.items()]
 

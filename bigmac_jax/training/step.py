@@ -249,9 +249,10 @@ def make_trainer(config: Config, mesh: Mesh, teacher: Config | None = None) -> T
         out_shardings=(state_shardings, None),
         compiler_options=environment.compiler_options(
             mesh.devices.flat[0],
-            execution.overlap_chunks > 1,
-            execution.exchange == "ragged",
-            parse_options(execution.compiler_options),
+            overlap=execution.overlap_chunks > 1,
+            ragged=execution.exchange == "ragged",
+            offload=execution.offload_optimizer,
+            given=parse_options(execution.compiler_options),
         ),
     )
     init, begin = jax.jit(programs.init, **once), jax.jit(programs.begin, donate_argnums=(0, 1), **once)

@@ -10,7 +10,7 @@ import pytest
 from model.tools import some
 
 from bigmac_jax.commands import cli
-from bigmac_jax.config import Config, ModelConfig, OptimizerConfig, TuningConfig, load_config
+from bigmac_jax.config import Config, ConfigError, ModelConfig, OptimizerConfig, TuningConfig, load_config
 from bigmac_jax.config.reading import list_shipped, load_with_base
 from bigmac_jax.config.reads import _WHATEVER, READ, evaluation_notes, notes, unread_for
 from bigmac_jax.config.section import all_field_types
@@ -186,9 +186,18 @@ def test_a_field_that_was_given_is_set_whatever_its_value() -> None:
     assert line == "set, but not read: optimizer.momentum=0.95 (optimizer.name=adamw)"
 
 
-@pytest.mark.parametrize("name", list_shipped())
+@pytest.mark.parametrize("name", [*list_shipped(), "nemotron3_nano:v6e", "nemotron3_super:v5p"])
 def test_what_is_shipped_sets_nothing_that_it_does_not_read(name: str) -> None:
     assert notes(load_config(name)) == []
+
+
+def test_a_recipe_lies_on_a_machine() -> None:
+    here, there = load_config("nemotron3_super"), load_config("nemotron3_super:v5p", ["mesh.expert=64"])
+    assert (here.mesh.node, here.mesh.expert, here.execution.exchange) == (8, 8, "hierarchical")
+    assert (there.mesh.node, there.mesh.expert, there.execution.exchange) == (1, 64, "dedup")
+    assert here.model == there.model
+    with pytest.raises(ConfigError, match="there is no layout for 'h200'; use h100 or v5p"):
+        load_config("nemotron3_super:h200")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ SPARSE_CORES = {  # sums of gradients, and ragged exchanges
 }
 V5P, V6E = ASYNC | GATHERS, ASYNC | GATHERS | SPARSE_CORES
 FUSION = {"xla_tpu_multi_output_fusion_limit": 3}
+LIMIT = {"xla_gpu_memory_limit_slop_factor": 190}
 HIDING = {"xla_gpu_enable_latency_hiding_scheduler": True}
 SPLIT = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_disable_hlo_passes": "multi_output_fusion"}
 
@@ -51,8 +52,9 @@ def test_compiler_options(
         assert compiler_options(device, overlap=True) == always | in_chunks
         assert compiler_options(device, ragged=True) == ragged
         assert compiler_options(device, overlap=True, ragged=True) == ragged | in_chunks
+        assert compiler_options(device, offload=True) == always | (LIMIT if platform == "gpu" else {})
     if platform == "gpu":  # every build of XLA knows the GPU's options, and refuses a name that it doesn't know
-        options = compiler_options(device, overlap=True)
+        options = compiler_options(device, overlap=True, offload=True)
         jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
     given = {"xla_tpu_enable_async_all_to_all": False, "xla_other": 3}
     assert compiler_options(SimpleNamespace(platform="tpu", device_kind="TPU v4"), given=given) == given
