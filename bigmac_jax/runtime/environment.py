@@ -118,8 +118,8 @@ OFFLOAD_OPTIONS = {
         190,
         ("gpu",),
         "Percent of a GPU's memory that XLA plans with; its own are 95. It counts what stands in host memory, too, and "
-        "computes products again to save what is not short. Nemotron 3 Nano on eight H100, 29 GiB of moments: 11 % fewer "
-        "FLOPs outside of the experts' kernels for 0.3 GiB of the GPU's memory (docs/hybrid.md).",
+        "computes products again to save what is not short. Nemotron 3 Nano on eight H100, 29 GiB of moments: 11 % "
+        "fewer FLOPs outside of the experts' kernels for 0.3 GiB of the GPU's memory (docs/hybrid.md).",
     ),
 }
 
