@@ -5,7 +5,7 @@ A checkpoint in the published layout (transformers' NemotronH) becomes a run of 
 
     bigmac convert import --checkpoint=FOLDER --workdir=runs/super --config.mesh.expert=64 --config.mesh.fsdp=True
     bigmac plan --config=nemotron3_super --topology=h100:8x8 --compile
-    bigmac plan --config=nemotron3_super:v5p --topology=v5p:4x4x8 --compile
+    bigmac plan --config=nemotron3_super:v5p --topology=v5p:4x4x8
 
 The tokenizer is the checkpoint's: an import, or a run with `--config.train.init_from=FOLDER`, takes it from there.
 """
@@ -16,7 +16,7 @@ from bigmac_jax.config.recipes import nemotron3, on_machine
 BLOCKS = "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME"
 
 
-# Machine → how 64 H100, or 128 v5p, train it; all programs of both were compiled (docs/hybrid.md).
+# Machine → how 64 H100, or 128 v5p, train it. All programs of the first were compiled (docs/hybrid.md).
 LAYOUTS = {
     "h100": "mesh.node=8 mesh.expert=8 execution.exchange=hierarchical execution.overlap_chunks=2 "
     "train.accumulate_steps=4",

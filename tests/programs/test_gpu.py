@@ -88,8 +88,9 @@ def test_every_exchange_of_chunks_runs_beside_products(topology: str) -> None:
 
 
 @pytest.mark.full
-def test_state_in_host_memory() -> None:
-    check_host_memory("h100:4x8")
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_state_in_host_memory(moment_dtype: str) -> None:
+    check_host_memory("h100:4x8", moment_dtype)
 
 
 @pytest.mark.parametrize("ranks", [8, 32])

@@ -75,8 +75,9 @@ def test_what_crosses_slices(overrides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.full
-def test_state_in_host_memory() -> None:
-    check_host_memory("v6e:4x8")
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_state_in_host_memory(moment_dtype: str) -> None:
+    check_host_memory("v6e:4x8", moment_dtype)
 
 
 def test_the_gradient_of_a_table_whose_shards_are_no_tiles_is_scattered() -> None:
