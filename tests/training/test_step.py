@@ -209,7 +209,7 @@ def test_the_schedule_is_no_part_of_the_programs() -> None:
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_compiler_options_reach_the_step(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def options(device: Any, overlap: bool, ragged: bool, given: dict[str, Any]) -> dict[str, bool]:
+    def options(device: Any, overlap: bool, given: dict[str, Any], **_: bool) -> dict[str, bool]:
         return {f"xla_of_{device.platform}_{overlap}": True} | given
 
     monkeypatch.setattr(environment, "compiler_options", options)
