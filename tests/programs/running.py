@@ -93,4 +93,5 @@ def check_host_memory(topology: str, moment_dtype: str) -> None:
     moments = kept["arguments"] - moved["arguments"]
     assert kept["host"] == 0 and moments > kept["arguments"] / (2 if moment_dtype == "float32" else 3)
     assert moved["host"] == pytest.approx(moments + 2 * layers * tokens * D, rel=0.02)
-    assert kept["total"] - moved["total"] > 0.8 * moved["host"]
+    # A layer's moments in bfloat16 are float32 where they are updated.
+    assert kept["total"] - moved["total"] > (0.8 if moment_dtype == "float32" else 0.4) * moved["host"], (kept, moved)
