@@ -260,6 +260,7 @@ def test_a_hyper_router_is_exported_as_the_matrix_that_it_makes(kind: str, tmp_p
         if kind == "bigmac":
             np.testing.assert_allclose(logits(out, tokens), ours, atol=1e-4, rtol=0)
         again, copy = import_model(out)
+        # Another program, which makes no matrix: it rounds otherwise.
         np.testing.assert_allclose(our_logits(copy, tokens), ours, atol=5e-6, rtol=0)
     model_now = dataclasses.replace(config.resolved.model, router="affine")
     assert again.model == model_now and not [name for name in leaves(copy) if "hyper" in name]
