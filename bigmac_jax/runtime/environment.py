@@ -199,7 +199,8 @@ def order_collectives(jax_version: tuple[int, ...]) -> None:
 
     Up to jax 0.11 each device takes what is ready first. Where an exchange, a gather and a sum depend on nothing of
     each other, devices then wait for different ones, and XLA ends the process after 40 s ("Termination timeout for `all
-    gather`"): in the backward pass of further rounds (`model.exchange.rounds`) with mesh.split_experts.
+    gather`"): in the backward pass of further rounds (`model.exchange.rounds`) with mesh.split_experts. It is no matter
+    of speed, and so BIGMAC_KEEP_ENV does not turn it off; a flag that is set stays.
     """
     if jax_version < (0, 12) and _CPU_SCHEDULER not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_CPU_SCHEDULER}=false".strip()
