@@ -154,9 +154,18 @@ def test_a_full_rank_keeps_first_choices_then_earlier_tokens(
     (hop,) = exchange.hops(4, 2)
     assert hop.capacity == capacity  # ceil(f · 4 · (1 - C(2,2) / C(4,2))) = ceil(f · 10/3), at most T
     plan = plans(exchange, HOP * 2)[0]
-    assert plan.routes[0].slot_TS.tolist() == slots
+    assert plan.routes[0].slot_TI.tolist() == slots
     assert plan.dropped == lost
     assert plan.counts_E.tolist() == [3, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("name", "places"), [("dedup", [5]), ("hierarchical", [2, 4]), ("gather", [])])
+def test_a_row_has_no_more_places_and_columns_than_it_can_fill(name: str, places: list[int]) -> None:
+    """Two machines of four ranks, two experts each, K = 5: what a row is moved by, and what its rank makes of it."""
+    sizes, E, *_ = SHAPES["two machines"]
+    plan = plans(make(E, sizes, INF, name), choices(SHAPES["two machines"], "uniform"))[0]
+    assert [hop.slot_TI.shape[1] for hop in (plan.routes if places else [])] == places
+    assert plan.expert_NK.shape[1] == 2
 
 
 def test_hierarchical_hops() -> None:

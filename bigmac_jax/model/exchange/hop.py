@@ -1,7 +1,8 @@
 """One hop of deduplicated rows: a token's row goes once to every destination that holds one of its experts.
 
 T tokens on this rank, K choices, S destinations with w experts each; a pair of ranks has room for C rows, which have
-P choices of the destination's experts together.
+P choices of the destination's experts together. A row has at most I = min(K, S) places, and J = min(K, w) choices
+behind the hop.
 """
 
 import math
@@ -11,17 +12,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bigmac_jax.model.exchange.rows import collect, inverse, spread, take
+from bigmac_jax.model.exchange.rows import collect, fewer_columns, inverse, spread, take, weights_of_columns
 from bigmac_jax.model.exchange.wire import Wire
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HopPlan:
-    """slot_TS: where a token's row stands among the S·C that this rank sends (S·C: not sent); row_M its inverse."""
+    """Attributes:
+    slot_TI: where a token's row stands among the M = S·C that this rank sends (M: nowhere), by destination, or where
+      choices are fewer by the first choice that goes there.
+    place_M: its inverse, as in `rows`.
+    slot_TK: the slot that each choice travels in; M: not sent.
+    local_MK: the destination's experts that a slot's row is for, w where a choice is not of them.
+    """
 
-    slot_TS: Array
-    choice_M: Array
+    slot_TI: Array
+    place_M: Array
+    slot_TK: Array
+    local_MK: Array
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Hop:
           expert_TK: of the S·w experts behind this hop; S·w where there is none.
 
         Returns:
-          (plan, expert_NK of the N = S·C rows that arrive, w where there is none; left_TK, the choices that found no
+          (plan, expert_NJ of the N = S·C rows that arrive, w where there is none; left_TK, the choices that found no
           room)
         """
         (T, K), S, w, C, P = expert_TK.shape, self.ranks, self.experts, self.capacity, self.choices
@@ -74,47 +83,57 @@ class Hop:
                 .at[order_ST % T, jnp.arange(S, dtype=jnp.int32).reshape(S, 1)]
                 .set(slot_SC, unique_indices=True)
             )
-        plan = HopPlan(slot_TS, inverse(slot_TS, S * C))
-        sent_TK = take_columns(slot_TS, destination_TK, S * C) < S * C
-        left_TK = (expert_TK < S * w) & ~sent_TK
+        slot_TK = take_columns(slot_TS, destination_TK, S * C)
+        slot_TI = slot_TS
+        if K < S:  # a place a choice, and no row twice
+            choice_1K = jnp.arange(K, dtype=jnp.int32).reshape(1, K)
+            slot_TI = jnp.where(take_columns(first_TS, destination_TK, K) == choice_1K, slot_TK, S * C)
+        place_M = inverse(slot_TI, S * C)
         # What the receiver must know: which of its experts a row is for.
-        local_SCK = take(expert_TK + 1, plan.choice_M // S).reshape(S, C, K) - 1 - w * jnp.arange(S).reshape(S, 1, 1)
-        dtype = jnp.int8 if w < 128 else jnp.int16
-        local_SCK = jnp.where((local_SCK >= 0) & (local_SCK < w), local_SCK, w).astype(dtype)
-        expert_NK = self.wire.swap_metadata(local_SCK).astype(jnp.int32).reshape(S * C, K)
-        return plan, expert_NK, left_TK
+        expert_MK = take(expert_TK + 1, place_M // slot_TI.shape[1]) - 1
+        local_SCK = expert_MK.reshape(S, C, K) - w * jnp.arange(S, dtype=jnp.int32).reshape(S, 1, 1)
+        local_SCK = jnp.where((local_SCK >= 0) & (local_SCK < w), local_SCK, w)
+        plan = HopPlan(slot_TI, place_M, slot_TK, local_SCK.reshape(S * C, K))
+        return plan, self._tell_experts(plan), (expert_TK < S * w) & (slot_TK == S * C)
 
-    def report_back(self, plan: HopPlan, expert_TK: Array, left_NK: Array) -> Array:
+    def _tell_experts(self, plan: HopPlan) -> Array:
+        """expert_NJ."""
+        local_MJ = fewer_columns(plan.local_MK, self.experts)
+        local_SCJ = local_MJ.reshape(self.ranks, self.capacity, -1)
+        local_SCJ = local_SCJ.astype(jnp.int8 if self.experts < 128 else jnp.int16)
+        return self.wire.swap_metadata(local_SCJ).astype(jnp.int32).reshape(local_MJ.shape)
+
+    def report_back(self, plan: HopPlan, expert_TK: Array, left_NJ: Array) -> Array:
         """left_TK: the choices of this rank's rows that found no room behind the hop."""
-        left_SCK = self.wire.swap_metadata(left_NK.reshape(self.ranks, self.capacity, -1).astype(jnp.int8))
-        left_MK = left_SCK.reshape(left_NK.shape)
-        slot_TK = take_columns(plan.slot_TS, expert_TK // self.experts, left_MK.shape[0])
-        choice_TK = jnp.broadcast_to(jnp.arange(expert_TK.shape[1], dtype=jnp.int32).reshape(1, -1), slot_TK.shape)
-        return left_MK.at[slot_TK, choice_TK].get(mode="fill", fill_value=0) > 0
+        left_SCJ = self.wire.swap_metadata(left_NJ.reshape(self.ranks, self.capacity, -1).astype(jnp.int8))
+        left_MJ, (_, K) = left_SCJ.reshape(left_NJ.shape), expert_TK.shape
+        column_TK = expert_TK % self.experts if self.experts < K else jnp.arange(K, dtype=jnp.int32).reshape(1, K)
+        return left_MJ.at[plan.slot_TK, column_TK].get(mode="fill", fill_value=0) > 0
 
     def send(self, plan: HopPlan, x_TR: Array) -> Array:
         """rows_NR: the rows that arrive here."""
-        rows_MR = spread(x_TR, plan.slot_TS, plan.choice_M)
+        rows_MR = spread(x_TR, plan.slot_TI, plan.place_M)
         rows_SCR = self.wire.swap(rows_MR.reshape(self.ranks, self.capacity, -1))
         return rows_SCR.reshape(rows_MR.shape)
 
     def send_gates(self, plan: HopPlan, gates_TK: Array) -> Array:
-        """gates_NK, float32 whatever the wire."""
-        gates_MK = spread(gates_TK, plan.slot_TS, plan.choice_M)
-        return self.wire.swap_metadata(gates_MK.reshape(self.ranks, self.capacity, -1)).reshape(gates_MK.shape)
+        """gates_NJ, float32 whatever the wire."""
+        gates_MK = spread(gates_TK, plan.slot_TI, plan.place_M)
+        gates_MJ = weights_of_columns(gates_MK, plan.local_MK, self.experts)
+        return self.wire.swap_metadata(gates_MJ.reshape(self.ranks, self.capacity, -1)).reshape(gates_MJ.shape)
 
     def send_back(self, plan: HopPlan, y_NR: Array) -> Array:
         """y_TR: the sums of what each destination made of a token's row."""
         y_SCR = self.wire.swap(y_NR.reshape(self.ranks, self.capacity, -1))
-        return collect(y_SCR.reshape(y_NR.shape), plan.slot_TS, plan.choice_M)
+        return collect(y_SCR.reshape(y_NR.shape), plan.slot_TI, plan.place_M)
 
     def metadata_bytes(self, choices: int) -> int:
         """Bytes of a row's experts and gates."""
-        return choices * (1 if self.experts < 128 else 2) + self.gate_bytes(choices)
+        return min(choices, self.experts) * (1 if self.experts < 128 else 2) + self.gate_bytes(choices)
 
     def gate_bytes(self, choices: int) -> int:
         """Bytes of a row's gates, which are float32."""
-        return 4 * choices
+        return 4 * min(choices, self.experts)
 
 
 def take_columns(x_TS: Array, column_TK: Array, fill: int) -> Array:

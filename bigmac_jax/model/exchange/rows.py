@@ -132,6 +132,30 @@ def places_in_line(key: Array, lines: int, turns: int = 1) -> tuple[Array, Array
     return place_N.reshape(key.shape), bounds
 
 
+def fewer_columns(expert_NK: Array, experts: int) -> Array:
+    """expert_NJ, J = min(K, e): the local experts of each row, in a column each where choices are more.
+
+    Args:
+      expert_NK: local experts, without repetition in a row; e = `experts` where a choice's expert is elsewhere.
+    """
+    if expert_NK.shape[1] <= experts:
+        return expert_NK
+    expert_1e = jnp.arange(experts, dtype=expert_NK.dtype).reshape(1, -1)
+    return jnp.where(jnp.any(_by_expert(expert_NK, experts), axis=1), expert_1e, experts)
+
+
+def weights_of_columns(weight_NK: Array, expert_NK: Array, experts: int) -> Array:
+    """weight_NJ: the weights in the columns that `fewer_columns` gives the experts; 0 where there is none."""
+    if expert_NK.shape[1] <= experts:
+        return weight_NK
+    return jnp.sum(jnp.where(_by_expert(expert_NK, experts), weight_NK[..., None], 0), axis=1)
+
+
+def _by_expert(expert_NK: Array, experts: int) -> Array:
+    """[N, K, e]: whether a row's choice is the expert."""
+    return expert_NK[..., None] == jnp.arange(experts, dtype=expert_NK.dtype).reshape(1, 1, -1)
+
+
 def bin_of(position: Array, ends: Array) -> Array:
     """Which of the bins, given by their ends, each position lies in; the number of bins behind the last one."""
     return jnp.searchsorted(ends, position, side="right", method="scan_unrolled").astype(jnp.int32)
