@@ -108,11 +108,15 @@ class Computation:
         """Shapes of an instruction's operands, tuples flattened."""
         return [shape for name in instruction.operands for shape in self.by_name[name].shapes]
 
+    def original(self, name: str) -> Instruction:
+        """What the instruction `name` is, or is a copy of."""
+        instruction = self.by_name[name]
+        copied = instruction.opcode in ("copy", "bitcast")
+        return self.original(instruction.operands[0]) if copied else instruction
+
     def constant(self, name: str) -> int | None:
         """The integer that the instruction `name` holds, or None if the program does not fix it."""
-        instruction = self.by_name[name]
-        if instruction.opcode in ("copy", "bitcast"):
-            return self.constant(instruction.operands[0])
+        instruction = self.original(name)
         known = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.operands[0])
         return int(instruction.operands[0]) if known else None
 
@@ -191,11 +195,11 @@ class Module:
         state, test, result = outer.by_name[loop.operands[0]], condition.root, body.root
         if test.attributes.get("direction") != "LT" or state.opcode != "tuple" or result.opcode != "tuple":
             return None
-        counter = condition.by_name[test.operands[0]]
+        counter = condition.original(test.operands[0])
         if counter.opcode != "get-tuple-element":
             return None
         index = int(counter.attributes["index"])
-        add = body.by_name[result.operands[index]]
+        add = body.original(result.operands[index])
         start, limit = outer.constant(state.operands[index]), condition.constant(test.operands[1])
         step = body.constant(add.operands[1]) if add.opcode == "add" else None
         if start is None or limit is None or step is None:

@@ -181,7 +181,9 @@ def test_further_rounds_of_an_exchange_are_none() -> None:
     assert collectives(module, {"x": 2}) == []
 
 
-def counted(limit: str = "24", start: str = "3", step: str = "7", direction: str = "LT") -> hlo.Module:
+def counted(
+    limit: str = "24", start: str = "3", step: str = "7", direction: str = "LT", result: str = "%next"
+) -> hlo.Module:
     """A loop as TPU programs have it: its trip count stands nowhere."""
     return program(
         f"%c = s32[]{{:T(128)}} constant({start})",
@@ -202,8 +204,9 @@ def counted(limit: str = "24", start: str = "3", step: str = "7", direction: str
   %j = s32[] get-tuple-element(%q), index=1
   %one = s32[] constant({step})
   %next = s32[] add(%j, %one)
+  %copy.2 = s32[] copy(%next)
   %dot = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
-  ROOT %r = (f32[4,4]{{1,0}}, s32[]) tuple(%dot, %next)
+  ROOT %r = (f32[4,4]{{1,0}}, s32[]) tuple(%dot, {result})
 }}
 """,
     )
@@ -216,6 +219,7 @@ def counted(limit: str = "24", start: str = "3", step: str = "7", direction: str
         ({"limit": "25"}, 4),
         ({"start": "0", "step": "1"}, 24),
         ({"limit": "3"}, 0),
+        ({"result": "%copy.2"}, 3),
         ({"direction": "NE"}, None),
     ],
 )
