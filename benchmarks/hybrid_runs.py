@@ -135,7 +135,7 @@ def training_speed(length: int, rounds: int) -> list[Run]:
     return _rates("training", length, TOKENS, alternate(steppers, rounds))
 
 
-def decoding_speed(length: int, rounds: int, batch: int, new: int = 64) -> list[Run]:
+def decoding_speed(length: int, rounds: int, batch: int, new: int = 512) -> list[Run]:
     """Tokens a second of `batch` requests whose last tokens of `length` are generated; prompts' time is taken off."""
     steps: dict[str, Callable[[], float]] = {}
     for mixers in CONFIGS:
@@ -156,7 +156,7 @@ def decoding_speed(length: int, rounds: int, batch: int, new: int = 64) -> list[
 
         seconds()  # compiles
         steps[mixers] = seconds
-    return _rates(f"decoding, {batch} requests", length, batch, alternate(steps, rounds))
+    return _rates(f"decoding, {batch} request{"s" * (batch > 1)}", length, batch, alternate(steps, rounds))
 
 
 def _rates(what: str, length: int, tokens: int, seconds: dict[str, list[float]]) -> list[Run]:
