@@ -156,7 +156,7 @@ def decoding_speed(length: int, rounds: int, batch: int, new: int = 512) -> list
 
         seconds()  # compiles
         steps[mixers] = seconds
-    return _rates(f"decoding, {batch} request{"s" * (batch > 1)}", length, batch, alternate(steps, rounds))
+    return _rates(f"decoding, {batch} request" + "s" * (batch > 1), length, batch, alternate(steps, rounds))
 
 
 def _rates(what: str, length: int, tokens: int, seconds: dict[str, list[float]]) -> list[Run]:
