@@ -70,7 +70,7 @@ def test_greedy_is_what_recomputing_the_prefix_gives(greedy: list[Completion]) -
 @pytest.mark.parametrize(
     ("mesh", "batch_size"),
     [
-        ((1, 1, 1), 1),
+        pytest.param((1, 1, 1), 1, marks=pytest.mark.full),
         pytest.param((2, 1, 2), 16, marks=pytest.mark.full),
         ((1, 1, 8), 16),
         pytest.param((1, 1, 1), 5, marks=pytest.mark.full),

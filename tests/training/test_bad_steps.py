@@ -194,6 +194,13 @@ def test_rewind(tmp_path: pathlib.Path, feed: Any) -> None:
     steps = [record["step"] for record in read_records(workdir)]
     assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]  # its start, …, its end
 
+
+@pytest.mark.full
+def test_a_rewind_is_that_of_a_run_that_never_saw_the_batches(tmp_path: pathlib.Path, feed: Any) -> None:
+    """Also after a kill; and no further than `max_bad_steps` allows."""
+    config, workdir = bad_config(tmp_path, "rewind", "train.max_bad_steps=2"), tmp_path / "run"
+    feed({6: NAN, 9: NAN})
+    run(config, workdir)
     for killed_after in (6, 4):
         again = resumed_from(killed_after, workdir, tmp_path / f"from {killed_after}")
         run(config, again)
