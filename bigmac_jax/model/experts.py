@@ -104,7 +104,7 @@ def grouped_mlp(
 
 def sort_for_kernel(expert_NK: Array, experts: int, most_local: int | None = None) -> Sorted:
     """Where the kernel wants the rows: sorted, in a number of slots that its row tiles divide."""
-    rows = most_local or most_chosen(expert_NK, experts)
+    rows = most_chosen(expert_NK, experts, most_local)
     return sort(expert_NK, experts, rows + -rows % row_tile(rows))
 
 

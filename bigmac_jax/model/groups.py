@@ -70,10 +70,10 @@ def sort(expert_NK: Array, experts: int, slots: int) -> Sorted:
     return Sorted(slot.reshape(expert_NK.shape), of_slots(order_NK, choices), of_slots(sorted_NK, experts - 1), sizes_e)
 
 
-def most_chosen(expert_NK: Array, experts: int) -> int:
-    """The most choices that can be of `experts` local ones, none of which a row chooses twice."""
+def most_chosen(expert_NK: Array, experts: int, most_local: int | None = None) -> int:
+    """The most choices of local experts: `most_local`, or all that N rows can have, none of an expert twice."""
     N, K = expert_NK.shape
-    return N * min(K, experts)
+    return most_local or N * min(K, experts)
 
 
 @jax.named_scope("plan")
@@ -86,7 +86,7 @@ def group(expert_NK: Array, experts: int, even: int, block: int, most_local: int
       most_local: the most choices that are local; None: as many as can be.
     """
     N, K = expert_NK.shape
-    rows = most_local or most_chosen(expert_NK, experts)
+    rows = most_chosen(expert_NK, experts, most_local)
     b = min(block, rows)
     # Each expert's last block may hold a single row: Σ ceil(c/b) ≤ (Σ c + e·(b - 1)) / b.
     n = (rows + experts * (b - 1)) // b
