@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -420,3 +421,20 @@ def test_bytes_that_reading_a_checkpoint_takes(memory: int, fits: bool) -> None:
     assert _restore(read, decode, place._replace(hardware=None)) == {"train": 300, "generate": 150}
     decode = {"decode": {"memory": {"arguments": 201}}}
     assert _restore(read, decode, place) == {"train": 300, "generate": 301, "fits": False}
+
+
+# As the recipes say.
+MACHINES = sorted(
+    command
+    for file in (ROOT / "configs").glob("*.py")
+    for command in re.findall(r"bigmac plan --config=(\S+) --topology=(\S+)", file.read_text())
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "topology"),
+    [pytest.param(*case, marks=pytest.mark.full if case[0].startswith("nemotron") else []) for case in MACHINES],
+)
+def test_a_recipe_fits_the_machine_that_it_names(recipe: str, topology: str) -> None:
+    recipe = f"{ROOT}/{recipe}" if recipe.startswith("configs/") else recipe
+    assert make_plan(load_config(recipe), Request(topology=topology))["headroom"] > 0
