@@ -1,7 +1,7 @@
 """Nemotron 3 Ultra's shapes (550 B parameters, 55 B active): 48 Mamba-2 layers, 12 of attention, 48 of 512 experts
 behind a latent of 2,048, K = 22. Source: paper/architecture.md of NVIDIA-NeMo/Nemotron, and its pretraining script.
 
-    bigmac plan --config=nemotron3_ultra --topology=h100:64x8 --compile
+    bigmac plan --config=nemotron3_ultra --topology=h100:64x8
     bigmac plan --config=nemotron3_ultra:v5p --topology=v5p:8x8x8
 """
 
@@ -10,7 +10,7 @@ from bigmac_jax.config.recipes import nemotron3, on_machine
 
 BLOCKS = "MEMEMEM*EMEMEM*E" + "MEMEMEM*EMEMEMEM*EMEMEM*E" * 3 + "MEMEMEM*EMEMEMEME"
 
-# Machine → how 512 H100, or 512 v5p, train it (docs/hybrid.md says what was compiled).
+# Machine → a plan for 512 H100, or 512 v5p. The first does not fit as compiled (docs/hybrid.md).
 LAYOUTS = {
     "h100": "mesh.node=8 mesh.expert=8 execution.exchange=hierarchical execution.overlap_chunks=2",
     "v5p": "mesh.expert=64 execution.exchange=dedup",
