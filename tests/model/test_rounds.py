@@ -36,8 +36,7 @@ from .tools import (
 )
 
 EXCHANGES = ("all_to_all", "dedup", "hierarchical", "ragged")
-# data, node, expert, tensor, fsdp, split_experts
-# Four machines of two experts: a token of three choices has fewer of a machine.
+# data, node, expert, tensor, fsdp, split_experts; in (1, 4, 2) a machine has two experts, fewer than a token chooses.
 MESHES = ((1, 1, 2), (1, 1, 8), (2, 1, 4), (1, 2, 4), (1, 4, 2), (1, 2, 2, 2), (1, 1, 4, 2, True, True),
           (2, 2, 2, 1, True))  # fmt: skip
 FACTORS = (1.0, 1.5)

@@ -435,6 +435,6 @@ MACHINES = sorted(
     ("recipe", "topology"),
     [pytest.param(*case, marks=pytest.mark.full if case[0].startswith("nemotron") else []) for case in MACHINES],
 )
-def test_a_recipe_fits_the_machine_that_it_names(recipe: str, topology: str) -> None:
+def test_a_recipe_is_planned_to_fit_the_machine_that_it_names(recipe: str, topology: str) -> None:
     recipe = f"{ROOT}/{recipe}" if recipe.startswith("configs/") else recipe
     assert make_plan(load_config(recipe), Request(topology=topology))["headroom"] > 0
