@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, spec_of, token_spec
+from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, platform, spec_of, token_spec
 
 
 class Crossing(NamedTuple):
@@ -107,6 +107,39 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     if primitive.name in ("all_gather", "pvary"):  # the latter only says that ranks hold copies of what was gathered
         return set(names(parameters.get("axis_name", ()))) == {TENSOR}
     return True
+
+
+def in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
+    """Returns both, trees of arrays. In the backward pass the gradients of `carry` wait, on GPU, for those of the
+    `later` parameters.
+
+    Between layers nothing else waits for a parameter's gradient. So XLA:GPU computes and sums those of all layers of a
+    loop's body at its end, and keeps until then what they are computed from (docs/gpu.md).
+    """
+    return _in_turn(carry, later) if platform() == "gpu" else (carry, later)
+
+
+@jax.custom_vjp
+def _in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
+    return carry, later
+
+
+def _wait(_: None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
+    d_carry, d_later = gradients
+    waiting, tree = jax.tree.flatten(d_carry)
+    first = [d for d in jax.tree.leaves(d_later) if d.dtype != jax.dtypes.float0]
+
+    def on_rank(waiting: list[Array], first: list[Array]) -> list[Array]:
+        nothing = sum(0 * d[(0,) * d.ndim].astype(jnp.float32) for d in first)
+        return [d + jnp.asarray(nothing, d.dtype) for d in waiting]
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        specs = [spec_of(d) for d in waiting]
+        on_rank = jax.shard_map(on_rank, in_specs=(specs, [spec_of(d) for d in first]), out_specs=specs)
+    return jax.tree.unflatten(tree, on_rank(waiting, first)), d_later
+
+
+_in_turn.defvjp(lambda carry, later: ((carry, later), None), _wait)
 
 
 def on_each_rank(

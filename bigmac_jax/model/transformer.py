@@ -20,7 +20,7 @@ from bigmac_jax.data.batch import PADDING
 from bigmac_jax.model.attention import Attention, Documents, find_documents
 from bigmac_jax.model.balance import BALANCE_BIAS
 from bigmac_jax.model.exchange.wire import EXCHANGED
-from bigmac_jax.model.gathering import Weight, all_but_gathered, on_each_rank
+from bigmac_jax.model.gathering import Weight, all_but_gathered, in_turn, on_each_rank
 from bigmac_jax.model.layers import MLP, Norm, dropout
 from bigmac_jax.model.mamba import Mamba
 from bigmac_jax.model.mesh import HOST, TENSOR, interleave, join, platform, tensor_ranks, token_spec
@@ -298,7 +298,11 @@ def through_layers(
 
     def through_loop(carry: Any, xs: Sequence[Any]) -> tuple[Any, list[Any]]:
         (carry, on_device), reported = carry, []
-        for layer, key in xs:
+        layers = [layer for layer, _ in xs]
+        for number, (_, key) in enumerate(xs):
+            behind = slice(number + 1, number + 2)  # the next layer, if there is one
+            carry, layers[behind] = in_turn(carry, layers[behind])
+            layer = layers[number]
 
             def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
                 return step(carry, (layer, key))

@@ -9,6 +9,7 @@ import pytest
 from training.tools import host, session
 
 from bigmac_jax.config import Config
+from bigmac_jax.model import gathering
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.transformer import Transformer
 
@@ -45,8 +46,9 @@ def one_by_one(model: Transformer, tokens_BL: jax.Array) -> tuple[jax.Array, lis
 @pytest.mark.parametrize(
     ("blocks", "times"), [pytest.param(*of, marks=[] if of == QUICK_PATTERN else pytest.mark.full) for of in PATTERNS]
 )
-def test_values_and_gradients(blocks: str, times: int, remat: str) -> None:
-    config = of_pattern(blocks, times, remat=remat)
+def test_values_and_gradients(blocks: str, times: int, remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "platform", lambda: "gpu")  # where a layer's gradients wait for the next one's
+    config = of_pattern(blocks, times, mesh=(2, 1, 2, 1, True), remat=remat)
 
     def in_loops(model: Transformer, tokens_BL: jax.Array) -> Any:
         logits_BLV, aux = model(tokens_BL)
@@ -67,6 +69,18 @@ def test_values_and_gradients(blocks: str, times: int, remat: str) -> None:
         right = leaves(right)
         for name, value in leaves(gradients).items():
             assert np.abs(value - right[name]).max() <= 3e-5 * np.abs(right[name]).max() + 1e-12, name
+
+
+def test_gradients_wait_for_those_of_later_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That they do can be seen: nothing times infinity is no number."""
+    monkeypatch.setattr(gathering, "platform", lambda: "gpu")
+
+    def loss(x: jax.Array, later: dict[str, jax.Array]) -> jax.Array:
+        x, later = gathering.in_turn(x, later)
+        return x.sum() + (later["finite"] + later["steep"] * jnp.float32(np.inf)).sum()
+
+    dx, _ = jax.grad(loss, (0, 1))(jnp.ones(3), {"finite": jnp.ones((2, 2)), "steep": jnp.ones((2, 2))})
+    assert np.isnan(dx).all()
 
 
 @pytest.mark.full
