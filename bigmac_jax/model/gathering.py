@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, platform, spec_of, token_spec
+from bigmac_jax.model.mesh import AXES, REPLICA, TENSOR, axes_of, names, spec_of, token_spec
 
 
 class Crossing(NamedTuple):
@@ -109,18 +109,10 @@ def all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     return True
 
 
-def in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
-    """Returns both, trees of arrays. In the backward pass the gradients of `carry` wait, on GPU, for those of the
-    `later` parameters.
-
-    Between layers nothing else waits for a parameter's gradient. So XLA:GPU computes and sums those of all layers of a
-    loop's body at its end, and keeps until then what they are computed from (docs/gpu.md).
-    """
-    return _in_turn(carry, later) if platform() == "gpu" else (carry, later)
-
-
 @jax.custom_vjp
-def _in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
+def in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
+    """Returns both, trees of arrays. In the backward pass the gradients of `carry` wait for those of the `later`
+    parameters, which are computed even if nothing else asks for them."""
     return carry, later
 
 
@@ -139,7 +131,7 @@ def _wait(_: None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
     return jax.tree.unflatten(tree, on_rank(waiting, first)), d_later
 
 
-_in_turn.defvjp(lambda carry, later: ((carry, later), None), _wait)
+in_turn.defvjp(lambda carry, later: ((carry, later), None), _wait)
 
 
 def on_each_rank(

@@ -300,9 +300,9 @@ def through_layers(
         (carry, on_device), reported = carry, []
         layers = [layer for layer, _ in xs]
         for number, (_, key) in enumerate(xs):
-            behind = slice(number + 1, number + 2)  # the next layer, if there is one
-            carry, layers[behind] = in_turn(carry, layers[behind])
-            layer = layers[number]
+            layer, *behind = layers[number:]
+            if behind:
+                carry, layers[number + 1] = _in_turn(config, carry, behind[0])
 
             def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
                 return step(carry, (layer, key))
@@ -319,6 +319,21 @@ def through_layers(
         kept = [of for of, stack in zip(reported, loop, strict=True) if stack.experts or not m.is_moe]
         found += [kept[0] if len(kept) == 1 else jax.tree.map(interleave, *kept)] if kept else []
     return carry[0], found[0] if len(found) == 1 else jax.tree.map(join, *found)
+
+
+def _in_turn(config: Config, carry: Any, later: Any) -> tuple[Any, Any]:
+    """Returns both, what enters a layer and the next layer. On GPU the gradients of the first wait for those of the
+    other's parameters.
+
+    Nothing else in a step does: XLA:GPU would compute and sum those of all layers of a loop's body at its end, and keep
+    until then what they are computed from (docs/gpu.md).
+    """
+    all_trained = isinstance(later, Block) and not config.tuning.lora_rank
+    if platform() != "gpu" or not all_trained:
+        return carry, later
+    graphdef, params, rest = nnx.split(later, nnx.Param, ...)
+    carry, params = in_turn(carry, params)
+    return carry, nnx.merge(graphdef, params, rest)
 
 
 def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:

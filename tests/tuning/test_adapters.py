@@ -26,6 +26,7 @@ from training.tools import quick, session
 
 from bigmac_jax.config import Config, ConfigError, TuningConfig
 from bigmac_jax.data.batch import batch_from_windows
+from bigmac_jax.model import transformer
 from bigmac_jax.model.adapters import adapted, attached, make_adapters
 from bigmac_jax.training.loss import loss_fn
 from bigmac_jax.training.restore import Restored
@@ -89,6 +90,23 @@ def test_gradients_are_those_of_the_whole_matrices(name: str) -> None:
         expected[f"{name}.a"] = scale * dw @ pairs[f"{name}.b"].swapaxes(-1, -2)
         expected[f"{name}.b"] = scale * pairs[f"{name}.a"].swapaxes(-1, -2) @ dw
     assert_close(ours, expected, 3e-5)
+
+
+@pytest.mark.full
+def test_gpus_compute_no_gradient_of_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a loop has several layers, gradients wait on GPU for those of the next layer's parameters: of all that are
+    trained, which with adapters none is."""
+    base = with_adapters(targets="attention")
+    config = dataclasses.replace(base, model=dataclasses.replace(base.model, blocks="*EE", num_layers=2))
+    tokens, programs = random_tokens(config), []
+    with on_mesh(config):
+        graphdef, params, rest = split_model(random_model(config))
+        adapters = random_adapters(config, params)
+        for platform in ("tpu", "gpu"):
+            monkeypatch.setattr(transformer, "platform", lambda platform=platform: platform)
+            gradient = jax.jit(jax.grad(loss_of(config, graphdef, rest, tokens)), compiler_options=QUICK)
+            programs.append(gradient.lower(adapters, params).compile().as_text().count(" dot("))
+    assert programs[0] == programs[1] > 0
 
 
 def test_what_is_adapted() -> None:
