@@ -331,9 +331,9 @@ def _in_turn(config: Config, carry: Any, later: Any) -> tuple[Any, Any]:
     all_trained = isinstance(later, Block) and not config.tuning.lora_rank
     if platform() != "gpu" or not all_trained:
         return carry, later
-    graphdef, params, rest = nnx.split(later, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(later, nnx.Param, ...)
     carry, params = in_turn(carry, params)
-    return carry, nnx.merge(graphdef, params, rest)
+    return carry, nnx.merge(graphdef, params, *rest)
 
 
 def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
