@@ -122,6 +122,8 @@ def _wait(_: None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
     first = [d for d in jax.tree.leaves(d_later) if d.dtype != jax.dtypes.float0]
 
     def on_rank(waiting: list[Array], first: list[Array]) -> list[Array]:
+        # One element is there when all are. XLA keeps a product with 0, because it may be of infinity; where it is, the
+        # step is a bad one anyway.
         nothing = sum(0 * d[(0,) * d.ndim].astype(jnp.float32) for d in first)
         return [d + jnp.asarray(nothing, d.dtype) for d in waiting]
 

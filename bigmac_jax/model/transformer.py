@@ -26,7 +26,7 @@ from bigmac_jax.model.mamba import Mamba
 from bigmac_jax.model.mesh import HOST, TENSOR, interleave, join, platform, tensor_ranks, token_spec
 from bigmac_jax.model.moe import Aux, LayerStats, MoE, empty_stats
 from bigmac_jax.model.next_tokens import NextTokens
-from bigmac_jax.model.parameters import Declaration, leaf_name, named_leaves, parameter, weight
+from bigmac_jax.model.parameters import Declaration, declared, leaf_name, named_leaves, parameter, weight
 from bigmac_jax.model.resident import compute_layer, start
 from bigmac_jax.model.router import Padding
 from bigmac_jax.runtime import hosts
@@ -300,9 +300,9 @@ def through_layers(
         (carry, on_device), reported = carry, []
         layers = [layer for layer, _ in xs]
         for number, (_, key) in enumerate(xs):
-            layer, *behind = layers[number:]
-            if behind:
-                carry, layers[number + 1] = _in_turn(config, carry, behind[0])
+            if number + 1 < len(layers):
+                carry, layers[number + 1] = _in_turn(config, carry, layers[number + 1])
+            layer = layers[number]
 
             def compute(layer: Any, carry: Any = carry, key: Array | None = key) -> tuple[Any, Any]:
                 return step(carry, (layer, key))
@@ -325,15 +325,19 @@ def _in_turn(config: Config, carry: Any, later: Any) -> tuple[Any, Any]:
     """Returns both, what enters a layer and the next layer. On GPU the gradients of the first wait for those of the
     other's parameters.
 
-    Nothing else in a step does: XLA:GPU would compute and sum those of all layers of a loop's body at its end, and keep
-    until then what they are computed from (docs/gpu.md).
+    Nothing else in the backward pass does: XLA:GPU would compute and sum those of all layers of a loop's body at its
+    end, and keep until then what they are computed from (docs/gpu.md). Left out is what a run may not train, so that
+    its gradient is not computed for this alone: routers, a model with adapters, a teacher beside its student.
     """
-    all_trained = isinstance(later, Block) and not config.tuning.lora_rank
-    if platform() != "gpu" or not all_trained:
+    if platform() != "gpu" or config.tuning.lora_rank or not isinstance(later, Block):
         return carry, later
-    graphdef, params, *rest = nnx.split(later, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(later, _is_waited_for, ...)
     carry, params = in_turn(carry, params)
     return carry, nnx.merge(graphdef, params, *rest)
+
+
+def _is_waited_for(_: Any, variable: Any) -> bool:
+    return isinstance(variable, nnx.Param) and declared(variable).part != "router"
 
 
 def recomputed(config: Config, step: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -1,19 +1,23 @@
 """A pattern of residual branches computes its branches in their order, whatever loops they are computed in."""
 
+import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from training.tools import host, session
 
 from bigmac_jax.config import Config
 from bigmac_jax.model import gathering, transformer
+from bigmac_jax.model.mesh import token_spec
 from bigmac_jax.model.moe import MoE
+from bigmac_jax.model.parameters import leaf_name
 from bigmac_jax.model.transformer import Transformer
 
-from .tools import QUICK, leaves, on_mesh, random_model, random_tokens, split_tokens, tiny
+from .tools import QUICK, abstract_model, leaves, on_mesh, random_model, random_tokens, split_tokens, tiny
 
 MAMBA: dict[str, Any] = {"mamba_heads": 4, "mamba_head_dim": 4, "mamba_groups": 2, "mamba_state": 6, "mamba_chunk": 3}
 PATTERNS = [("ME*EM-", 2), ("*EME*EM-ME", 1), ("E*", 2), ("MM*E", 1), ("ME*EEE", 1), ("MEE", 2)]
@@ -71,15 +75,39 @@ def test_values_and_gradients(blocks: str, times: int, remat: str, monkeypatch: 
             assert np.abs(value - right[name]).max() <= 3e-5 * np.abs(right[name]).max() + 1e-12, name
 
 
-def test_gradients_wait_for_those_of_later_parameters() -> None:
+@pytest.mark.parametrize("config", [None, tiny((2, 1, 2, 1))], ids=["no mesh", "2x2"])
+def test_gradients_wait_for_those_of_later_parameters(config: Config | None) -> None:
     """That they do can be seen: nothing times infinity is no number."""
 
     def loss(x: jax.Array, later: dict[str, jax.Array]) -> jax.Array:
         x, later = gathering.in_turn(x, later)
         return x.sum() + (later["finite"] + later["steep"] * jnp.float32(np.inf)).sum()
 
-    dx, _ = jax.grad(loss, (0, 1))(jnp.ones(3), {"finite": jnp.ones((2, 2)), "steep": jnp.ones((2, 2))})
+    with on_mesh(config) if config else contextlib.nullcontext():
+        x, w = jnp.ones((8, 4, 2)), jnp.ones((4, 2))
+        if config:
+            x, w = jax.device_put(x, token_spec(3)), jax.device_put(w, P("expert"))
+        dx, _ = jax.jit(jax.grad(loss, (0, 1)))(x, {"finite": w, "steep": w})
     assert np.isnan(dx).all()
+
+
+def test_a_layer_waits_on_gpu_for_the_trained_parameters_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for = []
+
+    def record(carry: Any, later: Any) -> Any:
+        waited_for.append([leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(later)[0]])
+        return carry, later
+
+    config = of_pattern("MEE", 2)
+    monkeypatch.setattr(transformer, "in_turn", record)
+    for platform, calls in (("tpu", 0), ("gpu", 1)):
+        monkeypatch.setattr(transformer, "platform", lambda platform=platform: platform)
+        with on_mesh(config):
+            model, tokens = abstract_model(config), jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=token_spec(2))
+            jax.eval_shape(lambda model, tokens: model(tokens), model, tokens)
+        assert len(waited_for) == calls
+    (names,) = waited_for
+    assert any("w_in_eRF" in name for name in names) and not any("router" in name for name in names)
 
 
 @pytest.mark.full
