@@ -10,7 +10,8 @@ from bigmac_jax.config.recipes import nemotron3, on_machine
 
 BLOCKS = "MEMEMEM*EMEMEM*E" + "MEMEMEM*EMEMEMEM*EMEMEM*E" * 3 + "MEMEMEM*EMEMEMEME"
 
-# Machine → a plan that fits 512 H100, or 512 v5p; nothing was compared with it (docs/hybrid.md).
+# Machine → how 512 H100, or 512 v5p, train it. All programs were compiled; those that decode on H100 need another mesh
+# (docs/hybrid.md).
 LAYOUTS = {
     "h100": "mesh.node=8 mesh.expert=8 execution.exchange=hierarchical execution.overlap_chunks=2",
     "v5p": "mesh.expert=64 execution.exchange=dedup",
