@@ -18,6 +18,7 @@ from bigmac_jax.model.mesh import HOST, make_mesh
 from bigmac_jax.planning import hlo, hlo_schedule, host_copies
 from bigmac_jax.planning.abstract_programs import NAMES, make_program
 from bigmac_jax.planning.cluster import Cluster, cluster
+from bigmac_jax.planning.cost import flops_outside_kernels
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape
 from bigmac_jax.planning.hlo_collectives import Collective, collectives
@@ -164,6 +165,8 @@ def _describe(compiled: Compiled, config: Config, target: Target) -> dict[str, A
     scheduled = module.scheduled and device.platform in ("tpu", "gpu")
     if scheduled and config.model.is_moe and compiled.name == "step":
         result["schedule"] = _describe_schedule(module, compiled, cluster(compiled.mesh, hardware, target.torus))
+        if config.dropless and config.execution.attention != "xla" and not config.tuning.lora_rank:
+            result["formula_flops_outside_kernels"] = flops_outside_kernels(config)
         options = environment.compiler_options(device)
         if device.platform == "tpu" and not options.get("xla_tpu_enable_async_all_to_all"):
             refusal = f"{device.device_kind} refuses them ('limited ICI')"

@@ -15,7 +15,7 @@ from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
-from bigmac_jax.planning.job import Job, Times, predict
+from bigmac_jax.planning.job import BACKWARD, Job, Times, predict
 from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
 
@@ -113,6 +113,35 @@ def recomputed(config: Config) -> dict[str, float]:
         matrices = 3 if m.gated else 2
         again |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}
     return again
+
+
+def flops_outside_kernels(config: Config) -> float:
+    """FLOPs of a step's matrix products, but for those in kernels on TPU and GPU: of experts, whose rows stand as they
+    come, and of attention's scores. `hlo_flops` finds as many in the compiled program (docs/hybrid.md).
+
+    They are three forward passes, and what gradients need again; beside what `recomputed` leaves out, that is not the
+    last product of a layer, whose result is only added. A chunk of Mamba-2's scan computes both halves of its scores,
+    of which `Shape.scan_flops` counts the one that is used.
+    """
+    shape, m, again = Shape.of(config), config.model, recomputed(config)
+    found, last = 0.0, dict[str, float]()
+    for part, X, Y, times, _ in shape.products():
+        if part != "experts":
+            found += X * Y * times * (1 + again.get(part, 0.0) + BACKWARD)
+            last[part] = X * Y if again.get(part) == 1.0 else 0
+    if "gate" in m.latent_norms:  # a factor of what is added
+        last["projections"] = 0
+    for stack in m.trained_stacks:
+        found -= len(stack.layers) * sum(last.get(part, 0) for part in _ADDED[stack.blocks[-1]])
+    scan = 0.0
+    if (b := shape.mamba) is not None:
+        both_halves = shape.scan_flops() + b.layers * b.chunk * (b.groups * b.state + b.inner)
+        scan = both_halves * (1 + again.get("mamba", 0.0) + BACKWARD)
+    return (2 * found + scan) * config.data.batch_size * config.data.sequence_length
+
+
+# Parts of the branches that a layer may end in, whose last products give what is added.
+_ADDED = {"*": ("attention",), "M": ("mamba",), "-": ("mlp",), "E": ("shared", "projections")}
 
 
 def exchange_seconds(setting: Setting) -> float:

@@ -20,6 +20,7 @@ from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
 from bigmac_jax.planning.cost import (
     Setting,
     SharedBytes,
+    flops_outside_kernels,
     gradient_bytes,
     make_job,
     parameter_bytes,
@@ -460,3 +461,30 @@ def test_copies_to_host_memory() -> None:
     assert step_time(entered, ranks, fast).host == pytest.approx(passes)
     with pytest.raises(ConfigError, match=r"has no host_bandwidth; add it, as in h100\.toml"):
         step_time(entered, ranks, replace(PLAIN, host_bandwidth=None))
+
+
+@pytest.mark.parametrize("remat", ["none", "layer", "exchange"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_products_outside_of_kernels(remat: str, gate: bool) -> None:
+    """By hand, a layer of Mamba and experts and one of attention and experts, two of each; a chunk's scores both
+    halves. Of what runs again the last product of a layer, which is only added, does not."""
+    made = config(
+        structure="bigmac", blocks="ME*E", capacity_factor=math.inf, num_shared_experts=1, shared_expert_hidden_size=24,
+        activation="relu2", down_ratio=0.25, mamba_heads=4, mamba_head_dim=4, mamba_groups=2, mamba_state=6,
+        mamba_chunk=16, remat=remat, latent_norm="gate" if gate else "none",
+    )  # fmt: skip
+    mamba, attention = 2 * 64 * (2 * 16 + 2 * 12 + 4) + 2 * 16 * 64, 2 * 64 * (3 * 64) + 2 * 64 * 64
+    router, shared, projections, output = 4 * 64 * 32, 4 * 2 * 64 * 24, 4 * 2 * 64 * 16, 64 * 257
+    scan = 2 * (2 * 16 * (12 + 16) + 4 * 16 * 6)
+    again = mamba + attention + router + shared - 4 * 24 * 64
+    if gate:  # which has a skip from W↓'s result, too
+        projections += 4 * 64 * 64
+        again += projections
+    elif remat == "layer":
+        again += 4 * 64 * 16
+    if remat == "none":
+        again = 0
+    once = mamba + attention + router + shared + projections + output
+    tokens = 64 * 64
+    expected = tokens * (2 * (3 * once + again) + scan * (3 if remat == "none" else 4))
+    assert flops_outside_kernels(made) == expected
