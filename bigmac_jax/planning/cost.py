@@ -119,15 +119,15 @@ def flops_outside_kernels(config: Config) -> float:
     """FLOPs of a step's matrix products, but for those in kernels on TPU and GPU: of experts, whose rows stand as they
     come, and of attention's scores. `hlo_flops` finds as many in the compiled program (docs/hybrid.md).
 
-    They are three forward passes, and what gradients need again; beside what `recomputed` leaves out, that is not the
+    They are three forward passes, a fourth where loads are counted first, and what gradients need again; beside what `recomputed` leaves out, that is not the
     last product of a layer, whose result is only added. A chunk of Mamba-2's scan computes both halves of its scores,
     of which `Shape.scan_flops` counts the one that is used.
     """
-    shape, m, again = Shape.of(config), config.model, recomputed(config)
+    shape, m, again, forward = Shape.of(config), config.model, recomputed(config), counts.forward_passes(config)
     found, last = 0.0, dict[str, float]()
     for part, X, Y, times, _ in shape.products():
         if part != "experts":
-            found += X * Y * times * (1 + again.get(part, 0.0) + BACKWARD)
+            found += X * Y * times * ((1.0 if part == "output" else forward) + again.get(part, 0.0) + BACKWARD)
             last[part] = X * Y if again.get(part) == 1.0 else 0
     if "gate" in m.latent_norms:  # a factor of what is added
         last["projections"] = 0
@@ -136,7 +136,7 @@ def flops_outside_kernels(config: Config) -> float:
     scan = 0.0
     if (b := shape.mamba) is not None:
         both_halves = shape.scan_flops() + b.layers * b.chunk * (b.groups * b.state + b.inner)
-        scan = both_halves * (1 + again.get("mamba", 0.0) + BACKWARD)
+        scan = both_halves * (forward + again.get("mamba", 0.0) + BACKWARD)
     return (2 * found + scan) * config.data.batch_size * config.data.sequence_length
 
 
