@@ -84,7 +84,7 @@ def actual(x: Any, w: Any, dy: Any, sizes: Any, results: Any = results) -> dict[
 @pytest.mark.parametrize(
     ("shape", "count"),
     [
-        (SHORT, 25),
+        (SHORT, 10),
         (LONG, 15),
         (FEW, 10),
         *(pytest.param(*c, marks=pytest.mark.full) for c in ((SHORT, 70), (LONG, 30))),
