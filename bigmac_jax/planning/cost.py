@@ -119,9 +119,9 @@ def flops_outside_kernels(config: Config) -> float:
     """FLOPs of a step's matrix products, but for those in kernels on TPU and GPU: of experts, whose rows stand as they
     come, and of attention's scores. `hlo_flops` finds as many in the compiled program (docs/hybrid.md).
 
-    They are three forward passes, a fourth where loads are counted first, and what gradients need again; beside what `recomputed` leaves out, that is not the
-    last product of a layer, whose result is only added. A chunk of Mamba-2's scan computes both halves of its scores,
-    of which `Shape.scan_flops` counts the one that is used.
+    They are three forward passes, a fourth where loads are counted first, and what gradients need again; beside what
+    `recomputed` leaves out, that is not the last product of a layer, whose result is only added. A chunk of Mamba-2's
+    scan computes both halves of its scores, of which `Shape.scan_flops` counts the one that is used.
     """
     shape, m, again, forward = Shape.of(config), config.model, recomputed(config), counts.forward_passes(config)
     found, last = 0.0, dict[str, float]()
