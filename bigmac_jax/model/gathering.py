@@ -118,8 +118,7 @@ def in_turn(carry: Any, later: Any) -> tuple[Any, Any]:
 
 def _wait(_: None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
     d_carry, d_later = gradients
-    waiting, tree = jax.tree.flatten(d_carry)
-    first = [d for d in jax.tree.leaves(d_later) if d.dtype != jax.dtypes.float0]
+    (waiting, tree), first = jax.tree.flatten(d_carry), jax.tree.leaves(d_later)
 
     def on_rank(waiting: list[Array], first: list[Array]) -> list[Array]:
         # One element is there when all are. XLA keeps a product with 0, because it may be of infinity; where it is, the
