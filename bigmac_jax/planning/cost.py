@@ -15,7 +15,7 @@ from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
-from bigmac_jax.planning.job import BACKWARD, Job, Times, predict
+from bigmac_jax.planning.job import Job, Times, passes_of, predict
 from bigmac_jax.planning.load import EVEN, Load
 from bigmac_jax.planning.shapes import Shape
 
@@ -127,7 +127,7 @@ def flops_outside_kernels(config: Config) -> float:
     found, last = 0.0, dict[str, float]()
     for part, X, Y, times, _ in shape.products():
         if part != "experts":
-            found += X * Y * times * ((1.0 if part == "output" else forward) + again.get(part, 0.0) + BACKWARD)
+            found += X * Y * times * passes_of(part, forward, again)
             last[part] = X * Y if again.get(part) == 1.0 else 0
     if "gate" in m.latent_norms:  # a factor of what is added
         last["projections"] = 0
@@ -136,7 +136,7 @@ def flops_outside_kernels(config: Config) -> float:
     scan = 0.0
     if (b := shape.mamba) is not None:
         both_halves = shape.scan_flops() + b.layers * b.chunk * (b.groups * b.state + b.inner)
-        scan = both_halves * (forward + again.get("mamba", 0.0) + BACKWARD)
+        scan = both_halves * passes_of("mamba", forward, again)
     return (2 * found + scan) * config.data.batch_size * config.data.sequence_length
 
 

@@ -229,13 +229,22 @@ def predict(job: Job, hardware: Hardware) -> Times:
     )
 
 
+def passes_of(part: str, forward: float, again: Mapping[str, float]) -> float:
+    """Times that a step goes through a part's products. Loads are counted before the output, so it runs forward once.
+
+    Args:
+      forward, again: as `Job.forward_passes` and `Job.again`.
+    """
+    return (1.0 if part == "output" else forward) + again.get(part, 0.0) + BACKWARD
+
+
 def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
     """Seconds of a rank's products by part of the model: each as long as its FLOPs take at what a large product
     reaches of the peak, or its bytes over the memory's bandwidth, whichever is longer."""
     seconds: dict[str, float] = {}
     for product in job.shape.products():
         part = product.part
-        passes = (1.0 if part == "output" else job.forward_passes) + job.again.get(part, 0.0) + BACKWARD
+        passes = passes_of(part, job.forward_passes, job.again)
         eight_bit = job.eight_bit and part in EIGHT_BIT_PARTS
         rate = hardware.peak(job.dtype, eight_bit) * hardware.matmul_efficiency
         if part == "experts":
