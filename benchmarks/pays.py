@@ -43,7 +43,7 @@ class Place(NamedTuple):
     @property
     def bytes_a_flop(self) -> float:
         """Bytes that a rank sends a second in the wide exchange, each row for itself, over its peak."""
-        wide = config("fine_grained", "ragged", 1)
+        wide = config(1, "ragged", 1)
         seconds = make_job(wide, sizes(1), self.hardware, self.topology).exchange
         sent = 4 * wide.model.num_layers * TOKENS * wide.model.top_k * (RANKS - 1) / RANKS * wide.model.hidden_size * 2
         return sent / seconds / self.hardware.peak_flops
@@ -69,15 +69,16 @@ def places() -> list[Place]:
     ]
 
 
-def config(structure: str, exchange: str, chunks: int, nodes: int = 1) -> Config:
-    """Qwen3-30B-A3B, or with an exchange of a quarter of its width and experts four times as wide; nothing dropped."""
-    width = {"fine_grained": 768, "bigmac": RATIO * 768}[structure]
+def config(parts: int, exchange: str, chunks: int, nodes: int = 1, more: int = 1) -> Config:
+    """Qwen3-30B-A3B, or with an exchange of 1/`parts` of its width and experts `parts` times as wide; nothing dropped.
+    `more` times as many experts and choices are each so much narrower."""
     fields = {
-        "model.structure": structure, "model.expert_hidden_size": width, "model.capacity_factor": "inf",
-        "model.down_ratio": 1 / RATIO, "model.balance": "none", "execution.exchange": exchange,
-        "execution.overlap_chunks": chunks, "execution.remat": "none", "mesh.expert": RANKS // nodes,
-        "mesh.node": nodes, "mesh.data": 1, "mesh.fsdp": True, "data.batch_size": TOKENS * RANKS // 4096,
-        "train.accumulate_steps": 1,
+        "model.structure": "bigmac" if parts > 1 else "fine_grained", "model.capacity_factor": "inf",
+        "model.expert_hidden_size": 768 * parts // more, "model.num_experts": 128 * more, "model.top_k": 8 * more,
+        "model.down_ratio": 1 / parts if parts > 1 else 1 / RATIO, "model.balance": "none",
+        "execution.exchange": exchange, "execution.overlap_chunks": chunks, "execution.remat": "none",
+        "mesh.expert": RANKS // nodes, "mesh.node": nodes, "mesh.data": 1, "mesh.fsdp": True,
+        "data.batch_size": TOKENS * RANKS // 4096, "train.accumulate_steps": 1,
     }  # fmt: skip
     return load_config("qwen3_30b", [f"{name}={value}" for name, value in fields.items()])
 
@@ -86,13 +87,13 @@ def sizes(nodes: int) -> dict[str, int]:
     return {"data": 1, "node": nodes, "expert": RANKS // nodes, "tensor": 1}
 
 
-def predicted(structure: str, place: Place) -> Times:
-    """The fastest of several exchanges, in one chunk and in four."""
+def predicted(parts: int, place: Place, more: int = 1) -> Times:
+    """The fastest of several exchanges, in one chunk and in four, of a model as `config` makes it."""
     exchanges = [("ragged", 1), ("dedup", 1)]
     if not place.fast and not place.topology:
         exchanges.append(("hierarchical", RANKS // place.hardware.machine_ranks))
     times = [
-        step_time(config(structure, name, chunks, nodes), sizes(nodes), place.hardware, place.topology)
+        step_time(config(parts, name, chunks, nodes, more), sizes(nodes), place.hardware, place.topology)
         for name, nodes in exchanges
         for chunks in ((1, 4) if place.hardware.overlaps else (1,))
     ]
@@ -101,7 +102,7 @@ def predicted(structure: str, place: Place) -> Times:
 
 def gain(place: Place) -> float:
     """Tokens a second with the narrow exchange over those with the wide one."""
-    return predicted("fine_grained", place).total / predicted("bigmac", place).total
+    return predicted(1, place).total / predicted(RATIO, place).total
 
 
 def verdict(times: float) -> str:
@@ -145,7 +146,7 @@ def main() -> None:
     head = "| 64 devices | bytes a FLOP | exchange, of the wide step | narrow over wide, tokens/s | |"
     table = [f"{head}\n|---|---|---|---|---|\n"]
     for place in places():
-        share, times = predicted("fine_grained", place).exchange_share, gain(place)
+        share, times = predicted(1, place).exchange_share, gain(place)
         cells = (place.name, f"{place.bytes_a_flop:.1e}", f"{share:.0%}", f"{times:.2f}", verdict(times))
         table.append(f"| {' | '.join(cells)} |\n")
     print("".join(table))

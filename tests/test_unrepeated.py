@@ -1,6 +1,7 @@
 """Text that no run reads twice: what becomes of packages, and what is compared on it."""
 
 import json
+import math
 import pathlib
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import corpus, unrepeated
+from benchmarks.quality import corpus, equal, unrepeated
 from benchmarks.quality.grid import Condition
 from benchmarks.quality.runs import Machine, StoppedError, command, describe, measure
 
@@ -104,6 +105,28 @@ def test_differences_are_of_equal_seeds() -> None:
     assert fine == "| 128 | 1,000 | fine_grained | 2 | 8 | 4.100 ± 0.100 |  | +0.100 | 1.025 ± 0.025 | 2.050 ± 0.050 |"
     assert shipped.split(" | ")[5:8] == ["4.300 ± 0.000", "+0.200 ± 0.100", "+0.400"]
     assert control.split(" | ")[6:8] == ["-0.100", ""]
+
+
+def test_an_equal_price_buys_more_tokens_of_what_costs_less() -> None:
+    """Loss falls by a nat for twice the tokens, between 1 and 4 M of them: by hand."""
+
+    def run(name: str, seed: int, tokens: float, loss: float) -> dict[str, Any]:
+        return {"name": name, "width": 128, "seed": seed, "tokens": tokens * 1e6, "loss": loss}
+
+    runs = [run(equal.SHIPPED, 1, tokens, 6 - doubled) for doubled, tokens in enumerate((1, 2, 4))]
+    runs += [run(equal.SHIPPED, 2, 2, 5.5), run(equal.SHIPPED, 2, 4, 4.5), run(equal.FINE, 1, 1, 6.5)]
+    runs.append(runs[0] | {"width": 64, "loss": 0.0})
+    assert equal.price(equal.SHIPPED, "bytes") == 1 / 4 and equal.price(equal.TWICE, "bytes") == 1 / 2
+    assert equal.price(equal.FOUR, "bytes") == equal.price(equal.CONTROL, "100 Gb/s hosts") == 1
+    assert equal.price(equal.SHIPPED, "100 Gb/s hosts") < 0.5
+    assert equal.losses_at(runs, equal.SHIPPED, "tokens", 2.0e6) == pytest.approx([5.0, 5.5])
+    assert equal.losses_at(runs, equal.SHIPPED, "tokens", 2.0e6 * 2**0.5) == pytest.approx([4.5, 5.0])
+    assert equal.losses_at(runs, equal.SHIPPED, "tokens", 1.5e6) == pytest.approx([6 - math.log2(1.5)])
+    assert equal.losses_at(runs, equal.SHIPPED, "bytes", 1.0e6) == pytest.approx([4.0, 4.5])
+    assert equal.losses_at(runs, equal.SHIPPED, "bytes", 1.1e6) == []  # no run is that long
+    rows = equal.table(runs, [1.0e6]).splitlines()
+    assert rows[2] == "| 1.0 M tokens | tokens | 6.500 |  | 6.000 |  |  |  |"
+    assert rows[3] == "| 1.0 M tokens | bytes | 6.500 |  | 4.250 ± 0.250 |  |  |  |"
 
 
 def test_what_ends_beside_a_failure_is_kept(tmp_path: pathlib.Path) -> None:

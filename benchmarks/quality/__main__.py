@@ -17,7 +17,7 @@ import time
 
 from absl import app, flags
 
-from benchmarks.quality import corpus, fit, grid, pages, unrepeated
+from benchmarks.quality import corpus, equal, fit, grid, pages, unrepeated
 from benchmarks.quality.runs import Machine, StoppedError, read_file, train_missing, train_on_sotu
 
 _TEXT = flags.DEFINE_enum("text", "unrepeated", ["unrepeated", "embedded"], "What is read.")
@@ -29,6 +29,8 @@ _OUTPUT = flags.DEFINE_string("output", "", "Where the figures go, by default to
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What trains.")
 _MINUTES = flags.DEFINE_float("minutes", 0, "After which no run goes on; 0: when all have ended.", lower_bound=0)
 _EMBEDDED, _UNREPEATED = "docs/results/quality.json", "docs/results/unrepeated.json"  # of which the pages are made
+# Tokens of fine_grained: those of the studies, and what all of the text costs where a token costs a quarter.
+BUDGETS = (2_048_000, 13_701_120 / 4, 5_120_000, 10_240_000, 13_701_120)
 
 
 def main(_: list[str]) -> None:
@@ -62,8 +64,10 @@ def main(_: list[str]) -> None:
     if not (known := list(read_file(output).values())):
         return
     if not embedded:
-        print(unrepeated.table(known))
-        unrepeated.draw(known, pathlib.Path("docs/images/quality/unrepeated.png"))
+        pictures = pathlib.Path("docs/images/quality")
+        print(unrepeated.table(known), equal.table(known, BUDGETS), sep="\n\n")
+        unrepeated.draw(known, pictures / "unrepeated.png")
+        equal.draw(known, pictures / "equal.png")
     elif output == pathlib.Path(_EMBEDDED):
         pages.write(pathlib.Path("docs"), known)
         pathlib.Path(fit.PATH).write_text(fit.text(known))

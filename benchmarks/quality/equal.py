@@ -1,0 +1,102 @@
+"""What arms lose at equal tokens, at equal bytes of the exchange, and at equal predicted time on three machines.
+
+Losses are those of benchmarks.quality.unrepeated at h = 128. Times are predicted for a model of Qwen3-30B-A3B's size
+with the structure of the arm (benchmarks.pays): steps of h = 128 would be nothing but latencies.
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TABLEAU_COLORS
+from matplotlib.figure import Figure
+
+from benchmarks import pays
+from benchmarks.quality.runs import within
+from benchmarks.quality.unrepeated import CONTROL, FINE, FOUR, HALF, SHIPPED, TWICE
+
+WIDTH = 128
+# An arm's latent is 1/parts of h wide, and it has `more` times as many experts and choices.
+ARMS = {FINE: (1, 1), CONTROL: (1, 1), SHIPPED: (4, 1), TWICE: (4, 2), HALF: (2, 1), FOUR: (4, 4)}
+MACHINES = {"NVLink rack": 0, "100 Gb/s hosts": 3, "the paper's cluster": 7}  # of pays.places()
+MEASURES = ("tokens", "bytes", *MACHINES)
+Curve = tuple[Sequence[float], Sequence[float]]  # ln tokens, ascending, and losses
+
+
+@functools.cache
+def price(arm: str, measure: str) -> float:
+    """What a token costs over one of fine_grained: 1, bytes, or predicted seconds."""
+    if measure == "tokens":
+        return 1.0
+    parts, more = ARMS[arm]
+    if measure == "bytes":
+        return more / parts
+    place = pays.places()[MACHINES[measure]]
+    return pays.predicted(parts, place, more).total / pays.predicted(1, place).total
+
+
+def curves(runs: Sequence[dict[str, Any]], arm: str) -> dict[int, Curve]:
+    """An arm's losses over ln tokens, by seed."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        if run["name"] == arm and run["width"] == WIDTH:
+            found.setdefault(run["seed"], []).append((float(np.log(run["tokens"])), run["loss"]))
+    return {seed: tuple(zip(*sorted(points), strict=True)) for seed, points in sorted(found.items())}
+
+
+def read_loss(curve: Curve, tokens: float) -> float | None:
+    """The loss after so many tokens, on lines through ln tokens; None outside of what was measured."""
+    at, (known, losses) = float(np.log(tokens)), curve
+    inside = known[0] - 1e-9 <= at <= known[-1] + 1e-9
+    return float(np.interp(at, known, losses)) if inside else None
+
+
+def losses_at(runs: Sequence[dict[str, Any]], arm: str, measure: str, budget: float) -> list[float]:
+    """Losses of an arm's seeds for what `budget` tokens of fine_grained cost."""
+    found = (read_loss(curve, budget / price(arm, measure)) for curve in curves(runs, arm).values())
+    return [loss for loss in found if loss is not None]
+
+
+def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
+    """Means over seeds ± standard error. A cell is empty where an arm has no run that long, or that short, and there is
+    no line where fine_grained and the control stand alone.
+
+    Args:
+      budgets: tokens of fine_grained, whose price each arm has to spend.
+    """
+    lines = [f"| the price of | equal | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 2) + "|"]
+    for budget in budgets:
+        for measure in MEASURES:
+            cells = [within(losses_at(runs, arm, measure, budget), 3) for arm in ARMS]
+            if not any(cells[2:]):  # nothing beside what costs as much
+                continue
+            lines.append(f"| {budget / 1e6:.1f} M tokens | {measure} | {' | '.join(cells)} |")
+    prices = ["| a token's price over fine_grained's | |" + " |" * len(ARMS)]
+    prices += [
+        f"| | {measure} | {' | '.join(f'{price(arm, measure):.2f}' for arm in ARMS)} |" for measure in MEASURES[1:]
+    ]
+    return "\n".join(lines + prices)
+
+
+def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Each arm's loss over what it costs, in tokens of fine_grained; a bar is a standard error."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        for arm, color in zip(ARMS, TABLEAU_COLORS, strict=False):
+            own = [run for run in runs if run["name"] == arm and run["width"] == WIDTH]
+            points = []
+            for tokens in sorted({run["tokens"] for run in own}):
+                losses = [run["loss"] for run in own if run["tokens"] == tokens]
+                error = np.std(losses, ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
+                points.append((tokens * price(arm, measure) / 1e6, np.mean(losses), error))
+            if points:
+                axis.errorbar(*np.transpose(points), label=arm, color=color, marker="o", markersize=3, capsize=2)
+        axis.set(xscale="log", title=measure if measure in ("tokens", "bytes") else f"time: {measure}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set(ylabel="loss, nats a token")
+    figure.supxlabel("what a run costs, in millions of fine_grained's tokens", fontsize=10)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
