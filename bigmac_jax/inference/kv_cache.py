@@ -20,6 +20,7 @@ from bigmac_jax.config import Config
 from bigmac_jax.config.errors import require
 from bigmac_jax.inference.decoder_weights import convert, hold_experts
 from bigmac_jax.inference.int8_weights import dequantize
+from bigmac_jax.inference.layer_loop import Group, Loop, count_trips
 from bigmac_jax.model.attention import Attention, KeyValues, Rows
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.mamba import Mamba, Past, Projected, make_past
@@ -34,7 +35,6 @@ from bigmac_jax.model.transformer import Block, TokenMixer, Transformer, init_mo
 from bigmac_jax.training.step import split_model
 
 WEIGHTS = ("", "float32", "bfloat16", "int8")
-Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
 Pasts = tuple[KeyValues | Past, ...]  # of the branches of a layer that have one: in pages, or of each slot
 Seen = tuple[tuple[tuple[Projected, ...], ...], ...]  # likewise: the tokens of Mamba layers whose past waits for them
 
@@ -126,7 +126,7 @@ def make_cache(decoder: Decoder, pages: int, page_size: int, slots: int = 0) -> 
     """An empty cache with so many pages, and slots for Mamba layers, for each batch shard and layer."""
     sizes = pages, page_size, slots
     pasts = tuple(
-        tuple(make_pasts(decoder.config, layer, *sizes, trips=_trips(group)) for layer in group)
+        tuple(make_pasts(decoder.config, layer, *sizes, trips=count_trips(group)) for layer in group)
         for group in decoder.groups
     )
     return Cache(pasts, None if decoder.store is None else start(decoder.store, decoder.config.execution))
@@ -144,11 +144,6 @@ def make_pasts(config: Config, layer: Block, pages: int, page_size: int, slots: 
         return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=cache_spec()) for _ in range(2)))
 
     return tuple(make(mixer) for _, mixer in layer.mixers() if isinstance(mixer, TokenMixer))
-
-
-def _trips(group: Group) -> int:
-    """Number of times that a loop goes through its layers."""
-    return jax.tree.leaves(group)[0].shape[0]
 
 
 def advance(model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows) -> tuple[Array, Cache]:
@@ -187,7 +182,7 @@ def settle(model: Decoder, cache: Cache, seen: Seen, count_SB: Array) -> Cache:
         if any(seen_by_group):
             xs = (
                 dequantize(group, model.config.execution.dtype),
-                jnp.arange(_trips(group), dtype=jnp.int32),
+                jnp.arange(count_trips(group), dtype=jnp.int32),
                 seen_by_group,
             )
             pasts = jax.lax.scan(step, pasts, xs)[0]
@@ -207,9 +202,11 @@ def only_keys(after: Any, before: Any) -> Any:
 def _advance(
     model: Decoder, cache: Cache, tokens_ST: Array, rows: Rows, settles: bool = True
 ) -> tuple[Array, Cache, Seen]:
-    def step(trips: int, carry: tuple[Array, Any, Any], xs: tuple[Group, Array]) -> tuple[tuple[Array, Any, Any], Any]:
-        (x_STD, pasts, experts), (group, trip) = carry, xs
-        after, seen = [], []
+    def step(
+        loop: Loop, trips: int, carry: tuple[Array, Any, Any], xs: tuple[list[Any], Array]
+    ) -> tuple[tuple[Array, Any, Any], Any]:
+        (x_STD, pasts, experts), (leaves, trip) = carry, xs
+        group, after, seen = loop.in_trip(leaves, trip), [], []
         for layer, of_layer in zip(group, pasts, strict=True):
 
             def compute(layer: Block, x_STD: Array = x_STD, of_layer: Pasts = of_layer) -> Any:
@@ -228,10 +225,10 @@ def _advance(
     idle = find_idle(rows, tokens_ST.shape[1]) if isinstance(experts, Held) else None
     x_STD, groups = as_computed(model.ends).embed(tokens_ST, positions(rows, tokens_ST.shape[1])), []
     for group, pasts in zip(model.groups, cache.pasts, strict=True):
-        trips = _trips(group)
-        of_trips = group, jnp.arange(trips, dtype=jnp.int32)
+        loop, trips = Loop.of(group), count_trips(group)
+        of_trips = loop.sliced, jnp.arange(trips, dtype=jnp.int32)
         carry = x_STD, pasts, experts
-        (x_STD, pasts, experts), seen = jax.lax.scan(functools.partial(step, trips), carry, of_trips)
+        (x_STD, pasts, experts), seen = jax.lax.scan(functools.partial(step, loop, trips), carry, of_trips)
         groups.append((pasts, seen))
     return x_STD, Cache(tuple(pasts for pasts, _ in groups), experts), tuple(seen for _, seen in groups)
 

@@ -6,7 +6,8 @@ one, K pages of a sequence.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,16 +64,23 @@ def rotate(x_BLNH: Array, theta: float, position_BL: Array | None = None) -> Arr
 
 def rotate_to(x_TNH: Array, theta: float, position_T: Array, length: int) -> Array:
     """Rotates tokens that stand at any positions below `length` (`rotate`)."""
-    sin_LH, cos_LH = _angles(x_TNH, theta, length)
-    return _turn(x_TNH, *(v[position_T][:, None] for v in (sin_LH, cos_LH)))
+    if platform() == "cpu":
+        angles: Sequence[Array] = [v_LH[position_T] for v_LH in _angles(x_TNH, theta, length)]
+    else:  # of these positions alone: a slot may have very many, and each layer of a step would compute them all
+        angles = _angles_at(x_TNH, theta, position_T, jnp)
+    return _turn(x_TNH, *(v_TH[:, None] for v_TH in angles))
 
 
-def _angles(x: Array, theta: float, length: int) -> tuple[Array, Array]:
-    """Sines and cosines [L, H/2] of the angles, in the dtype of x [..., H]."""
-    half = x.shape[-1] // 2
+def _angles(x: Array, theta: float, length: int) -> Sequence[Array]:
+    """Sines and cosines [L, H/2] of the positions 0 to L - 1, in the dtype of x [..., H]."""
     # Constants on CPU, where XLA would compute a sine and a cosine for every entry of x, and again in the gradient.
     xp = np if platform() == "cpu" else jnp
-    angle_LH = xp.outer(xp.arange(length), theta ** (-xp.arange(half) / half))
+    return _angles_at(x, theta, xp.arange(length), xp)
+
+
+def _angles_at(x: Array, theta: float, position_L: Any, xp: Any) -> Sequence[Array]:
+    half = x.shape[-1] // 2
+    angle_LH = xp.outer(position_L, theta ** (-xp.arange(half) / half))
     return jnp.asarray(xp.sin(angle_LH), x.dtype), jnp.asarray(xp.cos(angle_LH), x.dtype)
 
 

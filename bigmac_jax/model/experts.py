@@ -16,6 +16,7 @@ from jax import Array
 
 from bigmac_jax.config import Config
 from bigmac_jax.model.exchange.rows import collect, spread, weigh
+from bigmac_jax.model.gathering import InStack
 from bigmac_jax.model.groups import Groups, Sorted, group, most_chosen, sort
 from bigmac_jax.model.kernels import even_matmul_tpu
 from bigmac_jax.model.kernels.grouped_matmul import grouped_matmul, row_tile
@@ -25,6 +26,7 @@ from bigmac_jax.model.mesh import TENSOR, platform, tensor_ranks
 # w_in_eRF, w_out_eFR; where the config has them w_gate_eRF, b_in_eF, b_gate_eF, b_out_eR. Where a gate is not among
 # them, it stands beside W_in in w_in_eRF and b_in_eF, which are twice as wide.
 Weights = dict[str, Array]
+AnyWeights = dict[str, Any]  # of which matrices may be an `InStack`
 # Rows of a block: large enough for a matmul to run at speed, small enough that the padding (half a block an expert, on
 # average) stays cheap.
 BLOCK = 64
@@ -32,7 +34,7 @@ BLOCK = 64
 
 def apply_experts(
     config: Config,
-    w: Weights,
+    w: AnyWeights,
     rows: Array,
     gate_NK: Array | None,
     expert_NK: Array | None,
@@ -60,7 +62,7 @@ def _gather_tensor(rows: Array) -> Array:
 @jax.named_scope("experts")
 def grouped_mlp(
     config: Config,
-    weights: Weights,
+    weights: AnyWeights,
     rows: Array,
     gate_NK: Array | None,
     expert_NK: Array | None,
@@ -77,9 +79,8 @@ def grouped_mlp(
       most_local: how many choices are of a local expert at most; None: as many as the shape of expert_NK allows.
     """
     if expert_NK is None:
-        return _even_mlp(config, weights, rows)
-    rows_NR, e = rows, len(weights["w_in_eRF"])
-    w = {name: value.astype(rows_NR.dtype) for name, value in weights.items()}
+        return _even_mlp(config, _taken(weights), rows)
+    rows_NR, e = rows, weights["w_in_eRF"].shape[0]
     gate_NK = None if gate_NK is None else gate_NK.astype(rows_NR.dtype)
     implementation = _implementation(config)
     if implementation == "kernel":
@@ -91,8 +92,9 @@ def grouped_mlp(
 
         # All slots that are empty stand behind the last group, where nobody reads.
         return _through(kernel, rows_NR, gate_NK, by_expert.slot_NK, by_expert.choice_M, zero_slots=False)
-    groups = layout(config, expert_NK, e, share, most_local)
+    weights, groups = _taken(weights), layout(config, expert_NK, e, share, most_local)
     if implementation == "batched":
+        w = {name: value.astype(rows_NR.dtype) for name, value in weights.items()}
         # In float32, so that the gradients of the rounds are added up in it.
         wide = {name: value.astype(jnp.float32) for name, value in weights.items()}
         y_NR = _rest(config, wide, rows_NR, gate_NK, groups)
@@ -100,6 +102,11 @@ def grouped_mlp(
     w_n = _of_experts(weights, groups.expert_n, rows_NR.dtype)
     mlp = _in_blocks(functools.partial(_mlp, config, w_n), groups.block_nb)
     return _through(mlp, rows_NR, gate_NK, groups.slot_NK, groups.block_nb.reshape(-1))
+
+
+def _taken(weights: AnyWeights) -> Weights:
+    """The layer's arrays, where no kernel reads them in their stack."""
+    return {name: w.take() if isinstance(w, InStack) else w for name, w in weights.items()}
 
 
 def sort_for_kernel(expert_NK: Array, experts: int, most_local: int | None = None) -> Sorted:
@@ -284,7 +291,7 @@ def _even_kernel(config: Config, w: Weights, rows_NR: Array, experts: int) -> Ar
 
 
 def _kernel(
-    config: Config, w: Weights, rows_MR: Array, expert_M: Array, sizes_e: Array, filled_M1: Array | None
+    config: Config, w: AnyWeights, rows_MR: Array, expert_M: Array, sizes_e: Array, filled_M1: Array | None
 ) -> Array:
     """A grouped matmul of the accelerator, which computes the filled rows alone.
 

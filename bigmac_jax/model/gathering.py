@@ -22,19 +22,36 @@ class Crossing(NamedTuple):
     reduce: str  # the ranks' gradients are summed in
 
 
+class InStack(NamedTuple):
+    """Stands where a layer's array stood: the stack of all layers, and which of them is meant. A loop that took it out
+    of the stack would copy it in every step; a kernel reads it where it stands."""
+
+    stack: Array  # [Y, …]
+    layer: Array  # int32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def take(self) -> Array:
+        """The layer's array, copied."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+
+
 class Weight(NamedTuple):
     """A parameter that `on_each_rank` gathers for each rank."""
 
     value: Array  # with REPLICA in `split`, each replica's own, along a dimension before the others
     crossing: Crossing
     split: tuple[str, ...] = ()  # axes that it stays split over
+    layer: Array | None = None  # of an `InStack`, whose stack `value` is
 
 
 def can_join(w: Weight) -> bool:
     """Whether a parameter can stand beside one of its shape: it is cast before it is gathered, and each rank has all of
     its last dimension."""
     on_mesh = not jax.sharding.get_abstract_mesh().empty
-    return on_mesh and w.value.dtype != w.crossing.gather and not names(spec_of(w.value)[-1])
+    return on_mesh and w.layer is None and w.value.dtype != w.crossing.gather and not names(spec_of(w.value)[-1])
 
 
 def join(w: Weight, other: Weight) -> Weight:
@@ -148,30 +165,37 @@ def on_each_rank(
     Without a mesh, it is called with the arrays themselves.
 
     Args:
-      weights: a list or tuple of `Weight`, or a tree of them, which `function` takes as one last argument.
+      weights: a list or tuple of `Weight`, or a tree of them, which `function` takes as one last argument; of one with
+        a `layer` it gets an `InStack`.
       in_spec: how the arrays stand, each, or from their number of dimensions.
       out_specs: by default a [B, L, D] of tokens.
     """
     weights = tuple(weights) if isinstance(weights, list | tuple) else (weights,)
     leaves, tree = jax.tree.flatten(weights, is_leaf=lambda node: isinstance(node, Weight))
+    layers = [w.layer for w in leaves]
+
+    def call(arrays: Sequence[Array], gathered: list[Array], layers: list[Array | None]) -> Any:
+        pairs = zip(gathered, layers, strict=True)
+        values = [value if layer is None else InStack(value, layer) for value, layer in pairs]
+        return function(*arrays, *jax.tree.unflatten(tree, values))
+
     if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays, *jax.tree.unflatten(tree, [w.value.astype(w.crossing.compute) for w in leaves]))
+        return call(arrays, [w.value.astype(w.crossing.compute) for w in leaves], layers)
     specs = [spec_of(w.value) for w in leaves]
     array_specs = [in_spec(array.ndim) for array in arrays] if callable(in_spec) else in_spec
 
-    def on_rank(*values: Array) -> Any:
-        shards = zip(values[len(arrays) :], specs, leaves, strict=True)
+    def on_rank(arrays: list[Array], shards: list[Array], layers: list[Array | None]) -> Any:
         gathered = [
             gather_weight(shard[0], P(*spec[1:]), w.split, w.crossing)
             if REPLICA in w.split
             else gather_weight(shard, spec, w.split, w.crossing)
-            for shard, spec, w in shards
+            for shard, spec, w in zip(shards, specs, leaves, strict=True)
         ]
-        return function(*values[: len(arrays)], *jax.tree.unflatten(tree, gathered))
+        return call(arrays, gathered, layers)
 
     return jax.shard_map(
         on_rank,
-        in_specs=(*array_specs, *specs),
+        in_specs=(list(array_specs), specs, [None if layer is None else P() for layer in layers]),
         out_specs=token_spec(3) if out_specs is None else out_specs,
         axis_names=set(AXES),
-    )(*arrays, *(w.value for w in leaves))
+    )(list(arrays), [w.value for w in leaves], layers)

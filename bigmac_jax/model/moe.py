@@ -232,7 +232,7 @@ class MoE(nnx.Module):
 class RowWeights:
     """What turns a layer's tokens into its outputs on one rank; None, or empty, for what the layer does not have.
 
-    experts: by name, as in `Experts`.
+    experts: by name, as in `Experts`; their matrices in a decoder's loop each an `InStack`.
     down_DR, up_RD: W↓ and W↑.
     dispatch_norm, combine_norm: a norm's scale, and LayerNorm's bias.
     skip_1: α, which scales x' in y' + α x'.

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ExecutionConfig
-from bigmac_jax.model.gathering import Crossing, Weight
+from bigmac_jax.model.gathering import Crossing, InStack, Weight
 from bigmac_jax.model.mesh import REPLICA, Entry, fully_sharded, names
 
 
@@ -171,6 +171,9 @@ def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
     of = declared(variable)
     crossing = of.crossing(config.execution)
     value = variable.get_value()
+    if isinstance(value, InStack):  # a cast would copy the stack
+        dtype = str(value.stack.dtype)
+        return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer)
     value = value.sum() if isinstance(value, Adapted) else value
     split = (*of.split, REPLICA) if value.ndim > len(of.dims) else of.split  # (`training.replicas`)
     return Weight(value, crossing._replace(compute=compute or crossing.compute), split)

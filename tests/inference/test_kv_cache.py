@@ -9,6 +9,7 @@ from model.tools import PAPER, PRESENT, QUICK, abstract_model, on_mesh, random_m
 
 from bigmac_jax.config import Config
 from bigmac_jax.inference.kv_cache import Cache, Decoder, advance, compute_last_logits, make_cache, make_decoder
+from bigmac_jax.inference.layer_loop import Loop
 from bigmac_jax.model.attention import Rows
 from bigmac_jax.model.mesh import axes_of, batch_ranks
 from bigmac_jax.model.transformer import init_model
@@ -147,6 +148,22 @@ def test_what_fsdp_split_is_gathered_once(weights: str) -> None:
         np.testing.assert_array_equal(w, whole)
         matrix_of_experts = "experts" in str(path) and whole.ndim == 4
         assert axes_of(whole.sharding.spec) - {"tensor"} == ({"node", "expert"} if matrix_of_experts else set()), path
+
+
+@pytest.mark.parametrize(
+    ("weights", "fsdp", "structure"),
+    [("", False, "bigmac"), ("", True, "fine_grained"), ("int8", False, "bigmac"), ("", False, "dense")],
+)
+def test_experts_stay_in_their_stack(weights: str, fsdp: bool, structure: str) -> None:
+    """Their matrices alone, and where they are used as they stand: neither from eight bits nor gathered."""
+    config = tiny((2, 1, 2, 1, fsdp), structure=structure, use_bias=True)
+    with on_mesh(config):
+        (group,) = make_decoder(config, random_model(config), weights=weights).groups
+        loop = Loop.of(group)
+        stay = [leaf.shape for leaf in loop.stay if leaf is not None]
+        kept = not (weights or fsdp) and structure == "bigmac"
+        assert stay == ([(2, 8, 4, 16), (2, 8, 16, 4)] if kept else [])
+        assert all((sliced is None) != (stack is None) for sliced, stack in zip(loop.sliced, loop.stay, strict=True))
 
 
 @pytest.mark.parametrize(("unroll", "groups"), [(0, 2), (1, 1), (2, 2)])

@@ -1,8 +1,10 @@
 """The grouped matmul of GPUs, interpreted, against loops over groups in float64; and its lowering without a GPU."""
 
 import contextlib
+import importlib
 import re
 import types
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import triton
 
-from bigmac_jax.model.kernels import grouped_matmul_gpu
+from bigmac_jax.model.gathering import InStack
+from bigmac_jax.model.kernels import grouped_matmul, grouped_matmul_gpu
 from bigmac_jax.model.kernels.grouped_matmul_gpu import gmm, tgmm
 
 from .tools import QUICK, assert_close
@@ -98,6 +101,39 @@ def test_any_lengths_of_groups(shape: tuple[int, int, int, int], count: int) -> 
     vectors = vectors + [random_sizes(rng, M, e) for _ in range(count - len(vectors))]
     for sizes in vectors:
         assert_close(actual(x, w, dy, sizes), expected(x, w, dy, sizes))
+
+
+@pytest.mark.parametrize("kernel", ["gpu", "tpu"])
+def test_matrices_are_read_where_they_stand(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three layers' matrices those of any layer, as if they were alone; groups without rows at both ends."""
+    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")  # the package has its function
+
+    interpreted = {"gpu": partial(gmm, interpret=True), "tpu": partial(megablox.gmm, interpret=True)}
+    monkeypatch.setattr(grouped_matmul_gpu, "gmm", interpreted["gpu"])
+    monkeypatch.setattr(megablox, "gmm", interpreted["tpu"])
+    monkeypatch.setattr(grouped_matmul, "platform", lambda: kernel)
+    M, e, X, Y = 256, 4, 128, 256
+    x, w = draw((M, X), 0), draw((3, e, X, Y), 1)
+    for sizes in ([0, 100, 56, 0], [1, 0, 0, 255]):
+        filled = sum(sizes)
+        for layer in range(3):
+            given = InStack(jnp.asarray(w), jnp.int32(layer))
+            assert given.shape == (e, X, Y)
+            y = jax.jit(grouped_matmul.grouped_matmul)(jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32))
+            want = expected(x, w[layer], np.zeros((M, Y)), sizes)["y"]
+            assert_close({"y": y[:filled]}, {"y": want[:filled]})
+
+
+def test_bytes_are_those_of_the_matrices_that_are_read() -> None:
+    """A reader of programs takes a kernel's time from them."""
+    M, e, X, Y = SHORT
+
+    def bytes_of(w: jax.Array, *first: jax.Array) -> int:
+        call = jax.make_jaxpr(gmm)(jnp.zeros((M, X)), w, jnp.zeros(e, jnp.int32), *first)
+        return int(re.findall(r"bytes_accessed=(\d+)", str(call))[0])
+
+    alone = 4 * (M * X + e * X * Y + M * Y)
+    assert bytes_of(jnp.zeros((e, X, Y))) == alone == bytes_of(jnp.zeros((3 * e, X, Y)), jnp.int32(e))
 
 
 def test_no_rows_at_all() -> None:

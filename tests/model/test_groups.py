@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigmac_jax.model.exchange import rows
 from bigmac_jax.model.experts import grouped_mlp, sort_for_kernel
 from bigmac_jax.model.groups import group, sort
 
@@ -40,6 +41,14 @@ def test_groups(
     assert groups.block_nb.tolist() == block_choices
     assert groups.expert_n.tolist() == block_experts
     assert groups.sizes_e.tolist() == sizes
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_bins(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3, 0, 2 and 0 positions."""
+    monkeypatch.setattr(rows, "platform", lambda: where)
+    found = rows.bin_of(jnp.arange(7, dtype=jnp.int32), jnp.asarray([3, 3, 5, 5], jnp.int32))
+    assert found.dtype == jnp.int32 and found.tolist() == [0, 0, 0, 2, 2, 4, 4]
 
 
 def test_sort() -> None:

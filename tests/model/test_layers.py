@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigmac_jax.model import attention
 from bigmac_jax.model.attention import rotate
 from bigmac_jax.model.kernels.flash_attention import causal_attention
 from bigmac_jax.model.layers import weight_gradient
@@ -64,6 +65,22 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     np.testing.assert_allclose(scores_LL[0, 0], q @ k, rtol=1e-5)  # position 0 is not turned
     angle_LH = np.outer(np.arange(16), 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(turned_q[:, :4], q[:4] * np.cos(angle_LH) - q[4:] * np.sin(angle_LH), atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+def test_tokens_anywhere_turn_as_in_a_sequence(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators without a table of all positions."""
+    monkeypatch.setattr(attention, "platform", lambda: where)
+    position_T, (T, L) = np.array([5, 0, 15, 5], np.int32), (4, 16)
+    x_TNH = np.random.default_rng(0).standard_normal((T, 2, 8)).astype(np.float32)
+    sequence = np.zeros((1, L, 2, 8), np.float32)
+    for x_NH, position in zip(x_TNH, position_T, strict=True):
+        sequence[:, position] = x_NH
+        turned = np.asarray(rotate(jnp.asarray(sequence), 100.0))[0, position]
+        found = attention.rotate_to(jnp.asarray(x_NH[None]), 100.0, jnp.asarray([position]), L)[0]
+        np.testing.assert_allclose(found, turned, atol=1e-6)
+    program = str(jax.make_jaxpr(lambda x, at: attention.rotate_to(x, 100.0, at, 4096))(x_TNH, position_T))
+    assert ("4096" in program) == (where == "cpu")
 
 
 @pytest.mark.parametrize(("shape", "copied"), [((2, 2**11, 2**10), True), ((2, 2**11, 2**10 + 1), False)])

@@ -15,6 +15,7 @@ from bigmac_jax.config.execution import AUTO_BUFFER_FACTOR
 from bigmac_jax.data.batch import batch_from_windows
 from bigmac_jax.model.choose_exchange import choose_exchange, predict_seconds
 from bigmac_jax.model.exchange import STRATEGIES, Plan, Strategy, further_rounds
+from bigmac_jax.model.exchange.costs import cost
 from bigmac_jax.model.exchange.strategy import FEW_ROWS
 from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed
 from bigmac_jax.training.loss import token_scores
@@ -137,24 +138,24 @@ def test_rounds_are_as_many_as_rows_need(exchange: str, factor: float, expected:
 
 
 def test_a_pair_of_ranks_has_room_for_rows_and_for_their_choices() -> None:
-    """Eight experts on 2 × 2 ranks, 16 tokens: a pair has room for 16 rows, which are all, with 24 choices of two
-    experts. Rank 0 sends 7 rows of one choice to rank 2, then 9 of two, of which 8 have room: 7 + 16 = 23 choices."""
+    """Eight experts on 2 × 2 ranks, 32 tokens: a pair has room for 32 rows, which are all, with 48 choices of two
+    experts. Rank 0 sends 15 rows of one choice to rank 2, then 17 of two, of which 16 have room: 15 + 32 choices."""
     exchange = STRATEGIES["dedup"](8, (2, 2), math.inf, EXPERT_GROUP, buffer_factor=3.0)
-    (hop,) = exchange.hops(16, 2)
-    assert (hop.capacity, hop.choices) == (16, 24)
-    mine = [(4, 0)] * 7 + [(4, 5)] * 9
-    others = [(6, 7)] * 16
+    (hop,) = exchange.hops(32, 2)
+    assert (hop.capacity, hop.choices) == (32, 48)
+    mine = [(4, 0)] * 15 + [(4, 5)] * 17
+    others = [(6, 7)] * 32
 
     def on_rank(experts_TK: Array) -> tuple[Array, Array]:
         plan = exchange.plan(experts_TK)
         assert plan.left_TK is not None and plan.expert_NK is not None
-        assert plan.most_local == 4 * 24 < math.prod(plan.expert_NK.shape)  # what grouping reserves, of all ranks
+        assert plan.most_local == 4 * 48 < math.prod(plan.expert_NK.shape)  # what grouping reserves, of all ranks
         return plan.left_TK, jnp.sum(plan.expert_NK < 2, keepdims=True)
 
     left, arrived = on_ranks((2, 2), on_rank)(np.asarray(mine + others * 3, np.int32))
-    assert left[:16].tolist() == [[8, 8]] * 15 + [[4, 5]]
-    assert arrived.reshape(-1).tolist() == [7, 0, 23, 3 * 24]
-    assert left[16:32].tolist() == [[8, 8]] * 12 + [[6, 7]] * 4
+    assert left[:32].tolist() == [[8, 8]] * 31 + [[4, 5]]
+    assert arrived.reshape(-1).tolist() == [15, 0, 47, 3 * 48]
+    assert left[32:64].tolist() == [[8, 8]] * 24 + [[6, 7]] * 8
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -162,6 +163,10 @@ def test_a_step_of_decoding_takes_one_round(exchange: str) -> None:
     made = STRATEGIES[exchange](64, (2, 4), math.inf, EXPERT_GROUP, buffer_factor=1.0)
     assert made.most_rounds(1, 8) == 1 and made.most_rounds(FEW_ROWS // 2, 2) == 1
     assert made.most_rounds(512, 8) > 1
+    # Sixteen slots on eight ranks, eight choices of 128 experts; asking whether anything is left is a collective.
+    alone, several = (cost(STRATEGIES[exchange](128, (1, 8), math.inf, EXPERT_GROUP, buffer_factor=room), tokens, 8)
+                      for room, tokens in ((1.5, 2), (1.5, 512)))  # fmt: skip
+    assert several.collectives == alone.collectives + 1
 
 
 def test_gradients_of_weights_are_summed_in_float32() -> None:
@@ -219,7 +224,7 @@ def test_an_exchange_that_auto_takes_has_what_was_asked() -> None:
     for factor in (1.5, "auto", math.inf):
         config = tiny((1, 1, 4), exchange="auto", buffer_factor=factor)
         with on_mesh(config):
-            asked[factor] = predict_seconds(config, math.inf, 64)
+            asked[factor] = predict_seconds(config, math.inf, 65536)  # to ask takes less than these bytes
     here = {*EXCHANGES} - {"ragged"}  # which is emulated on CPU
     assert asked[1.5].keys() == here and asked["auto"].keys() == asked[math.inf].keys() == here | {"gather"}
     assert asked["auto"]["gather"] == asked[math.inf]["gather"]

@@ -59,6 +59,9 @@ def small() -> Config:
     )  # fmt: skip
 
 
+_MAKES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
+
+
 def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
     module = hlo.parse(compiled.text)
     found = collectives(module, compiled.mesh)
@@ -76,8 +79,15 @@ def facts(compiled: Compiled, config: Config) -> dict[str, Any]:
         if instruction.opcode in ("dot", "convolution")
         and "highest" in instruction.attributes.get("operand_precision", "")
     ]
+    made = {
+        shape.dims
+        for _, use, instruction in module.run()
+        for shape in instruction.shapes
+        if not use.fused and instruction.opcode not in _MAKES_NOTHING
+    }
     return {
         "memory": compiled.memory,
+        "made": sorted(made, key=math.prod)[-20:],  # shapes of the largest arrays that an instruction makes
         "beside": compiled.beside,
         "largest_elements": math.prod(largest[0].shape.dims) if largest else 0,
         "logits": max(logits, default=0),  # numbers of the largest array of them

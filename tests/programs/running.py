@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -51,6 +52,13 @@ def check_host_copies(topology: str, resident: int) -> None:
         assert sum(size * times for size, times, _, _ in program["host_copies"]) == experts
         assert all(asynchronous and products >= 3 for _, _, asynchronous, products in program["host_copies"])
         assert program["memory"]["arguments"] < experts
+
+
+def check_no_expert_is_copied(topology: str) -> None:
+    """A step of decoding reads each layer's experts where they stand, in a stack that no fast memory holds."""
+    asked = "mesh.expert=8", "data.batch_size=16", *WIDE, "model.expert_hidden_size=4096"
+    made = compiled(topology, "decode", *asked)["decode"]["made"]
+    assert made and max(map(math.prod, made)) < EXPERTS // 8 * 512 * 4096, made
 
 
 def check_expert_copies(topology: str, resident: int) -> None:

@@ -9,6 +9,7 @@ from .running import (
     check_expert_copies,
     check_host_copies,
     check_host_memory,
+    check_no_expert_is_copied,
     check_replicas,
     compiled,
     planned,
@@ -60,6 +61,10 @@ def test_programs(case: tuple) -> None:
 @pytest.mark.parametrize(("topology", "expert"), [("h100:2x8", 8), ("gb200:2x16", 16), ("gb300:2x8", 8)])
 def test_what_crosses_hosts_or_racks(topology: str, expert: int) -> None:
     check_replicas(topology, f"mesh.expert={expert}", "mesh.fsdp=True", "execution.reduce_dtype=bfloat16")
+
+
+def test_a_decode_step_copies_no_experts() -> None:
+    check_no_expert_is_copied("h100:1x8")
 
 
 def test_a_next_token_module_drafts() -> None:

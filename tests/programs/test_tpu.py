@@ -10,7 +10,15 @@ import pytest
 from model.tools import pairwise
 
 from .compiled import CHUNK, EXPERTS, HYBRID, VOCAB
-from .running import case_name, check_expert_copies, check_host_copies, check_host_memory, check_replicas, compiled
+from .running import (
+    case_name,
+    check_expert_copies,
+    check_host_copies,
+    check_host_memory,
+    check_no_expert_is_copied,
+    check_replicas,
+    compiled,
+)
 
 pytestmark = pytest.mark.tpu
 RANKS, ROWS, LENGTH = 32, 64, 256
@@ -103,6 +111,10 @@ def test_compilation_takes_as_long_for_many_layers() -> None:
     for name in ("prefill", "decode"):
         assert many[name]["largest_elements"] > 0
         assert math.isclose(many[name]["memory"]["code"], few[name]["memory"]["code"], rel_tol=0.3), name
+
+
+def test_a_decode_step_copies_no_experts() -> None:
+    check_no_expert_is_copied("v6e:2x4")
 
 
 @pytest.mark.parametrize(("topology", "ranks"), [("v6e:2x4", 8), ("v6e:8x8", 64)])

@@ -46,7 +46,7 @@ class Cost(NamedTuple):
       dispatch, combine: rows, room without a token included.
       useful: rows of one exchange that hold a token, at uniform routing.
       metadata, metadata_gradient: bytes beside rows (experts, counts, gates), forward and in the gradient.
-      collectives: of rows and of metadata.
+      collectives: of rows, of metadata, and of what is left for another round.
     """
 
     dispatch: Sent = NOTHING
@@ -62,7 +62,11 @@ def cost(exchange: Strategy, tokens: int, choices: int) -> Cost:
 
     The ragged exchange's is that of exact rows, also on CPU, where an emulation sends more.
     """
-    return Cost() if exchange.ranks == 1 else _cost(exchange, tokens, choices)
+    if exchange.ranks == 1:
+        return Cost()
+    spent = _cost(exchange, tokens, choices)
+    asks = exchange.most_rounds(tokens, choices) > 1  # whether any rank has something left
+    return spent._replace(collectives=spent.collectives + asks)
 
 
 @functools.singledispatch

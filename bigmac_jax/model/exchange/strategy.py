@@ -18,8 +18,8 @@ from jax import Array
 from bigmac_jax.model.exchange.wire import Wire
 
 # Least rows per pair of ranks in a round: a decode step's few tokens would otherwise get a buffer of one or two rows,
-# and many rounds.
-FEW_ROWS = 8
+# and many rounds. Two tokens with eight choices each have room in one, and need not ask whether anything is left.
+FEW_ROWS = 16
 
 Routes = TypeVar("Routes")
 

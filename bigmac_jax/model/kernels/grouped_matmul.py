@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.model.exchange.rows import bin_of
+from bigmac_jax.model.gathering import InStack
 from bigmac_jax.model.kernels import grouped_matmul_gpu
 from bigmac_jax.model.mesh import AXES, platform
 
@@ -23,7 +24,7 @@ _MATRIX_TILE = 2**20
 _GRADIENT_BYTES = 15 << 20
 
 
-def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
+def grouped_matmul(x_MX: Array, w_eXY: Array | InStack, sizes_e: Array) -> Array:
     """Rows of group i times matrix i, in x's dtype; rows behind the last group are undefined.
 
     The gradient of w is written in w's dtype, which may be wider than x's: what is added up next needs no pass that
@@ -31,7 +32,16 @@ def grouped_matmul(x_MX: Array, w_eXY: Array, sizes_e: Array) -> Array:
 
     On TPU jax's Pallas megablox kernel, because plain `ragged_dot` compiles to a product over every group on v5e and
     v6e; M must be a multiple of its row tile. On GPU, where it is one everywhere, our own (`gpu_kernels`).
+
+    Args:
+      w_eXY: one `InStack` is read where it stands, and has no gradient.
     """
+    if isinstance(w_eXY, InStack):
+        if platform() not in ("tpu", "gpu") or w_eXY.stack.dtype != x_MX.dtype:
+            return grouped_matmul(x_MX, w_eXY.take(), sizes_e)
+        w_iXY = w_eXY.stack.reshape(-1, *w_eXY.stack.shape[-2:])
+        product = partial(_gmm, transpose_rhs=False)
+        return on_this_rank(product, x_MX, w_iXY, sizes_e, w_eXY.layer * sizes_e.size)
     if platform() in ("tpu", "gpu"):
         return _kernel(x_MX, w_eXY, sizes_e, str(w_eXY.dtype))
     return _every_group(x_MX, w_eXY.astype(x_MX.dtype), sizes_e)
@@ -69,12 +79,16 @@ def _kernel_bwd(gradient: str, saved: Any, dy_MY: Array) -> tuple[Array, Array, 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
 
 
-def _gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, transpose_rhs: bool) -> Array:
+def _gmm(x_MX: Array, w_iXY: Array, sizes_e: Array, first: Array | None = None, *, transpose_rhs: bool) -> Array:
+    """`first` is that of the e groups' matrices, if there are more."""
     if platform() == "gpu":
-        return grouped_matmul_gpu.gmm(x_MX, w_eXY, sizes_e, transpose_rhs=transpose_rhs)
+        return grouped_matmul_gpu.gmm(x_MX, w_iXY, sizes_e, first, transpose_rhs=transpose_rhs)
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    return gmm(x_MX, w_eXY, sizes_e, preferred_element_type=x_MX.dtype, tiling=_tiling, transpose_rhs=transpose_rhs)
+    # The kernel multiplies group i with matrix i - group_offset.
+    offset = None if first is None else -first
+    kind = {"preferred_element_type": x_MX.dtype, "tiling": _tiling, "transpose_rhs": transpose_rhs}
+    return gmm(x_MX, w_iXY, sizes_e, group_offset=offset, **kind)
 
 
 def _tgmm(x_MX: Array, dy_MY: Array, sizes_e: Array, dtype: Any) -> Array:

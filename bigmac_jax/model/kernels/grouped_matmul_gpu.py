@@ -48,18 +48,29 @@ _TILES = {
 _ABREAST = 8
 
 
-def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = False, interpret: bool = False) -> Array:
+def gmm(
+    x_MX: Array,
+    w_iXY: Array,
+    sizes_e: Array,
+    first: Array | None = None,
+    *,
+    transpose_rhs: bool = False,
+    interpret: bool = False,
+) -> Array:
     """Rows of group i times matrix i → y_MY, in x's dtype, summed in float32.
 
     Args:
-      w_eXY: cast to x's dtype as it is read; [e, Y, X] if `transpose_rhs`.
+      w_iXY: cast to x's dtype as it is read; [i, Y, X] if `transpose_rhs`. One for each group.
+      first: the matrix of the first group, if there are more of them.
     """
     (M, X), e = x_MX.shape, sizes_e.size
-    Y = w_eXY.shape[1 if transpose_rhs else 2]
-    if w_eXY.shape != ((e, Y, X) if transpose_rhs else (e, X, Y)):
-        raise ValueError(f"x {x_MX.shape} and {e} groups do not fit w {w_eXY.shape} with {transpose_rhs=}")
+    i, Y = w_iXY.shape[0], w_iXY.shape[1 if transpose_rhs else 2]
+    if w_iXY.shape != ((i, Y, X) if transpose_rhs else (i, X, Y)) or (i != e if first is None else i < e):
+        raise ValueError(f"x {x_MX.shape} and {e} groups do not fit w {w_iXY.shape} with {transpose_rhs=}")
     tiles = _TILES[x_MX.dtype.itemsize, e * _LONG <= M]
     visits = _visits(sizes_e, M, tiles.rows)
+    if first is not None:
+        visits = (visits[0] + first, *visits[1:])
     return _call(
         partial(_gmm, tiles=tiles, transpose_rhs=transpose_rhs),
         "grouped_matmul_dx" if transpose_rhs else "grouped_matmul_fwd",
@@ -68,8 +79,9 @@ def gmm(x_MX: Array, w_eXY: Array, sizes_e: Array, *, transpose_rhs: bool = Fals
         2 * M * X * Y,
         jax.ShapeDtypeStruct((M, Y), x_MX.dtype),
         visits,
-        (x_MX, w_eXY),
+        (x_MX, w_iXY),
         interpret,
+        (i - e) * X * Y * w_iXY.dtype.itemsize,
     )
 
 
@@ -103,9 +115,10 @@ def _call(
     schedule: tuple[Array, ...],
     operands: tuple[Array, Array],
     interpret: bool,
+    unread: int = 0,
 ) -> Array:
-    """A kernel over whole arrays, which finds its tiles by the schedule."""
-    size = sum(a.size * a.dtype.itemsize for a in (*operands, out))
+    """A kernel over whole arrays, which finds its tiles by the schedule; `unread` bytes of them it leaves alone."""
+    size = sum(a.size * a.dtype.itemsize for a in (*operands, out)) - unread
     return pl.pallas_call(
         kernel,
         out,
