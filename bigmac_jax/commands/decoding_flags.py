@@ -23,7 +23,7 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights", "", WEIGHTS, "What weights are kept in: float32, bfloat16 or int8; by default the run's execution.dtype."
 )
 _UNROLL = flags.DEFINE_bool(
-    "unroll_layers", False, "On TPU and GPU: no loop over the layers, whose weights it copies; takes longer to compile."
+    "unroll_layers", False, "On GPU: no loop over the layers, whose dense weights it copies; takes longer to compile."
 )
 _RESIDENT_LAYERS = flags.DEFINE_integer(
     "resident_layers", None, "Experts stand in host memory, of so many layers on the device; 0: all on the device.", 0

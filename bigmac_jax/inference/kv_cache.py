@@ -53,7 +53,7 @@ class Decoder:
 
     A group is a loop over layers (`stacks_of_loops`), so that compilation does not take longer the more there are. On
     CPU it is one trip, and elsewhere with execution.unroll_layers, because a step that reads one of stacked layers
-    copies it first.
+    copies what it slices (`layer_loop.Loop`).
     """
 
     ends: Transformer  # embedding, final norm and unembedding; its stacks of layers are None
