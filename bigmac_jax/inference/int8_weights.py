@@ -1,8 +1,8 @@
 """Weights of eight bits: integers, and a scale for every channel.
 
 Matrices and tables of tokens are quantized; norms, biases, positions and the router are not. Products are computed in
-execution.dtype: a layer's weights are dequantized where it is computed, which an accelerator's compiler fuses into the
-product.
+execution.dtype: a layer's weights are dequantized where it is computed. An accelerator's compiler fuses that into the
+product, but not into the kernels of experts, which get a copy.
 """
 
 from typing import Any, NamedTuple
