@@ -71,6 +71,7 @@ def compare(model: str, mesh: tuple[int, ...], layers: int, how: Speculation | N
     return compared
 
 
+@pytest.mark.full
 def test_joining_requests_get_the_tokens_of_experts_on_the_device() -> None:
     assert compare("two stacks", (1, 1, 1), 3, None, "", range(2)) > 50
 

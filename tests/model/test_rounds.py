@@ -47,10 +47,8 @@ SKEWS = {"random": {}, "skewed": {4: 0.2, 5: 0.1}, "same experts": {4: 30.0, 5: 
 QUICK_CASES = [
     ("all_to_all", (1, 1, 8), 1.0, 1, "skewed"),
     ("all_to_all", (1, 1, 4, 2, True, True), 1.5, 2, "same experts"),
-    ("dedup", (2, 1, 4), 1.0, 2, "skewed"),
     ("hierarchical", (1, 4, 2), 1.0, 1, "same experts"),
     ("ragged", (1, 2, 4), 1.0, 2, "same experts"),
-    ("ragged", (2, 1, 4), 1.5, 1, "skewed"),
 ]
 REST = sorted(set(itertools.product(EXCHANGES, MESHES, FACTORS, CHUNKS, SKEWS)) - set(QUICK_CASES))
 FIELDS = ("exchange", "mesh", "factor", "chunks", "skew")

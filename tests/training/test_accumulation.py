@@ -99,7 +99,7 @@ def gradients(config: Config, batch: Batch) -> dict[str, np.ndarray]:
 FACTORS = (STRUCTURES, OBJECTIVES, DOCUMENTS, MESHES, ROWS, PARTS)
 COVERING = pairwise(*FACTORS)
 EVERY = itertools.product([*STRUCTURES, *OTHER_STRUCTURES], OBJECTIVES, DOCUMENTS, MESHES + OTHER_MESHES, ROWS, PARTS)
-FEW = COVERING[::4]  # test_replicas.py and the oracle cross them, too
+FEW = COVERING[::6]  # test_replicas.py and the oracle cross them, too
 CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.full) for case in EVERY if case not in set(FEW))]
 
 
