@@ -40,10 +40,10 @@ def check_place(place: str, name: str) -> str:
 
 
 def missing_place_fix(place: str, fix: str, hub: str = _HUB) -> str:
-    """Ends the line for a path that is not there: with what is there under nearly that name, or with `fix`.
+    """Makes the end of an error's line for a path that is not there: paths of nearly that name, or else `fix`.
 
     Args:
-      hub: says besides what to do where it looks like a name on Hugging Face's hub.
+      hub: is said besides where the path looks like a name on Hugging Face's hub.
     """
     path = pathlib.Path(place)
     if "://" in place or os.path.exists(place):

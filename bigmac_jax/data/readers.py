@@ -35,7 +35,8 @@ def read_slice(path: pathlib.Path, kind: Kind, part: Slice, field: TextField, co
 
 
 def cut_slices(number: int, path: pathlib.Path, kind: Kind, size: int, unit: int) -> list[Slice]:
-    """Cuts a file, `number` of a corpus, into slices of about `unit` bytes, if its kind allows that."""
+    """Cuts a file into slices of about `unit` bytes, or takes it whole where its kind can't be cut; `number` is its
+    place in the corpus."""
     if kind.compression or size <= unit or kind.name not in ("jsonl", *kinds.TABLES):
         return [Slice(number, size=size)]
     if kind.name == "jsonl":

@@ -87,8 +87,12 @@ class Format(Protocol):
         ...
 
     def from_json(self, values: dict[str, Any], checkpoint: Checkpoint) -> Config:
-        """The config of a checkpoint, which leaves out tensors that it does not ask for, if other readers do so, too;
-        raises ConfigError where we have no equivalent."""
+        """Makes our config from the values of config.json. Tensors of the checkpoint that these don't ask for are left
+        out where other readers of the format leave them out, too.
+
+        Raises:
+          ConfigError: a value has no equivalent here.
+        """
         ...
 
     def split_stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Index]]:
@@ -153,7 +157,8 @@ def common_json(config: Config) -> dict[str, Any]:
 
 
 def attention_tensors(prefix: str, layer: int, branch: str = "layers.attention") -> Iterator[Tensor]:
-    """The four matrices of attention, which every class calls q_proj, k_proj, v_proj and o_proj."""
+    """The four matrices of attention, which every class of transformers calls q_proj, k_proj, v_proj and o_proj, under
+    `prefix` there and `branch` here."""
     for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}.items():
         yield Tensor(f"{prefix}.{theirs}.weight", f"{branch}.{ours}.w_DF", layer, transposed=True)
 

@@ -85,7 +85,7 @@ def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: 
 
 
 def merged(params: nnx.State) -> nnx.State:
-    """`attached` parameters as those of a plain model; others stay."""
+    """The parameters of a plain model: each with an adapter, as `attached` gives it, becomes w + a b; others stay."""
     flat = {
         path: variable.replace(value.sum()) if isinstance(value := variable.get_value(), Adapted) else variable
         for path, variable in nnx.to_flat_state(params)

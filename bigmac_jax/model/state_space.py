@@ -65,8 +65,8 @@ def last_inputs(x_BLF: Array, past_BKF: Array, count_B: Array) -> Array:
 
 @jax.named_scope("time_step")
 def time_step(time_BLN: Array, bias_N: Array, least: float, most: float, count_B: Array | None) -> Array:
-    """softplus(time + bias) in float32, held between `least` and `most`; 0 behind a row's first `count_B` tokens, where
-    the state then stays what it is."""
+    """softplus(time + bias) in float32, held between `least` and `most`; 0 past a row's first `count_B` tokens
+    (None: all are), where the state then stays what it is."""
     dt_BLN = jnp.clip(jax.nn.softplus(time_BLN.astype(jnp.float32) + bias_N[None, None]), least, most)
     if count_B is None:
         return dt_BLN

@@ -56,7 +56,8 @@ def gap(name: str, base: str, width: int) -> tuple[Measured, int] | None:
 
 
 def tokens_factor(behind: Measured, slope: Measured) -> Measured:
-    """How many times the tokens make up for a gap of `behind` nats."""
+    """How many times as many tokens make up for a gap of `behind` nats; `slope` is what e times the tokens take off the
+    loss."""
     folds = behind.value / slope.value
     value = math.exp(folds)
     return Measured(value, value * math.hypot(behind.error, folds * slope.error) / slope.value)

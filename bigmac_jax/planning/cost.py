@@ -187,7 +187,7 @@ def gradient_seconds(setting: Setting) -> float:
 
 
 def replica_seconds(setting: Setting) -> float:
-    """Seconds of summing gradients over replicas, once a step, each rank its shard."""
+    """Seconds of a step in which replicas sum their gradients; each rank sums those of its shard."""
     here = setting.here
     return here.around(counts.replica_bytes(setting.config, here.sizes), here.replicas, here.inside)
 

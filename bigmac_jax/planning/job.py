@@ -239,8 +239,8 @@ def passes_of(part: str, forward: float, again: Mapping[str, float]) -> float:
 
 
 def product_seconds(job: Job, hardware: Hardware) -> dict[str, float]:
-    """Seconds of a rank's products by part of the model: each as long as its FLOPs take at what a large product
-    reaches of the peak, or its bytes over the memory's bandwidth, whichever is longer."""
+    """Seconds of a rank's matrix products in a step, by part of the model: of each the longer of its FLOPs, at the
+    share of the peak that a large product reaches, and its bytes over the memory's bandwidth."""
     seconds: dict[str, float] = {}
     for product in job.shape.products():
         part = product.part

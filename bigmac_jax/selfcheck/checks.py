@@ -278,9 +278,12 @@ def count_nodes(devices: Sequence[Any]) -> int:
 
 
 def compare(actual: Arrays, expected: Arrays, bound: float) -> str:
-    """Raises MismatchError unless each array is within `bound` of the largest entry of the one expected.
+    """Compares arrays with those expected → a line that says the largest difference.
 
     An array may have a leading dimension of ranks that the expected one lacks.
+
+    Raises:
+      MismatchError: an array differs by more than `bound` times the largest entry of the one expected.
     """
     worst = 0.0
     for name, b in expected.items():

@@ -97,7 +97,8 @@ def merge_adapters(model: Transformer) -> Transformer:
 def build_model(
     config: Config, graphdef: Any, params: nnx.State, state: TrainState, dropout_key: Array | None = None
 ) -> Transformer:
-    """The model of a state with other `params`, which are its own or its adapters'."""
+    """The model with `params` for what is trained, and the rest from the state. Of a run with adapters `params` are
+    theirs, and the model's own are `state.base`."""
     if not config.tuning.train_router:
         params = map_declared(lambda of, w: jax.lax.stop_gradient(w) if of.part == "router" else w, params)
     if state.base is not None:

@@ -169,10 +169,10 @@ def with_absolute_places(config: Config) -> Config:
 
 
 def inherit_config(origin: Pretrained, given: Mapping[str, str]) -> Config:
-    """The config of a run that begins with `origin`, where its user says nothing else: that model, trained as it was.
+    """Makes the config that a run beginning with `origin` has before its user's fields: that model, trained as it was.
 
     Args:
-      given: the user's fields by full name; with data of its own, the run inherits neither data nor held-out splits.
+      given: the user's fields by full name; where they name data, neither data nor held-out splits are inherited.
     """
     config, data = origin.config, origin.config.data
     if given.get("data.source") or given.get("data.mixture"):

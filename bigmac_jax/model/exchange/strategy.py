@@ -140,7 +140,13 @@ def room(rows: float, at_most: int) -> int:
 
 
 def round_room(factor: float, expected: float, worst: int, choices: int = 1) -> int:
-    """Rows that a pair of ranks has room for in each round, or choices, of which a row has `choices` at most."""
+    """Rows, or (row, choice) pairs, that a pair of ranks has room for in each round.
+
+    Args:
+      factor: room over what is expected (`buffer_factor`).
+      expected: rows or pairs at uniform routing; `worst`: the most that there can be.
+      choices: what the least room is multiplied by: 1 for rows, for pairs the most of a row.
+    """
     return room(max(factor * expected, FEW_ROWS * choices), worst)
 
 

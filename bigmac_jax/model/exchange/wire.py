@@ -80,7 +80,8 @@ class Wire:
         return self.move(x_TR, None, self._gather, None)
 
     def reduce(self, y_STR: Array) -> Array:
-        """Each rank's own rows, summed over the ranks: the transpose of `gather`."""
+        """Sums what all S ranks have for a rank's rows, y_STR → its own rows [T, R] (a reduce-scatter): the transpose
+        of `gather`."""
         return self.move(y_STR, None, None, self._gather)
 
     def swap_metadata(self, x_SC: Array) -> Array:

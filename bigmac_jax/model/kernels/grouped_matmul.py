@@ -128,7 +128,8 @@ def _gradient_tiling(itemsize: int, written: int, M: int, X: int, Y: int) -> tup
 
 
 def on_this_rank(kernel: Callable[..., Any], *inputs: Any) -> Any:
-    """Calls a kernel that doesn't say, as shard_map's check asks, that its results differ from rank to rank.
+    """Calls a kernel without shard_map's check of which axes its results vary over, which kernels don't say, and marks
+    the results as different on every rank.
 
     Inputs and results are trees of arrays. Without a mesh it is a plain call.
     """
