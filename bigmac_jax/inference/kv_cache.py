@@ -107,7 +107,7 @@ def make_decoder(
     for stack in stacks:
         setattr(ends, stack.name, None)
     modules, ends.mtp = ends.mtp, None
-    # A loop over stacked layers copies the weights of each out of the stack, in every step.
+    # A loop over stacked layers copies what it slices out of the stack, in every step.
     one_by_one = execution.unroll_layers >= config.model.depth or (not execution.unroll_layers and platform() == "cpu")
     to_decoder = functools.partial(convert, config, consume=consume, weights=weights, gathered=gathered)
     store = None

@@ -49,7 +49,8 @@ def _stays(leaf: Any, declaration: Any) -> bool:
     TPU row by row, as a kernel takes them; XLA turns over what does not fill whole lanes, and would copy all layers."""
     if not (isinstance(leaf, Array) and isinstance(declaration, Declaration) and leaf.shape[0] > 1):
         return False
-    by_rows = platform() != "tpu" or all(size % _LANES == 0 for size in leaf.shape[-2:])
+    on_rank = jax.typeof(leaf).sharding.shard_shape(leaf.shape)
+    by_rows = platform() != "tpu" or all(size % _LANES == 0 for size in on_rank[-2:])
     of_experts = declaration.part == "experts" and not declaration.small
     return of_experts and by_rows and axes_of(spec_of(leaf)) <= set(declaration.split)
 

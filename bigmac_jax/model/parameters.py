@@ -171,9 +171,11 @@ def weight(config: Config, variable: nnx.Variable, compute: str = "") -> Weight:
     of = declared(variable)
     crossing = of.crossing(config.execution)
     value = variable.get_value()
-    if isinstance(value, InStack):  # a cast would copy the stack
+    if isinstance(value, InStack):
         dtype = str(value.stack.dtype)
-        return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer)
+        if dtype == crossing.gather:
+            return Weight(value.stack, Crossing(dtype, dtype, dtype), of.split, value.layer)
+        value = value.take()  # a cast would copy the stack
     value = value.sum() if isinstance(value, Adapted) else value
     split = (*of.split, REPLICA) if value.ndim > len(of.dims) else of.split  # (`training.replicas`)
     return Weight(value, crossing._replace(compute=compute or crossing.compute), split)

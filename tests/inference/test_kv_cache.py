@@ -1,5 +1,6 @@
 """Steps over the paged cache give the logits of the full forward pass, at every position, however the pages stand."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -164,6 +165,14 @@ def test_experts_stay_in_their_stack(weights: str, fsdp: bool, structure: str) -
         kept = not (weights or fsdp) and structure == "bigmac"
         assert stay == ([(2, 8, 4, 16), (2, 8, 16, 4)] if kept else [])
         assert all((sliced is None) != (stack is None) for sliced, stack in zip(loop.sliced, loop.stay, strict=True))
+
+
+def test_what_is_gathered_in_fewer_bits_is_rounded_in_a_loop_too() -> None:
+    """A run in float32 that gathers in bfloat16 was trained with rounded weights."""
+    config = config_of("bigmac", "1x8", "present", num_layers=2)
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, gather_dtype="bfloat16"))
+    found, expected = paged_and_full(config, "all_to_all")
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("unroll", "groups"), [(0, 2), (1, 1), (2, 2)])

@@ -16,6 +16,7 @@ from .running import (
     check_host_copies,
     check_host_memory,
     check_no_expert_is_copied,
+    check_no_stack_is_copied,
     check_replicas,
     compiled,
 )
@@ -115,6 +116,7 @@ def test_compilation_takes_as_long_for_many_layers() -> None:
 
 def test_a_decode_step_copies_no_experts() -> None:
     check_no_expert_is_copied("v6e:2x4")
+    check_no_stack_is_copied("v6e:2x4")
 
 
 @pytest.mark.parametrize(("topology", "ranks"), [("v6e:2x4", 8), ("v6e:8x8", 64)])
