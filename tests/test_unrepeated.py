@@ -125,8 +125,9 @@ def test_an_equal_price_buys_more_tokens_of_what_costs_less() -> None:
     assert equal.losses_at(runs, equal.SHIPPED, "bytes", 1.0e6) == pytest.approx([4.0, 4.5])
     assert equal.losses_at(runs, equal.SHIPPED, "bytes", 1.1e6) == []  # no run is that long
     rows = equal.table(runs, [1.0e6]).splitlines()
-    assert rows[2] == "| 1.0 M tokens | tokens | 6.500 |  | 6.000 |  |  |  |"
-    assert rows[3] == "| 1.0 M tokens | bytes | 6.500 |  | 4.250 ± 0.250 |  |  |  |"
+    assert rows[2] == "| 1.0 M tokens | tokens | 6.500 (1) |  | 6.000 (1) |  |  |  |"
+    assert rows[3] == "| 1.0 M tokens | bytes | 6.500 (1) |  | 4.250 ± 0.250 (2) |  |  |  |"
+    assert equal.cell(runs, equal.SHIPPED, "tokens", 3.0e6).startswith("~")
 
 
 def test_what_ends_beside_a_failure_is_kept(tmp_path: pathlib.Path) -> None:

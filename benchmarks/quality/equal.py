@@ -1,7 +1,9 @@
 """What arms lose at equal tokens, at equal bytes of the exchange, and at equal predicted time on three machines.
 
-Losses are those of benchmarks.quality.unrepeated at h = 128. Times are predicted for a model of Qwen3-30B-A3B's size
-with the structure of the arm (benchmarks.pays): steps of h = 128 would be nothing but latencies.
+Losses are those of benchmarks.quality.unrepeated at h = 128. Bytes are the paper's: a row for each choice. Times are
+predicted for a model of Qwen3-30B-A3B's size with the structure of the arm, by the fastest exchange, which may send a
+row once for several choices (benchmarks.pays): steps of h = 128 would be nothing but latencies. A ratio of predicted
+times is known within `pays.ERROR`.
 """
 
 import functools
@@ -20,7 +22,11 @@ from benchmarks.quality.unrepeated import CONTROL, FINE, FOUR, HALF, SHIPPED, TW
 WIDTH = 128
 # An arm's latent is 1/parts of h wide, and it has `more` times as many experts and choices.
 ARMS = {FINE: (1, 1), CONTROL: (1, 1), SHIPPED: (4, 1), TWICE: (4, 2), HALF: (2, 1), FOUR: (4, 4)}
-MACHINES = {"NVLink rack": 0, "100 Gb/s hosts": 3, "the paper's cluster": 7}  # of pays.places()
+MACHINES = {  # as in pays.places()
+    "NVLink rack": "one NVLink rack: 64 GB200",
+    "100 Gb/s hosts": "8 hosts on Ethernet: H100, 100 Gb/s a host",
+    "the paper's cluster": "the paper's cluster: A40, twice as many",
+}
 MEASURES = ("tokens", "bytes", *MACHINES)
 Curve = tuple[Sequence[float], Sequence[float]]  # ln tokens, ascending, and losses
 
@@ -33,7 +39,7 @@ def price(arm: str, measure: str) -> float:
     parts, more = ARMS[arm]
     if measure == "bytes":
         return more / parts
-    place = pays.places()[MACHINES[measure]]
+    (place,) = (place for place in pays.places() if place.name == MACHINES[measure])
     return pays.predicted(parts, place, more).total / pays.predicted(1, place).total
 
 
@@ -59,9 +65,19 @@ def losses_at(runs: Sequence[dict[str, Any]], arm: str, measure: str, budget: fl
     return [loss for loss in found if loss is not None]
 
 
+def cell(runs: Sequence[dict[str, Any]], arm: str, measure: str, budget: float) -> str:
+    """The mean over seeds ± standard error; ~ before it where it lies between two lengths, which makes it a little too
+    high, and in brackets how many seeds it has if they are not three."""
+    losses, tokens = losses_at(runs, arm, measure, budget), budget / price(arm, measure)
+    if not losses:
+        return ""
+    exact = any(run["name"] == arm and abs(run["tokens"] / tokens - 1) < 1e-3 for run in runs)
+    return ("" if exact else "~") + within(losses, 3) + ("" if len(losses) == 3 else f" ({len(losses)})")
+
+
 def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
-    """Means over seeds ± standard error. A cell is empty where an arm has no run that long, or that short, and there is
-    no line where fine_grained and the control stand alone.
+    """Losses as `cell` writes them. A cell is empty where an arm has no run that long, or that short; there is no line
+    where fine_grained and the control stand alone.
 
     Args:
       budgets: tokens of fine_grained, whose price each arm has to spend.
@@ -69,7 +85,7 @@ def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
     lines = [f"| the price of | equal | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 2) + "|"]
     for budget in budgets:
         for measure in MEASURES:
-            cells = [within(losses_at(runs, arm, measure, budget), 3) for arm in ARMS]
+            cells = [cell(runs, arm, measure, budget) for arm in ARMS]
             if not any(cells[2:]):  # nothing beside what costs as much
                 continue
             lines.append(f"| {budget / 1e6:.1f} M tokens | {measure} | {' | '.join(cells)} |")
@@ -77,11 +93,13 @@ def table(runs: Sequence[dict[str, Any]], budgets: Sequence[float]) -> str:
     prices += [
         f"| | {measure} | {' | '.join(f'{price(arm, measure):.2f}' for arm in ARMS)} |" for measure in MEASURES[1:]
     ]
-    return "\n".join(lines + prices)
+    return "\n".join(
+        [*lines, *prices, "", f"Errors are those of seeds; prices in time are known within {pays.ERROR:.0%}."]
+    )
 
 
 def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Each arm's loss over what it costs, in tokens of fine_grained; a bar is a standard error."""
+    """Each arm's loss over what it costs, in tokens of fine_grained; a bar is a standard error, of one seed none."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     for axis, measure in zip(axes, MEASURES, strict=True):
@@ -93,10 +111,14 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
                 error = np.std(losses, ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
                 points.append((tokens * price(arm, measure) / 1e6, np.mean(losses), error))
             if points:
-                axis.errorbar(*np.transpose(points), label=arm, color=color, marker="o", markersize=3, capsize=2)
+                seeds = len({run["seed"] for run in own})
+                label = arm if seeds == 3 else f"{arm} ({seeds} seed{'s' * (seeds > 1)})"
+                axis.errorbar(*np.transpose(points), label=label, color=color, marker="o", markersize=3, capsize=2)
         axis.set(xscale="log", title=measure if measure in ("tokens", "bytes") else f"time: {measure}")
-        axis.grid(alpha=0.3, which="both")
+        axis.set_xticks([0.5, 1, 2, 5, 10], labels=["0.5", "1", "2", "5", "10"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     axes[0].set(ylabel="loss, nats a token")
     figure.supxlabel("what a run costs, in millions of fine_grained's tokens", fontsize=10)
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
