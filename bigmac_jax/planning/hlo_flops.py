@@ -53,12 +53,22 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int:
         dims = next(shape.dims for shape in computation.operands(instruction) if shape.dtype[0] not in "su")
         B, N, L, H = (1, *dims)[-4:] if kernel.startswith("splash") else (dims[0], dims[2], dims[1], dims[3])
         return _PALLAS_ATTENTION[kernel] * B * N * L * L * H  # causal: half of L × L, and a multiply and an add are two
-    if target == "__gpu$xla.gpu.triton":
-        estimate = re.search(r"\\22flops\\22: \\22(\d+)", instruction.attributes["backend_config"])
+    return _own_estimate(instruction, "flops")
+
+
+def kernel_bytes(instruction: Instruction) -> int:
+    """Bytes that a Mosaic or Triton kernel reads and writes, by its own estimate; 0 if it has none. It may use a part of
+    its operands, as of a stack of layers, or read some more than once."""
+    return _own_estimate(instruction, "bytes_accessed")
+
+
+def _own_estimate(instruction: Instruction, name: str) -> int:
+    if instruction.target == "__gpu$xla.gpu.triton":
+        estimate = re.search(rf"\\22{name}\\22: \\22(\d+)", instruction.attributes["backend_config"])
         return int(estimate[1]) if estimate else 0
-    if target != "tpu_custom_call":
+    if instruction.target != "tpu_custom_call":
         return 0
-    return int(instruction.backend_config["custom_call_config"].get("cost_estimate", {}).get("flops", 0))
+    return int(instruction.backend_config["custom_call_config"].get("cost_estimate", {}).get(name, 0))
 
 
 def attention_kernel(instruction: Instruction) -> str:

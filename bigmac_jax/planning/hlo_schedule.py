@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from bigmac_jax.planning.hlo import Computation, Instruction, Module
 from bigmac_jax.planning.hlo_collectives import Collective, channel, collectives, fusion_stage, transfer
-from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_flops
+from bigmac_jax.planning.hlo_flops import attention_kernel, dot_flops, kernel_bytes, kernel_flops
 
 _UNKNOWN = 2**63 - 1  # cycles, as the compiler writes it
 KERNEL_SHARE = 0.5  # of the peak is what attention is taken to reach: softmax stands between its products
@@ -171,6 +171,7 @@ class _Costs:
         if instruction.opcode != "custom-call" or not seconds:
             return seconds
         size = instruction.bytes + sum(shape.bytes for shape in computation.operands(instruction))
+        size = min(size, kernel_bytes(instruction) or size)
         share = KERNEL_SHARE if attention_kernel(instruction) else self.kernel_share
         return max(seconds / share, size / self.rates.memory_bandwidth if share < 1 else 0)
 

@@ -64,9 +64,9 @@ def loop_of(*lines: str) -> str:
 """
 
 
-def kernel(name: str, flops: int, *operands: str) -> str:
+def kernel(name: str, flops: int, *operands: str, size: int = 0) -> str:
     arguments = ", ".join(f"%{operand}" for operand in operands)
-    config = json.dumps({"custom_call_config": {"cost_estimate": {"flops": str(flops)}}})
+    config = json.dumps({"custom_call_config": {"cost_estimate": {"flops": str(flops), "bytes_accessed": str(size)}}})
     return (
         f'%{name} = u16[8]{{0}} custom-call({arguments}), custom_call_target="tpu_custom_call", backend_config={config}'
     )
@@ -382,6 +382,8 @@ def test_seconds_of_work() -> None:
         other("o", 5, "x"): 5 / 2,
         kernel("k1", 40, "x"): 40 / 4 / 0.5,
         kernel("k2", 3, "x"): (16 + 16) / 16,
+        kernel("k3", 3, "x", size=26): 26 / 16,  # of a part of what it is given
+        kernel("k4", 3, "x", size=100): (16 + 16) / 16,  # some of it more than once
         "%q = bf16[1,1,8,4] parameter(1)": 0,
         attention: 2 * 8 * 8 * 4 / 4 / 0.5,
         synchronous("s", "x"): 0,
