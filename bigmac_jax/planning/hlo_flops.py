@@ -57,8 +57,8 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> int:
 
 
 def kernel_bytes(instruction: Instruction) -> int:
-    """Bytes that a Mosaic or Triton kernel reads and writes, by its own estimate; 0 if it has none. It may use a part of
-    its operands, as of a stack of layers, or read some more than once."""
+    """Bytes that a Mosaic or Triton kernel reads and writes, by its own estimate; 0 if it has none. It may use a part
+    of its operands, as of a stack of layers, or read some more than once."""
     return _own_estimate(instruction, "bytes_accessed")
 
 
