@@ -1,11 +1,16 @@
 """Attention over pages is softmax(q kᵀ) v of each sequence, however many pages it has and wherever they stand."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from bigmac_jax.model.kernels import paged_attention
+from bigmac_jax.model.kernels import paged_attention, paged_attention_gpu
+
+from .test_grouped_matmul_gpu import h100
 
 G, H, PAGE, PAGES = 2, 8, 4, 40
 
@@ -36,14 +41,62 @@ def test_equals_a_loop_over_sequences(monkeypatch: pytest.MonkeyPatch, C: int, a
         np.testing.assert_allclose(found[g, w, c, n], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("C", "heads", "K"), [(1, 1, 1), (4, 5, 10), (1, 8, 40)])
+def test_the_kernel_of_gpu_gives_the_same(C: int, heads: int, K: int) -> None:
+    """Interpreted; with another request's NaN wherever a row has written nothing, and pages that are nobody's."""
+    draw, (W, H, page, n) = np.random.default_rng(0), (4, 16, 16, 4 * K + 3)
+    length_W = np.minimum([1, K * page, 17, 33], K * page)
+    table_WK = draw.permutation(n)[: W * K].reshape(W, K).astype(np.int32)
+    keys, values = (np.full((G, n, page, H), np.nan, np.float32) for _ in range(2))
+    for pages in (keys, values):
+        for w, length in enumerate(length_W):
+            for at in range(length):
+                pages[:, table_WK[w, at // page], at % page] = draw.standard_normal((G, H))
+    q_GWXH = draw.standard_normal((G, W, C * heads, H)).astype(np.float32)
+    position_WC = np.maximum(length_W[:, None] - C + np.arange(C), 0).astype(np.int32)
+    expected = jax.jit(paged_attention.paged_attention)(q_GWXH, keys, values, table_WK, position_WC)
+    attend = jax.jit(functools.partial(paged_attention_gpu.paged_attention, interpret=True))
+    found = attend(q_GWXH, keys, values, table_WK, position_WC)
+    assert np.isfinite(found).all() and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernel_of_gpu_lowers(dtype: str) -> None:
+    q, pages = jax.ShapeDtypeStruct((4, 2, 8, 128), dtype), jax.ShapeDtypeStruct((4, 512, 16, 128), dtype)
+    table, position = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((2, 256), (2, 1)))
+    with h100():
+        traced = jax.jit(paged_attention_gpu.paged_attention).trace(q, pages, pages, table, position)
+        assert "__gpu$xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_page_is_emptied_when_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On TPU. Pages 2 and 0 are begun, page 1 goes on, and a token that goes nowhere empties nothing."""
+    monkeypatch.setattr(paged_attention, "platform", lambda: "tpu")
+    page_T, place_T = np.array([2, 1, 0, 0, 3], np.int32), np.array([0, 2, 0, 1, 0], np.int32)
+    fresh_TGH = np.arange(1.0, 11.0, dtype=np.float32).reshape(5, G, 1)
+    found = np.asarray(paged_attention.write(jnp.full((G, 3, 4, 1), -1.0), page_T, place_T, fresh_TGH))
+    expected = np.array([[5.0, 7, 0, 0], [-1, -1, 3, -1], [1, 0, 0, 0]])
+    np.testing.assert_array_equal(found[..., 0], [expected, np.where(expected > 0, expected + 1, expected)])
+
+
 @pytest.mark.full
-def test_the_kernel_of_tpu_gives_the_same() -> None:
-    """Interpreted, with products of one bfloat16 pass, as TPUs have them."""
-    draw, (heads, H, page) = np.random.default_rng(0), (3, 128, 16)
-    length_W = np.array([1, 130, 17, 33])
-    table_WK = draw.permutation(PAGES)[:40].reshape(4, 10).astype(np.int32)
-    keys, values = (draw.standard_normal((G, PAGES, page, H)).astype(np.float32) for _ in range(2))
-    q_GWXH = (draw.standard_normal((G, 4, heads, H)) / np.sqrt(H)).astype(np.float32)
+def test_the_kernel_of_tpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, with products of one bfloat16 pass, as TPUs have them; all that nobody has written is NaN, as what a
+    request whose activations overflow leaves behind."""
+    draw, (W, K, heads, H, page) = np.random.default_rng(0), (4, 10, 3, 128, 16)
+    length_W = np.array([1, K * page, 17, 33])
+    table_WK = draw.permutation(PAGES + 3)[: W * K].reshape(W, K).astype(np.int32)
+    keys, values = (jnp.full((G, PAGES + 3, page, H), np.nan, np.float32) for _ in range(2))
+    monkeypatch.setattr(paged_attention, "platform", lambda: "tpu")
+    for pages_W, length in zip(table_WK, length_W, strict=True):
+        at = np.arange(length, dtype=np.int32)
+        keys, values = (
+            paged_attention.write(pages, pages_W[at // page], at % page, draw.standard_normal((length, G, H)))
+            for pages in (keys, values)
+        )
+    monkeypatch.undo()
+    q_GWXH = (draw.standard_normal((G, W, heads, H)) / np.sqrt(H)).astype(np.float32)
     position_W = (length_W - 1).astype(np.int32)
     expected = np.asarray(jax.jit(paged_attention.paged_attention)(q_GWXH, keys, values, table_WK, position_W[:, None]))
     with pltpu.force_tpu_interpret_mode():

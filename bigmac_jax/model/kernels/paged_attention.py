@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu
 
+from bigmac_jax.model.kernels import paged_attention_gpu
 from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
 from bigmac_jax.model.mesh import platform
 
@@ -31,9 +32,16 @@ class _Sums(NamedTuple):
 def write(pages_GnpH: Array, page_T: Array, place_T: Array, fresh_TGH: Array) -> Array:
     """Writes tokens to their places in pages; those of page n nowhere.
 
-    By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first.
+    By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first. On TPU a page is
+    emptied first when its first place is written: jax's kernel multiplies what stands behind a row's last token by 0,
+    and that may be another request's NaN.
     """
     G, n, p, H = pages_GnpH.shape
+    if platform() == "tpu":
+        page_TG = jnp.arange(G, dtype=jnp.int32)[None] * n + page_T[:, None]
+        begun_TG = jnp.where(((place_T == 0) & (page_T < n))[:, None], page_TG, G * n)
+        emptied = pages_GnpH.reshape(-1, p, H).at[begun_TG.reshape(-1)].set(0, mode="drop")
+        pages_GnpH = emptied.reshape(pages_GnpH.shape)
     row_TG = (jnp.arange(G, dtype=jnp.int32)[None] * n + page_T[:, None]) * p + place_T[:, None]
     row_TG = jnp.where(page_T[:, None] < n, row_TG, G * n * p)
     rows = pages_GnpH.reshape(-1, H).at[row_TG.reshape(-1)].set(fresh_TGH.reshape(-1, H), mode="drop")
@@ -46,8 +54,8 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
 
     Pages are read a few at a time, up to the last that a row needs, and what they give is put together by the running
     maximum of the scores (FlashAttention): time and memory follow the sequences that there are, not the longest that
-    may be, and what a row gets does not depend on how many others read. On TPU jax's kernel does that for rows of one
-    token, where it takes the heads.
+    may be, and what a row gets does not depend on how many others read. A kernel does that where it takes the heads: on
+    TPU jax's for rows of one token, on GPU our own for rows of few.
 
     Args:
       table_WK: int32, pages of each row's sequence, in order.
@@ -56,6 +64,8 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
     (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
     if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0:
         return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
+    if platform() == "gpu" and paged_attention_gpu.takes(X, H):
+        return on_this_rank(paged_attention_gpu.paged_attention, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
     pages = min(K, max(1, _POSITIONS // p))
     M = pages * p
     last_W = position_WC.max(1)
@@ -112,12 +122,16 @@ def kernel(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_WK: Array,
     """`paged_attention` of rows of one token, by jax's Pallas kernel of TPUs."""
     (G, W, X, H), (_, _, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
     pages = min(K, max(1, _POSITIONS // p))
+    # It reads some pages at a time. Those behind the row's last may be another's: the row's first, whose scores are
+    # masked, stands for them.
+    own_WK = jnp.arange(K, dtype=jnp.int32)[None] <= position_W[:, None] // p
+    table_WK = jnp.where(own_WK, table_WK, table_WK[:, :1])
     y_WNH = tpu.paged_attention(
         q_GWXH.swapaxes(0, 1).reshape(W, G * X, H),
         keys_GnpH,
         values_GnpH,
         position_W + 1,
-        jnp.pad(table_WK, ((0, 0), (0, -K % pages))),
+        jnp.pad(table_WK, ((0, 0), (0, -K % pages)), mode="edge"),
         pages_per_compute_block=pages,
     )
     return y_WNH.reshape(W, G, X, H).swapaxes(0, 1)
