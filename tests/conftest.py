@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,13 @@ gc.set_threshold(50_000, 20, 50)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="", metavar="N/16", help="of sixteen parts of the tests, those of part N")
+
+
+def pytest_pycollect_makeitem(collector: Any, obj: Any) -> list[Any] | None:
+    """A test of the full suite is not collected with its thousands of cases where all would be left out."""
+    asked = collector.config.option.markexpr
+    without = re.search(r"\bnot full\b", asked) and not re.search(r"(?<!not )\bfull\b", asked)
+    return [] if without and any(mark.name == "full" for mark in getattr(obj, "pytestmark", [])) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -45,7 +45,6 @@ CHUNKS = (1, 2)
 # What the bias adds to the scores of experts; a token's scores are about 1/8 each.
 SKEWS = {"random": {}, "skewed": {4: 0.2, 5: 0.1}, "same experts": {4: 30.0, 5: 20.0, 6: 10.0}}
 QUICK_CASES = [
-    ("all_to_all", (1, 1, 8), 1.0, 1, "skewed"),
     ("all_to_all", (1, 1, 4, 2, True, True), 1.5, 2, "same experts"),
     ("hierarchical", (1, 4, 2), 1.0, 1, "same experts"),
     ("ragged", (1, 2, 4), 1.0, 2, "same experts"),

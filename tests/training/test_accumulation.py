@@ -100,13 +100,25 @@ FACTORS = (STRUCTURES, OBJECTIVES, DOCUMENTS, MESHES, ROWS, PARTS)
 COVERING = pairwise(*FACTORS)
 EVERY = itertools.product([*STRUCTURES, *OTHER_STRUCTURES], OBJECTIVES, DOCUMENTS, MESHES + OTHER_MESHES, ROWS, PARTS)
 FEW = COVERING[::6]  # test_replicas.py and the oracle cross them, too
-CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.full) for case in EVERY if case not in set(FEW))]
+FIELDS = ("structure", "objective", "documents", "mesh", "rows", "parts")
 
 
-@pytest.mark.parametrize(("structure", "objective", "documents", "mesh", "rows", "parts"), CASES)
+@pytest.mark.parametrize(FIELDS, FEW)
 def test_parts_meshes_and_rows_change_nothing(
     structure: str, objective: str, documents: str, mesh: tuple[Any, ...], rows: int, parts: int
 ) -> None:
+    check(structure, objective, documents, mesh, rows, parts)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(FIELDS, [case for case in EVERY if case not in set(FEW)])
+def test_parts_meshes_and_rows_change_nothing_anywhere(
+    structure: str, objective: str, documents: str, mesh: tuple[Any, ...], rows: int, parts: int
+) -> None:
+    check(structure, objective, documents, mesh, rows, parts)
+
+
+def check(structure: str, objective: str, documents: str, mesh: tuple[Any, ...], rows: int, parts: int) -> None:
     batch_size = math.prod(mesh[:3]) * parts * rows
     config = config_of(structure, objective, documents, mesh, batch_size, parts)
     batch = batch_of(config, documents == "best_fit" or objective in ("sft", "dpo"))
