@@ -23,6 +23,7 @@ from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.experts import grouped_mlp
 from bigmac_jax.model.gathering import on_each_rank
 from bigmac_jax.model.kernels.flash_attention import causal_attention
+from bigmac_jax.model.kernels.paged_attention import paged_attention
 from bigmac_jax.model.mesh import batch_spec, make_mesh, place, rank_spec, replicated_spec, token_spec
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.planning.topologies import first_line
@@ -120,6 +121,8 @@ def all_checks(devices: Sequence[Any]) -> list[Check]:
                 test = functools.partial(check_attention, devices, implementation, dtype)
                 setting = f"execution.attention={implementation}"
                 checks.append(Check(f"attention {implementation} {dtype}", "attention", setting, test))
+    for dtype in BOUNDS:
+        checks.append(Check(f"decoding {dtype}", "decoding", "", functools.partial(check_decoding, devices, dtype)))
     for name in available_exchanges(devices[0].device_kind):
         test = functools.partial(check_exchange, devices, name)
         checks.append(Check(f"exchange {name}", "exchange", f"execution.exchange={name}", test))
@@ -194,6 +197,41 @@ def check_attention(devices: Sequence[Any], implementation: str, dtype: str) -> 
 
 
 _DIMS = {"q": "BLNH", "k": "BMGH", "v": "BMGH", "dy": "BLNH"}
+
+
+def check_decoding(devices: Sequence[Any], dtype: str) -> str:
+    """Compares the attention of one token to keys and values in pages with NumPy's, of rows of several lengths. Pages
+    that a row has not begun are NaN, as what another request may have left there."""
+    (N, G, H), page, length_W = (4, 2, 128), 16, (1, 17, 129, 320)
+    W, L = len(length_W), max(length_W)
+    draw = np.random.default_rng(1)
+    shapes = {"q": (W, N, H), "k": (W, L, G, H), "v": (W, L, G, H)}
+    arrays = {name: draw.standard_normal(shape).astype(jnp.dtype(dtype)) for name, shape in shapes.items()}
+    table_WK = draw.permutation(W * L // page).reshape(W, -1).astype(np.int32)
+    position_WC = np.asarray(length_W, np.int32)[:, None] - 1
+
+    def in_pages(name: str) -> np.ndarray:
+        pages = np.full((G, table_WK.size, page, H), np.nan, arrays[name].dtype)
+        for table_K, of_row, length in zip(table_WK, arrays[name], length_W, strict=True):
+            begun = -(-length // page)
+            written = np.where(np.arange(begun * page)[:, None, None] < length, of_row[: begun * page], 0)
+            pages[:, table_K[:begun]] = written.reshape(begun, page, G, H).transpose(2, 0, 1, 3)
+        return pages
+
+    def on_rank(values: Mapping[str, Array], table_WK: Array, position_WC: Array) -> dict[str, Array]:
+        q_GWXH = values["q"].reshape(W, G, N // G, H).swapaxes(0, 1) / math.sqrt(H)
+        y_GWXH = paged_attention(q_GWXH, values["k"], values["v"], table_WK, position_WC)
+        return {"y": y_GWXH.swapaxes(0, 1).reshape(W, N, H)}
+
+    given = {"q": arrays["q"], "k": in_pages("k"), "v": in_pages("v")}
+    mesh = make_mesh(_config(len(devices)), devices=devices)
+    actual = _run_on_each(mesh, dtype, on_rank, given, table_WK, position_WC)
+    expected = np.zeros((W, N, H))
+    for row, length in enumerate(length_W):  # the last query of a sequence whose other queries are not looked at
+        k, v = (arrays[name][row : row + 1, :length] for name in ("k", "v"))
+        q = np.broadcast_to(arrays["q"][row], (1, length, N, H))
+        expected[row] = numpy_reference.attention(q, k, v, np.zeros_like(q))["y"][0, -1]
+    return compare(actual, {"y": expected}, BOUNDS[dtype])
 
 
 def check_exchange(devices: Sequence[Any], name: str) -> str:

@@ -190,6 +190,15 @@ def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.full
+def test_a_lost_row_of_decoding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.check_decoding(two(), "float32").startswith("within ")
+    attend = checks.paged_attention
+    monkeypatch.setattr(checks, "paged_attention", lambda *args: attend(*args).at[:, 2].set(0))
+    with pytest.raises(checks.MismatchError):
+        checks.check_decoding(two(), "bfloat16")
+
+
+@pytest.mark.full
 def test_a_wrong_gradient_of_all_devices_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     loss_fn = step.loss_fn
 
