@@ -3,7 +3,6 @@
 import gc
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,9 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_pycollect_makeitem(collector: Any, obj: Any) -> list[Any] | None:
     """A test of the full suite is not collected with its thousands of cases where all would be left out."""
-    asked = collector.config.option.markexpr
-    without = re.search(r"\bnot full\b", asked) and not re.search(r"(?<!not )\bfull\b", asked)
-    return [] if without and any(mark.name == "full" for mark in getattr(obj, "pytestmark", [])) else None
+    config, marks = collector.config, getattr(obj, "pytestmark", [])
+    without = config.option.markexpr.startswith("not full and") and not any(
+        "::" in argument for argument in config.args
+    )
+    return [] if without and isinstance(marks, list) and any(mark.name == "full" for mark in marks) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

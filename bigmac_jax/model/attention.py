@@ -202,14 +202,16 @@ def _append_and_attend(
     _, W, K = table_SWK.shape
     q_TNH, k_TGH, v_TGH = (v.reshape(v.shape[1:]) for v in (q_STNH, k_STGH, v_STGH))
     table_WK, C = table_SWK.reshape(W, K), q_TNH.shape[0] // W
-    step_C = jnp.arange(C, dtype=jnp.int32)[None]
-    position_WC = jnp.minimum(position_SW.reshape(W, 1) + step_C, K * p - 1)
+    step_C, count_W1 = jnp.arange(C, dtype=jnp.int32)[None], count_SW.reshape(W, 1)
+    # Those beyond a row's count stand at its last token: behind it may be another request's numbers, and NaN.
+    seen_WC = position_SW.reshape(W, 1) + jnp.clip(step_C, 0, jnp.maximum(count_W1 - 1, 0))
+    position_WC = jnp.minimum(seen_WC, K * p - 1)
     if config.positions == "rope":
         place_T = position_WC.reshape(-1)
         q_TNH, k_TGH = (rotate_to(v, config.rope_theta, place_T, K * p) for v in (q_TNH, k_TGH))
     table_WK = table_WK + first
     page_WC = jnp.take_along_axis(table_WK, position_WC // p, axis=1)
-    page_T = jnp.where(step_C < count_SW.reshape(W, 1), page_WC, n).reshape(-1)  # n: nowhere
+    page_T = jnp.where(step_C < count_W1, page_WC, n).reshape(-1)  # n: nowhere
     place_T = (position_WC % p).reshape(-1)
     keys_GnpH, values_GnpH = (
         write(pages, page_T, place_T, fresh_TGH) for pages, fresh_TGH in ((keys_GnpH, k_TGH), (values_GnpH, v_TGH))

@@ -202,7 +202,7 @@ _DIMS = {"q": "BLNH", "k": "BMGH", "v": "BMGH", "dy": "BLNH"}
 def check_decoding(devices: Sequence[Any], dtype: str) -> str:
     """Compares the attention of one token to keys and values in pages with NumPy's, of rows of several lengths. Pages
     that a row has not begun are NaN, as what another request may have left there."""
-    (N, G, H), page, length_W = (4, 2, 128), 16, (1, 17, 129, 320)
+    (N, G, H), page, length_W = (4, 2, 128), 16, (1, 17, 129, 1104)
     W, L = len(length_W), max(length_W)
     draw = np.random.default_rng(1)
     shapes = {"q": (W, N, H), "k": (W, L, G, H), "v": (W, L, G, H)}

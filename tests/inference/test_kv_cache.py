@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from model.tools import PAPER, PRESENT, QUICK, abstract_model, on_mesh, random_model, split_batch, split_tokens, tiny
@@ -165,6 +166,32 @@ def test_experts_stay_in_their_stack(weights: str, fsdp: bool, structure: str) -
         kept = not (weights or fsdp) and structure == "bigmac"
         assert stay == ([(2, 8, 4, 16), (2, 8, 16, 4)] if kept else [])
         assert all((sliced is None) != (stack is None) for sliced, stack in zip(loop.sliced, loop.stay, strict=True))
+
+
+@pytest.mark.parametrize("mesh", ["1x1", pytest.param("2x2", marks=pytest.mark.full)])
+def test_nothing_of_other_requests_is_read(mesh: str) -> None:
+    """A cache in which all that nobody has written is NaN gives what an empty one gives, bit by bit: short prompts in
+    long rows, and a token behind them."""
+    config = config_of("bigmac", mesh, "present", num_layers=2)
+    draw = np.random.default_rng(2)
+    with on_mesh(config):
+        B, shards = ROWS // batch_ranks(), batch_ranks()
+        decoder = make_decoder(config, random_model(config))
+        empty = jax.jit(lambda: make_cache(decoder, B * 5 + 1, PAGE, B))()
+        table_SBK = np.tile(1 + np.arange(B * 5, dtype=np.int32).reshape(B, 5), (shards, 1, 1))
+        tokens_SW = split_batch(draw.integers(config.model.vocab_size, size=(shards, B * 16)).astype(np.int32))
+        count_SB = np.tile(np.array([1, 16, 6, 9, 3, 13, 2, 8], np.int32)[:B], (shards, 1))
+        slot_SB = np.tile(np.arange(B, dtype=np.int32), (shards, 1))
+        found = []
+        for cache in (empty, jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), empty)):
+            run = jax.jit(step, compiler_options=QUICK)
+            rows = Rows(*(split_batch(v) for v in (table_SBK, 0 * count_SB, count_SB, slot_SB)))
+            first, cache = run(decoder, cache, tokens_SW, rows)
+            rows = Rows(*(split_batch(v) for v in (table_SBK, count_SB, 0 * count_SB + 1)))
+            found.append((first, run(decoder, cache, tokens_SW[:, :B], rows)[0]))
+        assert all(np.isfinite(logits).all() for logits in found[0])
+        for logits, expected in zip(found[1], found[0], strict=True):
+            np.testing.assert_array_equal(logits, expected)
 
 
 def test_what_is_gathered_in_fewer_bits_is_rounded_in_a_loop_too() -> None:

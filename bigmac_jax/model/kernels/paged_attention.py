@@ -55,14 +55,15 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
     Pages are read a few at a time, up to the last that a row needs, and what they give is put together by the running
     maximum of the scores (FlashAttention): time and memory follow the sequences that there are, not the longest that
     may be, and what a row gets does not depend on how many others read. A kernel does that where it takes the heads: on
-    TPU jax's for rows of one token, on GPU our own for rows of few.
+    TPU jax's for rows of one token in bfloat16, which is what it multiplies in, on GPU our own for rows of few.
 
     Args:
       table_WK: int32, pages of each row's sequence, in order.
       position_WC: int32, of each row's C tokens, whose query heads stand together in X.
     """
     (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
-    if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0:
+    in_bfloat16 = q_GWXH.dtype == keys_GnpH.dtype == jnp.bfloat16
+    if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0 and in_bfloat16:
         return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
     if platform() == "gpu" and paged_attention_gpu.takes(X, H):
         return on_this_rank(paged_attention_gpu.paged_attention, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
