@@ -8,7 +8,6 @@ docs/notes/unrepeated.md has the predictions and the rules that decide, written 
 
 import json
 import pathlib
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -82,8 +81,7 @@ def train(
     flags = (f"--config={CONFIG}", *(f"--config.{field}" for field in condition.overrides(seed)))
     command(workdir, cores, "train.py", *flags, machine=machine)
     score = command(workdir, cores, "eval.py", f"--text_file={CORPUS / 'outside.jsonl'}", "--json", machine=machine)
-    record = describe(condition, seed) | read(workdir) | outside(score)
-    shutil.rmtree(workdir / "checkpoints")
+    record = describe(condition, seed) | read(workdir) | outside(score)  # checkpoints stay, for what stands out
     return record | {"device": machine.device, "seconds": round(time.monotonic() - start)}
 
 
