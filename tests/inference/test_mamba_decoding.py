@@ -92,6 +92,7 @@ def test_what_is_refused_was_never_there() -> None:
         assert moved_B.tolist() == (stays_B > 0).tolist()
 
 
+@pytest.mark.full
 def test_what_an_idle_slot_computes_reaches_no_past() -> None:
     """Not even NaN, which a request that overflowed may have left where an idle slot reads."""
     config, B = hybrid((1, 1, 1)), 4

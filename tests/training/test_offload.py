@@ -68,7 +68,8 @@ def three_steps(config: Config) -> tuple[Any, dict[str, np.ndarray]]:
         return metrics, leaves(run.state)
 
 
-@pytest.mark.parametrize("case", ["layers", *(pytest.param(c, marks=pytest.mark.full) for c in list(CASES)[1:])])
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES)
 def test_moments_on_the_host_are_updated_alike(case: str) -> None:
     """Bit by bit where the optimizer is elementwise, but for what a compiler fuses otherwise."""
     at_host, on_device = (make_config(case, offload_optimizer=on) for on in (True, False))

@@ -197,8 +197,9 @@ def across(config: Config) -> list[Collective]:
     return [c for c in collectives(hlo.parse(compiled.text), compiled.mesh) if "replica" in c.axes]
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.full)])
-@pytest.mark.parametrize("fsdp", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("fsdp", [True, False])
 def test_gradients_cross_once_in_shards(fsdp: bool, sharded: bool) -> None:
     """With a batch in parts and layers in a loop: whatever is of a layer or of a part stays inside."""
     if sharded and not fsdp:
