@@ -16,6 +16,7 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from benchmarks import pays
+from benchmarks.quality.pages import mean
 from benchmarks.quality.runs import within
 from benchmarks.quality.unrepeated import CONTROL, FINE, FOUR, HALF, SHIPPED, TWICE
 
@@ -31,7 +32,6 @@ MEASURES = ("tokens", "bytes", *MACHINES)
 Curve = tuple[Sequence[float], Sequence[float]]  # ln tokens, ascending, and losses
 
 
-@functools.cache
 def price(arm: str, measure: str) -> float:
     """What a token costs over one of fine_grained: 1, bytes, or predicted seconds."""
     if measure == "tokens":
@@ -39,8 +39,14 @@ def price(arm: str, measure: str) -> float:
     parts, more = ARMS[arm]
     if measure == "bytes":
         return more / parts
-    (place,) = (place for place in pays.places() if place.name == MACHINES[measure])
-    return pays.predicted(parts, place, more).total / pays.predicted(1, place).total
+    return seconds(measure, parts, more) / seconds(measure, *ARMS[FINE])
+
+
+@functools.cache
+def seconds(machine: str, parts: int, more: int) -> float:
+    """Of a step, predicted."""
+    (place,) = (place for place in pays.places() if place.name == MACHINES[machine])
+    return pays.predicted(parts, place, more).total
 
 
 def curves(runs: Sequence[dict[str, Any]], arm: str) -> dict[int, Curve]:
@@ -108,8 +114,7 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             points = []
             for tokens in sorted({run["tokens"] for run in own}):
                 losses = [run["loss"] for run in own if run["tokens"] == tokens]
-                error = np.std(losses, ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-                points.append((tokens * price(arm, measure) / 1e6, np.mean(losses), error))
+                points.append((tokens * price(arm, measure) / 1e6, *mean(losses)))
             if points:
                 seeds = len({run["seed"] for run in own})
                 label = arm if seeds == 3 else f"{arm} ({seeds} seed{'s' * (seeds > 1)})"

@@ -17,6 +17,7 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from benchmarks.quality.grid import RATE, RATES, SEEDS, SELECTS, Condition, Fields, bigmac, fine_grained
+from benchmarks.quality.pages import mean
 from benchmarks.quality.runs import CONFIG, CPU, Machine, command, describe, read, within
 
 CORPUS = pathlib.Path("runs/corpus")
@@ -131,8 +132,7 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             own, base = ([run for run in runs if (run["name"], run["width"], run["steps"]) == (of, 128, steps)]
                          for of in (name, FINE))  # fmt: skip
             if apart := _over(own, base):
-                error = np.std(apart, ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
-                points.append((own[0]["tokens"] / 1e6, np.mean(apart), error))
+                points.append((own[0]["tokens"] / 1e6, *mean(apart)))
         if points:
             axis.errorbar(*np.transpose(points), label=name, color=color, marker="o", capsize=3)
     axis.axhline(0, color="black", linewidth=0.8)
