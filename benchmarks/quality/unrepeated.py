@@ -57,8 +57,8 @@ STUDIES: dict[str, list[Condition]] = {
     "control": [arm(CONTROL, steps=steps) for steps in LENGTHS[:2]],
     "bytes": [arm(name, steps=2500) for name in (TWICE, HALF, FOUR)],
     "no norm": [_without_norm(SHIPPED, 2500)],
-    "all text": [arm(name, steps=steps) for steps in LENGTHS[:1:-1] for name in (FINE, SHIPPED, CONTROL)],
-    "bytes, all text": [arm(name) for name in (TWICE, HALF)],
+    "all text": [arm(name) for name in (FINE, SHIPPED, CONTROL, TWICE, HALF)],
+    "ten million": [arm(name, steps=LENGTHS[2]) for name in (FINE, SHIPPED, CONTROL)],
     "rates": [_at_rate(name, factor, 128, 2500) for factor in (0.5, 2.0) for name in (FINE, CONTROL, SHIPPED, TWICE)],
     "width 64": [arm(name, 64, 2500) for name in (FINE, CONTROL, SHIPPED, HALF, TWICE)],
 }
