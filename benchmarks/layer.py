@@ -34,12 +34,12 @@ from benchmarks.timing import alternate, median_ratio  # noqa: E402
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, MeshConfig, ModelConfig  # noqa: E402
 from bigmac_jax.model.choose_exchange import choose_exchange  # noqa: E402
-from bigmac_jax.model.counts import tokens_at_a_time  # noqa: E402
 from bigmac_jax.model.exchange import Gather, Ragged  # noqa: E402
 from bigmac_jax.model.exchange.costs import wire_bytes  # noqa: E402
 from bigmac_jax.model.experts import layout  # noqa: E402
 from bigmac_jax.model.mesh import AXES, rank_spec, ranks, token_spec  # noqa: E402
 from bigmac_jax.model.moe import MoE  # noqa: E402
+from bigmac_jax.model.traffic import tokens_at_a_time  # noqa: E402
 from bigmac_jax.training.metrics import dense_matmul_rate  # noqa: E402
 
 _CASES = flags.DEFINE_list("cases", "fine_grained,bigmac", "Cases, see above.")

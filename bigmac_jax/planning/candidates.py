@@ -12,6 +12,7 @@ from bigmac_jax.config.execution import Remat
 from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import available_exchanges
 from bigmac_jax.model.counts import Parameters, Sizes
+from bigmac_jax.model.memory import rank_memory, state_memory
 from bigmac_jax.model.mesh import BATCH, axis_sizes, check_links
 from bigmac_jax.planning.cluster import cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
@@ -44,7 +45,7 @@ class Variant:
 
     config: Config
     sizes: Sizes  # ranks along each axis of the mesh
-    memory: dict[str, int]  # bytes of one rank by part (`counts.memory`)
+    memory: dict[str, int]  # bytes of one rank by part (`rank_memory`)
     headroom: float  # the share of a device's memory that is left
     fits: bool  # at least `Machine.headroom` is left
 
@@ -75,7 +76,7 @@ def variants(
         for offloads_optimizer in offloads:
             execution = _with_fields(config.execution, offload_optimizer=offloads_optimizer)
             placed, fits = replace(config, mesh=mesh, execution=execution), False
-            state = sum(counts.state_memory(placed, count, 1, hardware.platform).values())
+            state = sum(state_memory(placed, count, 1, hardware.platform).values())
             if fitting and 1 - state / hardware.memory_bytes < machine.headroom:
                 continue
             for found in _ways(placed, sizes, count, machine, remats, chunks, fitting):
@@ -189,7 +190,7 @@ def _fewest_parts(config: Config, sizes: Sizes, count: Parameters, machine: Mach
             check_batch(divided, sizes["data"])
         except ConfigError:  # more chunks than tokens
             return None
-        memory = counts.memory(divided, machine.devices, group, count)
+        memory = rank_memory(divided, machine.devices, group, count)
         headroom = 1 - sum(memory.values()) / machine.hardware.memory_bytes
         return Variant(divided, sizes, memory, headroom, headroom >= machine.headroom)
 

@@ -11,7 +11,16 @@ from bigmac_jax.model import counts
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Parameters, Sizes, parameters
 from bigmac_jax.model.exchange import Gather, Hierarchical
+from bigmac_jax.model.memory import host_memory
 from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.model.traffic import (
+    computed_rows,
+    exchange_traffic,
+    exchanges_again,
+    replica_bytes,
+    tensor_bytes,
+    tokens_at_a_time,
+)
 from bigmac_jax.planning.cluster import Cluster, cluster, mesh_group
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.hardware.torus import Shape as Torus
@@ -62,10 +71,10 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
     # Where experts have room for so many rows, the busiest computes and is sent no more than that.
     padding, imbalance = 1.0, load.over(here.group) if config.dropless else 1.0
     if m.is_moe:
-        at_a_time = counts.tokens_at_a_time(config, here.ranks)
+        at_a_time = tokens_at_a_time(config, here.ranks)
         exchange = choose_exchange(config, m.capacity_factor, at_a_time, setting.group)
-        padding = counts.computed_rows(exchange, at_a_time, m.choices) / m.choices
-    at_host = counts.host_memory(config, here.ranks, setting.count, setting.group.platform)
+        padding = computed_rows(exchange, at_a_time, m.choices) / m.choices
+    at_host = host_memory(config, here.ranks, setting.count, setting.group.platform)
     if sum(at_host.values()) and not hardware.host_bandwidth:
         raise ConfigError(
             f"execution.remat={execution.remat} and execution.offload_optimizer={execution.offload_optimizer} copy to "
@@ -109,7 +118,7 @@ def recomputed(config: Config) -> dict[str, float]:
         return {}
     parts = "attention", "mamba", "scores", "passes", "router", "experts", "shared", "projections", "mlp"
     again = dict.fromkeys(parts, 1.0)
-    if not counts.exchanges_again(config):
+    if not exchanges_again(config):
         matrices = 3 if m.gated else 2
         again |= {"experts": (matrices - 1) / matrices, "projections": _recomputed_projections(m)}
     return again
@@ -150,8 +159,8 @@ def exchange_seconds(setting: Setting) -> float:
     m = config.model
     if not m.is_moe or here.group == 1:
         return 0.0
-    exchange = choose_exchange(config, m.capacity_factor, counts.tokens_at_a_time(config, here.ranks), group)
-    traffic = counts.exchange_traffic(config, here.ranks, group)
+    exchange = choose_exchange(config, m.capacity_factor, tokens_at_a_time(config, here.ranks), group)
+    traffic = exchange_traffic(config, here.ranks, group)
     payload, metadata = (sent.times(1 / here.ranks) for sent in (traffic.padded, traffic.metadata))
     if isinstance(exchange, Gather):
         # Half are gathers; the sums of the other half are gathers in reverse, or exchanges where rows are too small to
@@ -166,7 +175,7 @@ def exchange_seconds(setting: Setting) -> float:
 def tensor_seconds(setting: Setting) -> float:
     """Seconds of gathers and scatters over mesh.tensor."""
     here = setting.here
-    return here.around(counts.tensor_bytes(setting.config, here.sizes), here.tensor)
+    return here.around(tensor_bytes(setting.config, here.sizes), here.tensor)
 
 
 def gather_seconds(setting: Setting) -> float:
@@ -189,7 +198,7 @@ def gradient_seconds(setting: Setting) -> float:
 def replica_seconds(setting: Setting) -> float:
     """Seconds of a step in which replicas sum their gradients; each rank sums those of its shard."""
     here = setting.here
-    return here.around(counts.replica_bytes(setting.config, here.sizes), here.replicas, here.inside)
+    return here.around(replica_bytes(setting.config, here.sizes), here.replicas, here.inside)
 
 
 def sum_seconds(setting: Setting, size: SharedBytes) -> float:

@@ -10,20 +10,12 @@ from bigmac_jax.config import STRUCTURES, Config, ConfigError, MeshConfig, Model
 from bigmac_jax.config.compiler_options import parse_options
 from bigmac_jax.config.execution import Remat
 from bigmac_jax.model.choose_exchange import choose_exchange
-from bigmac_jax.model.counts import (
-    Sizes,
-    checkpoint_bytes,
-    exchange_traffic,
-    exchanged_bytes,
-    flops,
-    host_memory,
-    memory,
-    parameters,
-    tokens_at_a_time,
-)
+from bigmac_jax.model.counts import Sizes, flops, parameters
 from bigmac_jax.model.exchange import STRATEGIES
+from bigmac_jax.model.memory import checkpoint_bytes, describe_copies, host_memory, rank_memory
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes, check_links
 from bigmac_jax.model.resident import is_resident
+from bigmac_jax.model.traffic import exchange_traffic, exchanged_bytes, tokens_at_a_time
 from bigmac_jax.planning import comparison, compiled_programs, paper, residency, scaling, search, topologies
 from bigmac_jax.planning.abstract_programs import NAMES, SERVING
 from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
@@ -117,6 +109,8 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     if place.hardware:
         result["memory_available"] = place.hardware.memory_bytes
         result["fits"] = result["headroom"] >= 0
+    if copies := describe_copies(config, sizes):
+        result["copies"] = copies
     if dropped := measured_drops(config):
         result["drops"] = dropped
     if place.hardware and config.model.is_moe:
@@ -244,7 +238,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and with hardware also times."""
     m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
-    parts, beside = memory(config, ranks, group, count), host_memory(config, ranks, count, group.platform)
+    parts, beside = rank_memory(config, ranks, group, count), host_memory(config, ranks, count, group.platform)
     result: dict[str, Any] = {
         "expert_width": m.expert_width,
         "parameters_total": count.total,

@@ -27,6 +27,8 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(
             f"the busiest rank has {plan['imbalance']:.2f} times the mean's rows, and the others wait for it\n"
         )
+    if "copies" in plan:
+        console.print(f"{plan['copies']}\n")
     columns = {plan["structure"]: plan} | plan["baselines"]
     console.print(_costs(columns))
     for name, column in columns.items():

@@ -18,6 +18,7 @@ from bigmac_jax.data.pipeline import Stream, TrainIterator, open_stream
 from bigmac_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bigmac_jax.evaluation.tasks.task_jobs import Job, open_jobs
 from bigmac_jax.model.kernels.flash_attention import attention_implementation
+from bigmac_jax.model.memory import describe_copies
 from bigmac_jax.model.mesh import batch_spec, describe_mesh, slices
 from bigmac_jax.model.parameters import Frozen
 from bigmac_jax.runtime import hosts
@@ -203,7 +204,8 @@ def _describe(config: Config, state: TrainState, tokens: int, step: int, origin:
     mesh = jax.sharding.get_mesh()
     if config.model.is_moe and config.execution.exchange == "auto" and config.mesh.expert_ranks > 1:
         hosts.say(describe_auto(config))
-    for line in (describe_first_pass(config), *describe_crossing(config, mesh.shape["data"], slices(mesh))):
+    told = describe_first_pass(config), describe_copies(config, dict(mesh.shape))
+    for line in (*told, *describe_crossing(config, mesh.shape["data"], slices(mesh))):
         if line:
             hosts.say(line)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -16,9 +16,10 @@ import tqdm
 
 from bigmac_jax.config import Config, strict_json
 from bigmac_jax.model.choose_exchange import predict_seconds
-from bigmac_jax.model.counts import exchange_traffic, flops, tokens_at_a_time
+from bigmac_jax.model.counts import flops
 from bigmac_jax.model.mesh import current_group, ranks
 from bigmac_jax.model.moe import Aux
+from bigmac_jax.model.traffic import exchange_traffic, tokens_at_a_time
 from bigmac_jax.runtime import signals
 from bigmac_jax.runtime.clock import STEPPING, clock
 from bigmac_jax.runtime.progress import Waiting

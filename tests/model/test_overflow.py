@@ -12,11 +12,11 @@ import pytest
 
 from bigmac_jax.config import Config, ConfigError, with_mesh
 from bigmac_jax.model.choose_exchange import predict_seconds
-from bigmac_jax.model.counts import exchange_traffic
 from bigmac_jax.model.exchange import STRATEGIES, AllToAll
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, make_mesh
 from bigmac_jax.model.moe import MoE
 from bigmac_jax.model.router import Padding
+from bigmac_jax.model.traffic import exchange_traffic
 
 from . import reference
 from .tools import QUICK, abstract_layer, assert_close, leaves, on_mesh, random_like, split_tokens, tiny

@@ -10,10 +10,10 @@ import pytest
 
 from bigmac_jax.config import Config
 from bigmac_jax.model.choose_exchange import choose_exchange
-from bigmac_jax.model.counts import tokens_at_a_time
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import cost, seconds
 from bigmac_jax.model.mesh import EXPERT_GROUP, make_mesh, placed, ranks
+from bigmac_jax.model.traffic import tokens_at_a_time
 from bigmac_jax.training.metrics import describe_auto
 
 from .test_expert_parallel import name

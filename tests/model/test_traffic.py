@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import pytest
 
 from bigmac_jax.config import Config, TrainConfig
-from bigmac_jax.model.counts import exchange_traffic
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import cost, wire_bytes
 from bigmac_jax.model.mesh import current_group, make_mesh
+from bigmac_jax.model.traffic import exchange_traffic
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer
 

@@ -13,10 +13,12 @@ from model.tools import some, tiny
 
 from bigmac_jax.config import Config, ConfigError, OptimizerConfig, TrainConfig, load_config
 from bigmac_jax.config.model import LatentNorm
-from bigmac_jax.model.counts import exchange_traffic, flops, memory, parameters, tensor_bytes
+from bigmac_jax.model.counts import flops, parameters
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.wire import PAYLOAD, Wire
+from bigmac_jax.model.memory import rank_memory
 from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.model.traffic import exchange_traffic, tensor_bytes
 from bigmac_jax.planning import compiled_programs, hlo, topologies
 from bigmac_jax.planning.cost import recomputed
 
@@ -201,7 +203,7 @@ def test_what_the_optimizer_keeps() -> None:
 
     def kept(**optimizer: object) -> int:
         config = dataclasses.replace(made, optimizer=OptimizerConfig(**optimizer))
-        return memory(config, 4, group, parameters(config, {"expert": 4}))["optimizer"]
+        return rank_memory(config, 4, group, parameters(config, {"expert": 4}))["optimizer"]
 
     rank = count.of_a_rank
     others = count.parts["embedding"] + count.parts["router"] + count.parts["norms"]

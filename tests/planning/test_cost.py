@@ -14,7 +14,9 @@ from bigmac_jax.config import Config, ConfigError, DataConfig, ExecutionConfig, 
 from bigmac_jax.model import counts
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.exchange.costs import Sent
+from bigmac_jax.model.memory import host_memory, state_memory
 from bigmac_jax.model.mesh import AXES, ExpertGroup
+from bigmac_jax.model.traffic import exchange_traffic, replica_bytes
 from bigmac_jax.model.transformer import init_model
 from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
 from bigmac_jax.planning.cost import (
@@ -85,8 +87,8 @@ def test_links_are_those_of_the_physical_group(name: str) -> None:
     physical = physical_group(mesh, hardware)
     assert physical == ExpertGroup((4, 8), "gpu", hardware.device_kind)
     assert physical_group(sizes(node=2, expert=4), hardware).sizes == (1, 8)
-    logical = counts.exchange_traffic(c, 32, mesh_group(mesh, hardware)).padded
-    expected = counts.exchange_traffic(c, 32, physical).padded
+    logical = exchange_traffic(c, 32, mesh_group(mesh, hardware)).padded
+    expected = exchange_traffic(c, 32, physical).padded
     assert logical.slow == 0 < expected.slow
     assert cluster(mesh, hardware).by_link(logical) == pytest.approx(expected)
 
@@ -233,25 +235,25 @@ def test_replicas() -> None:
     c = replace(config(), mesh=MeshConfig(2, 1, 2, fsdp=True, replica=2))
     count = counts.parameters(c, mesh)
     assert count.of_a_rank == count.shards_of_a_rank == count.updated_of_a_rank and not count.scattered_of_a_rank
-    assert counts.replica_bytes(c, mesh) == 4 * count.of_a_rank
+    assert replica_bytes(c, mesh) == 4 * count.of_a_rank
     assert step_time(c, mesh, PLAIN).replicas == 4 * count.of_a_rank / 10
     one = {**mesh, "replica": 1}
     for term in ("gradients", "parameters"):
         assert getattr(step_time(c, mesh, PLAIN), term) == getattr(step_time(c, one, PLAIN), term)
     # Without fsdp shards are as small, so that no two ranks of a replica send the same.
     whole = replace(c, mesh=replace(c.mesh, fsdp=False))
-    assert counts.replica_bytes(whole, mesh) == 4 * counts.parameters(whole, mesh).shards_of_a_rank
+    assert replica_bytes(whole, mesh) == 4 * counts.parameters(whole, mesh).shards_of_a_rank
     small = counts.parameters(c, mesh).parts["norms"]
-    assert counts.replica_bytes(whole, mesh) <= 4 * ((count.total - small) / 4 + small + 4)
+    assert replica_bytes(whole, mesh) <= 4 * ((count.total - small) / 4 + small + 4)
     # In two bytes half; where the optimizer's state is split, scattered gradients and float32 parameters.
     half = replace(c, execution=replace(c.execution, reduce_dtype="bfloat16"))
-    assert counts.replica_bytes(half, mesh) == 2 * count.of_a_rank
+    assert replica_bytes(half, mesh) == 2 * count.of_a_rank
     split = replace(half, mesh=replace(half.mesh, replica_optimizer="sharded"))
     of_split = counts.parameters(split, mesh)
     assert of_split.scattered_of_a_rank == count.of_a_rank - small
     assert of_split.updated_of_a_rank == small + (count.of_a_rank - small) / 2
     assert of_split.moments_of_a_rank == 2 * of_split.updated_of_a_rank
-    assert counts.replica_bytes(split, mesh) == (2 + 4) / 2 * of_split.scattered_of_a_rank + 2 * small
+    assert replica_bytes(split, mesh) == (2 + 4) / 2 * of_split.scattered_of_a_rank + 2 * small
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -372,7 +374,7 @@ def test_bigmac_sends_a_quarter() -> None:
 def test_gather_goes_around() -> None:
     """float32: all rows to the next rank, 7 times, out of each machine once for its four ranks; the gates directly."""
     c, mesh = config(exchange="gather"), sizes(expert=8)
-    here, traffic = cluster(mesh, PLAIN), counts.exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
+    here, traffic = cluster(mesh, PLAIN), exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
     rows = 8 * 7 * 512 * 64 * 4
     assert sum(traffic.padded) == 8 * rows
     expected = rows / 40 + here.exchange(traffic.metadata.times(1 / 8), 8)
@@ -384,7 +386,7 @@ def test_gather_goes_around() -> None:
 
 def test_a_hierarchical_step() -> None:
     c, mesh = config(exchange="hierarchical"), sizes(node=2, expert=4)
-    traffic = counts.exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
+    traffic = exchange_traffic(c, 8, mesh_group(mesh, PLAIN))
     sent = traffic.padded.plus(traffic.metadata).times(1 / 8)
     inside, between = 8 * 3 * 2 + sent.fast / 100, 8 * 3 + sent.slow / 10
     assert step_time(c, mesh, PLAIN).exchange == pytest.approx(inside + between)
@@ -426,9 +428,9 @@ def test_moments_that_fill_no_lanes_stay_on_a_tpu() -> None:
     ranks, stay = {"tensor": 2}, []
     for config in (whole, split):
         count = counts.parameters(config, ranks)
-        of_tpu, of_gpu = (counts.host_memory(config, 2, count, platform)["optimizer"] for platform in ("tpu", "gpu"))
+        of_tpu, of_gpu = (host_memory(config, 2, count, platform)["optimizer"] for platform in ("tpu", "gpu"))
         assert of_gpu == 4 * count.moments_of_a_rank
-        stay.append(counts.state_memory(config, count, 1, "tpu")["optimizer"])
+        stay.append(state_memory(config, count, 1, "tpu")["optimizer"])
         assert stay[-1] == of_gpu - of_tpu
     norms = 2 * (2 * 256 + 2 * 128) + 256  # of two layers' branches and their heads, and the last one
     assert stay == [8 * (2 * 256 * 4 + norms), 8 * (2 * 256 * 4 + norms + 2 * 4 * 256 * 96)]
@@ -443,7 +445,7 @@ def test_copies_to_host_memory() -> None:
     count = counts.parameters(layer, ranks)
     moments = config(parts, remat="layer", offload_optimizer=True)
     copied = 4 * count.moments_of_a_rank
-    assert counts.host_memory(moments, 2, count, "gpu") == {"optimizer": copied, "activations": 0}
+    assert host_memory(moments, 2, count, "gpu") == {"optimizer": copied, "activations": 0}
     found = step_time(moments, ranks, slow)
     passes = 2 * copied / PLAIN.memory_bandwidth
     assert found.host == pytest.approx(2 * copied + passes)
@@ -454,7 +456,7 @@ def test_copies_to_host_memory() -> None:
     data, m = entered.data, entered.model
     tokens = data.batch_size * data.sequence_length // 2
     at_a_time = tokens // parts * m.num_layers * m.hidden_size * entered.execution.dtype_bytes
-    assert counts.host_memory(entered, 2, count, "gpu") == {"optimizer": 0, "activations": at_a_time}
+    assert host_memory(entered, 2, count, "gpu") == {"optimizer": 0, "activations": at_a_time}
     passes = 2 * parts * at_a_time / PLAIN.memory_bandwidth
     waits = 2 * parts * at_a_time - base.computing
     assert step_time(entered, ranks, slow).host == pytest.approx(waits + passes)

@@ -12,7 +12,9 @@ from model.tools import on_mesh, some, tiny
 
 from bigmac_jax.config import Config, ExecutionConfig, TuningConfig
 from bigmac_jax.model import counts
+from bigmac_jax.model.memory import rank_memory
 from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.planning.cost import make_job, step_time
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.planner import Request, make_plan
@@ -46,12 +48,12 @@ def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
     """Everything that is counted of a training step."""
     ranks, group = math.prod(sizes.values()), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
     count = counts.parameters(config, sizes)
-    memory = counts.memory(config, ranks, group, count)
+    memory = rank_memory(config, ranks, group, count)
     return {
         "flops": (counts.flops(config), counts.flops(config, causal=True)),
-        "exchange": counts.exchange_traffic(config, ranks, group),
-        "tensor": counts.tensor_bytes(config, sizes),
-        "replicas": counts.replica_bytes(config, sizes | {"replica": 2}),
+        "exchange": exchange_traffic(config, ranks, group),
+        "tensor": tensor_bytes(config, sizes),
+        "replicas": replica_bytes(config, sizes | {"replica": 2}),
         "memory": {part: size for part, size in memory.items() if part != "parameters"},
         "parameters": count._replace(total=0, parts={}, of_a_rank=0),
         "adapted": counts.adapted_parts(config),
@@ -73,7 +75,7 @@ def test_training_is_that_of_the_model_alone(name: str, mesh: Any, remat: str) -
     held, group = counts.parameters(with_, sizes), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
     of_whole = counts.parameters(whole, sizes)
     assert (held.total, held.parts, held.of_a_rank) == (of_whole.total, of_whole.parts, of_whole.of_a_rank)
-    assert counts.memory(with_, 8, group, held)["parameters"] == 4 * of_whole.of_a_rank
+    assert rank_memory(with_, 8, group, held)["parameters"] == 4 * of_whole.of_a_rank
     assert held.total > counts.parameters(without, sizes).total
 
 

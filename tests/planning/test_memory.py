@@ -8,6 +8,7 @@ import pytest
 
 from bigmac_jax.config import Config, ExecutionConfig, load_config
 from bigmac_jax.model import counts
+from bigmac_jax.model.memory import describe_copies, rank_memory
 from bigmac_jax.model.mesh import ExpertGroup, axis_sizes
 from bigmac_jax.planning.cluster import mesh_group
 from bigmac_jax.planning.hardware import load_hardware
@@ -32,7 +33,7 @@ COMPILED = [
 def memory(config: Config, devices: int, hardware: str = "h100") -> dict[str, int]:
     sizes = axis_sizes(config, devices)
     group = mesh_group(sizes, load_hardware(hardware))
-    return counts.memory(config, devices, group, counts.parameters(config, sizes))
+    return rank_memory(config, devices, group, counts.parameters(config, sizes))
 
 
 @pytest.mark.parametrize(("name", "overrides", "devices", "hardware", "compiled"), COMPILED)
@@ -61,13 +62,13 @@ def test_the_worse_of_two_moments() -> None:
     table = 2**20 * many.model.hidden_size
     count = counts.parameters(many, {"data": 8})
     logits = 2 * 4 * min(many.data.batch_size * many.data.sequence_length // 8 * 2**20, 2**27)
-    assert counts.memory(many, 8, group, count)["temporaries"] == logits + table * (4 + 4)  # gathered, and its gradient
+    assert rank_memory(many, 8, group, count)["temporaries"] == logits + table * (4 + 4)  # gathered, and its gradient
     whole = replace(many, mesh=replace(many.mesh, fsdp=False))  # the gradient is among `gradients`
-    assert counts.memory(whole, 8, group, count)["temporaries"] == logits + table * 4
+    assert rank_memory(whole, 8, group, count)["temporaries"] == logits + table * 4
     half = replace(many, execution=replace(execution, dtype="bfloat16", reduce_dtype="bfloat16"))
-    assert counts.memory(half, 8, group, count)["temporaries"] == logits + table * (2 + 2)
+    assert rank_memory(half, 8, group, count)["temporaries"] == logits + table * (2 + 2)
     wide = replace(config, model=replace(config.model, expert_hidden_size=2**20), execution=execution)
-    wider = counts.memory(wide, 8, group, counts.parameters(wide, {"data": 8}))["temporaries"]
+    wider = rank_memory(wide, 8, group, counts.parameters(wide, {"data": 8}))["temporaries"]
     assert wider > 4 * math.prod((2 if wide.model.gated else 1, 2**20, wide.model.hidden_size))
 
 
@@ -77,3 +78,22 @@ def test_a_batch_in_parts_keeps_less() -> None:
     one, two = memory(config, 512), memory(parts, 512)
     assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.01)
     assert two["gradients"] == 2 * one["gradients"] and two["temporaries"] < one["temporaries"]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        # 5 divides no dimension of Qwen3-30B, so all is there five times but for norms.
+        (5, "a rank holds 5.0 times its even share of parameters and optimizer state, because mesh data 5 × expert 8 "
+            "divides too few of their dimensions; mesh.data=4 or 8 would not"),
+        # 3 divides the experts' 768. The other 1.54 of 30.5 billion are there three times, so 1 + 2 · 0.0505 = 1.101.
+        (3, "a rank holds 1.1 times its even share of parameters and optimizer state, because mesh data 3 × expert 8 "
+            "divides too few of their dimensions; mesh.data=2 or 4 would not"),
+        (8, ""),
+    ],
+)  # fmt: skip
+def test_copies_that_fsdp_leaves(data: int, told: str) -> None:
+    config = load_config(f"{ROOT}/configs/qwen3_30b.py", ("mesh.expert=8",))
+    sizes = axis_sizes(config, 8 * data, fit_batch=False)
+    assert describe_copies(config, sizes) == told
+    assert not describe_copies(replace(config, mesh=replace(config.mesh, fsdp=False)), sizes)  # it asks for copies

@@ -7,6 +7,7 @@ import pytest
 from bigmac_jax.config import Config, DataConfig, ExecutionConfig, ModelConfig, load_config
 from bigmac_jax.model import counts
 from bigmac_jax.model.mesh import ExpertGroup
+from bigmac_jax.model.traffic import exchange_traffic
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.paper import (
     FIGURE_4,
@@ -44,7 +45,7 @@ def test_our_counts_are_the_papers(structure: str) -> None:
     )
     flops = counts.flops(config)
     assert sum(flops.values()) - flops["router"] == pytest.approx(paper_flops(PaperModel(structure)))
-    traffic = counts.exchange_traffic(config, 32, ExpertGroup((4, 8), "gpu", ""))
+    traffic = exchange_traffic(config, 32, ExpertGroup((4, 8), "gpu", ""))
     assert sum(traffic.padded) == sum(traffic.payload) == paper_all_to_all_bytes(PaperModel(structure))
     assert traffic.exchanges == 4 * 24
 

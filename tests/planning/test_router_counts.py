@@ -7,7 +7,8 @@ from model.tools import tiny
 
 from bigmac_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig, load_config
 from bigmac_jax.config.reads import notes
-from bigmac_jax.model.counts import adapted_parts, checkpoint_bytes, flops, parameters, state_memory
+from bigmac_jax.model.counts import adapted_parts, flops, parameters
+from bigmac_jax.model.memory import checkpoint_bytes, state_memory
 from bigmac_jax.planning.cost import _shared_numbers
 from bigmac_jax.planning.structures import of_equal_size
 

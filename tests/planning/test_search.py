@@ -19,6 +19,7 @@ from bigmac_jax.config import (
     with_overrides,
 )
 from bigmac_jax.model import counts
+from bigmac_jax.model.memory import rank_memory
 from bigmac_jax.model.mesh import axis_sizes
 from bigmac_jax.planning import search as searching
 from bigmac_jax.planning.candidates import REMAT, Machine, variants
@@ -153,7 +154,7 @@ def test_nothing_that_is_skipped_is_faster() -> None:
     known = []
     for config in every(CONFIG, 8):
         sizes = axis_sizes(config, 8)
-        memory = counts.memory(config, 8, mesh_group(sizes, H100), counts.parameters(config, sizes))
+        memory = rank_memory(config, 8, mesh_group(sizes, H100), counts.parameters(config, sizes))
         known.append((sum(memory.values()), step_time(config, sizes, H100).tokens_per_s))
     by_memory = sorted(memory for memory, _ in known)
     for share in (0, 0.02, 0.3, 1):
@@ -168,7 +169,7 @@ def test_a_candidate_is_what_it_says() -> None:
         assert c.sizes == axis_sizes(c.config, 8)
         assert c.times == step_time(c.config, c.sizes, H100)
         count = counts.parameters(c.config, c.sizes)
-        assert c.memory == counts.memory(c.config, 8, mesh_group(c.sizes, H100), count)
+        assert c.memory == rank_memory(c.config, 8, mesh_group(c.sizes, H100), count)
         assert c.headroom == 1 - sum(c.memory.values()) / H100.memory_bytes
 
 

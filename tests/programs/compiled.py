@@ -22,8 +22,9 @@ from bigmac_jax.config import (
     OptimizerConfig,
     with_overrides,
 )
-from bigmac_jax.model.counts import parameters, replica_bytes
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.model.mesh import AXES
+from bigmac_jax.model.traffic import replica_bytes
 from bigmac_jax.planning import hlo, hlo_schedule
 from bigmac_jax.planning.abstract_programs import NAMES
 from bigmac_jax.planning.compiled_programs import Compiled, compile_program

@@ -16,9 +16,10 @@ from bigmac_jax.config.reads import unread_for
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
 from bigmac_jax.inference.kv_cache import make_decoder
 from bigmac_jax.interchange import export_model, import_model
-from bigmac_jax.model.counts import exchange_traffic, flops, parameters, tensor_bytes
+from bigmac_jax.model.counts import flops, parameters
 from bigmac_jax.model.mesh import ExpertGroup, make_mesh
 from bigmac_jax.model.parameters import named_leaves
+from bigmac_jax.model.traffic import exchange_traffic, tensor_bytes
 from bigmac_jax.model.transformer import init_model, without_next_tokens
 from bigmac_jax.planning import compiled_programs
 from bigmac_jax.planning.shapes import Shape

@@ -16,7 +16,7 @@ from model.tools import random_tokens
 from bigmac_jax import tuning
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import TrainIterator
-from bigmac_jax.model.counts import checkpoint_bytes
+from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.model.parameters import declared
 from bigmac_jax.run import loop

@@ -25,8 +25,8 @@ from model.tools import (
 
 from bigmac_jax.config import Config, ConfigError, MeshConfig, OptimizerConfig, TrainConfig, TuningConfig
 from bigmac_jax.data.batch import NO_TARGET, PADDING, Batch
-from bigmac_jax.model.counts import replica_bytes
 from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.model.traffic import replica_bytes
 from bigmac_jax.planning import hlo
 from bigmac_jax.planning.compiled_programs import compile_program
 from bigmac_jax.planning.hlo_collectives import Collective, collectives
