@@ -18,7 +18,8 @@ from absl import flags  # noqa: E402
 
 from bigmac_jax.commands import cli  # noqa: E402
 from bigmac_jax.config import load_config  # noqa: E402
-from bigmac_jax.planning.planner import Request, make_plan  # noqa: E402
+from bigmac_jax.planning.place import Request  # noqa: E402
+from bigmac_jax.planning.planner import make_plan  # noqa: E402
 
 _CONFIG = flags.DEFINE_string(
     "config", "configs/paper/gpt3_xl.py", "Config file; --config.a.b=value overrides a field."

@@ -18,6 +18,7 @@ from bigmac_jax.model.resident import with_resident
 from bigmac_jax.planning import pictures, planner, report
 from bigmac_jax.planning.candidates import HEADROOM
 from bigmac_jax.planning.hardware import HARDWARE
+from bigmac_jax.planning.place import Request
 from bigmac_jax.planning.topologies import GPUS, TPUS
 from bigmac_jax.runtime import storage
 
@@ -69,7 +70,7 @@ def main() -> None:
     config, base = load_with_base(_CONFIG.value, cli.OVERRIDES)
     cli.warn(notes(config, cli.given_fields(), base=base))
     config = with_resident(config, _RESIDENT_LAYERS.value, _RESIDENT_EXPERTS.value)
-    request = planner.Request(
+    request = Request(
         devices=_DEVICES.value or cli.CPU_DEVICES.value,
         topology=_TOPOLOGY.value,
         slices=_SLICES.value,

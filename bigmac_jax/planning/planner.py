@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -13,58 +13,29 @@ from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Sizes, flops, parameters
 from bigmac_jax.model.exchange import STRATEGIES
 from bigmac_jax.model.memory import checkpoint_bytes, describe_copies, host_memory, rank_memory
-from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup, axis_sizes, check_links
+from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup
 from bigmac_jax.model.resident import is_resident
 from bigmac_jax.model.traffic import exchange_traffic, exchanged_bytes, tokens_at_a_time
 from bigmac_jax.planning import comparison, compiled_programs, paper, residency, scaling, search, topologies
 from bigmac_jax.planning.abstract_programs import NAMES, SERVING
-from bigmac_jax.planning.candidates import HEADROOM, REMAT, Machine
-from bigmac_jax.planning.cluster import cluster, mesh_group, physical_group
+from bigmac_jax.planning.candidates import REMAT, Machine
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.drops import measured_drops
-from bigmac_jax.planning.hardware import Hardware, load_hardware
-from bigmac_jax.planning.hardware.torus import Shape
+from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.planning.job import HIDDEN, TERMS
-from bigmac_jax.planning.load import EVEN, Load, read_load
+from bigmac_jax.planning.place import (
+    Place,
+    Request,
+    expert_groups,
+    find_place,
+    machine_of,
+    mesh_sizes,
+    require_hardware,
+)
 from bigmac_jax.planning.structures import alternatives, of_equal_size
 from bigmac_jax.planning.sweep import parse_axes, sweep
 from bigmac_jax.planning.training_time import parse_tokens, training_time
 from bigmac_jax.runtime import environment
-
-
-class Request(NamedTuple):
-    """What is asked beside the counts; each field is a flag of plan.py."""
-
-    devices: int = 0
-    topology: str = ""
-    slices: int = 1  # of that topology, with slow links between
-    hardware: str = ""
-    compile: bool = False
-    options: bool = False
-    terms: bool = False
-    imbalance: str = ""
-    paper: bool = False
-    sweep: tuple[str, ...] = ()
-    search: bool = False
-    headroom: float = HEADROOM  # the share of memory that a search leaves free
-    tokens: str = ""  # that a training takes, as 15T
-    compare: bool = False
-    scale: str = ""  # numbers of devices, as 64..65536
-
-
-class Place(NamedTuple):
-    """The machine that a plan is for."""
-
-    devices: int
-    topology: topologies.Topology | None
-    hardware: Hardware | None
-    simulated: bool  # the program of CPU devices is compiled, and their exchanges are what is counted
-    load: Load = EVEN
-
-    @property
-    def torus(self) -> Shape | None:
-        """Chips along each axis of a TPU slice."""
-        return self.topology.torus if self.topology else None
 
 
 def make_plan(config: Config, request: Request) -> dict[str, Any]:
@@ -74,19 +45,19 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     Raises:
       ConfigError: one line, for whatever cannot be planned.
     """
-    place = _find_place(config, request)
+    place = find_place(config, request)
     tokens = _parse_tokens(request, place)
     if request.compare:
         comparison.check(config.model)
-        _require_hardware(place, "--compare")
+        require_hardware(place, "--compare")
     asked = scaling.parse_scale(request.scale) if request.scale else None
     if asked:
-        _require_hardware(place, f"--scale={request.scale}")
+        require_hardware(place, f"--scale={request.scale}")
     own = config
     searched: dict[str, Any] = {}
     if request.search:
         config, searched = _search(config, place, request.headroom)  # the rest of the plan is of the best
-    sizes = _mesh_sizes(config, place)
+    sizes = mesh_sizes(config, place)
     result = {
         **searched,
         "devices": place.devices,
@@ -117,7 +88,7 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         names = [name for name in REMAT if name != "offload" or place.hardware.host_bandwidth]
         result["recomputation"] = [_recomputation(config, name, sizes, place) for name in names]
     if request.options:
-        result["compiler_options"] = _options(config, _require_hardware(place, "--options"))
+        result["compiler_options"] = _options(config, require_hardware(place, "--options"))
     if request.terms:
         result["terms"] = _terms(result)
     if request.paper:
@@ -137,61 +108,13 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         steps = _steps(config, place, request)
         result["compare"] = comparison.compare(config, steps, tokens or config.train.steps * result["tokens_per_step"])
     if asked:
-        result["scale"] = scaling.scale(own, asked, lambda devices: _machine(request, place, devices))
+        result["scale"] = scaling.scale(own, asked, lambda devices: machine_of(request, place, devices))
     if request.sweep:
         result["sweep"] = [
-            {"fields": fields, **_costs(swept, _mesh_sizes(swept, place), place)}
+            {"fields": fields, **_costs(swept, mesh_sizes(swept, place), place)}
             for fields, swept in sweep(config, parse_axes(request.sweep))
         ]
     return result
-
-
-def _find_place(config: Config, request: Request) -> Place:
-    topology = topologies.parse_topology(request.topology, request.slices) if request.topology else None
-    if request.slices > 1 and not topology:
-        raise ConfigError(f"--slices={request.slices} says how many of a --topology there are, as --topology=v6e:4x8")
-    name = request.hardware or (topology.kind if topology else "")
-    hardware = load_hardware(name) if name else None
-    devices = request.devices or max(1, config.mesh.data) * config.mesh.fixed_ranks
-    if topology:
-        machine = load_hardware(topology.kind)
-        devices = topology.chips * machine.cores
-        if request.devices not in (0, devices):
-            raise ConfigError(f"--devices={request.devices} must be the {devices} of --topology={topology.name}")
-        if hardware and hardware.device_kind != machine.device_kind:
-            raise ConfigError(
-                f"--hardware={request.hardware} is of {hardware.device_kind}, but --topology={topology.name} has "
-                f"{machine.device_kind}; leave --hardware out"
-            )
-        if hardware and topology.torus is None:
-            most, together = hardware.machine_ranks, topology.shape[1]
-            if together > most:
-                raise ConfigError(
-                    f"--topology={topology.name} has {together} GPUs together, but NVLink joins at most {most} "
-                    f"{hardware.device_kind}; use --topology={topology.kind}:{-(-devices // most)}x{most}"
-                )
-            hardware = replace(hardware, machine_ranks=together)
-    elif hardware:
-        hardware = _filled(hardware, devices)
-    load = read_load(request.imbalance, config)
-    return Place(devices, topology, hardware, request.compile and topology is None, load)
-
-
-def _filled(hardware: Hardware, devices: int) -> Hardware:
-    """The hardware with as many GPUs of a machine as so many devices take of each."""
-    if hardware.torus is None and (together := hardware.ranks_together(devices)) > math.gcd(
-        devices, hardware.machine_ranks
-    ):
-        return replace(hardware, machine_ranks=together)
-    return hardware
-
-
-def _machine(request: Request, place: Place, devices: int) -> Machine:
-    """The plan's machine with another number of devices."""
-    hardware = _require_hardware(place, "--scale")
-    if place.topology is None:
-        hardware = load_hardware(request.hardware)
-    return Machine(devices, _filled(hardware, devices), load=place.load, headroom=request.headroom)
 
 
 def _parse_tokens(request: Request, place: Place) -> int:
@@ -199,44 +122,13 @@ def _parse_tokens(request: Request, place: Place) -> int:
     if request.tokens == "":
         return 0
     tokens = parse_tokens(str(request.tokens))
-    _require_hardware(place, f"--tokens={request.tokens}")
+    require_hardware(place, f"--tokens={request.tokens}")
     return tokens
-
-
-def _require_hardware(place: Place, flag: str) -> Hardware:
-    if place.hardware is None:
-        raise ConfigError(f"{flag} needs the time of a step; add --hardware=NAME, as in --hardware=h100")
-    return place.hardware
-
-
-def _mesh_sizes(config: Config, place: Place) -> Sizes:
-    """Ranks by axis of the mesh; ConfigError if devices would be idle."""
-    mesh, devices = config.mesh, place.devices
-    data = mesh.data or max(1, devices // mesh.fixed_ranks)
-    if (ranks := data * mesh.fixed_ranks) != devices:
-        other = "another mesh or --topology" if place.topology else f"another mesh, or --devices={ranks}"
-        raise ConfigError(
-            f"{mesh.describe(data)} = {ranks} must be the {devices} devices that are planned for; use {other}"
-        )
-    sizes = axis_sizes(config, devices)
-    if place.hardware and (near := cluster(sizes, place.hardware, place.torus).machine) < devices:
-        check_links(sizes, near, place.hardware.platform)
-    return sizes
-
-
-def _groups(sizes: Sizes, place: Place) -> tuple[ExpertGroup, ExpertGroup]:
-    """(the expert group as the program sees it, as it lies on machines)."""
-    shape = sizes["node"], sizes["expert"]
-    group = ExpertGroup(shape, "gpu", "")
-    physical = physical_group(sizes, place.hardware) if place.hardware else group
-    if place.simulated:  # the program is the CPU's, which emulates the ragged exchange
-        return ExpertGroup(shape, "cpu", "cpu"), physical
-    return mesh_group(sizes, place.hardware) if place.hardware else group, physical
 
 
 def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Counts, and with hardware also times."""
-    m, ranks, (group, physical) = config.model, place.devices, _groups(sizes, place)
+    m, ranks, (group, physical) = config.model, place.devices, expert_groups(sizes, place)
     count, work = parameters(config, sizes), flops(config)
     parts, beside = rank_memory(config, ranks, group, count), host_memory(config, ranks, count, group.platform)
     result: dict[str, Any] = {
@@ -278,7 +170,7 @@ def _costs(config: Config, sizes: Sizes, place: Place) -> dict[str, Any]:
 def _recomputation(config: Config, remat: Remat, sizes: Sizes, place: Place) -> dict[str, Any]:
     """What a rank keeps for the backward pass with this execution.remat, and the seconds that follow."""
     config = replace(config, execution=replace(config.execution, remat=remat))
-    costs, (group, _) = _costs(config, sizes, place), _groups(sizes, place)
+    costs, (group, _) = _costs(config, sizes, place), expert_groups(sizes, place)
     return {
         "remat": remat,
         "activations": costs["memory"]["activations"],
@@ -349,14 +241,14 @@ def _search(config: Config, place: Place, headroom: float) -> tuple[Config, dict
 def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[ModelConfig, float] | str]:
     """By structure, its model and the seconds of its step: on the plan's mesh, or after a search on the best of its
     own; or why there is none."""
-    machine = Machine(place.devices, _require_hardware(place, "--compare"), place.torus, place.load, request.headroom)
+    machine = Machine(place.devices, require_hardware(place, "--compare"), place.torus, place.load, request.headroom)
     found: dict[str, tuple[ModelConfig, float] | str] = {}
     for name, other in alternatives(replace(config, mesh=MeshConfig()) if request.search else config).items():
         try:
             if isinstance(other, ConfigError):
                 raise other
             if not request.search or other.model == config.model:
-                sizes = _mesh_sizes(config, place)
+                sizes = mesh_sizes(config, place)
                 seconds = step_time(
                     replace(config, model=other.model), sizes, machine.hardware, place.torus, place.load
                 ).total
@@ -379,7 +271,7 @@ def _baselines(config: Config, place: Place) -> dict[str, Any]:
             try:
                 latent = config.model.latent_norm if structure == "bigmac" else "none"
                 other = of_equal_size(config, structure, latent)
-                found[structure] = _costs(other, _mesh_sizes(other, place), place)
+                found[structure] = _costs(other, mesh_sizes(other, place), place)
             except ConfigError as error:
                 found[structure] = {"error": str(error)}
     return found

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from bigmac_jax.model.mesh import describe_mesh
 from bigmac_jax.planning.job import TERMS
+from bigmac_jax.planning.report_programs import make_table, program_table, programs_table, show_program, show_resident
 from bigmac_jax.planning.units import count, duration, is_near, percent, size, work
 
 
@@ -52,7 +53,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
         "terms": _terms,
         "paper": _paper,
         "paper_comparison": _comparison,
-        "program": _program,
+        "program": program_table,
         "sweep": _sweep,
         "search": _search,
     }
@@ -64,11 +65,11 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     if "scale" in plan:
         _scale(console, plan["scale"])
     if "resident" in plan:
-        _resident(console, plan["resident"], plan.get("programs", {}).get("decode", {}).get("host_copies"))
+        show_resident(console, plan["resident"], plan.get("programs", {}).get("decode", {}).get("host_copies"))
     if "programs" in plan:
         if "compiler" not in plan.get("program", {"compiler": ""}):
-            _program_notes(console, plan["program"])
-        console.print(_programs(plan))
+            show_program(console, plan["program"])
+        console.print(programs_table(plan))
         for name, program in plan["programs"].items():
             if "compiler" in program:
                 console.print(f"[bold]{name} does not fit or compile[/bold]: {program['compiler']}")
@@ -97,17 +98,9 @@ def _best(console: Console, plan: Mapping[str, Any]) -> None:
     console.print()
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _costs(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     valid = {name: column for name, column in columns.items() if "error" not in column}
-    table = _table("A training step", "", *valid)
+    table = make_table("A training step", "", *valid)
 
     def row(label: str, value: Any) -> None:
         table.add_row(label, *(value(column) for column in valid.values()))
@@ -158,7 +151,9 @@ def _options(rows: list[Mapping[str, Any]]) -> Table:
 
 
 def _terms(rows: list[Mapping[str, Any]]) -> Table:
-    table = _table("Terms of the predicted step (docs/planning-truth.md)", "", "seconds", "of the step", "what it is")
+    table = make_table(
+        "Terms of the predicted step (docs/planning-truth.md)", "", "seconds", "of the step", "what it is"
+    )
     table.columns[-1].justify = "left"
     for row in rows:
         table.add_row(row["term"], duration(row["seconds"]), percent(row["share"]), row["what"])
@@ -170,7 +165,7 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
     links = ("sent, fast links", "slow links") if plan["hardware"] else ("sent along expert", "along node")
     rounds = plan["most_rounds"]
     title = "Bytes of the exchange, all ranks" + (f" (of one round; at worst {rounds} rounds)" if rounds > 1 else "")
-    table = _table(title, "", "rows with a token", *links, "metadata")
+    table = make_table(title, "", "rows with a token", *links, "metadata")
     for name, sent in plan["exchanges"].items():
         metadata = sent["metadata_fast"] + sent["metadata_slow"]
         cells = (sent["payload"], sent["padded_fast"], sent["padded_slow"], metadata)
@@ -180,7 +175,7 @@ def _exchanges(plan: Mapping[str, Any]) -> Table:
 
 def _drops(drops: Mapping[str, Any]) -> Table:
     title = f"Choices that a capacity factor of {drops['at_factor']:g} dropped (docs/distributions.md)"
-    table = _table(title, "model.balance", "one domain", "four mixed", "just after a change")
+    table = make_table(title, "model.balance", "one domain", "four mixed", "just after a change")
     for name, shares in drops["measured"].items():
         cells = [shares[key] for key in ("one", "mixed", "shifted")]
         configured = " (configured)" if name == drops["balance"] else ""
@@ -191,8 +186,8 @@ def _drops(drops: Mapping[str, Any]) -> Table:
 
 
 def _recomputation(rows: list[Mapping[str, Any]]) -> Table:
-    table = _table("What a rank keeps for the backward pass, by execution.remat; predicted",
-                   "", "activations", "of the exchange", "in host memory", "exchange", "step")  # fmt: skip
+    table = make_table("What a rank keeps for the backward pass, by execution.remat; predicted",
+                       "", "activations", "of the exchange", "in host memory", "exchange", "step")  # fmt: skip
     for row in rows:
         kept = size(row["exchanged"]) if row["remat"] in ("none", "exchange") else ""
         host = size(row["host"]) if row["host"] else ""
@@ -204,7 +199,7 @@ def _recomputation(rows: list[Mapping[str, Any]]) -> Table:
 
 def _paper(paper: Mapping[str, Any]) -> Table:
     but = f"; they know nothing of this {', '.join(paper['left_out'])}" if paper["left_out"] else ""
-    table = _table(f"The paper's formulas (capacity factor 1, 2 bytes a number){but}", "", "")
+    table = make_table(f"The paper's formulas (capacity factor 1, 2 bytes a number){but}", "", "")
     table.add_row("parameters", count(paper["parameters"]))
     table.add_row("FLOPs", work(paper["flops_per_step"]))
     table.add_row("all-to-all", size(paper["all_to_all_bytes_per_step"]))
@@ -212,122 +207,12 @@ def _paper(paper: Mapping[str, Any]) -> Table:
 
 
 def _comparison(rows: list[Mapping[str, Any]]) -> Table:
-    table = _table("The paper's cluster, one scale and one latency fitted to Table 1's training exchanges",
-                   "", "paper", "model", "difference")  # fmt: skip
+    table = make_table("The paper's cluster, one scale and one latency fitted to Table 1's training exchanges",
+                       "", "paper", "model", "difference")  # fmt: skip
     for row in rows:
         name = row["name"] + (" (fitted)" if row["fitted"] else "")
         table.add_row(name, f"{row['paper']:,.2f}", f"{row['model']:,.2f}", f"{row['model'] - row['paper']:+,.2f}")
     return table
-
-
-def _program(program: Mapping[str, Any]) -> Table:
-    title = f"The compiled program ({program['device_kind']}, {program['compile_seconds']} s)"
-    table = _table(title, "collectives of a rank", "axes", "what", "pass", "async", "count", "sent")
-    for row in program["collectives"]:
-        where = "in each layer" if row["in_each_layer"] else ""
-        table.add_row(
-            f"{row['kind']} {where}", ", ".join(row["axes"]), row["role"], row["direction"],
-            "yes" if row["asynchronous"] else "", f"{row['count']:,}", size(row["sent_bytes"]),
-        )  # fmt: skip
-    return table
-
-
-def _programs(plan: Mapping[str, Any]) -> Table:
-    """Memory of a rank in each program."""
-    table = _table("Memory of a rank by program", "", "arguments", "temporaries", "total", "alive beside it", "fits",
-                   "compiled in")  # fmt: skip
-    yes = {True: "yes", False: "no", None: ""}
-    for name, program in plan["programs"].items():
-        if "compiler" in program:
-            table.add_row(name, *[""] * 4, "no", "")
-            continue
-        memory = program["memory"]
-        cells = (memory["arguments"], memory["temporaries"], memory["total"], program["memory_beside"])
-        table.add_row(name, *map(size, cells), yes[program.get("fits")], f"{program['compile_seconds']} s")
-    restore = plan["restore"]
-    for name in filter(restore.__contains__, ("train", "generate")):
-        table.add_row(f"restore, to {name}", "", "", size(restore[name]), "", yes[restore.get("fits")], "")
-    return table
-
-
-def _resident(console: Console, found: Mapping[str, Any], copies: Mapping[str, Any] | None) -> None:
-    """Experts in host memory: bytes, the copies of a decode step, and times of a token."""
-    by_layer = "resident_layers" in found
-    held = f"{size(found['ring_bytes'])} of {found['resident_layers']} layers" if by_layer else (
-        f"{size(found['slot_bytes'])} of {found['resident_experts']} experts of each layer")  # fmt: skip
-    console.print(
-        f"experts in host memory: {size(found['host_bytes'])} of {found['layers']} layers for each rank, "
-        f"{held} on the device"
-    )
-    if copies and by_layer:  # else the program does not say how often it copies
-        console.print(
-            f"a decode step copies {size(copies['bytes'])} from there in {copies['copies']:,} copies, "
-            f"{copies['asynchronous']:,} asynchronous, {copies['beside_products']:,} beside matrix products"
-        )
-    if "decode" not in found:
-        return
-    names = ("copy_ms", "compute_ms", "step_ms", "ms_per_token", "on_device_ms")
-    times = (
-        "copies",
-        "the device meanwhile" if by_layer else "the device",
-        "step",
-        "a token",
-        "all experts on the device",
-    )
-    counts = () if by_layer else ("chosen_experts", "missing_experts")
-    of_counts = () if by_layer else ("chosen of a layer", "copied of a layer")
-    table = _table("A step that decodes, predicted", "requests", *of_counts, *times)
-    for row in found["decode"]:
-        numbers = (f"{row[name]:,.1f}" for name in counts)
-        table.add_row(f"{row['requests']:,}", *numbers, *(f"{row[name]:,.2f} ms" for name in names))
-    console.print(table)
-
-
-def _program_notes(console: Console, program: Mapping[str, Any]) -> None:
-    memory = program["memory"]
-    have = f" of {size(program['memory_available'])}" if "memory_available" in program else ""
-    console.print(
-        f"memory of a rank: {size(memory['total'])}{have} ({size(memory['arguments'])} parameters and optimizer, "
-        f"{size(memory['temporaries'])} temporaries)"
-    )
-    console.print(
-        f"matmul FLOPs: {work(program['flops_per_step'])}; "
-        f"exchange: {size(program['exchange_sent_bytes'])} sent "
-        f"({size(program['exchange_buffer_bytes'])} with what ranks keep for themselves), "
-        f"{size(program['metadata_sent_bytes'])} metadata; other collectives {size(program['other_sent_bytes'])}"
-    )
-    if advice := program.get("advice"):
-        console.print(f"[bold]does not fit[/bold]: try {advice['change']}; the largest arrays of the step:")
-        for array in advice["largest"]:
-            console.print(f"  {size(array['bytes']):>10}  {array['shape']}  {array['of']}")
-    if schedule := program.get("schedule"):
-        _print_schedule(console, schedule)
-
-
-def _print_schedule(console: Console, schedule: Mapping[str, Any]) -> None:
-    """What runs beside a step's collectives."""
-    if schedule["exchange_seconds"]:
-        console.print(
-            f"schedule: {schedule['asynchronous_in_a_layer']} of {schedule['exchanges_in_a_layer']} payload exchanges "
-            f"of the layer loop are asynchronous; {100 * schedule['hidden_share']:.1f} % of "
-            f"{duration(schedule['exchange_seconds'])} is hidden behind matmuls, of at most "
-            f"{100 * schedule['ceiling']:.1f} % ({100 * schedule['reached_of_ceiling']:.0f} % of what can be); "
-            f"beside {100 * schedule['busy_seconds'] / schedule['exchange_seconds']:.0f} % the chip does something"
-        )
-    parameters = schedule["parameters"]
-    if seconds := parameters["seconds"]:
-        console.print(
-            f"gathers of parameters and sums of gradients: {duration(seconds)}, "
-            f"{parameters['asynchronous_in_a_step']} of {parameters['collectives_in_a_step']} asynchronous; "
-            f"{100 * parameters['hidden_seconds'] / seconds:.0f} % of it is hidden behind matmuls, beside "
-            f"{100 * parameters['busy_seconds'] / seconds:.0f} % the chip does something"
-        )
-    console.print(
-        f"by the compiler's estimates a step computes {duration(schedule['work_seconds'])}, and with the "
-        f"collectives that nothing runs beside takes {duration(schedule['estimated_step_seconds'])}"
-    )
-    if note := schedule.get("note"):
-        console.print(note)
 
 
 def _compare(console: Console, found: Mapping[str, Any]) -> None:
@@ -335,7 +220,7 @@ def _compare(console: Console, found: Mapping[str, Any]) -> None:
     own, measured = found["of"], found["measured"]
     (least, most), tokens = measured["widths"], count(measured["most_tokens"])
     title = f"Time to the loss that {own} reaches in {count(found['tokens'])} tokens"
-    table = _table(title, "", "step", "behind at equal tokens", "measured at h", "tokens", "time", "days", "")
+    table = make_table(title, "", "step", "behind at equal tokens", "measured at h", "tokens", "time", "days", "")
     for row in found["structures"]:
         step = duration(row["step"]) if "step" in row else ""
         days = f"{row['seconds'] / 86400:,.2f}" if "seconds" in row else ""
@@ -368,7 +253,7 @@ def _scale(console: Console, found: Mapping[str, Any]) -> None:
         f"{tokens[0] / devices[0]:,.0f} tokens of each device" if found["kind"] == "weak" else f"{tokens[0]:,} in all"
     )
     title = f"Tokens a second of a device, predicted; {found['kind']} scaling: a step has {each}"
-    table = _table(title, "devices", *curves)
+    table = make_table(title, "devices", *curves)
     for number, count_ in enumerate(devices):
         points = [curve["points"][number] for curve in curves.values()]
         cells = [f"{p['tokens_per_s_per_device']:,.0f}" if "time" in p else f"no {p['lacks']}" for p in points]
@@ -403,7 +288,7 @@ def _time_cells(time: Mapping[str, float]) -> list[str]:
 def _sweep(rows: list[Mapping[str, Any]]) -> Table:
     timed = all("time" in row for row in rows)
     columns = "parameters", "FLOPs", "all-to-all", "memory", *(_TIME_COLUMNS if timed else ())
-    table = _table("Sweep", *rows[0]["fields"], *columns)
+    table = make_table("Sweep", *rows[0]["fields"], *columns)
     for row in rows:
         table.add_row(
             *row["fields"].values(), count(row["parameters_total"]), work(row["flops_per_step"]),
@@ -416,8 +301,8 @@ def _sweep(rows: list[Mapping[str, Any]]) -> Table:
 def _search(rows: list[Mapping[str, Any]]) -> Table:
     """The first dozen."""
     title = "The fastest that fit, by the cost model" if any(row["fits"] for row in rows) else "The nearest to fit"
-    table = _table(title, "data × node × expert × tensor", "fsdp", "split experts", "exchange", "chunks", "remat",
-                   "moments", "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
+    table = make_table(title, "data × node × expert × tensor", "fsdp", "split experts", "exchange", "chunks", "remat",
+                       "moments", "parts", "memory", "left", *_TIME_COLUMNS)  # fmt: skip
     yes, where = {True: "yes", False: ""}, {True: "host", False: ""}
     for row in rows[:12]:
         table.add_row(

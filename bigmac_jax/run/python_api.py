@@ -10,7 +10,8 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.config.reads import notes
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.run import loop
 from bigmac_jax.runtime.storage import locate
 from bigmac_jax.training.metrics_file import read_records
@@ -56,7 +57,7 @@ def plan(config: Config, **asked: Any) -> dict[str, Any]:
     """Plans what a config costs, as plan.py does with --json; no device is needed.
 
     Args:
-      **asked: fields of `planning.planner.Request`, such as topology="h100:64x8" and search=True.
+      **asked: fields of `planning.place.Request`, such as topology="h100:64x8" and search=True.
 
     Raises:
       ConfigError: what cannot be planned.

@@ -9,7 +9,8 @@ import pathlib
 from typing import Any
 
 from bigmac_jax.config import load_config, strict_json
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = pathlib.Path(__file__).with_suffix(".json")

@@ -14,7 +14,8 @@ from benchmarks.distributions import pages
 from benchmarks.distributions.grid import ALL, CAPACITY, Condition
 from bigmac_jax.config import load_config
 from bigmac_jax.planning import drops, report
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -10,7 +10,8 @@ from bigmac_jax.config.reading import load_config
 from bigmac_jax.planning.cost import make_job
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.load import EVEN, Load, read_load
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 LAYERS = ((2.0, 0.0, 1.0, 1.0), (0.5, 0.5, 2.0, 1.0))
 

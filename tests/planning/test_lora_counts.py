@@ -17,7 +17,8 @@ from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.planning.cost import make_job, step_time
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 from bigmac_jax.planning.shapes import Shape
 from bigmac_jax.training.programs import step_program
 from bigmac_jax.training.step import make_trainer

@@ -19,7 +19,8 @@ from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.model.counts import parameters
 from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
-from bigmac_jax.planning.planner import Place, Request, _bytes_read, _costs, _restore, make_plan
+from bigmac_jax.planning.place import Place, Request
+from bigmac_jax.planning.planner import _bytes_read, _costs, _restore, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 XL = "configs/paper/gpt3_xl.py"

@@ -11,7 +11,8 @@ from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.planning import hlo, report, residency, topologies
 from bigmac_jax.planning.hardware import load_hardware
 from bigmac_jax.planning.host_copies import HostCopy, argument_bytes, host_copies
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 ONE = ("mesh.expert=1", "mesh.fsdp=False", "execution.resident_layers=2")

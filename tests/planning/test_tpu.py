@@ -11,7 +11,8 @@ import pytest
 
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.planning import topologies
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = topologies.importlib.util.find_spec("libtpu") is not None

@@ -10,7 +10,8 @@ from training.tools import quick, small
 
 import bigmac_jax
 from bigmac_jax.config import ConfigError
-from bigmac_jax.planning.planner import Request, make_plan
+from bigmac_jax.planning.place import Request
+from bigmac_jax.planning.planner import make_plan
 
 
 @pytest.mark.full
