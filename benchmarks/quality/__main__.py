@@ -70,7 +70,9 @@ def main(_: list[str]) -> None:
         equal.draw(known, pictures / "equal.png")
     elif output == pathlib.Path(_EMBEDDED):
         pages.write(pathlib.Path("docs"), known)
-        pathlib.Path(fit.PATH).write_text(fit.text(known))
+    if output in (pathlib.Path(_EMBEDDED), pathlib.Path(_UNREPEATED)):
+        both = (list(read_file(pathlib.Path(path)).values()) for path in (_EMBEDDED, _UNREPEATED))
+        pathlib.Path(fit.PATH).write_text(fit.text(*both))
 
 
 def _say(run: dict[str, float]) -> str:

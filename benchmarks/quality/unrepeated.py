@@ -109,13 +109,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for (width, steps, name), own in arms.items():
         cells = [f"{width}", f"{steps:,}", name, f"{len(own)}", f"{own[0]['wire_bytes']:,.0f}"]
         cells.append(within([run["loss"] for run in own], 3))
-        cells += [within(_over(own, arms.get((width, steps, base), [])), 3, "+") for base in (FINE, CONTROL)]
+        cells += [within(over(own, arms.get((width, steps, base), [])), 3, "+") for base in (FINE, CONTROL)]
         cells += [within([run[key] for run in own], 3) for key in ("bits_per_byte", "outside_bits_per_byte")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
+def over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
     """Losses less those of another arm, seed by seed; none of an arm over itself."""
     theirs = {run["seed"]: run for run in base}
     pairs = [(run, theirs[run["seed"]]) for run in own if run["seed"] in theirs]
@@ -131,7 +131,7 @@ def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         for steps in LENGTHS:
             own, base = ([run for run in runs if (run["name"], run["width"], run["steps"]) == (of, 128, steps)]
                          for of in (name, FINE))  # fmt: skip
-            if apart := _over(own, base):
+            if apart := over(own, base):
                 points.append((own[0]["tokens"] / 1e6, *mean(apart)))
         if points:
             axis.errorbar(*np.transpose(points), label=name, color=color, marker="o", capsize=3)

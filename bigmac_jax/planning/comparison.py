@@ -16,6 +16,7 @@ from bigmac_jax.planning.structures import name_of
 
 ERRORS = 2  # standard errors that a difference must exceed to be one
 _RATIOS = {0.25: "bigmac 1/4", 0.5: "bigmac 1/2"}
+TWICE = ", twice"  # behind the name of one with twice as many experts and choices, each half as large
 
 
 class Measured(NamedTuple):
@@ -29,30 +30,52 @@ class Measured(NamedTuple):
         return abs(self.value - other) > ERRORS * self.error
 
 
+class Gap(NamedTuple):
+    """How far one structure's loss is behind another's at equal tokens."""
+
+    behind: Measured
+    width: int  # h of the models, the nearest that was measured
+    text: str  # that they read
+
+
 @functools.cache
 def study() -> dict[str, Any]:
     """What quality.toml says."""
     return tomllib.loads((pathlib.Path(__file__).parent / "quality.toml").read_text())
 
 
-def studied_name(model: ModelConfig) -> str:
-    """What the study calls this model's structure; "" if it has none like it."""
+def studied_name(model: ModelConfig, own: ModelConfig | None = None) -> str:
+    """What the study calls this model's structure; "" if it has none like it.
+
+    Args:
+      own: the model that it is compared with, which may have half as many experts.
+    """
     if model.structure == "bigmac":
         ships = model.latent_norms == ("skip", "post_combine") and model.projection_init == "selection"
-        return _RATIOS.get(model.down_ratio, "") if ships else ""
+        more = TWICE if own and model.expert_count == 2 * own.expert_count else ""
+        return f"{_RATIOS[model.down_ratio]}{more}" if ships and model.down_ratio in _RATIOS else ""
     is_studied = model.structure == "fine_grained" and model.latent_norms in ((), ("post_combine",))
     return name_of(model) if is_studied else ""
 
 
-def gap(name: str, base: str, width: int) -> tuple[Measured, int] | None:
-    """(nats that one structure's loss is above the other's at equal tokens, the measured h that is nearest to `width`);
-    None of a pair that was not measured."""
+def gap(name: str, base: str, width: int, tokens: float) -> Gap | None:
+    """Nats that one structure's loss is above the other's, by models of the measured h that is nearest to `width`:
+    between two lengths on a line through ln tokens, beyond them what the nearest length has. None of a pair that was
+    not measured."""
     found = [row for row in study()["gap"] if {name, base} == set(row["structures"])]
     if not found:
         return None
-    nearest = min(found, key=lambda row: abs(math.log(row["width"] / width)))
-    sign = 1 if nearest["structures"][0] == name else -1
-    return Measured(sign * nearest["nats"], nearest["error"]), nearest["width"]
+    nearest = min(found, key=lambda row: abs(math.log(row["width"] / width)))["width"]
+    rows = sorted((row for row in found if row["width"] == nearest), key=lambda row: row["tokens"])
+    short = next((row for row in reversed(rows) if row["tokens"] <= tokens), rows[0])
+    long = next((row for row in rows if row["tokens"] >= tokens), rows[-1])
+    apart = math.log(long["tokens"] / short["tokens"])
+    share = math.log(tokens / short["tokens"]) / apart if apart else 0.0
+    parts = [(weight * (1 if row["structures"][0] == name else -1), row) for weight, row in
+             ((1 - share, short), (share, long))]  # fmt: skip
+    nats = sum(weight * row["nats"] for weight, row in parts)
+    error = math.hypot(*(weight * row["error"] for weight, row in parts))
+    return Gap(Measured(nats, error), nearest, long["text"])
 
 
 def tokens_factor(behind: Measured, slope: Measured) -> Measured:
@@ -72,7 +95,8 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
     """
     m, known, tokens_per_step = config.model, study(), config.data.batch_size * config.data.sequence_length
     own = studied_name(m)
-    (least, most), slope = known["widths"], Measured(known["slope"]["nats"], known["slope"]["error"])
+    slopes = {text: Measured(row["nats"], row["error"]) for text, row in known["slope"].items()}
+    least, most = known["widths"]
     (_, first), *_ = (step for step in steps.values() if not isinstance(step, str))
     rows = []
     for name, step in steps.items():
@@ -85,11 +109,11 @@ def compare(config: Config, steps: Mapping[str, tuple[ModelConfig, float] | str]
         if name == name_of(m):
             row["seconds"] = tokens / tokens_per_step * first
             continue
-        if (found := gap(studied_name(step[0]), own, m.hidden_size)) is None:
+        if (found := gap(studied_name(step[0], m), own, m.hidden_size, tokens)) is None:
             row["error"] = "its loss was not measured"
             continue
-        behind, width = found
-        factor = tokens_factor(behind, slope)
+        behind, width, text = found
+        factor = tokens_factor(behind, slopes[text])
         time = Measured(*(value * step[1] / first for value in factor))
         row |= {
             "width": width,

@@ -18,27 +18,44 @@ def name_of(model: ModelConfig) -> str:
 
 
 def alternatives(config: Config) -> dict[str, Config | ConfigError]:
-    """The config with each structure, its own first and as it is; or why it cannot have that one."""
-    kinds: list[tuple[Structure, LatentNorm]] = [(name, "auto") for name in reversed(STRUCTURES)]
-    kinds.insert(2, ("fine_grained", "post_combine"))
-    found: dict[str, Config | ConfigError] = {name_of(config.model): config}
-    for structure, latent in kinds:
-        name = CONTROL if latent == "post_combine" else structure
+    """The config with each structure, its own first and as it is, and with what the study of quality had of `bigmac`
+    beside it; or why it cannot have that one."""
+    m = config.model
+    found: dict[str, Config | ConfigError] = {name_of(m): config}
+    kinds: dict[str, dict[str, Any]] = {"bigmac": {"structure": "bigmac"}}
+    kinds |= {f"bigmac, r = {said}": {"structure": "bigmac", "down_ratio": ratio}
+              for said, ratio in (("1/4", 0.25), ("1/2", 0.5)) if ratio != m.down_ratio}  # fmt: skip
+    if m.is_moe:
+        twice = {"down_ratio": 0.25, "num_experts": 2 * m.num_experts, "top_k": 2 * m.top_k}
+        kinds["bigmac, r = 1/4, twice the experts"] = {"structure": "bigmac"} | twice
+    kinds["fine_grained"] = {"structure": "fine_grained"}
+    kinds[CONTROL] = {"structure": "fine_grained", "latent_norm": "post_combine"}
+    kinds |= {name: {"structure": name} for name in reversed(STRUCTURES) if name not in kinds}
+    for name, fields in kinds.items():
         if name not in found:
-            try:
-                found[name] = of_equal_size(config, structure, latent)
-            except ConfigError as error:
-                found[name] = error
+            found[name] = _tried(config, **fields)
     return found
 
 
-def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm) -> Config:
+def _tried(config: Config, **fields: Any) -> Config | ConfigError:
+    try:
+        return of_equal_size(config, **fields)
+    except ConfigError as error:
+        return error
+
+
+def of_equal_size(config: Config, structure: Structure, latent_norm: LatentNorm = "auto", **more: Any) -> Config:
     """The config with another structure and as many parameters: its experts get the width that this takes, unless the
     paper's comes near. A hyper router counts as the matrix that it makes. A dense model has no idle experts: beside
-    one, those that are active for a token are equal."""
+    one, those that are active for a token are equal.
+
+    Args:
+      more: other fields of the model.
+    """
 
     def with_width(width: int) -> Config:
-        fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, "expert_hidden_size": width}
+        fields: dict[str, Any] = {"structure": structure, "latent_norm": latent_norm, **more}
+        fields["expert_hidden_size"] = width
         if structure != config.model.structure:  # which may have too few experts for it; a plan is the same without
             fields["overflow"] = "drop"
         return replace(config, model=replace(config.model, **fields))

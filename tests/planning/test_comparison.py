@@ -3,11 +3,13 @@
 import json
 import math
 import pathlib
+from typing import Any
 
 import pytest
 
 from benchmarks.quality import fit
-from bigmac_jax.config import ConfigError, load_config
+from bigmac_jax.config import Config, ConfigError, load_config
+from bigmac_jax.model.counts import parameters
 from bigmac_jax.planning import comparison
 from bigmac_jax.planning.candidates import Machine
 from bigmac_jax.planning.comparison import Measured, compare, gap, studied_name, tokens_factor
@@ -21,13 +23,36 @@ SHIPS = ("mesh.expert=8", "model.latent_norm=skip", "model.projection_init=selec
 
 
 def test_the_data_file_is_made_from_the_runs() -> None:
-    runs = json.loads((ROOT / "docs/results/quality.json").read_text())["runs"]
-    assert (ROOT / fit.PATH).read_text() == fit.text(runs)
-    page = (ROOT / "docs/quality.md").read_text()
+    embedded, fresh = (
+        json.loads((ROOT / f"docs/results/{name}.json").read_text())["runs"] for name in ("quality", "unrepeated")
+    )
+    assert (ROOT / fit.PATH).read_text() == fit.text(embedded, fresh)
+    page = (ROOT / "docs/notes/quality.md").read_text()
     for row in comparison.study()["gap"]:
-        assert f"| {row['nats']:+.3f} ± {row['error']:.3f} |" in page or row["structures"][0] == CONTROL, row
-    times = math.exp(0.344 / comparison.study()["slope"]["nats"])
+        assert row["text"] == fit.UNREPEATED or f"| {row['nats']:+.3f} ± {row['error']:.3f} |" in page, row
+    times = math.exp(0.344 / comparison.study()["slope"]["embedded"]["nats"])
     assert times == pytest.approx(2.4, abs=0.005)  # "2.4 times the steps take 0.344 off"
+
+
+def test_gaps_of_both_texts_by_hand() -> None:
+    """Unrepeated text counts alone at a width that it has: of pairs of equal seeds, 0.2 and 0.4, whose error is
+    0.1. Its two longest lengths with three seeds of fine_grained say the slope: 0.7 nats of ln 2."""
+
+    def run(name: str, steps: int, seed: int, loss: float, width: int = 128) -> dict[str, Any]:
+        return {"name": name, "width": width, "steps": steps, "seed": seed, "loss": loss, "tokens": 2048 * steps}
+
+    fresh = [run("fine_grained", steps, seed, loss) for steps, loss in ((1000, 5.0), (2000, 4.3)) for seed in (1, 2, 3)]
+    fresh += [run("fine_grained", 4000, 1, 4.0)]
+    fresh += [run("r = 1/4", 2000, 3, 4.5), run("r = 1/4", 2000, 1, 4.7), run("control", 2000, 1, 4.0)]
+    ships = "bigmac 1/4, skip, selected"
+    for_each = [(name, loss, width) for name, loss in (("fine_grained", 4.0), (ships, 4.5)) for width in (64, 128)]
+    embedded = [run(name, 2400, seed, loss + seed / 10, width) for name, loss, width in for_each for seed in (1, 2, 3)]
+    narrow, fitted = fit.gaps(embedded, fresh)
+    assert fitted[:3] == (("bigmac 1/4", "fine_grained"), 128, 4_096_000) and fitted.text == fit.UNREPEATED
+    assert fitted[3:5] == pytest.approx((0.3, 0.1))
+    assert (narrow.width, narrow.text) == (64, fit.EMBEDDED) and narrow.nats == pytest.approx(0.5)
+    assert fit.longest(fresh) == (1000, 2000)
+    assert fit.slope(fresh, (1000, 2000)) == pytest.approx((0.7 / math.log(2), 0))
 
 
 def test_a_gap_in_tokens_by_hand() -> None:
@@ -39,17 +64,36 @@ def test_a_gap_in_tokens_by_hand() -> None:
     assert Measured(1.05, 0.02).differs(1.0) and not Measured(0.97, 0.02).differs(1.0)
 
 
-def test_the_nearest_width_that_was_measured() -> None:
-    assert gap("bigmac 1/4", "fine_grained", 96) == ((0.0228, 0.0111), 128)
-    assert gap("fine_grained", "bigmac 1/4", 4096) == ((0.0050, 0.0063), 256)
-    assert gap(CONTROL, "bigmac 1/4", 4096) == ((-0.0471, 0.0078), 128)
-    assert gap("", "fine_grained", 128) is None
+def test_the_nearest_width_and_a_line_between_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halfway in ln tokens between 1 and 4 M: the mean of 0.1 and 0.3, with half of each error."""
+
+    def row(width: int, tokens: float, nats: float, error: float, *structures: str) -> dict[str, Any]:
+        return {"structures": structures, "width": width, "tokens": tokens, "nats": nats, "error": error, "text": "t"}
+
+    pair = "bigmac 1/4", "fine_grained"
+    rows = [row(128, 4e6, -0.3, 0.04, *reversed(pair)), row(128, 1e6, 0.1, 0.03, *pair), row(256, 1e6, 0.5, 0.1, *pair),
+            row(128, 1e6, 0.2, 0.01, CONTROL, "bigmac 1/4")]  # fmt: skip
+    monkeypatch.setattr(comparison, "study", lambda: {"gap": rows})
+
+    def found(*asked: Any) -> tuple[float, ...]:
+        of = gap(*asked)
+        assert of
+        return (*of.behind, of.width)
+
+    assert found(*pair, 96, 2e6) == pytest.approx((0.2, 0.025, 128))
+    assert found(*pair, 96, 1e6) == pytest.approx((0.1, 0.03, 128)) == found(*pair, 128, 10)
+    assert found(*pair, 128, 4e6) == pytest.approx((0.3, 0.04, 128)) == found(*pair, 128, 1e12)
+    assert found(*reversed(pair), 4096, 1e6) == pytest.approx((-0.5, 0.1, 256))
+    assert found("bigmac 1/4", CONTROL, 4096, 1e6) == pytest.approx((-0.2, 0.01, 128))
+    assert gap("", "fine_grained", 128, 1e6) is None
 
 
 def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """e^0.2 of the tokens in steps of half the time: 0.61 of it; the configured one takes 10 steps of 4 s."""
-    row = {"structures": ["bigmac 1/4", "fine_grained"], "width": 128, "nats": 0.1, "error": 0.01}
-    known = {"widths": [64, 256], "most_tokens": 10**6, "slope": {"nats": 0.5, "error": 0.05}, "gap": [row]}
+    row = {"structures": ["bigmac 1/4", "fine_grained"], "width": 128, "tokens": 10**6, "nats": 0.1, "error": 0.01,
+           "text": "t"}  # fmt: skip
+    slope = {"t": {"nats": 0.5, "error": 0.05}, "another": {"nats": 9.0, "error": 0.0}}
+    known = {"widths": [64, 256], "most_tokens": 10**6, "slope": slope, "gap": [row]}
     monkeypatch.setattr(comparison, "study", lambda: known)
     config = load_config("tiny", ["model.structure=fine_grained", "data.batch_size=10", "data.sequence_length=100"])
     ours = load_config("tiny", ["model.down_ratio=0.25"]).model
@@ -67,7 +111,9 @@ def test_time_to_a_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_structures_of_a_plan() -> None:
     made = plan(overrides=SHIPS, devices=8, hardware="h100", compare=True, tokens="1B")
     rows = {row["structure"]: row for row in made["compare"]["structures"]}
-    assert list(rows) == ["bigmac", "fine_grained", CONTROL, "vanilla", "dense"]
+    half, twice = "bigmac, r = 1/2", "bigmac, r = 1/4, twice the experts"
+    assert list(rows) == ["bigmac", half, twice, "fine_grained", CONTROL, "vanilla", "dense"]
+    assert rows[half]["step"] > rows["bigmac"]["step"] and "error" not in rows[twice]
     assert rows["bigmac"]["step"] == made["time"]["total"]
     assert rows["fine_grained"]["step"] == made["baselines"]["fine_grained"]["time"]["total"]
     assert rows["dense"]["error"] == "its loss was not measured" and "4 ranks" in rows["vanilla"]["error"]
@@ -93,10 +139,20 @@ def test_with_a_search_each_has_its_own_mesh() -> None:
 
 def test_a_control_has_the_others_beside_it() -> None:
     config = load_config(
-        f"{ROOT}/configs/paper/gpt3_xl.py", ["model.structure=fine_grained", "model.latent_norm=post_combine"]
+        f"{ROOT}/configs/paper/gpt3_xl.py",
+        ["model.structure=fine_grained", "model.latent_norm=post_combine", "model.projection_init=selection"],
     )
     found = alternatives(config)
-    assert list(found) == [CONTROL, "bigmac", "fine_grained", "vanilla", "dense"] and found[CONTROL] is config
+    half, twice = "bigmac, r = 1/2", "bigmac, r = 1/4, twice the experts"
+    assert list(found) == [CONTROL, "bigmac", half, twice, "fine_grained", "vanilla", "dense"]
+    made = {name: other for name, other in found.items() if isinstance(other, Config)}
+    assert made[CONTROL] is config and made[half].model.latent_size == 2 * made["bigmac"].model.latent_size
+    assert studied_name(made[twice].model, config.model) == "bigmac 1/4, twice"
+    assert studied_name(made[half].model, config.model) == "bigmac 1/2"
+    one, more = made["bigmac"].model, made[twice].model
+    assert (more.expert_count, more.choices) == (2 * one.expert_count, 2 * one.choices)
+    sizes = [parameters(of, {}).total for of in made.values() if of.model.structure != "dense"]
+    assert max(sizes) < 1.02 * min(sizes)
     norms = {name: other.model.latent_norms for name, other in found.items() if not isinstance(other, ConfigError)}
     assert norms["fine_grained"] == () and norms["bigmac"] == ("skip", "post_combine")
 
