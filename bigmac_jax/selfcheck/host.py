@@ -9,7 +9,8 @@ from typing import Any
 
 from bigmac_jax.planning.hardware import Hardware
 from bigmac_jax.runtime.environment import GPU_MEMORY
-from bigmac_jax.selfcheck.checks import Check, MismatchError
+from bigmac_jax.selfcheck.checks import Check
+from bigmac_jax.selfcheck.on_devices import MismatchError
 
 # The oldest driver for jax's plugin of each CUDA (docs.jax.dev, "Installation").
 DRIVERS = {13: 580, 12: 525}

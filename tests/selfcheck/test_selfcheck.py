@@ -20,7 +20,8 @@ from bigmac_jax.model.exchange import STRATEGIES, Gather, Ragged
 from bigmac_jax.model.mesh import ranks
 from bigmac_jax.planning.cost import step_time
 from bigmac_jax.planning.hardware import load_hardware
-from bigmac_jax.selfcheck import checks, host, rates
+from bigmac_jax.selfcheck import checks, host, on_devices, part_checks, rates
+from bigmac_jax.selfcheck.on_devices import MismatchError
 from bigmac_jax.selfcheck.rates import Rate, all_rates, find_hardware
 from bigmac_jax.training import step
 
@@ -52,7 +53,7 @@ def test_nodes(platform: str, slices: list[int | None], processes: list[int], ex
         types.SimpleNamespace(platform=platform, slice_index=slice_, process_index=process)
         for slice_, process in zip(slices, processes, strict=True)
     ]
-    assert checks.count_nodes(devices) == expected
+    assert part_checks.count_nodes(devices) == expected
 
 
 def two() -> list[Any]:
@@ -72,8 +73,8 @@ def test_the_command_is_green() -> None:
     assert all(check["ok"] and not check["why"] and check["seconds"] >= 0 for check in report["checks"])
     names = {check["name"] for check in report["checks"]}
     assert names >= {f"exchange {name}" for name in STRATEGIES} | {"training step"}
-    assert names >= {f"experts {of} {dtype}" for of in ("dropless", "capacity") for dtype in checks.BOUNDS}
-    assert names >= {f"attention {of} {dtype}" for of in ("auto", "xla") for dtype in checks.BOUNDS}
+    assert names >= {f"experts {of} {dtype}" for of in ("dropless", "capacity") for dtype in part_checks.BOUNDS}
+    assert names >= {f"attention {of} {dtype}" for of in ("auto", "xla") for dtype in part_checks.BOUNDS}
     assert all(f"{name} …" in done.stderr for name in names)  # which one hangs, if one does
     assert report["device"] | {"platform": "cpu", "devices": 2, "processes": 1} == report["device"]
     assert report["versions"]["jax"] == jax.__version__
@@ -177,25 +178,25 @@ def test_what_is_broken_is_red_and_the_rest_is_green(monkeypatch: pytest.MonkeyP
 def test_a_lost_row_is_seen_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[Any] = []
     monkeypatch.setattr(
-        checks.environment, "compiler_options", lambda device, ragged: options.append((device, ragged)) or {}
+        on_devices.environment, "compiler_options", lambda device, ragged: options.append((device, ragged)) or {}
     )
     even, attend = experts._even, jax.nn.dot_product_attention
     monkeypatch.setattr(experts, "_even", lambda *args: even(*args).at[5].set(0))
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: attend(*a, **k).at[:, 7].set(0))
-    with pytest.raises(checks.MismatchError):
-        checks.check_experts(two(), True, "bfloat16")
-    with pytest.raises(checks.MismatchError):
-        checks.check_attention(two(), "xla", "bfloat16")
+    with pytest.raises(MismatchError):
+        part_checks.check_experts(two(), True, "bfloat16")
+    with pytest.raises(MismatchError):
+        part_checks.check_attention(two(), "xla", "bfloat16")
     assert options == [(jax.devices()[0], False)] * 2
 
 
 @pytest.mark.full
 def test_a_lost_row_of_decoding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_decoding(two(), "float32").startswith("within ")
-    attend = checks.paged_attention
-    monkeypatch.setattr(checks, "paged_attention", lambda *args: attend(*args).at[:, 2].set(0))
-    with pytest.raises(checks.MismatchError):
-        checks.check_decoding(two(), "bfloat16")
+    assert part_checks.check_decoding(two(), "float32").startswith("within ")
+    attend = part_checks.paged_attention
+    monkeypatch.setattr(part_checks, "paged_attention", lambda *args: attend(*args).at[:, 2].set(0))
+    with pytest.raises(MismatchError):
+        part_checks.check_decoding(two(), "bfloat16")
 
 
 @pytest.mark.full
@@ -207,28 +208,28 @@ def test_a_wrong_gradient_of_all_devices_is_seen(monkeypatch: pytest.MonkeyPatch
         return loss * (1.001 if ranks() > 1 else 1), parts
 
     monkeypatch.setattr(step, "loss_fn", off_on_several)
-    with pytest.raises(checks.MismatchError, match=r"norm is .* on all devices and .* on one of them"):
-        checks.check_training(two())
+    with pytest.raises(MismatchError, match=r"norm is .* on all devices and .* on one of them"):
+        part_checks.check_training(two())
 
 
 @pytest.mark.parametrize("losses", [[2.0, 2.0, 2.0], [3.0, math.nan, 2.0]])
 def test_a_loss_that_does_not_fall_is_seen(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    monkeypatch.setattr(checks, "train", lambda *args: (losses, 1.0))
-    with pytest.raises(checks.MismatchError, match="it should fall"):
-        checks.check_training(two())
+    monkeypatch.setattr(part_checks, "train", lambda *args: (losses, 1.0))
+    with pytest.raises(MismatchError, match="it should fall"):
+        part_checks.check_training(two())
 
 
 def test_compare() -> None:
     b = np.array([1.0, -4.0])
-    assert checks.compare({"y": np.array([[1.0, -4.0], [1.0, -4.1]])}, {"y": b}, 0.03) == "within 2e-02"
+    assert on_devices.compare({"y": np.array([[1.0, -4.0], [1.0, -4.1]])}, {"y": b}, 0.03) == "within 2e-02"
     for a, message in (
         ([[1, -4], [1, -4.1]], "y is off by 2.5e-02 of its largest entry on 1 of 2 devices"),
         ([[1, -4], [math.nan, -4]], "on 1 of 2 devices"),
     ):
-        with pytest.raises(checks.MismatchError, match=message):
-            checks.compare({"y": np.array(a)}, {"y": b}, 0.02)
-    with pytest.raises(checks.MismatchError):  # what is all zeros shows nothing
-        checks.compare({"y": np.zeros(2)}, {"y": np.zeros(2)}, 1)
+        with pytest.raises(MismatchError, match=message):
+            on_devices.compare({"y": np.array(a)}, {"y": b}, 0.02)
+    with pytest.raises(MismatchError):  # what is all zeros shows nothing
+        on_devices.compare({"y": np.zeros(2)}, {"y": np.zeros(2)}, 1)
 
 
 def test_what_the_hardware_files_expect() -> None:
@@ -399,7 +400,7 @@ def test_the_driver(text: str, expected: str, tmp_path: pathlib.Path, monkeypatc
     if expected:
         assert host.check_driver(file) == expected
         return
-    with pytest.raises(checks.MismatchError, match=r"the driver is 570.124.06, and CUDA 13 needs 580 or newer; use"):
+    with pytest.raises(MismatchError, match=r"the driver is 570.124.06, and CUDA 13 needs 580 or newer; use"):
         host.check_driver(file)
 
 
@@ -407,7 +408,7 @@ def test_the_memory() -> None:
     h100 = load_hardware("h100")
     assert host.check_memory(round(0.94 * 85_520_809_984), h100) == "74.9 GiB"
     assert host.check_memory(None, h100) == host.check_memory(1, None) == "not said here"
-    with pytest.raises(checks.MismatchError, match=r"jax gives a process 59.7 GiB of a GPU, and .* reckons with 74.5;"):
+    with pytest.raises(MismatchError, match=r"jax gives a process 59.7 GiB of a GPU, and .* reckons with 74.5;"):
         host.check_memory(round(0.75 * 85_520_809_984), h100)
 
 
