@@ -7,11 +7,11 @@ from jax import Array
 
 from bigmac_jax.inference.int8_weights import Int8
 from bigmac_jax.model.gathering import InStack
+from bigmac_jax.model.kernels import LANES
 from bigmac_jax.model.mesh import axes_of, platform, spec_of
 from bigmac_jax.model.parameters import Declaration, map_declared
 from bigmac_jax.model.transformer import Block
 
-_LANES = 128  # of a TPU
 Group = tuple[Block, ...]  # layers that a loop goes through in turn, each as often as its parameters are deep
 
 
@@ -50,7 +50,7 @@ def _stays(leaf: Any, declaration: Any) -> bool:
     if not (isinstance(leaf, Array) and isinstance(declaration, Declaration) and leaf.shape[0] > 1):
         return False
     on_rank = jax.typeof(leaf).sharding.shard_shape(leaf.shape)
-    by_rows = platform() != "tpu" or all(size % _LANES == 0 for size in on_rank[-2:])
+    by_rows = platform() != "tpu" or all(size % LANES == 0 for size in on_rank[-2:])
     of_experts = declaration.part == "experts" and not declaration.small
     return of_experts and by_rows and axes_of(spec_of(leaf)) <= set(declaration.split)
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, ExecutionConfig
 from bigmac_jax.model.gathering import Crossing, InStack, Weight
+from bigmac_jax.model.kernels import LANES
 from bigmac_jax.model.mesh import REPLICA, Entry, fully_sharded, names
 
 
@@ -29,9 +30,6 @@ def leaf_name(path: Any) -> str:
 def named_leaves(model: Any) -> dict[str, Any]:
     """The parameters of a model, which may be abstract, by name."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
-
-
-_LANES = 128  # of a TPU
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Declaration:
     def sliced_in_host_memory(self, columns: int) -> bool:
         """Whether XLA:TPU updates layers of it in host memory, with so many columns on a rank: of a matrix that fills
         whole lanes. Of vectors in bfloat16, two of which share a sublane, it compiles no slice."""
-        return len(self.dims) > 1 and columns % _LANES == 0
+        return len(self.dims) > 1 and columns % LANES == 0
 
     @property
     def split(self) -> tuple[str, ...]:

@@ -71,13 +71,19 @@ def test_the_kernel_of_gpu_lowers(dtype: str) -> None:
 
 
 def test_a_page_is_emptied_when_it_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On TPU. Pages 2 and 0 are begun, page 1 goes on, and a token that goes nowhere empties nothing."""
+    """Of those that TPU's kernel reads. Pages 2 and 0 are begun, page 1 goes on, and a token that goes nowhere empties
+    nothing."""
     monkeypatch.setattr(paged_attention, "platform", lambda: "tpu")
     page_T, place_T = np.array([2, 1, 0, 0, 3], np.int32), np.array([0, 2, 0, 1, 0], np.int32)
-    fresh_TGH = np.arange(1.0, 11.0, dtype=np.float32).reshape(5, G, 1)
-    found = np.asarray(paged_attention.write(jnp.full((G, 3, 4, 1), -1.0), page_T, place_T, fresh_TGH))
+    fresh_TGH = np.broadcast_to(np.arange(1.0, 11.0, dtype=np.float32).reshape(5, G, 1), (5, G, 128))
+    pages = jnp.full((G, 3, 4, 128), -1, jnp.bfloat16)
+    found = np.asarray(paged_attention.write(pages, page_T, place_T, fresh_TGH.astype(pages.dtype)), np.float32)
     expected = np.array([[5.0, 7, 0, 0], [-1, -1, 3, -1], [1, 0, 0, 0]])
-    np.testing.assert_array_equal(found[..., 0], [expected, np.where(expected > 0, expected + 1, expected)])
+    np.testing.assert_array_equal(found[..., 9], [expected, np.where(expected > 0, expected + 1, expected)])
+    for others, H in ((pages.astype(np.float32), 128), (pages[..., :64], 64)):  # which the kernel does not read
+        fresh = fresh_TGH[..., :H].astype(others.dtype)
+        kept = np.asarray(paged_attention.write(others, page_T, place_T, fresh), np.float32)[0, ..., 9]
+        np.testing.assert_array_equal(kept, np.where(expected > 0, expected, -1))
 
 
 @pytest.mark.full
@@ -87,14 +93,17 @@ def test_the_kernel_of_tpu_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     draw, (W, K, heads, H, page) = np.random.default_rng(0), (4, 10, 3, 128, 16)
     length_W = np.array([1, K * page, 17, 33])
     table_WK = draw.permutation(PAGES + 3)[: W * K].reshape(W, K).astype(np.int32)
-    keys, values = (jnp.full((G, PAGES + 3, page, H), np.nan, np.float32) for _ in range(2))
+    keys, values = (jnp.full((G, PAGES + 3, page, H), np.nan, jnp.bfloat16) for _ in range(2))
     monkeypatch.setattr(paged_attention, "platform", lambda: "tpu")
     for pages_W, length in zip(table_WK, length_W, strict=True):
         at = np.arange(length, dtype=np.int32)
         keys, values = (
-            paged_attention.write(pages, pages_W[at // page], at % page, draw.standard_normal((length, G, H)))
+            paged_attention.write(
+                pages, pages_W[at // page], at % page, draw.standard_normal((length, G, H)).astype(pages.dtype)
+            )
             for pages in (keys, values)
         )
+    keys, values = keys.astype(np.float32), values.astype(np.float32)
     monkeypatch.undo()
     q_GWXH = (draw.standard_normal((G, W, heads, H)) / np.sqrt(H)).astype(np.float32)
     position_W = (length_W - 1).astype(np.int32)

@@ -16,12 +16,12 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from bigmac_jax.model.kernels import LANES
 from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
 
 # Rows of a tile: at least as many as the matrix unit is wide, or weights come in more slowly than rows pass.
 _ROWS, _MOST_ROWS = 256, 512
 _BYTES = 12 << 20  # of fast memory; a kernel has 16 MiB on v5e
-_LANES = 128
 
 
 def fits(shape: tuple[int, ...], *matrix: int, itemsize: int) -> bool:
@@ -74,7 +74,7 @@ def _columns(rows: int, X: int, itemsize: int) -> int:
     """The most columns of a tile of X × Y, multiplied with a tile of rows; 0 where there is no room."""
     # What is read and written is there twice, one tile while the other is used; the product is in float32 first.
     fixed, of_column = 2 * rows * X * itemsize, 2 * (X + rows) * itemsize + 4 * rows
-    return max(0, (_BYTES - fixed) // of_column // _LANES * _LANES)
+    return max(0, (_BYTES - fixed) // of_column // LANES * LANES)
 
 
 def _product(x_SeCX: Array, w: Array, *, transposed: bool, interpret: bool) -> Array:

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu
 
-from bigmac_jax.model.kernels import paged_attention_gpu
+from bigmac_jax.model.kernels import LANES, paged_attention_gpu
 from bigmac_jax.model.kernels.grouped_matmul import on_this_rank
 from bigmac_jax.model.mesh import platform
 
 _POSITIONS = 128  # M
-_LANES = 128  # of a TPU: the heads of its kernel are a multiple
 
 
 class _Sums(NamedTuple):
@@ -32,12 +31,12 @@ class _Sums(NamedTuple):
 def write(pages_GnpH: Array, page_T: Array, place_T: Array, fresh_TGH: Array) -> Array:
     """Writes tokens to their places in pages; those of page n nowhere.
 
-    By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first. On TPU a page is
-    emptied first when its first place is written: jax's kernel multiplies what stands behind a row's last token by 0,
-    and that may be another request's NaN.
+    By rows of one head: XLA transposes all pages where a dimension that isn't indexed comes first. Of pages that jax's
+    TPU kernel reads, one is emptied when its first place is written: the kernel multiplies what stands behind a row's
+    last token by 0, and that may be another request's NaN.
     """
     G, n, p, H = pages_GnpH.shape
-    if platform() == "tpu":
+    if _tpu_kernel_takes(pages_GnpH):
         page_TG = jnp.arange(G, dtype=jnp.int32)[None] * n + page_T[:, None]
         begun_TG = jnp.where(((place_T == 0) & (page_T < n))[:, None], page_TG, G * n)
         emptied = pages_GnpH.reshape(-1, p, H).at[begun_TG.reshape(-1)].set(0, mode="drop")
@@ -46,6 +45,11 @@ def write(pages_GnpH: Array, page_T: Array, place_T: Array, fresh_TGH: Array) ->
     row_TG = jnp.where(page_T[:, None] < n, row_TG, G * n * p)
     rows = pages_GnpH.reshape(-1, H).at[row_TG.reshape(-1)].set(fresh_TGH.reshape(-1, H), mode="drop")
     return rows.reshape(pages_GnpH.shape)
+
+
+def _tpu_kernel_takes(pages_GnpH: Array) -> bool:
+    """Whether jax's kernel reads such pages: it multiplies in bfloat16, and heads that fill lanes."""
+    return platform() == "tpu" and pages_GnpH.dtype == jnp.bfloat16 and pages_GnpH.shape[-1] % LANES == 0
 
 
 @jax.named_scope("attention")
@@ -62,8 +66,7 @@ def paged_attention(q_GWXH: Array, keys_GnpH: Array, values_GnpH: Array, table_W
       position_WC: int32, of each row's C tokens, whose query heads stand together in X.
     """
     (G, W, X, H), (_, n, p, _), K = q_GWXH.shape, keys_GnpH.shape, table_WK.shape[1]
-    in_bfloat16 = q_GWXH.dtype == keys_GnpH.dtype == jnp.bfloat16
-    if platform() == "tpu" and position_WC.shape[1] == 1 and H % _LANES == 0 and in_bfloat16:
+    if position_WC.shape[1] == 1 and q_GWXH.dtype == jnp.bfloat16 and _tpu_kernel_takes(keys_GnpH):
         return on_this_rank(kernel, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC[:, 0])
     if platform() == "gpu" and paged_attention_gpu.takes(X, H):
         return on_this_rank(paged_attention_gpu.paged_attention, q_GWXH, keys_GnpH, values_GnpH, table_WK, position_WC)
