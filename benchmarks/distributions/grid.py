@@ -17,6 +17,7 @@ STRUCTURES = {
     "bigmac": bigmac(4, WIDTH),
     "recipe": bigmac(4, WIDTH, "post_combine"),  # docs/quality.md
     "skip": bigmac(4, WIDTH, "skip"),
+    "control": fine_grained(WIDTH, "post_combine"),
 }
 BALANCES = ("aux_loss", "bias", "quantile", "none")
 
@@ -72,6 +73,7 @@ STUDIES: dict[str, list[Condition]] = {
     "balance": [Condition("recipe", ALL, balance=balance) for balance in BALANCES if balance != "none"],
     "transfer": [Condition(s, trained) for s in ("recipe", "fine_grained") for trained in (("old",), ("code",), ALL)]
     + [Condition("skip", ("old",))],
+    "norm": [Condition("control", ("old",))],
     "more": [
         *_alone(("bigmac",), "old", "code"),
         Condition("bigmac", ALL),

@@ -17,7 +17,7 @@ from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from benchmarks.quality.grid import RATE, RATES, SEEDS, SELECTS, Condition, Fields, bigmac, fine_grained
-from benchmarks.quality.pages import mean
+from benchmarks.quality.pages import break_even, mean
 from benchmarks.quality.runs import CONFIG, CPU, Machine, command, describe, read, within
 
 CORPUS = pathlib.Path("runs/corpus")
@@ -115,11 +115,69 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[float]:
-    """Losses less those of another arm, seed by seed; none of an arm over itself."""
+def by_length(runs: Sequence[dict[str, Any]]) -> str:
+    """A table of h = 128: how what ships does against fine_grained and the control at each length, and twice the
+    experts against the control."""
+    losses, pairs = (FINE, CONTROL, SHIPPED), ((SHIPPED, FINE), (SHIPPED, CONTROL), (TWICE, CONTROL))
+    columns = ["tokens", *losses, *(f"{name} minus {base}" for name, base in pairs)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for steps in LENGTHS:
+        own = {name: _of(runs, name, steps) for name in (*losses, TWICE)}
+        if own[FINE] and own[SHIPPED]:
+            cells = [within([run["loss"] for run in own[name]], 3) for name in losses]
+            cells += [_counted(over(own[name], own[base])) for name, base in pairs]
+            lines.append(f"| {own[FINE][0]['tokens'] / 1e6:.1f} M | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
+    """A table of h = 128 at one length: what each arm sends, loses over the control, and loses on text of another kind.
+
+    Args:
+      slope: nats that e times the tokens take off a loss. By it "tokens more" make up for what an arm loses, and it
+        "pays above" the share of the control's step that its exchange must take for the arm to be there first.
+    """
+    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above",
+               "bits a byte", "of another kind", "minus the control"]  # fmt: skip
+    lines, base = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], _of(runs, CONTROL, steps)
+    for name in (FINE, CONTROL, SHIPPED, TWICE, HALF, FOUR):
+        if not (own := _of(runs, name, steps)):
+            continue
+        wire = own[0]["wire_bytes"] / base[0]["wire_bytes"]
+        cells = [name, f"{wire:g}", within([run["loss"] for run in own], 3)]
+        cells += ["", "", ""] if name == CONTROL else _worth(over(own, base), wire, slope)
+        for key in ("bits_per_byte", "outside_bits_per_byte"):
+            cells.append(within([run[key] for run in own], 3))
+        cells.append("" if name == CONTROL else _counted(over(own, base, "outside_bits_per_byte")))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of(runs: Sequence[dict[str, Any]], name: str, steps: int) -> list[dict[str, Any]]:
+    """The seeds of an arm of h = 128."""
+    return [run for run in runs if (run["name"], run["width"], run["steps"]) == (name, 128, steps)]
+
+
+def _worth(apart: list[float], wire: float, slope: float) -> list[str]:
+    more, share = break_even(float(np.mean(apart)) / slope, wire)
+    pays = "" if wire >= 1 else "always" if share <= 0 else f"{share:.0%}"
+    return [_counted(apart), f"{more:+.1%}", pays]
+
+
+def _counted(values: Sequence[float]) -> str:
+    """Mean ± standard error, and how many seeds there are if not three."""
+    return within(values, 3, "+") + (f" ({len(values)})" if 0 < len(values) != len(SEEDS) else "")
+
+
+def over(own: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]], of: str = "loss") -> list[float]:
+    """Losses less those of another arm, seed by seed; none of an arm over itself.
+
+    Args:
+      of: another field of a run.
+    """
     theirs = {run["seed"]: run for run in base}
     pairs = [(run, theirs[run["seed"]]) for run in own if run["seed"] in theirs]
-    return [run["loss"] - other["loss"] for run, other in pairs if run is not other]
+    return [run[of] - other[of] for run, other in pairs if run is not other]
 
 
 def draw(runs: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
