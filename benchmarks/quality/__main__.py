@@ -14,9 +14,11 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 from absl import app, flags
 
+from benchmarks.markers import put
 from benchmarks.quality import corpus, equal, fit, grid, pages, unrepeated
 from benchmarks.quality.runs import Machine, StoppedError, read_file, train_missing, train_on_sotu
 
@@ -29,6 +31,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "Where the figures go, by default to
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What trains.")
 _MINUTES = flags.DEFINE_float("minutes", 0, "After which no run goes on; 0: when all have ended.", lower_bound=0)
 _EMBEDDED, _UNREPEATED = "docs/results/quality.json", "docs/results/unrepeated.json"  # of which the pages are made
+_ARMS_AT = 2500  # steps: the length of which all arms have three seeds
 # Tokens of fine_grained: those of the studies, and what all of the text costs where a token costs a quarter.
 BUDGETS = (2_048_000, 13_701_120 / 4, 5_120_000, 10_240_000, 13_701_120)
 
@@ -64,15 +67,23 @@ def main(_: list[str]) -> None:
     if not (known := list(read_file(output).values())):
         return
     if not embedded:
-        pictures = pathlib.Path("docs/images/quality")
         print(unrepeated.table(known), equal.table(known, BUDGETS), sep="\n\n")
-        unrepeated.draw(known, pictures / "unrepeated.png")
-        equal.draw(known, pictures / "equal.png")
-    elif output == pathlib.Path(_EMBEDDED):
-        pages.write(pathlib.Path("docs"), known)
-    if output in (pathlib.Path(_EMBEDDED), pathlib.Path(_UNREPEATED)):
-        both = (list(read_file(pathlib.Path(path)).values()) for path in (_EMBEDDED, _UNREPEATED))
-        pathlib.Path(fit.PATH).write_text(fit.text(*both))
+    if output in (pathlib.Path(_EMBEDDED), pathlib.Path(_UNREPEATED)):  # what docs are made of
+        _write_docs(pathlib.Path("docs"), known, embedded)
+
+
+def _write_docs(docs: pathlib.Path, runs: list[dict[str, Any]], embedded: bool) -> None:
+    """Tables and pictures of one of the texts, and what the planner knows of both."""
+    if embedded:
+        pages.write(docs, runs)
+    else:
+        unrepeated.draw(runs, docs / "images/quality/unrepeated.png")
+        equal.draw(runs, docs / "images/quality/equal.png")
+        slope, _ = fit.slope(runs, fit.longest(runs))
+        put(docs / "quality.md", [unrepeated.by_arm(runs, _ARMS_AT, slope)], name="arms")
+        put(docs / "quality.md", [unrepeated.by_length(runs)], name="lengths")
+    both = (list(read_file(pathlib.Path(path)).values()) for path in (_EMBEDDED, _UNREPEATED))
+    pathlib.Path(fit.PATH).write_text(fit.text(*both))
 
 
 def _say(run: dict[str, float]) -> str:

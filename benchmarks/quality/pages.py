@@ -4,7 +4,6 @@ The page has the tables that decide between structures, the notes have every stu
 """
 
 import pathlib
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,6 @@ def write(docs: pathlib.Path, runs: list[Run]) -> None:
     put(docs / NOTES, parts)
     put(docs / PAGE, [shipped(runs)], name="shipped")
     put(docs / PAGE, [recipe(runs)], name="recipe")
-    put(docs / PAGE, [worth(runs, set(SHIPPED.values()))], name="worth")
 
 
 def of(condition: Condition, runs: list[Run]) -> list[Run]:
@@ -276,12 +274,8 @@ def extrapolated(name: str, of_name: list[Gap]) -> str:
     )
 
 
-def worth(runs: list[Run], names: Collection[str] = WORTH) -> str:
-    """Table of what a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay.
-
-    Args:
-      names: the conditions that are compared with fine_grained, its control and the wider latent.
-    """
+def worth(runs: list[Run]) -> str:
+    """Table of what a narrow exchange costs in tokens, and how much of a step the exchange must be for it to pay."""
     short, long = (of(normed("fine_grained", "none", steps=steps), runs) for steps in LENGTHS)
     if not (short and long):
         return ""
@@ -297,7 +291,7 @@ def worth(runs: list[Run], names: Collection[str] = WORTH) -> str:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in names}
+    all_ = {c: None for study in (*OF_WIDTHS, "ratios") for c in STUDIES[study] if c.name in WORTH}
     for condition in sorted(all_, key=lambda c: (c.width, c.steps)):
         same = (condition.width, condition.steps)
         bases = [normed("fine_grained", norm, *same) for norm in ("none", "post_combine")]

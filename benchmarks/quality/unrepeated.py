@@ -137,8 +137,8 @@ def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
       slope: nats that e times the tokens take off a loss. By it "tokens more" make up for what an arm loses, and it
         "pays above" the share of the control's step that its exchange must take for the arm to be there first.
     """
-    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above",
-               "bits a byte", "of another kind", "minus the control"]  # fmt: skip
+    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above", "of another kind",
+               "minus the control"]  # fmt: skip
     lines, base = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], _of(runs, CONTROL, steps)
     for name in (FINE, CONTROL, SHIPPED, TWICE, HALF, FOUR):
         if not (own := _of(runs, name, steps)):
@@ -146,8 +146,7 @@ def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
         wire = own[0]["wire_bytes"] / base[0]["wire_bytes"]
         cells = [name, f"{wire:g}", within([run["loss"] for run in own], 3)]
         cells += ["", "", ""] if name == CONTROL else _worth(over(own, base), wire, slope)
-        for key in ("bits_per_byte", "outside_bits_per_byte"):
-            cells.append(within([run[key] for run in own], 3))
+        cells.append(within([run["outside_bits_per_byte"] for run in own], 3))
         cells.append("" if name == CONTROL else _counted(over(own, base, "outside_bits_per_byte")))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
