@@ -54,11 +54,19 @@ def make_adapters(config: Config, params: nnx.State, key: Array) -> nnx.State:
         *before, rows, columns = (spec[i] if i < len(spec) else None for i in range(w.ndim))
         own = jax.random.fold_in(key, number)
         std = 1 / math.sqrt(3 * X)
+        of_a, of_b = declare(of, std)
         a = std * jax.random.normal(own, (*leading, X, rank), out_sharding=P(*before, rows, None))
         b = jnp.zeros((*leading, rank, Y), jnp.float32, out_sharding=P(*before, None, columns))
-        made[*path, "a"] = nnx.Param(a, declaration=Declaration(of.dims[:-1] + "r", of.part, std))
-        made[*path, "b"] = nnx.Param(b, declaration=Declaration(of.dims[:-2] + "r" + of.dims[-1], of.part, 0, True))
+        made[*path, "a"] = nnx.Param(a, declaration=of_a)
+        made[*path, "b"] = nnx.Param(b, declaration=of_b)
     return nnx.from_flat_state(made)
+
+
+def declare(of: Declaration, std: float = 1.0) -> tuple[Declaration, Declaration]:
+    """What the adapters a and b of a matrix are; a starts with the deviation `std`."""
+    return Declaration(of.dims[:-1] + "r", of.part, std), Declaration(
+        of.dims[:-2] + "r" + of.dims[-1], of.part, 0, True
+    )
 
 
 def attached(config: Config, base: nnx.State, adapters: nnx.State, dropout_key: Array | None = None) -> nnx.State:

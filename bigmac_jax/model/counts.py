@@ -6,6 +6,7 @@ B batch, L length, D hidden, R row width, F expert hidden, E experts, K top-k.
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from bigmac_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from bigmac_jax.model import adapters
 from bigmac_jax.model.mamba import token_products
 from bigmac_jax.model.mesh import AXES, axes_of
 from bigmac_jax.model.parameters import Declaration, Frozen, declared, shard_spec, state_spec
@@ -42,12 +44,12 @@ class Parameters(NamedTuple):
 def parameters(config: Config, sizes: Sizes) -> Parameters:
     """Counts parameters by part of the model, and those of a rank on a mesh with these ranks by axis. A model is traced
     once, whatever meshes it is counted for. Modules that a step leaves alone are held, and neither computed with nor
-    updated."""
+    updated; of a model with adapters (LoRA) these alone are trained."""
     mesh, length, muon = config.mesh, config.data.sequence_length, config.optimizer.name == "muon"
     ranks = tuple(sizes.get(axis, 1) for axis in AXES)
-    sharded = mesh.replica_optimizer == "sharded"
+    sharded, lora = mesh.replica_optimizer == "sharded", (config.tuning.lora_rank, config.tuning.lora_targets)
     held, used = (
-        _parameters(model, mesh.fsdp, mesh.split_experts, sharded, length, muon, ranks)
+        _parameters(model, mesh.fsdp, mesh.split_experts, sharded, length, muon, lora, ranks)
         for model in (config.model, config.step_model)
     )
     return used._replace(total=held.total, parts=held.parts, of_a_rank=held.of_a_rank)
@@ -55,20 +57,27 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
 
 @functools.lru_cache(maxsize=4096)
 def _parameters(
-    m: ModelConfig, fsdp: bool, split_experts: bool, sharded: bool, length: int, muon: bool, of_axes: tuple[int, ...]
+    m: ModelConfig,
+    fsdp: bool,
+    split_experts: bool,
+    sharded: bool,
+    length: int,
+    muon: bool,
+    lora: tuple[int, str],
+    of_axes: tuple[int, ...],
 ) -> Parameters:
-    parts, of_rank, trained, moments, in_slices, updated = dict[str, int](), 0, 0, 0, 0, 0
-    shards = scattered = 0
+    parts, of_rank, pieces = dict[str, int](), 0, list[tuple[Declaration, tuple[int, ...], P]]()
     ranks = dict(zip(AXES, of_axes, strict=True))
     for of, shape in declarations(m, split_experts, length):
         layers, own = shape[: -len(of.dims)], shape[-len(of.dims) :]
-        parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
         spec = P(*[None] * len(layers), *of.spec(own, fsdp, ranks))
+        parts[of.part] = parts.get(of.part, 0) + math.prod(shape)
+        of_rank += _on_rank(shape, spec, ranks)
+        pieces += _trained(of, shape, spec, *lora)
+    trained = moments = in_slices = updated = shards = scattered = 0
+    for of, shape, spec in pieces:
         specs = spec, state_spec(of, shape, spec, sharded, ranks), shard_spec(of, shape, spec, fsdp, ranks)
-        here, state, shard = (math.prod(shape) // math.prod(ranks[axis] for axis in axes_of(spec)) for spec in specs)
-        of_rank += here
-        if not of.trained:
-            continue
+        here, state, shard = (_on_rank(shape, spec, ranks) for spec in specs)
         trained, updated, shards = trained + here, updated + state, shards + shard
         scattered += shard if state < here else 0
         kept = state * moments_of(of, muon)
@@ -81,6 +90,27 @@ def _parameters(
         computed += m.count_trained("E") * (m.hidden_size + 1) * m.expert_count - parts["router"]
     of_a_rank = of_rank, trained, moments, in_slices, updated, shards, scattered
     return Parameters(total, computed, computed - idle, parts, *of_a_rank)
+
+
+def _on_rank(shape: tuple[int, ...], spec: P, ranks: Sizes) -> int:
+    return math.prod(shape) // math.prod(ranks[axis] for axis in axes_of(spec))
+
+
+def _trained(
+    of: Declaration, shape: tuple[int, ...], spec: P, lora_rank: int, targets: str
+) -> Iterator[tuple[Declaration, tuple[int, ...], P]]:
+    """What is trained of a parameter: itself, or with adapters a [..., X, r] and b [..., r, Y] (`model.adapters`)."""
+    if not lora_rank:
+        if of.trained:
+            yield of, shape, spec
+    elif of.decays and of.part in targets.split(","):
+        (*leading, X, Y), (*before, rows, columns) = (
+            shape,
+            (spec[i] if i < len(spec) else None for i in range(len(shape))),
+        )
+        of_a, of_b = adapters.declare(of)
+        yield of_a, (*leading, X, lora_rank), P(*before, rows, None)
+        yield of_b, (*leading, lora_rank, Y), P(*before, None, columns)
 
 
 def moments_of(of: Declaration, muon: bool) -> int:

@@ -39,7 +39,7 @@ def rank_memory(config: Config, ranks: int, group: ExpertGroup, count: Parameter
 def state_memory(config: Config, count: Parameters, parts: int, platform: str) -> dict[str, int]:
     """Bytes on one rank of a platform that no activation changes, with a batch in so many parts."""
     return {
-        "parameters": 4 * count.of_a_rank,
+        "parameters": 4 * (count.of_a_rank + (count.trained_of_a_rank if config.tuning.lora_rank else 0)),
         # Of moments in host memory a layer's are here at a time, when activations are not.
         "optimizer": _moment_bytes(config) * (count.moments_of_a_rank - _moments_in_host(config, count, platform))
         + 4 * count.trained_of_a_rank * (config.optimizer.average_decay > 0),

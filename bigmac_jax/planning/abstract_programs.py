@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config import Config
 from bigmac_jax.inference.decoding import (
     DRAFTED,
     PAGE_SIZE,
@@ -57,11 +57,6 @@ def _init_program(config: Config, mesh: Mesh) -> Program:
 
 
 def _step_program(config: Config, mesh: Mesh) -> Program:
-    if config.tuning.teacher:
-        raise ConfigError(
-            f"tuning.teacher={config.tuning.teacher} is a second model, which is not planned; drop it, and leave room "
-            f"for its parameters and for a second forward pass"
-        )
     return step_program(config, mesh, make_trainer(config, mesh))
 
 

@@ -12,7 +12,7 @@ from bigmac_jax.config.execution import Remat
 from bigmac_jax.model.choose_exchange import choose_exchange
 from bigmac_jax.model.counts import Sizes, flops, parameters
 from bigmac_jax.model.exchange import STRATEGIES
-from bigmac_jax.model.memory import checkpoint_bytes, describe_copies, host_memory, rank_memory
+from bigmac_jax.model.memory import checkpoint_bytes, describe_copies, host_memory, rank_memory, state_memory
 from bigmac_jax.model.mesh import EXPERT_GROUP, ExpertGroup
 from bigmac_jax.model.resident import is_resident
 from bigmac_jax.model.traffic import exchange_traffic, exchanged_bytes, tokens_at_a_time
@@ -45,6 +45,11 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
     Raises:
       ConfigError: one line, for whatever cannot be planned.
     """
+    if config.tuning.teacher:
+        raise ConfigError(
+            f"tuning.teacher={config.tuning.teacher} is a second model, which is not planned; drop it, and leave room "
+            f"for its parameters and for a second forward pass"
+        )
     place = find_place(config, request)
     tokens = _parse_tokens(request, place)
     if request.compare:
@@ -99,7 +104,9 @@ def make_plan(config: Config, request: Request) -> dict[str, Any]:
         programs = result["programs"] = _programs(config, place)
         if "step" in programs:
             result["program"] = programs["step"]
-        result["restore"] = _restore(_bytes_read(config, sizes), programs, place)
+        result["restore"] = _restore(
+            _bytes_read(config, sizes, expert_groups(sizes, place)[0].platform), programs, place
+        )
         if place.hardware:
             result["fits"] = all(part["fits"] for part in (*programs.values(), result["restore"]))
     if is_resident(config):
@@ -305,13 +312,14 @@ def _checkpoint(config: Config) -> dict[str, int]:
     }
 
 
-def _bytes_read(config: Config, sizes: Sizes) -> dict[str, int]:
+def _bytes_read(config: Config, sizes: Sizes, platform: str) -> dict[str, int]:
     """Counts the bytes of a checkpoint that train.py and generate.py read onto a rank's device; moments and experts
     that are to stand in host memory are read into that."""
-    numbers = parameters(config, sizes).of_a_rank
+    count = parameters(config, sizes)
     if is_resident(config):
-        return {"generate": 4 * (numbers - residency.expert_numbers(config, sizes))}
-    return {"train": (4 if config.execution.offload_optimizer else 12) * numbers, "generate": 4 * numbers}
+        return {"generate": 4 * (count.of_a_rank - residency.expert_numbers(config, sizes))}
+    state = state_memory(config, count, 1, platform)
+    return {"train": state["parameters"] + state["optimizer"], "generate": 4 * count.of_a_rank}
 
 
 def _restore(need: dict[str, int], programs: dict[str, dict[str, Any]], place: Place) -> dict[str, Any]:

@@ -4,6 +4,7 @@ model without modules; what a rank holds is not."""
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from model.tools import on_mesh, some, tiny
 
 from bigmac_jax.config import Config, ExecutionConfig, TuningConfig
 from bigmac_jax.model import counts
-from bigmac_jax.model.memory import rank_memory
+from bigmac_jax.model.memory import rank_memory, state_memory
 from bigmac_jax.model.mesh import ExpertGroup
 from bigmac_jax.model.traffic import exchange_traffic, replica_bytes, tensor_bytes
 from bigmac_jax.planning.cost import make_job, step_time
@@ -37,12 +38,14 @@ HARDWARE = load_hardware("h100")
 MESHES = [(1, 1, 1), (2, 2, 2, 1, True), (1, 1, 2, 2, False, True)]  # data, node, expert, tensor, fsdp, split_experts
 
 
-def config_of(name: str, mesh: Any, modules: bool = True, **execution: Any) -> Config:
+def config_of(
+    name: str, mesh: Any, modules: bool = True, tuning: Mapping[str, Any] | None = None, **execution: Any
+) -> Config:
     fields = MODELS[name] | ({} if modules else {"mtp_modules": 0, "mtp_blocks": ""})
     config = tiny(mesh, batch=8, length=8, **fields)
     train = dataclasses.replace(config.train, init_from="some")
-    tuning = TuningConfig(lora_rank=2, lora_targets="attention,mamba")
-    return dataclasses.replace(config, execution=ExecutionConfig(**execution), train=train, tuning=tuning)
+    lora = TuningConfig(**{"lora_rank": 2, "lora_targets": "attention,mamba"} | dict(tuning or {}))
+    return dataclasses.replace(config, execution=ExecutionConfig(**execution), train=train, tuning=lora)
 
 
 def trained(config: Config, sizes: dict[str, int]) -> dict[str, Any]:
@@ -76,8 +79,26 @@ def test_training_is_that_of_the_model_alone(name: str, mesh: Any, remat: str) -
     held, group = counts.parameters(with_, sizes), ExpertGroup((sizes["node"], sizes["expert"]), "gpu", "")
     of_whole = counts.parameters(whole, sizes)
     assert (held.total, held.parts, held.of_a_rank) == (of_whole.total, of_whole.parts, of_whole.of_a_rank)
-    assert rank_memory(with_, 8, group, held)["parameters"] == 4 * of_whole.of_a_rank
+    assert rank_memory(with_, 8, group, held)["parameters"] == 4 * (of_whole.of_a_rank + held.trained_of_a_rank)
     assert held.total > counts.parameters(without, sizes).total
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2])
+def test_what_a_rank_trains(mesh: Any) -> None:
+    """The adapters, as the trainer has them, and their moments; memory holds them beside the model."""
+    config = config_of("experts", mesh, tuning={"lora_targets": "attention,experts,projections"})
+    with on_mesh(config):
+        state = make_trainer(config, jax.sharding.get_mesh()).abstract_state
+    sizes = {"replica": 1} | {axis: getattr(config.mesh, axis) for axis in ("data", "node", "expert", "tensor")}
+    count = counts.parameters(config, sizes)
+    adapters, moments = (
+        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree) if leaf.ndim)
+        for tree in (state.params, state.opt_state)
+    )
+    assert (count.trained_of_a_rank, count.moments_of_a_rank) == (adapters, moments)
+    memory = state_memory(config, count, 1, "gpu")
+    assert memory["optimizer"] == 4 * moments == 2 * memory["gradients"]
+    assert memory["parameters"] == 4 * (count.of_a_rank + adapters)
 
 
 @pytest.mark.full

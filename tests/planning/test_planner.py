@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bigmac_jax.config import ConfigError, load_config
 from bigmac_jax.model.counts import parameters
+from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
 from bigmac_jax.planning.place import Place, Request
@@ -402,14 +403,22 @@ def test_options_of_the_compiler() -> None:
 
 
 def test_bytes_that_are_read_onto_a_device() -> None:
-    """Parameters and two moments in float32; not what is to stand in host memory."""
-    tiny = load_config("tiny")
-    numbers, experts = parameters(tiny, {}).total, parameters(tiny, {}).parts["experts"]
-    assert _bytes_read(tiny, {}) == {"train": 12 * numbers, "generate": 4 * numbers}
-    moments = load_config("tiny", ["execution.offload_optimizer=True"])
-    assert _bytes_read(moments, {}) == {"train": 4 * numbers, "generate": 4 * numbers}
-    resident = load_config("tiny", ["execution.resident_layers=1"])
-    assert _bytes_read(resident, {}) == {"generate": 4 * (numbers - experts)}
+    """Parameters, and what the optimizer keeps of them; not what is to stand in host memory."""
+
+    def read(*overrides: str) -> dict[str, int]:
+        return _bytes_read(load_config("tiny", overrides), {}, "gpu")
+
+    count = parameters(load_config("tiny"), {})
+    numbers = count.total
+    assert read() == {"train": 12 * numbers, "generate": 4 * numbers}
+    assert read("execution.offload_optimizer=True") == {"train": 4 * numbers, "generate": 4 * numbers}
+    assert read("execution.resident_layers=1") == {"generate": 4 * (numbers - count.parts["experts"])}
+    assert read("optimizer.average_decay=0.99")["train"] == 16 * numbers
+    assert read("optimizer.moment_dtype=bfloat16")["train"] == 8 * numbers
+    assert read("optimizer.name=muon")["train"] == checkpoint_bytes(load_config("tiny", ["optimizer.name=muon"]))
+    lora = ("train.init_from=some", "tuning.lora_rank=4")
+    adapters = parameters(load_config("tiny", lora), {}).trained_of_a_rank
+    assert read(*lora) == {"train": 4 * numbers + 12 * adapters, "generate": 4 * numbers} and adapters < numbers / 10
 
 
 @pytest.mark.parametrize(("memory", "fits"), [(300, True), (299, False)])
@@ -439,3 +448,9 @@ MACHINES = sorted(
 def test_a_recipe_is_planned_to_fit_the_machine_that_it_names(recipe: str, topology: str) -> None:
     recipe = f"{ROOT}/{recipe}" if recipe.startswith("configs/") else recipe
     assert make_plan(load_config(recipe), Request(topology=topology))["headroom"] > 0
+
+
+def test_a_teacher_is_not_planned() -> None:
+    """Whatever is asked: it would hold a second model, and pass forward through it."""
+    with pytest.raises(ConfigError, match="tuning.teacher=other is a second model, which is not planned"):
+        plan("configs/tiny.py", ("tuning.teacher=other",))
