@@ -91,6 +91,7 @@ def make_job(config: Config, sizes: Sizes, hardware: Hardware, topology: Torus |
         experts_over=here.group,
         chunks=chunks if here.group > 1 else 1,
         split_experts=config.mesh.split_experts,
+        ours=True,
         causal=execution.attention != "xla",
         forward_passes=counts.forward_passes(config),
         again=recomputed(config),

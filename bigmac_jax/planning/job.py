@@ -28,10 +28,13 @@ NARROW = 256
 # Rows of a tile of a grouped product, of which the last of each expert is half empty.
 ROW_TILES = {"gpu": 128, "tpu": 256}
 # How often an entry of an expert's row is read or written on its way to the expert and back, forward. With fused
-# kernels it is gathered (2) and summed (1), and around an exchange sorted on both sides (4). On TPU XLA leaves some
-# forty passes around a kernel: those of MaxText 0.2.5's compiled step of Qwen3-30B on v6e:4x8 take 0.65 of its 0.99 s
-# of local work, by the compiler's estimates, and ours (docs/planning-truth.md) as many.
+# kernels it is gathered (2) and summed (1), and around an exchange sorted on both sides (4). On TPU, of other programs,
+# some forty passes stand for all that XLA leaves around a kernel: they take 0.65 of 0.99 s of local work of MaxText
+# 0.2.5's compiled step of Qwen3-30B on v6e:4x8, by the compiler's estimates.
 ROW_PASSES, EXCHANGED_ROW_PASSES, TPU_ROW_PASSES = 3.0, 7.0, 38.0
+# Of our own steps there, by the same estimates (docs/planning-truth.md): rows without an exchange and with one; and how
+# many times as long as they must the other passes take, of which heads' norms and rotary positions have most.
+OUR_TPU_ROW_PASSES, OUR_TPU_EXCHANGED_ROW_PASSES, OUR_TPU_PASSES = 6.0, 9.0, 4.4
 # The share of the peak that the scan of Mamba-2 reaches; assumed: a Triton kernel of small products.
 SCAN_EFFICIENCY = 0.15
 # What is hidden of the sums that could be. On GPUs they take a part of the processors from what runs beside them: 20 of
@@ -51,6 +54,7 @@ class Job:
       virtual: stages of a rank.
       chunks: parts of a rank's tokens whose experts are computed one after another.
       split_experts: experts' matrices, too, are split over `tensor`.
+      ours: the program is this project's, whose passes over memory were read from compiled steps.
       grouped: experts' rows are moved to where the experts read them, not multiplied by a table of ones and zeros.
       eight_bit: products are in 8 bits where that is usual.
       causal: attention leaves out what the mask hides.
@@ -80,6 +84,7 @@ class Job:
     chunks: int = 1
     split_experts: bool = False
     eight_bit: bool = False
+    ours: bool = False
     grouped: bool = True
     causal: bool = True
     forward_passes: float = 1.0
@@ -274,8 +279,10 @@ def attention_seconds(job: Job, hardware: Hardware) -> float:
 def memory_seconds(job: Job, hardware: Hardware) -> float:
     """Seconds of the passes over memory that compute little: what stands between products, and the loss."""
     passes = job.forward_passes + job.again.get("passes", 0.0) + BACKWARD
-    numbers = job.shape.passed_numbers(row_passes(job, hardware))
-    size = job.number * numbers * passes
+    others = job.shape.passed_numbers(0.0)
+    rows = job.shape.passed_numbers(row_passes(job, hardware)) - others
+    longer = OUR_TPU_PASSES if job.ours and hardware.platform == "tpu" else 1.0
+    size = job.number * (rows + longer * others) * passes
     size += LOSS_BYTES / 2 * job.number * job.shape.vocab * (1 + job.shape.mtp)
     if job.eight_bit:
         size += sum(
@@ -288,6 +295,8 @@ def memory_seconds(job: Job, hardware: Hardware) -> float:
 
 def row_passes(job: Job, hardware: Hardware) -> float:
     """How often an entry of an expert's row is read or written, forward."""
+    if job.ours and hardware.platform == "tpu":
+        return OUR_TPU_EXCHANGED_ROW_PASSES if job.experts_over > 1 else OUR_TPU_ROW_PASSES
     if job.grouped and hardware.platform == "tpu":
         return TPU_ROW_PASSES
     return EXCHANGED_ROW_PASSES if job.experts_over > 1 else ROW_PASSES
