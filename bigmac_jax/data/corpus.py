@@ -77,6 +77,9 @@ class JoinedDocuments(Documents):
     def fingerprint(self) -> str:
         return join_fingerprints({name: docs.fingerprint for name, docs in self._parts.items()})
 
+    def fingerprint_by(self, rule: str) -> str:
+        return join_fingerprints({name: docs.fingerprint_by(rule) for name, docs in self._parts.items()})
+
     def read(self, unit: Unit, counts: ReadCounts) -> Iterator[tuple[str, Content, bool]]:
         raise NotImplementedError("each source reads its own")
 

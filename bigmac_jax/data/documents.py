@@ -14,6 +14,7 @@ from bigmac_jax.config import ConfigError
 # Characters. Longer texts are encoded in pieces, so that memory stays bounded whatever the length of a document.
 PIECE = 1 << 17
 _CUT = re.compile(r"(?<=\S)[ \n]")
+_BORDER = re.compile(r"(?<=\S)[ \r\n]")  # of portions; text without spaces may have no other place than a line's end
 _NAMED = 5  # files in a message
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()  # a corpus is read more than once (tokenizer, then tokens); its defects are told once
@@ -78,6 +79,10 @@ class Documents(abc.ABC):
     def fingerprint(self) -> str:
         """Hex digest that changes when the documents do."""
 
+    def fingerprint_by(self, rule: str) -> str:
+        """The fingerprint that the documents had when `rule` said what is held out (`splits.RULE`)."""
+        return self.fingerprint
+
     @property
     def units(self) -> list[Unit]:
         """The parts that processes share between them; in their order they make up the source."""
@@ -107,9 +112,16 @@ class Documents(abc.ABC):
             portion = portion_of(first)
             if portion is None:
                 continue
-            counts.found += 1
             parts = itertools.chain([(first, is_all)], parts)
-            yield from parts if portion == WHOLE else mark_last(cut_portion((part for part, _ in parts), portion))
+            if portion != WHOLE:
+                parts = mark_last(cut_portion((part for part, _ in parts), portion))
+            begun = False
+            for part in parts:
+                counts.found += not begun
+                begun = True
+                yield part
+            if not begun:  # the portion is empty
+                continue
             if replaced or chunks.broken:
                 counts.broken += 1
                 if place not in counts.files:
@@ -196,8 +208,8 @@ def cut_chunks(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def cut_portion(parts: Iterable[str], portion: Portion) -> Iterator[str]:
-    """Yields the pieces of a portion. It begins and ends where `cut_text` may cut, at or after the given characters:
-    of two adjacent portions, each character is in exactly one."""
+    """Yields the pieces of a portion. It begins and ends before white space that follows a visible character, at or
+    after the given characters: of two adjacent portions, each character is in exactly one."""
     at = 0
     for part in parts:
         start, stop = (_find_cut(part, wanted - at) for wanted in (portion.start, portion.stop or at + len(part)))
@@ -211,7 +223,7 @@ def cut_portion(parts: Iterable[str], portion: Portion) -> Iterator[str]:
 def _find_cut(part: str, wanted: int) -> int:
     if not 0 < wanted < len(part):
         return min(max(wanted, 0), len(part))
-    cut = _CUT.search(part, wanted)
+    cut = _BORDER.search(part, wanted)
     return cut.start() if cut else len(part)
 
 

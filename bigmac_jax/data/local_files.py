@@ -41,6 +41,9 @@ class FileDocuments(Documents):
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        return self.fingerprint_by(RULE)
+
+    def fingerprint_by(self, rule: str) -> str:
         try:
             digests = self._digests(list(self.files))
         except storage.errors() as error:
@@ -48,7 +51,7 @@ class FileDocuments(Documents):
             raise ConfigError(f"{what} cannot be read ({storage.reason(error)}); check the file") from None
         # Names, not whole paths: a corpus that was moved is still the same one.
         parts = [[path.name, digest] for path, digest in zip(self.files, digests, strict=True)]
-        key = [parts, self.field.name, [RULE, self.split] if self.held_out else "", self.held_out]
+        key = [parts, self.field.name, [rule, self.split] if self.held_out else "", self.held_out]
         key += ["skips null"] if self.field.skips_null else []
         return json_digest(key)
 

@@ -13,7 +13,8 @@ from bigmac_jax.data.documents import WHOLE, Portion
 SPLITS = ("train", "validation", "test")
 SHARE = 0.05  # of the text, for each of validation and test
 FEW = 1000  # documents; of more, each is held out with probability SHARE
-RULE = "text-1"  # part of a corpus's fingerprint
+RULE = "text-2"  # part of a corpus's fingerprint
+EARLIER_RULE = "text-1"  # cut long copies elsewhere, and never before \r
 
 
 def choose_split(key: object) -> str:
@@ -32,7 +33,7 @@ class HeldOut(NamedTuple):
 
     splits: tuple[str, ...]
     few: dict[str, str] | None = None  # document's key → split; None: the key's hash decides
-    sizes: dict[str, int] | None = None  # key → characters: each document is cut, and its end held out
+    sizes: dict[str, int] | None = None  # key → characters of one copy: each document is cut, and its end held out
 
     def portion(self, beginning: str, split: str) -> Portion | None:
         """The part of a document that belongs to a split, by the document's first piece; None = nothing."""
@@ -56,17 +57,18 @@ def hold_out(documents: Iterable[tuple[str, int]], splits: Sequence[str]) -> tup
     least one. Fewer than there are splits: the end of each. More than FEW, the rest of which is not looked at: a hash
     decides."""
     held = tuple(splits)
-    sizes: dict[str, int] = {}
+    sizes, longest = dict[str, int](), dict[str, int]()  # of all copies of a document, and of one
     for number, (key, size) in enumerate(documents):
         if number >= FEW:
             line = f"1 in {1 / SHARE:.0f} documents each for {' and '.join(held)}, by a hash of their text"
             return HeldOut(held), line
         sizes[key] = sizes.get(key, 0) + size
+        longest[key] = max(longest.get(key, 0), size)
     total = sum(sizes.values())
     if len(sizes) <= len(held):
         what = "the text's end is" if len(sizes) == 1 else f"the end of each of {len(sizes)} documents is"
         parts = ", ".join(f"{SHARE:.0%} for {split}" for split in held)
-        return HeldOut(held, sizes=sizes), f"{what} held out: {parts}"
+        return HeldOut(held, sizes=longest), f"{what} held out: {parts}"
     few, lines = dict.fromkeys(sizes, "train"), []
     for number, split in enumerate(held):
         free = [key for key in sorted(sizes) if few[key] == "train"]

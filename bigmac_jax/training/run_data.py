@@ -9,7 +9,9 @@ from bigmac_jax.config import Config, ConfigError, DataConfig
 from bigmac_jax.data.chat_files import SETTINGS_FILE, TEMPLATE_FILE, ChatFiles, read_chat
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.corpus import has_splits, open_documents
+from bigmac_jax.data.documents import log_once
 from bigmac_jax.data.pipeline import Stream, open_stream
+from bigmac_jax.data.splits import EARLIER_RULE
 from bigmac_jax.data.tokenizer import Tokenizer
 from bigmac_jax.runtime import hosts
 from bigmac_jax.training.workdir import read_config, read_run_json, use_saved_template
@@ -41,7 +43,7 @@ def check_data(workdir: pathlib.Path, config: Config, data: dict[str, str]) -> N
     for name, place in _PLACES.items():
         before, now = getattr(saved, place), getattr(config.data, place)
         if name in known and name in data:
-            if known[name] != data[name]:
+            if known[name] != data[name] and (name == "tokenizer" or not _is_text(known[name], config, name)):
                 text = f"data.{_main_place(config.data)}={getattr(config.data, _main_place(config.data))}"
                 where = text if name == "train" else f"the {name} split of {text}"
                 where = f"data.{place}={now}" if now and name != "train" else where
@@ -61,12 +63,26 @@ def check_split(workdir: pathlib.Path, config: Config, split: str) -> None:
     known, data, name = read_run_json(workdir)["data"], config.data, split
     if split not in known and not getattr(data, f"{split}_source", ""):
         name = "train"  # which it was held out of
-    if name in known and known[name] != open_documents(data, name, config.cache_dir).fingerprint:
+    if name in known and not _is_text(known[name], config, name):
         place = _place_of(data, split)
         raise ConfigError(
             f"data.{place}={getattr(data, place)} holds other data than {workdir} was trained with, so its {split} "
             f"split is another; bring that back, or score a text with --text_file"
         )
+
+
+def _is_text(known: str, config: Config, split: str) -> bool:
+    """Whether a split has the fingerprint `known`, or had it by an earlier rule of what is held out; of that, a line
+    warns."""
+    docs = open_documents(config.data, split, config.cache_dir)
+    if known != docs.fingerprint and known == docs.fingerprint_by(EARLIER_RULE):
+        log_once(
+            logging.WARNING,
+            f"{docs.name} is cut by a newer rule than the run was started with; of one or two texts, those with copies "
+            f"or with lines that end in \\r\\n are cut elsewhere",
+        )
+        return True
+    return known == docs.fingerprint
 
 
 def open_run_stream(workdir: pathlib.Path, config: Config, split: str, tokenizer: Tokenizer) -> Stream:

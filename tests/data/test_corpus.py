@@ -191,6 +191,33 @@ def test_of_fewer_documents_than_splits_the_ends_are_held_out(tmp_path, caplog, 
     assert read(tmp_path, source=source, validation_source="-", test_source="-") == texts
 
 
+def test_copies_are_cut_where_one_of_them_is(tmp_path):
+    one, other = ("".join(f"{name}{word} " for word in range(2000)) for name in "ab")
+    alone = rows(tmp_path / "alone.jsonl", [one])
+    twice = rows(tmp_path / "twice.jsonl", [one, other, one])
+    for split in SPLITS:
+        (part,) = read(tmp_path, split, source=alone)
+        assert read(tmp_path, split, source=rows(tmp_path / "copies.jsonl", [one, one])) == [part, part]
+        first, second, again = read(tmp_path, split, source=twice)
+        assert first == again == part and second == part.replace("a", "b")
+
+
+def test_a_line_end_of_two_characters_is_a_place_to_cut(tmp_path):
+    """Of text without spaces the only one."""
+    (tmp_path / "a.txt").write_bytes(("国情咨文说的是国家的状况。\r\n" * 20_000).encode())
+    got = {split: read(tmp_path, split, source=str(tmp_path / "a.txt")) for split in SPLITS}
+    assert [len(parts) for parts in got.values()] == [1, 1, 1]
+    assert "".join(part for (part,) in got.values()) == (tmp_path / "a.txt").read_bytes().decode()
+    for split in ("validation", "test"):
+        assert got[split][0].startswith("\r\n国") and abs(len(got[split][0]) / 300_000 - 0.05) < 1e-3
+
+
+def test_a_text_without_a_place_to_cut_has_no_held_out_split(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    with pytest.raises(ConfigError, match=r"^validation split of .* has 0 documents with text .*; set data.validation"):
+        read(tmp_path, "validation", source=str(tmp_path / "a.txt"))
+
+
 def _edges(got: dict[str, list[str]]) -> list[tuple[int, int]]:
     return [(len(a), len(a) + len(b)) for a, b in zip(got["train"], got["validation"], strict=True)]
 

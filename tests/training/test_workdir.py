@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, seal
+from bigmac_jax.data import documents
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.pipeline import text_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -24,7 +25,7 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.environment import software_versions
 from bigmac_jax.training import workdir as workdir_module
 from bigmac_jax.training.checkpoint import Checkpoints
-from bigmac_jax.training.run_data import open_run_stream
+from bigmac_jax.training.run_data import check_data, open_run_stream
 from bigmac_jax.training.workdir import load_run_tokenizer, read_run_json, write_config, write_run
 from bigmac_jax.tuning import restore
 
@@ -141,6 +142,33 @@ def test_evaluation_refuses_another_text_that_splits_are_held_out_of(tmp_path: p
     (tmp_path / "all" / "more.txt").write_text("more")
     with pytest.raises(ConfigError, match=r"data\.source=.* holds other data than .*, so its test split is another"):
         open_run_stream(tmp_path / "run", config, "test", ByteTokenizer())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_begun_by_an_earlier_rule_of_what_is_held_out_goes_on(
+    mixed: bool, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is told; other text is refused as ever."""
+    monkeypatch.setattr(documents, "_logged", set())
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"The state of {name}. " * 99)
+    places = {"mixture": f"{tmp_path}/a.txt=1,{tmp_path}/b.txt=1"} if mixed else {"source": f"{tmp_path}/a.txt"}
+    config = Config(data=DataConfig(tokenizer="bytes", **places), cache_dir=str(tmp_path / "cache"))
+    opened = {name: open_documents(config.data, name, config.cache_dir) for name in ("train", "validation")}
+    now = {name: docs.fingerprint for name, docs in opened.items()}
+    earlier = {name: docs.fingerprint_by("text-1") for name, docs in opened.items()}
+    assert not set(now.values()) & set(earlier.values())
+    write_run(tmp_path / "run", config, earlier, {"data": 1}, ByteTokenizer())
+    check_data(tmp_path / "run", config, now)
+    assert [record.message.split(" is cut by a newer rule")[0] for record in caplog.records] == [
+        docs.name for docs in opened.values()
+    ]
+    for split in ("train", "test"):
+        assert open_run_stream(tmp_path / "run", config, split, ByteTokenizer()).num_tokens > 9
+    with (tmp_path / "a.txt").open("a") as file:
+        file.write("more")
+    with pytest.raises(ConfigError, match="holds other data than"):
+        check_data(tmp_path / "run", config, dict.fromkeys(now, "other"))
 
 
 def answers(config: Config, workdir: pathlib.Path, text: pathlib.Path, output: pathlib.Path) -> list[Any]:
