@@ -143,7 +143,7 @@ def open_cached_stream(
     """Opens the tokens of `docs`; those that are missing or damaged in the cache are made first, together with other
     processes and hosts that do the same, at most `processes` here (0 = one per core). Any of them may be killed at any
     moment."""
-    key = json_digest([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint])
+    key = json_digest([_VERSION, SHARD, docs.fingerprint, tokenizer.fingerprint, tokenizer.eos_id])
     kept = make_cache_directory(cache_dir, "tokens") / f"{split}-{key[:20]}"
     store, digests = ShardStore(kept, key, docs, split, tokenizer), Digests(cache_dir, str(kept))
     storage.make_folder(store.folder)

@@ -144,7 +144,9 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        end = next((name for name in _END_NAMES if name in vocabulary), None)
+        # The end of one tokenizer may be text to another: Gemma's is <eos>, and its </s> is a tag of HTML.
+        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        end = next((name for names in (special, vocabulary) for name in _END_NAMES if name in names), None)
         if end is None:
             raise ConfigError(
                 f"data.tokenizer has no end-of-text token; add one of {', '.join(_END_NAMES)} to its file"

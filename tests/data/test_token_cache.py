@@ -105,6 +105,15 @@ def test_made_once_and_made_again_when_the_text_changes(text_file, make_config, 
     assert len(made) == 3
 
 
+def test_tokens_with_another_end_are_other_tokens(text_file, make_config):
+    """As when the same file is found to have another."""
+    tokenizer = ByteTokenizer()
+    first = open_stream(make_config(text_file), "train", tokenizer)
+    tokenizer.eos_id = 0
+    again = open_stream(make_config(text_file), "train", tokenizer)
+    assert (first.tokens(0, 1)[0], again.tokens(0, 1)[0], again.eos_id) == (EOS, 0, 0)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "index", "fewer tokens", "gone", "unit"])
 def test_damage_is_found_and_mended(rows, make_config, tmp_path, caplog, monkeypatch, damage):
     """Of what is damaged alone: other units are not made again."""

@@ -6,7 +6,9 @@ import random
 import time
 
 import pytest
+import tokenizers
 from conftest import SAMPLE
+from tokenizers import models
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, TrainConfig, TuningConfig
 from bigmac_jax.data import tokenizer as module
@@ -131,6 +133,22 @@ def test_tokenizer_json(sotu, make_config, tmp_path):
     tokenizer = load_tokenizer(make_config("sotu", tokenizer=str(path)))
     assert tokenizer.eos_id == 0
     assert tokenizer.encode(SAMPLE) == ours.encode(SAMPLE)  # "<|endoftext|>" in it is text, nothing is cut off
+
+
+@pytest.mark.parametrize(
+    ("special", "end"),
+    [
+        (["<eos>"], "<eos>"),  # Gemma's, in which </s> is a tag of HTML
+        (["<pad>", "<|im_end|>", "<eos>"], "<eos>"),  # the better known one
+        (["<pad>"], "</s>"),  # none of the names: an ordinary token of one
+    ],
+)
+def test_the_end_of_text_is_rather_a_special_token(special, end):
+    vocabulary = {name: i for i, name in enumerate(["</s>", "<eos>", "<pad>", "<|im_end|>", "a"])}
+    whole = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    whole.add_special_tokens(special)
+    whole.add_tokens([name for name in vocabulary if name[0] == "<" and name not in special])
+    assert JsonTokenizer(whole.to_str()).eos_id == vocabulary[end]
 
 
 def test_sentencepiece(make_config, tmp_path, monkeypatch):
