@@ -187,8 +187,9 @@ class Checkpoints:
         items = set_apart(take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn), turn)
         self._remove_unfinished()
         self._saving, self._turns[step] = step, turn
+        self._stripped.discard(step)  # one of its number may have been, which was set aside
         try:
-            self._manager.save(
+            written = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()},
@@ -198,6 +199,8 @@ class Checkpoints:
                 ),
                 metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
+            if not written:  # Orbax says no more
+                raise RuntimeError(f"there is one of step {self._manager.latest_step()}")
         except Exception as error:
             self._failed(error)
 
@@ -246,10 +249,33 @@ class Checkpoints:
         """
         while (step := self.newest_intact()) is not None:
             try:
-                return step, *self.restore(step, abstract, train)
+                state, position = self.restore(step, abstract, train)
             except DamagedError as error:
                 hosts.run_on_first(functools.partial(self._set_aside, error.step or step, str(error)))
+            else:
+                self._give_up_behind(step)
+                return step, state, position
+        self._give_up_behind(None)
         return None
+
+    def _give_up_behind(self, step: int | None) -> None:
+        """Sets aside the saves behind the one that a run goes on from; of a run that begins anew, removes them.
+
+        Of all of them the experts alone are left, and below them Orbax would write no other.
+        """
+
+        def give_up() -> bool:
+            behind = [n for n in manifest.list_steps(self._directory.parent) if step is None or n > step]
+            for number in behind:
+                if step is None:  # nothing can be brought back: what was set aside has been removed
+                    storage.remove_tree(self._directory / str(number))
+                else:
+                    self._set_aside(number)
+            return bool(behind)
+
+        if hosts.run_on_first(give_up):
+            self._turns = self._read_turns()
+            self._manager.reload()
 
     def newest_intact(self) -> int | None:
         """The number of the newest checkpoint that fits its manifest; damage to arrays is found when they are read.
@@ -403,13 +429,14 @@ class Checkpoints:
                 else:
                     self._set_aside(step, damage)
 
-    def _set_aside(self, step: int, damage: str) -> None:
+    def _set_aside(self, step: int, damage: str = "") -> None:
         storage.make_folder(self._aside)
         there = len(storage.list_folder(self._aside))
         names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + there))]
         target = next(self._aside / name for name in names if not (self._aside / name).exists())
         storage.move(self._directory / str(step), target)
-        _log.warning("checkpoint %d is damaged: %s; it is passed over, and kept in %s", step, damage, target)
+        what = f"is damaged: {damage}" if damage else "holds experts alone, of steps that are taken again"
+        _log.warning("checkpoint %d %s; it is passed over, and kept in %s", step, what, target)
 
     def restore(self, step: int, abstract: TrainState, train: TrainConfig | None = None) -> tuple[TrainState, Any]:
         """Restores the state, sharded as `abstract`, and the data position.

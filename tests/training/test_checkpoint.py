@@ -159,6 +159,15 @@ def test_keeps_the_newest_and_the_best(tmp_path: pathlib.Path) -> None:
         assert f"step={step} is not a checkpoint" in message and "[5, 6]" in message
 
 
+def test_a_save_that_orbax_leaves_out_has_failed(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It writes none below the newest."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (2, 1):
+        checkpoints.save(trivial(step), {"batches": step}, Config(), step, None)
+    checkpoints.close()
+    assert "the checkpoint of step 1 could not be written (RuntimeError: there is one of step 2); older" in caplog.text
+
+
 def test_without_an_evaluation_the_best_is_the_latest(tmp_path: pathlib.Path) -> None:
     write(tmp_path, [None, None], keep=1)
     checkpoints = Checkpoints(tmp_path)

@@ -5,12 +5,15 @@ import json
 import pathlib
 import random
 import shutil
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from model.tools import random_tokens
 
 from bigmac_jax import tuning
@@ -18,7 +21,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import TrainIterator
 from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.model.mesh import make_mesh
-from bigmac_jax.model.parameters import declared
+from bigmac_jax.model.parameters import Declaration, declared
 from bigmac_jax.run import loop
 from bigmac_jax.training import manifest
 from bigmac_jax.training.checkpoint import Checkpoints
@@ -33,7 +36,7 @@ from bigmac_jax.training.partial_checkpoint import (
     next_turn,
     read_turn,
 )
-from bigmac_jax.training.step import make_trainer
+from bigmac_jax.training.step import TrainState, make_trainer
 
 from .tools import leaves_of, quick, read_records, session, small
 
@@ -337,6 +340,70 @@ def test_damage_to_a_save(tmp_path, caplog, capsys, damaged):
                 assert found[key][i, e].tobytes() == states[copies[i][e]][key][i, e].tobytes()
     oldest = min(min(row) for row in copies)
     assert (f"the oldest of step {oldest} " in capsys.readouterr().out) == (oldest < step)
+
+
+def three_experts(step: int) -> TrainState:
+    """A state of one layer with three experts, and nothing else."""
+    of = Declaration("eRF", "experts", 1.0)
+    w, moment = (nnx.Param(jnp.full((1, 3, 1, 1), step, jnp.float32), declaration=of) for _ in range(2))
+    return TrainState(jnp.asarray(step), {"w": w}, {}, {"w": moment})
+
+
+@pytest.fixture
+def stripped(tmp_path: pathlib.Path) -> Iterator[tuple[Config, pathlib.Path, Checkpoints]]:
+    """A run that has saved 10 (whole) to 40, of one expert: of 20 the experts alone are left, 30 and 40 are damaged."""
+    config, workdir = small(tmp_path, "train.experts_per_checkpoint=1"), tmp_path / "run"
+    with jax.set_mesh(make_mesh(config)):
+        checkpoints = Checkpoints(workdir, keep=1)
+        for step in (10, 20, 30, 40):
+            save_one(checkpoints, config, step)
+        folder = workdir / "checkpoints"
+        assert saved_steps(folder) == {10, 20, 30, 40} and not (folder / "20" / "model").exists()
+        for step in ("30", "40"):
+            (folder / step / "model" / "_METADATA").unlink()
+        yield config, workdir, checkpoints
+        checkpoints.close()
+
+
+def save_one(checkpoints: Checkpoints, config: Config, step: int) -> None:
+    checkpoints.save(three_experts(step), {"batches": step}, config, step, None, 1, Learned(np.ones((1, 3)), asked=1))
+    checkpoints.wait()
+
+
+def restored(checkpoints: Checkpoints) -> tuple[int, list[float]]:
+    """The step that a start goes on from, and what each expert is of."""
+    abstract = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), three_experts(0))
+    step, state, _ = checkpoints.restore_newest(abstract)
+    return step, np.asarray(state.params["w"].get_value()).ravel().tolist()
+
+
+def test_saves_behind_the_restored_one_are_set_aside(stripped: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the experts alone are left of them: the run takes these steps again, and writes each save."""
+    config, workdir, checkpoints = stripped
+    assert restored(checkpoints) == (10, [10] * 3) and checkpoints.latest() == 10
+    assert "checkpoint 20 holds experts alone, of steps that are taken again; it is passed over, and" in caplog.text
+    assert saved_steps(workdir / "checkpoints-damaged") == {20, 30, 40} and saved_steps(workdir / "checkpoints") == {10}
+    for step in (15, 20, 25, 30):
+        save_one(checkpoints, config, step)
+        assert checkpoints.latest() == step
+    assert "could not be written" not in caplog.text
+    assert saved_steps(workdir / "checkpoints") == {10, 20, 25, 30}
+    assert not (workdir / "checkpoints" / "20" / "model").exists()
+    assert restored(checkpoints) == (30, [30, 20, 25])
+
+
+@pytest.mark.full
+def test_a_run_that_begins_anew_loses_no_save(stripped: Any) -> None:
+    """What is left of a run that nothing can go on from is removed, where the user has removed what was set aside."""
+    config, workdir, checkpoints = stripped
+    shutil.rmtree(workdir / "checkpoints" / "10")
+    with pytest.raises(ConfigError, match="no intact checkpoint is left"):
+        checkpoints.restore_newest(three_experts(0))
+    shutil.rmtree(workdir / "checkpoints-damaged")
+    assert checkpoints.restore_newest(three_experts(0)) is None and checkpoints.latest() is None
+    assert not (workdir / "checkpoints-damaged").exists()
+    save_one(checkpoints, config, 5)
+    assert checkpoints.latest() == 5 and checkpoints.holds_all(5)
 
 
 @pytest.mark.full
