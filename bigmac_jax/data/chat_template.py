@@ -103,6 +103,7 @@ class Chat:
         self.template, self.files = template, ChatFiles(template, special or {}, date=date)
         self.encode_batch, self._names = _make_encoder(tokenizer)
         self.end = self._names[0]
+        self._any_name = re.compile("|".join(map(re.escape, sorted(self._names, key=len, reverse=True))))
         names = [len(name.encode()) for name in self._names]
         self._token_bytes = max(tokenizer.token_bytes, *names) if tokenizer.token_bytes else 0
         known = {name: value for name, value in self.files.special.items() if value in self._names}
@@ -223,6 +224,10 @@ class Chat:
             return ()
         first = min((name for name in self._names if name in behind), key=behind.find, default=self.end)
         return () if first == self.end else (first,)
+
+    def split_names(self, text: str) -> list[str]:
+        """What stands before, between and behind the special tokens of a rendered text."""
+        return self._any_name.split(text)
 
     def check_text(self, text: str, what: str, index: int | None = None) -> None:
         """Raises ChatError if a text holds what only a template may write."""

@@ -130,7 +130,8 @@ class Conversations:
                     self._note_bad_row(bad, place, error)
                     continue
                 self.sequences += made
-                answers = [piece.text for piece in sequences[0] if piece.answer]
+                # The end of an answer is a token, but as little text as the end of a document.
+                answers = [part for piece in sequences[0] if piece.answer for part in self.chat.split_names(piece.text)]
                 self.counts.documents += 1
                 self.counts.tokens += int(np.count_nonzero(made[0][1] != NO_TARGET))
                 self.counts.words += sum(len(text.split()) for text in answers)

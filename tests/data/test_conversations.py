@@ -107,6 +107,19 @@ def bpe() -> JsonTokenizer:
     return JsonTokenizer(json.dumps(values))
 
 
+@pytest.mark.parametrize("form", ["plain", "ours", "ChatML", "dpo"])
+def test_special_tokens_are_no_text(form: str, tmp_path: pathlib.Path) -> None:
+    """Bits per byte and perplexity a word are those of the same text in a stream."""
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "grün "}]}
+    if form in ("plain", "dpo"):
+        row = {"prompt": "?", "completion": "grün ", "chosen": "grün ", "rejected": "no"}
+    tuning = {"chat_template": str(tmp_path / "chatml.jinja")} if form == "ChatML" else {}
+    tuning |= {"objective": "dpo"} if form == "dpo" else {}
+    counts = conversations(tmp_path, [row], tokenizer=bpe(), **tuning).counts
+    assert (counts.documents, counts.words, counts.bytes) == (1, 1, 6 + (form == "ours"))  # which begins with a space
+
+
 def test_a_template_without_marks_is_cut_where_its_answers_are(tmp_path: pathlib.Path) -> None:
     tokenizer, template = bpe(), tmp_path / "t.jinja"
     template.write_text(CHATML)
