@@ -105,7 +105,7 @@ class _Run:
     def _learned(self, position: dict[str, Any]) -> Learned | None:
         """What the experts have learned, of a run that saves some of them at a time, or has once."""
         train, model = self.config.train, self.config.model
-        if not (train.experts_per_checkpoint or LEARNED in position):
+        if not model.moe_layers or not (train.experts_per_checkpoint or LEARNED in position):
             return None
         shape = model.moe_layers, model.expert_count
         return Learned.read(position.get(LEARNED), shape, self.first_step).asked_for(train.experts_per_checkpoint)

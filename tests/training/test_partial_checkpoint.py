@@ -6,6 +6,7 @@ import pathlib
 import random
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import chex
@@ -340,6 +341,14 @@ def test_damage_to_a_save(tmp_path, caplog, capsys, damaged):
                 assert found[key][i, e].tobytes() == states[copies[i][e]][key][i, e].tobytes()
     oldest = min(min(row) for row in copies)
     assert (f"the oldest of step {oldest} " in capsys.readouterr().out) == (oldest < step)
+
+
+@pytest.mark.parametrize(("structure", "saves_some"), [("bigmac", True), ("dense", False)])
+def test_a_model_without_experts_is_saved_whole(tmp_path: pathlib.Path, structure: str, saves_some: bool) -> None:
+    """Whatever is asked: there is no expert whose turn it could be."""
+    config = small(tmp_path, f"model.structure={structure}", "train.experts_per_checkpoint=1")
+    of_run: Any = SimpleNamespace(config=config, first_step=0)
+    assert (loop._Run._learned(of_run, {}) is not None) == saves_some
 
 
 def three_experts(step: int) -> TrainState:
