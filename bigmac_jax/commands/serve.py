@@ -5,6 +5,7 @@ Ctrl-C when the requests that run have ended. Of several processes the first one
 """
 
 import asyncio
+import math
 import pathlib
 import resource
 import socket
@@ -46,8 +47,8 @@ def main() -> int:
     with hosts.raise_together():
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
-            body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_TIMEOUT.value,
-            arrival=_ARRIVAL.value, drain=_DRAIN.value,
+            body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_seconds(_TIMEOUT),
+            arrival=_seconds(_ARRIVAL), drain=_seconds(_DRAIN),
         )  # fmt: skip
         speculate = decoding_flags.speculation()
         if hosts.is_first():
@@ -80,6 +81,12 @@ def _key(file: str) -> str:
     return key
 
 
+def _seconds(flag: flags.FlagHolder[float]) -> float:
+    if not math.isfinite(flag.value):
+        raise ConfigError(f"--{flag.name}={flag.value} must be a number of seconds, as {flag.default:g}")
+    return flag.value
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Opens the port before the model is loaded, so that one that is taken is known at once."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,7 +94,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(
-            f"--host={host} --port={port} cannot be listened at ({error.strerror}); choose another"
-        ) from None
+    except (OSError, UnicodeError) as error:  # the latter of what can be no name of a host
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--host={host} --port={port} cannot be listened at ({why}); choose another") from None

@@ -18,14 +18,21 @@ def parse_object(content: str | bytes) -> dict[str, Any]:
     text = (content.decode() if isinstance(content, bytes) else content).removeprefix("\ufeff")
     try:
         values = json.loads(text, parse_int=_integer)
-        too_deep = text.count("[") + text.count("{") > _DEEPEST and _depth(values) > _DEEPEST
     except RecursionError:
-        too_deep = True
-    if too_deep:
+        raise ValueError("it is nested too deeply") from None
+    if is_too_deep(text, values):
         raise ValueError("it is nested too deeply")
     if not isinstance(values, dict):
         raise ValueError(f"it is a JSON {type(values).__name__}, no object")
     return values
+
+
+def is_too_deep(text: str, values: Any) -> bool:
+    """Whether what was parsed of this JSON is nested so deeply that whoever writes it again may fail."""
+    try:
+        return text.count("[") + text.count("{") > _DEEPEST and _depth(values) > _DEEPEST
+    except RecursionError:
+        return True
 
 
 def read_object(file: pathlib.Path, fix: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.config.objects import is_too_deep
 from bigmac_jax.inference.generator import Completion, Request
 from bigmac_jax.inference.sampling import Sampling
 from bigmac_jax.runtime import storage
@@ -25,7 +26,10 @@ def parse_json(content: bytes) -> Any:
       ValueError: what is wrong, as a predicate: "is not JSON: …".
     """
     try:
-        value = json.loads(content.decode(), parse_constant=_refuse_constant)
+        text = content.decode()
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if is_too_deep(text, value):
+            raise RecursionError("it is nested too deeply")
         if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeDecodeError as error:

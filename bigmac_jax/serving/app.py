@@ -99,9 +99,9 @@ class Service:
         arrived = time.monotonic()
         self._worker.check_queue(1)
         asked = await self._in_time(arrived, self._read(request, chat))
-        jobs = [
-            self._generator.job(prompt, asked.sampling, number) for prompt in asked.prompts for number in range(asked.n)
-        ]
+        # Each completion draws with its own number, so that equal prompts of a request don't give equal texts.
+        prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+        jobs = [self._generator.job(prompt, asked.sampling, number) for number, prompt in enumerate(prompts)]
         answer = Answer(asked, jobs, self._model, self._token_text)
         ticket = self._worker.submit(jobs, arrived)
         if asked.stream:

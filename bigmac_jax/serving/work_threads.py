@@ -31,7 +31,8 @@ class WorkThreads:
 
     def __init__(self) -> None:
         self._loop, self._numbers = asyncio.get_running_loop(), itertools.count()
-        self._queues: list[queue.PriorityQueue[tuple[int, int, Callable[[Check], Any], asyncio.Future[Any]]]] = []
+        self._queues: list[queue.PriorityQueue[tuple[int, int, list[Callable[[Check], Any]], asyncio.Future[Any]]]] = []
+        self._waiting: set[asyncio.Future[Any]] = set()  # of functions that have not begun
         self._since = [0.0, 0.0]  # when each thread's current function began; 0 = idle
         for lane, name in enumerate(("short requests", "long requests")):
             self._queues.append(queue.PriorityQueue())
@@ -46,13 +47,19 @@ class WorkThreads:
           work: is given a function to call between its parts, which ends it if nobody waits any more.
         """
         future: asyncio.Future[T] = self._loop.create_future()  # is cancelled with whoever waits for it
-        self._queues[size > SHORT].put((size, next(self._numbers), work, future))
+        # Whoever stops waiting takes the function, and the body that it holds, with it.
+        held = [work]
+        self._waiting.add(future)
+        future.add_done_callback(lambda _: held.clear())
+        future.add_done_callback(self._waiting.discard)
+        self._queues[size > SHORT].put((size, next(self._numbers), held, future))
+        del work
         return await future
 
     @property
     def waiting(self) -> int:
-        """Number of functions that have not begun."""
-        return sum(waiting.qsize() for waiting in self._queues)
+        """Number of functions that have not begun, and that somebody waits for."""
+        return len(self._waiting)
 
     @property
     def busy_seconds(self) -> float:
@@ -64,16 +71,20 @@ class WorkThreads:
             while True:
                 self._work(lane, *self._queues[lane].get()[2:])
 
-    def _work(self, lane: int, work: Callable[[Check], Any], future: asyncio.Future[Any]) -> None:
+    def _work(self, lane: int, held: list[Callable[[Check], Any]], future: asyncio.Future[Any]) -> None:
         def check() -> None:
             if future.done():
                 raise asyncio.CancelledError
 
-        if future.done():
+        self._waiting.discard(future)
+        try:
+            work = held.pop()
+        except IndexError:
             return
         self._since[lane] = time.monotonic()
         result, error = None, None
         try:
+            check()
             result = work(check)
         except BaseException as raised:
             error = raised

@@ -236,6 +236,7 @@ def test_requests_of_a_file(tmp_path: pathlib.Path) -> None:
     [
         (b'{"prompt": "a"}\n\xff\n', "line 2 is not valid UTF-8"),
         (b'{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
+        (b'{"prompt": "a", "id": ' + b"[" * 64 + b"]" * 64 + b"}", "line 1 is not JSON: it is nested too deeply"),
         (b'["a"]\n', "line 1 must be an object with a text"),
         (b'{"prompt": 3}\n', "line 1 must be an object with a text"),
         (b'{"prompt": "a", "top_p": 2}\n', r"line 1: top_p=2 must lie in \(0, 1\]"),

@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from training.runs import LIMIT
@@ -25,6 +27,8 @@ from bigmac_jax.serving import api
 from bigmac_jax.serving.limits import ApiError, Limits
 from bigmac_jax.serving.prometheus import Metrics
 from bigmac_jax.serving.protocol import make_protocol
+from bigmac_jax.serving.work_threads import SHORT as SHORT_WORK
+from bigmac_jax.serving.work_threads import WorkThreads
 
 from .fakes import LONGEST, Served, held
 
@@ -53,6 +57,40 @@ async def until(condition: Callable[[], Any]) -> None:
 async def test_an_answer() -> None:
     status, answer = await Served().ask(COMPLETIONS, SHORT)
     assert (status, answer["choices"][0]["text"], answer["usage"]["total_tokens"]) == (200, "aa", 3)
+
+
+@alone
+async def test_completions_of_a_request_draw_for_themselves() -> None:
+    """Prompts times n: each has its own number, of which its draws are made."""
+    served, numbers = Served(), list[tuple[int, int]]()
+    made = served.generator.job
+    served.generator.job = lambda prompt, sampling, number=0: (  # type: ignore[method-assign]
+        numbers.append((prompt[-1], number)) or made(prompt, sampling, number)
+    )
+    assert (await served.ask(COMPLETIONS, SHORT | {"prompt": ["a", "a", "b"], "n": 2}))[0] == 200
+    a, b = ord("a"), ord("b")
+    assert numbers == [(a, 0), (a, 1), (a, 2), (a, 3), (b, 4), (b, 5)]
+
+
+@alone
+async def test_who_leaves_takes_the_body_along() -> None:
+    """While a thread is busy: what nobody waits for is neither held nor counted."""
+    threads, release, bodies = WorkThreads(), threading.Event(), [np.zeros(10) for _ in range(5)]
+    busy = asyncio.create_task(threads.run(SHORT_WORK + 1, lambda _: release.wait(30)))
+    await until(lambda: threads.busy_seconds)
+    kept = [weakref.ref(body) for body in bodies]
+    tasks = [asyncio.create_task(threads.run(SHORT_WORK + 1, lambda _, body=body: body.sum())) for body in bodies]
+    last = asyncio.create_task(threads.run(SHORT_WORK + 2, lambda _: "done"))
+    await until(lambda: threads.waiting == 6)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    del bodies, tasks, task
+    await until(lambda: threads.waiting == 1)
+    gc.collect()
+    assert not any(body() is not None for body in kept)
+    release.set()
+    assert await busy and await last == "done" and threads.waiting == 0
 
 
 @alone
