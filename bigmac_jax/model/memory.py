@@ -63,9 +63,8 @@ def describe_copies(config: Config, sizes: Sizes) -> str:
     where it is less than a tenth."""
     if not config.mesh.fsdp or (held := _over_even(config, sizes)) <= MOST_OVER_EVEN:
         return ""
-    data = sizes["data"]
-    even = [n for n in range(1, 2 * data + 1) if _over_even(config, sizes | {"data": n}) <= MOST_OVER_EVEN]
-    near = [str(n) for n in (*[n for n in even if n < data][-1:], *[n for n in even if n > data][:1])]
+    powers = (2 ** (sizes["data"].bit_length() + i) for i in (-1, 0))  # of two, around it
+    near = [str(n) for n in powers if _over_even(config, sizes | {"data": n}) <= MOST_OVER_EVEN]
     fix = f"; mesh.data={' or '.join(near)} would not" if near else ""
     return (
         f"a rank holds {held:.1f} times its even share of parameters and optimizer state, because "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.planning.job import exposed
 from bigmac_jax.runtime import storage
 
 PALETTE = ("#1f4e79", "#c0504d", "#9bbb59", "#8064a2", "#4bacc6", "#f79646", "#7f7f7f", "#bfbfbf")
@@ -46,8 +47,19 @@ def _panels(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
 
 def _stack(ax: Any, names: list[str], parts: Mapping[str, list[float]]) -> None:
     bottom = [0.0] * len(names)
-    for (part, values), color, hatch in zip(parts.items(), PALETTE, HATCHES, strict=False):
-        ax.bar(names, values, bottom=bottom, label=part, color=color, hatch=hatch, edgecolor="white", linewidth=0.5)
+    for number, (part, values) in enumerate(parts.items()):
+        again, color = divmod(number, len(PALETTE))  # a ninth part has the first's colour, and another hatch
+        hatch = HATCHES[(color + again) % len(HATCHES)]
+        ax.bar(
+            names,
+            values,
+            bottom=bottom,
+            label=part,
+            color=PALETTE[color],
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.5,
+        )
         bottom = [a + b for a, b in zip(bottom, values, strict=True)]
     ax.legend(fontsize=7)
     ax.tick_params(axis="x", labelrotation=15)
@@ -74,14 +86,9 @@ def _draw_exchanges(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _draw_times(ax: Any, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    times = [c["time"] for c in columns.values()]
-    parts = {
-        "matmul": [t["matmul"] for t in times],
-        "exchange not hidden": [t["exchange"] - t["hidden"] for t in times],
-        **{p: [t[p] for t in times] for p in ("tensor", "parameters") if any(t[p] for t in times)},
-        "gradients": [t["gradients"] for t in times],
-        "optimizer": [t["optimizer"] for t in times],
-    }
+    """Seconds of each term that are not hidden, which add up to the step."""
+    times = [exposed(column["time"]) for column in columns.values()]
+    parts = {term: [time[term] for time in times] for term in times[0] if any(time[term] for time in times)}
     _stack(ax, list(columns), parts)
     ax.set_ylabel("seconds a step, predicted")
     ax.set_title("time", fontsize=10)

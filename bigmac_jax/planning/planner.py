@@ -250,7 +250,8 @@ def _steps(config: Config, place: Place, request: Request) -> dict[str, tuple[Mo
     own; or why there is none."""
     machine = Machine(place.devices, require_hardware(place, "--compare"), place.torus, place.load, request.headroom)
     found: dict[str, tuple[ModelConfig, float] | str] = {}
-    for name, other in alternatives(replace(config, mesh=MeshConfig()) if request.search else config).items():
+    wanted = replace(config, mesh=MeshConfig()) if request.search else config
+    for name, other in alternatives(wanted, studied=True).items():
         try:
             if isinstance(other, ConfigError):
                 raise other

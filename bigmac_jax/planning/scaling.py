@@ -3,10 +3,9 @@
 Weak scaling: the batch grows with the devices, so that each has as many tokens as on the fewest. Strong: it stays.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -106,10 +105,19 @@ def _curve(own: Config, places: Sequence[tuple[Config, Machine]]) -> list[dict[s
 
 def _grown(best: Sequence[Candidate], times: int) -> set[Axes]:
     """Meshes with `times` as many ranks, along any of their axes."""
-    factors = [n for n in range(1, times + 1) if times % n == 0]
-    ways = [way for way in itertools.product(factors, repeat=5) if math.prod(way) == times]
     meshes = [axes(candidate) for candidate in best]
+    ways = list(_products(times, 5, [n for n in range(1, times + 1) if times % n == 0]))
     return {(r * i, d * a, n * b, e * c, t * f) for r, d, n, e, t in meshes for i, a, b, c, f in ways}
+
+
+def _products(number: int, factors: int, divisors: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number, whose divisors are among these, as a product of so many factors in their order."""
+    if factors == 1:
+        yield (number,)
+        return
+    for first in divisors:
+        if number % first == 0:
+            yield from ((first, *rest) for rest in _products(number // first, factors - 1, divisors))
 
 
 def _point(own: Config, config: Config, machine: Machine, found: Sequence[Candidate]) -> dict[str, Any]:

@@ -17,17 +17,20 @@ def name_of(model: ModelConfig) -> str:
     return CONTROL if is_control else model.structure
 
 
-def alternatives(config: Config) -> dict[str, Config | ConfigError]:
-    """The config with each structure, its own first and as it is, and with what the study of quality had of `bigmac`
-    beside it; or why it cannot have that one."""
+def alternatives(config: Config, studied: bool = False) -> dict[str, Config | ConfigError]:
+    """The config with each structure, its own first and as it is; or why it cannot have that one.
+
+    Args:
+      studied: with what else the study of quality had of `bigmac`, r = 1/4, r = 1/2 and twice the experts.
+    """
     m = config.model
     found: dict[str, Config | ConfigError] = {name_of(m): config}
     kinds: dict[str, dict[str, Any]] = {"bigmac": {"structure": "bigmac"}}
-    kinds |= {f"bigmac, r = {said}": {"structure": "bigmac", "down_ratio": ratio}
-              for said, ratio in (("1/4", 0.25), ("1/2", 0.5)) if ratio != m.down_ratio}  # fmt: skip
-    if m.is_moe:
+    if studied:
+        ratios = (("1/4", 0.25), ("1/2", 0.5))
+        kinds |= {f"bigmac, r = {said}": kinds["bigmac"] | {"down_ratio": r} for said, r in ratios if r != m.down_ratio}
         twice = {"down_ratio": 0.25, "num_experts": 2 * m.num_experts, "top_k": 2 * m.top_k}
-        kinds["bigmac, r = 1/4, twice the experts"] = {"structure": "bigmac"} | twice
+        kinds |= {"bigmac, r = 1/4, twice the experts": kinds["bigmac"] | twice} if m.is_moe else {}
     kinds["fine_grained"] = {"structure": "fine_grained"}
     kinds[CONTROL] = {"structure": "fine_grained", "latent_norm": "post_combine"}
     kinds |= {name: {"structure": name} for name in reversed(STRUCTURES) if name not in kinds}

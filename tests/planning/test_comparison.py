@@ -142,7 +142,8 @@ def test_a_control_has_the_others_beside_it() -> None:
         f"{ROOT}/configs/paper/gpt3_xl.py",
         ["model.structure=fine_grained", "model.latent_norm=post_combine", "model.projection_init=selection"],
     )
-    found = alternatives(config)
+    assert list(alternatives(config)) == [CONTROL, "bigmac", "fine_grained", "vanilla", "dense"]
+    found = alternatives(config, studied=True)
     half, twice = "bigmac, r = 1/2", "bigmac, r = 1/4, twice the experts"
     assert list(found) == [CONTROL, "bigmac", half, twice, "fine_grained", "vanilla", "dense"]
     made = {name: other for name, other in found.items() if isinstance(other, Config)}

@@ -318,6 +318,28 @@ def test_a_plan_reads_no_data(fields: tuple[str, ...]) -> None:
     assert made["time"]["total"] > 0
 
 
+def test_bars_add_up_to_the_step(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Of each structure, whatever its step is made of."""
+    stacks: list[Any] = []
+    stack = pictures._stack
+    monkeypatch.setattr(pictures, "_stack", lambda ax, *given: stacks.append(given) or stack(ax, *given))
+    made = plan(overrides=("mesh.expert=8", "mesh.fsdp=True"), devices=32, hardware="h100")
+    pictures.draw(made, tmp_path / "x.png")
+    names, parts = stacks[-1]
+    columns = {made["structure"]: made} | made["baselines"]
+    for number, name in enumerate(names):
+        total = sum(values[number] for values in parts.values())
+        assert total == pytest.approx(columns[name]["time"]["total"])
+    assert {"attention", "memory", "gradients"} <= set(parts) and "host" not in parts
+
+
+def test_a_ninth_part_is_drawn_too() -> None:
+    _, (ax,) = pictures._panels(4, 4, 1)
+    pictures._stack(ax, ["a"], {str(number): [1.0] for number in range(12)})
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in ax.patches}
+    assert len(ax.patches) == len(looks) == 12
+
+
 def test_pictures(tmp_path: pathlib.Path) -> None:
     import matplotlib.image
 
@@ -452,5 +474,5 @@ def test_a_recipe_is_planned_to_fit_the_machine_that_it_names(recipe: str, topol
 
 def test_a_teacher_is_not_planned() -> None:
     """Whatever is asked: it would hold a second model, and pass forward through it."""
-    with pytest.raises(ConfigError, match="tuning.teacher=other is a second model, which is not planned"):
+    with pytest.raises(ConfigError, match=r"tuning\.teacher=other is a second model, which is not planned"):
         plan("configs/tiny.py", ("tuning.teacher=other",))

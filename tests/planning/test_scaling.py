@@ -71,6 +71,8 @@ def test_meshes_that_grow() -> None:
     twice = {(r, 2 * d, n, e, t), (r, d, 2 * n, e, t), (r, d, n, 2 * e, t), (r, d, n, e, 2 * t)}
     assert _grown([best], 2) == twice | {(2 * r, d, n, e, t)}
     assert len(_grown([best], 4)) == 15 and _grown([best], 1) == {(r, d, n, e, t)}
+    # 5,040 = 2^4 · 3^2 · 5 · 7 has 60 divisors: going through all tuples of five would take minutes.
+    assert len(_grown([best], 5040)) == 70 * 15 * 5**2
 
 
 @pytest.mark.full
