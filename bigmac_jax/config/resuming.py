@@ -1,5 +1,9 @@
 """Which fields a resumed run may change, and how its result then differs."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
 from bigmac_jax.config.errors import require
 from bigmac_jax.config.root import Config
 from bigmac_jax.config.section import flat_values
@@ -46,7 +50,7 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
     after |= {f"mesh.{axis}": size for axis, size in mesh_after.items()}
     splits = ("train.accumulate_steps", *(f"mesh.{axis}" for axis in mesh_after), "execution.exchange",
               "execution.overlap_chunks")  # fmt: skip
-    changed = ", ".join(f"{name} {before[name]} → {after[name]}" for name in splits if before[name] != after[name])
+    changed = _changed(before, after, splits)
     notes = [
         f"{name} {before[name] or 'none'} → {after[name] or 'none'}: windows come in another order from here on, and "
         f"each source goes on where it was"
@@ -58,20 +62,32 @@ def resume_notes(saved: Config, new: Config, mesh_before: dict[str, int], mesh_a
             f"{changed}: which choices find their expert full (model.capacity_factor={new.model.capacity_factor:g}) "
             f"depends on it; from here on the run drops others"
         )
+    saved, new = (
+        replace(config, mesh=replace(config.mesh, replica=mesh.get("replica", 1)))
+        for config, mesh in ((saved, mesh_before), (new, mesh_after))
+    )
     return notes + [f"{note} from here on" for note in part_notes(saved, new, dropout=True)]
 
 
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {before[name]} → {after[name]}" for name in names if before[name] != after[name])
+
+
 def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str]:
-    """Writes a line for each way in which another number of parts of a batch gives another result.
+    """Writes a line for each way in which another number of parts of a batch, or of replicas, gives another result.
 
     Args:
       dropout: whether other draws of dropout count.
     """
     model, tuning = after.model, after.tuning
-    steps = before.train.accumulate_steps, after.train.accumulate_steps
-    if steps[0] == steps[1]:
-        return []
-    found = []
+    values, notes, found = (flat_values(before), flat_values(after)), [], list[str]()
+    solves = model.is_moe and model.balance == "quantile" and model.balance_step == "next"
+    if solves and before.sorts_biases != after.sorts_biases:
+        how = "sorted, and not counted in bins," if after.sorts_biases else "counted in bins, and not sorted,"
+        split = _changed(*values, ["train.accumulate_steps", "mesh.replica"])
+        notes.append(f"{split}: with model.balance=quantile the biases that tokens require are {how}")
+    if not (steps := _changed(*values, ["train.accumulate_steps"])):
+        return notes
     if model.is_moe and model.balance == "aux_loss" and model.balance_scope == "part":
         found.append("with model.balance_scope=part the balance loss is of other parts")
     if model.is_moe and model.balance_step == "same":
@@ -80,4 +96,4 @@ def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str
         found.append("with tuning.hidden_weight the teacher's distance is of other parts")
     if dropout and model.dropout:
         found.append("model.dropout draws other entries")
-    return [f"train.accumulate_steps {steps[0]} → {steps[1]}: {what}" for what in found]
+    return notes + [f"{steps}: {what}" for what in found]

@@ -29,6 +29,7 @@ _MOVED = {f.name for f in dataclasses.fields(ExecutionConfig)} - _YOUNGER
 _REMOVED = {"model.vanilla_top_k": 1}
 _REMOVED_VALUES = {("model.latent_norm", "both"), ("model.latent_norm", "scale")}
 _LAST_COMMIT = "d8fd857"
+_MOST_SORTED = 2**22  # biases that a step's tokens require, [T, E], up to which they are sorted on every rank
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,14 @@ class Config(Section):
     def has_segments(self) -> bool:
         """True if a token attends to its own document or conversation alone."""
         return self.data.documents == "masked" or self.tuning.objective != "pretrain"
+
+    @property
+    def sorts_biases(self) -> bool:
+        """True if quantile balancing sorts the biases that a step's tokens require, and does not count them in bins: of
+        a batch that is small, in one part, of one replica, and has no padding."""
+        entries = self.data.batch_size * self.data.sequence_length * self.model.expert_count
+        padded = self.has_segments or self.model.mtp_modules > 0
+        return self.train.accumulate_steps == self.mesh.replica == 1 and not padded and entries <= _MOST_SORTED
 
     @property
     def grows_choices(self) -> bool:

@@ -17,7 +17,6 @@ from bigmac_jax.model.mesh import per_replica, rank_spec, replicated_spec, token
 from bigmac_jax.model.router import Padding
 
 _BINS = 1000  # of the histogram of required biases (Kimi K3's report)
-_MOST_SORTED = 2**22  # entries of [T, E] up to which they are sorted on every rank
 BALANCE_BIAS = "evened"  # what `balance_bias` gives: execution.remat keeps it, whatever else it computes again
 # `balance_bias`: steps of the dual, and how each finds its quantiles: by 16 parts of a range five times, to 1e-6 of it.
 _DUAL_STEPS, _PARTS, _SEARCHES = 4, 16, 5
@@ -57,7 +56,7 @@ def required_bias(config: Config, scores_BLE: Array, bias_E: Array, padding: Pad
     edges = bias_E.min() - 1 + jnp.linspace(0.0, 1.0, _BINS + 1) * (bias_E.max() - bias_E.min() + 2)
 
     required = functools.partial(_required, m)
-    if sorts(config):
+    if config.sorts_biases:
         required_BLE = required(jax.sharding.reshard(scores_BLE, replicated_spec(3)), bias_E)
         return jnp.sort(required_BLE.reshape(-1, m.expert_count).T)[None]
 
@@ -111,22 +110,13 @@ def balance_bias(m: ModelConfig, scores_BLE: Array, bias_E: Array, padding: Padd
     return checkpoint_name(jax.lax.fori_loop(0, _DUAL_STEPS, dual_step, bias_E), BALANCE_BIAS)
 
 
-def sorts(config: Config) -> bool:
-    """Whether required biases are sorted, not counted: a batch that is small, in one part, of one replica, and has no
-    padding."""
-    entries = config.data.batch_size * config.data.sequence_length * config.model.expert_count
-    padded = config.has_segments or config.model.mtp_modules > 0
-    whole = config.train.accumulate_steps == config.mesh.replica == 1 and not padded
-    return whole and entries <= _MOST_SORTED
-
-
 def solve_bias(config: Config, required: Array, bias_E: Array) -> Array:
     """Quantile balancing (Kimi K3): the bias that as many tokens require at most as each expert is to have, T·K/E.
 
     One step of the dual of the balanced assignment: cuts are of the biases before.
     """
     share = config.model.choices / config.model.expert_count
-    if sorts(config):
+    if config.sorts_biases:
         T = required.shape[-1]
         count = min(max(round(T * share), 1), T - 1)
         bias_E = (required[..., count - 1] + required[..., count]) / 2

@@ -432,6 +432,15 @@ FULL = {"capacity_factor": 1.25}
          ["train.accumulate_steps 1 → 2: with model.balance_scope=part", "model.dropout draws other entries"]),
         ({"balance": "quantile", "balance_step": "same"}, {"accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2: with model.balance_step=same"]),
+        ({"balance": "quantile"}, {"accumulate_steps": 2},
+         ["train.accumulate_steps 1 → 2: with model.balance=quantile the biases that tokens require are counted in "
+          "bins, and not sorted, from here on"]),
+        ({"balance": "quantile"}, {"replica": (2, 1)},
+         ["mesh.replica 2 → 1: with model.balance=quantile the biases that tokens require are sorted, and not"]),
+        ({"balance": "quantile"}, {"replica": (1, 2), "accumulate_steps": 2},
+         ["train.accumulate_steps 1 → 2, mesh.replica 1 → 2: with model.balance=quantile"]),
+        ({"balance": "quantile"}, {"replica": (2, 4)}, []),
+        ({"balance": "quantile", "mtp_modules": 1}, {"accumulate_steps": 2}, []),  # padding
         (FULL, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
     ],
 )  # fmt: skip
@@ -439,9 +448,11 @@ def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list
     """What changes more than rounding is said, a line each."""
     before = Config(model=ModelConfig(**model))
     parts, ranks = TrainConfig(accumulate_steps=changes.pop("accumulate_steps", 1)), changes.pop("expert", 2)
+    replicas = changes.pop("replica", (1, 1))
     after = Config(model=before.model, execution=ExecutionConfig(**changes), train=parts)
     # A run from before there were replicas had one.
-    notes = resume_notes(before, after, {"data": 1, "expert": 2}, {"replica": 1, "data": 1, "expert": ranks})
+    mesh = {"data": 1, "expert": 2} | ({"replica": replicas[0]} if replicas[0] > 1 else {})
+    notes = resume_notes(before, after, mesh, {"replica": replicas[1], "data": 1, "expert": ranks})
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True)), notes
     assert not any("\n" in note for note in notes)
 

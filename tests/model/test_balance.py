@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigmac_jax.config import Config, ModelConfig, TrainConfig
+from bigmac_jax.config import Config, ModelConfig, TrainConfig, root
 from bigmac_jax.data.batch import PADDING
-from bigmac_jax.model import balance
 from bigmac_jax.model.balance import (
     balance_bias,
     balance_loss,
     balance_losses,
     required_bias,
     solve_bias,
-    sorts,
     update_bias,
 )
 from bigmac_jax.model.mesh import place, token_spec
@@ -110,7 +108,7 @@ def update(config: Config, scores_TE: np.ndarray, bias_E: np.ndarray, padding_BL
     B, L = config.data.batch_size, config.data.sequence_length
     scores_BLE = place(scores_TE.reshape(B, L, -1), token_spec(3))
     padding = None if padding_BL is None else Padding.of(place(padding_BL, token_spec(2)))
-    return np.asarray(compiled(config, sorts(config))(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding))
+    return np.asarray(compiled(config, config.sorts_biases)(scores_BLE, jnp.asarray(bias_E, jnp.float32), padding))
 
 
 SHAPES = ((64, 8), (40, 8), (12, 4))
@@ -151,7 +149,7 @@ def test_histograms_come_near_the_quantiles(mesh: tuple[int, ...], monkeypatch: 
     """On every mesh, within two bins of what sorting gives."""
     config, scores_TE = quantile(12, 4, mesh), random_scores(12, 320, 1)
     bias_E = np.linspace(-0.25, 0.25, 12).astype(np.float32)
-    monkeypatch.setattr(balance, "_MOST_SORTED", 0)
+    monkeypatch.setattr(root, "_MOST_SORTED", 0)
     with on_mesh(config):
         found = update(config, scores_TE, bias_E)
     np.testing.assert_allclose(found, expected_bias(np.float64(scores_TE), bias_E, 4), atol=2 * 2.5 / 1000)
