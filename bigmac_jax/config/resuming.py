@@ -94,6 +94,6 @@ def part_notes(before: Config, after: Config, dropout: bool = False) -> list[str
         found.append("with model.balance_step=same quantiles are of other parts")
     if tuning.teacher and tuning.hidden_weight:
         found.append("with tuning.hidden_weight the teacher's distance is of other parts")
-    if dropout and model.dropout:
-        found.append("model.dropout draws other entries")
+    draws = {"model.dropout": model.dropout, "tuning.lora_dropout": tuning.lora_rank and tuning.lora_dropout}
+    found += [f"{name} draws other entries" for name, share in draws.items() if dropout and share]
     return notes + [f"{steps}: {what}" for what in found]

@@ -23,7 +23,7 @@ class TuningConfig(Section):
     train_router: bool = True  # false: which experts a token goes to is decided as before
     lora_rank: Size = 0  # of the adapters (LoRA) that are trained instead of the model; 0 = the model itself
     lora_alpha: Amount = 16.0  # adapters are multiplied by it / lora_rank
-    lora_dropout: Share = 0.0  # of inputs of the adapters; all tokens of a step lose the same ones
+    lora_dropout: Share = 0.0  # of inputs of the adapters; all tokens of a part of a batch lose the same ones
     lora_targets: str = "attention,projections,shared,experts"  # parts that get them; mlp, mamba, router, too, if named
     teacher: str = ""  # a model to learn from besides the text: a workdir, an export or a folder; "" = none
     # Weight of the divergence from its predictions in the loss; the text's loss has the rest.

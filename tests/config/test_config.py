@@ -20,6 +20,7 @@ from bigmac_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    TuningConfig,
     check_resume,
     from_dict,
     load_config,
@@ -440,16 +441,20 @@ FULL = {"capacity_factor": 1.25}
         ({"balance": "quantile"}, {"replica": (1, 2), "accumulate_steps": 2},
          ["train.accumulate_steps 1 → 2, mesh.replica 1 → 2: with model.balance=quantile"]),
         ({"balance": "quantile"}, {"replica": (2, 4)}, []),
+        ({}, {"accumulate_steps": 2, "lora": True},
+         ["train.accumulate_steps 1 → 2: tuning.lora_dropout draws other entries from here on"]),
         ({"balance": "quantile", "mtp_modules": 1}, {"accumulate_steps": 2}, []),  # padding
         (FULL, {"expert": 4}, ["mesh.expert 2 → 4: which choices"]),
     ],
 )  # fmt: skip
 def test_resume_notes(model: dict[str, Any], changes: dict[str, Any], said: list[str]) -> None:
     """What changes more than rounding is said, a line each."""
-    before = Config(model=ModelConfig(**model))
-    parts, ranks = TrainConfig(accumulate_steps=changes.pop("accumulate_steps", 1)), changes.pop("expert", 2)
-    replicas = changes.pop("replica", (1, 1))
-    after = Config(model=before.model, execution=ExecutionConfig(**changes), train=parts)
+    lora = TuningConfig(lora_rank=2 * changes.pop("lora", False), lora_dropout=0.5)
+    train = TrainConfig(init_from="runs/a" if lora.lora_rank else "")
+    before = Config(model=ModelConfig(**model), train=train, tuning=lora)
+    parts = dataclasses.replace(train, accumulate_steps=changes.pop("accumulate_steps", 1))
+    ranks, replicas = changes.pop("expert", 2), changes.pop("replica", (1, 1))
+    after = dataclasses.replace(before, execution=ExecutionConfig(**changes), train=parts)
     # A run from before there were replicas had one.
     mesh = {"data": 1, "expert": 2} | ({"replica": replicas[0]} if replicas[0] > 1 else {})
     notes = resume_notes(before, after, mesh, {"replica": replicas[1], "data": 1, "expert": ranks})
