@@ -29,7 +29,7 @@ from bigmac_jax.training.workdir import load_run_tokenizer, locate_workdir, read
 from bigmac_jax.tuning import conversion, restore_step
 from bigmac_jax.tuning.conversion import converted_run
 from bigmac_jax.tuning.peft import export_adapters
-from bigmac_jax.tuning.pretrained import read_base
+from bigmac_jax.tuning.pretrained import open_init_from, read_base
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "A run: what is converted, or what import writes.")
 _STEP = flags.DEFINE_string("step", "latest", "latest, best (by eval/loss) or the number of a checkpoint.")
@@ -77,7 +77,8 @@ def _export(workdir: pathlib.Path) -> None:
     cli.enter_mesh(meshed, fit_batch=False)
     if peft:
         run = restore_parts(workdir, _STEP.value, meshed)
-        numbers = export_adapters(run, _OUTPUT.value, lambda: read_base(workdir, run.config))
+        base = open_init_from(workdir, run.config).config
+        numbers = export_adapters(run, _OUTPUT.value, base, lambda: read_base(workdir, run.config))
         hosts.say(f"{_OUTPUT.value}: {numbers:,} parameters of adapters, for peft.PeftModel.from_pretrained")
         return
     _, model, step, loss = restore_step(workdir, _STEP.value, meshed)

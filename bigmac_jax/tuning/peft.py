@@ -23,6 +23,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from bigmac_jax.config import Config, ConfigError
+from bigmac_jax.config.reads import unread_for
 from bigmac_jax.interchange import choose_format, tensor_files
 from bigmac_jax.interchange.exporting import FORMATS, gather_layer
 from bigmac_jax.interchange.layout import Leaves, Tensor
@@ -40,6 +41,7 @@ _FUSED = {"qwen3_moe": {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}}
 _WHOLE = {"nemotron_h": "out_proj"}
 # Of the class, modules that are no Linear: their weight is a parameter to PEFT.
 _ROUTERS = ("gate", "router")
+_WHOLE_MODEL = "export the whole model with --format=auto"
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,19 @@ class _Place:
         return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
-def export_adapters(run: Restored, output: str | pathlib.Path, read_base: Callable[[], nnx.State]) -> int:
+def export_adapters(
+    run: Restored, output: str | pathlib.Path, base_config: Config, read_base: Callable[[], nnx.State]
+) -> int:
     """Writes the adapters of a checkpoint → how many parameters they have. With several processes, all must call it.
 
     Args:
+      base_config: of the model that they were trained on.
       read_base: the parameters that the adapters were trained on. It is called only if some go whole: NemotronH's
         out_proj.
 
     Raises:
-      ConfigError: a run without adapters, some that PEFT has no place for, or `output` is there already.
+      ConfigError: a run without adapters, some that PEFT has no place for, a run whose model is another one without
+        them than its base, or `output` is there already.
     """
     config = run.config
     if not config.tuning.lora_rank:
@@ -79,6 +85,7 @@ def export_adapters(run: Restored, output: str | pathlib.Path, read_base: Callab
     output = storage.absolute(storage.locate(output, "--output"))
     adapters, base = named_leaves(run.params), named_leaves(run.base)
     places = _find_places(config, adapters, base)
+    _check_base(config, base_config)
     with hosts.raise_together():
         if hosts.is_first():
             tensor_files.check_new(output)
@@ -103,15 +110,32 @@ def export_adapters(run: Restored, output: str | pathlib.Path, read_base: Callab
 def _find_places(config: Config, adapters: Leaves, base: Leaves) -> list[_Place]:
     """Where each adapter goes; raises ConfigError for those that PEFT has no place for."""
     kind = choose_format(config)
-    rest = f"export the whole model with --format={'plain' if kind == 'bigmac_jax' else 'auto'}"
     if kind == "bigmac_jax":
-        raise ConfigError(f"--format=peft: transformers has no class for this model, which PEFT would adapt; {rest}")
+        fix = "export the whole model with --format=plain"
+        raise ConfigError(f"--format=peft: transformers has no class for this model, which PEFT would adapt; {fix}")
     matrices = {name.removesuffix(".a") for name in adapters if name.endswith(".a")}
     places = [place for place in _all_places(config, kind, base) if any(t.leaf in matrices for t in place.parts)]
     if left := matrices - {tensor.leaf for place in places for tensor in place.parts}:
         # What makes a hyper router's matrix is no tensor of an export (`plain_router`).
-        raise ConfigError(f"--format=peft: {kind} has no matrix for adapters of {min(left)}; {rest}")
+        raise ConfigError(f"--format=peft: {kind} has no matrix for adapters of {min(left)}; {_WHOLE_MODEL}")
     return places
+
+
+def _check_base(config: Config, base: Config) -> None:
+    """Raises ConfigError if the run's model differs from its base in what adapters do not say."""
+    kind, other, place = choose_format(config), choose_format(base), config.train.init_from
+    for name in ("vocab_size", "rope_theta"):  # fields of the class that train.init_from lets differ
+        before, now = getattr(base.model, name), getattr(config.model, name)
+        if before != now and not unread_for(config, f"model.{name}"):
+            raise ConfigError(
+                f"--format=peft: model.{name}={now} differs from {before} of train.init_from={place}, by which PEFT "
+                f"would run the adapters; {_WHOLE_MODEL}"
+            )
+    if kind != other:
+        raise ConfigError(
+            f"--format=peft: {kind} is the class of the run, and {other} that of train.init_from={place}, which PEFT "
+            f"would adapt; {_WHOLE_MODEL}"
+        )
 
 
 def _all_places(config: Config, kind: str, base: Leaves) -> Iterator[_Place]:

@@ -138,7 +138,7 @@ def test_biases_are_never_adapted(tmp_path: pathlib.Path) -> None:
         }
         assert not any("b_" in name for name in names)
         run = Restored(config, graphdef, adapters, rest, params, 1, None)
-        export_adapters(run, tmp_path / "adapters", lambda: params)
+        export_adapters(run, tmp_path / "adapters", config, lambda: params)
     exported = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     assert len(exported) == 2 * len(names)
 

@@ -4,6 +4,7 @@ Needs the extra `hf`.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -79,7 +80,8 @@ def test_adapters_of_an_imported_hybrid(tmp_path: pathlib.Path) -> None:
     with quick(), jax.set_mesh(make_mesh(config)):
         graphdef, params, rest = split_model(import_model(base, ["execution.mamba_chunk=8", "mesh.data=1"])[1])
         adapters = random_adapters(config, params)
-        export_adapters(Restored(config, graphdef, adapters, rest, params, 1, None), tmp_path / "out", lambda: params)
+        run = Restored(config, graphdef, adapters, rest, params, 1, None)
+        export_adapters(run, tmp_path / "out", config, lambda: params)
         ours = our_logits(nnx.merge(graphdef, merged(attached(config, params, adapters)), rest), tokens)
     plain = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     assert np.abs(ours - logits_of(plain, tokens)).max() > 0.1
@@ -103,7 +105,8 @@ def test_tuned_and_exported(name: str, tmp_path: pathlib.Path) -> None:
         ours = our_logits(model, tokens)
         assert export_model(saved, model, tmp_path / "whole") == "nemotron_h"
         parts = restore_parts(tmp_path / "run", "latest", config)
-        numbers = export_adapters(parts, tmp_path / "adapters", lambda: read_base(tmp_path / "run", parts.config))
+        read = functools.partial(read_base, tmp_path / "run", parts.config)
+        numbers = export_adapters(parts, tmp_path / "adapters", open_pretrained(str(base)).config, read)
     assert np.abs(ours - logits_of(theirs, tokens)).max() > 1e-3  # training is felt
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     np.testing.assert_allclose(logits_of(whole, tokens), ours, atol=1e-4, rtol=0)

@@ -63,7 +63,7 @@ def test_adapters_in_its_layout(name: str, tmp_path: pathlib.Path) -> None:
             make_adapters(config, base, jax.random.key(0)),
         )
         run = Restored(config, graphdef, adapters, rest, base, 1, None)
-        numbers = export_adapters(run, tmp_path / "adapters", lambda: base)
+        numbers = export_adapters(run, tmp_path / "adapters", plain, lambda: base)
         ours = our_logits(nnx.merge(graphdef, merged(attached(config, base, adapters)), rest), tokens)
     assert numbers == sum(leaf.size for leaf in jax.tree.leaves(adapters))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
@@ -84,7 +84,7 @@ def test_what_has_no_place(tmp_path: pathlib.Path) -> None:
         adapters = jax.eval_shape(lambda: make_adapters(config, base, jax.random.key(0)))
     run = Restored(config, graphdef, adapters, rest, base, 1, None)
     with pytest.raises(ConfigError, match="has no class for this model, which PEFT would adapt; export the whole mod"):
-        export_adapters(run, tmp_path / "adapters", lambda: base)
+        export_adapters(run, tmp_path / "adapters", config, lambda: base)
     assert not list(tmp_path.iterdir())
 
     config = tiny(**HYBRID | HYBRIDS["all kinds"])
@@ -92,3 +92,29 @@ def test_what_has_no_place(tmp_path: pathlib.Path) -> None:
         leaves = named_leaves(abstract_model(config))
     with pytest.raises(ConfigError, match=r"nemotron_h has no matrix for adapters of layers\.other\.w; "):
         _find_places(config, {"layers.other.w.a": None, "layers.other.w.b": None}, leaves)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"rope_theta": 5e5}, r"model\.rope_theta=500000\.0 differs from 10000\.0 of train\.init_from=some"),
+        ({}, {"vocab_size": 512}, r"model\.vocab_size=512 differs from 264 of train\.init_from=some, by which PEFT"),
+        ({}, {"balance": "bias", "balance_bias_rate": 0.0}, "bigmac is the class of the run, and qwen3_moe that of"),
+    ],
+)
+def test_what_no_adapter_says(before: dict, now: dict, message: str, tmp_path: pathlib.Path) -> None:
+    """PEFT would run them on another model than they were trained in. Nothing is written."""
+    fields = MODELS["qwen"] if "qwen" in message else BIGMAC
+    plain: Config = tiny(**fields | before)
+    config = dataclasses.replace(
+        tiny(**fields | now),
+        tuning=TuningConfig(lora_rank=2, lora_targets="attention,router"),
+        train=dataclasses.replace(plain.train, init_from="some"),
+    )
+    with on_mesh(config):
+        graphdef, base, rest = split_model(abstract_model(config))
+        adapters = jax.eval_shape(lambda: make_adapters(config, base, jax.random.key(0)))
+    run = Restored(config, graphdef, adapters, rest, base, 1, None)
+    with pytest.raises(ConfigError, match=rf"^--format=peft: {message}.*; export the whole model with --format=auto$"):
+        export_adapters(run, tmp_path / "adapters", plain, lambda: base)
+    assert not list(tmp_path.iterdir())
