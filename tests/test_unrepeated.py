@@ -8,9 +8,10 @@ import time
 import zipfile
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.quality import corpus, equal, unrepeated
+from benchmarks.quality import copying, corpus, equal, unrepeated
 from benchmarks.quality.grid import Condition
 from benchmarks.quality.runs import Machine, StoppedError, command, describe, measure
 
@@ -163,3 +164,8 @@ def test_a_run_whose_time_is_over_is_told_to_save(tmp_path: pathlib.Path) -> Non
     assert (tmp_path / "run.saved").exists()
     with pytest.raises(StoppedError):  # none begins behind the end
         command(tmp_path / "run", [0], "no such script", machine=Machine(end=time.monotonic() - 1))
+
+
+def test_what_can_be_copied() -> None:
+    """5 6 stood there before, and so did 6 7; 7 was followed by 5 the last time, not by 8; nothing follows a first."""
+    assert copying.can_be_copied(np.array([5, 6, 7, 5, 6, 7, 8])).tolist() == [False] * 3 + [True, True, False]
