@@ -257,7 +257,8 @@ def load_chat(
     tokenizer: Tokenizer, file: str, tokenizer_file: str, setting: str, default: str = DEFAULT, dated: bool = False
 ) -> Chat:
     """Loads the template that `read_chat` finds, else `default`; arguments and errors as there. If `dated`,
-    strftime_now always gives one date, from the files or of now; otherwise the time of each answer."""
+    strftime_now always gives one date, from the files or of now, and `say_template` is left to the caller, whose rows
+    may be texts alone; otherwise it gives the time of each answer."""
     files = read_chat(file, tokenizer_file, setting)
     template = files.template or default
     date = files.date or datetime.datetime.now().isoformat() if dated and _DATE in template else ""
@@ -266,9 +267,16 @@ def load_chat(
     for name, value in files.special.items():
         if value not in chat._names:
             log_once(logging.WARNING, f"{name}={value!r} is no special token of data.tokenizer; chat templates lack it")
-    origin = f"of {files.place}" if files.place else "that is our own, User: … and Assistant: …; no other was found"
-    log_once(logging.INFO, f"messages go through the chat template {origin}")
+    if not dated:
+        say_template(chat)
     return chat
+
+
+def say_template(chat: Chat) -> None:
+    """Says in a line where the template of messages was found."""
+    place = chat.files.place
+    origin = f"of {place}" if place else "that is our own, User: … and Assistant: …; no other was found"
+    log_once(logging.INFO, f"messages go through the chat template {origin}")
 
 
 def _make_pieces(parts: Sequence[str]) -> list[Piece]:

@@ -19,7 +19,7 @@ import numpy as np
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data import kinds
 from bigmac_jax.data.batch import NO_TARGET
-from bigmac_jax.data.chat_template import ChatError, Piece, load_chat
+from bigmac_jax.data.chat_template import ChatError, Piece, load_chat, say_template
 from bigmac_jax.data.corpus import open_documents
 from bigmac_jax.data.documents import ReadCounts, Slice, decode, log_once
 from bigmac_jax.data.encoding import Counts
@@ -84,6 +84,7 @@ class Conversations:
             )
         self._docs, self._config, self.split = docs, config, split
         self._any = False  # a row that was good
+        self._any_messages = False  # a row that the template made a text of
         self.name, self.text, self.eos_id = docs.name, docs.fingerprint, tokenizer.eos_id
         self.chat = load_chat(
             tokenizer, config.tuning.chat_template, config.data.tokenizer, "tuning.chat_template", dated=True
@@ -93,6 +94,8 @@ class Conversations:
         self.sequences: list[np.ndarray] = []
         self.counts = Counts()  # rows, and what is learned: tokens, words and bytes of (for dpo, chosen) answers
         self._read()
+        if not (self._any_messages or self.chat.files.place):  # a model of texts, to which our template would be news
+            self.chat.files = self.chat.files._replace(template="")
 
     @property
     def rows(self) -> str:
@@ -227,6 +230,9 @@ class Conversations:
         """`shared`: so many messages stand at the beginning that are no answers to learn."""
         if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
             raise _BadRowError("without an answer", "its last message is no answer of the assistant")
+        if not self._any_messages:
+            say_template(self.chat)
+            self._any_messages = True
         pieces = self.chat.pieces(messages)
         numbers = [n for n, piece in enumerate(pieces) if piece.answer]
         if not numbers:

@@ -12,7 +12,8 @@ import jax
 import pytest
 
 from bigmac_jax.config import Config, ConfigError, DataConfig, ModelConfig, TuningConfig
-from bigmac_jax.data.chat_files import NO_CHAT, read_chat_folder
+from bigmac_jax.data import documents
+from bigmac_jax.data.chat_files import NO_CHAT, TEMPLATE_FILE, read_chat_folder
 from bigmac_jax.data.conversations import Conversations
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, train_bpe
@@ -98,6 +99,36 @@ def test_a_model_is_tuned_resumed_and_served_with_its_own(
         origin_at(workdir, str(workdir / "tokenizer.json"), "5"), config
     )  # a run that begins with it
     assert text_of(begun(config, later, tokenizer, tmp_path / "later"), tokenizer) == expected
+
+
+TEXTS = {"prompt": "four?", "completion": "two and two", "chosen": "two and two", "rejected": "five"}
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_rows_of_text_keep_no_template_of_ours(
+    objective: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a line say that messages go through it; beside a row of messages, both."""
+    monkeypatch.setattr(documents, "_logged", set())
+    config = config_of(tmp_path, "bytes")
+    train = dataclasses.replace(config.train, init_from="some")
+    config = dataclasses.replace(config, train=train, tuning=TuningConfig(objective=objective))
+    dialogue = TEXTS | {"prompt": TURNS[:1], "chosen": TURNS[1:], "completion": TURNS[1:]}
+    with caplog.at_level(logging.INFO):
+        for rows, kept in ([TEXTS], False), ([TEXTS, dialogue], True):
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            begun(config, config, ByteTokenizer(), tmp_path / f"run {kept}")
+            assert (tmp_path / f"run {kept}" / TEMPLATE_FILE).is_file() == kept
+            assert ("messages go through the chat template" in caplog.text) == kept
+    begun(config, use_saved_template(tmp_path / "run True", config), ByteTokenizer(), tmp_path / "run True")
+
+
+def test_a_template_that_was_given_is_kept_of_rows_of_text(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    config = config_of(tmp_path, "bytes", chat_template=str(tmp_path / "own.jinja"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TEXTS) + "\n")
+    begun(config, config, ByteTokenizer(), tmp_path / "run")
+    assert (tmp_path / "run" / TEMPLATE_FILE).read_text() == TEMPLATE
 
 
 def test_names_are_kept_of_a_template_of_ones_own(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
