@@ -5,6 +5,7 @@ import pathlib
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import Tokenizer
+from bigmac_jax.interchange.tokenizer_files import extends
 from bigmac_jax.tuning.pretrained import Pretrained, open_recorded, own_tokenizer
 
 TEACHER = "teacher"  # the key of a run's teacher in run.json's `data`
@@ -37,9 +38,10 @@ def open_teacher(workdir: pathlib.Path, config: Config) -> Pretrained:
 
 
 def check_teacher_tokenizer(teacher: Pretrained, config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError if a teacher has another tokenizer than the run."""
+    """Raises ConfigError if a teacher has other tokens than the run. Their file may be another: an export's is written
+    anew."""
     own = own_tokenizer(teacher, config)
-    if own is not None and own.fingerprint != tokenizer.fingerprint:
+    if own is not None and not (extends(own, tokenizer) and extends(tokenizer, own)):
         raise ConfigError(
             f"tuning.teacher={teacher.place} has another tokenizer than the run: its probabilities are of other tokens"
         )

@@ -5,10 +5,12 @@ import pathlib
 from typing import Any
 
 import pytest
+import tokenizers
 from model.tools import tiny
 
 from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, train_bpe
+from bigmac_jax.interchange.tokenizer_files import write_tokenizer
 from bigmac_jax.tuning import teacher as teacher_module
 from bigmac_jax.tuning.pretrained import Pretrained
 from bigmac_jax.tuning.teacher import check_teacher_tokenizer, open_teacher
@@ -85,3 +87,23 @@ def test_another_tokenizer_is_refused(tmp_path: pathlib.Path) -> None:
     for file, tokenizer in (("tokenizer.json", other), ("gone/tokenizer.json", ByteTokenizer())):
         own = with_fields(there.config, data={"tokenizer": str(tmp_path / file)})
         check_teacher_tokenizer(there._replace(config=own), config, tokenizer)
+
+
+def test_an_export_has_the_tokens_of_its_run(tmp_path: pathlib.Path) -> None:
+    """In a file of its own; one with a token more, or less, has others."""
+    text = train_bpe(["some words that are here, and here"] * 3, 262)
+    more = tokenizers.Tokenizer.from_str(text)
+    more.add_tokens(["more"])
+    own, config = tmp_path / "tokenizer.json", pupil()
+    there = Pretrained(PLACE, "", "abc", with_fields(tiny(), data={"tokenizer": str(own)}))
+    for tokenizer in (JsonTokenizer(text), JsonTokenizer(more.to_str()), ByteTokenizer()):
+        write_tokenizer(tmp_path, config, tokenizer)
+        assert JsonTokenizer(own.read_text()).fingerprint != tokenizer.fingerprint
+        check_teacher_tokenizer(there, config, tokenizer)
+    for one, other in (
+        (JsonTokenizer(text), JsonTokenizer(more.to_str())),
+        (JsonTokenizer(more.to_str()), JsonTokenizer(text)),
+    ):
+        write_tokenizer(tmp_path, config, one)
+        with pytest.raises(ConfigError, match="has another tokenizer than the run"):
+            check_teacher_tokenizer(there, config, other)
