@@ -123,7 +123,8 @@ def start(config: Config, workdir: pathlib.Path, asked: Config | None = None) ->
         # Only now: a start that failed leaves the workdir free.
         fingerprints = run_data.fingerprint_held_out(config) | inputs.fingerprints
         history = None if resumed else pretrained.history_of(models.origin)
-        write_run(workdir, asked or config, fingerprints, dict(mesh.shape), inputs.tokenizer, inputs.chat, history)
+        parts, own = config.train.accumulate_steps, inputs.tokenizer
+        write_run(workdir, asked or config, fingerprints, dict(mesh.shape), own, inputs.chat, history, parts)
     _describe(config, state, inputs.train.num_tokens, step, models.origin)
     return Start(trainer, compiling, checkpoints, inputs, models, step, state, position)
 

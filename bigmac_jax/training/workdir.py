@@ -33,6 +33,7 @@ from bigmac_jax.training.optimizer import optimizer_notes
 
 _CONFIG, _RUN = "config.json", "run.json"
 _PARTS = {"data": str, "mesh": int, "edition": str}  # of run.json, and the type of their values
+_STEPS = "accumulate_steps"  # the key in run.json of the parts of a batch that were trained with
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _HUB = (
     "a model's name on the Hub is not downloaded: hf download {place} --local-dir {name}, then bigmac convert import "
@@ -194,21 +195,24 @@ def write_run(
     tokenizer: Tokenizer,
     chat: ChatFiles = NO_CHAT,
     history: Sequence[str] | None = None,
+    parts: int = 0,
 ) -> None:
-    """Writes config, tokenizer and chat template, and in run.json the run's data, mesh, code and packages.
+    """Writes config, tokenizer and chat template, and in run.json the run's data, mesh, parts, code and packages.
 
     Args:
       data: fingerprints by name: tokenizer, and splits and models that were opened.
       mesh: ranks by axis.
       history: what the model had learned before, of a run that begins; None leaves what is there.
+      parts: of a batch, on that mesh; 0: as many as the config says.
     """
     known = read_run_json(workdir)["data"]  # of a validation split, which not every start reads
     if tokenizer.file:
         _write(workdir / tokenizer.file, tokenizer.content)
     for name, content in format_chat_files(chat).items():
         _write(workdir / name, content)
-    before = {} if history is None else {"history": list(history)}
-    write_config(config, workdir, data=known | data, mesh=mesh, edition=software_versions(), **before)
+    of_run = {"mesh": mesh, _STEPS: parts or config.train.accumulate_steps}
+    of_run |= {} if history is None else {"history": list(history)}
+    write_config(config, workdir, data=known | data, edition=software_versions(), **of_run)
 
 
 def read_run_json(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -231,6 +235,9 @@ def read_history(workdir: pathlib.Path) -> list[str] | None:
 def resume_warnings(workdir: pathlib.Path, config: Config, mesh: dict[str, int], step: int) -> list[str]:
     """A line for each way in which the rest of a run may differ by more than rounding from what it would have been."""
     saved, before = read_config(workdir), read_run_json(workdir)["mesh"] or mesh
+    parts = _read_run(workdir).get(_STEPS)  # of fewer replicas than the config asks for (`run.elastic`) there are more
+    if isinstance(parts, int) and parts > 0:
+        saved = dataclasses.replace(saved, train=dataclasses.replace(saved.train, accumulate_steps=parts))
     notes = resume_notes(saved, config, before, mesh) + optimizer_notes(saved, config, step)
     return notes + software_changes(workdir)
 

@@ -1,6 +1,7 @@
 """A run that goes on with fewer replicas: the batch stays, in more parts, and one line says so."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import random
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from training.tools import leaves_of, quick, read_records, small
 
-from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
+from bigmac_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig, seal, unseal
+from bigmac_jax.data.tokenizer import ByteTokenizer
 from bigmac_jax.model.mesh import make_mesh
 from bigmac_jax.run.elastic import fit_replicas
 from bigmac_jax.run.loop import train
+from bigmac_jax.training.workdir import resume_warnings, write_run
 
 
 def config(mesh: MeshConfig, batch: int, parts: int) -> Config:
@@ -32,6 +35,37 @@ def test_half_of_the_replicas() -> None:
     said = "the run goes on with them, its batch of 64 in 4 parts instead of 2"
     assert line == f"2 of mesh.replica=4 replicas are here: {said}"
     assert found.mesh == dataclasses.replace(FOUR.mesh, replica=2) and found.data == FOUR.data
+
+
+def test_what_a_start_says_is_against_the_last_one(tmp_path: pathlib.Path) -> None:
+    """Not against the replicas and parts that are asked for, which config.json keeps."""
+    asked = dataclasses.replace(FOUR, model=ModelConfig(balance_scope="part"))
+    meshes = [ON | {"replica": replicas} for replicas in (2, 4)]
+    fitted, _ = fit_replicas(asked, asked, meshes[1], 8)
+    write_run(tmp_path, asked, {}, meshes[0], ByteTokenizer(), parts=fitted.train.accumulate_steps)
+    assert resume_warnings(tmp_path, fitted, meshes[0], 1) == []
+    (line,) = resume_warnings(tmp_path, asked, meshes[1], 1)
+    assert line.startswith("train.accumulate_steps 4 → 2: with model.balance_scope=part")
+    # An older run.json does not say.
+    run = unseal(json.loads((tmp_path / "run.json").read_text()))
+    del run["accumulate_steps"]
+    (tmp_path / "run.json").write_text(json.dumps(seal(run), allow_nan=False))
+    (line,) = resume_warnings(tmp_path, fitted, meshes[0], 1)
+    assert line.startswith("train.accumulate_steps 2 → 4: with model.balance_scope=part")
+
+
+@pytest.mark.full
+def test_a_second_start_on_fewer_replicas_says_nothing(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps in (1, 2):
+        asked = small(
+            tmp_path, "mesh.replica=2", "model.balance_scope=part", "train.eval_every=0", f"train.steps={steps}"
+        )
+        fitted, _ = fit_replicas(asked, asked, {"replica": 2, "data": 1, "node": 1, "expert": 1, "tensor": 1}, 1)
+        with quick(), jax.set_mesh(make_mesh(fitted)):
+            train(fitted, tmp_path / "run", asked=asked)
+    assert fitted.train.accumulate_steps == 2 and "accumulate_steps" not in caplog.text
 
 
 def test_what_changes_nothing() -> None:
