@@ -330,6 +330,9 @@ def test_needles(tmp_path: pathlib.Path) -> None:
     needle = Needle(**(vars(loaded) | values))
     # a file of its own for each split holds nothing out
     examples = build_needles(needle, CONFIG, ByteTokenizer(), 400)
+    # The run's own text is not looked at.
+    mixed = Config(data=DataConfig(tokenizer="bytes", mixture="a.txt=1,b.txt=1", curriculum="9:b=1"))
+    assert build_needles(needle, mixed, ByteTokenizer(), 400) == examples
     assert [e.cell for e in examples] == [
         (tokens, d) for tokens in (200, 400) for d in (0.0, 0.5, 1.0) for _ in range(2)
     ]

@@ -29,7 +29,7 @@ def build_needles(task: Needle, config: Config, tokenizer: Tokenizer, length: in
       ConfigError: lengths too short for the needle, or too little text.
     """
     draw = random.Random(task.seed)
-    data = dataclasses.replace(config.data, source=task.haystack, test_source=task.haystack)
+    data = dataclasses.replace(config.data, source=task.haystack, test_source=task.haystack, mixture="", curriculum="")
     texts = open_documents(data, "test", config.cache_dir)
     sentences = [" ".join(s.split()) for text in texts for s in _SENTENCE_END.split(text) if s.strip()]
     sizes = [len(ids) for ids in tokenizer.encode_batch([f" {sentence}" for sentence in sentences])]
