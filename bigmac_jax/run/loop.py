@@ -251,6 +251,7 @@ class _Run:
             self.first_step, state, position = restore_or_begin(
                 self.config, self.trainer, self.checkpoints, self.models
             )
+        self.best = hosts.broadcast(self.checkpoints.best_loss())  # which may have been set aside
         self.learned = self._learned(position)
         self.batches_ahead = given - self.first_step
         self.goodput.go_back(self.first_step)
@@ -314,13 +315,16 @@ class _Run:
             self.writer.print(f"step {step}: {line}")
 
     def _save(self, step: int, state: TrainState, score: Score | None, whole: bool = True) -> None:
-        experts = 0 if whole or self.learned is None else self.learned.in_a_save
-        loss = None if score is None else score.loss
+        loss = math.inf if score is None else score.loss
         with clock.timed("save"):
+            if not self.checkpoints.wait():  # the best one may not be there
+                self.best = self.checkpoints.best_loss()
+                whole = whole or loss < self.best
+            experts = 0 if whole or self.learned is None else self.learned.in_a_save
             position = save_position(self.data.get_state(), self.bad_steps, state)
             self.mirror.copy()  # a checkpoint's records are there before it is
-            self.checkpoints.save(state, position, self.config, step, loss, experts, self.learned)
-        self.best = min(self.best, math.inf if loss is None else loss)
+            saved = self.checkpoints.save(state, position, self.config, step, loss, experts, self.learned)
+        self.best = min(self.best, loss if saved else math.inf)
 
     def _stop_trace(self) -> None:
         if self.tracing:

@@ -165,8 +165,10 @@ class Checkpoints:
         eval_loss: float | None,
         experts: int = 0,
         learned: Learned | None = None,
-    ) -> None:
+    ) -> bool:
         """Copies the state to the host, and writes it in the background. A failure is logged, not raised.
+
+        Returns False if it has failed already, or there is one of the step.
 
         Args:
           experts: so many of each layer's are saved, by turns; 0 = all. All are where one would have no copy.
@@ -175,7 +177,7 @@ class Checkpoints:
         self.wait()
         kept: list[int] = hosts.broadcast(sorted(self._manager.all_steps()))  # a save is of all processes
         if step in kept:
-            return
+            return False
         self._shape = expert_shape(state.params)
         turn, run = WHOLE, dict[str, Any](read_run_json(self._directory.parent)) | {manifest.STEP: step}
         if learned is not None:
@@ -203,13 +205,18 @@ class Checkpoints:
                 raise RuntimeError(f"there is one of step {self._manager.latest_step()}")
         except Exception as error:
             self._failed(error)
+            return False
+        return True
 
-    def wait(self) -> None:
-        """Waits for the save in progress. If it failed, one line says so, and older checkpoints stay."""
+    def wait(self) -> bool:
+        """Waits for the save in progress. If it failed, one line says so, older checkpoints stay, and it returns
+        False."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             self._failed(error)
+            return False
+        return True
 
     def _failed(self, error: Exception) -> None:
         if hosts.is_distributed():

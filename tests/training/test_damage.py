@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 import random
@@ -12,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import chex
 import jax
@@ -25,6 +28,7 @@ from bigmac_jax.config import Config, ConfigError
 from bigmac_jax.data.pipeline import open_stream
 from bigmac_jax.data.tokenizer import load_tokenizer
 from bigmac_jax.model.mesh import make_mesh
+from bigmac_jax.run import loop
 from bigmac_jax.run.loop import train
 from bigmac_jax.training import manifest
 from bigmac_jax.training.bad_steps import RunError
@@ -457,6 +461,44 @@ def test_a_full_disk_costs_a_checkpoint(small_disk: pathlib.Path, caplog: pytest
     checkpoints.save(trivial(4), {"batches": 4}, Config(), 4, None)
     checkpoints.close()
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["4"]
+
+
+@pytest.fixture
+def saving(tmp_path: pathlib.Path) -> Iterator[Any]:
+    """A run that saves into a workdir, and does nothing else."""
+    of_run = mock.MagicMock(config=Config(), learned=None, bad_steps=0, best=math.inf, batches_ahead=0)
+    of_run.data.get_state.return_value = {"batches": 1}
+    of_run.checkpoints = Checkpoints(tmp_path, keep=2)
+    yield of_run
+    of_run.checkpoints.close()
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "in the background"])
+def test_a_best_save_that_fails_is_not_the_best(saving: Any, behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(step: int, loss: float) -> float:
+        loop._Run._save(saving, step, trivial(step), cast(Any, SimpleNamespace(loss=loss)))
+        return saving.best
+
+    def fail(*args: Any, **_: Any) -> None:
+        if not behind or args[0].name.startswith("2"):
+            raise OSError(28, "No space left on device")
+        write(args[0])
+
+    write = manifest.write
+    assert save(1, 3.0) == 3.0 and saving.checkpoints.wait()
+    monkeypatch.setattr(*((manifest, "write") if behind else (saving.checkpoints._manager, "save")), fail)
+    assert save(2, 1.0) == (1.0 if behind else 3.0)  # nobody knows yet
+    assert save(3, 2.0) == 2.0 and saving.checkpoints.wait()
+    assert saving.checkpoints.best_loss() == 2.0 and saving.checkpoints.latest() == 3
+
+
+def test_a_rewind_takes_the_best_loss_anew(saving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best save may have been damaged, and set aside."""
+    saving.best = 1.0
+    saving.checkpoints.save(trivial(1), {"batches": 1}, Config(), 1, 3.0)
+    monkeypatch.setattr(loop, "restore_or_begin", lambda *_: (1, trivial(1), {"batches": 1}))
+    loop._Run._rewind(saving, cast(Any, SimpleNamespace(step=2)))
+    assert saving.best == 3.0
 
 
 @pytest.mark.parametrize(
