@@ -46,10 +46,10 @@ def parameters(config: Config, sizes: Sizes) -> Parameters:
     once, whatever meshes it is counted for. Modules that a step leaves alone are held, and neither computed with nor
     updated; of a model with adapters (LoRA) these alone are trained."""
     mesh, length, muon = config.mesh, config.data.sequence_length, config.optimizer.name == "muon"
-    ranks = tuple(sizes.get(axis, 1) for axis in AXES)
+    ranks, by_layers = tuple(sizes.get(axis, 1) for axis in AXES), config.execution.offload_optimizer
     sharded, lora = mesh.replica_optimizer == "sharded", (config.tuning.lora_rank, config.tuning.lora_targets)
     held, used = (
-        _parameters(model, mesh.fsdp, mesh.split_experts, sharded, length, muon, lora, ranks)
+        _parameters(model, mesh.fsdp, mesh.split_experts, sharded, by_layers, length, muon, lora, ranks)
         for model in (config.model, config.step_model)
     )
     return used._replace(total=held.total, parts=held.parts, of_a_rank=held.of_a_rank)
@@ -61,6 +61,7 @@ def _parameters(
     fsdp: bool,
     split_experts: bool,
     sharded: bool,
+    by_layers: bool,
     length: int,
     muon: bool,
     lora: tuple[int, str],
@@ -76,7 +77,8 @@ def _parameters(
         pieces += _trained(of, shape, spec, *lora)
     trained = moments = in_slices = updated = shards = scattered = 0
     for of, shape, spec in pieces:
-        specs = spec, state_spec(of, shape, spec, sharded, ranks), shard_spec(of, shape, spec, fsdp, ranks)
+        state_of = state_spec(of, shape, spec, sharded, ranks, by_layers)
+        specs = spec, state_of, shard_spec(of, shape, spec, fsdp, ranks)
         here, state, shard = (_on_rank(shape, spec, ranks) for spec in specs)
         trained, updated, shards = trained + here, updated + state, shards + shard
         scattered += shard if state < here else 0

@@ -103,9 +103,20 @@ def shard_spec(of: Declaration, shape: tuple[int, ...], spec: P, fsdp: bool, siz
     return spec if fsdp or of.small else fully_sharded(shape, spec, sizes)
 
 
-def state_spec(of: Declaration, shape: tuple[int, ...], spec: P, sharded: bool, sizes: Mapping[str, int]) -> P:
-    """How the optimizer's state of a parameter stands, `sharded` over replicas or not; others as for `shard_spec`."""
-    return fully_sharded(shape, spec, sizes, over=(REPLICA,)) if sharded and not of.small else spec
+def state_spec(
+    of: Declaration, shape: tuple[int, ...], spec: P, sharded: bool, sizes: Mapping[str, int], by_layers: bool
+) -> P:
+    """How the optimizer's state of a parameter stands.
+
+    Args:
+      shape, spec: as for `shard_spec`.
+      sharded: over replicas.
+      by_layers: layers are updated one after the other, so that each rank has a part of each of them.
+    """
+    if not sharded or of.small:
+        return spec
+    whole = len(shape) - len(of.dims) if by_layers else 0
+    return P(*spec[:whole], *fully_sharded(shape[whole:], P(*spec[whole:]), sizes, over=(REPLICA,)))
 
 
 class Frozen(nnx.Variable):

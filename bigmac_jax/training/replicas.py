@@ -74,7 +74,8 @@ def gather_shards(updated: Any, params: Any) -> Any:
 
 def _state_spec(config: Config, of: Declaration, shape: tuple[int, ...], spec: P) -> P:
     sharded = config.mesh.replica_optimizer == "sharded"
-    return state_spec(of, shape, spec, sharded, jax.sharding.get_abstract_mesh().shape)
+    sizes, by_layers = jax.sharding.get_abstract_mesh().shape, config.execution.offload_optimizer
+    return state_spec(of, shape, spec, sharded, sizes, by_layers)
 
 
 def describe_crossing(config: Config, data: int, slices: int) -> list[str]:
