@@ -299,7 +299,7 @@ def _checkpoint(config: Config) -> dict[str, int]:
     """Bytes of a checkpoint; with train.experts_per_checkpoint also of one with so many experts, and of all that are
     kept."""
     whole, count, experts = checkpoint_bytes(config), config.train.experts_per_checkpoint, config.model.expert_count
-    if not count:
+    if not (count and config.model.is_moe):
         return {"bytes": whole}
     partial = checkpoint_bytes(config, count)
     # So many more saves that each that is kept finds every expert; of them the experts alone, if both parts are split.

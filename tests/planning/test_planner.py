@@ -21,7 +21,7 @@ from bigmac_jax.model.memory import checkpoint_bytes
 from bigmac_jax.planning import compiled_programs, pictures, report, topologies, units
 from bigmac_jax.planning.hardware import HARDWARE, load_hardware
 from bigmac_jax.planning.place import Place, Request
-from bigmac_jax.planning.planner import _bytes_read, _costs, _restore, make_plan
+from bigmac_jax.planning.planner import _bytes_read, _checkpoint, _costs, _restore, make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 XL = "configs/paper/gpt3_xl.py"
@@ -476,3 +476,8 @@ def test_a_teacher_is_not_planned() -> None:
     """Whatever is asked: it would hold a second model, and pass forward through it."""
     with pytest.raises(ConfigError, match=r"tuning\.teacher=other is a second model, which is not planned"):
         plan("configs/tiny.py", ("tuning.teacher=other",))
+
+
+def test_a_dense_model_has_no_checkpoints_of_some_experts() -> None:
+    dense = load_config("tiny", ["model.structure=dense", "train.experts_per_checkpoint=1"])
+    assert _checkpoint(dense) == {"bytes": checkpoint_bytes(dense)}
