@@ -137,8 +137,8 @@ def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
       slope: nats that e times the tokens take off a loss. By it "tokens more" make up for what an arm loses, and it
         "pays above" the share of the control's step that its exchange must take for the arm to be there first.
     """
-    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above", "of another kind",
-               "minus the control"]  # fmt: skip
+    columns = ["arm", "bytes", "loss", "minus the control", "tokens more", "pays above", "another kind",
+               "that, minus the control"]  # fmt: skip
     lines, base = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], _of(runs, CONTROL, steps)
     for name in (FINE, CONTROL, SHIPPED, TWICE, HALF, FOUR):
         if not (own := _of(runs, name, steps)):

@@ -5,10 +5,7 @@ Ctrl-C when the requests that run have ended. Of several processes the first one
 """
 
 import asyncio
-import math
 import pathlib
-import resource
-import socket
 
 from absl import flags
 
@@ -18,9 +15,9 @@ from bigmac_jax.runtime import hosts
 from bigmac_jax.runtime.progress import Waiting
 from bigmac_jax.runtime.storage import absolute
 from bigmac_jax.serving.dialogue import load_dialogue
-from bigmac_jax.serving.limits import Limits
+from bigmac_jax.serving.limits import Limits, finite_seconds
 from bigmac_jax.serving.lockstep import follow
-from bigmac_jax.serving.server import serve
+from bigmac_jax.serving.server import listen, serve
 from bigmac_jax.training.workdir import locate_workdir, read_config
 
 flags.adopt_module_key_flags(decoding_flags)
@@ -47,12 +44,16 @@ def main() -> int:
     with hosts.raise_together():
         config = with_mesh(read_config(workdir), cli.OVERRIDES)
         limits = Limits(
-            body=_MAX_BODY.value, queue=_QUEUE.value, choices=_MAX_CHOICES.value, seconds=_seconds(_TIMEOUT),
-            arrival=_seconds(_ARRIVAL), drain=_seconds(_DRAIN),
-        )  # fmt: skip
+            body=_MAX_BODY.value,
+            queue=_QUEUE.value,
+            choices=_MAX_CHOICES.value,
+            seconds=finite_seconds("timeout", _TIMEOUT.value),
+            arrival=finite_seconds("arrival", _ARRIVAL.value),
+            drain=finite_seconds("drain", _DRAIN.value),
+        )
         speculate = decoding_flags.speculation()
         if hosts.is_first():
-            key, listening = _key(_API_KEY_FILE.value), _listen(_HOST.value, _PORT.value)
+            key, listening = _key(_API_KEY_FILE.value), listen(_HOST.value, _PORT.value)
     cli.agree(config, __name__)
     with Waiting("reading the model", not hosts.is_first()):
         generator = decoding_flags.load_generator(workdir, config, speculate)
@@ -79,21 +80,3 @@ def _key(file: str) -> str:
     if not key.isprintable():
         raise ConfigError(f"--api_key_file={file} must hold one line that a header can carry; write one key into it")
     return key
-
-
-def _seconds(flag: flags.FlagHolder[float]) -> float:
-    if not math.isfinite(flag.value):
-        raise ConfigError(f"--{flag.name}={flag.value} must be a number of seconds, as {flag.default:g}")
-    return flag.value
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Opens the port before the model is loaded, so that one that is taken is known at once."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file for each connection
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:  # the latter of what can be no name of a host
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"--host={host} --port={port} cannot be listened at ({why}); choose another") from None

@@ -1,6 +1,9 @@
 """What a server accepts, and the errors that it answers."""
 
+import math
 from dataclasses import dataclass
+
+from bigmac_jax.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,13 @@ class Limits:
     drain: float = 20.0  # seconds that running requests get when the server is told to end
     long: int = 16  # bodies' worth of bytes that wait to be read, of requests longer than `work_threads.SHORT`
     silence: float = 60.0  # seconds of one engine step, or of reading one request, after which /health answers 503
+
+
+def finite_seconds(flag: str, value: float) -> float:
+    """The value of a flag; ConfigError for what is no number of seconds."""
+    if not math.isfinite(value):
+        raise ConfigError(f"--{flag}={value} must be a number of seconds, as 30")
+    return value
 
 
 class ApiError(Exception):

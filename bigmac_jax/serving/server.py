@@ -5,12 +5,14 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 
 import uvicorn
 
+from bigmac_jax.config import ConfigError
 from bigmac_jax.inference import Generator
 from bigmac_jax.inference.engine import Engine
 from bigmac_jax.runtime.signals import stop_signals
@@ -31,6 +33,18 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens the port before the model is loaded, so that one that is taken is known at once."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file for each connection
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:  # the latter of what can be no name of a host
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--host={host} --port={port} cannot be listened at ({why}); choose another") from None
 
 
 async def serve(

@@ -3,12 +3,11 @@
 import re
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from training.tools import ROOT
 
-from bigmac_jax.commands import serve
 from bigmac_jax.config import ConfigError
+from bigmac_jax.serving.limits import finite_seconds
+from bigmac_jax.serving.server import listen
 
 
 def test_every_flag_is_described() -> None:
@@ -19,18 +18,14 @@ def test_every_flag_is_described() -> None:
     assert not [flag for flag in flags if f"`--{flag}`" not in page]
 
 
-@pytest.mark.parametrize("name", ["timeout", "arrival", "drain"])
-def test_seconds_are_finite(name: str) -> None:
-    holder = {"timeout": serve._TIMEOUT, "arrival": serve._ARRIVAL, "drain": serve._DRAIN}[name]
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    assert serve._seconds(holder) == holder.default
-    for value in (float("inf"), float("nan")):
-        with flagsaver.flagsaver((holder, value)), pytest.raises(ConfigError, match=f"^--{name}={value} must be a num"):
-            serve._seconds(holder)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_seconds_are_finite(value: float) -> None:
+    assert finite_seconds("drain", 0.5) == 0.5
+    with pytest.raises(ConfigError, match=f"^--drain={value} must be a number of seconds, as 30$"):
+        finite_seconds("drain", value)
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".b"])
 def test_what_is_no_name_of_a_host(host: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--host={host} --port=0 cannot be listened at \(.*; choose another$"):
-        serve._listen(host, 0)
+        listen(host, 0)
