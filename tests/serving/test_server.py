@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from bigmac_jax.config import ConfigError
+from bigmac_jax.serving.server import listen
 
 from .running import KEY, Server, trained
 
@@ -443,4 +444,4 @@ def test_bad_flags_are_one_line(tmp_path: pathlib.Path, command: Any) -> None:
     with pytest.raises(ConfigError, match="must hold one line that a header can carry"):
         serve._key(str(tmp_path / "two"))
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another"):
-        serve._listen("127.0.0.1", taken.getsockname()[1])
+        listen("127.0.0.1", taken.getsockname()[1])
