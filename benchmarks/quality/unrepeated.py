@@ -51,11 +51,27 @@ def _at_rate(name: str, factor: float, width: int, steps: int) -> Condition:
     return Condition(f"{name}{RATE}{factor:g}", fields(name, width) | TEXT | rate, width, steps, SEEDS[:1])
 
 
+# What balances the loads of a batch in parts without a forward pass that counts them first. What ships does take that
+# pass, and then sums what it would without parts: its runs are those of the whole batch.
+IN_PARTS: dict[str, Fields] = {
+    "loss of a part": {"model.balance_scope": "part"},
+    "bias": {"model.balance": "bias"},
+    "quantile": {"model.balance": "quantile"},
+}
+PARTS = 4  # of two rows
+
+
+def in_parts(name: str, steps: int = LENGTHS[0]) -> Condition:
+    own = IN_PARTS[name] | {"train.accumulate_steps": PARTS}
+    return Condition(f"{SHIPPED}, in parts, {name}", fields(SHIPPED, 128) | TEXT | own, 128, steps)
+
+
 # Study → conditions, in the order in which they answer most for their time: every arm at 5 M tokens before any at more.
 STUDIES: dict[str, list[Condition]] = {
     "length": [arm(name, steps=steps) for steps in LENGTHS[:2] for name in (FINE, SHIPPED)],
     "control": [arm(CONTROL, steps=steps) for steps in LENGTHS[:2]],
     "bytes": [arm(name, steps=2500) for name in (TWICE, HALF, FOUR)],
+    "parts": [in_parts(name) for name in IN_PARTS],
     "no norm": [_without_norm(SHIPPED, 2500)],
     "all text": [arm(name) for name in (FINE, SHIPPED, CONTROL, TWICE, HALF)],
     "ten million": [arm(name, steps=LENGTHS[2]) for name in (FINE, SHIPPED, CONTROL)],
