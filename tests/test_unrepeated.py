@@ -108,6 +108,23 @@ def test_differences_are_of_equal_seeds() -> None:
     assert control.split(" | ")[6:8] == ["-0.100", ""]
 
 
+def test_what_balances_parts_is_compared_with_the_loss_of_the_step() -> None:
+    def run(name: str, seed: int, loss: float, steps: int = 1000) -> dict[str, Any]:
+        return {"name": name, "width": 128, "steps": steps, "seed": seed, "loss": loss, "load_cv": loss / 10,
+                "max_load": loss / 2, "outside_bits_per_byte": loss / 4}  # fmt: skip
+
+    bias = unrepeated.in_parts("bias")
+    runs = [run(unrepeated.SHIPPED, 1, 4.0), run(unrepeated.SHIPPED, 2, 4.4), run(bias.name, 2, 4.3)]
+    runs += [run(unrepeated.SHIPPED, 2, 1.0, 2500), run(bias.name, 1, 4.3)]
+    assert unrepeated.by_balance(runs).splitlines()[2:] == [
+        "| loss of the step | 4.200 ± 0.200 |  | 0.42 ± 0.02 | 2.10 ± 0.10 | 1.050 ± 0.050 |",
+        "| bias | 4.300 ± 0.000 | +0.100 ± 0.200 (2) | 0.43 ± 0.00 | 2.15 ± 0.00 | 1.075 ± 0.000 |",
+    ]
+    ways = [condition.overrides(1) for condition in unrepeated.STUDIES["parts"]]
+    assert all("train.accumulate_steps=4" in way for way in ways) and len(ways) == 3
+    assert [sum("model.balance" in field for field in way) for way in ways] == [1, 1, 1]
+
+
 def test_an_equal_price_buys_more_tokens_of_what_costs_less() -> None:
     """Loss falls by a nat for twice the tokens, between 1 and 4 M of them: by hand."""
 

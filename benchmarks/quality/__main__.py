@@ -82,6 +82,7 @@ def _write_docs(docs: pathlib.Path, runs: list[dict[str, Any]], embedded: bool) 
         slope, _ = fit.slope(runs, fit.longest(runs))
         put(docs / "quality.md", [unrepeated.by_arm(runs, _ARMS_AT, slope)], name="arms")
         put(docs / "quality.md", [unrepeated.by_length(runs)], name="lengths")
+        put(docs / "notes/unrepeated.md", [unrepeated.by_balance(runs)], name="balance")
     both = (list(read_file(pathlib.Path(path)).values()) for path in (_EMBEDDED, _UNREPEATED))
     pathlib.Path(fit.PATH).write_text(fit.text(*both))
 

@@ -168,6 +168,22 @@ def by_arm(runs: Sequence[dict[str, Any]], steps: int, slope: float) -> str:
     return "\n".join(lines)
 
 
+def by_balance(runs: Sequence[dict[str, Any]]) -> str:
+    """A table of what balances a batch in parts: loss, and how uneven loads are in the last hundred steps, as standard
+    deviation and largest over the mean."""
+    columns = ["balanced by", "loss", "minus the loss of the step", "deviation of loads", "largest load",
+               "another kind"]  # fmt: skip
+    lines, base = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"], _of(runs, SHIPPED, LENGTHS[0])
+    ways = {"loss of the step": base} | {name: _of(runs, in_parts(name).name, LENGTHS[0]) for name in IN_PARTS}
+    for name, own in ways.items():
+        if own:
+            cells = [name, within([run["loss"] for run in own], 3), _counted(over(own, base))]
+            cells += [within([run[key] for run in own], 2) for key in ("load_cv", "max_load")]
+            cells.append(within([run["outside_bits_per_byte"] for run in own], 3))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _of(runs: Sequence[dict[str, Any]], name: str, steps: int) -> list[dict[str, Any]]:
     """The seeds of an arm of h = 128."""
     return [run for run in runs if (run["name"], run["width"], run["steps"]) == (name, 128, steps)]
