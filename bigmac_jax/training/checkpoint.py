@@ -14,26 +14,23 @@ import math
 import os
 import pathlib
 import re
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-import orbax.checkpoint.checkpoint_managers as policies
-from orbax.checkpoint.path import atomicity
 
 from bigmac_jax.config import Config, ConfigError, TrainConfig
 from bigmac_jax.runtime import hosts, storage
 from bigmac_jax.training import manifest
-from bigmac_jax.training.atomic_save import temporary_path_class
 from bigmac_jax.training.checkpoint_arrays import (
     DamagedError,
-    array_handlers,
     check_shapes,
     find_nonfinite,
     read_arrays,
 )
+from bigmac_jax.training.checkpoint_folder import CheckpointFolder
+from bigmac_jax.training.orbax_manager import METRIC, open_manager
 from bigmac_jax.training.partial_checkpoint import (
     EXPERTS,
     LEARNED,
@@ -54,35 +51,7 @@ from bigmac_jax.training.step import TrainState, evaluated_params
 from bigmac_jax.training.workdir import read_run_json
 
 _T = TypeVar("_T")
-_METRIC = "eval/loss"
 _log = logging.getLogger(__name__)
-
-
-def _is_not_of_a_save(record: logging.LogRecord) -> bool:
-    """Orbax and asyncio log a failed save with several tracebacks, some when memory is collected; `Checkpoints` says it
-    in one line."""
-    if not record.exc_info:
-        return True
-    told = "".join((record.pathname, record.getMessage(), *traceback.format_exception(record.exc_info[1])))
-    return not re.search("orbax|tensorstore", told, re.IGNORECASE)
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_is_not_of_a_save)
-# Each save between evaluations says this: it has no metric, and needs none.
-logging.getLogger("absl").addFilter(lambda r: not r.getMessage().startswith("Requested `tracked_metric`"))
-
-
-class _Needed(policies.PreservationPolicy):
-    """Keeps the saves that restoring one of the newest would read."""
-
-    def __init__(self, needed: Callable[[Sequence[int]], set[int]]):
-        self._needed = needed
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = [info.step for info in checkpoints]
-        needed = self._needed(steps)
-        return [step in needed for step in steps]
 
 
 class Checkpoints:
@@ -94,13 +63,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None):
-        self._directory = storage.absolute(workdir) / "checkpoints"
-        self._aside = self._directory.with_name("checkpoints-damaged")
+        self._folder = CheckpointFolder(workdir)
         self._keep, self._saving = keep, 0
         self._shape = (0, 0)  # layers with experts, and experts
         self._stripped = set[int]()  # saves of which the experts alone are left
         if keep is not None:
-            hosts.run_on_first(self._tidy)
+            hosts.run_on_first(self._folder.tidy)
         self._turns = self._read_turns()
         self._manager = self._open()
 
@@ -108,8 +76,8 @@ class Checkpoints:
         """Which experts each save holds."""
 
         def read() -> list[Any]:
-            steps = manifest.list_steps(self._directory.parent)
-            return [(step, dataclasses.astuple(read_turn(self._directory / str(step)))) for step in steps]
+            steps = self._folder.list_steps()
+            return [(step, dataclasses.astuple(read_turn(self._folder.of(step)))) for step in steps]
 
         return {step: Turn(*turn) for step, turn in hosts.run_on_first(read)}
 
@@ -122,7 +90,7 @@ class Checkpoints:
             if self._turns.get(step, WHOLE).splits_all and step not in self._stripped:
                 self._stripped.add(step)
                 try:
-                    manifest.remove_items(self._directory / str(step), ("model", "optimizer"))
+                    manifest.remove_items(self._folder.of(step), ("model", "optimizer"))
                 except storage.errors(ValueError) as error:  # it takes room, and nothing else
                     _log.warning("checkpoint %d keeps more than its experts (%s)", step, storage.reason(error))
 
@@ -131,30 +99,7 @@ class Checkpoints:
         return needed_saves(self._saves(steps), steps[-self._keep :] if self._keep else steps, self._shape)
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._directory,
-            handler_registry=array_handlers("model", "optimizer", EXPERTS),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics[_METRIC],
-                best_mode="min",
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        _Needed(self._needed),
-                        policies.BestN(
-                            get_metric_fn=lambda metrics: metrics[_METRIC],
-                            reverse=True,  # a small loss is a good one
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                create=self._keep is not None,
-                # In the background, a directory that can't be made would leave threads that wait five minutes for it.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                lightweight_initialize=self._keep is None,
-                temporary_path_class=temporary_path_class(self._directory),
-            ),
-        )
+        return open_manager(self._folder.path, ("model", "optimizer", EXPERTS), self._needed, reads=self._keep is None)
 
     def save(
         self,
@@ -179,7 +124,7 @@ class Checkpoints:
         if step in kept:
             return False
         self._shape = expert_shape(state.params)
-        turn, run = WHOLE, dict[str, Any](read_run_json(self._directory.parent)) | {manifest.STEP: step}
+        turn, run = WHOLE, dict[str, Any](read_run_json(self._folder.path.parent)) | {manifest.STEP: step}
         if learned is not None:
             turn = next_turn(config, self._saves(kept), experts, self._shape)
             run |= {TURN: dataclasses.astuple(turn)}
@@ -187,7 +132,7 @@ class Checkpoints:
         if hosts.is_first():
             self._keep_experts_alone(kept)
         items = set_apart(take_turn({"model": _model_item(state), "optimizer": _optimizer_item(state)}, turn), turn)
-        self._remove_unfinished()
+        self._folder.remove_unfinished()
         self._saving, self._turns[step] = step, turn
         self._stripped.discard(step)  # one of its number may have been, which was set aside
         try:
@@ -199,7 +144,7 @@ class Checkpoints:
                     config=ocp.args.JsonSave(json.loads(config.to_json())),
                     run=ocp.args.JsonSave(run),
                 ),
-                metrics={_METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
+                metrics={METRIC: eval_loss} if eval_loss is not None and math.isfinite(eval_loss) else None,
             )
             if not written:  # Orbax says no more
                 raise RuntimeError(f"there is one of step {self._manager.latest_step()}")
@@ -230,15 +175,8 @@ class Checkpoints:
         )
         with contextlib.suppress(Exception):
             self._manager.close()  # what else went wrong in it would count as a failure of the next save
-        self._remove_unfinished()
+        self._folder.remove_unfinished()
         self._manager = self._open()
-
-    def _remove_unfinished(self) -> None:
-        """Removes what a failed save or a killed run has left; threads of a save may still be writing."""
-        if hosts.is_first():
-            for path in storage.list_folder(self._directory):
-                if atomicity.TMP_DIR_SUFFIX in path.name or (path.name.isdecimal() and not manifest.is_complete(path)):
-                    storage.remove_tree(path)
 
     def latest(self) -> int | None:
         """The newest checkpoint by name, whatever its state."""
@@ -258,7 +196,7 @@ class Checkpoints:
             try:
                 state, position = self.restore(step, abstract, train)
             except DamagedError as error:
-                hosts.run_on_first(functools.partial(self._set_aside, error.step or step, str(error)))
+                hosts.run_on_first(functools.partial(self._folder.set_aside, error.step or step, str(error)))
             else:
                 self._give_up_behind(step)
                 return step, state, position
@@ -272,12 +210,12 @@ class Checkpoints:
         """
 
         def give_up() -> bool:
-            behind = [n for n in manifest.list_steps(self._directory.parent) if step is None or n > step]
+            behind = [n for n in self._folder.list_steps() if step is None or n > step]
             for number in behind:
                 if step is None:  # nothing can be brought back: what was set aside has been removed
-                    storage.remove_tree(self._directory / str(number))
+                    storage.remove_tree(self._folder.of(number))
                 else:
-                    self._set_aside(number)
+                    self._folder.set_aside(number)
             return bool(behind)
 
         if hosts.run_on_first(give_up):
@@ -289,39 +227,25 @@ class Checkpoints:
         Damaged ones are moved as by `restore_newest`."""
 
         def newest() -> int | None:
-            found = reversed(manifest.list_steps(self._directory.parent))
+            found = reversed(self._folder.list_steps())
             return next((number for number in found if not self._is_stripped(number)), None)
 
         while (step := hosts.run_on_first(newest)) is not None:
             try:
-                self._check(step)
+                self._folder.check(step)
                 break
             except DamagedError as error:
-                hosts.run_on_first(functools.partial(self._set_aside, step, str(error)))
-        hosts.run_on_first(functools.partial(self._refuse_to_start_over, step))
+                hosts.run_on_first(functools.partial(self._folder.set_aside, step, str(error)))
+        if step is None:
+            hosts.run_on_first(self._folder.refuse_to_start_over)
         self._manager.reload()
         return step
 
     def _is_stripped(self, step: int) -> bool:
         """Whether the experts alone are left of a save; one whose manifest is damaged is looked at by `_check`."""
         split = self._turns.get(step, WHOLE).splits_all
-        items = manifest.list_items(self._directory / str(step)) if split else set()
+        items = manifest.list_items(self._folder.of(step)) if split else set()
         return bool(items) and "model" not in items
-
-    def _refuse_to_start_over(self, step: int | None) -> None:
-        if step is None and self._aside.is_dir() and any(self._aside.iterdir()):
-            raise ConfigError(
-                f"no intact checkpoint is left in {self._directory}, damaged ones are in {self._aside}; bring back "
-                f"a good copy, or use a new --workdir (or remove {self._aside.name}) to start from the beginning"
-            )
-
-    def _check(self, step: int, without: str = "") -> None:
-        """Compares a checkpoint with its manifest, each process a part of the files; raises DamagedError."""
-        with hosts.raise_together():
-            share = (jax.process_index(), jax.process_count()) if hosts.is_distributed() else (0, 1)
-            damage = manifest.find_damage(self._directory / str(step), without=without, share=share)
-        if damage := next(filter(None, hosts.gather(damage or "")), ""):
-            raise DamagedError(damage)
 
     def holds_all(self, step: int) -> bool:
         """Whether a checkpoint holds every expert."""
@@ -329,7 +253,7 @@ class Checkpoints:
 
     def loss(self, step: int) -> float | None:
         """eval/loss of a checkpoint, if it was evaluated."""
-        return (self._manager.metrics(step) or {}).get(_METRIC)
+        return (self._manager.metrics(step) or {}).get(METRIC)
 
     def best_loss(self) -> float:
         """eval/loss of the best checkpoint, inf if none was evaluated."""
@@ -349,8 +273,8 @@ class Checkpoints:
         """
 
         def read(number: int) -> dict[str, Any]:
-            check_shapes(self._directory, number, abstract)
-            return _check_finite(read_arrays(self._directory / str(number), {"model": abstract})["model"])
+            check_shapes(self._folder.path, number, abstract)
+            return _check_finite(read_arrays(self._folder.of(number), {"model": abstract})["model"])
 
         return self._choose(step, read)
 
@@ -360,28 +284,28 @@ class Checkpoints:
         while True:
             number: int = hosts.run_on_first(functools.partial(self._candidate, step, damaged))
             try:
-                self._check(number, without="optimizer")
+                self._folder.check(number, without="optimizer")
                 return number, read(number)
             except DamagedError as error:
                 if step not in ("latest", "best"):
                     others = sorted(set(self._manager.all_steps()) - {number})
                     raise ConfigError(
-                        f"step={step} of {self._directory} is damaged: {error}; use another one"
+                        f"step={step} of {self._folder.path} is damaged: {error}; use another one"
                         + (f" of {others}" if others else "")
                     ) from None
                 damaged[number] = str(error)
                 if hosts.is_first():
-                    self._warn(number, str(error))
+                    self._folder.warn(number, str(error))
 
     def _candidate(self, step: str, damaged: dict[int, str]) -> int:
         """The checkpoint that `step` asks for, on process 0; none of `damaged`, to which it adds what it finds."""
         found = sorted(self._manager.all_steps())
         steps = [number for number in found if self.holds_all(number)]
         if not found:
-            raise ConfigError(f"{self._directory} holds no checkpoint; train first")
+            raise ConfigError(f"{self._folder.path} holds no checkpoint; train first")
         if not steps or (step.isdecimal() and int(step) in {*found} - {*steps}):
             raise ConfigError(
-                f"step={step} of {self._directory} holds some of the experts (train.experts_per_checkpoint); use "
+                f"step={step} of {self._folder.path} holds some of the experts (train.experts_per_checkpoint); use "
                 + (f"a whole one of {steps}, or " if steps else "")
                 + f"{'' if steps else 'none: '}go on with the run, which saves all where it stops"
             )
@@ -394,56 +318,24 @@ class Checkpoints:
         if step not in ("latest", "best"):
             if not step.isdecimal() or int(step) not in steps:
                 raise ConfigError(
-                    f"step={step} is not a checkpoint of {self._directory}; use latest, best or one of {steps}"
+                    f"step={step} is not a checkpoint of {self._folder.path}; use latest, best or one of {steps}"
                 )
             return int(step)
         candidates = [number for number in steps[::-1] if number not in damaged]
         if step == "best":
             for number in candidates:  # a loss is a small file, which may be damaged itself
-                if damage := manifest.find_damage(self._directory / str(number), thorough=False):
+                if damage := manifest.find_damage(self._folder.of(number), thorough=False):
                     damaged[number] = damage
-                    self._warn(number, damage)
+                    self._folder.warn(number, damage)
             # A stable sort leaves those without a loss at the end, newest first.
             candidates = [number for number in candidates if number not in damaged]
             candidates.sort(key=lambda number: math.inf if (loss := self.loss(number)) is None else loss)
         if not candidates:
             raise ConfigError(
-                f"no checkpoint of {self._directory} is intact, of {steps} ({max(damaged)}: {damaged[max(damaged)]}); "
-                f"bring back a good copy"
+                f"no checkpoint of {self._folder.path} is intact, of {steps} "
+                f"({max(damaged)}: {damaged[max(damaged)]}); bring back a good copy"
             )
         return candidates[0]
-
-    def _warn(self, step: int, damage: str) -> None:
-        _log.warning("%s is damaged: %s; it is passed over", self._directory / str(step), damage)
-
-    def _tidy(self) -> None:
-        """Removes and sets aside what is no checkpoint: Orbax reads small files of every one when it starts."""
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{self._directory} cannot be made ({error.strerror}); remove what is there, or use a new --workdir"
-            ) from None
-        self._remove_unfinished()
-        steps = manifest.list_steps(self._directory.parent)
-        for step in steps:
-            path = self._directory / str(step)
-            if damage := manifest.find_damage(path, thorough=False):
-                if storage.is_store(path) and damage.endswith("is missing") and step != steps[-1]:
-                    # A store removes a directory file by file, and whoever did so was killed.
-                    _log.warning("checkpoint %d is what is left of one that was being removed; removed", step)
-                    storage.remove_tree(path)
-                else:
-                    self._set_aside(step, damage)
-
-    def _set_aside(self, step: int, damage: str = "") -> None:
-        storage.make_folder(self._aside)
-        there = len(storage.list_folder(self._aside))
-        names = [str(step), *(f"{step}-{n}" for n in range(2, 2 + there))]
-        target = next(self._aside / name for name in names if not (self._aside / name).exists())
-        storage.move(self._directory / str(step), target)
-        what = f"is damaged: {damage}" if damage else "holds experts alone, of steps that are taken again"
-        _log.warning("checkpoint %d %s; it is passed over, and kept in %s", step, what, target)
 
     def restore(self, step: int, abstract: TrainState, train: TrainConfig | None = None) -> tuple[TrainState, Any]:
         """Restores the state, sharded as `abstract`, and the data position.
@@ -457,7 +349,7 @@ class Checkpoints:
         """
         check = {"model": _model_item(abstract), "optimizer": _optimizer_item(abstract)}
         turn = self._turns.get(step, WHOLE)
-        check_shapes(self._directory, step, set_apart(take_turn(check, turn), turn)["model"])
+        check_shapes(self._folder.path, step, set_apart(take_turn(check, turn), turn)["model"])
         items, position = self._read_joined(step, check, train) if turn.count else self._read(step, check)
         model, optimizer = _check_finite(items["model"]), items["optimizer"]
         state = TrainState(optimizer["step"], model["params"], model["rest"], optimizer["opt_state"])
@@ -468,7 +360,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Items) -> tuple[Items, Any]:
         """Reads the items that hold arrays, and the data position."""
-        directory = self._directory / str(step)
+        directory = self._folder.of(step)
         needed = {item: tree for item, tree in abstract.items() if any(v is not ... for v in jax.tree.leaves(tree))}
         items = abstract | read_arrays(directory, needed)
         return items, hosts.run_on_first(lambda: ocp.JsonCheckpointHandler().restore(directory / "data"))
@@ -479,12 +371,12 @@ class Checkpoints:
         def read(source: int, wanted: Items) -> tuple[Items, Any]:
             try:
                 if source < step:
-                    self._check(source)
+                    self._folder.check(source)
                 return self._read(source, wanted)
             except DamagedError as error:
                 raise DamagedError(str(error), source) from None
 
-        steps = hosts.run_on_first(lambda: manifest.list_steps(self._directory.parent))
+        steps = hosts.run_on_first(self._folder.list_steps)
         items, position, line = join_saves(step, self._saves(steps), abstract, read, train)
         if line:
             hosts.say(line)

@@ -62,8 +62,9 @@ def test_a_store_that_does_not_answer_is_not_empty(monkeypatch: pytest.MonkeyPat
     def refused(*_: object, **__: object) -> None:
         raise ConnectionResetError
 
-    monkeypatch.setattr(storage.filesystem(checkpoints._directory), "ls", refused)
-    for read in (lambda: manifest.list_steps(workdir), checkpoints._remove_unfinished, checkpoints.newest_intact):
+    folder = checkpoints._folder
+    monkeypatch.setattr(storage.filesystem(folder.path), "ls", refused)
+    for read in (lambda: manifest.list_steps(workdir), folder.remove_unfinished, checkpoints.newest_intact):
         with pytest.raises(ConnectionResetError):
             read()
 
