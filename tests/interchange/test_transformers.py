@@ -140,10 +140,18 @@ def test_a_chat_has_the_ids_of_training_and_ends_where_the_server_ends_it(speech
     assert out[0, prompt["input_ids"].shape[1] :].tolist() == [ends[1]]
 
 
+# A file has one of both, or neither: then the blocks of a module are those below.
+OF_MODULES = {"mtp_layers_block_type", "mtp_hybrid_override_pattern"}
+
+
+def test_blocks_of_a_module_that_a_config_leaves_out_are_those_of_the_class() -> None:
+    assert transformers.NemotronHConfig().mtp_hybrid_override_pattern == nemotron_h._MTP_BLOCKS
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "others"),
     [
-        (nemotron_h, "NemotronHConfig", {"layers_block_type", "hybrid_override_pattern", "dtype"}),
+        (nemotron_h, "NemotronHConfig", {"layers_block_type", "hybrid_override_pattern", "dtype"} | OF_MODULES),
         (qwen3_moe, "Qwen3MoeConfig", {"head_dim", "rope_theta", "dtype"}),  # told otherwise, or not at all
     ],
 )
